@@ -1,0 +1,97 @@
+"""Every error mergeyard raises on purpose, and the exit code each one ends the command with.
+
+    MergeyardError               1   something failed; the message says what, where and what to do
+    ├── BadInput                 2   what the user gave is wrong; nothing was written
+    ├── StorageError             1
+    │   ├── ObjectMissing        2   no such object, bucket, repository or revision
+    │   ├── AccessDenied         2   credentials are missing or not enough
+    │   ├── ObjectExists         1   a create-only write lost: somebody was first
+    │   ├── ObjectChanged        1   the object is no longer the version that was pinned
+    │   └── StorageUnavailable  75   the service failed for longer than we were ready to wait; try again
+    ├── CorruptData              1   bytes are not what their header, length or digest says
+    ├── RunBusy                 75   another driver holds this run
+    ├── WorkerLost              75   a worker died more often than it may; try again
+    ├── Inconclusive             3   the evidence allows no verdict yet
+    └── Interrupted             75   stopped by a signal; the same command goes on where it stopped
+
+An error carries one line: the thing, the place, the remedy. It travels between processes by its
+positional arguments alone, so every class must survive `pickle`.
+"""
+
+from __future__ import annotations
+
+
+class MergeyardError(Exception):
+    """Base of all; `exit_code` ends the command, `retry` says whether the same call may succeed later."""
+
+    exit_code = 1
+    retry = False
+
+    def __str__(self) -> str:
+        return " ".join(str(argument) for argument in self.args)
+
+
+class BadInput(MergeyardError):
+    """The user's input cannot work; one line names the place and the remedy."""
+
+    exit_code = 2
+
+
+class StorageError(MergeyardError):
+    """A store could not do what it was asked."""
+
+
+class ObjectMissing(StorageError):
+    """There is no such object, bucket, repository or revision."""
+
+    exit_code = 2
+
+
+class AccessDenied(StorageError):
+    """The store refuses these credentials."""
+
+    exit_code = 2
+
+
+class ObjectExists(StorageError):
+    """A create-only write found the object already there."""
+
+
+class ObjectChanged(StorageError):
+    """The object's ETag is not the one that was pinned."""
+
+
+class StorageUnavailable(StorageError):
+    """The service kept failing in a way that a retry may mend."""
+
+    exit_code = 75
+    retry = True
+
+
+class CorruptData(MergeyardError):
+    """Bytes contradict their header, their length or their digest."""
+
+
+class RunBusy(MergeyardError):
+    """Another driver holds the lease of this run."""
+
+    exit_code = 75
+
+
+class WorkerLost(MergeyardError):
+    """A worker process died while it held a task."""
+
+    exit_code = 75
+    retry = True
+
+
+class Inconclusive(MergeyardError):
+    """The data allow neither a pass nor a fail."""
+
+    exit_code = 3
+
+
+class Interrupted(MergeyardError):
+    """A signal stopped the command; running it again resumes."""
+
+    exit_code = 75

@@ -1,0 +1,106 @@
+"""What mergeyard asks of a place that holds objects: one protocol for a folder, memory, a bucket and the hub.
+
+Everything above this package speaks of keys, sizes and ETags; nothing above it sees boto3, obstore or an HTTP status.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Literal, Protocol
+
+from typing_extensions import Buffer
+
+
+@dataclass(frozen=True, slots=True)
+class ObjectInfo:
+    """One object: its key relative to the store, its size in bytes, and a tag that changes when its bytes may have."""
+
+    key: str
+    size: int
+    etag: str
+
+
+class Upload(Protocol):
+    """One object being written front to back; invisible to every reader until `commit` returns.
+
+    Leaving the `with` block without `commit` aborts and leaves nothing behind.
+    """
+
+    def write(self, data: Buffer) -> None:
+        """Append; the caller may reuse the buffer as soon as this returns."""
+        ...
+
+    def commit(self) -> ObjectInfo:
+        """Make the object visible, whole and durable, replacing any earlier one under the key."""
+        ...
+
+    def abort(self) -> None:
+        """Throw away what was written; harmless after `commit` and when called twice."""
+        ...
+
+    def __enter__(self) -> Upload: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+class Store(Protocol):
+    """A flat set of objects under one URL. Keys are relative, with `/`; `..`, `//` and a leading `/` are refused.
+
+    Every method raises the errors of `jobs.errors` only: `ObjectMissing`, `AccessDenied`, `ObjectChanged`,
+    `ObjectExists`, `StorageUnavailable` (after its own retries), `CorruptData`. All methods may be called from
+    several threads at once.
+    """
+
+    @property
+    def url(self) -> str:
+        """Where this store is, without credentials and without a trailing slash; `open_store(url)` opens it again."""
+        ...
+
+    @property
+    def pinned_url(self) -> str:
+        """A URL that names this very version for ever where the store has versions (a hub commit), else `url`."""
+        ...
+
+    def locate(self, key: str) -> ObjectInfo:
+        """Size and ETag of one object, by reading no content."""
+        ...
+
+    def read(self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None) -> Buffer:
+        """Exactly `length` bytes from `start` (to the end if None), all of the version named by `etag`."""
+        ...
+
+    def read_into(self, key: str, buffer: memoryview, *, start: int = 0, etag: str | None = None) -> None:
+        """Fill the whole of `buffer` (writable, contiguous, bytes) with the bytes from `start`."""
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        """Every object whose key begins with `prefix`, in no promised order; uploads in progress are not objects."""
+        ...
+
+    def write(self, key: str, data: Buffer, *, mode: Literal["create", "overwrite"] = "overwrite") -> ObjectInfo:
+        """Write a small object at once; with `create`, `ObjectExists` if there is one: of many racers, one wins."""
+        ...
+
+    def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
+        """Replace the object if it is still the version `etag`, else `ObjectChanged`: of many racers, one wins."""
+        ...
+
+    def upload(self, key: str) -> Upload:
+        """Begin a large object of unknown size."""
+        ...
+
+    def delete(self, key: str) -> None:
+        """Remove one object; no error if it is not there."""
+        ...
+
+    def sweep(self, prefix: str = "") -> int:
+        """Remove what dead uploads under `prefix` left (partial files, open multipart uploads); how many there were."""
+        ...
+
+    def free_bytes(self) -> int | None:
+        """Room left, where the store knows it (a local disk), else None."""
+        ...
