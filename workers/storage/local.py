@@ -1,0 +1,386 @@
+"""A folder as a store: positioned reads straight into the caller's memory, writes that appear whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+from typing_extensions import Buffer
+
+from jobs.errors import (
+    AccessDenied,
+    BadInput,
+    MergeyardError,
+    ObjectChanged,
+    ObjectExists,
+    ObjectMissing,
+    StorageError,
+    StorageUnavailable,
+)
+from workers.storage.keys import check_key, check_prefix, length_within
+from workers.storage.store import ObjectInfo
+
+OPEN_FILES = 32
+LARGEST_SYSTEM_READ = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
+WRITE_BUFFER_BYTES = 1 << 20
+PARTIAL = ".partial"
+LOCK = ".lock"
+
+
+class LocalStore:
+    """The files under one folder. An ETag is (inode, time of change in ns, size), checked on the open file.
+
+    Unfinished files are named `.NAME.NONCE.partial` and are locked by their writer; together with the lock files of
+    `swap` (`.NAME.lock`) they are not objects.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._files = _OpenFiles()
+
+    @property
+    def url(self) -> str:
+        return str(self._folder)
+
+    @property
+    def pinned_url(self) -> str:
+        return str(self._folder)
+
+    def locate(self, key: str) -> ObjectInfo:
+        path = self._path(key)
+        with _readable_errors(path):
+            file = self._files.open(path)
+            return ObjectInfo(key, file.size, file.etag)
+
+    def read(self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None) -> Buffer:
+        path = self._path(key)
+        with _readable_errors(path):
+            file = self._files.open(path)
+            wanted = length_within(str(path), file.size, start, length)
+            if wanted > LARGEST_SYSTEM_READ:
+                whole = bytearray(wanted)
+                file.read_into(memoryview(whole), start, etag)
+                return whole
+            return file.read(start, wanted, etag)
+
+    def read_into(self, key: str, buffer: memoryview, *, start: int = 0, etag: str | None = None) -> None:
+        path = self._path(key)
+        with _readable_errors(path):
+            file = self._files.open(path)
+            length_within(str(path), file.size, start, buffer.nbytes)
+            file.read_into(buffer.cast("B"), start, etag)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        for path in self._walk(prefix):
+            if not _is_hidden(path.name):
+                with suppress(ObjectMissing), _readable_errors(path):
+                    found = path.stat()
+                    yield ObjectInfo(path.relative_to(self._folder).as_posix(), found.st_size, _etag(found))
+
+    def write(self, key: str, data: Buffer, *, mode: Literal["create", "overwrite"] = "overwrite") -> ObjectInfo:
+        with self.upload(key) as upload:
+            upload.write(data)
+            return upload.publish(upload.place_if_absent if mode == "create" else upload.replace)
+
+    def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
+        path = self._path(key)
+        with _readable_errors(path):
+            path.stat()  # a missing object is said before anything is written beside it
+        with self.upload(key) as upload:
+            upload.write(data)
+            return upload.publish(lambda: upload.replace_if(etag))
+
+    def upload(self, key: str) -> LocalUpload:
+        return LocalUpload(key, self._path(key))
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        with suppress(ObjectMissing), _readable_errors(path):
+            path.unlink(missing_ok=True)
+
+    def sweep(self, prefix: str = "") -> int:
+        partials = [path for path in self._walk(prefix, of_partials=True) if path.name.endswith(PARTIAL)]
+        return sum(_remove_if_dead(path) for path in partials if _is_hidden(path.name))
+
+    def free_bytes(self) -> int | None:
+        folder = self._folder
+        while not folder.exists():
+            folder = folder.parent
+        with _readable_errors(folder):
+            room = os.statvfs(folder)
+        return room.f_bavail * room.f_frsize
+
+    def _path(self, key: str) -> Path:
+        path = self._folder / check_key(key)
+        if _is_hidden(path.name):
+            raise BadInput(f"object key {key!r} is not allowed: the name is kept for unfinished files")
+        return path
+
+    def _walk(self, prefix: str, *, of_partials: bool = False) -> Iterator[Path]:
+        """Every file whose key begins with `prefix`; a partial is taken under the name that it would get."""
+        top = self._folder / check_prefix(prefix).rpartition("/")[0]
+        with _readable_errors(top):
+            if self._folder.is_file():
+                raise BadInput(f"{self._folder} is a file, not a folder; name the folder that holds it")
+            if not top.is_dir():
+                return
+        for folder, _, names in os.walk(top, onerror=_raise_readable):
+            for name in names:
+                path = Path(folder, name)
+                shown = path.with_name(name[1:]) if of_partials and name.startswith(".") else path
+                if shown.relative_to(self._folder).as_posix().startswith(prefix):
+                    yield path
+
+
+class LocalUpload:
+    """A file being written beside its final name, locked for as long as its writer lives."""
+
+    def __init__(self, key: str, path: Path) -> None:
+        self._key = key
+        self._path = path
+        self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
+        self._open = True
+        with _readable_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+            self._file = os.fdopen(descriptor, "wb", buffering=WRITE_BUFFER_BYTES)
+            with suppress(OSError):  # a file system without locks: sweep then takes the file for dead
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+    def write(self, data: Buffer) -> None:
+        with _readable_errors(self._path):
+            self._file.write(data)
+
+    def commit(self) -> ObjectInfo:
+        return self.publish(self.replace)
+
+    def abort(self) -> None:
+        if self._open:
+            self._open = False
+            self._partial.unlink(missing_ok=True)
+            with suppress(OSError):  # what could not be flushed was to be thrown away
+                self._file.close()
+
+    def publish(self, appear: Callable[[], None]) -> ObjectInfo:
+        """Flush to the disk, let `appear` give the file its name, and flush the folder."""
+        try:
+            with _readable_errors(self._path):
+                self._file.flush()
+                self._stamp(time.time_ns())
+                os.fsync(self._file.fileno())
+                appear()
+                found = os.fstat(self._file.fileno())
+                _flush_folder(self._path.parent)
+        finally:
+            self.abort()
+        return ObjectInfo(self._key, found.st_size, _etag(found))
+
+    def replace(self) -> None:
+        """Take the name, whoever has it; waits for a `swap` of the same object to finish."""
+        if _lock_path(self._path).exists():
+            with _locked(self._path):
+                self._partial.replace(self._path)
+        else:
+            self._partial.replace(self._path)
+
+    def place_if_absent(self) -> None:
+        """Take the name if it is free, else `ObjectExists`."""
+        try:
+            os.link(self._partial, self._path)
+        except FileExistsError:
+            raise ObjectExists(f"{self._path} is already there") from None
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK):
+                raise
+            self._place_if_absent_without_links()
+
+    def replace_if(self, etag: str) -> None:
+        """Take the name if the file there is still the version `etag`, else `ObjectChanged`."""
+        with _locked(self._path):
+            current = self._path.stat()
+            if _etag(current) != etag:
+                raise ObjectChanged(f"{self._path} was replaced by somebody else")
+            # inodes are reused, so only a time that always rises keeps an old ETag from coming back
+            self._stamp(max(time.time_ns(), current.st_mtime_ns + 1))
+            self._partial.replace(self._path)
+
+    def _place_if_absent_without_links(self) -> None:
+        with _locked(self._path):
+            if self._path.exists():
+                raise ObjectExists(f"{self._path} is already there")
+            self._partial.replace(self._path)
+
+    def _stamp(self, nanoseconds: int) -> None:
+        # the kernel's own stamps move in steps of milliseconds: two writes in one step would look the same
+        os.utime(self._file.fileno(), ns=(nanoseconds, nanoseconds))
+
+    def __enter__(self) -> LocalUpload:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+
+class _OpenFile:
+    """An open file and the version it had when it was opened; closed when the last reader lets go of it."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(self._descriptor)
+        self.size = found.st_size
+        self.etag = _etag(found)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError):  # the open itself failed
+            os.close(self._descriptor)
+
+    def read(self, start: int, length: int, etag: str | None) -> bytes:
+        """At most `LARGEST_SYSTEM_READ` bytes as one new object."""
+        with self._same_version(etag):
+            data = os.pread(self._descriptor, length, start)
+        if len(data) < length:
+            raise self._changed()
+        return data
+
+    def read_into(self, buffer: memoryview, start: int, etag: str | None) -> None:
+        with self._same_version(etag):
+            done = 0
+            while done < buffer.nbytes:
+                piece = buffer[done : done + LARGEST_SYSTEM_READ]
+                got = os.preadv(self._descriptor, [piece], start + done)
+                if not got:
+                    raise self._changed()
+                done += got
+
+    @contextmanager
+    def _same_version(self, etag: str | None) -> Generator[None, None, None]:
+        if etag is not None and etag != self.etag:
+            raise self._changed()
+        yield
+        if _etag(os.fstat(self._descriptor)) != self.etag:
+            raise self._changed()
+
+    def _changed(self) -> ObjectChanged:
+        return ObjectChanged(f"{self._path} changed while it was in use; run again to pin the new version")
+
+
+class _OpenFiles:
+    """The files read last, kept open; a file that was replaced under its name is opened anew."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._files: OrderedDict[Path, _OpenFile] = OrderedDict()
+
+    def open(self, path: Path) -> _OpenFile:
+        named = path.stat()
+        if not stat.S_ISREG(named.st_mode):
+            raise ObjectMissing(f"{path} is not a file")
+        with self._lock:
+            file = self._files.get(path)
+        if file is None or file.etag != _etag(named):
+            file = _OpenFile(path)
+        with self._lock:
+            self._files[path] = file
+            self._files.move_to_end(path)
+            if len(self._files) > OPEN_FILES:
+                self._files.popitem(last=False)
+        return file
+
+
+def _etag(found: os.stat_result) -> str:
+    return f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}"
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") and name.endswith((PARTIAL, LOCK))
+
+
+def _lock_path(path: Path) -> Path:
+    return path.with_name(f".{path.name}{LOCK}")
+
+
+@contextmanager
+def _locked(path: Path) -> Generator[None, None, None]:
+    """Alone with the object among all processes of this machine (and of an NFS share) that ask for it."""
+    descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # a file system whose folders need no flush
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _remove_if_dead(partial: Path) -> bool:
+    """Remove a partial file that no living writer has locked; whether it was removed."""
+    with suppress(ObjectMissing, BlockingIOError), _readable_errors(partial):
+        descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            partial.unlink()
+            return True
+        finally:
+            os.close(descriptor)
+    return False
+
+
+@contextmanager
+def _readable_errors(path: Path) -> Generator[None, None, None]:
+    """Turn the system's refusals into errors that name the file and the remedy."""
+    try:
+        yield
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        raise _readable(error, path) from error
+
+
+def _readable(error: OSError, path: Path) -> MergeyardError:
+    match error.errno:
+        case errno.ENOENT:
+            return ObjectMissing(f"{path} does not exist")
+        case errno.EACCES | errno.EPERM:
+            return AccessDenied(f"{path}: permission denied; give this user access to it")
+        case errno.EROFS:
+            return AccessDenied(f"{path} is on a read-only file system; choose another output folder")
+        case errno.ENOTDIR | errno.EEXIST:
+            return BadInput(f"{path}: a part of this path is a file, not a folder; choose another path")
+        case errno.EISDIR | errno.ENOTEMPTY:
+            return BadInput(f"{path} is a folder, not a file; choose another path")
+        case errno.ENAMETOOLONG:
+            return BadInput(f"{path}: the name is too long for this file system; choose a shorter one")
+        case errno.ENOSPC | errno.EDQUOT:
+            return StorageError(f"{path.parent}: no room left on this disk; free some and run again")
+        case errno.ESTALE | errno.ETIMEDOUT | errno.EMFILE | errno.ENFILE:
+            return StorageUnavailable(f"{path}: {os.strerror(error.errno)}; run again")
+        case _:
+            return StorageError(f"{path}: {error.strerror or error}")
+
+
+def _raise_readable(error: OSError) -> None:
+    if error.errno != errno.ENOENT:  # a folder that went away while it was listed
+        raise _readable(error, Path(error.filename))
