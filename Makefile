@@ -1,0 +1,67 @@
+# The words of this repository. Each sets up what it needs, once, inside this folder:
+# .venv for mergeyard, .venv-mergekit for the peer that the conformance tests compare with.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+TORCH := 2.13.0
+MERGEKIT := 0.1.5
+
+# Where the environment offers wheels of its own, torch is the build found there; elsewhere uv picks the build that
+# fits the machine's GPU, or the CPU build where there is none.
+LOCAL_WHEELS := $(strip $(UV_FIND_LINKS) $(PIP_FIND_LINKS))
+ifdef LOCAL_WHEELS
+export UV_FIND_LINKS := $(LOCAL_WHEELS)
+else
+TORCH_BUILD := --torch-backend=auto
+endif
+INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
+
+.PHONY: help setup oracle demo test test-heavy check pins
+
+help: ## what each word does
+	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
+
+setup: .venv/.stamp ## everything to run and develop mergeyard, in .venv
+	@:
+
+.venv/.stamp: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo 'mergeyard needs Python 3.11 or newer: name one with make PYTHON=python3.12' >&2; exit 1; }
+	@echo 'setup: installing into .venv'
+	@test -x .venv/bin/uv || { $(PYTHON) -m venv .venv && .venv/bin/python -m pip install --quiet \
+		--disable-pip-version-check --constraint constraints.txt uv; }
+	@$(INSTALL) --python .venv/bin/python --editable '.[dev,lm-eval]'
+	@touch $@
+
+oracle: .venv-mergekit/.stamp ## the released mergekit, in .venv-mergekit
+	@:
+
+.venv-mergekit/.stamp: .venv/.stamp
+	@echo 'oracle: installing mergekit $(MERGEKIT) into .venv-mergekit'
+	@test -x .venv-mergekit/bin/python || .venv/bin/uv venv --quiet --python .venv/bin/python .venv-mergekit
+	@$(INSTALL) --python .venv-mergekit/bin/python mergekit==$(MERGEKIT) torch
+	@touch $@
+
+demo: setup ## a small grid of merges on this machine, end to end
+	@.venv/bin/mergeyard run jobs/examples/demo.yaml
+	@echo 'demo: the report is runs/demo/report/index.html'
+
+test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is passed on
+	@.venv/bin/pytest
+
+test-heavy: setup oracle ## the minutes-long tests
+	@.venv/bin/pytest -m heavy
+
+check: setup ## style and types
+	@.venv/bin/ruff check .
+	@.venv/bin/ruff format --check .
+	@.venv/bin/pyright
+
+pins: setup ## renew constraints.txt: the newest versions that fit pyproject.toml, torch as named above
+	@{ echo '# The versions that `make setup` installs, renewed by `make pins`.'; \
+		.venv/bin/uv pip compile --quiet --upgrade --all-extras --no-annotate --no-header \
+			--constraint <(echo 'torch==$(TORCH)') pyproject.toml | sed 's/+cpu$$//'; } > constraints.txt.partial
+	@mv constraints.txt.partial constraints.txt
