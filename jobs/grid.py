@@ -1,0 +1,251 @@
+"""A grid: the axes of a job, and from them its points, in a stable order with stable names.
+
+    grid:
+      w: {from: 0, to: 1, step: 0.1}              both ends included, exact; or `num: 11` in place of `step`
+      method: [linear, slerp]                     numbers or words
+      simplex: {axes: [a, b, c], step: 0.25}      every weighting ≥ 0 that sums to 1
+
+Axes multiply in document order, the last one fastest. Or, in place of all of them, the points themselves:
+
+    grid:
+      points: [{w: 0.1, name: light}, {w: 0.9}]
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from math import prod
+
+from jobs.errors import BadInput
+from jobs.expressions import AXIS_NAME, Bindings, Template, Value, format_number, name_template
+from jobs.loading import Node, quoted, suggestion
+from jobs.recipe import Recipe, RecipeTemplate
+
+MAX_POINTS = 100_000
+POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,200}", re.ASCII)
+RESERVED = ("simplex", "points", "name")
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One recipe with every placeholder bound, and the name it is stored under."""
+
+    name: str
+    bindings: Mapping[str, Value]
+    recipe: Recipe
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """Axis names and where each stands, the combinations of their values in order, and the names that points give."""
+
+    places: Mapping[str, str]
+    combinations: tuple[tuple[Value, ...], ...]
+    names: tuple[str | None, ...]
+    place: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Axis:
+    """One or, for a simplex, several axes that move together; each row gives each of them a value."""
+
+    names: tuple[str, ...]
+    rows: tuple[tuple[Value, ...], ...]
+    place: str
+
+
+def parse_grid(node: Node | None, place: str) -> Grid:
+    """The grid that stands at `node`; without one, a single point without axes."""
+    if node is None:
+        return Grid(places={}, combinations=((),), names=(None,), place=place)
+    entries = node.mapping()
+    if not entries:
+        raise node.error("the grid has no axis; give it one, or take it out")
+    if "points" not in entries:
+        return _product(node, [_axis(name, entry) for name, entry in entries.items()])
+    if len(entries) > 1:
+        other = next(name for name in entries if name != "points")
+        raise entries[other].error(
+            f"`points:` stands alone; take {quoted(other)} out, or write its values into the points"
+        )
+    return _explicit(entries["points"])
+
+
+def expand(recipe: RecipeTemplate, grid: Grid, point_name: Template | None) -> tuple[Point, ...]:
+    """Every point of the grid; refused are axes nobody uses or nobody defines, and names that are bad or double."""
+    used = frozenset[str]().union(*(placeholder.names for placeholder in recipe.placeholders))
+    for axis, place in grid.places.items():
+        if axis not in used:
+            raise BadInput(f"{place}: the axis {quoted(axis)} is used nowhere in the recipe; write ${{{axis}}} there")
+    for placeholder in (*recipe.placeholders, *([point_name] if point_name else [])):
+        for axis in sorted(placeholder.names - grid.places.keys()):
+            raise BadInput(f"{placeholder.place}: unknown axis {quoted(axis)}{suggestion(axis, grid.places.keys())}")
+    naming = point_name or _default_name(grid)
+    points: dict[str, Point] = {}
+    for values, given_name in zip(grid.combinations, grid.names, strict=True):
+        bindings = dict(zip(grid.places, values, strict=True))
+        name = given_name or naming.render(bindings)
+        if not POINT_NAME.fullmatch(name):
+            raise BadInput(
+                f"{naming.place}: {quoted(name)} cannot name a point; "
+                "at most 201 letters, digits and . _ + = , - beginning with a letter or digit"
+            )
+        if name in points:
+            first = described(points[name].bindings)
+            raise BadInput(
+                f"{naming.place}: the points {first} and {described(bindings)} are both called {quoted(name)}; "
+                "name every axis in `point:`"
+            )
+        points[name] = Point(name, bindings, recipe.bind(bindings))
+    return tuple(points.values())
+
+
+def described(bindings: Bindings) -> str:
+    """`w=0.7, method=ties`."""
+    return ", ".join(
+        f"{axis}={value if isinstance(value, str) else format_number(value)}" for axis, value in bindings.items()
+    )
+
+
+def _default_name(grid: Grid) -> Template:
+    return name_template("_".join(f"{axis}{{{axis}}}" for axis in grid.places) or "merge", grid.place)
+
+
+def _product(node: Node, axes: list[_Axis]) -> Grid:
+    places: dict[str, str] = {}
+    for axis in axes:
+        for name in axis.names:
+            if name in places:
+                raise BadInput(f"{axis.place}: the axis {quoted(name)} is defined twice (first at {places[name]})")
+            places[name] = axis.place
+    _check_count(node, prod(len(axis.rows) for axis in axes))
+    combinations = tuple(
+        tuple(itertools.chain.from_iterable(rows)) for rows in itertools.product(*(axis.rows for axis in axes))
+    )
+    return Grid(places=places, combinations=combinations, names=(None,) * len(combinations), place=node.place)
+
+
+def _explicit(node: Node) -> Grid:
+    entries = node.sequence()
+    _check_count(node, len(entries))
+    axes = [name for name in entries[0].mapping() if name != "name"]
+    for axis in axes:
+        _check_axis_name(axis, entries[0].mapping()[axis])
+    for entry in entries:
+        entry.mapping((*axes, "name"), axes)
+    return Grid(
+        places={axis: entries[0].mapping()[axis].place for axis in axes},
+        combinations=tuple(tuple(_axis_value(entry.mapping()[axis]) for axis in axes) for entry in entries),
+        names=tuple(entry.mapping()["name"].string() if "name" in entry.mapping() else None for entry in entries),
+        place=node.place,
+    )
+
+
+def _axis(name: str, node: Node) -> _Axis:
+    if name == "simplex":
+        return _simplex(node)
+    _check_axis_name(name, node)
+    if node.kind == "list":
+        values = tuple(_axis_value(entry) for entry in node.sequence())
+    elif node.kind == "mapping":
+        values = tuple(_range(node))
+    else:
+        raise node.error(f"the axis {quoted(name)} must be a list, or {{from, to, step}}, or {{from, to, num}}")
+    _check_distinct(name, values, node)
+    return _Axis((name,), tuple((value,) for value in values), node.place)
+
+
+def _range(node: Node) -> Iterator[Fraction]:
+    keys = node.mapping(("from", "to", "step", "num"), ("from", "to"))
+    if ("step" in keys) == ("num" in keys):
+        raise node.error("a range needs `step` or `num`, one of the two")
+    start, end = keys["from"].number(), keys["to"].number()
+    count = _steps(keys["step"], start, end) + 1 if "step" in keys else keys["num"].integer(minimum=1)
+    if count == 1 and start != end:
+        raise node.error("a range of one value needs `from` and `to` to be equal; or write a list")
+    if count > 1 and start == end:
+        raise node.error("`from` and `to` are equal; a range of several values needs them to differ")
+    _check_count(node, count)
+    return (start + (end - start) * index / max(count - 1, 1) for index in range(count))
+
+
+def _steps(node: Node, start: Fraction, end: Fraction) -> int:
+    step = node.number()
+    if not step:
+        raise node.error("a step cannot be 0")
+    steps = (end - start) / step
+    if steps < 0:
+        raise node.error(f"steps of {format_number(step)} lead away from `to`; turn the sign")
+    if steps.denominator != 1:
+        reached = format_number(start + int(steps) * step)
+        raise node.error(
+            f"steps of {format_number(step)} from {format_number(start)} miss {format_number(end)}; "
+            f"end at {reached}, or give `num` in place of `step`"
+        )
+    return steps.numerator
+
+
+def _simplex(node: Node) -> _Axis:
+    keys = node.mapping(("axes", "step"), ("axes", "step"))
+    names = tuple(entry.string() for entry in keys["axes"].sequence())
+    for name, entry in zip(names, keys["axes"].sequence(), strict=True):
+        _check_axis_name(name, entry)
+    if len(names) < 2 or len(set(names)) < len(names):
+        raise keys["axes"].error("a simplex needs two or more different axes")
+    step = keys["step"].number()
+    if step <= 0 or (1 / step).denominator != 1:
+        raise keys["step"].error("the step of a simplex must divide 1 into equal parts, as 0.5, 0.25, 0.2, 0.1 do")
+    parts = (1 / step).numerator
+    _check_count(node, _compositions_count(parts, len(names)))
+    rows = tuple(tuple(count * step for count in counts) for counts in _compositions(parts, len(names)))
+    return _Axis(names, rows, node.place)
+
+
+def _compositions(total: int, size: int) -> Iterator[tuple[int, ...]]:
+    if size == 1:
+        yield (total,)
+        return
+    for first in range(total, -1, -1):
+        for rest in _compositions(total - first, size - 1):
+            yield (first, *rest)
+
+
+def _compositions_count(total: int, size: int) -> int:
+    count = 1
+    for index in range(1, size):
+        count = count * (total + index) // index
+        if count > MAX_POINTS:
+            break
+    return count
+
+
+def _axis_value(node: Node) -> Value:
+    if node.kind == "number":
+        return node.number()
+    if node.kind == "string":
+        return node.string()
+    raise node.error(f"an axis holds numbers and words, not {'true or false' if node.kind == 'boolean' else node.kind}")
+
+
+def _check_axis_name(name: str, node: Node) -> None:
+    if name in RESERVED:
+        raise node.error(f"an axis cannot be called {quoted(name)}; the word has a meaning of its own here")
+    if not AXIS_NAME.fullmatch(name) or len(name) > 80:
+        raise node.error(f"{quoted(name)} cannot name an axis; letters, digits and _, beginning with a letter")
+
+
+def _check_distinct(name: str, values: tuple[Value, ...], node: Node) -> None:
+    seen: set[Value] = set()
+    for value in values:
+        if value in seen:
+            raise node.error(f"the axis {quoted(name)} holds {described({name: value})} twice")
+        seen.add(value)
+
+
+def _check_count(node: Node, count: int) -> None:
+    if count > MAX_POINTS:
+        raise node.error(f"this makes {count if count < 10**12 else 'far too many'} points; at most {MAX_POINTS}")

@@ -1,0 +1,271 @@
+"""YAML text → `Node`: a cursor that knows its value, its path and the line it stands on.
+
+Strict where a slip would be costly: no anchors, aliases, merge keys, tags or second documents, no key twice, at most
+1 MiB and 32 levels. Numbers are read as YAML 1.2 reads them (`1e-6` is a number, `012` is 12, `1:30` is text) and stay
+exact: `0.7` is `Fraction(7, 10)`. Booleans are PyYAML's (`true/false`, `yes/no`, `on/off`). Dates are text.
+Every refusal is a `BadInput` that begins with `job.yaml:14: `.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from jobs.errors import BadInput
+
+MAX_BYTES = 1 << 20
+MAX_DEPTH = 32
+NULLS = frozenset({"", "~", "null", "Null", "NULL"})
+BOOLEANS = {
+    spelling: value
+    for word, value in {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.items()
+    for spelling in (word, word.capitalize(), word.upper())
+}
+NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE]([-+]?\d{1,9}))?", re.ASCII)
+MAX_NUMBER_LENGTH = 64
+MAX_EXPONENT = 308
+NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
+SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)", re.ASCII)
+SIZE_UNITS = {"B": 1} | {
+    f"{letter}{suffix}": base ** (index + 1)
+    for suffix, base in (("B", 1000), ("iB", 1024))
+    for index, letter in enumerate("KMGT")
+}
+Kind = Literal["mapping", "list", "string", "number", "boolean", "nothing"]
+
+
+def quoted(text: str) -> str:
+    """`text` in double quotes on one line, cut at 80 characters."""
+    return json.dumps(text if len(text) <= 80 else f"{text[:77]}...", ensure_ascii=False)
+
+
+def suggestion(name: str, choices: Collection[str]) -> str:
+    """`; did you mean "weight"?`, or the choices where none is near and they are few, or nothing."""
+    near = difflib.get_close_matches(name[:80], choices, 1)
+    if near:
+        return f"; did you mean {quoted(near[0])}?"
+    return f"; choose from {', '.join(sorted(choices))}" if 0 < len(choices) <= 24 else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One value of the document. `line` is the line of its key, or of the value itself inside a list.
+
+    `value` is the scalar's text, the list's nodes or the mapping's nodes by key; `quoted` tells `"0.7"` from `0.7`.
+    """
+
+    value: str | tuple[Node, ...] | Mapping[str, Node]
+    quoted: bool
+    document: str
+    line: int
+    path: str
+
+    @property
+    def place(self) -> str:
+        """File and line, `job.yaml:14`."""
+        return f"{self.document}:{self.line}"
+
+    @property
+    def kind(self) -> Kind:
+        """What YAML says this value is."""
+        if isinstance(self.value, tuple):
+            return "list"
+        if not isinstance(self.value, str):
+            return "mapping"
+        if self.quoted:
+            return "string"
+        if self.value in NULLS:
+            return "nothing"
+        if self.value in BOOLEANS:
+            return "boolean"
+        return "number" if NUMBER.fullmatch(self.value) or NOT_FINITE.fullmatch(self.value) else "string"
+
+    def error(self, message: str) -> BadInput:
+        """A `BadInput` that says where: raise it."""
+        return BadInput(f"{self.place}: {message}")
+
+    def mapping(self, known: Collection[str] | None = None, required: Collection[str] = ()) -> Mapping[str, Node]:
+        """The nodes by key, in document order; with `known`, any other key is refused and the nearest offered."""
+        if isinstance(self.value, str | tuple):
+            self._refuse("a mapping")
+        if known is not None:
+            for key, node in self.value.items():
+                if key not in known:
+                    raise node.error(f"unknown key {quoted(key)}{suggestion(key, known)}")
+        for key in required:
+            if key not in self.value:
+                raise self.error(f"{self._subject()} needs the key {quoted(key)}")
+        return self.value
+
+    def sequence(self) -> tuple[Node, ...]:
+        """The nodes of a list that is not empty."""
+        if not isinstance(self.value, tuple):
+            self._refuse("a list")
+        if not self.value:
+            raise self.error(f"{self._subject()} is an empty list")
+        return self.value
+
+    def string(self) -> str:
+        """Text that is not empty."""
+        if not isinstance(self.value, str) or self.kind != "string":
+            self._refuse("a string", "; put it in quotes" if self.kind in ("number", "boolean") else "")
+        if not self.value:
+            raise self.error(f"{self._subject()} is empty")
+        return self.value
+
+    def choice(self, choices: Collection[str]) -> str:
+        """One of `choices`."""
+        text = self.string()
+        if text not in choices:
+            raise self.error(f"{self._subject()} cannot be {quoted(text)}; choose from {', '.join(choices)}")
+        return text
+
+    def number(self, *, minimum: int | None = None) -> Fraction:
+        """The exact number that is written there."""
+        if not isinstance(self.value, str) or self.kind != "number":
+            self._refuse("a number", "; take off the quotes" if self.quoted and self._looks_like_a_number() else "")
+        if NOT_FINITE.fullmatch(self.value):
+            raise self.error(f"{self._subject()} must be finite, not {self.value}")
+        match = NUMBER.fullmatch(self.value)
+        exponent = int(match[1] or 0) if match else 0
+        if len(self.value) > MAX_NUMBER_LENGTH or abs(exponent) > MAX_EXPONENT:
+            raise self.error(f"{self._subject()} is out of range: {quoted(self.value)}")
+        number = Fraction(self.value)
+        if minimum is not None and number < minimum:
+            raise self.error(f"{self._subject()} must be at least {minimum}, not {self.value}")
+        return number
+
+    def integer(self, *, minimum: int | None = None) -> int:
+        """A whole number."""
+        number = self.number(minimum=minimum)
+        if number.denominator != 1:
+            raise self.error(f"{self._subject()} must be a whole number, not {self.value}")
+        return number.numerator
+
+    def boolean(self) -> bool:
+        """True or false."""
+        if not isinstance(self.value, str) or self.kind != "boolean":
+            self._refuse("true or false")
+        return BOOLEANS[self.value]
+
+    def size_bytes(self) -> int:
+        """A number of bytes ≥ 1: `1GB` (10⁹), `2GiB` (2³⁰), `500MB`, or a bare whole number of bytes."""
+        if self.kind == "number":
+            return self.integer(minimum=1)
+        match = SIZE.fullmatch(self.string()) if len(self.string()) <= MAX_NUMBER_LENGTH else None
+        size = Fraction(match[1]) * SIZE_UNITS[match[2]] if match else Fraction(0)
+        if size < 1:
+            raise self.error(
+                f"{self._subject()} must be a size such as 1GB, 500MB or 2GiB, not {quoted(self.string())}"
+            )
+        return int(size)
+
+    def _subject(self) -> str:
+        return quoted(self.path) if self.path else "the document"
+
+    def _looks_like_a_number(self) -> bool:
+        return isinstance(self.value, str) and NUMBER.fullmatch(self.value) is not None
+
+    def _refuse(self, expected: str, remedy: str = "") -> NoReturn:
+        found = f"{self.kind} {self.value}" if self.kind in ("number", "boolean") else self.kind
+        found = f"string {quoted(self.value)}" if isinstance(self.value, str) and self.kind == "string" else found
+        raise self.error(f"{self._subject()} must be {expected}, not {_with_article(found)}{remedy}")
+
+
+def load_document(text: str, name: str) -> Node:
+    """The root of the one document in `text`; `name` is what places call the file."""
+    if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
+        raise BadInput(f"{name}:1: the file is larger than 1 MiB")
+    try:
+        return _Composer(text, name).root()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise BadInput(f"{name}:{line}: not YAML: {error.problem or error.context}{_hint(text, line)}") from None
+    except yaml.reader.ReaderError as error:
+        line = text.encode("utf-8", "surrogatepass")[: error.position].count(b"\n") + 1
+        raise BadInput(f"{name}:{line}: not YAML: a character that is not allowed: {error.character!r}") from None
+    except UnicodeEncodeError:
+        raise BadInput(f"{name}:1: not YAML: the text is not valid Unicode") from None
+
+
+class _Composer:
+    """Turns the parser's events into nodes, refusing what the module's docstring refuses, before it costs anything."""
+
+    def __init__(self, text: str, name: str) -> None:
+        loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML has it: 10 × faster
+        self._events: Iterator[Any] = yaml.parse(text, Loader=loader)
+        self._name = name
+
+    def root(self) -> Node:
+        next(self._events)  # StreamStart
+        if isinstance(next(self._events), yaml.StreamEndEvent):
+            raise BadInput(f"{self._name}:1: the file is empty")
+        event = next(self._events)
+        node = self._node(event, event.start_mark.line + 1, "", 0)
+        next(self._events)  # DocumentEnd
+        following = next(self._events)
+        if not isinstance(following, yaml.StreamEndEvent):
+            place = f"{self._name}:{following.start_mark.line + 1}"
+            raise BadInput(f"{place}: a second document begins here; keep one document in a file")
+        return node
+
+    def _node(self, event: Any, line: int, path: str, depth: int) -> Node:
+        self._check(event, depth)
+        if isinstance(event, yaml.ScalarEvent):
+            return Node(str(event.value), bool(event.style), self._name, line, path)
+        if isinstance(event, yaml.SequenceStartEvent):
+            return Node(tuple(self._elements(path, depth)), False, self._name, line, path)
+        return Node(self._entries(path, depth), False, self._name, line, path)
+
+    def _elements(self, path: str, depth: int) -> Iterator[Node]:
+        index = 0
+        while not isinstance(event := next(self._events), yaml.SequenceEndEvent):
+            yield self._node(event, event.start_mark.line + 1, f"{path}[{index}]", depth + 1)
+            index += 1
+
+    def _entries(self, path: str, depth: int) -> dict[str, Node]:
+        entries: dict[str, Node] = {}
+        while not isinstance(event := next(self._events), yaml.MappingEndEvent):
+            line = event.start_mark.line + 1
+            key = self._key(event, line, depth)
+            if key in entries:
+                first = entries[key].line
+                raise BadInput(f"{self._name}:{line}: the key {quoted(key)} stands here twice (first on line {first})")
+            entries[key] = self._node(next(self._events), line, f"{path}.{key}" if path else key, depth + 1)
+        return entries
+
+    def _key(self, event: Any, line: int, depth: int) -> str:
+        self._check(event, depth)
+        if not isinstance(event, yaml.ScalarEvent):
+            raise BadInput(f'{self._name}:{line}: a key must be a word; put placeholders such as "${{w}}" in quotes')
+        key = str(event.value)
+        if not event.style and key == "<<":
+            raise BadInput(f"{self._name}:{line}: merge keys (<<) are not accepted; write the keys out")
+        return key
+
+    def _check(self, event: Any, depth: int) -> None:
+        place = f"{self._name}:{event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise BadInput(f"{place}: anchors and aliases (& and *) are not accepted; write the value out")
+        if event.tag is not None:
+            raise BadInput(f"{place}: the tag {quoted(event.tag)} is not accepted; take it out")
+        if depth > MAX_DEPTH:
+            raise BadInput(f"{place}: nested more than {MAX_DEPTH} levels deep")
+
+
+def _hint(text: str, line: int) -> str:
+    lines = text.split("\n")
+    around = "\n".join(lines[max(0, line - 2) : line])
+    return '; put what has braces in quotes: "${w}"' if re.search(r"[{]\s*\w+\s*[^:]*[}]", around) else ""
+
+
+def _with_article(noun: str) -> str:
+    return noun if noun == "nothing" else f"a {noun}"

@@ -1,0 +1,368 @@
+"""A recipe: one mergekit document, strictly read; and its template, where `${…}` waits for a point of the grid.
+
+The document's grammar is mergekit's for whole models: `merge_method`, `models`, `base_model`, `parameters`, `dtype`,
+`out_dtype`, `tokenizer_source`, `chat_template`. What mergekit ignores without a word (unknown keys, the same model
+twice) is refused here. Which methods and parameters exist is not known in this package: every `Recipe` and `Source`
+carries its place, so that planning can still point at the line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+from jobs.errors import BadInput
+from jobs.expressions import Bindings, Template, template
+from jobs.loading import Node, quoted, suggestion
+
+Scalar = Fraction | bool | str
+Gradient = tuple[Fraction, ...]
+KEYS = (
+    "merge_method",
+    "models",
+    "base_model",
+    "parameters",
+    "dtype",
+    "out_dtype",
+    "tokenizer_source",
+    "chat_template",
+)
+DTYPES = ("float32", "float16", "bfloat16")
+WHOLE_MODELS_ONLY = {
+    "slices": "mergeyard merges whole models: list them under `models:` with the same parameters, "
+    "and set a layer apart with a gradient or a `{filter, value}`",
+    "modules": "mergeyard merges whole models: list them under `models:`; a `{filter, value}` sets a module apart",
+    "tokenizer": "mergeyard copies one parent's tokenizer as it is: write `tokenizer_source: base`, or name a model",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A value for the tensors whose name contains `filter`; None or `*` is every tensor."""
+
+    filter: str | None
+    value: Scalar | Gradient
+
+
+Setting = Scalar | Gradient | tuple[Filtered, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One model that goes in, and the parameters that are its own."""
+
+    model: str
+    parameters: Mapping[str, Setting]
+    place: str = field(compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def place_of(self, parameter_name: str) -> str:
+        """Where that parameter is set, or where this model is named."""
+        return self.places.get(parameter_name, self.place)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """One merge with every value bound. Two recipes are equal when they ask for the same merge, wherever they stand."""
+
+    merge_method: str
+    models: tuple[Source, ...]
+    base_model: str | None = None
+    parameters: Mapping[str, Setting] = field(default_factory=dict)
+    dtype: str | None = None
+    out_dtype: str | None = None
+    tokenizer_source: str | None = None
+    chat_template: str | None = None
+    place: str = field(compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def document(self) -> dict[str, Any]:
+        """The plain mergekit document (for `mergekit_config.yml`): whole numbers as int, others as float."""
+        document: dict[str, Any] = {"merge_method": self.merge_method}
+        if self.base_model is not None:
+            document["base_model"] = self.base_model
+        document["models"] = [_source_document(source) for source in self.models]
+        if self.parameters:
+            document["parameters"] = {name: _plain(setting) for name, setting in self.parameters.items()}
+        for key in ("dtype", "out_dtype", "tokenizer_source", "chat_template"):
+            if (value := getattr(self, key)) is not None:
+                document[key] = value
+        return document
+
+    def references(self) -> tuple[str, ...]:
+        """Every model and the base, once each, in order of first appearance."""
+        base = () if self.base_model is None else (self.base_model,)
+        return tuple(dict.fromkeys((*(source.model for source in self.models), *base)))
+
+    def place_of(self, name: str) -> str:
+        """Where a key of the document or a parameter is set: at the top, else at the first model that sets it."""
+        if name in self.places:
+            return self.places[name]
+        return next((source.places[name] for source in self.models if name in source.places), self.place)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeTemplate:
+    """A checked recipe whose placeholders wait for values; `bind` is cheap."""
+
+    texts: Mapping[str, str | Template]
+    models: tuple[_SourceTemplate, ...]
+    parameters: Mapping[str, _Slot]
+    chat_template: str | None
+    place: str
+    places: Mapping[str, str]
+    placeholders: tuple[Template, ...]
+
+    def bind(self, bindings: Bindings) -> Recipe:
+        """The recipe at one point."""
+        texts = {key: _bound_text(text, bindings) for key, text in self.texts.items()}
+        recipe = Recipe(
+            merge_method=texts["merge_method"],
+            models=tuple(source.bind(bindings) for source in self.models),
+            base_model=texts.get("base_model"),
+            parameters=_bound_parameters(self.parameters, bindings),
+            dtype=texts.get("dtype"),
+            out_dtype=texts.get("out_dtype"),
+            tokenizer_source=texts.get("tokenizer_source"),
+            chat_template=self.chat_template,
+            place=self.place,
+            places=self.places,
+        )
+        _check(recipe)
+        return recipe
+
+
+@dataclass(frozen=True, slots=True)
+class _FilteredTemplate:
+    filter: str | Template | None
+    value: _ValueSlot
+
+
+@dataclass(frozen=True, slots=True)
+class _SourceTemplate:
+    model: str | Template
+    parameters: Mapping[str, _Slot]
+    place: str
+    places: Mapping[str, str]
+
+    def bind(self, bindings: Bindings) -> Source:
+        return Source(
+            model=_bound_text(self.model, bindings),
+            parameters=_bound_parameters(self.parameters, bindings),
+            place=self.place,
+            places=self.places,
+        )
+
+
+_ValueSlot = Scalar | Template | tuple[Fraction | Template, ...]
+_Slot = _ValueSlot | tuple[_FilteredTemplate, ...]
+
+
+def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction) -> Scalar | None:
+    """What `setting` says for one tensor, or None if no filter matches it and the next level is to be asked.
+
+    `position` is the layer's index / (layers − 1): 0 for embeddings, final norm and head, 1 for a one-layer model. A
+    float is taken for the fraction it stands for, so gradients are exact. A gradient's n values lie at equal distances
+    over 0…1, with straight lines between. Of a filter list, the first entry whose text the tensor's name contains wins.
+    """
+    if not isinstance(setting, tuple):
+        return setting
+    for part in setting:
+        if not isinstance(part, Filtered):
+            break
+        if part.filter in (None, "*") or part.filter in tensor_name:
+            return _interpolated(part.value, position) if isinstance(part.value, tuple) else part.value
+    else:
+        return None
+    return _interpolated(tuple(part for part in setting if isinstance(part, Fraction)), position)
+
+
+def parse_recipe(node: Node, bindings: Bindings) -> Recipe:
+    """The recipe that stands at `node`, with its placeholders bound."""
+    return recipe_template(node).bind(bindings)
+
+
+def recipe_template(node: Node) -> RecipeTemplate:
+    """The recipe that stands at `node`, its form checked, its placeholders kept."""
+    for key, remedy in WHOLE_MODELS_ONLY.items():
+        if isinstance(node.value, Mapping) and key in node.value:
+            raise node.value[key].error(f"`{key}:` is not accepted: {remedy}")
+    keys = {
+        key: value for key, value in node.mapping(KEYS, ("merge_method", "models")).items() if value.kind != "nothing"
+    }
+    reader = _Reader()
+    texts = {key: reader.text(keys[key]) for key in _TEXT_KEYS if key in keys}
+    if "merge_method" not in texts or "models" not in keys:
+        raise node.error('"merge_method" and "models" must have a value')
+    models = tuple(reader.source(model) for model in keys["models"].sequence())
+    parameters, parameter_places = reader.parameters(keys.get("parameters"))
+    return RecipeTemplate(
+        texts=texts,
+        models=models,
+        parameters=parameters,
+        chat_template=keys["chat_template"].string() if "chat_template" in keys else None,
+        place=node.place,
+        places={key: value.place for key, value in keys.items()} | parameter_places,
+        placeholders=tuple(reader.placeholders),
+    )
+
+
+_TEXT_KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source")
+
+
+class _Reader:
+    """Reads the parts of a recipe and remembers every placeholder it met."""
+
+    def __init__(self) -> None:
+        self.placeholders: list[Template] = []
+
+    def text(self, node: Node) -> str | Template:
+        """Text, or a template of text."""
+        text = node.string()
+        parsed = template(text, node.place)
+        if parsed is None:
+            return text
+        self.placeholders.append(parsed)
+        return parsed
+
+    def source(self, node: Node) -> _SourceTemplate:
+        """One entry of `models:`."""
+        keys = node.mapping(("model", "parameters"), ("model",))
+        if keys["model"].kind == "mapping":
+            raise keys["model"].error(
+                "a model is named by a string; adapters and architecture overrides are not accepted"
+            )
+        parameters, places = self.parameters(keys.get("parameters"))
+        return _SourceTemplate(self.text(keys["model"]), parameters, keys["model"].place, places)
+
+    def parameters(self, node: Node | None) -> tuple[dict[str, _Slot], dict[str, str]]:
+        """The settings by name, and where each stands."""
+        if node is None or node.kind == "nothing":
+            return {}, {}
+        settings = node.mapping()
+        return (
+            {name: self._setting(setting) for name, setting in settings.items()},
+            {name: setting.place for name, setting in settings.items()},
+        )
+
+    def _setting(self, node: Node) -> _Slot:
+        if node.kind == "mapping":
+            return (self._filtered(node),)
+        if node.kind == "list" and node.sequence()[0].kind == "mapping":
+            return tuple(self._filtered(entry) for entry in node.sequence())
+        return self._value(node)
+
+    def _filtered(self, node: Node) -> _FilteredTemplate:
+        keys = node.mapping(("filter", "value"), ("value",))
+        unfiltered = "filter" not in keys or keys["filter"].kind == "nothing"
+        return _FilteredTemplate(None if unfiltered else self.text(keys["filter"]), self._value(keys["value"]))
+
+    def _value(self, node: Node) -> _ValueSlot:
+        if node.kind == "list":
+            return tuple(self._gradient_value(entry) for entry in node.sequence())
+        if node.kind == "number":
+            return node.number()
+        return node.boolean() if node.kind == "boolean" else self.text(node)
+
+    def _gradient_value(self, node: Node) -> Fraction | Template:
+        if node.kind == "string" and isinstance(parsed := self.text(node), Template):
+            return parsed
+        return node.number()
+
+
+def _bound_text(text: str | Template, bindings: Bindings) -> str:
+    return text if isinstance(text, str) else text.render(bindings)
+
+
+def _bound_parameters(parameters: Mapping[str, _Slot], bindings: Bindings) -> dict[str, Setting]:
+    return {name: _bound(slot, bindings) for name, slot in parameters.items()}
+
+
+def _bound(slot: _Slot, bindings: Bindings) -> Setting:
+    if isinstance(slot, tuple) and isinstance(slot[0], _FilteredTemplate):
+        return tuple(_bound_filtered(part, bindings) for part in slot if isinstance(part, _FilteredTemplate))
+    return _bound_value(slot, bindings)  # pyright: ignore[reportArgumentType]  (a tuple is of one kind throughout)
+
+
+def _bound_filtered(part: _FilteredTemplate, bindings: Bindings) -> Filtered:
+    text = None if part.filter is None else _bound_text(part.filter, bindings)
+    return Filtered(text, _bound_value(part.value, bindings))
+
+
+def _bound_value(slot: _ValueSlot, bindings: Bindings) -> Scalar | Gradient:
+    if isinstance(slot, Template):
+        return slot.bind(bindings)
+    if isinstance(slot, tuple):
+        return tuple(_bound_number(part, bindings) for part in slot)
+    return slot
+
+
+def _bound_number(slot: Fraction | Template, bindings: Bindings) -> Fraction:
+    value = slot if isinstance(slot, Fraction) else slot.bind(bindings)
+    if isinstance(value, str):
+        place = slot.place if isinstance(slot, Template) else ""
+        raise BadInput(f"{place}: a gradient holds numbers, not {quoted(value)}")
+    return value
+
+
+def _check(recipe: Recipe) -> None:
+    references = recipe.references()
+    if len({source.model for source in recipe.models}) != len(recipe.models):
+        _refuse_repeated_model(recipe)
+    for key, dtype in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
+        if dtype is not None and dtype not in DTYPES:
+            raise BadInput(f"{recipe.place_of(key)}: {key} cannot be {quoted(dtype)}; choose from {', '.join(DTYPES)}")
+    if recipe.tokenizer_source is not None:
+        _check_tokenizer_source(recipe, recipe.tokenizer_source, references)
+
+
+def _refuse_repeated_model(recipe: Recipe) -> None:
+    seen: set[str] = set()
+    for source in recipe.models:
+        if source.model in seen:
+            message = "is listed twice; list it once, with the sum of the weights"
+            raise BadInput(f"{source.place}: the model {quoted(source.model)} {message}")
+        seen.add(source.model)
+
+
+def _check_tokenizer_source(recipe: Recipe, tokenizer_source: str, references: tuple[str, ...]) -> None:
+    place = recipe.place_of("tokenizer_source")
+    if tokenizer_source == "union":
+        reason = "it changes the vocabulary and the rows of the embeddings"
+        raise BadInput(f"{place}: tokenizer_source union is not accepted: {reason}; write `base` or name a model")
+    if tokenizer_source == "base" and recipe.base_model is None:
+        raise BadInput(
+            f"{place}: tokenizer_source is base and the recipe has no base_model; name a model of the recipe"
+        )
+    if tokenizer_source not in ("base", *references):
+        near = suggestion(tokenizer_source, ("base", *references))
+        raise BadInput(f"{place}: tokenizer_source {quoted(tokenizer_source)} is no model of the recipe{near}")
+
+
+def _interpolated(gradient: Gradient, position: float | Fraction) -> Fraction:
+    # idx / (layers − 1) arrives as a float; the nearest fraction with a small denominator is the one that was meant
+    exact = position if isinstance(position, Fraction) else Fraction(position).limit_denominator(1_000_000)
+    scaled = exact * (len(gradient) - 1)
+    left = min(int(scaled), len(gradient) - 1)
+    right = min(left + 1, len(gradient) - 1)
+    return gradient[left] + (gradient[right] - gradient[left]) * (scaled - left)
+
+
+def _source_document(source: Source) -> dict[str, Any]:
+    document: dict[str, Any] = {"model": source.model}
+    if source.parameters:
+        document["parameters"] = {name: _plain(setting) for name, setting in source.parameters.items()}
+    return document
+
+
+def _plain(setting: Setting | Filtered) -> Any:
+    if isinstance(setting, Fraction):
+        return setting.numerator if setting.denominator == 1 else float(setting)
+    if isinstance(setting, tuple):
+        return [_plain(part) for part in setting]
+    if isinstance(setting, Filtered):
+        named = {} if setting.filter is None else {"filter": setting.filter}
+        return named | {"value": _plain(setting.value)}
+    return setting
