@@ -1,0 +1,110 @@
+"""Benchmark items: one prompt with its answers, written once to Parquet and answered by every point of the grid.
+
+An item names two groups it belongs to. `pair` is shared by the items that ask the same thing at different lengths, so
+that a model's loss from 4K to 128K is measured on the same needle. `haystack` is shared by the items whose answers
+are not independent: the questions on one haystack, at every length. It is the cluster of all standard errors.
+Engines share work by `prefix`, the text itself, never by these ids.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jobs.errors import CorruptData
+
+# Raised by whoever changes a prompt, a draw or a budget: old items then no longer count as these items.
+GENERATOR_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One question for a model: it reads `prefix + prompt + answer_prefix` and generates `max_new_tokens` tokens."""
+
+    benchmark: str
+    task: str
+    length: int
+    """The context length the item was built for: `tokens + max_new_tokens` never exceeds it."""
+    index: int
+    depths: tuple[float, ...]
+    """Where each asked needle lies: 0 begins the context, 1 ends it; empty where there is no needle."""
+    haystack: str
+    prefix: str
+    """The text this item shares, from its first character on, with every question on its haystack; may be empty."""
+    prompt: str
+    answer_prefix: str
+    answers: tuple[str, ...]
+    scorer: str
+    max_new_tokens: int
+    tokens: int
+    """Tokens of `prefix + prompt + answer_prefix`, counted by one encoding of the whole."""
+    pair: str
+
+    @property
+    def text(self) -> str:
+        """All that the model reads."""
+        return self.prefix + self.prompt + self.answer_prefix
+
+
+def items_digest(spec: Mapping[str, Any], *, tokenizer: str, length: int, seed: int) -> str:
+    """The content address of a set of items (64 hex digits).
+
+    `spec` is everything else they depend on, as JSON values: benchmark, tasks, number of items, digests of the texts
+    they are cut from. `tokenizer` is the digest of tokenizer.json.
+    """
+    identity = {
+        "generator": GENERATOR_VERSION,
+        "spec": spec,
+        "tokenizer": tokenizer,
+        "length": length,
+        "seed": seed,
+    }
+    return hashlib.sha256(json.dumps(identity, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def _schema() -> Any:
+    import pyarrow as pa
+
+    types = {
+        "str": pa.string(),
+        "int": pa.int64(),
+        "tuple[float, ...]": pa.list_(pa.float64()),
+        "tuple[str, ...]": pa.list_(pa.string()),
+    }
+    return pa.schema([pa.field(field.name, types[str(field.type)], nullable=False) for field in fields(Item)])
+
+
+def write_items(items: Iterable[Item]) -> bytes:
+    """The items as one Parquet file; the same items give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = list(items)
+    schema = _schema()
+    columns = [[getattr(item, name) for item in rows] for name in schema.names]
+    table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", row_group_size=64)
+    return sink.getvalue()
+
+
+def read_items(data: bytes) -> list[Item]:
+    """The items of one Parquet file, in their order; `CorruptData` if it is not one of `write_items`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+    except pa.ArrowInvalid as error:
+        raise CorruptData(f"items: not a Parquet file ({error}); delete it and build the items again") from error
+    names = [field.name for field in fields(Item)]
+    if missing := sorted(set(names) - set(table.column_names)):
+        raise CorruptData(f"items: the file has no column {', '.join(missing)}; delete it and build the items again")
+    rows: list[dict[str, Any]] = table.select(names).to_pylist()
+    for row in rows:
+        row.update(depths=tuple(row["depths"]), answers=tuple(row["answers"]))
+    return [Item(**row) for row in rows]

@@ -1,0 +1,226 @@
+"""Needles in a haystack: the eight `niah` tasks of RULER, and any number of questions on one haystack.
+
+RULER hides one group of needles in one haystack and asks once. Its m-question form here hides q keys of its own for
+each question and keeps the k − q keys nobody asks for; with m = 1 that is RULER's task. All m items then share the
+text up to the question, so that an engine reads the haystack once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from workers.benchmarks.budget import TooShort, most_units
+from workers.benchmarks.draws import Draw
+from workers.benchmarks.haystacks import Essay, Haystack, Lines, Noise
+from workers.benchmarks.items import Item
+from workers.benchmarks.tokens import Tokenizer
+
+HEAD = (
+    "Some special magic {values} are hidden within the following text. Make sure to memorize it. "
+    "I will quiz you about the {values} afterwards.\n"
+)
+QUESTION = "\nWhat are all the special magic {values} for {query} mentioned in the provided text?"
+ANSWER_PREFIX = " The special magic {values} for {query} mentioned in the provided text are"
+NEEDLE = "One of the special magic {values} for {key} is: {value}."
+
+# RULER puts needles of running text at one of 40 evenly spread depths, in whole percent.
+DEPTHS = tuple(round(100 * step / 39) / 100 for step in range(40))
+
+
+@dataclass(frozen=True, slots=True)
+class Niah:
+    """One niah task: what the haystack is, how many needles, what keys and values look like."""
+
+    haystack: Literal["noise", "needle", "essay"]
+    key: Literal["words", "uuids"] = "words"
+    value: Literal["numbers", "uuids"] = "numbers"
+    keys: int = 1
+    values: int = 1
+    queries: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Needles:
+    """All that is hidden in one haystack: key by key its values, and which keys each question asks for."""
+
+    keys: tuple[str, ...]
+    values: tuple[tuple[str, ...], ...]
+    questions: tuple[tuple[int, ...], ...]
+
+
+def draw_needles(task: Niah, questions: int, draw: Draw) -> Needles:
+    """The needles of one haystack; keys are different from each other, and so are values."""
+    count = task.queries * questions + max(0, task.keys - task.queries)
+    keys = _different(task.key, count, draw)
+    values = _different(task.value, count * task.values, draw)
+    order = draw.sample(range(count), task.queries * questions)
+    return Needles(
+        keys=tuple(keys),
+        values=tuple(tuple(values[key * task.values : (key + 1) * task.values]) for key in range(count)),
+        questions=tuple(tuple(order[at * task.queries : (at + 1) * task.queries]) for at in range(questions)),
+    )
+
+
+def _one(kind: str, draw: Draw) -> str:
+    return {"words": draw.word, "numbers": draw.number, "uuids": draw.identifier}[kind]()
+
+
+def _different(kind: str, count: int, draw: Draw) -> list[str]:
+    found: dict[str, None] = {}
+    while len(found) < count:
+        found[_one(kind, draw)] = None
+    return list(found)
+
+
+def needle_text(task: Niah, key: str, value: str) -> str:
+    """The sentence that is hidden."""
+    return NEEDLE.format(values=task.value, key=key, value=value)
+
+
+def phrases(task: Niah, query: Sequence[str]) -> tuple[str, str, str]:
+    """Head, question and answer prefix, in the singular if there is one value to find."""
+    template, values = (HEAD, QUESTION, ANSWER_PREFIX), str(task.value)
+    if task.queries * task.values == 1:
+        template = tuple(text.replace("Some", "A").replace("are all", "is").replace("are", "is") for text in template)
+        values = values.removesuffix("s")
+    asked = query[0] if len(query) == 1 else ", ".join(query[:-1]) + ", and " + query[-1]
+    head, question, answer_prefix = (text.format(values=values, query=asked) for text in template)
+    return head, question, answer_prefix
+
+
+def make_haystack(task: Niah, needles: Needles, essay: Essay, draw: Draw) -> Haystack:
+    """The haystack of one set of needles; needles nobody asks for never use a key or value that is asked for."""
+    if task.haystack == "essay":
+        return essay
+    if task.haystack == "noise":
+        return Noise()
+    taken = {*needles.keys, *(value for values in needles.values for value in values)}
+
+    def other() -> str:
+        while (key := _one(task.key, draw)) in taken:
+            pass
+        while (value := _one(task.value, draw)) in taken:
+            pass
+        return needle_text(task, key, value)
+
+    return Lines(lambda _: other())
+
+
+def draw_places(task: Niah, count: int, draw: Draw) -> list[float]:
+    """Where the needles go, as fractions of the haystack: the same fractions at every length."""
+    if task.haystack == "essay" and count <= len(DEPTHS):
+        return draw.sample(DEPTHS, count)
+    return [draw.fraction() for _ in range(count)]
+
+
+def niah_items(
+    tokenizer: Tokenizer,
+    task: Niah,
+    *,
+    benchmark: str,
+    name: str,
+    length: int,
+    haystack_index: int,
+    questions: int,
+    seed: int,
+    essay: Essay,
+    max_new_tokens: int,
+    frame: tuple[str, str],
+) -> list[Item]:
+    """The items of one haystack, one for each question; `TooShort` if they cannot fit in `length` tokens.
+
+    `frame` is put before and after what the user says (a chat template's doing); the answer prefix comes after it.
+    """
+    identity = ("niah", name, seed, questions, haystack_index)
+    needles = draw_needles(task, questions, Draw(*identity, "needles"))
+    places = draw_places(task, sum(map(len, needles.values)), Draw(*identity, "places"))
+    return pose(
+        tokenizer,
+        task,
+        needles,
+        make_haystack(task, needles, essay, Draw(*identity, "haystack")),
+        places,
+        benchmark=benchmark,
+        name=name,
+        length=length,
+        haystack_id=f"{name}-{seed}-{haystack_index}x{questions}",
+        first_index=haystack_index * questions,
+        max_new_tokens=max_new_tokens,
+        frame=frame,
+    )
+
+
+def pose(
+    tokenizer: Tokenizer,
+    task: Niah,
+    needles: Needles,
+    haystack: Haystack,
+    places: Sequence[float],
+    *,
+    benchmark: str,
+    name: str,
+    length: int,
+    haystack_id: str,
+    first_index: int,
+    max_new_tokens: int,
+    frame: tuple[str, str],
+    scorer: str = "all",
+) -> list[Item]:
+    """Hide the needles at their places in as much haystack as fits, and ask every question."""
+    hidden = [value for values in needles.values for value in values]
+    texts = [
+        needle_text(task, key, value)
+        for key, values in zip(needles.keys, needles.values, strict=True)
+        for value in values
+    ]
+    queries = [[needles.keys[key] for key in question] for question in needles.questions]
+    endings = [(question + frame[1], prefix) for _, question, prefix in (phrases(task, query) for query in queries)]
+    head = frame[0] + phrases(task, queries[0])[0]
+    longest = max(("".join(ending) for ending in endings), key=tokenizer.count)
+
+    def context(units: int) -> str:
+        return haystack.hide(units, texts, places)
+
+    budget = length - max_new_tokens
+    smallest = tokenizer.count(head + context(0) + longest)
+    if smallest > budget:
+        raise TooShort(name, length, smallest + max_new_tokens)
+    units = most_units(
+        lambda units: tokenizer.count(head + context(units) + longest),
+        haystack.forecast(tokenizer, budget) + smallest,
+        budget,
+    )
+    while True:
+        prefix = head + context(units)
+        counts = tokenizer.count_each([prefix + "".join(ending) for ending in endings])
+        if max(counts) <= budget:
+            break
+        units -= 1
+    depth = dict(zip(hidden, depths_of(prefix[len(head) :], texts), strict=True))
+    answers = [tuple(value for key in question for value in needles.values[key]) for question in needles.questions]
+    return [
+        Item(
+            benchmark=benchmark,
+            task=name,
+            length=length,
+            index=first_index + number,
+            depths=tuple(depth[value] for value in answers[number]),
+            haystack=haystack_id,
+            prefix=prefix,
+            prompt=endings[number][0],
+            answer_prefix=endings[number][1],
+            answers=answers[number],
+            scorer=scorer,
+            max_new_tokens=max_new_tokens,
+            tokens=counts[number],
+            pair=f"{haystack_id}-{number}",
+        )
+        for number in range(len(endings))
+    ]
+
+
+def depths_of(context: str, needles: Sequence[str]) -> list[float]:
+    """Where each needle lies in the context, in characters: 0 if it begins it, 1 if it ends it."""
+    return [context.index(needle) / max(1, len(context) - len(needle)) for needle in needles]
