@@ -1,0 +1,60 @@
+"""Attention over a window of the cache, registered with transformers under `NAME`: sdpa without its two detours.
+
+A chunk that follows cached tokens needs a causal mask aligned to the lower right. PyTorch's flag is aligned to the upper
+left, so transformers builds the mask, and a mask keeps a GPU off its flash kernel: 131,072 keys times a chunk of 4,096
+would be half a gigabyte and several times slower. And for a masked step of few queries transformers repeats the keys and
+values of every query group; here the group's queries are stacked instead, and the cache is read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+NAME = "mergeyard"
+FEW_QUERIES = 64
+
+
+def register() -> str:
+    """Make the attention known to transformers; its name, for `attn_implementation`."""
+    AttentionInterface.register(NAME, attend)
+    AttentionMaskInterface.register(NAME, _mask)
+    return NAME
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """Attention of queries [batch, heads, q, size] over keys and values [batch, key heads, k, size] → [batch, q, …].
+
+    Without a mask the last query sees every key, the one before it all but the last, and so on.
+    """
+    queries, groups = query.shape[2], query.shape[1] // key.shape[1]
+    scale: float | None = kwargs.get("scaling")
+    if attention_mask is None and 1 < queries < key.shape[2]:
+        bias = causal_lower_right(queries, key.shape[2])
+        output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
+        return output.transpose(1, 2).contiguous(), None
+    if attention_mask is not None and groups > 1 and queries <= FEW_QUERIES:
+        stacked = query.reshape(query.shape[0], key.shape[1], groups * queries, query.shape[3])
+        mask = attention_mask.repeat(1, 1, groups, 1)
+        output = scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scale)
+        output = output.reshape(*query.shape[:3], value.shape[3])
+        return output.transpose(1, 2).contiguous(), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+
+
+def _mask(*, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    """None on a GPU, where `attend` aligns the triangle itself; on a CPU one mask for all layers is cheaper."""
+    build: Callable[..., Tensor | None] = sdpa_mask
+    if local_size is None and torch.device(kwargs.get("device", "cpu")).type == "cuda":
+        return None
+    return build(local_size=local_size, **kwargs)

@@ -1,0 +1,115 @@
+"""What mergeyard asks of a resident model: one protocol for transformers, vLLM and a server behind HTTP.
+
+An engine is opened once on a worker and outlives many points of a grid: `swap` replaces its weights in place and names
+them with a version, so every answer can be traced to the merge that gave it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from jobs.errors import BadInput
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+Progress = Callable[[int], None]
+"""Called with the number of prompts (or windows) answered since the last call."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """What the model reads is `prefix + text`; neighbours with an equal, non-empty `prefix` share one prefill of it."""
+
+    prefix: str
+    text: str
+    max_new_tokens: int
+
+    @property
+    def whole(self) -> str:
+        """The text as the model reads it; always encoded in one piece, whatever is shared."""
+        return self.prefix + self.text
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A greedy continuation: its text without the end token, token counts, and this prompt's share of the seconds.
+
+    `finite` is False when a logit was NaN or infinite: the merge is broken, and the text means nothing.
+    """
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    seconds: float
+    finite: bool
+
+
+class Engine(Protocol):
+    """A model that answers; every method raises the errors of `jobs.errors` only for what the caller can mend."""
+
+    @property
+    def version(self) -> str:
+        """The name given to the resident weights when they were loaded or last swapped."""
+        ...
+
+    @property
+    def max_length(self) -> int:
+        """Tokens the model can hold, prompt and answer together."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` as a prompt, with the special tokens that the tokenizer itself puts in front."""
+        ...
+
+    def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
+        """One greedy answer for each prompt, in order; a prompt that does not fit is refused, never truncated."""
+        ...
+
+    def score(self, windows: Sequence[Sequence[int]], *, progress: Progress | None = None) -> list[NDArray[np.float32]]:
+        """Log-likelihood of every token but the first of each window, given the tokens before it: n - 1 values."""
+        ...
+
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Log-likelihood of `continuation` after `context`, and whether it is what greedy decoding would say."""
+        ...
+
+    def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Replace every weight in place by name and drop all that was cached from the weights before."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, processes and connections; harmless when called twice."""
+        ...
+
+
+def check_room(tokens_in: int, max_new_tokens: int, max_length: int) -> None:
+    """Refuse a prompt that would have to be truncated."""
+    if tokens_in == 0:
+        raise BadInput("a prompt has no tokens; give it a text")
+    if max_new_tokens < 1:
+        raise BadInput(f"max_new_tokens is {max_new_tokens}; ask for at least 1")
+    if tokens_in > max_length - max_new_tokens:
+        raise BadInput(
+            f"a prompt of {tokens_in} tokens and {max_new_tokens} to generate exceed the model's {max_length}; "
+            f"shorten the prompt to {max_length - max_new_tokens} tokens, it is never truncated"
+        )
+
+
+def split_continuation(encode: Callable[[str], list[int]], context: str, continuation: str) -> tuple[list[int], int]:
+    """Token ids of the whole text and how many of them belong to the context.
+
+    Spaces at the end of the context belong to the continuation, because tokenizers glue them to the next word;
+    an empty context leaves the first token (often the beginning-of-text mark) as the condition.
+    """
+    spaces = len(context) - len(context.rstrip(" "))
+    head = context[: len(context) - spaces]
+    whole = encode(context + continuation)
+    kept = max(1, len(encode(head)) if head else 1)
+    if kept >= len(whole):
+        raise BadInput(f"the continuation {continuation!r} adds no token to its context; give it a text")
+    return whole, kept

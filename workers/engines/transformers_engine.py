@@ -1,0 +1,494 @@
+"""The engine that runs everywhere: a causal language model of transformers, on a GPU or on a CPU, for long prompts.
+
+What makes it fast: prompts are prefilled one row at a time, without padding, in chunks of constant size, from the keys
+and values that the row before it left (`packing`); all questions about one haystack are one row, whose trunk is read
+once a step for all of them; decoding runs over all rows of a batch in memory set aside once (`kv_cache`), and only
+decoding computes logits.
+
+What it promises: the token ids are those of the whole prompt; a prompt never meets padding it can see; greedy ties aside
+(kernels of another shape round the last bit otherwise) an answer does not depend on its neighbours. The packing depends
+on the prompts alone, so two models asked the same prompts are compared under the same arithmetic.
+
+What it refuses: code from a checkpoint (`trust_remote_code`), recurrent and encoder-decoder models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.initialization import no_init_weights
+
+from jobs.errors import BadInput, MergeyardError
+from workers.engines import attention
+from workers.engines.engine import Answer, Progress, Prompt, check_room, split_continuation
+from workers.engines.kv_cache import KeyValueBuffer, hidden
+from workers.engines.packing import Row, batches, columns, common_prefix, make_rows
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+
+    Ids = NDArray[np.int64]
+
+ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+CPU_CACHE_BYTES = 2 << 30
+SCORE_BYTES = 1 << 30
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How much is done at once: tokens a prefill pass, prompts decoded side by side, bytes of keys and values.
+
+    `cache_bytes` None means half of a GPU's free memory, or 2 GiB on a CPU.
+    """
+
+    chunk: int = 2048
+    batch: int = 32
+    cache_bytes: int | None = None
+
+
+class TransformersEngine:
+    """A resident model; implements `Engine`. Open it with `from_folder` or `from_state`."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, version: str, limits: Limits) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
+        self.limits = limits
+        self._version: str | None = version
+        self._resident: tuple[Ids, KeyValueBuffer] | None = None
+        self._end_tokens = _end_tokens(model, tokenizer)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        *,
+        version: str = "",
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        limits: Limits | None = None,
+    ) -> TransformersEngine:
+        """The checkpoint in a local folder, safetensors only; `dtype` None keeps the checkpoint's own.
+
+        On a CPU with bf16 units the checkpoint's bf16 is the faster choice (1.9 × float32 in prefill, measured on the
+        tiny example parents); on one without them ask for float32.
+        """
+        if not (Path(folder) / "config.json").is_file():
+            raise BadInput(f"{folder}: no config.json; give a folder that holds a checkpoint")
+        config = _load_config(AutoConfig.from_pretrained, folder)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=_attention_for(config),
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        return cls(model.to(_device(device)), load_tokenizer(folder), version or str(folder), limits or Limits())
+
+    @classmethod
+    def from_state(
+        cls,
+        config: Mapping[str, Any],
+        tokenizer: PreTrainedTokenizerBase | str | Path,
+        tensors: Iterable[tuple[str, Tensor]],
+        *,
+        version: str = "",
+        device: str | None = None,
+        dtype: torch.dtype | None = None,
+        limits: Limits | None = None,
+    ) -> TransformersEngine:
+        """A model built from the content of config.json and a stream of named tensors; nothing is written or fetched."""
+        settings = {key: value for key, value in config.items() if key != "auto_map"}
+        if "model_type" not in settings:
+            raise BadInput("config.json: no model_type; the architecture is not known without it")
+        built = _load_config(AutoConfig.for_model, **settings)
+        with no_init_weights(), torch.device(_device(device)):
+            model = AutoModelForCausalLM.from_config(
+                built,
+                dtype=dtype or built.dtype or torch.bfloat16,
+                attn_implementation=_attention_for(built),
+                trust_remote_code=False,
+            )
+        model.tie_weights()
+        if isinstance(tokenizer, str | Path):
+            tokenizer = load_tokenizer(tokenizer)
+        engine = cls(model, tokenizer, version, limits or Limits())
+        engine.swap(tensors, version)
+        return engine
+
+    @property
+    def version(self) -> str:
+        """The name of the resident weights; refused between a swap that failed and one that succeeds."""
+        if self._version is None:
+            raise MergeyardError("the engine holds a mixture of two models: its last swap failed; swap again")
+        return self._version
+
+    @property
+    def max_length(self) -> int:
+        """`max_position_embeddings`, prompt and answer together."""
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return self.model.device
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text` with the special tokens that the tokenizer puts in front by itself."""
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def close(self) -> None:
+        """Drop the model and its caches, and give a GPU's memory back."""
+        self._resident = None
+        self.model = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Copy every weight into the resident model by name, one at a time, cast to the resident dtype.
+
+        Tied weights may come under either name or both. `BadInput` for a name the model has not, a name that never
+        came and a shape that differs; after it the engine answers nothing until a swap succeeds.
+        """
+        self._resident = None
+        self._version = None
+        places = {**dict(self.model.named_parameters(remove_duplicate=False)), **self._saved_buffers()}
+        filled: dict[int, str] = {}
+        with torch.inference_mode():
+            for name, tensor in weights:
+                _fill(places, filled, name, tensor)
+        missing = sorted(name for name, place in places.items() if id(place) not in filled)
+        if missing:
+            raise BadInput(
+                f"{version}: {len(missing)} weights never came, the first is {missing[0]}; merge all of them"
+            )
+        self._version = version
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
+        """One greedy answer a prompt, in order; `seconds` is the batch's time over its prompts."""
+        _ = self.version
+        ids = [np.asarray(self.encode(prompt.whole), dtype=np.int64) for prompt in prompts]
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            check_room(len(tokens), prompt.max_new_tokens, self.max_length)
+        new_tokens = [prompt.max_new_tokens for prompt in prompts]
+        rows = make_rows(ids, [prompt.prefix for prompt in prompts], new_tokens, self.limits.batch)
+        answers: dict[int, Answer] = {}
+        most_cells = max(1, self._cache_bytes() // self._bytes_a_cell())
+        for batch in batches(rows, max_branches=self.limits.batch, max_cells=most_cells):
+            answers.update(self._answer(batch, new_tokens))
+            if progress:
+                progress(sum(len(row.members) for row in batch))
+        return [answers[index] for index in range(len(prompts))]
+
+    @torch.inference_mode()
+    def score(self, windows: Sequence[Sequence[int]], *, progress: Progress | None = None) -> list[NDArray[np.float32]]:
+        """Log-likelihood of tokens 1 … n-1 of each window given those before; logits live for one chunk only."""
+        _ = self.version
+        scores: list[NDArray[np.float32]] = []
+        for window in windows:
+            if not 2 <= len(window) <= self.max_length:
+                raise BadInput(f"a window of {len(window)} tokens cannot be scored; 2 to {self.max_length} can")
+            cache = self._buffer(1, len(window))
+            scores.append(self._score_from(cache, np.asarray(window, dtype=np.int64), 0)[0])
+            if progress:
+                progress(1)
+        return scores
+
+    @torch.inference_mode()
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Log-likelihood of the continuation and whether greedy decoding says the same.
+
+        The keys and values of the last call stay: a second continuation of one context pays for itself alone.
+        """
+        _ = self.version
+        whole, kept = split_continuation(self.encode, context, continuation)
+        if len(whole) > self.max_length:
+            raise BadInput(f"context and continuation have {len(whole)} tokens; the model holds {self.max_length}")
+        ids = np.asarray(whole, dtype=np.int64)
+        known, cache = self._resident or (ids[:0], self._buffer(1, 0))
+        shared = min(common_prefix(known, ids), kept - 1)
+        if cache.columns < len(ids):
+            shared, cache = 0, self._buffer(1, min(self.max_length, 2 * len(ids)))
+        self._resident = None
+        self._prefill(cache, 0, 0, ids[: kept - 1], shared)
+        scores, greedy = self._score_from(cache, ids, kept - 1)
+        self._resident = (ids[:-1], cache)
+        return float(scores.sum(dtype=np.float64)), greedy
+
+    def _answer(self, batch: list[Row], new_tokens: Sequence[int]) -> dict[int, Answer]:
+        """Answers of one batch by prompt; a batch that does not fit into memory is halved until it does."""
+        started = time.perf_counter()
+        try:
+            outputs = self._decode(batch, new_tokens)
+        except RuntimeError as error:
+            if not _is_out_of_memory(error):
+                raise
+            outputs = None
+        if outputs is None:  # outside the handler, whose traceback holds the tensors that did not fit
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            if len(batch) == 1:
+                raise MergeyardError(
+                    f"{columns(batch)} tokens do not fit into the memory of {self.device}; "
+                    "evaluate shorter lengths, or on a device with more memory"
+                )
+            half = len(batch) // 2
+            return self._answer(batch[:half], new_tokens) | self._answer(batch[half:], new_tokens)
+        seconds = (time.perf_counter() - started) / len(outputs)
+        return {
+            member: Answer(
+                text=self.tokenizer.decode(output.tokens, skip_special_tokens=True),
+                tokens_in=output.tokens_in,
+                tokens_out=len(output.tokens),
+                seconds=seconds,
+                finite=output.finite,
+            )
+            for member, output in outputs.items()
+        }
+
+    def _decode(self, batch: list[Row], new_tokens: Sequence[int]) -> dict[int, _Output]:
+        """Prefill all rows, then one token a step for all branches of all rows until every one has ended."""
+        width, start = max(len(row.branches) for row in batch), max(row.tokens for row in batch)
+        cache = self._buffer(len(batch), columns(batch))
+        self._prefill_rows(cache, batch, start)
+        visible, places = _layout(batch, start, width, cache.columns)
+        visible, places = visible.to(self.device), places.to(self.device)
+        tokens, positions = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.int64)
+        outputs: dict[int, _Output] = {}
+        for r, row in enumerate(batch):
+            for j, (member, branch) in enumerate(zip(row.members, row.branches, strict=True)):
+                tokens[r, j], positions[r, j] = branch[-1], len(row.trunk) + len(branch) - 1
+                outputs[member] = _Output(tokens_in=len(row.trunk) + len(branch), limit=new_tokens[member])
+        for end in range(start, cache.columns, width):
+            cache.look(slice(0, len(batch)), 0, end)
+            mask = self._mask(visible[:, :, : end + width], positions, places[:, : end + width])
+            logits = self._forward(cache, tokens, positions, mask, keep=width)
+            tokens, finite = logits.argmax(-1).cpu().numpy(), logits.isfinite().all(-1).cpu().numpy()
+            positions = positions + 1
+            for r, row in enumerate(batch):
+                for j, member in enumerate(row.members):
+                    outputs[member].take(int(tokens[r, j]), bool(finite[r, j]), self._end_tokens)
+            if all(output.ended for output in outputs.values()):
+                break
+        return outputs
+
+    def _prefill_rows(self, cache: KeyValueBuffer, batch: list[Row], start: int) -> None:
+        """Fill every row up to column `start`, its trunk from what it shares with the row before, then its branches."""
+        for r, row in enumerate(batch):
+            first, shared = start - row.tokens, 0
+            if r > 0:
+                shared = common_prefix(batch[r - 1].trunk, row.trunk)
+                cache.copy((r - 1, start - batch[r - 1].tokens), (r, first), shared)
+            self._prefill(cache, r, first, row.trunk, shared)
+            self._prefill_branches(cache, r, first, row)
+
+    def _prefill(self, cache: KeyValueBuffer, row: int, first: int, ids: Ids, done: int) -> None:
+        """Keys and values of `ids[done:]`, after those of `ids[:done]`, which begin at column `first` of the row."""
+        for begin in range(done, len(ids), self.limits.chunk):
+            part = ids[None, begin : begin + self.limits.chunk]
+            cache.look(slice(row, row + 1), first, first + begin)
+            self._forward(cache, part, np.arange(begin, begin + part.shape[1])[None], None, keep=1)
+
+    def _prefill_branches(self, cache: KeyValueBuffer, row: int, first: int, item: Row) -> None:
+        """Keys and values of all branches side by side, each blind to the others, less the last token of each."""
+        lengths = [len(branch) - 1 for branch in item.branches]
+        if not any(lengths):
+            return
+        trunk = len(item.trunk)
+        ids = np.concatenate([branch[:-1] for branch in item.branches])
+        owner = np.repeat(np.arange(len(lengths)), lengths)
+        positions = np.concatenate([np.arange(trunk, trunk + length) for length in lengths])
+        places = np.concatenate([np.arange(trunk), positions])
+        for begin in range(0, len(ids), self.limits.chunk):
+            end = min(begin + self.limits.chunk, len(ids))
+            visible = np.ones((1, end - begin, trunk + end), bool)
+            visible[0, :, trunk:] = (owner[begin:end, None] == owner[None, :end]) & (
+                np.arange(begin, end)[:, None] >= np.arange(end)[None]
+            )
+            asked = positions[None, begin:end]
+            mask = self._mask(
+                torch.from_numpy(visible).to(self.device),
+                asked,
+                torch.from_numpy(places[None, : trunk + end]).to(self.device),
+            )
+            cache.look(slice(row, row + 1), first, first + trunk + begin)
+            self._forward(cache, ids[None, begin:end], asked, mask, keep=1)
+
+    def _score_from(self, cache: KeyValueBuffer, ids: Ids, done: int) -> tuple[NDArray[np.float32], bool]:
+        """Log-likelihoods of `ids[done + 1:]` after a cache of `ids[:done]`, and whether each is the likeliest token."""
+        step = max(1, min(self.limits.chunk, SCORE_BYTES // (8 * self.config.vocab_size)))
+        scores: list[Tensor] = []
+        greedy = True
+        for begin in range(done, len(ids) - 1, step):
+            end = min(begin + step, len(ids) - 1)
+            cache.look(slice(0, 1), 0, begin)
+            logits = self._forward(cache, ids[None, begin:end], np.arange(begin, end)[None], None, keep=end - begin)
+            target = torch.from_numpy(ids[begin + 1 : end + 1]).to(self.device)
+            chosen = logits[0].gather(1, target[:, None])[:, 0].float()
+            scores.append((chosen - logits[0].float().logsumexp(-1)).cpu())
+            greedy = greedy and bool((logits[0].argmax(-1) == target).all())
+        return torch.cat(scores).numpy(), greedy
+
+    def _forward(
+        self, cache: KeyValueBuffer, ids: Ids, positions: Ids, mask: Tensor | dict[str, Tensor] | None, *, keep: int
+    ) -> Tensor:
+        """Logits [rows, keep, vocabulary] of the last `keep` of `ids` [rows, n], which are appended to the cache."""
+        return self.model(
+            input_ids=torch.from_numpy(ids).to(self.device),
+            position_ids=torch.from_numpy(positions).to(self.device),
+            attention_mask=mask,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=keep,
+        ).logits
+
+    def _mask(self, visible: Tensor, positions: Ids, places: Tensor) -> Tensor | dict[str, Tensor]:
+        """What the model takes for `visible` [rows, queries, columns]; a sliding window counts token positions."""
+        full = hidden(visible, self.model.dtype)[:, None]
+        window: int | None = getattr(self.config, "sliding_window", None)
+        kinds: Sequence[str] = getattr(self.config, "layer_types", None) or ()
+        if not window or (kinds and "sliding_attention" not in kinds):
+            return full
+        distance = torch.from_numpy(positions).to(self.device)[:, :, None] - places[:, None, :]
+        near = hidden(visible & (distance < window), self.model.dtype)[:, None]
+        return {"full_attention": full, "sliding_attention": near} if kinds else near
+
+    def _buffer(self, rows: int, width: int) -> KeyValueBuffer:
+        return KeyValueBuffer(self.config.num_hidden_layers, rows, width)
+
+    def _cache_bytes(self) -> int:
+        if self.limits.cache_bytes is not None:
+            return self.limits.cache_bytes
+        return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE_BYTES
+
+    def _bytes_a_cell(self) -> int:
+        """Bytes of keys and values that one token of one row takes over all layers."""
+        config = self.config
+        heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+
+    def _saved_buffers(self) -> dict[str, Tensor]:
+        """Buffers that a checkpoint holds; others, such as the rotary frequencies, follow from the config."""
+        saved = self.model.state_dict().keys()
+        return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
+
+
+@dataclass(slots=True)
+class _Output:
+    """One prompt's answer while it grows."""
+
+    tokens_in: int
+    limit: int
+    tokens: list[int] = field(default_factory=list[int])
+    finite: bool = True
+    ended: bool = False
+
+    def take(self, token: int, finite: bool, end_tokens: frozenset[int]) -> None:
+        """Append a token unless the answer has ended; an end token and a logit that is no number end it."""
+        if self.ended:
+            return
+        self.finite = finite
+        self.ended = not finite or token in end_tokens
+        if not self.ended:
+            self.tokens.append(token)
+            self.ended = len(self.tokens) >= self.limit
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder; nothing is fetched and no code of the folder is run."""
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
+def _layout(batch: Sequence[Row], start: int, width: int, end: int) -> tuple[Tensor, Tensor]:
+    """For decoding: which columns each branch may see, bool [rows, width, end], and their positions [rows, end].
+
+    Rows end at column `start`; then each step adds a column a branch. Branches that a row lacks see only themselves.
+    """
+    visible = np.zeros((len(batch), width, end), bool)
+    places = np.zeros((len(batch), end), np.int64)
+    for j in range(width):
+        visible[:, j, start + j :: width] = True
+    for r, row in enumerate(batch):
+        trunk, column = len(row.trunk), start - row.tokens
+        visible[r, : len(row.branches), column : column + trunk] = True
+        places[r, column : column + trunk] = np.arange(trunk)
+        column += trunk
+        for j, branch in enumerate(row.branches):
+            own = len(branch) - 1
+            visible[r, j, column : column + own] = True
+            places[r, column : column + own] = np.arange(trunk, trunk + own)
+            decoded = places[r, start + j :: width]
+            decoded[:] = trunk + own + np.arange(len(decoded))
+            column += own
+    return torch.from_numpy(visible), torch.from_numpy(places)
+
+
+def _fill(places: Mapping[str, Tensor], filled: dict[int, str], name: str, tensor: Tensor) -> None:
+    """Copy one incoming weight to its place; `filled` remembers by which name each place was filled."""
+    place = places.get(name)
+    if place is None:
+        near = difflib.get_close_matches(name, places, n=1)
+        raise BadInput(f"{name}: the model has no such weight" + (f"; did you mean {near[0]}?" if near else ""))
+    if place.shape != tensor.shape:
+        raise BadInput(f"{name}: shape {list(tensor.shape)} does not fit the model's {list(place.shape)}")
+    twin = filled.setdefault(id(place), name)
+    if twin == name:
+        place.copy_(tensor)
+    elif not torch.equal(place, tensor.to(place)):
+        raise BadInput(f"{name}: differs from {twin}, to which config.json ties it; untie them or merge only one")
+
+
+def _load_config(load: Callable[..., Any], *args: Any, **settings: Any) -> PreTrainedConfig:
+    """The config, or `BadInput` where the architecture is unknown, wants its own code or does not decode by attention."""
+    try:
+        config = load(*args, **settings)
+    except (ValueError, KeyError) as error:
+        raise BadInput(f"config.json: transformers cannot read it without foreign code: {error}") from error
+    text = config.get_text_config(decoder=True)
+    foreign = set(getattr(text, "layer_types", None) or ()) - ATTENTION_KINDS
+    if foreign or config.is_encoder_decoder:
+        what = ", ".join(sorted(foreign)) or "an encoder"
+        raise BadInput(f"config.json: {config.model_type} has {what}; this engine serves decoders of attention layers")
+    if getattr(text, "max_position_embeddings", None) is None:
+        raise BadInput("config.json: no max_position_embeddings; the context length is not known without it")
+    return config
+
+
+def _attention_for(config: PreTrainedConfig) -> str:
+    """Our windowed attention where the architecture takes sdpa, else the architecture's own plain one."""
+    try:
+        architecture = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportPrivateUsage]  # the only map from config to class
+    except KeyError as error:
+        raise BadInput(f"config.json: {config.model_type} is not a causal language model; merge one that is") from error
+    return attention.register() if architecture._supports_sdpa else "eager"
+
+
+def _device(name: str | None) -> str:
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Every token that ends an answer: the model's own list, its config's and the tokenizer's."""
+    settings = (getattr(model, "generation_config", None), model.config, tokenizer)
+    found: set[int] = set()
+    for value in (getattr(setting, "eos_token_id", None) for setting in settings):
+        found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
+    return frozenset(found)
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
