@@ -25,7 +25,7 @@ Value = Fraction | str
 Bindings = Mapping[str, Value]
 AXIS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
 TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3})?)(?![\w.])|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|[-+*/()]))",
+    r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?![\w.])|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|[-+*/()]))",
     re.ASCII,
 )
 PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")

@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from jobs.errors import BadInput
 from jobs.expressions import name_template
@@ -43,6 +43,7 @@ PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 DEFAULT_SHARD_BYTES = 10**9
 MIN_LENGTH = 64
 MAX_SEED = 2**64 - 1
+Entry = TypeVar("Entry", int, str)
 # what neither changes a byte of a point nor a score: where the job runs, where it writes, how its file is laid out
 NOT_IN_DIGEST = frozenset({"output", "workers", "text", "source", "places"})
 
@@ -219,14 +220,15 @@ def load_merge_document(text: str, name: str, output: str) -> Job:
     """A plain mergekit document as a job of one point called `merge`; its parents are its references as written."""
     template = recipe_template(load_document(text, name))
     point = expand(template, parse_grid(None, template.place), None)[0]
+    references = point.recipe.references()
     return Job(
         name="merge",
-        parents={reference: reference for reference in point.recipe.references()},
+        parents={reference: reference for reference in references},
         points=(point,),
         output=output,
         text=text,
         source=name,
-        places={f"parents.{source.model}": source.place for source in point.recipe.models},
+        places={f"parents.{name}": _place_of_reference(point.recipe, name) for name in references},
     )
 
 
@@ -377,19 +379,20 @@ def _numerics(node: Node) -> Literal["float32", "mergekit"]:
 
 
 def _lengths(node: Node) -> tuple[int, ...]:
-    lengths = tuple(entry.integer(minimum=MIN_LENGTH) for entry in node.sequence())
-    for length, entry in zip(lengths, node.sequence(), strict=True):
-        if lengths.count(length) > 1:
-            raise entry.error(f"the length {length} is listed twice")
-    return lengths
+    return _distinct([(entry, entry.integer(minimum=MIN_LENGTH)) for entry in node.sequence()])
 
 
 def _words(node: Node) -> tuple[str, ...]:
-    words = tuple(entry.string() for entry in node.sequence())
-    for word, entry in zip(words, node.sequence(), strict=True):
-        if words.count(word) > 1:
-            raise entry.error(f"{quoted(word)} is listed twice")
-    return words
+    return _distinct([(entry, entry.string()) for entry in node.sequence()])
+
+
+def _distinct(entries: list[tuple[Node, Entry]]) -> tuple[Entry, ...]:
+    seen: set[Entry] = set()
+    for node, value in entries:
+        if value in seen:
+            raise node.error(f"{quoted(str(value))} is listed twice")
+        seen.add(value)
+    return tuple(value for _, value in entries)
 
 
 def _count(keys: Mapping[str, Node], key: str, default: int) -> int:

@@ -28,7 +28,7 @@ BOOLEANS = {
     for word, value in {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.items()
     for spelling in (word, word.capitalize(), word.upper())
 }
-NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE]([-+]?\d{1,9}))?", re.ASCII)
+NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,9}))?", re.ASCII)
 MAX_NUMBER_LENGTH = 64
 MAX_EXPONENT = 308
 NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
@@ -115,7 +115,7 @@ class Node:
     def string(self) -> str:
         """Text that is not empty."""
         if not isinstance(self.value, str) or self.kind != "string":
-            self._refuse("a string", "; put it in quotes" if self.kind in ("number", "boolean") else "")
+            self._refuse("a string", "; put it in quotes" if self.kind in ("number", "boolean", "mapping") else "")
         if not self.value:
             raise self.error(f"{self._subject()} is empty")
         return self.value
@@ -264,7 +264,7 @@ class _Composer:
 def _hint(text: str, line: int) -> str:
     lines = text.split("\n")
     around = "\n".join(lines[max(0, line - 2) : line])
-    return '; put what has braces in quotes: "${w}"' if re.search(r"[{]\s*\w+\s*[^:]*[}]", around) else ""
+    return '; put what has braces in quotes: "${w}"' if re.search(r"\{[^{}:]*\}", around) else ""
 
 
 def _with_article(noun: str) -> str:
