@@ -1,0 +1,312 @@
+"""The habits of the house: quiet imports, a quick `--help`, documents that work as written, errors that travel."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import jobs.errors
+from jobs.errors import BadInput, MergeyardError
+from jobs.job import load_job
+from tests.markdown import Block, commands, fenced_blocks
+
+ROOT = Path(__file__).parents[1]
+IMPORT_EFFECTS = ROOT / "tests" / "import_effects.py"
+COMMAND = Path(sys.executable).with_name("mergeyard")
+HEAVY = {"torch", "ray", "transformers", "pyarrow", "scipy", "boto3", "obstore", "huggingface_hub", "vllm"}
+
+needs_the_command = pytest.mark.skipif(
+    not (ROOT / "orchestrator" / "cli.py").exists(), reason="there is no orchestrator/cli.py yet"
+)
+
+
+# ---- imports
+
+
+def import_effects(root: Path, *packages: str) -> list[str]:
+    done = subprocess.run(
+        [sys.executable, IMPORT_EFFECTS, root, *packages], cwd=root, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_importing_any_module_does_nothing_but_define_names():
+    assert import_effects(ROOT, "jobs", "workers", "orchestrator") == []
+
+
+@pytest.mark.parametrize(
+    ("source", "effect"),
+    [
+        ("open('left-behind', 'w')", "open left-behind"),
+        ("import pathlib\npathlib.Path('cache').mkdir()", "os.mkdir cache"),
+        ("import threading\nthreading.Thread(target=print, daemon=True).start()", "started a thread"),
+        ("import os\nos.environ['TOKENIZERS_PARALLELISM'] = 'false'", "os.putenv b'TOKENIZERS_PARALLELISM'"),
+        ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen true"),
+        ("import socket\nsocket.socket().bind(('127.0.0.1', 0))", "socket.bind"),
+        ("import sys\nsys.path.append('elsewhere')", "changed sys.path or the root logger"),
+        ("import logging\nlogging.basicConfig()", "changed sys.path or the root logger"),
+        ("print('hello')", "printed 'hello\\n'"),
+    ],
+)
+def test_a_planted_side_effect_is_noticed_and_blamed_on_its_module(tmp_path: Path, source: str, effect: str):
+    (tmp_path / "jobs").mkdir()
+    (tmp_path / "jobs" / "__init__.py").write_text("")
+    (tmp_path / "jobs" / "noisy.py").write_text(source)
+    effects = import_effects(tmp_path, "jobs")
+    assert any(line.startswith(f"jobs.noisy: {effect}") for line in effects), effects
+
+
+@needs_the_command
+def test_help_loads_no_heavy_library():
+    script = "import orchestrator.cli, sys; orchestrator.cli.parser().format_help(); print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert HEAVY & set(loaded.stdout.split()) == set()
+
+
+@needs_the_command
+def test_help_answers_within_half_a_second():
+    seconds: list[float] = []
+    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:  # other work on the machine may slow some of them
+        start = time.perf_counter()
+        done = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, timeout=60)
+        seconds.append(time.perf_counter() - start)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert done.stdout.startswith("usage: mergeyard")
+    assert min(seconds) < 0.5, seconds
+
+
+# ---- what the files say
+
+FORBIDDEN = {
+    "a path of one machine": re.compile(r"(?<![\w.~)}>$-])/(?:work|root|home|tmp|Users|opt/wheels|opt/pypi)\b"),
+    "a package registry's host": re.compile(
+        r"pypi\.org|pythonhosted\.org|download\.pytorch\.org|registry\.npmjs|nodejs\.org|conda\.anaconda|crates\.io"
+    ),
+    "a document outside the repository": re.compile(r"\bshared/facts|\b(?:DESIGN|STYLE)\.md\b"),
+}
+ALLOWED = {  # file → what it may say, and why
+    "tests/test_house.py": (r".*", "names what is forbidden, and plants it"),
+}
+
+
+def repository_files() -> list[Path]:
+    """What git tracks or would track: nothing that is ignored."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    )
+    return [path for name in listed.stdout.decode().split("\0") if name and (path := ROOT / name).is_file()]
+
+
+def unwelcome(text: str) -> Iterator[tuple[int, str]]:
+    """Line number and complaint, for everything in `text` that ties the repository to one machine or registry."""
+    for number, line in enumerate(text.splitlines(), 1):
+        for kind, pattern in FORBIDDEN.items():
+            if match := pattern.search(line):
+                yield number, f"{match[0]} is {kind}"
+
+
+def test_no_file_names_a_machine_path_or_a_package_registry():
+    complaints: list[str] = []
+    for path in repository_files():
+        content, name = path.read_bytes(), path.relative_to(ROOT).as_posix()
+        if b"\0" in content:
+            continue
+        allowed, _why = ALLOWED.get(name, (r"$^", ""))
+        complaints += [
+            f"{name}:{line}: {complaint}"
+            for line, complaint in unwelcome(content.decode())
+            if not re.match(allowed, complaint)
+        ]
+    assert complaints == []
+
+
+@pytest.mark.parametrize(
+    ("line", "is_unwelcome"),
+    [
+        ("cd /work/main", True),
+        ("PATH=/home/me/bin:$PATH", True),
+        ('open("/tmp/merged")', True),
+        ("see `/root/.cache`", True),
+        ("--index-url https://pypi.org/simple", True),
+        ("https://files.pythonhosted.org/packages/x.whl", True),
+        ("--extra-index-url https://download.pytorch.org/whl/cpu", True),
+        ("as DESIGN.md says", True),
+        ("s3://bucket/work/runs", False),
+        ("the way home/away", False),
+        ("from workers/storage to /workers", False),
+        ("${HOME}/tmp", False),
+    ],
+)
+def test_machine_paths_and_registries_are_told_from_innocent_text(line: str, is_unwelcome: bool):
+    assert bool(list(unwelcome(line))) == is_unwelcome
+
+
+# ---- what the pages tell the reader to type
+
+
+def documented_blocks() -> list[tuple[str, Block]]:
+    """Every fenced block of every Markdown page, with the page's name."""
+    pages = [path for path in repository_files() if path.suffix == ".md"]
+    return [
+        (page.relative_to(ROOT).as_posix(), block) for page in pages for block in fenced_blocks(page.read_text("utf-8"))
+    ]
+
+
+def is_job(block: Block) -> bool:
+    """A YAML block with `parents:` and `recipe:` at its left edge is a whole job, and has to load."""
+    return block.language.startswith("yaml") and all(
+        re.search(rf"^{key}:", block.text, re.MULTILINE) for key in ("parents", "recipe")
+    )
+
+
+def complaint_about(words: list[str]) -> str:
+    """What the command line's own parser says against `mergeyard WORDS…`; empty if it takes them."""
+    parser: argparse.ArgumentParser = importlib.import_module("orchestrator.cli").parser()
+    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+        try:
+            parser.parse_args(words)
+        except SystemExit as exit:
+            return said.getvalue() if exit.code else ""
+    return ""
+
+
+def refusal(page: str, block: Block) -> str:
+    """What `mergeyard` says against the job in the block; empty if it loads."""
+    try:
+        load_job(block.text, f"{page} from line {block.line}")
+    except BadInput as error:
+        return str(error)
+    return ""
+
+
+def test_every_documented_job_loads():
+    refusals = [refusal(page, block) for page, block in documented_blocks() if is_job(block)]
+    assert [text for text in refusals if text] == []
+
+
+def test_a_job_with_a_misspelt_key_is_told_from_one_that_loads():
+    text = (
+        "name: soup\nparents: {a: models/a, b: models/b}\noutput: runs\n"
+        "recipe:\n  merge_method: linear\n  parameters: {weight: 1}\n  models: [{model: a}, {model: b}]\n"
+    )
+    assert is_job(Block("yaml", 7, text))
+    assert refusal("README.md", Block("yaml", 7, text)) == ""
+    assert "outptu" in refusal("README.md", Block("yaml", 7, text.replace("output", "outptu")))
+    assert not is_job(Block("yaml", 7, "recipe:\n  parents: [a]\n"))
+
+
+@needs_the_command
+def test_every_documented_command_is_one_that_mergeyard_takes():
+    complaints = [
+        f"{page}:{line}: mergeyard {' '.join(words)}: {complaint}"
+        for page, block in documented_blocks()
+        for line, words in commands(block, "mergeyard")
+        if (complaint := complaint_about(words))
+    ]
+    assert complaints == []
+
+
+@needs_the_command
+def test_a_command_that_mergeyard_does_not_take_is_complained_about():
+    assert "no-such-verb" in complaint_about(["no-such-verb"])
+
+
+def test_every_documented_make_word_exists():
+    known = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    unknown = [
+        f"{page}:{line}: make {word}"
+        for page, block in documented_blocks()
+        for line, words in commands(block, "make")
+        for word in words
+        if "=" not in word and word not in known
+    ]
+    assert unknown == []
+
+
+def test_every_file_named_in_a_documented_command_exists():
+    missing = [
+        f"{page}:{line}: {word}"
+        for page, block in documented_blocks()
+        for line, words in commands(block, "mergeyard")
+        for word in words
+        if re.match(r"(jobs|infra)/", word) and not (ROOT / word).exists()
+    ]
+    assert missing == []
+
+
+def test_commands_are_found_as_a_reader_would_type_them():
+    page = (
+        "1. Try:\n\n   ```console\n"
+        "   $ AWS_PROFILE=me mergeyard plan 'my job.yaml' --json | jq . > plan.json\n   3 points.\n"
+        "   $ cd x && uv run mergeyard run \\\n       job.yaml 2> log\n   ```\n\n"
+        "```bash\ndocker build -t mergeyard . # mergeyard nothing\n.venv/bin/mergeyard verify s3://b/p\n```\n"
+        "```yaml\n- mergeyard not-a-command\n```\n"
+    )
+    found = [(line, words) for block in fenced_blocks(page) for line, words in commands(block, "mergeyard")]
+    assert found == [
+        (4, ["plan", "my job.yaml", "--json"]),
+        (6, ["run", "job.yaml"]),
+        (12, ["verify", "s3://b/p"]),
+    ]
+
+
+# ---- errors
+
+
+def error_classes() -> list[type[MergeyardError]]:
+    return [
+        thing for thing in vars(jobs.errors).values() if isinstance(thing, type) and issubclass(thing, MergeyardError)
+    ]
+
+
+def drawn_tree(drawing: str) -> dict[str, tuple[str | None, int]]:
+    """Class → (its parent, its exit code), read off the box-drawing lines."""
+    tree: dict[str, tuple[str | None, int]] = {}
+    above: list[str] = []
+    for branch, name, code in re.findall(r"^    ((?:[│ ]   )*(?:[├└]── )?)([A-Z]\w+) +(\d+)\b", drawing, re.MULTILINE):
+        depth = len(branch) // 4
+        tree[name] = (above[depth - 1] if depth else None, int(code))
+        above[depth:] = [name]
+    return tree
+
+
+def test_the_drawn_error_tree_is_the_real_one():
+    real = {
+        kind.__name__: (None if kind is MergeyardError else kind.__base__.__name__, kind.exit_code)  # pyright: ignore
+        for kind in error_classes()
+    }
+    assert drawn_tree(jobs.errors.__doc__ or "") == real
+
+
+def test_exit_codes_are_the_documented_five():
+    assert {kind.exit_code for kind in error_classes()} == {1, 2, 3, 75}
+
+
+@pytest.mark.parametrize("kind", error_classes())
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("arguments", [(), ("job.yaml:14: unknown method",), ("s3://bucket/key:", 404)])
+def test_an_error_survives_pickle_with_its_message_and_exit_code(
+    kind: type[MergeyardError], protocol: int, arguments: tuple[object, ...]
+):
+    arrived = pickle.loads(pickle.dumps(kind(*arguments), protocol))
+    assert type(arrived) is kind
+    assert str(arrived) == " ".join(map(str, arguments))
+    assert (arrived.args, arrived.exit_code, arrived.retry) == (arguments, kind.exit_code, kind.retry)
