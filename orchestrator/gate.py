@@ -1,0 +1,271 @@
+"""The gate: paired scores of a new and an old model in, a verdict of three outcomes out.
+
+Non-inferiority with a margin. **pass**: the new model is surely not worse than the old one by the margin or more.
+**fail**: it surely is worse than that. **inconclusive**: the items allow neither; the verdict says how many would.
+"No significant difference" is not a pass.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Literal
+from xml.etree import ElementTree
+
+from jobs.errors import BadInput
+from orchestrator.statistics import (
+    CellSample,
+    Estimate,
+    anytime_multiplier,
+    anytime_p_value,
+    holm,
+    macro_mean,
+    macro_weights,
+    normal_quantile,
+    student_quantile,
+    student_tail,
+)
+
+Outcome = Literal["pass", "fail", "inconclusive"]
+EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
+
+POWER = 0.8  # with which `items_needed` items reach a verdict, if the observed difference is the true one
+
+
+@dataclass(frozen=True, slots=True)
+class GateRule:
+    """What the gate demands. Margins are in points of a score from 0 to 100.
+
+    `margin` is the loss of the macro score that is no longer tolerated; `length_margin` the same at each length, None
+    to judge the macro score alone; `alpha` the chance of a wrong pass, and of a wrong fail. `planned_haystacks` makes
+    the gate anytime-valid: one may look, buy more items and look again as often as one likes, and the bounds are
+    tightest when about that many haystacks (over all cells) are in. None fixes the number of items beforehand.
+    """
+
+    margin: float = 1.0
+    length_margin: float | None = None
+    alpha: float = 0.05
+    planned_haystacks: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, margin in (("margin", self.margin), ("length_margin", self.length_margin)):
+            if margin is not None and not 0 < margin < 100:
+                raise BadInput(f"gate.{name}: {margin} points; give a number between 0 and 100, such as 1.0")
+        if not 0 < self.alpha < 0.5:
+            raise BadInput(f"gate.alpha: {self.alpha}; give a probability between 0 and 0.5, such as 0.05")
+        if self.planned_haystacks is not None and self.planned_haystacks < 1:
+            raise BadInput(f"gate.planned_haystacks: {self.planned_haystacks}; give a positive number")
+
+
+@dataclass(frozen=True, slots=True)
+class VerdictLine:
+    """The judgement of one score, "overall" or that of a length. All scores in points, new − old.
+
+    `low` and `high` are one-sided bounds at the rule's alpha each. `p_pass` tests "worse by the margin or more";
+    `p_fail` tests "not worse than the margin", adjusted by Holm over the verdict's lines.
+    """
+
+    scope: str
+    outcome: Outcome
+    difference: float
+    low: float
+    high: float
+    standard_error: float
+    margin: float
+    p_pass: float
+    p_fail: float
+    items: int
+    haystacks: int
+    items_needed: int | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the gate says, and why: one line for the macro score and one for each length judged.
+
+    `items_needed` is the largest total of items that an inconclusive line asks for; None when every line is decided or
+    when the difference sits on the margin, where no number of items would do.
+    """
+
+    outcome: Outcome
+    new: str
+    old: str
+    rule: GateRule
+    lines: tuple[VerdictLine, ...]
+    items_needed: int | None
+
+    @property
+    def exit_code(self) -> int:
+        """0 pass, 1 fail, 3 inconclusive."""
+        return EXIT_CODES[self.outcome]
+
+    def to_json(self) -> str:
+        """The verdict as one JSON object; bounds that do not exist are null."""
+        document = asdict(self) | {"exit_code": self.exit_code}
+        return json.dumps(_without_infinities(document), indent=2, allow_nan=False)
+
+    def to_junit_xml(self) -> str:
+        """The verdict as a JUnit test suite, a case a line; inconclusive is an error: no dashboard shows it green."""
+        outcomes = [line.outcome for line in self.lines]
+        suite = ElementTree.Element(
+            "testsuite",
+            name=f"mergeyard gate: {self.new} against {self.old}",
+            tests=str(len(outcomes)),
+            failures=str(outcomes.count("fail")),
+            errors=str(outcomes.count("inconclusive")),
+        )
+        for line in self.lines:
+            case = ElementTree.SubElement(suite, "testcase", classname=f"gate.{self.new}", name=line.scope)
+            if line.outcome == "pass":
+                ElementTree.SubElement(case, "system-out").text = line.reason
+            else:
+                tag = "failure" if line.outcome == "fail" else "error"
+                ElementTree.SubElement(case, tag, type=line.outcome, message=line.reason)
+        return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def judge(
+    samples: Sequence[CellSample],
+    rule: GateRule | None = None,
+    *,
+    length_weights: Mapping[int, float] | None = None,
+    new: str = "new",
+    old: str = "old",
+) -> Verdict:
+    """The verdict on paired differences new − old, one `CellSample` a cell (see `statistics.paired_sample`).
+
+    Passes when every line passes, each at alpha: a wrong pass then needs an error in the very line that is worse, so
+    its chance is at most alpha without correction (intersection-union, Berger 1982). Fails when any line fails after
+    Holm over the lines (1979), so that the chance of a wrong fail is at most alpha too.
+    """
+    if not samples:
+        raise BadInput(f"gate: {new} and {old} have no items in common; evaluate both on the same benchmark and seed")
+    rule = rule or GateRule()
+    scopes = [_Scope.of("overall", samples, rule.margin, length_weights)]
+    if rule.length_margin is not None:
+        for length in sorted({sample.cell.length for sample in samples}):
+            at_length = [sample for sample in samples if sample.cell.length == length]
+            scopes.append(_Scope.of(str(length), at_length, rule.length_margin, None))
+    p_fail = holm([scope.p_value(rule, worse=True) for scope in scopes])
+    lines = tuple(_judge_scope(scope, rule, float(p)) for scope, p in zip(scopes, p_fail, strict=True))
+    needed = [line.items_needed for line in lines if line.outcome == "inconclusive"]
+    return Verdict(_joint_outcome(lines), new, old, rule, lines, _largest(needed))
+
+
+@dataclass(frozen=True, slots=True)
+class _Scope:
+    """One score under judgement: its estimate as a share of 1, its margin, and the standard error its test uses."""
+
+    name: str
+    estimate: Estimate
+    margin: float
+    standard_error: float
+
+    @classmethod
+    def of(
+        cls, name: str, samples: Sequence[CellSample], margin: float, length_weights: Mapping[int, float] | None
+    ) -> _Scope:
+        share = margin / 100
+        estimate = macro_mean(samples, length_weights)
+        weights = macro_weights([sample.cell for sample in samples], length_weights)
+        sizes = [sample.values.size for sample in samples]
+        # a model that loses just the margin cannot differ on fewer items than that: the variance this implies keeps
+        # a handful of agreeing items from passing with a standard error of zero
+        least = sum(
+            weight**2 * share * (1 - share) / size for weight, size in zip(weights.tolist(), sizes, strict=True)
+        )
+        return cls(name, estimate, share, max(estimate.standard_error, math.sqrt(least)))
+
+    def p_value(self, rule: GateRule, *, worse: bool) -> float:
+        """One-sided p value of "not worse than the margin" if `worse`, else of "worse by the margin or more"."""
+        statistic = (self.estimate.mean + self.margin) / self.standard_error * (-1 if worse else 1)
+        if math.isinf(self.standard_error):
+            return 1.0
+        if rule.planned_haystacks is not None:
+            return anytime_p_value(statistic, self.estimate.clusters, rule.planned_haystacks)
+        return student_tail(statistic, self.estimate.degrees_of_freedom)
+
+    def multiplier(self, rule: GateRule, clusters: float) -> float:
+        """Standard errors from the mean to a one-sided bound at the rule's alpha, with so many clusters."""
+        if rule.planned_haystacks is not None:
+            return anytime_multiplier(math.ceil(clusters), rule.planned_haystacks, rule.alpha)
+        return student_quantile(1 - rule.alpha, self.estimate.degrees_of_freedom)
+
+
+def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float) -> VerdictLine:
+    estimate = scope.estimate
+    p_pass = scope.p_value(rule, worse=False)
+    outcome: Outcome = "pass" if p_pass <= rule.alpha else "fail" if p_fail <= rule.alpha else "inconclusive"
+    half = scope.multiplier(rule, estimate.clusters) * scope.standard_error
+    low, high = 100 * (estimate.mean - half), 100 * (estimate.mean + half)
+    needed = _items_needed(scope, rule) if outcome == "inconclusive" else None
+    return VerdictLine(
+        scope=scope.name,
+        outcome=outcome,
+        difference=100 * estimate.mean,
+        low=low,
+        high=high,
+        standard_error=100 * scope.standard_error,
+        margin=100 * scope.margin,
+        p_pass=p_pass,
+        p_fail=p_fail,
+        items=estimate.items,
+        haystacks=estimate.clusters,
+        items_needed=needed,
+        reason=_reason(scope, outcome, low, high, needed),
+    )
+
+
+def _items_needed(scope: _Scope, rule: GateRule) -> int | None:
+    """Items in all with which the observed difference, if true, reaches a verdict with probability `POWER`.
+
+    None where the difference is within a hundredth of a point of the margin, or where there is no standard error yet.
+    """
+    distance = abs(scope.estimate.mean + scope.margin)
+    if distance < 1e-4 or math.isinf(scope.standard_error):
+        return None
+    growth = 1.0
+    for _ in range(50):  # the anytime multiplier grows with the logarithm of the items, so this settles at once
+        away = scope.multiplier(rule, scope.estimate.clusters * growth) + normal_quantile(POWER)
+        growth = max(1.0, (away * scope.standard_error / distance) ** 2)
+    return max(scope.estimate.items + 1, math.ceil(scope.estimate.items * growth))
+
+
+def _reason(scope: _Scope, outcome: Outcome, low: float, high: float, needed: int | None) -> str:
+    margin, estimate = 100 * scope.margin, scope.estimate
+    found = (
+        f"{scope.name}: {100 * estimate.mean:+.2f} points ({low:+.2f} to {high:+.2f}) "
+        f"on {estimate.items} items in {estimate.clusters} haystacks"
+    )
+    if outcome == "pass":
+        regressed = ", regressed but within the margin" if high < 0 else ""
+        return f"{found}; not worse by {margin:g} or more{regressed}"
+    if outcome == "fail":
+        return f"{found}; worse by more than {margin:g}"
+    remedy = f"about {needed} items would decide" if needed else "too close to the margin for any number of items"
+    if math.isinf(scope.standard_error):
+        remedy = "one haystack shows no spread; evaluate more"
+    return f"{found}; cannot tell whether worse by {margin:g}, {remedy}"
+
+
+def _joint_outcome(lines: Sequence[VerdictLine]) -> Outcome:
+    outcomes = {line.outcome for line in lines}
+    if "fail" in outcomes:
+        return "fail"
+    return "inconclusive" if "inconclusive" in outcomes else "pass"
+
+
+def _largest(needed: Sequence[int | None]) -> int | None:
+    known = [items for items in needed if items is not None]
+    return max(known) if known and len(known) == len(needed) else None
+
+
+def _without_infinities(value: object) -> object:
+    if isinstance(value, dict):
+        return {str(key): _without_infinities(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_infinities(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

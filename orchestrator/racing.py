@@ -1,0 +1,300 @@
+"""The race: all points answer the same items, rung by rung, and a point leaves when it is surely worse than the leader.
+
+A state machine without I/O. The driver asks `next_blocks` what to evaluate, hands the scores to `record`, and calls
+`eliminate` after each; what comes back are the departures, each with the figures that decided it. Decisions depend on
+the recorded scores alone, never on the order they came in: a race is resumed by recording its old scores again.
+
+Racing on common instances: Maron & Moore 1994 (Hoeffding races), Birattari et al. 2002 (F-Race). Rungs of growing
+budget: Jamieson & Talwalkar 2016 (successive halving), except that no fixed share leaves at a rung.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jobs.errors import BadInput, CorruptData
+from orchestrator.statistics import Cell, FloatArray, macro_weights, student_quantile
+
+RUNGS = (10, 25, 60, 150, 500)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Work for an engine: these items of this cell, for this point. `cost` is in the units of the race's costs."""
+
+    point: str
+    cell: Cell
+    items: range
+    cost: float
+
+
+@dataclass(frozen=True, slots=True)
+class Departure:
+    """Why a point left: at `items` items a cell it lay `gap` behind the leader, more than `bound`.
+
+    `gap`, `standard_error` and `bound` are shares of 1 of the macro score; `rung` counts from 0.
+    """
+
+    point: str
+    rung: int
+    leader: str
+    gap: float
+    standard_error: float
+    bound: float
+    items: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """A row of the table: macro score over the first `items` items of every cell, the most all cells share.
+
+    `confirmed` is the score on the fresh items only, free of the winner's curse; None for points that have none.
+    """
+
+    point: str
+    score: float
+    items: int
+    departed_at_rung: int | None
+    confirmed: float | None
+
+
+class Race:
+    """A race of points over the cells of a grid.
+
+    Args:
+        points: names, all different.
+        cells: every point answers items 0, 1, 2, … of each; item i is the same question for every point.
+        rungs: items a cell at which departures are decided, growing; rounded up to whole haystacks.
+        keep: never fewer points than this stay.
+        z: a point leaves when its gap to the leader exceeds `z` clustered standard errors of the paired gap.
+        alpha: instead of `z`: the chance that the best point is ever dropped, shared out over points and rungs
+            (Bonferroni) and turned into a Student quantile.
+        costs: cost of one item in each cell, by default its length in tokens; costly blocks are handed out first.
+        length_weights: as in `statistics.macro_weights`.
+        items_per_haystack: items k·m … k·m + m − 1 share a haystack.
+        items_shared_across_lengths: item i of a task is the same question at every length, so that lengths are
+            dependent.
+        confirmation: fresh items a cell, numbered after the last rung's, for the `keep` winners at the end.
+    """
+
+    def __init__(
+        self,
+        points: Sequence[str],
+        cells: Sequence[Cell],
+        *,
+        rungs: Sequence[int] = RUNGS,
+        keep: int = 1,
+        z: float = 3.0,
+        alpha: float | None = None,
+        costs: Mapping[Cell, float] | None = None,
+        length_weights: Mapping[int, float] | None = None,
+        items_per_haystack: int = 1,
+        items_shared_across_lengths: bool = False,
+        confirmation: int = 0,
+    ) -> None:
+        _refuse_nonsense(points, cells, rungs, keep, z, alpha)
+        self.points = tuple(sorted(points))
+        self.cells = tuple(cells)
+        self.rungs = tuple(dict.fromkeys(_whole_haystacks(rung, items_per_haystack) for rung in rungs))
+        self.keep = keep
+        self.departures: list[Departure] = []
+        self._z, self._alpha = z, alpha
+        self._haystack = items_per_haystack
+        self._costs = np.array([float(cell.length) if costs is None else costs[cell] for cell in cells])
+        self._weights = macro_weights(cells, length_weights)
+        self._groups = _dependent_cells(cells) if items_shared_across_lengths else [[i] for i in range(len(cells))]
+        self._point_index = {point: index for index, point in enumerate(self.points)}
+        self._cell_index = {cell: index for index, cell in enumerate(self.cells)}
+        self._items = self.rungs[-1] + _whole_haystacks(confirmation, items_per_haystack)
+        self._scores = np.full((len(points), len(cells), self._items), np.nan)
+        self._live = np.ones(len(points), dtype=np.bool_)
+        self._rung = 0
+
+    @property
+    def live(self) -> tuple[str, ...]:
+        """Points that have not left, by name."""
+        return tuple(point for point, live in zip(self.points, self._live, strict=True) if live)
+
+    @property
+    def finished(self) -> bool:
+        """Whether every rung is decided and the confirmation items are in."""
+        return self._rung == len(self.rungs) and not self.next_blocks()
+
+    def next_blocks(self) -> list[Block]:
+        """What is still missing for the next decision, costliest first; empty when it is all recorded.
+
+        Blocks already handed out but not yet recorded come again: the driver knows what is in flight.
+        """
+        if self._rung < len(self.rungs):
+            missing = self._missing(np.flatnonzero(self._live), 0, self.rungs[self._rung])
+        else:
+            missing = self._missing(self._winners(), self.rungs[-1], self._items)
+        return sorted(missing, key=lambda block: (-block.cost, block.cell, block.items.start, block.point))
+
+    def record(self, point: str, cell: Cell, items: Sequence[int], scores: ArrayLike) -> None:
+        """Take the scores, each in [0, 1], of these items; in any order, in any portions, twice if need be.
+
+        Raises `CorruptData` for a score out of range, or one that contradicts what is recorded already.
+        """
+        values = np.asarray(scores, dtype=np.float64)
+        row = self._scores[self._point_index[point], self._cell_index[cell]]
+        index = np.asarray(items, dtype=np.intp)
+        place = f"{point}, {cell.task} at {cell.length}"
+        if values.shape != index.shape or not np.all((values >= 0) & (values <= 1)):
+            raise CorruptData(f"{place}: expected {index.size} scores between 0 and 1; evaluate the items again")
+        if index.size and not (index.min() >= 0 and index.max() < row.size):
+            raise CorruptData(
+                f"{place}: item {index.max()} is not one of this race's {row.size}; check the item numbers"
+            )
+        known = row[index]
+        if np.any(~np.isnan(known) & (known != values)):
+            raise CorruptData(
+                f"{place}: an item has two different scores; keep the first evaluation and drop the other"
+            )
+        row[index] = values
+
+    def eliminate(self) -> list[Departure]:
+        """Decide every rung whose scores are all in; the departures that are new, worst first."""
+        already = len(self.departures)
+        while self._rung < len(self.rungs) and self._complete(self.rungs[self._rung]):
+            self.departures += self._decide(self.rungs[self._rung])
+            self._rung += 1
+        return self.departures[already:]
+
+    def standing(self) -> tuple[Standing, ...]:
+        """All points, best first: the live ones by score, then those that left, the latest first; ties by name."""
+        left_at = {departure.point: departure.rung for departure in self.departures}
+        rows = [self._standing(point, left_at.get(point)) for point in self.points]
+        last = len(self.rungs)
+        return tuple(
+            sorted(
+                rows,
+                key=lambda row: (
+                    -(last if row.departed_at_rung is None else row.departed_at_rung),
+                    -row.score,
+                    row.point,
+                ),
+            )
+        )
+
+    def spent(self) -> float:
+        """Cost of all items recorded."""
+        return float(np.sum(~np.isnan(self._scores), axis=(0, 2)) @ self._costs)
+
+    def full_cost(self) -> float:
+        """What it would cost if every point answered every item of the last rung."""
+        return float(self._costs.sum() * len(self.points) * self.rungs[-1])
+
+    def _missing(self, points: NDArray[np.intp], start: int, stop: int) -> list[Block]:
+        blocks: list[Block] = []
+        if start == stop:
+            return blocks
+        gaps = np.isnan(self._scores[points, :, start:stop])
+        for row, column in np.argwhere(gaps.any(axis=2)).tolist():
+            edges = np.flatnonzero(np.diff(gaps[row, column].astype(np.int8), prepend=0, append=0)) + start
+            for first, last in edges.reshape(-1, 2).tolist():
+                cost = float(self._costs[column]) * (last - first)
+                blocks.append(Block(self.points[points[row]], self.cells[column], range(first, last), cost))
+        return blocks
+
+    def _complete(self, items: int) -> bool:
+        return not np.isnan(self._scores[self._live, :, :items]).any()
+
+    def _macro(self, points: NDArray[np.intp], start: int, stop: int) -> FloatArray:
+        return np.asarray(self._scores[points, :, start:stop].mean(axis=2) @ self._weights, dtype=np.float64)
+
+    def _ranked(self, items: int) -> tuple[NDArray[np.intp], FloatArray]:
+        """Live points, best first and ties by name, and their macro scores over the first `items` items."""
+        live = np.flatnonzero(self._live)
+        macro = np.round(self._macro(live, 0, items), 12)  # equal scores summed in another order are still equal
+        order = np.argsort(-macro, kind="stable")
+        return live[order], macro[order]
+
+    def _decide(self, items: int) -> list[Departure]:
+        ranked, macro = self._ranked(items)
+        leader = ranked[0]
+        departures: list[Departure] = []
+        for point, score in zip(ranked[self.keep :], macro[self.keep :], strict=True):
+            gap = float(macro[0] - score)
+            error = self._paired_error(int(leader), int(point), items)
+            bound = self._multiplier(items) * error
+            if gap > bound:
+                departures.append(self._departure(int(point), int(leader), gap, error, bound, items))
+                self._live[point] = False
+        return departures[::-1]
+
+    def _departure(self, point: int, leader: int, gap: float, error: float, bound: float, items: int) -> Departure:
+        reason = (
+            f"{100 * gap:.2f} points behind {self.points[leader]} after {items} items a cell; "
+            f"{100 * bound:.2f} were allowed ({self._multiplier(items):.2f} standard errors of {100 * error:.2f})"
+        )
+        return Departure(self.points[point], self._rung, self.points[leader], gap, error, bound, items, reason)
+
+    def _paired_error(self, leader: int, point: int, items: int) -> float:
+        """Standard error of the macro gap on the same items, clustered by haystack; infinite with one haystack."""
+        gaps = self._scores[leader, :, :items] - self._scores[point, :, :items]
+        haystacks = items // self._haystack
+        if haystacks < 2:
+            return math.inf
+        residuals = (gaps - gaps.mean(axis=1, keepdims=True)) * self._weights[:, None]
+        totals = residuals.reshape(len(self.cells), haystacks, self._haystack).sum(axis=2)
+        if len(self._groups) < len(self.cells):
+            totals = np.stack([totals[group].sum(axis=0) for group in self._groups])
+        return math.sqrt(float(np.sum(totals**2)) * haystacks / (haystacks - 1)) / items
+
+    def _multiplier(self, items: int) -> float:
+        if self._alpha is None:
+            return self._z
+        shared = self._alpha / (len(self.points) * len(self.rungs))
+        freedom = max(1, items // self._haystack - 1) * len(self._groups)
+        return student_quantile(1 - shared, freedom)
+
+    def _winners(self) -> NDArray[np.intp]:
+        return self._ranked(self.rungs[-1])[0][: self.keep]
+
+    def _standing(self, point: str, departed_at_rung: int | None) -> Standing:
+        index = self._point_index[point]
+        answered = ~np.isnan(self._scores[index, :, : self.rungs[-1]])
+        items = int(answered.cumprod(axis=1).sum(axis=1).min())
+        here = np.array([index])
+        score = float(self._macro(here, 0, items)[0]) if items else 0.0
+        confirmed = None
+        if self._items > self.rungs[-1] and not np.isnan(self._scores[index, :, self.rungs[-1] :]).any():
+            confirmed = float(self._macro(here, self.rungs[-1], self._items)[0])
+        return Standing(point, score, items, departed_at_rung, confirmed)
+
+
+def _refuse_nonsense(
+    points: Sequence[str], cells: Sequence[Cell], rungs: Sequence[int], keep: int, z: float, alpha: float | None
+) -> None:
+    if not points or len(set(points)) < len(points):
+        raise BadInput("race: points need names of their own; rename the doubled ones")
+    if not cells or len(set(cells)) < len(cells):
+        raise BadInput("race: no task and length to race over, or one of them twice; list each once")
+    if not rungs or rungs[0] < 1 or any(later <= earlier for earlier, later in itertools.pairwise(rungs)):
+        raise BadInput(f"race.rungs: {list(rungs)}; give growing numbers of items, such as {list(RUNGS)}")
+    if keep < 1:
+        raise BadInput(f"race.keep: {keep}; keep at least one point")
+    if not z > 0:
+        raise BadInput(f"race.z: {z}; give a positive number of standard errors, such as 3")
+    if alpha is not None and not 0 < alpha < 1:
+        raise BadInput(f"race.alpha: {alpha}; give a probability, such as 0.05")
+
+
+def _whole_haystacks(items: int, items_per_haystack: int) -> int:
+    return math.ceil(items / items_per_haystack) * items_per_haystack
+
+
+def _dependent_cells(cells: Sequence[Cell]) -> list[list[int]]:
+    """Indices of the cells of each task: one group of dependent cells a task."""
+    groups: dict[str, list[int]] = {}
+    for index, cell in enumerate(cells):
+        groups.setdefault(cell.task, []).append(index)
+    return list(groups.values())

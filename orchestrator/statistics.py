@@ -1,0 +1,602 @@
+"""What can be said about scores of models that answered the same items: estimates, tests and their error rates.
+
+Scores lie in [0, 1], so paired differences (new − old) lie in [−1, 1]; nothing here knows points out of 100.
+Items that share a haystack are one cluster: they rise and fall together, and a standard error that forgets it
+is too small. Everything random is keyed by a seed; nothing here reads or writes.
+
+    one sample of cells     macro_mean, paired_mean, bootstrap_macro
+    proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
+    fractional scores       sign_flip_test
+    before the run          minimum_detectable_effect, items_for_effect, design_effect
+    many comparisons        holm, benjamini_hochberg, max_t
+    looking more than once  mcnemar_e_value, betting_e_process, confidence_sequence, anytime_multiplier, anytime_p_value
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jobs.errors import CorruptData
+
+FloatArray = NDArray[np.float64]
+Labels = NDArray[Any]
+Alternative = Literal["two-sided", "greater", "less"]
+
+EXACT_CLUSTERS = 20  # 2^20 sign patterns are 8 MB of sums; beyond that, Monte Carlo
+
+
+class Cell(NamedTuple):
+    """One benchmark task at one context length in tokens."""
+
+    task: str
+    length: int
+
+
+class Interval(NamedTuple):
+    """Two bounds, both inside."""
+
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CellSample:
+    """One value for each item of a cell (a score, or a paired difference of scores) and the haystack it came from.
+
+    `values` and `haystacks` are of shape [items]. A haystack label that occurs in several cells means the same
+    haystack there, and the cells are then treated as dependent.
+    """
+
+    cell: Cell
+    values: FloatArray
+    haystacks: Labels
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its clustered standard error and two-sided t interval; the error is infinite with one cluster."""
+
+    mean: float
+    standard_error: float
+    degrees_of_freedom: float
+    low: float
+    high: float
+    items: int
+    clusters: int
+
+
+def cell_sample(
+    task: str, length: int, values: ArrayLike, haystacks: Sequence[Any] | Labels | None = None
+) -> CellSample:
+    """A checked `CellSample`; without `haystacks` every item is a haystack of its own.
+
+    Raises `CorruptData` for an empty cell, a value that is not finite or lies outside [−1, 1], or labels that do not
+    match the items one to one.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    place = f"{task} at {length}"
+    if array.ndim != 1 or array.size == 0:
+        raise CorruptData(f"{place}: scores of shape {array.shape}, expected one a item; evaluate the cell again")
+    if not np.all(np.abs(array) <= 1):
+        raise CorruptData(f"{place}: a score is missing or outside its range; evaluate the cell again")
+    if haystacks is None:
+        labels = np.array([f"{task}/{length}/{item}" for item in range(array.size)])
+    else:
+        labels = np.asarray(haystacks)
+    if labels.shape != array.shape:
+        raise CorruptData(f"{place}: {array.size} scores but {labels.size} haystacks; evaluate the cell again")
+    return CellSample(Cell(task, length), array, labels)
+
+
+def paired_sample(
+    task: str, length: int, new: ArrayLike, old: ArrayLike, haystacks: Sequence[Any] | Labels | None = None
+) -> CellSample:
+    """Differences new − old of two models' scores on the same items, in the same order, as a `CellSample`."""
+    new_scores, old_scores = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
+    if new_scores.shape != old_scores.shape:
+        raise CorruptData(
+            f"{task} at {length}: {new_scores.size} scores against {old_scores.size}; compare the items both answered"
+        )
+    return cell_sample(task, length, new_scores - old_scores, haystacks)
+
+
+# ---- macro scores ----------------------------------------------------------------------------------------------------
+
+
+def macro_weights(cells: Sequence[Cell], length_weights: Mapping[int, float] | None = None) -> FloatArray:
+    """Weight of each cell in the macro score, summing to 1: tasks count alike within a length, lengths as given.
+
+    Without `length_weights` lengths count alike; see `increasing_weights` for RULER's wAvg.
+    """
+    tasks_at = Counter(cell.length for cell in cells)
+    share = {length: 1.0 if length_weights is None else length_weights[length] for length in tasks_at}
+    total = sum(share.values())
+    return np.array([share[cell.length] / total / tasks_at[cell.length] for cell in cells])
+
+
+def increasing_weights(lengths: Sequence[int]) -> dict[int, float]:
+    """RULER's wAvg(inc), arXiv 2404.06654: the shortest length counts 1, the next 2, and so on."""
+    return {length: float(rank) for rank, length in enumerate(sorted(set(lengths)), start=1)}
+
+
+def decreasing_weights(lengths: Sequence[int]) -> dict[int, float]:
+    """RULER's wAvg(dec), arXiv 2404.06654: the longest length counts 1, the next shorter 2, and so on."""
+    return {length: float(rank) for rank, length in enumerate(sorted(set(lengths), reverse=True), start=1)}
+
+
+def macro_mean(
+    samples: Sequence[CellSample], length_weights: Mapping[int, float] | None = None, confidence: float = 0.95
+) -> Estimate:
+    """The macro score over cells with its clustered standard error and t interval.
+
+    With one cell this is the clustered error of Miller 2024 (arXiv 2411.00640), with the factor C/(C−1) for C clusters
+    and C−1 degrees of freedom. With several, each cell is a stratum; haystacks shared between cells add their
+    covariance. Degrees of freedom are Satterthwaite's, and never more than clusters − 1.
+    """
+    weights = macro_weights([sample.cell for sample in samples], length_weights)
+    totals, variances, degrees = _cluster_influences(samples, weights)
+    mean = float(sum(weight * sample.values.mean() for weight, sample in zip(weights, samples, strict=True)))
+    items = sum(sample.values.size for sample in samples)
+    if np.any(degrees == 0):
+        return Estimate(mean, math.inf, 1.0, -math.inf, math.inf, items, totals.size)
+    error = math.sqrt(float(totals @ totals))
+    freedom = float(min(_satterthwaite(variances, degrees), totals.size - 1))
+    half = student_quantile((1 + confidence) / 2, freedom) * error
+    return Estimate(mean, error, freedom, mean - half, mean + half, items, totals.size)
+
+
+def paired_mean(
+    differences: ArrayLike, haystacks: Sequence[Any] | Labels | None = None, confidence: float = 0.95
+) -> Estimate:
+    """Mean of paired differences clustered by haystack: `macro_mean` of a single cell."""
+    return macro_mean([cell_sample("difference", 0, differences, haystacks)], confidence=confidence)
+
+
+def _cluster_influences(
+    samples: Sequence[CellSample], weights: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """What each haystack adds to the macro mean's error [clusters]; the variance and freedom of each cell [cells]."""
+    variances, degrees = np.zeros(len(samples)), np.zeros(len(samples))
+    labels: list[Labels] = []
+    influences: list[FloatArray] = []
+    for index, (sample, weight) in enumerate(zip(samples, weights, strict=True)):
+        names, sums, _ = _cluster_sums(sample.values - sample.values.mean(), sample.haystacks)
+        clusters = names.size
+        correction = math.sqrt(clusters / (clusters - 1)) if clusters > 1 else 1.0
+        influence = sums * (weight / sample.values.size * correction)
+        variances[index], degrees[index] = influence @ influence, clusters - 1
+        labels.append(names)
+        influences.append(influence)
+    _, totals, _ = _cluster_sums(np.concatenate(influences), np.concatenate(labels))
+    return totals, variances, degrees
+
+
+def _cluster_sums(values: FloatArray, labels: Labels) -> tuple[Labels, FloatArray, FloatArray]:
+    """Cluster names in order, the sum of their values, their sizes: each of shape [clusters]."""
+    names, index = np.unique(labels, return_inverse=True)
+    sums = np.asarray(np.bincount(index, weights=values), dtype=np.float64)
+    return names, sums, np.asarray(np.bincount(index), dtype=np.float64)
+
+
+def _satterthwaite(variances: FloatArray, degrees: FloatArray) -> float:
+    if not variances.any():
+        return float(degrees.sum())
+    return float(variances.sum() ** 2 / np.sum(variances**2 / degrees))
+
+
+@dataclass(frozen=True, slots=True)
+class Bootstrap:
+    """A bootstrapped mean: its interval, and the share of replicates at or below zero (a one-sided p value)."""
+
+    mean: float
+    low: float
+    high: float
+    share_not_above_zero: float
+
+
+def bootstrap_macro(
+    samples: Sequence[CellSample],
+    length_weights: Mapping[int, float] | None = None,
+    *,
+    method: Literal["percentile", "bca"] = "bca",
+    confidence: float = 0.95,
+    replicates: int = 2000,
+    seed: int = 0,
+) -> Bootstrap:
+    """The macro score with a stratified cluster bootstrap interval: haystacks are drawn again within each cell.
+
+    Cells with the very same haystacks are drawn together, which keeps their covariance. BCa is Efron 1987, with the
+    acceleration from the clusters' influence. Not covered: cells that share only some of their haystacks.
+    """
+    cells = [sample.cell for sample in samples]
+    weights = macro_weights(cells, length_weights)
+    random = np.random.Generator(np.random.Philox(key=seed))
+    draws = np.zeros(replicates)
+    for group in _groups_of_equal_haystacks(samples):
+        clusters = np.unique(samples[group[0]].haystacks).size
+        chosen = random.integers(clusters, size=(replicates, clusters))
+        for index in group:
+            _, sums, sizes = _cluster_sums(samples[index].values, samples[index].haystacks)
+            draws += weights[index] * sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
+    mean = float(sum(weight * sample.values.mean() for weight, sample in zip(weights, samples, strict=True)))
+    tails = (np.array([-1.0, 1.0]) * confidence + 1) / 2
+    if method == "bca":
+        tails = _bca_tails(tails, draws, mean, _cluster_influences(samples, weights)[0])
+    low, high = np.quantile(draws, tails)
+    return Bootstrap(mean, float(low), float(high), float(np.mean(draws <= 0)))
+
+
+def _groups_of_equal_haystacks(samples: Sequence[CellSample]) -> list[list[int]]:
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    for index, sample in enumerate(samples):
+        groups.setdefault(tuple(np.unique(sample.haystacks).tolist()), []).append(index)
+    return list(groups.values())
+
+
+def _bca_tails(tails: FloatArray, draws: FloatArray, mean: float, influences: FloatArray) -> FloatArray:
+    """The tail probabilities corrected for bias and acceleration (Efron 1987, equation 2.3)."""
+    spread = float(np.sum(influences**2))
+    if spread == 0:
+        return tails
+    below = (np.sum(draws < mean) + np.sum(draws == mean) / 2) / draws.size
+    bias = normal_quantile(float(np.clip(below, 1 / draws.size, 1 - 1 / draws.size)))
+    acceleration = float(np.sum(influences**3)) / (6 * spread**1.5)
+    shifted = bias + np.array([normal_quantile(float(tail)) for tail in tails])
+    return np.array([NormalDist().cdf(bias + shift / (1 - acceleration * shift)) for shift in shifted])
+
+
+# ---- proportions -----------------------------------------------------------------------------------------------------
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion (Wilson 1927): honest where the normal one is too short (Bowyer 2025)."""
+    if trials == 0:
+        return Interval(0.0, 1.0)
+    z = normal_quantile((1 + confidence) / 2)
+    rate = successes / trials
+    centre = (rate + z**2 / (2 * trials)) / (1 + z**2 / trials)
+    half = z / (1 + z**2 / trials) * math.sqrt(rate * (1 - rate) / trials + z**2 / (4 * trials**2))
+    return Interval(max(0.0, centre - half), min(1.0, centre + half))
+
+
+def rule_of_three(trials: int, confidence: float = 0.95) -> float:
+    """The rate that `trials` items without one event still allow: −ln(1 − confidence)/trials, 3/n at 95 %."""
+    return min(1.0, -math.log(1 - confidence) / trials) if trials else 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class McNemar:
+    """Exact p values of McNemar's test: `improved` for more gains than losses, `regressed` for fewer."""
+
+    gains: int
+    losses: int
+    two_sided: float
+    improved: float
+    regressed: float
+
+
+def mcnemar(gains: int, losses: int) -> McNemar:
+    """McNemar's exact test (1947): items only the new model solves against items only the old one solves.
+
+    For scores that are right or wrong; for fractional ones see `sign_flip_test`.
+    """
+    improved = _binomial_tail(gains, gains + losses)
+    regressed = _binomial_tail(losses, gains + losses)
+    return McNemar(gains, losses, min(1.0, 2 * min(improved, regressed)), improved, regressed)
+
+
+def _binomial_tail(at_least: int, trials: int) -> float:
+    """P[Bin(trials, ½) ≥ at_least]."""
+    from scipy.special import betainc
+
+    return 1.0 if at_least == 0 else float(betainc(at_least, trials - at_least + 1, 0.5))
+
+
+def mcnemar_interval(gains: int, losses: int, items: int, confidence: float = 0.95) -> Interval:
+    """Interval of the paired difference of two proportions, (gains − losses)/items.
+
+    Bonett & Price 2012: the Wald interval after adding one gain and one loss, which keeps its coverage where the
+    plain one collapses to a point.
+    """
+    gained, lost = (gains + 1) / (items + 2), (losses + 1) / (items + 2)
+    half = normal_quantile((1 + confidence) / 2) * math.sqrt((gained + lost - (gained - lost) ** 2) / (items + 2))
+    return Interval(max(-1.0, gained - lost - half), min(1.0, gained - lost + half))
+
+
+@dataclass(frozen=True, slots=True)
+class FlipRate:
+    """How often the same weights scored differently on the same item: the noise floor under every difference."""
+
+    flips: int
+    items: int
+    rate: float
+    low: float
+    high: float
+
+
+def flip_rate(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> FlipRate:
+    """The A/A flip rate of one model evaluated twice: Wilson's interval, or the rule of three when none flipped."""
+    scores, again = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    flips, items = int(np.sum(scores != again)), int(scores.size)
+    low, high = wilson_interval(flips, items, confidence)
+    if flips == 0:
+        high = rule_of_three(items, confidence)
+    return FlipRate(flips, items, flips / items if items else 0.0, low, high)
+
+
+# ---- fractional scores -----------------------------------------------------------------------------------------------
+
+
+def sign_flip_test(
+    differences: ArrayLike,
+    haystacks: Sequence[Any] | Labels | None = None,
+    *,
+    alternative: Alternative = "two-sided",
+    draws: int = 10_000,
+    seed: int = 0,
+) -> float:
+    """p value of the mean paired difference when the sign of every haystack's total could as well be the other.
+
+    Exact when at most `EXACT_CLUSTERS` haystacks differ at all; else by `draws` keyed sign patterns, with the observed
+    one counted in, so that the p value is never too small and never zero.
+    """
+    sample = cell_sample("difference", 0, differences, haystacks)
+    _, totals, _ = _cluster_sums(sample.values, sample.haystacks)
+    totals = totals[totals != 0]
+    observed = float(totals.sum())
+    tolerance = 1e-9 * max(1.0, float(np.abs(totals).sum()))  # sums in another order may differ in the last bits
+    if totals.size <= EXACT_CLUSTERS:
+        flipped = np.zeros(1)
+        for total in totals:
+            flipped = np.concatenate([flipped + total, flipped - total])
+        return float(np.mean(_as_extreme(flipped, observed, alternative, tolerance)))
+    extreme = sum(
+        int(np.sum(_as_extreme(signs @ totals, observed, alternative, tolerance)))
+        for signs in _sign_patterns(totals.size, draws, seed)
+    )
+    return (1 + extreme) / (1 + draws)
+
+
+def _as_extreme(
+    statistics: FloatArray, observed: float, alternative: Alternative, tolerance: float
+) -> NDArray[np.bool_]:
+    if alternative == "greater":
+        return statistics >= observed - tolerance
+    if alternative == "less":
+        return statistics <= observed + tolerance
+    return np.abs(statistics) >= abs(observed) - tolerance
+
+
+def _sign_patterns(clusters: int, draws: int, seed: int) -> Iterator[FloatArray]:
+    """`draws` keyed rows of ±1, in blocks of shape [at most 1000, clusters]."""
+    random = np.random.Generator(np.random.Philox(key=seed))
+    for start in range(0, draws, 1000):
+        rows = min(1000, draws - start)
+        yield random.choice(np.array([-1.0, 1.0]), size=(rows, clusters))
+
+
+# ---- before the run --------------------------------------------------------------------------------------------------
+
+
+def minimum_detectable_effect(
+    items: float,
+    *,
+    discordance: float | None = None,
+    deviation: float | None = None,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> float:
+    """The smallest true difference a two-sided paired test at `alpha` finds with probability `power` (Miller 2024).
+
+    Give the share of items on which the two models differ (`discordance`, for right-or-wrong scores) or the standard
+    deviation of the paired differences. With several questions a haystack, divide `items` by `design_effect`.
+    """
+    spread = _spread(discordance, deviation)
+    return (normal_quantile(1 - alpha / 2) + normal_quantile(power)) * spread / math.sqrt(items)
+
+
+def items_for_effect(
+    effect: float,
+    *,
+    discordance: float | None = None,
+    deviation: float | None = None,
+    alpha: float = 0.05,
+    power: float = 0.8,
+) -> int:
+    """Items that make `effect` the minimum detectable one: the inverse of `minimum_detectable_effect`, rounded up."""
+    at_one_item = minimum_detectable_effect(1, discordance=discordance, deviation=deviation, alpha=alpha, power=power)
+    return math.ceil((at_one_item / effect) ** 2)
+
+
+def _spread(discordance: float | None, deviation: float | None) -> float:
+    if (discordance is None) == (deviation is None):
+        raise ValueError("give either the discordance or the standard deviation of the differences")
+    return deviation if deviation is not None else math.sqrt(discordance or 0.0)
+
+
+def design_effect(questions_per_haystack: float, correlation: float) -> float:
+    """How many times more items are needed because questions share a haystack: 1 + (m − 1)ρ (Kish 1965)."""
+    return 1 + (questions_per_haystack - 1) * correlation
+
+
+# ---- many comparisons ------------------------------------------------------------------------------------------------
+
+
+def holm(p_values: ArrayLike) -> FloatArray:
+    """Holm's step-down adjusted p values (1979): those ≤ α control the family-wise error rate at α."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
+    return _restore(np.minimum(stepped, 1.0), order)
+
+
+def benjamini_hochberg(p_values: ArrayLike) -> FloatArray:
+    """Benjamini & Hochberg's adjusted p values (1995): those ≤ q control the false discovery rate at q."""
+    p = np.asarray(p_values, dtype=np.float64)
+    order = np.argsort(p, kind="stable")
+    stepped = np.minimum.accumulate((p[order] * p.size / np.arange(1, p.size + 1))[::-1])[::-1]
+    return _restore(np.minimum(stepped, 1.0), order)
+
+
+def _restore(sorted_values: FloatArray, order: NDArray[np.intp]) -> FloatArray:
+    values = np.empty_like(sorted_values)
+    values[order] = sorted_values
+    return values
+
+
+def max_t(
+    differences: ArrayLike,
+    haystacks: Sequence[Any] | Labels | None = None,
+    *,
+    alternative: Alternative = "two-sided",
+    draws: int = 10_000,
+    seed: int = 0,
+) -> FloatArray:
+    """Step-down adjusted p values of many points against one baseline on the same items (Westfall & Young 1993).
+
+    `differences` is [points, items], point − baseline; for a macro score multiply each item by its cell's weight over
+    its cell's items. One sign pattern flips a haystack in every point at once, so that points which rise and fall
+    together cost less than Holm would charge. Controls the family-wise error rate.
+    """
+    matrix = np.asarray(differences, dtype=np.float64)
+    labels = np.arange(matrix.shape[1]) if haystacks is None else np.asarray(haystacks)
+    totals = np.stack([_cluster_sums(row, labels)[1] for row in matrix], axis=1)  # [clusters, points]
+    lengths = np.sqrt(np.sum(totals**2, axis=0))
+    # Σs/√Σs² is Student's t on another scale, the same for every point, and its denominator does not care about signs
+    studentised = np.divide(totals, lengths, out=np.zeros_like(totals), where=lengths > 0)
+    observed = _side(studentised.sum(axis=0), alternative)
+    order = np.argsort(-observed, kind="stable")
+    exceeded = np.zeros(order.size)
+    for signs in _sign_patterns(totals.shape[0], draws, seed):
+        flipped = _side(signs @ studentised, alternative)[:, order]
+        largest_of_the_rest = np.maximum.accumulate(flipped[:, ::-1], axis=1)[:, ::-1]
+        exceeded += np.sum(largest_of_the_rest >= observed[order] - 1e-9, axis=0)
+    return _restore(np.maximum.accumulate((1 + exceeded) / (1 + draws)), order)
+
+
+def _side(statistics: FloatArray, alternative: Alternative) -> FloatArray:
+    if alternative == "two-sided":
+        return np.abs(statistics)
+    return statistics if alternative == "greater" else -statistics
+
+
+# ---- looking more than once ------------------------------------------------------------------------------------------
+
+
+def mcnemar_e_value(gains: int, losses: int) -> float:
+    """Evidence against "gains and losses are equally likely"; at or above 1/α it rejects at level α, at any moment.
+
+    The mixture 2ⁿ·B(b+½, c+½)/B(½, ½) over Jeffreys' prior, two-sided; its expectation under the null is 1 after any
+    number of items, so stopping early or topping up is legal.
+    """
+    log_beta = math.lgamma(gains + 0.5) + math.lgamma(losses + 0.5) - math.lgamma(gains + losses + 1)
+    return math.exp((gains + losses) * math.log(2) + log_beta - math.log(math.pi))
+
+
+def betting_e_process(
+    differences: ArrayLike, null_mean: float = 0.0, alternative: Literal["greater", "less"] = "greater"
+) -> FloatArray:
+    """Wealth after each difference of a gambler who bets that the mean exceeds (or falls short of) `null_mean`.
+
+    Shape [values]. Waudby-Smith & Ramdas 2023 with approximately growth-optimal (aGRAPA) bets, at most half of what
+    could be lost. Wealth at or above 1/α rejects at level α, whenever one looks. Values lie in [−1, 1] and come in the
+    order they were drawn, one a haystack: give the haystacks' means where they hold several questions.
+    """
+    sign = 1.0 if alternative == "greater" else -1.0
+    values, null = sign * np.asarray(differences, dtype=np.float64), sign * null_mean
+    means, variances = _predictable_moments(values)
+    gap = means - null
+    bets = np.clip(gap / (variances + gap**2), 0.0, 0.5 / (1 + null))
+    return np.exp(np.cumsum(np.log1p(bets * (values - null))))
+
+
+def _predictable_moments(values: FloatArray) -> tuple[FloatArray, FloatArray]:
+    """Mean and variance known *before* each value in [−1, 1], with one pseudo-value: mean 0, variance 1."""
+    counts = np.arange(1, values.size + 1)
+    means_after = np.cumsum(values) / (counts + 1)
+    variances_after = (1 + np.cumsum((values - means_after) ** 2)) / (counts + 1)
+    return np.concatenate([[0.0], means_after[:-1]]), np.concatenate([[1.0], variances_after[:-1]])
+
+
+def confidence_sequence(differences: ArrayLike, alpha: float = 0.05, resolution: int = 1000) -> Interval:
+    """Interval of the mean of values in [−1, 1] that holds at every moment at once with probability 1 − alpha.
+
+    The hedged betting sequence of Waudby-Smith & Ramdas 2023 over a grid of `resolution` means, intersected over time
+    and rounded outwards by one grid step. Values come one a haystack, in the order drawn.
+    """
+    values = np.asarray(differences, dtype=np.float64)
+    candidates = np.linspace(-1.0, 1.0, resolution + 1)
+    counts = np.arange(1, values.size + 1)
+    _, variances = _predictable_moments(values)
+    bets = np.sqrt(2 * math.log(2 / alpha) / (variances * counts * np.log1p(counts)))
+    with np.errstate(divide="ignore"):
+        most_up, most_down = 0.5 / (1 + candidates), 0.5 / (1 - candidates)
+    up, down = np.zeros(candidates.size), np.zeros(candidates.size)
+    richest = np.zeros(candidates.size)
+    for start in range(0, values.size, 512):
+        block = slice(start, start + 512)
+        gaps = values[block, None] - candidates
+        up_path = up + np.cumsum(np.log1p(np.minimum(bets[block, None], most_up) * gaps), axis=0)
+        down_path = down + np.cumsum(np.log1p(-np.minimum(bets[block, None], most_down) * gaps), axis=0)
+        richest = np.maximum(richest, np.maximum(up_path, down_path).max(axis=0))
+        up, down = up_path[-1], down_path[-1]
+    kept = richest + math.log(0.5) < math.log(1 / alpha)
+    kept[np.argmin(richest)] = True  # an interval between two grid points still has neighbours
+    low, high = candidates[kept][[0, -1]]
+    step = 2.0 / resolution
+    return Interval(max(-1.0, float(low) - step), min(1.0, float(high) + step))
+
+
+def anytime_multiplier(clusters: int, planned_clusters: int, alpha: float = 0.05) -> float:
+    """How many standard errors a one-sided bound must keep away to hold at level `alpha` at every look at once.
+
+    The asymptotic confidence sequence of Waudby-Smith, Arbour, Sinha, Kennedy & Ramdas 2024 (Robbins' normal mixture),
+    tightest near `planned_clusters`, which must be fixed before the first look. Needs a few dozen clusters to be true.
+    """
+    scale = 1 + _mixture_time(clusters, planned_clusters)
+    return math.sqrt(2 * scale / (scale - 1) * math.log(1 + math.sqrt(scale) / (2 * alpha)))
+
+
+def anytime_p_value(statistic: float, clusters: int, planned_clusters: int) -> float:
+    """The smallest alpha whose `anytime_multiplier` lies at or below `statistic`; 1 where no alpha does."""
+    if statistic <= 0:
+        return 1.0
+    scale = 1 + _mixture_time(clusters, planned_clusters)
+    exponent = min(700.0, statistic**2 * (scale - 1) / (2 * scale))
+    return min(1.0, math.sqrt(scale) / (2 * math.expm1(exponent))) if exponent > 0 else 1.0
+
+
+def _mixture_time(clusters: int, planned_clusters: int) -> float:
+    """Clusters seen, in the unit in which the normal mixture is tightest for 5 % at `planned_clusters`."""
+    best_at_plan = -2 * math.log(0.05) + math.log(1 - 2 * math.log(0.05))
+    return best_at_plan * clusters / planned_clusters
+
+
+# ---- quantiles -------------------------------------------------------------------------------------------------------
+
+
+def normal_quantile(probability: float) -> float:
+    """The standard normal quantile."""
+    return NormalDist().inv_cdf(probability)
+
+
+def student_quantile(probability: float, degrees_of_freedom: float) -> float:
+    """Student's t quantile."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, probability))
+
+
+def student_tail(statistic: float, degrees_of_freedom: float) -> float:
+    """P[T ≥ statistic] for Student's t."""
+    from scipy.special import stdtr
+
+    return float(stdtr(degrees_of_freedom, -statistic))
