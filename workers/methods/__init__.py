@@ -1,0 +1,74 @@
+"""The merge methods, by the names mergekit gave them. A method's keyword-only arguments are its parameter schema."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+from torch import Tensor
+
+from workers.methods.dare import dare_linear, dare_ties
+from workers.methods.linear import linear
+from workers.methods.passthrough import passthrough
+from workers.methods.slerp import slerp
+from workers.methods.task_arithmetic import task_arithmetic
+from workers.methods.ties import ties
+
+__all__ = ["METHODS", "Method", "Parameter"]
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a method: whether each model has its own, its kind, and its default (None: must be given)."""
+
+    name: str
+    per_model: bool
+    kind: Literal["number", "boolean"]
+    default: float | bool | None
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method: its formula, what it asks of `base_model`, and how many models it takes.
+
+    `base` is "required" (a model to subtract, not one to merge), "one of the models", or "unused".
+    """
+
+    merge: Callable[..., Tensor]
+    base: Literal["required", "one of the models", "unused"] = "unused"
+    fewest: int = 1
+    most: int | None = None
+
+    @cached_property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """The schema, read from the signature: `PerModel` arguments per model, the others for the whole merge."""
+        return {
+            parameter.name.rstrip("_"): _parameter(parameter)
+            for parameter in inspect.signature(self.merge).parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        }
+
+
+def _parameter(parameter: inspect.Parameter) -> Parameter:
+    per_model = parameter.annotation == "PerModel"
+    default = None if parameter.default is inspect.Parameter.empty else parameter.default
+    return Parameter(
+        name=parameter.name.rstrip("_"),
+        per_model=per_model,
+        kind="boolean" if parameter.annotation == "bool" else "number",
+        default=default[0] if per_model and default is not None else default,
+    )
+
+
+METHODS: Mapping[str, Method] = {
+    "linear": Method(linear),
+    "slerp": Method(slerp, base="one of the models", fewest=2, most=2),
+    "task_arithmetic": Method(task_arithmetic, base="required"),
+    "ties": Method(ties, base="required"),
+    "dare_linear": Method(dare_linear, base="required"),
+    "dare_ties": Method(dare_ties, base="required"),
+    "passthrough": Method(passthrough, most=1),
+}

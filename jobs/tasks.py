@@ -1,0 +1,176 @@
+"""What crosses the wire between the driver and a worker: JSON-able facts, URLs and a format version; never programs."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+FORMAT = 1
+"""Version of everything this module describes; part of every unit key: an old receipt never matches new work."""
+
+NUMERICS = 1
+"""Version of the arithmetic. Raise it whenever a change could alter one bit of one output."""
+
+
+def canonical_json(value: Any) -> str:
+    """JSON with sorted keys and no blanks: equal values give equal text."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def digest(value: Any) -> str:
+    """sha256 of the canonical JSON, in hexadecimal."""
+    return hashlib.sha256(canonical_json(value).encode()).hexdigest()
+
+
+Number = float | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One point's recipe bound to one tensor: method, models in order, base, and parameters as plain numbers.
+
+    Per-model parameters are tuples in the order of `models`. Equal settings are equal objects, and hashable.
+    """
+
+    method: str
+    models: tuple[str, ...]
+    base: str | None
+    parameters: tuple[tuple[str, Number | tuple[Number, ...]], ...]
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Every parent this setting reads."""
+        return tuple(dict.fromkeys((*self.models, *((self.base,) if self.base is not None else ()))))
+
+    def document(self) -> list[Any]:
+        """A compact JSON form that `from_document` reads back."""
+        return [self.method, list(self.models), self.base, dict(self.parameters)]
+
+    @classmethod
+    def from_document(cls, document: list[Any]) -> Setting:
+        """Reads what `document` wrote."""
+        method, models, base, parameters = document
+        pairs = ((name, tuple(value) if isinstance(value, list) else value) for name, value in parameters.items())
+        return cls(method, tuple(models), base, tuple(pairs))
+
+
+@dataclass(frozen=True, slots=True)
+class ParentFile:
+    """One safetensors file of a parent, pinned: a reader that finds another ETag or size refuses it."""
+
+    key: str
+    size: int
+    etag: str
+
+
+@dataclass(frozen=True, slots=True)
+class ParentTensor:
+    """Where one parent keeps one tensor: file, dtype (safetensors name) and absolute byte range."""
+
+    file: int
+    dtype: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Parent:
+    """A pinned parent as a worker opens it."""
+
+    url: str
+    files: tuple[ParentFile, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorMerge:
+    """One output tensor: name, dtype, shape, where each parent keeps it, and which setting of a point applies.
+
+    `arithmetic` is the dtype to compute in, as safetensors names it.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    sources: Mapping[str, ParentTensor]
+    setting: int
+    arithmetic: str
+
+    @property
+    def elements(self) -> int:
+        """Number of elements."""
+        count = 1
+        for extent in self.shape:
+            count *= extent
+        return count
+
+
+@dataclass(frozen=True, slots=True)
+class PointShard:
+    """One unit: one shard of one point. `settings[tensor.setting]` is the point's recipe for a tensor."""
+
+    point: str
+    unit: str
+    key: str
+    settings: tuple[Setting, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MergeTask:
+    """One shard for a group of points: what a worker does in one go, reading each parent tensor once."""
+
+    run: str
+    shard: str
+    tensors: tuple[TensorMerge, ...]
+    points: tuple[PointShard, ...]
+    parents: Mapping[str, Parent]
+    seed: int
+    numerics: str
+    memory_bytes: int
+    threads: int
+
+    @property
+    def name(self) -> str:
+        """How logs and errors call this task."""
+        return f"{self.shard} of {len(self.points)} points"
+
+    @property
+    def bytes_read(self) -> int:
+        """Parent bytes this task reads when every tensor fits in memory."""
+        return sum(source.end - source.start for tensor in self.tensors for source in tensor.sources.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a finished unit leaves in the store: the shard's size, each tensor's sha256, and what the work cost."""
+
+    unit: str
+    point: str
+    key: str
+    size: int
+    etag: str
+    tensors: Mapping[str, str]
+    nonfinite: tuple[str, ...]
+    bytes_read: int
+    seconds: float
+    worker: str
+
+    def to_json(self) -> bytes:
+        """The receipt's file."""
+        return canonical_json({"format": FORMAT, **dataclasses.asdict(self)}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Receipt:
+        """Reads what `to_json` wrote."""
+        fields: dict[str, Any] = json.loads(data)
+        fields.pop("format")
+        fields["nonfinite"] = tuple(fields["nonfinite"])
+        return cls(**fields)
+
+
+def receipt_key(unit: str) -> str:
+    """Where a unit's receipt lies under the run's prefix."""
+    return f"receipts/{unit[:2]}/{unit}.json"

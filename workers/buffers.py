@@ -1,0 +1,45 @@
+"""Reused memory: fresh pages cost more to map than to fill, and what is lent out is what a task can hold."""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import torch
+from torch import Tensor
+
+
+class BufferPool:
+    """At most `count` byte tensors of one size, page-locked for a GPU; `acquire` waits for one to come back."""
+
+    def __init__(self, size: int, count: int, *, pinned: bool = False) -> None:
+        self.size = size
+        self._pinned = pinned
+        self._free: list[Tensor] = []
+        self._unborn = max(1, count)
+        self._change = threading.Condition()
+
+    def acquire(self) -> Tensor:
+        """A uint8 tensor of `size` elements with whatever is in it."""
+        with self._change:
+            while not self._free and not self._unborn:
+                self._change.wait()
+            if self._free:
+                return self._free.pop()
+            self._unborn -= 1
+        return torch.empty(self.size, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def release(self, buffer: Tensor) -> None:
+        """Lends it to the next who asks."""
+        with self._change:
+            self._free.append(buffer)
+            self._change.notify()
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to serve tiles from its heap: by default it maps, zeroes and unmaps every half MiB anew."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mmap_threshold, trim_threshold = -3, -1
+        mallopt(mmap_threshold, 32 << 20)
+        mallopt(trim_threshold, 256 << 20)

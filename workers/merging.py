@@ -1,0 +1,341 @@
+"""The fused merge: one shard of a group of points, each parent tensor read once, every point computed from it.
+
+Three things go on at once: slabs of the parents are read ahead, pieces of them are merged by a few threads, and each
+point's shard is hashed and written in order. The buffers between these bound the memory:
+
+    parents ──read ahead──▶ slabs ──all points──▶ pieces ──hash, write──▶ one upload a point
+
+A method that needs a fact about a whole tensor first (a norm, a cutoff) makes the loop pass over the tensor's slabs
+again: in memory when they fit in the task's budget, else by reading them anew.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from jobs.errors import BadInput
+from jobs.tasks import MergeTask, Receipt, Setting, TensorMerge
+from workers.arithmetic import Facts, merge_tile, missing_facts, torch_dtype
+from workers.buffers import BufferPool, keep_freed_memory
+from workers.checkpoint import DTYPE_BITS, FLOATS, header_bytes
+from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
+from workers.reading import ParentReader, Slab, Stretch, plan_slabs
+from workers.storage import open_store
+from workers.writing import PointWriter
+
+FIXED_BYTES = 1 << 30
+"""What a worker needs beside its buffers: Python, torch and its threads' intermediate results."""
+
+LARGEST_SLAB = 16 << 20
+"""The most that one read of one parent fetches: what object stores like to be asked for."""
+
+LARGEST_PIECE = 4 << 20
+"""The most bytes of one point that are merged and written in one go."""
+
+Progress = Callable[[int, int], None]
+"""Called from any thread with the bytes read and the bytes written since its last call."""
+
+
+def merge_task(
+    task: MergeTask, *, device: str = "cpu", progress: Progress = lambda read, written: None
+) -> list[Receipt]:
+    """Merges, writes and publishes one shard of every point of the task, and leaves a receipt for each.
+
+    No shard is visible before it is whole. Raises `BadInput` for integer tensors that differ between parents,
+    `CorruptData` when an earlier receipt of a unit tells of other bytes, and what the stores raise.
+    """
+    started = time.perf_counter()
+    keep_freed_memory()
+    with ExitStack() as stack:
+        store = open_store(task.run)
+        writers = [stack.enter_context(PointWriter(store, point, task.tensors, progress)) for point in task.points]
+        merge = _Merge(task, torch.device(device), writers, progress, stack)
+        merge.run()
+        seconds = time.perf_counter() - started
+        return [writer.publish(sorted(merge.nonfinite), merge.reader.bytes_read, seconds) for writer in writers]
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """How a task's memory is dealt out; every size in bytes."""
+
+    slab: int
+    slabs_ahead: int
+    piece: int
+    pieces: int
+    held: int
+
+    @classmethod
+    def of(cls, task: MergeTask) -> Budget:
+        """An eighth for reading ahead, a quarter for output that waits, the rest for tensors held whole."""
+        room = max(task.memory_bytes - FIXED_BYTES, 256 << 20)
+        parents, points = len(task.parents), len(task.points)
+        slab = min(LARGEST_SLAB, max(room // 8 // parents // 4, 1 << 20))
+        tile = TILE_ELEMENTS * max(DTYPE_BITS[tensor.dtype] for tensor in task.tensors) // 8
+        pieces = task.threads + 2
+        piece = tile * min(LARGEST_PIECE // tile, max(1, room // 4 // pieces // points // tile))
+        slabs_ahead = min(16, max(2, room // 8 // (slab * parents)))
+        return cls(slab, slabs_ahead, piece, pieces, max(0, room - room // 4 - 2 * slab * slabs_ahead * parents))
+
+
+@dataclass(slots=True)
+class _Piece:
+    """Part of a slab that one thread merges for all points: (stretch, first element, end) and its bytes a point."""
+
+    parts: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
+    bytes: int = 0
+
+
+class _Merge:
+    """One task at work."""
+
+    def __init__(
+        self,
+        task: MergeTask,
+        device: torch.device,
+        writers: Sequence[PointWriter],
+        progress: Progress,
+        stack: ExitStack,
+    ) -> None:
+        self.task, self.device, self.writers = task, device, writers
+        self.budget = Budget.of(task)
+        self.nonfinite: set[str] = set()
+        pinned = device.type == "cuda"
+        self.reader = stack.enter_context(
+            ParentReader(task.parents, self.budget.slab, pinned=pinned, progress=progress)
+        )
+        self.outputs = BufferPool(self.budget.piece * len(writers), self.budget.pieces, pinned=pinned)
+        self.compute = stack.enter_context(ThreadPoolExecutor(task.threads, "merge", _one_torch_thread))
+        drains = min(len(writers), max(2, task.threads))
+        self.drains = [stack.enter_context(ThreadPoolExecutor(1, "write")) for _ in range(drains)]
+        self.writing: deque[Future[None]] = deque()
+
+    def run(self) -> None:
+        """The header, then every tensor in the order of the output."""
+        header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in self.task.tensors])
+        for writer in self.writers:
+            writer.begin(header)
+        groups = list(plan_slabs(self.task.tensors, self.budget.slab))
+        fits = [self._bytes(group) <= self.budget.held or not self._asks(group) for group in groups]
+        ahead = self._read(slab for group, fit in zip(groups, fits, strict=True) if fit for slab in group)
+        for group, fit in zip(groups, fits, strict=True):
+            if not fit:
+                facts = self._facts(group, lambda group=group: self._read(group), keep=False)
+                slabs: Iterable[Slab] = self._read(group)
+            elif self._asks(group):
+                held = [next(ahead) for _ in group]
+                facts = self._facts(group, lambda held=held: held, keep=True)
+                slabs = held
+            else:
+                facts, slabs = {}, (next(ahead) for _ in group)
+            for slab in slabs:
+                self._merge(slab, facts)
+        for future in self.writing:
+            future.result()
+
+    def _bytes(self, group: Sequence[Sequence[Stretch]]) -> int:
+        return sum(stretch.bytes_of(name) for slab in group for stretch in slab for name in stretch.tensor.sources)
+
+    def _read(self, plan: Iterable[Sequence[Stretch]]) -> Iterator[Slab]:
+        """The slabs of a plan in order, a few of them read ahead."""
+        ahead: deque[Callable[[], Slab]] = deque()
+        for stretches in plan:
+            ahead.append(self.reader.submit(stretches))
+            if len(ahead) > self.budget.slabs_ahead:
+                yield self._on_device(ahead.popleft()())
+        while ahead:
+            yield self._on_device(ahead.popleft()())
+
+    def _on_device(self, slab: Slab) -> Slab:
+        if self.device.type == "cpu":
+            return slab
+        raw = [{name: part.to(self.device, non_blocking=True) for name, part in parts.items()} for parts in slab.raw]
+        return Slab(slab.stretches, raw, slab.buffers)
+
+    # what a method has to know of a whole tensor before it can merge its first element
+
+    def _asks(self, group: Sequence[Sequence[Stretch]]) -> bool:
+        return any(self._missing(stretch.tensor, {}) for stretch in group[0])
+
+    def _missing(self, tensor: TensorMerge, facts: Facts) -> list[Reduction]:
+        if tensor.dtype not in FLOATS:
+            return []
+        settings = dict.fromkeys(point.settings[tensor.setting] for point in self.task.points)
+        return missing_facts(tensor, settings, facts, seed=self.task.seed, numerics=self.task.numerics)
+
+    def _facts(
+        self, group: Sequence[Sequence[Stretch]], slabs: Callable[[], Iterable[Slab]], *, keep: bool
+    ) -> dict[str, Facts]:
+        """The facts of every tensor of a group: a pass over its slabs, then another while answers raise questions."""
+        facts: dict[str, Facts] = {stretch.tensor.name: {} for stretch in group[0]}
+        while missing := {
+            stretch.tensor.name: asked
+            for stretch in group[0]
+            if (asked := self._missing(stretch.tensor, facts[stretch.tensor.name]))
+        }:
+            shares: dict[tuple[str, Reduction], list[Any]] = {}
+            for slab in slabs():
+                for stretch, raw in zip(slab.stretches, slab.raw, strict=True):
+                    name = stretch.tensor.name
+                    tiles = self._tiles(stretch, raw, facts[name])
+                    for of_tile in self.compute.map(_share_of(missing.get(name, ())), tiles):
+                        for question, share in of_tile:
+                            shares.setdefault((name, question), []).append(share)
+                if not keep:
+                    self.reader.release(slab)
+            for (name, question), of_tiles in shares.items():
+                facts[name][question] = question.combine(of_tiles)
+        return facts
+
+    def _tiles(self, stretch: Stretch, raw: Mapping[str, Tensor], facts: Facts) -> Iterator[Tile]:
+        for start in range(0, stretch.stop - stretch.start, TILE_ELEMENTS):
+            part = {name: elements[start : start + TILE_ELEMENTS] for name, elements in raw.items()}
+            yield Tile(stretch.tensor.name, stretch.start + start, part, facts, self.task.seed)
+
+    # merging and writing
+
+    def _merge(self, slab: Slab, facts: Mapping[str, Facts]) -> None:
+        """Cuts a slab into pieces and sends each on its way: merged by one thread, then written in order."""
+        pieces = list(_pieces(slab.stretches, self.budget.piece))
+        left = _Countdown(len(pieces), lambda: self.reader.release(slab))
+        for piece in pieces:
+            output = self.outputs.acquire()  # here, in order: a later piece must never hold what an earlier one needs
+            rows = output[: piece.bytes * len(self.writers)].view(len(self.writers), piece.bytes)
+            merged = self.compute.submit(self._merge_piece, slab, piece, rows, facts, left)
+            written = _Countdown(len(self.drains), lambda output=output: self.outputs.release(output))
+            for lane, drain in enumerate(self.drains):
+                self.writing.append(drain.submit(self._write, lane, merged, rows, written))
+        while self.writing and self.writing[0].done():
+            self.writing.popleft().result()
+
+    def _write(self, lane: int, merged: Future[None], rows: Tensor, written: _Countdown) -> None:
+        try:
+            merged.result()
+            data = rows.numpy()
+            for index in range(lane, len(self.writers), len(self.drains)):
+                self.writers[index].write(data[index])
+        finally:
+            written.one()
+
+    def _merge_piece(
+        self, slab: Slab, piece: _Piece, rows: Tensor, facts: Mapping[str, Facts], left: _Countdown
+    ) -> None:
+        try:
+            with torch.inference_mode():
+                at = 0
+                for index, start, stop in piece.parts:
+                    stretch = slab.stretches[index]
+                    size = (stop - start) * DTYPE_BITS[stretch.tensor.dtype] // 8
+                    part = {name: elements[start:stop] for name, elements in slab.raw[index].items()}
+                    self._merge_part(
+                        Stretch(stretch.tensor, stretch.start + start, stretch.start + stop),
+                        part,
+                        rows[:, at : at + size],
+                        facts.get(stretch.tensor.name, {}),
+                    )
+                    at += size
+        finally:
+            left.one()
+
+    def _merge_part(self, stretch: Stretch, raw: Mapping[str, Tensor], rows: Tensor, facts: Facts) -> None:
+        tensor = stretch.tensor
+        settings = [point.settings[tensor.setting] for point in self.task.points]
+        output = rows.view(torch_dtype(tensor.dtype))
+        if tensor.dtype not in FLOATS:
+            for row, setting in zip(output, settings, strict=True):
+                row.copy_(_common_value(tensor, setting, raw))
+            return
+        position = 0
+        for tile in self._tiles(stretch, raw, facts):
+            if any(_has_nonfinite(elements) for elements in tile.raw.values()):
+                self.nonfinite.add(tensor.name)
+            for row, setting in zip(output, settings, strict=True):
+                row[position : position + tile.elements].copy_(
+                    merge_tile(tile, setting, tensor.arithmetic, self.task.numerics)
+                )
+            position += tile.elements
+
+
+def _pieces(stretches: Sequence[Stretch], most_bytes: int) -> Iterator[_Piece]:
+    """A slab's stretches in order, cut at whole tiles into pieces of at most `most_bytes` of one point's output."""
+    piece = _Piece()
+    for index, stretch in enumerate(stretches):
+        width = DTYPE_BITS[stretch.tensor.dtype] // 8
+        start, elements = 0, stretch.stop - stretch.start
+        while start < elements:
+            room = (most_bytes - piece.bytes) // width
+            stop = elements if elements - start <= room else start + room // TILE_ELEMENTS * TILE_ELEMENTS
+            if stop == start:
+                yield piece
+                piece = _Piece()
+                continue
+            piece.parts.append((index, start, stop))
+            piece.bytes += (stop - start) * width
+            start = stop
+    if piece.parts:
+        yield piece
+
+
+def _common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Tensor]) -> Tensor:
+    """Integers and booleans are not averaged: the value that all of the point's parents share."""
+    first, *others = setting.parents
+    for other in others:
+        if not torch.equal(raw[first], raw[other]):
+            raise BadInput(
+                f"tensor {tensor.name} ({tensor.dtype}) differs between {first} and {other};"
+                " integers cannot be merged, take it from one parent"
+            )
+    return raw[first]
+
+
+_NOT_A_NUMBER = {
+    torch.bfloat16: (torch.int16, np.uint16(0x7FFF), 0x7F80),
+    torch.float16: (torch.int16, np.uint16(0x7FFF), 0x7C00),
+    torch.float32: (torch.int32, np.uint32(0x7FFFFFFF), 0x7F800000),
+}
+
+
+def _has_nonfinite(elements: Tensor) -> bool:
+    """Whether any element is NaN or infinite: for all of these the exponent's bits are all ones."""
+    if elements.device.type != "cpu" or elements.dtype not in _NOT_A_NUMBER:
+        return not bool(torch.isfinite(elements).all())
+    as_integer, without_sign, infinity = _NOT_A_NUMBER[elements.dtype]
+    bits = elements.view(as_integer).numpy().view(without_sign.dtype)
+    return bits.size > 0 and int((bits & without_sign).max()) >= infinity
+
+
+def _share_of(asked: Sequence[Reduction]) -> Callable[[Tile], list[tuple[Reduction, Any]]]:
+    """Answers every question for one tile."""
+    return lambda tile: [(question, question.of(tile)) for question in asked]
+
+
+def _one_torch_thread() -> None:
+    """The pieces are what runs in parallel; torch's own threads would only wait for each other."""
+    torch.set_num_threads(1)
+
+
+class _Countdown:
+    """Calls `then` when `one` was called `count` times."""
+
+    def __init__(self, count: int, then: Callable[[], None]) -> None:
+        self._left = count
+        self._then = then
+        self._lock = threading.Lock()
+
+    def one(self) -> None:
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            self._then()

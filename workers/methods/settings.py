@@ -1,0 +1,243 @@
+"""From a recipe to the numbers that merge one tensor: looked up, checked against the method's signature, simplified.
+
+Simplifying makes equal points equal: weights are divided by their sum while they are still exact fractions, models of
+weight zero leave, a density of one trims nothing. Two points whose settings agree for every tensor are one merge.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import TypeVar, cast
+
+from jobs.errors import BadInput
+from jobs.recipe import Recipe, Source, setting_at
+from jobs.tasks import Setting
+from workers.methods import METHODS, Method, Parameter
+
+Exact = Fraction | bool
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A recipe bound to one tensor, its numbers still exact fractions."""
+
+    method: str
+    models: tuple[str, ...]
+    base: str | None
+    values: Mapping[str, Exact | tuple[Exact, ...]]
+
+    def per_model(self, name: str) -> tuple[Fraction, ...]:
+        """A per-model number."""
+        return cast(tuple[Fraction, ...], self.values[name])
+
+    def number(self, name: str) -> Fraction:
+        """A number of the whole merge."""
+        return cast(Fraction, self.values[name])
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """Refuses an unknown method or parameter, one at the wrong level, and models or a base the method cannot take."""
+    method = METHODS.get(recipe.merge_method)
+    if method is None:
+        raise BadInput(
+            f'{recipe.place}: unknown method "{recipe.merge_method}"{_nearest(recipe.merge_method, METHODS)}'
+        )
+    for name in recipe.parameters:
+        _check_name(recipe.merge_method, method, name, recipe.place_of(name))
+    for source in recipe.models:
+        for name in source.parameters:
+            _check_name(recipe.merge_method, method, name, source.place)
+            if not method.parameters[name].per_model:
+                raise BadInput(
+                    f'{source.place}: "{name}" belongs to the whole merge, not to one model;'
+                    " move it to the top-level parameters"
+                )
+    if method.base != "unused" and recipe.base_model is None:
+        raise BadInput(f"{recipe.place}: {recipe.merge_method} needs a base_model")
+    models = _merged_models(recipe, method)
+    if len(models) < method.fewest or (method.most is not None and len(models) > method.most):
+        wanted = f"{method.fewest}" if method.fewest == method.most else f"at least {method.fewest}"
+        if method.most is not None and method.fewest != method.most:
+            wanted = f"at most {method.most}"
+        raise BadInput(
+            f"{recipe.place}: {recipe.merge_method} merges {wanted} model(s)"
+            f"{' counting the base' if method.base == 'one of the models' else ''}, the recipe names {len(models)}"
+        )
+
+
+def resolve(recipe: Recipe, tensor: str, position: float, *, elements: int, exact: bool) -> Setting:
+    """The setting of one tensor; `position` is its layer's place from 0 to 1, as gradients use it.
+
+    `exact=False` keeps the document's numbers as they are (`--numerics mergekit`). Raises `BadInput` for a missing or
+    impossible value, naming the tensor.
+    """
+    method = METHODS[recipe.merge_method]
+    models = _merged_models(recipe, method)
+    values: dict[str, Exact | tuple[Exact, ...]] = {}
+    for parameter in method.parameters.values():
+        if parameter.per_model:
+            values[parameter.name] = tuple(
+                _value(parameter, source, recipe, tensor=tensor, position=position) for source in models
+            )
+        else:
+            values[parameter.name] = _value(parameter, None, recipe, tensor=tensor, position=position)
+    _check_density(recipe, values, tensor, elements)
+    bound = Bound(recipe.merge_method, tuple(source.model for source in models), recipe.base_model, values)
+    return rounded(simplified(bound, place=f"{recipe.place}: tensor {tensor}") if exact else bound)
+
+
+def _merged_models(recipe: Recipe, method: Method) -> Sequence[Source]:
+    """The models that enter the formula: without the base where it is subtracted, with it where it is one end."""
+    if method.base == "required":
+        return [source for source in recipe.models if source.model != recipe.base_model]
+    if method.base == "one of the models" and all(source.model != recipe.base_model for source in recipe.models):
+        assert recipe.base_model is not None
+        return [Source(model=recipe.base_model, parameters={}, place=recipe.place), *recipe.models]
+    return recipe.models
+
+
+def _value(parameter: Parameter, source: Source | None, recipe: Recipe, *, tensor: str, position: float) -> Exact:
+    """mergekit's look-up order: the model's own parameters, then the top level, then the default."""
+    levels: list[tuple[Mapping[str, object], str]] = [(recipe.parameters, recipe.place_of(parameter.name))]
+    if source is not None:
+        levels.insert(0, (source.parameters, source.place))
+    for parameters, place in levels:
+        if parameter.name not in parameters:
+            continue
+        value = setting_at(parameters[parameter.name], tensor_name=tensor, position=position)  # pyright: ignore[reportArgumentType]
+        if value is None:
+            continue
+        return _typed(parameter, value, place)
+    if parameter.default is None:
+        of_model = f" of model {source.model}" if source is not None else ""
+        raise BadInput(f'{recipe.place}: no "{parameter.name}"{of_model} for tensor {tensor}; give it or a filter "*"')
+    return parameter.default if isinstance(parameter.default, bool) else Fraction(repr(parameter.default))
+
+
+def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Exact:
+    if parameter.kind == "boolean":
+        if isinstance(value, bool):
+            return value
+        if value in (0, 1):
+            return bool(value)
+        raise BadInput(f'{place}: "{parameter.name}" is true or false, not {value}')
+    if isinstance(value, bool) or not isinstance(value, Fraction):
+        raise BadInput(f'{place}: "{parameter.name}" is a number, not {value}')
+    return value
+
+
+def _check_name(method_name: str, method: Method, name: str, place: str) -> None:
+    if name not in method.parameters:
+        raise BadInput(f'{place}: {method_name} has no parameter "{name}"{_nearest(name, method.parameters)}')
+
+
+def _check_density(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str, elements: int) -> None:
+    if recipe.merge_method == "task_arithmetic":  # accepted and unused
+        return
+    densities = values.get("density")
+    for density in densities if isinstance(densities, tuple) else ():
+        place = recipe.place_of("density")
+        if not 0 < density <= 1:
+            raise BadInput(f"{place}: density {float(density):g} at tensor {tensor} is outside (0, 1]")
+        if recipe.merge_method == "ties" and int(float(density) * elements) == 0:
+            raise BadInput(
+                f"{place}: density {float(density):g} keeps nothing of tensor {tensor} ({elements} elements);"
+                " raise it there with a filter"
+            )
+
+
+def _nearest(name: str, known: Mapping[str, object]) -> str:
+    found = difflib.get_close_matches(name, known, n=1)
+    return f'; did you mean "{found[0]}"?' if found else f"; it has {', '.join(sorted(known))}"
+
+
+def rounded(bound: Bound) -> Setting:
+    """With floats, as it crosses the wire; models that the method does not read are gone."""
+
+    def number(value: Exact) -> float | bool:
+        return value if isinstance(value, bool) else float(value)
+
+    parameters = tuple(
+        (name, tuple(number(each) for each in value) if isinstance(value, tuple) else number(value))
+        for name, value in sorted(bound.values.items())
+    )
+    base = bound.base if METHODS[bound.method].base != "unused" else None
+    return Setting(bound.method, bound.models, base, parameters)
+
+
+def simplified(bound: Bound, *, place: str) -> Bound:
+    """The plainest setting that gives the same merge. `place` names it in an error."""
+    match bound.method:
+        case "linear":
+            return _simplified_linear(bound, place)
+        case "slerp":
+            return _simplified_slerp(bound)
+        case "passthrough":
+            return bound
+        case _:
+            return _simplified_task_vectors(bound)
+
+
+def _simplified_linear(bound: Bound, place: str) -> Bound:
+    weights = bound.per_model("weight")
+    if bound.values["normalize"]:
+        total = sum(weights)
+        if total == 0:
+            raise BadInput(f"{place}: the weights sum to zero and normalize divides by the sum; set normalize: false")
+        weights = tuple(weight / total for weight in weights)
+    models, weights = _without_zeros(bound.models, weights)
+    if weights == (1,):
+        return _copy_of(models[0])
+    if not models:
+        return Bound("passthrough", bound.models[:1], None, {"scale": (Fraction(0),)})
+    return Bound("linear", models, None, {"weight": weights, "normalize": False})
+
+
+def _simplified_slerp(bound: Bound) -> Bound:
+    assert bound.base is not None
+    others = [name for name in bound.models if name != bound.base]
+    if bound.number("t") == 0 or not others:
+        return _copy_of(bound.base)
+    if bound.number("t") == 1:
+        return _copy_of(others[0])
+    return Bound("slerp", (bound.base, others[0]), bound.base, {"t": bound.number("t")})
+
+
+def _simplified_task_vectors(bound: Bound) -> Bound:
+    """Weight 0 leaves, density 1 trims nothing, and a plain sum takes its divisor and λ into the weights."""
+    assert bound.base is not None
+    consensus = bound.method in ("ties", "dare_ties")
+    trims = bound.method != "task_arithmetic" and any(density < 1 for density in bound.per_model("density"))
+    weights, scale = bound.per_model("weight"), bound.number("lambda")
+    total = sum(weights)
+    normalize = bool(bound.values["normalize"])
+    if not consensus:
+        divisor = total if normalize and abs(total) >= Fraction(1, 10**8) else Fraction(1)
+        weights, scale, normalize = tuple(weight * scale / divisor for weight in weights), Fraction(1), False
+    models, kept_weights = _without_zeros(bound.models, weights)
+    if not models or scale == 0:
+        return _copy_of(bound.base)
+    values: dict[str, Exact | tuple[Exact, ...]] = {"weight": kept_weights, "normalize": normalize, "lambda": scale}
+    if not trims:
+        return Bound("ties" if consensus else "task_arithmetic", models, bound.base, values)
+    values["density"], _ = _without_zeros(bound.per_model("density"), weights)
+    values["rescale"] = bound.values["rescale"]
+    return Bound(bound.method, models, bound.base, values)
+
+
+def _copy_of(model: str) -> Bound:
+    return Bound("passthrough", (model,), None, {"scale": (Fraction(1),)})
+
+
+Kept = TypeVar("Kept")
+
+
+def _without_zeros(
+    models: tuple[Kept, ...], weights: tuple[Fraction, ...]
+) -> tuple[tuple[Kept, ...], tuple[Fraction, ...]]:
+    """The models whose weight is not zero, and those weights."""
+    kept = [(model, weight) for model, weight in zip(models, weights, strict=True) if weight != 0]
+    return tuple(model for model, _ in kept), tuple(weight for _, weight in kept)

@@ -1,0 +1,47 @@
+"""slerp: spherical interpolation between two whole tensors (Shoemake 1985)."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from workers.methods.reductions import Dot
+from workers.methods.tile import Inputs
+
+_NEARLY_PARALLEL = 0.9995
+"""Beyond this |cosine| mergekit interpolates linearly; fine-tunes of one parent nearly always are."""
+
+_ZERO_NORM = 1e-8
+
+
+def slerp(inputs: Inputs, *, t: float) -> Tensor:
+    """From the base model (t = 0) to the other (t = 1) along the arc; the angle is that of the flattened tensors."""
+    assert inputs.base_name is not None, "planned without the base_model that slerp requires"
+    others = [name for name in inputs.models if name != inputs.base_name]
+    if not others:
+        return inputs.base
+    start, end = inputs.base_name, others[0]
+    from_start, to_end = _coefficients(
+        t,
+        dot=inputs.tile.known(Dot(start, end)),
+        norm_start=math.sqrt(inputs.tile.known(Dot(start, start))),
+        norm_end=math.sqrt(inputs.tile.known(Dot(end, end))),
+    )
+    return inputs.sum(
+        [
+            inputs.base * inputs.number(from_start),
+            inputs.tile.parent(end, inputs.dtype) * inputs.number(to_end),
+        ]
+    )
+
+
+def _coefficients(t: float, *, dot: float, norm_start: float, norm_end: float) -> tuple[float, float]:
+    """Weights of the two tensors. A norm of (nearly) zero is left as it is, as if it were one."""
+    cosine = dot
+    for norm in (norm_start, norm_end):
+        cosine = cosine / norm if norm > _ZERO_NORM else cosine
+    if abs(cosine) > _NEARLY_PARALLEL:
+        return 1 - t, t
+    angle = math.acos(cosine)
+    return math.sin((1 - t) * angle) / math.sin(angle), math.sin(t * angle) / math.sin(angle)

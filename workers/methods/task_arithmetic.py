@@ -1,0 +1,23 @@
+"""task_arithmetic: base + λ · Σ wᵢδᵢ (Ilharco et al. 2022, arXiv 2212.04089)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from workers.methods.task_vectors import add_sum
+from workers.methods.tile import Inputs, PerModel
+
+
+def task_arithmetic(
+    inputs: Inputs,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    normalize: bool = False,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Weighted sum of task vectors. `density`, `rescale` and `int8_mask` are accepted, as mergekit does, and unused."""
+    deltas = [inputs.delta(index) for index in range(len(inputs.models))]
+    return add_sum(inputs, deltas, weight, normalize=normalize, lambda_=lambda_)

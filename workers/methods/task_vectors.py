@@ -1,0 +1,79 @@
+"""What the task-vector methods share: base + a combination of task vectors δᵢ = xᵢ − base.
+
+The order of operations is mergekit's: trim δ, weight it, combine, divide (`normalize`), scale (`lambda`), add the base.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from workers.methods.reductions import L1, L1Kept, drawn, largest
+from workers.methods.tile import Inputs, PerModel
+
+_NO_MASS = 1e-7
+"""Below this L1 norm a task vector is not rescaled."""
+
+_NO_WEIGHT = 1e-8
+"""Below this |Σ weights| the sum of task vectors is not divided."""
+
+
+def trimmed(inputs: Inputs, index: int, density: float, *, rescale: bool, method: str | None = None) -> Tensor:
+    """δ with all but a `density` share of its elements set to zero; keeps the largest, or by `method`'s coin.
+
+    `rescale` multiplies by ‖δ‖₁ / ‖kept δ‖₁ over the whole tensor, so that its L1 norm is as before.
+    """
+    delta = inputs.delta(index)
+    if density >= 1:
+        return delta
+    model, base = inputs.models[index], inputs.base_name
+    assert base is not None, "planned without the base_model that task vectors require"
+
+    def compute() -> Tensor:
+        kept = (
+            largest(inputs.tile, model, base, density) if method is None else drawn(inputs.tile, method, model, density)
+        )
+        result = delta * kept
+        if rescale:
+            before = inputs.tile.known(L1(model, base, inputs.dtype))
+            after = inputs.tile.known(L1Kept(model, base, density, inputs.dtype, method))
+            if before >= _NO_MASS and after >= _NO_MASS:
+                result = result * inputs.number(before / after)
+        return result
+
+    return inputs.tile.remember(("trimmed", method, model, base, density, rescale, inputs.dtype), compute)
+
+
+def add_sum(inputs: Inputs, deltas: Sequence[Tensor], weight: PerModel, *, normalize: bool, lambda_: float) -> Tensor:
+    """base + λ · Σ wᵢδᵢ, divided by Σ wᵢ with `normalize` unless that is nearly zero."""
+    weights = [inputs.number(value) for value in weight]
+    mixed = inputs.sum([delta * value for delta, value in zip(deltas, weights, strict=True)])
+    total = inputs.number(sum(weights))
+    if normalize and abs(total) >= _NO_WEIGHT:
+        mixed = mixed / total
+    return inputs.base + _scaled(inputs, mixed, lambda_)
+
+
+def add_consensus(
+    inputs: Inputs, deltas: Sequence[Tensor], weight: PerModel, *, normalize: bool, lambda_: float
+) -> Tensor:
+    """base + λ · the sum of those wᵢδᵢ whose sign is the elected one, divided by the sum of their weights.
+
+    TIES (Yadav et al. 2023, arXiv 2306.01708): the sign of Σ wᵢδᵢ is elected element by element, zero counts as
+    positive, and a zero δᵢ agrees with nobody.
+    """
+    weights = [inputs.number(value) for value in weight]
+    votes = [delta * value for delta, value in zip(deltas, weights, strict=True)]
+    positive = inputs.sum(votes) >= 0
+    agreeing = [torch.where(positive, vote > 0, vote < 0) for vote in votes]
+    mixed = inputs.sum([vote * agrees for vote, agrees in zip(votes, agreeing, strict=True)])
+    if normalize:
+        divisor = inputs.sum([agrees.to(inputs.dtype) * value for agrees, value in zip(agreeing, weights, strict=True)])
+        mixed = mixed / divisor.masked_fill(divisor == 0, 1)
+    return inputs.base + _scaled(inputs, mixed, lambda_)
+
+
+def _scaled(inputs: Inputs, mixed: Tensor, lambda_: float) -> Tensor:
+    return mixed if lambda_ == 1 else mixed * inputs.number(lambda_)

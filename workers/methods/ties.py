@@ -1,0 +1,26 @@
+"""ties: trim by magnitude, elect a sign, merge what agrees (Yadav et al. 2023, arXiv 2306.01708)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from workers.methods.task_vectors import add_consensus, trimmed
+from workers.methods.tile import Inputs, PerModel
+
+
+def ties(
+    inputs: Inputs,
+    *,
+    weight: PerModel,
+    density: PerModel = (1.0,),
+    normalize: bool = True,
+    rescale: bool = False,
+    int8_mask: bool = False,
+    lambda_: float = 1.0,
+) -> Tensor:
+    """Keeps the ⌊density · elements⌋ largest |δ| of each tensor; among equal ones those that come first.
+
+    `int8_mask` changes no number and is accepted for old documents.
+    """
+    deltas = [trimmed(inputs, index, share, rescale=rescale) for index, share in enumerate(density)]
+    return add_consensus(inputs, deltas, weight, normalize=normalize, lambda_=lambda_)

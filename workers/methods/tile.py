@@ -1,0 +1,154 @@
+"""What a merge method sees: one tile of one tensor of every parent, shared by all points of the grid.
+
+A method is written as its formula for one point. What makes a grid cheap is here: conversions, task vectors and
+trimmed task vectors are remembered for the tile, so the second point finds what the first computed; and facts about
+a whole tensor (a norm, the magnitude that a density keeps) are asked for by name. When such a fact is not known yet,
+asking raises `NotYetKnown`; the merge loop then streams the tensor once for everything that was asked, and asks again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+TILE_ELEMENTS = 1 << 17
+"""Elements a tile: half a MiB of float32, so that a formula's intermediate results stay in a core's cache.
+
+Sums over a whole tensor are sums of the tiles' sums, so this constant is part of the numerics. A `Tile` may span
+several of these units (on a GPU a whole tensor), but begins at a multiple of one."""
+
+PerModel = tuple[float, ...]
+"""A parameter given per model, in the order of `Inputs.models`."""
+
+Value = TypeVar("Value")
+
+
+class NotYetKnown(Exception):
+    """A method asked for a fact about the whole tensor that nobody has computed yet."""
+
+    def __init__(self, reduction: Reduction) -> None:
+        super().__init__(reduction)
+        self.reduction = reduction
+
+
+class Reduction:
+    """A fact about a whole tensor: `of` each tile, then `combine` in tile order. Subclasses are frozen dataclasses."""
+
+    def of(self, tile: Tile) -> Any:
+        """This tile's share; may ask `tile.known` for other reductions."""
+        raise NotImplementedError
+
+    def combine(self, shares: Sequence[Any]) -> Any:
+        """The fact, from the shares of all tiles in order."""
+        raise NotImplementedError
+
+
+@dataclass(slots=True)
+class Tile:
+    """Elements `[start, start + len)` of one tensor, flattened, of every parent that holds it.
+
+    `raw` maps parent to a 1-D tensor in the parent's own dtype. `facts` is shared by all tiles of the tensor.
+    """
+
+    tensor: str
+    start: int
+    raw: Mapping[str, Tensor]
+    facts: Mapping[Reduction, Any]
+    seed: int = 0
+    _memory: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any])
+
+    @property
+    def elements(self) -> int:
+        """How many elements this tile spans."""
+        return next(iter(self.raw.values())).numel()
+
+    @property
+    def units(self) -> tuple[int, int]:
+        """The range of `TILE_ELEMENTS` units that this tile spans."""
+        return self.start // TILE_ELEMENTS, -(-(self.start + self.elements) // TILE_ELEMENTS)
+
+    def known(self, reduction: Reduction) -> Any:
+        """The value of a whole-tensor fact; `NotYetKnown` when it has to be computed first."""
+        try:
+            return self.facts[reduction]
+        except KeyError:
+            raise NotYetKnown(reduction) from None
+
+    def remember(self, key: Hashable, compute: Callable[[], Value]) -> Value:
+        """`compute()` once per tile and key. What is remembered is shared: never change it in place."""
+        if key not in self._memory:
+            self._memory[key] = compute()
+        return cast(Value, self._memory[key])
+
+    def parent(self, name: str, dtype: torch.dtype) -> Tensor:
+        """One parent's elements in the arithmetic dtype."""
+        return self.remember((name, dtype), lambda: self.raw[name].to(dtype))
+
+    def delta(self, model: str, base: str, dtype: torch.dtype) -> Tensor:
+        """The task vector: model − base."""
+        return self.remember(
+            ("delta", model, base, dtype), lambda: self.parent(model, dtype) - self.parent(base, dtype)
+        )
+
+    def random_bits(self, method: str, model: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        """32 random bits an element, from Philox4x64-10 (Salmon et al. 2011) keyed by seed, method, model and tensor.
+
+        The generator is indexed by the element's place in the tensor: no tiling, order or device changes a bit.
+        """
+        return self.remember(("bits", method, model), lambda: self._draw(method, model))
+
+    def _draw(self, method: str, model: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
+        name = "\0".join((str(self.seed), method, model, self.tensor)).encode()
+        key = np.frombuffer(hashlib.sha256(name).digest()[:16], dtype="<u8")
+        words_a_block = 8  # one Philox counter step yields four 64-bit words
+        generator = np.random.Philox(key=key, counter=self.start // words_a_block)
+        return generator.random_raw((self.elements + 1) // 2).view(np.uint32)[: self.elements]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """One point's view of a tile: its models in the recipe's order, and its arithmetic.
+
+    `dtype` is the arithmetic dtype (float32, or float64 for float32 outputs; the recipe's own under
+    `--numerics mergekit`, which `as_mergekit` says).
+    """
+
+    tile: Tile
+    models: tuple[str, ...]
+    base_name: str | None
+    dtype: torch.dtype
+    as_mergekit: bool = False
+
+    @property
+    def base(self) -> Tensor:
+        """The base model's elements."""
+        assert self.base_name is not None, "planned without the base_model that this method requires"
+        return self.tile.parent(self.base_name, self.dtype)
+
+    def model(self, index: int) -> Tensor:
+        """One model's elements."""
+        return self.tile.parent(self.models[index], self.dtype)
+
+    def delta(self, index: int) -> Tensor:
+        """One model's task vector."""
+        assert self.base_name is not None, "planned without the base_model that this method requires"
+        return self.tile.delta(self.models[index], self.base_name, self.dtype)
+
+    def number(self, value: float) -> float:
+        """A parameter as the arithmetic dtype holds it."""
+        return float(torch.tensor(value, dtype=self.dtype))
+
+    def sum(self, terms: Sequence[Tensor]) -> Tensor:
+        """Σ terms, from left to right; mergekit sums a stack, which rounds once for half-precision dtypes."""
+        if self.as_mergekit:
+            return torch.stack(list(terms)).sum(dim=0)
+        total = terms[0]
+        for count, term in enumerate(terms[1:]):
+            total = total + term if count == 0 else total.add_(term)
+        return total

@@ -1,0 +1,178 @@
+"""Parents' bytes for stretches of tensors: neighbours in a file come in one request, into reused memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from jobs.tasks import Parent, TensorMerge
+from workers.arithmetic import torch_dtype
+from workers.checkpoint import DTYPE_BITS
+from workers.methods.tile import TILE_ELEMENTS
+from workers.storage import open_store
+
+ALIGNMENT = 64
+READS_AT_ONCE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Elements `[start, stop)` of one tensor."""
+
+    tensor: TensorMerge
+    start: int
+    stop: int
+
+    def source(self, parent: str) -> tuple[int, int, int]:
+        """(file, first byte, end) of this stretch in one parent."""
+        source = self.tensor.sources[parent]
+        width = DTYPE_BITS[source.dtype] // 8
+        return source.file, source.start + self.start * width, source.start + self.stop * width
+
+    def bytes_of(self, parent: str) -> int:
+        """Its size in one parent."""
+        _, start, end = self.source(parent)
+        return end - start
+
+
+@dataclass(slots=True)
+class Slab:
+    """Stretches that follow each other in the output, with every parent's elements for each, in the parent's dtype."""
+
+    stretches: Sequence[Stretch]
+    raw: Sequence[Mapping[str, Tensor]]
+    buffers: Sequence[Tensor]
+
+
+def plan_slabs(tensors: Sequence[TensorMerge], slab_bytes: int) -> Iterator[list[list[Stretch]]]:
+    """Groups of slabs, in the tensors' order: small tensors share one slab, a large one has a group of several.
+
+    No slab asks more than `slab_bytes` of a parent, and every tensor lies within one group.
+    """
+    together: list[Stretch] = []
+    size = 0
+    for tensor in tensors:
+        whole = Stretch(tensor, 0, tensor.elements)
+        widest = max(whole.bytes_of(parent) for parent in tensor.sources) + ALIGNMENT
+        if together and size + widest > slab_bytes:
+            yield [together]
+            together, size = [], 0
+        if widest <= slab_bytes:
+            together.append(whole)
+            size += widest
+        else:
+            yield [[stretch] for stretch in _cut(tensor, slab_bytes - ALIGNMENT)]
+    if together:
+        yield [together]
+
+
+def _cut(tensor: TensorMerge, slab_bytes: int) -> Iterator[Stretch]:
+    width = max(DTYPE_BITS[source.dtype] // 8 for source in tensor.sources.values())
+    step = max(1, slab_bytes // width // TILE_ELEMENTS) * TILE_ELEMENTS
+    for start in range(0, tensor.elements, step):
+        yield Stretch(tensor, start, min(start + step, tensor.elements))
+
+
+class ParentReader:
+    """Reads slabs of pinned parents, several at once. `bytes_read` counts what was asked of the stores."""
+
+    def __init__(
+        self, parents: Mapping[str, Parent], slab_bytes: int, *, pinned: bool, progress: Callable[[int, int], None]
+    ) -> None:
+        self._parents = parents
+        self._stores = {name: open_store(parent.url) for name, parent in parents.items()}
+        self._slab_bytes = slab_bytes
+        self._pinned = pinned
+        self._progress = progress
+        self._free: list[Tensor] = []
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(READS_AT_ONCE, "read")
+        self.bytes_read = 0
+
+    def __enter__(self) -> ParentReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    def submit(self, stretches: Sequence[Stretch]) -> Callable[[], Slab]:
+        """Begins to read one slab; call the result to wait for it."""
+        parents = list(dict.fromkeys(name for stretch in stretches for name in stretch.tensor.sources))
+        reads = {name: self._pool.submit(self._read, name, stretches) for name in parents}
+
+        def wait() -> Slab:
+            parts = {name: read.result() for name, read in reads.items()}
+            raw = [
+                {name: parts[name][1][index] for name in stretch.tensor.sources}
+                for index, stretch in enumerate(stretches)
+            ]
+            return Slab(stretches, raw, [buffer for buffer, _ in parts.values()])
+
+        return wait
+
+    def release(self, slab: Slab) -> None:
+        """Gives a slab's memory back; its tensors must not be looked at any more."""
+        with self._lock:
+            self._free.extend(slab.buffers)
+
+    def _read(self, name: str, stretches: Sequence[Stretch]) -> tuple[Tensor, dict[int, Tensor]]:
+        """One parent's part of a slab: the buffer, and a typed 1-D view of it for each stretch the parent has."""
+        buffer = self._buffer()
+        memory = memoryview(cast(Any, buffer.numpy()))
+        views: dict[int, Tensor] = {}
+        files, store = self._parents[name].files, self._stores[name]
+        for run in _runs(name, stretches):
+            store.read_into(
+                files[run.file].key, memory[run.at : run.at + run.size], start=run.start, etag=files[run.file].etag
+            )
+            for index, at, size in run.parts:
+                dtype = torch_dtype(stretches[index].tensor.sources[name].dtype)
+                views[index] = buffer[at : at + size].view(dtype)
+            with self._lock:
+                self.bytes_read += run.size
+            self._progress(run.size, 0)
+        return buffer, views
+
+    def _buffer(self) -> Tensor:
+        with self._lock:
+            if self._free:
+                return self._free.pop()
+        return torch.empty(self._slab_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+
+@dataclass(slots=True)
+class _Run:
+    """Bytes `[start, start + size)` of one file, read to `at` in the buffer; `parts` are (stretch, at, size)."""
+
+    file: int
+    start: int
+    size: int
+    at: int
+    parts: list[tuple[int, int, int]]
+
+
+def _runs(parent: str, stretches: Sequence[Stretch]) -> list[_Run]:
+    """Neighbours in a file make one run where every tensor of it ends up aligned."""
+    runs: list[_Run] = []
+    for index, stretch in enumerate(stretches):
+        if parent not in stretch.tensor.sources:
+            continue
+        file, start, end = stretch.source(parent)
+        width = DTYPE_BITS[stretch.tensor.sources[parent].dtype] // 8
+        last = runs[-1] if runs else None
+        if last and last.file == file and last.start + last.size == start and (last.at + last.size) % width == 0:
+            last.parts.append((index, last.at + last.size, end - start))
+            last.size += end - start
+        else:
+            at = -(-(last.at + last.size) // ALIGNMENT) * ALIGNMENT if last else 0
+            runs.append(_Run(file, start, end - start, at, [(index, at, end - start)]))
+    return runs

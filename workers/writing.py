@@ -1,0 +1,105 @@
+"""One point's shard on its way out: hashed tensor by tensor, written front to back, published whole, receipted."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any
+
+from typing_extensions import Buffer
+
+from jobs.errors import CorruptData, ObjectExists
+from jobs.tasks import PointShard, Receipt, TensorMerge, receipt_key
+from workers.checkpoint import DTYPE_BITS
+from workers.storage import Store
+
+
+class PointWriter:
+    """Writes one unit. Bytes arrive in the order of `tensors`; nothing is visible before `publish`."""
+
+    def __init__(
+        self,
+        store: Store,
+        point: PointShard,
+        tensors: Sequence[TensorMerge],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        self.point = point
+        self._store = store
+        self._progress = progress
+        self._sizes = [(tensor.name, tensor.elements * DTYPE_BITS[tensor.dtype] // 8) for tensor in tensors]
+        self._digests: dict[str, str] = {}
+        self._hash: Any = hashlib.sha256()
+        self._hashed = 0
+        self._upload = store.upload(point.key)
+
+    def __enter__(self) -> PointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._upload.abort()
+
+    def begin(self, header: bytes) -> None:
+        """The file's header."""
+        self._upload.write(header)
+
+    def write(self, data: Buffer) -> None:
+        """The next bytes of the tensors, however they are cut."""
+        view = memoryview(data)
+        position = 0
+        while position < len(view):
+            self._finish_empty()
+            _, size = self._sizes[len(self._digests)]
+            end = min(len(view), position + size - self._hashed)
+            self._hash.update(view[position:end])
+            self._hashed += end - position
+            position = end
+            if self._hashed == size:
+                self._finish_tensor()
+        self._upload.write(view)
+        self._progress(0, len(view))
+
+    def publish(self, nonfinite: Sequence[str], bytes_read: int, seconds: float) -> Receipt:
+        """Makes the shard visible, then its receipt.
+
+        `CorruptData` when the unit already has a receipt and it tells of other bytes.
+        """
+        self._finish_empty()
+        assert len(self._digests) == len(self._sizes), f"{self.point.key}: not all tensors were written"
+        info = self._upload.commit()
+        receipt = Receipt(
+            unit=self.point.unit,
+            point=self.point.point,
+            key=self.point.key,
+            size=info.size,
+            etag=info.etag,
+            tensors=self._digests,
+            nonfinite=tuple(sorted(nonfinite)),
+            bytes_read=bytes_read,
+            seconds=round(seconds, 3),
+            worker=f"{socket.gethostname()}:{os.getpid()}",
+        )
+        key = receipt_key(self.point.unit)
+        try:
+            self._store.write(key, receipt.to_json(), mode="create")
+        except ObjectExists:
+            earlier = Receipt.from_json(bytes(self._store.read(key)))
+            if earlier.tensors != receipt.tensors:
+                raise CorruptData(
+                    f"{self.point.key}: two workers merged it to different bytes ({earlier.worker}, {receipt.worker});"
+                    " check the memory of these machines and run `mergeyard verify`"
+                ) from None
+        return receipt
+
+    def _finish_empty(self) -> None:
+        while len(self._digests) < len(self._sizes) and self._sizes[len(self._digests)][1] == 0:
+            self._finish_tensor()
+
+    def _finish_tensor(self) -> None:
+        self._digests[self._sizes[len(self._digests)][0]] = self._hash.hexdigest()
+        self._hash, self._hashed = hashlib.sha256(), 0
