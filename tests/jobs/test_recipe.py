@@ -1,0 +1,236 @@
+"""A recipe reads mergekit's grammar, refuses what mergekit ignores, and resolves settings as mergekit does."""
+
+from __future__ import annotations
+
+import pickle
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import yaml
+
+from jobs.errors import BadInput
+from jobs.loading import load_document
+from jobs.recipe import Filtered, Recipe, parse_recipe, recipe_template, setting_at
+
+TIES = """\
+merge_method: ties
+base_model: base
+models:
+  - model: math
+    parameters:
+      weight: 0.5
+      density: [0.1, 0.5, 1]
+  - model: code
+    parameters:
+      weight:
+        - filter: self_attn
+          value: [0, 1]
+        - value: 0.25
+parameters:
+  normalize: true
+  lambda: 1.5
+dtype: bfloat16
+out_dtype: float16
+tokenizer_source: math
+chat_template: chatml
+"""
+
+
+def read(text: str, **bindings: Fraction | str) -> Recipe:
+    return parse_recipe(load_document(text, "recipe.yml"), bindings)
+
+
+def refusal(text: str, **bindings: Fraction | str) -> str:
+    with pytest.raises(BadInput) as caught:
+        read(text, **bindings)
+    return str(caught.value)
+
+
+def two_models(extra: str = "", *, method: str = "linear", second: str = "b") -> str:
+    return f"merge_method: {method}\nmodels:\n  - model: a\n  - model: {second}\n{extra}"
+
+
+def test_a_full_document_is_read_exactly() -> None:
+    recipe = read(TIES)
+    math, code = recipe.models
+    assert (recipe.merge_method, recipe.base_model, recipe.dtype, recipe.out_dtype) == (
+        "ties",
+        "base",
+        "bfloat16",
+        "float16",
+    )
+    assert math.parameters == {"weight": Fraction(1, 2), "density": (Fraction(1, 10), Fraction(1, 2), Fraction(1))}
+    assert code.parameters == {
+        "weight": (Filtered("self_attn", (Fraction(0), Fraction(1))), Filtered(None, Fraction(1, 4)))
+    }
+    assert recipe.parameters == {"normalize": True, "lambda": Fraction(3, 2)}
+    assert recipe.references() == ("math", "code", "base")
+
+
+def test_document_gives_back_what_was_read() -> None:
+    assert read(TIES).document() == yaml.safe_load(TIES)
+
+
+def test_document_reads_back_as_the_same_recipe() -> None:
+    recipe = read(TIES)
+    assert read(yaml.safe_dump(recipe.document(), sort_keys=False)) == recipe
+
+
+def test_recipes_travel_between_processes() -> None:
+    recipe = read(TIES)
+    copy = pickle.loads(pickle.dumps(recipe))
+    assert copy == recipe
+    assert copy.place_of("density") == "recipe.yml:7"
+
+
+def test_equal_merges_are_equal_wherever_they_stand() -> None:
+    assert read(two_models()) == read("# a comment\n\n" + two_models())
+
+
+def test_every_parameter_and_key_knows_its_line() -> None:
+    recipe = read(TIES)
+    assert recipe.place_of("merge_method") == "recipe.yml:1"
+    assert recipe.place_of("lambda") == "recipe.yml:16"
+    assert recipe.place_of("weight") == "recipe.yml:6"
+    assert recipe.place_of("absent") == "recipe.yml:1"
+    assert recipe.models[1].place == "recipe.yml:8"
+    assert recipe.models[1].place_of("weight") == "recipe.yml:10"
+    assert recipe.models[1].place_of("absent") == "recipe.yml:8"
+
+
+def test_placeholders_are_bound_everywhere() -> None:
+    text = """\
+merge_method: "${method}"
+base_model: base
+models:
+  - model: ${who}-v2
+    parameters:
+      weight: ${w}
+      density: [0, "${w / 2}", 1]
+      gamma: [{filter: "${who}", value: "${1 - w}"}, {value: ["${w}", 0]}]
+dtype: ${kind}16
+"""
+    recipe = read(text, method="ties", who="math", w=Fraction(1, 3), kind="bfloat")
+    assert (recipe.merge_method, recipe.dtype) == ("ties", "bfloat16")
+    assert recipe.models[0].model == "math-v2"
+    assert recipe.models[0].parameters == {
+        "weight": Fraction(1, 3),
+        "density": (Fraction(0), Fraction(1, 6), Fraction(1)),
+        "gamma": (Filtered("math", Fraction(2, 3)), Filtered(None, (Fraction(1, 3), Fraction(0)))),
+    }
+
+
+def test_template_lists_its_placeholders_with_their_places() -> None:
+    template = recipe_template(load_document(two_models("parameters:\n  t: ${w}\n  s: ${1 - v}\n"), "r.yml"))
+    assert [(sorted(p.names), p.place) for p in template.placeholders] == [(["w"], "r.yml:6"), (["v"], "r.yml:7")]
+
+
+def test_chat_templates_keep_their_braces() -> None:
+    jinja = "{% for m in messages %}${{ m.content }}{% endfor %}"
+    assert read(two_models(f"chat_template: '{jinja}'\n")).chat_template == jinja
+
+
+def test_absent_and_null_are_the_same() -> None:
+    nulls = "base_model:\ndtype: null\nparameters: ~\ntokenizer_source:\n"
+    assert read(two_models(nulls)) == read(two_models())
+
+
+def test_a_bare_filter_is_a_list_of_one() -> None:
+    assert read(two_models("parameters: {t: {filter: mlp, value: 0.5}}")).parameters == {
+        "t": (Filtered("mlp", Fraction(1, 2)),)
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (two_models("dtpye: float32\n"), 'recipe.yml:5: unknown key "dtpye"; did you mean "dtype"?'),
+        (
+            two_models("slices: []\n"),
+            "recipe.yml:5: `slices:` is not accepted: mergeyard merges whole models: list them",
+        ),
+        ("merge_method: x\nslices:\n- sources: []\n", "recipe.yml:2: `slices:` is not accepted"),
+        (two_models("modules: {}\n"), "recipe.yml:5: `modules:` is not accepted"),
+        (two_models("tokenizer: {source: union}\n"), "recipe.yml:5: `tokenizer:` is not accepted"),
+        (two_models("dtype: int64\n"), 'recipe.yml:5: dtype cannot be "int64"; choose from float32, float16, bfloat16'),
+        (two_models("out_dtype: bf16\n"), 'recipe.yml:5: out_dtype cannot be "bf16"; choose from float32'),
+        (two_models("tokenizer_source: union\n"), "recipe.yml:5: tokenizer_source union is not accepted: it changes"),
+        (
+            two_models("tokenizer_source: base\n"),
+            "recipe.yml:5: tokenizer_source is base and the recipe has no base_model",
+        ),
+        (
+            two_models("tokenizer_source: c\n"),
+            'recipe.yml:5: tokenizer_source "c" is no model of the recipe; choose from',
+        ),
+        (two_models(second="a"), 'recipe.yml:4: the model "a" is listed twice'),
+        ("models: [{model: a}]\n", 'recipe.yml:1: the document needs the key "merge_method"'),
+        ("merge_method: linear\n", 'recipe.yml:1: the document needs the key "models"'),
+        ("merge_method: linear\nmodels:\n", 'recipe.yml:1: "merge_method" and "models" must have a value'),
+        ("merge_method: linear\nmodels: []\n", 'recipe.yml:2: "models" is an empty list'),
+        ("merge_method: linear\nmodels: [a]\n", 'recipe.yml:2: "models[0]" must be a mapping, not a string "a"'),
+        ("merge_method: linear\nmodels:\n- {parameters: {}}\n", 'recipe.yml:3: "models[0]" needs the key "model"'),
+        ("merge_method: linear\nmodels:\n- model: {model: a}\n", "recipe.yml:3: a model is named by a string"),
+        ("merge_method: linear\nmodels:\n- {model: a, weight: 1}\n", 'recipe.yml:3: unknown key "weight"'),
+        (two_models("parameters: [1]\n"), 'recipe.yml:5: "parameters" must be a mapping, not a list'),
+        (two_models("parameters: {t: []}\n"), 'recipe.yml:5: "parameters.t" is an empty list'),
+        (two_models("parameters: {t: [1, x]}\n"), 'recipe.yml:5: "parameters.t[1]" must be a number, not a string "x"'),
+        (
+            two_models("parameters:\n  t: [{value: 1}, 2]\n"),
+            'recipe.yml:6: "parameters.t[1]" must be a mapping, not a number',
+        ),
+        (two_models("parameters: {t: {filter: x}}\n"), 'recipe.yml:5: "parameters.t" needs the key "value"'),
+        (two_models("parameters: {t: {fliter: x, value: 1}}\n"), 'unknown key "fliter"; did you mean "filter"?'),
+        (two_models("parameters: {t: }\n"), 'recipe.yml:5: "parameters.t" must be a string, not nothing'),
+        (two_models("parameters: {t: .nan}\n"), 'recipe.yml:5: "parameters.t" must be finite'),
+        (two_models("parameters:\n  t: ${w +}\n"), "recipe.yml:6: an operand is missing"),
+        (two_models("parameters:\n  t: ${v}\n"), 'recipe.yml:6: unknown axis "v"'),
+        (two_models('parameters:\n  t: [0, "${s}"]\n'), 'recipe.yml:6: a gradient holds numbers, not "word"'),
+        (two_models('parameters:\n  t: "${1 - s}"\n'), 'recipe.yml:6: "s" stands for the text "word"'),
+        ("- a\n", "recipe.yml:1: the document must be a mapping, not a list"),
+    ],
+)
+def test_what_mergekit_lets_pass_or_cannot_be_done_is_refused(text: str, message: str) -> None:
+    assert message in refusal(text, w=Fraction(1, 2), s="word")
+
+
+@pytest.mark.parametrize(
+    ("setting", "tensor_name", "position", "expected"),
+    [
+        (Fraction(1, 2), "any", 0.3, Fraction(1, 2)),
+        (True, "any", 0.3, True),
+        ("word", "any", 0.3, "word"),
+        # a gradient's values stand at 0, 1/2 and 1
+        ((Fraction(0), Fraction(1), Fraction(3)), "any", 0.0, Fraction(0)),
+        ((Fraction(0), Fraction(1), Fraction(3)), "any", 0.25, Fraction(1, 2)),
+        ((Fraction(0), Fraction(1), Fraction(3)), "any", 0.5, Fraction(1)),
+        ((Fraction(0), Fraction(1), Fraction(3)), "any", 0.75, Fraction(2)),
+        ((Fraction(0), Fraction(1), Fraction(3)), "any", 1.0, Fraction(3)),
+        ((Fraction(4),), "any", 0.6, Fraction(4)),
+        # layer 9 of 28: the float 9/27 means a third, exactly
+        ((Fraction(0), Fraction(1)), "any", 9 / 27, Fraction(1, 3)),
+        ((Fraction(0), Fraction(1)), "any", Fraction(9, 27), Fraction(1, 3)),
+        # the first filter that is part of the name wins
+        ((Filtered("mlp", Fraction(1)), Filtered("up", Fraction(2))), "layers.3.mlp.up_proj", 0.0, Fraction(1)),
+        ((Filtered("mlp", Fraction(1)), Filtered("up", Fraction(2))), "layers.3.attn.up", 0.0, Fraction(2)),
+        ((Filtered("mlp", Fraction(1)),), "layers.3.attn", 0.0, None),
+        ((Filtered("mlp", Fraction(1)), Filtered("*", Fraction(2))), "norm", 0.0, Fraction(2)),
+        ((Filtered(None, Fraction(3)), Filtered("norm", Fraction(2))), "norm", 0.0, Fraction(3)),
+        ((Filtered("mlp", (Fraction(0), Fraction(1))),), "mlp", 0.5, Fraction(1, 2)),
+        ((Filtered("mlp", False),), "mlp", 0.5, False),
+    ],
+)
+def test_settings_are_resolved_as_mergekit_resolves_them(
+    setting: Any, tensor_name: str, position: float | Fraction, expected: Any
+) -> None:
+    found = setting_at(setting, tensor_name=tensor_name, position=position)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 24, 28, 80, 997])
+def test_a_gradient_of_one_value_a_layer_gives_each_layer_its_own(layers: int) -> None:
+    gradient = tuple(Fraction(index * index, 7) for index in range(layers))
+    for index in range(layers):
+        assert setting_at(gradient, tensor_name="x", position=index / (layers - 1)) == gradient[index]
