@@ -1,0 +1,309 @@
+"""Seven merge methods in float64 on whole tensors, written from the papers' formulas: slow, plain, and kin to
+nobody's code.
+
+`merged(document)` reads a mergekit document and its parents from disk and says what every output tensor must be:
+
+    Exact         a value, and the sum of the magnitudes that went into it (what bounds the rounding noise of float32)
+    TaskVectors   a base and its task vectors, when a choice stands between them and the value (ties: which of several
+                  equal magnitudes stay, what sign a sum within the noise has; dare: which elements the dice keep);
+                  `combined(kept, scales)` gives the Exact of a choice
+
+Sources: linear, "Model soups" (arXiv 2203.05482); task arithmetic (2212.04089); TIES (2306.01708); DARE (2311.03099),
+rescaled as mergekit does it, by the ratio of L1 norms; slerp, Shoemake 1985. Parameter resolution follows mergekit
+0.1.5's behaviour.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+Array = np.ndarray
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+TASK_VECTOR_METHODS = ("task_arithmetic", "ties", "dare_ties", "dare_linear")
+
+
+@dataclass(frozen=True)
+class Exact:
+    """`value` in float64; `magnitude` ≥ |value|: the sum of the absolute values of its terms, amplified by the
+    divisor's own cancellation, so that float32 arithmetic in any order errs by at most `operations` · 2⁻²⁴ ·
+    magnitude."""
+
+    value: Array
+    magnitude: Array
+    operations: int
+
+
+@dataclass(frozen=True)
+class TaskVectors:
+    """What is left to combine once a mask says which elements of each task vector are kept."""
+
+    base: Array
+    deltas: tuple[Array, ...]
+    weights: tuple[float, ...]
+    densities: tuple[float, ...]
+    trim: str | None  # "magnitude" (ties), "random" (dare) or None (task arithmetic)
+    consensus: bool
+    normalize: bool
+    rescale: bool
+    strength: float  # the document's `lambda`
+
+    def terms(self, kept: Sequence[Array], scales: Sequence[float]) -> list[Array]:
+        """The weighted, scaled, masked task vectors."""
+        parts = zip(self.weights, scales, kept, self.deltas, strict=True)
+        return [weight * scale * np.where(mask, delta, 0.0) for weight, scale, mask, delta in parts]
+
+    def combined(
+        self, kept: Sequence[Array], scales: Sequence[float] | None = None, sign: Array | None = None
+    ) -> Exact:
+        """The merged tensor when `kept[i]` marks the elements that stay of task vector i and `scales[i]` multiplies
+        them. `sign` overrules the election."""
+        terms = self.terms(kept, scales or [1.0] * len(self.deltas))
+        if self.consensus:
+            elected = elected_sign(terms) if sign is None else sign
+            agree = [np.sign(term) == elected for term in terms]
+        else:
+            agree = [np.ones(self.base.shape, bool) for _ in terms]
+        total = sum(np.where(a, term, 0.0) for a, term in zip(agree, terms, strict=True))
+        magnitude = sum(np.where(a, abs(term), 0.0) for a, term in zip(agree, terms, strict=True))
+        if self.normalize:
+            divisor = sum(np.where(a, weight, 0.0) for a, weight in zip(agree, self.weights, strict=True))
+            parts = sum(np.where(a, abs(weight), 0.0) for a, weight in zip(agree, self.weights, strict=True))
+            vanished = divisor == 0 if self.consensus else abs(divisor) < 1e-8
+            amplified = np.where(vanished, 1.0, parts / np.where(vanished, 1.0, abs(divisor)))
+            divisor = np.where(vanished, 1.0, divisor)
+            total, magnitude = total / divisor, magnitude * amplified / abs(divisor)
+        return Exact(
+            self.base + self.strength * total,
+            abs(self.base) + abs(self.strength) * magnitude,
+            operations=3 * len(terms) + 8 + 16 * self.rescale,  # a norm's ratio is a long sum
+        )
+
+
+def elected_sign(terms: Sequence[Array]) -> Array:
+    """TIES' election on the weighted task vectors: the sign of their sum; a sum of zero elects the positive."""
+    return np.where(sum(terms) >= 0, 1.0, -1.0)
+
+
+def trimmed_count(delta: Array, density: float) -> int:
+    """How many elements of a task vector TIES keeps: ⌊density · n⌋, but one at the least (none at density 0)."""
+    if density >= 1:
+        return delta.size
+    if density <= 0:
+        return 0
+    return max(1, int(density * delta.size))
+
+
+def largest(delta: Array, density: float) -> Array:
+    """The mask of the `trimmed_count` largest magnitudes; among equals the first in memory order stay."""
+    order = np.argsort(-abs(delta).ravel(), kind="stable")
+    kept = np.zeros(delta.size, bool)
+    kept[order[: trimmed_count(delta, density)]] = True
+    return kept.reshape(delta.shape)
+
+
+def l1_scale(delta: Array, kept: Array) -> float:
+    """What makes the kept elements weigh, in L1 norm, as much as the whole task vector did; 1 where either is
+    nothing."""
+    before, after = abs(delta).sum(), abs(delta[kept]).sum()
+    return 1.0 if min(before, after) < 1e-7 else before / after
+
+
+def linear(tensors: Sequence[Array], weights: Sequence[float], normalize: bool) -> Exact:
+    """Σ wᵢ xᵢ, divided by Σ wᵢ when normalized."""
+    value = sum(w * x for w, x in zip(weights, tensors, strict=True))
+    magnitude = sum(abs(w * x) for w, x in zip(weights, tensors, strict=True))
+    if normalize:
+        total = sum(weights)
+        value, magnitude = value / total, magnitude / abs(total) * sum(map(abs, weights)) / abs(total)
+    return Exact(value, magnitude, operations=3 * len(tensors) + 4)
+
+
+def slerp(base: Array, other: Array, t: float) -> Exact:
+    """Along the great arc from `base` to `other`, lengths uninterpolated; along the chord when the arc is nearly
+    straight."""
+    norms = [n if (n := np.linalg.norm(x)) > 1e-8 else 1.0 for x in (base, other)]
+    cosine = float(np.clip(np.vdot(base / norms[0], other / norms[1]), -1, 1))
+    if abs(cosine) > 0.9995:
+        from_base, from_other = 1 - t, t
+    else:
+        angle = np.arccos(cosine)
+        from_base, from_other = np.sin((1 - t) * angle) / np.sin(angle), np.sin(t * angle) / np.sin(angle)
+    magnitude = abs(from_base * base) + abs(from_other * other)
+    return Exact(
+        from_base * base + from_other * other, magnitude, operations=64
+    )  # angles in float32 cost more than sums
+
+
+def passthrough(tensor: Array, scale: float | None) -> Exact:
+    """The tensor, scaled when a scale is given."""
+    value = tensor if scale is None else scale * tensor
+    return Exact(value, abs(value), operations=2)
+
+
+# ---------------------------------------------------------------- documents
+
+
+@dataclass(frozen=True)
+class Output:
+    """One tensor of the merge: where its inputs lie and how deep in its slice it is (0 first layer, 1 last)."""
+
+    name: str
+    inputs: tuple[tuple[str, str], ...]  # (parent's folder, tensor's name there), in the document's order
+    sources: tuple[dict[str, Any], ...]  # the document's entry of each input
+    slice: dict[str, Any]
+    depth: float
+
+
+def merged(document: dict[str, Any]) -> dict[str, Exact | TaskVectors]:
+    """What each tensor of the document's merge must be. Covers `models` and `slices` of Qwen2 checkpoints on local
+    disk."""
+    return {output.name: _merge_one(document, output) for output in outputs(document)}
+
+
+def output_dtype(document: dict[str, Any], output: Output) -> torch.dtype:
+    """`out_dtype`, else `dtype`, else what the inputs promote to."""
+    if named := document.get("out_dtype") or document.get("dtype"):
+        return getattr(torch, named)
+    dtypes = [checkpoint(folder)[_present(folder, name)].dtype for folder, name in output.inputs]
+    dtype = dtypes[0]
+    for other in dtypes[1:]:
+        dtype = torch.promote_types(dtype, other)
+    return dtype
+
+
+def outputs(document: dict[str, Any]) -> list[Output]:
+    """Every tensor of the merge, in the model's order."""
+    slices = list(_slices(document))
+    found = [_shared(EMBEDDING, slices[0])]
+    layer = 0
+    for piece in slices:
+        first = piece["sources"][0]
+        start, stop = first["layer_range"]
+        for step in range(stop - start):
+            depth = step / (stop - start - 1) if stop - start > 1 else 1.0
+            for suffix in _layer_suffixes(first["model"], start + step):
+                inputs = [(s["model"], f"model.layers.{s['layer_range'][0] + step}.{suffix}") for s in piece["sources"]]
+                name = f"model.layers.{layer}.{suffix}"
+                found.append(Output(name, tuple(inputs), tuple(piece["sources"]), piece, depth))
+            layer += 1
+    found.append(_shared(NORM, slices[-1]))
+    if any(HEAD in checkpoint(source["model"]) for source in slices[-1]["sources"]):
+        found.append(_shared(HEAD, slices[-1]))
+    return found
+
+
+@cache
+def checkpoint(folder: str) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name, from however many safetensors files."""
+    tensors: dict[str, torch.Tensor] = {}
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in list(file.keys())}  # a file is no dict
+    return tensors
+
+
+def resolved(setting: Any, tensor: str, depth: float) -> Any:
+    """A parameter's value for one tensor: a scalar, a gradient over depth, or the first filter that matches; None if
+    none."""
+    if isinstance(setting, dict):
+        setting = [setting]
+    if not isinstance(setting, list):
+        return setting
+    if not all(isinstance(entry, dict) for entry in setting):
+        position = depth * (len(setting) - 1)
+        if isinstance(setting[0], bool):
+            return setting[int(position)]
+        left = int(position)
+        right = min(left + 1, len(setting) - 1)
+        return (1 - (position - left)) * setting[left] + (position - left) * setting[right]
+    for entry in setting:
+        if entry.get("filter") in (None, "*") or entry["filter"] in tensor:
+            return resolved(entry["value"], tensor, depth)
+    return None
+
+
+def _slices(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    if "slices" in document:
+        yield from document["slices"]
+        return
+    sources = [dict(model) for model in document["models"]]
+    base = document.get("base_model")
+    if base and all(source["model"] != base for source in sources):
+        sources.append({"model": base})
+    for source in sources:
+        source["layer_range"] = [0, _layer_count(source["model"])]
+    yield {"sources": sources}
+
+
+def _shared(name: str, piece: dict[str, Any]) -> Output:
+    sources = tuple(piece["sources"])
+    return Output(name, tuple((source["model"], name) for source in sources), sources, piece, depth=0.0)
+
+
+def _layer_count(folder: str) -> int:
+    return 1 + max(int(name.split(".")[2]) for name in checkpoint(folder) if name.startswith("model.layers."))
+
+
+def _layer_suffixes(folder: str, layer: int) -> list[str]:
+    prefix = f"model.layers.{layer}."
+    return sorted(name.removeprefix(prefix) for name in checkpoint(folder) if name.startswith(prefix))
+
+
+def _present(folder: str, name: str) -> str:
+    return EMBEDDING if name == HEAD and HEAD not in checkpoint(folder) else name
+
+
+def _merge_one(document: dict[str, Any], output: Output) -> Exact | TaskVectors:
+    method = document["merge_method"]
+    tensors = [checkpoint(folder)[_present(folder, name)].double().numpy() for folder, name in output.inputs]
+
+    def shared(parameter: str, default: Any = None) -> Any:
+        return _look_up(parameter, [output.slice, document], output.name, output.depth, default)
+
+    def each(parameter: str, which: Sequence[int], default: Any = None) -> list[Any]:
+        return [
+            _look_up(parameter, [output.sources[i], output.slice, document], output.inputs[i][1], output.depth, default)
+            for i in which
+        ]
+
+    everyone = range(len(tensors))
+    if method == "linear":
+        return linear(tensors, each("weight", everyone), shared("normalize", True))
+    if method == "passthrough":
+        return passthrough(tensors[0], each("scale", everyone)[0])
+    folders = [folder for folder, _ in output.inputs]
+    base = folders.index(output.slice.get("base_model") or document["base_model"])
+    others = [i for i in everyone if i != base]
+    if method == "slerp":
+        return slerp(tensors[base], tensors[others[0]], shared("t"))
+    if method not in TASK_VECTOR_METHODS:
+        raise NotImplementedError(method)
+    vectors = TaskVectors(
+        base=tensors[base],
+        deltas=tuple(tensors[i] - tensors[base] for i in others),
+        weights=tuple(each("weight", others)),
+        densities=tuple(each("density", others, 1.0)),
+        trim={"ties": "magnitude", "dare_ties": "random", "dare_linear": "random"}.get(method),
+        consensus=method.endswith("ties"),
+        normalize=shared("normalize", method == "ties"),
+        rescale=shared("rescale", method.startswith("dare")),
+        strength=shared("lambda", 1.0),
+    )
+    if vectors.consensus or (vectors.trim and any(density < 1 for density in vectors.densities)):
+        return vectors
+    return vectors.combined([np.ones(vectors.base.shape, bool)] * len(others))
+
+
+def _look_up(parameter: str, places: Sequence[dict[str, Any]], tensor: str, depth: float, default: Any) -> Any:
+    settings = chain.from_iterable((place.get("parameters") or {}).items() for place in places)
+    found = (resolved(setting, tensor, depth) for name, setting in settings if name == parameter)
+    return next((value for value in found if value is not None), default)

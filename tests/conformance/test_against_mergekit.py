@@ -1,0 +1,167 @@
+"""mergeyard against mergekit 0.1.5 and against the formulas, merge by merge."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tests.conformance import cases
+from tests.conformance.measures import find_masks
+from tests.conformance.oracle import Answer
+from tests.conformance.reference import TaskVectors, checkpoint, merged
+from tests.conformance.verdicts import (
+    SIGMAS,
+    assert_follows_formulas,
+    assert_within_one_ulp,
+    share_correctly_rounded,
+)
+
+pytestmark = pytest.mark.oracle
+
+Ours = Callable[..., Path]
+WITHOUT_DICE = {name: text for name, text in cases.CASES.items() if name not in cases.DARE}
+ONE_ROUNDING = {**cases.LINEAR, **cases.TASK_ARITHMETIC}
+
+
+def merge_ours(config_text: str, out: Path, numerics: str = "float32") -> int:
+    """The exit code of `mergeyard merge`."""
+    from orchestrator.cli import main
+
+    config = out.parent / f"{out.name}.yml"
+    config.write_text(config_text)
+    choice = [] if numerics == "float32" else ["--numerics", numerics]
+    return main(["merge", str(config), str(out), "--quiet", *choice])
+
+
+def model_fields(folder: Path) -> dict[str, Any]:
+    """config.json, less who wrote it, and with the dtype under its newer name."""
+    config = json.loads((folder / "config.json").read_text())
+    config["dtype"] = config.pop("torch_dtype", None) or config.get("dtype")
+    return {field: value for field, value in config.items() if field != "transformers_version"}
+
+
+@pytest.fixture(scope="session")
+def ours(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
+    """ours(text, numerics): the folder mergeyard wrote for a case's document, merged once a session."""
+    root = tmp_path_factory.mktemp("ours")
+    folders: dict[tuple[str, str], Path] = {}
+
+    def merge(text: str, numerics: str = "float32") -> Path:
+        if (text, numerics) not in folders:
+            out = root / f"merge-{len(folders):03d}"
+            assert merge_ours(yaml.safe_dump(cases.parsed(text, parents), sort_keys=False), out, numerics) == 0
+            folders[text, numerics] = out
+        return folders[text, numerics]
+
+    return merge
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_every_merge_follows_the_formulas(name: str, ours: Ours, parents: Path) -> None:
+    text = cases.CASES[name]
+    assert_follows_formulas(ours(text), cases.parsed(text, parents))
+
+
+@pytest.mark.parametrize("name", WITHOUT_DICE)
+def test_every_merge_is_within_one_ulp_of_mergekit_in_float32(
+    name: str, ours: Ours, mergekit: Mapping[str, Answer], parents: Path
+) -> None:
+    text = WITHOUT_DICE[name]
+    assert mergekit[name].error is None
+    assert_within_one_ulp(ours(text), mergekit[name].folder, cases.parsed(text, parents))
+
+
+@pytest.mark.parametrize("name", ONE_ROUNDING)
+def test_linear_and_task_arithmetic_are_rounded_once(name: str, ours: Ours, parents: Path) -> None:
+    text = ONE_ROUNDING[name]
+    assert share_correctly_rounded(ours(text), cases.parsed(text, parents)) >= 0.999
+
+
+@pytest.mark.parametrize("name", cases.BIT_EXACT)
+def test_mergekit_numerics_repeat_mergekit_bit_for_bit(name: str, ours: Ours, mergekit: Mapping[str, Answer]) -> None:
+    answer = mergekit[f"bit exact {name}"]
+    assert answer.error is None
+    mine, theirs = checkpoint(str(ours(cases.BIT_EXACT[name], "mergekit"))), checkpoint(str(answer.folder))
+    assert mine.keys() == theirs.keys()
+    for tensor in theirs:
+        assert mine[tensor].dtype == theirs[tensor].dtype == torch.bfloat16, tensor
+        assert torch.equal(mine[tensor], theirs[tensor]), tensor
+
+
+@pytest.mark.parametrize("name", ["ties-zero-sums-elect-the-positive"])
+def test_a_sum_of_exactly_zero_elects_the_positive(
+    name: str, ours: Ours, mergekit: Mapping[str, Answer], parents: Path
+) -> None:
+    text = cases.CASES[name]
+    expected = merged(cases.parsed(text, parents))
+    for folder in (mergekit[name].folder, ours(text)):
+        actual = checkpoint(str(folder))
+        for tensor, vectors in expected.items():
+            assert isinstance(vectors, TaskVectors)
+            assert find_masks(actual[tensor], vectors, signs_exact=True).unexplained == 0, tensor
+
+
+@pytest.mark.parametrize("name", ["dare-linear-two-everywhere-unscaled"])
+def test_two_parents_are_thinned_by_independent_dice(name: str, ours: Ours, parents: Path) -> None:
+    text = cases.CASES[name]
+    actual = checkpoint(str(ours(text)))
+    agreements = trials = 0
+    for tensor, vectors in merged(cases.parsed(text, parents)).items():
+        assert isinstance(vectors, TaskVectors)
+        masks = find_masks(actual[tensor], vectors)
+        known = np.logical_and.reduce([s == p for s, p in zip(masks.sure, masks.possible, strict=True)])
+        known &= np.logical_and.reduce([delta != 0 for delta in vectors.deltas])
+        agreements += int((masks.sure[0] == masks.sure[1])[known].sum())
+        trials += int(known.sum())
+    chance = 0.7 * 0.7 + 0.3 * 0.3
+    assert abs(agreements - chance * trials) <= SIGMAS * (trials * chance * (1 - chance)) ** 0.5
+
+
+def test_stacking_layers_tells_the_config_how_many_there_are(ours: Ours, parents: Path) -> None:
+    """mergekit cannot be asked: under transformers 5 it stumbles over `layer_types` whenever the number changes."""
+    folder = ours(cases.ADDS_A_LAYER)
+    assert_follows_formulas(folder, cases.parsed(cases.ADDS_A_LAYER, parents))
+    config = json.loads((folder / "config.json").read_text())
+    assert config["num_hidden_layers"] == 4
+    assert len(config.get("layer_types", range(4))) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["linear-bf16", "task-arithmetic-untied", "passthrough-to-float32", "ties-sharded-untied"]
+)
+def test_the_output_folder_holds_what_mergekit_writes(name: str, ours: Ours, mergekit: Mapping[str, Answer]) -> None:
+    folder, theirs = ours(cases.CASES[name]), mergekit[name].folder
+    config, expected = (json.loads((f / "config.json").read_text()) for f in (folder, theirs))
+    assert {k: v for k, v in config.items() if k not in WRITER} == {
+        k: v for k, v in expected.items() if k not in WRITER
+    }
+    assert (config.get("dtype") or config.get("torch_dtype")) == (expected.get("dtype") or expected.get("torch_dtype"))
+    names = {path.name for path in theirs.iterdir()}
+    assert names - {path.name for path in folder.iterdir()} == set()
+    for file in names - {"config.json", "README.md", "mergekit_config.yml"}:
+        if not file.endswith(".safetensors"):
+            assert (folder / file).read_bytes() == (theirs / file).read_bytes(), file
+
+
+def test_mergekit_can_read_the_recipe_written_beside_the_merge(ours: Ours, parents: Path) -> None:
+    text = cases.CASES["linear-bf16"]
+    written = yaml.safe_load((ours(text) / "mergekit_config.yml").read_text())
+    assert written == cases.parsed(text, parents)
+
+
+@pytest.mark.parametrize("name", cases.REFUSED)
+def test_what_mergekit_refuses_is_refused_before_anything_is_written(
+    name: str, mergekit: Mapping[str, Answer], parents: Path, tmp_path: Path
+) -> None:
+    assert mergekit[f"refused {name}"].error
+    out = tmp_path / "out"
+    config = yaml.safe_dump(cases.parsed(cases.REFUSED[name], parents), sort_keys=False)
+    assert merge_ours(config, out) == 2
+    assert not out.exists() or not list(out.iterdir())
