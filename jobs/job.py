@@ -7,8 +7,6 @@ Everything that can be known without looking at a parent is checked here, and ev
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, parse_grid
 from jobs.loading import Node, load_document, quoted, suggestion
 from jobs.recipe import Recipe, recipe_template
+from jobs.tasks import digest
 
 KEYS = (
     "name",
@@ -178,7 +177,7 @@ class Job:
             for entry in dataclasses.fields(self)
             if entry.name not in NOT_IN_DIGEST
         }
-        return hashlib.sha256(json.dumps(content, separators=(",", ":"), sort_keys=True).encode()).hexdigest()
+        return digest(content)
 
     def place_of(self, key: str) -> str:
         """File and line of a top-level key, or of a parent as `parents.cos`."""

@@ -1,0 +1,321 @@
+"""A job file is checked whole before anything else happens: every refusal is one line with file and place."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from fractions import Fraction
+
+import pytest
+
+from jobs.errors import BadInput
+from jobs.job import (
+    EngineSpec,
+    Evaluation,
+    GateSpec,
+    Job,
+    Keep,
+    LmEvalSpec,
+    NeedleSpec,
+    PerplexitySpec,
+    RaceSpec,
+    RulerSpec,
+    WorkerSpec,
+    load_job,
+    load_merge_document,
+)
+
+SEED = """\
+name: soup
+parents:
+  cos: hf://someone/cos@main
+  fmt: s3://models/fmt
+recipe:
+  merge_method: linear
+  models:
+    - {model: cos, parameters: {weight: "${w}"}}
+    - {model: fmt, parameters: {weight: "${1 - w}"}}
+  dtype: bfloat16
+grid:
+  w: {from: 0.0, to: 1.0, step: 0.1}
+point: cos{w}fmt{1-w}
+output: s3://bucket/runs
+"""
+
+
+def with_line(addition: str) -> str:
+    """The seed job and more; the first line added is line 15."""
+    return f"{SEED}{addition}\n"
+
+
+def replaced(old: str, new: str) -> str:
+    assert SEED.count(old) == 1
+    return SEED.replace(old, new)
+
+
+def load(text: str) -> Job:
+    return load_job(text, "job.yaml")
+
+
+def refusal(text: str) -> str:
+    with pytest.raises(BadInput) as caught:
+        load(text)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_seed_job_means_what_its_author_did_by_hand() -> None:
+    job = load(SEED)
+    assert len(job.points) == 11
+    blessed = job.points[7]
+    assert blessed.name == "cos0.7fmt0.3"
+    assert blessed.bindings == {"w": Fraction(7, 10)}
+    assert blessed.recipe.document() == {
+        "merge_method": "linear",
+        "models": [
+            {"model": "cos", "parameters": {"weight": 0.7}},
+            {"model": "fmt", "parameters": {"weight": 0.3}},
+        ],
+        "dtype": "bfloat16",
+    }
+    assert job.parents == {"cos": "hf://someone/cos@main", "fmt": "s3://models/fmt"}
+    assert job.output == "s3://bucket/runs"
+    assert job.text == SEED
+    assert job.source == "job.yaml"
+
+
+def test_defaults_are_those_of_the_reference() -> None:
+    job = load(SEED)
+    assert (job.evaluate, job.gate, job.config_from) == (None, None, None)
+    assert job.keep == Keep(kind="all", count=None)
+    assert job.workers == WorkerSpec(gpus=0.0, cpus=1.0, memory_bytes=4 * 10**9, count=None)
+    assert job.engine == EngineSpec(name="transformers", url=None, options={})
+    assert (job.shard_bytes, job.seed, job.numerics) == (10**9, 0, "float32")
+
+
+def test_every_section_is_read() -> None:
+    job = load(
+        with_line(
+            """\
+evaluate:
+  ruler: {lengths: [4096, 8192], items: 24, tasks: [niah_single_1], haystack: essays.txt, questions: 8}
+  needle: {lengths: [4096], depths: 5, items: 2, questions: 4, haystack: s3://texts/x.txt}
+  perplexity: {lengths: [1024], text: book.txt, blocks: 4}
+  lm_eval: {tasks: [longbench2], limit: 10}
+  race: {keep: 3, alpha: 0.01}
+gate: {baseline: cos, margin: 0.5, alpha: 0.1}
+keep: {best: 3}
+engine: {name: vllm, options: {max_num_seqs: 64, gpu_memory_utilization: 0.8, enforce_eager: true, dtype: auto}}
+workers: {gpus: 0.5, cpus: 4, memory: 8GB, count: 2}
+shard_size: 512MiB
+seed: 7
+numerics: mergekit
+config_from: fmt"""
+        )
+    )
+    assert job.evaluate == Evaluation(
+        ruler=RulerSpec(lengths=(4096, 8192), items=24, tasks=("niah_single_1",), haystack="essays.txt", questions=8),
+        needle=NeedleSpec(lengths=(4096,), depths=5, items=2, questions=4, haystack="s3://texts/x.txt"),
+        perplexity=PerplexitySpec(lengths=(1024,), text="book.txt", blocks=4),
+        lm_eval=LmEvalSpec(tasks=("longbench2",), limit=10),
+        race=RaceSpec(keep=3, alpha=0.01),
+    )
+    assert job.evaluate.ruler is not None and job.evaluate.ruler.place == "job.yaml:16"
+    assert job.gate == GateSpec(baseline="cos", margin=0.5, alpha=0.1)
+    assert job.keep == Keep(kind="best", count=3)
+    assert job.engine == EngineSpec(
+        name="vllm",
+        options={"max_num_seqs": 64, "gpu_memory_utilization": 0.8, "enforce_eager": True, "dtype": "auto"},
+    )
+    assert job.workers == WorkerSpec(gpus=0.5, cpus=4.0, memory_bytes=8 * 10**9, count=2)
+    assert (job.shard_bytes, job.seed, job.numerics, job.config_from) == (2**29, 7, "mergekit", "fmt")
+
+
+@pytest.mark.parametrize(
+    ("race", "expected"),
+    [("off", None), ("false", None), ("on", RaceSpec()), ("{keep: 2}", RaceSpec(keep=2))],
+)
+def test_a_race_may_be_off(race: str, expected: RaceSpec | None) -> None:
+    job = load(with_line(f"evaluate: {{needle: {{lengths: [64]}}, race: {race}}}"))
+    assert job.evaluate is not None and job.evaluate.race == expected
+
+
+def test_a_parent_may_be_there_for_the_gate_alone() -> None:
+    text = replaced("parents:\n", "parents:\n  blessed: s3://models/blessed\n")
+    gated = f"{text}evaluate: {{needle: {{lengths: [64]}}}}\ngate: {{baseline: blessed}}\n"
+    assert load(gated).gate == GateSpec(baseline="blessed", margin=1.0)
+
+
+def test_a_point_may_be_the_baseline() -> None:
+    job = load(with_line("evaluate: {needle: {lengths: [64]}}\ngate: {baseline: cos0.7fmt0.3}"))
+    assert job.gate is not None and job.gate.baseline == "cos0.7fmt0.3"
+
+
+def test_a_parent_may_be_an_axis() -> None:
+    text = replaced("model: fmt,", 'model: "${other}",')
+    text = (
+        text.replace("grid:\n", "grid:\n  other: [fmt, len]\n")
+        .replace("point: ", 'point: "{other}-')
+        .replace("{1-w}\n", '{1-w}"\n')
+    )
+    job = load(text.replace("  fmt:", "  len: s3://models/len\n  fmt:"))
+    assert len(job.points) == 22
+    assert job.points[-1].recipe.references() == ("cos", "len")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (with_line("evalute: {}"), 'job.yaml:15: unknown key "evalute"; did you mean "evaluate"?'),
+        (replaced("name: soup\n", ""), 'job.yaml:1: the document needs the key "name"'),
+        (replaced("output: s3://bucket/runs\n", ""), 'job.yaml:1: the document needs the key "output"'),
+        ("name: x\noutput: y\nparents: {a: b}\n", 'job.yaml:1: the document needs the key "recipe"'),
+        (replaced("name: soup", "name: a/b"), 'job.yaml:1: "a/b" cannot name a job'),
+        (replaced("name: soup", "name: 7"), 'job.yaml:1: "name" must be a string, not a number 7; put it in quotes'),
+        (replaced("  cos: hf://someone/cos@main", "  cos: 3"), 'job.yaml:3: "parents.cos" must be a string'),
+        (replaced("  cos: hf://someone/cos@main", "  co s: x"), 'job.yaml:3: "co s" cannot name a parent'),
+        (replaced("model: cos,", "model: csο,"), 'job.yaml:8: "csο" is not in `parents:`; did you mean "cos"?'),
+        (replaced("  dtype: bfloat16", "  base_model: bsae"), 'job.yaml:10: "bsae" is not in `parents:`'),
+        (replaced("  fmt: s3", "  old: x\n  fmt: s3"), 'job.yaml:4: the parent "old" is used nowhere'),
+        (replaced('"${1 - w}"', '"${1 - v}"'), 'job.yaml:9: unknown axis "v"; choose from w'),
+        (replaced('"${1 - w}"', '"${max(w, 1)}"'), 'job.yaml:9: "," is not arithmetic in "max(w, 1)"'),
+        (replaced("grid:\n", "grid:\n  density: [1, 2]\n"), 'job.yaml:12: the axis "density" is used nowhere'),
+        (replaced("  w: {from: 0.0, to: 1.0, step: 0.1}", "  w: []"), 'job.yaml:12: "grid.w" is an empty list'),
+        (replaced("point: cos{w}fmt{1-w}", "point: same"), 'are both called "same"; name every axis in `point:`'),
+        (replaced("point: cos{w}fmt{1-w}", "point: cos{w"), "job.yaml:13: a brace is opened and not closed"),
+        (with_line("evaluate: {}"), "job.yaml:15: nothing to evaluate; name a benchmark"),
+        (with_line("evaluate: {race: {keep: 1}}"), "job.yaml:15: nothing to evaluate"),
+        (with_line("evaluate:\n  rulr: {}"), 'job.yaml:16: unknown key "rulr"; did you mean "ruler"?'),
+        (with_line("evaluate:\n  ruler: {}"), 'job.yaml:16: "evaluate.ruler" needs the key "lengths"'),
+        (
+            with_line("evaluate:\n  ruler:\n    lengths: [12]"),
+            'job.yaml:17: "evaluate.ruler.lengths[0]" must be at least 64',
+        ),
+        (with_line("evaluate:\n  ruler: {lengths: [64, 64]}"), 'job.yaml:16: "64" is listed twice'),
+        (with_line("evaluate:\n  ruler: {lengths: 64}"), 'job.yaml:16: "evaluate.ruler.lengths" must be a list'),
+        (
+            with_line("evaluate:\n  ruler: {lengths: [64], items: 0}"),
+            'job.yaml:16: "evaluate.ruler.items" must be at least 1',
+        ),
+        (with_line("evaluate:\n  lm_eval: {tasks: [a, a]}"), 'job.yaml:16: "a" is listed twice'),
+        (with_line("evaluate:\n  lm_eval: {limit: 2}"), 'job.yaml:16: "evaluate.lm_eval" needs the key "tasks"'),
+        (
+            with_line("evaluate: {needle: {lengths: [64]}, race: {alpha: 0.5}}"),
+            "job.yaml:15: alpha, the chance of a wrong",
+        ),
+        (
+            with_line("evaluate: {needle: {lengths: [64]}, race: 3}"),
+            '"evaluate.race" must be a mapping, not a number 3',
+        ),
+        (with_line("gate: {baseline: cos}"), "job.yaml:15: a gate judges scores; add `evaluate:`"),
+        (
+            with_line("evaluate: {needle: {lengths: [64]}}\ngate: {baseline: coz}"),
+            'job.yaml:16: the baseline "coz" is neither',
+        ),
+        (
+            with_line("evaluate: {needle: {lengths: [64]}}\ngate: {baseline: cos, margin: -1}"),
+            '"gate.margin" must be at least 0',
+        ),
+        (with_line("evaluate: {needle: {lengths: [64]}}\ngate: {margin: 1}"), '"gate" needs the key "baseline"'),
+        (with_line("keep: some"), "job.yaml:15: keep must be `all`, `none` or `{best: 3}`"),
+        (with_line("keep: {best: 0}"), '"keep.best" must be at least 1'),
+        (with_line("keep: {best: 3}"), "job.yaml:15: the best points are known only after `evaluate:`"),
+        (with_line("keep: none"), "job.yaml:15: nothing would be written and nothing evaluated"),
+        (with_line("engine: vlm"), 'job.yaml:15: "engine" cannot be "vlm"; choose from transformers, vllm, openai'),
+        (with_line("engine: openai"), "job.yaml:15: the engine openai needs `url:`"),
+        (with_line("engine: {name: vllm, url: http://x}"), "job.yaml:15: the engine vllm has no `url:`"),
+        (with_line("workers: {gpu: 1}"), 'job.yaml:15: unknown key "gpu"; did you mean "gpus"?'),
+        (with_line("workers: {gpus: -1}"), '"workers.gpus" must be at least 0'),
+        (with_line("workers: {memory: lots}"), 'job.yaml:15: "workers.memory" must be a size such as 1GB'),
+        (with_line("shard_size: 0"), 'job.yaml:15: "shard_size" must be at least 1'),
+        (with_line("seed: -1"), 'job.yaml:15: "seed" must be at least 0'),
+        (with_line("seed: 1e30"), "job.yaml:15: a seed is at most 18446744073709551615"),
+        (with_line("numerics: bf16"), 'job.yaml:15: "numerics" cannot be "bf16"; choose from float32, mergekit'),
+        (with_line("config_from: csο"), 'job.yaml:15: "csο" is no parent; did you mean "cos"?'),
+        (with_line("name: again"), 'job.yaml:15: the key "name" stands here twice (first on line 1)'),
+        ("just text", 'job.yaml:1: the document must be a mapping, not a string "just text"'),
+    ],
+)
+def test_bad_input_gets_the_thing_the_place_and_the_remedy(text: str, message: str) -> None:
+    assert message in refusal(text)
+    assert refusal(text).startswith(("job.yaml:", "recipe.yml:"))
+
+
+def test_output_can_be_given_from_outside() -> None:
+    text = replaced("output: s3://bucket/runs\n", "")
+    assert load_job(text, "job.yaml", {"output": "elsewhere"}).output == "elsewhere"
+    assert load_job(SEED, "job.yaml", {"output": "elsewhere"}).output == "elsewhere"
+    with pytest.raises(BadInput, match='"name" cannot be set from outside'):
+        load_job(SEED, "job.yaml", {"name": "x"})
+
+
+def test_jobs_travel_between_processes() -> None:
+    job = load(SEED)
+    copy = pickle.loads(pickle.dumps(job))
+    assert copy == job
+    assert copy.digest() == job.digest()
+    assert copy.place_of("parents.fmt") == "job.yaml:4"
+    assert copy.place_of("grid") == "job.yaml:11"
+
+
+@pytest.mark.parametrize(
+    "same",
+    [
+        "# a comment\n" + SEED,
+        SEED.replace("0.0", "0").replace("1.0", "1e0"),
+        SEED.replace("output: s3://bucket/runs", "output: elsewhere"),
+        SEED + "workers: {gpus: 1}\nkeep: all\nseed: 0\n",
+        SEED.replace("{from: 0.0, to: 1.0, step: 0.1}", "{from: 0, to: 1, num: 11}"),
+    ],
+)
+def test_the_digest_stays_where_no_byte_and_no_score_changes(same: str) -> None:
+    assert load(same).digest() == load(SEED).digest()
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        SEED.replace("name: soup", "name: soup2"),
+        SEED.replace("step: 0.1", "step: 0.2"),
+        SEED.replace("@main", "@v2"),
+        SEED.replace("  dtype: bfloat16", "  dtype: float16"),
+        SEED + "seed: 1\n",
+        SEED + "numerics: mergekit\n",
+        SEED + "evaluate: {needle: {lengths: [64]}}\n",
+    ],
+)
+def test_the_digest_changes_with_what_decides_bytes_and_scores(other: str) -> None:
+    assert load(other).digest() != load(SEED).digest()
+
+
+def test_ten_thousand_points_are_bound_in_a_second_and_a_half() -> None:
+    text = SEED.replace("step: 0.1", "step: 0.0001")
+    started = time.process_time()
+    assert len(load(text).points) == 10_001
+    assert time.process_time() - started < 1.5
+
+
+MERGE = """\
+models:
+  - model: someone/a@v1
+    parameters: {weight: 0.7}
+  - model: ./local/b
+    parameters: {weight: 0.3}
+merge_method: linear
+base_model: someone/c
+dtype: bfloat16
+"""
+
+
+def test_a_plain_mergekit_document_is_a_job_of_one_point() -> None:
+    job = load_merge_document(MERGE, "merge.yml", "out")
+    assert job.parents == {name: name for name in ("someone/a@v1", "./local/b", "someone/c")}
+    assert [point.name for point in job.points] == ["merge"]
+    assert (job.name, job.output, job.evaluate) == ("merge", "out", None)
+    assert job.place_of("parents.someone/c") == "merge.yml:7"
+    assert job.place_of("parents../local/b") == "merge.yml:4"
+
+
+def test_a_plain_document_has_no_placeholders() -> None:
+    with pytest.raises(BadInput, match=r'^merge\.yml:3: unknown axis "w"'):
+        load_merge_document(MERGE.replace("weight: 0.7", 'weight: "${w}"'), "merge.yml", "out")
