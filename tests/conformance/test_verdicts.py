@@ -54,7 +54,8 @@ def loaded_dice(name: str, expected: Exact | TaskVectors) -> np.ndarray:
 
 def one_too_many_kept(name: str, expected: Exact | TaskVectors) -> np.ndarray:
     assert isinstance(expected, TaskVectors)
-    return expected.combined([largest(d, 0.5 + 1.01 / d.size) for d in expected.deltas]).value
+    parts = zip(expected.deltas, expected.densities, strict=True)
+    return expected.combined([largest(d, p + 1.01 / d.size) for d, p in parts]).value
 
 
 def sign_from_a_count(name: str, expected: Exact | TaskVectors) -> np.ndarray:
@@ -98,7 +99,8 @@ def test_the_formulas_follow_themselves(name: str, parents: Path, tmp_path: Path
     [
         ("linear-three-unnormalized", weights_in_bf16, "elements; at"),
         ("linear-float32", rounded_to_bf16_midway, "elements; at"),
-        ("ties", one_too_many_kept, "kept"),
+        ("ties-float32-three", one_too_many_kept, "fit no mask"),
+        ("ties-many-equal-magnitudes", one_too_many_kept, "kept"),
         ("ties-float32-three", sign_from_a_count, "fit no mask"),
         ("dare-linear-one-0.5", rescaled_by_density, "scaled by|fit no mask"),
         ("dare-linear-two", rescaled_by_density, "scaled by|fit no mask"),
