@@ -8,7 +8,7 @@ LONGEST_KEY_BYTES = 1024  # S3's limit
 
 
 def check_key(key: str) -> str:
-    """The key itself; `BadInput` if empty, or with `/` first, last or doubled, `.`, `..`, backslash, control characters."""
+    """The key itself; `BadInput` if empty, or with a stray `/`, a part `.` or `..`, a backslash, control characters."""
     _check_characters(key)
     if any(part in ("", ".", "..") for part in key.split("/")):
         raise BadInput(

@@ -94,9 +94,6 @@ class LocalStore:
             return upload.publish(upload.place_if_absent if mode == "create" else upload.replace)
 
     def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
-        path = self._path(key)
-        with _readable_errors(path):
-            path.stat()  # a missing object is said before anything is written beside it
         with self.upload(key) as upload:
             upload.write(data)
             return upload.publish(lambda: upload.replace_if(etag))
@@ -208,8 +205,8 @@ class LocalUpload:
     def replace_if(self, etag: str) -> None:
         """Take the name if the file there is still the version `etag`, else `ObjectChanged`."""
         with _locked(self._path):
-            current = self._path.stat()
-            if _etag(current) != etag:
+            current = self._path.stat() if self._path.exists() else None
+            if current is None or _etag(current) != etag:
                 raise ObjectChanged(f"{self._path} was replaced by somebody else")
             # inodes are reused, so only a time that always rises keeps an old ETag from coming back
             self._stamp(max(time.time_ns(), current.st_mtime_ns + 1))

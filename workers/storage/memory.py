@@ -66,9 +66,7 @@ class MemoryStore:
         check_key(key)
         content = bytes(data)
         with self._lock:
-            if key not in self._objects:
-                raise ObjectMissing(f"{self._place(key)} does not exist")
-            if self._objects[key][1] != etag:
+            if key not in self._objects or self._objects[key][1] != etag:
                 raise ObjectChanged(f"{self._place(key)} was replaced by somebody else")
             return self._put(key, content)
 

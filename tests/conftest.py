@@ -1,0 +1,44 @@
+"""Fixtures for every suite: a real S3 server, a fresh place on it, a proxy that misbehaves, a stand-in for the hub."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+
+import pytest
+
+from tests.seaweedfs import SeaweedFS
+
+BUCKET = "tests"
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
+    """A running SeaweedFS with `.endpoint`, `.access_key`, `.secret_key`, `.client()`, `.kill()`, `.restart()`.
+
+    A test that kills it must restart it: the whole session shares one server.
+    """
+    server = SeaweedFS(tmp_path_factory.mktemp("seaweedfs"))
+    server.start()
+    server.client().create_bucket(Bucket=BUCKET)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def s3_environment(s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> SeaweedFS:
+    """The server, with the environment pointing every S3 client of this process and its children to it."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.endpoint)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", s3_server.access_key)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", s3_server.secret_key)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    return s3_server
+
+
+@pytest.fixture
+def s3_url(s3_environment: SeaweedFS) -> str:
+    """A fresh, empty `s3://bucket/prefix` on the server."""
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"

@@ -1,0 +1,52 @@
+"""Patience with a service: how often to ask again, how long to wait, when to give up."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from jobs.errors import BadInput, StorageUnavailable
+
+PATIENCE_VARIABLE = "MERGEYARD_STORAGE_PATIENCE_SECONDS"
+PATIENCE_SECONDS = 60.0
+STALL_SECONDS = 20.0
+CONNECT_SECONDS = 5.0
+FIRST_PAUSE_SECONDS = 0.1
+LONGEST_PAUSE_SECONDS = 8.0
+
+Result = TypeVar("Result")
+
+
+def patience_seconds() -> float:
+    """How long one request may be tried again and again; the environment may say otherwise."""
+    text = os.environ.get(PATIENCE_VARIABLE, "")
+    try:
+        return float(text) if text else PATIENCE_SECONDS
+    except ValueError:
+        raise BadInput(f"{PATIENCE_VARIABLE}={text!r} is not a number of seconds; set one or unset it") from None
+
+
+def stall_seconds() -> float:
+    """How long a connection may stay silent before it is given up and the request is sent again."""
+    return min(STALL_SECONDS, patience_seconds() / 3)
+
+
+def patiently(action: Callable[[], Result]) -> Result:
+    """The action's result, tried again with growing random pauses for as long as it raises `StorageUnavailable`."""
+    began = time.monotonic()
+    patience = patience_seconds()
+    pause, tries = FIRST_PAUSE_SECONDS, 0
+    while True:
+        tries += 1
+        try:
+            return action()
+        except StorageUnavailable as error:
+            wait = random.uniform(pause / 2, pause)
+            spent = time.monotonic() - began
+            if spent + wait > patience:
+                raise StorageUnavailable(f"{error} (tried {tries} times in {spent:.0f} s); run again later") from None
+            time.sleep(wait)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
