@@ -1,0 +1,201 @@
+"""Verdicts computed on paper; error rates and power from keyed simulations."""
+
+import json
+import math
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+import scipy.stats
+
+from jobs.errors import BadInput
+from orchestrator.gate import GateRule, Verdict, judge
+from orchestrator.statistics import CellSample, cell_sample, paired_sample
+
+
+def keyed(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+def assert_rate(events: int, trials: int, nominal: float) -> None:
+    """The rate is not above nominal, by a one-sided binomial test at one in a thousand."""
+    assert scipy.stats.binom.sf(events - 1, trials, nominal) > 1e-3, f"{events} of {trials} at a nominal {nominal}"
+
+
+def flips(random: np.random.Generator, items: int, gain: float, loss: float) -> np.ndarray:
+    """Paired differences of right-or-wrong scores: +1 with chance `gain`, −1 with chance `loss`."""
+    return random.choice([1.0, -1.0, 0.0], size=items, p=[gain, loss, 1 - gain - loss])
+
+
+def one_cell(differences: np.ndarray) -> list[CellSample]:
+    return [cell_sample("niah_single_1", 4096, differences, np.arange(differences.size))]
+
+
+def test_same_answers_on_enough_items_pass():
+    # the least variance of a loss of 1 point is 0.01·0.99 an item: z = 0.01/√(0.0099/500) = 2.25
+    verdict = judge(one_cell(np.zeros(500)))
+    assert (verdict.outcome, verdict.exit_code) == ("pass", 0)
+    assert verdict.lines[0].p_pass == pytest.approx(scipy.stats.t.sf(0.01 / math.sqrt(0.0099 / 500), 499))
+    assert verdict.items_needed is None
+
+
+def test_same_answers_on_few_items_are_no_pass():
+    verdict = judge(one_cell(np.zeros(100)))
+    assert (verdict.outcome, verdict.exit_code) == ("inconclusive", 3)
+    # (1.66 + 0.84)² · 0.0099/100 / 0.01² · 100 items
+    assert verdict.items_needed == pytest.approx((1.660 + 0.842) ** 2 * 99, rel=0.01)
+
+
+def test_a_loss_beyond_the_margin_fails():
+    differences = np.array([-1.0] * 60 + [1.0] * 20 + [0.0] * 920)
+    verdict = judge(one_cell(differences), new="tonight", old="blessed")
+    error = math.sqrt((0.08 - 0.04**2) / 999)
+    assert (verdict.outcome, verdict.exit_code) == ("fail", 1)
+    line = verdict.lines[0]
+    assert line.difference == pytest.approx(-4.0)
+    assert line.standard_error == pytest.approx(100 * error)
+    assert (line.low, line.high) == pytest.approx((-4 - 164.6 * error, -4 + 164.6 * error), abs=0.01)
+    assert line.reason.startswith("overall: -4.00 points")
+
+
+def test_a_sure_regression_within_the_margin_passes_and_says_so():
+    differences = np.array([-1.0] * 40 + [0.0] * 3960)
+    verdict = judge(one_cell(differences), GateRule(margin=3.0))
+    assert verdict.outcome == "pass"
+    assert "regressed but within the margin" in verdict.lines[0].reason
+
+
+def test_one_haystack_is_no_evidence():
+    verdict = judge([cell_sample("vt", 4096, [0.0] * 50, ["h"] * 50)])
+    assert (verdict.outcome, verdict.items_needed) == ("inconclusive", None)
+    assert json.loads(verdict.to_json())["lines"][0]["low"] is None
+
+
+def test_a_long_context_regression_does_not_hide_in_the_macro_score():
+    random = keyed(1)
+    samples = [cell_sample("vt", length, flips(random, 2000, 0.05, 0.04)) for length in (4096, 8192, 16384)]
+    samples.append(cell_sample("vt", 131072, flips(random, 2000, 0.02, 0.05)))
+    assert judge(samples).outcome == "pass"
+    verdict = judge(samples, GateRule(length_margin=1.0))
+    assert verdict.outcome == "fail"
+    assert [line.scope for line in verdict.lines] == ["overall", "4096", "8192", "16384", "131072"]
+    assert [line.scope for line in verdict.lines if line.outcome == "fail"] == ["131072"]
+
+
+def test_macro_score_weighs_lengths_as_asked():
+    samples = [paired_sample("vt", 4096, [1.0] * 50, [0.0] * 50), paired_sample("vt", 8192, [0.0] * 50, [0.0] * 50)]
+    assert judge(samples).lines[0].difference == pytest.approx(50)
+    assert judge(samples, length_weights={4096: 1, 8192: 3}).lines[0].difference == pytest.approx(25)
+
+
+def test_json_holds_the_whole_verdict():
+    document = json.loads(judge(one_cell(np.zeros(500)), new="a", old="b").to_json())
+    assert (document["outcome"], document["exit_code"], document["new"], document["old"]) == ("pass", 0, "a", "b")
+    assert document["rule"]["margin"] == 1.0
+    assert document["lines"][0]["items"] == 500
+
+
+def test_junit_shows_inconclusive_as_error_and_never_green():
+    def suite(verdict: Verdict) -> ElementTree.Element:
+        return ElementTree.fromstring(verdict.to_junit_xml())
+
+    undecided = suite(judge(one_cell(np.zeros(50)), new="a<b", old="c&d"))
+    assert (undecided.get("tests"), undecided.get("failures"), undecided.get("errors")) == ("1", "0", "1")
+    assert undecided.get("name") == "mergeyard gate: a<b against c&d"
+    failed = suite(judge(one_cell(np.full(500, -0.5))))
+    assert failed.get("failures") == "1"
+    assert "worse by more than 1" in (failed.find("testcase/failure").get("message") or "")
+    assert suite(judge(one_cell(np.zeros(500)))).find("testcase/error") is None
+
+
+@pytest.mark.parametrize("rule", [{"margin": 0.0}, {"margin": -1.0}, {"length_margin": 100.0}, {"alpha": 0.7}])
+def test_nonsense_rules_are_refused(rule: dict[str, float]):
+    with pytest.raises(BadInput, match=r"gate\."):
+        GateRule(**rule)
+
+
+def test_no_common_items_are_refused():
+    with pytest.raises(BadInput, match="no items in common"):
+        judge([])
+
+
+# ---- error rates: the true difference is exactly the margin, so every verdict is an error ----
+
+
+@pytest.mark.parametrize(("items", "gain", "loss"), [(300, 0.0, 0.01), (1000, 0.0, 0.01), (2000, 0.05, 0.06)])
+def test_wrong_passes_and_wrong_fails_stay_within_alpha(items: int, gain: float, loss: float):
+    random, trials = keyed(items), 1500
+    outcomes = [judge(one_cell(flips(random, items, gain, loss))).outcome for _ in range(trials)]
+    assert_rate(outcomes.count("pass"), trials, 0.05)
+    assert_rate(outcomes.count("fail"), trials, 0.05)
+
+
+def test_wrong_verdicts_stay_within_alpha_with_questions_that_share_haystacks():
+    random, trials, passes, fails, blind = keyed(3), 1000, 0, 0, 0
+    haystacks = np.repeat(np.arange(250), 4)
+    for _ in range(trials):
+        # a haystack is lost or won as a whole half of the time; the mean is −0.01
+        whole = np.repeat(flips(random, 250, 0.05, 0.06), 4)
+        alone = flips(random, 1000, 0.05, 0.06)
+        differences = np.where(np.repeat(random.random(250) < 0.5, 4), whole, alone)
+        outcome = judge([cell_sample("vt", 4096, differences, haystacks)]).outcome
+        passes, fails = passes + (outcome == "pass"), fails + (outcome == "fail")
+        blind += judge(one_cell(differences)).outcome != "inconclusive"
+    assert_rate(passes, trials, 0.05)
+    assert_rate(fails, trials, 0.05)
+    assert blind / trials > 0.12  # what forgetting the haystacks would cost: 10 % is nominal for both
+
+
+def test_wrong_verdicts_over_lengths_stay_within_alpha():
+    random, trials, lengths = keyed(4), 500, (4096, 8192, 16384, 32768, 65536, 131072)
+    rule, passes, fails, unadjusted = GateRule(length_margin=1.0), 0, 0, 0
+    for _ in range(trials):
+        at_margin = [cell_sample("vt", length, flips(random, 400, 0.05, 0.06), np.arange(400)) for length in lengths]
+        verdict = judge(at_margin, rule)
+        fails += verdict.outcome == "fail"
+        unadjusted += any(1 - line.p_pass <= rule.alpha for line in verdict.lines)
+        one_bad = [cell_sample("vt", length, np.zeros(400), np.arange(400)) for length in lengths[:-1]]
+        passes += judge([*one_bad, at_margin[-1]], rule).outcome == "pass"
+    assert_rate(fails, trials, 0.05)
+    assert_rate(passes, trials, 0.05)
+    assert unadjusted / trials > 0.15  # what Holm is there for
+
+
+def test_power_is_what_the_normal_approximation_promises():
+    # no true difference, discordance 10 %, one length of RULER: Φ(1/0.392 − 1.645) = 0.82
+    random, trials = keyed(5), 300
+    passed = sum(judge(one_cell(flips(random, 6500, 0.05, 0.05))).outcome == "pass" for _ in range(trials))
+    assert passed / trials == pytest.approx(0.82, abs=0.07)
+
+
+def test_items_needed_reach_a_verdict_at_the_stated_power():
+    random, trials = keyed(6), 300
+    template = np.array([1.0] * 50 + [-1.0] * 50 + [0.0] * 900)
+    needed = judge(one_cell(template)).items_needed
+    assert needed is not None
+    decided = sum(judge(one_cell(flips(random, needed, 0.05, 0.05))).outcome == "pass" for _ in range(trials))
+    assert decided / trials == pytest.approx(0.8, abs=0.07)
+
+
+def test_topping_up_is_legal_only_in_the_anytime_mode():
+    random, trials = keyed(7), 400
+    looks = range(200, 4001, 200)
+    fixed, anytime = GateRule(), GateRule(planned_haystacks=2000)
+    wrong = {"pass": 0, "fail": 0}
+    peeked = 0
+    for _ in range(trials):
+        differences = flips(random, looks[-1], 0.05, 0.06)
+        seen = {judge(one_cell(differences[:items]), anytime).outcome for items in looks}
+        for outcome in wrong:
+            wrong[outcome] += outcome in seen
+        peeked += any(judge(one_cell(differences[:items]), fixed).outcome != "inconclusive" for items in looks)
+    assert_rate(wrong["pass"], trials, 0.05)
+    assert_rate(wrong["fail"], trials, 0.05)
+    assert peeked / trials > 0.2
+
+
+def test_the_anytime_gate_decides_with_about_twice_the_items():
+    random, trials = keyed(8), 200
+    rule = GateRule(planned_haystacks=10_000)
+    passed = sum(judge(one_cell(flips(random, 13_000, 0.05, 0.05)), rule).outcome == "pass" for _ in range(trials))
+    assert passed / trials > 0.75

@@ -1,0 +1,409 @@
+"""Expected values come from papers, textbooks, scipy, or arithmetic; rates from keyed simulations."""
+
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from scipy.special import betainc
+
+from jobs.errors import CorruptData
+from orchestrator.statistics import (
+    Cell,
+    anytime_multiplier,
+    anytime_p_value,
+    benjamini_hochberg,
+    betting_e_process,
+    bootstrap_macro,
+    cell_sample,
+    confidence_sequence,
+    decreasing_weights,
+    design_effect,
+    flip_rate,
+    holm,
+    increasing_weights,
+    items_for_effect,
+    macro_mean,
+    macro_weights,
+    max_t,
+    mcnemar,
+    mcnemar_e_value,
+    mcnemar_interval,
+    minimum_detectable_effect,
+    paired_mean,
+    paired_sample,
+    rule_of_three,
+    sign_flip_test,
+    wilson_interval,
+)
+
+
+def keyed(seed: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(key=seed))
+
+
+def assert_rate(events: int, trials: int, nominal: float) -> None:
+    """The rate is not above nominal, by a one-sided binomial test at one in a thousand."""
+    assert scipy.stats.binom.sf(events - 1, trials, nominal) > 1e-3, f"{events} of {trials} at a nominal {nominal}"
+
+
+# ---- means ----
+
+
+def test_paired_mean_without_haystacks_is_the_paired_t_test():
+    new, old = keyed(1).random((2, 40))
+    estimate = paired_mean(new - old)
+    peer = scipy.stats.ttest_rel(new, old)
+    interval = peer.confidence_interval(0.95)
+    assert (estimate.low, estimate.high) == pytest.approx((interval.low, interval.high))
+    assert estimate.mean / estimate.standard_error == pytest.approx(peer.statistic)
+    assert estimate.degrees_of_freedom == pytest.approx(39)
+
+
+def test_clustered_error_of_equal_clusters_is_the_error_of_their_means():
+    values = keyed(2).uniform(-1, 1, (12, 4))
+    haystacks = np.repeat(np.arange(12), 4)
+    estimate = paired_mean(values.ravel(), haystacks)
+    assert estimate.standard_error == pytest.approx(scipy.stats.sem(values.mean(axis=1)))
+    assert estimate.degrees_of_freedom == pytest.approx(11)
+    assert estimate.clusters == 12
+
+
+def test_clustered_error_is_the_double_sum_of_miller():
+    values = keyed(3).uniform(-1, 1, 9)
+    haystacks = ["a", "b", "a", "c", "c", "c", "b", "d", "a"]
+    deviations = values - values.mean()
+    double_sum = sum(deviations[i] * deviations[j] for i in range(9) for j in range(9) if haystacks[i] == haystacks[j])
+    assert paired_mean(values, haystacks).standard_error == pytest.approx(math.sqrt(double_sum / 81 * 4 / 3))
+
+
+def test_a_single_haystack_has_no_standard_error():
+    assert paired_mean([0.1, 0.2], ["a", "a"]).standard_error == math.inf
+
+
+def test_macro_error_adds_the_variances_of_independent_cells():
+    first, second = keyed(4).uniform(-1, 1, (2, 30))
+    estimate = macro_mean([cell_sample("a", 4096, first), cell_sample("b", 8192, second)], {4096: 1.0, 8192: 3.0})
+    assert estimate.mean == pytest.approx(first.mean() / 4 + 3 * second.mean() / 4)
+    expected = math.hypot(scipy.stats.sem(first) / 4, 3 * scipy.stats.sem(second) / 4)
+    assert estimate.standard_error == pytest.approx(expected)
+
+
+def test_macro_error_counts_the_covariance_of_shared_haystacks():
+    values, haystacks = keyed(5).uniform(-1, 1, 30), [f"seed {item}" for item in range(30)]
+    twice = [cell_sample("a", length, values, haystacks) for length in (4096, 8192)]
+    estimate = macro_mean(twice)
+    assert estimate.standard_error == pytest.approx(scipy.stats.sem(values))
+    assert estimate.degrees_of_freedom == pytest.approx(29)
+
+
+def test_equal_cells_weigh_as_in_ruler():
+    cells = [Cell("vt", 4096), Cell("cwe", 4096), Cell("vt", 8192)]
+    assert macro_weights(cells).tolist() == [0.25, 0.25, 0.5]
+    lengths = [4096, 8192, 16384, 32768, 65536, 131072]
+    assert [increasing_weights(lengths)[length] for length in lengths] == [1, 2, 3, 4, 5, 6]
+    assert [decreasing_weights(lengths)[length] for length in lengths] == [6, 5, 4, 3, 2, 1]
+
+
+def test_bad_scores_are_refused_with_their_cell():
+    with pytest.raises(CorruptData, match="vt at 4096"):
+        cell_sample("vt", 4096, [0.5, math.nan])
+    with pytest.raises(CorruptData, match="3 scores against 2"):
+        paired_sample("vt", 4096, [1, 1, 1], [0, 1])
+    with pytest.raises(CorruptData, match="haystacks"):
+        cell_sample("vt", 4096, [0.5, 0.5], ["a"])
+
+
+def test_clustered_interval_covers_where_the_plain_one_does_not():
+    random, covered, plainly_covered, trials = keyed(6), 0, 0, 1000
+    haystacks = np.repeat(np.arange(20), 8)
+    for _ in range(trials):
+        values = 0.2 * np.repeat(random.standard_normal(20), 8) + 0.2 * random.standard_normal(160)
+        values = np.clip(values, -1, 1)
+        clustered, plain = paired_mean(values, haystacks), paired_mean(values)
+        covered += clustered.low <= 0 <= clustered.high
+        plainly_covered += plain.low <= 0 <= plain.high
+    assert_rate(trials - covered, trials, 0.05)
+    assert plainly_covered / trials < 0.75
+
+
+# ---- bootstrap ----
+
+
+def test_bootstrap_of_one_cell_agrees_with_scipy():
+    values = keyed(7).beta(0.5, 2.0, 60)
+    sample = [cell_sample("a", 4096, values)]
+    for method in ("percentile", "bca"):
+        ours = bootstrap_macro(sample, method=method, replicates=20_000, seed=1)
+        peer = scipy.stats.bootstrap(
+            (values,), np.mean, method=method, n_resamples=20_000, rng=np.random.default_rng(2)
+        ).confidence_interval
+        assert (ours.low, ours.high) == pytest.approx((peer.low, peer.high), abs=0.003)
+
+
+def test_bootstrap_keeps_haystacks_whole_and_cells_apart():
+    random = keyed(8)
+    haystacks = np.repeat(np.arange(25), 4)
+    samples = [
+        cell_sample("a", 4096, np.repeat(random.uniform(-0.5, 0.5, 25), 4), [f"a{h}" for h in haystacks]),
+        cell_sample("b", 8192, np.repeat(random.uniform(-0.5, 0.5, 25), 4), [f"b{h}" for h in haystacks]),
+    ]
+    drawn = bootstrap_macro(samples, method="percentile", replicates=8000)
+    normal = macro_mean(samples)
+    assert drawn.high - drawn.low == pytest.approx(2 * 1.96 * normal.standard_error * math.sqrt(24 / 25), rel=0.05)
+
+
+def test_bootstrap_is_keyed():
+    sample = [cell_sample("a", 4096, keyed(9).random(30))]
+    assert bootstrap_macro(sample, seed=3) == bootstrap_macro(sample, seed=3)
+    assert bootstrap_macro(sample, seed=3) != bootstrap_macro(sample, seed=4)
+
+
+# ---- proportions ----
+
+
+@pytest.mark.parametrize(("successes", "trials"), [(0, 10), (3, 10), (81, 263), (500, 500)])
+def test_wilson_interval_is_scipys(successes: int, trials: int):
+    peer = scipy.stats.binomtest(successes, trials).proportion_ci(method="wilson")
+    assert wilson_interval(successes, trials) == pytest.approx((peer.low, peer.high))
+
+
+def test_wilson_interval_of_newcombes_table():
+    assert wilson_interval(81, 263) == pytest.approx((0.2553, 0.3662), abs=1e-4)  # Newcombe 1998, table I
+
+
+def test_rule_of_three_is_three_over_n():
+    assert rule_of_three(500) == pytest.approx(3 / 500, rel=2e-3)
+    assert rule_of_three(0) == 1.0
+
+
+def test_mcnemar_of_armitage_and_berry():
+    test = mcnemar(12, 2)  # Armitage & Berry 1994, p. 127: two media for tubercle bacilli
+    assert test.two_sided == pytest.approx(0.0129, abs=5e-5)
+    assert test.improved == pytest.approx(0.00647, abs=5e-5)
+    assert test.regressed > 0.99
+
+
+def test_mcnemar_of_fagerland():
+    assert mcnemar(1, 7).two_sided == pytest.approx(0.0703, abs=5e-5)  # Fagerland, Lydersen & Laake 2013, table 2
+
+
+def test_mcnemar_is_the_binomial_test():
+    for gains, losses in [(0, 0), (0, 5), (5, 5), (13, 4)]:
+        if gains + losses:
+            assert mcnemar(gains, losses).two_sided == pytest.approx(
+                scipy.stats.binomtest(gains, gains + losses).pvalue
+            )
+        assert mcnemar(gains, losses).improved == mcnemar(losses, gains).regressed
+
+
+def test_mcnemar_interval_of_statpsych():
+    # R statpsych, ci.prop.ps(.05, 12, 4, 26, 6): 0.44, 0.2548067 to 0.6251933
+    assert mcnemar_interval(26, 4, 48) == pytest.approx((0.2548067, 0.6251933), abs=1e-6)
+
+
+def test_mcnemar_interval_does_not_collapse_without_flips():
+    low, high = mcnemar_interval(0, 0, 100)
+    assert low < -0.02 < 0.02 < high
+
+
+def test_flip_rate_is_never_surely_zero():
+    same = flip_rate(np.ones(300), np.ones(300))
+    assert (same.flips, same.rate, same.low) == (0, 0.0, 0.0)
+    assert same.high == pytest.approx(0.01, rel=2e-3)
+    some = flip_rate([1, 0, 0.2, 1], [1, 1, 0.4, 1])
+    assert (some.flips, some.rate) == (2, 0.5)
+    assert (some.low, some.high) == pytest.approx(tuple(wilson_interval(2, 4)))
+
+
+# ---- sign flips ----
+
+
+def test_exact_sign_flip_test_is_scipys_permutation_test():
+    values = keyed(10).uniform(-0.6, 1, 9)
+    for alternative in ("two-sided", "greater", "less"):
+        peer = scipy.stats.permutation_test(
+            (values,), np.sum, permutation_type="samples", n_resamples=np.inf, alternative=alternative
+        )
+        assert sign_flip_test(values, alternative=alternative) == pytest.approx(peer.pvalue)
+
+
+def test_sign_flip_test_of_right_or_wrong_scores_is_mcnemars():
+    differences = [1] * 13 + [-1] * 4 + [0] * 200
+    assert sign_flip_test(differences) == pytest.approx(mcnemar(13, 4).two_sided)
+
+
+def test_sign_flip_test_flips_whole_haystacks():
+    differences, haystacks = [0.2, 0.4, 0.2, 0.2, 0.6, 0.0], ["a", "a", "b", "b", "c", "c"]
+    assert sign_flip_test(differences, haystacks, alternative="greater") == 1 / 8
+
+
+def test_monte_carlo_sign_flips_are_keyed_and_near_the_normal_tail():
+    values = keyed(11).uniform(-1, 1, 400)
+    p = sign_flip_test(values, draws=20_000, seed=5)
+    z = abs(values.sum()) / math.sqrt(np.sum(values**2))
+    assert p == pytest.approx(2 * scipy.stats.norm.sf(z), abs=0.02)
+    assert p == sign_flip_test(values, draws=20_000, seed=5)
+    assert sign_flip_test(np.ones(30), draws=999) == 1 / 1000
+
+
+# ---- before the run ----
+
+
+@pytest.mark.parametrize(("items", "points"), [(100, 8.9), (500, 4.0), (6500, 1.1), (39_000, 0.45)])
+def test_minimum_detectable_effect_at_ten_percent_discordance(items: int, points: float):
+    assert 100 * minimum_detectable_effect(items, discordance=0.1) == pytest.approx(points, abs=0.05)
+
+
+def test_minimum_detectable_effect_is_detected_at_the_stated_power():
+    random, trials, items = keyed(12), 2000, 200
+    effect = minimum_detectable_effect(items, deviation=0.5)
+    differences = effect + 0.5 * random.standard_normal((trials, items))
+    found = np.sum(scipy.stats.ttest_1samp(differences, 0.0, axis=1).pvalue <= 0.05)
+    assert found / trials == pytest.approx(0.8, abs=0.04)
+
+
+def test_items_for_effect_undoes_the_minimum_detectable_effect():
+    assert items_for_effect(minimum_detectable_effect(777, discordance=0.1), discordance=0.1) in (777, 778)
+    with pytest.raises(ValueError):
+        items_for_effect(0.01)
+
+
+def test_design_effect_of_eight_questions():
+    assert 8 / design_effect(8, 0.1) == pytest.approx(4.7, abs=0.01)
+    assert 8 / design_effect(8, 0.3) == pytest.approx(2.6, abs=0.02)
+
+
+# ---- many comparisons ----
+
+
+def test_holm_on_paper():
+    assert holm([0.01, 0.04, 0.03, 0.005]).tolist() == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.9, 0.8]).tolist() == [1.0, 1.0]
+
+
+def test_benjamini_hochberg_is_scipys():
+    p = keyed(13).random(50) ** 2
+    assert benjamini_hochberg(p) == pytest.approx(scipy.stats.false_discovery_control(p))
+
+
+def test_benjamini_hochberg_of_the_1995_paper_rejects_four():
+    p = [0.0001, 0.0004, 0.0019, 0.0095, 0.0201, 0.0278, 0.0298, 0.0344, 0.0459]
+    p += [0.3240, 0.4262, 0.5719, 0.6528, 0.7590, 1.0]
+    assert int(np.sum(benjamini_hochberg(p) <= 0.05)) == 4
+    assert int(np.sum(holm(p) <= 0.05)) == 3
+
+
+def test_max_t_of_one_point_is_its_sign_flip_test():
+    values = keyed(14).uniform(-0.5, 0.7, 60)
+    alone = max_t(values[None], draws=4000, seed=1)
+    assert alone[0] == pytest.approx(sign_flip_test(values, np.arange(60), draws=4000, seed=1), abs=1e-12)
+
+
+def test_max_t_charges_nothing_for_points_that_move_together():
+    values = keyed(15).uniform(-0.5, 0.7, 60)
+    p = max_t(np.tile(values, (50, 1)), draws=4000, seed=1)
+    assert p == pytest.approx(np.full(50, sign_flip_test(values, np.arange(60), draws=4000, seed=1)))
+
+
+def test_max_t_keeps_the_family_wise_error_rate_and_finds_what_holm_misses():
+    random, trials, items, points = keyed(16), 300, 80, 20
+    wrong = found = found_by_holm = 0
+    for trial in range(trials):
+        common = random.standard_normal((1, items))
+        differences = np.clip(0.2 * common + 0.05 * random.standard_normal((points, items)), -1, 1)
+        wrong += max_t(differences, alternative="greater", draws=400, seed=trial).min() <= 0.05
+        differences[0] += 0.06
+        found += max_t(differences, alternative="greater", draws=400, seed=trial)[0] <= 0.05
+        single = scipy.stats.ttest_1samp(differences, 0.0, axis=1, alternative="greater").pvalue
+        found_by_holm += holm(single)[0] <= 0.05
+    assert_rate(wrong, trials, 0.05)
+    assert found > 1.3 * found_by_holm
+
+
+# ---- looking more than once ----
+
+
+def test_mcnemar_e_value_of_the_checked_numbers():
+    assert mcnemar_e_value(7, 0) == pytest.approx(26.8, abs=0.05)
+    assert mcnemar_e_value(10, 2) == pytest.approx(4.1, abs=0.05)
+    assert mcnemar_e_value(0, 0) == pytest.approx(1.0)
+    assert mcnemar_e_value(1, 0) == pytest.approx(1.0)
+
+
+def test_mcnemar_e_value_has_expectation_one_under_the_null():
+    for flips in (1, 5, 40):
+        chances = scipy.stats.binom.pmf(np.arange(flips + 1), flips, 0.5)
+        values = [mcnemar_e_value(gains, flips - gains) for gains in range(flips + 1)]
+        assert float(chances @ values) == pytest.approx(1.0)
+
+
+def test_mcnemar_e_value_survives_looking_after_every_flip():
+    random, trials, flips = keyed(17), 2000, 150
+    gains = np.cumsum(random.integers(2, size=(trials, flips)), axis=1)
+    table = np.array(
+        [[mcnemar_e_value(g, max(n - g, 0)) for g in range(n + 1)] + [0.0] * (flips - n) for n in range(1, flips + 1)]
+    )
+    ever = (table[np.arange(flips), gains] >= 20).any(axis=1)
+    assert_rate(int(ever.sum()), trials, 0.05)
+
+
+def test_betting_on_paper():
+    # the first bet is blind: mean 0, variance 1, null −0.2 gives λ = 0.2/1.04, below the cap of 0.5/0.8
+    assert betting_e_process([0.6], null_mean=-0.2)[0] == pytest.approx(1 + 0.2 / 1.04 * 0.8)
+    assert betting_e_process([0.6, 0.1], null_mean=0.0)[0] == 1.0
+
+
+def test_betting_e_process_survives_looking_after_every_item():
+    random, trials = keyed(18), 1500
+    ever = 0
+    for _ in range(trials):
+        differences = random.choice([-1.0, -0.2, 0.0, 0.6], size=300, p=[0.1, 0.1, 0.6, 0.2])  # mean 0
+        ever += betting_e_process(differences).max() >= 20
+    assert_rate(ever, trials, 0.05)
+
+
+def test_betting_e_process_finds_a_real_difference():
+    random = keyed(19)
+    differences = random.choice([-1.0, 0.0, 1.0], size=1000, p=[0.05, 0.75, 0.2])
+    assert betting_e_process(differences)[-1] > 20
+    assert betting_e_process(-differences, alternative="less")[-1] == pytest.approx(betting_e_process(differences)[-1])
+    assert betting_e_process(differences, alternative="less")[-1] <= 1
+
+
+def test_confidence_sequence_covers_at_every_look_and_narrows():
+    random, trials, missed = keyed(20), 200, 0
+    for _ in range(trials):
+        differences = random.choice([-1.0, 0.0, 1.0], size=400, p=[0.05, 0.8, 0.15])
+        low, high = confidence_sequence(differences, resolution=200)  # the intersection over all 400 looks
+        missed += not low <= 0.1 <= high
+    assert_rate(missed, trials, 0.05)
+    assert high - low < 0.25
+
+
+def test_confidence_sequence_of_constant_values_closes_in_on_them():
+    low, high = confidence_sequence(np.full(20_000, 0.3005))
+    assert low <= 0.3005 <= high
+    assert high - low < 0.02
+
+
+def test_anytime_multiplier_and_p_value_are_inverse():
+    for alpha in (0.2, 0.05, 0.001):
+        assert anytime_p_value(anytime_multiplier(300, 500, alpha), 300, 500) == pytest.approx(alpha)
+    assert anytime_p_value(-1.0, 300, 500) == 1.0
+    assert anytime_p_value(1e3, 300, 500) < 1e-100
+
+
+def test_anytime_bound_survives_looking_at_every_haystack():
+    random, trials, clusters = keyed(21), 2000, 1000
+    paths = np.cumsum(random.standard_normal((trials, clusters)), axis=1)
+    counts = np.arange(1, clusters + 1)
+    bounds = np.array([anytime_multiplier(int(count), 300) for count in counts])
+    ever = (paths / np.sqrt(counts) > bounds).any(axis=1)
+    assert_rate(int(ever.sum()), trials, 0.05)
+    peeking = (paths / np.sqrt(counts) > 1.645)[:, 29:].any(axis=1)
+    assert peeking.mean() > 0.25  # what the fixed bound would do
+
+
+def test_exact_tail_is_the_incomplete_beta():
+    assert mcnemar(8, 3).improved == pytest.approx(float(betainc(8, 4, 0.5)))
