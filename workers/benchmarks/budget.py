@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput
+from workers.benchmarks.tokens import Tokenizer
 
 
 class TooShort(BadInput):
@@ -46,3 +47,41 @@ def most_units(count: Callable[[int], int], forecast: NDArray[np.int64], budget:
 
 def _last_within(forecast: NDArray[np.int64], limit: int) -> int:
     return int(np.searchsorted(forecast, limit, side="right")) - 1
+
+
+def fill(
+    tokenizer: Tokenizer,
+    task: str,
+    length: int,
+    max_new_tokens: int,
+    text: Callable[[int], str],
+    forecast: Callable[[int], NDArray[np.int64]],
+) -> int:
+    """The most units with which `text(units)`, plus what will be generated, fits in `length` tokens.
+
+    `forecast(budget)` gives the tokens that 0, 1, 2 … units add, to beyond the budget or as far as there are units.
+    `TooShort` if not even `text(0)` fits.
+    """
+    budget = length - max_new_tokens
+    smallest = tokenizer.count(text(0))
+    if smallest > budget:
+        raise TooShort(task, length, smallest + max_new_tokens)
+    return most_units(lambda units: tokenizer.count(text(units)), forecast(budget - smallest) + smallest, budget)
+
+
+def running_total(
+    tokenizer: Tokenizer, units: Callable[[int, int], list[str]], budget: int, block: int = 64
+) -> NDArray[np.int64]:
+    """Tokens of 0, 1, 2 … units until more than `budget`, or until there are no more.
+
+    `units(first, last)` gives the texts of units first … last − 1, fewer when they run out; they are encoded in blocks.
+    """
+    totals = [0]
+    while totals[-1] <= budget:
+        known = len(totals) - 1
+        texts = units(known, known + block)
+        for tokens in tokenizer.count_each(texts, special_tokens=False):
+            totals.append(totals[-1] + tokens)
+        if len(texts) < block:
+            break
+    return np.asarray(totals, dtype=np.int64)

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput
+from workers.benchmarks.budget import running_total
 from workers.benchmarks.draws import Draw
 from workers.benchmarks.tokens import Tokenizer
 
@@ -40,6 +41,10 @@ class Haystack(Protocol):
         """The first `units` units with each needle at its place, a fraction of the text; equal places keep order."""
         ...
 
+    def hide_nearest(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
+        """The same, each needle at the seam nearest to its fraction of the text's characters."""
+        ...
+
 
 class Lines:
     """Lines joined by newlines; `line(i)` is the i-th, and needles are lines of their own."""
@@ -54,20 +59,23 @@ class Lines:
 
     def forecast(self, tokenizer: Tokenizer, budget: int) -> NDArray[np.int64]:
         """Tokens of 0, 1, 2 … lines, each with its newline."""
-        total, counts = 0, [0]
-        while total <= budget:
-            known = len(counts) - 1
-            block = [line + "\n" for line in self._first(known + 64)[known:]]
-            counts.extend(tokenizer.count_each(block, special_tokens=False))
-            total = sum(counts)
-        return np.cumsum(np.asarray(counts, dtype=np.int64))
+        return running_total(tokenizer, lambda first, last: [line + "\n" for line in self._first(last)[first:]], budget)
 
     def hide(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
         """The lines, each needle before line ⌊place · units⌋."""
+        return self._insert(units, [int(place * units) for place in places], needles)
+
+    def hide_nearest(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
+        """The lines, each needle between the two whose seam is nearest to its place."""
+        lines = self._first(units)
+        seams = np.cumsum([0, *(len(line) + 1 for line in lines)])
+        return self._insert(units, [_nearest(seams, place * seams[-1]) for place in places], needles)
+
+    def _insert(self, units: int, numbers: Sequence[int], needles: Sequence[str]) -> str:
         lines = list(self._first(units))
-        ordered = sorted(zip(places, needles, strict=True), key=_place)
-        for place, needle in reversed(ordered):
-            lines.insert(int(place * units), needle)
+        ordered = sorted(zip(numbers, needles, strict=True), key=_number)
+        for number, needle in reversed(ordered):
+            lines.insert(number, needle)
         return "\n".join(lines)
 
 
@@ -126,19 +134,35 @@ class Essay:
 
     def hide(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
         """The first `units` words, each needle before sentence ⌊place · sentences⌋; place 1 is the end."""
+        end, sentences = self._end(units)
+        seams = [*self._sentence_starts[:sentences], end]
+        return self._insert(end, [seams[int(place * sentences)] for place in places], needles)
+
+    def hide_nearest(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
+        """The first `units` words, each needle at the end of a sentence, nearest to its place."""
+        end, sentences = self._end(units)
+        seams = np.asarray([*self._sentence_starts[:sentences], end])
+        return self._insert(end, [int(seams[_nearest(seams, place * end)]) for place in places], needles)
+
+    def _end(self, units: int) -> tuple[int, int]:
+        """Where the first `units` words end, in characters, and how many sentences begin before."""
         end = int(self._word_ends[units - 1]) if units else 0
-        sentences = bisect_left(self._sentence_starts, end)
+        return end, bisect_left(self._sentence_starts, end)
+
+    def _insert(self, end: int, cuts: Sequence[int], needles: Sequence[str]) -> str:
         pieces: list[str] = []
         last = 0
-        for place, needle in sorted(zip(places, needles, strict=True), key=_place):
-            number = int(place * sentences)
-            start = self._sentence_starts[number] if number < sentences else end
-            pieces += [self._text[last:start].rstrip(), needle]
-            last = start
+        for cut, needle in sorted(zip(cuts, needles, strict=True), key=_number):
+            pieces += [self._text[last:cut].rstrip(), needle]
+            last = cut
         return " ".join([*pieces, self._text[last:end]])
 
 
-def _place(placed: tuple[float, str]) -> float:
+def _nearest(seams: NDArray[np.int64], wanted: float) -> int:
+    return int(np.argmin(np.abs(seams - wanted)))
+
+
+def _number(placed: tuple[int, str]) -> int:
     return placed[0]
 
 

@@ -7,11 +7,14 @@ text up to the question, so that an engine reads the haystack once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.benchmarks.budget import TooShort, most_units
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.benchmarks.budget import TooShort, fill
 from workers.benchmarks.draws import Draw
 from workers.benchmarks.haystacks import Essay, Haystack, Lines, Noise
 from workers.benchmarks.items import Item
@@ -48,6 +51,14 @@ class Needles:
     keys: tuple[str, ...]
     values: tuple[tuple[str, ...], ...]
     questions: tuple[tuple[int, ...], ...]
+
+    def texts(self, task: Niah) -> list[str]:
+        """The sentences that are hidden, key by key."""
+        return [
+            needle_text(task, key, value)
+            for key, values in zip(self.keys, self.values, strict=True)
+            for value in values
+        ]
 
 
 def draw_needles(task: Niah, questions: int, draw: Draw) -> Needles:
@@ -119,7 +130,6 @@ def niah_items(
     tokenizer: Tokenizer,
     task: Niah,
     *,
-    benchmark: str,
     name: str,
     length: int,
     haystack_index: int,
@@ -135,20 +145,23 @@ def niah_items(
     """
     identity = ("niah", name, seed, questions, haystack_index)
     needles = draw_needles(task, questions, Draw(*identity, "needles"))
-    places = draw_places(task, sum(map(len, needles.values)), Draw(*identity, "places"))
+    texts = needles.texts(task)
+    places = draw_places(task, len(texts), Draw(*identity, "places"))
+    haystack = make_haystack(task, needles, essay, Draw(*identity, "haystack"))
     return pose(
         tokenizer,
         task,
         needles,
-        make_haystack(task, needles, essay, Draw(*identity, "haystack")),
-        places,
-        benchmark=benchmark,
+        context=lambda units: haystack.hide(units, texts, places),
+        forecast=lambda budget: haystack.forecast(tokenizer, budget),
+        benchmark="ruler",
         name=name,
         length=length,
         haystack_id=f"{name}-{seed}-{haystack_index}x{questions}",
-        first_index=haystack_index * questions,
+        indices=range(haystack_index * questions, (haystack_index + 1) * questions),
         max_new_tokens=max_new_tokens,
         frame=frame,
+        scorer="all",
     )
 
 
@@ -156,56 +169,52 @@ def pose(
     tokenizer: Tokenizer,
     task: Niah,
     needles: Needles,
-    haystack: Haystack,
-    places: Sequence[float],
     *,
+    context: Callable[[int], str],
+    forecast: Callable[[int], NDArray[np.int64]],
     benchmark: str,
     name: str,
     length: int,
     haystack_id: str,
-    first_index: int,
+    indices: Sequence[int],
     max_new_tokens: int,
     frame: tuple[str, str],
-    scorer: str = "all",
+    scorer: str,
 ) -> list[Item]:
-    """Hide the needles at their places in as much haystack as fits, and ask every question."""
-    hidden = [value for values in needles.values for value in values]
-    texts = [
-        needle_text(task, key, value)
-        for key, values in zip(needles.keys, needles.values, strict=True)
-        for value in values
-    ]
+    """Every question asked on as much haystack as fits with the longest of them.
+
+    `context(units)` is the haystack with all needles in it; `forecast` as in `budget.fill`.
+    """
     queries = [[needles.keys[key] for key in question] for question in needles.questions]
     endings = [(question + frame[1], prefix) for _, question, prefix in (phrases(task, query) for query in queries)]
     head = frame[0] + phrases(task, queries[0])[0]
     longest = max(("".join(ending) for ending in endings), key=tokenizer.count)
 
-    def context(units: int) -> str:
-        return haystack.hide(units, texts, places)
-
-    budget = length - max_new_tokens
-    smallest = tokenizer.count(head + context(0) + longest)
-    if smallest > budget:
-        raise TooShort(name, length, smallest + max_new_tokens)
-    units = most_units(
-        lambda units: tokenizer.count(head + context(units) + longest),
-        haystack.forecast(tokenizer, budget) + smallest,
-        budget,
+    units = fill(
+        tokenizer,
+        name,
+        length,
+        max_new_tokens,
+        lambda units: head + context(units) + longest,
+        forecast,
     )
-    while True:
-        prefix = head + context(units)
+    prefix, counts = head, [length]
+    for fewer in range(units, -1, -1):  # where text and ending meet, another ending may take one token more
+        prefix = head + context(fewer)
         counts = tokenizer.count_each([prefix + "".join(ending) for ending in endings])
-        if max(counts) <= budget:
+        if max(counts) + max_new_tokens <= length:
             break
-        units -= 1
-    depth = dict(zip(hidden, depths_of(prefix[len(head) :], texts), strict=True))
+    else:
+        raise TooShort(name, length, max(counts) + max_new_tokens)
+    hidden = [value for values in needles.values for value in values]
+    depth = dict(zip(hidden, depths_of(prefix[len(head) :], needles.texts(task)), strict=True))
     answers = [tuple(value for key in question for value in needles.values[key]) for question in needles.questions]
     return [
         Item(
             benchmark=benchmark,
             task=name,
             length=length,
-            index=first_index + number,
+            index=indices[number],
             depths=tuple(depth[value] for value in answers[number]),
             haystack=haystack_id,
             prefix=prefix,

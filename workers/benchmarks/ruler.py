@@ -2,18 +2,27 @@
 
 The same (seed, task, index) gives the same needles, questions and relative places at every length. Prompts are never
 truncated: each is counted by one encoding of the whole, and `tokens + max_new_tokens <= length` holds for every item.
+
+Where it differs from the reference: places are drawn once as fractions (so that items pair across lengths), distractor
+needles never repeat a key that is asked for, ranks that are asked for are never tied, words beyond wonderwords' 8,166
+are adjective-noun pairs, and below 1,000 tokens, where the reference never ends, `vt`'s worked example has no noise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 from jobs.errors import BadInput
+from workers.benchmarks.answering import Library, library_for, qa_item
 from workers.benchmarks.budget import TooShort
+from workers.benchmarks.counting import cwe_item, fwe_item
+from workers.benchmarks.draws import words_digest
 from workers.benchmarks.haystacks import Essay, bundled_essay
 from workers.benchmarks.items import Item
 from workers.benchmarks.niah import Niah, niah_items
 from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.tracking import vt_item
 
 NIAH: Mapping[str, Niah] = {
     "niah_single_1": Niah("noise"),
@@ -25,7 +34,17 @@ NIAH: Mapping[str, Niah] = {
     "niah_multivalue": Niah("essay", values=4),
     "niah_multiquery": Niah("essay", keys=4, queries=4),
 }
-MAX_NEW_TOKENS: Mapping[str, int] = dict.fromkeys(NIAH, 128)
+SINGLE: Mapping[str, Callable[..., Item]] = {"vt": vt_item, "cwe": cwe_item, "fwe": fwe_item}
+QA = ("qa_1", "qa_2", "qa_generated")
+MAX_NEW_TOKENS: Mapping[str, int] = {
+    **dict.fromkeys(NIAH, 128),
+    "vt": 30,
+    "cwe": 120,
+    "fwe": 50,
+    **dict.fromkeys(QA, 32),
+}
+TASKS = tuple(task for task in MAX_NEW_TOKENS if task != "qa_generated")
+"""The thirteen of the paper; `qa_generated` is ours and stands outside."""
 
 
 def ruler_items(
@@ -37,40 +56,69 @@ def ruler_items(
     seed: int,
     questions: int = 1,
     essay: Essay | None = None,
+    documents: Mapping[str, Library] | None = None,
     max_new_tokens: int | None = None,
     frame: tuple[str, str] = ("", ""),
 ) -> list[Item]:
     """The items with these indices; an item depends on its own index alone, so that more can be had later.
 
-    `questions` is how many niah items share one haystack: items 0 … m−1, m … 2m−1 and so on. `max_new_tokens`
-    replaces RULER's own. `frame` is `Tokenizer.chat_frame()` where the model is to be asked as in a chat.
-    `BadInput` names the smallest length at which all of them fit, if they do not fit in this one.
+    `questions` is how many niah items share one haystack: items 0 … m−1, m … 2m−1 and so on; other tasks have one.
+    `essay` replaces the bundled text, `documents` gives `qa_1` and `qa_2` theirs, `max_new_tokens` replaces RULER's
+    own. `frame` is `Tokenizer.chat_frame()` where the model is to be asked as in a chat.
+    `BadInput` names the smallest length at which all of these items fit, if they do not fit in this one.
     """
-    if task not in NIAH:
-        raise BadInput(f"ruler: unknown task {task!r}; there are {', '.join(NIAH)}")
+    if task not in MAX_NEW_TOKENS:
+        raise BadInput(f"ruler: unknown task {task!r}; there are {', '.join(MAX_NEW_TOKENS)}")
     wanted = list(indices)
-    generated = MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens
+    common: dict[str, Any] = {
+        "name": task,
+        "length": length,
+        "seed": seed,
+        "max_new_tokens": MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens,
+        "frame": frame,
+    }
+
+    def build(group: int) -> list[Item]:
+        if task in NIAH:
+            text = essay or bundled_essay()
+            return niah_items(tokenizer, NIAH[task], haystack_index=group, questions=questions, essay=text, **common)
+        if task in QA:
+            return [qa_item(tokenizer, library_for(task, documents), index=group, **common)]
+        return [SINGLE[task](tokenizer, index=group, **common)]
+
+    share = questions if task in NIAH else 1
     found: dict[int, Item] = {}
     too_short: list[int] = []
-    for haystack_index in sorted({index // questions for index in wanted}):
+    for group in sorted({index // share for index in wanted}):
         try:
-            items = niah_items(
-                tokenizer,
-                NIAH[task],
-                benchmark="ruler",
-                name=task,
-                length=length,
-                haystack_index=haystack_index,
-                questions=questions,
-                seed=seed,
-                essay=essay or bundled_essay(),
-                max_new_tokens=generated,
-                frame=frame,
-            )
+            found.update((item.index, item) for item in build(group))
         except TooShort as error:
             too_short.append(int(error.args[2]))
-        else:
-            found.update((item.index, item) for item in items)
     if too_short:
         raise TooShort(task, length, max(too_short))
     return [found[index] for index in wanted]
+
+
+def ruler_spec(
+    task: str,
+    *,
+    items: int,
+    questions: int = 1,
+    essay: Essay | None = None,
+    documents: Mapping[str, Library] | None = None,
+    max_new_tokens: int | None = None,
+    frame: tuple[str, str] = ("", ""),
+) -> dict[str, Any]:
+    """All that items depend on besides tokenizer, length and seed: the `spec` of `items_digest`."""
+    library = library_for(task, documents) if task in QA else None
+    return {
+        "benchmark": "ruler",
+        "task": task,
+        "items": items,
+        "questions": questions if task in NIAH else 1,
+        "essay": (essay or bundled_essay()).digest if task in NIAH and NIAH[task].haystack == "essay" else None,
+        "documents": library.digest if library else None,
+        "words": words_digest(),
+        "max_new_tokens": MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens,
+        "frame": list(frame),
+    }

@@ -91,13 +91,13 @@ class Tokenizer:
         if self._chat_template is None:
             raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals.update(raise_exception=_refuse)
         message = "\x00message\x00"
         text = environment.from_string(self._chat_template).render(
             messages=[{"role": "user", "content": message}],
             add_generation_prompt=True,
             bos_token=self._bos_token,
             eos_token="",
+            raise_exception=_refuse,
         )
         before, found, after = text.partition(message)
         if not found:

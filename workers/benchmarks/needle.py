@@ -1,0 +1,115 @@
+"""One needle in a haystack, over length and depth: where in the context does a model stop seeing?
+
+The grid is every depth times as many repeats as there are items. With m questions a haystack, one haystack carries m
+needles at m of the depths, spread evenly, and is asked for each in turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+from jobs.errors import BadInput
+from workers.benchmarks.budget import TooShort
+from workers.benchmarks.draws import Draw, words_digest
+from workers.benchmarks.haystacks import Essay, Noise, bundled_essay
+from workers.benchmarks.items import Item
+from workers.benchmarks.niah import Niah, draw_needles, pose
+from workers.benchmarks.tokens import Tokenizer
+
+MAX_NEW_TOKENS = 32
+
+
+def even_depths(count: int) -> tuple[float, ...]:
+    """`count` depths from 0 to 1; a single one lies in the middle."""
+    return (0.5,) if count == 1 else tuple(step / (count - 1) for step in range(count))
+
+
+def needle_items(
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    depths: Sequence[float],
+    indices: Iterable[int],
+    seed: int,
+    questions: int = 1,
+    haystack: Literal["essay", "noise"] = "essay",
+    essay: Essay | None = None,
+    scorer: Literal["all", "exact"] = "all",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    frame: tuple[str, str] = ("", ""),
+) -> list[Item]:
+    """The items with these indices: item i asks at depth i mod len(depths), in repeat i div len(depths).
+
+    A needle lies at the end of the sentence (in noise: the line) nearest to its depth; where it really is, is recorded.
+    `scorer` is "all" (the value occurs in the answer) or "exact" (the answer is the value). `BadInput` if a depth is
+    outside 0 … 1, or if the items do not fit in `length` tokens: then with the smallest length that does.
+    """
+    if not depths or not all(0 <= depth <= 1 for depth in depths):
+        raise BadInput(f"needle: depths {list(depths)} must be fractions from 0 to 1, at least one")
+    task = Niah(haystack)
+    groups = -(-len(depths) // questions)
+    wanted = list(indices)
+    found: dict[int, Item] = {}
+    too_short: list[int] = []
+    for repeat, group in sorted({(index // len(depths), index % len(depths) % groups) for index in wanted}):
+        numbers = range(group, len(depths), groups)
+        identity = ("needle", seed, haystack, questions, repeat, group)
+        needles = draw_needles(task, len(numbers), Draw(*identity))
+        places = [depths[numbers[question]] for question in _question_of_key(needles.questions)]
+        texts = needles.texts(task)
+        text = Noise() if haystack == "noise" else essay or bundled_essay()
+        try:
+            items = pose(
+                tokenizer,
+                task,
+                needles,
+                context=lambda units, text=text, texts=texts, places=places: text.hide_nearest(units, texts, places),
+                forecast=lambda budget, text=text: text.forecast(tokenizer, budget),
+                benchmark="needle",
+                name="needle",
+                length=length,
+                haystack_id=f"needle-{haystack}-{seed}-{repeat}-{group}x{questions}",
+                indices=[repeat * len(depths) + number for number in numbers],
+                max_new_tokens=max_new_tokens,
+                frame=frame,
+                scorer=scorer,
+            )
+        except TooShort as error:
+            too_short.append(int(error.args[2]))
+        else:
+            found.update((item.index, item) for item in items)
+    if too_short:
+        raise TooShort("needle", length, max(too_short))
+    return [found[index] for index in wanted]
+
+
+def _question_of_key(questions: Sequence[Sequence[int]]) -> list[int]:
+    """Which question asks for each key, where every question asks for one."""
+    asked = {key: number for number, [key] in enumerate(questions)}
+    return [asked[key] for key in sorted(asked)]
+
+
+def needle_spec(
+    *,
+    depths: Sequence[float],
+    items: int,
+    questions: int = 1,
+    haystack: Literal["essay", "noise"] = "essay",
+    essay: Essay | None = None,
+    scorer: Literal["all", "exact"] = "all",
+    max_new_tokens: int = MAX_NEW_TOKENS,
+    frame: tuple[str, str] = ("", ""),
+) -> dict[str, Any]:
+    """All that the items depend on besides tokenizer, length and seed: the `spec` of `items_digest`."""
+    return {
+        "benchmark": "needle",
+        "depths": list(depths),
+        "items": items,
+        "questions": questions,
+        "haystack": (essay or bundled_essay()).digest if haystack == "essay" else haystack,
+        "scorer": scorer,
+        "words": words_digest(),
+        "max_new_tokens": max_new_tokens,
+        "frame": list(frame),
+    }

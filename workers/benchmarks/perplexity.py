@@ -1,0 +1,61 @@
+"""Windows of a text for log-likelihood by position: does a model make use of what is far behind?
+
+All lengths score the same last tokens: window i ends at the same token of the text at every length, so that a longer
+window differs from a shorter one in the context alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.errors import BadInput
+from workers.benchmarks.tokens import Tokenizer
+
+FIRST_BLOCK = 256
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """`length` token ids (int32) and, for each, the block of positions it belongs to (int8).
+
+    Block b > 0 holds positions 256 · 2^(b−1) … 256 · 2^b − 1, block 0 those below 256; −1 marks tokens that nothing
+    predicts: the first one, and special tokens. `pair` is shared by the windows that end at the same token.
+    """
+
+    index: int
+    length: int
+    tokens: NDArray[np.int32]
+    blocks: NDArray[np.int8]
+    pair: str
+
+
+def position_blocks(length: int) -> NDArray[np.int8]:
+    """The block of each position 0 … length − 1."""
+    positions = np.arange(length)
+    return np.floor(np.log2(np.maximum(positions, FIRST_BLOCK // 2) / (FIRST_BLOCK / 2))).astype(np.int8)
+
+
+def windows(tokenizer: Tokenizer, text: str, lengths: Sequence[int], *, items: int) -> list[Window]:
+    """`items` windows for each length, in the order of `lengths`, their ends spread evenly over the text.
+
+    Windows overlap where the text is shorter than `items` times the greatest length. `BadInput` if it is shorter than
+    one window.
+    """
+    special = tokenizer.encode("")
+    ids = np.asarray(tokenizer.encode(text)[len(special) :], dtype=np.int32)
+    most = max(lengths) - len(special)
+    if len(ids) < most:
+        raise BadInput(f"perplexity: the text has {len(ids)} tokens, a window {most}; give a longer text")
+    ends = np.linspace(len(ids), most, num=items).astype(int)[::-1]
+    found: list[Window] = []
+    for length in lengths:
+        blocks = position_blocks(length)
+        blocks[: max(1, len(special))] = -1
+        for index, end in enumerate(ends):
+            tokens = np.concatenate([np.asarray(special, dtype=np.int32), ids[end - length + len(special) : end]])
+            found.append(Window(index, length, tokens, blocks, f"perplexity-{end}"))
+    return found

@@ -1,0 +1,124 @@
+"""What RULER makes of scores by length: weighted averages and the effective context length, with its uncertainty.
+
+A score at a length is the unweighted mean over tasks, from 0 to 100. The published threshold 85.6 is what
+Llama-2-7B-chat scores at 4K (Hsieh et al. 2024); a threshold relative to a parent follows NoLiMa (Modarressi et al.
+2025), which asks for 85 % of the score at short lengths.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.errors import BadInput
+
+RULER_THRESHOLD = 85.6
+
+
+def weighted_average(scores: Mapping[int, float], *, increasing: bool) -> float:
+    """RULER's wAvg: the n lengths weigh 1 … n, the longest most if `increasing`, else the shortest."""
+    ordered = [scores[length] for length in sorted(scores, reverse=not increasing)]
+    weights = range(1, len(ordered) + 1)
+    return sum(weight * score for weight, score in zip(weights, ordered, strict=True)) / sum(weights)
+
+
+def effective_length(scores: Mapping[int, float], threshold: float = RULER_THRESHOLD) -> int:
+    """The largest length up to which every score reaches the threshold; 0 if the shortest does not."""
+    effective = 0
+    for length in sorted(scores):
+        if scores[length] < threshold:
+            break
+        effective = length
+    return effective
+
+
+def relative_threshold(parent: Mapping[int, float], share: float = 0.85) -> float:
+    """What a merge has to score so as not to fall below `share` of its parent at the parent's shortest length."""
+    return share * parent[min(parent)]
+
+
+class Outcome(NamedTuple):
+    """One item's result: the task and length it belongs to, its cluster, and its score from 0 to 1."""
+
+    task: str
+    length: int
+    haystack: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class EffectiveLength:
+    """An effective length with the bounds of its confidence interval; `chance[L]` is P[effective length ≥ L]."""
+
+    length: int
+    low: int
+    high: int
+    chance: Mapping[int, float]
+
+
+def score_by_length(outcomes: Iterable[Outcome]) -> dict[int, float]:
+    """The unweighted mean over tasks at each length, from 0 to 100."""
+    cells: dict[tuple[int, str], list[float]] = {}
+    for outcome in outcomes:
+        cells.setdefault((outcome.length, outcome.task), []).append(outcome.score)
+    tasks: dict[int, list[float]] = {}
+    for (length, _), scores in cells.items():
+        tasks.setdefault(length, []).append(sum(scores) / len(scores))
+    return {length: 100 * sum(means) / len(means) for length, means in sorted(tasks.items())}
+
+
+def effective_length_interval(
+    outcomes: Sequence[Outcome],
+    threshold: float = RULER_THRESHOLD,
+    *,
+    seed: int,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+) -> EffectiveLength:
+    """The effective length, its percentile interval, and the chance of each length, from a cluster bootstrap.
+
+    In every task whole haystacks are drawn with replacement, with all their items at all lengths: items on one
+    haystack are not independent, and neither is an item at 4K of its pair at 8K.
+    """
+    if not outcomes:
+        raise BadInput("effective length: there are no scores; evaluate at least one item")
+    lengths = sorted({outcome.length for outcome in outcomes})
+    key = hashlib.sha256(f"effective length {seed}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
+    total = np.zeros((replicates, len(lengths)))
+    tasks_at = np.zeros(len(lengths))
+    for task in sorted({outcome.task for outcome in outcomes}):
+        sums, counts = _by_cluster([outcome for outcome in outcomes if outcome.task == task], lengths)
+        clusters = len(sums)
+        times = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=replicates)
+        here = counts.sum(axis=0)
+        plain = sums.sum(axis=0) / np.maximum(here, 1)
+        drawn = times @ counts
+        total += np.where(drawn > 0, times @ sums / np.maximum(drawn, 1), plain)
+        tasks_at += here > 0
+    reached = 100 * total / tasks_at >= threshold - 1e-9
+    effective = np.concatenate([[0], lengths])[np.cumprod(reached, axis=1).sum(axis=1)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(effective, [tail, 1 - tail], method="inverted_cdf")
+    return EffectiveLength(
+        length=effective_length(score_by_length(outcomes), threshold),
+        low=int(low),
+        high=int(high),
+        chance={length: float(np.mean(effective >= length)) for length in lengths},
+    )
+
+
+def _by_cluster(outcomes: Sequence[Outcome], lengths: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Sums of scores and numbers of items, clusters × lengths."""
+    cluster = {name: number for number, name in enumerate(sorted({outcome.haystack for outcome in outcomes}))}
+    column = {length: number for number, length in enumerate(lengths)}
+    sums, counts = np.zeros((len(cluster), len(lengths))), np.zeros((len(cluster), len(lengths)))
+    for outcome in outcomes:
+        sums[cluster[outcome.haystack], column[outcome.length]] += outcome.score
+        counts[cluster[outcome.haystack], column[outcome.length]] += 1
+    return sums, counts

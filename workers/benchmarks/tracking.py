@@ -1,0 +1,99 @@
+"""RULER's variable tracking: a chain of assignments among noise, asked after one worked example."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from itertools import pairwise
+
+from workers.benchmarks.budget import fill, most_units
+from workers.benchmarks.draws import Draw
+from workers.benchmarks.haystacks import Noise
+from workers.benchmarks.items import Item
+from workers.benchmarks.niah import depths_of
+from workers.benchmarks.tokens import Tokenizer
+
+QUESTION = (
+    "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"
+    "Question: Find all variables that are assigned the value {value} in the text above."
+)
+ANSWER_PREFIX = (
+    " Answer: According to the chain(s) of variable assignment in the text above, "
+    "{count} variables are assigned the value {value}, they are: "
+)
+HOPS = 4
+EXAMPLE_TOKENS = 500
+
+
+def draw_chain(letters: int, draw: Draw) -> tuple[list[str], str]:
+    """Five different variable names of so many capital letters, and the five-digit value they share."""
+    names: dict[str, None] = {}
+    while len(names) <= HOPS:
+        if (name := draw.letters(string.ascii_uppercase, letters)) != "VAR":
+            names[name] = None
+    return list(names), str(10_000 + draw.below(89_999))
+
+
+def assignments(names: Sequence[str], value: str) -> list[str]:
+    """The lines of a chain; all but the first end in a blank, as RULER writes them."""
+    steps = [f"VAR {later} = VAR {earlier} " for earlier, later in pairwise(names)]
+    return [f"VAR {names[0]} = {value}", *steps]
+
+
+def ask(context: str, value: str) -> tuple[str, str]:
+    """The question about a context, and the beginning of its answer."""
+    return QUESTION.format(context=context, value=value), ANSWER_PREFIX.format(count=HOPS + 1, value=value)
+
+
+def draw_example(tokenizer: Tokenizer, length: int, draw: Draw) -> str:
+    """A worked example of at most 500 tokens before its answer; without any noise for lengths below 1,000."""
+    names, value = draw_chain(3, draw)
+    places = sorted(draw.fraction() for _ in names)
+    lines = assignments(names, value)
+    noise = Noise()
+
+    def example(units: int) -> str:
+        return "".join(ask(noise.hide(units, lines, places), value))
+
+    units = 0
+    if length >= 2 * EXAMPLE_TOKENS:
+        forecast = noise.forecast(tokenizer, EXAMPLE_TOKENS) + tokenizer.count(example(0))
+        units = max(0, most_units(lambda units: tokenizer.count(example(units)), forecast, EXAMPLE_TOKENS))
+    return example(units) + " " + " ".join(names) + "\n"
+
+
+def vt_item(
+    tokenizer: Tokenizer, *, name: str, length: int, index: int, seed: int, max_new_tokens: int, frame: tuple[str, str]
+) -> Item:
+    """One item; `TooShort` if it cannot fit in `length` tokens."""
+    identity = ("vt", name, seed, index)
+    draw = Draw(*identity, "chain")
+    names, value = draw_chain(5, draw)
+    places = sorted(draw.fraction() for _ in names)
+    lines = assignments(names, value)
+    noise = Noise()
+    head = frame[0] + draw_example(tokenizer, length, Draw(*identity, "example")) + "\n"
+
+    def text(units: int) -> str:
+        question, prefix = ask(noise.hide(units, lines, places), value)
+        return head + question + frame[1] + prefix
+
+    units = fill(tokenizer, name, length, max_new_tokens, text, lambda budget: noise.forecast(tokenizer, budget))
+    context = noise.hide(units, lines, places)
+    question, prefix = ask(context, value)
+    return Item(
+        benchmark="ruler",
+        task=name,
+        length=length,
+        index=index,
+        depths=tuple(depths_of(context, lines)),
+        haystack=f"{name}-{seed}-{index}",
+        prefix="",
+        prompt=head + question + frame[1],
+        answer_prefix=prefix,
+        answers=tuple(names),
+        scorer="all",
+        max_new_tokens=max_new_tokens,
+        tokens=tokenizer.count(text(units)),
+        pair=f"{name}-{seed}-{index}",
+    )
