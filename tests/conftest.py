@@ -22,7 +22,7 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     server.start()
     server.client().create_bucket(Bucket=BUCKET)
     yield server
-    server.stop()
+    server.kill()
 
 
 @pytest.fixture

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -56,12 +55,11 @@ class SeaweedFS:
         self._wait_until_ready()
 
     def kill(self) -> None:
-        """SIGKILL, as a power cut would."""
-        self._end(signal.SIGKILL)
-
-    def stop(self) -> None:
-        """SIGTERM, and SIGKILL if it lingers."""
-        self._end(signal.SIGTERM)
+        """SIGKILL, as a power cut would; SIGTERM takes it ten seconds."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
     def restart(self) -> None:
         """Start again over the same folder on the same ports."""
@@ -94,17 +92,6 @@ class SeaweedFS:
                 if time.monotonic() > deadline or (self._process and self._process.poll() is not None):
                     raise RuntimeError(f"SeaweedFS did not start; see {self._folder / 'weed.log'}") from error
                 time.sleep(0.2)
-
-    def _end(self, how: signal.Signals) -> None:
-        if self._process is None:
-            return
-        self._process.send_signal(how)
-        try:
-            self._process.wait(10)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._process = None
 
 
 def weed_binary() -> str:

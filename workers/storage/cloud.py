@@ -108,13 +108,14 @@ class CloudStore:
             if not isinstance(found, ObjectInfo):
                 return found
             length, etag = found.size, found.etag
-        if not length:
+        if length is None or not 0 < length <= RANGE_BYTES:
             length, etag = self._length(key, start, length, etag)
         if length == 0:
             return b""
-        if 0 < length <= RANGE_BYTES:
-            return self._patiently(key, lambda: self._range(key, start, length, etag))
-        whole = _view(numpy.empty(max(length, 0), numpy.uint8))  # unlike bytearray, not zeroed first
+        if length <= RANGE_BYTES:
+            wanted = length
+            return self._patiently(key, lambda: self._range(key, start, wanted, etag))
+        whole = _view(numpy.empty(length, numpy.uint8))  # unlike bytearray, not zeroed first
         self.read_into(key, whole, start=start, etag=etag)
         return whole
 

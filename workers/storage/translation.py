@@ -48,10 +48,12 @@ def from_obstore(error: Exception, place: str) -> MergeyardError:
             return ObjectChanged(f"{place} changed while it was in use; run again to pin the new version")
         case ValueError() | obstore_errors.InvalidPathError():
             return BadInput(f"{place}: {_brief(text)}")
-        case _:
+        case obstore_errors.BaseError():
             status = _first(r"status code: (\d{3})", text)
             wrong_region = "incorrectly configured region" in text
             return _from_status(place, int(status or 0), "PermanentRedirect" if wrong_region else code, _brief(text))
+        case _:
+            return StorageError(f"{place}: {type(error).__name__}: {_brief(text)}")
 
 
 def from_boto(error: Exception, place: str) -> MergeyardError:
