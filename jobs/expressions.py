@@ -34,7 +34,8 @@ MAX_LENGTH = 200
 MAX_NESTING = 20
 MAX_POWER = 64
 MAX_BITS = 4096
-MAX_EXPONENT = 308
+MAX_MAGNITUDE_BITS = 1000  # every result still fits a float
+MAX_EXPONENT = 300
 
 
 class _Unusable(Exception):
@@ -272,7 +273,8 @@ def _combined(left: Evaluator, sign: str, right: Evaluator) -> Evaluator:
 
     def compute(bindings: Bindings) -> Fraction:
         result = operate(left(bindings), right(bindings))
-        if result.numerator.bit_length() > MAX_BITS or result.denominator.bit_length() > MAX_BITS:
+        above, below = result.numerator.bit_length(), result.denominator.bit_length()
+        if above > MAX_BITS or below > MAX_BITS or above - below > MAX_MAGNITUDE_BITS:
             raise _Unusable("a number grows out of range")
         return result
 

@@ -92,10 +92,13 @@ class LmEvalSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaceSpec:
-    """Points leave when they are surely not among the best `keep`; `alpha` is the error of the whole race."""
+    """Points leave when they are surely not among the best `keep`: 3 standard errors behind, or at `alpha` if given.
+
+    `alpha` is the chance that the best point is ever dropped, over the whole race.
+    """
 
     keep: int = 1
-    alpha: float = 0.05
+    alpha: float | None = None
     place: str = field(default="", compare=False)
 
 
@@ -113,10 +116,14 @@ class Evaluation:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateSpec:
-    """A point passes if it is at most `margin` (of 100) worse than `baseline`, at a one-sided error of `alpha`."""
+    """A point passes if it is surely less than `margin` points (of 100) worse than `baseline`.
+
+    `alpha` is the chance of a wrong verdict; `length_margin`, where given, is asked of each length too.
+    """
 
     baseline: str
     margin: float = 1.0
+    length_margin: float | None = None
     alpha: float = 0.05
     place: str = field(default="", compare=False)
 
@@ -315,15 +322,16 @@ def _race(node: Node) -> RaceSpec | None:
     if node.kind == "boolean":
         return RaceSpec(place=node.place) if node.boolean() else None
     keys = node.mapping(("keep", "alpha"))
-    alpha = _alpha(keys["alpha"]) if "alpha" in keys else RaceSpec().alpha
+    alpha = _alpha(keys["alpha"]) if "alpha" in keys else None
     return RaceSpec(keep=_count(keys, "keep", 1), alpha=alpha, place=node.place)
 
 
 def _gate(node: Node) -> GateSpec:
-    keys = node.mapping(("baseline", "margin", "alpha"), ("baseline",))
+    keys = node.mapping(("baseline", "margin", "length_margin", "alpha"), ("baseline",))
     return GateSpec(
         baseline=keys["baseline"].string(),
         margin=_margin(keys["margin"]) if "margin" in keys else 1.0,
+        length_margin=_margin(keys["length_margin"]) if "length_margin" in keys else None,
         alpha=_alpha(keys["alpha"]) if "alpha" in keys else 0.05,
         place=keys["baseline"].place,
     )
@@ -399,7 +407,10 @@ def _count(keys: Mapping[str, Node], key: str, default: int) -> int:
 
 
 def _margin(node: Node) -> float:
-    return float(node.number(minimum=0))
+    margin = node.number()
+    if not 0 < margin < 100:
+        raise node.error(f"a margin is a number of points between 0 and 100, such as 1.0, not {node.value}")
+    return float(margin)
 
 
 def _alpha(node: Node) -> float:

@@ -31,6 +31,7 @@ BOOLEANS = {
 NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE]([-+]?\d{1,9}))?", re.ASCII)
 MAX_NUMBER_LENGTH = 64
 MAX_EXPONENT = 308
+MAX_NUMBER = 10**300
 NOT_FINITE = re.compile(r"[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)")
 SIZE = re.compile(r"(\d+(?:\.\d+)?) ?([KMGT]i?B|B)", re.ASCII)
 SIZE_UNITS = {"B": 1} | {
@@ -138,6 +139,8 @@ class Node:
         if len(self.value) > MAX_NUMBER_LENGTH or abs(exponent) > MAX_EXPONENT:
             raise self.error(f"{self._subject()} is out of range: {quoted(self.value)}")
         number = Fraction(self.value)
+        if abs(number) > MAX_NUMBER:
+            raise self.error(f"{self._subject()} is out of range: {quoted(self.value)}")
         if minimum is not None and number < minimum:
             raise self.error(f"{self._subject()} must be at least {minimum}, not {self.value}")
         return number

@@ -103,7 +103,7 @@ evaluate:
   perplexity: {lengths: [1024], text: book.txt, blocks: 4}
   lm_eval: {tasks: [longbench2], limit: 10}
   race: {keep: 3, alpha: 0.01}
-gate: {baseline: cos, margin: 0.5, alpha: 0.1}
+gate: {baseline: cos, margin: 0.5, length_margin: 2, alpha: 0.1}
 keep: {best: 3}
 engine: {name: vllm, options: {max_num_seqs: 64, gpu_memory_utilization: 0.8, enforce_eager: true, dtype: auto}}
 workers: {gpus: 0.5, cpus: 4, memory: 8GB, count: 2}
@@ -121,7 +121,7 @@ config_from: fmt"""
         race=RaceSpec(keep=3, alpha=0.01),
     )
     assert job.evaluate.ruler is not None and job.evaluate.ruler.place == "job.yaml:16"
-    assert job.gate == GateSpec(baseline="cos", margin=0.5, alpha=0.1)
+    assert job.gate == GateSpec(baseline="cos", margin=0.5, length_margin=2.0, alpha=0.1)
     assert job.keep == Keep(kind="best", count=3)
     assert job.engine == EngineSpec(
         name="vllm",
@@ -214,7 +214,7 @@ def test_a_parent_may_be_an_axis() -> None:
         ),
         (
             with_line("evaluate: {needle: {lengths: [64]}}\ngate: {baseline: cos, margin: -1}"),
-            '"gate.margin" must be at least 0',
+            "job.yaml:16: a margin is a number of points between 0 and 100",
         ),
         (with_line("evaluate: {needle: {lengths: [64]}}\ngate: {margin: 1}"), '"gate" needs the key "baseline"'),
         (with_line("keep: some"), "job.yaml:15: keep must be `all`, `none` or `{best: 3}`"),
