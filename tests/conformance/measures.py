@@ -52,9 +52,12 @@ def explained(actual: torch.Tensor, exact: Exact) -> Array:
     return (rounded(exact.value - noise, actual.dtype) <= seen) & (seen <= rounded(exact.value + noise, actual.dtype))
 
 
-def correctly_rounded(actual: torch.Tensor, exact: Exact) -> Array:
-    """True where `actual` is the exact value rounded once."""
-    return rounded(exact.value, actual.dtype) == actual.double().numpy()
+def correctly_rounded(actual: torch.Tensor, value: Array) -> Array:
+    """True where no value of actual's dtype is nearer to the float64 `value`. Either neighbour of a point half-way will
+    do, to one part in 2²⁰: 0.7 a + 0.3 b lies half-way whenever a and b are five units apart, and which side of it
+    float64 sees is an accident of how 0.7 is written in binary."""
+    error = abs(actual.double().numpy() - value)
+    return error <= abs(rounded(value, actual.dtype) - value) * (1 + 2.0**-20)
 
 
 @dataclass(frozen=True)

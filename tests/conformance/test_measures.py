@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conformance.measures import FLOAT32_STEP, explained, find_masks, rounded, ulp_distance
+from tests.conformance.measures import FLOAT32_STEP, correctly_rounded, explained, find_masks, rounded, ulp_distance
 from tests.conformance.reference import Exact, TaskVectors, largest, resolved
 
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
@@ -42,6 +42,13 @@ def test_rounding_agrees_with_torch_wherever_float32_holds_the_value(dtype: torc
 def test_rounding_is_done_once() -> None:
     just_above_half = 1 + 2.0**-8 + 2.0**-40  # float32 would drop the 2⁻⁴⁰ and bf16 would then round to even: 1.0
     assert rounded(np.array([just_above_half]), torch.bfloat16)[0] == 1 + 2.0**-7
+
+
+def test_correctly_rounded_means_nearest_and_either_neighbour_of_a_half_way_point() -> None:
+    ulp = 2.0**-7  # of bfloat16 in [1, 2)
+    actual = torch.tensor([1.0, 1.0, 1 + ulp, 1 + ulp, 1.0], dtype=torch.bfloat16)
+    value = np.array([1 + 0.4 * ulp, 1 + 0.5 * ulp, 1 + 0.5 * ulp, 1 + 0.4 * ulp, 1 + 0.50001 * ulp])
+    assert correctly_rounded(actual, value).tolist() == [True, True, True, False, False]
 
 
 def test_rounding_overflows_to_infinity() -> None:

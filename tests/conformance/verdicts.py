@@ -101,7 +101,7 @@ def assert_within_one_ulp(ours: Path, theirs: Path, document: dict[str, Any]) ->
 def share_correctly_rounded(folder: Path, document: dict[str, Any]) -> float:
     """Of all elements that neither dice nor ties decide, the share that is the float64 value rounded once."""
     actual = checkpoint(str(folder))
-    hits = [correctly_rounded(actual[name], exact)[certain] for name, (certain, exact) in _certain(document)]
+    hits = [correctly_rounded(actual[name], exact.value)[certain] for name, (certain, exact) in _certain(document)]
     return float(np.concatenate(hits).mean())
 
 
