@@ -31,6 +31,7 @@ TOKEN = re.compile(
 PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
 NAME_PLACEHOLDER = re.compile(r"\$?\{([^{}]*)\}")
 MAX_LENGTH = 200
+MAX_PLACEHOLDERS = 100
 MAX_NESTING = 20
 MAX_POWER = 64
 MAX_BITS = 4096
@@ -155,6 +156,8 @@ def _value_of(name: str, bindings: Bindings) -> Value:
 
 def _parts(text: str, placeholder: re.Pattern[str], place: str) -> tuple[str | Expression, ...]:
     pieces = placeholder.split(text)
+    if len(pieces) > 2 * MAX_PLACEHOLDERS + 1:
+        raise BadInput(f"{place}: more than {MAX_PLACEHOLDERS} placeholders in one text")
     parts: list[str | Expression] = []
     for index, piece in enumerate(pieces):
         if index % 2:

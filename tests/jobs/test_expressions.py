@@ -145,7 +145,7 @@ def test_substitute_gives_the_value_itself_for_exactly_one_placeholder(value: st
     assert substitute(value, W, "job.yaml:6") == expected
 
 
-@pytest.mark.parametrize("value", ["${w", "${}", "a${w}b${", "${{w}}", "${w{}"])
+@pytest.mark.parametrize("value", ["${w", "${}", "a${w}b${", "${{w}}", "${w{}", "${w}" * 101])
 def test_broken_placeholders_are_refused(value: str) -> None:
     with pytest.raises(BadInput, match=r"^job\.yaml:6: "):
         substitute(value, W, "job.yaml:6")
