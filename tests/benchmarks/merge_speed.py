@@ -13,9 +13,9 @@ PARENTS holds base, cos and fmt, as make_checkpoints.py writes them. Rows:
     grid             mergeyard run of 16 linear points, all written
 
 For each: wall seconds; CPU seconds, user and system, of the process and its children; the highest sum of resident
-memory over the process tree, and of its anonymous part (what is not page cache), sampled every 50 ms; the share of
-elements that are the float64 result rounded once to bf16 (either way at half-way points), over a sample spread through all tensors. Before each row
-the parents are read once, earlier outputs are deleted and the disk is synced.
+memory over the process tree, and of its anonymous part (what is not page cache), sampled every 50 ms; for linear, the
+share of elements that are the float64 result rounded once to bf16 (to either side at half-way points), over a sample
+spread through all tensors. Before each row the parents are read once, earlier outputs deleted and the disk synced.
 """
 
 from __future__ import annotations
