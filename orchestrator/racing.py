@@ -1,4 +1,4 @@
-"""The race: all points answer the same items, rung by rung, and a point leaves when it is surely worse than the leader.
+"""The race: all points answer the same items, rung by rung, and a point leaves when it is surely not among the best.
 
 A state machine without I/O. The driver asks `next_blocks` what to evaluate, hands the scores to `record`, and calls
 `eliminate` after each; what comes back are the departures, each with the figures that decided it. Decisions depend on
@@ -36,14 +36,14 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """Why a point left: at `items` items a cell it lay `gap` behind the leader, more than `bound`.
+    """Why a point left: at `items` items a cell it lay `gap` behind its rival, the `keep`-th best, more than `bound`.
 
     `gap`, `standard_error` and `bound` are shares of 1 of the macro score; `rung` counts from 0.
     """
 
     point: str
     rung: int
-    leader: str
+    rival: str
     gap: float
     standard_error: float
     bound: float
@@ -72,10 +72,11 @@ class Race:
         points: names, all different.
         cells: every point answers items 0, 1, 2, … of each; item i is the same question for every point.
         rungs: items a cell at which departures are decided, growing; rounded up to whole haystacks.
-        keep: never fewer points than this stay.
-        z: a point leaves when its gap to the leader exceeds `z` clustered standard errors of the paired gap.
-        alpha: instead of `z`: the chance that the best point is ever dropped, shared out over points and rungs
-            (Bonferroni) and turned into a Student quantile.
+        keep: how many of the best are wanted; a point is compared with the `keep`-th best, with the leader for 1, and
+            never fewer points than this stay. Comparing with the leader would lose the second and third best.
+        z: a point leaves when its gap to that rival exceeds `z` clustered standard errors of the paired gap.
+        alpha: instead of `z`: the chance that a point which belongs to the best is ever dropped, shared out over points
+            and rungs (Bonferroni) and turned into a Student quantile.
         costs: cost of one item in each cell, by default its length in tokens; costly blocks are handed out first.
         length_weights: as in `statistics.macro_weights`.
         items_per_haystack: items k·m … k·m + m − 1 share a haystack.
@@ -219,27 +220,27 @@ class Race:
 
     def _decide(self, items: int) -> list[Departure]:
         ranked, macro = self._ranked(items)
-        leader = ranked[0]
+        rival = min(self.keep, ranked.size) - 1
         departures: list[Departure] = []
-        for point, score in zip(ranked[self.keep :], macro[self.keep :], strict=True):
-            gap = float(macro[0] - score)
-            error = self._paired_error(int(leader), int(point), items)
+        for point, score in zip(ranked[self.keep :].tolist(), macro[self.keep :].tolist(), strict=True):
+            gap = float(macro[rival]) - score
+            error = self._paired_error(int(ranked[rival]), point, items)
             bound = self._multiplier(items) * error
             if gap > bound:
-                departures.append(self._departure(int(point), int(leader), gap, error, bound, items))
+                departures.append(self._departure(point, int(ranked[rival]), gap, error, bound, items))
                 self._live[point] = False
         return departures[::-1]
 
-    def _departure(self, point: int, leader: int, gap: float, error: float, bound: float, items: int) -> Departure:
+    def _departure(self, point: int, rival: int, gap: float, error: float, bound: float, items: int) -> Departure:
         reason = (
-            f"{100 * gap:.2f} points behind {self.points[leader]} after {items} items a cell; "
+            f"{100 * gap:.2f} points behind {self.points[rival]} after {items} items a cell; "
             f"{100 * bound:.2f} were allowed ({self._multiplier(items):.2f} standard errors of {100 * error:.2f})"
         )
-        return Departure(self.points[point], self._rung, self.points[leader], gap, error, bound, items, reason)
+        return Departure(self.points[point], self._rung, self.points[rival], gap, error, bound, items, reason)
 
-    def _paired_error(self, leader: int, point: int, items: int) -> float:
+    def _paired_error(self, rival: int, point: int, items: int) -> float:
         """Standard error of the macro gap on the same items, clustered by haystack; infinite with one haystack."""
-        gaps = self._scores[leader, :, :items] - self._scores[point, :, :items]
+        gaps = self._scores[rival, :, :items] - self._scores[point, :, :items]
         haystacks = items // self._haystack
         if haystacks < 2:
             return math.inf

@@ -37,13 +37,17 @@ Floats = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Result:
-    """One regime over many worlds; regrets are in points of the true macro score, against the truly best point."""
+    """One regime over many worlds; regrets are in points of the true macro score, against the truly best point.
+
+    `same_kept` is the rate at which the race's best `keep` are, as a set, those of the full evaluation.
+    """
 
     regime: str
     worlds: int
     same_winner: float
     same_winner_low: float
     same_winner_high: float
+    same_kept: float
     cost_share: float
     worst_cost_share: float
     worst_regret: float
@@ -92,8 +96,8 @@ def world(regime: str, points: int, items: int, random: np.random.Generator) -> 
     return chance.mean(axis=(1, 2)), answers
 
 
-def run_race(answers: NDArray[np.bool_], z: float, alpha: float | None, keep: int) -> tuple[int, float]:
-    """Index of the race's winner and the share of the full evaluation's cost that it took."""
+def run_race(answers: NDArray[np.bool_], z: float, alpha: float | None, keep: int) -> tuple[list[int], float]:
+    """Indices of the race's best `keep`, in order, and the share of the full evaluation's cost that it took."""
     points, _, items = answers.shape
     names = [f"{point:04d}" for point in range(points)]
     cells = [Cell(f"task_{task}", length) for task in range(TASKS) for length in LENGTHS]
@@ -106,26 +110,36 @@ def run_race(answers: NDArray[np.bool_], z: float, alpha: float | None, keep: in
             scores = answers[int(block.point), column[block.cell], block.items.start : block.items.stop]
             race.record(block.point, block.cell, block.items, scores)
         race.eliminate()
-    return int(race.standing()[0].point), race.spent() / race.full_cost()
+    return [int(row.point) for row in race.standing()[:keep]], race.spent() / race.full_cost()
 
 
 def simulate(
     regime: str, worlds: int, *, points: int, items: int, z: float, alpha: float | None, keep: int, seed: int
 ) -> Result:
     """Race every world of a regime; each world is keyed by the seed, the regime and its number."""
-    same, shares, regrets, full_regrets = 0, [], [], []
+    same, same_kept, shares, regrets, full_regrets = 0, 0, [], [], []
     for number in range(worlds):
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, REGIMES.index(regime), number])))
         truth, answers = world(regime, points, items, random)
-        full_winner = int(np.argmax(answers.mean(axis=(1, 2))))
-        winner, share = run_race(answers, z, alpha, keep)
-        same += winner == full_winner
+        full_best = np.argsort(-answers.mean(axis=(1, 2)), kind="stable")[:keep].tolist()
+        best, share = run_race(answers, z, alpha, keep)
+        same += best[0] == full_best[0]
+        same_kept += set(best) == set(full_best)
         shares.append(share)
-        regrets.append(100 * float(truth.max() - truth[winner]))
-        full_regrets.append(100 * float(truth.max() - truth[full_winner]))
+        regrets.append(100 * float(truth.max() - truth[best[0]]))
+        full_regrets.append(100 * float(truth.max() - truth[full_best[0]]))
     low, high = wilson_interval(same, worlds)
     return Result(
-        regime, worlds, same / worlds, low, high, float(np.mean(shares)), max(shares), max(regrets), max(full_regrets)
+        regime=regime,
+        worlds=worlds,
+        same_winner=same / worlds,
+        same_winner_low=low,
+        same_winner_high=high,
+        same_kept=same_kept / worlds,
+        cost_share=float(np.mean(shares)),
+        worst_cost_share=max(shares),
+        worst_regret=max(regrets),
+        worst_regret_of_full_run=max(full_regrets),
     )
 
 
@@ -134,11 +148,9 @@ def main() -> None:
     parser.add_argument("--worlds", type=int, default=100, help="simulated grids a regime")
     parser.add_argument("--points", type=int, default=200)
     parser.add_argument("--items", type=int, default=500, help="items a cell")
-    parser.add_argument(
-        "--z", type=float, default=3.0, help="standard errors behind the leader at which a point leaves"
-    )
+    parser.add_argument("--z", type=float, default=3.0, help="standard errors behind at which a point leaves")
     parser.add_argument("--alpha", type=float, help="chance of dropping the best point, instead of --z")
-    parser.add_argument("--keep", type=int, default=1)
+    parser.add_argument("--keep", type=int, default=1, help="how many of the best are wanted")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
@@ -148,12 +160,13 @@ def main() -> None:
     if arguments.json:
         print(json.dumps([asdict(result) for result in results], indent=2))
         return
-    print(f"{'regime':<16} {'worlds':>6} {'same winner':>20} {'cost':>7} {'worst':>7} {'regret, full run':>18}")
+    columns = f"{'same winner':>20} {'same kept':>9} {'cost':>7} {'worst':>7} {'regret, full run':>18}"
+    print(f"{'regime':<16} {'worlds':>6} {columns}")
     for result in results:
         rate = f"{result.same_winner:.1%} ({result.same_winner_low:.0%} to {result.same_winner_high:.0%})"
         regret = f"{result.worst_regret:.2f}, {result.worst_regret_of_full_run:.2f}"
         print(
-            f"{result.regime:<16} {result.worlds:>6} {rate:>20} {result.cost_share:>7.1%} "
+            f"{result.regime:<16} {result.worlds:>6} {rate:>20} {result.same_kept:>9.1%} {result.cost_share:>7.1%} "
             f"{result.worst_cost_share:>7.1%} {regret:>18}"
         )
     print(f"{time.perf_counter() - started:.0f} s")

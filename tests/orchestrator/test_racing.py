@@ -54,7 +54,7 @@ def test_a_point_leaves_on_the_figures_on_paper():
     (departure,) = race.eliminate()
     # differences: nine 1 and a 0; mean 0.9, sd √(0.9·0.1·10/9), error sd/√10 = 0.1; bound 0.3
     # fair: mean 0.4, error √(0.4·0.6/9) = 0.163, bound 0.49: stays
-    assert (departure.point, departure.leader, departure.rung, departure.items) == ("bad", "good", 0, 10)
+    assert (departure.point, departure.rival, departure.rung, departure.items) == ("bad", "good", 0, 10)
     assert departure.gap == pytest.approx(0.9)
     assert departure.standard_error == pytest.approx(0.1)
     assert departure.bound == pytest.approx(0.3)
@@ -103,6 +103,17 @@ def test_one_haystack_drops_nobody():
     race.record("good", cell, range(8), [1.0] * 8)
     race.record("bad", cell, range(8), [0.0] * 8)
     assert race.eliminate() == []
+
+
+def test_the_second_best_is_not_lost_to_the_leader():
+    cell = Cell("vt", 4096)
+    right = {"best": 20, "second": 10, "third": 8, "worst": 0}
+    for keep, gone in [(1, ["worst", "third", "second"]), (2, ["worst"])]:
+        race = Race(list(right), [cell], rungs=[20], keep=keep)
+        for point, count in right.items():
+            race.record(point, cell, range(20), [1.0] * count + [0.0] * (20 - count))
+        # third: two of twenty behind the second, error √(0.1·0.9/19) = 0.069; all lie 4 errors and more behind the best
+        assert [departure.point for departure in race.eliminate()] == gone
 
 
 def test_rungs_are_rounded_up_to_whole_haystacks():
