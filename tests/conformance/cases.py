@@ -71,6 +71,13 @@ models:
 - {model: PARENTS/bf16/fmt, parameters: {weight: [1.0, 0.25]}}
 dtype: bfloat16
 """,
+    "linear-gradient-of-a-single-layer-ends-at-its-last-value": """
+merge_method: linear
+models:
+- {model: PARENTS/shallow/cos, parameters: {weight: [0.2, 0.9]}}
+- {model: PARENTS/shallow/fmt, parameters: {weight: [0.8, 0.4, 0.1]}}
+dtype: bfloat16
+""",
     "linear-filters": """
 merge_method: linear
 models:
@@ -149,18 +156,6 @@ models:
 - {model: PARENTS/bf16/cos, parameters: {weight: 3}}
 dtype: bfloat16
 """,
-    "linear-slices": """
-merge_method: linear
-slices:
-- sources:
-  - {model: PARENTS/bf16/cos, layer_range: [0, 2], parameters: {weight: [0.1, 0.8]}}
-  - {model: PARENTS/bf16/fmt, layer_range: [1, 3], parameters: {weight: [0.9, 0.3]}}
-- sources:
-  - {model: PARENTS/bf16/cos, layer_range: [2, 3], parameters: {weight: [0.2, 0.4]}}
-  - {model: PARENTS/bf16/fmt, layer_range: [0, 1], parameters: {weight: 0.5}}
-  parameters: {normalize: false}
-dtype: bfloat16
-""",
 }
 
 SLERP = {
@@ -215,16 +210,6 @@ models: [{model: PARENTS/fp16/base}, {model: PARENTS/fp16/far}]
 parameters: {t: 0.5}
 dtype: float16
 """,
-    "slerp-slices": """
-merge_method: slerp
-base_model: PARENTS/bf16/cos
-slices:
-- sources:
-  - {model: PARENTS/bf16/cos, layer_range: [0, 3]}
-  - {model: PARENTS/bf16/far, layer_range: [0, 3]}
-parameters: {t: [0.1, 0.9]}
-dtype: bfloat16
-""",
 }
 
 PASSTHROUGH = {
@@ -240,13 +225,6 @@ models: [{model: PARENTS/fp16/cos}]
     "passthrough-scaled-by-filter": """
 merge_method: passthrough
 models: [{model: PARENTS/bf16/cos, parameters: {scale: [{filter: o_proj, value: 0.7}, {filter: down_proj, value: 0}]}}]
-dtype: bfloat16
-""",
-    "passthrough-stacks-layers": """
-merge_method: passthrough
-slices:
-- sources: [{model: PARENTS/bf16/cos, layer_range: [0, 2]}]
-- sources: [{model: PARENTS/bf16/fmt, layer_range: [1, 2], parameters: {scale: [0.5, 0.9]}}]
 dtype: bfloat16
 """,
     "passthrough-to-float32": """
@@ -524,14 +502,6 @@ for _method in ("dare_linear", "dare_ties"):
 
 CASES: dict[str, str] = {**LINEAR, **SLERP, **PASSTHROUGH, **TASK_ARITHMETIC, **TIES, **DARE}
 
-ADDS_A_LAYER = """
-merge_method: passthrough
-slices:
-- sources: [{model: PARENTS/bf16/cos, layer_range: [0, 2]}]
-- sources: [{model: PARENTS/bf16/fmt, layer_range: [1, 3], parameters: {scale: [0.5, 0.9]}}]
-dtype: bfloat16
-"""
-
 REFUSED: dict[str, str] = {
     "linear-without-a-weight": """
 merge_method: linear
@@ -596,14 +566,6 @@ dtype: bfloat61
     "missing-parent": """
 merge_method: passthrough
 models: [{model: PARENTS/bf16/nobody}]
-dtype: bfloat16
-""",
-    "slices-of-unequal-length": """
-merge_method: linear
-slices:
-- sources:
-  - {model: PARENTS/bf16/cos, layer_range: [0, 2], parameters: {weight: 0.5}}
-  - {model: PARENTS/bf16/fmt, layer_range: [0, 3], parameters: {weight: 0.5}}
 dtype: bfloat16
 """,
 }

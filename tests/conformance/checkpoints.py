@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -59,7 +59,7 @@ def write_checkpoint(folder: Path, tensors: Tensors, files: int = 1) -> None:
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
-        num_hidden_layers=LAYERS,
+        num_hidden_layers=layer_count(tensors),
         num_attention_heads=HEADS,
         num_key_value_heads=KV_HEADS,
         max_position_embeddings=512,
@@ -82,6 +82,11 @@ def write_checkpoint(folder: Path, tensors: Tensors, files: int = 1) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def layer_count(names: Iterable[str]) -> int:
+    """How many layers a model with these tensors has."""
+    return 1 + max(int(name.split(".")[2]) for name in names if name.startswith("model.layers."))
+
+
 def write_parents(root: Path) -> None:
     """All families, about 60 kB a checkpoint."""
     for family, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)):
@@ -89,6 +94,8 @@ def write_parents(root: Path) -> None:
             write_checkpoint(root / family / parent, tensors)
     for parent, tensors in siblings(torch.bfloat16, tied=True).items():
         write_checkpoint(root / "sharded" / parent, tensors, files=4)
+        first = {n: t for n, t in tensors.items() if not n.startswith(("model.layers.1.", "model.layers.2."))}
+        write_checkpoint(root / "shallow" / parent, first)
     untied = siblings(torch.bfloat16, tied=False)
     for parent in ("base", "cos", "fmt"):
         write_checkpoint(root / "untied" / parent, untied[parent])

@@ -15,10 +15,9 @@ rescaled as mergekit does it, by the ratio of L1 norms; slerp, Shoemake 1985. Pa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from itertools import chain
+from functools import cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ import torch
 from safetensors import safe_open
 
 Array = np.ndarray
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 TASK_VECTOR_METHODS = ("task_arithmetic", "ties", "dare_ties", "dare_linear")
 
 
@@ -154,51 +153,44 @@ def passthrough(tensor: Array, scale: float | None) -> Exact:
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the merge: where its inputs lie and how deep in its slice it is (0 first layer, 1 last)."""
+    """One tensor of the merge, and how deep in the model it is: 0 for the first layer and all outside the layers, 1 for
+    the last layer."""
 
     name: str
-    inputs: tuple[tuple[str, str], ...]  # (parent's folder, tensor's name there), in the document's order
-    sources: tuple[dict[str, Any], ...]  # the document's entry of each input
-    slice: dict[str, Any]
     depth: float
 
 
 def merged(document: dict[str, Any]) -> dict[str, Exact | TaskVectors]:
-    """What each tensor of the document's merge must be. Covers `models` and `slices` of Qwen2 checkpoints on local
-    disk."""
+    """What each tensor of the document's merge must be. Covers Qwen2 checkpoints on local disk."""
     return {output.name: _merge_one(document, output) for output in outputs(document)}
 
 
-def output_dtype(document: dict[str, Any], output: Output) -> torch.dtype:
-    """`out_dtype`, else `dtype`, else what the inputs promote to."""
-    if named := document.get("out_dtype") or document.get("dtype"):
-        return getattr(torch, named)
-    dtypes = [checkpoint(folder)[_present(folder, name)].dtype for folder, name in output.inputs]
-    dtype = dtypes[0]
-    for other in dtypes[1:]:
-        dtype = torch.promote_types(dtype, other)
-    return dtype
+def sources(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The document's models in its order; a base that is not among them comes last."""
+    models, base = list(document["models"]), document.get("base_model")
+    return models if base is None or any(model["model"] == base for model in models) else [*models, {"model": base}]
 
 
 def outputs(document: dict[str, Any]) -> list[Output]:
-    """Every tensor of the merge, in the model's order."""
-    slices = list(_slices(document))
-    found = [_shared(EMBEDDING, slices[0])]
-    layer = 0
-    for piece in slices:
-        first = piece["sources"][0]
-        start, stop = first["layer_range"]
-        for step in range(stop - start):
-            depth = step / (stop - start - 1) if stop - start > 1 else 1.0
-            for suffix in _layer_suffixes(first["model"], start + step):
-                inputs = [(s["model"], f"model.layers.{s['layer_range'][0] + step}.{suffix}") for s in piece["sources"]]
-                name = f"model.layers.{layer}.{suffix}"
-                found.append(Output(name, tuple(inputs), tuple(piece["sources"]), piece, depth))
-            layer += 1
-    found.append(_shared(NORM, slices[-1]))
-    if any(HEAD in checkpoint(source["model"]) for source in slices[-1]["sources"]):
-        found.append(_shared(HEAD, slices[-1]))
-    return found
+    """Every tensor of the merge. A parent without lm_head lends its embedding where another parent has one."""
+    folders = [source["model"] for source in sources(document)]
+    names = checkpoint(folders[0]).keys() | ({HEAD} if any(HEAD in checkpoint(f) for f in folders) else set())
+    layers = {name: int(name.split(".")[2]) for name in names if name.startswith("model.layers.")}
+    last = max(layers.values())
+    return [Output(name, layers.get(name, 0) / last if last else float(name in layers)) for name in sorted(names)]
+
+
+def inputs(document: dict[str, Any], name: str) -> list[torch.Tensor]:
+    """The parents' tensors that make up one tensor of the merge, in the order of `sources`."""
+    parents = [checkpoint(source["model"]) for source in sources(document)]
+    return [parent[EMBEDDING if name == HEAD and HEAD not in parent else name] for parent in parents]
+
+
+def output_dtype(document: dict[str, Any], name: str) -> torch.dtype:
+    """`out_dtype`, else `dtype`, else what the inputs promote to."""
+    if named := document.get("out_dtype") or document.get("dtype"):
+        return getattr(torch, named)
+    return reduce(torch.promote_types, [tensor.dtype for tensor in inputs(document, name)])
 
 
 @cache
@@ -231,57 +223,23 @@ def resolved(setting: Any, tensor: str, depth: float) -> Any:
     return None
 
 
-def _slices(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    if "slices" in document:
-        yield from document["slices"]
-        return
-    sources = [dict(model) for model in document["models"]]
-    base = document.get("base_model")
-    if base and all(source["model"] != base for source in sources):
-        sources.append({"model": base})
-    for source in sources:
-        source["layer_range"] = [0, _layer_count(source["model"])]
-    yield {"sources": sources}
-
-
-def _shared(name: str, piece: dict[str, Any]) -> Output:
-    sources = tuple(piece["sources"])
-    return Output(name, tuple((source["model"], name) for source in sources), sources, piece, depth=0.0)
-
-
-def _layer_count(folder: str) -> int:
-    return 1 + max(int(name.split(".")[2]) for name in checkpoint(folder) if name.startswith("model.layers."))
-
-
-def _layer_suffixes(folder: str, layer: int) -> list[str]:
-    prefix = f"model.layers.{layer}."
-    return sorted(name.removeprefix(prefix) for name in checkpoint(folder) if name.startswith(prefix))
-
-
-def _present(folder: str, name: str) -> str:
-    return EMBEDDING if name == HEAD and HEAD not in checkpoint(folder) else name
-
-
 def _merge_one(document: dict[str, Any], output: Output) -> Exact | TaskVectors:
     method = document["merge_method"]
-    tensors = [checkpoint(folder)[_present(folder, name)].double().numpy() for folder, name in output.inputs]
+    tensors = [tensor.double().numpy() for tensor in inputs(document, output.name)]
+    models = sources(document)
 
     def shared(parameter: str, default: Any = None) -> Any:
-        return _look_up(parameter, [output.slice, document], output.name, output.depth, default)
+        return _look_up(parameter, [document], output, default)
 
     def each(parameter: str, which: Sequence[int], default: Any = None) -> list[Any]:
-        return [
-            _look_up(parameter, [output.sources[i], output.slice, document], output.inputs[i][1], output.depth, default)
-            for i in which
-        ]
+        return [_look_up(parameter, [models[i], document], output, default) for i in which]
 
     everyone = range(len(tensors))
     if method == "linear":
         return linear(tensors, each("weight", everyone), shared("normalize", True))
     if method == "passthrough":
         return passthrough(tensors[0], each("scale", everyone)[0])
-    folders = [folder for folder, _ in output.inputs]
-    base = folders.index(output.slice.get("base_model") or document["base_model"])
+    base = [model["model"] for model in models].index(document["base_model"])
     others = [i for i in everyone if i != base]
     if method == "slerp":
         return slerp(tensors[base], tensors[others[0]], shared("t"))
@@ -303,7 +261,7 @@ def _merge_one(document: dict[str, Any], output: Output) -> Exact | TaskVectors:
     return vectors.combined([np.ones(vectors.base.shape, bool)] * len(others))
 
 
-def _look_up(parameter: str, places: Sequence[dict[str, Any]], tensor: str, depth: float, default: Any) -> Any:
-    settings = chain.from_iterable((place.get("parameters") or {}).items() for place in places)
-    found = (resolved(setting, tensor, depth) for name, setting in settings if name == parameter)
+def _look_up(parameter: str, places: Sequence[dict[str, Any]], output: Output, default: Any) -> Any:
+    settings = [place["parameters"][parameter] for place in places if parameter in (place.get("parameters") or {})]
+    found = (resolved(setting, output.name, output.depth) for setting in settings)
     return next((value for value in found if value is not None), default)

@@ -76,7 +76,7 @@ def rounded_to_bf16_midway(name: str, expected: Exact | TaskVectors) -> np.ndarr
 
 
 def write(folder: Path, document: dict[str, Any], mistake: Callable[[str, Exact | TaskVectors], np.ndarray]) -> Path:
-    dtypes = {output.name: output_dtype(document, output) for output in outputs(document)}
+    dtypes = {output.name: output_dtype(document, output.name) for output in outputs(document)}
     folder.mkdir()
     tensors = {
         name: torch.from_numpy(np.ascontiguousarray(rounded(mistake(name, expected), dtypes[name]))).to(dtypes[name])

@@ -28,7 +28,7 @@ def assert_follows_formulas(folder: Path, document: dict[str, Any]) -> None:
     """Every tensor of the merge in `folder` has the name, dtype and shape it must have, and a value that the formulas
     give in some order of float32 arithmetic; masked methods: for some mask that the method may draw."""
     actual = checkpoint(str(folder))
-    dtypes = {output.name: output_dtype(document, output) for output in outputs(document)}
+    dtypes = {output.name: output_dtype(document, output.name) for output in outputs(document)}
     assert actual.keys() == dtypes.keys()
     assert {name: t.dtype for name, t in actual.items()} == dtypes
     random: list[tuple[Masks, TaskVectors]] = []
