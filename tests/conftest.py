@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.fault_proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 
 BUCKET = "tests"
@@ -42,3 +43,13 @@ def s3_environment(s3_server: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Sea
 def s3_url(s3_environment: SeaweedFS) -> str:
     """A fresh, empty `s3://bucket/prefix` on the server."""
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def fault_proxy(s3_environment: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    """A proxy before the S3 server, with the environment pointing to it; `.fail(method, what, times=, key=)`."""
+    proxy = FaultProxy(s3_environment)
+    proxy.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    yield proxy
+    proxy.stop()

@@ -220,9 +220,7 @@ class CloudStore:
                 return request()
             except MergeyardError:
                 raise
-            except (
-                Exception
-            ) as error:  # obstore's errors share no base: FileNotFoundError and ValueError are among them
+            except Exception as error:  # FileNotFoundError and ValueError are among obstore's
                 raise self._translated(error, key) from None
 
         return patiently(once)

@@ -34,6 +34,7 @@ from workers.storage.store import ObjectInfo
 OPEN_FILES = 32
 LARGEST_SYSTEM_READ = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 WRITE_BUFFER_BYTES = 1 << 20
+WRITEBACK_BYTES = 64 << 20
 PARTIAL = ".partial"
 LOCK = ".lock"
 
@@ -148,6 +149,7 @@ class LocalUpload:
         self._path = path
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
         self._open = True
+        self._written = self._on_its_way = 0
         with _readable_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -157,7 +159,9 @@ class LocalUpload:
 
     def write(self, data: Buffer) -> None:
         with _readable_errors(self._path):
-            self._file.write(data)
+            self._written += self._file.write(data)
+            if self._written - self._on_its_way >= WRITEBACK_BYTES:
+                self._start_writeback()
 
     def commit(self) -> ObjectInfo:
         return self.publish(self.replace)
@@ -221,6 +225,13 @@ class LocalUpload:
     def _stamp(self, nanoseconds: int) -> None:
         # the kernel's own stamps move in steps of milliseconds: two writes in one step would look the same
         os.utime(self._file.fileno(), ns=(nanoseconds, nanoseconds))
+
+    def _start_writeback(self) -> None:
+        # Linux then begins to write these pages to the disk, so that the last fsync finds little left to do
+        with suppress(OSError):
+            length = self._written - self._on_its_way
+            os.posix_fadvise(self._file.fileno(), self._on_its_way, length, os.POSIX_FADV_DONTNEED)
+        self._on_its_way = self._written
 
     def __enter__(self) -> LocalUpload:
         return self

@@ -1,0 +1,155 @@
+"""A proxy before an S3 server that fails as networks and services do, on order.
+
+    proxy.fail("GET", "truncate", times=2)        the next two GETs end early
+    proxy.fail("PUT", "lost_answer", key="x")     the next PUT of a path with "x" succeeds, its answer never comes
+
+Faults: `busy` (503 SlowDown), `reset`, `truncate` (half of the body, then the connection ends), `stall` (half of the
+body, then silence), `flip` (one bit of the body: no client can tell without a digest), `ignore_range` (200 and the
+whole object), `other_etag` (as if the object had been replaced), `error_in_200` (status 200, an error as the body),
+`no_such_upload` (404), `lost_answer` (the request is carried out, the connection ends without an answer).
+"""
+
+from __future__ import annotations
+
+import http.client
+import socket
+import struct
+import threading
+import time
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests.seaweedfs import SeaweedFS
+
+BUSY = b"<Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+INTERNAL = b"<?xml version='1.0'?><Error><Code>InternalError</Code><Message>We encountered an error.</Message></Error>"
+FORGOTTEN = b"<Error><Code>NoSuchUpload</Code><Message>The specified upload does not exist.</Message></Error>"
+HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
+
+
+@dataclass
+class Fault:
+    """What to do to the next `times` requests with this method whose path and query contain `key`."""
+
+    method: str
+    what: str
+    times: int
+    key: str
+
+
+@dataclass
+class FaultProxy:
+    """A listening proxy; `endpoint` takes the server's place, `broken` counts the requests that were made to fail."""
+
+    server: SeaweedFS
+    requests: list[tuple[str, str]] = field(default_factory=list)
+    broken: int = 0
+    _faults: list[Fault] = field(default_factory=list)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def start(self) -> None:
+        handler = type("Handler", (_Handler,), {"proxy": self})
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
+
+    def stop(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def fail(self, method: str, what: str, *, times: int = 1, key: str = "") -> None:
+        """Order a fault; faults are used up in the order in which they were ordered."""
+        with self._lock:
+            self._faults.append(Fault(method, what, times, key))
+
+    def next_fault(self, method: str, path: str) -> str | None:
+        """Note a request and say what to do to it."""
+        with self._lock:
+            self.requests.append((method, path))
+            for fault in self._faults:
+                if fault.times > 0 and fault.method == method and fault.key in path:
+                    fault.times -= 1
+                    self.broken += 1
+                    return fault.what
+        return None
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    proxy: FaultProxy
+
+    def handle_one_request(self) -> None:
+        try:
+            super().handle_one_request()
+        except (ConnectionError, TimeoutError):
+            self.close_connection = True
+
+    def do(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        fault = self.proxy.next_fault(self.command, self.path)
+        if fault == "busy":
+            self._answer(503, {}, BUSY)
+        elif fault == "reset":
+            self._reset()
+        elif fault == "no_such_upload":
+            self._answer(404, {"Content-Type": "application/xml"}, FORGOTTEN)
+        elif fault == "error_in_200":
+            self._answer(200, {"Content-Type": "application/xml"}, INTERNAL)
+        else:
+            self._distort(fault, *self._ask_upstream(body))
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = do
+
+    def _ask_upstream(self, body: bytes) -> tuple[int, dict[str, str], bytes]:
+        connection = http.client.HTTPConnection(urlsplit(self.proxy.server.endpoint).netloc, timeout=30)
+        try:
+            connection.request(self.command, self.path, body or None, dict(self.headers))
+            answer = connection.getresponse()
+            return answer.status, {name.lower(): value for name, value in answer.getheaders()}, answer.read()
+        finally:
+            connection.close()
+
+    def _distort(self, fault: str | None, status: int, headers: dict[str, str], content: bytes) -> None:
+        if fault == "lost_answer":
+            self._reset()
+        elif fault == "ignore_range":
+            bucket, _, key = self.path.lstrip("/").partition("/")
+            whole = self.proxy.server.client().get_object(Bucket=bucket, Key=key)["Body"].read()
+            self._answer(200, {name: headers[name] for name in ("etag", "last-modified")}, whole)
+        elif fault == "other_etag":
+            self._answer(status, {**headers, "etag": '"0123456789abcdef0123456789abcdef"'}, content)
+        elif fault == "flip":
+            self._answer(status, headers, bytes([content[0] ^ 1]) + content[1:])
+        elif fault in ("truncate", "stall"):
+            self._answer(status, headers, content[: len(content) // 2], promised=len(content))
+            if fault == "stall":
+                time.sleep(60)
+            self.close_connection = True
+        else:
+            self._answer(status, headers, content)
+
+    def _answer(self, status: int, headers: dict[str, str], content: bytes, promised: int | None = None) -> None:
+        self.send_response_only(status)
+        for name, value in headers.items():
+            if name not in HOP_BY_HOP:
+                self.send_header(name, value)
+        length = len(content) if promised is None else promised
+        if self.command == "HEAD":
+            length = int(headers.get("content-length", 0))
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+            self.wfile.flush()
+
+    def _reset(self) -> None:
+        # with linger 0 the close sends RST instead of FIN
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.connection.close()
+        self.close_connection = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Quiet."""
