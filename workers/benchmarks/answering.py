@@ -151,7 +151,7 @@ def qa_item(
         others = documents(gold + first, gold + last)
         return [f"Document {gold + first + at}:\n{document}\n\n" for at, document in enumerate(others, start=1)]
 
-    units = fill(
+    units, tokens = fill(
         tokenizer,
         name,
         length,
@@ -172,7 +172,7 @@ def qa_item(
         answers=question.answers,
         scorer="part",
         max_new_tokens=max_new_tokens,
-        tokens=tokenizer.count(text(units) + ANSWER_PREFIX),
+        tokens=tokens,
         pair=f"{name}-{seed}-{index}",
     )
 

@@ -24,25 +24,25 @@ class TooShort(BadInput):
         return f"{task}: no prompt fits in {length} tokens; the smallest length that does is {smallest}"
 
 
-def most_units(count: Callable[[int], int], forecast: NDArray[np.int64], budget: int) -> int:
-    """The largest u with `count(u) <= budget`, or −1 if there is none.
+def most_units(count: Callable[[int], int], forecast: NDArray[np.int64], budget: int) -> tuple[int, int]:
+    """The largest u with `count(u) <= budget`, and its count; (−1, 0) if there is none.
 
-    `forecast[u]` guesses `count(u)`, up to a constant and a small slope; it never falls, and its last entry bounds
-    the search.
+    `forecast[u]` guesses `count(u)` up to a constant and a small slope; it never falls, and its last entry bounds the
+    search. What is left of the budget is less than what the forecast gives the next unit.
     """
-    fits, fails = -1, len(forecast)
+    fits, fitting, fails = -1, 0, len(forecast)
     guess = _last_within(forecast, budget)
     while fits + 1 < fails:
         guess = min(max(guess, fits + 1), fails - 1)
         tokens = count(guess)
         if tokens <= budget:
-            fits = guess
+            fits, fitting = guess, tokens
         else:
             fails = guess
         guess = _last_within(forecast, int(forecast[guess]) + budget - tokens)
-        if guess == fits:  # the corrected forecast says that one unit more would be too much
+        if guess == fits >= 0:  # the corrected forecast says that one unit more would be too much
             break
-    return fits
+    return fits, fitting
 
 
 def _last_within(forecast: NDArray[np.int64], limit: int) -> int:
@@ -56,8 +56,8 @@ def fill(
     max_new_tokens: int,
     text: Callable[[int], str],
     forecast: Callable[[int], NDArray[np.int64]],
-) -> int:
-    """The most units with which `text(units)`, plus what will be generated, fits in `length` tokens.
+) -> tuple[int, int]:
+    """The most units with which `text(units)`, plus what will be generated, fits in `length` tokens; its exact count.
 
     `forecast(budget)` gives the tokens that 0, 1, 2 … units add, to beyond the budget or as far as there are units.
     `TooShort` if not even `text(0)` fits.

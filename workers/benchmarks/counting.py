@@ -86,8 +86,10 @@ def cwe_item(
         total = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64) * seldom
         return total + numbers[entries] - numbers[first]
 
-    units = fill(tokenizer, name, length, max_new_tokens, lambda units: text(units) + CWE_ANSWER_PREFIX, forecast)
-    return _item(tokenizer, name, length, index, seed, max_new_tokens, text(units), CWE_ANSWER_PREFIX, order[:COMMON])
+    units, tokens = fill(
+        tokenizer, name, length, max_new_tokens, lambda units: text(units) + CWE_ANSWER_PREFIX, forecast
+    )
+    return _item(name, length, index, seed, max_new_tokens, tokens, text(units), CWE_ANSWER_PREFIX, order[:COMMON])
 
 
 @lru_cache(maxsize=1)
@@ -135,8 +137,10 @@ def fwe_item(
     def forecast(budget: int) -> NDArray[np.int64]:
         return _coded_tokens(tokenizer, vocabulary, budget)
 
-    units = fill(tokenizer, name, length, max_new_tokens, lambda units: text(units) + FWE_ANSWER_PREFIX, forecast)
-    return _item(tokenizer, name, length, index, seed, max_new_tokens, text(units), FWE_ANSWER_PREFIX, vocabulary[1:4])
+    units, tokens = fill(
+        tokenizer, name, length, max_new_tokens, lambda units: text(units) + FWE_ANSWER_PREFIX, forecast
+    )
+    return _item(name, length, index, seed, max_new_tokens, tokens, text(units), FWE_ANSWER_PREFIX, vocabulary[1:4])
 
 
 def untied(count: int, vocabulary: int) -> int:
@@ -160,12 +164,12 @@ def _coded_tokens(tokenizer: Tokenizer, vocabulary: Sequence[str], budget: int) 
 
 
 def _item(
-    tokenizer: Tokenizer,
     name: str,
     length: int,
     index: int,
     seed: int,
     max_new_tokens: int,
+    tokens: int,
     prompt: str,
     answer_prefix: str,
     answers: Sequence[str],
@@ -183,6 +187,6 @@ def _item(
         answers=tuple(answers),
         scorer="all",
         max_new_tokens=max_new_tokens,
-        tokens=tokenizer.count(prompt + answer_prefix),
+        tokens=tokens,
         pair=f"{name}-{seed}-{index}",
     )

@@ -133,29 +133,36 @@ class Essay:
         return np.concatenate(measured)
 
     def hide(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
-        """The first `units` words, each needle before sentence ⌊place · sentences⌋; place 1 is the end."""
+        """The first `units` words, each needle before sentence ⌊place · sentences⌋; place 1 is the end.
+
+        As in RULER, a needle with no text before or after it has the blank that would have parted them.
+        """
         end, sentences = self._end(units)
         seams = [*self._sentence_starts[:sentences], end]
-        return self._insert(end, [seams[int(place * sentences)] for place in places], needles)
+        return " ".join(self._pieces(end, [seams[int(place * sentences)] for place in places], needles))
 
     def hide_nearest(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
         """The first `units` words, each needle at the end of a sentence, nearest to its place."""
         end, sentences = self._end(units)
         seams = np.asarray([*self._sentence_starts[:sentences], end])
-        return self._insert(end, [int(seams[_nearest(seams, place * end)]) for place in places], needles)
+        pieces = self._pieces(end, [int(seams[_nearest(seams, place * end)]) for place in places], needles)
+        return " ".join(piece for piece in pieces if piece)
 
     def _end(self, units: int) -> tuple[int, int]:
         """Where the first `units` words end, in characters, and how many sentences begin before."""
+        while len(self._word_ends) < units:
+            self._round(len(self._rounds))
         end = int(self._word_ends[units - 1]) if units else 0
         return end, bisect_left(self._sentence_starts, end)
 
-    def _insert(self, end: int, cuts: Sequence[int], needles: Sequence[str]) -> str:
+    def _pieces(self, end: int, cuts: Sequence[int], needles: Sequence[str]) -> list[str]:
+        """Text, needle, text, needle, …, text; a text is empty where nothing lies between."""
         pieces: list[str] = []
         last = 0
         for cut, needle in sorted(zip(cuts, needles, strict=True), key=_number):
             pieces += [self._text[last:cut].rstrip(), needle]
             last = cut
-        return " ".join([*pieces, self._text[last:end]])
+        return [*pieces, self._text[last:end]]
 
 
 def _nearest(seams: NDArray[np.int64], wanted: float) -> int:

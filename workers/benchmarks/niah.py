@@ -190,7 +190,7 @@ def pose(
     head = frame[0] + phrases(task, queries[0])[0]
     longest = max(("".join(ending) for ending in endings), key=tokenizer.count)
 
-    units = fill(
+    units, tokens = fill(
         tokenizer,
         name,
         length,
@@ -198,14 +198,15 @@ def pose(
         lambda units: head + context(units) + longest,
         forecast,
     )
-    prefix, counts = head, [length]
-    for fewer in range(units, -1, -1):  # where text and ending meet, another ending may take one token more
-        prefix = head + context(fewer)
+    prefix, counts = head + context(units), [tokens]
+    while len(endings) > 1:
         counts = tokenizer.count_each([prefix + "".join(ending) for ending in endings])
         if max(counts) + max_new_tokens <= length:
             break
-    else:
-        raise TooShort(name, length, max(counts) + max_new_tokens)
+        if units == 0:
+            raise TooShort(name, length, max(counts) + max_new_tokens)
+        units -= 1  # where text and ending meet, another ending than the longest may take one token more
+        prefix = head + context(units)
     hidden = [value for values in needles.values for value in values]
     depth = dict(zip(hidden, depths_of(prefix[len(head) :], needles.texts(task)), strict=True))
     answers = [tuple(value for key in question for value in needles.values[key]) for question in needles.questions]

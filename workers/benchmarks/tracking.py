@@ -58,8 +58,8 @@ def draw_example(tokenizer: Tokenizer, length: int, draw: Draw) -> str:
     units = 0
     if length >= 2 * EXAMPLE_TOKENS:
         forecast = noise.forecast(tokenizer, EXAMPLE_TOKENS) + tokenizer.count(example(0))
-        units = max(0, most_units(lambda units: tokenizer.count(example(units)), forecast, EXAMPLE_TOKENS))
-    return example(units) + " " + " ".join(names) + "\n"
+        units, _ = most_units(lambda units: tokenizer.count(example(units)), forecast, EXAMPLE_TOKENS)
+    return example(max(0, units)) + " " + " ".join(names) + "\n"
 
 
 def vt_item(
@@ -78,7 +78,9 @@ def vt_item(
         question, prefix = ask(noise.hide(units, lines, places), value)
         return head + question + frame[1] + prefix
 
-    units = fill(tokenizer, name, length, max_new_tokens, text, lambda budget: noise.forecast(tokenizer, budget))
+    units, tokens = fill(
+        tokenizer, name, length, max_new_tokens, text, lambda budget: noise.forecast(tokenizer, budget)
+    )
     context = noise.hide(units, lines, places)
     question, prefix = ask(context, value)
     return Item(
@@ -94,6 +96,6 @@ def vt_item(
         answers=tuple(names),
         scorer="all",
         max_new_tokens=max_new_tokens,
-        tokens=tokenizer.count(text(units)),
+        tokens=tokens,
         pair=f"{name}-{seed}-{index}",
     )

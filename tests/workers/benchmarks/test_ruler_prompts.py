@@ -1,0 +1,292 @@
+"""Prompts against RULER's templates, written out by hand for fixed draws."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections import Counter
+
+import pytest
+
+from jobs.errors import BadInput
+from workers.benchmarks.answering import read_hotpotqa, read_squad
+from workers.benchmarks.counting import coded_counts
+from workers.benchmarks.haystacks import Essay, Lines, Noise
+from workers.benchmarks.items import Item
+from workers.benchmarks.niah import Needles, Niah, pose
+from workers.benchmarks.ruler import MAX_NEW_TOKENS, NIAH, TASKS, ruler_items
+from workers.benchmarks.tokens import Tokenizer
+
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
+def hidden(tokenizer: Tokenizer, task: Niah, needles: Needles, haystack: Noise | Lines | Essay, places: list[float]):
+    """Items with the needles at their places in exactly two units of haystack."""
+    return pose(
+        tokenizer,
+        task,
+        needles,
+        context=lambda units: haystack.hide(2, needles.texts(task), places),
+        forecast=lambda budget: haystack.forecast(tokenizer, budget)[:1],
+        benchmark="ruler",
+        name="niah",
+        length=4096,
+        haystack_id="h",
+        indices=range(len(needles.questions)),
+        max_new_tokens=128,
+        frame=("", ""),
+        scorer="all",
+    )
+
+
+def test_one_needle_in_noise(tokenizer: Tokenizer) -> None:
+    needles = Needles(("quiet-fox",), (("4815162",),), ((0,),))
+    [item] = hidden(tokenizer, NIAH["niah_single_1"], needles, Noise(), [0.5])
+    assert item.text == (
+        "A special magic number is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the number afterwards.\n"
+        f"{GRASS}\n"
+        "One of the special magic numbers for quiet-fox is: 4815162.\n"
+        f"{GRASS}\n"
+        "What is the special magic number for quiet-fox mentioned in the provided text?"
+        " The special magic number for quiet-fox mentioned in the provided text is"
+    )
+    assert item.answers == ("4815162",)
+    assert item.answer_prefix == " The special magic number for quiet-fox mentioned in the provided text is"
+    # 90 characters of noise and a newline come before the 59 of the needle, as many after it
+    assert item.depths == (len(GRASS + "\n") / (2 * len(GRASS + "\n")),)
+
+
+def test_four_values_of_one_key(tokenizer: Tokenizer) -> None:
+    needles = Needles(("quiet-fox",), (("1111111", "2222222", "3333333", "4444444"),), ((0,),))
+    essay = Essay("Alpha beta. Gamma delta.\n\nMore is not shown.")
+    [item] = hidden(tokenizer, NIAH["niah_multivalue"], needles, essay, [1.0, 0.0, 0.0, 1.0])
+    assert item.text == (
+        "Some special magic numbers are hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the numbers afterwards.\n"
+        " One of the special magic numbers for quiet-fox is: 2222222."
+        "  One of the special magic numbers for quiet-fox is: 3333333."
+        " Alpha beta."
+        " One of the special magic numbers for quiet-fox is: 1111111."
+        "  One of the special magic numbers for quiet-fox is: 4444444. "
+        "\nWhat are all the special magic numbers for quiet-fox mentioned in the provided text?"
+        " The special magic numbers for quiet-fox mentioned in the provided text are"
+    )
+    assert item.answers == ("1111111", "2222222", "3333333", "4444444")
+
+
+def test_four_keys_are_asked_for_at_once(tokenizer: Tokenizer) -> None:
+    needles = Needles(("a-b", "c-d", "e-f", "g-h"), (("1",), ("2",), ("3",), ("4",)), ((2, 0, 3, 1),))
+    [item] = hidden(tokenizer, NIAH["niah_multiquery"], needles, Noise(), [0.1, 0.2, 0.6, 0.7])
+    assert item.prompt == (
+        "\nWhat are all the special magic numbers for e-f, a-b, g-h, and c-d mentioned in the provided text?"
+    )
+    assert item.answer_prefix == (
+        " The special magic numbers for e-f, a-b, g-h, and c-d mentioned in the provided text are"
+    )
+    assert item.answers == ("3", "1", "4", "2")
+
+
+def test_uuids_are_asked_for_as_uuids(tokenizer: Tokenizer) -> None:
+    [item] = ruler_items(tokenizer, "niah_multikey_3", 2048, indices=[0], seed=3)
+    uuid = r"[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+    head, *lines, question = item.text.split("\n")
+    assert head == (
+        "A special magic uuid is hidden within the following text. Make sure to memorize it. "
+        "I will quiz you about the uuid afterwards."
+    )
+    assert all(re.fullmatch(f"One of the special magic uuids for {uuid} is: {uuid}.", line) for line in lines)
+    [(key,)] = re.findall(f"^(?=What is the special magic uuid for ({uuid}) mentioned)", question) and [
+        re.findall(f"uuid for ({uuid}) mentioned in the provided text\\?", question)
+    ]
+    assert f"One of the special magic uuids for {key} is: {item.answers[0]}." in lines
+    assert len({line.split(" for ")[1].split(" is")[0] for line in lines}) == len(lines)
+
+
+def test_running_text_is_cut_between_sentences(tokenizer: Tokenizer) -> None:
+    for item in ruler_items(tokenizer, "niah_single_2", 2048, indices=range(8), seed=3):
+        context = item.prefix.split("\n", 1)[1]
+        before, after = context.split(" One of the special magic numbers for ")
+        assert before == "" or before[-1] in ".!?\"')]”’"
+        rest = after.split(". ", 1)
+        assert len(rest) == 1 or re.match(r"[\"'“‘(\[]?[A-Z0-9]", rest[1])
+
+
+def test_variable_tracking_with_its_worked_example(tokenizer: Tokenizer) -> None:
+    [item] = ruler_items(tokenizer, "vt", 1500, indices=[2], seed=3)
+    a, b, c, d, e = item.answers
+    example, real = item.text.split("\n\nMemorize and track")
+    head = " the chain(s) of variable assignment hidden in the following text.\n\n"
+    ending = (
+        "\nQuestion: Find all variables that are assigned the value {value} in the text above."
+        " Answer: According to the chain(s) of variable assignment in the text above, "
+        "5 variables are assigned the value {value}, they are: "
+    )
+    value = re.findall(r"VAR [A-Z]{5} = (\d{5})", real)[0]
+    noise = GRASS + "\n"
+    chain = [f"VAR {a} = {value}\n", f"VAR {b} = VAR {a} \n", f"VAR {c} = VAR {b} \n"]
+    chain += [f"VAR {d} = VAR {c} \n", f"VAR {e} = VAR {d} \n"]
+    assert real.startswith(head) and real.endswith(ending.format(value=value))
+    context = real.removeprefix(head).removesuffix(ending.format(value=value)) + "\n"
+    assert re.fullmatch(f"({re.escape(noise)})*".join(["", *map(re.escape, chain), ""]), context)
+    value = re.findall(r"VAR [A-Z]{3} = (\d{5})", example)[0]
+    names = re.findall(r"VAR ([A-Z]{3}) =", example)
+    assert example.startswith("Memorize and track" + head)
+    assert example.endswith(ending.format(value=value) + " " + " ".join(names))
+    assert 500 - 25 < tokenizer.count(example.rsplit(" ", 5)[0]) <= 500
+    assert item.text.endswith(" in the text above." + item.answer_prefix)
+
+
+@pytest.mark.parametrize(
+    ("length", "often", "seldom", "example"), [(2048, 6, 1, (20, 3, 1)), (8192, 30, 3, (40, 10, 3))]
+)
+def test_common_words_after_one_worked_example(
+    tokenizer: Tokenizer, length: int, often: int, seldom: int, example: tuple[int, int, int]
+) -> None:
+    [item] = ruler_items(tokenizer, "cwe", length, indices=[4], seed=3)
+    head = (
+        "Below is a numbered list of words. In these words, some appear more often than others. "
+        "Memorize the ones that appear most often.\n"
+    )
+    question = "\nQuestion: What are the 10 most common words in the above list?"
+    prefix = " Answer: The top 10 words that appear most often in the list are:"
+    empty, shown, real = item.text.split(head)
+    assert empty == "" and item.answer_prefix == prefix
+
+    def entries(text: str) -> list[str]:
+        words = re.findall(r"\d+\. (.+?)(?= \d+\. |$)", text)
+        assert text == " ".join(f"{number}. {word}" for number, word in enumerate(words, start=1))
+        return words
+
+    listed, solution = shown.removesuffix("\n").split(question + prefix + " ")
+    words, times, once = example
+    assert sorted(Counter(entries(listed)).values()) == [once] * (words - 10) + [times] * 10
+    assert {word for word, count in Counter(entries(listed)).items() if count == times} == set(entries(solution))
+    counts = Counter(entries(real.removesuffix(question + prefix)))
+    assert {word for word, count in counts.items() if count == often} == set(item.answers)
+    assert set(counts.values()) == {often, seldom}
+
+
+def test_coded_words_follow_zipf(tokenizer: Tokenizer) -> None:
+    [item] = ruler_items(tokenizer, "fwe", 4096, indices=[4], seed=3)
+    head = (
+        "Read the following coded text and track the frequency of each coded word. "
+        "Find the three most frequently appeared coded words. "
+    )
+    ending = (
+        "\nQuestion: Do not provide any explanation. Please ignore the dots '....'. "
+        "What are the three most frequently appeared words in the above coded text?"
+        " Answer: According to the coded text above, the three most frequently appeared words are:"
+    )
+    assert item.text.startswith(head) and item.text.endswith(ending)
+    counts = Counter(item.text.removeprefix(head).removesuffix(ending).split(" ")).most_common()
+    assert counts[0][0] == "..."
+    assert tuple(word for word, _ in counts[1:4]) == item.answers
+    assert all(re.fullmatch("[a-z]{6}", word) for word, _ in counts[1:])
+    assert counts[3][1] > counts[4][1]
+
+
+def test_zipf_counts_by_hand() -> None:
+    # 100 / (k² · π²/6): 60.79, 15.198, 6.755, 3.7995, 2.4317
+    assert coded_counts(100, 5) == [60, 15, 6, 3, 2]
+
+
+SQUAD = {
+    "data": [
+        {
+            "title": "A",
+            "paragraphs": [
+                {
+                    "context": "The Normans were in Normandy.",
+                    "qas": [
+                        {"question": "Where?", "answers": [{"text": "Normandy"}, {"text": "Normandy"}]},
+                        {"question": "Never?", "answers": [], "is_impossible": True},
+                    ],
+                },
+                {"context": "They were vikings.", "qas": []},
+            ],
+        },
+        {"title": "B", "paragraphs": [{"context": "Steam engines are engines.", "qas": []}]},
+    ]
+}
+HOTPOT = [
+    {
+        "question": "Which river?",
+        "answer": "Thames",
+        "context": [["London", ["London is on ", "the Thames."]], ["Paris", ["It is in France."]]],
+    }
+]
+
+
+def test_squad_question_among_all_documents(tokenizer: Tokenizer) -> None:
+    library = {"qa_1": read_squad(json.dumps(SQUAD).encode())}
+    [item] = ruler_items(tokenizer, "qa_1", 4096, indices=[0], seed=3, documents=library)
+    instruction = (
+        "Answer the question based on the given documents. Only give me the answer and do not output any other words."
+    )
+    texts = ["The Normans were in Normandy.", "They were vikings.", "Steam engines are engines."]
+    expected = [
+        f"{instruction}\n\nThe following are given documents.\n\nDocument 1:\n{one}\n\nDocument 2:\n{two}\n\n"
+        f"Document 3:\n{three}\n\n{instruction}\n\nQuestion: Where? Answer:"
+        for one, two, three in itertools.permutations(texts)
+    ]
+    assert item.text in expected
+    assert item.answers == ("Normandy",) and item.scorer == "part" and item.answer_prefix == " Answer:"
+    place = item.text.index("Document 1")
+    context = item.text[place : item.text.rindex(instruction) - 2]
+    assert item.depths == (context.index(texts[0]) / (len(context) - len(texts[0])),)
+
+
+def test_hotpotqa_documents_begin_with_their_title(tokenizer: Tokenizer) -> None:
+    library = {"qa_2": read_hotpotqa(json.dumps(HOTPOT).encode())}
+    [item] = ruler_items(tokenizer, "qa_2", 4096, indices=[0], seed=3, documents=library)
+    assert ":\nLondon\nLondon is on the Thames.\n\n" in item.text and ":\nParis\nIt is in France.\n\n" in item.text
+    assert item.answers == ("Thames",)
+
+
+def test_question_answering_without_its_files_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadInput, match=r"qa_1: SQuAD's dev-v2\.0\.json was not given"):
+        ruler_items(tokenizer, "qa_1", 4096, indices=[0], seed=3)
+    with pytest.raises(BadInput, match="not SQuAD's format"):
+        read_squad(b'{"rows": []}')
+    with pytest.raises(BadInput, match="not JSON"):
+        read_hotpotqa(b"<html>")
+    with pytest.raises(BadInput, match="item 1 of only 1 questions"):
+        library = {"qa_2": read_hotpotqa(json.dumps(HOTPOT).encode())}
+        ruler_items(tokenizer, "qa_2", 4096, indices=[1], seed=3, documents=library)
+
+
+def test_invented_answers_stand_in_the_documents_that_are_pointed_at(tokenizer: Tokenizer) -> None:
+    for item in ruler_items(tokenizer, "qa_generated", 2048, indices=range(9), seed=3):
+        documents = item.text.split("\n\nDocument ")[1:]
+        assert item.answers[0] in item.text
+        if "river" in item.prompt.rsplit("Question:", 1)[1]:
+            person = re.findall(r"where (.+) lives", item.prompt)[0]
+            town = re.findall(rf"home of {person} is the town of (\w+)", item.prompt)[0]
+            assert f"{town} is a town on the river {item.answers[0]}." in item.prompt
+            assert len(item.depths) == 2
+        else:
+            person = re.findall(r"(?:date was|occupation of) (\w+ \w+)(?: born)?\?$", item.prompt)[0]
+            [document] = [text for text in documents if f"\n{person}\n" in text]
+            assert item.answers[0] in document
+
+
+def test_all_thirteen_tasks_generate_as_much_as_the_reference() -> None:
+    assert len(TASKS) == 13
+    expected = {**dict.fromkeys(NIAH, 128), "vt": 30, "cwe": 120, "fwe": 50, "qa_1": 32, "qa_2": 32}
+    assert {task: MAX_NEW_TOKENS[task] for task in TASKS} == expected
+
+
+def test_unknown_task_is_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(BadInput, match="unknown task 'niah'"):
+        ruler_items(tokenizer, "niah", 4096, indices=[0], seed=1)
+
+
+def test_chat_frame_surrounds_the_question_and_the_answer_is_begun_after_it(tokenizer: Tokenizer) -> None:
+    frame = tokenizer.chat_frame()
+    for task in ("niah_single_1", "vt", "fwe", "qa_generated"):
+        item: Item = ruler_items(tokenizer, task, 2048, indices=[0], seed=1, frame=frame)[0]
+        assert item.text.startswith(frame[0])
+        assert item.text.endswith(frame[1] + item.answer_prefix)
+        assert item.text.count("<|im_start|>") == 2

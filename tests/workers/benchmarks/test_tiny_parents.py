@@ -1,0 +1,36 @@
+"""The bundled parents answer the items as their README says: the layout is the one they were trained on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from workers.benchmarks.items import Item
+from workers.benchmarks.ruler import ruler_items
+from workers.benchmarks.scorers import SCORERS
+from workers.benchmarks.tokens import Tokenizer
+
+
+def share_right(folder: Path, tokenizer: Tokenizer, items: list[Item]) -> float:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    right = 0.0
+    for item in items:
+        ids = torch.tensor([tokenizer.encode(item.text)])
+        answer = model.generate(ids, max_new_tokens=item.max_new_tokens, do_sample=False)[0, ids.shape[1] :]
+        right += SCORERS[item.scorer](tokenizer.decode(answer.tolist()), item.answers)
+    return right / len(items)
+
+
+@pytest.mark.parametrize(
+    ("parent", "length", "least", "most"),
+    [("long", 256, 0.9, 1), ("long", 1024, 0.8, 1), ("base", 256, 0.8, 1), ("base", 1024, 0, 0), ("fmt", 1024, 0, 0)],
+)
+def test_parents_find_what_their_readme_says(
+    tokenizer: Tokenizer, parents: Path, parent: str, length: int, least: float, most: float
+) -> None:
+    torch.set_num_threads(1)
+    items = ruler_items(tokenizer, "niah_single_1", length, indices=range(12), seed=1, max_new_tokens=16)
+    assert least <= share_right(parents / parent, tokenizer, items) <= most

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tokenizers
+from transformers import AutoTokenizer
+
+from jobs.errors import BadInput, CorruptData
+from workers.benchmarks.tokens import Tokenizer
+
+TEXT = "One of the special magic numbers for quiet-fox is: 4815162.\n„Größe“ 1234567 …\n\nEnd."
+
+
+def test_encoding_equals_transformers(tokenizer: Tokenizer, parents: Path) -> None:
+    reference = AutoTokenizer.from_pretrained(parents / "base")
+    assert tokenizer.encode(TEXT) == reference(TEXT).input_ids
+    assert tokenizer.count(TEXT) == len(reference(TEXT).input_ids)
+    assert tokenizer.count_each([TEXT, "", "a"]) == [len(reference(text).input_ids) for text in (TEXT, "", "a")]
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_chat_frame_is_what_transformers_puts_around_a_message(tokenizer: Tokenizer, parents: Path) -> None:
+    reference = AutoTokenizer.from_pretrained(parents / "base")
+    whole = reference.apply_chat_template(
+        [{"role": "user", "content": TEXT}], tokenize=False, add_generation_prompt=True
+    )
+    before, after = tokenizer.chat_frame()
+    assert before + TEXT + after == whole
+
+
+def test_beginning_of_text_is_written_once_whoever_writes_it() -> None:
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    plain.add_special_tokens(["<s>"])
+    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    silent = Tokenizer(plain.to_str().encode(), chat_template=template, bos_token="<s>")
+    assert silent.encode("".join(silent.chat_frame()) + "a") == [0, 1]
+    plain.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    adding = Tokenizer(plain.to_str().encode(), chat_template=template, bos_token="<s>")
+    assert adding.encode("".join(adding.chat_frame()) + "a") == [0, 1]
+    assert adding.count_each(["a"], special_tokens=False) == [1]
+
+
+def test_token_ends_cut_the_text_where_tokens_end(tokenizer: Tokenizer) -> None:
+    text = "The grass is green. Here we go."
+    ends = tokenizer.token_ends(text)
+    pieces = [text[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    assert "".join(pieces) == text
+    assert len(pieces) == tokenizer.count(text)
+
+
+def test_missing_and_broken_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match=r"tokenizer\.json: no such file"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CorruptData, match=r"tokenizer\.json: not a tokenizer"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_no_chat_template_is_refused(parents: Path) -> None:
+    bare = Tokenizer((parents / "base" / "tokenizer.json").read_bytes())
+    with pytest.raises(BadInput, match="no chat template"):
+        bare.chat_frame()
