@@ -20,15 +20,17 @@ class _Layer(CacheLayerMixin):
     is_sliding = False
     is_croppable = False
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.rows, self.columns = rows, columns
+        self.rows, self.columns, self.kept = rows, columns, dtype
         self.window, self.first, self.end = slice(0, rows), 0, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set the memory aside; zeros, because a masked column still enters a product with weight 0."""
-        self.keys = key_states.new_zeros(self.rows, key_states.shape[1], self.columns, key_states.shape[-1])
-        self.values = value_states.new_zeros(self.rows, value_states.shape[1], self.columns, value_states.shape[-1])
+        self.keys, self.values = (
+            torch.zeros(self.rows, new.shape[1], self.columns, new.shape[-1], dtype=self.kept, device=new.device)
+            for new in (key_states, value_states)
+        )
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -56,10 +58,10 @@ class _Layer(CacheLayerMixin):
 
 
 class KeyValueBuffer(Cache):
-    """A cache of `rows` × `columns` tokens for a model of `layers` layers."""
+    """A cache of `rows` × `columns` tokens, kept as `dtype`, for a model of `layers` layers."""
 
-    def __init__(self, layers: int, rows: int, columns: int) -> None:
-        super().__init__(layers=[_Layer(rows, columns) for _ in range(layers)])
+    def __init__(self, layers: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__(layers=[_Layer(rows, columns, dtype) for _ in range(layers)])
         self.rows, self.columns = rows, columns
 
     def look(self, rows: slice, first: int, end: int) -> None:

@@ -67,6 +67,8 @@ class TransformersEngine:
         self._version: str | None = version
         self._resident: tuple[Ids, KeyValueBuffer] | None = None
         self._end_tokens = _end_tokens(model, tokenizer)
+        ours = model.config._attn_implementation == attention.NAME
+        self._cache_dtype: torch.dtype = attention.cache_dtype(model.device, model.dtype) if ours else model.dtype
 
     @classmethod
     def from_folder(
@@ -357,17 +359,17 @@ class TransformersEngine:
 
     def _mask(self, visible: Tensor, positions: Ids, places: Tensor) -> Tensor | dict[str, Tensor]:
         """What the model takes for `visible` [rows, queries, columns]; a sliding window counts token positions."""
-        full = hidden(visible, self.model.dtype)[:, None]
+        full = hidden(visible, self._cache_dtype)[:, None]
         window: int | None = getattr(self.config, "sliding_window", None)
         kinds: Sequence[str] = getattr(self.config, "layer_types", None) or ()
         if not window or (kinds and "sliding_attention" not in kinds):
             return full
         distance = torch.from_numpy(positions).to(self.device)[:, :, None] - places[:, None, :]
-        near = hidden(visible & (distance < window), self.model.dtype)[:, None]
+        near = hidden(visible & (distance < window), self._cache_dtype)[:, None]
         return {"full_attention": full, "sliding_attention": near} if kinds else near
 
     def _buffer(self, rows: int, width: int) -> KeyValueBuffer:
-        return KeyValueBuffer(self.config.num_hidden_layers, rows, width)
+        return KeyValueBuffer(self.config.num_hidden_layers, rows, width, self._cache_dtype)
 
     def _cache_bytes(self) -> int:
         if self.limits.cache_bytes is not None:
@@ -379,7 +381,7 @@ class TransformersEngine:
         config = self.config
         heads: int = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         size: int = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * size * self.model.dtype.itemsize
+        return 2 * config.num_hidden_layers * heads * size * self._cache_dtype.itemsize
 
     def _saved_buffers(self) -> dict[str, Tensor]:
         """Buffers that a checkpoint holds; others, such as the rotary frequencies, follow from the config."""

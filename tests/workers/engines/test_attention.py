@@ -1,0 +1,63 @@
+"""Attention and its memory against the formula softmax(q kᵀ / √d) v, written out."""
+
+import math
+
+import pytest
+import torch
+
+from workers.engines.attention import attend, cache_dtype
+from workers.engines.kv_cache import KeyValueBuffer, hidden
+
+
+def formula(query, key, value, visible):
+    groups = query.shape[1] // key.shape[1]
+    key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    scores = query @ key.transpose(2, 3) / math.sqrt(query.shape[-1])
+    return (scores.masked_fill(~visible, -torch.inf).softmax(-1) @ value).transpose(1, 2)
+
+
+def draw(*shape, seed):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 5, 9])
+def test_without_a_mask_the_last_query_sees_every_key(key_heads, queries):
+    query = draw(2, 4, queries, 8, seed=1)
+    key, value = draw(2, key_heads, 9, 8, seed=2), draw(2, key_heads, 9, 8, seed=3)
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // key_heads  # type: ignore[assignment]
+    output, _ = attend(module, query, key, value, None, scaling=8**-0.5)
+    visible = torch.ones(queries, 9, dtype=torch.bool).tril(9 - queries)
+    torch.testing.assert_close(output, formula(query, key, value, visible), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2, 4])
+@pytest.mark.parametrize("queries", [1, 3, 70])
+def test_a_mask_hides_the_same_keys_from_every_head(key_heads, queries):
+    query = draw(2, 4, queries, 8, seed=1)
+    key, value = draw(2, key_heads, 80, 8, seed=2), draw(2, key_heads, 80, 8, seed=3)
+    visible = draw(2, 1, queries, 80, seed=4) > 0
+    module = torch.nn.Module()
+    module.num_key_value_groups = 4 // key_heads  # type: ignore[assignment]
+    output, _ = attend(module, query, key, value, hidden(visible, torch.float32), scaling=8**-0.5)
+    torch.testing.assert_close(output, formula(query, key, value, visible), atol=1e-5, rtol=1e-5)
+
+
+def test_a_cpu_keeps_float32_and_answers_in_the_models_dtype():
+    assert cache_dtype(torch.device("cpu"), torch.bfloat16) == torch.float32
+    query, key = draw(1, 2, 1, 8, seed=1).bfloat16(), draw(1, 2, 4, 8, seed=2)
+    assert attend(torch.nn.Module(), query, key, key, None)[0].dtype == torch.bfloat16
+
+
+def test_a_step_writes_into_the_buffer_and_copies_nothing():
+    cache = KeyValueBuffer(1, rows=2, columns=8, dtype=torch.float32)
+    new = draw(2, 1, 3, 4, seed=1)
+    cache.look(slice(0, 2), 2, 2)
+    keys, _ = cache.update(new, new, 0)
+    assert keys.shape == (2, 1, 3, 4) and torch.equal(keys, new)
+    more, _ = cache.update(new[:, :, :1], new[:, :, :1], 0)
+    assert more.data_ptr() == keys.data_ptr() and more.shape[2] == 4
+    cache.copy((1, 2), (0, 4), 3)
+    cache.look(slice(0, 1), 4, 7)
+    assert torch.equal(cache.update(new[:1, :, :1], new[:1, :, :1], 0)[0][:, :, :3], new[1:])

@@ -1,0 +1,251 @@
+"""The transformers engine against transformers' own `generate` and full logits, on models that were really trained."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from jobs.errors import BadInput, MergeyardError
+from workers.engines.engine import Prompt
+from workers.engines.transformers_engine import Limits, TransformersEngine
+
+KEYS = {"quiet-river": 4815162, "brave-garden": 1234567, "golden-engine": 7654321}
+
+
+def peer_answer(engine, model, prompt):
+    ids = torch.tensor([engine.encode(prompt.whole)])
+    output = model.generate(ids, max_new_tokens=prompt.max_new_tokens, do_sample=False)
+    return engine.tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def mixed_prompts(needle_prompt, shared_prompts):
+    alone = [needle_prompt(key, value, lines, seed=lines) for lines in (4, 11, 12) for key, value in KEYS.items()]
+    return [*alone, *shared_prompts(KEYS, 9), needle_prompt("ancient-mirror", 7777777, 30, max_new_tokens=3)]
+
+
+def test_answers_are_those_of_transformers_generate(engine, parents, needle_prompt, shared_prompts):
+    prompts = mixed_prompts(needle_prompt, shared_prompts)
+    model = AutoModelForCausalLM.from_pretrained(parents / "long", dtype=torch.float32)
+    assert [answer.text for answer in engine.generate(prompts)] == [peer_answer(engine, model, p) for p in prompts]
+
+
+def test_a_needle_is_found_and_counted(engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 20)
+    (answer,) = engine.generate([prompt])
+    assert answer.text == " 4815162."
+    assert answer.tokens_in == len(engine.tokenizer(prompt.whole)["input_ids"])
+    assert 0 < answer.tokens_out < 12 and answer.seconds > 0 and answer.finite
+
+
+@pytest.mark.parametrize("limits", [Limits(batch=1), Limits(batch=3, chunk=50), Limits(cache_bytes=1)])
+def test_answers_do_not_depend_on_what_is_done_at_once(engine, needle_prompt, shared_prompts, limits):
+    prompts = mixed_prompts(needle_prompt, shared_prompts)
+    texts = [answer.text for answer in engine.generate(prompts)]
+    engine.limits = limits
+    assert [answer.text for answer in engine.generate(prompts)] == texts
+    assert [answer.text for answer in reversed(engine.generate(prompts[::-1]))] == texts
+
+
+def count_tokens(engine):
+    seen = []
+    engine.model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    return seen
+
+
+def test_questions_about_one_haystack_pay_for_it_once(engine, shared_prompts):
+    prompts = shared_prompts(KEYS, 20, max_new_tokens=1)
+    lengths = [len(engine.encode(prompt.whole)) for prompt in prompts]
+    trunk = len(engine.encode(prompts[0].prefix))
+    seen = count_tokens(engine)
+    engine.generate(prompts)
+    assert trunk > 400
+    assert sum(seen) <= trunk + sum(length - trunk for length in lengths) + 3 * len(prompts)
+
+
+def test_haystacks_that_begin_alike_share_what_they_share(engine, needle_prompt):
+    text = needle_prompt("quiet-river", 4815162, 20).text
+    prompts = [Prompt("", text + ending, 1) for ending in (" one", " two")]
+    seen = count_tokens(engine)
+    engine.generate(prompts)
+    assert sum(seen) < len(engine.encode(text)) + 10
+
+
+def test_a_prefix_that_ends_inside_a_token_changes_no_token(engine, needle_prompt):
+    whole = needle_prompt("quiet-river", 4815162, 6).text
+    cut = whole.rindex("provided") + 3
+    assert engine.encode(whole[:cut]) + engine.encode(whole[cut:]) != engine.encode(whole)
+    split, unsplit = (
+        engine.generate([Prompt(whole[:cut], whole[cut:], 12)] * 2),
+        engine.generate([Prompt("", whole, 12)]),
+    )
+    assert {(answer.text, answer.tokens_in) for answer in split} == {(unsplit[0].text, unsplit[0].tokens_in)}
+
+
+def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers(engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 200)
+    tokens = len(engine.encode(prompt.whole))
+    with pytest.raises(BadInput, match=rf"{tokens} tokens and 12 .* 4096; .* {4096 - 12}"):
+        engine.generate([prompt])
+
+
+def test_progress_counts_every_prompt_once(engine, needle_prompt):
+    engine.limits = Limits(batch=2)
+    counts = []
+    engine.generate([needle_prompt("quiet-river", 4815162, 2, max_new_tokens=1)] * 5, progress=counts.append)
+    assert sum(counts) == 5 and len(counts) == 3
+
+
+def test_swap_makes_it_the_other_parent(engine, weights, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 8)
+    assert engine.generate([prompt])[0].text == " 4815162."
+    before = engine.loglikelihood(prompt.whole, " 4815162.")
+    engine.swap(weights("fmt").items(), "fmt")
+    assert engine.version == "fmt"
+    assert engine.generate([prompt])[0].text == ' {"value": 4815162}'
+    assert engine.loglikelihood(prompt.whole, " 4815162.") != before
+    engine.swap(weights("long").items(), "long again")
+    assert engine.loglikelihood(prompt.whole, " 4815162.") == before
+
+
+def test_from_state_needs_no_folder(parents, weights, needle_prompt):
+    config = json.loads((parents / "fmt" / "config.json").read_text())
+    engine = TransformersEngine.from_state(config, parents / "fmt", weights("fmt").items(), version="f", device="cpu")
+    assert engine.version == "f" and engine.model.dtype == torch.bfloat16
+    assert engine.generate([needle_prompt("quiet-river", 4815162, 8)])[0].text == ' {"value": 4815162}'
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (lambda w: w.pop("model.norm.weight"), "1 weights never came, the first is model.norm.weight"),
+        (lambda w: w.update({"model.nrom.weight": w.pop("model.norm.weight")}), "did you mean model.norm.weight"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(7)}), r"shape \[7\] does not fit the model's \[128\]"),
+        (lambda w: w.update({"lm_head.weight": w["model.embed_tokens.weight"] + 1}), "ties"),
+    ],
+)
+def test_a_swap_that_does_not_fit_is_refused_and_leaves_no_mixture(engine, weights, needle_prompt, spoil, complaint):
+    spoilt = weights("fmt")
+    spoil(spoilt)
+    with pytest.raises(BadInput, match=complaint):
+        engine.swap(spoilt.items(), "spoilt")
+    with pytest.raises(MergeyardError, match="mixture"):
+        engine.generate([needle_prompt("quiet-river", 4815162, 2)])
+    engine.swap(weights("fmt").items(), "fmt")
+    assert engine.version == "fmt"
+
+
+def test_a_tied_head_may_come_under_both_names(engine, weights):
+    both = weights("fmt")
+    both["lm_head.weight"] = both["model.embed_tokens.weight"].clone()
+    engine.swap(both.items(), "fmt")
+    assert engine.model.lm_head.weight is engine.model.model.embed_tokens.weight
+
+
+def test_a_model_of_nans_answers_that_it_is_not_finite(engine, weights, needle_prompt):
+    broken = weights("fmt")
+    broken["model.norm.weight"] = torch.full_like(broken["model.norm.weight"], torch.nan)
+    engine.swap(broken.items(), "broken")
+    answers = engine.generate([needle_prompt("quiet-river", 4815162, lines) for lines in (2, 3)])
+    assert [(answer.finite, answer.text) for answer in answers] == [(False, ""), (False, "")]
+
+
+def reference_scores(model, ids):
+    logits = model(torch.tensor([ids])).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach().numpy()
+
+
+def test_scores_are_the_log_softmax_of_all_logits_without_holding_them(engine, parents, needle_prompt):
+    ids = engine.encode(needle_prompt("quiet-river", 4815162, 15).whole)
+    model = AutoModelForCausalLM.from_pretrained(parents / "long", dtype=torch.float32)
+    engine.limits = Limits(chunk=100)
+    rows = []
+    engine.model.lm_head.register_forward_hook(lambda _, args, output: rows.append(output.shape[1]))
+    long, short = engine.score([ids, ids[:20]])
+    assert long.dtype == np.float32 and max(rows) <= 100
+    np.testing.assert_allclose(long, reference_scores(model, ids), atol=2e-4)
+    np.testing.assert_allclose(short, reference_scores(model, ids[:20]), atol=2e-4)
+
+
+def test_loglikelihood_sums_the_scores_of_the_continuation(engine, needle_prompt):
+    context = needle_prompt("quiet-river", 4815162, 8).whole
+    for continuation, greedy in ((" 4815162.", True), (" 4815163.", False), (" 4", True)):
+        tokens = engine.encode(context + continuation)
+        (scores,) = engine.score([tokens])
+        expected = float(scores[len(engine.encode(context)) - 1 :].sum())
+        value, is_greedy = engine.loglikelihood(context, continuation)
+        assert value == pytest.approx(expected, abs=1e-3) and is_greedy is greedy
+    assert engine.loglikelihood(context + " ", "4815162.") == pytest.approx(engine.loglikelihood(context, " 4815162."))
+
+
+def test_a_second_continuation_pays_for_itself_alone(engine, needle_prompt):
+    context = needle_prompt("quiet-river", 4815162, 20).whole
+    engine.loglikelihood(context, " 4815162.")
+    seen = count_tokens(engine)
+    engine.loglikelihood(context, " 1111111.")
+    assert sum(seen) < 10
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
+        {"model_type": "mistral", "sliding_window": 16, "head_dim": 16},
+        {"model_type": "llama"},
+        {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    ],
+    ids=lambda config: config["model_type"],
+)
+def test_other_architectures_answer_as_their_own_generate(parents, shared_prompts, config):
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 2048, "dtype": "float32"}
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None, "initializer_range": 0.2}
+    config = (shape if config["model_type"] != "gpt2" else {"vocab_size": 2048, "dtype": "float32"}) | ends | config
+    engine = random_engine(config, parents / "long", seed=5)
+    prompts = [*shared_prompts(KEYS, 3), Prompt("", "The grass is green.", 12)]
+    assert {answer.text for answer in engine.generate(prompts)} != {""}
+    assert [a.text for a in engine.generate(prompts)] == [peer_answer(engine, engine.peer, p) for p in prompts]
+
+
+def random_engine(config, tokenizer, seed):
+    from transformers import AutoConfig
+
+    torch.manual_seed(seed)
+    peer = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    engine = TransformersEngine.from_state(config, tokenizer, peer.state_dict().items(), device="cpu")
+    engine._end_tokens = frozenset()
+    engine.peer = peer
+    return engine
+
+
+class ShortOfMemory(TransformersEngine):
+    """An engine on a device that holds two rows."""
+
+    def _decode(self, batch, new_tokens):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._decode(batch, new_tokens)
+
+
+def test_running_out_of_memory_halves_the_batch(parents, needle_prompt):
+    engine = ShortOfMemory.from_folder(parents / "long", device="cpu", dtype=torch.float32)
+    prompts = [needle_prompt(key, value, 3 + index) for index, (key, value) in enumerate(KEYS.items())]
+    assert [answer.text for answer in engine.generate(prompts)] == [f" {value}." for value in KEYS.values()]
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"model_type": "ours", "auto_map": {"AutoModelForCausalLM": "evil.Model"}}, "foreign code"),
+        ({"model_type": "t5"}, "encoder"),
+        ({"model_type": "vit"}, "causal"),
+        ({"layer_types": ["linear_attention"] * 3, "model_type": "qwen3_next"}, "linear_attention"),
+    ],
+)
+def test_what_it_cannot_serve_is_refused_by_name(parents, change, complaint):
+    config = json.loads((parents / "long" / "config.json").read_text()) | change
+    with pytest.raises(BadInput, match=complaint):
+        TransformersEngine.from_state(config, parents / "long", [], device="cpu")
