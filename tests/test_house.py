@@ -27,10 +27,6 @@ IMPORT_EFFECTS = ROOT / "tests" / "import_effects.py"
 COMMAND = Path(sys.executable).with_name("mergeyard")
 HEAVY = {"torch", "ray", "transformers", "pyarrow", "scipy", "boto3", "obstore", "huggingface_hub", "vllm"}
 
-needs_the_command = pytest.mark.skipif(
-    not (ROOT / "orchestrator" / "cli.py").exists(), reason="there is no orchestrator/cli.py yet"
-)
-
 
 # ---- imports
 
@@ -69,14 +65,12 @@ def test_a_planted_side_effect_is_noticed_and_blamed_on_its_module(tmp_path: Pat
     assert any(line.startswith(f"jobs.noisy: {effect}") for line in effects), effects
 
 
-@needs_the_command
 def test_help_loads_no_heavy_library():
     script = "import orchestrator.cli, sys; orchestrator.cli.parser().format_help(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert HEAVY & set(loaded.stdout.split()) == set()
 
 
-@needs_the_command
 def test_help_answers_within_half_a_second():
     seconds: list[float] = []
     while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:  # other work on the machine may slow some of them
@@ -103,11 +97,11 @@ ALLOWED = {  # file → what it may say, and why
 
 
 def repository_files() -> list[Path]:
-    """What git tracks or would track: nothing that is ignored."""
+    """What git tracks."""
     if not (ROOT / ".git").exists():
         pytest.skip("not a git checkout")
     listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        ["git", "ls-files", "-z"],
         cwd=ROOT,
         capture_output=True,
         check=True,
@@ -213,7 +207,6 @@ def test_a_job_with_a_misspelt_key_is_told_from_one_that_loads():
     assert not is_job(Block("yaml", 7, "recipe:\n  parents: [a]\n"))
 
 
-@needs_the_command
 def test_every_documented_command_is_one_that_mergeyard_takes():
     complaints = [
         f"{page}:{line}: mergeyard {' '.join(words)}: {complaint}"
@@ -224,7 +217,6 @@ def test_every_documented_command_is_one_that_mergeyard_takes():
     assert complaints == []
 
 
-@needs_the_command
 def test_a_command_that_mergeyard_does_not_take_is_complained_about():
     assert "no-such-verb" in complaint_about(["no-such-verb"])
 
