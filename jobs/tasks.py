@@ -5,9 +5,16 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+DTYPE_BITS: Mapping[str, int] = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+}  # fmt: skip
+"""Bits an element of each dtype, by its name in safetensors."""
 
 FORMAT = 1
 """Version of everything this module describes; part of every unit key: an old receipt never matches new work."""
@@ -102,19 +109,25 @@ class TensorMerge:
     @property
     def elements(self) -> int:
         """Number of elements."""
-        count = 1
-        for extent in self.shape:
-            count *= extent
-        return count
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        """Stored size."""
+        return self.elements * DTYPE_BITS[self.dtype] // 8
 
 
 @dataclass(frozen=True, slots=True)
 class PointShard:
-    """One unit: one shard of one point. `settings[tensor.setting]` is the point's recipe for a tensor."""
+    """One unit: one shard of one point, where it goes, and where its receipt goes.
+
+    `settings[tensor.setting]` is the point's recipe for a tensor.
+    """
 
     point: str
     unit: str
     key: str
+    receipt: str
     settings: tuple[Setting, ...]
 
 
@@ -141,6 +154,11 @@ class MergeTask:
     def bytes_read(self) -> int:
         """Parent bytes this task reads when every tensor fits in memory."""
         return sum(source.end - source.start for tensor in self.tensors for source in tensor.sources.values())
+
+    @property
+    def bytes_written(self) -> int:
+        """Tensor bytes of all points together."""
+        return len(self.points) * sum(tensor.bytes for tensor in self.tensors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +187,3 @@ class Receipt:
         fields.pop("format")
         fields["nonfinite"] = tuple(fields["nonfinite"])
         return cls(**fields)
-
-
-def receipt_key(unit: str) -> str:
-    """Where a unit's receipt lies under the run's prefix."""
-    return f"receipts/{unit[:2]}/{unit}.json"

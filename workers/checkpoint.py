@@ -16,13 +16,9 @@ from functools import partial
 from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
-from jobs.tasks import Parent, ParentFile, ParentTensor
+from jobs.tasks import DTYPE_BITS, Parent, ParentFile, ParentTensor
 from workers.storage import ObjectInfo, Store, open_store
 
-DTYPE_BITS: Mapping[str, int] = {
-    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
-    "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
-}  # fmt: skip
 FLOATS = ("F64", "F32", "F16", "BF16")
 TORCH_NAMES: Mapping[str, str] = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64", "U64": "uint64",

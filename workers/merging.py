@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from jobs.errors import BadInput
-from jobs.tasks import MergeTask, Receipt, Setting, TensorMerge
+from jobs.tasks import DTYPE_BITS, MergeTask, Receipt, Setting, TensorMerge
 from workers.arithmetic import Facts, merge_tile, missing_facts, torch_dtype
 from workers.buffers import BufferPool, keep_freed_memory
-from workers.checkpoint import DTYPE_BITS, FLOATS, header_bytes
+from workers.checkpoint import FLOATS, header_bytes
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
 from workers.reading import ParentReader, Slab, Stretch, plan_slabs
 from workers.storage import open_store

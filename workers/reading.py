@@ -12,9 +12,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from jobs.tasks import Parent, TensorMerge
+from jobs.tasks import DTYPE_BITS, Parent, TensorMerge
 from workers.arithmetic import torch_dtype
-from workers.checkpoint import DTYPE_BITS
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
 

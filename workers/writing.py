@@ -12,8 +12,7 @@ from typing import Any
 from typing_extensions import Buffer
 
 from jobs.errors import CorruptData, ObjectExists
-from jobs.tasks import PointShard, Receipt, TensorMerge, receipt_key
-from workers.checkpoint import DTYPE_BITS
+from jobs.tasks import PointShard, Receipt, TensorMerge
 from workers.storage import Store
 
 
@@ -30,7 +29,7 @@ class PointWriter:
         self.point = point
         self._store = store
         self._progress = progress
-        self._sizes = [(tensor.name, tensor.elements * DTYPE_BITS[tensor.dtype] // 8) for tensor in tensors]
+        self._sizes = [(tensor.name, tensor.bytes) for tensor in tensors]
         self._digests: dict[str, str] = {}
         self._hash: Any = hashlib.sha256()
         self._hashed = 0
@@ -84,11 +83,10 @@ class PointWriter:
             seconds=round(seconds, 3),
             worker=f"{socket.gethostname()}:{os.getpid()}",
         )
-        key = receipt_key(self.point.unit)
         try:
-            self._store.write(key, receipt.to_json(), mode="create")
+            self._store.write(self.point.receipt, receipt.to_json(), mode="create")
         except ObjectExists:
-            earlier = Receipt.from_json(bytes(self._store.read(key)))
+            earlier = Receipt.from_json(bytes(self._store.read(self.point.receipt)))
             if earlier.tensors != receipt.tensors:
                 raise CorruptData(
                     f"{self.point.key}: two workers merged it to different bytes ({earlier.worker}, {receipt.worker});"

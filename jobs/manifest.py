@@ -1,0 +1,75 @@
+"""What a finished point is made of. The manifest is written last: where it lies, the point is whole.
+
+It holds nothing that changes from one run to the next (no time, no host), so equal jobs give equal manifests.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs.errors import CorruptData
+from jobs.tasks import FORMAT, digest
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One file of a point: size in bytes, and sha256 for all but the shards, whose tensors have their own."""
+
+    size: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a point: where it lies, what it is, and the sha256 of its bytes."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """`digest` names the merge (parents, recipe, numerics), `weights` what came out: sha256 over all tensor digests.
+
+    `same_as` names the point of the same run whose files these are; such a point has none of its own.
+    """
+
+    point: str
+    digest: str
+    weights: str
+    recipe: Mapping[str, Any]
+    parents: Mapping[str, str]
+    seed: int
+    numerics: str
+    versions: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+    tensors: Mapping[str, TensorEntry]
+    same_as: str | None = None
+
+    def to_json(self) -> bytes:
+        """The manifest's file."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Manifest:
+        """Reads what `to_json` wrote; `CorruptData` for another format."""
+        fields: dict[str, Any] = json.loads(data)
+        if fields.pop("format", None) != FORMAT:
+            raise CorruptData("manifest.json: written by another version of mergeyard; use that one, or merge again")
+        fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
+        fields["tensors"] = {name: _tensor_entry(**entry) for name, entry in fields["tensors"].items()}
+        return cls(**fields)
+
+
+def _tensor_entry(*, file: str, dtype: str, shape: list[int], sha256: str) -> TensorEntry:
+    return TensorEntry(file, dtype, tuple(shape), sha256)
+
+
+def weights_digest(tensors: Mapping[str, str]) -> str:
+    """sha256 over every tensor's name and sha256: equal for equal weights, however they are cut into files."""
+    return digest(sorted(tensors.items()))

@@ -1,0 +1,121 @@
+"""`mergeyard`: the command line. Each verb is a function of `orchestrator.commands`; here is only what it is given.
+
+Exit codes: 0 done, 1 failed (or, for `diff` and `verify`, different), 2 bad input, 3 inconclusive, 75 try again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from types import FrameType
+from typing import Any
+
+from jobs.errors import Interrupted, MergeyardError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code."""
+    options = parser().parse_args(arguments)
+    previous = signal.signal(signal.SIGTERM, _stop)
+    try:
+        from orchestrator import commands
+
+        return int(getattr(commands, options.command.replace("-", "_"))(options))
+    except KeyboardInterrupt:
+        return _refuse(Interrupted("stopped; the same command goes on where it stopped"))
+    except MergeyardError as error:
+        if os.environ.get("MERGEYARD_TRACEBACK"):
+            raise
+        return _refuse(error)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _refuse(error: MergeyardError) -> int:
+    print(f"mergeyard: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _stop(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(
+        prog="mergeyard",
+        description="Merge whole grids of LLM checkpoints on Ray, straight out of object storage.",
+        epilog="Exit codes: 0 done, 1 failed or different, 2 bad input, 3 inconclusive, 75 try again.",
+    )
+    top.add_argument("--version", action="version", version=f"mergeyard {_version()}")
+    verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    plan = _verb(verbs, "plan", "what a job would do: bytes, tasks, memory, what is done already; reads headers only")
+    _job(plan)
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+
+    run = _verb(verbs, "run", "merge every point of a job; run it again to go on where it stopped")
+    _job(run)
+    run.add_argument("--address", help="an existing Ray cluster, as ray.init takes it; default: one started here")
+    run.add_argument("--in-process", action="store_true", help="without Ray: one worker, in this process")
+    run.add_argument("--json", action="store_true", help="print the result as JSON")
+    _quiet(run)
+
+    merge = _verb(verbs, "merge", "one mergekit document into one folder, in this process: mergekit-yaml CONFIG OUT")
+    merge.add_argument("config", metavar="CONFIG", help="a mergekit document (YAML)")
+    merge.add_argument("out", metavar="OUT", help="folder or URL of the merged checkpoint")
+    merge.add_argument("--out-shard-size", default=None, metavar="SIZE", help="such as 5GB; default 1GB")
+    merge.add_argument("--random-seed", type=int, default=0, metavar="N", help="for the dare methods; default 0")
+    merge.add_argument("--memory", default=None, metavar="SIZE", help="most memory to use; default 4GB")
+    merge.add_argument("--threads", type=int, default=None, metavar="N", help="default: one a processor")
+    merge.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda, cuda:1 …")
+    merge.add_argument(
+        "--numerics",
+        choices=("float32", "mergekit"),
+        default="float32",
+        help="float32 rounded once (default), or mergekit's arithmetic in the document's dtype",
+    )
+    merge.add_argument("--config-from", metavar="MODEL", help="whose config.json holds where the parents disagree")
+    _quiet(merge)
+
+    status = _verb(verbs, "status", "how far a run is, from its folder or bucket alone")
+    status.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
+    status.add_argument("--json", action="store_true", help="print it as JSON")
+
+    verify = _verb(verbs, "verify", "hash every file again and compare with the manifests")
+    verify.add_argument("run", metavar="RUN", help="folder or URL of a run, of one of its points, or of a merge")
+    verify.add_argument("--json", action="store_true", help="print it as JSON")
+
+    diff = _verb(verbs, "diff", "compare two checkpoints, tensor by tensor")
+    diff.add_argument("a", metavar="A", help="folder or URL of a checkpoint")
+    diff.add_argument("b", metavar="B", help="folder or URL of another")
+    diff.add_argument("--json", action="store_true", help="print it as JSON")
+    return top
+
+
+def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
+    return verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+
+
+def _job(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("job", metavar="JOB.yaml", help="the job file; `-` reads it from standard input")
+    verb.add_argument("--output", metavar="URL", help="in place of the job's `output:`")
+
+
+def _quiet(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no closing lines")
+
+
+def _version() -> str:
+    return version("mergeyard")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

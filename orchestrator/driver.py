@@ -1,0 +1,86 @@
+"""The whole of a run on one screen: plan it, merge what no receipt covers, complete each point, stop when all are.
+
+Nothing here is remembered between two calls: what is done is what the store lists, so running again is resuming.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from jobs.manifest import Manifest
+from jobs.tasks import Receipt
+from orchestrator.gathering import Gatherer
+from orchestrator.ledger import Lease, Ledger
+from orchestrator.planning import Plan
+from orchestrator.pool import Pool
+from orchestrator.watching import Watcher
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """What a finished run says: every point's manifest, and what this call had to do for it."""
+
+    url: str
+    manifests: dict[str, Manifest]
+    units_merged: int
+    units_found: int
+    bytes_read: int
+    nonfinite: tuple[str, ...]
+
+
+def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
+    """Merges every point of the plan and returns when each has its manifest; raises what no retry mended."""
+    ledger = Ledger(plan.run_url, plan.places)
+    with Lease(ledger.store, plan.places.record("lease.json")) as lease:
+        ledger.claim(plan.job.text, plan.document())
+        ledger.store.sweep()
+        found = ledger.trusted(plan.units)
+        tasks = plan.tasks(found.keys(), pool.workers)
+        watcher.begin(plan, tasks)
+        points = _Points(plan, ledger, watcher)
+        points.record(found.values())
+        for receipts in pool.run(tasks, watcher.moved):
+            lease.check()
+            points.record(receipts)
+        return points.result(len(found), sum(task.bytes_read for task in tasks))
+
+
+class _Points:
+    """Which units of which points are done; completes each point as its last unit comes in."""
+
+    def __init__(self, plan: Plan, ledger: Ledger, watcher: Watcher) -> None:
+        self._plan = plan
+        self._gatherer = Gatherer(plan, ledger.store)
+        self._watcher = watcher
+        self._receipts: dict[str, Receipt] = {}
+        self._missing = {planned.name: set(planned.units) for planned in plan.merges}
+        self._merges = {planned.name: planned for planned in plan.merges}
+        self._manifests: dict[str, Manifest] = {}
+
+    def record(self, receipts: Iterable[Receipt]) -> None:
+        """Takes note of finished units."""
+        for receipt in receipts:
+            self._receipts[receipt.unit] = receipt
+            missing = self._missing[receipt.point]
+            missing.discard(receipt.unit)
+            if not missing and receipt.point not in self._manifests:
+                planned = self._merges[receipt.point]
+                self._manifests[receipt.point] = self._gatherer.complete(planned, self._receipts)
+                self._watcher.point_done(receipt.point)
+
+    def result(self, units_found: int, bytes_read: int) -> RunResult:
+        """Completes the points that are the same merge as another; every point of the plan is in the result."""
+        for planned in self._plan.points:
+            if planned.same_as is not None:
+                original = self._manifests[planned.same_as]
+                self._manifests[planned.name] = self._gatherer.complete_twin(planned, original)
+                self._watcher.point_done(planned.name)
+        return RunResult(
+            url=self._plan.run_url,
+            manifests={planned.name: self._manifests[planned.name] for planned in self._plan.points},
+            units_merged=len(self._receipts) - units_found,
+            units_found=units_found,
+            bytes_read=bytes_read,
+            nonfinite=tuple(sorted({name for receipt in self._receipts.values() for name in receipt.nonfinite})),
+        )

@@ -1,0 +1,126 @@
+"""From receipts to a checkpoint that the Hugging Face libraries load: index, config, tokenizer, card, manifest last.
+
+No tensor passes here: the shards lie where they belong already.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Mapping
+from functools import lru_cache
+from importlib.metadata import version
+
+import yaml
+
+from jobs.errors import CorruptData, ObjectExists
+from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
+from jobs.tasks import Receipt
+from orchestrator.model_card import model_card
+from orchestrator.planning import Plan, PlannedPoint
+from workers.storage import Store, open_store
+
+VERSIONED = ("mergeyard", "torch", "numpy", "safetensors")
+
+
+class Gatherer:
+    """Completes points of one plan in the run's store."""
+
+    def __init__(self, plan: Plan, store: Store) -> None:
+        self._plan = plan
+        self._store = store
+        self._side_file = lru_cache(maxsize=64)(self._read_side_file)
+
+    def complete(self, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
+        """Writes what belongs beside the shards, then the manifest. Doing it twice does no harm."""
+        files = self._files(planned)
+        for name, data in files.items():
+            self._store.write(self._plan.places.file(planned.name, name), data)
+        manifest = self._manifest(planned, receipts, files)
+        self._publish(manifest)
+        return manifest
+
+    def complete_twin(self, planned: PlannedPoint, original: Manifest) -> Manifest:
+        """The manifest of a point that is the same merge as an earlier one: it refers to that one's files."""
+        manifest = Manifest(
+            point=planned.name,
+            digest=planned.digest,
+            weights=original.weights,
+            recipe=planned.point.recipe.document(),
+            parents=original.parents,
+            seed=original.seed,
+            numerics=original.numerics,
+            versions=original.versions,
+            files={},
+            tensors={},
+            same_as=planned.same_as,
+        )
+        self._publish(manifest)
+        return manifest
+
+    def _publish(self, manifest: Manifest) -> None:
+        key = self._plan.places.file(manifest.point, "manifest.json")
+        try:
+            self._store.write(key, manifest.to_json(), mode="create")
+        except ObjectExists:
+            earlier = Manifest.from_json(bytes(self._store.read(key)))
+            if earlier.weights != manifest.weights:
+                raise CorruptData(
+                    f"{self._store.url}/{key}: complete already, with other weights; run `mergeyard verify`"
+                ) from None
+
+    def _files(self, planned: PlannedPoint) -> dict[str, bytes]:
+        layout, parents = planned.layout, self._plan.parents
+        files = {"config.json": _json(layout.config)}
+        if layout.index is not None:
+            files["model.safetensors.index.json"] = _json(layout.index)
+        for name in parents[layout.donor].side_files:
+            if name == "generation_config.json":
+                files[name] = self._side_file(layout.donor, name)
+        for name in parents[layout.tokenizer_from].side_files:
+            if name != "generation_config.json":
+                files[name] = self._side_file(layout.tokenizer_from, name)
+        recipe = planned.point.recipe
+        if recipe.chat_template is not None:
+            files["chat_template.jinja"] = recipe.chat_template.encode()
+        files["mergekit_config.yml"] = yaml.safe_dump(recipe.document(), sort_keys=False).encode()
+        files["README.md"] = model_card(self._plan, planned).encode()
+        return files
+
+    def _read_side_file(self, parent: str, name: str) -> bytes:
+        checkpoint = self._plan.parents[parent]
+        info = checkpoint.side_files[name]
+        return bytes(open_store(checkpoint.url).read(name, etag=info.etag))
+
+    def _manifest(self, planned: PlannedPoint, receipts: Mapping[str, Receipt], files: Mapping[str, bytes]) -> Manifest:
+        digests: dict[str, str] = {}
+        shards: dict[str, FileEntry] = {}
+        tensors: dict[str, TensorEntry] = {}
+        for shard, unit in zip(planned.layout.shards, planned.units, strict=True):
+            receipt = receipts[unit]
+            digests.update(receipt.tensors)
+            shards[shard.name] = FileEntry(receipt.size)
+            for tensor in shard.tensors:
+                tensors[tensor.name] = TensorEntry(shard.name, tensor.dtype, tensor.shape, receipt.tensors[tensor.name])
+        side = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+        return Manifest(
+            point=planned.name,
+            digest=planned.digest,
+            weights=weights_digest(digests),
+            recipe=planned.point.recipe.document(),
+            parents={name: self._plan.parents[name].url for name in planned.layout.parents},
+            seed=self._plan.job.seed,
+            numerics=self._plan.job.numerics,
+            versions=_versions(),
+            files={**shards, **side},
+            tensors=tensors,
+        )
+
+
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
+
+
+def _json(value: object) -> bytes:
+    return (json.dumps(value, indent=2) + "\n").encode()

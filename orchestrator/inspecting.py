@@ -1,0 +1,178 @@
+"""Looking again: are the bytes what the manifest says, and what sets two checkpoints apart."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from jobs.errors import CorruptData, MergeyardError, ObjectMissing
+from jobs.manifest import Manifest, weights_digest
+from jobs.tasks import ParentTensor
+from workers.arithmetic import torch_dtype
+from workers.checkpoint import FLOATS, Checkpoint, open_checkpoint, read_header
+from workers.storage import Store, open_store
+
+CHUNK_BYTES = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One point looked at again; no problems means it is what its manifest says."""
+
+    point: str
+    problems: tuple[str, ...]
+
+
+def verify_points(url: str) -> list[Check]:
+    """Hashes every file of every point under `url` (a run, a point, or a merged folder) again."""
+    store = open_store(url)
+    keys = sorted(info.key for info in store.list() if info.key.split("/")[-1] == "manifest.json")
+    if not keys:
+        raise ObjectMissing(f"{url}: no manifest.json there; is the run complete? see `mergeyard status`")
+    return [_verify(store, key.removesuffix("manifest.json")) for key in keys]
+
+
+def _verify(store: Store, prefix: str) -> Check:
+    manifest = Manifest.from_json(bytes(store.read(f"{prefix}manifest.json")))
+    problems: list[str] = []
+    for name, entry in manifest.files.items():
+        try:
+            problems.extend(_file_problems(store, prefix, name, entry.size, entry.sha256, manifest))
+        except MergeyardError as error:
+            problems.append(str(error))
+    if manifest.same_as is None:
+        recorded = weights_digest({name: entry.sha256 for name, entry in manifest.tensors.items()})
+        if recorded != manifest.weights:
+            problems.append("manifest.json: its weights digest is not that of its tensors")
+    return Check(manifest.point, tuple(problems))
+
+
+def _file_problems(
+    store: Store, prefix: str, name: str, size: int, sha256: str | None, manifest: Manifest
+) -> Iterator[str]:
+    info = store.locate(prefix + name)
+    if info.size != size:
+        yield f"{name}: {info.size} bytes, {size} were written"
+        return
+    if sha256 is not None:
+        if hashlib.sha256(bytes(store.read(info.key))).hexdigest() != sha256:
+            yield f"{name}: changed since it was written"
+        return
+    found = {header.name: header for header in read_header(store, info)}
+    for tensor, entry in manifest.tensors.items():
+        if entry.file != name:
+            continue
+        if tensor not in found or (found[tensor].dtype, found[tensor].shape) != (entry.dtype, entry.shape):
+            yield f"{name}: tensor {tensor} is not the one that was written"
+        elif _digest(store, info.key, found[tensor].start, found[tensor].end) != entry.sha256:
+            yield f"{name}: tensor {tensor} changed since it was written"
+
+
+def _digest(store: Store, key: str, start: int, end: int) -> str:
+    digest = hashlib.sha256()
+    for position in range(start, end, CHUNK_BYTES):
+        digest.update(store.read(key, start=position, length=min(CHUNK_BYTES, end - position)))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One tensor of two checkpoints. `only_in` is set when just one has it, `shapes` when they cannot be compared.
+
+    `changed` counts elements whose values differ, `largest` is max |a − b|, `relative` is ‖a − b‖₂ / ‖a‖₂ and `cosine`
+    the cosine between the flattened tensors; all in float64.
+    """
+
+    tensor: str
+    elements: int
+    changed: int = 0
+    largest: float = 0.0
+    relative: float = 0.0
+    cosine: float = 1.0
+    only_in: str | None = None
+    shapes: str | None = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether the tensors are not the same."""
+        return self.changed > 0 or self.only_in is not None or self.shapes is not None
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        return asdict(self)
+
+
+def compare_checkpoints(a: str, b: str) -> list[Difference]:
+    """Every tensor of either checkpoint, in the order of their names."""
+    first, second = open_checkpoint(a, "A"), open_checkpoint(b, "B")
+    stores = {"A": open_store(first.url), "B": open_store(second.url)}
+    return [_compare(name, first, second, stores) for name in sorted(first.tensors.keys() | second.tensors.keys())]
+
+
+def _compare(name: str, first: Checkpoint, second: Checkpoint, stores: Mapping[str, Store]) -> Difference:
+    for owner, other in ((first, second), (second, first)):
+        if name not in other.tensors:
+            return Difference(name, math.prod(owner.shapes[name]), only_in=owner.name)
+    elements = math.prod(first.shapes[name])
+    if first.shapes[name] != second.shapes[name]:
+        return Difference(name, elements, shapes=f"{list(first.shapes[name])} and {list(second.shapes[name])}")
+    a_at, b_at = first.tensors[name], second.tensors[name]
+    if not {a_at.dtype, b_at.dtype} <= {*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL"}:
+        raise CorruptData(f"tensor {name}: {a_at.dtype} and {b_at.dtype} cannot be compared")
+    changed, largest, squares, dot, a_squares, b_squares = 0, 0.0, 0.0, 0.0, 0.0, 0.0
+    step = CHUNK_BYTES // 8
+    for start in range(0, elements, step):
+        stop = min(start + step, elements)
+        x = _values(stores["A"], first, a_at, start, stop)
+        y = _values(stores["B"], second, b_at, start, stop)
+        gap = x - y
+        changed += int(np.count_nonzero((x != y) & ~(np.isnan(x) & np.isnan(y))))
+        largest = max(largest, float(np.abs(gap).max()))
+        squares += float(gap @ gap)
+        dot += float(x @ y)
+        a_squares += float(x @ x)
+        b_squares += float(y @ y)
+    norms = math.sqrt(a_squares * b_squares)
+    return Difference(
+        name,
+        elements,
+        changed,
+        largest,
+        relative=math.sqrt(squares / a_squares) if a_squares else math.sqrt(squares),
+        cosine=dot / norms if norms else 1.0,
+    )
+
+
+def _values(store: Store, checkpoint: Checkpoint, at: ParentTensor, start: int, stop: int) -> Any:
+    dtype = torch_dtype(at.dtype)
+    width = dtype.itemsize
+    file = checkpoint.files[at.file]
+    data = bytearray(
+        store.read(file.key, start=at.start + start * width, length=(stop - start) * width, etag=file.etag)
+    )
+    return torch.frombuffer(data, dtype=dtype).double().numpy()
+
+
+def print_differences(differences: Sequence[Difference]) -> None:
+    """A table of the tensors that differ, and one line about the rest."""
+    different = [difference for difference in differences if difference.differs]
+    width = max((len(difference.tensor) for difference in different), default=6)
+    if different:
+        print(f"{'tensor':<{width}}  {'changed':>8}  {'max |a-b|':>10}  {'relative':>10}  {'cosine':>10}")
+    for difference in different:
+        if difference.only_in or difference.shapes:
+            note = f"only in {difference.only_in}" if difference.only_in else difference.shapes
+            print(f"{difference.tensor:<{width}}  {note}")
+            continue
+        share = difference.changed / difference.elements
+        print(
+            f"{difference.tensor:<{width}}  {share:>8.2%}  {difference.largest:>10.3g}"
+            f"  {difference.relative:>10.3g}  {difference.cosine:>10.6f}"
+        )
+    print(f"{len(different)} of {len(differences)} tensors differ")

@@ -1,0 +1,217 @@
+"""What a run remembers, all of it in object storage: whose it is, what is done, and who drives it now.
+
+A unit is done when its receipt is there and its shard has the receipt's size; a point is done when its manifest is
+there. Both are written once and never changed. Only the lease changes: it is moved by compare-and-swap, carries a
+nonce (so that no two versions have the same bytes) and an epoch that only rises.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from jobs.errors import BadInput, MergeyardError, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
+from jobs.tasks import Receipt
+from orchestrator.planning import Places
+from workers.storage import Store, open_store
+
+LEASE_SECONDS = 30.0
+HEARTBEAT_SECONDS = 10.0
+READS_AT_ONCE = 32
+
+
+class Ledger:
+    """The records of one run under its prefix."""
+
+    def __init__(self, run_url: str, places: Places) -> None:
+        self.store: Store = open_store(run_url)
+        self._places = places
+
+    def claim(self, job_text: str, plan: Mapping[str, Any]) -> None:
+        """Writes job.yaml and plan.json, or finds that they were written by this very job; else `BadInput`.
+
+        A run whose parents have changed since is refused too: its points would not be comparable.
+        """
+        try:
+            self.store.write(self._places.record("plan.json"), _json(plan), mode="create")
+        except ObjectExists:
+            earlier = json.loads(bytes(self.store.read(self._places.record("plan.json"))))
+            if earlier.get("digest") != plan["digest"]:
+                raise BadInput(
+                    f"{self.store.url}: this run belongs to another job, {_difference(earlier, plan)};"
+                    " give the job another name, or remove that run"
+                ) from None
+        self.store.write(self._places.record("job.yaml"), job_text.encode())
+
+    def trusted(self, units: Mapping[str, str]) -> dict[str, Receipt]:
+        """The receipts of those of these units (unit to shard key) whose shard lies there whole, by unit.
+
+        A receipt without its shard is removed: the unit will be merged again.
+        """
+        prefix = self._places.record("receipts/")
+        listed = {info.key.rsplit("/", 1)[1].removesuffix(".json") for info in self.store.list(prefix)}
+        sizes = {info.key: info.size for info in self.store.list()} if listed else {}
+        with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
+            receipts = list(pool.map(self._receipt, [unit for unit in units if unit in listed]))
+        for receipt in receipts:
+            if sizes.get(receipt.key) != receipt.size:
+                self.store.delete(self._places.receipt(receipt.unit))
+        return {receipt.unit: receipt for receipt in receipts if sizes.get(receipt.key) == receipt.size}
+
+    def _receipt(self, unit: str) -> Receipt:
+        return Receipt.from_json(bytes(self.store.read(self._places.receipt(unit))))
+
+    def forget(self) -> None:
+        """Removes the records of a finished run whose output stands by itself."""
+        for info in list(self.store.list(self._places.records)):
+            self.store.delete(info.key)
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode()
+
+
+def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What sets two plans apart, in a few words."""
+    for name, parent in now["parents"].items():
+        before = earlier["parents"].get(name)
+        if before is not None and before != parent:
+            return f"or its parent {name} has changed since"
+    before_points = {entry["name"] for entry in earlier["points"]}
+    points = {entry["name"] for entry in now["points"]}
+    if before_points != points:
+        return f"with {len(before_points)} points, {len(points - before_points)} of yours not among them"
+    return "whose points of the same names are other merges"
+
+
+class Lease:
+    """The right to drive a run, held while in the `with` block and renewed by a thread.
+
+    A second driver is refused with `RunBusy`. A dead driver's lease is taken over: at once if it ran on this machine,
+    else when its nonce has not changed for the length of a lease on our own clock, so clocks need not agree.
+    """
+
+    def __init__(
+        self, store: Store, key: str, *, seconds: float = LEASE_SECONDS, heartbeat: float = HEARTBEAT_SECONDS
+    ) -> None:
+        self._store = store
+        self._key = key
+        self._seconds = seconds
+        self._heartbeat = heartbeat
+        self._etag = ""
+        self._epoch = 0
+        self._stop = threading.Event()
+        self._lost = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+
+    def __enter__(self) -> Lease:
+        self._acquire()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if not self._lost.is_set():
+            try:
+                self._store.swap(self._key, self._body(released=True), etag=self._etag)
+            except StorageError:
+                return  # whoever finds it will wait for it to run out
+
+    @property
+    def epoch(self) -> int:
+        """How many drivers this run has had."""
+        return self._epoch
+
+    def check(self) -> None:
+        """`RunBusy` when another driver has taken over meanwhile."""
+        if self._lost.is_set():
+            raise RunBusy(f"{self._store.url}: another driver took this run over; this one stops")
+
+    def _acquire(self) -> None:
+        try:
+            self._epoch = 1
+            self._etag = self._store.write(self._key, self._body(), mode="create").etag
+            return
+        except ObjectExists:
+            pass
+        info = self._store.locate(self._key)
+        holder = json.loads(bytes(self._store.read(self._key, etag=info.etag)))
+        if not (holder["released"] or _dead_here(holder)):
+            info = self._wait_for_expiry(holder, info.etag)
+        self._epoch = holder["epoch"] + 1
+        try:
+            self._etag = self._store.swap(self._key, self._body(), etag=info.etag).etag
+        except ObjectChanged:
+            raise RunBusy(f"{self._store.url}: another driver was faster; follow it with `mergeyard status`") from None
+
+    def _wait_for_expiry(self, holder: Mapping[str, Any], etag: str) -> Any:
+        deadline = time.monotonic() + holder["seconds"]
+        while time.monotonic() < deadline:
+            time.sleep(min(1.0, holder["seconds"] / 10))
+            info = self._store.locate(self._key)
+            if info.etag != etag:
+                raise RunBusy(
+                    f"{self._store.url}: already driven by process {holder['process']} on {holder['host']};"
+                    " follow it with `mergeyard status`, or stop it first"
+                )
+        return self._store.locate(self._key)
+
+    def _renew(self) -> None:
+        last = time.monotonic()
+        while not self._stop.wait(self._heartbeat):
+            try:
+                self._etag = self._store.swap(self._key, self._body(), etag=self._etag).etag
+                last = time.monotonic()
+            except (ObjectChanged, ObjectMissing):
+                self._lost.set()
+                return
+            except MergeyardError:
+                if time.monotonic() - last > self._seconds:
+                    self._lost.set()
+                    return
+
+    def _body(self, *, released: bool = False) -> bytes:
+        return _json(
+            {
+                "epoch": self._epoch,
+                "host": socket.gethostname(),
+                "machine": _machine(),
+                "process": os.getpid(),
+                "process_started": _process_started(os.getpid()),
+                "seconds": self._seconds,
+                "nonce": secrets.token_hex(16),
+                "released": released,
+            }
+        )
+
+
+def _machine() -> str:
+    """Tells one boot of one machine from all others; a container counts as a machine of its own."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        return f"{socket.gethostname()}-{os.uname().release}"
+
+
+def _process_started(process: int) -> str | None:
+    """When a process of this machine started, in clock ticks since boot (proc(5)); None when there is none."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
+    except OSError:
+        return None
+
+
+def _dead_here(holder: Mapping[str, Any]) -> bool:
+    return holder["machine"] == _machine() and _process_started(holder["process"]) != holder["process_started"]

@@ -1,0 +1,504 @@
+"""From a job to everything that will be done, by reading headers alone; what cannot work is refused here."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import BadInput
+from jobs.grid import Point
+from jobs.job import Job
+from jobs.recipe import Filtered, Recipe
+from jobs.tasks import DTYPE_BITS, FORMAT, NUMERICS, MergeTask, ParentTensor, PointShard, Setting, TensorMerge, digest
+from orchestrator.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, fingerprint, merged_config
+from workers.checkpoint import DTYPE_NAMES, FLOATS, TORCH_NAMES, Checkpoint, layer_index, open_checkpoint
+from workers.merging import FIXED_BYTES
+from workers.methods import METHODS
+from workers.methods.settings import check_recipe, resolve
+from workers.methods.tile import TILE_ELEMENTS
+from workers.storage import open_store
+
+RANDOM_METHODS = ("dare_linear", "dare_ties")
+
+UPLOAD_BYTES = {"s3": 96 << 20, "gs": 96 << 20, "az": 96 << 20}
+"""What one upload in progress may hold in memory, by scheme; other stores hold about 1 MiB."""
+
+READ_RATE, WRITE_RATE = 1.0e9, 0.5e9
+"""Bytes a second that one worker is assumed to read and to write, for the estimate of time alone."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One output file: its name and its tensors in file order."""
+
+    name: str
+    tensors: tuple[TensorMerge, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is cut into shards; all points with the same parents and dtypes share one."""
+
+    shards: tuple[Shard, ...]
+    representatives: tuple[TensorMerge, ...]
+    positions: tuple[float, ...]
+    parents: tuple[str, ...]
+    config: Mapping[str, Any]
+    donor: str
+    tokenizer_from: str
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of one point."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def index(self) -> dict[str, Any] | None:
+        """model.safetensors.index.json, for more than one shard."""
+        if len(self.shards) == 1:
+            return None
+        return {
+            "metadata": {"total_size": self.bytes},
+            "weight_map": {
+                name: shard.name
+                for name, shard in sorted((tensor.name, shard) for shard in self.shards for tensor in shard.tensors)
+            },
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where things lie under a run's prefix: every point in a folder of its own, or the only point right there."""
+
+    points: str = "points/{point}/"
+    records: str = ""
+
+    def file(self, point: str, name: str) -> str:
+        """Key of one file of a point."""
+        return self.points.format(point=point) + name
+
+    def record(self, name: str) -> str:
+        """Key of one of the run's own files."""
+        return self.records + name
+
+    def receipt(self, unit: str) -> str:
+        """Key of a unit's receipt."""
+        return self.record(f"receipts/{unit[:2]}/{unit}.json")
+
+
+FLAT = Places(points="", records=".mergeyard/")
+"""For `mergeyard merge`: the output folder is the checkpoint; the records vanish when it is whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedPoint:
+    """A point with its settings, one a tensor class of its layout, and one unit key a shard.
+
+    `same_as` names the earlier point that is the same merge; such a point is not merged again.
+    """
+
+    point: Point
+    layout: Layout
+    settings: tuple[Setting, ...]
+    units: tuple[str, ...]
+    same_as: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The point's name."""
+        return self.point.name
+
+    @property
+    def digest(self) -> str:
+        """sha256 over everything that decides this point's weights."""
+        return digest(self.units)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a run will do. `tasks` turns it into work for a number of workers."""
+
+    job: Job
+    run_url: str
+    parents: Mapping[str, Checkpoint]
+    points: tuple[PlannedPoint, ...]
+    places: Places = Places()
+
+    @cached_property
+    def merges(self) -> tuple[PlannedPoint, ...]:
+        """The points that are merges of their own."""
+        return tuple(planned for planned in self.points if planned.same_as is None)
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 of what the run makes: the same job over the same parents has the same."""
+        return digest([[planned.name, planned.digest, planned.same_as] for planned in self.points])
+
+    @cached_property
+    def units(self) -> Mapping[str, str]:
+        """Every unit of the run, and the key of the shard it makes."""
+        return {
+            unit: self.places.file(planned.name, shard.name)
+            for planned in self.merges
+            for shard, unit in zip(planned.layout.shards, planned.units, strict=True)
+        }
+
+    @property
+    def bytes_to_write(self) -> int:
+        """Bytes of all shards of all points."""
+        return sum(planned.layout.bytes for planned in self.merges)
+
+    def tasks(self, done: Collection[str], workers: int) -> list[MergeTask]:
+        """The work that no receipt covers: big tasks first, every worker busy, parents re-read as little as may be.
+
+        How it is cut never changes a byte.
+        """
+        tasks: list[MergeTask] = []
+        for layout in dict.fromkeys(id(planned.layout) for planned in self.merges):
+            members = [planned for planned in self.merges if id(planned.layout) == layout]
+            for number, shard in enumerate(members[0].layout.shards):
+                pending = [planned for planned in members if planned.units[number] not in done]
+                groups = self._groups(len(pending), len(members[0].layout.shards), workers)
+                for group in range(groups):
+                    tasks.append(self._task(shard, number, pending[group::groups]))
+        return sorted(tasks, key=lambda task: -task.bytes_read * (1 + len(task.points)))
+
+    def _groups(self, pending: int, shards: int, workers: int) -> int:
+        """Into how many tasks a shard's pending points are cut."""
+        if pending == 0:
+            return 0
+        for_everyone = math.ceil(2 * workers / shards) if shards < workers else 1
+        return min(pending, max(math.ceil(pending / self.most_points_a_task), for_everyone))
+
+    def check_room(self) -> None:
+        """Refuses an output that the store has no room for."""
+        free = open_store(self.run_url).free_bytes()
+        if free is not None and free < self.bytes_to_write:
+            raise BadInput(
+                f"{self.run_url}: {self.bytes_to_write / 1e9:.2f} GB to write and {free / 1e9:.2f} GB free;"
+                " make room, or give another `output:`"
+            )
+
+    @property
+    def most_points_a_task(self) -> int:
+        """How many points fit into a worker's memory at once: each holds pieces and an upload."""
+        room = max(self.job.workers.memory_bytes - FIXED_BYTES, 256 << 20)
+        threads = max(1, int(self.job.workers.cpus))
+        scheme = self.run_url.split("://")[0] if "://" in self.run_url else ""
+        a_point = UPLOAD_BYTES.get(scheme, 2 << 20) + (threads + 2) * TILE_ELEMENTS * 4
+        return max(1, room // 2 // a_point)
+
+    def _task(self, shard: Shard, number: int, members: Sequence[PlannedPoint]) -> MergeTask:
+        points = tuple(
+            PointShard(
+                planned.name,
+                planned.units[number],
+                self.places.file(planned.name, shard.name),
+                self.places.receipt(planned.units[number]),
+                planned.settings,
+            )
+            for planned in members
+        )
+        used = {name for planned in members for setting in planned.settings for name in setting.parents}
+        return MergeTask(
+            run=self.run_url,
+            shard=shard.name,
+            tensors=tuple(
+                replace(tensor, sources={name: at for name, at in tensor.sources.items() if name in used})
+                for tensor in shard.tensors
+            ),
+            points=points,
+            parents={name: checkpoint.parent for name, checkpoint in self.parents.items() if name in used},
+            seed=self.job.seed,
+            numerics=self.job.numerics,
+            memory_bytes=self.job.workers.memory_bytes,
+            threads=max(1, int(self.job.workers.cpus)),
+        )
+
+    def document(self) -> dict[str, Any]:
+        """plan.json: what was pinned and what will be made."""
+        return {
+            "format": FORMAT,
+            "numerics_version": NUMERICS,
+            "digest": self.digest,
+            "job": self.job.name,
+            "seed": self.job.seed,
+            "numerics": self.job.numerics,
+            "parents": {
+                name: {
+                    "url": checkpoint.url,
+                    "files": {file.key: {"size": file.size, "etag": file.etag} for file in checkpoint.files},
+                }
+                for name, checkpoint in self.parents.items()
+            },
+            "points": [
+                {"name": planned.name, "digest": planned.digest, "same_as": planned.same_as} for planned in self.points
+            ],
+        }
+
+
+def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) -> Plan:
+    """Opens every parent's headers and plans every point.
+
+    `relative_to` is the folder that relative parent paths count from; `flat` puts the only point right into the
+    output. Raises `BadInput` for whatever cannot work.
+    """
+    parents = {
+        name: open_checkpoint(_locate(url, relative_to, job.place_of(f"parents.{name}")), name)
+        for name, url in job.parents.items()
+    }
+    output = open_store(job.output).url
+    if flat:
+        return Plan(job, output, parents, _plan_points(job, parents), FLAT)
+    return Plan(job, f"{output}/{job.name}", parents, _plan_points(job, parents))
+
+
+def _locate(url: str, relative_to: Path | None, place: str) -> str:
+    """A URL as it is, a path made absolute, and `org/name` that is no path as a repository of the hub."""
+    if "://" in url:
+        return url
+    path = Path(url).expanduser()
+    if relative_to is not None and not path.is_absolute():
+        path = relative_to / path
+    if path.is_dir():
+        return str(path.resolve())
+    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", url):
+        return f"hf://{url}"
+    raise BadInput(f"{place}: no folder {path}; give a path, or hf://, s3://, gs:// or az://")
+
+
+def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPoint, ...]:
+    layouts: dict[tuple[Any, ...], Layout] = {}
+    shard_digests: dict[tuple[int, int, frozenset[str]], str] = {}
+    first_of: dict[str, str] = {}
+    planned_points: list[PlannedPoint] = []
+    classes = _TensorClasses(job)
+    for point in job.points:
+        recipe = point.recipe
+        check_recipe(recipe)
+        key = (recipe.references(), recipe.base_model, recipe.dtype, recipe.out_dtype, recipe.tokenizer_source)
+        key = (*key, recipe.merge_method == "passthrough", METHODS[recipe.merge_method].base)
+        layout = layouts.get(key)
+        if layout is None:
+            layout = layouts[key] = _layout(job, recipe, parents, classes)
+        settings = tuple(
+            resolve(recipe, tensor.name, position, elements=tensor.elements, exact=job.numerics == "float32")
+            for tensor, position in zip(layout.representatives, layout.positions, strict=True)
+        )
+        used = frozenset(name for setting in settings for name in setting.parents)
+        random = any(setting.method in RANDOM_METHODS for setting in settings)
+        units: list[str] = []
+        for number, shard in enumerate(layout.shards):
+            shard_key = (id(layout), number, used)
+            if shard_key not in shard_digests:
+                shard_digests[shard_key] = _shard_digest(shard, used, parents)
+            bound = [settings[index].document() for index in sorted({tensor.setting for tensor in shard.tensors})]
+            units.append(
+                digest([FORMAT, NUMERICS, job.numerics, shard_digests[shard_key], bound, job.seed if random else None])
+            )
+        planned = PlannedPoint(point, layout, settings, tuple(units))
+        whole = digest([planned.digest, fingerprint(layout.config), layout.donor, layout.tokenizer_from])
+        same_as = first_of.setdefault(whole, point.name)
+        planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
+    return tuple(planned_points)
+
+
+def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:
+    """What a shard of these parents depends on beside the settings: which bytes of which versions go where."""
+    return digest(
+        [
+            [
+                [tensor.name, tensor.dtype, list(tensor.shape), tensor.arithmetic, tensor.setting],
+                {
+                    name: [parents[name].files[at.file].etag, parents[name].files[at.file].size, at.dtype, at.start]
+                    for name, at in tensor.sources.items()
+                    if name in used
+                },
+            ]
+            for tensor in shard.tensors
+        ]
+    )
+
+
+class _TensorClasses:
+    """Tensors that every recipe of the job treats alike: the same layer where there are gradients, the same filters."""
+
+    def __init__(self, job: Job) -> None:
+        self._filters: dict[str, None] = {}
+        self._gradients = False
+        seen: set[int] = set()
+        for point in job.points:
+            for parameters in (point.recipe.parameters, *(source.parameters for source in point.recipe.models)):
+                for setting in parameters.values():
+                    if isinstance(setting, tuple) and id(setting) not in seen:
+                        seen.add(id(setting))
+                        self._look(setting)
+
+    def _look(self, setting: tuple[Any, ...]) -> None:
+        for entry in setting:
+            if isinstance(entry, Filtered):
+                self._filters[entry.filter or "*"] = None
+                self._gradients = self._gradients or isinstance(entry.value, tuple)
+            else:
+                self._gradients = True
+
+    def of(self, tensor: str, layers: int) -> tuple[tuple[str, ...], float]:
+        """(the filters that match, the position that gradients use)."""
+        matching = tuple(name for name in self._filters if name in tensor)
+        return matching, _position(tensor, layers) if self._gradients else 0.0
+
+
+def _position(tensor: str, layers: int) -> float:
+    """Where a tensor's layer lies between the first (0) and the last (1), as mergekit's gradients count.
+
+    Embeddings, final norm and head count as 0; the only layer of a one-layer model as 1.
+    """
+    layer = layer_index(tensor)
+    if layer is None:
+        return 0.0
+    return layer / (layers - 1) if layers > 1 else 1.0
+
+
+def _layout(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes: _TensorClasses) -> Layout:
+    members = [parents[name] for name in recipe.references()]
+    donor_name = recipe.base_model or recipe.models[0].model
+    context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
+    tokenizer_from = recipe.tokenizer_source
+    if tokenizer_from in (None, "base"):
+        tokenizer_from = donor_name
+    check_parents(members, recipe.place, config_from=job.config_from, own_tokenizer=recipe.tokenizer_source is not None)
+    dtype = recipe.out_dtype or recipe.dtype
+    drops_head = job.config_from is not None and bool(context_fields(context_from.config).get("tie_word_embeddings"))
+    tensors = [
+        tensor
+        for name in _tensor_names(members)
+        if (tensor := _tensor(name, members, recipe, dtype, job.numerics, drops_head=drops_head)) is not None
+    ]
+    if not tensors:
+        raise BadInput(f"{recipe.place}: the parents hold no tensors")
+    layers = members[0].layers
+    class_of: dict[tuple[Any, ...], int] = {}
+    numbered = [
+        replace(tensor, setting=class_of.setdefault(classes.of(tensor.name, layers), len(class_of)))
+        for tensor in tensors
+    ]
+    representatives = tuple(
+        min(
+            (tensor for tensor in numbered if tensor.setting == number),
+            key=lambda tensor: (tensor.dtype not in FLOATS, tensor.elements),
+        )
+        for number in range(len(class_of))
+    )
+    arithmetic_dtype = dtype or TORCH_NAMES[max(tensor.dtype for tensor in tensors if tensor.dtype in FLOATS)]
+    return Layout(
+        shards=_shards(numbered, job.shard_bytes),
+        representatives=representatives,
+        positions=tuple(_position(tensor.name, layers) for tensor in representatives),
+        parents=recipe.references(),
+        config=merged_config(parents[donor_name], context_from, arithmetic_dtype),
+        donor=donor_name,
+        tokenizer_from=tokenizer_from,
+    )
+
+
+def _parent_named(job: Job, key: str, name: str | None, parents: Mapping[str, Checkpoint]) -> Checkpoint | None:
+    if name is None:
+        return None
+    if name not in parents:
+        raise BadInput(f"{job.place_of(key)}: {key} names {name}, which is no parent; there are {', '.join(parents)}")
+    return parents[name]
+
+
+def _tensor_names(members: Sequence[Checkpoint]) -> list[str]:
+    """Every tensor of any parent, layers in their natural order."""
+
+    def natural(name: str) -> list[tuple[bool, int | str]]:
+        return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+
+    return sorted({name for member in members for name in member.tensors}, key=natural)
+
+
+def _tensor(
+    name: str, members: Sequence[Checkpoint], recipe: Recipe, dtype: str | None, numerics: str, *, drops_head: bool
+) -> TensorMerge | None:
+    """One output tensor, or None for a head that the chosen config ties to the embeddings."""
+    if name == HEAD and drops_head:
+        return None
+    sources: dict[str, ParentTensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for member in members:
+        stored = name if name in member.tensors else EMBEDDINGS if name == HEAD else name
+        if stored not in member.tensors:
+            holder = next(other.name for other in members if name in other.tensors)
+            raise BadInput(
+                f"{recipe.place}: tensor {name} is in {holder} but not in {member.name}; parents hold the same tensors"
+            )
+        sources[member.name], shapes[member.name] = member.tensors[stored], member.shapes[stored]
+    first = members[0].name
+    for other, shape in shapes.items():
+        if shape != shapes[first]:
+            raise BadInput(
+                f"{recipe.place}: tensor {name} is {list(shapes[first])} in {first} and {list(shape)} in {other};"
+                " only equal shapes can be merged"
+            )
+    output, arithmetic = _dtypes(name, sources, recipe, dtype, numerics)
+    return TensorMerge(name, output, shapes[first], sources, 0, arithmetic)
+
+
+def _dtypes(
+    name: str, sources: Mapping[str, ParentTensor], recipe: Recipe, dtype: str | None, numerics: str
+) -> tuple[str, str]:
+    """(stored dtype, arithmetic dtype) of one output tensor; float32 results are computed in float64."""
+    kinds = {source.dtype for source in sources.values()}
+    if not kinds <= set(FLOATS):
+        if len(kinds) > 1 or any(kind.startswith("F8") for kind in kinds):
+            raise BadInput(f"{recipe.place}: tensor {name} is stored as {' and '.join(sorted(kinds))}; give one dtype")
+        return next(iter(kinds)), next(iter(kinds))
+    base = recipe.base_model if METHODS[recipe.merge_method].base != "unused" else None
+    widest = "F64" if "F64" in kinds else "F32"
+    native = (
+        sources[base].dtype
+        if base is not None and base in sources
+        else next(iter(kinds))
+        if len(kinds) == 1
+        else widest
+    )
+    output = DTYPE_NAMES[dtype] if dtype else native
+    if numerics == "mergekit":
+        return output, DTYPE_NAMES[recipe.dtype] if recipe.dtype else native
+    return output, "F64" if output in ("F32", "F64") else "F32"
+
+
+def _shards(tensors: Sequence[TensorMerge], shard_bytes: int) -> tuple[Shard, ...]:
+    """Cuts the tensors into files of at most `shard_bytes` (a larger tensor has its own), wider dtypes first in each.
+
+    Names as transformers gives them.
+    """
+    cut: list[list[TensorMerge]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.bytes
+        if not cut or size > room:
+            cut.append([])
+            room = max(shard_bytes, size)
+        cut[-1].append(tensor)
+        room -= size
+    names = (
+        ["model.safetensors"]
+        if len(cut) == 1
+        else [f"model-{number:05d}-of-{len(cut):05d}.safetensors" for number in range(1, len(cut) + 1)]
+    )
+    return tuple(
+        Shard(name, tuple(sorted(part, key=lambda tensor: -DTYPE_BITS[tensor.dtype])))
+        for name, part in zip(names, cut, strict=True)
+    )

@@ -1,0 +1,192 @@
+"""Plans, results and the state of a run: first as plain facts (what `--json` prints), then as tables for a terminal."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.errors import ObjectMissing
+from orchestrator.driver import RunResult
+from orchestrator.ledger import Ledger
+from orchestrator.planning import READ_RATE, WRITE_RATE, Places, Plan
+from workers.merging import FIXED_BYTES
+from workers.storage import open_store
+
+MOST_LINES = 12
+"""Points that a terminal table names one by one."""
+
+
+def plan_facts(plan: Plan) -> dict[str, Any]:
+    """Everything `mergeyard plan` knows; bytes, seconds and counts as plain numbers."""
+    ledger = Ledger(plan.run_url, plan.places)
+    found = ledger.trusted(plan.units)
+    workers = plan.job.workers.count or 1
+    tasks = plan.tasks(found.keys(), workers)
+    read, written = sum(task.bytes_read for task in tasks), sum(task.bytes_written for task in tasks)
+    return {
+        "job": plan.job.name,
+        "run": plan.run_url,
+        "parents": {
+            name: {
+                "url": checkpoint.url,
+                "bytes": sum(file.size for file in checkpoint.files),
+                "tensors": len(checkpoint.tensors),
+            }
+            for name, checkpoint in plan.parents.items()
+        },
+        "points": [planned.name for planned in plan.points],
+        "same_merge": {planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
+        "shards_a_point": max(len(planned.layout.shards) for planned in plan.merges),
+        "units": len(plan.units),
+        "units_done": len(found),
+        "tasks": len(tasks),
+        "bytes_to_read": read,
+        "bytes_to_write": written,
+        "memory_a_worker": plan.job.workers.memory_bytes,
+        "buffers_a_worker": plan.job.workers.memory_bytes - FIXED_BYTES,
+        "seconds_with_one_worker": round(max(read / READ_RATE, written / WRITE_RATE), 1),
+    }
+
+
+def print_plan(facts: Mapping[str, Any]) -> None:
+    """The plan as a person reads it."""
+    rows = [
+        ("run", facts["run"]),
+        *(
+            (f"parent {name}", f"{parent['url']}  ({size(parent['bytes'])}, {parent['tensors']} tensors)")
+            for name, parent in facts["parents"].items()
+        ),
+        ("points", f"{len(facts['points'])}: {_some(facts['points'])}"),
+        ("shards", f"{facts['shards_a_point']} a point"),
+        ("done already", f"{facts['units_done']} of {facts['units']} shards"),
+        ("tasks", str(facts["tasks"])),
+        ("to read", size(facts["bytes_to_read"])),
+        ("to write", size(facts["bytes_to_write"])),
+        ("memory", f"{size(facts['memory_a_worker'])} a worker"),
+        (
+            "time",
+            f"about {_duration(facts['seconds_with_one_worker'])} with one worker that reads"
+            f" {READ_RATE / 1e9:g} GB/s and writes {WRITE_RATE / 1e9:g} GB/s",
+        ),
+    ]
+    for name, same_as in list(facts["same_merge"].items())[:MOST_LINES]:
+        rows.append(("same merge", f"{name} is {same_as}; merged once"))
+    print(f"{facts['job']}\n")
+    _print_rows(rows)
+
+
+def result_facts(result: RunResult) -> dict[str, Any]:
+    """What a finished run says."""
+    return {
+        "run": result.url,
+        "points": {
+            name: {"weights": manifest.weights, "same_as": manifest.same_as}
+            for name, manifest in result.manifests.items()
+        },
+        "units_merged": result.units_merged,
+        "units_found": result.units_found,
+        "bytes_read": result.bytes_read,
+        "nonfinite": list(result.nonfinite),
+    }
+
+
+def print_result(result: RunResult) -> None:
+    """The closing lines of `mergeyard run`."""
+    names = list(result.manifests)
+    width = max(len(name) for name in names[:MOST_LINES])
+    for name in names[:MOST_LINES]:
+        manifest = result.manifests[name]
+        same = f"  same merge as {manifest.same_as}" if manifest.same_as else ""
+        print(f"{name:<{width}}  {manifest.weights[:12]}{same}")
+    if len(names) > MOST_LINES:
+        print(f"… and {len(names) - MOST_LINES} more")
+    _warn_nonfinite(result)
+    merged = f"{result.units_merged} shards merged" + (
+        f", {result.units_found} found done" if result.units_found else ""
+    )
+    print(f"\n{len(names)} points in {result.url}/points  ({merged}, {size(result.bytes_read)} read)")
+
+
+def print_merge(result: RunResult) -> None:
+    """The closing line of `mergeyard merge`."""
+    _warn_nonfinite(result)
+    manifest = next(iter(result.manifests.values()))
+    print(f"{result.url}: {len(manifest.tensors)} tensors, weights {manifest.weights[:12]}")
+
+
+def _warn_nonfinite(result: RunResult) -> None:
+    if result.nonfinite:
+        print(f"warning: NaN or infinity in a parent's {_some(result.nonfinite)}")
+
+
+def status_facts(run_url: str) -> dict[str, Any]:
+    """How far a run is, from what lies under its prefix."""
+    store, places = open_store(run_url), Places()
+    try:
+        plan = json.loads(bytes(store.read(places.record("plan.json"))))
+    except ObjectMissing:
+        raise ObjectMissing(f"{run_url}: no run there; `mergeyard run` starts one") from None
+    sizes = {info.key: info.size for info in store.list("points/")}
+    done = {key.split("/")[1] for key in sizes if key.endswith("/manifest.json")}
+    points = [entry["name"] for entry in plan["points"]]
+    return {
+        "run": run_url,
+        "points": len(points),
+        "points_done": sum(1 for name in points if name in done),
+        "waiting": [name for name in points if name not in done],
+        "shards_done": sum(1 for _ in store.list("receipts/")),
+        "bytes": sum(sizes.values()),
+        "driver": _driver(run_url),
+    }
+
+
+def _driver(run_url: str) -> dict[str, Any] | None:
+    store = open_store(run_url)
+    try:
+        lease = json.loads(bytes(store.read(Places().record("lease.json"))))
+    except ObjectMissing:
+        return None
+    if lease["released"]:
+        return None
+    return {"host": lease["host"], "process": lease["process"], "epoch": lease["epoch"]}
+
+
+def print_status(facts: Mapping[str, Any]) -> None:
+    """The state of a run as a person reads it."""
+    driver = facts["driver"]
+    rows = [
+        ("run", facts["run"]),
+        ("points", f"{facts['points_done']} of {facts['points']} complete"),
+        ("shards", f"{facts['shards_done']} done, {size(facts['bytes'])}"),
+        ("driver", f"process {driver['process']} on {driver['host']}" if driver else "none"),
+    ]
+    if facts["waiting"]:
+        rows.append(("waiting", _some(facts["waiting"])))
+    _print_rows(rows)
+
+
+def size(count: float) -> str:
+    """Bytes as a person says them: 3.1 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    raise AssertionError("unreachable")
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return time.strftime("%H:%M h", time.gmtime(seconds)) if seconds >= 5400 else f"{round(seconds / 60)} min"
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" … {names[-1]}" if len(names) > 3 else "")
+
+
+def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")

@@ -1,0 +1,80 @@
+"""What a person sees while a run goes on: points, bytes, GB/s, time left. Silent where nobody looks."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from jobs.tasks import MergeTask
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from orchestrator.planning import Plan
+
+
+class Watcher:
+    """A bar of merged bytes and a count of finished points, on stderr; only there when `visible`."""
+
+    def __init__(self, *, visible: bool) -> None:
+        self._visible = visible
+        self._bars: Progress | None = None
+        self._merging: TaskID | None = None
+        self._lock = threading.Lock()
+        self._done = 0
+        self._points = 0
+
+    def __enter__(self) -> Watcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+    def begin(self, plan: Plan, tasks: Sequence[MergeTask]) -> None:
+        """The work is known."""
+        self._points = len(plan.points)
+        if not self._visible or not tasks:
+            return
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            DownloadColumn(),
+            TransferSpeedColumn(),
+            TimeRemainingColumn(compact=True),
+            console=Console(file=sys.stderr),
+            transient=True,
+        )
+        total = sum(task.bytes_written for task in tasks)
+        self._merging = self._bars.add_task(self._title(), total=total)
+        self._bars.start()
+
+    def moved(self, read: int, written: int) -> None:
+        """Bytes went in or out; called from any thread."""
+        if self._bars is not None and self._merging is not None and written:
+            self._bars.advance(self._merging, written)
+
+    def point_done(self, name: str) -> None:
+        """A point has its manifest."""
+        with self._lock:
+            self._done += 1
+        if self._bars is not None and self._merging is not None:
+            self._bars.update(self._merging, description=self._title())
+
+    def _title(self) -> str:
+        return f"merging {self._done}/{self._points} points"
