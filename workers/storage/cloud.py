@@ -12,7 +12,7 @@ import os
 import queue
 import re
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -35,6 +35,7 @@ from jobs.errors import (
     StorageUnavailable,
 )
 from workers.storage.keys import check_key, check_prefix, length_within
+from workers.storage.ranges import RANGE_BYTES, read_in_ranges
 from workers.storage.retrying import CONNECT_SECONDS, patience_seconds, patiently, stall_seconds
 from workers.storage.s3 import MIB, PARTS_IN_FLIGHT, MultipartUpload, S3Bucket
 from workers.storage.store import ObjectInfo, Upload
@@ -44,8 +45,6 @@ if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
     from obstore.store import ClientConfig, ObjectStore
 
-RANGE_BYTES = 16 * MIB
-RANGES_AT_ONCE = 16  # of the whole process
 LARGEST_SINGLE_PUT = 16 * MIB
 LIST_PAGE = 1000
 STREAMED_PART_BYTES = 32 * MIB  # GCS takes 10,000 parts: 312 GiB
@@ -125,16 +124,11 @@ class CloudStore:
         if target.nbytes == 0 or (target.nbytes > RANGE_BYTES and etag is None):
             _, etag = self._length(key, start, target.nbytes, etag)  # all ranges must be of one version
 
-        def fill(offset: int) -> None:
-            piece = target[offset : offset + RANGE_BYTES]
-            data = self._patiently(key, lambda: self._range(key, start + offset, piece.nbytes, etag))
-            piece[:] = numpy.frombuffer(memoryview(data), numpy.uint8)  # numpy copies outside the GIL
+        def fill(first: int, last: int) -> None:
+            data = self._patiently(key, lambda: self._range(key, start + first, last - first, etag))
+            target[first:last] = numpy.frombuffer(memoryview(data), numpy.uint8)  # numpy copies outside the GIL
 
-        offsets = range(0, target.nbytes, RANGE_BYTES)
-        if len(offsets) == 1:
-            fill(0)
-        else:
-            _all_or_none([_range_readers().submit(fill, offset) for offset in offsets])
+        read_in_ranges(target.nbytes, fill)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         wanted = self._prefix + check_prefix(prefix)
@@ -412,24 +406,8 @@ def _connected(scheme: str, name: str, environment: tuple[tuple[str, str], ...])
     return Bucket(scheme, name, objects, None)
 
 
-@functools.cache
-def _range_readers() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(RANGES_AT_ONCE, "mergeyard-read")
-
-
 def _options(etag: str | None) -> GetOptions:
     return {} if etag is None else {"if_match": etag}
-
-
-def _all_or_none(futures: list[Future[None]]) -> None:
-    """Wait for all; after a failure start no more, and return only when nobody writes to the buffer any longer."""
-    try:
-        for future in futures:
-            future.result()
-    finally:
-        for future in futures:
-            future.cancel()
-        wait(futures)
 
 
 def _view(array: Any) -> memoryview:

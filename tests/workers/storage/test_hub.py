@@ -1,0 +1,161 @@
+"""Reading from the hub: pinned to a commit, by ranges, with the token kept to the hub itself."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from jobs.errors import AccessDenied, BadInput, CorruptData, ObjectChanged, ObjectMissing, StorageUnavailable
+from tests.hub_server import COMMIT, HubServer, etag_of
+from workers.storage import ObjectInfo, open_store
+
+WEIGHTS = random.Random(5).randbytes(20 << 20)
+FILES = {
+    "config.json": b'{"model_type": "qwen2"}',
+    "model.safetensors": WEIGHTS,
+    "tokenizer.json": b"{}" * 2000,
+    "extra/notes.md": b"notes",
+    "empty.txt": b"",
+}
+OTHER_COMMIT = "beef" * 10
+
+
+@pytest.fixture(autouse=True)
+def published(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> HubServer:
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "3")
+    hub_server.publish("someone/cos", FILES)
+    return hub_server
+
+
+def test_a_range_costs_its_own_bytes_and_no_more(hub_server: HubServer) -> None:
+    store = open_store("hf://someone/cos@main")
+    etag = store.locate("model.safetensors").etag
+    assert bytes(store.read("model.safetensors", start=1000, length=5000, etag=etag)) == WEIGHTS[1000:6000]
+    content_requests = [request for request in hub_server.requests if request[0] == "cdn"]
+    assert len(content_requests) == 1
+    assert hub_server.served < 5000 + 200  # the 5,000 bytes and the answer that names the commit
+
+
+def test_a_long_read_is_whole_and_asks_the_hub_once(hub_server: HubServer) -> None:
+    store = open_store("hf://someone/cos")
+    buffer = bytearray(len(WEIGHTS) - 3)
+    store.read_into("model.safetensors", memoryview(buffer), start=3)
+    assert buffer == WEIGHTS[3:]
+    assert bytes(store.read("model.safetensors")) == WEIGHTS
+    assert sum("/resolve/" in path for _, _, path in hub_server.requests) == 1
+
+
+def test_small_and_empty_files_come_from_the_hub_itself() -> None:
+    store = open_store("hf://someone/cos")
+    assert bytes(store.read("config.json")) == FILES["config.json"]
+    assert bytes(store.read("config.json", start=2, length=10)) == FILES["config.json"][2:12]
+    assert bytes(store.read("empty.txt")) == b""
+
+
+def test_list_gives_every_file_with_the_size_and_etag_of_locate() -> None:
+    store = open_store("hf://someone/cos")
+    expected = {ObjectInfo(name, len(content), etag_of(content)) for name, content in FILES.items()}
+    assert set(store.list()) == expected
+    assert {store.locate(name) for name in FILES} == expected
+    assert [info.key for info in store.list("model")] == ["model.safetensors"]
+    assert [info.key for info in store.list("extra/")] == ["extra/notes.md"]
+    assert list(store.list("nowhere/")) == []
+
+
+def test_a_folder_of_a_repository_is_a_store() -> None:
+    store = open_store("hf://someone/cos@main/extra")
+    assert [info.key for info in store.list()] == ["notes.md"]
+    assert bytes(store.read("notes.md")) == b"notes"
+    assert store.pinned_url == f"hf://someone/cos@{COMMIT}/extra"
+
+
+def test_the_commit_is_pinned_on_first_use(hub_server: HubServer) -> None:
+    store = open_store("hf://someone/cos@main")
+    assert store.pinned_url == f"hf://someone/cos@{COMMIT}"
+    hub_server.publish("someone/cos", {"config.json": b"changed"}, commit=OTHER_COMMIT)
+    assert bytes(store.read("config.json")) == FILES["config.json"]
+    assert bytes(open_store(store.pinned_url).read("config.json")) == FILES["config.json"]
+    assert bytes(open_store("hf://someone/cos@main").read("config.json")) == b"changed"
+
+
+def test_a_pull_request_is_a_revision(hub_server: HubServer) -> None:
+    hub_server.publish("someone/cos", {"config.json": b"pr"}, branch="refs/pr/3", commit=OTHER_COMMIT)
+    for url in ("hf://someone/cos@refs/pr/3", "hf://someone/cos@refs%2Fpr%2F3"):
+        assert bytes(open_store(url).read("config.json")) == b"pr"
+
+
+def test_another_version_than_the_pinned_one_is_refused() -> None:
+    with pytest.raises(ObjectChanged, match=r"model\.safetensors is not the version"):
+        open_store("hf://someone/cos").read("model.safetensors", etag="0" * 64)
+
+
+def test_a_range_past_the_end_is_refused() -> None:
+    with pytest.raises(CorruptData, match="23 bytes"):
+        open_store("hf://someone/cos").read("config.json", start=20, length=4)
+
+
+def test_the_token_goes_to_the_hub_and_never_to_the_cdn(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_server.publish("someone/private", FILES).token = "hf_secret"
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    assert bytes(open_store("hf://someone/private").read("model.safetensors", length=100)) == WEIGHTS[:100]
+    assert bytes(open_store("hf://someone/private").read("config.json")) == FILES["config.json"]
+    assert hub_server.leaked_tokens == []
+
+
+@pytest.mark.parametrize("fault", ["busy", "truncate", "ignore_range"])
+def test_a_cdn_that_fails_is_asked_again(hub_server: HubServer, fault: str) -> None:
+    hub_server.cdn_faults = [fault, fault]
+    assert bytes(open_store("hf://someone/cos").read("model.safetensors", start=7, length=3000)) == WEIGHTS[7:3007]
+    assert hub_server.cdn_faults == []
+
+
+def test_an_expired_address_is_asked_for_again(hub_server: HubServer) -> None:
+    store = open_store("hf://someone/cos")
+    store.read("model.safetensors", length=10)
+    hub_server.signature += 1
+    assert bytes(store.read("model.safetensors", start=5, length=10)) == WEIGHTS[5:15]
+
+
+def test_a_gated_repository_names_its_terms(hub_server: HubServer) -> None:
+    gated = hub_server.publish("someone/gated", FILES)
+    gated.gated, gated.token = True, "hf_secret"
+    with pytest.raises(
+        AccessDenied, match=r"accept the terms at http://127.0.0.1:\d+/someone/gated and log in with `hf auth login`"
+    ):
+        open_store("hf://someone/gated").locate("config.json")
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ObjectMissing, match="hf://someone/absent: there is no such repository"):
+        list(open_store("hf://someone/absent").list())
+    with pytest.raises(ObjectMissing, match="there is no revision 'v9'"):
+        open_store("hf://someone/cos@v9").locate("config.json")
+    with pytest.raises(ObjectMissing, match=r"hf://someone/cos/absent\.json does not exist"):
+        open_store("hf://someone/cos").read("absent.json")
+
+
+def test_a_hub_that_is_down_ends_in_one_line(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "0.5")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(StorageUnavailable, match=r"hf://someone/cos: ConnectError \(tried"):
+        open_store("hf://someone/cos").locate("config.json")
+
+
+def test_nothing_is_written_to_the_hub() -> None:
+    store = open_store("hf://someone/cos")
+    for write in (
+        lambda: store.write("a", b""),
+        lambda: store.swap("a", b"", etag="x"),
+        lambda: store.upload("a"),
+        lambda: store.delete("a"),
+        store.sweep,
+    ):
+        with pytest.raises(BadInput, match="can only be read"):
+            write()
+
+
+@pytest.mark.parametrize("url", ["hf://", "hf:///name", "hf://name", "hf://a/b@", "hf://a/b@main/../c", "hf://a b/c"])
+def test_a_malformed_hub_url_is_refused(url: str) -> None:
+    with pytest.raises(BadInput):
+        open_store(url)

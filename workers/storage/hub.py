@@ -1,0 +1,256 @@
+"""A repository of the Hugging Face hub as a store to read from: one commit of it, by ranges, never whole files.
+
+Sizes and ETags come from the hub; bytes come from wherever it sends us. The hub counts requests to itself, so the place
+that it named is asked again directly for some minutes, without the token unless it is the hub.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn, TypeVar
+from urllib.parse import unquote, urlsplit
+
+from huggingface_hub import HfApi, errors, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import build_hf_headers, get_session
+from typing_extensions import Buffer
+
+from jobs.errors import (
+    AccessDenied,
+    BadInput,
+    MergeyardError,
+    ObjectChanged,
+    ObjectMissing,
+    StorageError,
+    StorageUnavailable,
+)
+from workers.storage.keys import check_key, check_prefix, length_within
+from workers.storage.ranges import RANGE_BYTES, read_in_ranges
+from workers.storage.retrying import patiently, stall_seconds
+from workers.storage.store import ObjectInfo, Upload
+
+DEFAULT_ENDPOINT = "https://huggingface.co"
+LOCATION_SECONDS = 300.0  # the hub's signed addresses live for an hour
+COMMIT = re.compile(r"[0-9a-f]{40}")
+REVISION = r"refs/(?:pr|convert)/[\w.-]+|[^/@]+"
+URL = re.compile(rf"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>{REVISION}))?(?:/(?P<folder>.+))?")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Located:
+    """A file of the commit and the address that the hub gave for its bytes, good until `expires`."""
+
+    info: ObjectInfo
+    address: str
+    expires: float
+
+
+class HubStore:
+    """The files of one model repository at one commit, which is looked up once, on first use."""
+
+    def __init__(self, url: str) -> None:
+        parts = URL.fullmatch(url.rstrip("/"))
+        if parts is None:
+            raise BadInput(f"{url}: a hub URL has the form hf://organisation/name@revision")
+        self._url = url.rstrip("/")
+        self._repository: str = parts["repository"]
+        self._revision = unquote(parts["revision"] or "main")
+        self._folder = f"{check_key(parts['folder'])}/" if parts["folder"] else ""
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+        self._lock = threading.Lock()
+        self._commit = self._revision if COMMIT.fullmatch(self._revision) else ""
+        self._located: dict[str, Located] = {}
+
+    @property
+    def url(self) -> str:
+        return self._url
+
+    @property
+    def pinned_url(self) -> str:
+        return f"hf://{self._repository}@{self._pinned()}/{self._folder}".rstrip("/")
+
+    def locate(self, key: str) -> ObjectInfo:
+        return self._locate(check_key(key)).info
+
+    def read(self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None) -> Buffer:
+        info = self.locate(key)
+        data = bytearray(length_within(self._place(key), info.size, start, length))
+        self.read_into(key, memoryview(data), start=start, etag=etag)
+        return data
+
+    def read_into(self, key: str, buffer: memoryview, *, start: int = 0, etag: str | None = None) -> None:
+        info = self.locate(key)
+        if etag is not None and etag != info.etag:
+            raise ObjectChanged(f"{self._place(key)} is not the version that was pinned; run again to pin this one")
+        target = buffer.cast("B")
+        length_within(self._place(key), info.size, start, target.nbytes)
+
+        def read_range(first: int, last: int) -> None:
+            self._patiently(key, lambda: self._fetch(key, target[first:last], start + first))
+
+        read_in_ranges(target.nbytes, read_range)
+
+    def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
+        wanted = self._folder + check_prefix(prefix)
+        files = self._patiently("", lambda: self._tree(wanted.rpartition("/")[0]))
+        for file in files:
+            if file.path.startswith(wanted):
+                etag = file.lfs.sha256 if file.lfs else file.blob_id
+                yield ObjectInfo(file.path.removeprefix(self._folder), file.size, etag)
+
+    def write(self, key: str, data: Buffer, *, mode: Literal["create", "overwrite"] = "overwrite") -> ObjectInfo:
+        self._refuse()
+
+    def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
+        self._refuse()
+
+    def upload(self, key: str) -> Upload:
+        self._refuse()
+
+    def delete(self, key: str) -> None:
+        self._refuse()
+
+    def sweep(self, prefix: str = "") -> int:
+        self._refuse()
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def _refuse(self) -> NoReturn:
+        raise BadInput(f"{self._url} can only be read; write to a folder or bucket, then use `mergeyard publish`")
+
+    def _place(self, key: str) -> str:
+        return f"{self._url}/{key}".rstrip("/")
+
+    def _pinned(self) -> str:
+        with self._lock:
+            if not self._commit:
+                api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
+                told = self._patiently(
+                    "", lambda: api.model_info(self._repository, revision=self._revision, timeout=stall_seconds())
+                )
+                if not told.sha:
+                    raise StorageError(f"{self._url}: the hub names no commit for this revision")
+                self._commit = told.sha
+            return self._commit
+
+    def _tree(self, folder: str) -> list[RepoFile]:
+        api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
+        tree = api.list_repo_tree(self._repository, folder or None, recursive=True, revision=self._pinned())
+        try:
+            return [entry for entry in tree if isinstance(entry, RepoFile)]
+        except errors.EntryNotFoundError:  # no such folder: nothing begins with this prefix
+            return []
+
+    def _locate(self, key: str) -> Located:
+        """The file, from the hub or as the hub told us a moment ago."""
+        with self._lock:
+            known = self._located.get(key)
+        if known is None or time.monotonic() > known.expires:
+            known = self._patiently(key, lambda: self._ask_where(key))
+            with self._lock:
+                self._located[key] = known
+        return known
+
+    def _ask_where(self, key: str) -> Located:
+        url = hf_hub_url(self._repository, self._folder + key, revision=self._pinned(), endpoint=self._endpoint)
+        told = get_hf_file_metadata(url, timeout=stall_seconds(), library_name="mergeyard", endpoint=self._endpoint)
+        if told.etag is None or told.size is None:
+            raise StorageError(f"{self._place(key)}: the hub gives no ETag or no size for this file")
+        return Located(ObjectInfo(key, told.size, told.etag), told.location, time.monotonic() + LOCATION_SECONDS)
+
+    def _fetch(self, key: str, target: memoryview, start: int) -> None:
+        """Fill `target` by one request."""
+        file = self._locate(key)
+        stop = start + target.nbytes
+        with get_session().stream(
+            "GET",
+            file.address,
+            headers={**self._headers(file.address), "Range": f"bytes={start}-{stop - 1}"},
+            timeout=stall_seconds(),
+            follow_redirects=True,
+        ) as answer:
+            skipped = self._checked_start(key, file, answer, start, stop)
+            filled = 0
+            for chunk in answer.iter_raw():
+                useful = memoryview(chunk)[skipped : skipped + target.nbytes - filled]
+                skipped -= min(skipped, len(chunk))
+                target[filled : filled + len(useful)] = useful
+                filled += len(useful)
+        if filled != target.nbytes:
+            raise StorageUnavailable(f"{self._place(key)}: {filled} of {target.nbytes} bytes came")
+
+    def _headers(self, address: str) -> dict[str, str]:
+        token = None if _origin(address) == _origin(self._endpoint) else False  # False: the token stays with the hub
+        return {**build_hf_headers(token=token, library_name="mergeyard"), "Accept-Encoding": "identity"}
+
+    def _checked_start(self, key: str, file: Located, answer: Any, start: int, stop: int) -> int:
+        """How many bytes of the answer's body lie before `start`."""
+        if answer.status_code == 206:
+            span = f"bytes {start}-{stop - 1}/{file.info.size}"
+            if answer.headers.get("Content-Range") != span:
+                got = answer.headers.get("Content-Range")
+                raise StorageUnavailable(f"{self._place(key)}: {got!r} came where {span!r} was asked for")
+            return 0
+        if answer.status_code == 200 and file.info.size <= RANGE_BYTES:
+            return start  # the hub itself serves small files whole
+        if answer.status_code == 200:
+            raise StorageUnavailable(f"{self._place(key)}: the whole file came where a range was asked for")
+        with self._lock:
+            self._located.pop(key, None)  # a signed address that has run out: the hub will give another
+        raise StorageUnavailable(f"{self._place(key)}: {answer.status_code} from {urlsplit(file.address).hostname}")
+
+    def _patiently(self, key: str, request: Callable[[], Result]) -> Result:
+        def once() -> Result:
+            try:
+                return request()
+            except MergeyardError:
+                raise
+            except Exception as error:
+                raise self._translated(error, key) from None  # its text may hold a signed address
+
+        return patiently(once)
+
+    def _translated(self, error: Exception, key: str) -> MergeyardError:
+        place = self._place(key)
+        page = f"{self._endpoint}/{self._repository}"
+        match error:
+            case errors.GatedRepoError():
+                return AccessDenied(f"{self._url} is gated; accept the terms at {page} and log in with `hf auth login`")
+            case errors.RevisionNotFoundError():
+                return ObjectMissing(f"{self._url}: there is no revision {self._revision!r}; see {page}/refs")
+            case errors.RepositoryNotFoundError():
+                return ObjectMissing(
+                    f"{self._url}: there is no such repository, or it is private; check the name or run `hf auth login`"
+                )
+            case errors.EntryNotFoundError():
+                return ObjectMissing(f"{place} does not exist")
+            case errors.OfflineModeIsEnabled():
+                return BadInput(f"{place} cannot be read while HF_HUB_OFFLINE is set; unset it")
+            case errors.HFValidationError():
+                return BadInput(f"{self._url}: not a repository name; use hf://organisation/name@revision")
+            case errors.HfHubHTTPError():
+                return _from_status(place, error.response.status_code)
+            case _ if type(error).__module__.startswith("httpx"):
+                return StorageUnavailable(f"{place}: {type(error).__name__}")
+            case _:
+                return StorageError(f"{place}: {type(error).__name__}: {error}")
+
+
+def _from_status(place: str, status: int) -> MergeyardError:
+    if status in (401, 403):
+        return AccessDenied(f"{place}: access denied ({status}); log in with `hf auth login` or set HF_TOKEN")
+    if status in (408, 425, 429) or status >= 500:
+        return StorageUnavailable(f"{place}: the hub answers {status}")
+    return StorageError(f"{place}: the hub refused with {status}")
+
+
+def _origin(url: str) -> tuple[str, str, int | None]:
+    parts = urlsplit(url)
+    return parts.scheme, (parts.hostname or "").lower(), parts.port
