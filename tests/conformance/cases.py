@@ -585,6 +585,11 @@ def parsed(document: str, parents: Path) -> dict[str, Any]:
     return yaml.safe_load(document.replace("PARENTS", str(parents)))
 
 
+def parents_disagree(text: str) -> bool:
+    """Whether the case mixes tied and untied parents, so that it must be said whose config.json holds."""
+    return "PARENTS/untied/" in text and any(f"PARENTS/{tied}/" in text for tied in ("bf16", "sharded"))
+
+
 def in_float32(document: dict[str, Any]) -> dict[str, Any]:
     """The same merge computed by mergekit in float32 and cast when it is saved. A document without dtype keeps its
     parents' types: cases use that only where mergekit computes in float32 by itself."""

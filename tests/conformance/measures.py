@@ -43,13 +43,17 @@ def rounded(value: Array, dtype: torch.dtype) -> Array:
     return np.where(abs(result) > torch.finfo(dtype).max, np.copysign(np.inf, value), result)
 
 
+def noise(exact: Exact) -> Array:
+    """How far float32 arithmetic in any order may stray: one rounding for each operation, of all that was added up."""
+    return exact.operations * FLOAT32_STEP * exact.magnitude
+
+
 def explained(actual: torch.Tensor, exact: Exact) -> Array:
-    """True where `actual` is what some order of float32 arithmetic may give: between the exact value less the noise
-    and the exact value plus the noise, each rounded to actual's dtype (rounding is monotone). Noise: one float32
-    rounding for each operation, of everything that was added up."""
-    noise = exact.operations * FLOAT32_STEP * exact.magnitude
+    """True where `actual` is what some order of float32 arithmetic may give: between the exact value less the noise and
+    the exact value plus the noise, each rounded to actual's dtype (rounding is monotone)."""
+    low, high = (rounded(exact.value + side * noise(exact), actual.dtype) for side in (-1, 1))
     seen = actual.double().numpy()
-    return (rounded(exact.value - noise, actual.dtype) <= seen) & (seen <= rounded(exact.value + noise, actual.dtype))
+    return (low <= seen) & (seen <= high)
 
 
 def correctly_rounded(actual: torch.Tensor, value: Array) -> Array:
@@ -171,5 +175,5 @@ def _may_elect(
     terms = vectors.terms(kept, scales)
     if signs_exact:
         return elected_sign(terms) == sign
-    noise = 8 * FLOAT32_STEP * sum(abs(term) for term in terms)
-    return sum(terms) * sign >= -noise
+    slack = 8 * FLOAT32_STEP * sum(abs(term) for term in terms)
+    return sum(terms) * sign >= -slack

@@ -30,14 +30,14 @@ WITHOUT_DICE = {name: text for name, text in cases.CASES.items() if name not in 
 ONE_ROUNDING = {**cases.LINEAR, **cases.TASK_ARITHMETIC}
 
 
-def merge_ours(config_text: str, out: Path, numerics: str = "float32") -> int:
+def merge_ours(config_text: str, out: Path, numerics: str = "float32", *options: str) -> int:
     """The exit code of `mergeyard merge`."""
     from orchestrator.cli import main
 
     config = out.parent / f"{out.name}.yml"
     config.write_text(config_text)
     choice = [] if numerics == "float32" else ["--numerics", numerics]
-    return main(["merge", str(config), str(out), "--quiet", *choice])
+    return main(["merge", str(config), str(out), "--quiet", *choice, *options])
 
 
 def model_fields(folder: Path) -> dict[str, Any]:
@@ -56,7 +56,9 @@ def ours(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
     def merge(text: str, numerics: str = "float32") -> Path:
         if (text, numerics) not in folders:
             out = root / f"merge-{len(folders):03d}"
-            assert merge_ours(yaml.safe_dump(cases.parsed(text, parents), sort_keys=False), out, numerics) == 0
+            document = cases.parsed(text, parents)
+            options = ["--config-from", document["base_model"]] if cases.parents_disagree(text) else []
+            assert merge_ours(yaml.safe_dump(document, sort_keys=False), out, numerics, *options) == 0
             folders[text, numerics] = out
         return folders[text, numerics]
 
@@ -135,6 +137,25 @@ def test_the_output_folder_holds_what_mergekit_writes(name: str, ours: Ours, mer
     for file in names - {"config.json", "README.md", "mergekit_config.yml"}:
         if not file.endswith(".safetensors"):
             assert (folder / file).read_bytes() == (theirs / file).read_bytes(), file
+
+
+def test_a_sharded_output_has_the_same_tensors_and_an_index_of_the_same_form(
+    mergekit: Mapping[str, Answer], parents: Path, tmp_path: Path
+) -> None:
+    text = cases.CASES["linear-bf16"]
+    config = yaml.safe_dump(cases.parsed(text, parents), sort_keys=False)
+    assert merge_ours(config, tmp_path / "out", "float32", "--out-shard-size", "30000") == 0
+    index, theirs = (
+        json.loads((folder / "model.safetensors.index.json").read_text())
+        for folder in (tmp_path / "out", mergekit["sharded output"].folder)
+    )
+    assert index["weight_map"].keys() == theirs["weight_map"].keys()
+    assert index["metadata"]["total_size"] == theirs["metadata"]["total_size"]
+    written = sorted(path.name for path in (tmp_path / "out").glob("*.safetensors"))
+    assert written == sorted(set(index["weight_map"].values()))
+    assert written == [f"model-{i:05d}-of-{len(written):05d}.safetensors" for i in range(1, len(written) + 1)]
+    assert len(written) == len(set(theirs["weight_map"].values()))
+    assert_follows_formulas(tmp_path / "out", cases.parsed(text, parents))
 
 
 def test_mergekit_can_read_the_recipe_written_beside_the_merge(ours: Ours, parents: Path) -> None:
