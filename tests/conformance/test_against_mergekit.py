@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,11 @@ def ours(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
     """ours(text, numerics): the folder mergeyard wrote for a case's document, merged once a session."""
     root = tmp_path_factory.mktemp("ours")
     folders: dict[tuple[str, str], Path] = {}
+    numbers = count()
 
     def merge(text: str, numerics: str = "float32") -> Path:
         if (text, numerics) not in folders:
-            out = root / f"merge-{len(folders):03d}"
+            out = root / f"merge-{next(numbers):03d}"
             document = cases.parsed(text, parents)
             options = ["--config-from", document["base_model"]] if cases.parents_disagree(text) else []
             assert merge_ours(yaml.safe_dump(document, sort_keys=False), out, numerics, *options) == 0
