@@ -7,13 +7,19 @@ and one or two exact encodings settle it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput
+from workers.benchmarks.items import Item
 from workers.benchmarks.tokens import Tokenizer
+
+Group = TypeVar("Group")
 
 
 class TooShort(BadInput):
@@ -85,3 +91,26 @@ def running_total(
         if len(texts) < block:
             break
     return np.asarray(totals, dtype=np.int64)
+
+
+def build_groups(
+    task: str, length: int, groups: Iterable[Group], build: Callable[[Group], list[Item]], indices: Sequence[int]
+) -> list[Item]:
+    """The items with these indices out of all groups, which are built in threads: encoding needs no interpreter.
+
+    If some do not fit, `TooShort` names the smallest length at which all of them do.
+    """
+
+    def attempt(group: Group) -> list[Item] | TooShort:
+        try:
+            return build(group)
+        except TooShort as error:
+            return error
+
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as threads:
+        built = list(threads.map(attempt, groups))
+    too_short = [int(result.args[2]) for result in built if isinstance(result, TooShort)]
+    if too_short:
+        raise TooShort(task, length, max(too_short))
+    found = {item.index: item for result in built if not isinstance(result, TooShort) for item in result}
+    return [found[index] for index in indices]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import lzma
 import re
+import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import lru_cache
@@ -28,6 +29,9 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 # A sentence ends at . ! or ?, perhaps closed by a quote or bracket, before a space and something that may begin one.
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?= +[\"'“‘(\[]?[A-Z0-9])")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|Mr|Mrs|Ms|Dr|St|No|Fig|[A-Z]))\.$")
+
+
+_GROWING = threading.Lock()  # an essay is shared by the threads that build items
 
 
 class Haystack(Protocol):
@@ -124,13 +128,14 @@ class Essay:
 
     def forecast(self, tokenizer: Tokenizer, budget: int) -> NDArray[np.int64]:
         """Tokens of 0, 1, 2 … words, read off one encoding of each round of the text."""
-        measured = self._measured.setdefault(tokenizer.digest, [np.zeros(1, dtype=np.int64)])
-        while measured[-1][-1] <= budget:
-            text = self._round(len(measured) - 1)
-            ends = np.asarray([match.end() for match in re.finditer(r"\S+", text)], dtype=np.int64)
-            within = np.searchsorted(tokenizer.token_ends(text), ends, side="right")
-            measured.append(measured[-1][-1] + within)
-        return np.concatenate(measured)
+        with _GROWING:
+            measured = self._measured.setdefault(tokenizer.digest, [np.zeros(1, dtype=np.int64)])
+            while measured[-1][-1] <= budget:
+                text = self._round(len(measured) - 1)
+                ends = np.asarray([match.end() for match in re.finditer(r"\S+", text)], dtype=np.int64)
+                within = np.searchsorted(tokenizer.token_ends(text), ends, side="right")
+                measured.append(measured[-1][-1] + within)
+            return np.concatenate(measured)
 
     def hide(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
         """The first `units` words, each needle before sentence ⌊place · sentences⌋; place 1 is the end.
@@ -150,8 +155,9 @@ class Essay:
 
     def _end(self, units: int) -> tuple[int, int]:
         """Where the first `units` words end, in characters, and how many sentences begin before."""
-        while len(self._word_ends) < units:
-            self._round(len(self._rounds))
+        with _GROWING:
+            while len(self._word_ends) < units:
+                self._round(len(self._rounds))
         end = int(self._word_ends[units - 1]) if units else 0
         return end, bisect_left(self._sentence_starts, end)
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from jobs.errors import BadInput
-from workers.benchmarks.budget import TooShort
+from workers.benchmarks.budget import build_groups
 from workers.benchmarks.draws import Draw, words_digest
 from workers.benchmarks.haystacks import Essay, Noise, bundled_essay
 from workers.benchmarks.items import Item
@@ -50,38 +50,32 @@ def needle_items(
     task = Niah(haystack)
     groups = -(-len(depths) // questions)
     wanted = list(indices)
-    found: dict[int, Item] = {}
-    too_short: list[int] = []
-    for repeat, group in sorted({(index // len(depths), index % len(depths) % groups) for index in wanted}):
+
+    def build(cell: tuple[int, int]) -> list[Item]:
+        repeat, group = cell
         numbers = range(group, len(depths), groups)
-        identity = ("needle", seed, haystack, questions, repeat, group)
-        needles = draw_needles(task, len(numbers), Draw(*identity))
+        needles = draw_needles(task, len(numbers), Draw("needle", seed, haystack, questions, repeat, group))
         places = [depths[numbers[question]] for question in _question_of_key(needles.questions)]
         texts = needles.texts(task)
         text = Noise() if haystack == "noise" else essay or bundled_essay()
-        try:
-            items = pose(
-                tokenizer,
-                task,
-                needles,
-                context=lambda units, text=text, texts=texts, places=places: text.hide_nearest(units, texts, places),
-                forecast=lambda budget, text=text: text.forecast(tokenizer, budget),
-                benchmark="needle",
-                name="needle",
-                length=length,
-                haystack_id=f"needle-{haystack}-{seed}-{repeat}-{group}x{questions}",
-                indices=[repeat * len(depths) + number for number in numbers],
-                max_new_tokens=max_new_tokens,
-                frame=frame,
-                scorer=scorer,
-            )
-        except TooShort as error:
-            too_short.append(int(error.args[2]))
-        else:
-            found.update((item.index, item) for item in items)
-    if too_short:
-        raise TooShort("needle", length, max(too_short))
-    return [found[index] for index in wanted]
+        return pose(
+            tokenizer,
+            task,
+            needles,
+            context=lambda units: text.hide_nearest(units, texts, places),
+            forecast=lambda budget: text.forecast(tokenizer, budget),
+            benchmark="needle",
+            name="needle",
+            length=length,
+            haystack_id=f"needle-{haystack}-{seed}-{repeat}-{group}x{questions}",
+            indices=[repeat * len(depths) + number for number in numbers],
+            max_new_tokens=max_new_tokens,
+            frame=frame,
+            scorer=scorer,
+        )
+
+    cells = sorted({(index // len(depths), index % len(depths) % groups) for index in wanted})
+    return build_groups("needle", length, cells, build, wanted)
 
 
 def _question_of_key(questions: Sequence[Sequence[int]]) -> list[int]:

@@ -188,7 +188,8 @@ def pose(
     queries = [[needles.keys[key] for key in question] for question in needles.questions]
     endings = [(question + frame[1], prefix) for _, question, prefix in (phrases(task, query) for query in queries)]
     head = frame[0] + phrases(task, queries[0])[0]
-    longest = max(("".join(ending) for ending in endings), key=tokenizer.count)
+    tails = ["".join(ending) for ending in endings]
+    longest = tails[0] if len(tails) == 1 else max(tails, key=tokenizer.count)
 
     units, tokens = fill(
         tokenizer,
@@ -199,8 +200,8 @@ def pose(
         forecast,
     )
     prefix, counts = head + context(units), [tokens]
-    while len(endings) > 1:
-        counts = tokenizer.count_each([prefix + "".join(ending) for ending in endings])
+    while len(tails) > 1:
+        counts = tokenizer.count_each([prefix + tail for tail in tails])
         if max(counts) + max_new_tokens <= length:
             break
         if units == 0:

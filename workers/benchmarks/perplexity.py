@@ -6,6 +6,7 @@ window differs from a shorter one in the context alone.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -59,3 +60,39 @@ def windows(tokenizer: Tokenizer, text: str, lengths: Sequence[int], *, items: i
             tokens = np.concatenate([np.asarray(special, dtype=np.int32), ids[end - length + len(special) : end]])
             found.append(Window(index, length, tokens, blocks, f"perplexity-{end}"))
     return found
+
+
+def write_windows(found: Sequence[Window]) -> bytes:
+    """The windows as one Parquet file; the same windows give the same bytes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table(
+        {
+            "index": pa.array([window.index for window in found], pa.int64()),
+            "length": pa.array([window.length for window in found], pa.int64()),
+            "tokens": pa.array([window.tokens for window in found], pa.list_(pa.int32())),
+            "blocks": pa.array([window.blocks for window in found], pa.list_(pa.int8())),
+            "pair": pa.array([window.pair for window in found], pa.string()),
+        }
+    )
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd")
+    return sink.getvalue()
+
+
+def read_windows(data: bytes) -> list[Window]:
+    """The windows of one file of `write_windows`, in their order."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return [
+        Window(
+            row["index"],
+            row["length"],
+            np.asarray(row["tokens"], dtype=np.int32),
+            np.asarray(row["blocks"], dtype=np.int8),
+            row["pair"],
+        )
+        for row in pq.read_table(pa.BufferReader(data)).to_pylist()
+    ]

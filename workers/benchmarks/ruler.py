@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from workers.benchmarks.answering import Library, library_for, qa_item
-from workers.benchmarks.budget import TooShort
+from workers.benchmarks.budget import build_groups
 from workers.benchmarks.counting import cwe_item, fwe_item
 from workers.benchmarks.draws import words_digest
 from workers.benchmarks.haystacks import Essay, bundled_essay
@@ -87,16 +87,7 @@ def ruler_items(
         return [SINGLE[task](tokenizer, index=group, **common)]
 
     share = questions if task in NIAH else 1
-    found: dict[int, Item] = {}
-    too_short: list[int] = []
-    for group in sorted({index // share for index in wanted}):
-        try:
-            found.update((item.index, item) for item in build(group))
-        except TooShort as error:
-            too_short.append(int(error.args[2]))
-    if too_short:
-        raise TooShort(task, length, max(too_short))
-    return [found[index] for index in wanted]
+    return build_groups(task, length, sorted({index // share for index in wanted}), build, wanted)
 
 
 def ruler_spec(

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import tokenizers
 
 from jobs.errors import BadInput
 from workers.benchmarks.budget import TooShort, most_units
-from workers.benchmarks.haystacks import Essay
+from workers.benchmarks.haystacks import Essay, bundled_essay
 from workers.benchmarks.items import Item
 from workers.benchmarks.needle import needle_items
 from workers.benchmarks.ruler import TASKS, ruler_items
@@ -48,6 +49,29 @@ def test_long_prompts_fill_the_length_too(tokenizer: Tokenizer, task: str) -> No
 def test_a_million_tokens_end_as_well(tokenizer: Tokenizer) -> None:
     [item] = ruler_items(tokenizer, "niah_single_2", 1_048_576, indices=[0], seed=7)
     proven(tokenizer, item, 1_048_576, 64)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece() -> Tokenizer:
+    """A tokenizer of another family: blanks belong to words, the first word gets one, a mark begins the text."""
+    trained = tokenizers.Tokenizer(tokenizers.models.Unigram())
+    trained.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    trainer = tokenizers.trainers.UnigramTrainer(
+        vocab_size=600, special_tokens=["<s>", "<unk>"], unk_token="<unk>", show_progress=False
+    )
+    text = bundled_essay().hide(
+        8000, ["0 1 2 3 4 5 6 7 8 9 abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ"], [0]
+    )
+    trained.train_from_iterator([text], trainer)
+    trained.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return Tokenizer(trained.to_str().encode())
+
+
+@pytest.mark.parametrize("task", OFFLINE)
+def test_budget_holds_for_a_tokenizer_that_glues_blanks_to_words(sentencepiece: Tokenizer, task: str) -> None:
+    for item in ruler_items(sentencepiece, task, 8192, indices=range(2), seed=7):
+        proven(sentencepiece, item, 8192, 4 * UNIT.get(task, 48))
+        assert sentencepiece.encode(item.text)[0] == 0
 
 
 def test_what_does_not_fit_is_named_with_the_length_that_would() -> None:

@@ -1,0 +1,162 @@
+"""Times the building of RULER's niah_single_1 against lm-evaluation-harness, in one go and without a network.
+
+    python -m tests.benchmarks.build_items [--tokenizer FOLDER] [--length 1024] [--items 500] [--repeat 1] [--json]
+
+Each builder runs in a process of its own, from its imports to its items: word lists, tokenizer and all. lm-eval has
+its word list made at import, and always builds 500 items. Both encode every prompt whole at least once, so that at
+great lengths building comes near to what the tokenizer itself takes.
+
+Afterwards every prompt of lm-eval is written again by our templates, from the key, value and line that lm-eval drew;
+all must be equal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from workers.benchmarks.haystacks import Noise
+from workers.benchmarks.niah import Needles, pose
+from workers.benchmarks.ruler import NIAH
+from workers.benchmarks.tokens import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+PARENT = ROOT / "jobs" / "examples" / "parents" / "base"
+
+LM_EVAL = """
+import json, sys, time
+begin = time.perf_counter()
+from lm_eval.tasks.ruler.niah_utils import niah_single_1
+ready = time.perf_counter()
+rows = niah_single_1(tokenizer=sys.argv[1], max_seq_lengths=[int(sys.argv[2])])["test"].to_list()
+done = time.perf_counter()
+json.dump({"imports": ready - begin, "build": done - ready, "items": len(rows), "rows": rows}, open(sys.argv[4], "w"))
+"""
+OURS = """
+import json, sys, time
+begin = time.perf_counter()
+from workers.benchmarks.ruler import ruler_items
+from workers.benchmarks.tokens import Tokenizer
+ready = time.perf_counter()
+tokenizer = Tokenizer.from_folder(sys.argv[1])
+items = ruler_items(tokenizer, "niah_single_1", int(sys.argv[2]), indices=range(int(sys.argv[3])), seed=1)
+done = time.perf_counter()
+json.dump({"imports": ready - begin, "build": done - ready, "items": len(items)}, open(sys.argv[4], "w"))
+"""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One builder: seconds to import it, seconds to build, and items."""
+
+    builder: str
+    import_seconds: float
+    build_seconds: float
+    items: int
+
+    @property
+    def seconds_an_item(self) -> float:
+        """Imports and all."""
+        return (self.import_seconds + self.build_seconds) / self.items
+
+
+def run(script: str, arguments: argparse.Namespace, folder: Path) -> dict[str, object]:
+    """What the script left behind; network access is off, and nltk finds an (empty) folder where it would download."""
+    (folder / "nltk" / "tokenizers" / "punkt_tab").mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "hub"),
+        "NLTK_DATA": str(folder / "nltk"),
+        "TQDM_DISABLE": "1",
+    }
+    out = folder / "out.json"
+    subprocess.run(
+        [sys.executable, "-c", script, arguments.tokenizer, str(arguments.length), str(arguments.items), out],
+        check=True,
+        cwd=ROOT,
+        env=environment,
+        timeout=600,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    return json.loads(out.read_text())
+
+
+def rewritten(tokenizer: Tokenizer, row: dict[str, str]) -> str:
+    """The prompt that our templates make of what lm-eval drew."""
+    lines = row["input"].split("\n")
+    [at] = [number for number, line in enumerate(lines) if line.startswith("One of the special magic")]
+    found = re.fullmatch(r"One of the special magic numbers for (.+) is: (\d{7})\.", lines[at])
+    assert found is not None
+    task, needles = NIAH["niah_single_1"], Needles((found[1],), ((found[2],),), ((0,),))
+    units = len(lines) - 3  # without the first line, the needle and the question
+    place = (at - 1 + 0.5) / units
+    [item] = pose(
+        tokenizer,
+        task,
+        needles,
+        context=lambda _: Noise().hide(units, needles.texts(task), [place]),
+        forecast=lambda budget: Noise().forecast(tokenizer, budget)[:1],
+        benchmark="ruler",
+        name="niah_single_1",
+        length=int(row["max_length"]),
+        haystack_id="",
+        indices=[0],
+        max_new_tokens=0,
+        frame=("", ""),
+        scorer="all",
+    )
+    return item.text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", default=str(PARENT))
+    parser.add_argument("--length", type=int, default=1024)
+    parser.add_argument("--items", type=int, default=500)
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    measured: list[Measured] = []
+    rows: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(arguments.repeat):
+            for builder, script in (("lm-eval", LM_EVAL), ("mergeyard", OURS)):
+                result = run(script, arguments, Path(folder))
+                rows = result.get("rows", rows)
+                measured.append(Measured(builder, result["imports"], result["build"], result["items"]))
+    best = {
+        builder: min((row for row in measured if row.builder == builder), key=lambda row: row.build_seconds)
+        for builder in ("lm-eval", "mergeyard")
+    }
+    tokenizer = Tokenizer.from_folder(arguments.tokenizer)
+    equal = sum(rewritten(tokenizer, row) == f"{row['input']} {row['gen_prefix']}" for row in rows)
+    theirs, ours = best["lm-eval"], best["mergeyard"]
+    summary = {
+        "ratio": theirs.seconds_an_item / ours.seconds_an_item,
+        "ratio_without_imports": theirs.build_seconds / theirs.items / (ours.build_seconds / ours.items),
+        "equal_prompts": equal,
+        "compared_prompts": len(rows),
+    }
+    if arguments.json:
+        print(json.dumps({"rows": [asdict(row) for row in measured], **summary}))
+    else:
+        for row in measured:
+            print(
+                f"{row.builder:10} {row.items} items in {row.import_seconds + row.build_seconds:6.2f} s: "
+                f"{row.import_seconds:.2f} s of imports, {row.build_seconds:.2f} s of building"
+            )
+        print(f"{summary['ratio']:.1f} × faster, {summary['ratio_without_imports']:.1f} × without the imports")
+        print(f"{equal} of {len(rows)} prompts of lm-eval equal ours for the same draw")
+    sys.exit(equal != len(rows))
+
+
+if __name__ == "__main__":
+    main()
