@@ -8,6 +8,7 @@ noticed above, wherever a digest is known.
 from __future__ import annotations
 
 import functools
+import mmap
 import os
 import queue
 import re
@@ -114,7 +115,8 @@ class CloudStore:
         if length <= RANGE_BYTES:
             wanted = length
             return self._patiently(key, lambda: self._range(key, start, wanted, etag))
-        whole = _view(numpy.empty(length, numpy.uint8))  # unlike bytearray, not zeroed first
+        # not a bytearray, which would be zeroed first while every other thread waits
+        whole = memoryview(mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS))
         self.read_into(key, whole, start=start, etag=etag)
         return whole
 
@@ -408,7 +410,3 @@ def _connected(scheme: str, name: str, environment: tuple[tuple[str, str], ...])
 
 def _options(etag: str | None) -> GetOptions:
     return {} if etag is None else {"if_match": etag}
-
-
-def _view(array: Any) -> memoryview:
-    return memoryview(array)

@@ -70,7 +70,11 @@ class Store(Protocol):
         ...
 
     def read(self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None) -> Buffer:
-        """Exactly `length` bytes from `start` (to the end if None), all of the version named by `etag`."""
+        """Exactly `length` bytes from `start` (to the end if None), all of the version named by `etag`.
+
+        `CorruptData` if the object ends earlier. The answer is in fresh memory, which costs as much as the reading when
+        it is large: for that, `read_into` a buffer that is used again.
+        """
         ...
 
     def read_into(self, key: str, buffer: memoryview, *, start: int = 0, etag: str | None = None) -> None:
@@ -86,7 +90,11 @@ class Store(Protocol):
         ...
 
     def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
-        """Replace the object if it is still the version `etag`, else `ObjectChanged`: of many racers, one wins."""
+        """Replace the object if it is still the version `etag`, else `ObjectChanged`, as when it is gone.
+
+        Of many racers, one wins. Some stores' ETags tell the content: put a nonce into what is swapped, so that no
+        earlier version can come back.
+        """
         ...
 
     def upload(self, key: str) -> Upload:
@@ -98,7 +106,11 @@ class Store(Protocol):
         ...
 
     def sweep(self, prefix: str = "") -> int:
-        """Remove what dead uploads under `prefix` left (partial files, open multipart uploads); how many there were."""
+        """Remove what dead uploads under `prefix` left (partial files, open multipart uploads); how many there were.
+
+        A folder knows its living uploads and spares them. S3 does not: a living upload is ended too, and its `commit`
+        raises `StorageError`. On GCS and Azure unfinished uploads go by the bucket's own rules; the answer is 0.
+        """
         ...
 
     def free_bytes(self) -> int | None:
