@@ -1,12 +1,12 @@
 """Attention over a window of the cache, registered with transformers under `NAME`: sdpa without its detours.
 
 * A chunk that follows cached tokens needs a causal mask aligned to the lower right. PyTorch's flag is aligned to the
-  upper left, so transformers builds the mask, and a mask keeps a GPU off its flash kernel: 131,072 keys times a chunk of
-  4,096 would be half a gigabyte and several times slower.
+  upper left, so transformers builds the mask, and a mask keeps a GPU off its flash kernel (and is half a gigabyte for
+  131,072 keys and a chunk of 4,096).
 * For a masked step of few queries transformers repeats the keys and values for every query of a group; here the queries
   of a group are stacked instead, and the cache is read once.
 * On a CPU keys and values are kept in float32, whatever the model's dtype: for the one query of a decoding step
-  PyTorch's bf16 kernel takes 3 to 5 times as long, and for a prefill the two are alike (measured with heads of 32 to 128).
+  PyTorch's bf16 kernel takes 3 to 5 times as long, and for a prefill the two are alike (measured, heads of 32 to 128).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def attend(
 
 
 def _mask(*, local_size: int | None = None, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
-    """None on a GPU, where `attend` aligns the triangle itself; on a CPU one additive mask for all layers is cheaper."""
+    """None on a GPU, where `attend` aligns the triangle itself; on a CPU one mask for all layers is cheaper."""
     if local_size is None and torch.device(device).type == "cuda":
         return None
     visible = sdpa_mask(local_size=local_size, device=device, **kwargs)

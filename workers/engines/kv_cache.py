@@ -73,6 +73,7 @@ class KeyValueBuffer(Cache):
     def copy(self, source: tuple[int, int], target: tuple[int, int], length: int) -> None:
         """Copy `length` columns between two places (row, first column); they may overlap."""
         for layer in self.layers:
+            assert isinstance(layer, _Layer)
             for memory in (layer.keys, layer.values):
                 if memory is not None and length:
                     part = memory[source[0], :, source[1] : source[1] + length]

@@ -1,7 +1,7 @@
 """Which prompts are prefilled together: pure arithmetic on token ids, no model.
 
-Prompts that share a prefix become one *row*: a trunk prefilled once, and one *branch* a prompt. Rows are ordered so that
-neighbours share as many leading tokens as they can, because a row starts from the keys and values of the row before it.
+Prompts that share a prefix become one *row*: a trunk prefilled once, and one *branch* a prompt. Rows are ordered so
+that neighbours share as many leading tokens as they can: a row starts from the keys and values of the row before it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One trunk and its branches; the ids of prompt `members[j]` are `trunk` followed by `branches[j]` (never empty)."""
+    """One trunk and its branches: the ids of prompt `members[j]` are `trunk` and then `branches[j]` (never empty)."""
 
     members: tuple[int, ...]
     trunk: Ids

@@ -5,9 +5,9 @@ and values that the row before it left (`packing`); all questions about one hays
 once a step for all of them; decoding runs over all rows of a batch in memory set aside once (`kv_cache`), and only
 decoding computes logits.
 
-What it promises: the token ids are those of the whole prompt; a prompt never meets padding it can see; greedy ties aside
-(kernels of another shape round the last bit otherwise) an answer does not depend on its neighbours. The packing depends
-on the prompts alone, so two models asked the same prompts are compared under the same arithmetic.
+What it promises: the token ids are those of the whole prompt; no prompt sees padding; near ties aside (a kernel rounds
+the last bit by the shape it is given) an answer does not depend on its neighbours. The packing depends on the prompts
+alone, so two models asked the same prompts are compared under the same arithmetic.
 
 What it refuses: code from a checkpoint (`trust_remote_code`), recurrent and encoder-decoder models.
 """
@@ -24,14 +24,16 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from jobs.errors import BadInput, MergeyardError
 from workers.engines import attention
 from workers.engines.engine import Answer, Progress, Prompt, check_room, split_continuation
 from workers.engines.kv_cache import KeyValueBuffer, hidden
 from workers.engines.packing import Row, batches, columns, common_prefix, make_rows
+from workers.engines.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -60,7 +62,7 @@ class TransformersEngine:
     """A resident model; implements `Engine`. Open it with `from_folder` or `from_state`."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, version: str, limits: Limits) -> None:
-        self.model = model.eval().requires_grad_(False)
+        self.model: Any = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
         self.limits = limits
@@ -88,7 +90,7 @@ class TransformersEngine:
         if not (Path(folder) / "config.json").is_file():
             raise BadInput(f"{folder}: no config.json; give a folder that holds a checkpoint")
         config = _load_config(AutoConfig.from_pretrained, folder)
-        model = AutoModelForCausalLM.from_pretrained(
+        model: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             config=config,
             dtype=dtype or "auto",
@@ -111,7 +113,7 @@ class TransformersEngine:
         dtype: torch.dtype | None = None,
         limits: Limits | None = None,
     ) -> TransformersEngine:
-        """A model built from the content of config.json and a stream of named tensors; nothing is written or fetched."""
+        """A model from the content of config.json and a stream of named tensors; nothing is written or fetched."""
         settings = {key: value for key, value in config.items() if key != "auto_map"}
         if "model_type" not in settings:
             raise BadInput("config.json: no model_type; the architecture is not known without it")
@@ -252,7 +254,7 @@ class TransformersEngine:
         seconds = (time.perf_counter() - started) / len(outputs)
         return {
             member: Answer(
-                text=self.tokenizer.decode(output.tokens, skip_special_tokens=True),
+                text=str(self.tokenizer.decode(output.tokens, skip_special_tokens=True)),
                 tokens_in=output.tokens_in,
                 tokens_out=len(output.tokens),
                 seconds=seconds,
@@ -330,7 +332,7 @@ class TransformersEngine:
             self._forward(cache, ids[None, begin:end], asked, mask, keep=1)
 
     def _score_from(self, cache: KeyValueBuffer, ids: Ids, done: int) -> tuple[NDArray[np.float32], bool]:
-        """Log-likelihoods of `ids[done + 1:]` after a cache of `ids[:done]`, and whether each is the likeliest token."""
+        """Log-likelihoods of `ids[done + 1:]` after a cache of `ids[:done]`, and whether all are the likeliest."""
         step = max(1, min(self.limits.chunk, SCORE_BYTES // (8 * self.config.vocab_size)))
         scores: list[Tensor] = []
         greedy = True
@@ -410,11 +412,6 @@ class _Output:
             self.ended = len(self.tokens) >= self.limit
 
 
-def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a local folder; nothing is fetched and no code of the folder is run."""
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-
-
 def _layout(batch: Sequence[Row], start: int, width: int, end: int) -> tuple[Tensor, Tensor]:
     """For decoding: which columns each branch may see, bool [rows, width, end], and their positions [rows, end].
 
@@ -455,7 +452,7 @@ def _fill(places: Mapping[str, Tensor], filled: dict[int, str], name: str, tenso
 
 
 def _load_config(load: Callable[..., Any], *args: Any, **settings: Any) -> PreTrainedConfig:
-    """The config, or `BadInput` where the architecture is unknown, wants its own code or does not decode by attention."""
+    """The config; `BadInput` where it needs its own code or is no decoder made of attention layers."""
     try:
         config = load(*args, **settings)
     except (ValueError, KeyError) as error:
@@ -472,8 +469,9 @@ def _load_config(load: Callable[..., Any], *args: Any, **settings: Any) -> PreTr
 
 def _attention_for(config: PreTrainedConfig) -> str:
     """Our windowed attention where the architecture takes sdpa, else the architecture's own plain one."""
+    mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     try:
-        architecture = AutoModelForCausalLM._model_mapping[type(config)]  # pyright: ignore[reportPrivateUsage]  # the only map from config to class
+        architecture = mapping[type(config)]
     except KeyError as error:
         raise BadInput(f"config.json: {config.model_type} is not a causal language model; merge one that is") from error
     return attention.register() if architecture._supports_sdpa else "eager"

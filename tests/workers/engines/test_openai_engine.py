@@ -1,0 +1,153 @@
+"""The engine that asks a server.
+
+The server of these tests is thirty lines of stdlib around the real tiny model (`transformers serve` needs a web
+framework and cannot echo logprobs); it answers completions as OpenAI's API does and can be told to fail. The same
+engine meets a real vLLM server in `test_vllm_engine.py`.
+"""
+
+import json
+import socket
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.errors import AccessDenied, BadInput, WorkerLost
+from workers.engines.engine import Prompt
+from workers.engines.openai_engine import OpenAIEngine
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": "long", "max_model_len": self.server.engine.max_length}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((body, self.headers.get("Authorization")))
+        failure = self.server.failures.pop(0) if self.server.failures else None
+        if failure == "reset":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif failure:
+            self.reply(failure, {"error": {"message": "told to fail"}})
+        else:
+            with self.server.lock:
+                self.reply(200, self.complete(body))
+
+    def complete(self, body):
+        engine = self.server.engine
+        if body.get("echo") and self.server.echoes:
+            logits = engine.model(torch.tensor([body["prompt"]])).logits[0].log_softmax(-1)
+            chosen = [float(logits[i, token]) for i, token in enumerate(body["prompt"][1:])]
+            tops = [{"top": float(row.max())} for row in logits[:-1]]
+            logprobs = {"token_logprobs": [None, *chosen, 0.0], "top_logprobs": [None, *tops, {}]}
+            return {"choices": [{"text": "", "logprobs": logprobs}]}
+        if body.get("echo"):
+            return {"choices": [{"text": "", "logprobs": None}]}
+        (answer,) = engine.generate([Prompt("", body["prompt"], body["max_tokens"])])
+        usage = {"prompt_tokens": answer.tokens_in, "completion_tokens": answer.tokens_out}
+        return {"choices": [{"text": answer.text}], "usage": usage}
+
+    def reply(self, status, content):
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def server(engine):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.engine, server.failures, server.asked, server.echoes = engine, [], [], True
+    server.lock = threading.Lock()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def served(server, parents):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    served = OpenAIEngine(url, "long", parents / "long", concurrency=3, attempts=4, first_pause_seconds=0.01)
+    yield served
+    served.close()
+
+
+def test_answers_are_those_of_the_model_behind_the_server(served, engine, needle_prompt):
+    prompts = [needle_prompt("quiet-river", 4815162 + lines, lines) for lines in range(2, 8)]
+    counts = []
+    answers = served.generate(prompts, progress=counts.append)
+    expected = engine.generate(prompts)
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    assert [answer.tokens_in for answer in answers] == [answer.tokens_in for answer in expected]
+    assert counts == [1] * 6 and served.version == "long" and served.max_length == 4096
+
+
+def test_requests_are_greedy_and_bring_the_key(served, server, needle_prompt, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    served.generate([needle_prompt("quiet-river", 4815162, 2)])
+    body, authorization = server.asked[-1]
+    assert (body["model"], body["temperature"], body["max_tokens"]) == ("long", 0, 12)
+    assert authorization == "Bearer s3cret"
+
+
+def test_busy_and_broken_servers_are_asked_again(served, server, needle_prompt):
+    server.failures = [429, 503, "reset"]
+    assert served.generate([needle_prompt("quiet-river", 4815162, 2)])[0].text == " 4815162."
+    assert len(server.asked) == 4
+
+
+def test_a_server_that_keeps_failing_is_given_up_by_name(served, server, needle_prompt):
+    server.failures = [500] * 4
+    with pytest.raises(WorkerLost, match=r"/v1/completions failed 4 times, at last with status 500"):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+
+
+@pytest.mark.parametrize(("status", "error"), [(401, AccessDenied), (404, BadInput), (400, BadInput)])
+def test_a_refusal_is_not_repeated(served, server, needle_prompt, status, error):
+    server.failures = [status]
+    with pytest.raises(error, match="told to fail"):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+    assert len(server.asked) == 1
+
+
+def test_scores_come_from_the_echo(served, engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 4)
+    ids = engine.encode(prompt.whole)
+    np.testing.assert_allclose(served.score([ids])[0], engine.score([ids])[0], atol=1e-4)
+    for continuation in (" 4815162.", " 4815163."):
+        value, greedy = served.loglikelihood(prompt.whole, continuation)
+        expected, expected_greedy = engine.loglikelihood(prompt.whole, continuation)
+        assert value == pytest.approx(expected, abs=1e-3) and greedy is expected_greedy
+
+
+def test_a_server_without_echo_cannot_score_and_is_told_so(served, server):
+    server.echoes = False
+    with pytest.raises(BadInput, match="does not echo logprobs"):
+        served.score([[1, 2, 3]])
+
+
+def test_a_prompt_that_does_not_fit_never_leaves(served, server, needle_prompt):
+    with pytest.raises(BadInput, match="4096"):
+        served.generate([needle_prompt("quiet-river", 4815162, 200)])
+    assert server.asked == []
+
+
+def test_a_served_model_keeps_its_weights(served):
+    with pytest.raises(BadInput, match="serves long only"):
+        served.swap([], "other")
+
+
+def test_an_address_without_a_host_is_refused(parents):
+    with pytest.raises(BadInput, match="http://host:port/v1"):
+        OpenAIEngine("localhost:8000", "long", parents / "long")

@@ -1,0 +1,20 @@
+"""A checkpoint's own tokenizer, from its folder alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.errors import BadInput
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a local folder; nothing is fetched and no code of the folder is run."""
+    from transformers import AutoTokenizer
+
+    if not Path(folder).is_dir():
+        raise BadInput(f"{folder}: no such folder; give one that holds the model's tokenizer")
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
