@@ -10,7 +10,8 @@ PARENTS holds base, cos and fmt, as make_checkpoints.py writes them. Rows:
     linear           mergeyard merge of the same document
     mergekit-ties    density 0.5, weights 0.7 and 0.3, on base
     ties             mergeyard merge of the same document
-    grid             mergeyard run of 16 linear points, all written
+    grid             mergeyard run of 16 linear points, all written, on a Ray of its own
+    grid-in-process  the same without Ray
 
 For each: wall seconds; CPU seconds, user and system, of the process and its children; the highest sum of resident
 memory over the process tree, and of its anonymous part (what is not page cache), sampled every 50 ms; for linear, the
@@ -43,7 +44,7 @@ from tests.conformance.measures import correctly_rounded
 ROOT = Path(__file__).parents[2]
 MERGEKIT = ROOT / ".venv-mergekit" / "bin" / "mergekit-yaml"
 MERGEYARD = Path(sys.executable).with_name("mergeyard")
-ROWS = ("read-copy", "read-copy-fsync", "mergekit-linear", "linear", "mergekit-ties", "ties", "grid")
+ROWS = ("read-copy", "read-copy-fsync", "mergekit-linear", "linear", "mergekit-ties", "ties", "grid", "grid-in-process")
 DEFAULT_ROWS = "read-copy,read-copy-fsync,mergekit-linear,linear"
 WEIGHTS = {"cos": 0.7, "fmt": 0.3}
 GRID = [round(w / 15, 4) for w in range(16)]
@@ -179,9 +180,9 @@ def command_of(row: str, parents: Path, folder: Path) -> Sequence[str]:
         read, copied = (":".join(map(str, files(parents / who))) for who in ("cos", "fmt"))
         return [sys.executable, "-c", READ_AND_COPY, read, copied, str(folder), row.removeprefix("read-copy-")]
     config, merge = folder / "config.yaml", str(folder / "merge")
-    if row == "grid":
+    if row.startswith("grid"):
         config.write_text(yaml.safe_dump(grid_job(parents, folder), sort_keys=False))
-        return [str(MERGEYARD), "run", str(config)]
+        return [str(MERGEYARD), "run", str(config), "--quiet", *(["--in-process"] if row == "grid-in-process" else [])]
     config.write_text(yaml.safe_dump(document(row.removeprefix("mergekit-"), parents), sort_keys=False))
     if row.startswith("mergekit-"):
         return [str(MERGEKIT), str(config), merge, "--quiet"]
