@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy
 import obstore
+import obstore.exceptions
 from obstore.store import AzureStore, GCSStore
 from typing_extensions import Buffer
 
@@ -40,7 +41,7 @@ from workers.storage.ranges import RANGE_BYTES, read_in_ranges
 from workers.storage.retrying import CONNECT_SECONDS, patience_seconds, patiently, stall_seconds
 from workers.storage.s3 import MIB, PARTS_IN_FLIGHT, MultipartUpload, S3Bucket
 from workers.storage.store import ObjectInfo, Upload
-from workers.storage.translation import from_obstore, missing
+from workers.storage.translation import denied, from_obstore, missing
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
@@ -403,8 +404,8 @@ def _connected(scheme: str, name: str, environment: tuple[tuple[str, str], ...])
             objects = GCSStore(name, client_options=options, retry_config={"retry_timeout": patience})
         else:
             objects = AzureStore(name, client_options=options, retry_config={"retry_timeout": patience})
-    except Exception as error:
-        raise from_obstore(error, f"{scheme}://{name}") from None
+    except obstore.exceptions.BaseError:
+        raise denied(f"{scheme}://{name}", "account or credentials are not set") from None
     return Bucket(scheme, name, objects, None)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import BadInput
+from jobs.errors import AccessDenied, BadInput
 from workers.storage import open_store
 
 
@@ -56,3 +56,9 @@ def test_a_folder_is_opened_without_any_cloud_library() -> None:
     )
     told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=60)
     assert told.stdout.strip() == "[]"
+
+
+def test_azure_without_an_account_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(AccessDenied, match="set AZURE_STORAGE_ACCOUNT_NAME"):
+        open_store("az://container/run")
