@@ -39,5 +39,14 @@ def missing_facts(
         try:
             merge_tile(tile, setting, tensor.arithmetic, numerics)
         except NotYetKnown as question:
-            missing[question.reduction] = None
+            missing[_first_unknown(question.reduction, tile)] = None
     return [*missing]
+
+
+def _first_unknown(reduction: Reduction, tile: Tile) -> Reduction:
+    """The reduction, or whatever it has to know itself before it can look at its first tile."""
+    try:
+        reduction.of(tile)
+    except NotYetKnown as question:
+        return _first_unknown(question.reduction, tile)
+    return reduction

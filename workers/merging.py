@@ -40,6 +40,9 @@ FIXED_BYTES = 1 << 30
 LARGEST_SLAB = 16 << 20
 """The most that one read of one parent fetches: what object stores like to be asked for."""
 
+WIDEST_ELEMENT = 8
+"""Bytes of the widest dtype."""
+
 LARGEST_PIECE = 4 << 20
 """The most bytes of one point that are merged and written in one go."""
 
@@ -169,7 +172,7 @@ class _Merge:
         return any(self._missing(stretch.tensor, {}) for stretch in group[0])
 
     def _missing(self, tensor: TensorMerge, facts: Facts) -> list[Reduction]:
-        if tensor.dtype not in FLOATS:
+        if tensor.dtype not in FLOATS or tensor.elements == 0:
             return []
         settings = dict.fromkeys(point.settings[tensor.setting] for point in self.task.points)
         return missing_facts(tensor, settings, facts, seed=self.task.seed, numerics=self.task.numerics)
@@ -208,10 +211,13 @@ class _Merge:
     def _merge(self, slab: Slab, facts: Mapping[str, Facts]) -> None:
         """Cuts a slab into pieces and sends each on its way: merged by one thread, then written in order."""
         pieces = list(_pieces(slab.stretches, self.budget.piece))
+        if not pieces:
+            self.reader.release(slab)
         left = _Countdown(len(pieces), lambda: self.reader.release(slab))
         for piece in pieces:
             output = self.outputs.acquire()  # here, in order: a later piece must never hold what an earlier one needs
-            rows = output[: piece.bytes * len(self.writers)].view(len(self.writers), piece.bytes)
+            row_bytes = -(-piece.bytes // WIDEST_ELEMENT) * WIDEST_ELEMENT  # every row aligned for every dtype
+            rows = output[: row_bytes * len(self.writers)].view(len(self.writers), row_bytes)[:, : piece.bytes]
             merged = self.compute.submit(self._merge_piece, slab, piece, rows, facts, left)
             written = _Countdown(len(self.drains), lambda output=output: self.outputs.release(output))
             for lane, drain in enumerate(self.drains):

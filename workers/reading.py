@@ -130,9 +130,10 @@ class ParentReader:
         views: dict[int, Tensor] = {}
         files, store = self._parents[name].files, self._stores[name]
         for run in _runs(name, stretches):
-            store.read_into(
-                files[run.file].key, memory[run.at : run.at + run.size], start=run.start, etag=files[run.file].etag
-            )
+            if run.size:  # a bucket cannot be asked for an empty range
+                store.read_into(
+                    files[run.file].key, memory[run.at : run.at + run.size], start=run.start, etag=files[run.file].etag
+                )
             for index, at, size in run.parts:
                 dtype = torch_dtype(stretches[index].tensor.sources[name].dtype)
                 views[index] = buffer[at : at + size].view(dtype)
