@@ -29,6 +29,7 @@ DTYPE_NAMES: Mapping[str, str] = {"float64": "F64", "float32": "F32", "float16":
 
 LARGEST_HEADER = 100_000_000
 MOST_TENSORS = 2_000_000
+MOST_DIMENSIONS = 64
 _FIRST_READ = 128 << 10  # holds the whole header of nearly every shard, so that most cost one request
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
@@ -106,12 +107,12 @@ def open_checkpoint(url: str, name: str) -> Checkpoint:
     shapes: dict[str, tuple[int, ...]] = {}
     for number, (info, header) in enumerate(zip(shards, headers, strict=True)):
         for entry in header:
+            if entry.name in shapes:
+                raise CorruptData(f"{where}: tensor {entry.name} is in two files; keep one")
+            shapes[entry.name] = entry.shape
             if weight_map is not None and weight_map.get(entry.name) != info.key:
                 continue
-            if entry.name in tensors:
-                raise CorruptData(f"{where}: tensor {entry.name} is in two files; keep one")
             tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end)
-            shapes[entry.name] = entry.shape
     lost = sorted(set(weight_map or ()) - set(tensors))
     if lost:
         assert weight_map is not None
@@ -122,7 +123,7 @@ def open_checkpoint(url: str, name: str) -> Checkpoint:
         config=_config(store, listed, where),
         files=tuple(ParentFile(info.key, info.size, info.etag) for info in shards),
         tensors=tensors,
-        shapes=shapes,
+        shapes={name: shapes[name] for name in tensors},
         side_files={key: listed[key] for key in SIDE_FILES if key in listed},
     )
 
@@ -213,18 +214,27 @@ def parse_header(text: bytes, *, data_start: int, file_size: int, where: str) ->
 
 
 def _entry(name: str, value: Any, *, data_start: int, where: str) -> TensorHeader:
+    if not name.isprintable():
+        raise CorruptData(f"{where}: the tensor name {name[:80]!a} holds characters that no name has")
     match value:
-        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [int(start), int(end)], **rest} if not rest:
+        case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end], **rest} if not rest:
             pass
         case _:
             raise CorruptData(f"{where}: tensor {name} has no plain dtype, shape and data_offsets")
     if dtype not in DTYPE_BITS:
-        raise CorruptData(f"{where}: tensor {name} has the unknown dtype {dtype!r}")
-    if any(type(extent) is not int or extent < 0 for extent in shape):
-        raise CorruptData(f"{where}: tensor {name} has the impossible shape {shape}")
-    if not 0 <= start <= end or (end - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
+        raise CorruptData(f"{where}: tensor {name} has the unknown dtype {dtype[:80]!a}")
+    if len(shape) > MOST_DIMENSIONS or not all(_is_count(extent) for extent in shape):
+        raise CorruptData(f"{where}: tensor {name} has the impossible shape {str(shape)[:80]}")
+    if not (_is_count(start) and _is_count(end) and start <= end):
+        raise CorruptData(f"{where}: tensor {name} has impossible data_offsets")
+    if (end - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         raise CorruptData(f"{where}: tensor {name} of {dtype} {shape} cannot lie in bytes {start} to {end}")
     return TensorHeader(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _is_count(value: object) -> bool:
+    """Whether JSON gave a whole number of bytes or elements; `true` is a number to Python, and none here."""
+    return type(value) is int and 0 <= value < 1 << 63
 
 
 def _parse_json(text: bytes, where: str) -> dict[str, Any]:
@@ -238,7 +248,7 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{constant} is no JSON number")
 
     try:
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise CorruptData(f"{where}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
