@@ -49,12 +49,16 @@ NOT_IN_DIGEST = frozenset({"output", "workers", "text", "source", "places"})
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RulerSpec:
-    """RULER: `items` a task and length; `questions` of them share one haystack. No `tasks` is all thirteen."""
+    """RULER: `items` a task and length; `questions` of them share one haystack. No `tasks` is all thirteen.
+
+    `haystack` is a text file for the essay tasks, `documents` the data of `qa_1` (SQuAD) and `qa_2` (HotpotQA).
+    """
 
     lengths: tuple[int, ...]
     items: int = 500
     tasks: tuple[str, ...] = ()
     haystack: str | None = None
+    documents: Mapping[str, str] = field(default_factory=dict[str, str])
     questions: int = 1
     place: str = field(default="", compare=False)
 
@@ -279,15 +283,20 @@ def _evaluation(node: Node) -> Evaluation:
 
 
 def _ruler(node: Node) -> RulerSpec:
-    keys = node.mapping(("lengths", "items", "tasks", "haystack", "questions"), ("lengths",))
+    keys = node.mapping(("lengths", "items", "tasks", "haystack", "documents", "questions"), ("lengths",))
     return RulerSpec(
         lengths=_lengths(keys["lengths"]),
         items=_count(keys, "items", 500),
         tasks=_words(keys["tasks"]) if "tasks" in keys else (),
         haystack=keys["haystack"].string() if "haystack" in keys else None,
+        documents=_documents(keys["documents"]) if "documents" in keys else {},
         questions=_count(keys, "questions", 1),
         place=node.place,
     )
+
+
+def _documents(node: Node) -> dict[str, str]:
+    return {task: path.string() for task, path in node.mapping(("qa_1", "qa_2")).items()}
 
 
 def _needle(node: Node) -> NeedleSpec:

@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: MergeyardError) -> int:
-    print(f"mergeyard: {error}", file=sys.stderr)
+    print("mergeyard:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever a file's name or text holds
     return error.exit_code
 
 
@@ -61,12 +61,20 @@ def parser() -> argparse.ArgumentParser:
     _job(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    run = _verb(verbs, "run", "merge every point of a job; run it again to go on where it stopped")
+    run = _verb(verbs, "run", "merge, evaluate and keep the points of a job; run it again to go on where it stopped")
     _job(run)
-    run.add_argument("--address", help="an existing Ray cluster, as ray.init takes it; default: one started here")
-    run.add_argument("--in-process", action="store_true", help="without Ray: one worker, in this process")
-    run.add_argument("--json", action="store_true", help="print the result as JSON")
-    _quiet(run)
+    _where(run)
+
+    evaluate = _verb(verbs, "evaluate", "score a job's points, or any checkpoints, without writing one")
+    evaluate.add_argument("models", nargs="+", metavar="JOB.yaml|MODEL", help="a job file, or models by URL")
+    evaluate.add_argument("--output", metavar="URL", help="where the run lies; default: the job's, or runs")
+    evaluate.add_argument("--name", default="evaluation", help="of the run, for models; default: evaluation")
+    evaluate.add_argument(
+        "--lengths", type=_numbers, default=(4096,), metavar="N,N,…", help="RULER's, in tokens; default 4096"
+    )
+    evaluate.add_argument("--items", type=int, default=100, metavar="N", help="a task and length; default 100")
+    evaluate.add_argument("--tasks", type=_words, default=(), metavar="T,T,…", help="of RULER's; default all")
+    _where(evaluate)
 
     merge = _verb(verbs, "merge", "one mergekit document into one folder, in this process: mergekit-yaml CONFIG OUT")
     merge.add_argument("config", metavar="CONFIG", help="a mergekit document (YAML)")
@@ -107,6 +115,21 @@ def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
 def _job(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("job", metavar="JOB.yaml", help="the job file; `-` reads it from standard input")
     verb.add_argument("--output", metavar="URL", help="in place of the job's `output:`")
+
+
+def _where(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--address", help="an existing Ray cluster, as ray.init takes it; default: one started here")
+    verb.add_argument("--in-process", action="store_true", help="without Ray: one worker, in this process")
+    verb.add_argument("--json", action="store_true", help="print the result as JSON")
+    _quiet(verb)
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _quiet(verb: argparse.ArgumentParser) -> None:

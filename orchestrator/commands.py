@@ -6,13 +6,20 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput
 from jobs.job import Job, WorkerSpec, load_job, load_merge_document
 from jobs.loading import load_document
+
+if TYPE_CHECKING:
+    from jobs.evaluation import ModelSpec
+    from orchestrator.evaluation import EvaluationResult, Evaluators
+    from orchestrator.planning import Plan
+    from orchestrator.pool import Pool
+    from orchestrator.watching import Watcher
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -30,7 +37,7 @@ def plan(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """`mergeyard run JOB.yaml`."""
+    """`mergeyard run JOB.yaml`: merges, evaluates if the job says so, and keeps the points it says."""
     from orchestrator.driver import drive
     from orchestrator.planning import make_plan
     from orchestrator.summary import print_result, result_facts
@@ -38,25 +45,145 @@ def run(options: argparse.Namespace) -> int:
 
     job, folder = _read_job(options)
     plan = make_plan(job, relative_to=folder)
-    plan.check_room()
-    if options.in_process:
-        from orchestrator.pool import InProcessPool
-
-        pool = InProcessPool()
-    else:
-        from orchestrator.ray_pool import RayPool
-
-        pool = RayPool(job.workers, address=options.address)
-    try:
-        with Watcher(visible=_watched(options)) as watcher:
-            result = drive(plan, pool, watcher)
-    finally:
-        pool.close()
+    result = evaluated = None
+    with Workplace(job, options) as workplace, Watcher(visible=_watched(options)) as watcher:
+        if job.keep.kind == "all":
+            plan.check_room()
+            result = drive(plan, workplace.pool, watcher)
+        if job.evaluate is not None:
+            evaluated = _evaluated(plan, workplace, watcher)
+        if job.keep.kind == "best" and evaluated is not None:
+            best = [standing.point for standing in evaluated.standing[: job.keep.count]]
+            plan = plan.keeping(best)
+            plan.check_room()
+            result = drive(plan, workplace.pool, watcher)
+    facts = _tell_evaluation(plan, evaluated, quiet=options.quiet or options.json) if evaluated is not None else {}
     if options.json:
-        _print_json(result_facts(result))
-    elif not options.quiet:
+        _print_json((result_facts(result) if result is not None else {}) | facts)
+    elif result is not None and not options.quiet:
         print_result(result)
     return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    """`mergeyard evaluate JOB.yaml|MODEL…`: scores only; nothing is merged to disk."""
+    from orchestrator.planning import make_plan
+    from orchestrator.watching import Watcher
+
+    job, folder = _read_evaluation(options)
+    plan = make_plan(job, relative_to=folder)
+    with Workplace(job, options) as workplace, Watcher(visible=_watched(options)) as watcher:
+        evaluated = _evaluated(plan, workplace, watcher)
+    facts = _tell_evaluation(plan, evaluated, quiet=options.quiet or options.json)
+    if options.json:
+        _print_json(facts)
+    return 0
+
+
+class Workplace:
+    """Where a command's work is done: Ray, or this process. Started when first used, closed at the end."""
+
+    def __init__(self, job: Job, options: argparse.Namespace) -> None:
+        self._job, self._options = job, options
+        self._pool: Pool | None = None
+
+    def __enter__(self) -> Workplace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    @property
+    def pool(self) -> Pool:
+        """Where merge tasks run."""
+        if self._pool is None:
+            if self._options.in_process:
+                from orchestrator.pool import InProcessPool
+
+                self._pool = InProcessPool()
+            else:
+                from orchestrator.ray_pool import RayPool
+
+                self._pool = RayPool(self._job.workers, address=self._options.address)
+        return self._pool
+
+    def evaluators(self, model: ModelSpec) -> Evaluators:
+        """Where items are answered."""
+        if self._options.in_process:
+            from orchestrator.evaluators import InProcessEvaluators
+
+            return InProcessEvaluators(model)
+        from orchestrator.ray_evaluators import RayEvaluators
+        from orchestrator.ray_pool import RayPool
+
+        pool = self.pool
+        assert isinstance(pool, RayPool)
+        return RayEvaluators(model, pool)
+
+
+def _evaluated(plan: Plan, workplace: Workplace, watcher: Watcher) -> EvaluationResult:
+    from orchestrator.evaluation import evaluate as evaluate_points
+
+    return evaluate_points(plan, workplace.evaluators, watcher)
+
+
+def _tell_evaluation(plan: Plan, result: EvaluationResult, *, quiet: bool) -> dict[str, Any]:
+    """Writes results.parquet, prints the leaderboard, and returns both as facts."""
+    from orchestrator.leaderboard import leaderboard, print_leaderboard
+    from workers.scores import write_scores
+    from workers.storage import open_store
+
+    lines = leaderboard(result, plan.job.seed)
+    open_store(plan.run_url).write("report/results.parquet", write_scores(result.rows))
+    if not quiet:
+        print_leaderboard(lines, result)
+    return {
+        "run": plan.run_url,
+        "results": f"{plan.run_url}/report/results.parquet",
+        "leaderboard": [line.document() for line in lines],
+        "departures": [asdict(departure) for departure in result.departures],
+        "noise": None if result.noise is None else asdict(result.noise),
+        "cost_share": result.cost_share,
+    }
+
+
+def _read_evaluation(options: argparse.Namespace) -> tuple[Job, Path]:
+    """The job whose points are to be evaluated, or one made of the models that were named."""
+    if len(options.models) == 1 and options.models[0].endswith((".yaml", ".yml")):
+        options.job = options.models[0]
+        return _read_job(options)
+    lengths = ", ".join(str(length) for length in options.lengths)
+    tasks = f", tasks: [{', '.join(options.tasks)}]" if options.tasks else ""
+    names = _model_names(options.models)
+    text = "\n".join(
+        [
+            f"name: {options.name}",
+            "parents:",
+            *(f"  {name}: {json.dumps(url)}" for name, url in names.items()),
+            "recipe:",
+            "  merge_method: passthrough",
+            '  models: [{model: "${model}"}]',
+            "grid:",
+            f"  model: [{', '.join(names)}]",
+            'point: "{model}"',
+            f"evaluate: {{ruler: {{lengths: [{lengths}], items: {options.items}{tasks}}}}}",
+            "keep: none",
+            f"output: {json.dumps(options.output or 'runs')}",
+        ]
+    )
+    return load_job(text, "mergeyard evaluate"), Path.cwd()
+
+
+def _model_names(models: list[str]) -> dict[str, str]:
+    """A name for each model: the last part of its URL, numbered where two are alike."""
+    names: dict[str, str] = {}
+    for url in models:
+        name = url.rstrip("/").split("/")[-1].split("@")[0] or "model"
+        while name in names:
+            name += "-2"
+        names[name] = url
+    return names
 
 
 def merge(options: argparse.Namespace) -> int:

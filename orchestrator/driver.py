@@ -30,7 +30,7 @@ class RunResult:
 
 
 def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
-    """Merges every point of the plan and returns when each has its manifest; raises what no retry mended."""
+    """Merges every kept point of the plan and returns when each has its manifest; raises what no retry mended."""
     ledger = Ledger(plan.run_url, plan.places)
     with Lease(ledger.store, plan.places.record("lease.json")) as lease:
         ledger.claim(plan.job.text, plan.document())
@@ -54,8 +54,8 @@ class _Points:
         self._gatherer = Gatherer(plan, ledger.store)
         self._watcher = watcher
         self._receipts: dict[str, Receipt] = {}
-        self._missing = {planned.name: set(planned.units) for planned in plan.merges}
-        self._merges = {planned.name: planned for planned in plan.merges}
+        self._merges = {planned.name: planned for planned in plan.written if planned.same_as is None}
+        self._missing = {name: set(planned.units) for name, planned in self._merges.items()}
         self._manifests: dict[str, Manifest] = {}
 
     def record(self, receipts: Iterable[Receipt]) -> None:
@@ -71,14 +71,14 @@ class _Points:
 
     def result(self, units_found: int, bytes_read: int) -> RunResult:
         """Completes the points that are the same merge as another; every point of the plan is in the result."""
-        for planned in self._plan.points:
+        for planned in self._plan.written:
             if planned.same_as is not None:
                 original = self._manifests[planned.same_as]
                 self._manifests[planned.name] = self._gatherer.complete_twin(planned, original)
                 self._watcher.point_done(planned.name)
         return RunResult(
             url=self._plan.run_url,
-            manifests={planned.name: self._manifests[planned.name] for planned in self._plan.points},
+            manifests={planned.name: self._manifests[planned.name] for planned in self._plan.written},
             units_merged=len(self._receipts) - units_found,
             units_found=units_found,
             bytes_read=bytes_read,

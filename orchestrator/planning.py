@@ -133,6 +133,17 @@ class Plan:
     parents: Mapping[str, Checkpoint]
     points: tuple[PlannedPoint, ...]
     places: Places = Places()
+    kept: frozenset[str] | None = None
+
+    def keeping(self, names: Collection[str]) -> Plan:
+        """The same run, of which only these points are written; a twin is kept through the point it repeats."""
+        twins = {planned.name: planned.same_as or planned.name for planned in self.points}
+        return replace(self, kept=frozenset({*names, *(twins[name] for name in names)}))
+
+    @cached_property
+    def written(self) -> tuple[PlannedPoint, ...]:
+        """The points that get a manifest: all, or the kept ones."""
+        return tuple(planned for planned in self.points if self.kept is None or planned.name in self.kept)
 
     @cached_property
     def merges(self) -> tuple[PlannedPoint, ...]:
@@ -149,14 +160,15 @@ class Plan:
         """Every unit of the run, and the key of the shard it makes."""
         return {
             unit: self.places.file(planned.name, shard.name)
-            for planned in self.merges
+            for planned in self.written
+            if planned.same_as is None
             for shard, unit in zip(planned.layout.shards, planned.units, strict=True)
         }
 
     @property
     def bytes_to_write(self) -> int:
         """Bytes of all shards of all points."""
-        return sum(planned.layout.bytes for planned in self.merges)
+        return sum(planned.layout.bytes for planned in self.written if planned.same_as is None)
 
     def tasks(self, done: Collection[str], workers: int) -> list[MergeTask]:
         """The work that no receipt covers: big tasks first, every worker busy, parents re-read as little as may be.
@@ -164,8 +176,9 @@ class Plan:
         How it is cut never changes a byte.
         """
         tasks: list[MergeTask] = []
-        for layout in dict.fromkeys(id(planned.layout) for planned in self.merges):
-            members = [planned for planned in self.merges if id(planned.layout) == layout]
+        merges = [planned for planned in self.written if planned.same_as is None]
+        for layout in dict.fromkeys(id(planned.layout) for planned in merges):
+            members = [planned for planned in merges if id(planned.layout) == layout]
             for number, shard in enumerate(members[0].layout.shards):
                 pending = [planned for planned in members if planned.units[number] not in done]
                 groups = self._groups(len(pending), len(members[0].layout.shards), workers)
@@ -279,10 +292,10 @@ def _locate(url: str, relative_to: Path | None, place: str) -> str:
 
 def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPoint, ...]:
     layouts: dict[tuple[Any, ...], Layout] = {}
-    shard_digests: dict[tuple[int, int, frozenset[str]], str] = {}
     first_of: dict[str, str] = {}
     planned_points: list[PlannedPoint] = []
     classes = _TensorClasses(job)
+    units = _UnitKeys(job, parents)
     for point in job.points:
         recipe = point.recipe
         check_recipe(recipe)
@@ -295,22 +308,44 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
             resolve(recipe, tensor.name, position, elements=tensor.elements, exact=job.numerics == "float32")
             for tensor, position in zip(layout.representatives, layout.positions, strict=True)
         )
-        used = frozenset(name for setting in settings for name in setting.parents)
-        random = any(setting.method in RANDOM_METHODS for setting in settings)
-        units: list[str] = []
-        for number, shard in enumerate(layout.shards):
-            shard_key = (id(layout), number, used)
-            if shard_key not in shard_digests:
-                shard_digests[shard_key] = _shard_digest(shard, used, parents)
-            bound = [settings[index].document() for index in sorted({tensor.setting for tensor in shard.tensors})]
-            units.append(
-                digest([FORMAT, NUMERICS, job.numerics, shard_digests[shard_key], bound, job.seed if random else None])
-            )
-        planned = PlannedPoint(point, layout, settings, tuple(units))
+        planned = PlannedPoint(point, layout, settings, units.of(layout, settings))
         whole = digest([planned.digest, fingerprint(layout.config), layout.donor, layout.tokenizer_from])
         same_as = first_of.setdefault(whole, point.name)
         planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
     return tuple(planned_points)
+
+
+class _UnitKeys:
+    """Names the units of points: equal keys for equal bytes, however often they are planned."""
+
+    def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
+        self._job, self._parents = job, parents
+        self._shards: dict[tuple[int, int, frozenset[str]], str] = {}
+
+    def of(self, layout: Layout, settings: Sequence[Setting]) -> tuple[str, ...]:
+        """One key a shard of the layout."""
+        used = frozenset(name for setting in settings for name in setting.parents)
+        seed = self._job.seed if any(setting.method in RANDOM_METHODS for setting in settings) else None
+        keys: list[str] = []
+        for number, shard in enumerate(layout.shards):
+            place = (id(layout), number, used)
+            if place not in self._shards:
+                self._shards[place] = _shard_digest(shard, used, self._parents)
+            bound = [settings[index].document() for index in sorted({tensor.setting for tensor in shard.tensors})]
+            keys.append(digest([FORMAT, NUMERICS, self._job.numerics, self._shards[place], bound, seed]))
+        return tuple(keys)
+
+
+def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
+    """Each parent of a layout as the merge of itself alone: what the grid's points are compared with."""
+    units = _UnitKeys(plan.job, plan.parents)
+    recipe = plan.points[0].point.recipe
+    found: list[PlannedPoint] = []
+    for name in layout.parents:
+        itself = Setting("passthrough", (name,), None, (("scale", (1.0,)),))
+        settings = (itself,) * len(layout.representatives)
+        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, units.of(layout, settings)))
+    return found
 
 
 def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:

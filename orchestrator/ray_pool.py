@@ -45,11 +45,10 @@ class RayPool:
                 runtime_env={"py_modules": package_folders()},
             )
         gpus = spec.gpus if ray.cluster_resources().get("GPU", 0) else 0.0
-        self._device = "cuda" if gpus else "cpu"
+        self.device = "cuda" if gpus else "cpu"
+        self.resources: dict[str, float] = {"num_cpus": spec.cpus, "num_gpus": gpus, "memory": spec.memory_bytes}
         self._workers = _slots(spec, gpus)
-        self._merge = ray.remote(_merge).options(
-            num_cpus=spec.cpus, num_gpus=gpus, memory=spec.memory_bytes, max_retries=TRIES - 1
-        )
+        self._merge = ray.remote(_merge).options(**self.resources, max_retries=TRIES - 1)
         self._meter: Any = ray.remote(Meter).options(num_cpus=0).remote()
 
     @property
@@ -63,7 +62,7 @@ class RayPool:
         while waiting or running:
             while waiting and len(running) < TASKS_AHEAD * self._workers:
                 task, attempt = waiting.pop()
-                running[self._merge.remote(task, self._device, fingerprint(), self._meter)] = (task, attempt)
+                running[self._merge.remote(task, self.device, fingerprint(), self._meter)] = (task, attempt)
             finished, _ = ray.wait(list(running), num_returns=1, timeout=REPORT_SECONDS, fetch_local=False)
             reported = self._report(reported, progress)
             for reference in finished:
@@ -71,7 +70,7 @@ class RayPool:
                 try:
                     yield ray.get(reference)
                 except (RayError, MergeyardError) as failure:
-                    error = _translated(failure, task)
+                    error = translated(failure, task.name)
                     if not error.retry or attempt == TRIES:
                         raise error from failure
                     time.sleep(retry_pause(attempt))
@@ -106,11 +105,7 @@ def _merge(task: MergeTask, device: str, code: str, meter: Any) -> list[Receipt]
     """What runs on a node."""
     from workers.merging import merge_task
 
-    if fingerprint() != code:
-        raise BadInput(
-            f"node {ray.util.get_node_ip_address()} runs other mergeyard code than the driver;"
-            " install the same version there"
-        )
+    check_code(code)
     pending = [0, 0]
     last = time.monotonic()
 
@@ -127,6 +122,15 @@ def _merge(task: MergeTask, device: str, code: str, meter: Any) -> list[Receipt]
     receipts = merge_task(task, device=device, progress=progress)
     meter.add.remote(*pending)
     return receipts
+
+
+def check_code(expected: str) -> None:
+    """Refuses to work with a driver whose code is not this node's."""
+    if fingerprint() != expected:
+        raise BadInput(
+            f"node {ray.util.get_node_ip_address()} runs other mergeyard code than the driver;"
+            " install the same version there"
+        )
 
 
 def _slots(spec: WorkerSpec, gpus: float) -> int:
@@ -150,7 +154,7 @@ def _slots(spec: WorkerSpec, gpus: float) -> int:
     return min(slots, spec.count) if spec.count else slots
 
 
-def _translated(failure: BaseException, task: MergeTask) -> MergeyardError:
+def translated(failure: BaseException, what: str) -> MergeyardError:
     """Our own error if a worker raised one; else what became of the worker."""
     if isinstance(failure, MergeyardError):
         return failure
@@ -158,7 +162,7 @@ def _translated(failure: BaseException, task: MergeTask) -> MergeyardError:
         cause = failure.cause
         if isinstance(cause, MergeyardError):
             return cause
-        return MergeyardError(f"{task.name}: {type(cause).__name__}: {cause}")
+        return MergeyardError(f"{what}: {type(cause).__name__}: {cause}")
     if isinstance(failure, WorkerCrashedError):
-        return WorkerLost(f"{task.name}: its worker died {TRIES} times; look for a lack of memory, then run again")
-    return WorkerLost(f"{task.name}: {str(failure).splitlines()[0]}")
+        return WorkerLost(f"{what}: its worker died {TRIES} times; look for a lack of memory, then run again")
+    return WorkerLost(f"{what}: {str(failure).splitlines()[0]}")

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: points, bytes, GB/s, time left. Silent where nobody looks."""
+"""What a person sees while a run goes on: points, bytes, GB/s, items, time left. Silent where nobody looks."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from jobs.evaluation import EvaluationTask
 from jobs.tasks import MergeTask
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from orchestrator.planning import Plan
+    from orchestrator.racing import Departure
 
 
 class Watcher:
-    """A bar of merged bytes and a count of finished points, on stderr; only there when `visible`."""
+    """Bars on stderr: merged bytes and finished points, then answered tokens; only there when `visible`."""
 
     def __init__(self, *, visible: bool) -> None:
         self._visible = visible
@@ -26,6 +28,8 @@ class Watcher:
         self._lock = threading.Lock()
         self._done = 0
         self._points = 0
+        self._stages: Progress | None = None
+        self._stage: TaskID | None = None
 
     def __enter__(self) -> Watcher:
         return self
@@ -33,12 +37,13 @@ class Watcher:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bars is not None:
-            self._bars.stop()
+        for bars in (self._bars, self._stages):
+            if bars is not None:
+                bars.stop()
 
     def begin(self, plan: Plan, tasks: Sequence[MergeTask]) -> None:
         """The work is known."""
-        self._points = len(plan.points)
+        self._points = len(plan.written)
         if not self._visible or not tasks:
             return
         from rich.console import Console
@@ -75,6 +80,40 @@ class Watcher:
             self._done += 1
         if self._bars is not None and self._merging is not None:
             self._bars.update(self._merging, description=self._title())
+
+    # what an evaluation tells
+
+    def begin_stage(self, total_tokens: int, text: str) -> None:
+        """A stage of an evaluation begins: this many context tokens are to be answered."""
+        if not self._visible:
+            return
+        if self._stages is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._stages = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TextColumn("k tokens"),
+                TimeRemainingColumn(compact=True),
+                console=Console(file=sys.stderr),
+                transient=True,
+            )
+            self._stages.start()
+        if self._stage is not None:
+            self._stages.remove_task(self._stage)
+        self._stage = self._stages.add_task(text, total=total_tokens // 1000)
+
+    def answered(self, task: EvaluationTask) -> None:
+        """A block of items is answered."""
+        if self._stages is not None and self._stage is not None:
+            self._stages.advance(self._stage, task.tokens / 1000)
+
+    def departed(self, departure: Departure) -> None:
+        """A point left the race."""
+        if self._stages is not None:
+            self._stages.console.print(f"{departure.point} leaves: {departure.reason}", highlight=False)
 
     def _title(self) -> str:
         return f"merging {self._done}/{self._points} points"

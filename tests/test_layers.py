@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 STAIRCASE = ("jobs", "workers", "orchestrator")
 JOBS_MAY_IMPORT = {*sys.stdlib_module_names, "yaml", "jobs"}
 ROOMS = {
-    "ray": "orchestrator/ray_pool.py",
+    "ray": "orchestrator/ray_",  # ray_pool.py and ray_evaluators.py
     "boto3": "workers/storage/",
     "botocore": "workers/storage/",
     "obstore": "workers/storage/",

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import BadInput, ObjectExists, ObjectMissing
 from jobs.evaluation import ItemSet
 from jobs.job import Evaluation, NeedleSpec, PerplexitySpec, RulerSpec
 from workers.benchmarks.answering import Library, read_hotpotqa, read_squad
-from workers.benchmarks.haystacks import Essay, bundled_essay
+from workers.benchmarks.haystacks import Essay, bundled_essay, bundled_text
 from workers.benchmarks.items import items_digest, write_items
 from workers.benchmarks.needle import even_depths, needle_items, needle_spec
-from workers.benchmarks.perplexity import windows, write_windows
+from workers.benchmarks.perplexity import Window, windows, write_windows
 from workers.benchmarks.ruler import NIAH, QA, TASKS, ruler_items, ruler_spec
 from workers.benchmarks.tokens import Tokenizer
 from workers.storage import Store
@@ -55,10 +58,8 @@ def stored(planned: PlannedSet, store: Store) -> ItemSet:
     try:
         store.locate(key)
     except ObjectMissing:
-        try:
+        with suppress(ObjectExists):  # another driver built the same bytes
             store.write(key, planned.build(), mode="create")
-        except ObjectExists:
-            pass  # another driver built the same bytes
     return ItemSet(planned.benchmark, planned.task, planned.length, planned.count, planned.share, key)
 
 
@@ -115,23 +116,17 @@ def _ruler_set(
 def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, extra: int) -> list[PlannedSet]:
     depths = even_depths(spec.depths)
     count = spec.items * spec.depths + -(-extra // spec.depths) * spec.depths
-    essay = Essay(_text_file(spec.haystack, spec.place).decode()) if spec.haystack else bundled_essay()
-    described = needle_spec(depths=depths, items=count, questions=spec.questions, essay=essay)
+    asked: dict[str, Any] = {"depths": depths, "questions": spec.questions}
+    if spec.haystack == "noise":
+        asked["haystack"] = "noise"
+    elif spec.haystack:
+        asked["essay"] = Essay(_text_file(spec.haystack, spec.place).decode())
 
     def planned(length: int) -> PlannedSet:
         def build() -> bytes:
-            return write_items(
-                needle_items(
-                    tokenizer,
-                    length,
-                    depths=depths,
-                    indices=range(count),
-                    seed=seed,
-                    questions=spec.questions,
-                    essay=essay,
-                )
-            )
+            return write_items(needle_items(tokenizer, length, indices=range(count), seed=seed, **asked))
 
+        described = needle_spec(items=count, **asked)
         digest = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
         return PlannedSet("needle", "needle", length, count, digest, build, spec.depths)
 
@@ -140,18 +135,23 @@ def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, extra: int) -> li
 
 def _perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int) -> list[PlannedSet]:
     text = _text_file(spec.text, spec.place).decode() if spec.text else bundled_text()
+    described = {
+        "benchmark": "perplexity",
+        "blocks": spec.blocks,
+        "lengths": list(spec.lengths),
+        "text": Essay(text).digest,
+    }
+
+    @cache
+    def made() -> list[Window]:  # of all lengths together: windows of every length end at the same tokens
+        return windows(tokenizer, text, spec.lengths, items=spec.blocks)
 
     def planned(length: int) -> PlannedSet:
-        described = {"benchmark": "perplexity", "blocks": spec.blocks, "text": Essay(text).digest}
+        def build() -> bytes:
+            return write_windows([window for window in made() if window.length == length])
+
         digest = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
-        return PlannedSet(
-            "perplexity",
-            "perplexity",
-            length,
-            spec.blocks,
-            digest,
-            lambda: write_windows(windows(tokenizer, text, [length], items=spec.blocks)),
-        )
+        return PlannedSet("perplexity", "perplexity", length, spec.blocks, digest, build)
 
     return [planned(length) for length in spec.lengths]
 

@@ -194,6 +194,12 @@ def sentence_starts(text: str) -> list[int]:
 
 @lru_cache(maxsize=1)
 def bundled_essay() -> Essay:
+    """The bundled text as a haystack."""
+    return Essay(bundled_text(), place="bundled essay")
+
+
+@lru_cache(maxsize=1)
+def bundled_text() -> str:
     """The prose that ships with mergeyard: chapters of the Python language reference (PSF licence)."""
     data = (Path(__file__).parent / "data" / "python_reference.txt.xz").read_bytes()
-    return Essay(lzma.decompress(data).decode("utf-8"), place="bundled essay")
+    return lzma.decompress(data).decode("utf-8")

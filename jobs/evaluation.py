@@ -1,0 +1,95 @@
+"""What crosses the wire when points are evaluated: the model a worker keeps, a block of items, and the scores.
+
+A block is one point's answers to some items of one set. Its file of scores is written once and is its receipt: the
+blocks whose files are listed are done, in this run or in one that was killed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.tasks import Parent, Setting, TensorMerge
+
+
+@dataclass(frozen=True, slots=True)
+class ItemSet:
+    """The items of one benchmark task at one length, as they lie in the run's store.
+
+    `count` of them; `share` neighbours belong together (one haystack, or one round of depths) and are never parted.
+    """
+
+    benchmark: str
+    task: str
+    length: int
+    count: int
+    share: int
+    key: str
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What an evaluation worker needs to hold every point of a layout: parents' tensors, config, tokenizer files.
+
+    `tokenizer` is (URL, {file: ETag}); `engine` and `options` as the job file gives them.
+    """
+
+    run: str
+    tensors: tuple[TensorMerge, ...]
+    parents: Mapping[str, Parent]
+    seed: int
+    numerics: str
+    config: Mapping[str, Any]
+    tokenizer: tuple[str, Mapping[str, str]]
+    engine: str
+    options: Mapping[str, str | bool | int | float]
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class EvaluationTask:
+    """Items `[first, last)` of one set, answered by one point; `repeat` > 0 asks again, to see how noisy answers are.
+
+    `digest` names the merge, `key` the file of scores.
+    """
+
+    point: str
+    digest: str
+    settings: tuple[Setting, ...]
+    items: ItemSet
+    first: int
+    last: int
+    repeat: int
+    key: str
+
+    @property
+    def tokens(self) -> int:
+        """Context tokens of all its items: what it costs."""
+        return self.items.length * (self.last - self.first)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreRow:
+    """One item's result for one point. `score` lies in [0, 1]; `depth` is the first needle's, NaN where there is none.
+
+    `recipe` is the merge's digest and `weights` that of the tensors that answered, so that no score can be taken for
+    another point's. `tokens` counts prompt and answer.
+    """
+
+    point: str
+    benchmark: str
+    task: str
+    length: int
+    item: int
+    depth: float
+    haystack: str
+    pair: str
+    answer: str
+    score: float
+    finite: bool
+    tokens: int
+    seconds: float
+    recipe: str
+    weights: str
+    repeat: int

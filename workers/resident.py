@@ -1,0 +1,115 @@
+"""Parents that stay in memory, and the points merged from them without ever being written.
+
+What comes out is, bit for bit, what the written point would hold: the same tiles, the same settings, the same rounding.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from jobs.errors import BadInput
+from jobs.tasks import Parent, Setting, TensorMerge
+from workers.arithmetic import Facts, merge_tile, missing_facts, torch_dtype
+from workers.checkpoint import FLOATS
+from workers.methods.reductions import MagnitudeHistogram
+from workers.methods.tile import TILE_ELEMENTS, Tile
+from workers.storage import open_store
+
+READS_AT_ONCE = 8
+
+
+class ResidentParents:
+    """Every tensor of every parent on one device, in the parents' own dtypes; read once.
+
+    What methods learn about whole tensors is kept, so that the second point of a grid does not sort again.
+    """
+
+    def __init__(
+        self,
+        tensors: Sequence[TensorMerge],
+        parents: Mapping[str, Parent],
+        *,
+        seed: int,
+        numerics: str,
+        device: str = "cpu",
+        threads: int = 1,
+    ) -> None:
+        self._tensors = tensors
+        self._seed = seed
+        self._numerics = numerics
+        self._device = torch.device(device)
+        self._threads = max(1, threads)
+        self._facts: dict[str, Facts] = {tensor.name: {} for tensor in tensors}
+        stores = {name: open_store(parent.url) for name, parent in parents.items()}
+
+        def read(tensor: TensorMerge) -> dict[str, Tensor]:
+            found: dict[str, Tensor] = {}
+            for name, at in tensor.sources.items():
+                file = parents[name].files[at.file]
+                data = torch.empty(at.end - at.start, dtype=torch.uint8)
+                if at.end > at.start:
+                    memory = memoryview(cast(Any, data.numpy()))
+                    stores[name].read_into(file.key, memory, start=at.start, etag=file.etag)
+                found[name] = data.view(torch_dtype(at.dtype)).to(self._device)
+            return found
+
+        with ThreadPoolExecutor(READS_AT_ONCE, "read") as pool:
+            self._raw = {tensor.name: raw for tensor, raw in zip(tensors, pool.map(read, tensors), strict=True)}
+
+    def merged(self, settings: Sequence[Setting]) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of one point by name, in its stored dtype and shape, on the device.
+
+        `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task.
+        """
+        if self._threads == 1:
+            for tensor in self._tensors:
+                yield tensor.name, self._merge(tensor, settings[tensor.setting])
+            return
+        with ThreadPoolExecutor(self._threads, "merge") as pool:
+            ahead: deque[tuple[str, Future[Tensor]]] = deque()
+            for tensor in self._tensors:
+                ahead.append((tensor.name, pool.submit(self._merge, tensor, settings[tensor.setting])))
+                if len(ahead) > 2 * self._threads:
+                    name, future = ahead.popleft()
+                    yield name, future.result()
+            for name, future in ahead:
+                yield name, future.result()
+
+    @torch.inference_mode()
+    def _merge(self, tensor: TensorMerge, setting: Setting) -> Tensor:
+        raw = self._raw[tensor.name]
+        if tensor.dtype not in FLOATS:
+            first, *others = setting.parents
+            if any(not torch.equal(raw[first], raw[other]) for other in others):
+                raise BadInput(
+                    f"tensor {tensor.name} ({tensor.dtype}) differs between parents; integers stay as they are"
+                )
+            return raw[first].view(tensor.shape)
+        self._learn(tensor, setting)
+        output = torch.empty(tensor.elements, dtype=torch_dtype(tensor.dtype), device=self._device)
+        for tile in self._tiles(tensor):
+            part = output[tile.start : tile.start + tile.elements]
+            part.copy_(merge_tile(tile, setting, tensor.arithmetic, self._numerics))
+        return output.view(tensor.shape)
+
+    def _learn(self, tensor: TensorMerge, setting: Setting) -> None:
+        facts = self._facts[tensor.name]
+        while asked := missing_facts(tensor, [setting], facts, seed=self._seed, numerics=self._numerics):
+            shares = [[question.of(tile) for question in asked] for tile in self._tiles(tensor)]
+            for index, question in enumerate(asked):
+                facts[question] = question.combine([share[index] for share in shares])
+        for question in [question for question in facts if isinstance(question, MagnitudeHistogram)]:
+            del facts[question]  # half a MiB each; what follows from it is kept
+
+    def _tiles(self, tensor: TensorMerge) -> Iterator[Tile]:
+        """Cache-sized tiles on a CPU; on a GPU, which wants few large launches, the whole tensor."""
+        step = TILE_ELEMENTS if self._device.type == "cpu" else max(1, tensor.elements)
+        for start in range(0, tensor.elements, step):
+            part = {name: elements[start : start + step] for name, elements in self._raw[tensor.name].items()}
+            yield Tile(tensor.name, start, part, self._facts[tensor.name], self._seed)
