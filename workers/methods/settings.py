@@ -49,10 +49,10 @@ def check_recipe(recipe: Recipe) -> None:
         _check_name(recipe.merge_method, method, name, recipe.place_of(name))
     for source in recipe.models:
         for name in source.parameters:
-            _check_name(recipe.merge_method, method, name, source.place)
+            _check_name(recipe.merge_method, method, name, source.place_of(name))
             if not method.parameters[name].per_model:
                 raise BadInput(
-                    f'{source.place}: "{name}" belongs to the whole merge, not to one model;'
+                    f'{source.place_of(name)}: "{name}" belongs to the whole merge, not to one model;'
                     " move it to the top-level parameters"
                 )
     if method.base != "unused" and recipe.base_model is None:
@@ -69,7 +69,7 @@ def check_recipe(recipe: Recipe) -> None:
 
 
 def resolve(recipe: Recipe, tensor: str, position: float, *, elements: int, exact: bool) -> Setting:
-    """The setting of one tensor; `position` is its layer's place from 0 to 1, as gradients use it.
+    """The setting of one tensor of `elements` floats; `position` is its layer's place from 0 to 1, for gradients.
 
     `exact=False` keeps the document's numbers as they are (`--numerics mergekit`). Raises `BadInput` for a missing or
     impossible value, naming the tensor.
@@ -103,7 +103,7 @@ def _value(parameter: Parameter, source: Source | None, recipe: Recipe, *, tenso
     """mergekit's look-up order: the model's own parameters, then the top level, then the default."""
     levels: list[tuple[Mapping[str, object], str]] = [(recipe.parameters, recipe.place_of(parameter.name))]
     if source is not None:
-        levels.insert(0, (source.parameters, source.place))
+        levels.insert(0, (source.parameters, source.place_of(parameter.name)))
     for parameters, place in levels:
         if parameter.name not in parameters:
             continue
@@ -142,7 +142,7 @@ def _check_density(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...
         place = recipe.place_of("density")
         if not 0 < density <= 1:
             raise BadInput(f"{place}: density {float(density):g} at tensor {tensor} is outside (0, 1]")
-        if recipe.merge_method == "ties" and int(float(density) * elements) == 0:
+        if recipe.merge_method == "ties" and elements and int(float(density) * elements) == 0:
             raise BadInput(
                 f"{place}: density {float(density):g} keeps nothing of tensor {tensor} ({elements} elements);"
                 " raise it there with a filter"
@@ -210,7 +210,6 @@ def _simplified_task_vectors(bound: Bound) -> Bound:
     """Weight 0 leaves, density 1 trims nothing, and a plain sum takes its divisor and λ into the weights."""
     assert bound.base is not None
     consensus = bound.method in ("ties", "dare_ties")
-    trims = bound.method != "task_arithmetic" and any(density < 1 for density in bound.per_model("density"))
     weights, scale = bound.per_model("weight"), bound.number("lambda")
     total = sum(weights)
     normalize = bool(bound.values["normalize"])
@@ -221,9 +220,10 @@ def _simplified_task_vectors(bound: Bound) -> Bound:
     if not models or scale == 0:
         return _copy_of(bound.base)
     values: dict[str, Exact | tuple[Exact, ...]] = {"weight": kept_weights, "normalize": normalize, "lambda": scale}
-    if not trims:
+    densities, _ = _without_zeros(bound.per_model("density"), weights)
+    if bound.method == "task_arithmetic" or all(density == 1 for density in densities):
         return Bound("ties" if consensus else "task_arithmetic", models, bound.base, values)
-    values["density"], _ = _without_zeros(bound.per_model("density"), weights)
+    values["density"] = densities
     values["rescale"] = bound.values["rescale"]
     return Bound(bound.method, models, bound.base, values)
 
