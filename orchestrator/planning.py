@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,16 +102,22 @@ FLAT = Places(points="", records=".mergeyard/")
 
 @dataclass(frozen=True, slots=True)
 class PlannedPoint:
-    """A point with its settings, one a tensor class of its layout, and one unit key a shard.
+    """A point with its settings, one a tensor class of its layout, and one content key and one unit key a shard.
 
-    `same_as` names the earlier point that is the same merge; such a point is not merged again.
+    Shards of equal content may belong to several points; a unit, like its receipt, belongs to one. `same_as` names the
+    earlier point that is the same merge; such a point is not merged again.
     """
 
     point: Point
     layout: Layout
     settings: tuple[Setting, ...]
-    units: tuple[str, ...]
+    contents: tuple[str, ...]
     same_as: str | None = None
+    units: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        units = tuple(digest([self.point.name, number, content]) for number, content in enumerate(self.contents))
+        object.__setattr__(self, "units", units)
 
     @property
     def name(self) -> str:
@@ -121,7 +127,7 @@ class PlannedPoint:
     @property
     def digest(self) -> str:
         """sha256 over everything that decides this point's weights."""
-        return digest(self.units)
+        return digest(self.contents)
 
 
 @dataclass(frozen=True)
@@ -295,7 +301,7 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
     first_of: dict[str, str] = {}
     planned_points: list[PlannedPoint] = []
     classes = _TensorClasses(job)
-    units = _UnitKeys(job, parents)
+    contents = _ContentKeys(job, parents)
     for point in job.points:
         recipe = point.recipe
         check_recipe(recipe)
@@ -308,15 +314,15 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
             resolve(recipe, tensor.name, position, elements=tensor.elements, exact=job.numerics == "float32")
             for tensor, position in zip(layout.representatives, layout.positions, strict=True)
         )
-        planned = PlannedPoint(point, layout, settings, units.of(layout, settings))
+        planned = PlannedPoint(point, layout, settings, contents.of(layout, settings))
         whole = digest([planned.digest, fingerprint(layout.config), layout.donor, layout.tokenizer_from])
         same_as = first_of.setdefault(whole, point.name)
         planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
     return tuple(planned_points)
 
 
-class _UnitKeys:
-    """Names the units of points: equal keys for equal bytes, however often they are planned."""
+class _ContentKeys:
+    """Names what shards hold: equal keys for equal bytes, however often they are planned."""
 
     def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
         self._job, self._parents = job, parents
@@ -338,13 +344,13 @@ class _UnitKeys:
 
 def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
     """Each parent of a layout as the merge of itself alone: what the grid's points are compared with."""
-    units = _UnitKeys(plan.job, plan.parents)
+    contents = _ContentKeys(plan.job, plan.parents)
     recipe = plan.points[0].point.recipe
     found: list[PlannedPoint] = []
     for name in layout.parents:
         itself = Setting("passthrough", (name,), None, (("scale", (1.0,)),))
         settings = (itself,) * len(layout.representatives)
-        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, units.of(layout, settings)))
+        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, contents.of(layout, settings)))
     return found
 
 
