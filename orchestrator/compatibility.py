@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -113,8 +112,3 @@ def _vocabulary(parent: Checkpoint) -> dict[str, int]:
     if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
     return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
-
-
-def fingerprint(config: Mapping[str, Any]) -> str:
-    """sha256 of a config, for keys."""
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()

@@ -15,7 +15,7 @@ from jobs.grid import Point
 from jobs.job import Job
 from jobs.recipe import Filtered, Recipe
 from jobs.tasks import DTYPE_BITS, FORMAT, NUMERICS, MergeTask, ParentTensor, PointShard, Setting, TensorMerge, digest
-from orchestrator.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, fingerprint, merged_config
+from orchestrator.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
 from workers.checkpoint import DTYPE_NAMES, FLOATS, TORCH_NAMES, Checkpoint, layer_index, open_checkpoint
 from workers.merging import FIXED_BYTES
 from workers.methods import METHODS
@@ -61,6 +61,11 @@ class Layout:
     def bytes(self) -> int:
         """Bytes of one point."""
         return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def beside(self) -> str:
+        """sha256 of what lies beside the weights: the config, and whose tokenizer and generation settings."""
+        return digest([self.config, self.donor, self.tokenizer_from])
 
     @property
     def index(self) -> dict[str, Any] | None:
@@ -159,7 +164,12 @@ class Plan:
     @cached_property
     def digest(self) -> str:
         """sha256 of what the run makes: the same job over the same parents has the same."""
-        return digest([[planned.name, planned.digest, planned.same_as] for planned in self.points])
+        return digest(
+            [
+                [planned.name, planned.digest, planned.layout.beside, planned.point.recipe.chat_template]
+                for planned in self.points
+            ]
+        )
 
     @cached_property
     def units(self) -> Mapping[str, str]:
@@ -315,8 +325,7 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
             for tensor, position in zip(layout.representatives, layout.positions, strict=True)
         )
         planned = PlannedPoint(point, layout, settings, contents.of(layout, settings))
-        whole = digest([planned.digest, fingerprint(layout.config), layout.donor, layout.tokenizer_from])
-        same_as = first_of.setdefault(whole, point.name)
+        same_as = first_of.setdefault(digest([planned.digest, layout.beside]), point.name)
         planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
     return tuple(planned_points)
 
