@@ -57,13 +57,18 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        """Reads what `to_json` wrote; `CorruptData` for another format."""
-        fields: dict[str, Any] = json.loads(data)
-        if fields.pop("format", None) != FORMAT:
-            raise CorruptData("manifest.json: written by another version of mergeyard; use that one, or merge again")
-        fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
-        fields["tensors"] = {name: _tensor_entry(**entry) for name, entry in fields["tensors"].items()}
-        return cls(**fields)
+        """Reads what `to_json` wrote; `CorruptData` for another format, or for what is no manifest."""
+        try:
+            fields: dict[str, Any] = json.loads(data)
+            if fields.pop("format", None) != FORMAT:
+                raise CorruptData(
+                    "manifest.json: written by another version of mergeyard; use that one, or merge again"
+                )
+            fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
+            fields["tensors"] = {name: _tensor_entry(**entry) for name, entry in fields["tensors"].items()}
+            return cls(**fields)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise CorruptData("manifest.json: damaged, not a manifest of mergeyard; merge again") from None
 
 
 def _tensor_entry(*, file: str, dtype: str, shape: list[int], sha256: str) -> TensorEntry:

@@ -39,7 +39,10 @@ def verify_points(url: str) -> list[Check]:
 
 
 def _verify(store: Store, prefix: str) -> Check:
-    manifest = Manifest.from_json(bytes(store.read(f"{prefix}manifest.json")))
+    try:
+        manifest = Manifest.from_json(bytes(store.read(f"{prefix}manifest.json")))
+    except CorruptData as error:
+        return Check(prefix.rstrip("/").rsplit("/", 1)[-1] or store.url, (str(error),))
     problems: list[str] = []
     for name, entry in manifest.files.items():
         try:

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
+from jobs.manifest import Manifest
 from jobs.recipe import Filtered, Recipe
 from jobs.tasks import DTYPE_BITS, FORMAT, NUMERICS, MergeTask, ParentTensor, PointShard, Setting, TensorMerge, digest
 from orchestrator.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
@@ -21,12 +22,15 @@ from workers.merging import FIXED_BYTES
 from workers.methods import METHODS
 from workers.methods.settings import check_recipe, resolve
 from workers.methods.tile import TILE_ELEMENTS
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 RANDOM_METHODS = ("dare_linear", "dare_ties")
 
 UPLOAD_BYTES = {"s3": 96 << 20, "gs": 96 << 20, "az": 96 << 20}
 """What one upload in progress may hold in memory, by scheme; other stores hold about 1 MiB."""
+
+MOST_UPLOADS = 256
+"""Points in one task: each has a file or an upload open, and systems allow a process about a thousand."""
 
 READ_RATE, WRITE_RATE = 1.0e9, 0.5e9
 """Bytes a second that one worker is assumed to read and to write, for the estimate of time alone."""
@@ -210,11 +214,16 @@ class Plan:
         return min(pending, max(math.ceil(pending / self.most_points_a_task), for_everyone))
 
     def check_room(self) -> None:
-        """Refuses an output that the store has no room for."""
-        free = open_store(self.run_url).free_bytes()
-        if free is not None and free < self.bytes_to_write:
+        """Refuses an output that the store has no room for; shards that lie there already need none."""
+        store = open_store(self.run_url)
+        free = store.free_bytes()
+        if free is None or free >= self.bytes_to_write:
+            return
+        there = {info.key: info.size for info in store.list()}
+        missing = self.bytes_to_write - sum(there.get(key, 0) for key in self.units.values())
+        if free < missing:
             raise BadInput(
-                f"{self.run_url}: {self.bytes_to_write / 1e9:.2f} GB to write and {free / 1e9:.2f} GB free;"
+                f"{self.run_url}: {missing / 1e9:.3g} GB to write and {free / 1e9:.3g} GB free;"
                 " make room, or give another `output:`"
             )
 
@@ -225,7 +234,7 @@ class Plan:
         threads = max(1, int(self.job.workers.cpus))
         scheme = self.run_url.split("://")[0] if "://" in self.run_url else ""
         a_point = UPLOAD_BYTES.get(scheme, 2 << 20) + (threads + 2) * TILE_ELEMENTS * 4
-        return max(1, room // 2 // a_point)
+        return max(1, min(MOST_UPLOADS, room // 2 // a_point))
 
     def _task(self, shard: Shard, number: int, members: Sequence[PlannedPoint]) -> MergeTask:
         points = tuple(
@@ -283,13 +292,42 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     output. Raises `BadInput` for whatever cannot work.
     """
     parents = {
-        name: open_checkpoint(_locate(url, relative_to, job.place_of(f"parents.{name}")), name)
+        name: _open_parent(_locate(url, relative_to, job.place_of(f"parents.{name}")), name)
         for name, url in job.parents.items()
     }
     output = open_store(job.output).url
     if flat:
-        return Plan(job, output, parents, _plan_points(job, parents), FLAT)
+        plan = Plan(job, output, parents, _plan_points(job, parents), FLAT)
+        _check_free(plan)
+        return plan
     return Plan(job, f"{output}/{job.name}", parents, _plan_points(job, parents))
+
+
+def _open_parent(url: str, name: str) -> Checkpoint:
+    try:
+        return open_checkpoint(url, name)
+    except CorruptData as error:  # to whoever plans a merge, a damaged parent is a wrong input
+        raise BadInput(f"parent {name}: {error}") from error
+
+
+def _check_free(plan: Plan) -> None:
+    """Refuses a folder that holds another model: a merge never replaces one."""
+    store = open_store(plan.run_url)
+    keys = {info.key for info in store.list()}
+    if plan.places.record("plan.json") in keys:  # begun here: the ledger knows whether it is this merge
+        return
+    if "manifest.json" in keys and _manifest_digest(store) == plan.points[0].digest:
+        return
+    model = sorted(key for key in keys if "/" not in key and (key.endswith(".safetensors") or key == "config.json"))
+    if model:
+        raise BadInput(f"{plan.run_url}: there is another model already ({model[0]}); give an empty folder")
+
+
+def _manifest_digest(store: Store) -> str | None:
+    try:
+        return Manifest.from_json(bytes(store.read("manifest.json"))).digest
+    except CorruptData:
+        return None
 
 
 def _locate(url: str, relative_to: Path | None, place: str) -> str:
@@ -321,7 +359,7 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
         if layout is None:
             layout = layouts[key] = _layout(job, recipe, parents, classes)
         settings = tuple(
-            resolve(recipe, tensor.name, position, elements=tensor.elements, exact=job.numerics == "float32")
+            resolve(recipe, tensor.name, position, elements=_floats(tensor), exact=job.numerics == "float32")
             for tensor, position in zip(layout.representatives, layout.positions, strict=True)
         )
         planned = PlannedPoint(point, layout, settings, contents.of(layout, settings))
@@ -434,8 +472,8 @@ def _layout(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes
         for name in _tensor_names(members)
         if (tensor := _tensor(name, members, recipe, dtype, job.numerics, drops_head=drops_head)) is not None
     ]
-    if not tensors:
-        raise BadInput(f"{recipe.place}: the parents hold no tensors")
+    if not any(_floats(tensor) for tensor in tensors):
+        raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
     layers = members[0].layers
     class_of: dict[tuple[Any, ...], int] = {}
     numbered = [
@@ -445,7 +483,7 @@ def _layout(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes
     representatives = tuple(
         min(
             (tensor for tensor in numbered if tensor.setting == number),
-            key=lambda tensor: (tensor.dtype not in FLOATS, tensor.elements),
+            key=lambda tensor: _floats(tensor) or math.inf,
         )
         for number in range(len(class_of))
     )
@@ -461,6 +499,11 @@ def _layout(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes
     )
 
 
+def _floats(tensor: TensorMerge) -> int:
+    """How many numbers of a tensor a method computes: all, or none of integers and booleans."""
+    return tensor.elements if tensor.dtype in FLOATS else 0
+
+
 def _parent_named(job: Job, key: str, name: str | None, parents: Mapping[str, Checkpoint]) -> Checkpoint | None:
     if name is None:
         return None
@@ -473,7 +516,7 @@ def _tensor_names(members: Sequence[Checkpoint]) -> list[str]:
     """Every tensor of any parent, layers in their natural order."""
 
     def natural(name: str) -> list[tuple[bool, int | str]]:
-        return [(not part.isdigit(), int(part) if part.isdigit() else part) for part in name.split(".")]
+        return [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in name.split(".")]
 
     return sorted({name for member in members for name in member.tensors}, key=natural)
 
