@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 import yaml
 
-from jobs.errors import CorruptData, ObjectExists
+from jobs.errors import CorruptData, ObjectMissing
 from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
 from jobs.tasks import Receipt
 from orchestrator.model_card import model_card
@@ -33,12 +33,15 @@ class Gatherer:
         self._side_file = lru_cache(maxsize=64)(self._read_side_file)
 
     def complete(self, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
-        """Writes what belongs beside the shards, then the manifest. Doing it twice does no harm."""
+        """Writes what belongs beside the shards, then the manifest; nothing when the point has its manifest already."""
         files = self._files(planned)
+        manifest = self._manifest(planned, receipts, files)
+        earlier = self._published(manifest)
+        if earlier is not None:
+            return earlier
         for name, data in files.items():
             self._store.write(self._plan.places.file(planned.name, name), data)
-        manifest = self._manifest(planned, receipts, files)
-        self._publish(manifest)
+        self._store.write(self._key(manifest), manifest.to_json(), mode="create")
         return manifest
 
     def complete_twin(self, planned: PlannedPoint, original: Manifest) -> Manifest:
@@ -56,19 +59,27 @@ class Gatherer:
             tensors={},
             same_as=planned.same_as,
         )
-        self._publish(manifest)
+        earlier = self._published(manifest)
+        if earlier is not None:
+            return earlier
+        self._store.write(self._key(manifest), manifest.to_json(), mode="create")
         return manifest
 
-    def _publish(self, manifest: Manifest) -> None:
-        key = self._plan.places.file(manifest.point, "manifest.json")
+    def _key(self, manifest: Manifest) -> str:
+        return self._plan.places.file(manifest.point, "manifest.json")
+
+    def _published(self, manifest: Manifest) -> Manifest | None:
+        """The manifest that the point has already; `CorruptData` when it tells of other weights."""
         try:
-            self._store.write(key, manifest.to_json(), mode="create")
-        except ObjectExists:
-            earlier = Manifest.from_json(bytes(self._store.read(key)))
-            if earlier.weights != manifest.weights:
-                raise CorruptData(
-                    f"{self._store.url}/{key}: complete already, with other weights; run `mergeyard verify`"
-                ) from None
+            earlier = Manifest.from_json(bytes(self._store.read(self._key(manifest))))
+        except ObjectMissing:
+            return None
+        if earlier.weights != manifest.weights:
+            raise CorruptData(
+                f"{self._store.url}/{self._key(manifest)}: complete already, with other weights;"
+                " run `mergeyard verify`"
+            )
+        return earlier
 
     def _files(self, planned: PlannedPoint) -> dict[str, bytes]:
         layout, parents = planned.layout, self._plan.parents
