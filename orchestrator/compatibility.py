@@ -76,7 +76,7 @@ def check_parents(parents: Sequence[Checkpoint], place: str, *, config_from: str
 
 
 def _check_context(parents: Sequence[Checkpoint], place: str) -> None:
-    stated = [(parent.name, context_fields(parent.config)) for parent in parents]
+    stated = [(parent.name, _tying(parent) | context_fields(parent.config)) for parent in parents]
     for field in dict.fromkeys(name for _, fields in stated for name in fields):
         values = [(name, fields[field]) for name, fields in stated if field in fields]
         if any(value != values[0][1] for _, value in values):
@@ -84,6 +84,11 @@ def _check_context(parents: Sequence[Checkpoint], place: str) -> None:
             raise BadInput(
                 f"{place}: the parents disagree on {field}: {side_by_side}; say whose holds with `config_from: PARENT`"
             )
+
+
+def _tying(parent: Checkpoint) -> dict[str, Any]:
+    """What the tensors say of `tie_word_embeddings`, where they use the names that tell."""
+    return {"tie_word_embeddings": HEAD not in parent.tensors} if EMBEDDINGS in parent.tensors else {}
 
 
 def _check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:
