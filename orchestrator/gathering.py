@@ -76,8 +76,7 @@ class Gatherer:
             return None
         if earlier.weights != manifest.weights:
             raise CorruptData(
-                f"{self._store.url}/{self._key(manifest)}: complete already, with other weights;"
-                " run `mergeyard verify`"
+                f"{self._store.url}/{self._key(manifest)}: complete already, with other weights; run `mergeyard verify`"
             )
         return earlier
 
