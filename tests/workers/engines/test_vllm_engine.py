@@ -1,0 +1,186 @@
+"""The vLLM engine against a real vLLM on the CPU, in the environment `.venv-vllm` at the repository's root.
+
+vLLM pins its own torch; without that environment these tests are skipped. The protocol between the two processes is
+tested without vLLM.
+"""
+
+import socket
+import subprocess
+import time
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from jobs.errors import BadInput, MergeyardError, WorkerLost
+from workers.engines import vllm_engine, vllm_server
+from workers.engines.engine import Prompt
+from workers.engines.openai_engine import OpenAIEngine
+from workers.engines.vllm_engine import VllmEngine
+
+ENVIRONMENT = Path(__file__).parents[3] / ".venv-vllm" / "bin"
+needs_vllm = pytest.mark.skipif(not (ENVIRONMENT / "python").exists(), reason="no .venv-vllm with vLLM in it")
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [torch.arange(6.0).reshape(2, 3), torch.tensor([1.5, -2], dtype=torch.bfloat16), torch.ones(()), torch.ones(0, 3)],
+    ids=["matrix", "bfloat16", "scalar", "empty"],
+)
+def test_a_tensor_arrives_as_it_was_sent(tensor):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(vllm_server.NEXT)
+        received = vllm_server._received(theirs)
+        descriptor = vllm_engine._in_memory(tensor)
+        message = {"name": "w", "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        vllm_server.send_message(ours, message, descriptor)
+        name, copy = next(received)
+        assert name == "w" and copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+
+
+def test_a_message_survives_its_size():
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        vllm_server.send_message(ours, {"ids": list(range(5000))})
+        assert vllm_server.receive_message(theirs)[0] == {"ids": list(range(5000))}
+        ours.close()
+        with pytest.raises(EOFError):
+            vllm_server.receive_message(theirs)
+
+
+def test_an_interpreter_that_is_not_there_is_refused(parents, monkeypatch):
+    monkeypatch.delenv("MERGEYARD_VLLM_PYTHON", raising=False)
+    with pytest.raises(BadInput, match="MERGEYARD_VLLM_PYTHON"):
+        VllmEngine(parents / "long")
+
+
+def test_an_environment_without_vllm_says_what_is_missing(parents):
+    with pytest.raises(MergeyardError, match="vllm"):
+        VllmEngine(parents / "long", python="/usr/bin/python3")
+
+
+@pytest.fixture(scope="module")
+def vllm(parents):
+    options = {"enforce_eager": True, "seed": 0}
+    engine = VllmEngine(
+        parents / "long", python=ENVIRONMENT / "python", version="long", max_length=2048, cache_gib=1, options=options
+    )
+    yield engine
+    engine.close()
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_answers_find_the_needle_and_equal_the_transformers_engine(vllm, engine, needle_prompt):
+    prompts = [needle_prompt("quiet-river", 4815162 + lines, lines) for lines in (4, 11, 25)]
+    answers = vllm.generate(prompts)
+    assert [answer.text for answer in answers] == [answer.text for answer in engine.generate(prompts)]
+    assert [answer.text for answer in answers] == [" 4815166.", " 4815173.", " 4815187."]
+    assert [answer.tokens_out for answer in answers] == [answer.tokens_out for answer in engine.generate(prompts)]
+    assert all(answer.finite for answer in answers)
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_scores_are_near_those_of_the_transformers_engine(vllm, engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 6)
+    ids = engine.encode(prompt.whole)
+    difference = np.abs(vllm.score([ids])[0] - engine.score([ids])[0])
+    assert difference.mean() < 0.05  # bf16 against float32
+    assert vllm.loglikelihood(prompt.whole, " 4815162.")[1] is True
+    assert vllm.loglikelihood(prompt.whole, " 4815163.")[1] is False
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_swap_answers_with_the_new_weights_where_the_prefix_cache_alone_would_not(vllm, weights, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 12)
+    vllm.swap(weights("long").items(), "long")
+    assert vllm.generate([prompt])[0].text == " 4815162."
+    vllm._stream(weights("fmt").items(), "fmt")
+    assert vllm.generate([prompt])[0].text == " 4815162.", "the trap is gone: vLLM forgets its prefixes by itself"
+    vllm.swap(weights("fmt").items(), "fmt")
+    assert vllm.generate([prompt])[0].text == ' {"value": 4815162}'
+    assert vllm.version == "fmt"
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_swap_that_does_not_fit_is_refused_and_leaves_no_mixture(vllm, weights, needle_prompt):
+    for spoil, complaint in (
+        (lambda w: w.pop("model.norm.weight"), "1 weights never came, the first is model.norm.weight"),
+        (lambda w: w.update({"other": torch.ones(1)}), "other: the model has no such weight"),
+        (lambda w: w.update({"model.norm.weight": torch.ones(7)}), r"shape \[7\]"),
+    ):
+        spoilt = weights("fmt")
+        spoil(spoilt)
+        with pytest.raises(BadInput, match=complaint):
+            vllm.swap(spoilt.items(), "spoilt")
+        with pytest.raises(MergeyardError, match="mixture"):
+            vllm.generate([needle_prompt("quiet-river", 4815162, 2)])
+    vllm.swap(weights("fmt").items(), "fmt")
+    assert vllm.generate([needle_prompt("quiet-river", 4815162, 12)])[0].text == ' {"value": 4815162}'
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_model_of_nans_answers_that_it_is_not_finite(vllm, weights, needle_prompt):
+    broken = weights("fmt")
+    broken["model.norm.weight"] = torch.full_like(broken["model.norm.weight"], torch.nan)
+    vllm.swap(broken.items(), "broken")
+    assert vllm.generate([needle_prompt("quiet-river", 4815162, 2)])[0].finite is False
+    vllm.swap(weights("long").items(), "long")
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers(vllm):
+    with pytest.raises(BadInput, match="2048"):
+        vllm.generate([Prompt("", "The grass is green. " * 600, 12)])
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_killed_vllm_is_a_lost_worker(parents):
+    engine = VllmEngine(parents / "long", python=ENVIRONMENT / "python", max_length=512, cache_gib=1)
+    engine._process.kill()
+    with pytest.raises(WorkerLost, match="open the engine again"):
+        engine.generate([Prompt("", "The grass is green.", 2)])
+    engine.close()
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_the_openai_engine_asks_a_real_vllm_server(parents, engine, needle_prompt, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [ENVIRONMENT / "vllm", "serve", parents / "long", "--served-model-name", "long", "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--dtype", "bfloat16"]
+    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
+    with (tmp_path / "log").open("wb") as log:
+        env = {"PATH": f"{ENVIRONMENT}:/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
+        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
+    try:
+        url = f"http://127.0.0.1:{port}"
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and server.poll() is None:
+            try:
+                urllib.request.urlopen(f"{url}/health", timeout=2)
+                break
+            except OSError:
+                time.sleep(1)
+        served = OpenAIEngine(f"{url}/v1", "long", parents / "long")
+        prompts = [needle_prompt("quiet-river", 4815162 + lines, lines) for lines in (4, 11)]
+        assert [answer.text for answer in served.generate(prompts)] == [" 4815166.", " 4815173."]
+        assert served.max_length == 1024
+        ids = engine.encode(prompts[0].whole)
+        assert np.abs(served.score([ids])[0] - engine.score([ids])[0]).mean() < 0.05
+        assert served.loglikelihood(prompts[0].whole, " 4815166.")[1] is True
+        served.close()
+    finally:
+        server.terminate()
+        server.wait(60)

@@ -1,0 +1,298 @@
+"""The engine for GPUs by the dozen: vLLM in a process and an environment of its own, weights swapped while it runs.
+
+vLLM keeps its prefix cache over a change of weights, by decision: asked the same prompt again it would answer with the
+keys and values of the merge before. `swap` therefore always ends by resetting it.
+
+The other half is `vllm_server`. Tensors are handed over one at a time through anonymous memory; the next is merged
+while vLLM loads the last.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from jobs.errors import BadInput, MergeyardError, WorkerLost
+from workers.engines import vllm_server
+from workers.engines.engine import Answer, Progress, Prompt, check_room, split_continuation
+from workers.engines.tokenizer import load_tokenizer
+from workers.engines.vllm_server import NEXT, receive_bytes, receive_message, send_message
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+PYTHON_VARIABLE = "MERGEYARD_VLLM_PYTHON"
+START_SECONDS = 600.0
+PROMPTS_A_CALL = 256
+
+
+class VllmEngine:
+    """A resident vLLM; implements `Engine`.
+
+    `folder` holds the checkpoint whose shapes and names every later swap must match. `python` is the interpreter of an
+    environment with vLLM, else $MERGEYARD_VLLM_PYTHON. `cache_gib` is room for keys and values on a CPU; on a GPU say
+    `gpu_memory_utilization` in `options`, which go to `vllm.LLM` as they are.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        python: str | Path | None = None,
+        version: str = "",
+        max_length: int | None = None,
+        dtype: str = "bfloat16",
+        cache_gib: int = 4,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        interpreter = python or os.environ.get(PYTHON_VARIABLE)
+        if not interpreter or not Path(interpreter).is_file():
+            raise BadInput(f"no interpreter with vLLM at {interpreter}; set {PYTHON_VARIABLE} to one")
+        self.tokenizer = load_tokenizer(folder)
+        self._expected = _shapes(Path(folder))
+        self._version: str | None = version or str(folder)
+        settings: dict[str, Any] = {
+            "model": str(folder),
+            "dtype": dtype,
+            "max_model_len": max_length,
+            **(options or {}),
+        }
+        self._ranks = int(settings.get("tensor_parallel_size", 1)) * int(settings.get("pipeline_parallel_size", 1))
+        self._room = tempfile.TemporaryDirectory(prefix="mergeyard-vllm-")
+        self._log = Path(self._room.name, "log")
+        self._process, self._channel = self._start(str(interpreter), cache_gib)
+        try:
+            self._max_length = int(self._call("open", options=settings)["max_length"])
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def version(self) -> str:
+        """The name of the resident weights; refused between a swap that failed and one that succeeds."""
+        if self._version is None:
+            raise MergeyardError("the engine holds a mixture of two models: its last swap failed; swap again")
+        return self._version
+
+    @property
+    def max_length(self) -> int:
+        """What vLLM was opened with, or the model's own."""
+        return self._max_length
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of `text`; vLLM is given ids and never tokenizes."""
+        return list(self.tokenizer(text, verbose=False)["input_ids"])
+
+    def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
+        """One greedy answer a prompt; vLLM itself finds shared prefixes. `seconds` is a call's over its prompts."""
+        _ = self.version
+        ids = [self.encode(prompt.whole) for prompt in prompts]
+        for prompt, tokens in zip(prompts, ids, strict=True):
+            check_room(len(tokens), prompt.max_new_tokens, self.max_length)
+        answers: list[Answer] = []
+        for first in range(0, len(prompts), PROMPTS_A_CALL):
+            part = slice(first, first + PROMPTS_A_CALL)
+            limits = [prompt.max_new_tokens for prompt in prompts[part]]
+            started = time.perf_counter()
+            outputs = self._call("generate", prompts=ids[part], max_new_tokens=limits)
+            seconds = (time.perf_counter() - started) / len(outputs)
+            answers += [
+                self._answer(tokens, output, seconds) for tokens, output in zip(ids[part], outputs, strict=True)
+            ]
+            if progress:
+                progress(len(outputs))
+        return answers
+
+    def score(self, windows: Sequence[Sequence[int]], *, progress: Progress | None = None) -> list[NDArray[np.float32]]:
+        """Log-likelihood of every token but the first of each window."""
+        scores = [np.asarray(self._scored(window)["scores"], dtype=np.float32) for window in windows]
+        if progress:
+            progress(len(windows))
+        return scores
+
+    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
+        """Log-likelihood of the continuation, and whether each of its tokens was the likeliest."""
+        whole, kept = split_continuation(self.encode, context, continuation)
+        scored = self._scored(whole)
+        return float(sum(scored["scores"][kept - 1 :])), all(scored["greedy"][kept - 1 :])
+
+    def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Stream the weights into vLLM by name, then reset its prefix cache.
+
+        `BadInput` for a name the checkpoint in `folder` has not, one that never came and a shape that differs; after
+        it the engine answers nothing until a swap succeeds.
+        """
+        self._version = None
+        self._stream(weights, version)
+        if not self._call("reset_prefix_cache"):
+            raise MergeyardError(f"{version}: vLLM did not reset its prefix cache; its answers would be of two models")
+        self._version = version
+
+    def close(self) -> None:
+        """Hang up, which ends the server; what has not gone after a while is killed with its children."""
+        self._channel.close()
+        try:
+            self._process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+        self._room.cleanup()
+
+    def _answer(self, ids: Sequence[int], output: Mapping[str, Any], seconds: float) -> Answer:
+        tokens = output["tokens"][: -1 if output["ended"] else None]
+        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        return Answer(text, len(ids), len(tokens), seconds, output["finite"])
+
+    def _scored(self, window: Sequence[int]) -> dict[str, Any]:
+        _ = self.version
+        if not 2 <= len(window) < self.max_length:
+            raise BadInput(f"a window of {len(window)} tokens cannot be scored; 2 to {self.max_length - 1} can")
+        return self._call("score", windows=[list(window)])[0]
+
+    def _stream(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Hand every tensor to each of vLLM's workers in turn; the prefix cache is left as it is."""
+        with tempfile.TemporaryDirectory(dir=self._room.name) as room, socket.socket(socket.AF_UNIX) as door:
+            address = f"{room}/s"
+            door.bind(address)
+            door.listen(self._ranks)
+            send_message(self._channel, {"call": "receive_weights", "with": {"address": address}})
+            workers: list[socket.socket] = []
+            try:
+                workers.extend(self._accept(door) for _ in range(self._ranks))
+                _hand_over(workers, self._checked(weights, version))
+            except (EOFError, OSError):
+                self._reply()  # a worker hung up, and the server says why
+                raise WorkerLost(f"{version}: vLLM hung up while its weights were swapped; open it again") from None
+            except BaseException:
+                for worker in workers:
+                    worker.close()
+                receive_message(self._channel)  # the error that our hanging up made
+                raise
+            finally:
+                for worker in workers:
+                    worker.close()
+            self._reply()
+
+    def _accept(self, door: socket.socket) -> socket.socket:
+        """The next worker's connection; what the server says instead means that it will not come."""
+        ready, _, _ = select.select([door, self._channel], [], [], START_SECONDS)
+        if door not in ready:
+            raise EOFError("no worker came for the weights")
+        return door.accept()[0]
+
+    def _checked(self, weights: Iterable[tuple[str, Tensor]], version: str) -> Iterator[tuple[str, Tensor]]:
+        """The weights as they come, once each is known to fit; vLLM's loader itself does not miss what is missing."""
+        missing = set(self._expected)
+        for name, tensor in weights:
+            if name not in self._expected:
+                raise BadInput(f"{name}: the model has no such weight; merge the tensors of its checkpoint only")
+            if list(tensor.shape) != self._expected[name]:
+                raise BadInput(f"{name}: shape {list(tensor.shape)} does not fit the model's {self._expected[name]}")
+            missing.discard(name)
+            yield name, tensor
+        if missing:
+            raise BadInput(f"{version}: {len(missing)} weights never came, the first is {min(missing)}; merge all")
+
+    def _start(self, python: str, cache_gib: int) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """The server's process and the connection it opened; its folder on the path holds nothing but the server."""
+        path = Path(self._room.name, "path")
+        path.mkdir()
+        shutil.copy(vllm_server.__file__, path / "vllm_server.py")
+        environment = os.environ | {
+            "PYTHONPATH": str(path),
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "VLLM_CPU_KVCACHE_SPACE": str(cache_gib),
+        }
+        with socket.socket(socket.AF_UNIX) as door, self._log.open("wb") as log:
+            address = f"{self._room.name}/s"
+            door.bind(address)
+            door.listen(1)
+            door.settimeout(1)
+            process = subprocess.Popen(
+                [python, "-m", "vllm_server", address],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+            while process.poll() is None:
+                try:
+                    channel = door.accept()[0]
+                except TimeoutError:
+                    continue
+                channel.settimeout(None)
+                return process, channel
+        raise WorkerLost(f"{python} could not run vLLM's server: {self._last_words()}")
+
+    def _call(self, name: str, **arguments: Any) -> Any:
+        try:
+            send_message(self._channel, {"call": name, "with": arguments})
+        except OSError as error:
+            raise WorkerLost(f"vLLM is gone: {self._last_words()}; open the engine again") from error
+        return self._reply()
+
+    def _reply(self) -> Any:
+        try:
+            message, _ = receive_message(self._channel)
+        except (EOFError, OSError) as error:
+            raise WorkerLost(f"vLLM died: {self._last_words()}; open the engine again") from error
+        if "error" in message:
+            raise MergeyardError(f"vLLM failed: {message['error']}")
+        return message["ok"]
+
+    def _last_words(self) -> str:
+        """The last line that vLLM wrote."""
+        lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
+        return lines[-1][:300] if lines else "it wrote nothing"
+
+
+def _hand_over(workers: Sequence[socket.socket], weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Each tensor to every worker that asks for the next; while they load it, the one after is merged."""
+    for name, tensor in weights:
+        descriptor = _in_memory(tensor)
+        message = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        for worker in workers:
+            receive_bytes(worker, len(NEXT))
+            send_message(worker, message, descriptor)
+        os.close(descriptor)
+    for worker in workers:
+        receive_bytes(worker, len(NEXT))
+        send_message(worker, {"end": True})
+
+
+def _in_memory(tensor: Tensor) -> int:
+    """A descriptor of anonymous memory that holds the tensor's bytes; the kernel frees it with its last reader."""
+    bytes_: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    content = memoryview(bytes_)
+    descriptor = os.memfd_create("weight")
+    written = 0
+    while written < len(content):
+        written += os.write(descriptor, content[written:])
+    return descriptor
+
+
+def _shapes(folder: Path) -> dict[str, list[int]]:
+    """Shape of every tensor of a checkpoint, from its headers."""
+    shapes: dict[str, list[int]] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            shapes.update({name: list(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+    if not shapes:
+        raise BadInput(f"{folder}: no safetensors file; give a folder that holds a checkpoint")
+    return shapes

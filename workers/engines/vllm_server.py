@@ -1,0 +1,160 @@
+"""The half of the vLLM engine that runs in vLLM's own environment: `python -m vllm_server SOCKET`.
+
+vLLM pins its own torch, so it cannot share ours. This module, alone on the path, imports the standard library, torch
+and vllm, connects to the engine's Unix socket and answers calls: a message is eight bytes of length (big endian) and as
+much JSON, an answer is `{"ok": …}` or `{"error": …}`. Weights come to each of vLLM's workers over a second socket,
+tensor by tensor: a message names the tensor, an anonymous memory file sent beside it holds its bytes, and the worker
+asks for the next.
+
+On a GPU the bytes cross the bus once, inside vLLM's loader; that path is the same code, not run here for want of a GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import mmap
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+HEADER_BYTES = 8
+NEXT = b"n"
+
+
+def send_message(channel: socket.socket, message: dict[str, Any], descriptor: int | None = None) -> None:
+    """One message, with the file descriptor that its tensor lies behind."""
+    body = json.dumps(message).encode()
+    header = len(body).to_bytes(HEADER_BYTES, "big")
+    if descriptor is None:
+        channel.sendall(header)
+    else:
+        socket.send_fds(channel, [header], [descriptor])
+    channel.sendall(body)
+
+
+def receive_message(channel: socket.socket) -> tuple[dict[str, Any], int | None]:
+    """The next message and its file descriptor, which the caller closes; `EOFError` if the other side has gone."""
+    first, descriptors, _, _ = socket.recv_fds(channel, HEADER_BYTES, 1)
+    header = first + (receive_bytes(channel, HEADER_BYTES - len(first)) if first else b"")
+    if not header:
+        raise EOFError("the other process closed the connection")
+    body = receive_bytes(channel, int.from_bytes(header, "big"))
+    return json.loads(body), descriptors[0] if descriptors else None
+
+
+def receive_bytes(channel: socket.socket, count: int) -> bytes:
+    """Exactly `count` bytes."""
+    parts: list[bytes] = []
+    while count:
+        part = channel.recv(min(count, 1 << 20))
+        if not part:
+            raise EOFError("the other process closed the connection")
+        parts.append(part)
+        count -= len(part)
+    return b"".join(parts)
+
+
+class WeightReceiver:
+    """Mixed into vLLM's worker (`worker_extension_cls`); its method is called in every worker process."""
+
+    model_runner: Any
+
+    def receive_weights(self, address: str) -> None:
+        """Replace the weights by what comes over the socket, through vLLM's own loader (it fuses q, k and v)."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+            channel.connect(address)
+            self.model_runner.reload_weights(weights_iterator=_received(channel))
+
+
+def _received(channel: socket.socket) -> Iterator[tuple[str, Any]]:
+    import torch
+
+    while True:
+        channel.sendall(NEXT)
+        message, descriptor = receive_message(channel)
+        if message.get("end"):
+            return
+        if descriptor is None:
+            raise RuntimeError(message.get("abort", "a tensor came without its bytes"))
+        shape, dtype = message["shape"], getattr(torch, message["dtype"])
+        if math.prod(shape) == 0:
+            os.close(descriptor)
+            yield message["name"], torch.empty(shape, dtype=dtype)
+        else:
+            memory = mmap.mmap(descriptor, 0)
+            os.close(descriptor)
+            yield message["name"], torch.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+class Server:
+    """One vLLM and the calls it answers, each a method."""
+
+    def __init__(self) -> None:
+        self.model: Any = None
+
+    def open(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Start vLLM; the context length it settled on."""
+        from vllm import LLM  # pyright: ignore[reportMissingImports]  # lives in vLLM's own environment
+
+        self.model = LLM(worker_extension_cls="vllm_server.WeightReceiver", **options)
+        return {"max_length": self.model.llm_engine.model_config.max_model_len}
+
+    def generate(self, prompts: list[list[int]], max_new_tokens: list[int]) -> list[dict[str, Any]]:
+        """Greedy token ids, whether the last is an end token, and whether every log-likelihood was a number."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  # as above
+
+        settings = [SamplingParams(temperature=0.0, max_tokens=limit, logprobs=0) for limit in max_new_tokens]
+        outputs = self.model.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "ended": output.outputs[0].finish_reason == "stop",
+                "finite": all(math.isfinite(v.logprob) for step in output.outputs[0].logprobs for v in step.values()),
+            }
+            for output in outputs
+        ]
+
+    def score(self, windows: list[list[int]]) -> list[dict[str, Any]]:
+        """Log-likelihood of every token but the first, and whether it was the likeliest."""
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  # as above
+
+        settings = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+        outputs = self.model.generate([{"prompt_token_ids": ids} for ids in windows], settings, use_tqdm=False)
+        scored: list[dict[str, Any]] = []
+        for ids, output in zip(windows, outputs, strict=True):
+            steps = [step[token] for token, step in zip(ids[1:], output.prompt_logprobs[1:], strict=True)]
+            scored.append({"scores": [s.logprob for s in steps], "greedy": [s.rank == 1 for s in steps]})
+        return scored
+
+    def receive_weights(self, address: str) -> None:
+        """Every worker fetches the new weights from the socket at `address`."""
+        self.model.collective_rpc("receive_weights", args=(address,))
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget keys and values of the weights before; vLLM leaves this to its user."""
+        return self.model.reset_prefix_cache()
+
+
+def serve(address: str) -> None:
+    """Answer calls until the engine hangs up."""
+    server = Server()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
+        channel.connect(address)
+        while True:
+            try:
+                message, _ = receive_message(channel)
+            except EOFError:
+                return
+            try:
+                send_message(channel, {"ok": getattr(server, message["call"])(**message["with"])})
+            except Exception as error:
+                traceback.print_exc()
+                send_message(channel, {"error": f"{type(error).__name__}: {error}"})
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])
