@@ -1,0 +1,419 @@
+"""Reading checkpoints where they lie: headers as the safetensors library writes them, and everything it would refuse."""
+
+from __future__ import annotations
+
+import json
+import string
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from jobs.errors import BadInput, CorruptData, MergeyardError, ObjectMissing
+from workers.checkpoint import (
+    LARGEST_HEADER,
+    TORCH_NAMES,
+    TensorHeader,
+    header_bytes,
+    layer_index,
+    open_checkpoint,
+    parse_header,
+    read_header,
+)
+from workers.storage import open_store
+
+TENSORS = {
+    "model.embed_tokens.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
+    "model.layers.0.scale": torch.tensor(2.5, dtype=torch.float64),
+    "model.layers.10.mask": torch.tensor([True, False, True]),
+    "model.layers.10.empty": torch.zeros(0, 7),
+    "model.norm.weight": torch.ones(5, dtype=torch.float16),
+    "positions": torch.arange(3),
+}
+
+
+def safetensors_file(header: object, data: bytes = b"", *, length: int | None = None) -> bytes:
+    """A file with this header, whatever it says; `length` lies about its size."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+def entry(start: int, end: int, shape: object = (2,), dtype: str = "BF16", **more: object) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end], **more}
+
+
+def headers_of(path: Path) -> list[TensorHeader]:
+    store = open_store(path.parent)
+    return read_header(store, store.locate(path.name))
+
+
+# ---- what the library wrote
+
+
+@pytest.fixture
+def real_file(tmp_path: Path) -> Path:
+    path = tmp_path / "real" / "model.safetensors"
+    path.parent.mkdir()
+    save_file(TENSORS, path, metadata={"format": "pt", "more": "text"})
+    return path
+
+
+def test_every_tensor_is_found_where_the_library_put_it(real_file: Path):
+    content = real_file.read_bytes()
+    found = headers_of(real_file)
+    assert {header.name for header in found} == TENSORS.keys()
+    for header in found:
+        tensor = TENSORS[header.name]
+        assert header.shape == tuple(tensor.shape)
+        assert getattr(torch, TORCH_NAMES[header.dtype]) is tensor.dtype
+        raw = bytearray(content[header.start : header.end])
+        stored = torch.frombuffer(raw, dtype=tensor.dtype) if raw else torch.empty(0, dtype=tensor.dtype)
+        assert torch.equal(stored.reshape(tensor.shape), tensor)
+
+
+def test_headers_come_in_file_order(real_file: Path):
+    starts = [header.start for header in headers_of(real_file)]
+    assert starts == sorted(starts)
+
+
+def test_a_header_longer_than_the_first_read_is_read_to_its_end(tmp_path: Path):
+    tensors = {f"model.layers.{number}.{'x' * 200}": torch.full((1,), float(number)) for number in range(1000)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    assert {header.name for header in headers_of(tmp_path / "model.safetensors")} == tensors.keys()
+
+
+@pytest.mark.parametrize("dtype", sorted(TORCH_NAMES))
+def test_every_dtype_of_the_library_that_torch_has_is_read(dtype: str, tmp_path: Path):
+    tensor = torch.zeros(3, dtype=torch.uint8).to(getattr(torch, TORCH_NAMES[dtype]))
+    save_file({"x": tensor}, tmp_path / "model.safetensors")
+    (header,) = headers_of(tmp_path / "model.safetensors")
+    assert (header.dtype, header.end - header.start) == (dtype, tensor.nbytes)
+
+
+def test_a_header_we_wrote_is_opened_by_the_library(tmp_path: Path):
+    parts = [("wide", "F64", (2, 1)), ("scalar", "F32", ()), ("β", "BF16", (3,)), ("none", "F16", (0,))]
+    data = [torch.tensor([[1.5], [2.5]]).double(), torch.tensor(3.0), torch.arange(3).bfloat16(), torch.zeros(0).half()]
+    raw = b"".join(bytes(tensor.reshape(-1).view(torch.uint8).numpy()) for tensor in data)
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(header_bytes(parts) + raw)
+    with safe_open(path, framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+        assert set(file.keys()) == {name for name, _, _ in parts}
+        for (name, _, _), tensor in zip(parts, data, strict=True):
+            assert torch.equal(file.get_tensor(name), tensor)
+    assert [(header.name, header.dtype, header.shape) for header in headers_of(path)] == parts
+
+
+def test_data_begins_at_a_multiple_of_eight_bytes():
+    for letters in range(1, 20):
+        assert len(header_bytes([("x" * letters, "BF16", (1,))])) % 8 == 0
+
+
+# ---- headers that contradict themselves, each with its line
+
+BAD_FILES: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "0 bytes is too short"),
+    "shorter than its length field": (b"\x01\x00", "2 bytes is too short"),
+    "truncated header": (safetensors_file({"x": entry(0, 4)}, bytes(4), length=500), "it is truncated"),
+    "oversized header": (safetensors_file({}, length=LARGEST_HEADER + 1), f"claims {LARGEST_HEADER + 1} bytes"),
+    "length of all ones": (safetensors_file({}, length=(1 << 64) - 1), "claims 18446744073709551615 bytes"),
+    "truncated data": (safetensors_file({"x": entry(0, 4)}, bytes(2)), "it is truncated or has a tail"),
+    "tail": (safetensors_file({"x": entry(0, 4)}, bytes(5)), "it is truncated or has a tail"),
+    "overlap": (
+        safetensors_file({"x": entry(0, 4), "y": entry(2, 6)}, bytes(6)),
+        "tensor y overlaps the one before it",
+    ),
+    "gap": (safetensors_file({"x": entry(0, 4), "y": entry(6, 10)}, bytes(10)), "tensor y leaves a gap before it"),
+    "gap at the start": (safetensors_file({"x": entry(2, 6)}, bytes(6)), "tensor x leaves a gap before it"),
+    "size that no such shape has": (
+        safetensors_file({"x": entry(0, 6)}, bytes(6)),
+        "x of BF16 [2] cannot lie in bytes",
+    ),
+    "backwards": (safetensors_file({"x": entry(4, 0)}, bytes(4)), "tensor x has impossible data_offsets"),
+    "negative offset": (safetensors_file({"x": entry(-4, 0)}), "tensor x has impossible data_offsets"),
+    "true as an offset": (safetensors_file({"x": entry(False, 4)}, bytes(4)), "tensor x has impossible data_offsets"),
+    "half an offset": (safetensors_file({"x": entry(0, 4.0)}, bytes(4)), "tensor x has impossible data_offsets"),  # pyright: ignore[reportArgumentType]
+    "negative extent": (safetensors_file({"x": entry(0, 4, [-1, -2])}, bytes(4)), "the impossible shape [-1, -2]"),
+    "true as an extent": (safetensors_file({"x": entry(0, 2, [True])}, bytes(2)), "the impossible shape [True]"),
+    "huge extent": (safetensors_file({"x": entry(0, 0, [0, 1 << 70])}), "tensor x has the impossible shape"),
+    "product that overflows 64 bits": (
+        safetensors_file({"x": entry(0, 0, [1 << 32, 1 << 32])}),
+        "cannot lie in bytes 0 to 0",
+    ),
+    "a thousand dimensions": (safetensors_file({"x": entry(0, 2, [1] * 1000)}, bytes(2)), "the impossible shape [1, 1"),
+    "unknown dtype": (safetensors_file({"x": entry(0, 4, dtype="C64")}, bytes(4)), "has the unknown dtype 'C64'"),
+    "dtype that is no text": (safetensors_file({"x": entry(0, 4, dtype=7)}, bytes(4)), "no plain dtype, shape and"),  # pyright: ignore[reportArgumentType]
+    "one offset": (safetensors_file({"x": {"dtype": "U8", "shape": [], "data_offsets": [0]}}), "no plain dtype, shape"),
+    "a key too many": (safetensors_file({"x": entry(0, 4, extra=1)}, bytes(4)), "no plain dtype, shape and"),
+    "no mapping": (safetensors_file({"x": [0, 4]}, bytes(4)), "no plain dtype, shape and"),
+    "a tensor twice": (
+        safetensors_file(b'{"x":%s,"x":%s}' % ((json.dumps(entry(0, 4)).encode(),) * 2), bytes(4)),
+        "a key stands twice",
+    ),
+    "dtype twice": (
+        safetensors_file(b'{"x":{"dtype":"BF16","dtype":"F16","shape":[2],"data_offsets":[0,4]}}', bytes(4)),
+        "a key stands twice",
+    ),
+    "not a number": (
+        safetensors_file(b'{"x":{"dtype":"BF16","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)),
+        "NaN is no JSON number",
+    ),
+    "infinity": (safetensors_file(b'{"__metadata__":{"a":-Infinity}}'), "-Infinity is no JSON number"),
+    "deep nesting": (safetensors_file(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "not readable as JSON"),
+    "no JSON": (safetensors_file(b"{x}"), "not readable as JSON"),
+    "blanks before the JSON": (safetensors_file(b" {}"), "does not begin with '{'"),
+    "a list": (safetensors_file(b"[]"), "does not begin with '{'"),
+    "UTF-16": (safetensors_file('{"x":1}'.encode("utf-16-le")), "not readable as JSON"),
+    "not UTF-8": (safetensors_file(b'{"\xff":1}'), "not readable as JSON"),
+    "a name on two lines": (safetensors_file({"x\ny": entry(0, 4)}, bytes(4)), r"the tensor name 'x\ny' holds"),
+    "half a surrogate pair": (safetensors_file(b'{"\\ud800":{}}'), r"the tensor name '\ud800' holds"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_a_bad_header_is_refused_in_one_line_that_names_the_file(kind: str, tmp_path: Path):
+    content, line = BAD_FILES[kind]
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(CorruptData) as refusal:
+        headers_of(path)
+    assert str(refusal.value).startswith(f"{path}: ")
+    assert line in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+def test_the_library_itself_refuses_all_but_a_few_of_these(tmp_path: Path):
+    path = tmp_path / "model.safetensors"
+    accepted: set[str] = set()
+    for kind, (content, _) in BAD_FILES.items():
+        path.write_bytes(content)
+        with suppress(SafetensorError), safe_open(path, framework="pt"):
+            accepted.add(kind)
+    assert accepted == {
+        "a key too many",
+        "a tensor twice",
+        "a thousand dimensions",
+        "blanks before the JSON",
+        "a name on two lines",
+    }
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["BF16", "F32"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    max_leaves=12,
+)
+ENTRY = st.fixed_dictionaries(
+    {"dtype": st.sampled_from(["BF16", "F32", "BOOL", "X9"]), "shape": st.lists(st.integers(-1, 4), max_size=3)},
+    optional={"data_offsets": st.lists(st.integers(-2, 40), min_size=1, max_size=3), "more": JSON},
+)
+HEADER = st.dictionaries(st.text(string.printable, max_size=4) | st.just("__metadata__"), ENTRY | JSON, max_size=4)
+
+
+@settings(max_examples=700, deadline=None, derandomize=True)
+@given(header=HEADER, size=st.integers(0, 60), cut=st.integers(0, 200), flipped=st.integers(0, 2000))
+def test_any_header_gives_tensors_or_corrupt_data(header: dict[str, Any], size: int, cut: int, flipped: int):
+    text = bytearray(json.dumps(header).encode())
+    if cut < 20:
+        text = text[:-cut]
+    if text and flipped < 8 * len(text):
+        text[flipped // 8] ^= 1 << flipped % 8
+    try:
+        found = parse_header(bytes(text), data_start=8 + len(text), file_size=8 + len(text) + size, where="file")
+    except CorruptData:
+        return
+    position = 8 + len(text)
+    for tensor in found:
+        assert tensor.start == position
+        position = tensor.end
+    assert position == 8 + len(text) + size
+
+
+@settings(max_examples=1500, deadline=None, derandomize=True)
+@given(text=st.binary(max_size=80), size=st.integers(0, 60))
+def test_any_bytes_give_tensors_or_corrupt_data(text: bytes, size: int):
+    for header in (text, b"{" + text, b'{"x":{' + text + b"}}"):
+        try:
+            parse_header(header, data_start=8 + len(header), file_size=8 + len(header) + size, where="file")
+        except CorruptData:
+            continue
+
+
+# ---- whole checkpoints
+
+
+Folder = Callable[..., Path]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    """folder(files, config): a checkpoint of safetensors `files`, each a dict of tensors, and other files as bytes."""
+
+    def write(files: dict[str, Any], config: object = None) -> Path:
+        for name, content in files.items():
+            if isinstance(content, dict) and name.endswith(".safetensors"):
+                save_file(content, tmp_path / name)
+            else:
+                (tmp_path / name).write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+        if config is not False:
+            (tmp_path / "config.json").write_text(json.dumps(config or {"model_type": "qwen2"}))
+        return tmp_path
+
+    return write
+
+
+def index(**files: str) -> dict[str, Any]:
+    return {"metadata": {}, "weight_map": files}
+
+
+ONE = {"x": torch.ones(2)}
+TWO = {"y": torch.ones(3)}
+
+
+def test_a_checkpoint_in_several_files_is_opened_through_its_index(folder: Folder):
+    path = folder(
+        {
+            "model-00001-of-00002.safetensors": ONE,
+            "model-00002-of-00002.safetensors": TWO,
+            "model.safetensors.index.json": index(
+                x="model-00001-of-00002.safetensors", y="model-00002-of-00002.safetensors"
+            ),
+            "tokenizer.json": b"{}",
+        },
+        {"model_type": "qwen2", "num_hidden_layers": 7},
+    )
+    checkpoint = open_checkpoint(str(path), "cos")
+    assert checkpoint.shapes == {"x": (2,), "y": (3,)}
+    assert [file.key for file in checkpoint.files] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    assert (checkpoint.tensors["x"].file, checkpoint.tensors["y"].file) == (0, 1)
+    assert checkpoint.layers == 7
+    assert checkpoint.side_files.keys() == {"tokenizer.json"}
+
+
+def test_layers_are_counted_from_names_when_the_config_is_silent(folder: Folder):
+    tensors = {f"model.layers.{number}.w": torch.ones(1) for number in (0, 9, 10)}
+    assert open_checkpoint(str(folder({"model.safetensors": tensors})), "cos").layers == 11
+
+
+@pytest.mark.parametrize(
+    ("tensor", "layer"),
+    [("model.layers.12.mlp.up_proj.weight", 12), ("model.embed_tokens.weight", None), ("transformer.h.0.ln_1.bias", 0)],
+)
+def test_the_layer_is_the_first_number_in_a_name(tensor: str, layer: int | None):
+    assert layer_index(tensor) == layer
+
+
+BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], str]] = {
+    "index out of its folder": (
+        {"model.safetensors.index.json": index(x="../secrets.safetensors")},
+        None,
+        BadInput,
+        "the index names '../secrets.safetensors', which is not a safetensors file beside it",
+    ),
+    "index with an absolute path": (
+        {"model.safetensors.index.json": index(x="/etc/passwd")},
+        None,
+        BadInput,
+        "the index names '/etc/passwd', which is not",
+    ),
+    "index with a URL": (
+        {"model.safetensors.index.json": index(x="http://169.254.169.254/x.safetensors")},
+        None,
+        BadInput,
+        "which is not a safetensors file beside it",
+    ),
+    "index of a pickle": (
+        {"model.safetensors.index.json": index(x="pytorch_model.bin")},
+        None,
+        BadInput,
+        "which is not a safetensors file beside it",
+    ),
+    "index of a file that is not there": (
+        {"model.safetensors.index.json": index(x="model-1.safetensors")},
+        None,
+        ObjectMissing,
+        "the index names model-1.safetensors, which is not there; fetch the parent again",
+    ),
+    "index of a tensor that is not there": (
+        {"a.safetensors": ONE, "model.safetensors.index.json": index(x="a.safetensors", y="a.safetensors")},
+        None,
+        CorruptData,
+        "the index promises y in a.safetensors, which does not hold it",
+    ),
+    "index without a map": (
+        {"a.safetensors": ONE, "model.safetensors.index.json": {"weight_map": {}}},
+        None,
+        CorruptData,
+        "model.safetensors.index.json has no weight_map",
+    ),
+    "index that is no JSON": (
+        {"a.safetensors": ONE, "model.safetensors.index.json": b"{"},
+        None,
+        CorruptData,
+        "model.safetensors.index.json: not readable as JSON",
+    ),
+    "tensor in two files": (
+        {
+            "a.safetensors": {**ONE, **TWO},
+            "b.safetensors": ONE,
+            "model.safetensors.index.json": index(x="b.safetensors", y="a.safetensors"),
+        },
+        None,
+        CorruptData,
+        "tensor x is in two files; keep one",
+    ),
+    "LoRA": (
+        {"adapter_model.safetensors": ONE, "adapter_config.json": b"{}"},
+        None,
+        BadInput,
+        "a LoRA adapter, not a whole model; merge it into its base first",
+    ),
+    "pickles": (
+        {"pytorch_model.bin": b"\x80\x02."},
+        None,
+        BadInput,
+        "pickled weights (pytorch_model*.bin) are not opened; convert them to safetensors",
+    ),
+    "pickles in shards": (
+        {"pytorch_model-00001-of-00002.bin": b"", "pytorch_model.bin.index.json": b"{}"},
+        None,
+        BadInput,
+        "convert them to safetensors",
+    ),
+    "GGUF": ({"model-q4.gguf": b"GGUF"}, False, BadInput, "GGUF weights are quantised; give the safetensors"),
+    "quantised": (
+        {"model.safetensors": ONE},
+        {"model_type": "qwen2", "quantization_config": {"quant_method": "gptq"}},
+        BadInput,
+        "quantised weights cannot be merged; give the checkpoint they came from",
+    ),
+    "no config": ({"model.safetensors": ONE}, False, BadInput, "no config.json there"),
+    "config that is a list": ({"model.safetensors": ONE}, [1], CorruptData, "a JSON object was expected"),
+    "no weights": ({}, None, BadInput, "neither model.safetensors nor model.safetensors.index.json there"),
+    "nothing": ({}, False, ObjectMissing, "nothing there; check the path"),
+    "cut in the middle": (
+        {"model.safetensors": safetensors_file({"x": entry(0, 4)}, bytes(3))},
+        None,
+        CorruptData,
+        "it is truncated or has a tail",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
+def test_a_bad_checkpoint_is_refused_in_one_line_that_names_it(kind: str, folder: Folder):
+    files, config, error, line = BAD_CHECKPOINTS[kind]
+    path = folder(files, config)
+    with pytest.raises(error) as refusal:
+        open_checkpoint(str(path), "cos")
+    assert type(refusal.value) is error
+    assert line in str(refusal.value)
+    assert str(path) in str(refusal.value)
+    assert len(str(refusal.value).splitlines()) == 1
