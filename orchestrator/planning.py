@@ -359,7 +359,7 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
         if layout is None:
             layout = layouts[key] = _layout(job, recipe, parents, classes)
         settings = tuple(
-            resolve(recipe, tensor.name, position, elements=_floats(tensor), exact=job.numerics == "float32")
+            resolve(recipe, tensor.name, position, exact=job.numerics == "float32")
             for tensor, position in zip(layout.representatives, layout.positions, strict=True)
         )
         planned = PlannedPoint(point, layout, settings, contents.of(layout, settings))
@@ -557,15 +557,7 @@ def _dtypes(
         if len(kinds) > 1 or any(kind.startswith("F8") for kind in kinds):
             raise BadInput(f"{recipe.place}: tensor {name} is stored as {' and '.join(sorted(kinds))}; give one dtype")
         return next(iter(kinds)), next(iter(kinds))
-    base = recipe.base_model if METHODS[recipe.merge_method].base != "unused" else None
-    widest = "F64" if "F64" in kinds else "F32"
-    native = (
-        sources[base].dtype
-        if base is not None and base in sources
-        else next(iter(kinds))
-        if len(kinds) == 1
-        else widest
-    )
+    native = next(iter(kinds)) if len(kinds) == 1 else "F64" if "F64" in kinds else "F32"
     output = DTYPE_NAMES[dtype] if dtype else native
     if numerics == "mergekit":
         return output, DTYPE_NAMES[recipe.dtype] if recipe.dtype else native

@@ -11,7 +11,7 @@ from workers.methods.tile import Inputs, PerModel
 def linear(inputs: Inputs, *, weight: PerModel, normalize: bool = True) -> Tensor:
     """Σ wᵢ·xᵢ, divided by Σ wᵢ with `normalize`. A model of weight 0 is not looked at."""
     if inputs.as_mergekit:
-        return _in_the_documents_dtype(inputs, weight, normalize)
+        return _in_mergekits_order(inputs, weight, normalize)
     total_weight = sum(weight) if normalize else 1.0
     shares = [(index, inputs.number(value / total_weight)) for index, value in enumerate(weight) if value != 0]
     if not shares:
@@ -19,9 +19,12 @@ def linear(inputs: Inputs, *, weight: PerModel, normalize: bool = True) -> Tenso
     return inputs.sum([inputs.model(index) * share if share != 1 else inputs.model(index) for index, share in shares])
 
 
-def _in_the_documents_dtype(inputs: Inputs, weight: PerModel, normalize: bool) -> Tensor:
-    weights = [inputs.number(value) for value in weight]
-    total = inputs.sum([inputs.model(index) * value for index, value in enumerate(weights)])
+def _in_mergekits_order(inputs: Inputs, weight: PerModel, normalize: bool) -> Tensor:
+    """mergekit 0.1.5 adds up in float32 whatever the document's dtype, divides last, and rounds once."""
+    total = torch.zeros_like(inputs.model(0), dtype=torch.float32)
+    weights = torch.tensor(weight, dtype=torch.float32, device=total.device)
+    for index, value in enumerate(weights):
+        total.addcmul_(inputs.model(index).float(), value)
     if normalize:
-        total = total / torch.tensor(weights, dtype=inputs.dtype).sum()
-    return total
+        total.div_(weights.sum())
+    return total.to(inputs.dtype)

@@ -85,7 +85,7 @@ class MagnitudeHistogram(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Cutoff(Reduction):
-    """The k-th largest |δᵢ| exactly, k = ⌊density · elements⌋: (its float32 bits, how many equal ones are kept)."""
+    """The k-th largest |δᵢ| exactly, k = max(1, ⌊density · elements⌋): (its float32 bits, equals kept)."""
 
     model: str
     base: str
@@ -94,7 +94,7 @@ class Cutoff(Reduction):
     def _bin(self, tile: Tile) -> tuple[int, int]:
         """The histogram bin that holds the k-th largest, and how many of that bin are kept."""
         histogram: Tensor = tile.known(MagnitudeHistogram(self.model, self.base))
-        kept = int(self.density * int(histogram.sum()))
+        kept = max(1, int(self.density * int(histogram.sum())))
         from_largest = torch.cumsum(histogram.flip(0), dim=0)
         above = int(torch.searchsorted(from_largest, kept))
         return (1 << 16) - 1 - above, kept - (int(from_largest[above - 1]) if above else 0)

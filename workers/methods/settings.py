@@ -68,8 +68,8 @@ def check_recipe(recipe: Recipe) -> None:
         )
 
 
-def resolve(recipe: Recipe, tensor: str, position: float, *, elements: int, exact: bool) -> Setting:
-    """The setting of one tensor of `elements` floats; `position` is its layer's place from 0 to 1, for gradients.
+def resolve(recipe: Recipe, tensor: str, position: float, *, exact: bool) -> Setting:
+    """The setting of one tensor; `position` is its layer's place from 0 to 1, for gradients.
 
     `exact=False` keeps the document's numbers as they are (`--numerics mergekit`). Raises `BadInput` for a missing or
     impossible value, naming the tensor.
@@ -84,19 +84,22 @@ def resolve(recipe: Recipe, tensor: str, position: float, *, elements: int, exac
             )
         else:
             values[parameter.name] = _value(parameter, None, recipe, tensor=tensor, position=position)
-    _check_density(recipe, values, tensor, elements)
+    _check_density(recipe, values, tensor)
     bound = Bound(recipe.merge_method, tuple(source.model for source in models), recipe.base_model, values)
     return rounded(simplified(bound, place=f"{recipe.place}: tensor {tensor}") if exact else bound)
 
 
 def _merged_models(recipe: Recipe, method: Method) -> Sequence[Source]:
-    """The models that enter the formula: without the base where it is subtracted, with it where it is one end."""
+    """The models that enter the formula: without the base where it is subtracted, with it everywhere else.
+
+    A base that is not listed is the first end of a slerp and the last model elsewhere, as in mergekit 0.1.5.
+    """
     if method.base == "required":
         return [source for source in recipe.models if source.model != recipe.base_model]
-    if method.base == "one of the models" and all(source.model != recipe.base_model for source in recipe.models):
-        assert recipe.base_model is not None
-        return [Source(model=recipe.base_model, parameters={}, place=recipe.place), *recipe.models]
-    return recipe.models
+    if recipe.base_model is None or any(source.model == recipe.base_model for source in recipe.models):
+        return recipe.models
+    base = Source(model=recipe.base_model, parameters={}, place=recipe.place)
+    return [base, *recipe.models] if method.base == "one of the models" else [*recipe.models, base]
 
 
 def _value(parameter: Parameter, source: Source | None, recipe: Recipe, *, tensor: str, position: float) -> Exact:
@@ -134,7 +137,7 @@ def _check_name(method_name: str, method: Method, name: str, place: str) -> None
         raise BadInput(f'{place}: {method_name} has no parameter "{name}"{_nearest(name, method.parameters)}')
 
 
-def _check_density(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str, elements: int) -> None:
+def _check_density(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str) -> None:
     if recipe.merge_method == "task_arithmetic":  # accepted and unused
         return
     densities = values.get("density")
@@ -142,11 +145,6 @@ def _check_density(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...
         place = recipe.place_of("density")
         if not 0 < density <= 1:
             raise BadInput(f"{place}: density {float(density):g} at tensor {tensor} is outside (0, 1]")
-        if recipe.merge_method == "ties" and elements and int(float(density) * elements) == 0:
-            raise BadInput(
-                f"{place}: density {float(density):g} keeps nothing of tensor {tensor} ({elements} elements);"
-                " raise it there with a filter"
-            )
 
 
 def _nearest(name: str, known: Mapping[str, object]) -> str:
@@ -222,6 +220,8 @@ def _simplified_task_vectors(bound: Bound) -> Bound:
     values: dict[str, Exact | tuple[Exact, ...]] = {"weight": kept_weights, "normalize": normalize, "lambda": scale}
     densities, _ = _without_zeros(bound.per_model("density"), weights)
     if bound.method == "task_arithmetic" or all(density == 1 for density in densities):
+        if consensus:
+            values["density"] = densities
         return Bound("ties" if consensus else "task_arithmetic", models, bound.base, values)
     values["density"] = densities
     values["rescale"] = bound.values["rescale"]

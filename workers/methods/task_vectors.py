@@ -76,4 +76,4 @@ def add_consensus(
 
 
 def _scaled(inputs: Inputs, mixed: Tensor, lambda_: float) -> Tensor:
-    return mixed if lambda_ == 1 else mixed * inputs.number(lambda_)
+    return mixed if lambda_ == 1 else mixed * lambda_  # a plain number: mergekit does not round it to the dtype

@@ -18,7 +18,7 @@ def ties(
     int8_mask: bool = False,
     lambda_: float = 1.0,
 ) -> Tensor:
-    """Keeps the ⌊density · elements⌋ largest |δ| of each tensor; among equal ones those that come first.
+    """Keeps the ⌊density · elements⌋ largest |δ| of each tensor, at least one; of equal ones those that come first.
 
     `int8_mask` changes no number and is accepted for old documents.
     """
