@@ -1,4 +1,4 @@
-"""Reading checkpoints where they lie: headers as the safetensors library writes them, and everything it would refuse."""
+"""Reading checkpoints where they lie: headers as the safetensors library writes them, and everything that lies."""
 
 from __future__ import annotations
 
