@@ -18,6 +18,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -143,13 +144,13 @@ class VllmEngine:
         self._version = version
 
     def close(self) -> None:
-        """Hang up, which ends the server; what has not gone after a while is killed with its children."""
+        """Hang up, which ends the server; what is left of it and its children after a while is killed."""
         self._channel.close()
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
-        except subprocess.TimeoutExpired:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.wait()
         self._room.cleanup()
 
     def _answer(self, ids: Sequence[int], output: Mapping[str, Any], seconds: float) -> Answer:

@@ -4,6 +4,7 @@ vLLM pins its own torch; without that environment these tests are skipped. The p
 tested without vLLM.
 """
 
+import os
 import socket
 import subprocess
 import time
@@ -11,6 +12,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
@@ -150,6 +152,8 @@ def test_a_killed_vllm_is_a_lost_worker(parents):
     with pytest.raises(WorkerLost, match="open the engine again"):
         engine.generate([Prompt("", "The grass is green.", 2)])
     engine.close()
+    living = [process for process in psutil.process_iter(["status"]) if process.info["status"] != "zombie"]
+    assert engine._process.pid not in [os.getpgid(process.pid) for process in living if process.is_running()]
 
 
 @needs_vllm
@@ -158,7 +162,8 @@ def test_the_openai_engine_asks_a_real_vllm_server(parents, engine, needle_promp
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [ENVIRONMENT / "vllm", "serve", parents / "long", "--served-model-name", "long", "--port", str(port)]
+    command = [ENVIRONMENT / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", parents / "long"]
+    command += ["--served-model-name", "long", "--port", str(port)]
     command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--dtype", "bfloat16"]
     environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with (tmp_path / "log").open("wb") as log:
