@@ -103,9 +103,14 @@ class LocalStore:
         return LocalUpload(key, self._path(key))
 
     def delete(self, key: str) -> None:
+        """Also removes the object's lock file and the folders that it leaves empty, as if they had never been."""
         path = self._path(key)
         with suppress(ObjectMissing), _readable_errors(path):
             path.unlink(missing_ok=True)
+            _lock_path(path).unlink(missing_ok=True)
+            for folder in path.parents:
+                if folder == self._folder or not _removed_if_empty(folder):
+                    break
 
     def sweep(self, prefix: str = "") -> int:
         partials = [path for path in self._walk(prefix, of_partials=True) if path.name.endswith(PARTIAL)]
@@ -319,6 +324,14 @@ def _is_hidden(name: str) -> bool:
 
 def _lock_path(path: Path) -> Path:
     return path.with_name(f".{path.name}{LOCK}")
+
+
+def _removed_if_empty(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except OSError:
+        return False
+    return True
 
 
 @contextmanager
