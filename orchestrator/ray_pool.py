@@ -1,15 +1,25 @@
-"""The pool on Ray, and the only file that imports it: one Ray task a merge task, receipts back, never a tensor."""
+"""The pool on Ray: one Ray task a merge task, receipts back, never a tensor."""
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import ExitStack, chdir, redirect_stdout
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from jobs.job import WorkerSpec
@@ -21,35 +31,31 @@ TASKS_AHEAD = 2
 """Tasks submitted for each worker slot: enough that none waits, few enough that stopping is immediate."""
 
 REPORT_SECONDS = 0.5
+REACH_SECONDS = 10.0
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # receipts are all that passes through it
 
 
 class RayPool:
-    """Runs tasks on a Ray cluster: the one at `address`, or one started here and stopped with this pool."""
+    """Runs tasks on a Ray cluster: the one at `address`, or one started here and stopped with this pool.
+
+    Raises `BadInput` for a cluster that is not there and for workers that fit on none of its nodes.
+    """
 
     def __init__(self, spec: WorkerSpec, *, address: str | None = None) -> None:
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns without it
-        if address is None:
-            ray.init(
-                address="local",
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                object_store_memory=LOCAL_OBJECT_STORE_BYTES,
-            )
-        else:
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"py_modules": package_folders()},
-            )
-        gpus = spec.gpus if ray.cluster_resources().get("GPU", 0) else 0.0
-        self.device = "cuda" if gpus else "cpu"
-        self.resources: dict[str, float] = {"num_cpus": spec.cpus, "num_gpus": gpus, "memory": spec.memory_bytes}
-        self._workers = _slots(spec, gpus)
-        self._merge = ray.remote(_merge).options(**self.resources, max_retries=TRIES - 1)
-        self._meter: Any = ray.remote(Meter).options(num_cpus=0).remote()
+        with ExitStack() as opened:
+            opened.enter_context(redirect_stdout(sys.stderr))  # Ray prints what befalls its nodes; results are ours
+            if address is None:
+                opened.callback(shutil.rmtree, _start(), ignore_errors=True)
+            else:
+                _connect(address)
+            opened.callback(ray.shutdown)
+            gpus = spec.gpus if ray.cluster_resources().get("GPU", 0) else 0.0
+            self.device = "cuda" if gpus else "cpu"
+            self.resources: dict[str, float] = {"num_cpus": spec.cpus, "num_gpus": gpus, "memory": spec.memory_bytes}
+            self._workers = _slots(spec, gpus)
+            # no retries by Ray: it would leave out what a task has told before, receipts or not
+            self._merge = ray.remote(_merge).options(**self.resources, max_retries=0, num_returns="streaming")
+            self._opened = opened.pop_all()
 
     @property
     def workers(self) -> int:
@@ -58,70 +64,91 @@ class RayPool:
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
         waiting = [(task, 1) for task in reversed(tasks)]
         running: dict[Any, tuple[MergeTask, int]] = {}
-        reported = (0, 0)
         while waiting or running:
             while waiting and len(running) < TASKS_AHEAD * self._workers:
                 task, attempt = waiting.pop()
-                running[self._merge.remote(task, self.device, fingerprint(), self._meter)] = (task, attempt)
-            finished, _ = ray.wait(list(running), num_returns=1, timeout=REPORT_SECONDS, fetch_local=False)
-            reported = self._report(reported, progress)
-            for reference in finished:
-                task, attempt = running.pop(reference)
+                running[self._merge.remote(task, self.device, fingerprint())] = (task, attempt)
+            told: list[Any] = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
+            for stream in told:
                 try:
-                    yield ray.get(reference)
+                    news = ray.get(next(stream))
                 except (RayError, MergeyardError) as failure:
+                    task, attempt = running.pop(stream)
                     error = translated(failure, task.name)
                     if not error.retry or attempt == TRIES:
                         raise error from failure
                     time.sleep(retry_pause(attempt))
                     waiting.append((task, attempt + 1))
-
-    def _report(self, reported: tuple[int, int], progress: Progress) -> tuple[int, int]:
-        read, written = cast(tuple[int, int], ray.get(self._meter.total.remote()))
-        progress(max(0, read - reported[0]), max(0, written - reported[1]))
-        return read, written
+                    continue
+                if isinstance(news, tuple):
+                    progress(*news)
+                else:
+                    running.pop(stream)
+                    yield news
 
     def close(self) -> None:
-        ray.shutdown()
+        self._opened.close()
 
 
-class Meter:
-    """Adds up what all workers read and wrote."""
-
-    def __init__(self) -> None:
-        self._read = self._written = 0
-
-    def add(self, read: int, written: int) -> None:
-        """Some more."""
-        self._read += read
-        self._written += written
-
-    def total(self) -> tuple[int, int]:
-        """Bytes read and bytes written so far."""
-        return self._read, self._written
+def _start() -> Path:
+    """Starts a Ray of one node; the folder of its sockets and logs."""
+    with chdir(Path(package_folders()[0]).parent):  # workers import from here first, whatever the user's folder holds
+        context = _init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
+    return Path(context.address_info["session_dir"])
 
 
-def _merge(task: MergeTask, device: str, code: str, meter: Any) -> list[Receipt]:
-    """What runs on a node."""
+def _connect(address: str) -> None:
+    """Joins a running Ray and sends the code along."""
+    _check_reachable(address)
+    with TemporaryDirectory() as empty, chdir(empty):  # workers look into the driver's folder before what is sent
+        try:
+            _init(address=address, runtime_env={"py_modules": package_folders(), "excludes": ["examples/"]})
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            raise BadInput(f"--address {address}: {str(error).splitlines()[0]}") from error
+
+
+def _init(**options: Any) -> Any:
+    """ray.init, quietly and without its own way of stopping at SIGTERM."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns without it
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    stop = signal.getsignal(signal.SIGTERM)
+    try:
+        return ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, stop)
+
+
+def _check_reachable(address: str) -> None:
+    """Refuses an address where nothing listens, which Ray would try for minutes."""
+    if address == "auto":
+        return
+    host, _, port = address.rpartition(":")
+    if not port.isdigit() or "/" in host:
+        raise BadInput(f"--address {address}: give host:port of the cluster's head (Ray's own port is 6379), or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise BadInput(f"--address {address}: no Ray answers there ({error}); is its head running?") from None
+
+
+def _merge(task: MergeTask, device: str, code: str) -> Iterator[tuple[int, int] | list[Receipt]]:
+    """What runs on a node: bytes read and written from time to time, and at last the receipts."""
     from workers.merging import merge_task
 
     check_code(code)
-    pending = [0, 0]
-    last = time.monotonic()
-
-    def progress(read: int, written: int) -> None:
-        nonlocal last
-        pending[0] += read
-        pending[1] += written
-        if time.monotonic() - last >= REPORT_SECONDS:
-            last = time.monotonic()
-            read, written = pending
-            pending[:] = 0, 0
-            meter.add.remote(read, written)
-
-    receipts = merge_task(task, device=device, progress=progress)
-    meter.add.remote(*pending)
-    return receipts
+    moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1, "task") as thread:
+        merged = thread.submit(
+            merge_task, task, device=device, progress=lambda read, written: moved.put((read, written))
+        )
+        while not merged.done():
+            wait([merged], timeout=REPORT_SECONDS)
+            news = [moved.get() for _ in range(moved.qsize())]
+            yield sum(read for read, _ in news), sum(written for _, written in news)
+        yield merged.result()
 
 
 def check_code(expected: str) -> None:
@@ -156,13 +183,11 @@ def _slots(spec: WorkerSpec, gpus: float) -> int:
 
 def translated(failure: BaseException, what: str) -> MergeyardError:
     """Our own error if a worker raised one; else what became of the worker."""
-    if isinstance(failure, MergeyardError):
-        return failure
+    cause = failure.cause if isinstance(failure, RayTaskError) else failure  # its own text is a traceback
+    if isinstance(cause, MergeyardError):
+        return cause
     if isinstance(failure, RayTaskError):
-        cause = failure.cause
-        if isinstance(cause, MergeyardError):
-            return cause
         return MergeyardError(f"{what}: {type(cause).__name__}: {cause}")
-    if isinstance(failure, WorkerCrashedError):
+    if isinstance(failure, (WorkerCrashedError, OutOfMemoryError)):
         return WorkerLost(f"{what}: its worker died {TRIES} times; look for a lack of memory, then run again")
     return WorkerLost(f"{what}: {str(failure).splitlines()[0]}")
