@@ -1,0 +1,60 @@
+"""Merging small tensors whole, tile by tile, the way a worker does it but without files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from jobs.tasks import Setting
+from tests.workers.methods.whole import answered, tiles_of
+from workers.arithmetic import merge_tile
+from workers.methods import METHODS
+from workers.methods.tile import Reduction
+
+Merge = Callable[..., Tensor]
+SMALL = 16
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Tiles of so few elements that a tensor of a hundred has several; how many."""
+    monkeypatch.setattr("workers.methods.tile.TILE_ELEMENTS", SMALL)
+    monkeypatch.setattr("workers.methods.reductions.TILE_ELEMENTS", SMALL)
+    return SMALL
+
+
+@pytest.fixture
+def merge() -> Merge:
+    """merge(method, models, base=…, arithmetic="F32", seed=0, tensor="x", units=1, **parameters): the merged tensor.
+
+    `models` and `base` map names to tensors (lists become float32); parameters are as a method's keywords, those per
+    model as tuples.
+    """
+
+    def run(
+        method: str,
+        models: Mapping[str, Any],
+        *,
+        base: Mapping[str, Any] | None = None,
+        arithmetic: str = "F32",
+        seed: int = 0,
+        tensor: str = "x",
+        units: int = 1,
+        **parameters: Any,
+    ) -> Tensor:
+        parents = {
+            name: values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
+            for name, values in {**models, **(base or {})}.items()
+        }
+        if "density" in METHODS[method].parameters:
+            parameters.setdefault("density", (1.0,) * len(models))
+        setting = Setting(method, tuple(models), next(iter(base), None) if base else None, tuple(parameters.items()))
+        facts: dict[Reduction, Any] = {}
+        tiles = tiles_of(parents, facts, units=units, seed=seed, name=tensor)
+        return torch.cat(answered(tiles, facts, lambda tile: merge_tile(tile, setting, arithmetic, "float32")))
+
+    return run

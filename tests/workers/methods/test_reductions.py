@@ -1,0 +1,132 @@
+"""Facts about whole tensors: exact against numpy, and the same however the tensor is cut into tiles."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from tests.workers.methods.whole import answered, tiles_of
+from workers.methods import tile
+from workers.methods.reductions import L1, Dot, L1Kept, largest, unit_sums
+from workers.methods.tile import Reduction, Tile
+
+
+def tiles_and_facts(deltas: Tensor, units: int = 1) -> tuple[list[Tile], dict[Reduction, Any]]:
+    """Tiles of a model whose task vector is `deltas`, `units` of `TILE_ELEMENTS` in each."""
+    facts: dict[Reduction, Any] = {}
+    return tiles_of({"model": deltas, "base": torch.zeros_like(deltas)}, facts, units=units), facts
+
+
+def kept_by_us(deltas: Tensor, density: float, units: int = 1) -> Tensor:
+    """The mask over the whole tensor."""
+    tiles, facts = tiles_and_facts(deltas, units)
+    return torch.cat(answered(tiles, facts, lambda tile: largest(tile, "model", "base", density)))
+
+
+def known(deltas: Tensor, fact: Reduction, units: int = 1) -> Any:
+    """The value of a fact."""
+    tiles, facts = tiles_and_facts(deltas, units)
+    return answered(tiles, facts, lambda tile: tile.known(fact))[0]
+
+
+def kept_by_numpy(deltas: Tensor, density: float) -> Tensor:
+    """The first ⌊density · n⌋ of a stable descending sort by magnitude."""
+    order = np.argsort(-deltas.abs().double().numpy(), kind="stable")
+    mask = np.zeros(deltas.numel(), bool)
+    mask[order[: max(1, int(density * deltas.numel()))]] = True
+    return torch.from_numpy(mask)
+
+
+def noise(count: int, seed: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))
+
+
+ADVERSARIAL = {
+    "all equal": torch.ones(100),
+    "all zero": torch.zeros(70),
+    "nearly all zero": torch.cat([torch.zeros(90), torch.tensor([1.0, -2.0, 1.0])]),
+    "equal on both sides of every border": torch.tensor([1.0, -1.0, 2.0, -2.0]).repeat(30)[:117],
+    "largest at the end": torch.arange(99.0),
+    "largest first": -torch.arange(99.0).flip(0),
+    "subnormal": torch.arange(80.0) * 1e-45,
+    "neighbouring floats": torch.tensor([1.0]).view(torch.int32).add(torch.arange(100, dtype=torch.int32)).view(
+        torch.float32
+    ),
+    "across every exponent": torch.tensor([(-2.0) ** exponent for exponent in range(-60, 60)]),
+    "with infinity": torch.cat([torch.ones(40), torch.tensor([math.inf, -math.inf]), torch.zeros(10)]),
+    "one element": torch.tensor([-0.0]),
+    "steps of bfloat16": (noise(400, 1) * 1e-3).bfloat16().float(),
+    "sign of zero": torch.tensor([0.0, -0.0] * 20),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize("density", [0.01, 0.2, 0.5, 0.77, 0.999])
+@pytest.mark.parametrize("kind", ADVERSARIAL)
+def test_the_largest_are_those_of_a_stable_sort(kind: str, density: float, units: int, small_tiles: int):
+    deltas = ADVERSARIAL[kind]
+    assert torch.equal(kept_by_us(deltas, density, units), kept_by_numpy(deltas, density))
+
+
+@pytest.mark.parametrize("density", [0.2, 0.9])
+def test_the_largest_are_found_across_tiles_of_the_real_size(density: float):
+    # deltas of bfloat16 parents: few distinct magnitudes, a fifth of all elements may share the cutoff
+    deltas = (noise(300_001, 2) * 0.02).bfloat16().float() - (noise(300_001, 2) * 0.02 + 1e-4).bfloat16().float()
+    ours = kept_by_us(deltas, density)
+    assert torch.equal(ours, kept_by_numpy(deltas, density))
+    cutoff = deltas[ours].abs().min()
+    assert ((deltas.abs() == cutoff) & ~ours).any()
+
+
+def test_not_a_number_counts_as_the_largest():
+    deltas = torch.tensor([1.0, math.nan, 3.0, -math.inf])
+    assert kept_by_us(deltas, 0.25).tolist() == [False, True, False, False]
+    assert kept_by_us(deltas, 0.5).tolist() == [False, True, False, True]
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 100, 1000])
+def test_sums_do_not_depend_on_how_tiles_are_grouped(count: int, small_tiles: int):
+    values = noise(count, 5) * 10.0 ** torch.randint(-8, 8, (count,), generator=torch.Generator().manual_seed(6))
+    whole = unit_sums(values)
+    assert len(whole) == math.ceil(count / small_tiles)
+    for units in (1, 2, 5):
+        step = units * small_tiles
+        assert [total for at in range(0, count, step) for total in unit_sums(values[at : at + step])] == whole
+    assert math.fsum(whole) == pytest.approx(math.fsum(values.double().tolist()), rel=1e-12, abs=1e-300)
+
+
+def test_sums_of_a_tile_of_the_real_size_are_in_float64():
+    values = torch.full((tile.TILE_ELEMENTS + 3,), 0.1)
+    assert unit_sums(values) == pytest.approx([tile.TILE_ELEMENTS * float(values[0]), 3 * float(values[0])], rel=1e-15)
+
+
+@pytest.mark.parametrize("units", [1, 4])
+def test_dot_products_and_norms_are_those_of_the_whole_tensor(units: int, small_tiles: int):
+    deltas = noise(100, 7).bfloat16()
+    exact = deltas.double()
+    for fact, expected in (
+        (Dot("model", "model"), exact @ exact),
+        (Dot("model", "base"), 0.0),
+        (L1("model", "base", torch.float32), exact.abs().sum()),
+    ):
+        assert known(deltas, fact, units) == pytest.approx(float(expected), rel=1e-14)
+
+
+def test_the_kept_mass_is_that_of_the_largest(small_tiles: int):
+    deltas = noise(100, 8)
+    kept = known(deltas, L1Kept("model", "base", 0.3, torch.float32))
+    assert kept == pytest.approx(math.fsum(sorted(deltas.abs().double().tolist())[-30:]), rel=1e-14)
+
+
+def test_a_magnitude_is_looked_for_again_where_a_sample_misled():
+    # every element that a regular sample could look at is zero, and all others are not
+    for step in (7, 61, 64):
+        deltas = noise(150_000, 9)
+        deltas[::step] = 0
+        for density in (0.001, 1 - 1 / step):
+            assert torch.equal(kept_by_us(deltas, density), kept_by_numpy(deltas, density))

@@ -1,0 +1,365 @@
+"""Recipes bound to tensors: what is refused, on which line, and which recipes are the same merge."""
+
+from __future__ import annotations
+
+import textwrap
+
+import pytest
+
+from jobs.errors import BadInput
+from jobs.loading import load_document
+from jobs.recipe import Recipe, parse_recipe
+from jobs.tasks import Setting
+from workers.methods.settings import check_recipe, resolve
+
+
+def recipe(text: str) -> Recipe:
+    return parse_recipe(load_document(textwrap.dedent(text).strip(), "job.yaml"), {})
+
+
+def setting(text: str, *, tensor: str = "x", position: float = 0.0, exact: bool = True) -> Setting:
+    bound = recipe(text)
+    check_recipe(bound)
+    return resolve(bound, tensor, position, exact=exact)
+
+
+def weighted(method: str, *weights: object, base: bool = True, **parameters: object) -> str:
+    """A recipe of models a, b, c … with these weights; a tuple is (weight, density)."""
+    lines = [f"merge_method: {method}", *(["base_model: base"] if base else []), "models:"]
+    for name, weight in zip("abcdef", weights, strict=False):
+        own = f"weight: {weight[0]}, density: {weight[1]}" if isinstance(weight, tuple) else f"weight: {weight}"
+        lines.append(f"- {{model: {name}, parameters: {{{own}}}}}")
+    shared = ", ".join(f"{name.rstrip('_')}: {str(value).lower()}" for name, value in parameters.items())
+    return "\n".join([*lines, f"parameters: {{{shared}}}"] if parameters else lines)
+
+
+# ---- refusals
+
+REFUSED = {
+    "unknown method": (
+        """
+        models: [{model: a}]
+        merge_method: slrp
+        """,
+        'job.yaml:1: unknown method "slrp"; did you mean "slerp"?',
+    ),
+    "method like no other": (
+        """
+        models: [{model: a}]
+        merge_method: xyzzy
+        """,
+        'job.yaml:1: unknown method "xyzzy"; it has dare_linear, dare_ties, linear,',
+    ),
+    "misspelt parameter of a model": (
+        """
+        merge_method: linear
+        models:
+        - model: a
+          parameters:
+            weight: 1
+        - model: b
+          parameters:
+            wieght: 1
+        """,
+        'job.yaml:8: linear has no parameter "wieght"; did you mean "weight"?',
+    ),
+    "misspelt parameter at the top": (
+        """
+        merge_method: ties
+        base_model: base
+        models: [{model: a}]
+        parameters:
+          weight: 1
+          densty: 0.3
+        """,
+        'job.yaml:6: ties has no parameter "densty"; did you mean "density"?',
+    ),
+    "parameter of another method": (
+        """
+        merge_method: linear
+        models: [{model: a}]
+        parameters: {weight: 1, t: 0.5}
+        """,
+        'job.yaml:3: linear has no parameter "t"; it has normalize, weight',
+    ),
+    "parameter of the whole merge at a model": (
+        """
+        merge_method: linear
+        models:
+        - model: a
+          parameters:
+            weight: 1
+            normalize: false
+        """,
+        'job.yaml:6: "normalize" belongs to the whole merge, not to one model; move it to the top-level parameters',
+    ),
+    "missing weight": (
+        """
+        merge_method: linear
+        models:
+        - {model: a, parameters: {weight: 1}}
+        - {model: b}
+        """,
+        'job.yaml:1: no "weight" of model b for tensor x; give it or a filter "*"',
+    ),
+    "weight that no filter gives": (
+        """
+        merge_method: linear
+        models:
+        - {model: a, parameters: {weight: [{filter: mlp, value: 1}]}}
+        """,
+        'job.yaml:1: no "weight" of model a for tensor x; give it or a filter "*"',
+    ),
+    "missing t": (
+        """
+        merge_method: slerp
+        base_model: a
+        models: [{model: a}, {model: b}]
+        """,
+        'job.yaml:1: no "t" for tensor x',
+    ),
+    "density above one": (
+        """
+        merge_method: ties
+        base_model: base
+        models:
+        - {model: a, parameters: {weight: 1, density: 1.5}}
+        """,
+        "job.yaml:4: density 1.5 at tensor x is outside (0, 1]",
+    ),
+    "density of zero": (
+        """
+        merge_method: dare_ties
+        base_model: base
+        models: [{model: a}]
+        parameters: {weight: 1, density: 0}
+        """,
+        "job.yaml:4: density 0 at tensor x is outside (0, 1]",
+    ),
+    "word for a number": (
+        """
+        merge_method: linear
+        models: [{model: a}]
+        parameters: {weight: much}
+        """,
+        'job.yaml:3: "weight" is a number, not much',
+    ),
+    "number for a switch": (
+        """
+        merge_method: linear
+        models: [{model: a}]
+        parameters: {weight: 1, normalize: 2}
+        """,
+        'job.yaml:3: "normalize" is true or false, not 2',
+    ),
+    "switch for a number": (
+        """
+        merge_method: linear
+        models: [{model: a}]
+        parameters: {weight: true}
+        """,
+        'job.yaml:3: "weight" is a number, not True',
+    ),
+    "weights that cancel": (
+        """
+        merge_method: linear
+        models:
+        - {model: a, parameters: {weight: 0.1}}
+        - {model: b, parameters: {weight: -0.1}}
+        """,
+        "job.yaml:1: tensor x: the weights sum to zero and normalize divides by the sum; set normalize: false",
+    ),
+    "no base": (
+        """
+        merge_method: ties
+        models: [{model: a}]
+        parameters: {weight: 1}
+        """,
+        "job.yaml:1: ties needs a base_model",
+    ),
+    "only the base": (
+        """
+        merge_method: ties
+        base_model: a
+        models: [{model: a}]
+        parameters: {weight: 1}
+        """,
+        "job.yaml:1: ties merges at least 1 model(s), the recipe names 0",
+    ),
+    "slerp of three": (
+        """
+        merge_method: slerp
+        base_model: a
+        models: [{model: b}, {model: c}]
+        parameters: {t: 0.5}
+        """,
+        "job.yaml:1: slerp merges 2 model(s) counting the base, the recipe names 3",
+    ),
+    "passthrough of two": (
+        """
+        merge_method: passthrough
+        models: [{model: a}, {model: b}]
+        """,
+        "job.yaml:1: passthrough merges 1 model(s), the recipe names 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_recipe_that_cannot_work_is_refused_on_its_line(kind: str):
+    text, line = REFUSED[kind]
+    with pytest.raises(BadInput) as refusal:
+        setting(text)
+    assert str(refusal.value).startswith(line)
+    assert len(str(refusal.value).splitlines()) == 1
+
+
+# ---- look-up
+
+
+def test_a_models_own_parameter_comes_before_the_top_level_and_that_before_the_default():
+    text = """
+        merge_method: ties
+        base_model: base
+        models:
+        - {model: a, parameters: {weight: 0.5, density: 0.25}}
+        - {model: b}
+        parameters: {weight: 2}
+        """
+    found = dict(setting(text).parameters)
+    assert (found["weight"], found["density"]) == ((0.5, 2.0), (0.25, 1.0))
+
+
+def test_gradients_are_read_at_the_layers_position():
+    text = weighted("linear", "[0, 1]", "[1, 0]", base=False)
+    assert setting(text, position=0.25).parameters == (("normalize", False), ("weight", (0.25, 0.75)))
+
+
+def test_filters_are_matched_against_the_tensors_name():
+    text = weighted("linear", "[{filter: mlp, value: 3}, {value: 1}]", 1, base=False)
+    assert dict(setting(text, tensor="layers.0.mlp.up").parameters)["weight"] == (0.75, 0.25)
+    assert dict(setting(text, tensor="norm").parameters)["weight"] == (0.5, 0.5)
+
+
+def test_mergekits_numerics_keep_the_documents_numbers():
+    found = setting(weighted("linear", 1.4, 0.6, base=False), exact=False)
+    assert found.parameters == (("normalize", True), ("weight", (1.4, 0.6)))
+
+
+def test_a_setting_survives_its_document():
+    for text in (weighted("ties", (0.5, 0.3), (0.7, 1)), weighted("linear", 1, 2, base=False)):
+        bound = setting(text)
+        assert Setting.from_document(bound.document()) == bound
+        assert hash(Setting.from_document(bound.document())) == hash(bound)
+
+
+# ---- the same merge
+
+COPY_OF_BASE = Setting("passthrough", ("base",), None, (("scale", (1.0,)),))
+COPY_OF_A = Setting("passthrough", ("a",), None, (("scale", (1.0,)),))
+
+SAME = {
+    "weights in proportion": (weighted("linear", 0.7, 0.3, base=False), weighted("linear", 1.4, 0.6, base=False)),
+    "weights that sum to one already": (
+        weighted("linear", 0.7, 0.3, base=False),
+        weighted("linear", 0.7, 0.3, base=False, normalize=False),
+    ),
+    "weight zero leaves": (weighted("linear", 0.5, 0, 0.5, base=False), """
+        merge_method: linear
+        models: [{model: a, parameters: {weight: 1}}, {model: c, parameters: {weight: 1}}]
+        """),
+    "linear with its base listed, or joining last": ("""
+        merge_method: linear
+        base_model: b
+        models: [{model: a}, {model: b}]
+        parameters: {weight: 1}
+        """, """
+        merge_method: linear
+        base_model: b
+        models: [{model: a}]
+        parameters: {weight: 1}
+        """),
+    "lambda goes into the weights of a sum": (
+        weighted("task_arithmetic", 0.5, 0.25, lambda_=2),
+        weighted("task_arithmetic", 1, 0.5),
+    ),
+    "normalize goes into the weights of a sum": (
+        weighted("task_arithmetic", 3, 1, normalize=True),
+        weighted("task_arithmetic", 0.75, 0.25),
+    ),
+    "density means nothing to task arithmetic": (
+        weighted("task_arithmetic", (1, 0.5)),
+        weighted("task_arithmetic", 1),
+    ),
+    "int8_mask means nothing": (weighted("ties", (1, 0.5), int8_mask=True), weighted("ties", (1, 0.5))),
+    "dare of density one is task arithmetic": (weighted("dare_linear", (0.5, 1)), weighted("task_arithmetic", 0.5)),
+    "dare_ties of density one is ties": (
+        weighted("dare_ties", (0.5, 1), 1),
+        weighted("ties", 0.5, (1, 1), normalize=False),
+    ),
+    "rescale means nothing where nothing is trimmed": (weighted("ties", 0.5, rescale=True), weighted("ties", 0.5)),
+    "the density of a model that left": (weighted("ties", 0.5, (0, 0.3)), weighted("ties", 0.5)),
+    "a base among the models": ("""
+        merge_method: ties
+        base_model: base
+        models: [{model: base, parameters: {weight: 7}}, {model: a, parameters: {weight: 1}}]
+        """, weighted("ties", 1)),
+    "slerp with its base listed last, or not at all": ("""
+        merge_method: slerp
+        base_model: base
+        models: [{model: a}, {model: base}]
+        parameters: {t: 0.3}
+        """, """
+        merge_method: slerp
+        base_model: base
+        models: [{model: a}]
+        parameters: {t: 0.3}
+        """),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", SAME)
+def test_equal_merges_have_equal_settings(kind: str):
+    first, second = (setting(text) for text in SAME[kind])
+    assert first == second
+
+
+DIFFERENT = {
+    "densities": (weighted("ties", (1, 0.5)), weighted("ties", (1, 0.4))),
+    "methods": (weighted("dare_ties", (1, 0.5)), weighted("ties", (1, 0.5), normalize=False)),
+    "normalize in ties": (weighted("ties", 1, 2), weighted("ties", 1, 2, normalize=False)),
+    "lambda in ties": (weighted("ties", 1, 2, lambda_=2), weighted("ties", 2, 4)),
+    "rescale": (weighted("ties", (1, 0.5), rescale=True), weighted("ties", (1, 0.5))),
+    "models": (weighted("linear", 1, 0, base=False), weighted("linear", 0, 1, base=False)),
+}
+
+
+@pytest.mark.parametrize("kind", DIFFERENT)
+def test_different_merges_have_different_settings(kind: str):
+    first, second = (setting(text) for text in DIFFERENT[kind])
+    assert first != second
+
+
+SLERP = "merge_method: slerp\nbase_model: base\nmodels: [{{model: a}}]\nparameters: {{t: {t}}}"
+
+COPIES = {
+    "linear of one": (weighted("linear", 3, base=False), COPY_OF_A),
+    "linear with one weight left": (weighted("linear", 1, 0, base=False), COPY_OF_A),
+    "slerp at 0": (SLERP.format(t=0), COPY_OF_BASE),
+    "slerp at 1": (SLERP.format(t=1), COPY_OF_A),
+    "task arithmetic without weight": (weighted("task_arithmetic", 0), COPY_OF_BASE),
+    "lambda of zero": (weighted("ties", 1, lambda_=0), COPY_OF_BASE),
+    "ties without weight": (weighted("ties", (0, 0.5)), COPY_OF_BASE),
+}
+
+
+@pytest.mark.parametrize("kind", COPIES)
+def test_a_merge_that_is_one_parent_is_a_copy(kind: str):
+    text, expected = COPIES[kind]
+    assert setting(text) == expected
+
+
+def test_weights_stay_exact_until_they_are_divided():
+    # in floating point 0.1 + 0.2 is not 0.3, and 0.1/0.30000000000000004 is not 1/3
+    found = dict(setting(weighted("linear", 0.1, 0.2, base=False)).parameters)
+    assert found["weight"] == (1 / 3, 2 / 3)

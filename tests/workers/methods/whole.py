@@ -1,0 +1,34 @@
+"""Questions to whole tensors, asked tile by tile: what a worker does, without files and threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from workers.methods import tile
+from workers.methods.tile import NotYetKnown, Reduction, Tile
+
+Answer = TypeVar("Answer")
+
+
+def tiles_of(
+    parents: Mapping[str, Tensor], facts: Mapping[Reduction, Any], *, units: int = 1, seed: int = 0, name: str = "x"
+) -> list[Tile]:
+    """The tiles of one tensor, `units` of `TILE_ELEMENTS` in each."""
+    elements, step = next(iter(parents.values())).numel(), units * tile.TILE_ELEMENTS
+    return [
+        Tile(name, start, {parent: t[start : start + step] for parent, t in parents.items()}, facts, seed)
+        for start in range(0, elements, step)
+    ]
+
+
+def answered(tiles: Sequence[Tile], facts: dict[Reduction, Any], ask: Callable[[Tile], Answer]) -> list[Answer]:
+    """What `ask` says of each tile, once everything it has to know of the whole tensor is in `facts`."""
+    while True:
+        try:
+            return [ask(tile) for tile in tiles]
+        except NotYetKnown as question:
+            fact = question.reduction
+            facts[fact] = fact.combine([entry for share in answered(tiles, facts, fact.of) for entry in share])
