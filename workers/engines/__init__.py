@@ -1,0 +1,1 @@
+"""Resident models that answer prompts; `engine` says what each of them promises."""

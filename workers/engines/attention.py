@@ -1,8 +1,9 @@
 """Attention over a window of the cache, registered with transformers under `NAME`: sdpa without its detours.
 
 * A chunk that follows cached tokens needs a causal mask aligned to the lower right. PyTorch's flag is aligned to the
-  upper left, so transformers builds the mask, and a mask keeps a GPU off its flash kernel (and is half a gigabyte for
-  131,072 keys and a chunk of 4,096).
+  upper left, so transformers builds the mask: half a gigabyte for 131,072 keys and a chunk of 4,096, read again by every
+  head, and it keeps a GPU off its flash kernel. Here a GPU's kernel aligns the triangle itself, and a CPU attends to the
+  cached tokens and to the chunk apart and joins the two by their normalisers.
 * For a masked step of few queries transformers repeats the keys and values for every query of a group; here the queries
   of a group are stacked instead, and the cache is read once.
 * On a CPU keys and values are kept in float32, whatever the model's dtype: for the one query of a decoding step
@@ -50,8 +51,11 @@ def attend(
     queries, groups = query.shape[2], query.shape[1] // key.shape[1]
     scale: float | None = kwargs.get("scaling")
     if attention_mask is None and 1 < queries < key.shape[2]:
-        bias = causal_lower_right(queries, key.shape[2])
-        output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
+        if query.device.type == "cpu" and key.shape[3] == value.shape[3]:
+            output = _in_two_parts(query, key, value, scale)
+        else:
+            bias = causal_lower_right(queries, key.shape[2])
+            output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
     elif attention_mask is not None and groups > 1 and queries <= FEW_QUERIES:
         stacked = query.reshape(query.shape[0], key.shape[1], groups * queries, query.shape[3])
         mask = attention_mask.repeat(1, 1, groups, 1)
@@ -62,9 +66,25 @@ def attend(
     return output.transpose(1, 2).to(asked.dtype).contiguous(), None
 
 
-def _mask(*, local_size: int | None = None, device: torch.device | str = "cpu", **kwargs: Any) -> Tensor | None:
-    """None on a GPU, where `attend` aligns the triangle itself; on a CPU one mask for all layers is cheaper."""
-    if local_size is None and torch.device(device).type == "cuda":
+def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+    """Attention aligned to the lower right: all of the tokens before the chunk, and the chunk's own triangle.
+
+    With softmax weights exp(s) / Z, the whole is the average of the two parts weighted by Z = exp(logsumexp(s)).
+    """
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    queries, groups = query.shape[2], query.shape[1] // key.shape[1]
+    before = key.shape[2] - queries
+    stacked = query.reshape(query.shape[0], key.shape[1], groups * queries, query.shape[3])
+    past, past_weight = attention(stacked, key[:, :, :before], value[:, :, :before], scale=scale)
+    own_key, own_value = (part[:, :, before:].repeat_interleave(groups, dim=1) for part in (key, value))
+    own, own_weight = attention(query, own_key, own_value, 0.0, True, scale=scale)
+    share = torch.sigmoid(past_weight.reshape(own_weight.shape) - own_weight)[..., None]
+    return torch.lerp(own, past.reshape(own.shape), share.to(own.dtype))
+
+
+def _mask(*, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
+    """None where all that came before is seen, which `attend` understands; a sliding window needs a mask."""
+    if local_size is None:
         return None
-    visible = sdpa_mask(local_size=local_size, device=device, **kwargs)
-    return None if visible is None else hidden(visible, cache_dtype(torch.device(device), kwargs["dtype"]))
+    visible = sdpa_mask(local_size=local_size, **kwargs)
+    return None if visible is None else hidden(visible, cache_dtype(torch.device(kwargs["device"]), kwargs["dtype"]))

@@ -22,9 +22,10 @@ def draw(*shape, seed):
 
 @pytest.mark.parametrize("key_heads", [1, 2, 4])
 @pytest.mark.parametrize("queries", [1, 5, 9])
-def test_without_a_mask_the_last_query_sees_every_key(key_heads, queries):
+@pytest.mark.parametrize("value_size", [8, 6])
+def test_without_a_mask_the_last_query_sees_every_key(key_heads, queries, value_size):
     query = draw(2, 4, queries, 8, seed=1)
-    key, value = draw(2, key_heads, 9, 8, seed=2), draw(2, key_heads, 9, 8, seed=3)
+    key, value = draw(2, key_heads, 9, 8, seed=2), draw(2, key_heads, 9, value_size, seed=3)
     module = torch.nn.Module()
     module.num_key_value_groups = 4 // key_heads  # type: ignore[assignment]
     output, _ = attend(module, query, key, value, None, scaling=8**-0.5)
