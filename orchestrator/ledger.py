@@ -19,13 +19,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jobs.errors import BadInput, MergeyardError, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
+from jobs.errors import BadInput, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
 from jobs.tasks import Receipt
 from orchestrator.planning import Places
 from workers.storage import Store, open_store
 
 LEASE_SECONDS = 30.0
 HEARTBEAT_SECONDS = 10.0
+RELEASE_SECONDS = 5.0
+"""How long an ending driver tries to give its lease back; if the store is away, the next one waits for it to expire."""
+
 READS_AT_ONCE = 32
 
 
@@ -105,10 +108,11 @@ class Lease:
         self._seconds = seconds
         self._heartbeat = heartbeat
         self._etag = ""
+        self._nonce = ""
         self._epoch = 0
         self._stop = threading.Event()
         self._lost = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
         self._acquire()
@@ -119,12 +123,7 @@ class Lease:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._thread.join()
-        if not self._lost.is_set():
-            try:
-                self._store.swap(self._key, self._body(released=True), etag=self._etag)
-            except StorageError:
-                return  # whoever finds it will wait for it to run out
+        self._thread.join(RELEASE_SECONDS)
 
     @property
     def epoch(self) -> int:
@@ -165,21 +164,37 @@ class Lease:
                 )
         return self._store.locate(self._key)
 
-    def _renew(self) -> None:
-        last = time.monotonic()
+    def _renew_until_stopped(self) -> None:
         while not self._stop.wait(self._heartbeat):
-            try:
-                self._etag = self._store.swap(self._key, self._body(), etag=self._etag).etag
-                last = time.monotonic()
-            except (ObjectChanged, ObjectMissing):
-                self._lost.set()
+            self._renew()
+            if self._lost.is_set():
                 return
-            except MergeyardError:
-                if time.monotonic() - last > self._seconds:
-                    self._lost.set()
-                    return
+        self._renew(released=True)
+
+    def _renew(self, *, released: bool = False) -> None:
+        """Moves the lease on. While nobody else has moved it, it is ours, however long the store was away."""
+        try:
+            self._etag = self._store.swap(self._key, self._body(released=released), etag=self._etag).etag
+        except (ObjectChanged, ObjectMissing):
+            self._look_again()
+        except StorageError:
+            return
+
+    def _look_again(self) -> None:
+        """After a conflict: what lies there may be our own last version, whose answer never came."""
+        try:
+            info = self._store.locate(self._key)
+            if json.loads(bytes(self._store.read(self._key, etag=info.etag)))["nonce"] == self._nonce:
+                self._etag = info.etag
+            else:
+                self._lost.set()
+        except (ObjectChanged, ObjectMissing):
+            self._lost.set()
+        except StorageError:
+            return
 
     def _body(self, *, released: bool = False) -> bytes:
+        self._nonce = secrets.token_hex(16)
         return _json(
             {
                 "epoch": self._epoch,
@@ -188,7 +203,7 @@ class Lease:
                 "process": os.getpid(),
                 "process_started": _process_started(os.getpid()),
                 "seconds": self._seconds,
-                "nonce": secrets.token_hex(16),
+                "nonce": self._nonce,
                 "released": released,
             }
         )
