@@ -193,12 +193,12 @@ class _Merge:
                     name = stretch.tensor.name
                     tiles = self._tiles(stretch, raw, facts[name])
                     for of_tile in self.compute.map(_share_of(missing.get(name, ())), tiles):
-                        for question, share in of_tile:
-                            shares.setdefault((name, question), []).append(share)
+                        for question, of_units in of_tile:
+                            shares.setdefault((name, question), []).extend(of_units)
                 if not keep:
                     self.reader.release(slab)
-            for (name, question), of_tiles in shares.items():
-                facts[name][question] = question.combine(of_tiles)
+            for (name, question), of_units in shares.items():
+                facts[name][question] = question.combine(of_units)
         return facts
 
     def _tiles(self, stretch: Stretch, raw: Mapping[str, Tensor], facts: Facts) -> Iterator[Tile]:
@@ -321,8 +321,8 @@ def _has_nonfinite(elements: Tensor) -> bool:
     return bits.size > 0 and int((bits & without_sign).max()) >= infinity
 
 
-def _share_of(asked: Sequence[Reduction]) -> Callable[[Tile], list[tuple[Reduction, Any]]]:
-    """Answers every question for one tile."""
+def _share_of(asked: Sequence[Reduction]) -> Callable[[Tile], list[tuple[Reduction, list[Any]]]]:
+    """Answers every question for one tile, unit by unit."""
     return lambda tile: [(question, question.of(tile)) for question in asked]
 
 

@@ -5,6 +5,7 @@ What comes out is, bit for bit, what the written point would hold: the same tile
 
 from __future__ import annotations
 
+import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -23,11 +24,14 @@ from workers.storage import open_store
 
 READS_AT_ONCE = 8
 
+HISTOGRAM_BYTES = 8 << 16
+"""What a `MagnitudeHistogram` takes: it is kept for the next density only beside a tensor that takes more."""
+
 
 class ResidentParents:
     """Every tensor of every parent on one device, in the parents' own dtypes; read once.
 
-    What methods learn about whole tensors is kept, so that the second point of a grid does not sort again.
+    What methods learn about whole tensors is kept, so that the second point of a grid does not learn it again.
     """
 
     def __init__(
@@ -62,41 +66,52 @@ class ResidentParents:
         with ThreadPoolExecutor(READS_AT_ONCE, "read") as pool:
             self._raw = {tensor.name: raw for tensor, raw in zip(tensors, pool.map(read, tensors), strict=True)}
 
-    def merged(self, settings: Sequence[Setting]) -> Iterator[tuple[str, Tensor]]:
+    def merged(self, settings: Sequence[Setting], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of one point by name, in its stored dtype and shape, on the device.
 
-        `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task.
+        `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests` is given the sha256
+        of each tensor's bytes, as a manifest has them.
         """
-        if self._threads == 1:
+        with ThreadPoolExecutor(self._threads, "merge", _one_torch_thread) as pool:
+            ahead: deque[tuple[str, Future[tuple[Tensor, str]]]] = deque()
             for tensor in self._tensors:
-                yield tensor.name, self._merge(tensor, settings[tensor.setting])
-            return
-        with ThreadPoolExecutor(self._threads, "merge") as pool:
-            ahead: deque[tuple[str, Future[Tensor]]] = deque()
-            for tensor in self._tensors:
-                ahead.append((tensor.name, pool.submit(self._merge, tensor, settings[tensor.setting])))
+                ahead.append((tensor.name, pool.submit(self._merge_and_hash, tensor, settings[tensor.setting])))
                 if len(ahead) > 2 * self._threads:
-                    name, future = ahead.popleft()
-                    yield name, future.result()
-            for name, future in ahead:
-                yield name, future.result()
+                    yield self._next(ahead, digests)
+            while ahead:
+                yield self._next(ahead, digests)
+
+    def _next(
+        self, ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[str, str]
+    ) -> tuple[str, Tensor]:
+        name, future = ahead.popleft()
+        tensor, digests[name] = future.result()
+        return name, tensor
 
     @torch.inference_mode()
+    def _merge_and_hash(self, tensor: TensorMerge, setting: Setting) -> tuple[Tensor, str]:
+        merged = self._merge(tensor, setting)
+        data: Any = merged.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        return merged.view(tensor.shape), hashlib.sha256(data).hexdigest()
+
     def _merge(self, tensor: TensorMerge, setting: Setting) -> Tensor:
         raw = self._raw[tensor.name]
         if tensor.dtype not in FLOATS:
             first, *others = setting.parents
             if any(not torch.equal(raw[first], raw[other]) for other in others):
                 raise BadInput(
-                    f"tensor {tensor.name} ({tensor.dtype}) differs between parents; integers stay as they are"
+                    f"tensor {tensor.name} ({tensor.dtype}) differs between {' and '.join(setting.parents)};"
+                    " integers cannot be merged, take it from one parent"
                 )
-            return raw[first].view(tensor.shape)
-        self._learn(tensor, setting)
+            return raw[first]
         output = torch.empty(tensor.elements, dtype=torch_dtype(tensor.dtype), device=self._device)
+        if tensor.elements == 0:
+            return output
+        self._learn(tensor, setting)
         for tile in self._tiles(tensor):
             part = output[tile.start : tile.start + tile.elements]
             part.copy_(merge_tile(tile, setting, tensor.arithmetic, self._numerics))
-        return output.view(tensor.shape)
+        return output
 
     def _learn(self, tensor: TensorMerge, setting: Setting) -> None:
         facts = self._facts[tensor.name]
@@ -104,8 +119,9 @@ class ResidentParents:
             shares = [[question.of(tile) for question in asked] for tile in self._tiles(tensor)]
             for index, question in enumerate(asked):
                 facts[question] = question.combine([share[index] for share in shares])
-        for question in [question for question in facts if isinstance(question, MagnitudeHistogram)]:
-            del facts[question]  # half a MiB each; what follows from it is kept
+        if tensor.bytes < HISTOGRAM_BYTES:
+            for question in [question for question in facts if isinstance(question, MagnitudeHistogram)]:
+                del facts[question]
 
     def _tiles(self, tensor: TensorMerge) -> Iterator[Tile]:
         """Cache-sized tiles on a CPU; on a GPU, which wants few large launches, the whole tensor."""
@@ -113,3 +129,8 @@ class ResidentParents:
         for start in range(0, tensor.elements, step):
             part = {name: elements[start : start + step] for name, elements in self._raw[tensor.name].items()}
             yield Tile(tensor.name, start, part, self._facts[tensor.name], self._seed)
+
+
+def _one_torch_thread() -> None:
+    """Tensors are what runs in parallel; torch's own threads would only wait for each other."""
+    torch.set_num_threads(1)

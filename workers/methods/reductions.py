@@ -9,16 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
 
-_HIGH_BITS = 15
-"""|δ| as float32 bits is ordered like an integer; its upper half indexes the histogram, its lower 15 bits refine it."""
+IntArray = NDArray[Any]
+
+_SAMPLED = 61
+_MARGINS = (5.0, 50.0, None)
 
 
 def unit_sums(values: Tensor) -> list[float]:
@@ -43,8 +46,8 @@ class Dot(Reduction):
     def of(self, tile: Tile) -> list[float]:
         return unit_sums(tile.parent(self.a, torch.float64) * tile.parent(self.b, torch.float64))
 
-    def combine(self, shares: Sequence[list[float]]) -> float:
-        return math.fsum(chain.from_iterable(shares))
+    def combine(self, shares: Sequence[float]) -> float:
+        return math.fsum(shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +61,8 @@ class L1(Reduction):
     def of(self, tile: Tile) -> list[float]:
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs())
 
-    def combine(self, shares: Sequence[list[float]]) -> float:
-        return math.fsum(chain.from_iterable(shares))
+    def combine(self, shares: Sequence[float]) -> float:
+        return math.fsum(shares)
 
 
 def magnitude_bits(tile: Tile, model: str, base: str) -> Tensor:
@@ -70,94 +73,120 @@ def magnitude_bits(tile: Tile, model: str, base: str) -> Tensor:
 
 
 @dataclass(frozen=True, slots=True)
-class MagnitudeHistogram(Reduction):
-    """How many |δᵢ| share each value of their upper 16 bits: int64 [65536]. One serves every density."""
+class MagnitudeSample(Reduction):
+    """Every 61st |δᵢ| as bits, sorted: the one sort of a tensor, which tells every density where to look.
+
+    61 is prime, so that a sample of a matrix does not come from the same few columns.
+    """
 
     model: str
     base: str
 
-    def of(self, tile: Tile) -> Tensor:
-        return torch.bincount(magnitude_bits(tile, self.model, self.base) >> _HIGH_BITS, minlength=1 << 16)
+    def of(self, tile: Tile) -> list[Tensor]:
+        first = -tile.start % _SAMPLED
+        model, base = (tile.raw[name][first::_SAMPLED].to(torch.float32) for name in (self.model, self.base))
+        return [(model - base).abs().view(torch.int32)]
 
-    def combine(self, shares: Sequence[Tensor]) -> Tensor:
-        return torch.stack(list(shares)).sum(dim=0)
+    def combine(self, shares: Sequence[Tensor]) -> IntArray:
+        return np.sort(torch.cat(list(shares)).cpu().numpy())
+
+
+@dataclass(frozen=True, slots=True)
+class Threshold:
+    """What a density keeps of a tensor: all |δ| above `bits`, and of those equal to it the first `equals`.
+
+    `equal_before[u]` counts the equal ones in the units before unit u.
+    """
+
+    bits: int
+    equals: int
+    equal_before: Sequence[int]
 
 
 @dataclass(frozen=True, slots=True)
 class Cutoff(Reduction):
-    """The k-th largest |δᵢ| exactly, k = max(1, ⌊density · elements⌋): (its float32 bits, equals kept)."""
+    """The k-th largest |δᵢ| exactly, k = max(1, ⌊density · elements⌋): a `Threshold`, or None if it was not found.
+
+    Only what lies between two quantiles of the sample, `margin` standard errors around the wanted one, is looked at
+    closely. That this misses is possible and noticed; then a greater margin is asked for, and None means everything.
+    """
 
     model: str
     base: str
     density: float
+    margin: float | None
 
-    def _bin(self, tile: Tile) -> tuple[int, int]:
-        """The histogram bin that holds the k-th largest, and how many of that bin are kept."""
-        histogram: Tensor = tile.known(MagnitudeHistogram(self.model, self.base))
-        kept = max(1, int(self.density * int(histogram.sum())))
-        from_largest = torch.cumsum(histogram.flip(0), dim=0)
-        above = int(torch.searchsorted(from_largest, kept))
-        return (1 << 16) - 1 - above, kept - (int(from_largest[above - 1]) if above else 0)
+    def of(self, tile: Tile) -> list[tuple[int, int, IntArray, IntArray]]:
+        low, high = self._bracket(tile.known(MagnitudeSample(self.model, self.base)))
+        shares: list[tuple[int, int, IntArray, IntArray]] = []
+        for unit in magnitude_bits(tile, self.model, self.base).split(TILE_ELEMENTS):
+            bits = unit.cpu().numpy()  # NumPy counts and selects several times faster than torch does
+            inside = bits[(bits - low).view(np.uint32) <= high - low]
+            values, counts = np.unique(inside, return_counts=True)
+            shares.append((bits.size, int(np.count_nonzero(bits > high)), values, counts))
+        return shares
 
-    def of(self, tile: Tile) -> tuple[int, int, Tensor]:
-        bin_index, kept_here = self._bin(tile)
-        bits = magnitude_bits(tile, self.model, self.base)
-        low = bits[bits >> _HIGH_BITS == bin_index] & ((1 << _HIGH_BITS) - 1)
-        return bin_index, kept_here, torch.bincount(low, minlength=1 << _HIGH_BITS)
+    def _bracket(self, sample: IntArray) -> tuple[int, int]:
+        lowest, highest = 0, int(np.iinfo(np.int32).max)
+        if self.margin is None or not sample.size:
+            return lowest, highest
+        rank = self.density * sample.size
+        slack = self.margin * math.sqrt(rank * (1 - self.density)) + 2
+        below, above = math.ceil(sample.size - rank + slack), math.floor(sample.size - rank - slack)
+        return (
+            int(sample[above]) if above >= 0 else lowest,
+            int(sample[below]) if below < sample.size else highest,
+        )
 
-    def combine(self, shares: Sequence[tuple[int, int, Tensor]]) -> tuple[int, int]:
-        bin_index, kept_here, histogram = shares[0][0], shares[0][1], torch.zeros(1 << _HIGH_BITS, dtype=torch.int64)
-        for _, _, share in shares:
-            histogram += share.to(histogram.device)
-        from_largest = torch.cumsum(histogram.flip(0), dim=0)
-        above = int(torch.searchsorted(from_largest, kept_here))
-        equal_kept = kept_here - (int(from_largest[above - 1]) if above else 0)
-        return bin_index << _HIGH_BITS | ((1 << _HIGH_BITS) - 1 - above), equal_kept
-
-
-@dataclass(frozen=True, slots=True)
-class EqualBefore(Reduction):
-    """Before each unit, how many earlier elements equal the cutoff: a stable order among equals needs it."""
-
-    cutoff: Cutoff
-
-    def of(self, tile: Tile) -> list[int]:
-        threshold, _ = tile.known(self.cutoff)
-        equal = magnitude_bits(tile, self.cutoff.model, self.cutoff.base) == threshold
-        return [int(torch.count_nonzero(unit)) for unit in equal.split(TILE_ELEMENTS)]
-
-    def combine(self, shares: Sequence[list[int]]) -> list[int]:
-        return [0, *np.cumsum(list(chain.from_iterable(shares))).tolist()]
+    def combine(self, shares: Sequence[tuple[int, int, IntArray, IntArray]]) -> Threshold | None:
+        elements = sum(count for count, _, _, _ in shares)
+        wanted = max(1, int(self.density * elements)) - sum(above for _, above, _, _ in shares)
+        values, place = np.unique(np.concatenate([values for _, _, values, _ in shares]), return_inverse=True)
+        totals = np.zeros(values.size, dtype=np.int64)
+        np.add.at(totals, place, np.concatenate([counts for _, _, _, counts in shares]))
+        from_largest = np.cumsum(totals[::-1])
+        index = int(np.searchsorted(from_largest, wanted))
+        if wanted < 1 or index == values.size:
+            return None
+        bits = int(values[::-1][index])
+        equal = [int(counts[values == bits].sum()) for _, _, values, counts in shares]
+        greater = int(from_largest[index - 1]) if index else 0
+        return Threshold(bits, wanted - greater, [0, *np.cumsum(equal).tolist()])
 
 
 def largest(tile: Tile, model: str, base: str, density: float) -> Tensor:
-    """Which elements are among the ⌊density · elements⌋ largest |δ| of the whole tensor; of equals, the first: bool."""
+    """1 for the ⌊density · elements⌋ largest |δ| of the whole tensor (of equals, the first), 0 for the rest."""
 
     def decide() -> Tensor:
-        cutoff = Cutoff(model, base, density)
-        threshold, quota = tile.known(cutoff)
-        equal_before = tile.known(EqualBefore(cutoff))
+        threshold = _threshold(tile, model, base, density)
         first, end = tile.units
-        room = quota - equal_before[first]
-        equal_here = equal_before[end] - equal_before[first]
+        room = threshold.equals - threshold.equal_before[first]
+        equal_here = threshold.equal_before[end] - threshold.equal_before[first]
         bits = magnitude_bits(tile, model, base)
-        if room >= equal_here:
-            return bits >= threshold
-        if room <= 0:
-            return bits > threshold
-        equal = bits == threshold
-        return (bits > threshold) | (equal & (torch.cumsum(equal, dim=0) <= room))
+        if room >= equal_here or room <= 0:
+            mask = torch.empty(bits.shape, dtype=torch.float32, device=bits.device)
+            return torch.ge(bits, threshold.bits + (room <= 0), out=mask)
+        equal = bits == threshold.bits
+        return ((bits > threshold.bits) | (equal & (torch.cumsum(equal, dim=0) <= room))).to(torch.float32)
 
     return tile.remember(("largest", model, base, density), decide)
 
 
+def _threshold(tile: Tile, model: str, base: str, density: float) -> Threshold:
+    for margin in _MARGINS:
+        threshold: Threshold | None = tile.known(Cutoff(model, base, density, margin))
+        if threshold is not None:
+            return threshold
+    raise AssertionError("the whole range holds every rank")
+
+
 def drawn(tile: Tile, method: str, model: str, density: float) -> Tensor:
-    """Which elements a coin of probability `density` keeps, element by element: bool."""
+    """Which elements a coin of probability `density` keeps, element by element: 1 or 0."""
 
     def decide() -> Tensor:
         threshold = round(density * (1 << 32))
         kept = torch.from_numpy(tile.random_bits(method, model) < np.uint64(threshold))
-        return kept.to(tile.raw[model].device)
+        return kept.to(tile.raw[model].device, torch.float32)
 
     return tile.remember(("drawn", method, model, density), decide)
 
@@ -180,5 +209,5 @@ class L1Kept(Reduction):
         )
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * kept)
 
-    def combine(self, shares: Sequence[list[float]]) -> float:
-        return math.fsum(chain.from_iterable(shares))
+    def combine(self, shares: Sequence[float]) -> float:
+        return math.fsum(shares)

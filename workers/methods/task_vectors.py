@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.methods.reductions import L1, L1Kept, drawn, largest
-from workers.methods.tile import Inputs, PerModel
+from workers.methods.tile import Inputs, PerModel, ones_where
 
 _NO_MASS = 1e-7
 """Below this L1 norm a task vector is not rescaled."""
@@ -66,12 +66,12 @@ def add_consensus(
     """
     weights = [inputs.number(value) for value in weight]
     votes = [delta * value for delta, value in zip(deltas, weights, strict=True)]
-    positive = inputs.sum(votes) >= 0
-    agreeing = [torch.where(positive, vote > 0, vote < 0) for vote in votes]
-    mixed = inputs.sum([vote * agrees for vote, agrees in zip(votes, agreeing, strict=True)])
+    elected = ones_where(torch.ge, inputs.sum(votes)).mul_(2).sub_(1)  # +1 or −1: what follows are sign flips, exact
+    turned = [vote.mul_(elected) for vote in votes]
+    mixed = inputs.sum([vote.relu() for vote in turned]).mul(elected)
     if normalize:
-        divisor = inputs.sum([agrees.to(inputs.dtype) * value for agrees, value in zip(agreeing, weights, strict=True)])
-        mixed = mixed / divisor.masked_fill(divisor == 0, 1)
+        divisor = inputs.sum([ones_where(torch.gt, vote) * value for vote, value in zip(turned, weights, strict=True)])
+        mixed = mixed / (divisor + ones_where(torch.eq, divisor))
     return inputs.base + _scaled(inputs, mixed, lambda_)
 
 

@@ -38,14 +38,14 @@ class NotYetKnown(Exception):
 
 
 class Reduction:
-    """A fact about a whole tensor: `of` each tile, then `combine` in tile order. Subclasses are frozen dataclasses."""
+    """A fact about a whole tensor, put together from its tiles' shares. Subclasses are frozen dataclasses."""
 
-    def of(self, tile: Tile) -> Any:
-        """This tile's share; may ask `tile.known` for other reductions."""
+    def of(self, tile: Tile) -> list[Any]:
+        """This tile's share, an entry for each unit it spans; may ask `tile.known` for other reductions."""
         raise NotImplementedError
 
     def combine(self, shares: Sequence[Any]) -> Any:
-        """The fact, from the shares of all tiles in order."""
+        """The fact, from the entries of all units in order."""
         raise NotImplementedError
 
 
@@ -109,6 +109,14 @@ class Tile:
         words_a_block = 8  # one Philox counter step yields four 64-bit words
         generator = np.random.Philox(key=key, counter=self.start // words_a_block)
         return generator.random_raw((self.elements + 1) // 2).view(np.uint32)[: self.elements]
+
+
+def ones_where(holds: Callable[..., Tensor], values: Tensor, bound: float = 0.0) -> Tensor:
+    """1 where a value compares with the bound as asked, else 0, in the values' dtype.
+
+    Many times faster than `torch.where`, which takes a branch an element.
+    """
+    return holds(values, bound, out=torch.empty_like(values))
 
 
 @dataclass(frozen=True, slots=True)

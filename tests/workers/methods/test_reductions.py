@@ -25,7 +25,7 @@ def tiles_and_facts(deltas: Tensor, units: int = 1) -> tuple[list[Tile], dict[Re
 def kept_by_us(deltas: Tensor, density: float, units: int = 1) -> Tensor:
     """The mask over the whole tensor."""
     tiles, facts = tiles_and_facts(deltas, units)
-    return torch.cat(answered(tiles, facts, lambda tile: largest(tile, "model", "base", density)))
+    return torch.cat(answered(tiles, facts, lambda tile: largest(tile, "model", "base", density))).bool()
 
 
 def known(deltas: Tensor, fact: Reduction, units: int = 1) -> Any:
