@@ -1,0 +1,429 @@
+"""The fused merge: the same bytes however it is cut, and nothing visible unless all of it is right."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import resource
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor
+
+from jobs.errors import BadInput, CorruptData, ObjectChanged, StorageError
+from jobs.tasks import (
+    DTYPE_BITS,
+    MergeTask,
+    Parent,
+    ParentFile,
+    ParentTensor,
+    PointShard,
+    Receipt,
+    Setting,
+    TensorMerge,
+)
+from workers.checkpoint import FLOATS, read_header
+from workers.merging import Budget, merge_task
+from workers.storage import open_store
+
+numbers = itertools.count()
+
+LINEAR = Setting("linear", ("a", "b"), None, (("normalize", False), ("weight", (0.7, 0.3))))
+TIES = Setting(
+    "ties",
+    ("a", "b"),
+    "base",
+    (("density", (0.3, 0.6)), ("lambda", 1.0), ("normalize", True), ("rescale", True), ("weight", (0.5, 0.5))),
+)
+DARE = Setting(
+    "dare_ties",
+    ("a", "b"),
+    "base",
+    (("density", (0.5, 0.8)), ("lambda", 0.5), ("normalize", False), ("rescale", True), ("weight", (0.5, 0.5))),
+)
+SLERP = Setting("slerp", ("a", "b"), "a", (("t", 0.3),))
+COPY = Setting("passthrough", ("b",), None, (("scale", (1.0,)),))
+POINTS = {"linear": LINEAR, "ties": TIES, "dare": DARE, "slerp": SLERP, "copy": COPY}
+
+Shapes = Mapping[str, tuple[tuple[int, ...], str]]
+"""Tensor name to shape and torch dtype."""
+
+EVERY_KIND: Shapes = {
+    "flag": ((), "bool"),
+    "mask": ((3,), "bool"),
+    "positions": ((5,), "int64"),
+    "scalar": ((), "bfloat16"),
+    "one": ((1,), "float32"),
+    "empty": ((0,), "float32"),
+    "empty matrix": ((3, 0), "bfloat16"),
+    "odd": ((7,), "bfloat16"),
+    "half": ((65,), "float16"),
+    "matrix": ((9, 31), "bfloat16"),
+    "large": ((11, 67), "float32"),
+    "double": ((130,), "float64"),
+    "bytes": ((13,), "uint8"),
+}
+
+
+def family(shapes: Shapes, seed: int = 0) -> dict[str, dict[str, Tensor]]:
+    """base, a and b: floats that differ a little, integers and booleans that do not."""
+    generator = torch.Generator().manual_seed(seed)
+    parents: dict[str, dict[str, Tensor]] = {"base": {}, "a": {}, "b": {}}
+    for name, (shape, kind) in shapes.items():
+        dtype = getattr(torch, kind)
+        common = torch.randn(shape, generator=generator)
+        for tensors in parents.values():
+            step = torch.randn(shape, generator=generator)
+            tensors[name] = (
+                (common + 0.01 * step).to(dtype) if dtype.is_floating_point else (common * 9).abs().to(dtype)
+            )
+    return parents
+
+
+def pinned(url: str, content: bytes) -> tuple[Parent, dict[str, ParentTensor], dict[str, tuple[int, ...]]]:
+    """A parent of one file, as planning pins it."""
+    store = open_store(url)
+    info = store.write("model.safetensors", content)
+    header = read_header(store, info)
+    return (
+        Parent(url, (ParentFile(info.key, info.size, info.etag),)),
+        {entry.name: ParentTensor(0, entry.dtype, entry.start, entry.end) for entry in header},
+        {entry.name: entry.shape for entry in header},
+    )
+
+
+def task_of(
+    parents: Mapping[str, dict[str, Tensor] | bytes],
+    points: Mapping[str, Setting] = POINTS,
+    *,
+    run: str | None = None,
+    names: Sequence[str] | None = None,
+    memory_bytes: int = 2 * 10**9,
+    threads: int = 2,
+) -> MergeTask:
+    """One shard of these tensors for these points; floats are stored as they are in `a`, wider ones first."""
+    number = next(numbers)
+    opened = {
+        name: pinned(f"memory://parents-{number}-{name}", tensors if isinstance(tensors, bytes) else save(tensors))
+        for name, tensors in parents.items()
+    }
+    _, tensors_of_a, shapes = opened["a"]
+    tensors = [
+        TensorMerge(
+            name=name,
+            dtype=tensors_of_a[name].dtype,
+            shape=shapes[name],
+            sources={parent: places[name] for parent, (_, places, _) in opened.items()},
+            setting=0,
+            arithmetic="F64" if tensors_of_a[name].dtype in ("F32", "F64") else "F32",
+        )
+        for name in names or tensors_of_a
+    ]
+    return MergeTask(
+        run=run or f"memory://run-{number}",
+        shard="model.safetensors",
+        tensors=tuple(sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])),
+        points=tuple(
+            PointShard(
+                point, f"unit-{point}", f"points/{point}/model.safetensors", f"receipts/{point}.json", (setting,)
+            )
+            for point, setting in points.items()
+        ),
+        parents={name: parent for name, (parent, _, _) in opened.items()},
+        seed=7,
+        numerics="float32",
+        memory_bytes=memory_bytes,
+        threads=threads,
+    )
+
+
+def shard(task: MergeTask, point: str) -> bytes:
+    return bytes(open_store(task.run).read(f"points/{point}/model.safetensors"))
+
+
+def digests(receipts: Iterable[Receipt]) -> dict[str, dict[str, str]]:
+    return {receipt.point: dict(receipt.tensors) for receipt in receipts}
+
+
+@contextmanager
+def threads_all_end() -> Iterator[None]:
+    before = threading.active_count()
+    yield
+    assert threading.active_count() == before
+
+
+# ---- the same bytes
+
+
+TILE = 64
+
+
+@contextmanager
+def small_tiles(budget: Budget | None = None) -> Iterator[None]:
+    """Tiles of 64 elements, so that small tensors have many; and this budget, whatever the task's memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("workers.methods.tile", "workers.methods.reductions", "workers.merging", "workers.reading"):
+            patch.setattr(f"{module}.TILE_ELEMENTS", TILE)
+        if budget is not None:
+            patch.setattr(Budget, "of", classmethod(lambda cls, task: budget))
+        yield
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, tuple[bytes, dict[str, str]]]:
+    """Every point's file and digests, merged with room for everything, one point at a time on one thread."""
+    found: dict[str, tuple[bytes, dict[str, str]]] = {}
+    for point, setting in POINTS.items():
+        task = task_of(family(EVERY_KIND), {point: setting}, threads=1)
+        with small_tiles():
+            (receipt,) = merge_task(task)
+        found[point] = (shard(task, point), dict(receipt.tensors))
+    return found
+
+
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    slab=st.integers(0, 2000),
+    piece_tiles=st.integers(1, 4),
+    held=st.sampled_from([0, 1500, 10**9]),
+    slabs_ahead=st.integers(1, 3),
+    threads=st.sampled_from([1, 2, 4]),
+    groups=st.integers(1, 5),
+    order=st.permutations(list(POINTS)),
+)
+def test_bytes_do_not_depend_on_memory_threads_or_grouping(
+    reference: dict[str, tuple[bytes, dict[str, str]]],
+    slab: int,
+    piece_tiles: int,
+    held: int,
+    slabs_ahead: int,
+    threads: int,
+    groups: int,
+    order: list[str],
+):
+    smallest_slab = TILE * 8 + 64  # a tile of float64, and room to align it
+    budget = Budget(smallest_slab + slab, slabs_ahead, piece_tiles * TILE * 8, threads + 2, held)
+    for group in range(groups):
+        points = {point: POINTS[point] for point in order[group::groups]}
+        task = task_of(family(EVERY_KIND), points, threads=threads)
+        with threads_all_end(), small_tiles(budget):
+            receipts = merge_task(task)
+        for receipt in receipts:
+            content, tensors = reference[receipt.point]
+            assert shard(task, receipt.point) == content
+            assert dict(receipt.tensors) == tensors
+
+
+def test_bytes_do_not_depend_on_how_shards_are_cut(reference: dict[str, tuple[bytes, dict[str, str]]]):
+    names = list(EVERY_KIND)
+    for size in (1, 4):
+        for start in range(0, len(names), size):
+            part = names[start : start + size]
+            with small_tiles():
+                receipts = merge_task(task_of(family(EVERY_KIND), names=part))
+            for receipt in receipts:
+                whole = reference[receipt.point][1]
+                assert dict(receipt.tensors) == {name: whole[name] for name in part}
+
+
+def test_a_worker_of_little_memory_makes_the_same_bytes_from_tiles_of_the_real_size():
+    shapes: Shapes = {"large": ((600, 1111), "bfloat16"), "wide": ((150_000,), "float32"), "norm": ((300,), "bfloat16")}
+    parents = family(shapes)
+    roomy, tight, held = (
+        task_of(parents, memory_bytes=size, threads=t) for size, t in ((4 * 10**9, 1), (1, 4), (1, 2))
+    )
+    expected = digests(merge_task(roomy))
+    assert digests(merge_task(tight)) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        budget = replace(Budget.of(held), slab=1 << 20, held=0)
+        patch.setattr(Budget, "of", classmethod(lambda cls, task: budget))
+        assert digests(merge_task(held)) == expected
+
+
+# ---- the right bytes
+
+
+def test_shards_are_read_by_the_library_and_receipts_hold_their_digests():
+    parents = family(EVERY_KIND)
+    task = task_of(parents)
+    receipts = {receipt.point: receipt for receipt in merge_task(task)}
+    assert receipts.keys() == POINTS.keys()
+    for point, receipt in receipts.items():
+        content = shard(task, point)
+        assert receipt.size == len(content)
+        loaded = load(content)
+        assert {name: (tensor.shape, tensor.dtype) for name, tensor in loaded.items()} == {
+            name: (tensor.shape, tensor.dtype) for name, tensor in parents["a"].items()
+        }
+        for name, tensor in loaded.items():
+            raw = bytes(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+            assert receipt.tensors[name] == hashlib.sha256(raw).hexdigest()
+        stored = open_store(task.run).read(f"receipts/{point}.json")
+        assert Receipt.from_json(bytes(stored)) == receipt
+
+
+def test_linear_is_the_float64_mean_rounded_once():
+    parents = family(EVERY_KIND)
+    task = task_of(parents, {"linear": LINEAR})
+    merge_task(task)
+    for name, tensor in load(shard(task, "linear")).items():
+        if tensor.is_floating_point():
+            exact = parents["a"][name].double() * 0.7 + parents["b"][name].double() * 0.3
+            assert torch.equal(tensor, exact.to(tensor.dtype)), name
+
+
+def test_integers_and_booleans_that_agree_are_copied():
+    parents = family(EVERY_KIND)
+    task = task_of(parents)
+    merge_task(task)
+    for point in POINTS:
+        loaded = load(shard(task, point))
+        for name in ("flag", "mask", "positions", "bytes"):
+            assert torch.equal(loaded[name], parents["a"][name])
+
+
+@pytest.mark.parametrize("kind", ["bool", "int8", "uint8", "int16", "uint16", "int32", "uint32", "int64", "uint64"])
+def test_integers_that_differ_are_refused_with_both_names(kind: str):
+    parents = family({"x": ((4, 4), "bfloat16"), "table": ((3,), kind)})
+    parents["b"]["table"] = torch.tensor([1, 0, 1]).to(getattr(torch, kind))
+    parents["a"]["table"] = torch.tensor([1, 1, 1]).to(getattr(torch, kind))
+    task = task_of(parents, {"linear": LINEAR})
+    with threads_all_end(), pytest.raises(BadInput) as refusal:
+        merge_task(task)
+    assert str(refusal.value).startswith("tensor table (")
+    assert str(refusal.value).endswith("differs between a and b; integers cannot be merged, take it from one parent")
+    assert list(open_store(task.run).list()) == []
+
+
+def test_integers_of_a_parent_that_a_point_does_not_use_may_differ():
+    parents = family({"x": ((4,), "bfloat16"), "table": ((3,), "int32")})
+    parents["a"]["table"] += 1
+    task = task_of(parents, {"copy": COPY})
+    merge_task(task)
+    assert torch.equal(load(shard(task, "copy"))["table"], parents["b"]["table"])
+
+
+def test_parents_of_different_dtypes_are_merged_in_float32():
+    parents = family({"x": ((200,), "bfloat16")})
+    parents["b"]["x"], parents["base"]["x"] = parents["b"]["x"].half(), parents["base"]["x"].float()
+    task = task_of(parents)
+    merge_task(task)
+    exact = parents["a"]["x"].double() * 0.7 + parents["b"]["x"].double() * 0.3
+    assert torch.equal(load(shard(task, "linear"))["x"], exact.bfloat16())
+    assert torch.equal(load(shard(task, "copy"))["x"], parents["b"]["x"].bfloat16())
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize("kind", ["bfloat16", "float16", "float32", "float64"])
+def test_tensors_with_nan_or_infinity_are_named(kind: str, value: str):
+    parents = family({"good": ((70,), kind), "bad": ((5, 70), kind)})
+    parents["b"]["bad"][4, 69] = float(value)
+    receipts = merge_task(task_of(parents))
+    assert {receipt.nonfinite for receipt in receipts} == {("bad",)}
+
+
+def test_the_largest_finite_number_is_finite():
+    parents = family({"x": ((4,), "bfloat16")})
+    parents["a"]["x"][0] = torch.finfo(torch.bfloat16).max
+    parents["b"]["x"][1] = torch.finfo(torch.bfloat16).min
+    assert merge_task(task_of(parents, {"linear": LINEAR}))[0].nonfinite == ()
+
+
+def test_tensors_at_odd_places_of_a_parents_file_are_read():
+    """The format allows a header of any length, and narrow tensors before wide ones."""
+    parts = {"tiny": torch.tensor([True]), "x": torch.randn(9, generator=torch.Generator().manual_seed(1)).double()}
+    for blanks in range(8):
+        header, data = {}, b""
+        for name, tensor in parts.items():
+            raw = bytes(tensor.view(torch.uint8).numpy())
+            kind = "BOOL" if tensor.dtype is torch.bool else "F64"
+            offsets = [len(data), len(data) + len(raw)]
+            header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+            data += raw
+        text = json.dumps(header).encode() + b" " * blanks
+        content = len(text).to_bytes(8, "little") + text + data
+        task = task_of({"a": content, "b": content}, {"copy": COPY, "linear": LINEAR})
+        merge_task(task)
+        for point in ("copy", "linear"):
+            loaded = load(shard(task, point))
+            assert torch.allclose(loaded["x"], parts["x"], rtol=1e-15)
+            assert torch.equal(loaded["tiny"], parts["tiny"])
+
+
+# ---- what it costs
+
+
+@pytest.mark.parametrize("settings_of", [LINEAR, TIES, SLERP])
+def test_sixteen_points_read_their_parents_once(settings_of: Setting):
+    parents = family({"x": ((300, 500), "bfloat16"), "y": ((9,), "float32")})
+    used = {name: parents[name] for name in ("a", "b", "base") if name in settings_of.parents}
+    task = task_of(used, {f"p{number}": settings_of for number in range(16)})
+    receipts = merge_task(task)
+    assert {receipt.bytes_read for receipt in receipts} == {task.bytes_read}
+    assert task.bytes_read == sum(tensor.nbytes for tensors in used.values() for tensor in tensors.values())
+
+
+def test_progress_counts_every_byte_once():
+    task = task_of(family(EVERY_KIND))
+    moved: list[tuple[int, int]] = []
+    merge_task(task, progress=lambda read, written: moved.append((read, written)))
+    assert sum(read for read, _ in moved) == task.bytes_read
+    assert sum(written for _, written in moved) == task.bytes_written
+
+
+# ---- nothing visible unless it is right
+
+
+def test_a_disk_that_fails_while_a_shard_is_written_leaves_neither_shard_nor_receipt(tmp_path: Path):
+    task = task_of(family({"x": ((3000, 1000), "bfloat16")}), run=str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000_000, limits[1]))
+    try:
+        with threads_all_end(), pytest.raises(StorageError):
+            merge_task(task)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_a_parent_that_changed_is_refused_and_nothing_is_written():
+    parents = family({"x": ((9,), "bfloat16")})
+    task = task_of(parents)
+    open_store(task.parents["b"].url).write("model.safetensors", save(parents["a"]))
+    with threads_all_end(), pytest.raises(ObjectChanged):
+        merge_task(task)
+    assert list(open_store(task.run).list()) == []
+
+
+def test_a_second_worker_that_merges_the_same_agrees():
+    task = task_of(family(EVERY_KIND))
+    first = merge_task(task)
+    assert digests(merge_task(task)) == digests(first)
+    stored = open_store(task.run).read("receipts/linear.json")
+    assert Receipt.from_json(bytes(stored)) in first
+
+
+def test_a_receipt_that_tells_of_other_bytes_is_a_contradiction():
+    task = task_of(family({"x": ((9,), "bfloat16")}), {"linear": LINEAR})
+    (receipt,) = merge_task(task)
+    store = open_store(task.run)
+    store.write("receipts/linear.json", replace(receipt, tensors={"x": "0" * 64}, worker="elsewhere:1").to_json())
+    with pytest.raises(CorruptData) as contradiction:
+        merge_task(task)
+    line = str(contradiction.value)
+    assert line.startswith("points/linear/model.safetensors: two workers merged it to different bytes (elsewhere:1, ")
+    assert line.endswith("check the memory of these machines and run `mergeyard verify`")
+
+
+def test_all_floats_of_the_house_are_tested_here():
+    stored = {tensor.dtype for tensor in task_of(family(EVERY_KIND)).tensors}
+    assert set(FLOATS) <= stored
