@@ -195,6 +195,7 @@ def merge(options: argparse.Namespace) -> int:
     from orchestrator.summary import print_merge
     from orchestrator.watching import Watcher
 
+    _check_device(options.device)
     text = _read_text(options.config)
     job = load_merge_document(text, options.config, options.out)
     threads = options.threads or os.cpu_count() or 1
@@ -277,6 +278,18 @@ def _read_text(path: str) -> str:
         raise BadInput(f"{path}: not a text file in UTF-8") from None
     except OSError as error:
         raise BadInput(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _check_device(name: str) -> None:
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"--device {name}: not to be had here ({reason}); leave it out to compute on the CPU") from None
 
 
 def _size(option: str, text: str) -> int:
