@@ -1,0 +1,76 @@
+"""Times points that are merged in memory and never written, as an evaluation worker merges them.
+
+    python -m tests.benchmarks.unwritten_grid PARENTS [--method linear|ties] [--points 16] [--threads 2]
+
+PARENTS holds base, cos and fmt, as make_checkpoints.py writes them. Prints the seconds to read the parents once, and the
+seconds a point; a ties point varies the density, so nothing but the sample is shared between points.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from jobs.job import load_job
+from orchestrator.planning import make_plan
+from workers.buffers import keep_freed_memory
+from workers.resident import ResidentParents
+
+RECIPES = {
+    "linear": """
+  merge_method: linear
+  models:
+    - {model: cos, parameters: {weight: "${w}"}}
+    - {model: fmt, parameters: {weight: "${1 - w}"}}
+  dtype: bfloat16""",
+    "ties": """
+  merge_method: ties
+  base_model: base
+  models:
+    - {model: cos, parameters: {weight: 0.7, density: "${w}"}}
+    - {model: fmt, parameters: {weight: 0.3, density: "${w}"}}
+  dtype: bfloat16""",
+}
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("parents", type=Path)
+    arguments.add_argument("--method", choices=RECIPES, default="linear")
+    arguments.add_argument("--points", type=int, default=16)
+    arguments.add_argument("--threads", type=int, default=2)
+    options = arguments.parse_args()
+    names = ("cos", "fmt") if options.method == "linear" else ("cos", "fmt", "base")
+    folder = options.parents.resolve()
+    text = f"""
+name: unwritten
+parents: {{{", ".join(f"{name}: {folder / name}" for name in names)}}}
+recipe:{RECIPES[options.method]}
+grid: {{w: {{from: 0.2, to: 0.8, num: {options.points}}}}}
+point: "w{{w}}"
+output: {folder.parent / "runs"}
+"""
+    plan = make_plan(load_job(text, "unwritten.yaml"))
+    tensors = [tensor for shard in plan.points[0].layout.shards for tensor in shard.tensors]
+    keep_freed_memory()
+    started = time.perf_counter()
+    parents = ResidentParents(
+        tensors,
+        {name: checkpoint.parent for name, checkpoint in plan.parents.items()},
+        seed=0,
+        numerics="float32",
+        threads=options.threads,
+    )
+    read = time.perf_counter() - started
+    started = time.perf_counter()
+    for planned in plan.points:
+        for _ in parents.merged(planned.settings, {}):
+            pass
+    merged = time.perf_counter() - started
+    print(f"{options.method}: parents read in {read:.1f} s, then {merged / len(plan.points):.2f} s a point")
+    print(f"all in all {(read + merged) / len(plan.points):.2f} s a point over {len(plan.points)} points")
+
+
+if __name__ == "__main__":
+    main()
