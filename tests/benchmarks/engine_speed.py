@@ -4,9 +4,9 @@
     python -m tests.benchmarks.engine_speed --prefill 32768
 
 The first form answers plain RULER niah_single_1 with the parent `long`, blocks of the two in turn, HFLM at batch 8;
-with `--questions 8` eight questions share a haystack (`long` learned one needle a haystack and finds none of eight: what
-counts there is that the answers are equal). It reports items a second by the clock and by CPU time (the fairer on a
-busy machine), whether the answers are equal, and the rate that the machine's matrix product alone would allow for the
+with `--questions 8` eight questions share a haystack (`long` learned one needle a haystack and finds none of eight:
+the answers must be equal all the same). It reports items a second by the clock and by CPU time (the fairer on a busy
+machine), whether the answers are equal, and the rate that the machine's matrix product alone would allow for the
 arithmetic of answering each item by itself. The second form prefills one long prompt of a random Qwen2 (2 layers of
 256, vocabulary 32,768, bf16) in a process of its own for each engine and reports the most memory each took.
 """
@@ -138,7 +138,7 @@ def item_flop(config: Any, tokens: float, new_tokens: int = 10) -> float:
 
 
 def prefill_alone(engine_name: str, tokens: int) -> dict[str, Any]:
-    """Seconds and the peak of resident memory for one answer of one token to a prompt of `tokens`."""
+    """CPU seconds and the peak of resident memory for one answer of one token to a prompt of `tokens`."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -154,7 +154,7 @@ def prefill_alone(engine_name: str, tokens: int) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(300, 1000, (tokens,), generator=generator)
     text = engine.tokenizer.decode(ids)
-    before, started = peak_gib(), time.perf_counter()
+    before, started = peak_gib(), time.process_time()
     if engine_name == "ours":
         engine.generate([Prompt("", text, 1)])
     if engine_name == "hflm":
@@ -163,9 +163,9 @@ def prefill_alone(engine_name: str, tokens: int) -> dict[str, Any]:
 
         peer = HFLM(pretrained=model, tokenizer=engine.tokenizer, batch_size=1, max_length=2 * tokens)  # type: ignore[arg-type]
         peer.generate_until([Instance("generate_until", {}, (text, {"until": [], "max_gen_toks": 1}), 0)])
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     return {
-        "tokens": len(engine.encode(text)), "seconds": round(seconds, 1),
+        "tokens": len(engine.encode(text)), "cpu_seconds": round(seconds, 1),
         "peak_gib": round(peak_gib(), 2), "above_loaded_gib": round(peak_gib() - before, 2),
     }  # fmt: skip
 

@@ -1,9 +1,9 @@
 """Attention over a window of the cache, registered with transformers under `NAME`: sdpa without its detours.
 
 * A chunk that follows cached tokens needs a causal mask aligned to the lower right. PyTorch's flag is aligned to the
-  upper left, so transformers builds the mask: half a gigabyte for 131,072 keys and a chunk of 4,096, read again by every
-  head, and it keeps a GPU off its flash kernel. Here a GPU's kernel aligns the triangle itself, and a CPU attends to the
-  cached tokens and to the chunk apart and joins the two by their normalisers.
+  upper left, so transformers builds the mask: half a gigabyte for 131,072 keys and a chunk of 4,096, read again by
+  every head, and it keeps a GPU off its flash kernel. Here a GPU's kernel aligns the triangle itself, and a CPU attends
+  to the cached tokens and to the chunk apart and joins the two by their normalisers.
 * For a masked step of few queries transformers repeats the keys and values for every query of a group; here the queries
   of a group are stacked instead, and the cache is read once.
 * On a CPU keys and values are kept in float32, whatever the model's dtype: for the one query of a decoding step
