@@ -93,7 +93,12 @@ class RayPool:
 def _start() -> Path:
     """Starts a Ray of one node; the folder of its sockets and logs."""
     with chdir(Path(package_folders()[0]).parent):  # workers import from here first, whatever the user's folder holds
-        context = _init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
+        try:
+            context = _init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
+        except Exception as error:  # the very class Ray raises when a part of it takes more than 30 seconds
+            raise WorkerLost(
+                f"Ray did not start here: {str(error).splitlines()[0]} Run again, or --in-process"
+            ) from error
     return Path(context.address_info["session_dir"])
 
 
