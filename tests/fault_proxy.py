@@ -16,6 +16,7 @@ import socket
 import struct
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -41,11 +42,15 @@ class Fault:
 
 @dataclass
 class FaultProxy:
-    """A listening proxy; `endpoint` takes the server's place, `broken` counts the requests that were made to fail."""
+    """A listening proxy; `endpoint` takes the server's place, `broken` counts the requests that were made to fail.
+
+    `sent` counts the bytes of bodies that went to clients, by path.
+    """
 
     server: SeaweedFS
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: int = 0
+    sent: Counter[str] = field(default_factory=Counter)
     _faults: list[Fault] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -64,6 +69,16 @@ class FaultProxy:
         """Order a fault; faults are used up in the order in which they were ordered."""
         with self._lock:
             self._faults.append(Fault(method, what, times, key))
+
+    def heal(self) -> None:
+        """Cancel every fault that was ordered."""
+        with self._lock:
+            self._faults.clear()
+
+    def count_sent(self, path: str, size: int) -> None:
+        """Note bytes on their way to a client."""
+        with self._lock:
+            self.sent[path.partition("?")[0]] += size
 
     def next_fault(self, method: str, path: str) -> str | None:
         """Note a request and say what to do to it."""
@@ -142,6 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(length))
         self.end_headers()
         if self.command != "HEAD":
+            self.proxy.count_sent(self.path, len(content))
             self.wfile.write(content)
             self.wfile.flush()
 

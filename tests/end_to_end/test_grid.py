@@ -1,0 +1,117 @@
+"""A grid on Ray is the grid merged in one process, and costs the bucket one reading of each parent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.command import Command, Ended
+from tests.end_to_end.conftest import PARENTS, SHARDS, UNITS, Run, tensors
+from tests.fault_proxy import FaultProxy
+from tests.seaweedfs import SeaweedFS
+
+WEIGHTS = {
+    f"{name}/model.safetensors": (PARENTS / name / "model.safetensors").stat().st_size for name in ("long", "fmt")
+}
+
+
+@pytest.fixture
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder for everybody's temporary files, with a name short enough for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder)
+
+
+def largest_open_file(command: Command) -> int:
+    """Size of the largest regular file on disk that the command or a process below it has open for its data."""
+    sizes = [0]
+    for process in command.look():
+        with suppress(psutil.Error, OSError):
+            sizes += [
+                Path(file.path).stat().st_size
+                for file in process.open_files()
+                if not file.path.startswith(("/dev/", "/proc/")) and "/logs/" not in file.path
+            ]
+    return max(sizes)
+
+
+def bytes_below(folder: Path) -> int:
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):
+                total += os.lstat(Path(place, name)).st_size
+    return total
+
+
+def test_a_grid_from_bucket_to_bucket_is_the_grid_merged_in_one_process_and_leaves_nothing_else(
+    start: Callable[..., Command],
+    mergeyard: Callable[..., Ended],
+    new_run: Callable[..., Run],
+    expected: Run,
+    parents_in_bucket: str,
+    s3_url: str,
+    s3_server: SeaweedFS,
+    fault_proxy: FaultProxy,
+    temporary: Path,
+    home: Path,
+) -> None:
+    run = new_run(s3_url, parents=parents_in_bucket)
+    command = start("run", run.job, "--json")
+    open_files, temporary_bytes = [0], [0]
+
+    while command.process.poll() is None:
+        open_files.append(largest_open_file(command))
+        temporary_bytes.append(bytes_below(temporary))
+        time.sleep(0.1)
+    ended = command.ended()
+    assert ended.err == ""
+    assert ended.facts["units_merged"] == UNITS
+    assert ended.facts["bytes_read"] < sum(WEIGHTS.values())
+
+    for name, size in WEIGHTS.items():
+        sent = sum(bytes for path, bytes in fault_proxy.sent.items() if path.endswith(f"/parents/{name}"))
+        assert 0.95 * size < sent < 1.15 * size, f"{name}: {sent} bytes were sent of a parent of {size}"
+    assert max(open_files) < min(WEIGHTS.values())
+    assert max(temporary_bytes) < min(WEIGHTS.values())
+
+    assert tensors(run.manifests()) == tensors(expected.manifests())
+    assert run.shards() == expected.shards()
+    assert mergeyard("verify", run.url).code == 0
+
+    assert command.survivors(seconds=20) == []
+    assert list(temporary.rglob("session_2*")) == []
+    assert {str(file.relative_to(home)) for file in home.rglob("*") if file.is_file()} <= {".ray/auth_token"}
+    assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket="tests")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("method", ["linear", "dare_ties"])
+def test_workers_and_memory_change_no_byte(
+    mergeyard: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path, method: str
+) -> None:
+    manifests: list[dict[str, bytes]] = []
+    for number, workers in enumerate(
+        (
+            "count: 1, cpus: 1, memory: 4GB",
+            "count: 2, cpus: 1, memory: 1.1GB",
+            "count: 7, cpus: 0.25, memory: 1.3GB",
+            "count: 1, cpus: 2, memory: 500MB",
+        )
+    ):
+        run = new_run(str(tmp_path / f"out{number}"), method=method, workers=workers)
+        ended = mergeyard("run", run.job, "--json")
+        assert ended.facts["units_merged"] == UNITS
+        manifests.append(run.manifests())
+    assert all(of_one == manifests[0] for of_one in manifests[1:])
+    assert len(manifests[0]) == UNITS // SHARDS
