@@ -1,0 +1,599 @@
+"""The command line from a user's chair: what it makes, what it says, what it refuses, and its exit codes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from jobs.errors import RunBusy, WorkerLost
+from jobs.job import load_job
+from jobs.manifest import Manifest
+from orchestrator import driver
+from orchestrator.driver import drive
+from orchestrator.ledger import Lease
+from orchestrator.planning import make_plan
+from orchestrator.pool import InProcessPool
+from orchestrator.watching import Watcher
+from tests.orchestrator.conftest import Ended, files_under
+from tests.orchestrator.models import CONFIG, VOCABULARY, load_model, weights, write_model
+from workers.storage import open_store
+
+Mergeyard = Callable[..., Ended]
+
+MERGE = """\
+merge_method: linear
+models:
+- {{model: {parents}/cos, parameters: {{weight: 0.7}}}}
+- {{model: {parents}/fmt, parameters: {{weight: 0.3}}}}
+dtype: bfloat16
+"""
+
+
+@pytest.fixture
+def job_file(parents: Path, job_text: Callable[..., str], tmp_path: Path) -> Callable[..., Path]:
+    """job_file(**as job_text): the path of a job file."""
+
+    def write(**more: Any) -> Path:
+        path = tmp_path / "job.yaml"
+        path.write_text(job_text(**more))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def config(parents: Path, tmp_path: Path) -> Path:
+    """A mergekit document: cos and fmt, 0.7 and 0.3."""
+    path = tmp_path / "merge.yml"
+    path.write_text(MERGE.format(parents=parents))
+    return path
+
+
+@pytest.fixture
+def run_folder(tmp_path: Path) -> Path:
+    return tmp_path / "runs" / "soup"
+
+
+def assert_refused(ended: Ended, line: str, *, code: int = 2) -> None:
+    """One line on standard error, nothing on standard output."""
+    assert ended.err.startswith("mergeyard: ")
+    assert ended.err.count("\n") == 1, ended.err
+    assert line in ended.err
+    assert ended.out == ""
+    assert ended.code == code
+
+
+# ---- plan
+
+
+def test_plan_writes_nothing_and_counts_bytes(mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path):
+    path = job_file(shard_size=3000)
+    before = files_under(tmp_path)
+    facts = mergeyard("plan", path, "--json").facts
+    assert files_under(tmp_path) == before
+    one_model = sum(tensor.nbytes for tensor in weights("cos").values())
+    assert facts["points"] == ["w0.25", "w0.5"]
+    assert facts["bytes_to_read"] == 2 * one_model
+    assert facts["bytes_to_write"] == 2 * one_model
+    assert facts["units"] == 2 * facts["shards_a_point"]
+    assert facts["units_done"] == 0
+
+
+def test_plan_says_what_is_done_already(mergeyard: Mergeyard, job_file: Callable[..., Path]):
+    path = job_file()
+    assert mergeyard("run", path, "--in-process").code == 0
+    facts = mergeyard("plan", path, "--json").facts
+    assert (facts["units_done"], facts["tasks"], facts["bytes_to_read"]) == (2, 0, 0)
+    ended = mergeyard("plan", path)
+    assert ended.code == 0
+    assert "2 of 2 shards" in ended.out
+
+
+# ---- run
+
+
+def test_every_point_is_the_formula_rounded_once(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
+    assert mergeyard("run", job_file(shard_size=3000), "--in-process").code == 0
+    cos, fmt = weights("cos"), weights("fmt")
+    for w in (0.25, 0.5):
+        merged = load_model(run_folder / "points" / f"w{w}")
+        assert merged.keys() == cos.keys()
+        for name, tensor in merged.items():
+            assert tensor.equal((w * cos[name].double() + (1 - w) * fmt[name].double()).bfloat16()), name
+
+
+def test_running_again_does_nothing_twice(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
+    path = job_file(shard_size=3000)
+    first = mergeyard("run", path, "--in-process", "--json").facts
+    times = {path: path.stat().st_mtime_ns for path in (run_folder / "points").rglob("*")}
+    again = mergeyard("run", path, "--in-process", "--json").facts
+    assert (again["units_merged"], again["units_found"]) == (0, first["units_merged"])
+    assert again["bytes_read"] == 0
+    assert again["points"] == first["points"]
+    assert {path: path.stat().st_mtime_ns for path in (run_folder / "points").rglob("*")} == times
+
+
+def test_a_vanished_or_truncated_shard_is_merged_again(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
+):
+    path = job_file(shard_size=3000)
+    assert mergeyard("run", path, "--in-process").code == 0
+    before = files_under(run_folder / "points")
+    shards = sorted((run_folder / "points" / "w0.5").glob("*.safetensors"))
+    shards[1].unlink()
+    shards[2].write_bytes(shards[2].read_bytes()[:-1])
+    assert mergeyard("run", path, "--in-process", "--json").facts["units_merged"] == 2
+    assert files_under(run_folder / "points") == before
+
+
+class FailingPool(InProcessPool):
+    """Its machine goes away after a number of tasks."""
+
+    def __init__(self, tasks: int) -> None:
+        super().__init__()
+        self._left = tasks
+
+    def run(self, tasks: Any, progress: Any) -> Iterator[Any]:
+        for receipts in super().run(tasks, progress):
+            if self._left == 0:
+                raise WorkerLost("the machine is gone")
+            self._left -= 1
+            yield receipts
+
+
+@pytest.mark.parametrize("tasks_before", [0, 1, 3])
+def test_a_broken_run_ends_in_the_same_bytes(
+    tasks_before: int, mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, tmp_path: Path
+):
+    """The grid varies the embeddings alone: the points share the bytes of all other shards."""
+    recipe = """
+  merge_method: linear
+  models:
+  - {model: cos, parameters: {weight: [{filter: embed_tokens, value: "${w}"}, {value: 1}]}}
+  - {model: fmt, parameters: {weight: 1}}
+"""
+    path = job_file(recipe=recipe, grid="{w: [1, 2, 3]}", shard_size=3000)
+    assert mergeyard("run", path, "--in-process", "--output", tmp_path / "whole").code == 0
+    plan = make_plan(load_job(path.read_text(), "job.yaml"))
+    with pytest.raises(WorkerLost):
+        drive(plan, FailingPool(tasks_before), Watcher(visible=False))
+    facts = mergeyard("run", path, "--in-process", "--json").facts
+    assert facts["units_found"] >= tasks_before
+    assert facts["units_found"] + facts["units_merged"] == len(plan.units)
+    assert files_under(run_folder / "points") == files_under(tmp_path / "whole" / "soup" / "points")
+
+
+def test_equal_points_are_merged_once(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
+    recipe = """
+  merge_method: linear
+  models:
+  - {model: cos, parameters: {weight: "${a}"}}
+  - {model: fmt, parameters: {weight: "${b}"}}
+"""
+    path = job_file(recipe=recipe, grid="{points: [{a: 0.7, b: 0.3}, {a: 1.4, b: 0.6}]}")
+    facts = mergeyard("run", path, "--in-process", "--json").facts
+    assert facts["units_merged"] == 1
+    first, second = facts["points"]
+    assert facts["points"][second]["same_as"] == first
+    assert facts["points"][second]["weights"] == facts["points"][first]["weights"]
+    assert f"same merge as {first}" in mergeyard("run", path, "--in-process").out
+    assert mergeyard("verify", run_folder).out == "2 of 2 points are what their manifests say\n"
+
+
+def test_nan_in_a_parent_is_told_with_the_tensors_name(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], parents: Path
+):
+    tensors = weights("cos")
+    tensors["model.norm.weight"][3] = float("nan")
+    write_model(parents / "cos", tensors)
+    ended = mergeyard("run", job_file(), "--in-process")
+    assert ended.code == 0
+    assert "warning: NaN or infinity in a parent's model.norm.weight" in ended.out
+
+
+def test_a_run_of_another_job_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
+    assert mergeyard("run", job_file(), "--in-process").code == 0
+    before = files_under(run_folder / "points")
+    ended = mergeyard("run", job_file(grid="{w: [0.25, 0.75, 1]}"), "--in-process")
+    assert_refused(ended, f"{run_folder}: this run belongs to another job, with 2 points, 2 of yours not among them;")
+    assert files_under(run_folder / "points") == before
+
+
+def test_a_run_whose_parent_changed_is_refused(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], parents: Path, run_folder: Path
+):
+    path = job_file()
+    assert mergeyard("run", path, "--in-process").code == 0
+    write_model(parents / "cos", weights("another"))
+    assert_refused(mergeyard("run", path, "--in-process"), "or its parent cos has changed since")
+
+
+def test_a_second_driver_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
+    with Lease(open_store(run_folder), "lease.json", seconds=1.5, heartbeat=0.1):
+        ended = mergeyard("run", job_file(), "--in-process")
+        assert_refused(ended, f"{run_folder}: already driven by process ", code=75)
+
+
+def test_a_driver_that_lost_its_lease_stops(
+    job_file: Callable[..., Path], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(driver, "Lease", partial(Lease, seconds=5, heartbeat=0.02))
+    store = open_store(run_folder)
+
+    class Robbed(InProcessPool):
+        """While it works, another driver takes the run over."""
+
+        def run(self, tasks: Any, progress: Any) -> Iterator[Any]:
+            store.delete("lease.json")
+            lost = threading.Event()
+            for receipts in super().run(tasks, progress):
+                lost.wait(0.3)
+                yield receipts
+
+    plan = make_plan(load_job(job_file().read_text(), "job.yaml"))
+    with pytest.raises(RunBusy, match="another driver took this run over; this one stops"):
+        drive(plan, Robbed(), Watcher(visible=False))
+    assert list(run_folder.rglob("manifest.json")) == []
+
+
+# ---- status, verify, diff
+
+
+def test_status_follows_a_run_from_its_folder_alone(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
+):
+    path = job_file(shard_size=3000)
+    assert_refused(mergeyard("status", run_folder), "no run there; `mergeyard run` starts one")
+    plan = make_plan(load_job(path.read_text(), "job.yaml"))
+    with pytest.raises(WorkerLost):
+        drive(plan, FailingPool(2), Watcher(visible=False))
+    facts = mergeyard("status", path, "--json").facts
+    assert (facts["points"], facts["points_done"], facts["waiting"]) == (2, 0, ["w0.25", "w0.5"])
+    assert 0 < facts["shards_done"] < len(plan.units)
+    assert facts["driver"] is None
+    assert mergeyard("run", path, "--in-process").code == 0
+    assert mergeyard("status", run_folder, "--json").facts["points_done"] == 2
+    assert "2 of 2 complete" in mergeyard("status", run_folder).out
+
+
+def test_verify_finds_nothing_wrong_with_a_fresh_run(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
+):
+    assert mergeyard("run", job_file(shard_size=3000), "--in-process").code == 0
+    ended = mergeyard("verify", run_folder)
+    assert (ended.code, ended.out) == (0, "2 of 2 points are what their manifests say\n")
+    assert mergeyard("verify", run_folder / "points" / "w0.5", "--json").facts == [{"point": "w0.5", "problems": []}]
+
+
+def test_verify_finds_one_flipped_bit_anywhere(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
+    assert mergeyard("run", job_file(grid="{w: [0.5]}", shard_size=3000), "--in-process").code == 0
+    folder = run_folder / "points" / "w0.5"
+    for path in sorted(folder.iterdir()):
+        if path.name == "manifest.json":
+            continue
+        whole = path.read_bytes()
+        places = (len(whole) - 1,) if path.suffix == ".safetensors" else (0, len(whole) // 2, len(whole) - 1)
+        for place in places:
+            flipped = bytearray(whole)
+            flipped[place] ^= 1
+            path.write_bytes(flipped)
+            ended = mergeyard("verify", run_folder)
+            assert ended.code == 1
+            told, summary = ended.out.splitlines()
+            assert told.startswith(f"w0.5: {path.name}: ")
+            assert told.endswith("changed since it was written")
+            assert summary == "0 of 1 points are what their manifests say"
+        path.write_bytes(whole)
+    assert mergeyard("verify", run_folder).code == 0
+
+
+def test_verify_names_what_is_missing_truncated_or_damaged(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
+):
+    assert mergeyard("run", job_file(grid="{w: [0.25, 0.5, 0.75]}"), "--in-process").code == 0
+    points = run_folder / "points"
+    (points / "w0.25" / "config.json").unlink()
+    shard = points / "w0.5" / "model.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    (points / "w0.75" / "manifest.json").write_text("{")
+    ended = mergeyard("verify", run_folder)
+    assert ended.code == 1
+    assert ended.out.splitlines() == [
+        f"w0.25: {points}/w0.25/config.json does not exist",
+        f"w0.5: model.safetensors: {shard.stat().st_size} bytes, {shard.stat().st_size + 1} were written",
+        "w0.75: manifest.json: damaged, not a manifest of mergeyard; merge again",
+        "0 of 3 points are what their manifests say",
+    ]
+
+
+def test_verify_of_nothing_is_refused(mergeyard: Mergeyard, tmp_path: Path):
+    assert_refused(mergeyard("verify", tmp_path / "nowhere"), "no manifest.json there; is the run complete?")
+
+
+def test_diff_measures_what_sets_two_models_apart(mergeyard: Mergeyard, parents: Path):
+    base, changed = weights("base"), weights("base")
+    norm = changed["model.norm.weight"]
+    norm[2] = norm[2] + 1
+    write_model(parents / "changed", changed, files=3)
+    same = mergeyard("diff", parents / "base", parents / "base")
+    assert (same.code, same.out) == (0, f"0 of {len(base)} tensors differ\n")
+    ended = mergeyard("diff", parents / "base", parents / "changed", "--json")
+    assert ended.code == 1
+    (different,) = [entry for entry in ended.facts if entry["changed"]]
+    gap = (norm.double() - base["model.norm.weight"].double()).abs()
+    assert (different["tensor"], different["changed"]) == ("model.norm.weight", 1)
+    assert different["largest"] == float(gap.max())
+    assert different["relative"] == pytest.approx(float(gap.norm() / base["model.norm.weight"].double().norm()))
+    table = mergeyard("diff", parents / "base", parents / "changed").out
+    assert "6.25%" in table
+    assert table.endswith(f"1 of {len(base)} tensors differ\n")
+
+
+def test_diff_tells_of_tensors_that_only_one_has(mergeyard: Mergeyard, parents: Path):
+    more = {**weights("base"), "extra": torch.ones(2), "model.norm.weight": torch.ones(3)}
+    write_model(parents / "more", more)
+    ended = mergeyard("diff", parents / "base", parents / "more")
+    assert ended.code == 1
+    assert [line.split() for line in ended.out.splitlines()[1:3]] == [
+        ["extra", "only", "in", "B"],
+        ["model.norm.weight", "[16]", "and", "[3]"],
+    ]
+
+
+# ---- merge
+
+
+def test_merge_makes_a_model_that_transformers_loads(mergeyard: Mergeyard, config: Path, tmp_path: Path):
+    from transformers import AutoModelForCausalLM
+
+    ended = mergeyard("merge", config, tmp_path / "out")
+    assert ended.code == 0, ended.err
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert model.dtype is torch.bfloat16
+    cos, fmt = weights("cos"), weights("fmt")
+    state = model.state_dict()
+    for name in cos:
+        expected = (0.7 * cos[name].double() + 0.3 * fmt[name].double()).bfloat16()
+        assert torch.equal(state[name], expected), name
+    logits = model(torch.arange(5)[None]).logits
+    assert logits.shape == (1, 5, VOCABULARY)
+    assert torch.isfinite(logits).all()
+
+
+def test_a_merge_in_several_files_loads_as_the_same_model(mergeyard: Mergeyard, config: Path, tmp_path: Path):
+    assert mergeyard("merge", config, tmp_path / "one", "-q").code == 0
+    assert mergeyard("merge", config, tmp_path / "many", "--out-shard-size", "3kB", "--threads", 3, "-q").code == 2
+    ended = mergeyard("merge", config, tmp_path / "many", "--out-shard-size", "3KB", "--threads", 3, "-q")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+    assert len(list((tmp_path / "many").glob("*.safetensors"))) > 3
+    one, many = load_model(tmp_path / "one"), load_model(tmp_path / "many")
+    assert one.keys() == many.keys()
+    assert all(torch.equal(one[name], many[name]) for name in one)
+
+
+def test_merge_leaves_the_checkpoint_and_its_papers_alone(mergeyard: Mergeyard, config: Path, tmp_path: Path):
+    assert mergeyard("merge", config, tmp_path / "out").code == 0
+    assert {path.relative_to(tmp_path / "out").as_posix() for path in (tmp_path / "out").rglob("*")} == {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "mergekit_config.yml",
+        "README.md",
+        "manifest.json",
+    }
+    assert mergeyard("verify", tmp_path / "out").code == 0
+    assert yaml.safe_load((tmp_path / "out" / "mergekit_config.yml").read_text()) == yaml.safe_load(config.read_text())
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
+
+
+def test_two_merges_of_a_document_are_the_same_files(mergeyard: Mergeyard, config: Path, tmp_path: Path):
+    assert mergeyard("merge", config, tmp_path / "one").code == 0
+    assert mergeyard("merge", config, tmp_path / "two", "--threads", 1, "--memory", "1GB").code == 0
+    assert files_under(tmp_path / "one") == files_under(tmp_path / "two")
+    assert mergeyard("merge", config, tmp_path / "one").code == 0, "the same merge may be repeated"
+    assert files_under(tmp_path / "one") == files_under(tmp_path / "two")
+
+
+def test_a_seed_decides_what_dare_drops(mergeyard: Mergeyard, parents: Path, tmp_path: Path):
+    config = tmp_path / "dare.yml"
+    config.write_text(
+        f"merge_method: dare_linear\nbase_model: {parents}/base\nmodels:\n"
+        f"- {{model: {parents}/cos, parameters: {{weight: 1, density: 0.5}}}}\n"
+    )
+    found: list[str] = []
+    for number, seed in enumerate((0, 0, 1)):
+        assert mergeyard("merge", config, tmp_path / f"out{number}", "--random-seed", seed).code == 0
+        found.append(Manifest.from_json((tmp_path / f"out{number}" / "manifest.json").read_bytes()).weights)
+    assert found[0] == found[1] != found[2]
+
+
+@pytest.mark.parametrize("method", ["slerp", "ties", "dare_ties", "task_arithmetic", "passthrough"])
+def test_every_method_merges_whole_models(method: str, mergeyard: Mergeyard, parents: Path, tmp_path: Path):
+    shared = {"slerp": "t: 0.3", "passthrough": "scale: 0.5"}.get(method, "weight: 0.5, density: 0.5")
+    if method == "task_arithmetic":
+        shared = "weight: 0.5"
+    models = (
+        f"[{{model: {parents}/cos}}]" if method != "ties" else f"[{{model: {parents}/cos}}, {{model: {parents}/fmt}}]"
+    )
+    base = "" if method == "passthrough" else f"base_model: {parents}/base\n"
+    config = tmp_path / "merge.yml"
+    config.write_text(f"merge_method: {method}\n{base}models: {models}\nparameters: {{{shared}}}\n")
+    ended = mergeyard("merge", config, tmp_path / "out")
+    assert ended.code == 0, ended.err
+    merged, one, zero = load_model(tmp_path / "out"), weights("cos"), weights("base")
+    for name, tensor in merged.items():
+        assert torch.isfinite(tensor).all()
+        if method == "task_arithmetic":
+            expected = (zero[name].double() + 0.5 * (one[name].double() - zero[name].double())).bfloat16()
+            assert torch.equal(tensor, expected)
+        if method == "passthrough":
+            assert torch.equal(tensor, (0.5 * one[name].double()).bfloat16())
+
+
+def test_config_from_settles_a_disagreement(mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path):
+    write_model(parents / "fmt", weights("fmt"), config={"max_position_embeddings": 4096})
+    assert_refused(mergeyard("merge", config, tmp_path / "out"), "max_position_embeddings: ")
+    assert not (tmp_path / "out").exists()
+    ended = mergeyard("merge", config, tmp_path / "out", "--config-from", parents / "fmt")
+    assert ended.code == 0, ended.err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 4096
+    assert "4,096 tokens" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_merge_never_replaces_another_model(mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path):
+    before = files_under(parents)
+    assert_refused(mergeyard("merge", config, parents / "cos"), "there is another model already (config.json)")
+    assert files_under(parents) == before
+    assert mergeyard("merge", config, tmp_path / "out").code == 0
+    before = files_under(tmp_path / "out")
+    config.write_text(config.read_text().replace("0.7", "0.6"))
+    assert_refused(mergeyard("merge", config, tmp_path / "out"), f"{tmp_path}/out: there is another model already")
+    assert files_under(tmp_path / "out") == before
+
+
+# ---- refusals: one line, exit code 2, nothing written
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "misspelt parameter": (
+        {"recipe": "\n  merge_method: linear\n  models:\n  - {model: cos, parameters: {wieght: 1}}\n", "grid": ""},
+        'job.yaml:7: linear has no parameter "wieght"; did you mean "weight"?',
+    ),
+    "unknown method": (
+        {"recipe": "\n  models: [{model: cos}]\n  merge_method: linaer\n", "grid": ""},
+        'job.yaml:4: unknown method "linaer"; did you mean "linear"?',
+    ),
+    "unknown key": ({"shardsize": "1GB"}, 'job.yaml:13: unknown key "shardsize"; did you mean "shard_size"?'),
+    "unused axis": ({"grid": "{w: [1], v: [2]}"}, 'the axis "v" is used nowhere in the recipe'),
+    "unknown config_from": ({"config_from": "cso"}, 'job.yaml:13: "cso" is no parent; did you mean "cos"?'),
+}
+
+
+@pytest.mark.parametrize("command", [("plan",), ("run", "--in-process")])
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_wrong_job_is_refused_before_anything_is_written(
+    kind: str, command: tuple[str, ...], mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+):
+    more, line = REFUSED[kind]
+    path = job_file(**more)
+    before = files_under(tmp_path)
+    assert_refused(mergeyard(command[0], path, *command[1:]), line)
+    assert files_under(tmp_path) == before
+
+
+@pytest.mark.parametrize("damage", ["gone", "truncated", "pickle", "config", "shape"])
+def test_a_wrong_parent_is_refused_before_anything_is_written(
+    damage: str, mergeyard: Mergeyard, job_file: Callable[..., Path], parents: Path, tmp_path: Path
+):
+    weights_file = parents / "fmt" / "model.safetensors"
+    match damage:
+        case "gone":
+            shutil.rmtree(parents / "fmt")
+        case "truncated":
+            weights_file.write_bytes(weights_file.read_bytes()[:1000])
+        case "pickle":
+            weights_file.rename(parents / "fmt" / "pytorch_model.bin")
+        case "config":
+            (parents / "fmt" / "config.json").write_text("{")
+        case _:
+            write_model(parents / "fmt", {**weights("fmt"), "model.norm.weight": torch.ones(3)})
+    path = job_file()
+    before = files_under(tmp_path)
+    assert_refused(mergeyard("run", path, "--in-process"), "fmt")
+    assert files_under(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (("run", "nowhere.yaml", "--in-process"), "nowhere.yaml: no such file"),
+        (("plan", "."), ".: a folder, not a YAML file"),
+        (("merge", "CONFIG", "OUT", "--memory", "much"), "--memory: a size such as 500MB or 2GiB, not 'much'"),
+        (("merge", "CONFIG", "OUT", "--out-shard-size", "0"), "--out-shard-size: a size such as"),
+        (("merge", "CONFIG", "OUT", "--device", "cuda:77"), "--device cuda:77: not to be had here ("),
+        (("merge", "CONFIG", "OUT", "--device", "abacus"), "--device abacus: not to be had here ("),
+        (("merge", "CONFIG", "OUT", "--config-from", "nobody"), "config_from names nobody, which is no parent"),
+        (("merge", "CONFIG", "ftp://host/out"), "ftp://host/out: unknown kind of storage ftp://"),
+    ],
+)
+def test_a_wrong_command_is_refused(
+    arguments: tuple[str, ...], line: str, mergeyard: Mergeyard, config: Path, tmp_path: Path
+):
+    named = {"CONFIG": str(config), "OUT": str(tmp_path / "out")}
+    assert_refused(mergeyard(*(named.get(part, part) for part in arguments)), line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_below_a_file_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path):
+    (tmp_path / "file").write_text("mine")
+    ended = mergeyard("run", job_file(), "--in-process", "--output", tmp_path / "file" / "runs")
+    assert_refused(ended, "a part of this path is a file, not a folder; choose another path")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """mounted(options): a small disk of its own; skips where this user may not mount."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounts = 0
+
+    def mount(options: str) -> Path:
+        nonlocal mounts
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip("mounting a disk takes root")
+        mounts += 1
+        return folder
+
+    if shutil.which("mount") is None or sys.platform != "linux":
+        pytest.skip("mounting a disk takes Linux")
+    yield mount
+    for _ in range(mounts):
+        subprocess.run(["umount", "--lazy", folder], check=True)  # a store may still hold files open
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], mounted: Callable[[str], Path]
+):
+    disk = mounted("size=16k")
+    ended = mergeyard("run", job_file(), "--in-process", "--output", disk)
+    assert_refused(ended, " GB free; make room, or give another `output:`")
+    assert list(disk.iterdir()) == []
+
+
+def test_a_finished_run_on_a_full_disk_may_be_run_again(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], mounted: Callable[[str], Path]
+):
+    disk = mounted("size=256k")
+    path = job_file()
+    assert mergeyard("run", path, "--in-process", "--output", disk).code == 0
+    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - 8192))
+    assert mergeyard("run", path, "--in-process", "--output", disk).code == 0
+
+
+def test_a_disk_that_is_read_only_is_refused(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], mounted: Callable[[str], Path]
+):
+    disk = mounted("size=1m,ro")
+    ended = mergeyard("run", job_file(), "--in-process", "--output", disk)
+    assert_refused(ended, "is on a read-only file system; choose another output folder")
+
+
+def test_a_job_may_come_from_standard_input(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+):
+    with job_file().open() as text:
+        monkeypatch.setattr(sys, "stdin", text)
+        assert mergeyard("plan", "-", "--json").facts["points"] == ["w0.25", "w0.5"]

@@ -1,0 +1,186 @@
+"""What lies beside the shards of a finished point, and what its manifest promises."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from jobs.errors import CorruptData
+from jobs.loading import load_document
+from jobs.manifest import Manifest, weights_digest
+from jobs.recipe import parse_recipe
+from orchestrator.driver import RunResult, drive
+from orchestrator.planning import Plan, make_plan
+from orchestrator.pool import InProcessPool
+from orchestrator.watching import Watcher
+from tests.orchestrator.conftest import files_under
+from tests.orchestrator.models import CONFIG, HEAD, load_model, weights, write_model
+
+Planning = Callable[..., Plan]
+
+
+def run(plan: Plan) -> RunResult:
+    return drive(plan, InProcessPool(), Watcher(visible=False))
+
+
+@pytest.fixture
+def finished(plan: Planning, tmp_path: Path) -> Path:
+    """The folder of a run of two points in several shards."""
+    run(plan(shard_size=3000))
+    return tmp_path / "runs" / "soup"
+
+
+def point(finished: Path, name: str = "w0.25") -> Path:
+    return finished / "points" / name
+
+
+def front_matter(card: str) -> Any:
+    _, front, _ = card.split("---\n", 2)
+    return yaml.safe_load(front)
+
+
+def test_a_point_holds_what_the_libraries_look_for(finished: Path):
+    names = {path.name for path in point(finished).iterdir() if not path.name.endswith(".safetensors")}
+    assert names == {
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "model.safetensors.index.json",
+        "mergekit_config.yml",
+        "README.md",
+        "manifest.json",
+    }
+    assert json.loads((point(finished) / "config.json").read_text()) == CONFIG
+
+
+def test_tokenizer_and_generation_settings_are_the_parents_bytes(finished: Path, parents: Path):
+    for name in ("tokenizer.json", "generation_config.json"):
+        assert (point(finished) / name).read_bytes() == (parents / "cos" / name).read_bytes()
+
+
+def test_the_index_leads_to_every_tensor(finished: Path):
+    index = json.loads((point(finished) / "model.safetensors.index.json").read_text())
+    total = 0
+    for name, file in index["weight_map"].items():
+        total += load_file(point(finished) / file)[name].nbytes
+    assert index["metadata"]["total_size"] == total
+
+
+def test_the_manifest_holds_every_file_and_every_tensor(finished: Path):
+    folder = point(finished)
+    manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
+    assert manifest.files.keys() == {path.name for path in folder.iterdir()} - {"manifest.json"}
+    for name, entry in manifest.files.items():
+        content = (folder / name).read_bytes()
+        assert entry.size == len(content)
+        assert entry.sha256 in (None, hashlib.sha256(content).hexdigest())
+        assert (entry.sha256 is None) == name.endswith(".safetensors")
+    for name, tensor in load_model(folder).items():
+        digest = hashlib.sha256(bytes(tensor.reshape(-1).view(torch.uint8).numpy())).hexdigest()
+        assert manifest.tensors[name].sha256 == digest
+    assert manifest.weights == weights_digest({name: entry.sha256 for name, entry in manifest.tensors.items()})
+
+
+def test_the_manifest_is_the_last_file(finished: Path):
+    for name in ("w0.25", "w0.5"):
+        times = {path.name: path.stat().st_mtime_ns for path in point(finished, name).iterdir()}
+        assert max(times, key=lambda name: times[name]) == "manifest.json"
+
+
+def test_the_recipe_beside_a_point_is_the_points_recipe(finished: Path, plan: Planning):
+    text = (point(finished) / "mergekit_config.yml").read_text()
+    assert parse_recipe(load_document(text, "job.yaml"), {}) == plan().points[0].point.recipe
+    assert yaml.safe_load(text)["models"][1] == {"model": "fmt", "parameters": {"weight": 0.75}}
+
+
+def test_the_card_says_what_the_hub_looks_for(finished: Path, parents: Path):
+    card = (point(finished) / "README.md").read_text()
+    front = front_matter(card)
+    assert front["base_model"] == [str(parents / "cos"), str(parents / "fmt")]
+    assert front["base_model_relation"] == "merge"
+    assert {"mergekit", "merge", "linear"} <= set(front["tags"])
+    assert front["library_name"] == "transformers"
+    assert "512 tokens" in card
+    assert "theta 10000" in card
+    assert "| fmt |" in card
+    assert "`0.75`" in card
+
+
+def test_two_runs_of_a_job_give_the_same_files(plan: Planning, job_text: Callable[..., str], tmp_path: Path):
+    first = plan(shard_size=3000)
+    run(first)
+    run(make_plan(replace(first.job, output=str(tmp_path / "again"))))
+    one, two = (files_under(tmp_path / folder / "soup" / "points") for folder in ("runs", "again"))
+    assert one == two
+
+
+def test_a_twin_has_a_manifest_that_refers_to_its_original(plan: Planning, tmp_path: Path):
+    recipe = """
+  merge_method: linear
+  models:
+  - {model: cos, parameters: {weight: "${w}"}}
+  - {model: fmt, parameters: {weight: "${w}"}}
+"""
+    result = run(plan(recipe=recipe, grid="{w: [1, 2]}"))
+    folder = tmp_path / "runs" / "soup" / "points"
+    assert {path.name for path in (folder / "w2").iterdir()} == {"manifest.json"}
+    twin = Manifest.from_json((folder / "w2" / "manifest.json").read_bytes())
+    original = Manifest.from_json((folder / "w1" / "manifest.json").read_bytes())
+    assert (twin.same_as, twin.weights, twin.digest) == ("w1", original.weights, original.digest)
+    assert result.manifests.keys() == {"w1", "w2"}
+    assert result.units_merged == 1
+
+
+def test_the_chosen_tokenizer_and_template_are_taken(plan: Planning, parents: Path, tmp_path: Path):
+    other = {"model": {"type": "WordLevel", "vocab": {"z": 0}}}
+    write_model(parents / "fmt", weights("fmt"), tokenizer=other)
+    recipe = """
+  merge_method: linear
+  models:
+  - {model: cos, parameters: {weight: 1}}
+  - {model: fmt, parameters: {weight: 1}}
+  tokenizer_source: fmt
+  chat_template: "{{ messages[0].content }} and no more"
+"""
+    run(plan(recipe=recipe, grid=""))
+    folder = tmp_path / "runs" / "soup" / "points" / "merge"
+    assert json.loads((folder / "tokenizer.json").read_text()) == other
+    assert (folder / "chat_template.jinja").read_text() == "{{ messages[0].content }} and no more"
+
+
+def test_the_head_of_an_untied_parent_meets_the_embeddings_of_a_tied_one(plan: Planning, parents: Path, tmp_path: Path):
+    untied = weights("fmt", tied=False)
+    write_model(parents / "fmt", untied)
+    run(plan(grid="{w: [0.25]}", config_from="fmt"))
+    merged = load_model(tmp_path / "runs" / "soup" / "points" / "w0.25")
+    cos = weights("cos")["model.embed_tokens.weight"].double()
+    assert merged[HEAD].equal((0.25 * cos + 0.75 * untied[HEAD].double()).bfloat16())
+
+
+def test_a_finished_point_is_not_written_again(plan: Planning, tmp_path: Path):
+    planned = plan(shard_size=3000)
+    run(planned)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("points/*/*")}
+    result = run(planned)
+    assert (result.units_merged, result.units_found) == (0, len(planned.units))
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("points/*/*")} == times
+
+
+def test_a_manifest_of_other_weights_is_a_contradiction(plan: Planning, tmp_path: Path):
+    planned = plan(grid="{w: [0.25]}")
+    run(planned)
+    path = tmp_path / "runs" / "soup" / "points" / "w0.25" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps({**manifest, "weights": "0" * 64}))
+    with pytest.raises(CorruptData) as contradiction:
+        run(planned)
+    assert str(contradiction.value).endswith("complete already, with other weights; run `mergeyard verify`")

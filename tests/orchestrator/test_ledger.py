@@ -1,0 +1,224 @@
+"""The records of a run and the lease to drive it, on real stores and between real processes."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import BadInput, RunBusy
+from jobs.tasks import Receipt
+from orchestrator.ledger import Lease, Ledger
+from orchestrator.planning import Places
+from workers.storage import Store, open_store
+
+KEY = "lease.json"
+ROOT = Path(__file__).parents[2]
+numbers = itertools.count()
+
+
+@pytest.fixture(params=["memory", "folder"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    return open_store(f"memory://ledger-{next(numbers)}" if request.param == "memory" else tmp_path / "run")
+
+
+def lease_of(store: Store, **changed: Any) -> dict[str, Any]:
+    """What lies in the lease, after changing some of it as another driver would."""
+    info = store.locate(KEY)
+    lease = json.loads(bytes(store.read(KEY)))
+    if changed:
+        store.swap(KEY, json.dumps({**lease, **changed}).encode(), etag=info.etag)
+    return {**lease, **changed}
+
+
+def wait_until(condition: Any, seconds: float = 5.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come"
+        time.sleep(0.02)
+
+
+# ---- the lease
+
+
+def test_drivers_follow_one_another_with_rising_epochs(store: Store):
+    for epoch in (1, 2, 3):
+        with Lease(store, KEY) as lease:
+            assert lease.epoch == epoch
+            assert lease_of(store)["released"] is False
+            lease.check()
+        assert lease_of(store)["released"] is True
+
+
+def test_a_second_driver_is_refused_while_the_first_is_alive(store: Store):
+    with Lease(store, KEY, seconds=1.5, heartbeat=0.1) as first:
+        with pytest.raises(RunBusy) as refused, Lease(store, KEY):
+            pass
+        assert refused.value.exit_code == 75
+        line = str(refused.value)
+        assert line.startswith(f"{store.url}: already driven by process ")
+        assert line.endswith("follow it with `mergeyard status`, or stop it first")
+        first.check()
+
+
+def test_a_driver_that_ended_is_followed_at_once(store: Store):
+    with Lease(store, KEY):
+        pass
+    started = time.monotonic()
+    with Lease(store, KEY):
+        assert time.monotonic() - started < 1
+
+
+def test_every_version_of_the_lease_has_other_bytes(store: Store):
+    seen: list[bytes] = []
+    with Lease(store, KEY, seconds=5, heartbeat=0.02):
+        wait_until(lambda: seen.append(bytes(store.read(KEY))) or len(set(seen)) >= 4)
+
+
+@pytest.fixture
+def killed_driver(tmp_path: Path) -> Iterator[Store]:
+    """A store whose lease was held by a process of this machine that was killed."""
+    script = (
+        "import sys, time; from orchestrator.ledger import Lease; from workers.storage import open_store\n"
+        "lease = Lease(open_store(sys.argv[1]), 'lease.json'); lease.__enter__(); print('held', flush=True)\n"
+        "time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / "run")], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "held\n"
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+    yield open_store(tmp_path / "run")
+
+
+def test_a_dead_drivers_lease_on_this_machine_is_taken_over_at_once(killed_driver: Store):
+    assert lease_of(killed_driver)["released"] is False
+    started = time.monotonic()
+    with Lease(killed_driver, KEY) as lease:
+        assert time.monotonic() - started < 1, "the lease runs for thirty seconds"
+        assert lease.epoch == 2
+
+
+def test_a_process_that_got_the_dead_drivers_number_is_not_taken_for_it(killed_driver: Store):
+    lease_of(killed_driver, process=os.getpid())  # alive, but started at another time
+    with Lease(killed_driver, KEY) as lease:
+        assert lease.epoch == 2
+
+
+def test_a_silent_driver_elsewhere_is_waited_for_then_replaced(store: Store):
+    with Lease(store, KEY):
+        pass
+    lease_of(store, released=False, machine="elsewhere", seconds=0.6)
+    started = time.monotonic()
+    with Lease(store, KEY) as lease:
+        assert 0.6 <= time.monotonic() - started < 3
+        assert lease.epoch == 2
+
+
+def test_a_living_driver_elsewhere_is_left_alone(store: Store):
+    with Lease(store, KEY):
+        pass
+    lease_of(store, released=False, machine="elsewhere", host="other", process=4, seconds=1.0)
+    heart = threading.Timer(0.3, lambda: lease_of(store, nonce="another"))
+    heart.start()
+    with pytest.raises(RunBusy, match="already driven by process 4 on other"), Lease(store, KEY):
+        pass
+    heart.join()
+
+
+def test_a_driver_that_was_replaced_learns_it_and_gives_nothing_back(store: Store):
+    with Lease(store, KEY, seconds=5, heartbeat=0.05) as lease:
+        info = store.locate(KEY)
+        other = {**json.loads(bytes(store.read(KEY))), "epoch": 2, "nonce": "another"}
+        while True:
+            try:
+                store.swap(KEY, json.dumps(other).encode(), etag=info.etag)
+                break
+            except Exception:
+                info = store.locate(KEY)
+        wait_until(lambda: _is_lost(lease))
+        with pytest.raises(RunBusy, match="another driver took this run over; this one stops"):
+            lease.check()
+    assert lease_of(store) == other
+
+
+def _is_lost(lease: Lease) -> bool:
+    try:
+        lease.check()
+    except RunBusy:
+        return True
+    return False
+
+
+# ---- the records
+
+
+def plan(digest: str = "d", points: tuple[str, ...] = ("p",), **parents: str) -> dict[str, Any]:
+    return {
+        "digest": digest,
+        "parents": {name: {"url": url} for name, url in parents.items()},
+        "points": [{"name": name} for name in points],
+    }
+
+
+def test_a_run_is_claimed_by_its_first_job_and_again_by_the_same(store: Store):
+    ledger = Ledger(store.url, Places())
+    ledger.claim("text", plan())
+    ledger.claim("text", plan())
+    assert json.loads(bytes(store.read("plan.json"))) == plan()
+    assert bytes(store.read("job.yaml")) == b"text"
+
+
+@pytest.mark.parametrize(
+    ("other", "difference"),
+    [
+        (plan("e", ("p", "q")), "with 1 points, 1 of yours not among them"),
+        (plan("e", ("p",), a="s3://moved"), "or its parent a has changed since"),
+        (plan("e", ("p",), a="s3://here"), "whose points of the same names are other merges"),
+    ],
+)
+def test_a_run_of_another_job_is_refused_with_the_difference(store: Store, other: dict[str, Any], difference: str):
+    ledger = Ledger(store.url, Places())
+    ledger.claim("text", plan(a="s3://here"))
+    before = {info.key: info.etag for info in store.list()}
+    with pytest.raises(BadInput) as refused:
+        ledger.claim("other text", other)
+    assert str(refused.value) == (
+        f"{store.url}: this run belongs to another job, {difference}; give the job another name, or remove that run"
+    )
+    assert {info.key: info.etag for info in store.list()} == before
+
+
+def receipt(store: Store, unit: str, *, size: int = 3) -> str:
+    """Writes a receipt; the key of the shard that it tells of."""
+    places, key = Places(), f"points/p/{unit}.safetensors"
+    told = Receipt(unit, "p", key, size, "etag", {"x": "0" * 64}, (), 1, 0.1, "host:1")
+    store.write(places.receipt(unit), told.to_json())
+    return key
+
+
+def test_receipts_are_trusted_when_their_shard_lies_there_whole(store: Store):
+    units = {unit: receipt(store, unit) for unit in ("aa", "ab", "ba", "zz")}
+    store.write(units["aa"], b"123")
+    store.write(units["ab"], b"12")
+    store.write(units["zz"], b"123")
+    del units["zz"]
+    units["cc"] = "points/p/cc.safetensors"
+    before = {info.key for info in store.list()}
+    assert Ledger(store.url, Places()).trusted(units).keys() == {"aa"}
+    assert {info.key for info in store.list()} == before, "looking changes nothing"
