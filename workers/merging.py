@@ -11,6 +11,7 @@ again: in memory when they fit in the task's budget, else by reading them anew.
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -20,7 +21,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -37,13 +37,13 @@ from workers.writing import PointWriter
 FIXED_BYTES = 1 << 30
 """What a worker needs beside its buffers: Python, torch and its threads' intermediate results."""
 
-LARGEST_SLAB = 16 << 20
-"""The most that one read of one parent fetches: what object stores like to be asked for."""
+LARGEST_SLAB = 8 << 20
+"""The most that one read of one parent fetches: enough for an object store, little enough to stay in a cache."""
 
 WIDEST_ELEMENT = 8
 """Bytes of the widest dtype."""
 
-LARGEST_PIECE = 4 << 20
+LARGEST_PIECE = 1 << 20
 """The most bytes of one point that are merged and written in one go."""
 
 Progress = Callable[[int, int], None]
@@ -262,9 +262,9 @@ class _Merge:
             for row, setting in zip(output, settings, strict=True):
                 row.copy_(_common_value(tensor, setting, raw))
             return
-        position = 0
+        position, arithmetic = 0, torch_dtype(tensor.arithmetic)
         for tile in self._tiles(stretch, raw, facts):
-            if any(_has_nonfinite(elements) for elements in tile.raw.values()):
+            if any(_has_nonfinite(tile.parent(name, arithmetic)) for name in tile.raw):
                 self.nonfinite.add(tensor.name)
             for row, setting in zip(output, settings, strict=True):
                 row[position : position + tile.elements].copy_(
@@ -305,20 +305,9 @@ def _common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Tenso
     return raw[first]
 
 
-_NOT_A_NUMBER = {
-    torch.bfloat16: (torch.int16, np.uint16(0x7FFF), 0x7F80),
-    torch.float16: (torch.int16, np.uint16(0x7FFF), 0x7C00),
-    torch.float32: (torch.int32, np.uint32(0x7FFFFFFF), 0x7F800000),
-}
-
-
 def _has_nonfinite(elements: Tensor) -> bool:
-    """Whether any element is NaN or infinite: for all of these the exponent's bits are all ones."""
-    if elements.device.type != "cpu" or elements.dtype not in _NOT_A_NUMBER:
-        return not bool(torch.isfinite(elements).all())
-    as_integer, without_sign, infinity = _NOT_A_NUMBER[elements.dtype]
-    bits = elements.view(as_integer).numpy().view(without_sign.dtype)
-    return bits.size > 0 and int((bits & without_sign).max()) >= infinity
+    """Whether any element is NaN or infinite; the sum of squares tells at once that none is."""
+    return not math.isfinite(torch.dot(elements, elements)) and not bool(torch.isfinite(elements).all())
 
 
 def _share_of(asked: Sequence[Reduction]) -> Callable[[Tile], list[tuple[Reduction, list[Any]]]]:
