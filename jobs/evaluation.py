@@ -18,6 +18,7 @@ class ItemSet:
     """The items of one benchmark task at one length, as they lie in the run's store.
 
     `count` of them; `share` neighbours belong together (one haystack, or one round of depths) and are never parted.
+    A task of lm-evaluation-harness, which makes its own items, is a single one of length 0. `tokens` is what one costs.
     """
 
     benchmark: str
@@ -26,13 +27,15 @@ class ItemSet:
     count: int
     share: int
     key: str
+    tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
     """What an evaluation worker needs to hold every point of a layout: parents' tensors, config, tokenizer files.
 
-    `tokenizer` is (URL, {file: ETag}); `engine` and `options` as the job file gives them.
+    `tokenizer` is (URL, {file: ETag}); `engine`, `url` and `options` as the job file gives them; `longest` is the
+    longest context that will be asked, None where a benchmark does not say.
     """
 
     run: str
@@ -43,7 +46,9 @@ class ModelSpec:
     config: Mapping[str, Any]
     tokenizer: tuple[str, Mapping[str, str]]
     engine: str
+    url: str | None
     options: Mapping[str, str | bool | int | float]
+    longest: int | None
     threads: int
 
 
@@ -51,9 +56,10 @@ class ModelSpec:
 class EvaluationTask:
     """Items `[first, last)` of one set, answered by one point; `repeat` > 0 asks again, to see how noisy answers are.
 
-    `digest` names the merge, `key` the file of scores.
+    `model` names the `ModelSpec` that holds the point, `digest` the merge, `key` the file of scores.
     """
 
+    model: str
     point: str
     digest: str
     settings: tuple[Setting, ...]
@@ -66,7 +72,7 @@ class EvaluationTask:
     @property
     def tokens(self) -> int:
         """Context tokens of all its items: what it costs."""
-        return self.items.length * (self.last - self.first)
+        return self.items.tokens * (self.last - self.first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +80,8 @@ class ScoreRow:
     """One item's result for one point. `score` lies in [0, 1]; `depth` is the first needle's, NaN where there is none.
 
     `recipe` is the merge's digest and `weights` that of the tensors that answered, so that no score can be taken for
-    another point's. `tokens` counts prompt and answer.
+    another point's; a server elsewhere shows no tensors, and `weights` names it. `tokens` counts prompt and answer.
+    `finite` is False, and the score 0, where a logit was NaN or infinite.
     """
 
     point: str

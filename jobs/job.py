@@ -51,7 +51,8 @@ NOT_IN_DIGEST = frozenset({"output", "workers", "text", "source", "places"})
 class RulerSpec:
     """RULER: `items` a task and length; `questions` of them share one haystack. No `tasks` is all thirteen.
 
-    `haystack` is a text file for the essay tasks, `documents` the data of `qa_1` (SQuAD) and `qa_2` (HotpotQA).
+    `haystack` is a text file for the essay tasks, `documents` the data of `qa_1` (SQuAD) and `qa_2` (HotpotQA). `chat`
+    asks in the tokenizer's chat template.
     """
 
     lengths: tuple[int, ...]
@@ -60,18 +61,23 @@ class RulerSpec:
     haystack: str | None = None
     documents: Mapping[str, str] = field(default_factory=dict[str, str])
     questions: int = 1
+    chat: bool = False
     place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeedleSpec:
-    """Needle in a haystack: `items` at each length and each of `depths` equally spaced depths."""
+    """Needle in a haystack: `items` at each length and each of `depths` equally spaced depths.
+
+    `haystack` is a text file, or `noise` for RULER's five short sentences; `chat` as for RULER.
+    """
 
     lengths: tuple[int, ...]
     depths: int = 11
     items: int = 5
     questions: int = 1
     haystack: str | None = None
+    chat: bool = False
     place: str = field(default="", compare=False)
 
 
@@ -87,7 +93,7 @@ class PerplexitySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LmEvalSpec:
-    """Tasks of lm-evaluation-harness by their names there; `limit` items of each, or all."""
+    """Tasks of lm-evaluation-harness, by their names there or the path of their YAML; `limit` items of each, or all."""
 
     tasks: tuple[str, ...]
     limit: int | None = None
@@ -283,7 +289,7 @@ def _evaluation(node: Node) -> Evaluation:
 
 
 def _ruler(node: Node) -> RulerSpec:
-    keys = node.mapping(("lengths", "items", "tasks", "haystack", "documents", "questions"), ("lengths",))
+    keys = node.mapping(("lengths", "items", "tasks", "haystack", "documents", "questions", "chat"), ("lengths",))
     return RulerSpec(
         lengths=_lengths(keys["lengths"]),
         items=_count(keys, "items", 500),
@@ -291,6 +297,7 @@ def _ruler(node: Node) -> RulerSpec:
         haystack=keys["haystack"].string() if "haystack" in keys else None,
         documents=_documents(keys["documents"]) if "documents" in keys else {},
         questions=_count(keys, "questions", 1),
+        chat="chat" in keys and keys["chat"].boolean(),
         place=node.place,
     )
 
@@ -300,13 +307,14 @@ def _documents(node: Node) -> dict[str, str]:
 
 
 def _needle(node: Node) -> NeedleSpec:
-    keys = node.mapping(("lengths", "depths", "items", "questions", "haystack"), ("lengths",))
+    keys = node.mapping(("lengths", "depths", "items", "questions", "haystack", "chat"), ("lengths",))
     return NeedleSpec(
         lengths=_lengths(keys["lengths"]),
         depths=_count(keys, "depths", 11),
         items=_count(keys, "items", 5),
         questions=_count(keys, "questions", 1),
         haystack=keys["haystack"].string() if "haystack" in keys else None,
+        chat="chat" in keys and keys["chat"].boolean(),
         place=node.place,
     )
 

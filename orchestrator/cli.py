@@ -68,12 +68,16 @@ def parser() -> argparse.ArgumentParser:
     evaluate = _verb(verbs, "evaluate", "score a job's points, or any checkpoints, without writing one")
     evaluate.add_argument("models", nargs="+", metavar="JOB.yaml|MODEL", help="a job file, or models by URL")
     evaluate.add_argument("--output", metavar="URL", help="where the run lies; default: the job's, or runs")
-    evaluate.add_argument("--name", default="evaluation", help="of the run, for models; default: evaluation")
+    evaluate.add_argument("--name", help="of the run, for models; default: made of theirs")
     evaluate.add_argument(
         "--lengths", type=_numbers, default=(4096,), metavar="N,N,…", help="RULER's, in tokens; default 4096"
     )
     evaluate.add_argument("--items", type=int, default=100, metavar="N", help="a task and length; default 100")
     evaluate.add_argument("--tasks", type=_words, default=(), metavar="T,T,…", help="of RULER's; default all")
+    evaluate.add_argument(
+        "--server", metavar="URL", help="an OpenAI-compatible server of the MODEL, asked in its place"
+    )
+    evaluate.add_argument("--served", metavar="NAME", help="what the server calls the MODEL; default: its last part")
     _where(evaluate)
 
     merge = _verb(verbs, "merge", "one mergekit document into one folder, in this process: mergekit-yaml CONFIG OUT")

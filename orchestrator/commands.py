@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
+import re
 import sys
-from dataclasses import asdict, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput
 from jobs.job import Job, WorkerSpec, load_job, load_merge_document
 from jobs.loading import load_document
+from jobs.tasks import digest
 
 if TYPE_CHECKING:
     from jobs.evaluation import ModelSpec
-    from orchestrator.evaluation import EvaluationResult, Evaluators
+    from orchestrator.dispatching import Evaluators
+    from orchestrator.evaluation import EvaluationResult
     from orchestrator.planning import Plan
     from orchestrator.pool import Pool
+    from orchestrator.questions import Questions
     from orchestrator.watching import Watcher
 
 
@@ -28,7 +34,9 @@ def plan(options: argparse.Namespace) -> int:
     from orchestrator.summary import plan_facts, print_plan
 
     job, folder = _read_job(options)
-    facts = plan_facts(make_plan(job, relative_to=folder))
+    plan = make_plan(job, relative_to=folder)
+    _asked(plan, folder)
+    facts = plan_facts(plan)
     if options.json:
         _print_json(facts)
     else:
@@ -45,13 +53,14 @@ def run(options: argparse.Namespace) -> int:
 
     job, folder = _read_job(options)
     plan = make_plan(job, relative_to=folder)
+    asked = _asked(plan, folder)
     result = evaluated = None
-    with Workplace(job, options) as workplace, Watcher(visible=_watched(options)) as watcher:
+    with Workplace(job, options) as workplace, Watcher(visible=_watched(options), tells=not options.quiet) as watcher:
         if job.keep.kind == "all":
             plan.check_room()
             result = drive(plan, workplace.pool, watcher)
-        if job.evaluate is not None:
-            evaluated = _evaluated(plan, workplace, watcher)
+        if asked is not None:
+            evaluated = _evaluated(plan, asked, workplace, watcher)
         if job.keep.kind == "best" and evaluated is not None:
             best = [standing.point for standing in evaluated.standing[: job.keep.count]]
             plan = plan.keeping(best)
@@ -71,9 +80,13 @@ def evaluate(options: argparse.Namespace) -> int:
     from orchestrator.watching import Watcher
 
     job, folder = _read_evaluation(options)
+    if job.evaluate is None:
+        raise BadInput(f"{job.source}: nothing to evaluate; add `evaluate:`")
     plan = make_plan(job, relative_to=folder)
-    with Workplace(job, options) as workplace, Watcher(visible=_watched(options)) as watcher:
-        evaluated = _evaluated(plan, workplace, watcher)
+    asked = _asked(plan, folder)
+    assert asked is not None
+    with Workplace(job, options) as workplace, Watcher(visible=_watched(options), tells=not options.quiet) as watcher:
+        evaluated = _evaluated(plan, asked, workplace, watcher)
     facts = _tell_evaluation(plan, evaluated, quiet=options.quiet or options.json)
     if options.json:
         _print_json(facts)
@@ -108,43 +121,48 @@ class Workplace:
                 self._pool = RayPool(self._job.workers, address=self._options.address)
         return self._pool
 
-    def evaluators(self, model: ModelSpec) -> Evaluators:
+    def evaluators(self, models: Mapping[str, ModelSpec]) -> Evaluators:
         """Where items are answered."""
         if self._options.in_process:
+            import torch
+
             from orchestrator.evaluators import InProcessEvaluators
 
-            return InProcessEvaluators(model)
+            gpu = self._job.workers.gpus > 0 and torch.cuda.is_available()
+            return InProcessEvaluators(models, device="cuda" if gpu else "cpu")
         from orchestrator.ray_evaluators import RayEvaluators
         from orchestrator.ray_pool import RayPool
 
         pool = self.pool
         assert isinstance(pool, RayPool)
-        return RayEvaluators(model, pool)
+        return RayEvaluators(models, pool)
 
 
-def _evaluated(plan: Plan, workplace: Workplace, watcher: Watcher) -> EvaluationResult:
+def _asked(plan: Plan, folder: Path) -> Questions | None:
+    """What the job's evaluation asks, if it has one; refused here if it cannot work."""
+    from orchestrator.questions import questions
+
+    return None if plan.job.evaluate is None else questions(plan, folder)
+
+
+def _evaluated(plan: Plan, asked: Questions, workplace: Workplace, watcher: Watcher) -> EvaluationResult:
     from orchestrator.evaluation import evaluate as evaluate_points
 
-    return evaluate_points(plan, workplace.evaluators, watcher)
+    return evaluate_points(plan, workplace.evaluators, watcher, asked)
 
 
 def _tell_evaluation(plan: Plan, result: EvaluationResult, *, quiet: bool) -> dict[str, Any]:
-    """Writes results.parquet, prints the leaderboard, and returns both as facts."""
+    """Prints the leaderboard, and returns all there is to know as facts."""
     from orchestrator.leaderboard import leaderboard, print_leaderboard
-    from workers.scores import write_scores
-    from workers.storage import open_store
 
     lines = leaderboard(result, plan.job.seed)
-    open_store(plan.run_url).write("report/results.parquet", write_scores(result.rows))
     if not quiet:
         print_leaderboard(lines, result)
     return {
         "run": plan.run_url,
         "results": f"{plan.run_url}/report/results.parquet",
         "leaderboard": [line.document() for line in lines],
-        "departures": [asdict(departure) for departure in result.departures],
-        "noise": None if result.noise is None else asdict(result.noise),
-        "cost_share": result.cost_share,
+        **result.race_document(),
     }
 
 
@@ -153,37 +171,48 @@ def _read_evaluation(options: argparse.Namespace) -> tuple[Job, Path]:
     if len(options.models) == 1 and options.models[0].endswith((".yaml", ".yml")):
         options.job = options.models[0]
         return _read_job(options)
-    lengths = ", ".join(str(length) for length in options.lengths)
-    tasks = f", tasks: [{', '.join(options.tasks)}]" if options.tasks else ""
     names = _model_names(options.models)
-    text = "\n".join(
-        [
-            f"name: {options.name}",
-            "parents:",
-            *(f"  {name}: {json.dumps(url)}" for name, url in names.items()),
-            "recipe:",
-            "  merge_method: passthrough",
-            '  models: [{model: "${model}"}]',
-            "grid:",
-            f"  model: [{', '.join(names)}]",
-            'point: "{model}"',
-            f"evaluate: {{ruler: {{lengths: [{lengths}], items: {options.items}{tasks}}}}}",
-            "keep: none",
-            f"output: {json.dumps(options.output or 'runs')}",
-        ]
-    )
+    ruler: dict[str, Any] = {"lengths": list(options.lengths), "items": options.items}
+    if options.tasks:
+        ruler["tasks"] = list(options.tasks)
+    job: dict[str, Any] = {
+        "name": options.name or _evaluation_name(names),
+        "parents": names,
+        "recipe": {"merge_method": "passthrough", "models": [{"model": "${model}"}]},
+        "grid": {"model": list(names)},
+        "point": "{model}",
+        "evaluate": {"ruler": ruler},
+        "keep": "none",
+        "output": options.output or "runs",
+    }
+    if options.server:
+        job["engine"] = {
+            "name": "openai",
+            "url": options.server,
+            "options": {"model": options.served or next(iter(names))},
+        }
+    text = "".join(f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in job.items())
     return load_job(text, "mergeyard evaluate"), Path.cwd()
+
+
+def _evaluation_name(names: Mapping[str, str]) -> str:
+    """Another name for other models: their scores are another run's."""
+    return f"evaluation-{'+'.join(names)}"[:100] + f"-{digest(dict(names))[:8]}"
 
 
 def _model_names(models: list[str]) -> dict[str, str]:
     """A name for each model: the last part of its URL, numbered where two are alike."""
     names: dict[str, str] = {}
     for url in models:
-        name = url.rstrip("/").split("/")[-1].split("@")[0] or "model"
-        while name in names:
-            name += "-2"
-        names[name] = url
+        last = url.rstrip("/").split("/")[-1].split("@")[0]
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", last).lstrip("._-") or "model"
+        number = next(number for number in itertools.count(1) if _numbered(name, number) not in names)
+        names[_numbered(name, number)] = url
     return names
+
+
+def _numbered(name: str, number: int) -> str:
+    return name if number == 1 else f"{name}-{number}"
 
 
 def merge(options: argparse.Namespace) -> int:

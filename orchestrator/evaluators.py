@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
+from jobs.errors import MergeyardError
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
+from orchestrator.pool import TRIES, retry_pause
 
 if TYPE_CHECKING:
     from workers.evaluating import Evaluator
@@ -13,22 +17,30 @@ if TYPE_CHECKING:
 class InProcessEvaluators:
     """One evaluator; a block is answered when `next_done` asks for it."""
 
-    def __init__(self, model: ModelSpec, *, device: str = "cpu") -> None:
+    def __init__(self, models: Mapping[str, ModelSpec], *, device: str = "cpu") -> None:
         from workers.evaluating import Evaluator
 
-        self._evaluator: Evaluator = Evaluator(model, device)
+        self._evaluator: Evaluator = Evaluator(models, device)
         self._task: EvaluationTask | None = None
 
-    @property
-    def workers(self) -> int:
-        return 1
+    def idle(self) -> Collection[int]:
+        return (0,) if self._task is None else ()
 
     def submit(self, worker: int, task: EvaluationTask) -> None:
         self._task = task
 
-    def next_done(self) -> tuple[int, EvaluationTask, list[ScoreRow]]:
-        assert self._task is not None, "asked for a result before there was a task"
-        return 0, self._task, self._evaluator.evaluate(self._task)
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | None] | None:
+        task, self._task = self._task, None
+        assert task is not None, "asked for a result before there was a task"
+        attempt = 1
+        while True:
+            try:
+                return task, self._evaluator.evaluate(task)
+            except MergeyardError as error:
+                if not error.retry or attempt == TRIES:
+                    raise
+                time.sleep(retry_pause(attempt))
+                attempt += 1
 
     def close(self) -> None:
         self._evaluator.close()

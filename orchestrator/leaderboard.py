@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation import ScoreRow
 from orchestrator.evaluation import EvaluationResult
 from orchestrator.statistics import CellSample, cell_sample, macro_mean
+from workers.benchmarks.perplexity import FIRST_BLOCK
 from workers.benchmarks.scores import (
     RULER_THRESHOLD,
     EffectiveLength,
@@ -20,13 +23,17 @@ from workers.benchmarks.scores import (
 )
 
 MOST_ROWS = 20
+RETRIEVAL = ("ruler", "needle")
+"""Benchmarks whose scores at a length make an effective length."""
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """One model's line: scores from 0 to 100, half width of the 95 % interval, effective lengths in tokens.
 
-    `relative` is the effective length by 85 % of the best parent's score at the shortest length.
+    `relative` is the effective length by 85 % of the best parent's score at the shortest length. `beside` holds what
+    does not rank: means of other benchmarks from 0 to 100. `perplexity` is by length and first position of a block.
+    A half width is infinite with a single haystack, a perplexity with likelihoods that are no numbers.
     """
 
     name: str
@@ -34,63 +41,95 @@ class Line:
     half_width: float
     by_length: Mapping[int, float]
     weighted_increasing: float
-    effective: EffectiveLength
+    effective: EffectiveLength | None
     relative: EffectiveLength | None
+    beside: Mapping[str, float]
+    perplexity: Mapping[int, Mapping[int, float]]
     items: int
     note: str
 
     def document(self) -> dict[str, Any]:
-        """For `--json`."""
+        """For `--json`; None for what is infinite."""
         return {
             "name": self.name,
             "score": round(self.score, 2),
-            "half_width": round(self.half_width, 2),
+            "half_width": _finite(self.half_width),
             "by_length": {str(length): round(score, 2) for length, score in self.by_length.items()},
             "wavg_increasing": round(self.weighted_increasing, 2),
-            "effective_length": [self.effective.low, self.effective.length, self.effective.high],
-            "relative_effective_length": None
-            if self.relative is None
-            else [self.relative.low, self.relative.length, self.relative.high],
+            "effective_length": _bounds(self.effective),
+            "relative_effective_length": _bounds(self.relative),
+            "beside": {name: round(mean, 2) for name, mean in self.beside.items()},
+            "perplexity": {
+                str(length): {str(position): _finite(value) for position, value in blocks.items()}
+                for length, blocks in self.perplexity.items()
+            },
             "items": self.items,
             "note": self.note,
         }
 
 
+def _finite(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def _bounds(length: EffectiveLength | None) -> list[int] | None:
+    return None if length is None else [length.low, length.length, length.high]
+
+
 def leaderboard(result: EvaluationResult, seed: int) -> list[Line]:
-    """The points best first, then the parents; only benchmarks with answers count, perplexity stands apart."""
-    answered: dict[str, list[ScoreRow]] = {}
-    for row in result.rows:
-        if row.benchmark != "perplexity":
-            answered.setdefault(row.point, []).append(row)
-    parents = [score_by_length(_outcomes(answered[name])) for name in result.baselines if name in answered]
+    """The points best first, then the parents. Only the benchmarks that rank make the score; the rest stands beside."""
+    ranked = _by_point(result.ranked_rows())
+    everything = _by_point(result.rows)
+    parents = [score_by_length(_outcomes(ranked[name])) for name in result.parents if name in ranked]
     threshold = max((relative_threshold(scores) for scores in parents), default=None)
-    left = {departure.point: f"left at {departure.items} items" for departure in result.departures}
-    confirmed = {row.point: row.confirmed for row in result.standing if row.confirmed is not None}
-    lines: list[Line] = []
+    notes = {name: ["parent"] for name in result.baselines}
+    notes |= {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
     for standing in result.standing:
-        note = left.get(standing.point, "")
-        if standing.point in confirmed:
-            note = f"{100 * confirmed[standing.point]:.1f} on fresh items"
-        lines.append(_line(standing.point, answered[standing.point], threshold, seed, note))
-    lines += [_line(name, answered[name], threshold, seed, "parent") for name in result.baselines if name in answered]
-    return lines
+        if standing.confirmed is not None:
+            notes[standing.point] = [f"{100 * standing.confirmed:.1f} on fresh items"]
+    for twin, point in result.same.items():
+        notes.setdefault(point, []).append(f"= {twin}")
+    names = [*(standing.point for standing in result.standing), *result.baselines]
+    return [
+        _line(name, ranked[name], everything[name], threshold, seed, notes.get(name, []))
+        for name in names
+        if name in ranked
+    ]
 
 
-def _line(name: str, rows: Sequence[ScoreRow], threshold: float | None, seed: int, note: str) -> Line:
-    outcomes = _outcomes(rows)
+def _line(
+    name: str,
+    ranked: Sequence[ScoreRow],
+    everything: Sequence[ScoreRow],
+    threshold: float | None,
+    seed: int,
+    notes: Sequence[str],
+) -> Line:
+    outcomes = _outcomes(ranked)
     by_length = score_by_length(outcomes)
-    macro = macro_mean(samples(rows))
+    macro = macro_mean(samples(ranked))
+    reaches = all(row.benchmark in RETRIEVAL for row in ranked)
+    broken = sum(not row.finite for row in everything)
     return Line(
         name=name,
         score=100 * macro.mean,
         half_width=100 * (macro.high - macro.low) / 2,
-        by_length=by_length,
+        by_length=by_length if reaches else {},
         weighted_increasing=weighted_average(by_length, increasing=True),
-        effective=effective_length_interval(outcomes, RULER_THRESHOLD, seed=seed),
-        relative=None if threshold is None else effective_length_interval(outcomes, threshold, seed=seed),
-        items=len(rows),
-        note=note,
+        effective=effective_length_interval(outcomes, RULER_THRESHOLD, seed=seed) if reaches else None,
+        relative=effective_length_interval(outcomes, threshold, seed=seed) if reaches and threshold else None,
+        beside=_beside(everything, {row.benchmark for row in ranked}),
+        perplexity=perplexity_by_position(everything),
+        items=len(ranked),
+        note=", ".join([*notes, *([f"{broken} answers are no numbers"] if broken else [])]),
     )
+
+
+def _by_point(rows: Iterable[ScoreRow]) -> dict[str, list[ScoreRow]]:
+    found: dict[str, list[ScoreRow]] = defaultdict(list)
+    for row in rows:
+        found[row.point].append(row)
+    return found
 
 
 def _outcomes(rows: Sequence[ScoreRow]) -> list[Outcome]:
@@ -108,46 +147,96 @@ def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:
     ]
 
 
+def _beside(rows: Sequence[ScoreRow], ranked: set[str]) -> dict[str, float]:
+    """The mean of each metric of lm-evaluation-harness, and of the needle where it does not rank."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.benchmark == "lm_eval" or (row.benchmark == "needle" and "needle" not in ranked):
+            scores[row.task].append(100 * row.score)
+    return {task: sum(values) / len(values) for task, values in sorted(scores.items())}
+
+
+def perplexity_by_position(rows: Iterable[ScoreRow]) -> dict[int, dict[int, float]]:
+    """Perplexity by length and by the first position of each block, every token counting alike."""
+    sums: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+    for row in rows:
+        if row.benchmark == "perplexity":
+            block = int(row.task.rsplit("_", 1)[1])
+            entry = sums[row.length][FIRST_BLOCK << (block - 1) if block else 0]
+            entry[0] += row.tokens * (math.log(row.score) if row.score > 0 else -math.inf)
+            entry[1] += row.tokens
+    return {
+        length: {position: math.exp(min(-total / tokens, math.inf)) for position, (total, tokens) in sorted(of.items())}
+        for length, of in sorted(sums.items())
+    }
+
+
 def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
-    """The table on a terminal, as wide as the terminal is."""
+    """The table on a terminal, as wide as the terminal is; perplexity in a table of its own."""
     from rich.console import Console
     from rich.table import Table
 
+    shown = [*lines[:MOST_ROWS], *(line for line in lines[MOST_ROWS:] if line.name in result.baselines)]
     lengths = sorted({length for line in lines for length in line.by_length})
+    beside = sorted({name for line in lines for name in line.beside})
+    effective = any(line.effective is not None for line in lines)
     table = Table(box=None, padding=(0, 1), header_style="bold")
     table.add_column("point", no_wrap=True)
-    table.add_column("score", justify="right")
-    for length in lengths:
-        table.add_column(short_length(length), justify="right")
-    table.add_column("effective", justify="right")
+    for title in ("score", *map(short_length, lengths), *(["effective"] if effective else []), *beside):
+        table.add_column(title, justify="right")
     table.add_column("", overflow="ellipsis", no_wrap=True)
-    shown = [*lines[:MOST_ROWS], *(line for line in lines[MOST_ROWS:] if line.note == "parent")]
     for line in shown:
         table.add_row(
             line.name,
-            f"{line.score:.1f} ±{line.half_width:.1f}",
-            *(f"{line.by_length[length]:.0f}" if length in line.by_length else "" for length in lengths),
-            _effective(line.effective),
+            f"{line.score:.1f} ±{line.half_width:.1f}" if math.isfinite(line.half_width) else f"{line.score:.1f}",
+            *(_rounded(line.by_length.get(length)) for length in lengths),
+            *([_effective(line.effective)] if effective else []),
+            *(_rounded(line.beside.get(name)) for name in beside),
             line.note,
         )
     console = Console()
     console.print(table)
     if len(shown) < len(lines):
         console.print(f"… and {len(lines) - len(shown)} more points", highlight=False)
+    if any(line.perplexity for line in lines):
+        console.print(_perplexity_table(shown))
     console.print(_footnote(result), highlight=False, style="dim")
 
 
+def _perplexity_table(lines: Sequence[Line]) -> Any:
+    """Perplexity at the greatest length, by where in the context a token stands."""
+    from rich.table import Table
+
+    longest = max(length for line in lines for length in line.perplexity)
+    positions = sorted({position for line in lines for position in line.perplexity.get(longest, {})})
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    table.add_column(f"perplexity at {short_length(longest)}", no_wrap=True)
+    for position in positions:
+        table.add_column(f"from {short_length(position)}", justify="right")
+    for line in lines:
+        values = line.perplexity.get(longest, {})
+        table.add_row(line.name, *(f"{values[at]:.4g}" if at in values else "" for at in positions))
+    return table
+
+
 def _footnote(result: EvaluationResult) -> str:
-    notes = ["score: mean over tasks and lengths with its 95 % interval; effective: longest length at ≥ 85.6"]
-    if result.departures:
+    notes = [f"score: mean over {' and '.join(result.ranked)}, tasks and lengths alike, with its 95 % interval"]
+    if any(benchmark in RETRIEVAL for benchmark in result.ranked):
+        notes.append(f"effective: longest length at ≥ {RULER_THRESHOLD}")
+    if result.race is not None:
         notes.append(f"the race cost {result.cost_share:.0%} of asking every point everything")
     if result.noise is not None:
-        noise = result.noise
-        notes.append(f"asked the same again, {noise.rate:.1%} of the leader's answers changed their score")
+        notes.append(f"asked the same again, {result.noise.rate:.1%} of the leader's answers changed their score")
     return "; ".join(notes)
 
 
-def _effective(length: EffectiveLength) -> str:
+def _rounded(score: float | None) -> str:
+    return "" if score is None else f"{score:.0f}"
+
+
+def _effective(length: EffectiveLength | None) -> str:
+    if length is None:
+        return ""
     if length.low == length.high:
         return short_length(length.length)
     return f"{short_length(length.length)} ({short_length(length.low)}–{short_length(length.high)})"

@@ -1,66 +1,122 @@
-"""Evaluation on Ray: one actor a worker, which keeps the parents and an engine and becomes one point after another."""
+"""Evaluation on Ray: one actor a worker, which keeps the parents and an engine and becomes one point after another.
+
+An actor is never restarted in place: the block of a dead one is given to another, and a new one is started as soon as
+the cluster has room, on whichever node. A node that joins is used; one that leaves is missed, not waited for.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from jobs.errors import MergeyardError
+from jobs.errors import MergeyardError, WorkerLost
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
 from orchestrator.pool import TRIES, retry_pause
 from orchestrator.ray_pool import RayPool, translated
 from workers.fingerprint import fingerprint
 
+LOOK_SECONDS = 5.0
+"""How often a new node is looked for."""
+
 
 class RayEvaluators:
-    """As many actors as the cluster has room for; a dead one is started again and its block asked anew."""
+    """As many actors as the cluster has room for, now and later."""
 
-    def __init__(self, model: ModelSpec, pool: RayPool) -> None:
-        actor: Any = ray.remote(_RemoteEvaluator).options(**pool.resources, max_restarts=-1, max_task_retries=TRIES - 1)
-        self._actors = [actor.remote(model, pool.device, fingerprint()) for _ in range(pool.workers)]
-        self._running: dict[Any, tuple[int, EvaluationTask, int]] = {}
+    def __init__(self, models: Mapping[str, ModelSpec], pool: RayPool) -> None:
+        self._models, self._pool = models, pool
+        self._remote: Any = ray.remote(_RemoteEvaluator).options(**pool.resources, max_restarts=0, max_task_retries=0)
+        self._actors: dict[int, Any] = {}
+        self._starting: dict[Any, Any] = {}
+        self._running: dict[Any, tuple[int, EvaluationTask]] = {}
+        self._failures: Counter[str] = Counter()
+        self._started = 0
+        self._grow()
 
-    @property
-    def workers(self) -> int:
-        return len(self._actors)
+    def idle(self) -> Collection[int]:
+        return self._actors.keys() - {worker for worker, _ in self._running.values()}
 
     def submit(self, worker: int, task: EvaluationTask) -> None:
-        self._start(worker, task, 1)
+        self._running[self._actors[worker].evaluate.remote(task)] = (worker, task)
 
-    def _start(self, worker: int, task: EvaluationTask, attempt: int) -> None:
-        self._running[self._actors[worker].evaluate.remote(task)] = (worker, task, attempt)
-
-    def next_done(self) -> tuple[int, EvaluationTask, list[ScoreRow]]:
-        while True:
-            [reference], _ = ray.wait(list(self._running), num_returns=1)
-            worker, task, attempt = self._running.pop(reference)
-            try:
-                return worker, task, ray.get(reference)
-            except (RayError, MergeyardError) as failure:
-                error = translated(failure, f"{task.items.task} at {task.items.length} of {task.point}")
-                if not error.retry or attempt == TRIES:
-                    raise error from failure
-                time.sleep(retry_pause(attempt))
-                self._start(worker, task, attempt + 1)
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | None] | None:
+        self._grow()
+        if not self._running and not self._starting:  # the cluster has no room left; it may come back
+            time.sleep(LOOK_SECONDS)
+            return None
+        ready, _ = ray.wait([*self._running, *self._starting], num_returns=1, timeout=LOOK_SECONDS)
+        for reference in ready:
+            if reference in self._starting:
+                return self._welcome(reference)
+            return self._result(reference)
+        return None
 
     def close(self) -> None:
-        for actor in self._actors:
+        """Ends the actors; each is given a moment to close its engine."""
+        closing = [actor.close.remote() for actor in self._actors.values()]
+        if closing:
+            ray.wait(closing, num_returns=len(closing), timeout=LOOK_SECONDS)
+        for actor in [*self._actors.values(), *self._starting.values()]:
             ray.kill(actor)
+
+    def _grow(self) -> None:
+        """Starts what the cluster has room for."""
+        for _ in range(self._pool.room() - len(self._actors) - len(self._starting)):
+            actor = self._remote.remote()
+            self._starting[actor.open.remote(self._models, self._pool.device, fingerprint())] = actor
+
+    def _welcome(self, reference: Any) -> None:
+        actor = self._starting.pop(reference)
+        try:
+            ray.get(reference)
+        except (RayError, MergeyardError) as failure:
+            self._again("an evaluation worker", failure)
+            return
+        self._actors[self._started] = actor
+        self._started += 1
+        self._failures.pop("an evaluation worker", None)
+
+    def _result(self, reference: Any) -> tuple[EvaluationTask, list[ScoreRow] | None]:
+        worker, task = self._running.pop(reference)
+        what = f"{task.items.task} at {task.items.length} of {task.point}"
+        try:
+            return task, ray.get(reference)
+        except (RayError, MergeyardError) as failure:
+            if self._again(what, failure):
+                ray.kill(self._actors.pop(worker))
+            return task, None
+
+    def _again(self, what: str, failure: BaseException) -> bool:
+        """Raises the failure if trying again cannot mend it; else whether it was the worker's end."""
+        error = translated(failure, what)
+        self._failures[what] += 1
+        if not error.retry or self._failures[what] == TRIES:
+            raise error from failure
+        if isinstance(error, WorkerLost):
+            return True
+        time.sleep(retry_pause(self._failures[what]))
+        return False
 
 
 class _RemoteEvaluator:
     """The evaluator as an actor."""
 
-    def __init__(self, model: ModelSpec, device: str, code: str) -> None:
+    def open(self, models: Mapping[str, ModelSpec], device: str, code: str) -> None:
+        """Says whether this node runs the driver's code."""
         from orchestrator.ray_pool import check_code
         from workers.evaluating import Evaluator
 
         check_code(code)
-        self._evaluator = Evaluator(model, device)
+        self._evaluator = Evaluator(models, device)
 
     def evaluate(self, task: EvaluationTask) -> list[ScoreRow]:
         """One block."""
         return self._evaluator.evaluate(task)
+
+    def close(self) -> None:
+        """Gives back the engine."""
+        self._evaluator.close()

@@ -52,7 +52,13 @@ class RayPool:
             gpus = spec.gpus if ray.cluster_resources().get("GPU", 0) else 0.0
             self.device = "cuda" if gpus else "cpu"
             self.resources: dict[str, float] = {"num_cpus": spec.cpus, "num_gpus": gpus, "memory": spec.memory_bytes}
-            self._workers = _slots(spec, gpus)
+            self._spec, self._gpus = spec, gpus
+            self._workers = self.room()
+            if self._workers == 0:
+                raise BadInput(
+                    f"no node has room for a worker of {spec.cpus:g} CPUs, {gpus:g} GPUs and"
+                    f" {spec.memory_bytes / 1e9:.1f} GB; ask for less under `workers:`"
+                )
             # no retries by Ray: it would leave out what a task has told before, receipts or not
             self._merge = ray.remote(_merge).options(**self.resources, max_retries=0, num_returns="streaming")
             self._opened = opened.pop_all()
@@ -60,6 +66,11 @@ class RayPool:
     @property
     def workers(self) -> int:
         return self._workers
+
+    def room(self) -> int:
+        """How many workers the cluster's nodes hold now; they come and go."""
+        slots = _slots(self._spec, self._gpus)
+        return min(slots, self._spec.count) if self._spec.count else slots
 
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
         waiting = [(task, 1) for task in reversed(tasks)]
@@ -178,12 +189,7 @@ def _slots(spec: WorkerSpec, gpus: float) -> int:
         if gpus:
             fits.append(has.get("GPU", 0) // gpus)
         slots += int(min(fits))
-    if slots == 0:
-        raise BadInput(
-            f"no node has room for a worker of {spec.cpus:g} CPUs, {gpus:g} GPUs and"
-            f" {spec.memory_bytes / 1e9:.1f} GB; ask for less under `workers:`"
-        )
-    return min(slots, spec.count) if spec.count else slots
+    return slots
 
 
 def translated(failure: BaseException, what: str) -> MergeyardError:

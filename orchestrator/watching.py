@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from jobs.evaluation import EvaluationTask
 from jobs.tasks import MergeTask
 
 if TYPE_CHECKING:
@@ -19,10 +18,14 @@ if TYPE_CHECKING:
 
 
 class Watcher:
-    """Bars on stderr: merged bytes and finished points, then answered tokens; only there when `visible`."""
+    """Bars on stderr: merged bytes and finished points, then answered tokens; only there when `visible`.
 
-    def __init__(self, *, visible: bool) -> None:
+    With `tells`, what is decided on the way is printed even without bars.
+    """
+
+    def __init__(self, *, visible: bool, tells: bool = False) -> None:
         self._visible = visible
+        self._tells = tells
         self._bars: Progress | None = None
         self._merging: TaskID | None = None
         self._lock = threading.Lock()
@@ -105,15 +108,18 @@ class Watcher:
             self._stages.remove_task(self._stage)
         self._stage = self._stages.add_task(text, total=total_tokens // 1000)
 
-    def answered(self, task: EvaluationTask) -> None:
-        """A block of items is answered."""
+    def advance(self, tokens: int) -> None:
+        """So many of them are."""
         if self._stages is not None and self._stage is not None:
-            self._stages.advance(self._stage, task.tokens / 1000)
+            self._stages.advance(self._stage, tokens / 1000)
 
     def departed(self, departure: Departure) -> None:
-        """A point left the race."""
+        """A point left the race: told even where no bar is drawn."""
+        text = f"{departure.point} leaves: {departure.reason}"
         if self._stages is not None:
-            self._stages.console.print(f"{departure.point} leaves: {departure.reason}", highlight=False)
+            self._stages.console.print(text, highlight=False)
+        elif self._tells:
+            print(text, file=sys.stderr)
 
     def _title(self) -> str:
         return f"merging {self._done}/{self._points} points"

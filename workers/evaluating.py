@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
+import inspect
+import json
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.errors import BadInput, ObjectExists, ObjectMissing
+from jobs.errors import BadInput, ObjectExists, ObjectMissing, WorkerLost
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
+from jobs.loading import suggestion
 from jobs.manifest import weights_digest
 from workers.benchmarks.items import Item, read_items
+from workers.benchmarks.lm_eval_adapter import sample_scores
 from workers.benchmarks.perplexity import read_windows
 from workers.benchmarks.scorers import SCORERS
 from workers.engines.engine import Answer, Engine, Prompt
+from workers.engines.tokenizer import load_tokenizer
 from workers.resident import ResidentParents
 from workers.scores import read_scores, write_scores
 from workers.storage import open_store
@@ -26,36 +32,30 @@ from workers.storage import open_store
 if TYPE_CHECKING:
     from torch import Tensor
 
+SETS_AT_HAND = 8
+"""Files of items that a worker keeps, compressed."""
+
 
 class Evaluator:
-    """A resident engine and the parents beside it. One a worker; it outlives many points."""
+    """One a worker: it outlives many points, and holds one of the models at a time, whose parents stay in memory."""
 
-    def __init__(self, model: ModelSpec, device: str = "cpu") -> None:
-        self._model = model
+    def __init__(self, models: Mapping[str, ModelSpec], device: str = "cpu") -> None:
+        self._models = models
         self._device = device
-        self._store = open_store(model.run)
-        self._parents = ResidentParents(
-            model.tensors,
-            model.parents,
-            seed=model.seed,
-            numerics=model.numerics,
-            device=device,
-            threads=model.threads,
-        )
-        self._folder = tempfile.TemporaryDirectory(prefix="mergeyard-tokenizer-")
-        _fetch_tokenizer(model, Path(self._folder.name))
-        self._engine: Engine | None = None
-        self._weights: dict[str, str] = {}
-        self._items = lru_cache(maxsize=8)(self._read_items)
+        self._store = open_store(next(iter(models.values())).run)
+        self._resident: tuple[str, _Resident] | None = None
+        self._items = lru_cache(SETS_AT_HAND)(self._read)
 
     def evaluate(self, task: EvaluationTask) -> list[ScoreRow]:
         """The block's scores, and its file in the store; what a block already has is read, not asked again."""
-        try:
+        with suppress(ObjectMissing):
             return read_scores(bytes(self._store.read(task.key)), task.key)
-        except ObjectMissing:
-            pass
-        engine = self._become(task)
-        rows = self._perplexities(task, engine) if task.items.benchmark == "perplexity" else self._answers(task, engine)
+        resident = self._holding(task.model)
+        try:
+            rows = list(self._rows(task, resident.become(task), resident))
+        except WorkerLost:  # an engine in another process is gone; the next try opens one
+            self.close()
+            raise
         try:
             self._store.write(task.key, write_scores(rows), mode="create")
         except ObjectExists:
@@ -63,110 +63,215 @@ class Evaluator:
         return rows
 
     def close(self) -> None:
-        """Gives back the engine and the tokenizer's folder."""
-        if self._engine is not None:
-            self._engine.close()
-        self._folder.cleanup()
+        """Gives back the engine and the parents."""
+        if self._resident is not None:
+            self._resident[1].close()
+        self._resident = None
 
-    def _become(self, task: EvaluationTask) -> Engine:
-        """The engine with the task's point in it."""
-        if self._engine is not None and self._engine.version == task.digest:
-            return self._engine
-        hashes: dict[str, str] = {}
-        stream = self._hashed(self._parents.merged(task.settings), hashes)
-        if self._engine is None:
-            self._engine = open_engine(self._model, Path(self._folder.name), stream, task.digest, self._device)
-        else:
-            self._engine.swap(stream, task.digest)
-        self._weights = {task.digest: weights_digest(hashes)}
-        return self._engine
+    def _holding(self, model: str) -> _Resident:
+        """The model's parents and engine, after giving back another model's."""
+        if self._resident is None or self._resident[0] != model:
+            self.close()
+            self._resident = model, _Resident(self._models[model], self._device)
+        return self._resident[1]
 
-    def _hashed(self, stream: Iterator[tuple[str, Tensor]], hashes: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-        import torch
+    def _rows(self, task: EvaluationTask, engine: Engine, resident: _Resident) -> Iterator[ScoreRow]:
+        ask = {"perplexity": self._perplexities, "lm_eval": self._lm_eval}.get(task.items.benchmark, self._answers)
+        for row in ask(task, engine, resident):
+            yield ScoreRow(
+                point=task.point,
+                benchmark=task.items.benchmark,
+                length=task.items.length,
+                recipe=task.digest,
+                weights=resident.weights,
+                repeat=task.repeat,
+                **row,
+            )
 
-        for name, tensor in stream:
-            data: Any = tensor.detach().contiguous().view(-1).view(torch.uint8).cpu().numpy()
-            hashes[name] = hashlib.sha256(data).hexdigest()
-            yield name, tensor
-
-    def _answers(self, task: EvaluationTask, engine: Engine) -> list[ScoreRow]:
-        items = self._items(task.items.key)[task.first : task.last]
+    def _answers(self, task: EvaluationTask, engine: Engine, resident: _Resident) -> Iterator[dict[str, Any]]:
+        items = read_items(self._items(task.items.key), task.first, task.last)
         prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
         answers = engine.generate(prompts)
-        return [self._row(task, item, answer) for item, answer in zip(items, answers, strict=True)]
+        return (_answered(item, answer) for item, answer in zip(items, answers, strict=True))
 
-    def _row(self, task: EvaluationTask, item: Item, answer: Answer) -> ScoreRow:
-        return ScoreRow(
-            point=task.point,
-            benchmark=item.benchmark,
-            task=item.task,
-            length=item.length,
-            item=item.index,
-            depth=item.depths[0] if item.depths else math.nan,
-            haystack=item.haystack,
-            pair=item.pair,
-            answer=answer.text,
-            score=SCORERS[item.scorer](answer.text, item.answers) if answer.finite else 0.0,
-            finite=answer.finite,
-            tokens=answer.tokens_in + answer.tokens_out,
-            seconds=answer.seconds,
-            recipe=task.digest,
-            weights=self._weights[task.digest],
-            repeat=task.repeat,
-        )
-
-    def _perplexities(self, task: EvaluationTask, engine: Engine) -> list[ScoreRow]:
+    def _perplexities(self, task: EvaluationTask, engine: Engine, resident: _Resident) -> Iterator[dict[str, Any]]:
         """One row a window and block of positions; the score is the geometric mean of the tokens' likelihoods."""
-        windows = read_windows(bytes(self._store.read(task.items.key)))[task.first : task.last]
-        likelihoods = engine.score([window.tokens.tolist() for window in windows])
-        rows: list[ScoreRow] = []
-        for window, values in zip(windows, likelihoods, strict=True):
+        for window in read_windows(self._items(task.items.key), task.first, task.last):
+            started = time.perf_counter()
+            [likelihoods] = engine.score([window.tokens.tolist()])
+            seconds = time.perf_counter() - started
             blocks = window.blocks[1:]
-            for block in range(int(blocks.max()) + 1):
-                chosen = values[blocks == block].astype(np.float64)
-                if not chosen.size:
-                    continue
+            for block in np.unique(blocks[blocks >= 0]).tolist():
+                chosen = likelihoods[blocks == block].astype(np.float64)
                 finite = bool(np.isfinite(chosen).all())
-                rows.append(
-                    ScoreRow(
-                        point=task.point,
-                        benchmark="perplexity",
-                        task=f"position_block_{block}",
-                        length=window.length,
-                        item=window.index,
-                        depth=math.nan,
-                        haystack=window.pair,
-                        pair=window.pair,
-                        answer="",
-                        score=math.exp(float(chosen.mean())) if finite else 0.0,
-                        finite=finite,
-                        tokens=int(chosen.size),
-                        seconds=0.0,
-                        recipe=task.digest,
-                        weights=self._weights[task.digest],
-                        repeat=task.repeat,
-                    )
-                )
-        return rows
+                yield {
+                    "task": f"position_block_{block}",
+                    "item": window.index,
+                    "depth": math.nan,
+                    "haystack": window.pair,
+                    "pair": window.pair,
+                    "answer": "",
+                    "score": min(1.0, math.exp(float(chosen.mean()))) if finite else 0.0,
+                    "finite": finite,
+                    "tokens": int(chosen.size),
+                    "seconds": seconds * chosen.size / likelihoods.size,
+                }
 
-    def _read_items(self, key: str) -> Sequence[Item]:
-        return read_items(bytes(self._store.read(key)))
+    def _lm_eval(self, task: EvaluationTask, engine: Engine, resident: _Resident) -> Iterator[dict[str, Any]]:
+        """One row an item and metric of a task of lm-evaluation-harness."""
+        told = json.loads(self._items(task.items.key))
+        for score in sample_scores(engine, told["task"], told["limit"], beginning=resident.beginning):
+            place = f"{score.metric.partition(':')[0]}-{score.item}"
+            yield {
+                "task": score.metric,
+                "item": score.item,
+                "depth": math.nan,
+                "haystack": place,
+                "pair": place,
+                "answer": score.answer,
+                "score": score.score,
+                "finite": score.finite,
+                "tokens": score.tokens,
+                "seconds": score.seconds,
+            }
+
+    def _read(self, key: str) -> bytes:
+        return bytes(self._store.read(key))
+
+
+class _Resident:
+    """The parents of one layout in memory and, once a point was asked for, an engine."""
+
+    def __init__(self, model: ModelSpec, device: str) -> None:
+        self._model = model
+        self._device = device
+        self._parents: ResidentParents | None = None
+        self._engine: Engine | None = None
+        self._point = ""
+        self.weights = ""
+        self.beginning = ""
+
+    def become(self, task: EvaluationTask) -> Engine:
+        """The engine with the task's point in it, and `weights` its digest."""
+        if self._engine is not None and self._point == task.digest:
+            return self._engine
+        self._point = ""
+        if self._model.engine == "openai":
+            self._engine = self._open(iter(()), task)
+            self.weights = f"{self._model.url}#{self._engine.version}"
+        else:
+            digests: dict[str, str] = {}
+            weights = self._held_parents().merged(task.settings, digests)
+            if self._engine is None:
+                self._engine = self._open(weights, task)
+            else:
+                self._engine.swap(weights, task.digest)
+            self.weights = weights_digest(digests)
+        self._point = task.digest
+        return self._engine
+
+    def close(self) -> None:
+        """Gives back the engine's memory and processes."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._parents = None
+
+    def _held_parents(self) -> ResidentParents:
+        if self._parents is None:
+            self._parents = ResidentParents(
+                self._model.tensors,
+                self._model.parents,
+                seed=self._model.seed,
+                numerics=self._model.numerics,
+                device=self._device,
+                threads=self._model.threads,
+            )
+        return self._parents
+
+    def _open(self, weights: Iterator[tuple[str, Tensor]], task: EvaluationTask) -> Engine:
+        with tempfile.TemporaryDirectory(prefix="mergeyard-tokenizer-") as name:
+            folder = Path(name)
+            url, files = self._model.tokenizer
+            store = open_store(url)
+            for file, etag in files.items():
+                (folder / file).write_bytes(bytes(store.read(file, etag=etag)))
+            tokenizer = load_tokenizer(folder)
+            self.beginning = str(tokenizer.bos_token or tokenizer.eos_token or "")
+            return open_engine(self._model, folder, weights, task, self._device)
 
 
 def open_engine(
-    model: ModelSpec, tokenizer: Path, weights: Iterator[tuple[str, Tensor]], version: str, device: str
+    model: ModelSpec, folder: Path, weights: Iterator[tuple[str, Tensor]], task: EvaluationTask, device: str
 ) -> Engine:
-    """The engine that the job names, with its first weights."""
-    if model.engine == "transformers":
-        from workers.engines.transformers_engine import TransformersEngine
+    """The engine that the job names, holding the point of `task`; `folder` has the tokenizer's files, and goes after.
 
-        return TransformersEngine.from_state(model.config, tokenizer, weights, version=version, device=device)
-    raise BadInput(f"engine {model.engine}: cannot evaluate points that were never written; use transformers or vllm")
+    `BadInput` for an option that the engine does not have.
+    """
+    options: dict[str, Any] = dict(model.options)
+    if model.engine == "openai":
+        from workers.engines.openai_engine import OpenAIEngine
+
+        served = str(options.pop("model", task.point))
+        return _with_options("openai", options, OpenAIEngine, str(model.url), served, folder)
+    if model.engine == "vllm":
+        return _open_vllm(model, folder, weights, task, options)
+    from workers.engines.transformers_engine import Limits, TransformersEngine
+
+    limits = _with_options("transformers", options, Limits)
+    return TransformersEngine.from_state(
+        model.config, folder, weights, version=task.digest, device=device, limits=limits
+    )
 
 
-def _fetch_tokenizer(model: ModelSpec, folder: Path) -> None:
-    """The tokenizer's few files into a folder, where transformers looks for them."""
-    url, files = model.tokenizer
-    store = open_store(url)
-    for name, etag in files.items():
-        (folder / name).write_bytes(bytes(store.read(name, etag=etag)))
+def _open_vllm(
+    model: ModelSpec,
+    folder: Path,
+    weights: Iterator[tuple[str, Tensor]],
+    task: EvaluationTask,
+    options: dict[str, Any],
+) -> Engine:
+    """vLLM opens nothing but a checkpoint: it is given one full of zeros, a file that takes no room on the disk."""
+    from workers.checkpoint import header_bytes
+    from workers.engines.vllm_engine import VllmEngine
+
+    header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in model.tensors])
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.bytes for tensor in model.tensors))
+    (folder / "config.json").write_text(json.dumps(model.config))
+    dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16")
+    longest = options.pop("max_model_len", None)
+    if longest is None and model.longest is not None:  # one more than it reads, if the model can: vLLM always generates
+        longest = min(model.longest + 1, int(model.config.get("max_position_embeddings", model.longest)))
+    cache_gib = int(options.pop("cache_gib", 4))
+    engine = VllmEngine(folder, dtype=dtype, max_length=longest, cache_gib=cache_gib, options=options)
+    try:
+        engine.swap(weights, task.digest)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def _with_options(engine: str, options: Mapping[str, Any], make: Any, *arguments: Any) -> Any:
+    """`make(*arguments, **options)`; an option that it does not take is refused by name."""
+    taken = list(inspect.signature(make).parameters)[len(arguments) :]
+    for option in options:
+        if option not in taken:
+            raise BadInput(f"engine {engine} has no option {option}{suggestion(option, taken)}")
+    return make(*arguments, **options)
+
+
+def _answered(item: Item, answer: Answer) -> dict[str, Any]:
+    return {
+        "task": item.task,
+        "item": item.index,
+        "depth": item.depths[0] if item.depths else math.nan,
+        "haystack": item.haystack,
+        "pair": item.pair,
+        "answer": answer.text,
+        "score": SCORERS[item.scorer](answer.text, item.answers) if answer.finite else 0.0,
+        "finite": answer.finite,
+        "tokens": answer.tokens_in + answer.tokens_out,
+        "seconds": answer.seconds,
+    }

@@ -18,14 +18,10 @@ from jobs.errors import BadInput
 from jobs.tasks import Parent, Setting, TensorMerge
 from workers.arithmetic import Facts, merge_tile, missing_facts, torch_dtype
 from workers.checkpoint import FLOATS
-from workers.methods.reductions import MagnitudeHistogram
-from workers.methods.tile import TILE_ELEMENTS, Tile
+from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
 from workers.storage import open_store
 
 READS_AT_ONCE = 8
-
-HISTOGRAM_BYTES = 8 << 16
-"""What a `MagnitudeHistogram` takes: it is kept for the next density only beside a tensor that takes more."""
 
 
 class ResidentParents:
@@ -66,32 +62,28 @@ class ResidentParents:
         with ThreadPoolExecutor(READS_AT_ONCE, "read") as pool:
             self._raw = {tensor.name: raw for tensor, raw in zip(tensors, pool.map(read, tensors), strict=True)}
 
-    def merged(self, settings: Sequence[Setting], digests: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+    def merged(
+        self, settings: Sequence[Setting], digests: dict[str, str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of one point by name, in its stored dtype and shape, on the device.
 
-        `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests` is given the sha256
-        of each tensor's bytes, as a manifest has them.
+        `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests`, if given, receives
+        the sha256 of each tensor's bytes, as a manifest has them.
         """
         with ThreadPoolExecutor(self._threads, "merge", _one_torch_thread) as pool:
             ahead: deque[tuple[str, Future[tuple[Tensor, str]]]] = deque()
             for tensor in self._tensors:
-                ahead.append((tensor.name, pool.submit(self._merge_and_hash, tensor, settings[tensor.setting])))
+                setting = settings[tensor.setting]
+                ahead.append((tensor.name, pool.submit(self._merged, tensor, setting, hashed=digests is not None)))
                 if len(ahead) > 2 * self._threads:
-                    yield self._next(ahead, digests)
+                    yield _next(ahead, digests)
             while ahead:
-                yield self._next(ahead, digests)
-
-    def _next(
-        self, ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[str, str]
-    ) -> tuple[str, Tensor]:
-        name, future = ahead.popleft()
-        tensor, digests[name] = future.result()
-        return name, tensor
+                yield _next(ahead, digests)
 
     @torch.inference_mode()
-    def _merge_and_hash(self, tensor: TensorMerge, setting: Setting) -> tuple[Tensor, str]:
+    def _merged(self, tensor: TensorMerge, setting: Setting, *, hashed: bool) -> tuple[Tensor, str]:
         merged = self._merge(tensor, setting)
-        data: Any = merged.cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        data: Any = merged.cpu().contiguous().view(torch.uint8).numpy() if hashed else b""
         return merged.view(tensor.shape), hashlib.sha256(data).hexdigest()
 
     def _merge(self, tensor: TensorMerge, setting: Setting) -> Tensor:
@@ -116,12 +108,12 @@ class ResidentParents:
     def _learn(self, tensor: TensorMerge, setting: Setting) -> None:
         facts = self._facts[tensor.name]
         while asked := missing_facts(tensor, [setting], facts, seed=self._seed, numerics=self._numerics):
-            shares = [[question.of(tile) for question in asked] for tile in self._tiles(tensor)]
-            for index, question in enumerate(asked):
-                facts[question] = question.combine([share[index] for share in shares])
-        if tensor.bytes < HISTOGRAM_BYTES:
-            for question in [question for question in facts if isinstance(question, MagnitudeHistogram)]:
-                del facts[question]
+            shares: dict[Reduction, list[Any]] = {question: [] for question in asked}
+            for tile in self._tiles(tensor):
+                for question in asked:
+                    shares[question].extend(question.of(tile))
+            for question, of_units in shares.items():
+                facts[question] = question.combine(of_units)
 
     def _tiles(self, tensor: TensorMerge) -> Iterator[Tile]:
         """Cache-sized tiles on a CPU; on a GPU, which wants few large launches, the whole tensor."""
@@ -129,6 +121,15 @@ class ResidentParents:
         for start in range(0, tensor.elements, step):
             part = {name: elements[start : start + step] for name, elements in self._raw[tensor.name].items()}
             yield Tile(tensor.name, start, part, self._facts[tensor.name], self._seed)
+
+
+def _next(ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[str, str] | None) -> tuple[str, Tensor]:
+    """The tensor that was asked for first, and its digest into `digests`."""
+    name, future = ahead.popleft()
+    tensor, digest = future.result()
+    if digests is not None:
+        digests[name] = digest
+    return name, tensor
 
 
 def _one_torch_thread() -> None:

@@ -88,7 +88,9 @@ def test_every_default_is_the_one_in_the_code(section: str, spec: Any) -> None:
         if field.name == "place":
             continue
         assert written is not None, f"{section}{field.name} is in no table"
-        if isinstance(default, int | float) and field.name != "memory_bytes":
+        if isinstance(default, bool):
+            assert yaml.safe_load(written.strip("`")) is default
+        elif isinstance(default, int | float) and field.name != "memory_bytes":
             assert float(written.strip("`")) == default
     assert ROWS["workers.memory"] == "`4GB`"
 

@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadInput, ObjectExists, ObjectMissing
+from jobs.errors import BadInput, MergeyardError, ObjectExists, ObjectMissing
 from jobs.evaluation import ItemSet
-from jobs.job import Evaluation, NeedleSpec, PerplexitySpec, RulerSpec
+from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
+from jobs.loading import quoted, suggestion
+from jobs.tasks import canonical_json, digest
 from workers.benchmarks.answering import Library, read_hotpotqa, read_squad
 from workers.benchmarks.haystacks import Essay, bundled_essay, bundled_text
 from workers.benchmarks.items import items_digest, write_items
 from workers.benchmarks.needle import even_depths, needle_items, needle_spec
 from workers.benchmarks.perplexity import Window, windows, write_windows
-from workers.benchmarks.ruler import NIAH, QA, TASKS, ruler_items, ruler_spec
+from workers.benchmarks.ruler import MAX_NEW_TOKENS, NIAH, QA, TASKS, ruler_items, ruler_spec
 from workers.benchmarks.tokens import Tokenizer
-from workers.storage import Store
+from workers.storage import Store, open_store
 
 READERS: Mapping[str, Callable[[bytes | str | Path], Library]] = {"qa_1": read_squad, "qa_2": read_hotpotqa}
+
+LM_EVAL_TOKENS = 1 << 20
+"""What a whole task of lm-evaluation-harness is taken to cost, so that it is begun early."""
+
+Frame = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedSet:
-    """A set that can be built: what it is, the digest of all that it depends on, and how to make its file."""
+    """A set that can be built: what it is, the digest of all that it depends on, and how to make its file.
+
+    `count` items are asked of everyone; the file may hold more. `place` is the line of the job file that asks for it.
+    """
 
     benchmark: str
     task: str
@@ -34,48 +46,110 @@ class PlannedSet:
     count: int
     digest: str
     build: Callable[[], bytes]
+    place: str
     share: int = 1
 
+    @property
+    def key(self) -> str:
+        """Where it lies in a run."""
+        return f"items/{self.digest}.{'json' if self.benchmark == 'lm_eval' else 'parquet'}"
 
-def planned_sets(evaluation: Evaluation, tokenizer: Tokenizer, seed: int, *, extra: int = 0) -> list[PlannedSet]:
+
+class Reader:
+    """Reads the texts that a job names: by URL, or by a path relative to `folder`."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or Path.cwd()
+
+    def path(self, text: str) -> str:
+        """A URL as it is; a path made absolute."""
+        return text if "://" in text else str(self._folder / Path(text).expanduser())
+
+    def read(self, text: str, place: str) -> bytes:
+        """The content; `BadInput` names the place in the job file."""
+        path = self.path(text)
+        try:
+            if "://" not in path:
+                return Path(path).read_bytes()
+            folder, _, name = path.rpartition("/")
+            return bytes(open_store(folder).read(name))
+        except OSError as error:
+            raise BadInput(f"{place}: {path} cannot be read ({error.strerror}); give a text file") from None
+        except MergeyardError as error:
+            raise BadInput(f"{place}: {error}") from error
+
+    def prose(self, text: str, place: str) -> str:
+        """The content as text."""
+        try:
+            return self.read(text, place).decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadInput(f"{place}: {text} is no text in UTF-8; give prose") from None
+
+
+def planned_sets(
+    evaluation: Evaluation,
+    tokenizer: Tokenizer,
+    seed: int,
+    reader: Reader,
+    least: Mapping[str, int] | None = None,
+) -> list[PlannedSet]:
     """Every set of items that the job's benchmarks consist of; nothing is built yet.
 
-    `extra` more items are made of each RULER and needle set: fresh ones, on which the winners are confirmed.
+    `least` items are made for a benchmark's sets even if fewer are asked of everyone: the rest are fresh ones, on which
+    the winners of a race are confirmed. `BadInput` with file and line for what cannot be asked.
     """
+    at_least = least or {}
     sets: list[PlannedSet] = []
     if evaluation.ruler is not None:
-        sets += _ruler(evaluation.ruler, tokenizer, seed, extra)
+        sets += _ruler(evaluation.ruler, tokenizer, seed, reader, at_least.get("ruler", 0))
     if evaluation.needle is not None:
-        sets += _needle(evaluation.needle, tokenizer, seed, extra)
+        sets += _needle(evaluation.needle, tokenizer, seed, reader, at_least.get("needle", 0))
     if evaluation.perplexity is not None:
-        sets += _perplexity(evaluation.perplexity, tokenizer, seed)
+        sets += _perplexity(evaluation.perplexity, tokenizer, seed, reader)
+    if evaluation.lm_eval is not None:
+        sets += _lm_eval(evaluation.lm_eval, reader)
     return sets
 
 
 def stored(planned: PlannedSet, store: Store) -> ItemSet:
     """The set in the store; built now if nobody has built it before."""
-    key = f"items/{planned.digest}.parquet"
     try:
-        store.locate(key)
+        store.locate(planned.key)
     except ObjectMissing:
+        try:
+            data = planned.build()
+        except BadInput as error:
+            raise BadInput(f"{planned.place}: {error}") from error
         with suppress(ObjectExists):  # another driver built the same bytes
-            store.write(key, planned.build(), mode="create")
-    return ItemSet(planned.benchmark, planned.task, planned.length, planned.count, planned.share, key)
+            store.write(planned.key, data, mode="create")
+    return ItemSet(
+        benchmark=planned.benchmark,
+        task=planned.task,
+        length=planned.length,
+        count=planned.count,
+        share=planned.share,
+        key=planned.key,
+        tokens=planned.length or LM_EVAL_TOKENS,
+    )
 
 
-def _ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, extra: int) -> list[PlannedSet]:
-    documents = {task: READERS[task](_text_file(path, spec.place)) for task, path in spec.documents.items()}
-    essay = Essay(_text_file(spec.haystack, spec.place).decode()) if spec.haystack else bundled_essay()
-    sets: list[PlannedSet] = []
-    for task in spec.tasks or default_tasks(documents):
-        if task in QA and task != "qa_generated" and task not in documents:
+def _ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
+    for task in spec.tasks:
+        if task not in MAX_NEW_TOKENS:
+            near = suggestion(task, tuple(MAX_NEW_TOKENS))
+            raise BadInput(f"{spec.place}: RULER has no task {quoted(task)}{near}")
+        if task in READERS and task not in spec.documents:
             raise BadInput(
                 f"{spec.place}: {task} needs its data; give `documents: {{{task}: FILE}}`, or take qa_generated"
             )
-        questions = spec.questions if task in NIAH else 1
-        for length in spec.lengths:
-            sets.append(_ruler_set(task, length, spec.items + extra, questions, tokenizer, seed, essay, documents))
-    return sets
+    documents = {task: READERS[task](reader.read(path, spec.place)) for task, path in spec.documents.items()}
+    essay = Essay(reader.prose(spec.haystack, spec.place), place=spec.place) if spec.haystack else bundled_essay()
+    frame = _frame(tokenizer, chat=spec.chat, place=spec.place)
+    return [
+        _ruler_set(spec, task, length, max(spec.items, least), tokenizer, seed, essay, documents, frame)
+        for task in spec.tasks or default_tasks(documents)
+        for length in spec.lengths
+    ]
 
 
 def default_tasks(documents: Mapping[str, Library]) -> Sequence[str]:
@@ -84,62 +158,69 @@ def default_tasks(documents: Mapping[str, Library]) -> Sequence[str]:
     return without_data if len(without_data) == len(TASKS) else [*without_data, "qa_generated"]
 
 
+def _frame(tokenizer: Tokenizer, *, chat: bool, place: str) -> Frame:
+    if not chat:
+        return "", ""
+    try:
+        return tokenizer.chat_frame()
+    except BadInput as error:
+        raise BadInput(f"{place}: {error}") from error
+
+
 def _ruler_set(
+    spec: RulerSpec,
     task: str,
     length: int,
-    count: int,
-    questions: int,
+    made: int,
     tokenizer: Tokenizer,
     seed: int,
     essay: Essay,
     documents: Mapping[str, Library],
+    frame: Frame,
 ) -> PlannedSet:
-    spec = ruler_spec(task, items=count, questions=questions, essay=essay, documents=documents)
+    share = spec.questions if task in NIAH else 1
+    asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents, "frame": frame}
 
     def build() -> bytes:
-        items = ruler_items(
-            tokenizer,
-            task,
-            length,
-            indices=range(count),
-            seed=seed,
-            questions=questions,
-            essay=essay,
-            documents=documents,
-        )
-        return write_items(items)
+        return write_items(ruler_items(tokenizer, task, length, indices=range(made), seed=seed, **asked))
 
-    digest = items_digest(spec, tokenizer=tokenizer.digest, length=length, seed=seed)
-    return PlannedSet("ruler", task, length, count, digest, build, questions)
+    described = ruler_spec(task, items=made, **asked)
+    address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
+    return PlannedSet("ruler", task, length, spec.items, address, build, spec.place, share)
 
 
-def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, extra: int) -> list[PlannedSet]:
+def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
     depths = even_depths(spec.depths)
-    count = spec.items * spec.depths + -(-extra // spec.depths) * spec.depths
-    asked: dict[str, Any] = {"depths": depths, "questions": spec.questions}
+    count = spec.items * spec.depths
+    made = max(count, least)
+    asked: dict[str, Any] = {
+        "depths": depths,
+        "questions": spec.questions,
+        "frame": _frame(tokenizer, chat=spec.chat, place=spec.place),
+    }
     if spec.haystack == "noise":
         asked["haystack"] = "noise"
     elif spec.haystack:
-        asked["essay"] = Essay(_text_file(spec.haystack, spec.place).decode())
+        asked["essay"] = Essay(reader.prose(spec.haystack, spec.place), place=spec.place)
 
     def planned(length: int) -> PlannedSet:
         def build() -> bytes:
-            return write_items(needle_items(tokenizer, length, indices=range(count), seed=seed, **asked))
+            return write_items(needle_items(tokenizer, length, indices=range(made), seed=seed, **asked))
 
-        described = needle_spec(items=count, **asked)
-        digest = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
-        return PlannedSet("needle", "needle", length, count, digest, build, spec.depths)
+        described = needle_spec(items=made, **asked)
+        address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
+        return PlannedSet("needle", "needle", length, count, address, build, spec.place, spec.depths)
 
     return [planned(length) for length in spec.lengths]
 
 
-def _perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int) -> list[PlannedSet]:
-    text = _text_file(spec.text, spec.place).decode() if spec.text else bundled_text()
+def _perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int, reader: Reader) -> list[PlannedSet]:
+    text = reader.prose(spec.text, spec.place) if spec.text else bundled_text()
     described = {
         "benchmark": "perplexity",
         "blocks": spec.blocks,
         "lengths": list(spec.lengths),
-        "text": Essay(text).digest,
+        "text": hashlib.sha256(text.encode()).hexdigest(),
     }
 
     @cache
@@ -150,14 +231,26 @@ def _perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int) -> list[P
         def build() -> bytes:
             return write_windows([window for window in made() if window.length == length])
 
-        digest = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
-        return PlannedSet("perplexity", "perplexity", length, spec.blocks, digest, build)
+        address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
+        return PlannedSet("perplexity", "perplexity", length, spec.blocks, address, build, spec.place)
 
     return [planned(length) for length in spec.lengths]
 
 
-def _text_file(path: str, place: str) -> bytes:
+def _lm_eval(spec: LmEvalSpec, reader: Reader) -> list[PlannedSet]:
+    """One unit a task: lm-evaluation-harness makes the items itself, on the worker; here only what it is told lies."""
     try:
-        return Path(path).read_bytes()
-    except OSError as error:
-        raise BadInput(f"{place}: {path} cannot be read ({error.strerror})") from None
+        release = version("lm_eval")
+    except PackageNotFoundError:
+        raise BadInput(f"{spec.place}: lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'") from None
+
+    def planned(task: str) -> PlannedSet:
+        told: dict[str, Any] = {"task": task, "limit": spec.limit, "lm_eval": release}
+        if task.endswith((".yaml", ".yml")):
+            content = reader.read(task, spec.place)
+            told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
+        name = Path(task).stem if "content" in told else task
+        told_as_bytes = canonical_json(told).encode()
+        return PlannedSet("lm_eval", name, 0, 1, digest(told), lambda: told_as_bytes, spec.place)
+
+    return [planned(task) for task in spec.tasks]

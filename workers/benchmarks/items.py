@@ -20,6 +20,8 @@ from jobs.errors import CorruptData
 # Raised by whoever changes a prompt, a draw or a budget: old items then no longer count as these items.
 GENERATOR_VERSION = 1
 
+ROW_GROUP = 64
+
 
 @dataclass(frozen=True, slots=True)
 class Item:
@@ -88,23 +90,29 @@ def write_items(items: Iterable[Item]) -> bytes:
     columns = [[getattr(item, name) for item in rows] for name in schema.names]
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
     sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=64)
+    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
     return sink.getvalue()
 
 
-def read_items(data: bytes) -> list[Item]:
-    """The items of one Parquet file, in their order; `CorruptData` if it is not one of `write_items`."""
+def read_items(data: bytes, first: int = 0, last: int | None = None) -> list[Item]:
+    """Items `[first, last)` of one Parquet file, or all; `CorruptData` if it is not one of `write_items`.
+
+    Only the row groups that hold them are decoded: a set at 128K is much larger than its file.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        file = pq.ParquetFile(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
         raise CorruptData(f"items: not a Parquet file ({error}); delete it and build the items again") from error
     names = [field.name for field in fields(Item)]
-    if missing := sorted(set(names) - set(table.column_names)):
+    if missing := sorted(set(names) - set(file.schema_arrow.names)):
         raise CorruptData(f"items: the file has no column {', '.join(missing)}; delete it and build the items again")
-    rows: list[dict[str, Any]] = table.select(names).to_pylist()
+    last = file.metadata.num_rows if last is None else last
+    groups = range(first // ROW_GROUP, -(-last // ROW_GROUP))
+    table = file.read_row_groups(list(groups), columns=names)
+    rows: list[dict[str, Any]] = table.slice(first - groups.start * ROW_GROUP, last - first).to_pylist()
     for row in rows:
         row.update(depths=tuple(row["depths"]), answers=tuple(row["answers"]))
     return [Item(**row) for row in rows]

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, CorruptData
 from workers.benchmarks.tokens import Tokenizer
 
 FIRST_BLOCK = 256
@@ -81,18 +81,23 @@ def write_windows(found: Sequence[Window]) -> bytes:
     return sink.getvalue()
 
 
-def read_windows(data: bytes) -> list[Window]:
-    """The windows of one file of `write_windows`, in their order."""
+def read_windows(data: bytes, first: int = 0, last: int | None = None) -> list[Window]:
+    """Windows `[first, last)` of one file of `write_windows`, or all; `CorruptData` if it is none."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    return [
-        Window(
-            row["index"],
-            row["length"],
-            np.asarray(row["tokens"], dtype=np.int32),
-            np.asarray(row["blocks"], dtype=np.int8),
-            row["pair"],
-        )
-        for row in pq.read_table(pa.BufferReader(data)).to_pylist()
-    ]
+    try:
+        table = pq.read_table(pa.BufferReader(data))
+        part = table.slice(first, None if last is None else last - first)
+        return [
+            Window(
+                part["index"][row].as_py(),
+                part["length"][row].as_py(),
+                np.asarray(part["tokens"][row].values, dtype=np.int32),
+                np.asarray(part["blocks"][row].values, dtype=np.int8),
+                part["pair"][row].as_py(),
+            )
+            for row in range(part.num_rows)
+        ]
+    except (pa.ArrowInvalid, KeyError) as error:
+        raise CorruptData(f"windows: not a file of windows ({error}); delete it and build them again") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Tokenizer:
@@ -36,7 +38,7 @@ class Tokenizer:
             raise CorruptData(f"{place}: not a tokenizer ({error}); fetch it again") from error
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self._bos_token = "" if self._tokenizer.encode("").ids else bos_token
         self.place = place
         self.digest = hashlib.sha256(tokenizer_json).hexdigest()
@@ -44,20 +46,30 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
         """The tokenizer of a local checkpoint, with its chat template if it has one."""
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise BadInput(f"{path}: no such file; give a checkpoint with a fast tokenizer")
-        config_path = folder / "tokenizer_config.json"
-        config: dict[str, Any] = json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-        template_path = folder / "chat_template.jinja"
-        template = template_path.read_text(encoding="utf-8") if template_path.is_file() else config.get("chat_template")
+        paths = [Path(folder) / name for name in TOKENIZER_FILES]
+        return cls.from_files({path.name: path.read_bytes() for path in paths if path.is_file()}, place=str(folder))
+
+    @classmethod
+    def from_files(cls, files: Mapping[str, bytes], *, place: str, chat_template: str | None = None) -> Tokenizer:
+        """The tokenizer in those of `TOKENIZER_FILES` that there are; `chat_template` replaces its own."""
+        if "tokenizer.json" not in files:
+            raise BadInput(f"{place}/tokenizer.json: no such file; give a checkpoint with a fast tokenizer")
+        config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
+        if chat_template is None and "chat_template.jinja" in files:
+            chat_template = files["chat_template.jinja"].decode("utf-8")
+        elif chat_template is None and isinstance(config.get("chat_template"), str):
+            chat_template = config["chat_template"]
         return cls(
-            path.read_bytes(),
-            chat_template=template if isinstance(template, str) else None,
+            files["tokenizer.json"],
+            chat_template=chat_template,
             bos_token=_token_text(config.get("bos_token")),
-            place=str(path),
+            place=f"{place}/tokenizer.json",
         )
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id there is; a model needs an embedding for it."""
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text."""
@@ -88,11 +100,11 @@ class Tokenizer:
         """
         from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly")
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         message = "\x00message\x00"
-        text = environment.from_string(self._chat_template).render(
+        text = environment.from_string(self.chat_template).render(
             messages=[{"role": "user", "content": message}],
             add_generation_prompt=True,
             bos_token=self._bos_token,

@@ -1,0 +1,218 @@
+"""What an evaluation asks, of whom, and on which model: known beforehand, and refused if it cannot work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import BadInput
+from jobs.evaluation import ModelSpec
+from jobs.job import Evaluation, RaceSpec
+from orchestrator.compatibility import context_fields
+from orchestrator.planning import Layout, Plan, PlannedPoint, parents_as_points
+from orchestrator.statistics import Cell
+from workers.benchmarks.building import PlannedSet, Reader, planned_sets
+from workers.benchmarks.tokens import TOKENIZER_FILES, Tokenizer
+from workers.storage import open_store
+
+Sets = Mapping[Cell, PlannedSet]
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A point or a parent that is asked: the merge, the name of the model that holds it, and the sets it answers."""
+
+    planned: PlannedPoint
+    model: str
+    sets: Sets
+
+    @property
+    def name(self) -> str:
+        """What its scores are called."""
+        return self.planned.name
+
+
+@dataclass(frozen=True, slots=True)
+class RacePlan:
+    """What is raced over: `items` of each set of one benchmark, then `fresh` ones for the winners.
+
+    `share` neighbours are never parted. The other benchmarks are asked of those who stay.
+    """
+
+    spec: RaceSpec
+    benchmark: str
+    items: int
+    fresh: int
+    share: int
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Everything that will be asked.
+
+    `baselines` are the parents that are no points, `parents` the names that parents are scored under, and `same` names
+    the points and parents that are the same merge as a point.
+    """
+
+    models: Mapping[str, ModelSpec]
+    points: Mapping[str, Subject]
+    baselines: Mapping[str, Subject]
+    parents: tuple[str, ...]
+    same: Mapping[str, str]
+    race: RacePlan | None
+
+    @property
+    def ranked(self) -> tuple[str, ...]:
+        """The benchmarks that rank points: the raced one; else RULER and the needle; else whatever there is."""
+        if self.race is not None:
+            return (self.race.benchmark,)
+        sets = next(iter(self.points.values())).sets
+        asked = {planned.benchmark for planned in sets.values()}
+        choices = (("ruler", "needle"), ("lm_eval",), ("perplexity",))
+        return next(tuple(name for name in choice if name in asked) for choice in choices if asked & {*choice})
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One layout's model and sets."""
+
+    model: str
+    spec: ModelSpec
+    sets: Sets
+
+
+def questions(plan: Plan, folder: Path | None = None) -> Questions:
+    """What the plan's job asks; `folder` is what the paths of its texts are relative to.
+
+    Reads tokenizers and texts, builds nothing. Raises `BadInput` for what cannot be asked.
+    """
+    evaluation = plan.job.evaluate
+    if evaluation is None:
+        raise BadInput(f"{plan.job.source}: nothing to evaluate; add `evaluate:`")
+    _check_server(plan)
+    race = _race(evaluation)
+    asked = _layouts(plan, evaluation, race, Reader(folder))
+    points = {
+        planned.name: Subject(planned, asked[id(planned.layout)].model, asked[id(planned.layout)].sets)
+        for planned in plan.merges
+    }
+    parents = _parents(plan, points)
+    known = {(subject.model, subject.planned.digest): name for name, subject in points.items()}
+    twins = {planned.name: planned.same_as for planned in plan.points if planned.same_as is not None}
+    found = {name: known.get((subject.model, subject.planned.digest)) for name, subject in parents.items()}
+    return Questions(
+        models={entry.model: entry.spec for entry in asked.values()},
+        points=points,
+        baselines={name: subject for name, subject in parents.items() if found[name] is None},
+        parents=tuple(found[name] or name for name in parents),
+        same=twins | {name: point for name, point in found.items() if point is not None},
+        race=race,
+    )
+
+
+def _check_server(plan: Plan) -> None:
+    """A server serves one model: nothing else can be asked of it."""
+    if plan.job.engine.name == "openai" and len(plan.merges) > 1:
+        raise BadInput(
+            f"{plan.job.engine.place}: the server at {plan.job.engine.url} serves one model, the job has"
+            f" {len(plan.merges)} points; write them, serve one, and give a job of that one, or take transformers"
+        )
+
+
+def _race(evaluation: Evaluation) -> RacePlan | None:
+    """The race is run on RULER where the job has it, else on the needle; a third of its items, at most, are fresh."""
+    spec = evaluation.race
+    if spec is None:
+        return None
+    if evaluation.ruler is not None:
+        benchmark, count, share = "ruler", evaluation.ruler.items, evaluation.ruler.questions
+    elif evaluation.needle is not None:
+        depths = evaluation.needle.depths
+        benchmark, count, share = "needle", evaluation.needle.items * depths, depths
+    else:
+        raise BadInput(f"{spec.place}: a race is run on items of RULER or of the needle; add one, or take the race out")
+    items = count // share * share
+    if items == 0:
+        raise BadInput(f"{spec.place}: a race asks whole haystacks of {share} questions; give at least {share} items")
+    return RacePlan(spec, benchmark, items, items // 2 // share * share, share)
+
+
+def _layouts(plan: Plan, evaluation: Evaluation, race: RacePlan | None, reader: Reader) -> dict[int, _Asked]:
+    """Model and sets of every layout, by its identity; layouts with one tokenizer share their sets."""
+    least = {} if race is None else {race.benchmark: race.items + race.fresh}
+    sets_of: dict[tuple[str, str | None], Sets] = {}
+    found: dict[int, _Asked] = {}
+    for planned in plan.merges:
+        layout = planned.layout
+        if id(layout) in found:
+            continue
+        tokenizer = _tokenizer(plan, planned)
+        key = tokenizer.digest, tokenizer.chat_template
+        if key not in sets_of:
+            made = planned_sets(evaluation, tokenizer, plan.job.seed, reader, least)
+            sets_of[key] = {Cell(entry.task, entry.length): entry for entry in made}
+        sets = tuple(sets_of[key].values())
+        _check_fit(plan, layout, tokenizer, sets)
+        found[id(layout)] = _Asked(str(len(found)), _model_spec(plan, layout, sets), sets_of[key])
+    return found
+
+
+def _parents(plan: Plan, points: Mapping[str, Subject]) -> dict[str, Subject]:
+    """The parents as merges of themselves; a server has none."""
+    found: dict[str, Subject] = {}
+    if plan.job.engine.name == "openai":
+        return found
+    for model, subject in {subject.model: subject for subject in points.values()}.items():
+        for parent in parents_as_points(plan, subject.planned.layout):
+            found.setdefault(parent.name, Subject(parent, model, subject.sets))
+    return found
+
+
+def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:
+    """The tokenizer that a point is given, with the chat template of its recipe if that has one."""
+    parent = plan.parents[planned.layout.tokenizer_from]
+    store = open_store(parent.url)
+    files = {
+        name: bytes(store.read(info.key, etag=info.etag))
+        for name in TOKENIZER_FILES
+        if (info := parent.side_files.get(name)) is not None
+    }
+    return Tokenizer.from_files(files, place=parent.url, chat_template=planned.point.recipe.chat_template)
+
+
+def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[PlannedSet]) -> None:
+    """Refuses lengths beyond the context, and tokens that the model has no embedding for."""
+    fields = context_fields(layout.config)
+    most, rows = fields.get("max_position_embeddings"), fields.get("vocab_size")
+    longest = max(sets, key=lambda entry: entry.length)
+    if isinstance(most, int) and longest.length > most:
+        raise BadInput(
+            f"{longest.place}: {longest.task} at {longest.length} tokens is beyond the model's {most};"
+            " take that length out, or raise max_position_embeddings in the parents' config"
+        )
+    if isinstance(rows, int) and tokenizer.largest_id >= rows:
+        raise BadInput(
+            f"{tokenizer.place}: the tokenizer has token {tokenizer.largest_id}, the model's vocabulary {rows} entries;"
+            f" it belongs to another model, see {plan.job.place_of('recipe')}"
+        )
+
+
+def _model_spec(plan: Plan, layout: Layout, sets: Sequence[PlannedSet]) -> ModelSpec:
+    tokenizer = plan.parents[layout.tokenizer_from]
+    names = [name for name in tokenizer.side_files if name != "generation_config.json"]
+    known = all(entry.length for entry in sets)
+    return ModelSpec(
+        run=plan.run_url,
+        tensors=tuple(tensor for shard in layout.shards for tensor in shard.tensors),
+        parents={name: plan.parents[name].parent for name in layout.parents},
+        seed=plan.job.seed,
+        numerics=plan.job.numerics,
+        config=layout.config,
+        tokenizer=(tokenizer.url, {name: tokenizer.side_files[name].etag for name in names}),
+        engine=plan.job.engine.name,
+        url=plan.job.engine.url,
+        options=plan.job.engine.options,
+        longest=max(entry.length for entry in sets) if known else None,
+        threads=max(1, int(plan.job.workers.cpus)),
+    )
