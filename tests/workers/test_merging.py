@@ -338,25 +338,40 @@ def test_the_largest_finite_number_is_finite():
     assert merge_task(task_of(parents, {"linear": LINEAR}))[0].nonfinite == ()
 
 
-def test_tensors_at_odd_places_of_a_parents_file_are_read():
-    """The format allows a header of any length, and narrow tensors before wide ones."""
-    parts = {"tiny": torch.tensor([True]), "x": torch.randn(9, generator=torch.Generator().manual_seed(1)).double()}
-    for blanks in range(8):
-        header, data = {}, b""
-        for name, tensor in parts.items():
-            raw = bytes(tensor.view(torch.uint8).numpy())
-            kind = "BOOL" if tensor.dtype is torch.bool else "F64"
-            offsets = [len(data), len(data) + len(raw)]
-            header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
-            data += raw
-        text = json.dumps(header).encode() + b" " * blanks
-        content = len(text).to_bytes(8, "little") + text + data
-        task = task_of({"a": content, "b": content}, {"copy": COPY, "linear": LINEAR})
-        merge_task(task)
-        for point in ("copy", "linear"):
-            loaded = load(shard(task, point))
-            assert torch.allclose(loaded["x"], parts["x"], rtol=1e-15)
-            assert torch.equal(loaded["tiny"], parts["tiny"])
+def by_hand(parts: Mapping[str, tuple[str, Tensor]], blanks: int = 0) -> bytes:
+    """A file of these tensors in this order, its header padded by so many blanks: data may begin anywhere."""
+    header: dict[str, object] = {}
+    data = b""
+    for name, (kind, tensor) in parts.items():
+        raw = bytes(tensor.view(torch.uint8).numpy())
+        offsets = [len(data), len(data) + len(raw)]
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": offsets}
+        data += raw
+    text = json.dumps(header).encode() + b" " * blanks
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.mark.parametrize("blanks", range(8))
+def test_tensors_at_odd_places_of_a_parents_file_are_read(blanks: int):
+    double = torch.randn(9, generator=torch.Generator().manual_seed(1)).double()
+    content = by_hand({"tiny": ("BOOL", torch.tensor([True])), "x": ("F64", double)}, blanks)
+    task = task_of({"a": content, "b": content}, {"copy": COPY, "linear": LINEAR})
+    merge_task(task)
+    assert torch.equal(load(shard(task, "copy"))["x"], double)
+    assert torch.allclose(load(shard(task, "linear"))["x"], double, rtol=1e-15)
+    assert torch.equal(load(shard(task, "linear"))["tiny"], torch.tensor([True]))
+
+
+def test_neighbours_of_one_file_are_read_together_only_where_both_end_up_aligned():
+    """In `b` three half-precision numbers lie right before wider ones, in the order of the output."""
+    narrow, wide = torch.tensor([1.0, 2.0, 3.0]).bfloat16(), torch.tensor([4.0, 5.0])
+    a = by_hand({"x": ("BF16", narrow), "y": ("BF16", wide.bfloat16())})
+    task = task_of({"a": a, "b": by_hand({"x": ("BF16", narrow), "y": ("F32", wide)})}, {"copy": COPY})
+    merge_task(task)
+    assert {name: tensor.tolist() for name, tensor in load(shard(task, "copy")).items()} == {
+        "x": [1, 2, 3],
+        "y": [4, 5],
+    }
 
 
 # ---- what it costs
