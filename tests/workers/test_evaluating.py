@@ -1,0 +1,216 @@
+"""An evaluation worker, on the tiny parents: what it answers for a point that was never written."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from jobs.errors import BadInput
+from jobs.evaluation import EvaluationTask, ScoreRow
+from jobs.job import load_job
+from orchestrator.driver import drive
+from orchestrator.planning import Plan, make_plan
+from orchestrator.pool import InProcessPool
+from orchestrator.questions import Questions, questions
+from orchestrator.watching import Watcher
+from workers.benchmarks.building import stored
+from workers.benchmarks.items import read_items
+from workers.benchmarks.perplexity import read_windows
+from workers.engines.engine import Prompt
+from workers.engines.transformers_engine import TransformersEngine
+from workers.evaluating import Evaluator
+from workers.scores import read_scores, write_scores
+from workers.storage import open_store
+
+PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
+EVALUATE = {"ruler": {"tasks": ["niah_single_1"], "lengths": [320, 512], "items": 6, "questions": 2}}
+LINEAR = "{merge_method: linear, dtype: bfloat16, models: [%s]}"
+
+
+def linear(**weights: str) -> str:
+    models = ", ".join(f"{{model: {name}, parameters: {{weight: {weight}}}}}" for name, weight in weights.items())
+    return LINEAR % models
+
+
+def make(folder: Path, *, parents: Path = PARENTS, evaluate: Any = EVALUATE, **more: Any) -> Plan:
+    """A plan of points between `long` and `fmt`."""
+    job = {
+        "name": "tiny",
+        "parents": {name: str(parents / name) for name in ("long", "fmt")},
+        "recipe": linear(long='"${w}"', fmt='"${1 - w}"'),
+        "grid": {"w": [0.6, 0.3]},
+        "point": "w{w}",
+        "evaluate": evaluate,
+        "output": str(folder / "runs"),
+        **more,
+    }
+    text = "".join(f"{key}: {value if key == 'recipe' else json.dumps(value)}\n" for key, value in job.items())
+    return make_plan(load_job(text, "job.yaml"))
+
+
+def tasks(plan: Plan, asked: Questions, point: str) -> list[EvaluationTask]:
+    """Each set as one block for a point."""
+    subject = asked.points[point]
+    store = open_store(plan.run_url)
+    sets = [stored(planned, store) for planned in subject.sets.values()]
+    return [
+        EvaluationTask(
+            subject.model,
+            point,
+            subject.planned.digest,
+            subject.planned.settings,
+            items,
+            0,
+            items.count,
+            0,
+            f"scores/{point}/{items.task}-{items.length}.parquet",
+        )
+        for items in sets
+    ]
+
+
+def answered(plan: Plan, *points: str) -> list[ScoreRow]:
+    """The rows of these points, one after the other on one worker."""
+    asked = questions(plan)
+    evaluator = Evaluator(asked.models)
+    try:
+        return [row for point in points for task in tasks(plan, asked, point) for row in evaluator.evaluate(task)]
+    finally:
+        evaluator.close()
+
+
+def of(rows: Sequence[ScoreRow], point: str) -> list[ScoreRow]:
+    return [row for row in rows if row.point == point]
+
+
+def test_an_unwritten_point_answers_token_for_token_what_the_written_one_does(tmp_path: Path) -> None:
+    plan = make(tmp_path)
+    rows = answered(plan, "w0.6", "w0.3")
+    written = drive(plan, InProcessPool(), Watcher(visible=False))
+    for point in ("w0.6", "w0.3"):
+        engine = TransformersEngine.from_folder(tmp_path / "runs/tiny/points" / point, device="cpu")
+        for length in (320, 512):
+            mine = [row for row in of(rows, point) if row.length == length]
+            [key] = {task.items.key for task in tasks(plan, questions(plan), point) if task.items.length == length}
+            items = read_items(bytes(open_store(plan.run_url).read(key)))
+            prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
+            answers = engine.generate(prompts)
+            assert [row.answer for row in mine] == [answer.text for answer in answers]
+            assert [row.tokens for row in mine] == [answer.tokens_in + answer.tokens_out for answer in answers]
+        engine.close()
+        assert {row.weights for row in of(rows, point)} == {written.manifests[point].weights}
+        assert {row.recipe for row in of(rows, point)} == {written.manifests[point].digest}
+    assert [row.answer for row in of(rows, "w0.6")] != [row.answer for row in of(rows, "w0.3")]
+
+
+def test_a_row_says_where_the_needle_lay_and_what_was_asked(tmp_path: Path) -> None:
+    rows = answered(make(tmp_path), "w0.6")
+    assert [(row.benchmark, row.task, row.length, row.item) for row in rows] == [
+        ("ruler", "niah_single_1", length, item) for length in (320, 512) for item in range(6)
+    ]
+    assert all(0 <= row.depth <= 1 and row.seconds > 0 and row.finite and row.score in (0, 1) for row in rows)
+    assert len({row.haystack for row in rows}) == 3, "two questions a haystack, the same ones at both lengths"
+    assert [row.pair for row in rows[:6]] == [row.pair for row in rows[6:]]
+
+
+def test_a_point_that_was_another_before_answers_as_if_it_were_the_first(tmp_path: Path) -> None:
+    alone = answered(make(tmp_path / "alone"), "w0.3")
+    after = of(answered(make(tmp_path / "after"), "w0.6", "w0.3"), "w0.3")
+    timeless = [replace(row, seconds=0.0) for row in after]
+    assert timeless == [replace(row, seconds=0.0) for row in alone]
+
+
+def test_a_block_with_a_file_of_scores_is_not_asked_again(tmp_path: Path) -> None:
+    parents = tmp_path / "parents"
+    shutil.copytree(PARENTS, parents)
+    plan = make(tmp_path, parents=parents)
+    asked = questions(plan)
+    [task, *_] = tasks(plan, asked, "w0.6")
+    first = Evaluator(asked.models).evaluate(task)
+    for path in parents.rglob("*.safetensors"):
+        path.unlink()
+    assert Evaluator(asked.models).evaluate(task) == first
+
+
+def test_the_first_scores_of_a_block_hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make(tmp_path)
+    asked = questions(plan)
+    [task, *_] = tasks(plan, asked, "w0.6")
+    rows = Evaluator(asked.models).evaluate(task)
+    faster = [replace(row, seconds=0.001) for row in rows]
+    store = open_store(plan.run_url)
+    store.delete(task.key)
+    evaluator = Evaluator(asked.models)
+
+    def somebody_else_was_first(rows: Sequence[ScoreRow]) -> bytes:
+        store.write(task.key, write_scores(faster))
+        return write_scores(rows)
+
+    monkeypatch.setattr("workers.evaluating.write_scores", somebody_else_was_first)
+    assert evaluator.evaluate(task) == faster == read_scores(bytes(store.read(task.key)), task.key)
+
+
+def test_a_parent_that_holds_a_nan_scores_nothing_and_says_so(tmp_path: Path) -> None:
+    parents = tmp_path / "parents"
+    shutil.copytree(PARENTS, parents)
+    tensors = load_file(parents / "fmt" / "model.safetensors")
+    tensors["model.layers.1.mlp.down_proj.weight"][0, 0] = math.nan
+    save_file(tensors, parents / "fmt" / "model.safetensors", metadata={"format": "pt"})
+    evaluate = {**EVALUATE, "perplexity": {"lengths": [256], "blocks": 2}}
+    rows = answered(make(tmp_path, parents=parents, evaluate=evaluate), "w0.6")
+    assert {row.benchmark for row in rows} == {"ruler", "perplexity"}
+    assert {(row.finite, row.score) for row in rows} == {(False, 0.0)}
+
+
+def test_perplexity_is_the_geometric_mean_of_likelihoods_at_each_position(tmp_path: Path) -> None:
+    plan = make(tmp_path, evaluate={"perplexity": {"lengths": [256, 512], "blocks": 2}})
+    rows = [row for row in answered(plan, "w0.6") if row.length == 512]
+    drive(plan, InProcessPool(), Watcher(visible=False))
+    engine = TransformersEngine.from_folder(tmp_path / "runs/tiny/points/w0.6", device="cpu")
+    [key] = {task.items.key for task in tasks(plan, questions(plan), "w0.6") if task.items.length == 512}
+    windows = read_windows(bytes(open_store(plan.run_url).read(key)))
+    expected: list[tuple[str, int, int, float]] = []
+    for window in windows:
+        ids = torch.tensor(window.tokens.tolist())[None]
+        with torch.inference_mode():
+            logits = engine.model(input_ids=ids).logits[0, :-1].float()
+        likelihoods = logits.log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0].double()
+        for block, part in enumerate((likelihoods[:255], likelihoods[255:])):
+            mean = math.exp(float(part.mean()))
+            expected.append((f"position_block_{block}", window.index, len(part), mean))
+    assert [(row.task, row.item, row.tokens) for row in rows] == [entry[:3] for entry in expected]
+    assert [row.score for row in rows] == pytest.approx([entry[3] for entry in expected], rel=0.02)
+
+
+def test_one_worker_answers_for_models_of_different_layouts(tmp_path: Path) -> None:
+    recipe = '{merge_method: passthrough, models: [{model: "${m}"}]}'
+    plan = make(tmp_path, recipe=recipe, grid={"m": ["long", "fmt"]}, point="{m}")
+    asked = questions(plan)
+    assert len(asked.models) == 2
+    rows = answered(plan, "long", "fmt")
+    for parent in ("long", "fmt"):
+        engine = TransformersEngine.from_folder(PARENTS / parent, device="cpu")
+        items = read_items(bytes(open_store(plan.run_url).read(tasks(plan, asked, parent)[0].items.key)))
+        prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
+        assert [row.answer for row in of(rows, parent)[:6]] == [answer.text for answer in engine.generate(prompts)]
+
+
+def test_an_option_that_the_engine_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
+    plan = make(tmp_path, engine={"name": "transformers", "options": {"bach": 4}})
+    with pytest.raises(BadInput, match='engine transformers has no option bach; did you mean "batch"'):
+        answered(plan, "w0.6")
+
+
+def test_an_option_reaches_the_engine(tmp_path: Path) -> None:
+    small = make(tmp_path / "small", engine={"name": "transformers", "options": {"batch": 1, "chunk": 64}})
+    scores = [row.score for row in answered(small, "w0.6")]
+    assert scores == [row.score for row in answered(make(tmp_path / "default"), "w0.6")]

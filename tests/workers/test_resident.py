@@ -1,0 +1,163 @@
+"""Points merged in memory: bit for bit what the written point holds, whatever is merged before it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from jobs.errors import BadInput, ObjectChanged
+from jobs.job import load_job
+from jobs.manifest import Manifest
+from jobs.tasks import Setting
+from orchestrator.driver import drive
+from orchestrator.planning import Plan, make_plan, parents_as_points
+from orchestrator.pool import InProcessPool
+from orchestrator.watching import Watcher
+from tests.orchestrator.models import weights, write_model
+from workers.methods import METHODS
+from workers.methods.tile import TILE_ELEMENTS
+from workers.resident import ResidentParents
+
+RECIPES = {
+    "linear": "models: [{model: a, parameters: {weight: 0.7}}, {model: b, parameters: {weight: 0.3}}]",
+    "slerp": "base_model: a, parameters: {t: 0.3}, models: [{model: a}, {model: b}]",
+    "task_arithmetic": "base_model: base, parameters: {lambda: 0.8}, "
+    "models: [{model: a, parameters: {weight: 0.7}}, {model: b, parameters: {weight: 0.3}}]",
+    "ties": "base_model: base, parameters: {weight: 0.5}, "
+    "models: [{model: a, parameters: {density: 0.3}}, {model: b, parameters: {density: 0.6}}]",
+    "dare_linear": "base_model: base, parameters: {weight: 0.5, density: 0.4}, models: [{model: a}, {model: b}]",
+    "dare_ties": "base_model: base, parameters: {weight: 0.5, density: 0.4}, models: [{model: a}, {model: b}]",
+    "passthrough": "models: [{model: b, parameters: {scale: 0.5}}]",
+}
+
+
+def write_parent(folder: Path, who: str, dtype: torch.dtype, **more: Tensor) -> None:
+    """A sibling with a tensor of several tiles, an empty one, and integers and booleans that all siblings share."""
+    generator = torch.Generator().manual_seed(len(who) + 7 * ord(who[0]))
+    odd = {
+        "wide": torch.randn(2 * TILE_ELEMENTS + 17, generator=generator).to(dtype),
+        "empty": torch.empty(0, 4, dtype=dtype),
+        "steps": torch.arange(6).view(2, 3),
+        "mask": torch.tensor([True, False]),
+    }
+    write_model(folder / who, {**weights(who, dtype=dtype), **odd, **more})
+
+
+def planned(folder: Path, method: str, **more: str) -> Plan:
+    parents = [name for name in ("a", "b", "base") if f"model: {name}" in RECIPES[method]]
+    text = "".join(
+        [
+            f"name: {method}-{more.get('numerics', 'float32')}\n",
+            f"parents: {json.dumps({name: str(folder / name) for name in parents})}\n",
+            f"recipe: {{merge_method: {method}, {RECIPES[method]}, dtype: bfloat16}}\n",
+            f"output: {folder / 'runs'}\n",
+            *(f"{key}: {value}\n" for key, value in more.items()),
+        ]
+    )
+    return make_plan(load_job(text, "job.yaml"))
+
+
+def resident(plan: Plan, threads: int) -> ResidentParents:
+    return ResidentParents(
+        [tensor for shard in plan.points[0].layout.shards for tensor in shard.tensors],
+        {name: checkpoint.parent for name, checkpoint in plan.parents.items()},
+        seed=plan.job.seed,
+        numerics=plan.job.numerics,
+        threads=threads,
+    )
+
+
+def same_bytes(left: Tensor, right: Tensor) -> bool:
+    return (left.dtype, left.shape) == (right.dtype, right.shape) and torch.equal(
+        left.reshape(-1).view(torch.uint8), right.reshape(-1).view(torch.uint8)
+    )
+
+
+@pytest.fixture(scope="module")
+def siblings(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("siblings")
+    for who in ("base", "a", "b"):
+        write_parent(folder, who, torch.bfloat16)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def written(siblings: Path) -> Callable[[Plan], tuple[dict[str, Tensor], Manifest]]:
+    """The only point of a plan as the merge writes it: its tensors and its manifest."""
+
+    def write(plan: Plan) -> tuple[dict[str, Tensor], Manifest]:
+        result = drive(plan, InProcessPool(), Watcher(visible=False))
+        [manifest] = result.manifests.values()
+        return load_file(Path(result.url) / "points" / manifest.point / "model.safetensors"), manifest
+
+    return write
+
+
+def test_every_method_is_tried() -> None:
+    assert RECIPES.keys() == METHODS.keys()
+
+
+@pytest.mark.parametrize("numerics", ["float32", "mergekit"])
+@pytest.mark.parametrize("method", RECIPES)
+def test_unwritten_tensors_are_the_written_ones_bit_for_bit(
+    siblings: Path, written: Callable[[Plan], tuple[dict[str, Tensor], Manifest]], method: str, numerics: str
+) -> None:
+    plan = planned(siblings, method, numerics=numerics, seed="5")
+    expected, manifest = written(plan)
+    for threads in (1, 2):
+        digests: dict[str, str] = {}
+        merged = dict(resident(plan, threads).merged(plan.points[0].settings, digests))
+        assert {name: same_bytes(merged[name], expected[name]) for name in expected} == dict.fromkeys(expected, True)
+        assert digests == {name: entry.sha256 for name, entry in manifest.tensors.items()}
+
+
+def _without(setting: Setting, name: str) -> list[tuple[str, Any]]:
+    return [(key, value) for key, value in setting.parameters if key != name]
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_ties", "slerp"])
+def test_what_was_merged_before_changes_nothing(siblings: Path, method: str) -> None:
+    plan = planned(siblings, method)
+    settings = plan.points[0].settings
+    other = {"ties": ("density", (0.9, 0.1)), "dare_ties": ("density", (0.9, 0.1)), "slerp": ("t", 0.8)}[method]
+    changed = tuple(replace(entry, parameters=(*_without(entry, other[0]), other)) for entry in settings)
+    parents = resident(plan, 1)
+    first = dict(parents.merged(settings))
+    between = dict(parents.merged(changed))
+    again = dict(parents.merged(settings))
+    assert all(same_bytes(first[name], again[name]) for name in first)
+    assert not torch.equal(first["wide"], between["wide"])
+
+
+def test_a_parent_as_a_merge_of_itself_is_the_parent(siblings: Path) -> None:
+    plan = planned(siblings, "linear")
+    layout = plan.points[0].layout
+    parent = next(point for point in parents_as_points(plan, layout) if point.name == "parent-b")
+    merged = dict(resident(plan, 2).merged(parent.settings))
+    stored = load_file(siblings / "b" / "model.safetensors")
+    assert all(same_bytes(merged[name], tensor) for name, tensor in stored.items())
+
+
+def test_integers_that_differ_between_parents_are_refused(tmp_path: Path) -> None:
+    write_parent(tmp_path, "a", torch.bfloat16)
+    write_parent(tmp_path, "b", torch.bfloat16, steps=torch.arange(1, 7).view(2, 3))
+    plan = planned(tmp_path, "linear")
+    with pytest.raises(BadInput, match=r"tensor steps \(I64\) differs between a and b"):
+        dict(resident(plan, 2).merged(plan.points[0].settings))
+
+
+def test_a_parent_that_changed_since_planning_is_refused(tmp_path: Path) -> None:
+    for who in ("a", "b"):
+        write_parent(tmp_path, who, torch.bfloat16)
+    plan = planned(tmp_path, "linear")
+    write_parent(tmp_path, "b", torch.bfloat16, wide=torch.zeros(2 * TILE_ELEMENTS + 17, dtype=torch.bfloat16))
+    with pytest.raises(ObjectChanged, match=r"b/model\.safetensors"):
+        resident(plan, 1)
