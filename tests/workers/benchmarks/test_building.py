@@ -1,0 +1,237 @@
+"""Sets of items: built once, addressed by what they depend on, refused with file and line where they cannot be."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import BadInput
+from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
+from workers.benchmarks.answering import read_squad
+from workers.benchmarks.building import PlannedSet, Reader, default_tasks, planned_sets, stored
+from workers.benchmarks.items import read_items
+from workers.benchmarks.perplexity import read_windows
+from workers.benchmarks.ruler import TASKS
+from workers.benchmarks.tokens import Tokenizer
+from workers.storage import Store, open_store
+
+RULER = RulerSpec(lengths=(512, 640), tasks=("niah_single_2", "vt"), items=4, place="job.yaml:7")
+
+
+def plan_ruler(
+    tokenizer: Tokenizer, spec: RulerSpec = RULER, *, seed: int = 0, folder: Path | None = None, least: int = 0
+):
+    return planned_sets(Evaluation(ruler=spec), tokenizer, seed, Reader(folder), {"ruler": least})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path / "run")
+
+
+def files(store: Store) -> dict[str, bytes]:
+    return {info.key: bytes(store.read(info.key)) for info in store.list()}
+
+
+SQUAD = {
+    "data": [
+        {
+            "paragraphs": [
+                {
+                    "context": f"The river {name} is {number} km long.",
+                    "qas": [{"question": f"How long is the {name}?", "answers": [{"text": f"{number} km"}]}],
+                }
+                for name, number in (("Elbe", 1094), ("Oder", 866), ("Weser", 452))
+            ]
+        }
+    ]
+}
+
+
+@pytest.fixture
+def squad(tmp_path: Path) -> Path:
+    path = tmp_path / "dev.json"
+    path.write_text(json.dumps(SQUAD))
+    return path
+
+
+def test_there_is_a_set_for_each_task_and_length(tokenizer: Tokenizer) -> None:
+    planned = plan_ruler(tokenizer)
+    assert [(entry.benchmark, entry.task, entry.length, entry.count, entry.share) for entry in planned] == [
+        ("ruler", "niah_single_2", 512, 4, 1),
+        ("ruler", "niah_single_2", 640, 4, 1),
+        ("ruler", "vt", 512, 4, 1),
+        ("ruler", "vt", 640, 4, 1),
+    ]
+
+
+def test_the_address_does_not_change_from_one_planning_to_the_next(tokenizer: Tokenizer) -> None:
+    assert [entry.digest for entry in plan_ruler(tokenizer)] == [entry.digest for entry in plan_ruler(tokenizer)]
+
+
+@pytest.mark.parametrize(
+    "change", [{"seed": 1}, {"least": 6}, {"spec": replace(RULER, items=5)}, {"spec": replace(RULER, questions=2)}]
+)
+def test_the_address_changes_with_what_the_items_depend_on(tokenizer: Tokenizer, change) -> None:
+    assert plan_ruler(tokenizer, **change)[0].digest != plan_ruler(tokenizer)[0].digest
+
+
+def test_a_second_run_builds_nothing(tokenizer: Tokenizer, store: Store) -> None:
+    first = [stored(entry, store) for entry in plan_ruler(tokenizer)]
+    before = files(store)
+
+    def never() -> bytes:
+        raise AssertionError("built again")
+
+    assert [stored(replace(entry, build=never), store) for entry in plan_ruler(tokenizer)] == first
+    assert files(store) == before and set(before) == {items.key for items in first}
+
+
+def test_two_builders_at_once_leave_one_set(tokenizer: Tokenizer, store: Store) -> None:
+    planned = plan_ruler(tokenizer)[0]
+
+    def slower() -> bytes:
+        stored(planned, store)  # somebody else was faster
+        return planned.build()
+
+    assert stored(replace(planned, build=slower), store) == stored(planned, store)
+
+
+def test_more_items_are_made_for_the_winners_of_a_race_than_are_asked_of_all(
+    tokenizer: Tokenizer, store: Store
+) -> None:
+    [planned, *_] = plan_ruler(tokenizer, least=6)
+    items = stored(planned, store)
+    made = read_items(bytes(store.read(items.key)))
+    assert (items.count, len(made)) == (4, 6)
+    assert made[:4] == read_items(bytes(store.read(stored(plan_ruler(tokenizer)[0], store).key)))
+
+
+def test_all_thirteen_tasks_stand_in_with_a_generated_one_without_data(squad: Path) -> None:
+    assert [*default_tasks({})] == [*TASKS[:-2], "qa_generated"]
+    library = read_squad(squad)
+    assert [*default_tasks({"qa_1": library})] == [*TASKS[:-1], "qa_generated"]
+    assert [*default_tasks({"qa_1": library, "qa_2": library})] == [*TASKS]
+
+
+def test_question_answering_reads_the_documents_of_the_job(tokenizer: Tokenizer, store: Store, squad: Path) -> None:
+    spec = RulerSpec(lengths=(512,), tasks=("qa_1",), items=3, documents={"qa_1": squad.name}, place="job.yaml:7")
+    [planned] = plan_ruler(tokenizer, spec, folder=squad.parent)
+    items = read_items(bytes(store.read(stored(planned, store).key)))
+    assert [item.answers for item in items] == [("1094 km",), ("866 km",), ("452 km",)]
+    squad.write_text(json.dumps(SQUAD).replace("Elbe", "Isar"))
+    assert plan_ruler(tokenizer, spec, folder=squad.parent)[0].digest != planned.digest
+
+
+def test_a_haystack_of_the_user_is_what_needles_lie_in(tokenizer: Tokenizer, store: Store, tmp_path: Path) -> None:
+    (tmp_path / "prose.txt").write_text("Rain fell on the harbour. " * 50)
+    spec = replace(RULER, tasks=("niah_single_2",), lengths=(512,), haystack="prose.txt")
+    [planned] = plan_ruler(tokenizer, spec, folder=tmp_path)
+    [item, *_] = read_items(bytes(store.read(stored(planned, store).key)))
+    assert item.text.count("Rain fell on the harbour.") > 10
+
+
+def test_a_haystack_may_lie_in_a_bucket(tokenizer: Tokenizer, store: Store) -> None:
+    open_store("memory://texts").write("prose.txt", b"Rain fell on the harbour. " * 50)
+    spec = replace(RULER, tasks=("niah_single_2",), lengths=(512,), haystack="memory://texts/prose.txt")
+    [item, *_] = read_items(bytes(store.read(stored(plan_ruler(tokenizer, spec)[0], store).key)))
+    assert item.text.count("Rain fell on the harbour.") > 10
+
+
+def test_a_chat_template_frames_every_prompt_and_counts(tokenizer: Tokenizer, store: Store) -> None:
+    spec = replace(RULER, tasks=("niah_single_1",), lengths=(512,), chat=True)
+    for item in read_items(bytes(store.read(stored(plan_ruler(tokenizer, spec)[0], store).key))):
+        assert item.text.startswith("<|im_start|>user\n") and "<|im_start|>assistant\n" in item.text[-200:]
+        assert tokenizer.count(item.text) == item.tokens <= 512 - item.max_new_tokens
+
+
+def plan_needle(tokenizer: Tokenizer, **more) -> list[PlannedSet]:
+    spec = NeedleSpec(lengths=(320,), depths=3, items=2, place="job.yaml:8", **more)
+    return planned_sets(Evaluation(needle=spec), tokenizer, 0, Reader())
+
+
+def test_needles_come_at_every_depth_in_every_round(tokenizer: Tokenizer, store: Store) -> None:
+    [planned] = plan_needle(tokenizer)
+    assert (planned.count, planned.share) == (6, 3)
+    items = read_items(bytes(store.read(stored(planned, store).key)))
+    assert [item.depths[0] for item in items] == pytest.approx([0, 0.5, 1] * 2, abs=0.15)
+
+
+def test_noise_is_a_haystack_by_name(tokenizer: Tokenizer, store: Store) -> None:
+    [planned] = plan_needle(tokenizer, haystack="noise")
+    [item, *_] = read_items(bytes(store.read(stored(planned, store).key)))
+    assert item.text.count("The grass is green. The sky is blue.") > 1
+    assert planned.digest != plan_needle(tokenizer)[0].digest
+
+
+def test_windows_of_all_lengths_end_at_the_same_tokens(tokenizer: Tokenizer, store: Store) -> None:
+    spec = PerplexitySpec(lengths=(256, 512), blocks=3, place="job.yaml:9")
+    planned = planned_sets(Evaluation(perplexity=spec), tokenizer, 0, Reader())
+    short, long = (read_windows(bytes(store.read(stored(entry, store).key))) for entry in planned)
+    assert [window.pair for window in short] == [window.pair for window in long]
+    assert [window.tokens.tolist() for window in short] == [window.tokens[-256:].tolist() for window in long]
+    assert [window.index for window in read_windows(bytes(store.read(planned[0].key)), 1, 3)] == [1, 2]
+
+
+def test_a_slice_of_a_large_set_is_that_slice(tokenizer: Tokenizer, store: Store) -> None:
+    spec = replace(RULER, tasks=("niah_single_1",), lengths=(256,), items=140)
+    data = bytes(store.read(stored(plan_ruler(tokenizer, spec)[0], store).key))
+    everything = read_items(data)
+    for first, last in ((0, 1), (60, 70), (64, 128), (127, 140), (139, 140)):
+        assert read_items(data, first, last) == everything[first:last]
+
+
+def test_a_task_of_the_harness_is_told_by_name_and_limit(tokenizer: Tokenizer, store: Store) -> None:
+    spec = LmEvalSpec(tasks=("arc_easy",), limit=5, place="job.yaml:10")
+    [planned] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader())
+    told = json.loads(bytes(store.read(stored(planned, store).key)))
+    assert (told["task"], told["limit"], planned.length, planned.count) == ("arc_easy", 5, 0, 1)
+
+
+def test_a_task_of_ones_own_is_another_when_its_file_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    spec = LmEvalSpec(tasks=("mine.yaml",), place="job.yaml:10")
+    [before] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 1\n")
+    [after] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    assert before.task == after.task == "mine" and before.digest != after.digest
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (replace(RULER, tasks=("niah_singel_1",)), r'job.yaml:7: RULER has no task "niah_singel_1"; did you mean'),
+        (replace(RULER, tasks=("qa_2",)), r"job.yaml:7: qa_2 needs its data; give `documents: \{qa_2: FILE\}`"),
+        (replace(RULER, haystack="none.txt"), r"job.yaml:7: .*none.txt cannot be read \(No such file or directory\)"),
+        (replace(RULER, haystack="memory://texts/no.txt"), r"job.yaml:7: memory://texts/no.txt"),
+        (replace(RULER, haystack="binary"), r"job.yaml:7: binary is no text in UTF-8; give prose"),
+        (replace(RULER, haystack="blank"), r"job.yaml:7: the text is empty; give some prose"),
+        (
+            replace(RULER, chat=True),
+            r"job.yaml:7: .*tokenizer.json: the checkpoint has no chat template; ask it plainly",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_is_refused_with_file_and_line(
+    parents: Path, tmp_path: Path, spec: RulerSpec, message: str
+) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00prose")
+    (tmp_path / "blank").write_text("  \n\n ")
+    plain = Tokenizer((parents / "base" / "tokenizer.json").read_bytes())  # without its chat template
+    with pytest.raises(BadInput, match=message):
+        plan_ruler(plain, spec, folder=tmp_path)
+
+
+def test_a_length_in_which_nothing_fits_is_refused_with_file_and_line(tokenizer: Tokenizer, store: Store) -> None:
+    [planned] = plan_ruler(tokenizer, replace(RULER, tasks=("vt",), lengths=(128,)))
+    with pytest.raises(BadInput, match=r"job.yaml:7: vt: no prompt fits in 128 tokens; the smallest length that does"):
+        stored(planned, store)
+
+
+def test_more_items_than_there_are_questions_are_refused(tokenizer: Tokenizer, store: Store, squad: Path) -> None:
+    spec = RulerSpec(lengths=(512,), tasks=("qa_1",), items=9, documents={"qa_1": str(squad)}, place="job.yaml:7")
+    with pytest.raises(BadInput, match=r"job.yaml:7: qa: item 3 of only 3 questions; ask for fewer items"):
+        stored(plan_ruler(tokenizer, spec)[0], store)
