@@ -1,0 +1,109 @@
+"""Which worker answers which block: longest first, points kept together, nothing lost with a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import pytest
+
+from jobs.errors import WorkerLost
+from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
+from orchestrator.dispatching import dispatch
+
+
+def block(point: str, tokens: int, model: str = "0") -> EvaluationTask:
+    items = ItemSet("ruler", "vt", tokens, 1, 1, "items/x.parquet", tokens)
+    return EvaluationTask(model, point, point, (), items, 0, 1, 0, f"scores/{model}/{point}-{tokens}")
+
+
+class Scripted:
+    """Workers that answer in the order in which they were asked; `lost` blocks lose their worker the first time."""
+
+    def __init__(self, workers: int, *, lost: Collection[str] = (), joins_after: int | None = None) -> None:
+        self.there = set(range(workers))
+        self.lost = set(lost)
+        self.joins_after = joins_after
+        self.asked: list[tuple[int, str]] = []
+        self.running: list[tuple[int, EvaluationTask]] = []
+
+    def idle(self) -> Collection[int]:
+        return self.there - {worker for worker, _ in self.running}
+
+    def submit(self, worker: int, task: EvaluationTask) -> None:
+        assert worker in self.idle()
+        self.asked.append((worker, task.key.removeprefix("scores/0/")))
+        self.running.append((worker, task))
+
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | None] | None:
+        if self.joins_after is not None and len(self.asked) >= self.joins_after:
+            self.there.add(max(self.there, default=0) + 1)
+            self.joins_after = None
+            return None
+        if not self.running:
+            raise WorkerLost("nobody is left")
+        worker, task = self.running.pop(0)
+        if task.key in self.lost:
+            self.lost.discard(task.key)
+            self.there.discard(worker)
+            return task, None
+        return task, []
+
+    def close(self) -> None:
+        pass
+
+
+def done(tasks: Sequence[EvaluationTask], evaluators: Scripted) -> list[str]:
+    return [task.key for task, _ in dispatch(tasks, evaluators)]
+
+
+def test_the_costliest_point_comes_first_and_its_longest_block_before_its_others() -> None:
+    tasks = [block("cheap", 10), block("dear", 50), block("cheap", 20), block("dear", 200)]
+    evaluators = Scripted(1)
+    done(tasks, evaluators)
+    assert [key for _, key in evaluators.asked] == ["dear-200", "dear-50", "cheap-20", "cheap-10"]
+
+
+def test_a_worker_stays_with_its_point_and_another_takes_another() -> None:
+    tasks = [block(point, tokens) for point in "ab" for tokens in (10, 20, 30)]
+    evaluators = Scripted(2)
+    done(tasks, evaluators)
+    points = {worker: {key[0] for at, key in evaluators.asked if at == worker} for worker in (0, 1)}
+    assert sorted(map(sorted, points.values())) == [["a"], ["b"]]
+
+
+def test_idle_workers_help_with_the_last_point() -> None:
+    evaluators = Scripted(3)
+    done([block("a", tokens) for tokens in (10, 20, 30)], evaluators)
+    assert {worker for worker, _ in evaluators.asked} == {0, 1, 2}
+
+
+def test_a_worker_stays_with_its_model_while_that_has_points() -> None:
+    tasks = [block("a", 10, "x"), block("b", 10, "x"), block("c", 11, "y"), block("d", 12, "y")]
+    order: list[str] = []
+    for task, _ in dispatch(tasks, Scripted(1)):
+        order.append(task.model)
+    assert order == ["y", "y", "x", "x"]
+
+
+def test_the_block_of_a_lost_worker_is_answered_by_another() -> None:
+    tasks = [block("a", tokens) for tokens in (10, 20, 30)]
+    evaluators = Scripted(2, lost=["scores/0/a-30"])
+    assert sorted(done(tasks, evaluators)) == [task.key for task in tasks]
+    assert [key for _, key in evaluators.asked].count("a-30") == 2
+
+
+def test_a_worker_that_joins_late_is_given_work() -> None:
+    evaluators = Scripted(1, joins_after=1)
+    done([block(point, 10) for point in "abcd"], evaluators)
+    assert {worker for worker, _ in evaluators.asked} == {0, 1}
+
+
+def test_work_waits_for_the_first_worker_to_come() -> None:
+    evaluators = Scripted(0, joins_after=0)
+    assert len(done([block("a", 10), block("b", 10)], evaluators)) == 2
+
+
+def test_what_no_retry_mends_ends_it() -> None:
+    evaluators = Scripted(1, lost=["scores/0/a-10"])
+    with pytest.raises(WorkerLost):
+        done([block("a", 10)], evaluators)
