@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.unwritten_grid PARENTS [--method linear|ties] [--points 16] [--threads 2]
 
-PARENTS holds base, cos and fmt, as make_checkpoints.py writes them. Prints the seconds to read the parents once, and the
-seconds a point; a ties point varies the density, so nothing but the sample is shared between points.
+PARENTS holds base, cos and fmt, as make_checkpoints.py writes them. Prints the seconds to read the parents once, and
+the seconds a point; a ties point varies the density, so nothing but the sample is shared between points.
 """
 
 from __future__ import annotations
