@@ -1,0 +1,452 @@
+"""An evaluation from a user's chair, on the tiny parents: what it asks, keeps, resumes, races and refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
+from jobs.job import load_job
+from jobs.manifest import Manifest
+from orchestrator.evaluation import EvaluationResult, evaluate
+from orchestrator.evaluators import InProcessEvaluators
+from orchestrator.planning import make_plan
+from orchestrator.watching import Watcher
+from tests.orchestrator.conftest import Ended, files_under
+from workers.scores import read_scores
+
+PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
+RULER = {"tasks": ["niah_single_1"], "lengths": [256], "items": 6}
+SOUP = {
+    "merge_method": "linear",
+    "dtype": "bfloat16",
+    "models": [
+        {"model": "long", "parameters": {"weight": "${w}"}},
+        {"model": "fmt", "parameters": {"weight": "${1 - w}"}},
+    ],
+}
+SCALED = {  # a model that is turned down to nothing knows nothing
+    "merge_method": "linear",
+    "dtype": "bfloat16",
+    "parameters": {"normalize": False},
+    "models": [{"model": "long", "parameters": {"weight": "${w}"}}],
+}
+
+Mergeyard = Callable[..., Ended]
+
+
+def soup_parents(folder: Path) -> dict[str, str]:
+    return {name: str(folder / name) for name in ("long", "fmt")}
+
+
+def job_text(folder: Path, **keys: Any) -> str:
+    """A job of four points between `long` and `fmt`, six items each; a key of None is left out."""
+    job: dict[str, Any] = {
+        "name": "tiny",
+        "parents": soup_parents(PARENTS),
+        "recipe": SOUP,
+        "grid": {"w": [0.2, 0.4, 0.6, 0.8]},
+        "point": "w{w}",
+        "evaluate": {"ruler": RULER},
+        "keep": "none",
+        "output": str(folder / "runs"),
+        **keys,
+    }
+    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in job.items() if value is not None)
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Callable[..., Path]:
+    """job_file(**keys of the job): the path of a job file."""
+
+    def write(**keys: Any) -> Path:
+        (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys))
+        return tmp_path / "job.yaml"
+
+    return write
+
+
+def scaled_race(**more: Any) -> dict[str, Any]:
+    """A race of two good points and three that were made bad on purpose."""
+    return {
+        "parents": {"long": str(PARENTS / "long")},
+        "recipe": SCALED,
+        "grid": {"w": [1.0, 0.98, 0.3, 0.1, 0.02]},
+        "evaluate": {"ruler": {**RULER, "items": 30}, "race": {"keep": 1}, **more},
+    }
+
+
+def results(folder: Path) -> list[ScoreRow]:
+    path = folder / "runs" / "tiny" / "report" / "results.parquet"
+    return read_scores(path.read_bytes(), str(path))
+
+
+def race_record(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "runs" / "tiny" / "report" / "race.json").read_text())
+
+
+class Counting(InProcessEvaluators):
+    """Counts what is asked, and fails after so many blocks."""
+
+    def __init__(self, models: Mapping[str, ModelSpec], asked: list[EvaluationTask], most: int) -> None:
+        super().__init__(models)
+        self._asked, self._most = asked, most
+
+    def submit(self, worker: int, task: EvaluationTask) -> None:
+        if len(self._asked) == self._most:
+            raise RuntimeError("pulled the plug")
+        self._asked.append(task)
+        super().submit(worker, task)
+
+
+def evaluated(text: str, most: int = 10**9) -> tuple[EvaluationResult, list[EvaluationTask]]:
+    """The job's evaluation and the blocks that it asked; RuntimeError after `most` of them."""
+    asked: list[EvaluationTask] = []
+    plan = make_plan(load_job(text, "job.yaml"))
+    return evaluate(plan, lambda models: Counting(models, asked, most), Watcher(visible=False)), asked
+
+
+def blocks(tasks: list[EvaluationTask]) -> Counter[str]:
+    return Counter(task.key for task in tasks)
+
+
+# ---- what is kept
+
+
+def test_keep_none_leaves_scores_and_no_point(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file()
+    ended = mergeyard("run", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    run = job.parent / "runs" / "tiny"
+    assert not (run / "points").exists()
+    counts = Counter((row.point, row.benchmark, row.task, row.length) for row in results(job.parent))
+    names = ["parent-fmt", "parent-long", "w0.2", "w0.4", "w0.6", "w0.8"]
+    assert counts == {(name, "ruler", "niah_single_1", 256): 6 for name in names}
+    facts = ended.facts
+    assert facts["results"] == str(run / "report" / "results.parquet")
+    assert {line["name"] for line in facts["leaderboard"]} == set(names)
+    assert facts["departures"] == [] and facts["noise"]["items"] == 6 and facts["cost_share"] == 1
+
+
+def test_keep_all_writes_every_point_and_scores_these_very_weights(
+    mergeyard: Mergeyard, job_file: Callable[..., Path]
+) -> None:
+    job = job_file(keep="all")
+    assert mergeyard("run", job, "--in-process").code == 0
+    points = job.parent / "runs" / "tiny" / "points"
+    manifests = {path.parent.name: Manifest.from_json(path.read_bytes()) for path in points.glob("*/manifest.json")}
+    assert manifests.keys() == {"w0.2", "w0.4", "w0.6", "w0.8"}
+    for row in results(job.parent):
+        if row.point in manifests:
+            assert (row.weights, row.recipe) == (manifests[row.point].weights, manifests[row.point].digest)
+
+
+def test_keep_best_writes_the_best_and_no_other(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled_race(), keep={"best": 2})
+    ended = mergeyard("run", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    best = [line["name"] for line in ended.facts["leaderboard"]][:2]
+    written = {path.parent.name for path in (job.parent / "runs/tiny/points").glob("*/manifest.json")}
+    assert written == set(best) == {"w1", "w0.98"}
+
+
+# ---- what is asked, and asked again
+
+
+def test_every_set_of_items_is_there_once_for_all_points(tmp_path: Path) -> None:
+    _, asked = evaluated(job_text(tmp_path))
+    assert len(list((tmp_path / "runs/tiny/items").iterdir())) == 1
+    assert len({task.items.key for task in asked}) == 1
+
+
+def test_a_run_that_broke_off_asks_only_what_is_missing(tmp_path: Path) -> None:
+    whole, everything = evaluated(job_text(tmp_path / "whole"))
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        evaluated(job_text(tmp_path), most=3)
+    result, rest = evaluated(job_text(tmp_path))
+    assert len(rest) == len(everything) - 3
+    assert [(row.point, row.item, row.answer) for row in result.rows] == [
+        (row.point, row.item, row.answer) for row in whole.rows
+    ]
+    again, nothing = evaluated(job_text(tmp_path))
+    assert nothing == [] and again.rows == result.rows
+
+
+def test_another_grid_over_the_same_run_is_refused(tmp_path: Path) -> None:
+    evaluated(job_text(tmp_path))
+    with pytest.raises(Exception, match="belongs to another job"):
+        evaluated(job_text(tmp_path, grid={"w": [0.5]}))
+
+
+def test_another_length_asks_only_for_that_length(tmp_path: Path) -> None:
+    evaluated(job_text(tmp_path))
+    _, asked = evaluated(job_text(tmp_path, evaluate={"ruler": {**RULER, "lengths": [256, 320]}}))
+    assert {task.items.length for task in asked} == {320}
+
+
+def test_points_that_are_the_same_merge_are_asked_once(tmp_path: Path) -> None:
+    points = [{"name": "one", "w": 0.6}, {"name": "other", "w": 0.6}, {"name": "parent", "w": 1}]
+    result, asked = evaluated(job_text(tmp_path, grid={"points": points}, point=None))
+    assert {task.point for task in asked} == {"one", "parent", "parent-fmt"}
+    assert result.same == {"other": "one", "parent-long": "parent"}
+    assert result.baselines == ("parent-fmt",) and set(result.parents) == {"parent", "parent-fmt"}
+
+
+def test_blocks_keep_haystacks_whole(tmp_path: Path) -> None:
+    ruler = {**RULER, "items": 70, "questions": 4, "lengths": [320]}
+    result, asked = evaluated(job_text(tmp_path, grid={"w": [0.6]}, evaluate={"ruler": ruler}))
+    ranges = sorted({(task.first, task.last) for task in asked if task.repeat == 0})
+    assert ranges == [(0, 64), (64, 70)]
+    again = {(task.first, task.last) for task in asked if task.repeat}
+    assert again == {(0, 28)}, "25 items, rounded up to whole haystacks of 4"
+    assert result.noise is not None and result.noise.items == 28
+
+
+def test_the_noise_floor_is_zero_where_equal_questions_get_equal_answers(tmp_path: Path) -> None:
+    result, _ = evaluated(job_text(tmp_path))
+    assert result.noise is not None and result.noise.rate == 0
+    assert all(row.repeat == 0 for row in result.rows)
+
+
+# ---- the race
+
+
+def test_bad_points_leave_the_race_and_the_record_says_why(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled_race())
+    ended = mergeyard("run", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    record = race_record(job.parent)
+    assert {departure["point"] for departure in record["departures"]} == {"w0.3", "w0.1", "w0.02"}
+    for departure in record["departures"]:
+        assert (departure["rung"], departure["items"]) == (0, 10)
+        assert departure["gap"] > departure["bound"] >= 0
+        assert f"{departure['point']} leaves: {departure['reason']}" in ended.err, "told where no bar is drawn"
+    assert record == {key: ended.facts[key] for key in record}
+    asked = Counter(row.point for row in results(job.parent))
+    assert [asked[name] for name in ("w0.3", "w0.1", "w0.02")] == [10, 10, 10]
+    assert record["cost_share"] == pytest.approx((3 * 10 + 2 * 30 + 15) / (5 * 30))
+
+
+def test_the_winner_is_confirmed_on_items_nobody_was_chosen_by(tmp_path: Path) -> None:
+    result, _ = evaluated(job_text(tmp_path, **scaled_race()))
+    winner, second = result.standing[:2]
+    items = {name: {row.item for row in result.rows if row.point == name} for name in (winner.point, second.point)}
+    assert items == {winner.point: set(range(45)), second.point: set(range(30))}
+    fresh = [row.score for row in result.rows if row.point == winner.point and row.item >= 30]
+    assert winner.confirmed == pytest.approx(sum(fresh) / 15) and second.confirmed is None
+
+
+def test_quiet_tells_no_departures(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    ended = mergeyard("evaluate", job_file(**scaled_race()), "--in-process", "--quiet")
+    assert (ended.code, ended.out, ended.err) == (0, "", "")
+
+
+def test_a_race_that_broke_off_goes_on_to_the_same_end(tmp_path: Path) -> None:
+    whole, everything = evaluated(job_text(tmp_path / "whole", **scaled_race()))
+    with pytest.raises(RuntimeError, match="pulled the plug"):
+        evaluated(job_text(tmp_path, **scaled_race()), most=6)
+    resumed, rest = evaluated(job_text(tmp_path, **scaled_race()))
+    assert len(rest) == len(everything) - 6
+    assert resumed.race_document() == whole.race_document() == race_record(tmp_path)
+
+
+def test_only_those_who_stay_answer_what_is_not_raced_over(tmp_path: Path) -> None:
+    more = {"needle": {"lengths": [320], "depths": 2, "items": 1}, "perplexity": {"lengths": [256], "blocks": 2}}
+    result, _ = evaluated(job_text(tmp_path, **scaled_race(**more)))
+    answered = {(row.point, row.benchmark) for row in result.rows}
+    stayed = {"w1", "w0.98"}
+    assert {point for point, benchmark in answered if benchmark == "needle"} == stayed
+    assert {point for point, benchmark in answered if benchmark == "perplexity"} == stayed
+    assert result.ranked == ("ruler",)
+
+
+def test_a_race_over_the_needle_asks_whole_rounds_of_depths(tmp_path: Path) -> None:
+    job = scaled_race()
+    job["evaluate"] = {"needle": {"lengths": [320], "depths": 3, "items": 6}, "race": {"keep": 1}}
+    result, asked = evaluated(job_text(tmp_path, **job))
+    assert result.ranked == ("needle",) and len(result.departures) == 3
+    assert {(task.first % 3, task.last % 3) for task in asked} == {(0, 0)}
+
+
+def test_every_point_answers_all_lengths_at_each_rung(tmp_path: Path) -> None:
+    job = scaled_race()
+    job["evaluate"]["ruler"] = {**RULER, "items": 12, "lengths": [256, 320]}
+    result, _ = evaluated(job_text(tmp_path, **job))
+    left = Counter((row.point, row.length) for row in result.rows if row.point == "w0.02")
+    assert left == {("w0.02", 256): 10, ("w0.02", 320): 10}
+
+
+# ---- rankings without RULER
+
+
+def test_perplexity_ranks_where_nothing_else_is_asked(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled_race() | {"evaluate": {"perplexity": {"lengths": [256, 512], "blocks": 2}}})
+    ended = mergeyard("evaluate", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    lines = {line["name"]: line for line in ended.facts["leaderboard"]}
+    scores = [line["score"] for line in lines.values() if line["note"] != "parent"]
+    assert scores == sorted(scores, reverse=True)
+    nothing = lines["w0.02"]["perplexity"]["512"]
+    assert nothing == {"0": pytest.approx(2048, rel=0.01), "256": pytest.approx(2048, rel=0.01)}, "a uniform guess"
+    assert lines["w1"]["perplexity"].keys() == {"256", "512"}
+    assert lines["w1"]["perplexity"]["512"].keys() == {"0", "256"}
+    assert lines["w1"]["effective_length"] is None and ended.facts["noise"] is None
+    table = mergeyard("evaluate", job, "--in-process").out
+    assert "perplexity at 512" in table and "from 256" in table
+
+
+# ---- any checkpoint
+
+
+def test_any_checkpoints_are_scored_side_by_side(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    options = ["--lengths", "256", "--items", "4", "--tasks", "niah_single_1", "--in-process", "--json"]
+    models = [PARENTS / "long", PARENTS / "fmt"]
+    ended = mergeyard("evaluate", *models, *options, "--output", tmp_path / "runs")
+    assert ended.code == 0, ended.err
+    assert {line["name"] for line in ended.facts["leaderboard"]} == {"long", "fmt"}
+    other = mergeyard("evaluate", PARENTS / "base", *options, "--output", tmp_path / "runs")
+    assert other.code == 0, other.err
+    assert len(list((tmp_path / "runs").iterdir())) == 2, "other models, another run"
+
+
+def test_checkpoints_of_one_name_get_numbers(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    for number in ("1", "2"):
+        shutil.copytree(PARENTS / "long", tmp_path / number / "my model")
+    models = [tmp_path / number / "my model" for number in ("1", "2")]
+    options = ["--lengths", "256", "--items", "1", "--tasks", "niah_single_1", "--in-process", "--json"]
+    ended = mergeyard("evaluate", *models, *options, "--output", tmp_path / "runs")
+    assert ended.code == 0, ended.err
+    assert {line["name"] for line in ended.facts["leaderboard"]} == {"my-model", "my-model-2"}
+
+
+# ---- what is refused
+
+
+def copied(folder: Path) -> Path:
+    shutil.copytree(PARENTS, folder / "parents")
+    return folder / "parents"
+
+
+def without_tokenizer(folder: Path) -> dict[str, str]:
+    parents = copied(folder)
+    for path in parents.rglob("tokenizer.json"):
+        path.unlink()
+    return soup_parents(parents)
+
+
+def with_too_many_tokens(folder: Path) -> dict[str, str]:
+    parents = copied(folder)
+    for path in parents.rglob("tokenizer.json"):
+        tokenizer = json.loads(path.read_text())
+        tokenizer["model"]["vocab"]["stray"] = 5000
+        path.write_text(json.dumps(tokenizer))
+    return soup_parents(parents)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "a length beyond the context": (
+        {"evaluate": {"ruler": {**RULER, "lengths": [256, 8192]}}},
+        "job.yaml:6: niah_single_1 at 8192 tokens is beyond the model's 4096",
+    ),
+    "an unknown task": (
+        {"evaluate": {"ruler": {**RULER, "tasks": ["niah_singel_1"]}}},
+        'job.yaml:6: RULER has no task "niah_singel_1"; did you mean "niah_single_1"?',
+    ),
+    "nothing to evaluate": ({"evaluate": {}}, "job.yaml:6: nothing to evaluate; name a benchmark"),
+    "no items": ({"evaluate": {"ruler": {**RULER, "items": 0}}}, "job.yaml:6: "),
+    "no tokenizer": ({"parents": without_tokenizer}, "tokenizer.json: no such file; give a checkpoint with a fast"),
+    "a tokenizer of another model": (
+        {"parents": with_too_many_tokens},
+        "tokenizer.json: the tokenizer has token 5000, the model's vocabulary 2048 entries",
+    ),
+    "a text that is not there": (
+        {"evaluate": {"ruler": {**RULER, "tasks": ["niah_single_2"], "haystack": "none.txt"}}},
+        "none.txt cannot be read (No such file or directory); give a text file",
+    ),
+    "data of a task missing": (
+        {"evaluate": {"ruler": {**RULER, "tasks": ["qa_1"]}}},
+        "job.yaml:6: qa_1 needs its data; give `documents: {qa_1: FILE}`",
+    ),
+    "a race with nothing to race over": (
+        {"evaluate": {"perplexity": {"lengths": [256]}, "race": {"keep": 1}}},
+        "job.yaml:6: a race is run on items of RULER or of the needle",
+    ),
+    "a race of less than a haystack": (
+        {"evaluate": {"ruler": {**RULER, "questions": 8}, "race": True}},
+        "job.yaml:6: a race asks whole haystacks of 8 questions; give at least 8 items",
+    ),
+    "a server and a grid": (
+        {"engine": {"name": "openai", "url": "http://127.0.0.1:1/v1"}},
+        "job.yaml:9: the server at http://127.0.0.1:1/v1 serves one model, the job has 4 points",
+    ),
+}
+
+
+@pytest.mark.parametrize(("keys", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_asked_is_refused_while_planning(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    made = {key: value(tmp_path) if callable(value) else value for key, value in keys.items()}
+    job = job_file(**made)
+    for verb in ("plan", "run", "evaluate"):
+        ended = mergeyard(verb, job, *(["--in-process"] if verb != "plan" else []))
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.count("\n") == 1 and message in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_harness_that_is_not_installed_is_named(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nothing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("workers.benchmarks.building.version", nothing)
+    ended = mergeyard("plan", job_file(evaluate={"lm_eval": {"tasks": ["arc_easy"]}}))
+    assert ended.code == 2
+    assert ended.err.endswith("job.yaml:6: lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'\n")
+
+
+def test_a_job_without_evaluate_is_not_evaluated(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    ended = mergeyard("evaluate", job_file(evaluate=None, keep="all"), "--in-process")
+    assert ended.code == 2 and "job.yaml: nothing to evaluate; add `evaluate:`" in ended.err
+
+
+def test_a_chat_that_the_tokenizer_has_no_template_for_is_refused(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    parents = copied(tmp_path)
+    for path in parents.rglob("chat_template.jinja"):
+        path.unlink()
+    job = job_file(parents=soup_parents(parents), evaluate={"ruler": {**RULER, "chat": True}})
+    ended = mergeyard("plan", job)
+    assert ended.code == 2 and "no chat template; ask it plainly" in ended.err and "job.yaml:6" in ended.err
+
+
+def test_a_parent_that_holds_a_nan_is_last_and_marked(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    parents = copied(tmp_path)
+    weights = load_file(parents / "fmt" / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, parents / "fmt" / "model.safetensors", metadata={"format": "pt"})
+    options = ["--lengths", "256", "--items", "4", "--tasks", "niah_single_1", "--in-process", "--json"]
+    ended = mergeyard("evaluate", parents / "fmt", parents / "long", *options, "--output", tmp_path / "runs")
+    assert ended.code == 0, ended.err
+    first, last = ended.facts["leaderboard"]
+    assert (first["name"], last["name"], last["score"]) == ("long", "fmt", 0)
+    assert "4 answers are no numbers" in last["note"]
+
+
+def test_evaluation_leaves_nothing_but_the_run(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file()
+    mergeyard("evaluate", job, "--in-process", "--quiet")
+    kinds = {name.split("/")[2] for name in files_under(job.parent) if name.startswith("runs/") and "/." not in name}
+    assert kinds == {"job.yaml", "plan.json", "lease.json", "items", "scores", "report"}
