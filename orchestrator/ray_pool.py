@@ -116,17 +116,25 @@ def _start() -> Path:
 def _connect(address: str) -> None:
     """Joins a running Ray and sends the code along."""
     _check_reachable(address)
-    with TemporaryDirectory() as empty, chdir(empty):  # workers look into the driver's folder before what is sent
+    with TemporaryDirectory() as code:
+        for folder in package_folders():
+            shutil.copytree(
+                folder, Path(code, Path(folder).name), ignore=shutil.ignore_patterns("__pycache__", "examples")
+            )
         try:
-            _init(address=address, runtime_env={"py_modules": package_folders(), "excludes": ["examples/"]})
+            _init(address=address, runtime_env={"working_dir": code})
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
-            raise BadInput(f"--address {address}: {str(error).splitlines()[0]}") from error
+            raise BadInput(
+                f"--address {address}: {str(error).splitlines()[0]}; if it wants a token, set RAY_AUTH_MODE=token and"
+                " RAY_AUTH_TOKEN"
+            ) from error
 
 
 def _init(**options: Any) -> Any:
     """ray.init, quietly and without its own way of stopping at SIGTERM."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns without it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # inside a submitted job, our code before the job's
     stop = signal.getsignal(signal.SIGTERM)
     try:
         return ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
