@@ -23,6 +23,7 @@ from workers.benchmarks.scores import (
 )
 
 MOST_ROWS = 20
+LARGEST_EXPONENT = 700.0
 RETRIEVAL = ("ruler", "needle")
 """Benchmarks whose scores at a length make an effective length."""
 
@@ -166,9 +167,13 @@ def perplexity_by_position(rows: Iterable[ScoreRow]) -> dict[int, dict[int, floa
             entry[0] += row.tokens * (math.log(row.score) if row.score > 0 else -math.inf)
             entry[1] += row.tokens
     return {
-        length: {position: math.exp(min(-total / tokens, math.inf)) for position, (total, tokens) in sorted(of.items())}
+        length: {position: _exp(-total / tokens) for position, (total, tokens) in sorted(of.items())}
         for length, of in sorted(sums.items())
     }
+
+
+def _exp(value: float) -> float:
+    return math.exp(value) if value < LARGEST_EXPONENT else math.inf
 
 
 def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:

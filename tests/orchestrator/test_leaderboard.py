@@ -1,0 +1,184 @@
+"""The table's numbers, worked out by hand."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+
+import pytest
+
+from jobs.evaluation import ScoreRow
+from orchestrator.evaluation import EvaluationResult
+from orchestrator.leaderboard import leaderboard, perplexity_by_position, print_leaderboard, short_length
+from orchestrator.racing import Departure, Standing
+
+
+def row(point: str, task: str, length: int, item: int, score: float, **more) -> ScoreRow:
+    fields = {
+        "benchmark": "ruler",
+        "depth": math.nan,
+        "haystack": f"{task}-{item}",
+        "pair": f"{task}-{item}",
+        "answer": "",
+        "finite": True,
+        "tokens": 10,
+        "seconds": 0.1,
+        "recipe": point,
+        "weights": point,
+        "repeat": 0,
+    }
+    return ScoreRow(point=point, task=task, length=length, item=item, score=score, **{**fields, **more})
+
+
+def cell(point: str, task: str, length: int, scores: Sequence[float], **more) -> list[ScoreRow]:
+    return [row(point, task, length, item, score, **more) for item, score in enumerate(scores)]
+
+
+def standing(point: str, **more) -> Standing:
+    return Standing(point, **{"score": 0.0, "items": 4, "departed_at_rung": None, "confirmed": None, **more})
+
+
+def result(rows: Sequence[ScoreRow], points: Sequence[Standing], **more) -> EvaluationResult:
+    fields = {
+        "ranked": ("ruler", "needle"),
+        "departures": (),
+        "baselines": (),
+        "parents": (),
+        "same": {},
+        "noise": None,
+        "cost_share": 1.0,
+        "race": None,
+    }
+    return EvaluationResult(rows=[*rows], standing=tuple(points), **{**fields, **more})
+
+
+POINT = [
+    *cell("a", "vt", 512, [1, 1, 1, 0]),  # 75
+    *cell("a", "cwe", 512, [0.5, 0.5, 0.5, 0.5]),  # 50
+    *cell("a", "vt", 1024, [1, 0, 0, 0]),  # 25
+    *cell("a", "cwe", 1024, [0.5, 0.5, 0, 0]),  # 25
+]
+
+
+def test_tasks_count_alike_within_a_length_and_lengths_alike() -> None:
+    [line] = leaderboard(result(POINT, [standing("a")]), seed=0)
+    assert dict(line.by_length) == {512: 62.5, 1024: 25}
+    assert line.score == pytest.approx((62.5 + 25) / 2)
+    assert line.weighted_increasing == pytest.approx((1 * 62.5 + 2 * 25) / 3)
+    assert line.items == 16
+
+
+def test_the_interval_is_students_over_haystacks() -> None:
+    # one cell, four haystacks: sd of (1, 1, 1, 0) is 1/2, its standard error 1/4, t(0.975; 3) = 3.182446
+    [line] = leaderboard(result(cell("a", "vt", 512, [1, 1, 1, 0]), [standing("a")]), seed=0)
+    assert line.half_width == pytest.approx(100 * 3.182446 / 4, rel=1e-5)
+
+
+def test_one_haystack_alone_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated = result(cell("a", "vt", 512, [1, 1], haystack="one"), [standing("a")])
+    lines = leaderboard(evaluated, seed=0)
+    assert lines[0].half_width == math.inf
+    assert json.loads(json.dumps(lines[0].document(), allow_nan=False))["half_width"] is None
+    print_leaderboard(lines, evaluated)
+    assert "inf" not in capsys.readouterr().out
+
+
+def test_the_effective_length_is_the_longest_with_everything_before_it_above_the_threshold() -> None:
+    rows = [*cell("a", "vt", 512, [1] * 8), *cell("a", "vt", 1024, [0] * 8), *cell("a", "vt", 2048, [1] * 8)]
+    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    assert line.effective is not None and line.effective.length == 512
+
+
+def test_relative_to_the_best_parent_a_lower_score_will_do() -> None:
+    rows = [
+        *cell("a", "vt", 512, [1, 1, 0, 0]),  # 50: below RULER's threshold, above 85 % of 55
+        *cell("long", "vt", 512, [1, 1, 0.2, 0]),  # 55
+        *cell("fmt", "vt", 512, [0, 0, 0, 0]),
+    ]
+    evaluated = result(rows, [standing("a")], baselines=("long", "fmt"), parents=("long", "fmt"))
+    line, *_ = leaderboard(evaluated, seed=0)
+    assert line.effective is not None and line.effective.length == 0
+    assert line.relative is not None and line.relative.length == 512
+
+
+def test_points_come_in_the_order_of_the_race_and_parents_after() -> None:
+    rows = [row(name, "vt", 512, item, score) for name, score in (("a", 0), ("b", 1), ("p", 1)) for item in range(2)]
+    departure = Departure("a", 0, "b", 1.0, 0.0, 0.0, 2, "far behind")
+    evaluated = result(
+        rows,
+        [standing("b", confirmed=0.5), standing("a", departed_at_rung=0)],
+        departures=(departure,),
+        baselines=("p",),
+        same={"twin": "b"},
+    )
+    lines = leaderboard(evaluated, seed=0)
+    assert [(line.name, line.note) for line in lines] == [
+        ("b", "50.0 on fresh items, = twin"),
+        ("a", "left at 2 items"),
+        ("p", "parent"),
+    ]
+
+
+def test_what_does_not_rank_stands_beside() -> None:
+    rows = [
+        *cell("a", "vt", 512, [1, 1]),
+        *cell("a", "needle", 1024, [1, 0], benchmark="needle"),
+        *cell("a", "arc_easy:acc", 0, [1, 1, 1, 0], benchmark="lm_eval"),
+    ]
+    [line] = leaderboard(result(rows, [standing("a")], ranked=("ruler",)), seed=0)
+    assert line.score == 100 and dict(line.by_length) == {512: 100}
+    assert dict(line.beside) == {"arc_easy:acc": 75, "needle": 50}
+
+
+def test_items_that_were_too_long_to_ask_rank_nobody() -> None:
+    rows = [
+        *cell("a", "mine:acc", 0, [1, 0], benchmark="lm_eval"),
+        *cell("a", "mine:over_long", 0, [0, 0, 1, 1], benchmark="lm_eval"),
+    ]
+    [line] = leaderboard(result(rows, [standing("a")], ranked=("lm_eval",)), seed=0)
+    assert line.score == 50 and line.effective is None
+    assert dict(line.beside) == {"mine:acc": 50, "mine:over_long": 50}
+
+
+def test_answers_that_are_no_numbers_are_counted() -> None:
+    rows = cell("a", "vt", 512, [0, 0, 0], finite=False)
+    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    assert line.note == "3 answers are no numbers"
+
+
+def test_perplexity_weighs_every_token_alike() -> None:
+    common = {"benchmark": "perplexity"}
+    rows = [
+        row("a", "position_block_0", 1024, 0, 0.5, tokens=100, **common),
+        row("a", "position_block_0", 1024, 1, 0.125, tokens=300, **common),
+        row("a", "position_block_1", 1024, 0, 0.25, tokens=256, **common),
+        row("a", "position_block_2", 1024, 0, 0.0, tokens=512, finite=False, **common),
+    ]
+    by_position = perplexity_by_position(rows)
+    # (100·ln 2 + 300·ln 8) / 400 = 2.5·ln 2
+    assert by_position == {1024: {0: pytest.approx(2**2.5), 256: pytest.approx(4), 512: math.inf}}
+
+
+def test_the_table_shows_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [*POINT, *cell("a", "position_block_0", 1024, [0.5], benchmark="perplexity")]
+    evaluated = result(rows, [standing("a")], ranked=("ruler",))
+    print_leaderboard(leaderboard(evaluated, seed=0), evaluated)
+    out = capsys.readouterr().out
+    assert [word for word in out.split() if word in {"512", "1K", "43.8", "62", "25", "perplexity"}] == [
+        *("512", "1K", "43.8", "62", "25", "perplexity", "1K")
+    ]
+
+
+def test_a_long_grid_shows_the_best_and_the_parents(capsys: pytest.CaptureFixture[str]) -> None:
+    names = [f"p{number:02d}" for number in range(30)]
+    rows = [row(name, "vt", 512, item, 1) for name in [*names, "long"] for item in range(2)]
+    evaluated = result(rows, [standing(name) for name in names], baselines=("long",))
+    print_leaderboard(leaderboard(evaluated, seed=0), evaluated)
+    out = capsys.readouterr().out
+    assert "p19" in out and "p20" not in out and "long" in out and "… and 10 more points" in out
+
+
+@pytest.mark.parametrize(("length", "text"), [(512, "512"), (1024, "1K"), (131072, "128K"), (1500, "1500")])
+def test_lengths_are_written_as_people_say_them(length: int, text: str) -> None:
+    assert short_length(length) == text
