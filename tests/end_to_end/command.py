@@ -84,6 +84,10 @@ class Command:
             time.sleep(POLL_SECONDS)
         return Ended(self.process.returncode, *(file.read_text() for file in self._files))
 
+    def workers(self) -> list[psutil.Process]:
+        """The Ray workers, busy or idle."""
+        return [process for process in self.look() if _name(process).startswith(("ray::_merge", "ray::IDLE"))]
+
     def merging(self) -> list[psutil.Process]:
         """The Ray workers that are at a merge task now."""
         return [process for process in self.look() if _name(process).startswith("ray::_merge")]

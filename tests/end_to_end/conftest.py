@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import pytest
 
@@ -24,7 +26,7 @@ JOB = """\
 name: grid
 parents: {{long: {parents}/long, fmt: {parents}/fmt}}
 recipe:
-  merge_method: {method}
+  merge_method: linear
   models:
     - {{model: long, parameters: {{weight: "${{w}}"}}}}
     - {{model: fmt, parameters: {{weight: "${{1 - w}}"}}}}
@@ -71,11 +73,16 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def launch(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Command]:
     """`launch("run", job, …)`: the command with this checkout's code, in a folder of its own, one thread a process."""
 
-    def begin(*arguments: str | Path, folder: Path | None = None, root: Path = ROOT) -> Command:
+    def begin(
+        *arguments: str | Path,
+        folder: Path | None = None,
+        root: Path = ROOT,
+        extra: Mapping[str, str] = MappingProxyType({}),
+    ) -> Command:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         ours = {"HOME": str(home), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         folder = folder or tmp_path_factory.mktemp("commands")
-        return Command(tuple(str(argument) for argument in arguments), folder, inherited | ours)
+        return Command(tuple(str(argument) for argument in arguments), folder, inherited | ours | dict(extra))
 
     return begin
 
@@ -85,7 +92,7 @@ def start(launch: Callable[..., Command]) -> Iterator[Callable[..., Command]]:
     """`start("run", job, …)`: the command, running; whatever is left of it ends with the test."""
     started: list[Command] = []
 
-    def begin(*arguments: str | Path, **where: Path) -> Command:
+    def begin(*arguments: str | Path, **where: Any) -> Command:
         started.append(launch(*arguments, **where))
         return started[-1]
 
@@ -117,11 +124,10 @@ def write_job(
     output: str,
     *,
     parents: str = str(PARENTS),
-    method: str = "linear",
     workers: str = "cpus: 1, memory: 4GB",
 ) -> Run:
     """Writes a job file."""
-    job.write_text(JOB.format(parents=parents, method=method, workers=workers, output=output))
+    job.write_text(JOB.format(parents=parents, workers=workers, output=output))
     return Run(job, f"{output}/grid")
 
 

@@ -1,0 +1,121 @@
+"""`--address`: a Ray that runs already, behind a token, whose nodes and whose users have folders of their own."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.end_to_end.command import Command, Ended
+from tests.end_to_end.conftest import UNITS, Run
+from tests.seaweedfs import free_ports
+
+HOST = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's address in the network
+TOKEN = "0123456789abcdef" * 4
+
+needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 127.0.0.2 without being asked")
+
+
+@pytest.fixture(scope="module")
+def foreign_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose packages have our packages' names, and are not ours."""
+    folder = tmp_path_factory.mktemp("foreign")
+    for package in ("jobs", "workers", "orchestrator"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text("raise ImportError('this is the package of somebody else')\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(home: Path, foreign_code: Path) -> Iterator[str]:
+    """Of the head of a Ray of one node, which asks for `TOKEN` and would import the foreign packages."""
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
+    port, client_port = free_ports(2)
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "HOME": str(home),
+        "PYTHONPATH": str(foreign_code),
+        "OMP_NUM_THREADS": "1",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": TOKEN,
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+    command = [
+        str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", f"--node-ip-address={HOST}",
+        f"--port={port}", f"--ray-client-server-port={client_port}", "--include-dashboard=false", "--num-cpus=2",
+        "--memory=9000000000", "--object-store-memory=100000000", f"--temp-dir={folder}",
+    ]  # fmt: skip
+    with (folder / "head.log").open("wb") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=folder, start_new_session=True)
+    try:
+        wait_for_runtime(head, folder / "head.log")
+        yield f"{HOST}:{port}"
+    finally:
+        below = psutil.Process(head.pid).children(recursive=True) if head.poll() is None else []
+        head.kill()
+        head.wait()
+        for process in below:
+            if process.is_running():
+                process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_runtime(head: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while "Ray runtime started" not in log.read_text():
+        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
+        time.sleep(0.1)
+
+
+@needs_linux
+@pytest.mark.heavy
+def test_a_running_cluster_gets_our_code_whatever_else_lies_about(
+    start: Callable[..., Command],
+    new_run: Callable[..., Run],
+    expected: Run,
+    address: str,
+    foreign_code: Path,
+    tmp_path: Path,
+) -> None:
+    run = new_run(str(tmp_path / "out"))
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    ended = start("run", run.job, "--address", address, "--json", folder=foreign_code, extra=token).ended()
+    assert ended.facts["units_merged"] == UNITS
+    assert run.manifests() == expected.manifests()
+
+
+@needs_linux
+@pytest.mark.heavy
+def test_a_cluster_that_wants_a_token_is_refused_with_the_remedy(
+    start: Callable[..., Command], new_run: Callable[..., Run], address: str, tmp_path: Path
+) -> None:
+    ended = start("run", new_run(str(tmp_path / "out")).job, "--address", address).ended()
+    assert ended.code == 2
+    assert "set RAY_AUTH_MODE=token" in ended.err.splitlines()[-1]
+
+
+def test_a_cluster_that_is_not_there_is_refused_at_once(
+    mergeyard: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path
+) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{probe.getsockname()[1]}"  # bound, but nobody listens
+        refusal = mergeyard("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(2)
+    assert f"--address {address}: no Ray answers there" in refusal
+    assert not (tmp_path / "out").exists()
+
+
+@needs_linux
+def test_a_users_folder_with_packages_of_our_names_is_not_imported(
+    start: Callable[..., Command], new_run: Callable[..., Run], foreign_code: Path, tmp_path: Path
+) -> None:
+    run = new_run(str(tmp_path / "out"))
+    assert start("run", run.job, "--json", folder=foreign_code).ended().facts["units_merged"] == UNITS
