@@ -120,8 +120,11 @@ class _Merge:
         )
         self.outputs = BufferPool(self.budget.piece * len(writers), self.budget.pieces, pinned=pinned)
         self.compute = stack.enter_context(ThreadPoolExecutor(task.threads, "merge", _one_torch_thread))
-        drains = min(len(writers), max(2, task.threads))
-        self.drains = [stack.enter_context(ThreadPoolExecutor(1, "write")) for _ in range(drains)]
+        self.lanes = min(len(writers), max(2, task.threads))
+        self.drains = {
+            does: [stack.enter_context(ThreadPoolExecutor(1, does.__name__)) for _ in range(self.lanes)]
+            for does in (PointWriter.hash, PointWriter.write)
+        }
         self.writing: deque[Future[None]] = deque()
 
     def run(self) -> None:
@@ -219,20 +222,29 @@ class _Merge:
             row_bytes = -(-piece.bytes // WIDEST_ELEMENT) * WIDEST_ELEMENT  # every row aligned for every dtype
             rows = output[: row_bytes * len(self.writers)].view(len(self.writers), row_bytes)[:, : piece.bytes]
             merged = self.compute.submit(self._merge_piece, slab, piece, rows, facts, left)
-            written = _Countdown(len(self.drains), lambda output=output: self.outputs.release(output))
-            for lane, drain in enumerate(self.drains):
-                self.writing.append(drain.submit(self._write, lane, merged, rows, written))
+            used = _Countdown(2 * self.lanes, lambda output=output: self.outputs.release(output))
+            for does, drains in self.drains.items():
+                for lane, drain in enumerate(drains):
+                    self.writing.append(drain.submit(self._drain, does, lane, merged, rows, used))
         while self.writing and self.writing[0].done():
             self.writing.popleft().result()
 
-    def _write(self, lane: int, merged: Future[None], rows: Tensor, written: _Countdown) -> None:
+    def _drain(
+        self,
+        does: Callable[[PointWriter, Any], None],
+        lane: int,
+        merged: Future[None],
+        rows: Tensor,
+        used: _Countdown,
+    ) -> None:
+        """Hashes or writes one piece for every point of a lane: each in a thread of its own, each in order."""
         try:
             merged.result()
             data = rows.numpy()
-            for index in range(lane, len(self.writers), len(self.drains)):
-                self.writers[index].write(data[index])
+            for index in range(lane, len(self.writers), self.lanes):
+                does(self.writers[index], data[index])
         finally:
-            written.one()
+            used.one()
 
     def _merge_piece(
         self, slab: Slab, piece: _Piece, rows: Tensor, facts: Mapping[str, Facts], left: _Countdown

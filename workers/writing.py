@@ -17,7 +17,7 @@ from workers.storage import Store
 
 
 class PointWriter:
-    """Writes one unit. Bytes arrive in the order of `tensors`; nothing is visible before `publish`."""
+    """Writes one unit. Bytes are hashed and written in the order of `tensors`; `publish` makes them visible."""
 
     def __init__(
         self,
@@ -48,7 +48,13 @@ class PointWriter:
         self._upload.write(header)
 
     def write(self, data: Buffer) -> None:
-        """The next bytes of the tensors, however they are cut."""
+        """The next bytes of the tensors, however they are cut. Another thread may be `hash`ing meanwhile."""
+        view = memoryview(data)
+        self._upload.write(view)
+        self._progress(0, len(view))
+
+    def hash(self, data: Buffer) -> None:
+        """The same bytes once more, for the tensors' digests."""
         view = memoryview(data)
         position = 0
         while position < len(view):
@@ -60,8 +66,6 @@ class PointWriter:
             position = end
             if self._hashed == size:
                 self._finish_tensor()
-        self._upload.write(view)
-        self._progress(0, len(view))
 
     def publish(self, nonfinite: Sequence[str], bytes_read: int, seconds: float) -> Receipt:
         """Makes the shard visible, then its receipt.
@@ -69,7 +73,7 @@ class PointWriter:
         `CorruptData` when the unit already has a receipt and it tells of other bytes.
         """
         self._finish_empty()
-        assert len(self._digests) == len(self._sizes), f"{self.point.key}: not all tensors were written"
+        assert len(self._digests) == len(self._sizes), f"{self.point.key}: not all tensors were hashed"
         info = self._upload.commit()
         receipt = Receipt(
             unit=self.point.unit,
