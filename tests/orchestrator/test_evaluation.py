@@ -302,6 +302,55 @@ def test_perplexity_ranks_where_nothing_else_is_asked(mergeyard: Mergeyard, job_
     assert "perplexity at 512" in table and "from 256" in table
 
 
+# ---- lm-evaluation-harness
+
+TASK = """\
+task: tiny
+dataset_path: json
+dataset_kwargs: {data_files: {test: docs.json}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_target: 0
+doc_to_choice: ["green", "Tuesday"]
+metric_list: [{metric: acc}]
+"""
+
+
+@pytest.fixture
+def harness_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """tiny.yaml beside the job: four questions that need no needle."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    questions = ["The grass is", "The sky is blue. The grass is", "Is the grass", "Here we go. The grass is"]
+    (tmp_path / "docs.json").write_text("\n".join(json.dumps({"question": question}) for question in questions))
+    (tmp_path / "tiny.yaml").write_text(TASK)
+
+
+@pytest.mark.usefixtures("harness_task")
+def test_a_task_of_the_harness_stands_beside_the_rank(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(grid={"w": [0.6]}, evaluate={"ruler": RULER, "lm_eval": {"tasks": ["tiny.yaml"], "limit": 3}})
+    ended = mergeyard("evaluate", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    rows = [row for row in results(job.parent) if row.benchmark == "lm_eval"]
+    assert {(row.point, row.task, row.item) for row in rows} == {
+        (point, "tiny:acc", item) for point in ("w0.6", "parent-long", "parent-fmt") for item in range(3)
+    }
+    mean = {row.point: [other.score for other in rows if other.point == row.point] for row in rows}
+    for line in ended.facts["leaderboard"]:
+        assert line["beside"] == {"tiny:acc": pytest.approx(100 * sum(mean[line["name"]]) / 3, abs=0.01)}
+
+
+@pytest.mark.usefixtures("harness_task")
+def test_a_task_of_the_harness_ranks_where_nothing_else_is_asked(tmp_path: Path) -> None:
+    text = job_text(tmp_path, grid={"w": [0.6]}, evaluate={"lm_eval": {"tasks": [str(tmp_path / "tiny.yaml")]}})
+    result, asked = evaluated(text)
+    assert result.ranked == ("lm_eval",) and len(asked) == 3 and len(result.rows) == 12
+    [standing] = result.standing
+    assert standing.score == sum(row.score for row in result.rows if row.point == "w0.6") / 4
+    assert evaluated(text)[1] == []
+
+
 # ---- any checkpoint
 
 

@@ -7,14 +7,17 @@ context is never cut: its item gets no score, and the metric `over_long` says ho
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,39 +63,40 @@ def sample_scores(engine: Engine, task: str, limit: int | None, *, beginning: st
     stands before a text without context. Metrics that are no numbers from 0 to 1 are left out; `BadInput` if that
     leaves none, for a task that does not exist, that samples, or whose data are not there.
     """
-    lm_eval = _library()
+    _check_library()
     with _in_folder_of(task), _quiet():
-        manager = _manager()
-        tasks = _load(task, manager)
+        loaded = _load(task)
         model = _Asking(engine, beginning)
-        picked = {name: _first_items(leaf, limit) for name, leaf in tasks.items()}
+        picked = {name: _first_items(leaf, limit) for name, leaf in loaded["tasks"].items()}
         try:
-            results: Any = lm_eval.simple_evaluate(
-                model=_as_lm(model),
-                tasks=list(tasks.values()),
-                task_manager=manager,
-                samples=picked,
-                bootstrap_iters=0,
-                log_samples=True,
-            )
+            results = _evaluated(loaded, model, picked)
         except (ValueError, TypeError, KeyError, AssertionError, AttributeError, OSError) as error:
             raise BadInput(f"lm_eval {task}: {_one_line(error)}; see the task's own documentation") from error
-    scores = [
-        score
-        for name, samples in results["samples"].items()
-        for score in _scores_of(name, samples, picked[name], model)
-    ]
-    if not any(not score.metric.endswith(f":{OVER_LONG}") for score in scores):
-        raise BadInput(f"lm_eval {task}: no item has a metric from 0 to 1; take another task")
+    scores = [score for name, samples in results.items() for score in _scores_of(name, samples, picked[name], model)]
+    if all(score.metric.endswith(f":{OVER_LONG}") for score in scores):
+        trouble = f"every item exceeds the model's {engine.max_length} tokens" if scores else "no metric is from 0 to 1"
+        raise BadInput(f"lm_eval {task}: {trouble}; take another task")
     return scores
 
 
-def _library() -> Any:
-    try:
-        import lm_eval
-    except ImportError:
-        raise BadInput("lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'") from None
-    return lm_eval
+def _check_library() -> None:
+    if find_spec("lm_eval") is None:
+        raise BadInput("lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'")
+
+
+def _evaluated(loaded: Any, model: _Asking, picked: dict[str, list[int]]) -> dict[str, list[dict[str, Any]]]:
+    """The samples of every leaf task, from what `simple_evaluate` does less its look at machine, packages and git."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+    from lm_eval.evaluator import evaluate
+
+    for leaf in loaded["tasks"].values():
+        if leaf.get_config("num_fewshot") is None:
+            leaf.set_config(key="num_fewshot", value=0)
+        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
+    results: Any = evaluate(
+        lm=_as_lm(model), task_dict=loaded, samples=picked, bootstrap_iters=0, fewshot_as_multiturn=True
+    )
+    return results["samples"]
 
 
 @cache
@@ -103,13 +107,14 @@ def _manager() -> TaskManager:
     return TaskManager()
 
 
-def _load(task: str, manager: TaskManager) -> dict[str, Task]:
-    """The leaf tasks by name; `BadInput` with the nearest name if there is no such task."""
+def _load(task: str) -> Any:
+    """The harness's own record of a task or group and its leaf tasks; `BadInput` with the nearest name for none."""
+    manager = _manager()
     if not _is_path(task) and task not in manager.all_tasks:
         near = suggestion(task, manager.all_tasks)
         raise BadInput(f"lm_eval has no task {quoted(task)}{near or '; see `lm-eval ls tasks`'}")
     try:
-        return dict(manager.load([task])["tasks"])
+        return manager.load([task])
     except Exception as error:  # whatever a task's own code and the data's home may raise
         raise BadInput(f"lm_eval {task}: cannot be loaded ({_one_line(error)}); are its data here?") from error
 
@@ -132,13 +137,18 @@ def _in_folder_of(task: str) -> Generator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Generator[None]:
-    """Without lm-evaluation-harness's and datasets' messages; errors still come as exceptions."""
+    """Without lm-evaluation-harness's and datasets' messages and bars; errors still come as exceptions."""
     loggers = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
     before = [logger.level for logger in loggers]
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        yield
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+            warnings.catch_warnings(action="ignore"),
+        ):
+            yield
     finally:
         for logger, level in zip(loggers, before, strict=True):
             logger.setLevel(level)
