@@ -6,7 +6,8 @@
 Faults: `busy` (503 SlowDown), `reset`, `truncate` (half of the body, then the connection ends), `stall` (half of the
 body, then silence), `flip` (one bit of the body: no client can tell without a digest), `ignore_range` (200 and the
 whole object), `other_etag` (as if the object had been replaced), `error_in_200` (status 200, an error as the body),
-`no_such_upload` (404), `lost_answer` (the request is carried out, the connection ends without an answer).
+`no_such_upload` (404), `lost_answer` (the request is carried out, the connection ends without an answer), `hold` (the
+request waits until `heal`).
 """
 
 from __future__ import annotations
@@ -53,6 +54,7 @@ class FaultProxy:
     sent: Counter[str] = field(default_factory=Counter)
     _faults: list[Fault] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _healed: threading.Event = field(default_factory=threading.Event)
 
     def start(self) -> None:
         handler = type("Handler", (_Handler,), {"proxy": self})
@@ -62,6 +64,7 @@ class FaultProxy:
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
+        self.heal()
         self._server.shutdown()
         self._server.server_close()
 
@@ -71,9 +74,14 @@ class FaultProxy:
             self._faults.append(Fault(method, what, times, key))
 
     def heal(self) -> None:
-        """Cancel every fault that was ordered."""
+        """Cancel every fault that was ordered, and let go on what is held."""
         with self._lock:
             self._faults.clear()
+        self._healed.set()
+
+    def wait_until_healed(self) -> None:
+        """Return once `heal` was called."""
+        self._healed.wait()
 
     def count_sent(self, path: str, size: int) -> None:
         """Note bytes on their way to a client."""
@@ -105,6 +113,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.next_fault(self.command, self.path)
+        if fault == "hold":
+            self.proxy.wait_until_healed()
         if fault == "busy":
             self._answer(503, {}, BUSY)
         elif fault == "reset":

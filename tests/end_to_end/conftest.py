@@ -152,8 +152,8 @@ def parents_in_bucket(s3_server: SeaweedFS, s3_url: str) -> str:
 
 @pytest.fixture
 def held(fault_proxy: FaultProxy) -> FaultProxy:
-    """The proxy, through which the fifth shard of no point is written until it heals: a run stays in its middle."""
-    fault_proxy.fail("PUT", "busy", times=10**9, key="model-00005-of")
+    """The proxy, through which no point's fifth shard is written until it heals: a run stays in its middle."""
+    fault_proxy.fail("PUT", "hold", times=10**9, key="model-00005-of")
     return fault_proxy
 
 
