@@ -102,6 +102,7 @@ class FaultProxy:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # head and body of an answer leave one by one
     proxy: FaultProxy
 
     def handle_one_request(self) -> None:
