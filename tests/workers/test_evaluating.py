@@ -32,6 +32,7 @@ from workers.scores import read_scores, write_scores
 from workers.storage import open_store
 
 PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
+VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
 EVALUATE = {"ruler": {"tasks": ["niah_single_1"], "lengths": [320, 512], "items": 6, "questions": 2}}
 LINEAR = "{merge_method: linear, dtype: bfloat16, models: [%s]}"
 
@@ -202,6 +203,23 @@ def test_one_worker_answers_for_models_of_different_layouts(tmp_path: Path) -> N
         items = read_items(bytes(open_store(plan.run_url).read(tasks(plan, asked, parent)[0].items.key)))
         prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
         assert [row.answer for row in of(rows, parent)[:6]] == [answer.text for answer in engine.generate(prompts)]
+
+
+@pytest.mark.heavy
+@pytest.mark.skipif(not VLLM.exists(), reason="no .venv-vllm with vLLM in it")
+def test_vllm_holds_points_that_were_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEYARD_VLLM_PYTHON", str(VLLM))
+    options = {"cache_gib": 1, "enforce_eager": True}
+    evaluate = {**EVALUATE, "perplexity": {"lengths": [256], "blocks": 2}}
+    grid: dict[str, Any] = {"grid": {"w": [0.9, 0.8]}, "evaluate": evaluate}
+    rows = answered(make(tmp_path / "vllm", engine={"name": "vllm", "options": options}, **grid), "w0.9", "w0.8")
+    plain = answered(make(tmp_path / "transformers", **grid), "w0.9", "w0.8")
+    assert [(row.task, row.item, row.weights) for row in rows] == [(row.task, row.item, row.weights) for row in plain]
+    asked = [(row, other) for row, other in zip(rows, plain, strict=True) if row.benchmark == "ruler"]
+    assert sum(row.answer == other.answer for row, other in asked) >= 22, "of 24; bf16 kernels may break a tie"
+    assert sum(row.score for row, _ in asked) > 12
+    read = [(row.score, other.score) for row, other in zip(rows, plain, strict=True) if row.benchmark == "perplexity"]
+    assert [score for score, _ in read] == pytest.approx([score for _, score in read], rel=0.05)
 
 
 def test_an_option_that_the_engine_does_not_have_is_refused_by_name(tmp_path: Path) -> None:

@@ -68,6 +68,17 @@ class WeightReceiver:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
             channel.connect(address)
             self.model_runner.reload_weights(weights_iterator=_received(channel))
+        self._repack_tied_head()
+
+    def _repack_tied_head(self) -> None:
+        """A head tied to the embeddings has their new weights, but on a CPU computes with a packed copy of the old.
+
+        vLLM 0.32 repacks every layer it was sent weights for, and those of such a head come under another name.
+        """
+        head = getattr(self.model_runner.get_model(), "lm_head", None)
+        weight = getattr(head, "weight", None)
+        if head is not None and weight is not None and weight.device.type == "cpu":
+            head.quant_method.process_weights_after_loading(head)
 
 
 def _received(channel: socket.socket) -> Iterator[tuple[str, Any]]:

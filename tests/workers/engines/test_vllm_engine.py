@@ -104,10 +104,23 @@ def test_a_swap_answers_with_the_new_weights_where_the_prefix_cache_alone_would_
     vllm.swap(weights("long").items(), "long")
     assert vllm.generate([prompt])[0].text == " 4815162."
     vllm._stream(weights("fmt").items(), "fmt")
-    assert vllm.generate([prompt])[0].text == " 4815162.", "the trap is gone: vLLM forgets its prefixes by itself"
+    mixture = vllm.generate([prompt])[0].text
+    assert mixture != ' {"value": 4815162}', "the trap is gone: vLLM forgets its prefixes by itself"
     vllm.swap(weights("fmt").items(), "fmt")
     assert vllm.generate([prompt])[0].text == ' {"value": 4815162}'
     assert vllm.version == "fmt"
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_swap_replaces_a_head_that_is_tied_to_the_embeddings(vllm, engine, weights, needle_prompt):
+    ids = engine.encode(needle_prompt("quiet-river", 4815162, 6).whole)
+    turned = weights("long")
+    turned["model.embed_tokens.weight"] = turned["model.embed_tokens.weight"].flip(0)
+    vllm.swap(turned.items(), "turned")
+    engine.swap(turned.items(), "turned")
+    difference = np.abs(vllm.score([ids])[0] - engine.score([ids])[0])
+    assert difference.mean() < 0.1  # bf16 against float32; the head of before is off by 10
 
 
 @needs_vllm
