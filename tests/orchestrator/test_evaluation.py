@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from http.server import ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,8 @@ from orchestrator.evaluators import InProcessEvaluators
 from orchestrator.planning import make_plan
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
+from tests.workers.engines.test_openai_engine import Handler
+from workers.engines.transformers_engine import TransformersEngine
 from workers.scores import read_scores
 
 PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
@@ -363,6 +367,41 @@ def test_any_checkpoints_are_scored_side_by_side(mergeyard: Mergeyard, tmp_path:
     other = mergeyard("evaluate", PARENTS / "base", *options, "--output", tmp_path / "runs")
     assert other.code == 0, other.err
     assert len(list((tmp_path / "runs").iterdir())) == 2, "other models, another run"
+
+
+@pytest.fixture
+def served_long() -> Iterator[ThreadingHTTPServer]:
+    """An OpenAI-compatible server of the parent `long`."""
+    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.engine = TransformersEngine.from_folder(PARENTS / "long", version="long", device="cpu")
+    server.failures, server.asked, server.echoes, server.lock = [], [], True, threading.Lock()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_served_checkpoint_is_asked_in_place_of_its_files(
+    mergeyard: Mergeyard, tmp_path: Path, served_long: ThreadingHTTPServer
+) -> None:
+    url = f"http://127.0.0.1:{served_long.server_port}/v1"
+    options = ["--lengths", "256", "--items", "4", "--tasks", "niah_single_1", "--in-process", "--json"]
+    answers: list[list[tuple[str, int, str]]] = []
+    for where in (["--server", url, "--output", tmp_path / "served"], ["--output", tmp_path / "files"]):
+        ended = mergeyard("evaluate", PARENTS / "long", *options, *where)
+        assert ended.code == 0, ended.err
+        rows = read_scores(Path(ended.facts["results"]).read_bytes(), "results")
+        answers.append([(row.point, row.item, row.answer) for row in rows])
+        assert ("http" in rows[0].weights) == (where[0] == "--server")
+    assert answers[0] == answers[1]
+    assert rows[0].recipe, "a merge by its digest"
+
+
+def test_a_server_is_asked_for_one_model_alone(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    models = [PARENTS / "long", PARENTS / "fmt"]
+    ended = mergeyard("evaluate", *models, "--server", "http://127.0.0.1:1/v1", "--output", tmp_path / "runs")
+    assert ended.code == 2
+    assert "the server at http://127.0.0.1:1/v1 serves one model, the job has 2 points" in ended.err
 
 
 def test_checkpoints_of_one_name_get_numbers(mergeyard: Mergeyard, tmp_path: Path) -> None:

