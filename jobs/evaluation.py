@@ -51,6 +51,12 @@ class ModelSpec:
     longest: int | None
     threads: int
 
+    @property
+    def bytes(self) -> int:
+        """What a worker holds: every parent's tensors, and the point in the engine."""
+        parents = sum(at.end - at.start for tensor in self.tensors for at in tensor.sources.values())
+        return parents + sum(tensor.bytes for tensor in self.tensors)
+
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask:

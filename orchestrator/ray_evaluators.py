@@ -14,11 +14,14 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from jobs.errors import MergeyardError, WorkerLost
+from jobs.errors import BadInput, MergeyardError, WorkerLost
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
 from orchestrator.pool import TRIES, retry_pause
 from orchestrator.ray_pool import RayPool, translated
 from workers.fingerprint import fingerprint
+
+WORKING_BYTES = 1 << 30
+"""What Python, torch and a context's keys and values take beside the weights."""
 
 LOOK_SECONDS = 5.0
 """How often a new node is looked for."""
@@ -29,7 +32,9 @@ class RayEvaluators:
 
     def __init__(self, models: Mapping[str, ModelSpec], pool: RayPool) -> None:
         self._models, self._pool = models, pool
-        self._remote: Any = ray.remote(_RemoteEvaluator).options(**pool.resources, max_restarts=0, max_task_retries=0)
+        self._memory = _memory(models, pool)
+        asked = {**pool.resources, "memory": max(pool.resources["memory"], self._memory)}
+        self._remote: Any = ray.remote(_RemoteEvaluator).options(**asked, max_restarts=0, max_task_retries=0)
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, Any] = {}
         self._running: dict[Any, tuple[int, EvaluationTask]] = {}
@@ -65,7 +70,7 @@ class RayEvaluators:
 
     def _grow(self) -> None:
         """Starts what the cluster has room for."""
-        for _ in range(self._pool.room() - len(self._actors) - len(self._starting)):
+        for _ in range(self._pool.room(self._memory) - len(self._actors) - len(self._starting)):
             actor = self._remote.remote()
             self._starting[actor.open.remote(self._models, self._pool.device, fingerprint())] = actor
 
@@ -100,6 +105,19 @@ class RayEvaluators:
             return True
         time.sleep(retry_pause(self._failures[what]))
         return False
+
+
+def _memory(models: Mapping[str, ModelSpec], pool: RayPool) -> int:
+    """What a worker on a CPU holds at once, whatever the job asks for; `BadInput` if no node has that much."""
+    if pool.device != "cpu":
+        return 0
+    needed = max(model.bytes for model in models.values()) + WORKING_BYTES
+    if pool.room(needed) == 0:
+        raise BadInput(
+            f"no node has room for an evaluation worker: parents, point and context take {needed / 1e9:.1f} GB;"
+            " use larger nodes, or fewer parents a point"
+        )
+    return needed
 
 
 class _RemoteEvaluator:

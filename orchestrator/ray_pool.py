@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, chdir, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -67,9 +68,10 @@ class RayPool:
     def workers(self) -> int:
         return self._workers
 
-    def room(self) -> int:
-        """How many workers the cluster's nodes hold now; they come and go."""
-        slots = _slots(self._spec, self._gpus)
+    def room(self, memory_bytes: int = 0) -> int:
+        """How many workers, of `memory_bytes` at least, the cluster's nodes hold now; they come and go."""
+        spec = replace(self._spec, memory_bytes=max(self._spec.memory_bytes, memory_bytes))
+        slots = _slots(spec, self._gpus)
         return min(slots, self._spec.count) if self._spec.count else slots
 
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:

@@ -33,7 +33,7 @@ def write_job(folder: Path) -> Path:
         "point": "w{w}",
         "evaluate": {"ruler": {"tasks": ["niah_single_1"], "lengths": [256, 512], "items": 24}},
         "keep": "none",
-        "workers": {"cpus": 0.5, "memory": "1GB", "count": 2},
+        "workers": {"cpus": 0.5, "memory": "1200MB", "count": 2},
         "output": str(folder),
     }
     (folder / "job.yaml").write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in job.items()))
