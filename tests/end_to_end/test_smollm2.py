@@ -47,8 +47,20 @@ def test_a_real_model_finds_needles_and_loses_them_with_length(
 ) -> None:
     lengths = os.environ.get("SMOLLM2_LENGTHS", "512").split(",")  # 512,1024,2048,4096 takes half an hour on two cores
     told = main(
-        ["evaluate", str(smollm2), "--in-process", "--json", "--output", str(tmp_path), "--items", "4"]
-        + ["--lengths", ",".join(lengths), "--tasks", "niah_single_1"]
+        [
+            "evaluate",
+            str(smollm2),
+            "--in-process",
+            "--json",
+            "--output",
+            str(tmp_path),
+            "--items",
+            "4",
+            "--lengths",
+            ",".join(lengths),
+            "--tasks",
+            "niah_single_1",
+        ]
     )
     assert told == 0
     [line] = [line for line in json.loads(capsys.readouterr().out)["leaderboard"] if line["note"] != "parent"]
