@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +72,15 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def launch(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Command]:
+def temporary() -> Iterator[Path]:
+    """Where every command here keeps its temporary files; the name is short enough for Ray's sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def launch(home: Path, temporary: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Command]:
     """`launch("run", job, …)`: the command with this checkout's code, in a folder of its own, one thread a process."""
 
     def begin(
@@ -80,7 +90,7 @@ def launch(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
         extra: Mapping[str, str] = MappingProxyType({}),
     ) -> Command:
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        ours = {"HOME": str(home), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+        ours = {"HOME": str(home), "TMPDIR": str(temporary), "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
         folder = folder or tmp_path_factory.mktemp("commands")
         return Command(tuple(str(argument) for argument in arguments), folder, inherited | ours | dict(extra))
 

@@ -182,7 +182,7 @@ def test_an_s3_server_that_stays_away_ends_the_run_with_one_line_and_running_aga
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = new_run(s3_url)
-    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "20")
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "6")
     command = start("run", run.job)
     command.until(lambda: len(run.receipts()) >= POINTS)
     s3_server.kill()

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -35,9 +33,10 @@ def foreign_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def address(home: Path, foreign_code: Path) -> Iterator[str]:
+def address(home: Path, temporary: Path, foreign_code: Path) -> Iterator[str]:
     """Of the head of a Ray of one node, which asks for `TOKEN` and would import the foreign packages."""
-    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
+    folder = temporary / "cluster"
+    folder.mkdir()
     port, client_port = free_ports(2)
     environment = {
         "PATH": "/usr/bin:/bin",
@@ -65,7 +64,6 @@ def address(home: Path, foreign_code: Path) -> Iterator[str]:
         for process in below:
             if process.is_running():
                 process.kill()
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def wait_for_runtime(head: subprocess.Popen[bytes], log: Path) -> None:
