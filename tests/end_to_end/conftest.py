@@ -74,7 +74,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def temporary() -> Iterator[Path]:
     """Where every command here keeps its temporary files; the name is short enough for Ray's sockets."""
-    folder = Path(tempfile.mkdtemp(prefix="e2e-", dir="/tmp"))
+    folder = Path(tempfile.mkdtemp(prefix="e2e-"))
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 
