@@ -210,7 +210,7 @@ class Plan:
         """Into how many tasks a shard's pending points are cut."""
         if pending == 0:
             return 0
-        for_everyone = math.ceil(2 * workers / shards) if shards < workers else 1
+        for_everyone = math.ceil(workers / shards)
         return min(pending, max(math.ceil(pending / self.most_points_a_task), for_everyone))
 
     def check_room(self) -> None:
@@ -233,7 +233,9 @@ class Plan:
         room = max(self.job.workers.memory_bytes - FIXED_BYTES, 256 << 20)
         threads = max(1, int(self.job.workers.cpus))
         scheme = self.run_url.split("://")[0] if "://" in self.run_url else ""
-        a_point = UPLOAD_BYTES.get(scheme, 2 << 20) + (threads + 2) * TILE_ELEMENTS * 4
+        largest_shard = max(shard.bytes for planned in self.merges for shard in planned.layout.shards)
+        an_upload = min(UPLOAD_BYTES.get(scheme, 2 << 20), largest_shard)
+        a_point = an_upload + (threads + 2) * TILE_ELEMENTS * 4
         return max(1, min(MOST_UPLOADS, room // 2 // a_point))
 
     def _task(self, shard: Shard, number: int, members: Sequence[PlannedPoint]) -> MergeTask:
