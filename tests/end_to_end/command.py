@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,11 @@ class Ended:
         return lines[0]
 
 
+def _heed_interrupts() -> None:
+    """What a shell puts into the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Command:
     """A running `mergeyard …`, the leader of a process group of its own, as a terminal would start it."""
 
@@ -54,6 +60,7 @@ class Command:
                 cwd=folder,
                 env=dict(environment),
                 start_new_session=True,
+                preexec_fn=_heed_interrupts,
             )
         self._seen: dict[int, psutil.Process] = {}
 
