@@ -294,7 +294,7 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     output. Raises `BadInput` for whatever cannot work.
     """
     parents = {
-        name: _open_parent(_locate(url, relative_to, job.place_of(f"parents.{name}")), name)
+        name: _open_parent(_locate(url, relative_to, job.place_of(f"parents.{name}"), bare_names=flat), name)
         for name, url in job.parents.items()
     }
     output = open_store(job.output).url
@@ -332,8 +332,8 @@ def _manifest_digest(store: Store) -> str | None:
         return None
 
 
-def _locate(url: str, relative_to: Path | None, place: str) -> str:
-    """A URL as it is, a path made absolute, and `org/name` that is no path as a repository of the hub."""
+def _locate(url: str, relative_to: Path | None, place: str, *, bare_names: bool) -> str:
+    """A URL as it is, a path made absolute, and, as mergekit documents have it, a bare `org/name` as a repository."""
     if "://" in url:
         return url
     path = Path(url).expanduser()
@@ -341,7 +341,7 @@ def _locate(url: str, relative_to: Path | None, place: str) -> str:
         path = relative_to / path
     if path.is_dir():
         return str(path.resolve())
-    if re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", url):
+    if bare_names and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", url):
         return f"hf://{url}"
     raise BadInput(f"{place}: no folder {path}; give a path, or hf://, s3://, gs:// or az://")
 
