@@ -17,16 +17,18 @@ from jobs.tasks import Parent, Setting, TensorMerge
 class ItemSet:
     """The items of one benchmark task at one length, as they lie in the run's store.
 
-    `count` of them; `share` neighbours belong together (one haystack, or one round of depths) and are never parted.
-    A task of lm-evaluation-harness, which makes its own items, is a single one of length 0. `tokens` is what one costs.
+    `digest` names what they depend on, but not how many they are: more can be made later. `parts` are the files, each
+    (first item, one after the last, key). `share` neighbours belong together (one haystack, or one round of depths) and
+    are never parted. A task of lm-evaluation-harness, which makes its own items, is a single one of length 0. `tokens`
+    is what one costs.
     """
 
     benchmark: str
     task: str
     length: int
-    count: int
     share: int
-    key: str
+    digest: str
+    parts: tuple[tuple[int, int, str], ...]
     tokens: int
 
 
@@ -86,7 +88,9 @@ class ScoreRow:
     """One item's result for one point. `score` lies in [0, 1]; `depth` is the first needle's, NaN where there is none.
 
     `recipe` is the merge's digest and `weights` that of the tensors that answered, so that no score can be taken for
-    another point's; a server elsewhere shows no tensors, and `weights` names it. `tokens` counts prompt and answer.
+    another point's; a server elsewhere shows no tensors, and `weights` names it. `items` is the digest of the set that
+    `item` counts in: rows of two models are about the same question where `items`, `task` and `item` agree. `tokens`
+    counts prompt and answer.
     `finite` is False, and the score 0, where a logit was NaN or infinite.
     """
 
@@ -94,6 +98,7 @@ class ScoreRow:
     benchmark: str
     task: str
     length: int
+    items: str
     item: int
     depth: float
     haystack: str

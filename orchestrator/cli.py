@@ -1,4 +1,4 @@
-"""`mergeyard`: the command line. Each verb is a function of `orchestrator.commands`; here is only what it is given.
+"""`mergeyard`: the command line. Each verb is a file of `orchestrator.commands`; here is only what it is given.
 
 Exit codes: 0 done, 1 failed (or, for `diff` and `verify`, different), 2 bad input, 3 inconclusive, 75 try again.
 """
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from importlib.metadata import version
 from types import FrameType
 from typing import Any
@@ -22,9 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
-        from orchestrator import commands
-
-        return int(getattr(commands, options.command.replace("-", "_"))(options))
+        verb = import_module(f"orchestrator.commands.{options.command}")
+        return int(getattr(verb, options.command)(options))
     except KeyboardInterrupt:
         return _refuse(Interrupted("stopped; the same command goes on where it stopped"))
     except MergeyardError as error:
@@ -96,6 +96,51 @@ def parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--config-from", metavar="MODEL", help="whose config.json holds where the parents disagree")
     _quiet(merge)
+
+    report = _verb(verbs, "report", "the leaderboard of a run and the page that shows all of it, from what lies there")
+    report.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
+    report.add_argument("--csv", metavar="FILE", help="write every score to FILE, a row an item; `-` prints it")
+    report.add_argument("--mlflow", metavar="URI", help="log the run to an MLflow tracking server or folder as well")
+    report.add_argument("--json", action="store_true", help="print the leaderboard as JSON")
+
+    compare = _verb(verbs, "compare", "paired differences of two models by task and length, and the items that flipped")
+    compare.add_argument("a", metavar="A", help="RUN/POINT, a run's parent as RUN/PARENT, or a checkpoint")
+    compare.add_argument("b", metavar="B", help="the other, compared as B − A")
+    compare.add_argument("--flips", type=int, default=10, metavar="N", help="items to show; default 10")
+    compare.add_argument("--json", action="store_true", help="print it as JSON")
+
+    gate = _verb(verbs, "gate", "is a point surely not worse than the baseline? asks more items until it is known")
+    _job(gate)
+    gate.add_argument("--point", help="the point to judge; default: the best of the run")
+    gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML as well")
+    _where(gate)
+
+    nightly = _verb(verbs, "nightly", "merge the newest parents, compare with the blessed merge, bless what passes")
+    _job(nightly)
+    nightly.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML as well")
+    _where(nightly)
+
+    publish = _verb(verbs, "publish", "upload a finished point, verified, with its card and results")
+    publish.add_argument("point", metavar="RUN/POINT", help="folder or URL of the point")
+    publish.add_argument("to", metavar="DESTINATION", help="hf://ORG/NAME, or the URL of a folder in a bucket")
+    publish.add_argument("--public", action="store_true", help="on the hub, for everyone to see; default: private")
+    publish.add_argument("--license", metavar="NAME", help="where those of the parents do not settle it")
+    publish.add_argument("--json", action="store_true", help="print what was uploaded as JSON")
+    _quiet(publish)
+
+    prune = _verb(verbs, "prune", "what a run holds, and removal of the points that lost: shown only, until --yes")
+    prune.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
+    prune.add_argument("--keep", type=int, default=3, metavar="N", help="best points to keep; default 3")
+    prune.add_argument("--yes", action="store_true", help="remove what is listed")
+    prune.add_argument("--json", action="store_true", help="print it as JSON")
+
+    submit = _verb(verbs, "submit", "hand a job to a Ray cluster and follow it; the same job is never started twice")
+    _job(submit)
+    submit.add_argument("--address", required=True, help="the cluster's dashboard, such as http://127.0.0.1:8265")
+    submit.add_argument("--no-wait", action="store_true", help="return when it is submitted")
+    submit.add_argument("--cancel", action="store_true", help="stop the job in place of starting it")
+    submit.add_argument("--json", action="store_true", help="print the result as JSON")
+    _quiet(submit)
 
     status = _verb(verbs, "status", "how far a run is, from its folder or bucket alone")
     status.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")

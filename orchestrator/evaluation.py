@@ -5,12 +5,13 @@ A block that has its file of scores is done: nothing is asked twice, in this run
 
 from __future__ import annotations
 
-import json
+import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.tasks import FORMAT, digest
@@ -18,12 +19,13 @@ from orchestrator.dispatching import Evaluators, dispatch
 from orchestrator.ledger import Lease, Ledger
 from orchestrator.planning import Plan
 from orchestrator.questions import Questions, RacePlan, Subject, questions
-from orchestrator.racing import RUNGS, Departure, Race, Standing
+from orchestrator.racing import RUNGS, Race, Standing
+from orchestrator.results import EvaluationResult, ranked_rows, write_results
 from orchestrator.statistics import Cell, FlipRate, flip_rate, macro_weights
 from orchestrator.watching import Watcher
 from workers.benchmarks.building import PlannedSet, stored
-from workers.benchmarks.lm_eval_adapter import OVER_LONG
-from workers.scores import read_scores, write_scores
+from workers.scores import read_scores
+from workers.storage import Store
 
 BLOCK_TOKENS = 1 << 20
 """A block of items is cut at about this many context tokens: minutes of work, so that little is lost or waited for."""
@@ -35,6 +37,12 @@ NOISE_ITEMS = 25
 
 READS_AT_ONCE = 32
 
+RENEW_SECONDS = 30.0
+"""How long what can be seen of a running evaluation may be behind."""
+
+RETRIEVAL = ("ruler", "needle")
+"""The benchmarks whose answers are generated, and may flip."""
+
 
 class OpenEvaluators(Protocol):
     """Starts workers that can hold any of these models."""
@@ -42,118 +50,105 @@ class OpenEvaluators(Protocol):
     def __call__(self, models: Mapping[str, ModelSpec]) -> Evaluators: ...
 
 
-@dataclass(frozen=True)
-class EvaluationResult:
-    """All scores of a run, and what the race made of them; `standing` is best first, baselines apart.
-
-    `ranked` names the benchmarks that points are ranked by; `race` is None where every point answered everything.
-    `baselines`, `parents` and `same` are as in `Questions`.
-    """
-
-    rows: list[ScoreRow]
-    ranked: tuple[str, ...]
-    standing: tuple[Standing, ...]
-    departures: tuple[Departure, ...]
-    baselines: tuple[str, ...]
-    parents: tuple[str, ...]
-    same: Mapping[str, str]
-    noise: FlipRate | None
-    cost_share: float
-    race: RacePlan | None
-
-    def ranked_rows(self) -> list[ScoreRow]:
-        """The rows that the ranking counts."""
-        return ranked_rows(self.rows, self.ranked)
-
-    def race_document(self) -> dict[str, Any]:
-        """The audit trail: who left when and why, who stayed, and how sure the noise lets one be."""
-        return {
-            "race": None if self.race is None else {**asdict(self.race.spec), "items": self.race.items},
-            "departures": [asdict(departure) for departure in self.departures],
-            "standing": [asdict(standing) for standing in self.standing],
-            "noise": None if self.noise is None else asdict(self.noise),
-            "cost_share": self.cost_share,
-        }
-
-
 def evaluate(
     plan: Plan, open_evaluators: OpenEvaluators, watcher: Watcher, asked: Questions | None = None
 ) -> EvaluationResult:
     """Every point's scores, or as many as the race needs; parents answer everything, as baselines.
 
-    Leaves `report/results.parquet` and `report/race.json` in the run. `asked` is what `questions` says of the plan.
+    Leaves `report/results.parquet` and `report/evaluation.json` in the run, and renews them on the way. `asked` is what
+    `questions` says of the plan.
     """
-    asked = asked or questions(plan)
-    ledger = Ledger(plan.run_url, plan.places)
-    with Lease(ledger.store, plan.places.record("lease.json")) as lease:
-        ledger.claim(plan.job.text, plan.document())
-        session = _Session(asked, ledger, lease, open_evaluators, watcher)
-        try:
-            result = session.run()
-        finally:
-            session.close()
-        lease.check()
-        ledger.store.write("report/results.parquet", write_scores(result.rows))
-        ledger.store.write("report/race.json", json.dumps(result.race_document(), indent=1).encode())
-        return result
+    with Session.of(plan, asked or questions(plan), open_evaluators, watcher) as session:
+        return session.run()
 
 
-class _Session:
-    """One evaluation at work: which blocks are known, and what they said."""
+class Session:
+    """The right to ask the models of a run, and what they have answered so far; answers stay in the store."""
 
     def __init__(
-        self, asked: Questions, ledger: Ledger, lease: Lease, open_evaluators: OpenEvaluators, watcher: Watcher
+        self,
+        plan: Plan,
+        asked: Questions,
+        ledger: Ledger,
+        lease: Lease,
+        open_evaluators: OpenEvaluators,
+        watcher: Watcher,
     ) -> None:
-        self._asked, self._ledger, self._lease, self._watcher = asked, ledger, lease, watcher
+        self._seed, self._asked, self._ledger, self._lease, self._watcher = plan.job.seed, asked, ledger, lease, watcher
         self._open = open_evaluators
         self._evaluators: Evaluators | None = None
-        self._files = {info.key for info in ledger.store.list("scores/")}
-        self._rows: dict[str, list[ScoreRow]] = {}
+        self._blocks = _Blocks(ledger.store)
         self._sets: dict[str, ItemSet] = {}
+        self._race: Race | None = None
+        self._renewed, self._pause = time.monotonic(), RENEW_SECONDS
+
+    @classmethod
+    @contextmanager
+    def of(cls, plan: Plan, asked: Questions, open_evaluators: OpenEvaluators, watcher: Watcher) -> Generator[Session]:
+        """A session of this plan's run, while no other driver has one; the workers are let go at its end."""
+        ledger = Ledger(plan.run_url, plan.places)
+        with Lease(ledger.store, plan.places.record("lease.json")) as lease:
+            ledger.claim(plan.job.text, plan.document())
+            session = cls(plan, asked, ledger, lease, open_evaluators, watcher)
+            try:
+                yield session
+            finally:
+                session.close()
+            lease.check()
 
     def run(self) -> EvaluationResult:
         """The race or the whole grid, then the parents, then the noise floor."""
         asked = self._asked
-        self._build()
-        race = None if asked.race is None else self._raced(asked.race)
-        stayed = [asked.points[name] for name in (asked.points if race is None else race.live)]
-        self._ask(stayed, f"evaluating {len(stayed)} points")
-        self._ask([*asked.baselines.values()], "evaluating the parents")
-        counted = ranked_rows(self._every_row(), asked.ranked)
-        standing = _standing(counted, [*asked.points]) if race is None else race.standing()
-        return EvaluationResult(
-            noise=self._noise(asked.points[standing[0].point]),
-            rows=self._every_row(),
-            ranked=asked.ranked,
-            standing=standing,
-            departures=() if race is None else tuple(race.departures),
-            baselines=tuple(asked.baselines),
-            parents=asked.parents,
-            same=asked.same,
-            cost_share=1.0 if race is None else race.spent() / race.full_cost(),
-            race=asked.race,
-        )
+        subjects = [*asked.points.values(), *asked.baselines.values()]
+        self.make(subjects)
+        if asked.race is not None:
+            self._run_race(asked.race)
+        stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
+        self.ask(stayed, f"evaluating {len(stayed)} points")
+        self.ask([*asked.baselines.values()], "evaluating the parents")
+        leader = asked.points[self._standing()[0].point]
+        result = self._result(noise=self._noise(leader), finished=True)
+        write_results(self._ledger.store, result)
+        return result
 
     def close(self) -> None:
         """Lets go of the workers."""
         if self._evaluators is not None:
             self._evaluators.close()
 
-    def _build(self) -> None:
-        """Every set of items, in the store."""
-        subjects = (*self._asked.points.values(), *self._asked.baselines.values())
-        planned = {entry.key: entry for subject in subjects for entry in subject.sets.values()}
-        self._watcher.begin_stage(sum(entry.count * entry.length for entry in planned.values()), "making items")
-        for key, entry in planned.items():
-            self._sets[key] = stored(entry, self._ledger.store)
+    def make(self, subjects: Iterable[Subject], counts: Mapping[Cell, int] | None = None) -> None:
+        """These subjects' sets of items, in the store; with at least so many items where `counts` says so."""
+        wanted = {
+            (planned.digest, (counts or {}).get(cell)): planned
+            for subject in subjects
+            for cell, planned in subject.sets.items()
+        }
+        self._watcher.begin_stage(sum(planned.made * planned.length for planned in wanted.values()), "making items")
+        for (name, count), planned in wanted.items():
+            self._sets[name] = stored(planned, self._ledger.store, count)
             self._lease.check()
-            self._watcher.advance(entry.count * entry.length)
+            self._watcher.advance(planned.made * planned.length)
 
-    def _raced(self, planned: RacePlan) -> Race:
+    def ask(self, subjects: Iterable[Subject], text: str, wanted: Mapping[Cell, range] | None = None) -> None:
+        """What these have not answered yet of what everyone is asked, or of the items that are wanted of each cell."""
+        requests = [
+            _Request(subject, cell, range(planned.count) if wanted is None else wanted[cell])
+            for subject in subjects
+            for cell, planned in subject.sets.items()
+            if wanted is None or cell in wanted
+        ]
+        for _ in self._answers(requests, text):
+            pass
+
+    def rows(self) -> list[ScoreRow]:
+        """Every answer that was given or recalled in this session, in a fixed order."""
+        return self._blocks.rows()
+
+    def _run_race(self, planned: RacePlan) -> None:
         """The race, run to its end; departures are told as they happen."""
         points, share = self._asked.points, planned.share
         sets = next(iter(points.values())).sets
-        race = Race(
+        race = self._race = Race(
             [*points],
             [cell for cell, entry in sets.items() if entry.benchmark == planned.benchmark],
             rungs=[*(rung for rung in RUNGS if -(-rung // share) * share < planned.items), planned.items],
@@ -164,110 +159,186 @@ class _Session:
             confirmation=planned.fresh,
         )
         while not race.finished:
-            tasks = [
-                task
-                for block in race.next_blocks()
-                for task in self._tasks(points[block.point], block.cell, block.items)
-            ]
-            for task, rows in self._answers(tasks, f"racing {len(race.live)} points"):
-                cell = Cell(task.items.task, task.items.length)
-                race.record(task.point, cell, [row.item for row in rows], [row.score for row in rows])
+            requests = [_Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
+            for request, rows in self._answers(requests, f"racing {len(race.live)} points"):
+                race.record(request.subject.name, request.cell, [row.item for row in rows], [row.score for row in rows])
             for departure in race.eliminate():
                 self._watcher.departed(departure)
-        return race
-
-    def _ask(self, subjects: Sequence[Subject], text: str) -> None:
-        """Everything that everyone is asked and these have not answered yet."""
-        answered: dict[tuple[str, str, int], set[int]] = defaultdict(set)
-        for row in self._every_row():
-            answered[row.point, row.task, row.length].add(row.item)
-        tasks = [
-            task
-            for subject in subjects
-            for cell, planned in subject.sets.items()
-            for wanted in _gaps(range(planned.count), answered[subject.name, cell.task, cell.length])
-            for task in self._tasks(subject, cell, wanted)
-        ]
-        for _ in self._answers(tasks, text):
-            pass
 
     def _noise(self, leader: Subject) -> FlipRate | None:
         """How often the leader's own answers flip when it is asked the same again; None without answers."""
-        sets = {cell: planned for cell, planned in leader.sets.items() if planned.benchmark in ("ruler", "needle")}
-        tasks = [
-            task
-            for cell, planned in sets.items()
-            for task in self._tasks(leader, cell, _first_items(planned, NOISE_ITEMS), repeat=1)
+        requests = [
+            _Request(leader, cell, _first_items(planned, NOISE_ITEMS), repeat=1)
+            for cell, planned in leader.sets.items()
+            if planned.benchmark in RETRIEVAL
         ]
-        second = {_place(row): row.score for _, rows in self._answers(tasks, "asking again") for row in rows}
-        first = {_place(row): row.score for row in self._every_row() if row.point == leader.name}
+        second = {_place(row): row.score for _, rows in self._answers(requests, "asking again") for row in rows}
+        first = {_place(row): row.score for row in self.rows() if row.point == leader.name}
         places = sorted(second.keys() & first.keys())
         if not places:
             return None
         return flip_rate([first[place] for place in places], [second[place] for place in places])
 
-    def _tasks(self, subject: Subject, cell: Cell, wanted: range, *, repeat: int = 0) -> Iterator[EvaluationTask]:
-        """Blocks of a fixed grid that cover the wanted items: however a run was cut, its blocks are the same."""
-        planned = subject.planned
-        items = self._sets[subject.sets[cell].key]
+    def _answers(self, requests: Iterable[_Request], text: str) -> Iterator[tuple[_Request, list[ScoreRow]]]:
+        """The wanted rows of each request as they come: first what the store has, then what workers answer."""
+        wanted = list(requests)
+        prefixes = {id(request): self._prefix(request) for request in wanted}
+        self._blocks.recall((prefixes[id(request)], request.items) for request in wanted)
+        waiting: dict[str, tuple[EvaluationTask, _Request]] = {}
+        for request in wanted:
+            yield from ((request, rows) for rows in self._blocks.within(prefixes[id(request)], request.items))
+            for gap in self._blocks.gaps(prefixes[id(request)], request.items):
+                waiting |= {task.key: (task, request) for task in self._tasks(request, gap, prefixes[id(request)])}
+        if not waiting:
+            return
+        self._watcher.begin_stage(sum(task.tokens for task, _ in waiting.values()), text)
+        if self._evaluators is None:
+            self._evaluators = self._open(self._asked.models)
+        for task, rows in dispatch([task for task, _ in waiting.values()], self._evaluators):
+            self._lease.check()
+            self._blocks.add(task.key, rows)
+            self._watcher.advance(task.tokens)
+            yield waiting[task.key][1], rows
+            self._renew()
+
+    def _prefix(self, request: _Request) -> str:
+        """What the files of these answers are called, but for their items: it names all that the answers depend on."""
+        subject, items = request.subject, request.subject.sets[request.cell]
         spec = self._asked.models[subject.model]
+        asked_with = [spec.engine, spec.url, dict(spec.options)]
+        unit = digest(
+            [FORMAT, subject.planned.digest, subject.planned.layout.beside, items.digest, asked_with, request.repeat]
+        )
+        return f"scores/{subject.name}/{items.task}-{items.length}-{unit[:16]}"
+
+    def _tasks(self, request: _Request, wanted: range, prefix: str) -> Iterator[EvaluationTask]:
+        """Blocks of a fixed grid that cover the wanted items: however a run was cut, its blocks are the same."""
+        planned = request.subject.planned
+        items = self._sets[request.subject.sets[request.cell].digest]
         step = max(1, min(BLOCK_ITEMS, BLOCK_TOKENS // items.tokens) // items.share) * items.share
         for start in range(wanted.start // step * step, wanted.stop, step):
             first, last = max(start, wanted.start), min(start + step, wanted.stop)
-            asked_with = [spec.engine, spec.url, dict(spec.options)]
-            unit = digest([FORMAT, planned.digest, planned.layout.beside, items.key, first, last, asked_with, repeat])
-            key = f"scores/{planned.name}/{items.task}-{items.length}-{first:05d}-{unit[:16]}.parquet"
             yield EvaluationTask(
-                subject.model, planned.name, planned.digest, planned.settings, items, first, last, repeat, key
+                request.subject.model,
+                planned.name,
+                planned.digest,
+                planned.settings,
+                items,
+                first,
+                last,
+                request.repeat,
+                f"{prefix}-{first:06d}-{last:06d}.parquet",
             )
 
-    def _answers(self, tasks: Iterable[EvaluationTask], text: str) -> Iterator[tuple[EvaluationTask, list[ScoreRow]]]:
-        """Each block's scores as they come: first those that lie in the store, then those that workers answer."""
-        wanted = list(tasks)
-        self._recall([task.key for task in wanted if task.key in self._files and task.key not in self._rows])
-        yield from ((task, self._rows[task.key]) for task in wanted if task.key in self._rows)
-        waiting = [task for task in wanted if task.key not in self._rows]
-        if not waiting:
+    def _standing(self) -> tuple[Standing, ...]:
+        if self._race is not None:
+            return self._race.standing()
+        return _standing(ranked_rows(self.rows(), self._asked.ranked), [*self._asked.points])
+
+    def _renew(self) -> None:
+        """Lets who looks at the run see how it stands, now and then: a twentieth of the time at most."""
+        if time.monotonic() - self._renewed < self._pause:
             return
-        self._watcher.begin_stage(sum(task.tokens for task in waiting), text)
-        if self._evaluators is None:
-            self._evaluators = self._open(self._asked.models)
-        for task, rows in dispatch(waiting, self._evaluators):
-            self._lease.check()
-            self._rows[task.key] = rows
-            self._watcher.advance(task.tokens)
-            yield task, rows
+        began = time.monotonic()
+        write_results(self._ledger.store, self._result(noise=None, finished=False))
+        self._renewed = time.monotonic()
+        self._pause = max(RENEW_SECONDS, 20 * (self._renewed - began))
 
-    def _recall(self, keys: Sequence[str]) -> None:
-        """The scores in these files; a resumed run may have a hundred thousand."""
+    def _result(self, *, noise: FlipRate | None, finished: bool) -> EvaluationResult:
+        asked, race = self._asked, self._race
+        return EvaluationResult(
+            rows=self.rows(),
+            ranked=asked.ranked,
+            standing=self._standing(),
+            departures=() if race is None else tuple(race.departures),
+            baselines=tuple(asked.baselines),
+            parents=asked.parents,
+            same=asked.same,
+            noise=noise,
+            cost_share=1.0 if race is None else race.spent() / race.full_cost(),
+            race=asked.race,
+            seed=self._seed,
+            finished=finished,
+        )
 
-        def read(key: str) -> list[ScoreRow]:
-            return read_scores(bytes(self._ledger.store.read(key)), key)
 
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """Items of one cell that a subject is to answer; `repeat` > 0 asks again."""
+
+    subject: Subject
+    cell: Cell
+    items: range
+    repeat: int = 0
+
+
+class _Blocks:
+    """The files of scores: which items each has, and the rows that were wanted in this session.
+
+    A file is `PREFIX-FIRST-LAST.parquet`; what one prefix holds was answered under the same conditions.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read_rows: dict[str, list[ScoreRow]] = {}
+        self._files: dict[str, dict[str, range]] = defaultdict(dict)
+        self._wanted: dict[tuple[str, str, str, int, str, int], ScoreRow] = {}
+        for info in store.list("scores/"):
+            self._note(info.key)
+
+    def _note(self, key: str) -> None:
+        prefix, first, last = key.removesuffix(".parquet").rsplit("-", 2)
+        self._files[prefix][key] = range(int(first), int(last))
+
+    def add(self, key: str, rows: list[ScoreRow]) -> None:
+        """A block that was answered now, all of it wanted."""
+        self._note(key)
+        self._read_rows[key] = rows
+        self._keep(rows)
+
+    def recall(self, wanted: Iterable[tuple[str, range]]) -> None:
+        """Reads the files that have any of these items; a resumed run may have a hundred thousand."""
+        found = {key for prefix, items in wanted for key in self._overlapping(prefix, items)}
+        keys = sorted(found - self._read_rows.keys())
         with ThreadPoolExecutor(READS_AT_ONCE, "scores") as pool:
-            self._rows.update(zip(keys, pool.map(read, keys), strict=True))
+            self._read_rows.update(zip(keys, pool.map(self._read, keys), strict=True))
 
-    def _every_row(self) -> list[ScoreRow]:
-        rows = [row for block in self._rows.values() for row in block if row.repeat == 0]
-        return sorted(rows, key=lambda row: (row.point, row.benchmark, row.task, row.length, row.item))
+    def _read(self, key: str) -> list[ScoreRow]:
+        return read_scores(bytes(self._store.read(key)), key)
+
+    def _overlapping(self, prefix: str, items: range) -> list[str]:
+        files = self._files.get(prefix, {})
+        return sorted(key for key, has in files.items() if has.start < items.stop and items.start < has.stop)
+
+    def within(self, prefix: str, items: range) -> Iterator[list[ScoreRow]]:
+        """The recalled rows about these items, a list a file; a whole task (length 0) counts its items by itself."""
+        for key in self._overlapping(prefix, items):
+            rows = [row for row in self._read_rows[key] if row.item in items or row.length == 0]
+            self._keep(rows)
+            yield rows
+
+    def _keep(self, rows: Iterable[ScoreRow]) -> None:
+        for row in rows:
+            if row.repeat == 0:
+                self._wanted[row.point, row.benchmark, row.task, row.length, row.items, row.item] = row
+
+    def gaps(self, prefix: str, items: range) -> Iterator[range]:
+        """The stretches of these items that no file has."""
+        at = items.start
+        for has in sorted((self._files[prefix][key] for key in self._overlapping(prefix, items)), key=_start):
+            if has.start > at:
+                yield range(at, has.start)
+            at = max(at, has.stop)
+        if at < items.stop:
+            yield range(at, items.stop)
+
+    def rows(self) -> list[ScoreRow]:
+        """All that were wanted, each once."""
+        return [self._wanted[place] for place in sorted(self._wanted)]
 
 
-def ranked_rows(rows: Iterable[ScoreRow], benchmarks: Sequence[str]) -> list[ScoreRow]:
-    """The rows of these benchmarks, but for what only counts unasked items."""
-    return [row for row in rows if row.benchmark in benchmarks and not row.task.endswith(f":{OVER_LONG}")]
-
-
-def _gaps(wanted: range, known: set[int]) -> Iterator[range]:
-    """The stretches of `wanted` that are not known."""
-    start: int | None = None
-    for item in wanted:
-        if item not in known and start is None:
-            start = item
-        elif item in known and start is not None:
-            yield range(start, item)
-            start = None
-    if start is not None:
-        yield range(start, wanted.stop)
+def _start(items: range) -> int:
+    return items.start
 
 
 def _first_items(planned: PlannedSet, least: int) -> range:

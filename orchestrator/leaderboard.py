@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation import ScoreRow
-from orchestrator.evaluation import EvaluationResult
+from orchestrator.results import EvaluationResult
 from orchestrator.statistics import CellSample, cell_sample, macro_mean
 from workers.benchmarks.perplexity import FIRST_BLOCK
 from workers.benchmarks.scores import (

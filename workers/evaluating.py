@@ -82,6 +82,7 @@ class Evaluator:
                 point=task.point,
                 benchmark=task.items.benchmark,
                 length=task.items.length,
+                items=task.items.digest,
                 recipe=task.digest,
                 weights=resident.weights,
                 repeat=task.repeat,
@@ -89,14 +90,15 @@ class Evaluator:
             )
 
     def _answers(self, task: EvaluationTask, engine: Engine, resident: _Resident) -> Iterator[dict[str, Any]]:
-        items = read_items(self._items(task.items.key), task.first, task.last)
+        items = [item for data, first, last in self._stretches(task) for item in read_items(data, first, last)]
         prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
         answers = engine.generate(prompts)
         return (_answered(item, answer) for item, answer in zip(items, answers, strict=True))
 
     def _perplexities(self, task: EvaluationTask, engine: Engine, resident: _Resident) -> Iterator[dict[str, Any]]:
         """One row a window and block of positions; the score is the geometric mean of the tokens' likelihoods."""
-        for window in read_windows(self._items(task.items.key), task.first, task.last):
+        [(data, first, last)] = self._stretches(task)
+        for window in read_windows(data, first, last):
             started = time.perf_counter()
             [likelihoods] = engine.score([window.tokens.tolist()])
             seconds = time.perf_counter() - started
@@ -119,7 +121,8 @@ class Evaluator:
 
     def _lm_eval(self, task: EvaluationTask, engine: Engine, resident: _Resident) -> Iterator[dict[str, Any]]:
         """One row an item and metric of a task of lm-evaluation-harness."""
-        told = json.loads(self._items(task.items.key))
+        [(data, _, _)] = self._stretches(task)
+        told = json.loads(data)
         for score in sample_scores(engine, told["task"], told["limit"], beginning=resident.beginning):
             place = f"{score.metric.partition(':')[0]}-{score.item}"
             yield {
@@ -134,6 +137,14 @@ class Evaluator:
                 "tokens": score.tokens,
                 "seconds": score.seconds,
             }
+
+    def _stretches(self, task: EvaluationTask) -> Iterator[tuple[bytes, int, int]]:
+        """The files that hold the task's items, each with the rows of it that are asked."""
+        at = task.first
+        for first, last, key in task.items.parts:
+            if first <= at < min(last, task.last):
+                yield self._items(key), at - first, min(last, task.last) - first
+                at = min(last, task.last)
 
     def _read(self, key: str) -> bytes:
         return bytes(self._store.read(key))

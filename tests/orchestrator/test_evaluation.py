@@ -17,9 +17,10 @@ import pytest
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
 from jobs.job import load_job
 from jobs.manifest import Manifest
-from orchestrator.evaluation import EvaluationResult, evaluate
+from orchestrator.evaluation import evaluate
 from orchestrator.evaluators import InProcessEvaluators
 from orchestrator.planning import make_plan
+from orchestrator.results import EvaluationResult, read_results
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
 from tests.workers.engines.test_openai_engine import Handler
@@ -93,7 +94,9 @@ def results(folder: Path) -> list[ScoreRow]:
 
 
 def race_record(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "runs" / "tiny" / "report" / "race.json").read_text())
+    record = json.loads((folder / "runs" / "tiny" / "report" / "evaluation.json").read_text())
+    assert record["finished"]
+    return {key: record[key] for key in ("departures", "standing", "noise", "cost_share")}
 
 
 class Counting(InProcessEvaluators):
@@ -167,7 +170,7 @@ def test_keep_best_writes_the_best_and_no_other(mergeyard: Mergeyard, job_file: 
 def test_every_set_of_items_is_there_once_for_all_points(tmp_path: Path) -> None:
     _, asked = evaluated(job_text(tmp_path))
     assert len(list((tmp_path / "runs/tiny/items").iterdir())) == 1
-    assert len({task.items.key for task in asked}) == 1
+    assert len({task.items.digest for task in asked}) == 1
 
 
 def test_a_run_that_broke_off_asks_only_what_is_missing(tmp_path: Path) -> None:
@@ -187,6 +190,13 @@ def test_another_grid_over_the_same_run_is_refused(tmp_path: Path) -> None:
     evaluated(job_text(tmp_path))
     with pytest.raises(Exception, match="belongs to another job"):
         evaluated(job_text(tmp_path, grid={"w": [0.5]}))
+
+
+def test_more_items_ask_only_for_those(tmp_path: Path) -> None:
+    few, _ = evaluated(job_text(tmp_path))
+    more, asked = evaluated(job_text(tmp_path, evaluate={"ruler": {**RULER, "items": 9}}))
+    assert {(task.first, task.last) for task in asked} == {(6, 9), (0, 9)}, "and the noise floor is of nine items"
+    assert [row for row in more.rows if row.item < 6] == few.rows
 
 
 def test_another_length_asks_only_for_that_length(tmp_path: Path) -> None:
@@ -258,7 +268,8 @@ def test_a_race_that_broke_off_goes_on_to_the_same_end(tmp_path: Path) -> None:
         evaluated(job_text(tmp_path, **scaled_race()), most=6)
     resumed, rest = evaluated(job_text(tmp_path, **scaled_race()))
     assert len(rest) == len(everything) - 6
-    assert resumed.race_document() == whole.race_document() == race_record(tmp_path)
+    assert resumed.race_document() == whole.race_document() == whole.race_document() | race_record(tmp_path)
+    assert read_results(str(tmp_path / "runs" / "tiny")) == resumed
 
 
 def test_only_those_who_stay_answer_what_is_not_raced_over(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import pytest
 
 from jobs.evaluation import ScoreRow
-from orchestrator.evaluation import EvaluationResult
+from orchestrator.results import EvaluationResult
 from orchestrator.leaderboard import leaderboard, perplexity_by_position, print_leaderboard, short_length
 from orchestrator.racing import Departure, Standing
 
@@ -24,6 +24,7 @@ def row(point: str, task: str, length: int, item: int, score: float, **more) -> 
         "finite": True,
         "tokens": 10,
         "seconds": 0.1,
+        "items": "set",
         "recipe": point,
         "weights": point,
         "repeat": 0,
@@ -49,6 +50,8 @@ def result(rows: Sequence[ScoreRow], points: Sequence[Standing], **more) -> Eval
         "noise": None,
         "cost_share": 1.0,
         "race": None,
+        "seed": 0,
+        "finished": True,
     }
     return EvaluationResult(rows=[*rows], standing=tuple(points), **{**fields, **more})
 

@@ -62,7 +62,7 @@ def tasks(plan: Plan, asked: Questions, point: str) -> list[EvaluationTask]:
     """Each set as one block for a point."""
     subject = asked.points[point]
     store = open_store(plan.run_url)
-    sets = [stored(planned, store) for planned in subject.sets.values()]
+    sets = [(stored(planned, store), planned.count) for planned in subject.sets.values()]
     return [
         EvaluationTask(
             subject.model,
@@ -71,11 +71,11 @@ def tasks(plan: Plan, asked: Questions, point: str) -> list[EvaluationTask]:
             subject.planned.settings,
             items,
             0,
-            items.count,
+            count,
             0,
             f"scores/{point}/{items.task}-{items.length}.parquet",
         )
-        for items in sets
+        for items, count in sets
     ]
 
 
@@ -101,7 +101,8 @@ def test_an_unwritten_point_answers_token_for_token_what_the_written_one_does(tm
         engine = TransformersEngine.from_folder(tmp_path / "runs/tiny/points" / point, device="cpu")
         for length in (320, 512):
             mine = [row for row in of(rows, point) if row.length == length]
-            [key] = {task.items.key for task in tasks(plan, questions(plan), point) if task.items.length == length}
+            sets = [task.items for task in tasks(plan, questions(plan), point) if task.items.length == length]
+            [(_, _, key)] = sets[0].parts
             items = read_items(bytes(open_store(plan.run_url).read(key)))
             prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
             answers = engine.generate(prompts)
@@ -200,7 +201,7 @@ def test_one_worker_answers_for_models_of_different_layouts(tmp_path: Path) -> N
     rows = answered(plan, "long", "fmt")
     for parent in ("long", "fmt"):
         engine = TransformersEngine.from_folder(PARENTS / parent, device="cpu")
-        items = read_items(bytes(open_store(plan.run_url).read(tasks(plan, asked, parent)[0].items.key)))
+        items = read_items(bytes(open_store(plan.run_url).read(tasks(plan, asked, parent)[0].items.parts[0][2])))
         prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
         assert [row.answer for row in of(rows, parent)[:6]] == [answer.text for answer in engine.generate(prompts)]
 

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadInput, MergeyardError, ObjectExists, ObjectMissing
+from jobs.errors import BadInput, MergeyardError, ObjectExists
 from jobs.evaluation import ItemSet
 from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
 from jobs.loading import quoted, suggestion
@@ -35,24 +35,31 @@ Frame = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class PlannedSet:
-    """A set that can be built: what it is, the digest of all that it depends on, and how to make its file.
+    """A set that can be built: what it is, the digest of all that it depends on, and how to make a file of its items.
 
-    `count` items are asked of everyone; the file may hold more. `place` is the line of the job file that asks for it.
+    `count` items are asked of everyone, `made` are made at first. `grows` where more can be made later, as every item
+    depends on its own number alone. `place` is the line of the job file that asks for it.
     """
 
     benchmark: str
     task: str
     length: int
     count: int
+    made: int
     digest: str
-    build: Callable[[], bytes]
+    build: Callable[[range], bytes]
     place: str
     share: int = 1
+    grows: bool = False
 
     @property
-    def key(self) -> str:
-        """Where it lies in a run."""
-        return f"items/{self.digest}.{'json' if self.benchmark == 'lm_eval' else 'parquet'}"
+    def folder(self) -> str:
+        """Where its files lie in a run."""
+        return f"items/{self.digest}/"
+
+    def key(self, first: int, last: int) -> str:
+        """The file of items `[first, last)`."""
+        return f"{self.folder}{first:06d}-{last:06d}.{'json' if self.benchmark == 'lm_eval' else 'parquet'}"
 
 
 class Reader:
@@ -111,26 +118,50 @@ def planned_sets(
     return sets
 
 
-def stored(planned: PlannedSet, store: Store) -> ItemSet:
-    """The set in the store; built now if nobody has built it before."""
-    try:
-        store.locate(planned.key)
-    except ObjectMissing:
+def stored(planned: PlannedSet, store: Store, count: int | None = None) -> ItemSet:
+    """The set in the store, with `count` items or, without it, as many as are planned; what is missing is built now."""
+    wanted = range(planned.made if count is None or not planned.grows else count)
+    parts = _parts(planned, store)
+    for missing in _missing(wanted, parts):
+        key = planned.key(missing.start, missing.stop)
         try:
-            data = planned.build()
+            data = planned.build(missing)
         except BadInput as error:
             raise BadInput(f"{planned.place}: {error}") from error
         with suppress(ObjectExists):  # another driver built the same bytes
-            store.write(planned.key, data, mode="create")
+            store.write(key, data, mode="create")
+        parts.append((missing.start, missing.stop, key))
     return ItemSet(
         benchmark=planned.benchmark,
         task=planned.task,
         length=planned.length,
-        count=planned.count,
         share=planned.share,
-        key=planned.key,
+        digest=planned.digest,
+        parts=tuple(sorted(parts)),
         tokens=planned.length or LM_EVAL_TOKENS,
     )
+
+
+def _parts(planned: PlannedSet, store: Store) -> list[tuple[int, int, str]]:
+    """The set's files in the store: first item, one after the last, key."""
+    found: list[tuple[int, int, str]] = []
+    for info in store.list(planned.folder):
+        first, _, last = info.key.rpartition("/")[2].partition(".")[0].partition("-")
+        found.append((int(first), int(last), info.key))
+    return found
+
+
+def _missing(wanted: range, parts: Sequence[tuple[int, int, str]]) -> list[range]:
+    """The stretches of `wanted` that no part has."""
+    gaps: list[range] = []
+    at = wanted.start
+    for first, last, _ in sorted(parts):
+        if first > at:
+            gaps.append(range(at, min(first, wanted.stop)))
+        at = max(at, last)
+        if at >= wanted.stop:
+            return gaps
+    return [*gaps, range(at, wanted.stop)]
 
 
 def _ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
@@ -181,12 +212,11 @@ def _ruler_set(
     share = spec.questions if task in NIAH else 1
     asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents, "frame": frame}
 
-    def build() -> bytes:
-        return write_items(ruler_items(tokenizer, task, length, indices=range(made), seed=seed, **asked))
+    def build(wanted: range) -> bytes:
+        return write_items(ruler_items(tokenizer, task, length, indices=wanted, seed=seed, **asked))
 
-    described = ruler_spec(task, items=made, **asked)
-    address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
-    return PlannedSet("ruler", task, length, spec.items, address, build, spec.place, share)
+    address = items_digest(ruler_spec(task, **asked), tokenizer=tokenizer.digest, length=length, seed=seed)
+    return PlannedSet("ruler", task, length, spec.items, made, address, build, spec.place, share, grows=True)
 
 
 def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
@@ -204,12 +234,11 @@ def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
         asked["essay"] = Essay(reader.prose(spec.haystack, spec.place), place=spec.place)
 
     def planned(length: int) -> PlannedSet:
-        def build() -> bytes:
-            return write_items(needle_items(tokenizer, length, indices=range(made), seed=seed, **asked))
+        def build(wanted: range) -> bytes:
+            return write_items(needle_items(tokenizer, length, indices=wanted, seed=seed, **asked))
 
-        described = needle_spec(items=made, **asked)
-        address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
-        return PlannedSet("needle", "needle", length, count, address, build, spec.place, spec.depths)
+        address = items_digest(needle_spec(**asked), tokenizer=tokenizer.digest, length=length, seed=seed)
+        return PlannedSet("needle", "needle", length, count, made, address, build, spec.place, spec.depths, grows=True)
 
     return [planned(length) for length in spec.lengths]
 
@@ -228,11 +257,11 @@ def _perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int, reader: R
         return windows(tokenizer, text, spec.lengths, items=spec.blocks)
 
     def planned(length: int) -> PlannedSet:
-        def build() -> bytes:
+        def build(_: range) -> bytes:
             return write_windows([window for window in made() if window.length == length])
 
         address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
-        return PlannedSet("perplexity", "perplexity", length, spec.blocks, address, build, spec.place)
+        return PlannedSet("perplexity", "perplexity", length, spec.blocks, spec.blocks, address, build, spec.place)
 
     return [planned(length) for length in spec.lengths]
 
@@ -251,6 +280,6 @@ def _lm_eval(spec: LmEvalSpec, reader: Reader) -> list[PlannedSet]:
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
         name = Path(task).stem if "content" in told else task
         told_as_bytes = canonical_json(told).encode()
-        return PlannedSet("lm_eval", name, 0, 1, digest(told), lambda: told_as_bytes, spec.place)
+        return PlannedSet("lm_eval", name, 0, 1, 1, digest(told), lambda _: told_as_bytes, spec.place)
 
     return [planned(task) for task in spec.tasks]

@@ -87,7 +87,6 @@ def _question_of_key(questions: Sequence[Sequence[int]]) -> list[int]:
 def needle_spec(
     *,
     depths: Sequence[float],
-    items: int,
     questions: int = 1,
     haystack: Literal["essay", "noise"] = "essay",
     essay: Essay | None = None,
@@ -99,7 +98,6 @@ def needle_spec(
     return {
         "benchmark": "needle",
         "depths": list(depths),
-        "items": items,
         "questions": questions,
         "haystack": (essay or bundled_essay()).digest if haystack == "essay" else haystack,
         "scorer": scorer,

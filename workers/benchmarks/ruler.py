@@ -93,7 +93,6 @@ def ruler_items(
 def ruler_spec(
     task: str,
     *,
-    items: int,
     questions: int = 1,
     essay: Essay | None = None,
     documents: Mapping[str, Library] | None = None,
@@ -105,7 +104,6 @@ def ruler_spec(
     return {
         "benchmark": "ruler",
         "task": task,
-        "items": items,
         "questions": questions if task in NIAH else 1,
         "essay": (essay or bundled_essay()).digest if task in NIAH and NIAH[task].haystack == "essay" else None,
         "documents": library.digest if library else None,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import BadInput
+from jobs.evaluation import ItemSet
 from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
 from workers.benchmarks.answering import read_squad
 from workers.benchmarks.building import PlannedSet, Reader, default_tasks, planned_sets, stored
@@ -58,6 +59,12 @@ def squad(tmp_path: Path) -> Path:
     return path
 
 
+def part(items: ItemSet, store: Store) -> bytes:
+    """The only file of a set."""
+    [(_, _, key)] = items.parts
+    return bytes(store.read(key))
+
+
 def test_there_is_a_set_for_each_task_and_length(tokenizer: Tokenizer) -> None:
     planned = plan_ruler(tokenizer)
     assert [(entry.benchmark, entry.task, entry.length, entry.count, entry.share) for entry in planned] == [
@@ -73,29 +80,45 @@ def test_the_address_does_not_change_from_one_planning_to_the_next(tokenizer: To
 
 
 @pytest.mark.parametrize(
-    "change", [{"seed": 1}, {"least": 6}, {"spec": replace(RULER, items=5)}, {"spec": replace(RULER, questions=2)}]
+    "change", [{"seed": 1}, {"spec": replace(RULER, chat=True)}, {"spec": replace(RULER, questions=2)}]
 )
 def test_the_address_changes_with_what_the_items_depend_on(tokenizer: Tokenizer, change) -> None:
     assert plan_ruler(tokenizer, **change)[0].digest != plan_ruler(tokenizer)[0].digest
+
+
+@pytest.mark.parametrize("change", [{"least": 6}, {"spec": replace(RULER, items=5)}])
+def test_the_address_is_the_same_however_many_items_are_asked_for(tokenizer: Tokenizer, change) -> None:
+    assert plan_ruler(tokenizer, **change)[0].digest == plan_ruler(tokenizer)[0].digest
+
+
+def test_more_items_are_made_beside_those_that_are_there(tokenizer: Tokenizer, store: Store) -> None:
+    few, more = plan_ruler(tokenizer)[0], plan_ruler(tokenizer, spec=replace(RULER, items=9))[0]
+    assert [part[:2] for part in stored(few, store).parts] == [(0, 4)]
+    assert [part[:2] for part in stored(more, store).parts] == [(0, 4), (4, 9)]
+    assert [part[:2] for part in stored(few, store, 11).parts] == [(0, 4), (4, 9), (9, 11)]
+    assert stored(few, store) == stored(more, store), "nothing was made a second time"
+    whole = more.build(range(9))
+    together = [item for _, _, key in stored(more, store).parts[:2] for item in read_items(bytes(store.read(key)))]
+    assert together == read_items(whole)
 
 
 def test_a_second_run_builds_nothing(tokenizer: Tokenizer, store: Store) -> None:
     first = [stored(entry, store) for entry in plan_ruler(tokenizer)]
     before = files(store)
 
-    def never() -> bytes:
+    def never(_: range) -> bytes:
         raise AssertionError("built again")
 
     assert [stored(replace(entry, build=never), store) for entry in plan_ruler(tokenizer)] == first
-    assert files(store) == before and set(before) == {items.key for items in first}
+    assert files(store) == before and set(before) == {key for items in first for _, _, key in items.parts}
 
 
 def test_two_builders_at_once_leave_one_set(tokenizer: Tokenizer, store: Store) -> None:
     planned = plan_ruler(tokenizer)[0]
 
-    def slower() -> bytes:
+    def slower(wanted: range) -> bytes:
         stored(planned, store)  # somebody else was faster
-        return planned.build()
+        return planned.build(wanted)
 
     assert stored(replace(planned, build=slower), store) == stored(planned, store)
 
@@ -104,10 +127,9 @@ def test_more_items_are_made_for_the_winners_of_a_race_than_are_asked_of_all(
     tokenizer: Tokenizer, store: Store
 ) -> None:
     [planned, *_] = plan_ruler(tokenizer, least=6)
-    items = stored(planned, store)
-    made = read_items(bytes(store.read(items.key)))
-    assert (items.count, len(made)) == (4, 6)
-    assert made[:4] == read_items(bytes(store.read(stored(plan_ruler(tokenizer)[0], store).key)))
+    made = read_items(part(stored(planned, store), store))
+    assert (planned.count, len(made)) == (4, 6)
+    assert made[:4] == read_items(plan_ruler(tokenizer)[0].build(range(4)))
 
 
 def test_all_thirteen_tasks_stand_in_with_a_generated_one_without_data(squad: Path) -> None:
@@ -120,7 +142,7 @@ def test_all_thirteen_tasks_stand_in_with_a_generated_one_without_data(squad: Pa
 def test_question_answering_reads_the_documents_of_the_job(tokenizer: Tokenizer, store: Store, squad: Path) -> None:
     spec = RulerSpec(lengths=(512,), tasks=("qa_1",), items=3, documents={"qa_1": squad.name}, place="job.yaml:7")
     [planned] = plan_ruler(tokenizer, spec, folder=squad.parent)
-    items = read_items(bytes(store.read(stored(planned, store).key)))
+    items = read_items(part(stored(planned, store), store))
     assert [item.answers for item in items] == [("1094 km",), ("866 km",), ("452 km",)]
     squad.write_text(json.dumps(SQUAD).replace("Elbe", "Isar"))
     assert plan_ruler(tokenizer, spec, folder=squad.parent)[0].digest != planned.digest
@@ -130,20 +152,20 @@ def test_a_haystack_of_the_user_is_what_needles_lie_in(tokenizer: Tokenizer, sto
     (tmp_path / "prose.txt").write_text("Rain fell on the harbour. " * 50)
     spec = replace(RULER, tasks=("niah_single_2",), lengths=(512,), haystack="prose.txt")
     [planned] = plan_ruler(tokenizer, spec, folder=tmp_path)
-    [item, *_] = read_items(bytes(store.read(stored(planned, store).key)))
+    [item, *_] = read_items(part(stored(planned, store), store))
     assert item.text.count("Rain fell on the harbour.") > 10
 
 
 def test_a_haystack_may_lie_in_a_bucket(tokenizer: Tokenizer, store: Store) -> None:
     open_store("memory://texts").write("prose.txt", b"Rain fell on the harbour. " * 50)
     spec = replace(RULER, tasks=("niah_single_2",), lengths=(512,), haystack="memory://texts/prose.txt")
-    [item, *_] = read_items(bytes(store.read(stored(plan_ruler(tokenizer, spec)[0], store).key)))
+    [item, *_] = read_items(part(stored(plan_ruler(tokenizer, spec)[0], store), store))
     assert item.text.count("Rain fell on the harbour.") > 10
 
 
 def test_a_chat_template_frames_every_prompt_and_counts(tokenizer: Tokenizer, store: Store) -> None:
     spec = replace(RULER, tasks=("niah_single_1",), lengths=(512,), chat=True)
-    for item in read_items(bytes(store.read(stored(plan_ruler(tokenizer, spec)[0], store).key))):
+    for item in read_items(part(stored(plan_ruler(tokenizer, spec)[0], store), store)):
         assert item.text.startswith("<|im_start|>user\n") and "<|im_start|>assistant\n" in item.text[-200:]
         assert tokenizer.count(item.text) == item.tokens <= 512 - item.max_new_tokens
 
@@ -156,13 +178,13 @@ def plan_needle(tokenizer: Tokenizer, **more) -> list[PlannedSet]:
 def test_needles_come_at_every_depth_in_every_round(tokenizer: Tokenizer, store: Store) -> None:
     [planned] = plan_needle(tokenizer)
     assert (planned.count, planned.share) == (6, 3)
-    items = read_items(bytes(store.read(stored(planned, store).key)))
+    items = read_items(part(stored(planned, store), store))
     assert [item.depths[0] for item in items] == pytest.approx([0, 0.5, 1] * 2, abs=0.15)
 
 
 def test_noise_is_a_haystack_by_name(tokenizer: Tokenizer, store: Store) -> None:
     [planned] = plan_needle(tokenizer, haystack="noise")
-    [item, *_] = read_items(bytes(store.read(stored(planned, store).key)))
+    [item, *_] = read_items(part(stored(planned, store), store))
     assert item.text.count("The grass is green. The sky is blue.") > 1
     assert planned.digest != plan_needle(tokenizer)[0].digest
 
@@ -170,15 +192,15 @@ def test_noise_is_a_haystack_by_name(tokenizer: Tokenizer, store: Store) -> None
 def test_windows_of_all_lengths_end_at_the_same_tokens(tokenizer: Tokenizer, store: Store) -> None:
     spec = PerplexitySpec(lengths=(256, 512), blocks=3, place="job.yaml:9")
     planned = planned_sets(Evaluation(perplexity=spec), tokenizer, 0, Reader())
-    short, long = (read_windows(bytes(store.read(stored(entry, store).key))) for entry in planned)
+    short, long = (read_windows(part(stored(entry, store), store)) for entry in planned)
     assert [window.pair for window in short] == [window.pair for window in long]
     assert [window.tokens.tolist() for window in short] == [window.tokens[-256:].tolist() for window in long]
-    assert [window.index for window in read_windows(bytes(store.read(planned[0].key)), 1, 3)] == [1, 2]
+    assert [window.index for window in read_windows(part(stored(planned[0], store), store), 1, 3)] == [1, 2]
 
 
 def test_a_slice_of_a_large_set_is_that_slice(tokenizer: Tokenizer, store: Store) -> None:
     spec = replace(RULER, tasks=("niah_single_1",), lengths=(256,), items=140)
-    data = bytes(store.read(stored(plan_ruler(tokenizer, spec)[0], store).key))
+    data = part(stored(plan_ruler(tokenizer, spec)[0], store), store)
     everything = read_items(data)
     for first, last in ((0, 1), (60, 70), (64, 128), (127, 140), (139, 140)):
         assert read_items(data, first, last) == everything[first:last]
@@ -187,7 +209,7 @@ def test_a_slice_of_a_large_set_is_that_slice(tokenizer: Tokenizer, store: Store
 def test_a_task_of_the_harness_is_told_by_name_and_limit(tokenizer: Tokenizer, store: Store) -> None:
     spec = LmEvalSpec(tasks=("arc_easy",), limit=5, place="job.yaml:10")
     [planned] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader())
-    told = json.loads(bytes(store.read(stored(planned, store).key)))
+    told = json.loads(part(stored(planned, store), store))
     assert (told["task"], told["limit"], planned.length, planned.count) == ("arc_easy", 5, 0, 1)
 
 

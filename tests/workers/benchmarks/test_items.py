@@ -51,12 +51,12 @@ def test_bytes_that_are_not_items_are_named_as_such() -> None:
 
 
 def test_digest_changes_with_everything_items_depend_on() -> None:
-    spec = ruler_spec("cwe", items=10)
+    spec = ruler_spec("cwe")
     first = items_digest(spec, tokenizer="t", length=4096, seed=1)
     others = [
-        items_digest(ruler_spec("cwe", items=11), tokenizer="t", length=4096, seed=1),
-        items_digest(ruler_spec("vt", items=10), tokenizer="t", length=4096, seed=1),
-        items_digest(ruler_spec("cwe", items=10, frame=("<u>", "</u>")), tokenizer="t", length=4096, seed=1),
+        items_digest(ruler_spec("cwe", max_new_tokens=11), tokenizer="t", length=4096, seed=1),
+        items_digest(ruler_spec("vt"), tokenizer="t", length=4096, seed=1),
+        items_digest(ruler_spec("cwe", frame=("<u>", "</u>")), tokenizer="t", length=4096, seed=1),
         items_digest(spec, tokenizer="u", length=4096, seed=1),
         items_digest(spec, tokenizer="t", length=8192, seed=1),
         items_digest(spec, tokenizer="t", length=4096, seed=2),

@@ -1,0 +1,57 @@
+"""`mergeyard merge CONFIG OUT`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.errors import BadInput
+from jobs.job import WorkerSpec, load_merge_document
+from orchestrator.commands.inputs import read_text, size_option, watched
+
+
+def merge(options: argparse.Namespace) -> int:
+    """`mergeyard merge CONFIG OUT`."""
+    from orchestrator.driver import drive
+    from orchestrator.ledger import Ledger
+    from orchestrator.planning import make_plan
+    from orchestrator.pool import InProcessPool
+    from orchestrator.summary import print_merge
+    from orchestrator.watching import Watcher
+
+    _check_device(options.device)
+    text = read_text(options.config)
+    job = load_merge_document(text, options.config, options.out)
+    threads = options.threads or os.cpu_count() or 1
+    shard_bytes = size_option("--out-shard-size", options.out_shard_size) if options.out_shard_size else job.shard_bytes
+    memory = size_option("--memory", options.memory) if options.memory else WorkerSpec().memory_bytes
+    job = replace(
+        job,
+        seed=options.random_seed,
+        numerics=options.numerics,
+        config_from=options.config_from,
+        shard_bytes=shard_bytes,
+        workers=WorkerSpec(cpus=float(threads), memory_bytes=memory),
+    )
+    plan = make_plan(job, relative_to=Path.cwd(), flat=True)
+    plan.check_room()
+    with Watcher(visible=watched(options)) as watcher:
+        result = drive(plan, InProcessPool(device=options.device), watcher)
+    Ledger(plan.run_url, plan.places).forget()
+    if not options.quiet:
+        print_merge(result)
+    return 0
+
+
+def _check_device(name: str) -> None:
+    if name == "cpu":
+        return
+    import torch
+
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise BadInput(f"--device {name}: not to be had here ({reason}); leave it out to compute on the CPU") from None

@@ -1,0 +1,38 @@
+"""`mergeyard run JOB.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+
+from orchestrator.commands.inputs import print_json, read_job, watched
+from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
+
+
+def run(options: argparse.Namespace) -> int:
+    """`mergeyard run JOB.yaml`: merges, evaluates if the job says so, and keeps the points it says."""
+    from orchestrator.driver import drive
+    from orchestrator.planning import make_plan
+    from orchestrator.summary import print_result, result_facts
+    from orchestrator.watching import Watcher
+
+    job, folder = read_job(options)
+    plan = make_plan(job, relative_to=folder)
+    asked = asked_of(plan, folder)
+    result = evaluated = None
+    with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
+        if job.keep.kind == "all":
+            plan.check_room()
+            result = drive(plan, workplace.pool, watcher)
+        if asked is not None:
+            evaluated = evaluate_points(plan, asked, workplace, watcher)
+        if job.keep.kind == "best" and evaluated is not None:
+            best = [standing.point for standing in evaluated.standing[: job.keep.count]]
+            plan = plan.keeping(best)
+            plan.check_room()
+            result = drive(plan, workplace.pool, watcher)
+    facts = tell_evaluation(plan, evaluated, quiet=options.quiet or options.json) if evaluated is not None else {}
+    if options.json:
+        print_json((result_facts(result) if result is not None else {}) | facts)
+    elif result is not None and not options.quiet:
+        print_result(result)
+    return 0

@@ -1,0 +1,92 @@
+"""Where a command's work is done, and what is asked there."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.job import Job
+
+if TYPE_CHECKING:
+    from jobs.evaluation import ModelSpec
+    from orchestrator.dispatching import Evaluators
+    from orchestrator.planning import Plan
+    from orchestrator.pool import Pool
+    from orchestrator.questions import Questions
+    from orchestrator.results import EvaluationResult
+    from orchestrator.watching import Watcher
+
+
+class Workplace:
+    """Where a command's work is done: Ray, or this process. Started when first used, closed at the end."""
+
+    def __init__(self, job: Job, options: argparse.Namespace) -> None:
+        self._job, self._options = job, options
+        self._pool: Pool | None = None
+
+    def __enter__(self) -> Workplace:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.close()
+
+    @property
+    def pool(self) -> Pool:
+        """Where merge tasks run."""
+        if self._pool is None:
+            if self._options.in_process:
+                from orchestrator.pool import InProcessPool
+
+                self._pool = InProcessPool()
+            else:
+                from orchestrator.ray_pool import RayPool
+
+                self._pool = RayPool(self._job.workers, address=self._options.address)
+        return self._pool
+
+    def evaluators(self, models: Mapping[str, ModelSpec]) -> Evaluators:
+        """Where items are answered."""
+        if self._options.in_process:
+            import torch
+
+            from orchestrator.evaluators import InProcessEvaluators
+
+            gpu = self._job.workers.gpus > 0 and torch.cuda.is_available()
+            return InProcessEvaluators(models, device="cuda" if gpu else "cpu")
+        from orchestrator.ray_evaluators import RayEvaluators
+        from orchestrator.ray_pool import RayPool
+
+        pool = self.pool
+        assert isinstance(pool, RayPool)
+        return RayEvaluators(models, pool)
+
+
+def asked_of(plan: Plan, folder: Path) -> Questions | None:
+    """What the job's evaluation asks, if it has one; refused here if it cannot work."""
+    from orchestrator.questions import questions
+
+    return None if plan.job.evaluate is None else questions(plan, folder)
+
+
+def evaluate_points(plan: Plan, asked: Questions, workplace: Workplace, watcher: Watcher) -> EvaluationResult:
+    from orchestrator.evaluation import evaluate as evaluate_points
+
+    return evaluate_points(plan, workplace.evaluators, watcher, asked)
+
+
+def tell_evaluation(plan: Plan, result: EvaluationResult, *, quiet: bool) -> dict[str, Any]:
+    """Prints the leaderboard, and returns all there is to know as facts."""
+    from orchestrator.leaderboard import leaderboard, print_leaderboard
+
+    lines = leaderboard(result, plan.job.seed)
+    if not quiet:
+        print_leaderboard(lines, result)
+    return {
+        "run": plan.run_url,
+        "results": f"{plan.run_url}/report/results.parquet",
+        "leaderboard": [line.document() for line in lines],
+        **result.race_document(),
+    }
