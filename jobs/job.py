@@ -69,13 +69,15 @@ class RulerSpec:
 class NeedleSpec:
     """Needle in a haystack: `items` at each length and each of `depths` equally spaced depths.
 
-    `haystack` is a text file, or `noise` for RULER's five short sentences; `chat` as for RULER.
+    `haystack` is a text file, or `noise` for RULER's five short sentences; `chat` as for RULER. With `answer`, such as
+    `{"value": {value}}`, an answer must be that and nothing else; without, it must have the value in it.
     """
 
     lengths: tuple[int, ...]
     depths: int = 11
     items: int = 5
     questions: int = 1
+    answer: str | None = None
     haystack: str | None = None
     chat: bool = False
     place: str = field(default="", compare=False)
@@ -307,16 +309,23 @@ def _documents(node: Node) -> dict[str, str]:
 
 
 def _needle(node: Node) -> NeedleSpec:
-    keys = node.mapping(("lengths", "depths", "items", "questions", "haystack", "chat"), ("lengths",))
+    keys = node.mapping(("lengths", "depths", "items", "questions", "answer", "haystack", "chat"), ("lengths",))
     return NeedleSpec(
         lengths=_lengths(keys["lengths"]),
         depths=_count(keys, "depths", 11),
         items=_count(keys, "items", 5),
         questions=_count(keys, "questions", 1),
+        answer=_answer(keys["answer"]) if "answer" in keys else None,
         haystack=keys["haystack"].string() if "haystack" in keys else None,
         chat="chat" in keys and keys["chat"].boolean(),
         place=node.place,
     )
+
+
+def _answer(node: Node) -> str:
+    if "{value}" not in node.string():
+        raise node.error(f"{quoted(node.string())} is the same for every needle; put {{value}} where the value goes")
+    return node.string()
 
 
 def _perplexity(node: Node) -> PerplexitySpec:

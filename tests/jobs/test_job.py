@@ -99,7 +99,7 @@ def test_every_section_is_read() -> None:
             """\
 evaluate:
   ruler: {lengths: [4096, 8192], items: 24, tasks: [niah_single_1], haystack: essays.txt, questions: 8}
-  needle: {lengths: [4096], depths: 5, items: 2, questions: 4, haystack: s3://texts/x.txt}
+  needle: {lengths: [4096], depths: 5, items: 2, questions: 4, answer: '<{value}>', haystack: s3://texts/x.txt}
   perplexity: {lengths: [1024], text: book.txt, blocks: 4}
   lm_eval: {tasks: [longbench2], limit: 10}
   race: {keep: 3, alpha: 0.01}
@@ -115,7 +115,9 @@ config_from: fmt"""
     )
     assert job.evaluate == Evaluation(
         ruler=RulerSpec(lengths=(4096, 8192), items=24, tasks=("niah_single_1",), haystack="essays.txt", questions=8),
-        needle=NeedleSpec(lengths=(4096,), depths=5, items=2, questions=4, haystack="s3://texts/x.txt"),
+        needle=NeedleSpec(
+            lengths=(4096,), depths=5, items=2, questions=4, answer="<{value}>", haystack="s3://texts/x.txt"
+        ),
         perplexity=PerplexitySpec(lengths=(1024,), text="book.txt", blocks=4),
         lm_eval=LmEvalSpec(tasks=("longbench2",), limit=10),
         race=RaceSpec(keep=3, alpha=0.01),
@@ -206,6 +208,10 @@ def test_a_parent_may_be_an_axis() -> None:
         (
             with_line("evaluate: {needle: {lengths: [64]}, race: 3}"),
             '"evaluate.race" must be a mapping, not a number 3',
+        ),
+        (
+            with_line("evaluate:\n  needle: {lengths: [64], answer: ja}"),
+            'job.yaml:16: "ja" is the same for every needle; put {value}',
         ),
         (with_line("gate: {baseline: cos}"), "job.yaml:15: a gate judges scores; add `evaluate:`"),
         (

@@ -226,6 +226,7 @@ def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
     asked: dict[str, Any] = {
         "depths": depths,
         "questions": spec.questions,
+        "answer": spec.answer,
         "frame": _frame(tokenizer, chat=spec.chat, place=spec.place),
     }
     if spec.haystack == "noise":

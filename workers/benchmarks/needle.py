@@ -7,6 +7,7 @@ needles at m of the depths, spread evenly, and is asked for each in turn.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from jobs.errors import BadInput
@@ -35,14 +36,15 @@ def needle_items(
     questions: int = 1,
     haystack: Literal["essay", "noise"] = "essay",
     essay: Essay | None = None,
-    scorer: Literal["all", "exact"] = "all",
+    answer: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     frame: tuple[str, str] = ("", ""),
 ) -> list[Item]:
     """The items with these indices: item i asks at depth i mod len(depths), in repeat i div len(depths).
 
     A needle lies at the end of the sentence (in noise: the line) nearest to its depth; where it really is, is recorded.
-    `scorer` is "all" (the value occurs in the answer) or "exact" (the answer is the value). `BadInput` if a depth is
+    An answer that has the value in it scores, or, with `answer`, one that is it, the value in the place of `{value}`.
+    `BadInput` if a depth is
     outside 0 … 1, or if the items do not fit in `length` tokens: then with the smallest length that does.
     """
     if not depths or not all(0 <= depth <= 1 for depth in depths):
@@ -58,7 +60,7 @@ def needle_items(
         places = [depths[numbers[question]] for question in _question_of_key(needles.questions)]
         texts = needles.texts(task)
         text = Noise() if haystack == "noise" else essay or bundled_essay()
-        return pose(
+        items = pose(
             tokenizer,
             task,
             needles,
@@ -71,11 +73,16 @@ def needle_items(
             indices=[repeat * len(depths) + number for number in numbers],
             max_new_tokens=max_new_tokens,
             frame=frame,
-            scorer=scorer,
+            scorer="all" if answer is None else "exact",
         )
+        return items if answer is None else [_wanting(answer, item) for item in items]
 
     cells = sorted({(index // len(depths), index % len(depths) % groups) for index in wanted})
     return build_groups("needle", length, cells, build, wanted)
+
+
+def _wanting(answer: str, item: Item) -> Item:
+    return replace(item, answers=tuple(answer.replace("{value}", value) for value in item.answers))
 
 
 def _question_of_key(questions: Sequence[Sequence[int]]) -> list[int]:
@@ -90,7 +97,7 @@ def needle_spec(
     questions: int = 1,
     haystack: Literal["essay", "noise"] = "essay",
     essay: Essay | None = None,
-    scorer: Literal["all", "exact"] = "all",
+    answer: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     frame: tuple[str, str] = ("", ""),
 ) -> dict[str, Any]:
@@ -100,7 +107,7 @@ def needle_spec(
         "depths": list(depths),
         "questions": questions,
         "haystack": (essay or bundled_essay()).digest if haystack == "essay" else haystack,
-        "scorer": scorer,
+        "answer": answer,
         "words": words_digest(),
         "max_new_tokens": max_new_tokens,
         "frame": list(frame),

@@ -16,6 +16,7 @@ from workers.benchmarks.building import PlannedSet, Reader, default_tasks, plann
 from workers.benchmarks.items import read_items
 from workers.benchmarks.perplexity import read_windows
 from workers.benchmarks.ruler import TASKS
+from workers.benchmarks.scorers import SCORERS
 from workers.benchmarks.tokens import Tokenizer
 from workers.storage import Store, open_store
 
@@ -187,6 +188,17 @@ def test_noise_is_a_haystack_by_name(tokenizer: Tokenizer, store: Store) -> None
     [item, *_] = read_items(part(stored(planned, store), store))
     assert item.text.count("The grass is green. The sky is blue.") > 1
     assert planned.digest != plan_needle(tokenizer)[0].digest
+
+
+def test_an_answer_may_have_to_be_in_a_form(tokenizer: Tokenizer, store: Store) -> None:
+    [plain], [formed] = plan_needle(tokenizer), plan_needle(tokenizer, answer='{"value": {value}}')
+    assert formed.digest != plain.digest
+    for before, item in zip(*(read_items(part(stored(entry, store), store)) for entry in (plain, formed)), strict=True):
+        [value] = before.answers
+        assert item.text == before.text and item.answers == (f'{{"value": {value}}}',)
+        score = SCORERS[item.scorer]
+        assert score(f' {{"value": {value}}}\n', item.answers) == 1
+        assert score(f" {value}.", item.answers) == 0, "the value alone is not the form"
 
 
 def test_windows_of_all_lengths_end_at_the_same_tokens(tokenizer: Tokenizer, store: Store) -> None:

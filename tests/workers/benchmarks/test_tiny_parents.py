@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from workers.benchmarks.items import Item
+from workers.benchmarks.needle import even_depths, needle_items
 from workers.benchmarks.ruler import ruler_items
 from workers.benchmarks.scorers import SCORERS
 from workers.benchmarks.tokens import Tokenizer
@@ -33,4 +34,15 @@ def test_parents_find_what_their_readme_says(
 ) -> None:
     torch.set_num_threads(1)
     items = ruler_items(tokenizer, "niah_single_1", length, indices=range(12), seed=1, max_new_tokens=16)
+    assert least <= share_right(parents / parent, tokenizer, items) <= most
+
+
+@pytest.mark.parametrize(("parent", "least", "most"), [("fmt", 0.9, 1), ("long", 0, 0), ("base", 0, 0)])
+def test_the_form_of_an_answer_is_what_one_parent_was_trained_for(
+    tokenizer: Tokenizer, parents: Path, parent: str, least: float, most: float
+) -> None:
+    torch.set_num_threads(1)
+    items = needle_items(
+        tokenizer, 256, depths=even_depths(3), indices=range(12), seed=1, haystack="noise", answer='{"value": {value}}'
+    )
     assert least <= share_right(parents / parent, tokenizer, items) <= most
