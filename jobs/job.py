@@ -130,13 +130,15 @@ class Evaluation:
 class GateSpec:
     """A point passes if it is surely less than `margin` points (of 100) worse than `baseline`.
 
-    `alpha` is the chance of a wrong verdict; `length_margin`, where given, is asked of each length too.
+    `alpha` is the chance of a wrong verdict; `length_margin`, where given, is asked of each length too. While there is
+    no verdict, more items are asked, up to `budget` a task and length; None is four times what the evaluation asks.
     """
 
     baseline: str
     margin: float = 1.0
     length_margin: float | None = None
     alpha: float = 0.05
+    budget: int | None = None
     place: str = field(default="", compare=False)
 
 
@@ -353,12 +355,13 @@ def _race(node: Node) -> RaceSpec | None:
 
 
 def _gate(node: Node) -> GateSpec:
-    keys = node.mapping(("baseline", "margin", "length_margin", "alpha"), ("baseline",))
+    keys = node.mapping(("baseline", "margin", "length_margin", "alpha", "budget"), ("baseline",))
     return GateSpec(
         baseline=keys["baseline"].string(),
         margin=_margin(keys["margin"]) if "margin" in keys else 1.0,
         length_margin=_margin(keys["length_margin"]) if "length_margin" in keys else None,
         alpha=_alpha(keys["alpha"]) if "alpha" in keys else 0.05,
+        budget=keys["budget"].integer(minimum=1) if "budget" in keys else None,
         place=keys["baseline"].place,
     )
 

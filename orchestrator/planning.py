@@ -14,7 +14,7 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.recipe import Filtered, Recipe
+from jobs.recipe import Filtered, Recipe, Source
 from jobs.tasks import DTYPE_BITS, FORMAT, NUMERICS, MergeTask, ParentTensor, PointShard, Setting, TensorMerge, digest
 from orchestrator.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
 from workers.checkpoint import DTYPE_NAMES, FLOATS, TORCH_NAMES, Checkpoint, layer_index, open_checkpoint
@@ -401,6 +401,21 @@ def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
         settings = (itself,) * len(layout.representatives)
         found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, contents.of(layout, settings)))
     return found
+
+
+def parent_alone(plan: Plan, name: str) -> PlannedPoint:
+    """A parent that no recipe uses, with a layout of its own: a baseline that is merged with nothing."""
+    first = plan.points[0].point.recipe
+    itself = Source(model=name, parameters={}, place=plan.job.place_of("gate"))
+    place = plan.job.place_of("gate")
+    recipe = Recipe(merge_method="passthrough", models=(itself,), chat_template=first.chat_template, place=place)
+    layout = _layout(replace(plan.job, config_from=None), recipe, plan.parents, _TensorClasses(plan.job))
+    settings = tuple(
+        resolve(recipe, tensor.name, position, exact=True)
+        for tensor, position in zip(layout.representatives, layout.positions, strict=True)
+    )
+    contents = _ContentKeys(plan.job, plan.parents).of(layout, settings)
+    return PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, contents)
 
 
 def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path
 from jobs.errors import BadInput
 from jobs.evaluation import ModelSpec
 from jobs.job import Evaluation, RaceSpec
+from jobs.loading import quoted, suggestion
 from orchestrator.compatibility import context_fields
-from orchestrator.planning import Layout, Plan, PlannedPoint, parents_as_points
+from orchestrator.planning import Layout, Plan, PlannedPoint, parent_alone, parents_as_points
 from orchestrator.statistics import Cell
 from workers.benchmarks.building import PlannedSet, Reader, planned_sets
 from workers.benchmarks.tokens import TOKENIZER_FILES, Tokenizer
@@ -51,8 +52,8 @@ class RacePlan:
 class Questions:
     """Everything that will be asked.
 
-    `baselines` are the parents that are no points, `parents` the names that parents are scored under, and `same` names
-    the points and parents that are the same merge as a point.
+    `baselines` are the parents that are no points, and the gate's baseline; `parents` the names that parents are scored
+    under; `same` names the points and parents that are the same merge as a point.
     """
 
     models: Mapping[str, ModelSpec]
@@ -61,6 +62,16 @@ class Questions:
     parents: tuple[str, ...]
     same: Mapping[str, str]
     race: RacePlan | None
+
+    def subject(self, name: str) -> Subject:
+        """A point, or a parent by its own name; `BadInput` where there is none of that name."""
+        known = {**self.points, **self.baselines}
+        parent = f"parent-{name}"
+        for candidate in (name, self.same.get(name), parent, self.same.get(parent)):
+            if candidate in known:
+                return known[candidate]
+        names = [*known, *self.same]
+        raise BadInput(f"{quoted(name)} is no point and no parent of this job{suggestion(name, names)}")
 
     @property
     def ranked(self) -> tuple[str, ...]:
@@ -92,7 +103,8 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
         raise BadInput(f"{plan.job.source}: nothing to evaluate; add `evaluate:`")
     _check_server(plan)
     race = _race(evaluation)
-    asked = _layouts(plan, evaluation, race, Reader(folder))
+    alone = _baseline_alone(plan)
+    asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder))
     points = {
         planned.name: Subject(planned, asked[id(planned.layout)].model, asked[id(planned.layout)].sets)
         for planned in plan.merges
@@ -101,10 +113,15 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
     known = {(subject.model, subject.planned.digest): name for name, subject in points.items()}
     twins = {planned.name: planned.same_as for planned in plan.points if planned.same_as is not None}
     found = {name: known.get((subject.model, subject.planned.digest)) for name, subject in parents.items()}
+    baselines = {name: subject for name, subject in parents.items() if found[name] is None}
+    baselines |= {
+        planned.name: Subject(planned, asked[id(planned.layout)].model, asked[id(planned.layout)].sets)
+        for planned in alone
+    }
     return Questions(
         models={entry.model: entry.spec for entry in asked.values()},
         points=points,
-        baselines={name: subject for name, subject in parents.items() if found[name] is None},
+        baselines=baselines,
         parents=tuple(found[name] or name for name in parents),
         same=twins | {name: point for name, point in found.items() if point is not None},
         race=race,
@@ -138,12 +155,23 @@ def _race(evaluation: Evaluation) -> RacePlan | None:
     return RacePlan(spec, benchmark, items, items // 2 // share * share, share)
 
 
-def _layouts(plan: Plan, evaluation: Evaluation, race: RacePlan | None, reader: Reader) -> dict[int, _Asked]:
+def _baseline_alone(plan: Plan) -> list[PlannedPoint]:
+    """The gate's baseline, if it is a parent that no point is merged from."""
+    gate = plan.job.gate
+    merged = {name for planned in plan.merges for name in planned.layout.parents}
+    if gate is None or gate.baseline not in plan.parents or gate.baseline in merged:
+        return []
+    return [parent_alone(plan, gate.baseline)]
+
+
+def _layouts(
+    plan: Plan, merges: Sequence[PlannedPoint], evaluation: Evaluation, race: RacePlan | None, reader: Reader
+) -> dict[int, _Asked]:
     """Model and sets of every layout, by its identity; layouts with one tokenizer share their sets."""
     least = {} if race is None else {race.benchmark: race.items + race.fresh}
     sets_of: dict[tuple[str, str | None], Sets] = {}
     found: dict[int, _Asked] = {}
-    for planned in plan.merges:
+    for planned in merges:
         layout = planned.layout
         if id(layout) in found:
             continue

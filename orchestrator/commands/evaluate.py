@@ -29,11 +29,11 @@ def evaluate(options: argparse.Namespace) -> int:
     asked = asked_of(plan, folder)
     assert asked is not None
     with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
-        evaluated = evaluate_points(plan, asked, workplace, watcher)
-    facts = tell_evaluation(plan, evaluated, quiet=options.quiet or options.json)
+        evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
+    facts = tell_evaluation(plan, evaluated, verdict, quiet=options.quiet or options.json)
     if options.json:
         print_json(facts)
-    return 0
+    return 0 if verdict is None else verdict.verdict.exit_code
 
 
 def _read_evaluation(options: argparse.Namespace) -> tuple[Job, Path]:

@@ -9,7 +9,7 @@ from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points
 
 
 def run(options: argparse.Namespace) -> int:
-    """`mergeyard run JOB.yaml`: merges, evaluates if the job says so, and keeps the points it says."""
+    """`mergeyard run JOB.yaml`: merges, evaluates, judges and keeps what the job says."""
     from orchestrator.driver import drive
     from orchestrator.planning import make_plan
     from orchestrator.summary import print_result, result_facts
@@ -18,21 +18,21 @@ def run(options: argparse.Namespace) -> int:
     job, folder = read_job(options)
     plan = make_plan(job, relative_to=folder)
     asked = asked_of(plan, folder)
-    result = evaluated = None
+    result = evaluated = verdict = None
     with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
         if job.keep.kind == "all":
             plan.check_room()
             result = drive(plan, workplace.pool, watcher)
         if asked is not None:
-            evaluated = evaluate_points(plan, asked, workplace, watcher)
+            evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
         if job.keep.kind == "best" and evaluated is not None:
             best = [standing.point for standing in evaluated.standing[: job.keep.count]]
             plan = plan.keeping(best)
             plan.check_room()
             result = drive(plan, workplace.pool, watcher)
-    facts = tell_evaluation(plan, evaluated, quiet=options.quiet or options.json) if evaluated is not None else {}
+    facts = tell_evaluation(plan, evaluated, verdict, quiet=options.quiet or options.json) if evaluated else {}
     if options.json:
         print_json((result_facts(result) if result is not None else {}) | facts)
     elif result is not None and not options.quiet:
         print_result(result)
-    return 0
+    return 0 if verdict is None else verdict.verdict.exit_code

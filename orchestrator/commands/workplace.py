@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from jobs.job import Job
 if TYPE_CHECKING:
     from jobs.evaluation import ModelSpec
     from orchestrator.dispatching import Evaluators
+    from orchestrator.evaluation import Session
+    from orchestrator.gating import Gated
     from orchestrator.planning import Plan
     from orchestrator.pool import Pool
     from orchestrator.questions import Questions
@@ -71,22 +74,55 @@ def asked_of(plan: Plan, folder: Path) -> Questions | None:
     return None if plan.job.evaluate is None else questions(plan, folder)
 
 
-def evaluate_points(plan: Plan, asked: Questions, workplace: Workplace, watcher: Watcher) -> EvaluationResult:
-    from orchestrator.evaluation import evaluate as evaluate_points
+def evaluate_points(
+    plan: Plan, asked: Questions, workplace: Workplace, watcher: Watcher
+) -> tuple[EvaluationResult, Gated | None]:
+    """Every point's scores and, if the job has a gate, the verdict on the best."""
+    from orchestrator.evaluation import Session
 
-    return evaluate_points(plan, workplace.evaluators, watcher, asked)
+    with Session.of(plan, asked, workplace.evaluators, watcher) as session:
+        result = session.run()
+        if plan.job.gate is None:
+            return result, None
+        return result, gated(session, asked, plan, result.standing[0].point)
 
 
-def tell_evaluation(plan: Plan, result: EvaluationResult, *, quiet: bool) -> dict[str, Any]:
-    """Prints the leaderboard, and returns all there is to know as facts."""
+def gated(session: Session, asked: Questions, plan: Plan, point: str) -> Gated:
+    """The verdict on a point, which is left in the run as `gate/verdict.json` as well."""
+    from orchestrator.gating import gate
+    from workers.storage import open_store
+
+    assert plan.job.gate is not None
+    verdict = gate(session, asked, plan.job.gate, point, chosen=len(asked.points) > 1)
+    open_store(plan.run_url).write("gate/verdict.json", json.dumps(verdict.document(), indent=1).encode())
+    return verdict
+
+
+def tell_verdict(verdict: Gated) -> None:
+    """Prints the verdict and the reason of each of its lines."""
+    found = verdict.verdict
+    print(f"gate: {found.outcome}: {found.new} against {found.old}")
+    for line in found.lines:
+        print(f"  {line.reason}")
+    if verdict.fresh:
+        print("  on items that no point was chosen by")
+
+
+def tell_evaluation(
+    plan: Plan, result: EvaluationResult, verdict: Gated | None = None, *, quiet: bool
+) -> dict[str, Any]:
+    """Prints the leaderboard and the verdict, and returns all there is to know as facts."""
     from orchestrator.leaderboard import leaderboard, print_leaderboard
 
     lines = leaderboard(result, plan.job.seed)
     if not quiet:
         print_leaderboard(lines, result)
+        if verdict is not None:
+            tell_verdict(verdict)
     return {
         "run": plan.run_url,
         "results": f"{plan.run_url}/report/results.parquet",
         "leaderboard": [line.document() for line in lines],
         **result.race_document(),
+        "gate": None if verdict is None else verdict.document(),
     }
