@@ -50,7 +50,9 @@ def main(folder: Path) -> None:
     job["rayClusterSpec"] = {"$ref": "RayCluster.json"}
     cron["jobTemplate"] = {"$ref": "RayJob.json"}
     for kind, spec in specs.items():
-        Path(__file__).with_name(f"{kind}.json").write_text(json.dumps(spec, sort_keys=True, separators=(",", ":")) + "\n", "utf-8")
+        Path(__file__).with_name(f"{kind}.json").write_text(
+            json.dumps(spec, sort_keys=True, separators=(",", ":")) + "\n", "utf-8"
+        )
 
 
 if __name__ == "__main__":
