@@ -1,7 +1,8 @@
 """Makes the schemas beside it out of KubeRay's resource definitions: `python trim.py FOLDER`.
 
-FOLDER holds KubeRay's `ray.io_{rayclusters,rayjobs,raycronjobs}.yaml`. What is kept is the `spec` of version v1, without
-descriptions, closed against unknown keys. A pod template is left open: it is Kubernetes' own, and validated as such.
+FOLDER holds KubeRay's `ray.io_{rayclusters,rayjobs,raycronjobs}.yaml`. What is kept is the `spec` of version v1,
+without descriptions, closed against unknown keys. A pod template is left open: it is Kubernetes' own, and validated
+as such.
 """
 
 from __future__ import annotations
