@@ -89,7 +89,9 @@ class RayEvaluators:
         worker, task = self._running.pop(reference)
         what = f"{task.items.task} at {task.items.length} of {task.point}"
         try:
-            return task, ray.get(reference)
+            rows: list[ScoreRow] = ray.get(reference)
+            self._pool.meters.evaluated(len(rows), sum(row.tokens for row in rows))
+            return task, rows
         except (RayError, MergeyardError) as failure:
             if self._again(what, failure):
                 ray.kill(self._actors.pop(worker))
@@ -101,6 +103,7 @@ class RayEvaluators:
         self._failures[what] += 1
         if not error.retry or self._failures[what] == TRIES:
             raise error from failure
+        self._pool.meters.retried("evaluate")
         if isinstance(error, WorkerLost):
             return True
         time.sleep(retry_pause(self._failures[what]))

@@ -11,6 +11,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, chdir, redirect_stdout
@@ -21,6 +22,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.util import metrics
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from jobs.job import WorkerSpec
@@ -54,6 +56,7 @@ class RayPool:
             self.device = "cuda" if gpus else "cpu"
             self.resources: dict[str, float] = {"num_cpus": spec.cpus, "num_gpus": gpus, "memory": spec.memory_bytes}
             self._spec, self._gpus = spec, gpus
+            self.meters = Meters()
             self._workers = self.room()
             if self._workers == 0:
                 raise BadInput(
@@ -77,6 +80,7 @@ class RayPool:
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
         waiting = [(task, 1) for task in reversed(tasks)]
         running: dict[Any, tuple[MergeTask, int]] = {}
+        shards_left = Counter(shard.point for task in tasks for shard in task.points)
         while waiting or running:
             while waiting and len(running) < TASKS_AHEAD * self._workers:
                 task, attempt = waiting.pop()
@@ -90,17 +94,57 @@ class RayPool:
                     error = translated(failure, task.name)
                     if not error.retry or attempt == TRIES:
                         raise error from failure
+                    self.meters.retried("merge")
                     time.sleep(retry_pause(attempt))
                     waiting.append((task, attempt + 1))
                     continue
                 if isinstance(news, tuple):
+                    self.meters.moved(*news)
                     progress(*news)
                 else:
-                    running.pop(stream)
+                    task, _ = running.pop(stream)
+                    shards_left.subtract(shard.point for shard in task.points)
+                    self.meters.merged(sum(shards_left[shard.point] == 0 for shard in task.points))
                     yield news
 
     def close(self) -> None:
         self._opened.close()
+
+
+class Meters:
+    """What Prometheus sees of a run, as `ray_mergeyard_…`: counted where the driver hears of it, whoever did it."""
+
+    def __init__(self) -> None:
+        self._bytes_read = metrics.Counter("mergeyard_bytes_read_total", "Bytes of parents read.")
+        self._bytes_written = metrics.Counter("mergeyard_bytes_written_total", "Bytes of points written.")
+        self._points = metrics.Counter("mergeyard_points_total", "Points of which every shard is merged.")
+        self._items = metrics.Counter("mergeyard_items_total", "Items answered.")
+        self._tokens = metrics.Counter("mergeyard_tokens_total", "Tokens of prompts and answers.")
+        self._tasks = metrics.Counter("mergeyard_tasks_total", "Tasks done, by work: merge or evaluate.", ("work",))
+        self._retries = metrics.Counter("mergeyard_retries_total", "Tasks given out again, by work.", ("work",))
+
+    def moved(self, read: int, written: int) -> None:
+        _add(self._bytes_read, read)
+        _add(self._bytes_written, written)
+
+    def merged(self, points: int) -> None:
+        """A merge task is done, and with it these many points."""
+        self._tasks.inc(tags={"work": "merge"})
+        _add(self._points, points)
+
+    def evaluated(self, items: int, tokens: int) -> None:
+        """A block of items is answered."""
+        self._tasks.inc(tags={"work": "evaluate"})
+        _add(self._items, items)
+        _add(self._tokens, tokens)
+
+    def retried(self, work: str) -> None:
+        self._retries.inc(tags={"work": work})
+
+
+def _add(counter: metrics.Counter, amount: int) -> None:
+    if amount:  # Ray refuses to add nothing
+        counter.inc(amount)
 
 
 def _start() -> Path:

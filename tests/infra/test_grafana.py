@@ -1,0 +1,53 @@
+"""The dashboard asks for what is counted, and shows all of it. There is no Grafana here to open it in."""
+
+from __future__ import annotations
+
+import json
+import re
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD: dict[str, Any] = json.loads((ROOT / "infra" / "grafana" / "dashboard.json").read_text("utf-8"))
+EXPRESSIONS: list[str] = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+
+
+def counted() -> dict[str, set[str]]:
+    """Metric → its labels, as Ray exports what the code counts."""
+    code = (ROOT / "orchestrator" / "ray_pool.py").read_text("utf-8")
+    found = re.findall(r'metrics\.\w+\(\s*"(mergeyard_\w+)",\s*"[^"]*"(?:,\s*\(([^)]*)\))?', code)
+    return {f"ray_{name}": set(re.findall(r"\w+", labels)) for name, labels in found}
+
+
+def test_the_dashboard_shows_exactly_what_is_counted() -> None:
+    asked = {name for expression in EXPRESSIONS for name in re.findall(r"\bray_\w+", expression)}
+    assert len(asked) == 7
+    assert asked == counted().keys()
+
+
+def test_it_groups_by_labels_that_there_are() -> None:
+    for expression in EXPRESSIONS:
+        grouped = set(re.findall(r"by \((\w+)\)", expression))
+        (name,) = re.findall(r"\bray_\w+", expression)
+        assert grouped <= counted()[name], expression
+        assert grouped == counted()[name], f"{expression} adds up what is of different kinds"
+
+
+def test_expressions_are_closed_and_of_one_session() -> None:
+    for expression in EXPRESSIONS:
+        for opening, closing in ("()", "{}", "[]"):
+            assert expression.count(opening) == expression.count(closing), expression
+        assert 'SessionName=~"$session"' in expression
+    assert [variable["name"] for variable in DASHBOARD["templating"]["list"]] == ["datasource", "session"]
+
+
+def test_panels_do_not_lie_on_one_another() -> None:
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    cells = [
+        {(x, y) for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])}
+        for p in (panel["gridPos"] for panel in panels)
+    ]
+    assert all(one.isdisjoint(other) for one, other in combinations(cells, 2))
+    assert max(x for cell in cells for x, _ in cell) == 23  # Grafana's grid has 24 columns
