@@ -1,0 +1,179 @@
+"""The gate from a user's chair, on the tiny parents: whom it judges, on which items, and what its verdict says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from tests.orchestrator.conftest import Ended
+from tests.orchestrator.test_evaluation import PARENTS, RULER, SCALED, SOUP, job_text
+from workers.scores import read_scores
+
+Mergeyard = Callable[..., Ended]
+
+
+@pytest.fixture
+def job_file(tmp_path: Path) -> Callable[..., Path]:
+    """job_file(**keys of the job): the path of a job file."""
+
+    def write(**keys: Any) -> Path:
+        (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys))
+        return tmp_path / "job.yaml"
+
+    return write
+
+
+def scaled(weights: list[float], **gate: Any) -> dict[str, Any]:
+    """A job of `long` turned down to these weights, judged against `long` itself."""
+    return {
+        "parents": {"long": str(PARENTS / "long")},
+        "recipe": SCALED,
+        "grid": {"w": weights},
+        "gate": {"baseline": "long", **gate},
+    }
+
+
+def verdict_of(job: Path) -> dict[str, Any]:
+    return json.loads((job.parent / "runs/tiny/gate/verdict.json").read_text())
+
+
+def items_answered(job: Path, point: str) -> set[int]:
+    """The numbers of all items that the point has answered, as the store has them."""
+    files = (job.parent / "runs/tiny/scores" / point).iterdir()
+    return {row.item for path in files for row in read_scores(path.read_bytes(), str(path)) if row.repeat == 0}
+
+
+def test_a_point_that_was_turned_down_fails(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = job_file(**scaled([0.3], margin=10))
+    ended = mergeyard("gate", job, "--in-process", "--junit", tmp_path / "gate.xml")
+    assert ended.code == 1, ended.err
+    assert ended.out.startswith("gate: fail: w0.3 against parent-long\n  overall: -")
+    suite = ElementTree.parse(tmp_path / "gate.xml").getroot()
+    assert (suite.get("failures"), suite.get("errors")) == ("1", "0")
+    verdict = verdict_of(job)
+    assert (verdict["outcome"], verdict["exit_code"], verdict["fresh"]) == ("fail", 1, False)
+    assert [look["items"] for look in verdict["looks"]] == [6]
+
+
+def test_the_only_point_is_judged_on_the_items_of_the_evaluation(
+    mergeyard: Mergeyard, job_file: Callable[..., Path]
+) -> None:
+    job = job_file(**scaled([0.3], margin=10))
+    assert mergeyard("run", job, "--in-process").code == 1
+    assert items_answered(job, "w0.3") == set(range(6))
+
+
+def test_the_best_of_several_is_judged_on_items_nobody_was_chosen_by(
+    mergeyard: Mergeyard, job_file: Callable[..., Path]
+) -> None:
+    job = job_file(**scaled([0.02, 0.3], margin=10))
+    ended = mergeyard("run", job, "--in-process", "--json")
+    assert ended.code == 1, ended.err
+    verdict = ended.facts["gate"]
+    assert verdict["fresh"] and verdict["looks"][0]["items"] == 6
+    assert items_answered(job, verdict["new"]) == items_answered(job, "parent-long") == set(range(12))
+    other = {"w0.02", "w0.3"} - {verdict["new"]}
+    assert items_answered(job, other.pop()) == set(range(6))
+    assert {row["name"]: row["items"] for row in ended.facts["leaderboard"]}[verdict["new"]] == 6, "not in the ranking"
+
+
+def test_equal_models_are_asked_more_until_they_pass(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    # the least variance of a loss of 20 points is 0.2·0.8 an item: with none, 1.645 of it in a margin of 0.2 needs 11
+    job = job_file(**scaled([1.0], margin=20, budget=60))
+    ended = mergeyard("gate", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    looks = [look["items"] for look in ended.facts["looks"]]
+    assert looks[0] == 6 and len(looks) > 1 and all(after <= 2 * before for before, after in zip(looks, looks[1:]))
+    assert ended.facts["rule"]["planned_haystacks"] == 6
+    assert [look["outcome"] for look in ended.facts["looks"]] == ["inconclusive"] * (len(looks) - 1) + ["pass"]
+
+
+def test_a_verdict_that_the_budget_does_not_reach_is_inconclusive(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    job = job_file(**scaled([0.98], margin=1, budget=9))
+    ended = mergeyard("gate", job, "--in-process", "--junit", tmp_path / "gate.xml")
+    assert ended.code == 3, ended.err
+    assert "gate: inconclusive: w0.98 against parent-long" in ended.out and "items would decide" in ended.out
+    assert [look["items"] for look in verdict_of(job)["looks"]] == [6, 9]
+    assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("errors") == "1"
+
+
+def test_a_budget_of_the_first_look_is_a_plain_test(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([0.98], margin=1, budget=6))
+    assert mergeyard("gate", job, "--in-process", "--quiet") == Ended(3, "", "")
+    verdict = verdict_of(job)
+    assert verdict["rule"]["planned_haystacks"] is None and len(verdict["looks"]) == 1
+
+
+def test_a_second_call_asks_nothing_and_says_the_same(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([0.98], margin=20, budget=40))
+    first = mergeyard("gate", job, "--in-process", "--json")
+    files = {path: path.stat().st_mtime_ns for path in (job.parent / "runs/tiny/scores").rglob("*.parquet")}
+    again = mergeyard("gate", job, "--in-process", "--json")
+    assert (again.code, again.facts) == (first.code, first.facts)
+    assert files == {path: path.stat().st_mtime_ns for path in (job.parent / "runs/tiny/scores").rglob("*.parquet")}
+
+
+def test_a_baseline_need_be_no_parent_of_the_merge(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(
+        parents={name: str(PARENTS / name) for name in ("long", "fmt", "base")},
+        recipe=SOUP,
+        grid={"w": [0.7]},
+        gate={"baseline": "base", "margin": 30, "budget": 12},
+        evaluate={"ruler": {**RULER, "lengths": [1024]}},
+    )
+    ended = mergeyard("gate", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    assert (ended.facts["new"], ended.facts["old"]) == ("w0.7", "parent-base")
+    assert ended.facts["lines"][0]["difference"] > 50, "the base finds nothing at 1,024 tokens"
+
+
+def test_a_named_point_is_judged(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([0.02, 1.0], margin=10))
+    ended = mergeyard("gate", job, "--point", "w0.02", "--in-process")
+    assert ended.code == 1 and "w0.02 against w1" in ended.out, "the baseline is a point as well, under its name"
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "message"),
+    [
+        ({"gate": None}, (), "job.yaml: no gate to pass; add `gate: {baseline: …}`"),
+        ({}, ("--point", "w0.31"), '"w0.31" is no point and no parent of this job; did you mean "w0.3"?'),
+    ],
+)
+def test_what_cannot_be_judged_is_refused(
+    mergeyard: Mergeyard,
+    job_file: Callable[..., Path],
+    change: dict[str, Any],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    job = job_file(**scaled([0.3]) | change)
+    ended = mergeyard("gate", job, "--in-process", *arguments)
+    assert ended.code == 2 and message in ended.err and not (job.parent / "runs").exists()
+
+
+def test_models_of_different_tokenizers_are_not_compared(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    shutil.copytree(PARENTS / "base", tmp_path / "other")
+    tokenizer = json.loads((tmp_path / "other/tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (tmp_path / "other/tokenizer.json").write_text(json.dumps(tokenizer))
+    job = job_file(
+        parents={"long": str(PARENTS / "long"), "other": str(tmp_path / "other")},
+        recipe=SCALED,
+        grid={"w": [1.0]},
+        gate={"baseline": "other"},
+    )
+    ended = mergeyard("gate", job, "--in-process")
+    assert ended.code == 2 and "different tokenizers" in ended.err
