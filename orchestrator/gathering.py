@@ -14,7 +14,7 @@ from importlib.metadata import version
 
 import yaml
 
-from jobs.errors import CorruptData, ObjectMissing
+from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
 from jobs.tasks import Receipt
 from orchestrator.model_card import model_card
@@ -34,18 +34,22 @@ class Gatherer:
 
     def complete(self, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
         """Writes what belongs beside the shards, then the manifest; nothing when the point has its manifest already."""
-        files = self._files(planned)
-        manifest = self._manifest(planned, receipts, files)
-        earlier = self._published(manifest)
+        weights = weights_digest(
+            {name: sha256 for unit in planned.units for name, sha256 in receipts[unit].tensors.items()}
+        )
+        earlier = self._published(planned.name, weights)
         if earlier is not None:
             return earlier
+        files = self._files(planned)
         for name, data in files.items():
             self._store.write(self._plan.places.file(planned.name, name), data)
-        self._store.write(self._key(manifest), manifest.to_json(), mode="create")
-        return manifest
+        return self._publish(self._manifest(planned, receipts, files, weights))
 
     def complete_twin(self, planned: PlannedPoint, original: Manifest) -> Manifest:
         """The manifest of a point that is the same merge as an earlier one: it refers to that one's files."""
+        earlier = self._published(planned.name, original.weights)
+        if earlier is not None:
+            return earlier
         manifest = Manifest(
             point=planned.name,
             digest=planned.digest,
@@ -59,24 +63,28 @@ class Gatherer:
             tensors={},
             same_as=planned.same_as,
         )
-        earlier = self._published(manifest)
-        if earlier is not None:
-            return earlier
-        self._store.write(self._key(manifest), manifest.to_json(), mode="create")
+        return self._publish(manifest)
+
+    def _publish(self, manifest: Manifest) -> Manifest:
+        """Writes the manifest, or finds that a driver that was replaced wrote it a moment ago."""
+        try:
+            self._store.write(self._key(manifest.point), manifest.to_json(), mode="create")
+        except ObjectExists:
+            return self._published(manifest.point, manifest.weights) or manifest
         return manifest
 
-    def _key(self, manifest: Manifest) -> str:
-        return self._plan.places.file(manifest.point, "manifest.json")
+    def _key(self, point: str) -> str:
+        return self._plan.places.file(point, "manifest.json")
 
-    def _published(self, manifest: Manifest) -> Manifest | None:
+    def _published(self, point: str, weights: str) -> Manifest | None:
         """The manifest that the point has already; `CorruptData` when it tells of other weights."""
         try:
-            earlier = Manifest.from_json(bytes(self._store.read(self._key(manifest))))
+            earlier = Manifest.from_json(bytes(self._store.read(self._key(point))))
         except ObjectMissing:
             return None
-        if earlier.weights != manifest.weights:
+        if earlier.weights != weights:
             raise CorruptData(
-                f"{self._store.url}/{self._key(manifest)}: complete already, with other weights; run `mergeyard verify`"
+                f"{self._store.url}/{self._key(point)}: complete already, with other weights; run `mergeyard verify`"
             )
         return earlier
 
@@ -103,13 +111,13 @@ class Gatherer:
         info = checkpoint.side_files[name]
         return bytes(open_store(checkpoint.url).read(name, etag=info.etag))
 
-    def _manifest(self, planned: PlannedPoint, receipts: Mapping[str, Receipt], files: Mapping[str, bytes]) -> Manifest:
-        digests: dict[str, str] = {}
+    def _manifest(
+        self, planned: PlannedPoint, receipts: Mapping[str, Receipt], files: Mapping[str, bytes], weights: str
+    ) -> Manifest:
         shards: dict[str, FileEntry] = {}
         tensors: dict[str, TensorEntry] = {}
         for shard, unit in zip(planned.layout.shards, planned.units, strict=True):
             receipt = receipts[unit]
-            digests.update(receipt.tensors)
             shards[shard.name] = FileEntry(receipt.size)
             for tensor in shard.tensors:
                 tensors[tensor.name] = TensorEntry(shard.name, tensor.dtype, tensor.shape, receipt.tensors[tensor.name])
@@ -117,7 +125,7 @@ class Gatherer:
         return Manifest(
             point=planned.name,
             digest=planned.digest,
-            weights=weights_digest(digests),
+            weights=weights,
             recipe=planned.point.recipe.document(),
             parents={name: self._plan.parents[name].url for name in planned.layout.parents},
             seed=self._plan.job.seed,
@@ -128,7 +136,9 @@ class Gatherer:
         )
 
 
+@lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
+    """What wrote it; looked up once, because each look parses a file of the installation."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
 

@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -108,7 +109,8 @@ class Lease:
         self._seconds = seconds
         self._heartbeat = heartbeat
         self._etag = ""
-        self._nonce = ""
+        self._name = secrets.token_hex(16)
+        self._moves = 0
         self._epoch = 0
         self._stop = threading.Event()
         self._lost = threading.Event()
@@ -142,17 +144,23 @@ class Lease:
             return
         except ObjectExists:
             pass
-        info = self._store.locate(self._key)
-        holder = json.loads(bytes(self._store.read(self._key, etag=info.etag)))
+        holder, etag = self._held()
         if not (holder["released"] or _dead_here(holder)):
-            info = self._wait_for_expiry(holder, info.etag)
+            self._wait_for_expiry(holder, etag)
         self._epoch = holder["epoch"] + 1
         try:
-            self._etag = self._store.swap(self._key, self._body(), etag=info.etag).etag
+            self._etag = self._store.swap(self._key, self._body(), etag=etag).etag
         except ObjectChanged:
             raise RunBusy(f"{self._store.url}: another driver was faster; follow it with `mergeyard status`") from None
 
-    def _wait_for_expiry(self, holder: Mapping[str, Any], etag: str) -> Any:
+    def _held(self) -> tuple[Mapping[str, Any], str]:
+        """What the lease says, and the version that says it; it may be renewed while one looks."""
+        while True:
+            info = self._store.locate(self._key)
+            with suppress(ObjectChanged):
+                return json.loads(bytes(self._store.read(self._key, etag=info.etag))), info.etag
+
+    def _wait_for_expiry(self, holder: Mapping[str, Any], etag: str) -> None:
         deadline = time.monotonic() + holder["seconds"]
         while time.monotonic() < deadline:
             time.sleep(min(1.0, holder["seconds"] / 10))
@@ -162,7 +170,6 @@ class Lease:
                     f"{self._store.url}: already driven by process {holder['process']} on {holder['host']};"
                     " follow it with `mergeyard status`, or stop it first"
                 )
-        return self._store.locate(self._key)
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(self._heartbeat):
@@ -181,10 +188,10 @@ class Lease:
             return
 
     def _look_again(self) -> None:
-        """After a conflict: what lies there may be our own last version, whose answer never came."""
+        """After a conflict: what lies there may be an earlier version of ours, whose answer never came."""
         try:
             info = self._store.locate(self._key)
-            if json.loads(bytes(self._store.read(self._key, etag=info.etag)))["nonce"] == self._nonce:
+            if json.loads(bytes(self._store.read(self._key, etag=info.etag)))["nonce"].startswith(self._name):
                 self._etag = info.etag
             else:
                 self._lost.set()
@@ -194,7 +201,7 @@ class Lease:
             return
 
     def _body(self, *, released: bool = False) -> bytes:
-        self._nonce = secrets.token_hex(16)
+        self._moves += 1
         return _json(
             {
                 "epoch": self._epoch,
@@ -203,7 +210,7 @@ class Lease:
                 "process": os.getpid(),
                 "process_started": _process_started(os.getpid()),
                 "seconds": self._seconds,
-                "nonce": self._nonce,
+                "nonce": f"{self._name}-{self._moves}",
                 "released": released,
             }
         )

@@ -11,7 +11,7 @@ from typing import Any
 
 from typing_extensions import Buffer
 
-from jobs.errors import CorruptData, ObjectExists
+from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.tasks import PointShard, Receipt, TensorMerge
 from workers.storage import Store
 
@@ -68,12 +68,15 @@ class PointWriter:
                 self._finish_tensor()
 
     def publish(self, nonfinite: Sequence[str], bytes_read: int, seconds: float) -> Receipt:
-        """Makes the shard visible, then its receipt.
+        """Makes the shard visible, then its receipt; or, where both are there, leaves them to whoever reads them.
 
         `CorruptData` when the unit already has a receipt and it tells of other bytes.
         """
         self._finish_empty()
         assert len(self._digests) == len(self._sizes), f"{self.point.key}: not all tensors were hashed"
+        earlier = self._earlier()
+        if earlier is not None and self._lies_there(earlier):
+            return earlier
         info = self._upload.commit()
         receipt = Receipt(
             unit=self.point.unit,
@@ -85,18 +88,32 @@ class PointWriter:
             nonfinite=tuple(sorted(nonfinite)),
             bytes_read=bytes_read,
             seconds=round(seconds, 3),
-            worker=f"{socket.gethostname()}:{os.getpid()}",
+            worker=_worker(),
         )
         try:
             self._store.write(self.point.receipt, receipt.to_json(), mode="create")
         except ObjectExists:
-            earlier = Receipt.from_json(bytes(self._store.read(self.point.receipt)))
-            if earlier.tensors != receipt.tensors:
-                raise CorruptData(
-                    f"{self.point.key}: two workers merged it to different bytes ({earlier.worker}, {receipt.worker});"
-                    " check the memory of these machines and run `mergeyard verify`"
-                ) from None
+            self._earlier()
         return receipt
+
+    def _earlier(self) -> Receipt | None:
+        """The receipt that another worker left for this unit; `CorruptData` when it contradicts what was merged here."""
+        try:
+            earlier = Receipt.from_json(bytes(self._store.read(self.point.receipt)))
+        except ObjectMissing:
+            return None
+        if earlier.tensors != self._digests:
+            raise CorruptData(
+                f"{self.point.key}: two workers merged it to different bytes ({earlier.worker}, {_worker()});"
+                " check the memory of these machines and run `mergeyard verify`"
+            )
+        return earlier
+
+    def _lies_there(self, receipt: Receipt) -> bool:
+        try:
+            return self._store.locate(receipt.key).size == receipt.size
+        except ObjectMissing:
+            return False
 
     def _finish_empty(self) -> None:
         while len(self._digests) < len(self._sizes) and self._sizes[len(self._digests)][1] == 0:
@@ -105,3 +122,7 @@ class PointWriter:
     def _finish_tensor(self) -> None:
         self._digests[self._sizes[len(self._digests)][0]] = self._hash.hexdigest()
         self._hash, self._hashed = hashlib.sha256(), 0
+
+
+def _worker() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"

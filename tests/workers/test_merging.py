@@ -437,6 +437,27 @@ def test_a_receipt_that_tells_of_other_bytes_is_a_contradiction():
     line = str(contradiction.value)
     assert line.startswith("points/linear/model.safetensors: two workers merged it to different bytes (elsewhere:1, ")
     assert line.endswith("check the memory of these machines and run `mergeyard verify`")
+    assert store.locate(receipt.key).etag == receipt.etag, "what the receipt tells of stays"
+
+
+def test_a_late_second_worker_touches_nothing_that_a_reader_may_have_pinned():
+    task = task_of(family(EVERY_KIND))
+    merge_task(task)
+    store = open_store(task.run)
+    before = {info.key: info.etag for info in store.list()}
+    merge_task(task)
+    assert {info.key: info.etag for info in store.list()} == before
+
+
+def test_a_shard_that_is_gone_or_cut_is_written_again_under_its_receipt():
+    task = task_of(family(EVERY_KIND))
+    first = merge_task(task)
+    store = open_store(task.run)
+    wanted = {receipt.key: bytes(store.read(receipt.key)) for receipt in first}
+    store.delete(first[0].key)
+    store.write(first[-1].key, wanted[first[-1].key][:-1])
+    assert digests(merge_task(task)) == digests(first)
+    assert {receipt.key: bytes(store.read(receipt.key)) for receipt in first} == wanted
 
 
 def test_all_floats_of_the_house_are_tested_here():

@@ -10,7 +10,7 @@ from typing import Literal
 
 from typing_extensions import Buffer
 
-from jobs.errors import ObjectChanged, ObjectExists, ObjectMissing, StorageError
+from jobs.errors import ObjectChanged, ObjectExists, ObjectMissing, StorageUnavailable
 from workers.storage.keys import check_key, check_prefix, length_within
 from workers.storage.store import ObjectInfo
 
@@ -92,10 +92,10 @@ class MemoryStore:
         return None
 
     def finish(self, upload: MemoryUpload, data: bytes) -> ObjectInfo:
-        """Make an upload's bytes the object; `StorageError` when the upload was swept away."""
+        """Make an upload's bytes the object; `StorageUnavailable` when the upload was swept away: begin it again."""
         with self._lock:
             if upload not in self._uploads:
-                raise StorageError(f"the upload of {self._place(upload.key)} was aborted; start it again")
+                raise StorageUnavailable(f"the upload of {self._place(upload.key)} was aborted; start it again")
             self._uploads.discard(upload)
             return self._put(upload.key, data)
 

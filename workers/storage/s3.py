@@ -20,7 +20,7 @@ from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.store import S3Store
 from typing_extensions import Buffer
 
-from jobs.errors import AccessDenied, CorruptData, MergeyardError, ObjectMissing, StorageError
+from jobs.errors import AccessDenied, CorruptData, MergeyardError, ObjectMissing, StorageError, StorageUnavailable
 from workers.storage.retrying import CONNECT_SECONDS, patiently, stall_seconds
 from workers.storage.store import ObjectInfo
 from workers.storage.translation import denied, from_boto
@@ -180,7 +180,10 @@ class MultipartUpload:
                 Bucket=self._bucket.name, Key=self._path, UploadId=upload_id, PartNumber=number, Body=part
             )
 
-        return str(self._bucket.call(f"{self._place} part {number}", once)["ETag"])
+        try:
+            return str(self._bucket.call(f"{self._place} part {number}", once)["ETag"])
+        except ObjectMissing:
+            raise self._swept() from None
 
     def _finish_oldest(self) -> None:
         wait([self._sending[0]])
@@ -198,7 +201,11 @@ class MultipartUpload:
         except ObjectMissing:
             # an earlier try may have come through and only its answer been lost
             if not self._came_through():
-                raise StorageError(f"{self._place}: the upload was aborted by somebody else; run again") from None
+                raise self._swept() from None
+
+    def _swept(self) -> StorageUnavailable:
+        """Another driver's `sweep` took this upload for a dead one's: a new upload mends it."""
+        return StorageUnavailable(f"{self._place}: the upload was aborted by somebody else; run again")
 
     def _came_through(self) -> bool:
         try:

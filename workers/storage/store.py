@@ -108,8 +108,9 @@ class Store(Protocol):
     def sweep(self, prefix: str = "") -> int:
         """Remove what dead uploads under `prefix` left (partial files, open multipart uploads); how many there were.
 
-        A folder knows its living uploads and spares them. S3 does not: a living upload is ended too, and its `commit`
-        raises `StorageError`. On GCS and Azure unfinished uploads go by the bucket's own rules; the answer is 0.
+        A folder knows its living uploads and spares them. S3 does not: a living upload is ended too, and its `write` or
+        `commit` raises `StorageUnavailable`: it has to begin again. On GCS and Azure unfinished uploads go by the
+        bucket's own rules; the answer is 0.
         """
         ...
 

@@ -211,3 +211,17 @@ def test_absent_credentials_are_said_before_anything_is_asked(s3_url: str, monke
     monkeypatch.setenv("AWS_CONFIG_FILE", "/nonexistent")
     with pytest.raises(AccessDenied, match="no credentials found"):
         open_store(s3_url)
+
+
+@pytest.mark.parametrize("when", ["between its parts", "before its end"])
+def test_an_upload_that_another_driver_swept_away_is_to_be_begun_again(s3_url: str, when: str) -> None:
+    store = open_store(s3_url)
+    with store.upload("shard") as upload:
+        upload.write(bytes(17 * MIB))
+        while not store.sweep():
+            time.sleep(0.05)
+        with pytest.raises(StorageUnavailable, match="the upload was aborted by somebody else; run again"):
+            if when == "between its parts":
+                upload.write(bytes(200 * MIB))
+            upload.commit()
+    assert list(store.list()) == []
