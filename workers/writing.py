@@ -97,7 +97,7 @@ class PointWriter:
         return receipt
 
     def _earlier(self) -> Receipt | None:
-        """The receipt that another worker left for this unit; `CorruptData` when it contradicts what was merged here."""
+        """The receipt that another worker left for this unit; `CorruptData` when it tells of other bytes than ours."""
         try:
             earlier = Receipt.from_json(bytes(self._store.read(self.point.receipt)))
         except ObjectMissing:
