@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -91,7 +92,7 @@ def test_equal_models_are_asked_more_until_they_pass(mergeyard: Mergeyard, job_f
     ended = mergeyard("gate", job, "--in-process", "--json")
     assert ended.code == 0, ended.err
     looks = [look["items"] for look in ended.facts["looks"]]
-    assert looks[0] == 6 and len(looks) > 1 and all(after <= 2 * before for before, after in zip(looks, looks[1:]))
+    assert looks[0] == 6 and len(looks) > 1 and all(after <= 2 * before for before, after in pairwise(looks))
     assert ended.facts["rule"]["planned_haystacks"] == 6
     assert [look["outcome"] for look in ended.facts["looks"]] == ["inconclusive"] * (len(looks) - 1) + ["pass"]
 
