@@ -1,0 +1,12 @@
+# shellcheck shell=bash
+# For every shell that starts Ray or speaks to it: mergeyard's own programs first, a token, and what makes Ray give out
+# the work of a node that is cut off after 20 s; with Ray's defaults it takes 7 minutes. All nodes need the same values.
+PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin:$PATH"
+export RAY_AUTH_MODE=token
+export RAY_USAGE_STATS_ENABLED=0
+export RAY_health_check_initial_delay_ms=1000
+export RAY_health_check_period_ms=1000
+export RAY_health_check_timeout_ms=2000
+export RAY_health_check_failure_threshold=3
+export RAY_grpc_client_keepalive_time_ms=10000
+export RAY_grpc_client_keepalive_timeout_ms=5000

@@ -1,0 +1,135 @@
+"""One cluster out of several machines, started for one command: real Rays on this machine, and a stand-in for Slurm."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.infra.conftest import ROOT
+from tests.seaweedfs import free_ports
+
+TOGETHER = ROOT / "infra" / "ray" / "together.sh"
+SLURM = ROOT / "infra" / "slurm" / "mergeyard.sbatch"
+HOST = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's address in the network
+TOKEN = "0123456789abcdef" * 4
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 127.0.0.2 without being asked")
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+JOB = """\
+name: grid
+parents: {{long: {parents}/long, fmt: {parents}/fmt}}
+recipe:
+  merge_method: linear
+  models:
+    - {{model: long, parameters: {{weight: "${{w}}"}}}}
+    - {{model: fmt, parameters: {{weight: "${{1 - w}}"}}}}
+grid: {{w: [0.25, 0.5, 0.75]}}
+workers: {{cpus: 1, memory: 4GB, count: 1}}
+output: {output}
+"""
+
+HOSTNAME = f"#!/bin/sh\necho {HOST} 10.0.0.1\n"
+SRUN = """\
+#!/bin/bash
+# as srun: the command on both nodes, the worst exit code
+while [[ $1 == --* ]]; do shift; done
+SLURM_PROCID=1 "$@" & worker=$!
+SLURM_PROCID=0 "$@"; head=$?
+wait $worker || exit $?
+exit $head
+"""
+SCONTROL = '#!/bin/sh\necho "scontrol $*"\n'
+
+
+@pytest.fixture
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A home of its own, whose name is short enough for Ray's sockets."""
+    home = tmp_path_factory.mktemp("t")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    yield {**inherited, "HOME": str(home), "RAY_TMPDIR": str(home), "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": TOKEN}
+
+
+@pytest.fixture
+def start(environment: dict[str, str]) -> Iterator[Start]:
+    """`start(command, …)`: running, and ended with the test."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(*command: str | Path, **extra: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment | extra,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for left in (process, *below):
+            with suppress(psutil.NoSuchProcess):
+                left.kill()
+        process.wait(60)
+
+
+@pytest.mark.heavy
+def test_the_command_sees_all_machines_and_its_exit_code_is_rank_noughts(start: Start) -> None:
+    head = f"{HOST}:{free_ports(1)[0]}"
+    script = "import ray, sys; ray.init('auto'); print('machines:', len(ray.nodes())); sys.exit(3)"
+    worker = start(TOGETHER, "1", "2", head, "true")
+    first = start(TOGETHER, "0", "2", head, "python", "-c", script)
+    said, _ = first.communicate(timeout=120)
+    assert first.returncode == 3, said
+    assert "machines: 2" in said
+    began = time.monotonic()
+    worker.communicate(timeout=60)
+    assert worker.returncode == 0
+    assert time.monotonic() - began < 40  # the head's end is noticed
+
+
+def stand_in(folder: Path, **programs: str) -> dict[str, str]:
+    """The environment of a job of Slurm, with these programs before all others."""
+    for name, text in {"hostname": HOSTNAME, "scontrol": SCONTROL, **programs}.items():
+        (folder / name).write_text(text)
+        (folder / name).chmod(0o755)
+    return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+
+
+@pytest.mark.heavy
+def test_a_job_of_slurm_runs_on_all_its_nodes(start: Start, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(JOB.format(parents=ROOT / "jobs" / "examples" / "parents", output=tmp_path))
+    ended = start("bash", SLURM, tmp_path / "job.yaml", **stand_in(tmp_path, srun=SRUN))
+    said, _ = ended.communicate(timeout=200)
+    assert ended.returncode == 0, said
+    assert "3 points in" in said
+    assert len(list(tmp_path.glob("grid/points/*/manifest.json"))) == 3
+    assert "scontrol" not in said
+
+
+@pytest.mark.parametrize(("code", "put_back"), [(0, False), (1, False), (2, False), (75, True)])
+def test_a_job_of_slurm_is_put_back_at_75_alone(start: Start, tmp_path: Path, code: int, put_back: bool) -> None:
+    ended = start("bash", SLURM, "job.yaml", **stand_in(tmp_path, srun=f"#!/bin/sh\nexit {code}\n"))
+    said, _ = ended.communicate(timeout=30)
+    assert ended.returncode == code, said
+    assert ("scontrol requeue 7" in said) == put_back
+
+
+def test_without_a_token_nothing_is_started(start: Start) -> None:
+    done = start("env", "--unset=RAY_AUTH_TOKEN", TOGETHER, "0", "1", f"{HOST}:1", "true")
+    said, _ = done.communicate(timeout=30)
+    assert done.returncode == 1
+    assert "set RAY_AUTH_TOKEN" in said
