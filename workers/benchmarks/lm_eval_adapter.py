@@ -277,19 +277,14 @@ class _Asking:
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
         """A greedy answer to each request, cut before the first of its stop texts."""
         answers = [""] * len(requests)
-        asked: list[tuple[int, Prompt, list[str]]] = []
+        asked: list[tuple[int, Prompt]] = []
         for at, request in enumerate(requests):
             context, settings = _arguments(request)
             stops, new_tokens = _generation(request, settings)
-            prompt = Prompt("", context, new_tokens)
             if not self._too_long(request, len(self._engine.encode(context)) + new_tokens):
-                asked.append((at, prompt, stops))
-        for (at, _, stops), answer in zip(
-            asked, self._engine.generate([prompt for _, prompt, _ in asked]), strict=True
-        ):
+                asked.append((at, Prompt("", context, new_tokens, tuple(stops))))
+        for (at, _), answer in zip(asked, self._engine.generate([prompt for _, prompt in asked]), strict=True):
             answers[at] = answer.text
-            for stop in stops:
-                answers[at] = answers[at].split(stop)[0]
             self._charge(requests[at], answer.tokens_in + answer.tokens_out, answer.seconds, finite=answer.finite)
         return answers
 

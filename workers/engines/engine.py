@@ -23,11 +23,15 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads is `prefix + text`; neighbours with an equal, non-empty `prefix` share one prefill of it."""
+    """What the model reads is `prefix + text`; neighbours with an equal, non-empty `prefix` share one prefill of it.
+
+    The answer ends before the first of `stops` that it would have in it.
+    """
 
     prefix: str
     text: str
     max_new_tokens: int
+    stops: tuple[str, ...] = ()
 
     @property
     def whole(self) -> str:
@@ -47,6 +51,11 @@ class Answer:
     tokens_out: int
     seconds: float
     finite: bool
+
+
+def before_stops(text: str, stops: Sequence[str]) -> str:
+    """The text up to the first of the stops that it has in it."""
+    return text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=len(text))]
 
 
 class Engine(Protocol):

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from jobs.errors import AccessDenied, BadInput, WorkerLost
-from workers.engines.engine import Answer, Progress, Prompt, check_room, split_continuation
+from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, split_continuation
 from workers.engines.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE_SECONDS = 30.0
+MOST_STOPS = 4
+"""Stop texts that OpenAI's protocol allows in one request; the others are cut off here."""
 
 
 class OpenAIEngine:
@@ -108,12 +110,14 @@ class OpenAIEngine:
 
     def _answer(self, prompt: Prompt) -> Answer:
         started = time.perf_counter()
-        settings = {"prompt": prompt.whole, "max_tokens": prompt.max_new_tokens, "temperature": 0}
+        settings: dict[str, Any] = {"prompt": prompt.whole, "max_tokens": prompt.max_new_tokens, "temperature": 0}
+        if prompt.stops:
+            settings["stop"] = list(prompt.stops[:MOST_STOPS])
         reply = self._request("POST", "/completions", {"model": self.model, **settings})
         text = self._field(reply, "choices")[0]["text"]
         usage = reply.get("usage") or {}
         return Answer(
-            text=text,
+            text=before_stops(text, prompt.stops),
             tokens_in=usage.get("prompt_tokens") or len(self.encode(prompt.whole)),
             tokens_out=usage.get("completion_tokens") or len(self.encode(text)),
             seconds=time.perf_counter() - started,

@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from jobs.errors import BadInput, MergeyardError
 from workers.engines import attention
-from workers.engines.engine import Answer, Progress, Prompt, check_room, split_continuation
+from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, split_continuation
 from workers.engines.kv_cache import KeyValueBuffer, hidden
 from workers.engines.packing import Row, batches, columns, common_prefix, make_rows
 from workers.engines.tokenizer import load_tokenizer
@@ -192,7 +192,7 @@ class TransformersEngine:
         answers: dict[int, Answer] = {}
         most_cells = max(1, self._cache_bytes() // self._bytes_a_cell())
         for batch in batches(rows, max_branches=self.limits.batch, max_cells=most_cells):
-            answers.update(self._answer(batch, new_tokens))
+            answers.update(self._answer(batch, prompts))
             if progress:
                 progress(sum(len(row.members) for row in batch))
         return [answers[index] for index in range(len(prompts))]
@@ -232,11 +232,11 @@ class TransformersEngine:
         self._resident = (ids[:-1], cache)
         return float(scores.sum(dtype=np.float64)), greedy
 
-    def _answer(self, batch: list[Row], new_tokens: Sequence[int]) -> dict[int, Answer]:
+    def _answer(self, batch: list[Row], prompts: Sequence[Prompt]) -> dict[int, Answer]:
         """Answers of one batch by prompt; a batch that does not fit into memory is halved until it does."""
         started = time.perf_counter()
         try:
-            outputs = self._decode(batch, new_tokens)
+            outputs = self._decode(batch, prompts)
         except RuntimeError as error:
             if not _is_out_of_memory(error):
                 raise
@@ -250,11 +250,11 @@ class TransformersEngine:
                     "evaluate shorter lengths, or on a device with more memory"
                 )
             half = len(batch) // 2
-            return self._answer(batch[:half], new_tokens) | self._answer(batch[half:], new_tokens)
+            return self._answer(batch[:half], prompts) | self._answer(batch[half:], prompts)
         seconds = (time.perf_counter() - started) / len(outputs)
         return {
             member: Answer(
-                text=str(self.tokenizer.decode(output.tokens, skip_special_tokens=True)),
+                text=before_stops(self._text(output.tokens), prompts[member].stops),
                 tokens_in=output.tokens_in,
                 tokens_out=len(output.tokens),
                 seconds=seconds,
@@ -263,7 +263,10 @@ class TransformersEngine:
             for member, output in outputs.items()
         }
 
-    def _decode(self, batch: list[Row], new_tokens: Sequence[int]) -> dict[int, _Output]:
+    def _text(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+
+    def _decode(self, batch: list[Row], prompts: Sequence[Prompt]) -> dict[int, _Output]:
         """Prefill all rows, then one token a step for all branches of all rows until every one has ended."""
         width, start = max(len(row.branches) for row in batch), max(row.tokens for row in batch)
         cache = self._buffer(len(batch), columns(batch))
@@ -275,7 +278,7 @@ class TransformersEngine:
         for r, row in enumerate(batch):
             for j, (member, branch) in enumerate(zip(row.members, row.branches, strict=True)):
                 tokens[r, j], positions[r, j] = branch[-1], len(row.trunk) + len(branch) - 1
-                outputs[member] = _Output(tokens_in=len(row.trunk) + len(branch), limit=new_tokens[member])
+                outputs[member] = _Output(tokens_in=len(row.trunk) + len(branch), limit=prompts[member].max_new_tokens)
         for end in range(start, cache.columns, width):
             cache.look(slice(0, len(batch)), 0, end)
             mask = self._mask(visible[:, :, : end + width], positions, places[:, : end + width])
@@ -284,7 +287,11 @@ class TransformersEngine:
             positions = positions + 1
             for r, row in enumerate(batch):
                 for j, member in enumerate(row.members):
-                    outputs[member].take(int(tokens[r, j]), bool(finite[r, j]), self._end_tokens)
+                    output, stops = outputs[member], prompts[member].stops
+                    output.take(int(tokens[r, j]), bool(finite[r, j]), self._end_tokens)
+                    if stops and not output.ended:
+                        text = self._text(output.tokens)
+                        output.ended = any(stop in text for stop in stops)
             if all(output.ended for output in outputs.values()):
                 break
         return outputs

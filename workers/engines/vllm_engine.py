@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_server
-from workers.engines.engine import Answer, Progress, Prompt, check_room, split_continuation
+from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, split_continuation
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.vllm_server import NEXT, receive_bytes, receive_message, send_message
 
@@ -109,10 +109,12 @@ class VllmEngine:
             part = slice(first, first + PROMPTS_A_CALL)
             limits = [prompt.max_new_tokens for prompt in prompts[part]]
             started = time.perf_counter()
-            outputs = self._call("generate", prompts=ids[part], max_new_tokens=limits)
+            stops = [list(prompt.stops) for prompt in prompts[part]]
+            outputs = self._call("generate", prompts=ids[part], max_new_tokens=limits, stops=stops)
             seconds = (time.perf_counter() - started) / len(outputs)
             answers += [
-                self._answer(tokens, output, seconds) for tokens, output in zip(ids[part], outputs, strict=True)
+                self._answer(prompt, tokens, output, seconds)
+                for prompt, tokens, output in zip(prompts[part], ids[part], outputs, strict=True)
             ]
             if progress:
                 progress(len(outputs))
@@ -153,9 +155,9 @@ class VllmEngine:
         self._process.wait()
         self._room.cleanup()
 
-    def _answer(self, ids: Sequence[int], output: Mapping[str, Any], seconds: float) -> Answer:
+    def _answer(self, prompt: Prompt, ids: Sequence[int], output: Mapping[str, Any], seconds: float) -> Answer:
         tokens = output["tokens"][: -1 if output["ended"] else None]
-        text = str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+        text = before_stops(str(self.tokenizer.decode(tokens, skip_special_tokens=True)), prompt.stops)
         return Answer(text, len(ids), len(tokens), seconds, output["finite"])
 
     def _scored(self, window: Sequence[int]) -> dict[str, Any]:

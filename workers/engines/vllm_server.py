@@ -114,16 +114,22 @@ class Server:
         self.model = LLM(worker_extension_cls="vllm_server.WeightReceiver", **options)
         return {"max_length": self.model.llm_engine.model_config.max_model_len}
 
-    def generate(self, prompts: list[list[int]], max_new_tokens: list[int]) -> list[dict[str, Any]]:
-        """Greedy token ids, whether the last is an end token, and whether every log-likelihood was a number."""
+    def generate(
+        self, prompts: list[list[int]], max_new_tokens: list[int], stops: list[list[str]]
+    ) -> list[dict[str, Any]]:
+        """Greedy token ids, whether the last is an end token (a stop text is no token), and whether every log-likelihood was a number."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  # as above
 
-        settings = [SamplingParams(temperature=0.0, max_tokens=limit, logprobs=0) for limit in max_new_tokens]
+        settings = [
+            SamplingParams(temperature=0.0, max_tokens=limit, logprobs=0, stop=texts or None)
+            for limit, texts in zip(max_new_tokens, stops, strict=True)
+        ]
         outputs = self.model.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
         return [
             {
                 "tokens": list(output.outputs[0].token_ids),
-                "ended": output.outputs[0].finish_reason == "stop",
+                "ended": output.outputs[0].finish_reason == "stop"
+                and not isinstance(output.outputs[0].stop_reason, str),
                 "finite": all(math.isfinite(v.logprob) for step in output.outputs[0].logprobs for v in step.values()),
             }
             for output in outputs

@@ -8,6 +8,7 @@ engine meets a real vLLM server in `test_vllm_engine.py`.
 import json
 import socket
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import numpy as np
@@ -99,6 +100,15 @@ def test_requests_are_greedy_and_bring_the_key(served, server, needle_prompt, mo
     body, authorization = server.asked[-1]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("long", 0, 12)
     assert authorization == "Bearer s3cret"
+
+
+def test_stops_go_with_the_request_four_at_most_and_are_cut_here_too(served, server, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 2)
+    stops = ("\n", "?", "!", "\n\n", "516")
+    assert served.generate([replace(prompt, stops=stops)])[0].text == " 481"
+    assert server.asked[-1][0]["stop"] == ["\n", "?", "!", "\n\n"]
+    served.generate([prompt])
+    assert "stop" not in server.asked[-1][0]
 
 
 def test_busy_and_broken_servers_are_asked_again(served, server, needle_prompt):

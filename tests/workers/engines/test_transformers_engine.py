@@ -1,6 +1,7 @@
 """The transformers engine against transformers' own `generate` and full logits, on models that were really trained."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from jobs.errors import BadInput, MergeyardError
-from workers.engines.engine import Prompt
+from workers.engines.engine import Prompt, before_stops
 from workers.engines.transformers_engine import Limits, TransformersEngine
 
 KEYS = {"quiet-river": 4815162, "brave-garden": 1234567, "golden-engine": 7654321}
@@ -83,6 +84,25 @@ def test_a_prefix_that_ends_inside_a_token_changes_no_token(engine, needle_promp
         engine.generate([Prompt("", whole, 12)]),
     )
     assert {(answer.text, answer.tokens_in) for answer in split} == {(unsplit[0].text, unsplit[0].tokens_in)}
+
+
+def test_an_answer_ends_before_its_first_stop_and_the_others_go_on(engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 4)
+    free = engine.generate([prompt])[0]
+    middle = free.text[2:4]  # " 4815162." has it once
+    assert free.text.count(middle) == 1
+    stopped = replace(prompt, stops=("no such text", middle))
+    answers = engine.generate([stopped, prompt])
+    assert [answer.text for answer in answers] == [free.text[:2], free.text]
+    assert answers[0].tokens_out < answers[1].tokens_out, "nothing is generated after it"
+
+
+@pytest.mark.parametrize(
+    ("text", "stops", "before"),
+    [("a.b\nc", ("\n", "."), "a"), ("a.b", ("?",), "a.b"), ("a.b", (), "a.b"), (".", (".",), "")],
+)
+def test_the_first_stop_in_the_text_counts(text, stops, before):
+    assert before_stops(text, stops) == before
 
 
 def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers(engine, needle_prompt):
