@@ -117,7 +117,7 @@ class Server:
     def generate(
         self, prompts: list[list[int]], max_new_tokens: list[int], stops: list[list[str]]
     ) -> list[dict[str, Any]]:
-        """Greedy token ids, whether the last is an end token (a stop text is no token), and whether every log-likelihood was a number."""
+        """Greedy token ids, whether the last is an end token, and whether every log-likelihood was a number."""
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  # as above
 
         settings = [

@@ -10,6 +10,7 @@ import subprocess
 import time
 import urllib.request
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -84,6 +85,14 @@ def test_answers_find_the_needle_and_equal_the_transformers_engine(vllm, engine,
     assert [answer.text for answer in answers] == [" 4815166.", " 4815173.", " 4815187."]
     assert [answer.tokens_out for answer in answers] == [answer.tokens_out for answer in engine.generate(prompts)]
     assert all(answer.finite for answer in answers)
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_an_answer_ends_before_its_stop(vllm, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 4)
+    free, stopped = vllm.generate([prompt, replace(prompt, stops=("?", "516"))])
+    assert (free.text, stopped.text) == (" 4815162.", " 481")
 
 
 @needs_vllm
