@@ -1,0 +1,65 @@
+# A bucket for runs, and roles that can do no more than a run needs: workers read parents and write below runs/, the
+# driver may also remove, for `prune`; the head of a `ray up` cluster may also start and end instances.
+terraform {
+  required_version = ">= 1.6"
+  required_providers {
+    aws = {
+      source  = "hashicorp/aws"
+      version = "~> 6.0"
+    }
+  }
+}
+
+provider "aws" {
+  region = var.region
+}
+
+resource "aws_s3_bucket" "runs" {
+  bucket = var.bucket
+}
+
+resource "aws_s3_bucket_public_access_block" "runs" {
+  bucket                  = aws_s3_bucket.runs.id
+  block_public_acls       = true
+  block_public_policy     = true
+  ignore_public_acls      = true
+  restrict_public_buckets = true
+}
+
+resource "aws_s3_bucket_ownership_controls" "runs" {
+  bucket = aws_s3_bucket.runs.id
+
+  rule {
+    object_ownership = "BucketOwnerEnforced"
+  }
+}
+
+resource "aws_s3_bucket_lifecycle_configuration" "runs" {
+  bucket = aws_s3_bucket.runs.id
+
+  # what a killed run began to upload costs storage until it is aborted; no upload takes a week
+  rule {
+    id     = "abort-unfinished-uploads"
+    status = "Enabled"
+
+    filter {}
+
+    abort_incomplete_multipart_upload {
+      days_after_initiation = 7
+    }
+  }
+}
+
+resource "aws_s3_bucket_policy" "runs" {
+  bucket = aws_s3_bucket.runs.id
+  policy = templatefile("${path.module}/policies/bucket.json", { bucket = var.bucket })
+}
+
+# traffic to the bucket stays inside, and costs nothing
+resource "aws_vpc_endpoint" "s3" {
+  count             = var.vpc_id == null ? 0 : 1
+  vpc_id            = var.vpc_id
+  service_name      = "com.amazonaws.${var.region}.s3"
+  vpc_endpoint_type = "Gateway"
+  route_table_ids   = var.route_table_ids
+}
