@@ -43,28 +43,30 @@ def _verify(store: Store, prefix: str) -> Check:
         manifest = Manifest.from_json(bytes(store.read(f"{prefix}manifest.json")))
     except CorruptData as error:
         return Check(prefix.rstrip("/").rsplit("/", 1)[-1] or store.url, (str(error),))
-    problems: list[str] = []
-    for name, entry in manifest.files.items():
+    return Check(manifest.point, tuple(point_problems(store, prefix, manifest)))
+
+
+def point_problems(store: Store, prefix: str, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with the files under `prefix`, by this manifest; all of them are read."""
+    for name in manifest.files:
         try:
-            problems.extend(_file_problems(store, prefix, name, entry.size, entry.sha256, manifest))
+            yield from file_problems(store, prefix, name, manifest)
         except MergeyardError as error:
-            problems.append(str(error))
+            yield str(error)
     if manifest.same_as is None:
         recorded = weights_digest({name: entry.sha256 for name, entry in manifest.tensors.items()})
         if recorded != manifest.weights:
-            problems.append("manifest.json: its weights digest is not that of its tensors")
-    return Check(manifest.point, tuple(problems))
+            yield "manifest.json: its weights digest is not that of its tensors"
 
 
-def _file_problems(
-    store: Store, prefix: str, name: str, size: int, sha256: str | None, manifest: Manifest
-) -> Iterator[str]:
-    info = store.locate(prefix + name)
-    if info.size != size:
-        yield f"{name}: {info.size} bytes, {size} were written"
+def file_problems(store: Store, prefix: str, name: str, manifest: Manifest) -> Iterator[str]:
+    """What is wrong with one file, by the manifest; `ObjectMissing` when it is not there."""
+    info, written = store.locate(prefix + name), manifest.files[name]
+    if info.size != written.size:
+        yield f"{name}: {info.size} bytes, {written.size} were written"
         return
-    if sha256 is not None:
-        if hashlib.sha256(bytes(store.read(info.key))).hexdigest() != sha256:
+    if written.sha256 is not None:
+        if hashlib.sha256(bytes(store.read(info.key))).hexdigest() != written.sha256:
             yield f"{name}: changed since it was written"
         return
     found = {header.name: header for header in read_header(store, info)}

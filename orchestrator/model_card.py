@@ -1,16 +1,21 @@
 """The README.md of a point: hub front matter, and what a reader of a merge's card looks for.
 
-Front matter as https://huggingface.co/docs/hub/model-cards describes it.
+Front matter as https://huggingface.co/docs/hub/model-cards describes it; `published_card` is what the hub gets.
 """
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
 from orchestrator.compatibility import context_fields
+from orchestrator.leaderboard import Line, short_length
 from orchestrator.planning import Plan, PlannedPoint
+from workers.benchmarks.scores import RULER_THRESHOLD, EffectiveLength
 from workers.checkpoint import FLOATS
 
 
@@ -68,6 +73,79 @@ def model_card(plan: Plan, planned: PlannedPoint) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def front_matter(card: str) -> dict[str, Any]:
+    """What a model card says between its `---` lines; empty where it says nothing that is YAML."""
+    found = FRONT.match(card)
+    try:
+        told = yaml.safe_load(found["yaml"]) if found else None
+    except yaml.YAMLError:
+        return {}
+    return told if isinstance(told, dict) else {}
+
+
+FRONT = re.compile(r"\ufeff?---[ \t]*\r?\n(?P<yaml>.*?)\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def published_card(
+    card: str, licence: Mapping[str, str], config: Mapping[str, Any], line: Line | None, ranked: Sequence[str]
+) -> str:
+    """A point's card as the hub gets it: with its licence, and with its results where there are any.
+
+    Only parents that the hub knows stay in `base_model`: it refuses paths and buckets there.
+    """
+    front = front_matter(card)
+    bases = [base for base in front.pop("base_model", []) if HUB_NAME.fullmatch(base)]
+    relation = front.pop("base_model_relation", "merge")
+    head = {**({"base_model": bases, "base_model_relation": relation} if bases else {}), **front, **licence}
+    body = FRONT.sub("", card, count=1)
+    if line is not None:
+        title = re.search(r"^# (.+)$", body, re.MULTILINE)
+        head["model-index"] = [{"name": title[1] if title else line.name, "results": _index(line, ranked)}]
+        before, mark, after = body.partition("## Parents\n")
+        body = before + _results(line, ranked, context_fields(config).get("max_position_embeddings")) + mark + after
+    return f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---\n{body}"
+
+
+def _index(line: Line, ranked: Sequence[str]) -> list[dict[str, Any]]:
+    """The results of a `model-index`, each a score from 0 to 100."""
+    benchmark = " and ".join(ranked)
+    rows = [("mean", f"{benchmark}, mean", line.score)]
+    rows += [
+        (str(length), f"{benchmark} at {length:,} tokens", score) for length, score in sorted(line.by_length.items())
+    ]
+    entries = [("-".join(ranked), config, name, score) for config, name, score in rows]
+    entries += [("lm_eval", task, task, score) for task, score in line.beside.items()]
+    return [
+        {
+            "task": {"type": "text-generation", "name": "Text Generation"},
+            "dataset": {"type": dataset, "name": name, "config": config},
+            "metrics": [{"type": "score", "name": "score (0 to 100)", "value": round(score, 2)}],
+        }
+        for dataset, config, name, score in entries
+    ]
+
+
+def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
+    spread = f" ± {line.half_width:.1f}" if math.isfinite(line.half_width) else ""
+    rows = [(f"Score (0 to 100): {' and '.join(ranked)}, {line.items:,} items", f"{line.score:.1f}{spread}")]
+    rows += [(f"at {short_length(length)}", f"{score:.1f}") for length, score in sorted(line.by_length.items())]
+    rows += [(task, f"{score:.1f}") for task, score in line.beside.items()]
+    if line.effective is not None:
+        title = f"Effective context length (longest with a score of {RULER_THRESHOLD} or more)"
+        rows.append((title, f"{_reach(line.effective)}; the config claims {_tokens(claimed)}"))
+    lines = ["## Results", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", ""]
+    return "\n".join(lines)
+
+
+def _reach(effective: EffectiveLength) -> str:
+    if effective.length == 0:
+        return "below the shortest that was asked"
+    if effective.low == effective.high:
+        return _tokens(effective.length)
+    return f"{_tokens(effective.length)} (95 % interval: {effective.low:,} to {effective.high:,})"
 
 
 def _weight(plan: Plan, planned: PlannedPoint, name: str) -> str:

@@ -1,0 +1,47 @@
+"""`mergeyard publish RUN/POINT DESTINATION`."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from jobs.errors import BadInput
+from orchestrator.commands.inputs import print_json, run_url, watched
+
+if TYPE_CHECKING:
+    from orchestrator.publishing import FoundPoint
+
+
+def publish(options: argparse.Namespace) -> int:
+    """`mergeyard publish RUN/POINT DESTINATION`: to the hub with card and results, elsewhere the same bytes."""
+    from orchestrator.publishing import copy_point, publish_to_hub
+
+    point = _point(options.point)
+    if options.to.startswith("hf://"):
+        visible = watched(options) and not options.json
+        facts = publish_to_hub(point, options.to, public=options.public, licence=options.license, visible=visible)
+    else:
+        if options.public or options.license:
+            raise BadInput(f"{options.to}: --public and --license are for the hub; elsewhere go the very bytes")
+        facts = copy_point(point, options.to)
+    if options.json:
+        print_json(facts)
+    elif not options.quiet:
+        same = f" (the same merge as {facts['same_as']})" if facts["same_as"] else ""
+        news = "published" if facts["bytes_sent"] else "already there"
+        print(
+            f"{facts['point']}{same}: {facts['files']} files {news} at {facts['url']}, weights {facts['weights'][:12]}"
+        )
+    return 0
+
+
+def _point(text: str) -> FoundPoint:
+    """A finished point, given as RUN/POINT, as its folder, or as the folder of a lone merge."""
+    from orchestrator.publishing import find_merge, find_point
+    from workers.storage import open_store
+
+    run, _, point = text.rstrip("/").rpartition("/")
+    inside = f"points/{point}/manifest.json"
+    if run and not run.endswith(("/points", ":/")) and any(open_store(run_url(run)).list(inside)):
+        return find_point(run_url(run), point)
+    return find_merge(text)

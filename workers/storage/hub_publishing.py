@@ -1,0 +1,167 @@
+"""Writing to the hub: files are sent one by one, and seen all at once, by one commit at the end.
+
+What was sent before an interruption is not sent again: the hub knows large files by their sha256.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, errors, get_token
+from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session
+
+from jobs.errors import AccessDenied, BadInput, MergeyardError, ObjectChanged, StorageError, StorageUnavailable
+from workers.storage.hub import DEFAULT_ENDPOINT, URL, HubStore
+from workers.storage.retrying import patiently, stall_seconds
+from workers.storage.store import ObjectInfo
+
+SMALL_BYTES = 10 << 20
+"""Above this size the hub takes a file as a large one in any repository."""
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A file to send: its bytes or where they lie, their size and sha256, and the id that git has for them."""
+
+    source: bytes | Path
+    size: int
+    sha256: str
+    git_id: str
+
+    def is_at(self, found: ObjectInfo | None) -> bool:
+        """Whether this is what the hub has there."""
+        return found is not None and found.size == self.size and found.etag in (self.sha256, self.git_id)
+
+
+class HubPublication:
+    """The next commit to the main branch of a model repository, which is made if it is not there.
+
+    Raises `BadInput` for what is no plain `hf://organisation/name` and for a public repository where a private one is
+    wanted, `AccessDenied` without a token that may write, `ObjectChanged` when somebody else commits meanwhile.
+    `visible` shows the hub's own progress bars.
+    """
+
+    def __init__(self, url: str, *, private: bool, visible: bool = False) -> None:
+        parts = URL.fullmatch(url.rstrip("/"))
+        if parts is None or parts["revision"] or parts["folder"]:
+            raise BadInput(f"{url}: publish to hf://organisation/name, which has neither revision nor folder")
+        self._repository: str = parts["repository"]
+        self._endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
+        self._api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
+        if get_token() is None:
+            raise AccessDenied(f"hf://{self._repository}: nobody is logged in; run `hf auth login` or set HF_TOKEN")
+        self._private = private
+        self._additions: list[CommitOperationAdd] = []
+        self._parent = ""
+        self.url = f"hf://{self._repository}"
+        self.page = f"{self._endpoint}/{self._repository}"
+        if not visible:
+            disable_progress_bars()
+
+    def check_card(self, card: str) -> None:
+        """`BadInput` when the hub objects to a model card, before anything is sent."""
+        answer = self._patiently(lambda: self._validate(card))
+        for complaint in answer:
+            raise BadInput(f"{self.url}: the hub refuses the model card: {complaint}")
+
+    def begin(self) -> dict[str, ObjectInfo]:
+        """Makes the repository if need be; what lies there now, by name."""
+        self._patiently(lambda: self._api.create_repo(self._repository, private=self._private, exist_ok=True))
+        told = self._patiently(lambda: self._api.model_info(self._repository, revision="main", timeout=stall_seconds()))
+        if self._private and told.private is False:
+            raise BadInput(f"{self.url} is public already; say --public, or choose another name")
+        self._parent = told.sha or ""
+        return self.files()
+
+    def files(self) -> dict[str, ObjectInfo]:
+        """What the newest commit holds, by name."""
+        return {info.key: info for info in HubStore(self.url).list()}
+
+    def read(self, name: str) -> bytes:
+        """A small file of the newest commit."""
+        return bytes(HubStore(self.url).read(name))
+
+    def send(self, name: str, content: Content) -> None:
+        """Sends a file, unless the hub has those bytes; it is seen when `commit` has returned."""
+        addition = CommitOperationAdd(name, content.source)
+        addition.upload_info.sha256 = bytes.fromhex(content.sha256)
+        self._patiently(
+            lambda: self._api.preupload_lfs_files(self._repository, [addition], revision="main", num_threads=1)
+        )
+        self._additions.append(addition)
+
+    def commit(self, message: str, *, removed: Collection[str] = ()) -> None:
+        """Shows everything that was sent, and takes the files named in `removed` away."""
+        operations = [*self._additions, *(CommitOperationDelete(name) for name in sorted(removed))]
+        self._patiently(
+            lambda: self._api.create_commit(
+                self._repository,
+                operations,
+                commit_message=message,
+                revision="main",
+                parent_commit=self._parent or None,
+            )
+        )
+
+    def _validate(self, card: str) -> list[str]:
+        answer = get_session().post(
+            f"{self._endpoint}/api/validate-yaml",
+            json={"content": card, "repoType": "model"},
+            headers=build_hf_headers(library_name="mergeyard"),
+            timeout=stall_seconds(),
+        )
+        if answer.status_code not in (200, 400):
+            raise self._from_status(answer.status_code)
+        told: Mapping[str, list[Mapping[str, str]]] = answer.json()
+        return [problem["message"] for problem in told.get("errors", [])]
+
+    def _patiently(self, request: Callable[[], Result]) -> Result:
+        def once() -> Result:
+            try:
+                return request()
+            except MergeyardError:
+                raise
+            except Exception as error:
+                raise self._translated(error) from None  # its text may hold a signed address
+
+        return patiently(once)
+
+    def _translated(self, error: BaseException) -> MergeyardError:
+        match error:
+            case errors.HfHubHTTPError():
+                return self._from_status(error.response.status_code)
+            case errors.HFValidationError():
+                return BadInput(f"{self.url}: not a name that the hub allows; use hf://organisation/name")
+            case errors.OfflineModeIsEnabled():
+                return BadInput(f"{self.url} cannot be written while HF_HUB_OFFLINE is set; unset it")
+            case RuntimeError() if error.__cause__ is not None:  # "Error while uploading …", with the reason below
+                return self._translated(error.__cause__)
+            case _ if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"):
+                return StorageUnavailable(f"{self.url}: {type(error).__name__}")
+            case json.JSONDecodeError():
+                return StorageUnavailable(f"{self.url}: the hub's answer cannot be read")
+            case ValueError():
+                return BadInput(f"{self.url}: {' '.join(str(error).split())}")
+            case OSError(strerror=str(reason)):
+                return StorageError(f"{self.url}: {reason}")
+            case _:
+                return StorageError(f"{self.url}: {type(error).__name__}")
+
+    def _from_status(self, status: int) -> MergeyardError:
+        if status in (401, 403, 404):
+            return AccessDenied(
+                f"{self.url}: this token may not write there ({status}); log in with one that may, by `hf auth login`"
+                " or HF_TOKEN"
+            )
+        if status in (409, 412):
+            return ObjectChanged(f"{self.url}: somebody else wrote there meanwhile ({status}); publish again")
+        if status in (408, 425, 429) or status >= 500:
+            return StorageUnavailable(f"{self.url}: the hub answers {status}")
+        return StorageError(f"{self.url}: the hub refused with {status}")
