@@ -6,7 +6,7 @@ Both are renewed while an evaluation goes on, so that whoever looks sees the new
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,12 +88,12 @@ def write_results(store: Store, result: EvaluationResult) -> None:
     store.write(EVALUATION, json.dumps(result.document(), indent=1).encode())
 
 
-def read_results(run_url: str) -> EvaluationResult:
-    """What a run's evaluation found so far; `BadInput` where there is none."""
+def read_results(run_url: str, points: Collection[str] | None = None) -> EvaluationResult:
+    """What a run's evaluation found so far, with the rows of all points or of some; `BadInput` where there is none."""
     store = open_store(run_url)
     try:
         document = json.loads(bytes(store.read(EVALUATION)))
-        rows = read_scores(bytes(store.read(RESULTS)), f"{run_url}/{RESULTS}")
+        rows = read_scores(bytes(store.read(RESULTS)), f"{run_url}/{RESULTS}", points)
     except ObjectMissing:
         raise BadInput(f"{run_url}: no scores there; `mergeyard evaluate` makes them") from None
     except ValueError as error:

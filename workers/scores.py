@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import fields
 from typing import Any
 
@@ -31,13 +31,15 @@ def write_scores(rows: Iterable[ScoreRow]) -> bytes:
     return sink.getvalue()
 
 
-def read_scores(data: bytes, where: str) -> list[ScoreRow]:
-    """The rows of one file; `CorruptData` when it is not one of `write_scores`."""
+def read_scores(data: bytes, where: str, points: Collection[str] | None = None) -> list[ScoreRow]:
+    """The rows of one file, or those of some points; `CorruptData` when it is not one of `write_scores`."""
     import pyarrow as pa
+    import pyarrow.compute as pc
     import pyarrow.parquet as pq
 
     try:
-        table = pq.read_table(pa.BufferReader(data))
+        wanted = None if points is None else pc.field("point").isin(pa.array(list(points), pa.string()))
+        table = pq.read_table(pa.BufferReader(data), filters=wanted)
         return [ScoreRow(**row) for row in table.select([field.name for field in fields(ScoreRow)]).to_pylist()]
     except (pa.ArrowInvalid, KeyError) as error:
         raise CorruptData(f"{where}: no file of scores ({error}); delete it and evaluate again") from None

@@ -116,3 +116,15 @@ def read_items(data: bytes, first: int = 0, last: int | None = None) -> list[Ite
     for row in rows:
         row.update(depths=tuple(row["depths"]), answers=tuple(row["answers"]))
     return [Item(**row) for row in rows]
+
+
+def read_answers(data: bytes) -> dict[int, tuple[str, ...]]:
+    """The right answers in one file of `write_items`, by the number of the item; prompts are not decoded."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.read_table(pa.BufferReader(data), columns=["index", "answers"])
+    except pa.ArrowInvalid as error:
+        raise CorruptData(f"items: not a Parquet file ({error}); delete it and build the items again") from error
+    return {row["index"]: tuple(row["answers"]) for row in table.to_pylist()}
