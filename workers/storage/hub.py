@@ -36,6 +36,7 @@ from workers.storage.store import ObjectInfo, Upload
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 LOCATION_SECONDS = 300.0  # the hub's signed addresses live for an hour
+FIRST_CONTACT_SECONDS = 15.0  # a hub that never answered is more likely out of reach than busy
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = r"refs/(?:pr|convert)/[\w.-]+|[^/@]+"
 URL = re.compile(rf"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>{REVISION}))?(?:/(?P<folder>.+))?")
@@ -98,6 +99,7 @@ class HubStore:
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         wanted = self._folder + check_prefix(prefix)
+        self._pinned()
         files = self._patiently("", lambda: self._tree(wanted.rpartition("/")[0]))
         for file in files:
             if file.path.startswith(wanted):
@@ -133,7 +135,9 @@ class HubStore:
             if not self._commit:
                 api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
                 told = self._patiently(
-                    "", lambda: api.model_info(self._repository, revision=self._revision, timeout=stall_seconds())
+                    "",
+                    lambda: api.model_info(self._repository, revision=self._revision, timeout=stall_seconds()),
+                    most=FIRST_CONTACT_SECONDS,
                 )
                 if not told.sha:
                     raise StorageError(f"{self._url}: the hub names no commit for this revision")
@@ -150,10 +154,14 @@ class HubStore:
 
     def _locate(self, key: str) -> Located:
         """The file, from the hub or as the hub told us a moment ago."""
+        self._pinned()
+        return self._patiently(key, lambda: self._locate_once(key))
+
+    def _locate_once(self, key: str) -> Located:
         with self._lock:
             known = self._located.get(key)
         if known is None or time.monotonic() > known.expires:
-            known = self._patiently(key, lambda: self._ask_where(key))
+            known = self._ask_where(key)
             with self._lock:
                 self._located[key] = known
         return known
@@ -167,7 +175,7 @@ class HubStore:
 
     def _fetch(self, key: str, target: memoryview, start: int) -> None:
         """Fill `target` by one request."""
-        file = self._locate(key)
+        file = self._locate_once(key)
         stop = start + target.nbytes
         with get_session().stream(
             "GET",
@@ -206,7 +214,7 @@ class HubStore:
             self._located.pop(key, None)  # a signed address that has run out: the hub will give another
         raise StorageUnavailable(f"{self._place(key)}: {answer.status_code} from {urlsplit(file.address).hostname}")
 
-    def _patiently(self, key: str, request: Callable[[], Result]) -> Result:
+    def _patiently(self, key: str, request: Callable[[], Result], most: float | None = None) -> Result:
         def once() -> Result:
             try:
                 return request()
@@ -215,7 +223,7 @@ class HubStore:
             except Exception as error:
                 raise self._translated(error, key) from None  # its text may hold a signed address
 
-        return patiently(once)
+        return patiently(once, most)
 
     def _translated(self, error: Exception, key: str) -> MergeyardError:
         place = self._place(key)
@@ -237,6 +245,8 @@ class HubStore:
                 return BadInput(f"{self._url}: not a repository name; use hf://organisation/name@revision")
             case errors.HfHubHTTPError():
                 return _from_status(place, error.response.status_code)
+            case _ if type(error).__name__ == "ConnectError":
+                return StorageUnavailable(f"{self._url}: the hub at {self._endpoint} cannot be reached")
             case _ if type(error).__module__.startswith("httpx"):
                 return StorageUnavailable(f"{place}: {type(error).__name__}")
             case _:

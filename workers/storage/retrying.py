@@ -34,10 +34,13 @@ def stall_seconds() -> float:
     return min(STALL_SECONDS, patience_seconds() / 3)
 
 
-def patiently(action: Callable[[], Result]) -> Result:
-    """The action's result, tried again with growing random pauses for as long as it raises `StorageUnavailable`."""
+def patiently(action: Callable[[], Result], most: float | None = None) -> Result:
+    """The action's result, tried again with growing random pauses for as long as it raises `StorageUnavailable`.
+
+    It gives up after the seconds of `patience_seconds`, or after `most` if those are fewer.
+    """
     began = time.monotonic()
-    patience = patience_seconds()
+    patience = patience_seconds() if most is None else min(most, patience_seconds())
     pause, tries = FIRST_PAUSE_SECONDS, 0
     while True:
         tries += 1
