@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +13,11 @@ import pytest
 from huggingface_hub import ModelCard
 
 from jobs.errors import BadInput
-from jobs.evaluation import ScoreRow
 from orchestrator.cli import main
 from orchestrator.publishing import Licence, reconciled_licence
-from orchestrator.racing import Standing
-from orchestrator.results import EvaluationResult, write_results
 from tests.hub_server import HubServer
 from tests.orchestrator.conftest import Ended, files_under
+from tests.orchestrator.scores import leave_scores
 from workers.storage import open_store
 
 EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
@@ -43,27 +40,6 @@ output: {output}
 Mergeyard = Callable[..., Ended]
 
 
-def row(point: str, length: int, item: int, score: float) -> ScoreRow:
-    where: dict[str, Any] = {"items": "set", "depth": math.nan, "haystack": f"{item}", "pair": f"{item}", "answer": ""}
-    how: dict[str, Any] = {"finite": True, "tokens": 10, "seconds": 0.1, "recipe": "r", "weights": "w", "repeat": 0}
-    return ScoreRow(
-        point=point, benchmark="ruler", task="niah_single_1", length=length, item=item, score=score, **where, **how
-    )
-
-
-def score(run: Path) -> None:
-    """Leaves scores in a run: w0.7 has all of 512 right and half of 1024, w0.5 nothing."""
-    rows = [row("w0.7", 512, item, 1.0) for item in range(4)]
-    rows += [row("w0.7", 1024, item, 0.5) for item in range(4)]
-    rows += [row("w0.5", length, item, 0.0) for length in (512, 1024) for item in range(4)]
-    standing = [Standing(point, value, 4, None, None) for point, value in (("w0.7", 0.75), ("w0.5", 0.0))]
-    result = EvaluationResult(
-        rows=rows, ranked=("ruler",), standing=tuple(standing), departures=(), baselines=(), parents=(), same={},
-        noise=None, cost_share=1.0, race=None, seed=0, finished=True,
-    )  # fmt: skip
-    write_results(open_store(run), result)
-
-
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with parents and a finished, scored run of two points under runs/soup."""
@@ -74,7 +50,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     job = JOB.format(parents=folder / "parents", output=folder / "runs").replace("0.5, 0.7", "0.5, 0.7")
     (folder / "job.yaml").write_text(job)
     assert main(["run", str(folder / "job.yaml"), "--in-process", "-q"]) == 0
-    score(folder / "runs" / "soup")
+    # w0.7 has all of 512 right and half of 1024, w0.5 nothing
+    leave_scores(folder / "runs" / "soup", {"w0.7": {512: 1.0, 1024: 0.5}, "w0.5": {512: 0.0, 1024: 0.0}})
     return folder
 
 

@@ -1,0 +1,24 @@
+"""`mergeyard prune RUN`."""
+
+from __future__ import annotations
+
+import argparse
+
+from orchestrator.commands.inputs import print_json, run_url
+
+
+def prune(options: argparse.Namespace) -> int:
+    """`mergeyard prune RUN`: what a run holds; with `--yes`, the points that lost are removed."""
+    from orchestrator import pruning
+    from orchestrator.summary import size
+
+    run = run_url(options.run)
+    held, swept = pruning.prune(run, options.keep) if options.yes else (pruning.holdings(run, options.keep), 0)
+    if options.json:
+        print_json(held.document() | {"removed": options.yes, "leftovers_removed": swept})
+        return 0
+    pruning.print_holdings(held)
+    freed = sum(point.bytes for point in held.lost)
+    what = f"{len(held.lost)} points, {size(freed)}, ${pruning.dollars(freed):,.2f} a month"
+    print(f"removed: {what}; {swept} leftovers of broken uploads" if options.yes else f"--yes removes {what}")
+    return 0

@@ -1,0 +1,263 @@
+"""What a run holds and costs, and the removal of the points that lost.
+
+A point's manifest goes first, so that what is half removed is not taken for whole, and its receipts last: a prune that
+was interrupted finds the rest. `mergeyard run` merges a removed point again, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs.errors import AccessDenied, BadInput, CorruptData, ObjectMissing
+from jobs.tasks import Receipt
+from orchestrator.ledger import READS_AT_ONCE, Lease
+from orchestrator.planning import Places
+from orchestrator.results import EvaluationResult, read_results
+from orchestrator.summary import size
+from workers.storage import Store, open_store
+
+DOLLARS_A_GB_MONTH = 0.023
+"""What S3's standard class costs at most, in us-east-1; an assumption that the table says."""
+
+BLESSED = "blessed.json"
+FOLDERS = ("items", "scores", "receipts", "report", "gate")
+PLACES = Places()
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A point of a run: what it takes, its score from 0 to 100 and its place, and why it stays or goes."""
+
+    point: str
+    bytes: int
+    score: float | None
+    place: int | None
+    kept: bool
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """Everything under a run's prefix. `beside` is bytes of what is no point, by folder; best points come first."""
+
+    run: str
+    points: tuple[Holding, ...]
+    beside: Mapping[str, int]
+
+    @property
+    def bytes(self) -> int:
+        """Of everything."""
+        return sum(point.bytes for point in self.points) + sum(self.beside.values())
+
+    @property
+    def lost(self) -> tuple[Holding, ...]:
+        """The points that would be removed."""
+        return tuple(point for point in self.points if not point.kept)
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "run": self.run,
+            "points": [asdict(point) for point in self.points],
+            "beside": dict(self.beside),
+            "bytes": self.bytes,
+            "dollars_a_month": round(dollars(self.bytes), 4),
+            "dollars_a_gb_month": DOLLARS_A_GB_MONTH,
+            "bytes_to_remove": sum(point.bytes for point in self.lost),
+        }
+
+
+def dollars(count: float) -> float:
+    """What so many bytes cost a month."""
+    return count / 1e9 * DOLLARS_A_GB_MONTH
+
+
+def holdings(run: str, keep: int) -> Holdings:
+    """What lies under a run's prefix, and which points are not among the `keep` best. Nothing is changed.
+
+    Without scores every point stays. `ObjectMissing` where there is no run.
+    """
+    if keep < 1:
+        raise BadInput(f"--keep {keep}: at least 1, the best point")
+    store = open_store(run)
+    planned = _planned(store)
+    result = _results(run)
+    taken, beside = _taken((info.key, info.size) for info in store.list())
+    owners = {name: same_as or name for name, same_as in planned.points.items()}
+    rank = {} if result is None else {standing.point: place for place, standing in enumerate(result.standing, 1)}
+    scores = {} if result is None else {standing.point: 100 * standing.score for standing in result.standing}
+    needed = _needed(store, planned)
+    for name, why in list(needed.items()):
+        needed.setdefault(owners.get(name, name), why)  # whose files the point's are
+    found: list[Holding] = []
+    for name in sorted(planned.points.keys() | taken.keys()):
+        scored = name if name in rank else owners.get(name, name)
+        place = rank.get(scored)
+        kept, why = _judged(place, len(rank), keep, needed.get(name), finished=result is not None and result.finished)
+        found.append(Holding(name, taken[name], scores.get(scored), place, kept, why))
+    found.sort(key=lambda point: (point.place is None, point.place, point.point))
+    return Holdings(store.url, tuple(found), dict(sorted(beside.items())))
+
+
+def _taken(listed: Iterable[tuple[str, int]]) -> tuple[Counter[str], Counter[str]]:
+    """Bytes by point, and bytes of what is no point by folder."""
+    points, beside = Counter[str](), Counter[str]()
+    for key, count in listed:
+        folder, _, rest = key.partition("/")
+        if folder == "points" and "/" in rest:
+            points[rest.split("/")[0]] += count
+        else:
+            beside[folder if folder in FOLDERS else "other"] += count
+    return points, beside
+
+
+def _judged(place: int | None, points: int, keep: int, needed: str | None, *, finished: bool) -> tuple[bool, str]:
+    """Whether a point stays, and why."""
+    if needed is not None:
+        return True, needed
+    if not finished:
+        return True, "no scores yet" if points == 0 else "its evaluation is not finished"
+    if place is None:
+        return True, "not scored"
+    if place <= keep:
+        return True, f"among the best {keep}" if keep > 1 else "the best"
+    return False, f"not among the best {keep}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Of plan.json: the points, each with the one it repeats or None, and the parents' URLs by name."""
+
+    points: Mapping[str, str | None]
+    parents: Mapping[str, str]
+
+
+def _planned(store: Store) -> _Planned:
+    try:
+        plan = json.loads(bytes(store.read(PLACES.record("plan.json"))))
+    except ObjectMissing:
+        raise ObjectMissing(f"{store.url}: no run there; see `mergeyard status`") from None
+    except ValueError:
+        raise CorruptData(f"{store.url}/plan.json: not JSON; nothing was removed") from None
+    return _Planned(
+        {entry["name"]: entry["same_as"] for entry in plan["points"]},
+        {name: parent["url"] for name, parent in plan["parents"].items()},
+    )
+
+
+def _results(run: str) -> EvaluationResult | None:
+    try:
+        return read_results(run)
+    except BadInput:
+        return None
+
+
+def _needed(store: Store, planned: _Planned) -> dict[str, str]:
+    """Points that stay whatever they scored, and why."""
+    needed: dict[str, str] = {}
+    for name, url in planned.parents.items():
+        if point := _point_of(store, url):
+            needed[point] = f"it is the parent {name}"
+    verdict = _document(store, "gate/verdict.json")
+    if verdict.get("outcome") == "pass":
+        needed[str(verdict["new"])] = "the gate passed it"
+    for place in _folders_above(store.url):
+        with suppress(AccessDenied):  # a role that sees the runs alone
+            if point := _point_of(store, str(_document(open_store(place), BLESSED).get("point", ""))):
+                needed[point] = f"blessed by {place}/{BLESSED}"
+    return needed
+
+
+def _point_of(store: Store, url: str) -> str | None:
+    """The name of the point of this run that a URL names."""
+    inside = f"{store.url}/points/"
+    if not url:
+        return None
+    place = open_store(url).url
+    return place.removeprefix(inside).split("/")[0] if place.startswith(inside) else None
+
+
+def _document(store: Store, key: str) -> dict[str, Any]:
+    """A small JSON file; empty where there is none. What cannot be read might protect a point: `CorruptData`."""
+    try:
+        return json.loads(bytes(store.read(key)))
+    except ObjectMissing:
+        return {}
+    except ValueError:
+        raise CorruptData(f"{store.url}/{key}: not JSON; mend or remove it") from None
+
+
+def _folders_above(url: str) -> list[str]:
+    """The run's own folder and those above it, as far as the bucket or the root."""
+    scheme, mark, path = url.rpartition("://")
+    parts = path.rstrip("/").split("/")
+    return [f"{scheme}{mark}{'/'.join(parts[:count])}" for count in range(len(parts), 0, -1) if any(parts[:count])]
+
+
+def prune(run: str, keep: int) -> tuple[Holdings, int]:
+    """Removes the points that lost, and what broken uploads left; what there was, and how many leftovers went.
+
+    Alone with the run: `RunBusy` while a driver holds its lease. `BadInput` where there are no scores to judge by.
+    """
+    store = open_store(run)
+    _planned(store)
+    with Lease(store, PLACES.record("lease.json")) as lease:
+        held = holdings(run, keep)
+        if not any(point.place for point in held.points):
+            raise BadInput(f"{run}: no scores there to judge by; `mergeyard evaluate` makes them")
+        swept = store.sweep()
+        receipts = _receipts(store, {point.point for point in held.lost})
+        twins_first = sorted(held.lost, key=lambda point: point.bytes)
+        for point in twins_first:
+            lease.check()
+            _remove(store, point.point, receipts.get(point.point, []))
+        return held, swept
+
+
+def _remove(store: Store, point: str, receipts: Iterable[str]) -> None:
+    store.delete(PLACES.file(point, "manifest.json"))
+    keys = [info.key for info in store.list(PLACES.file(point, ""))]
+    with ThreadPoolExecutor(READS_AT_ONCE, "prune") as pool:
+        list(pool.map(store.delete, keys))
+        list(pool.map(store.delete, receipts))
+
+
+def _receipts(store: Store, points: set[str]) -> dict[str, list[str]]:
+    """Keys of the receipts of these points."""
+    keys = [info.key for info in store.list(PLACES.record("receipts/"))] if points else []
+    found: dict[str, list[str]] = {}
+    with ThreadPoolExecutor(READS_AT_ONCE, "prune") as pool:
+        for key, data in zip(keys, pool.map(store.read, keys), strict=True):
+            receipt = Receipt.from_json(bytes(data))
+            if receipt.point in points:
+                found.setdefault(receipt.point, []).append(key)
+    return found
+
+
+def print_holdings(held: Holdings) -> None:
+    """The table of what a run holds, and its cost."""
+    lines = [("point", "size", "score", "place", "")]
+    for point in held.points:
+        if point.bytes or point.place:
+            score = "" if point.score is None else f"{point.score:.1f}"
+            fate = f"{'kept' if point.kept else 'goes'}: {point.why}"
+            lines.append((point.point, size(point.bytes), score, str(point.place or ""), fate))
+    lines += [(_title(folder), size(count), "", "", "kept") for folder, count in held.beside.items()]
+    widths = [max(len(line[column]) for line in lines) for column in range(4)]
+    for name, *figures, fate in lines:
+        cells = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
+        print("  ".join([f"{name:<{widths[0]}}", *cells, fate]).rstrip())
+    print(
+        f"\n{held.run}: {size(held.bytes)}, ${dollars(held.bytes):,.2f} a month"
+        f" at ${DOLLARS_A_GB_MONTH} a GB (S3 standard, us-east-1)"
+    )
+
+
+def _title(folder: str) -> str:
+    return f"{folder}/" if folder in FOLDERS else "the rest"
