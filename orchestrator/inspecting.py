@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +18,7 @@ from jobs.errors import CorruptData, MergeyardError, ObjectMissing
 from jobs.manifest import Manifest, weights_digest
 from jobs.tasks import ParentTensor
 from workers.arithmetic import torch_dtype
-from workers.checkpoint import FLOATS, Checkpoint, open_checkpoint, read_header
+from workers.checkpoint import FLOATS, Checkpoint, TensorHeader, header_bytes, open_checkpoint, read_header
 from workers.storage import Store, open_store
 
 CHUNK_BYTES = 16 << 20
@@ -69,20 +72,30 @@ def file_problems(store: Store, prefix: str, name: str, manifest: Manifest) -> I
         if hashlib.sha256(bytes(store.read(info.key))).hexdigest() != written.sha256:
             yield f"{name}: changed since it was written"
         return
-    found = {header.name: header for header in read_header(store, info)}
-    for tensor, entry in manifest.tensors.items():
-        if entry.file != name:
-            continue
-        if tensor not in found or (found[tensor].dtype, found[tensor].shape) != (entry.dtype, entry.shape):
-            yield f"{name}: tensor {tensor} is not the one that was written"
-        elif _digest(store, info.key, found[tensor].start, found[tensor].end) != entry.sha256:
-            yield f"{name}: tensor {tensor} changed since it was written"
+    headers = read_header(store, info)
+    header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in headers])
+    if bytes(store.read(info.key, length=min(len(header), info.size))) != header:
+        yield f"{name}: its header changed since it was written"
+    found = {tensor.name: tensor for tensor in headers}
+    expected = {tensor: entry for tensor, entry in manifest.tensors.items() if entry.file == name}
+    same = {
+        tensor: found[tensor]
+        for tensor, entry in expected.items()
+        if tensor in found and (found[tensor].dtype, found[tensor].shape) == (entry.dtype, entry.shape)
+    }
+    for tensor in expected.keys() - same.keys():
+        yield f"{name}: tensor {tensor} is not the one that was written"
+    with ThreadPoolExecutor(os.cpu_count(), "verify") as pool:
+        digests = pool.map(partial(_digest, store, info.key), same.values())
+        for tensor, digest in zip(same, digests, strict=True):
+            if digest != expected[tensor].sha256:
+                yield f"{name}: tensor {tensor} changed since it was written"
 
 
-def _digest(store: Store, key: str, start: int, end: int) -> str:
+def _digest(store: Store, key: str, tensor: TensorHeader) -> str:
     digest = hashlib.sha256()
-    for position in range(start, end, CHUNK_BYTES):
-        digest.update(store.read(key, start=position, length=min(CHUNK_BYTES, end - position)))
+    for position in range(tensor.start, tensor.end, CHUNK_BYTES):
+        digest.update(store.read(key, start=position, length=min(CHUNK_BYTES, tensor.end - position)))
     return digest.hexdigest()
 
 
