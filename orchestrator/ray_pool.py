@@ -37,6 +37,16 @@ REPORT_SECONDS = 0.5
 REACH_SECONDS = 10.0
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # receipts are all that passes through it
 
+NOTICE_A_CUT = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "2000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_grpc_client_keepalive_time_ms": "10000",
+    "RAY_grpc_client_keepalive_timeout_ms": "5000",
+}
+"""With these, on every node and here, the work of a node that is cut off is given out again after 20 s; without, 420."""
+
 
 class RayPool:
     """Runs tasks on a Ray cluster: the one at `address`, or one started here and stopped with this pool.
@@ -178,6 +188,8 @@ def _connect(address: str) -> None:
 
 def _init(**options: Any) -> Any:
     """ray.init, quietly and without its own way of stopping at SIGTERM."""
+    for name, value in NOTICE_A_CUT.items():
+        os.environ.setdefault(name, value)
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray 2.60 warns without it
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_OVERRIDE_JOB_RUNTIME_ENV", "1")  # inside a submitted job, our code before the job's

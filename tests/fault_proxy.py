@@ -49,6 +49,7 @@ class FaultProxy:
     """
 
     server: SeaweedFS
+    host: str = "127.0.0.1"
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: int = 0
     sent: Counter[str] = field(default_factory=Counter)
@@ -58,9 +59,9 @@ class FaultProxy:
 
     def start(self) -> None:
         handler = type("Handler", (_Handler,), {"proxy": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = ThreadingHTTPServer((self.host, 0), handler)
         self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
+        self.endpoint = f"http://{self.host}:{self._server.server_address[1]}"
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
 
     def stop(self) -> None:
@@ -71,6 +72,8 @@ class FaultProxy:
     def fail(self, method: str, what: str, *, times: int = 1, key: str = "") -> None:
         """Order a fault; faults are used up in the order in which they were ordered."""
         with self._lock:
+            if what == "hold":
+                self._healed.clear()
             self._faults.append(Fault(method, what, times, key))
 
     def heal(self) -> None:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -20,17 +21,20 @@ READY_SECONDS = 60
 
 
 class SeaweedFS:
-    """`weed server` over one folder; `kill` and `restart` keep folder, port and keys."""
+    """`weed server` over one folder; `kill` and `restart` keep folder, port and keys.
+
+    `within` is put before its command, for a server in a network namespace, where `host` is its address.
+    """
 
     access_key = "test"
     secret_key = "testsecret"
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, *, host: str = "127.0.0.1", within: Sequence[str] = ()) -> None:
+        self._folder, self._host, self._within = folder, host, within
         self._folder.mkdir(parents=True, exist_ok=True)
         self._ports = dict(zip(("master", "volume", "filer", "s3"), free_ports(4), strict=True))
         self._process: subprocess.Popen[bytes] | None = None
-        self.endpoint = f"http://127.0.0.1:{self._ports['s3']}"
+        self.endpoint = f"http://{host}:{self._ports['s3']}"
 
     def start(self) -> None:
         """Start the server and wait until it stores an object."""
@@ -44,7 +48,8 @@ class SeaweedFS:
         data = self._folder / "data"
         data.mkdir(exist_ok=True)
         command = [
-            weed_binary(), "-logtostderr=true", "server", f"-dir={data}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1",
+            *self._within, weed_binary(), "-logtostderr=true", "server",
+            f"-dir={data}", f"-ip={self._host}", f"-ip.bind={self._host}",
             f"-master.port={self._ports['master']}", f"-volume.port={self._ports['volume']}",
             "-filer", f"-filer.port={self._ports['filer']}", "-s3", f"-s3.port={self._ports['s3']}",
             f"-s3.config={configuration}", "-master.volumeSizeLimitMB=256", "-volume.max=60",

@@ -48,13 +48,18 @@ def _heed_interrupts() -> None:
 
 
 class Command:
-    """A running `mergeyard …`, the leader of a process group of its own, as a terminal would start it."""
+    """A running `mergeyard …`, the leader of a process group of its own, as a terminal would start it.
 
-    def __init__(self, arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str]) -> None:
+    `within` is put before it, to run it in a network namespace.
+    """
+
+    def __init__(
+        self, arguments: tuple[str, ...], folder: Path, environment: Mapping[str, str], within: tuple[str, ...] = ()
+    ) -> None:
         self._files = tuple(folder / f"{time.monotonic_ns()}.{name}" for name in ("out", "err"))
         with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "orchestrator.cli", *arguments],
+                [*within, sys.executable, "-P", "-m", "orchestrator.cli", *arguments],
                 stdout=out,
                 stderr=err,
                 cwd=folder,
