@@ -18,7 +18,7 @@ from jobs.errors import CorruptData, MergeyardError, ObjectMissing
 from jobs.manifest import Manifest, weights_digest
 from jobs.tasks import ParentTensor
 from workers.arithmetic import torch_dtype
-from workers.checkpoint import FLOATS, Checkpoint, TensorHeader, header_bytes, open_checkpoint, read_header
+from workers.checkpoint import TORCH_NAMES, Checkpoint, TensorHeader, header_bytes, open_checkpoint, read_header
 from workers.storage import Store, open_store
 
 CHUNK_BYTES = 16 << 20
@@ -141,7 +141,7 @@ def _compare(name: str, first: Checkpoint, second: Checkpoint, stores: Mapping[s
     if first.shapes[name] != second.shapes[name]:
         return Difference(name, elements, shapes=f"{list(first.shapes[name])} and {list(second.shapes[name])}")
     a_at, b_at = first.tensors[name], second.tensors[name]
-    if not {a_at.dtype, b_at.dtype} <= {*FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL"}:
+    if not {a_at.dtype, b_at.dtype} <= TORCH_NAMES.keys():
         raise CorruptData(f"tensor {name}: {a_at.dtype} and {b_at.dtype} cannot be compared")
     changed, largest, squares, dot, a_squares, b_squares = 0, 0.0, 0.0, 0.0, 0.0, 0.0
     step = CHUNK_BYTES // 8

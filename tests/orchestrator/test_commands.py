@@ -341,6 +341,15 @@ def test_diff_measures_what_sets_two_models_apart(mergeyard: Mergeyard, parents:
     assert table.endswith(f"1 of {len(base)} tensors differ\n")
 
 
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "uint16", "uint32", "uint64", "bool", "int8"])
+def test_diff_reads_every_kind_of_number(mergeyard: Mergeyard, parents: Path, dtype: str):
+    for name, values in (("one", [0, 1, 0, 1]), ("two", [0, 1, 1, 1])):
+        write_model(parents / name, {**weights("base"), "extra": torch.tensor(values).to(getattr(torch, dtype))})
+    ended = mergeyard("diff", parents / "one", parents / "two", "--json")
+    (different,) = [entry for entry in ended.facts if entry["changed"]]
+    assert (different["tensor"], different["changed"], different["largest"]) == ("extra", 1, 1.0)
+
+
 def test_diff_tells_of_tensors_that_only_one_has(mergeyard: Mergeyard, parents: Path):
     more = {**weights("base"), "extra": torch.ones(2), "model.norm.weight": torch.ones(3)}
     write_model(parents / "more", more)
