@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from jobs.errors import CorruptData
@@ -53,20 +53,21 @@ class Manifest:
 
     def to_json(self) -> bytes:
         """The manifest's file."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True).encode()
+        document = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # asdict() would copy it all
+        return json.dumps({"format": FORMAT, **document}, indent=1, sort_keys=True, default=asdict).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
         """Reads what `to_json` wrote; `CorruptData` for another format, or for what is no manifest."""
         try:
-            fields: dict[str, Any] = json.loads(data)
-            if fields.pop("format", None) != FORMAT:
+            document: dict[str, Any] = json.loads(data)
+            if document.pop("format", None) != FORMAT:
                 raise CorruptData(
                     "manifest.json: written by another version of mergeyard; use that one, or merge again"
                 )
-            fields["files"] = {name: FileEntry(**entry) for name, entry in fields["files"].items()}
-            fields["tensors"] = {name: _tensor_entry(**entry) for name, entry in fields["tensors"].items()}
-            return cls(**fields)
+            document["files"] = {name: FileEntry(**entry) for name, entry in document["files"].items()}
+            document["tensors"] = {name: _tensor_entry(**entry) for name, entry in document["tensors"].items()}
+            return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError):
             raise CorruptData("manifest.json: damaged, not a manifest of mergeyard; merge again") from None
 

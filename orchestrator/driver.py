@@ -6,7 +6,8 @@ Nothing here is remembered between two calls: what is done is what the store lis
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from sys import intern
 
 from jobs.manifest import Manifest
 from jobs.tasks import Receipt
@@ -54,6 +55,8 @@ class _Points:
         self._gatherer = Gatherer(plan, ledger.store)
         self._watcher = watcher
         self._receipts: dict[str, Receipt] = {}
+        self._recorded = 0
+        self._nonfinite: set[str] = set()
         self._merges = {planned.name: planned for planned in plan.written if planned.same_as is None}
         self._missing = {name: set(planned.units) for name, planned in self._merges.items()}
         self._manifests: dict[str, Manifest] = {}
@@ -61,13 +64,19 @@ class _Points:
     def record(self, receipts: Iterable[Receipt]) -> None:
         """Takes note of finished units."""
         for receipt in receipts:
-            self._receipts[receipt.unit] = receipt
             missing = self._missing[receipt.point]
-            missing.discard(receipt.unit)
-            if not missing and receipt.point not in self._manifests:
+            if receipt.unit not in missing:
+                continue
+            missing.remove(receipt.unit)
+            self._receipts[receipt.unit] = _with_shared_names(receipt)
+            self._recorded += 1
+            self._nonfinite.update(receipt.nonfinite)
+            if not missing:
                 planned = self._merges[receipt.point]
                 self._manifests[receipt.point] = self._gatherer.complete(planned, self._receipts)
                 self._watcher.point_done(receipt.point)
+                for unit in planned.units:
+                    del self._receipts[unit]
 
     def result(self, units_found: int, bytes_read: int) -> RunResult:
         """Completes the points that are the same merge as another; every point of the plan is in the result."""
@@ -79,8 +88,13 @@ class _Points:
         return RunResult(
             url=self._plan.run_url,
             manifests={planned.name: self._manifests[planned.name] for planned in self._plan.written},
-            units_merged=len(self._receipts) - units_found,
+            units_merged=self._recorded - units_found,
             units_found=units_found,
             bytes_read=bytes_read,
-            nonfinite=tuple(sorted({name for receipt in self._receipts.values() for name in receipt.nonfinite})),
+            nonfinite=tuple(sorted(self._nonfinite)),
         )
+
+
+def _with_shared_names(receipt: Receipt) -> Receipt:
+    """The same receipt; of a large grid, each tensor's name would else be in memory once a point."""
+    return replace(receipt, tensors={intern(name): sha256 for name, sha256 in receipt.tensors.items()})

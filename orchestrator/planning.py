@@ -36,17 +36,22 @@ READ_RATE, WRITE_RATE = 1.0e9, 0.5e9
 """Bytes a second that one worker is assumed to read and to write, for the estimate of time alone."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Shard:
     """One output file: its name and its tensors in file order."""
 
     name: str
     tensors: tuple[TensorMerge, ...]
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Bytes of its tensors."""
         return sum(tensor.bytes for tensor in self.tensors)
+
+    @cached_property
+    def classes(self) -> tuple[int, ...]:
+        """The settings that its tensors are merged by."""
+        return tuple(sorted({tensor.setting for tensor in self.tensors}))
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,7 @@ class Layout:
     donor: str
     tokenizer_from: str
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """Bytes of one point."""
         return sum(shard.bytes for shard in self.shards)
@@ -71,7 +76,7 @@ class Layout:
         """sha256 of what lies beside the weights: the config, and whose tokenizer and generation settings."""
         return digest([self.config, self.donor, self.tokenizer_from])
 
-    @property
+    @cached_property
     def index(self) -> dict[str, Any] | None:
         """model.safetensors.index.json, for more than one shard."""
         if len(self.shards) == 1:
@@ -109,34 +114,40 @@ FLAT = Places(points="", records=".mergeyard/")
 """For `mergeyard merge`: the output folder is the checkpoint; the records vanish when it is whole."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class PlannedPoint:
     """A point with its settings, one a tensor class of its layout, and one content key and one unit key a shard.
 
     Shards of equal content may belong to several points; a unit, like its receipt, belongs to one. `same_as` names the
-    earlier point that is the same merge; such a point is not merged again.
+    earlier point that is the same merge; such a point is not merged again. What there is one of a shard is made when
+    it is asked for: of ten thousand points few are written.
     """
 
     point: Point
     layout: Layout
     settings: tuple[Setting, ...]
-    contents: tuple[str, ...]
+    keys: ContentKeys = field(repr=False, compare=False)
     same_as: str | None = None
-    units: tuple[str, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        units = tuple(digest([self.point.name, number, content]) for number, content in enumerate(self.contents))
-        object.__setattr__(self, "units", units)
 
     @property
     def name(self) -> str:
         """The point's name."""
         return self.point.name
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """sha256 over everything that decides this point's weights."""
-        return digest(self.contents)
+        return self.keys.of_point(self.layout, self.settings)
+
+    @cached_property
+    def contents(self) -> tuple[str, ...]:
+        """What each shard holds."""
+        return self.keys.of_shards(self.layout, self.settings)
+
+    @cached_property
+    def units(self) -> tuple[str, ...]:
+        """The unit that makes each shard."""
+        return tuple(digest([self.point.name, number, content]) for number, content in enumerate(self.contents))
 
 
 @dataclass(frozen=True)
@@ -197,8 +208,10 @@ class Plan:
         """
         tasks: list[MergeTask] = []
         merges = [planned for planned in self.written if planned.same_as is None]
-        for layout in dict.fromkeys(id(planned.layout) for planned in merges):
-            members = [planned for planned in merges if id(planned.layout) == layout]
+        by_layout: dict[int, list[PlannedPoint]] = {}
+        for planned in merges:
+            by_layout.setdefault(id(planned.layout), []).append(planned)
+        for members in by_layout.values():
             for number, shard in enumerate(members[0].layout.shards):
                 pending = [planned for planned in members if planned.units[number] not in done]
                 groups = self._groups(len(pending), len(members[0].layout.shards), workers)
@@ -227,13 +240,14 @@ class Plan:
                 " make room, or give another `output:`"
             )
 
-    @property
+    @cached_property
     def most_points_a_task(self) -> int:
         """How many points fit into a worker's memory at once: each holds pieces and an upload."""
         room = max(self.job.workers.memory_bytes - FIXED_BYTES, 256 << 20)
         threads = max(1, int(self.job.workers.cpus))
         scheme = self.run_url.split("://")[0] if "://" in self.run_url else ""
-        largest_shard = max(shard.bytes for planned in self.merges for shard in planned.layout.shards)
+        layouts = {id(planned.layout): planned.layout for planned in self.merges}
+        largest_shard = max(shard.bytes for layout in layouts.values() for shard in layout.shards)
         an_upload = min(UPLOAD_BYTES.get(scheme, 2 << 20), largest_shard)
         a_point = an_upload + (threads + 2) * TILE_ELEMENTS * 4
         return max(1, min(MOST_UPLOADS, room // 2 // a_point))
@@ -351,7 +365,7 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
     first_of: dict[str, str] = {}
     planned_points: list[PlannedPoint] = []
     classes = _TensorClasses(job)
-    contents = _ContentKeys(job, parents)
+    keys = ContentKeys(job, parents)
     for point in job.points:
         recipe = point.recipe
         check_recipe(recipe)
@@ -364,42 +378,55 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
             resolve(recipe, tensor.name, position, exact=job.numerics == "float32")
             for tensor, position in zip(layout.representatives, layout.positions, strict=True)
         )
-        planned = PlannedPoint(point, layout, settings, contents.of(layout, settings))
+        planned = PlannedPoint(point, layout, settings, keys)
         same_as = first_of.setdefault(digest([planned.digest, layout.beside]), point.name)
         planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
     return tuple(planned_points)
 
 
-class _ContentKeys:
-    """Names what shards hold: equal keys for equal bytes, however often they are planned."""
+class ContentKeys:
+    """Names what shards and points hold: equal keys for equal bytes, however often they are planned."""
 
     def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
         self._job, self._parents = job, parents
-        self._shards: dict[tuple[int, int, frozenset[str]], str] = {}
+        self._layouts: dict[tuple[int, frozenset[str]], tuple[Layout, tuple[str, ...], str]] = {}
 
-    def of(self, layout: Layout, settings: Sequence[Setting]) -> tuple[str, ...]:
+    def of_point(self, layout: Layout, settings: Sequence[Setting]) -> str:
+        """The key of a whole point."""
+        _, whole = self._of_layout(layout, settings)
+        return self._bound(whole, [setting.document() for setting in settings], settings)
+
+    def of_shards(self, layout: Layout, settings: Sequence[Setting]) -> tuple[str, ...]:
         """One key a shard of the layout."""
-        used = frozenset(name for setting in settings for name in setting.parents)
+        shards, _ = self._of_layout(layout, settings)
+        return tuple(
+            self._bound(key, [settings[index].document() for index in shard.classes], settings)
+            for key, shard in zip(shards, layout.shards, strict=True)
+        )
+
+    def _bound(self, key: str, bound: Sequence[Any], settings: Sequence[Setting]) -> str:
         seed = self._job.seed if any(setting.method in RANDOM_METHODS for setting in settings) else None
-        keys: list[str] = []
-        for number, shard in enumerate(layout.shards):
-            place = (id(layout), number, used)
-            if place not in self._shards:
-                self._shards[place] = _shard_digest(shard, used, self._parents)
-            bound = [settings[index].document() for index in sorted({tensor.setting for tensor in shard.tensors})]
-            keys.append(digest([FORMAT, NUMERICS, self._job.numerics, self._shards[place], bound, seed]))
-        return tuple(keys)
+        return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed])
+
+    def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
+        """What the layout's shards, and the layout, take from the parents that these settings use."""
+        used = frozenset(name for setting in settings for name in setting.parents)
+        if (id(layout), used) not in self._layouts:
+            shards = tuple(_shard_digest(shard, used, self._parents) for shard in layout.shards)
+            self._layouts[id(layout), used] = layout, shards, digest(shards)
+        _, shards, whole = self._layouts[id(layout), used]
+        return shards, whole
 
 
 def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
     """Each parent of a layout as the merge of itself alone: what the grid's points are compared with."""
-    contents = _ContentKeys(plan.job, plan.parents)
+    keys = ContentKeys(plan.job, plan.parents)
     recipe = plan.points[0].point.recipe
     found: list[PlannedPoint] = []
     for name in layout.parents:
         itself = Setting("passthrough", (name,), None, (("scale", (1.0,)),))
         settings = (itself,) * len(layout.representatives)
-        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, contents.of(layout, settings)))
+        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys))
     return found
 
 
@@ -414,8 +441,8 @@ def parent_alone(plan: Plan, name: str) -> PlannedPoint:
         resolve(recipe, tensor.name, position, exact=True)
         for tensor, position in zip(layout.representatives, layout.positions, strict=True)
     )
-    contents = _ContentKeys(plan.job, plan.parents).of(layout, settings)
-    return PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, contents)
+    keys = ContentKeys(plan.job, plan.parents)
+    return PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys)
 
 
 def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:

@@ -181,6 +181,14 @@ def test_ten_thousand_points_are_planned_in_seconds(job: Jobs, parents: Path):
     assert seconds < 20
 
 
+def test_points_that_are_not_written_cost_nothing_a_shard(plan: Planning):
+    planned = plan(grid="{w: {from: 0.1, to: 0.9, num: 50}}", shard_size=3000).keeping(["w0.1"])
+    planned.document()
+    assert {unit.point for task in planned.tasks([], 4) for unit in task.points} == {"w0.1"}
+    named = [point.name for point in planned.points if {"contents", "units"} & vars(point).keys()]
+    assert named == ["w0.1"]
+
+
 # ---- parents that do not fit together
 
 DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
