@@ -5,6 +5,7 @@ Items that share a haystack are one cluster: they rise and fall together, and a 
 is too small. Everything random is keyed by a seed; nothing here reads or writes.
 
     one sample of cells     macro_mean, paired_mean, bootstrap_macro
+    differences of cells    macro_difference, difference_test
     proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
     fractional scores       sign_flip_test
     before the run          minimum_detectable_effect, items_for_effect, design_effect
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import NormalDist
 from typing import Any, Literal, NamedTuple
 
@@ -151,6 +152,35 @@ def macro_mean(
     freedom = float(min(_satterthwaite(variances, degrees), totals.size - 1))
     half = student_quantile((1 + confidence) / 2, freedom) * error
     return Estimate(mean, error, freedom, mean - half, mean + half, items, totals.size)
+
+
+def macro_difference(
+    samples: Sequence[CellSample], length_weights: Mapping[int, float] | None = None, confidence: float = 0.95
+) -> Estimate:
+    """`macro_mean` of paired differences with an interval that does not collapse where few items or none differ.
+
+    To the variance that was seen come one gain and one loss of a whole haystack, in the cell where that moves the mean
+    most: what Bonett & Price 2012 do for one cell of right-or-wrong scores, see `mcnemar_interval`.
+    """
+    estimate = macro_mean(samples, length_weights, confidence)
+    weights = macro_weights([sample.cell for sample in samples], length_weights)
+    unseen = max(
+        float(weight) / np.unique(sample.haystacks).size for weight, sample in zip(weights, samples, strict=True)
+    )
+    error = math.hypot(estimate.standard_error, math.sqrt(2) * unseen)
+    half = student_quantile((1 + confidence) / 2, estimate.degrees_of_freedom) * error
+    low, high = max(-1.0, estimate.mean - half), min(1.0, estimate.mean + half)
+    return replace(estimate, standard_error=error, low=low, high=high)
+
+
+def difference_test(estimate: Estimate) -> float:
+    """Two-sided p value of "there is no difference", from the estimate's own error: it agrees with the interval.
+
+    Cells may differ in opposite directions; a sign flip of whole haystacks would take that for noise.
+    """
+    if math.isinf(estimate.standard_error):
+        return 1.0
+    return 2 * student_tail(abs(estimate.mean) / estimate.standard_error, estimate.degrees_of_freedom)
 
 
 def paired_mean(

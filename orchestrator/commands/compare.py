@@ -1,0 +1,25 @@
+"""`mergeyard compare A B`."""
+
+from __future__ import annotations
+
+import argparse
+
+from jobs.errors import BadInput
+from orchestrator.commands.inputs import print_json, run_url
+
+
+def compare(options: argparse.Namespace) -> int:
+    """`mergeyard compare A B`: what B wins and loses against A."""
+    from orchestrator.comparing import compare_models, with_expected
+    from orchestrator.comparison_table import print_comparison
+    from orchestrator.scored import find_models
+
+    if options.flips < 0:
+        raise BadInput(f"--flips: {options.flips}; give the number of items to show, 0 for none")
+    a, b = find_models((options.a, options.b), run_url)
+    comparison = compare_models(a, b)
+    if options.json:
+        print_json(with_expected(comparison).document())
+    else:
+        print_comparison(with_expected(comparison, options.flips), options.flips)
+    return 0

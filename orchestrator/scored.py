@@ -1,0 +1,144 @@
+"""Models that a run has scored, found by what a user calls them: RUN/POINT, RUN/PARENT, or where a checkpoint lies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs.errors import BadInput, ObjectMissing
+from jobs.evaluation import ScoreRow
+from jobs.loading import quoted, suggestion
+from jobs.manifest import Manifest
+from orchestrator.results import EVALUATION, EvaluationResult, read_results
+from orchestrator.statistics import FlipRate
+from workers.benchmarks.items import read_answers
+from workers.storage import open_store
+
+
+@dataclass(frozen=True)
+class ScoredModel:
+    """A model's answers in a run, under the name that they have there; the rest is as in `EvaluationResult`."""
+
+    name: str
+    run: str
+    rows: Sequence[ScoreRow]
+    ranked: tuple[str, ...]
+    noise: FlipRate | None
+    seed: int
+
+    @property
+    def weights(self) -> str:
+        """What answered."""
+        return self.rows[0].weights
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        noise = None if self.noise is None else asdict(self.noise)
+        return {"name": self.name, "run": self.run, "weights": self.weights, "noise": noise}
+
+
+RunOf = Callable[[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Named:
+    run: str
+    name: str
+
+
+def find_models(words: Sequence[str], run_of: RunOf) -> list[ScoredModel]:
+    """The models that the words name. A checkpoint is looked for in the runs that the other words name.
+
+    `run_of` says where the run lies that a word names. `BadInput` for what is no model, or has no scores, or twice the
+    same.
+    """
+    named = [_in_a_run(word, run_of) for word in words]
+    runs = list(dict.fromkeys(entry.run for entry in named if entry is not None))
+    found = [entry or _checkpoint(word, runs) for word, entry in zip(words, named, strict=True)]
+    if len(set(found)) < len(found):
+        raise BadInput(f"{words[0]} and {words[1]} are the same model, {found[0].name}; name two")
+    return [_scored(entry) for entry in found]
+
+
+def _in_a_run(word: str, run_of: RunOf) -> _Named | None:
+    """RUN/POINT or RUN/points/POINT, where such a run has scores; `BadInput` where it has none of that model."""
+    folder, _, name = word.rstrip("/").rpartition("/")
+    folder = folder.removesuffix("/points")
+    if not folder or folder.endswith((":", ":/")) or word.startswith("hf://"):
+        return None
+    run = run_of(folder)
+    if not _lies(run, EVALUATION):
+        if _lies(run, "plan.json"):
+            raise BadInput(f"{run}: no scores there; `mergeyard evaluate` makes them")
+        return None
+    return _Named(run, _own_name(name, read_results(run, points=()), run))
+
+
+def _lies(run: str, key: str) -> bool:
+    try:
+        open_store(run).locate(key)
+    except ObjectMissing:
+        return False
+    return True
+
+
+def _own_name(name: str, result: EvaluationResult, run: str) -> str:
+    """What the run calls the scores of a point or a parent."""
+    known = _scored_names(result)
+    parent = f"parent-{name}"
+    for candidate in (name, result.same.get(name), parent, result.same.get(parent)):
+        if candidate is not None and candidate in known:
+            return candidate
+    names = [*known, *result.same]
+    raise BadInput(f"{run}: no point and no parent {quoted(name)} was scored{suggestion(name, names)}")
+
+
+def _scored_names(result: EvaluationResult) -> Collection[str]:
+    departed = (departure.point for departure in result.departures)
+    return dict.fromkeys([*(standing.point for standing in result.standing), *departed, *result.baselines])
+
+
+def _checkpoint(word: str, runs: Sequence[str]) -> _Named:
+    """A parent of one of the runs by its URL, or a copy of one of their points by its manifest."""
+    if not runs:
+        raise BadInput(
+            f"{word}: no point or parent of a run with scores; name one as RUN/POINT, such as runs/demo/NAME"
+        )
+    url = open_store(word).url
+    digest = None if word.startswith("hf://") else _merge_digest(url)
+    for run in runs:
+        plan = json.loads(bytes(open_store(run).read("plan.json")))
+        result = read_results(run, points=())
+        for name, parent in plan["parents"].items():
+            if parent["url"] == url or ("@" not in url and parent["url"].split("@")[0] == url):
+                return _Named(run, _own_name(f"parent-{name}", result, run))
+        for point in plan["points"]:
+            if digest is not None and point["digest"] == digest:
+                return _Named(run, _own_name(point["name"], result, run))
+    raise BadInput(f"{word}: {' and '.join(runs)} scored no such point or checkpoint; `mergeyard evaluate` scores any")
+
+
+def _merge_digest(url: str) -> str | None:
+    try:
+        return Manifest.from_json(bytes(open_store(url).read("manifest.json"))).digest
+    except ObjectMissing:
+        return None
+
+
+def _scored(named: _Named) -> ScoredModel:
+    result = read_results(named.run, points=(named.name,))
+    if not result.rows:
+        raise BadInput(f"{named.run}: {named.name} has no scores yet; run `mergeyard evaluate` on")
+    return ScoredModel(named.name, named.run, result.rows, result.ranked, result.noise, result.seed)
+
+
+def right_answers(run: str, digest: str) -> dict[int, tuple[str, ...]]:
+    """What the items of a set want, by number, as far as they still lie in the run."""
+    store = open_store(run)
+    found: dict[int, tuple[str, ...]] = {}
+    for info in store.list(f"items/{digest}/"):
+        if info.key.endswith(".parquet"):
+            found |= read_answers(bytes(store.read(info.key)))
+    return found
