@@ -45,7 +45,7 @@ NOTICE_A_CUT = {
     "RAY_grpc_client_keepalive_time_ms": "10000",
     "RAY_grpc_client_keepalive_timeout_ms": "5000",
 }
-"""With these, on every node and here, the work of a node that is cut off is given out again after 20 s; without, 420."""
+"""On every node and here, they have the work of a node that is cut off given out again in 20 s; it would be 420."""
 
 
 class RayPool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,12 +29,16 @@ class Cluster:
     """A head without workers, nodes `node1` … of one CPU each, and the store, which all reach through a fault proxy.
 
     `direct` leaves the proxy out. Ray is started with the settings that infra/ray/environment.sh has for every cluster.
+    Everything runs a copy of the code as it is now, so that it may be worked on meanwhile.
     """
 
     def __init__(self, network: Network, nodes: int, *, direct: bool = False) -> None:
         self.network = network
         self.nodes = [f"node{number}" for number in range(1, nodes + 1)]
         self.folder = network.folder
+        self._code = self.folder / "code"
+        for package in ("jobs", "workers", "orchestrator"):
+            shutil.copytree(ROOT / package, self._code / package, ignore=shutil.ignore_patterns("__pycache__"))
         self.server = SeaweedFS(self.folder / "s3", host=network.address("store"), within=network.within("store"))
         self.server.start()
         self.server.client().create_bucket(Bucket=BUCKET)
@@ -53,7 +58,7 @@ class Cluster:
             **inherited,
             **documented_settings(),
             "HOME": str(self.folder),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(self._code),
             "OMP_NUM_THREADS": "1",
             "TOKENIZERS_PARALLELISM": "false",
             "RAY_AUTH_TOKEN": self._token,

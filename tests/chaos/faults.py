@@ -27,7 +27,7 @@ class Fault:
 
 
 def kill_worker(trial: Trial) -> None:
-    node, pid = _some_worker(trial)
+    _, pid = _some_worker(trial)
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
 
