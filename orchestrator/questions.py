@@ -52,8 +52,8 @@ class RacePlan:
 class Questions:
     """Everything that will be asked.
 
-    `baselines` are the parents that are no points, and the gate's baseline; `parents` the names that parents are scored
-    under; `same` names the points and parents that are the same merge as a point.
+    `baselines` are the parents that are no points, and the gate's baselines; `parents` the names that parents are
+    scored under; `same` names the points and parents that are the same merge as a point.
     """
 
     models: Mapping[str, ModelSpec]
@@ -103,7 +103,7 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
         raise BadInput(f"{plan.job.source}: nothing to evaluate; add `evaluate:`")
     _check_server(plan)
     race = _race(evaluation)
-    alone = _baseline_alone(plan)
+    alone = _baselines_alone(plan)
     asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder))
     points = {
         planned.name: Subject(planned, asked[id(planned.layout)].model, asked[id(planned.layout)].sets)
@@ -155,13 +155,10 @@ def _race(evaluation: Evaluation) -> RacePlan | None:
     return RacePlan(spec, benchmark, items, items // 2 // share * share, share)
 
 
-def _baseline_alone(plan: Plan) -> list[PlannedPoint]:
-    """The gate's baseline, if it is a parent that no point is merged from."""
-    gate = plan.job.gate
+def _baselines_alone(plan: Plan) -> list[PlannedPoint]:
+    """The parents that no point is merged from: a gate's baselines."""
     merged = {name for planned in plan.merges for name in planned.layout.parents}
-    if gate is None or gate.baseline not in plan.parents or gate.baseline in merged:
-        return []
-    return [parent_alone(plan, gate.baseline)]
+    return [parent_alone(plan, name) for name in plan.parents if name not in merged]
 
 
 def _layouts(
