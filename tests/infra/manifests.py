@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,18 @@ def against_schema(document: Document) -> Iterator[str]:
 
 
 def _against_kubernetes(document: Document) -> Iterator[str]:
+    yield from _refused_by_kubernetes(json.dumps(document))
+
+
+@cache
+def _refused_by_kubernetes(document: str) -> tuple[str, ...]:
+    """Remembered, for its schemas are read anew for every document."""
     newest = kubernetes_validate.latest_version()
     try:
-        kubernetes_validate.validate(document, newest, strict=True)
+        kubernetes_validate.validate(json.loads(document), newest, strict=True)
     except kubernetes_validate.ValidationError as error:
-        yield f"{'.'.join(map(str, error.path))}: {error.message}"
+        return (f"{'.'.join(map(str, error.path))}: {error.message}",)
+    return ()
 
 
 def _against_definition(document: Document) -> Iterator[str]:
@@ -243,6 +251,10 @@ def against_pods(document: Document) -> Iterator[str]:
 def _against_groups(cluster: Document) -> Iterator[str]:
     for name, group in groups(cluster):
         spec = group["template"]["spec"]
+        ports = {port["name"]: str(port["containerPort"]) for port in spec["containers"][0].get("ports", [])}
+        told = group["template"]["metadata"].get("annotations", {}).get("prometheus.io/port")
+        if told is None or told != ports.get("metrics"):
+            yield f"{name}: Prometheus does not find its metrics"
         if name == "head":
             if {key for key, operator in _node_terms(spec) if operator == "NotIn"} != SPOT_KEYS:
                 yield "head: may be put on a spot node"

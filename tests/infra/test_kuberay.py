@@ -267,6 +267,7 @@ MISTAKES = {
         ),
         "is about no pod",
     ),
+    "metrics at another port": (put(container, ports=[{"name": "metrics", "containerPort": 9090}]), "does not find"),
     # what a pod may do
     "root": (put(lambda d: head(d)["template"]["spec"]["securityContext"], runAsUser=0), "runs as root"),
     "no user": (put(lambda d: head(d)["template"]["spec"], securityContext=None), "runs as root"),

@@ -22,6 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from referencing import Registry, Resource
 
 from orchestrator.cli import parser
+from orchestrator.ray_pool import NOTICE_A_CUT
 from tests.infra.conftest import ROOT
 from tests.infra.manifests import CUT_NODE
 
@@ -184,12 +185,12 @@ def test_scripts_that_are_called_by_path_can_be() -> None:
     assert os.access(INFRA / "ray" / "together.sh", os.X_OK)
 
 
-def test_the_settings_are_the_same_on_kubernetes_and_elsewhere() -> None:
+def test_the_settings_are_the_same_on_kubernetes_elsewhere_and_on_one_machine() -> None:
     exported = re.findall(r"^export (RAY_\w+)=(\S+)$", (INFRA / "ray" / "environment.sh").read_text("utf-8"), re.M)
     elsewhere = {name: value for name, value in exported if name in CUT_NODE}
     text = (INFRA / "kuberay" / "base" / "environment.env").read_text("utf-8")
     kubernetes = dict(re.findall(r"^(\w+)=(.*)$", text, re.M))
-    assert elsewhere == {name: kubernetes[name] for name in CUT_NODE}
+    assert elsewhere == {name: kubernetes[name] for name in CUT_NODE} == NOTICE_A_CUT
     assert ("RAY_AUTH_MODE", "token") in exported
 
 
