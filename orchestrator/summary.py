@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.errors import ObjectMissing
 from orchestrator.driver import RunResult
+from orchestrator.leaderboard import short_length
 from orchestrator.ledger import Ledger
 from orchestrator.planning import READ_RATE, WRITE_RATE, Places, Plan
 from workers.merging import FIXED_BYTES
@@ -51,7 +52,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
 
 
 def print_plan(facts: Mapping[str, Any]) -> None:
-    """The plan as a person reads it."""
+    """The plan as a person reads it; `evaluation` as `forecast.evaluation_facts` has it, if there is one."""
     rows = [
         ("run", facts["run"]),
         *(
@@ -73,8 +74,63 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     ]
     for name, same_as in list(facts["same_merge"].items())[:MOST_LINES]:
         rows.append(("same merge", f"{name} is {same_as}; merged once"))
+    if facts.get("evaluation") is not None:
+        rows += _evaluation_rows(facts["evaluation"])
     print(f"{facts['job']}\n")
     _print_rows(rows)
+
+
+def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What will be asked, and what that can show."""
+    points = f"{asked['points']} point{'s' if asked['points'] > 1 else ''}"
+    beside = f" and {asked['baselines']} parents" if asked["baselines"] else ""
+    rows = [
+        (
+            "to ask",
+            f"{points}{beside}, {asked['items_a_point']:,} items and at most"
+            f" {_many(asked['tokens_a_point'])} tokens each: {asked['items']:,} items, {_many(asked['tokens'])} tokens",
+        )
+    ]
+    if asked["tasks_of_unknown_size"]:
+        rows.append(("and", f"{_some(asked['tasks_of_unknown_size'])}, as many items as they have"))
+    if asked["race"] is not None:
+        least = asked["race"]["least_tokens"]
+        share = f"{least / asked['tokens']:.0%}" if asked["tokens"] else "all"
+        rows.append(("race", f"{share} of that where all that lose leave at once ({_many(least)} tokens), at most all"))
+    if asked["sees"] is not None:
+        rows.append(("can show", _sees(asked["sees"])))
+    if asked["gate"] is not None:
+        rows.append(("gate", _gate(asked["gate"])))
+    return rows
+
+
+def _sees(sees: Mapping[str, Any]) -> str:
+    lengths = ", ".join(f"{points:.2g} at {short_length(int(length))}" for length, points in sees["lengths"].items())
+    shared = "" if sees["correlation"] is None else f" and those on one haystack correlate by {sees['correlation']:g}"
+    return (
+        f"a difference of {sees['overall']:.2g} points between two models, or {lengths}"
+        f" (8 times in 10, if {sees['discordance']:.0%} of their answers differ{shared})"
+    )
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    at_length = ""
+    if gate["length_margin"] is not None:
+        at_length = f", and {gate['items_needed_a_length']:,} at each length for one of {gate['length_margin']:g} there"
+    budget = f"; it asks {gate['items_at_first']:,} at first, {gate['items_at_most']:,} at most"
+    return (
+        f"for an equal model to pass, the margin of {gate['margin']:g} needs about {gate['items_needed']:,} items"
+        f"{at_length}{budget}"
+    )
+
+
+def _many(count: float) -> str:
+    """A count as a person says it: 1.2 M."""
+    for unit in ("", " k", " M", " G"):
+        if count < 999.5:
+            return f"{count:.3g}{unit}"
+        count /= 1000
+    return f"{count:.3g} T"
 
 
 def result_facts(result: RunResult) -> dict[str, Any]:

@@ -10,13 +10,14 @@ from orchestrator.commands.workplace import asked_of
 
 def plan(options: argparse.Namespace) -> int:
     """`mergeyard plan JOB.yaml`."""
+    from orchestrator.forecast import evaluation_facts
     from orchestrator.planning import make_plan
     from orchestrator.summary import plan_facts, print_plan
 
     job, folder = read_job(options)
     plan = make_plan(job, relative_to=folder)
-    asked_of(plan, folder)
-    facts = plan_facts(plan)
+    asked = asked_of(plan, folder)
+    facts = {**plan_facts(plan), "evaluation": None if asked is None else evaluation_facts(plan.job, asked)}
     if options.json:
         print_json(facts)
     else:

@@ -1,0 +1,100 @@
+"""What an evaluation can show, against the figures of the literature and arithmetic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.orchestrator.conftest import Ended
+from tests.orchestrator.test_evaluation import PARENTS, SOUP, job_text
+
+Mergeyard = Callable[..., Ended]
+LENGTHS = [256, 512, 1024, 2048, 3000, 4000]
+
+
+@pytest.fixture
+def planned(mergeyard: Mergeyard, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """planned(evaluate=…, gate=…): what `mergeyard plan --json` says of the evaluation."""
+
+    def plan(**keys: Any) -> dict[str, Any]:
+        parents = {name: str(PARENTS / name) for name in ("long", "fmt")}
+        (tmp_path / "job.yaml").write_text(
+            job_text(tmp_path, **{"parents": parents, "recipe": SOUP, "grid": {"w": [0.3, 0.5, 0.7]}, **keys})
+        )
+        ended = mergeyard("plan", tmp_path / "job.yaml", "--json")
+        assert ended.code == 0, ended.err
+        return json.loads(ended.out)["evaluation"]
+
+    return plan
+
+
+def ruler(**keys: Any) -> dict[str, Any]:
+    return {"ruler": {"tasks": ["niah_single_1"], "lengths": [512], **keys}}
+
+
+@pytest.mark.parametrize(
+    ("items", "lengths", "overall", "at_one"),
+    [(100, [512], 8.9, 8.9), (500, [512], 4.0, 4.0), (6500, LENGTHS, 0.45, 1.1)],  # two-sided 5 %, power 80 %
+)
+def test_the_smallest_difference_at_ten_percent_discordance(
+    planned: Callable[..., dict[str, Any]], items: int, lengths: list[int], overall: float, at_one: float
+) -> None:
+    sees = planned(evaluate=ruler(items=items, lengths=lengths))["sees"]
+    assert sees["overall"] == pytest.approx(overall, abs=0.05)
+    assert [*sees["lengths"].values()] == pytest.approx([at_one] * len(lengths), abs=0.05)
+
+
+def test_eight_questions_a_haystack_are_worth_fewer(planned: Callable[..., dict[str, Any]]) -> None:
+    alone = planned(evaluate=ruler(items=800))["sees"]["overall"]
+    shared = planned(evaluate=ruler(items=800, questions=8))["sees"]["overall"]
+    assert shared / alone == pytest.approx((1 + 7 * 0.1) ** 0.5, rel=0.01)
+
+
+def test_depths_share_no_haystack(planned: Callable[..., dict[str, Any]]) -> None:
+    sees = planned(evaluate={"needle": {"lengths": [512], "depths": 5, "items": 100}})["sees"]
+    assert sees["overall"] == pytest.approx(4.0, abs=0.05) and sees["correlation"] is None
+
+
+def test_a_margin_of_one_point_needs_six_thousand_items(planned: Callable[..., dict[str, Any]]) -> None:
+    gate = planned(evaluate=ruler(items=500), gate={"baseline": "fmt", "budget": 500})["gate"]
+    # one look: (1.645 + 0.842)² · 0.1 / 0.01²
+    assert gate["items_needed"] == pytest.approx(6183, abs=5)
+    assert (gate["items_at_first"], gate["items_at_most"]) == (500, 500)
+
+
+def test_a_gate_that_looks_again_needs_more_and_says_how_many_it_may_ask(
+    planned: Callable[..., dict[str, Any]],
+) -> None:
+    gate = planned(evaluate=ruler(items=500), gate={"baseline": "fmt", "length_margin": 2})["gate"]
+    assert gate["items_needed"] > 1.5 * 6183
+    assert (gate["items_at_first"], gate["items_at_most"]) == (500, 2000)
+    assert gate["items_needed_a_length"] < gate["items_needed"] / 3
+
+
+def test_what_will_be_read_is_counted(planned: Callable[..., dict[str, Any]]) -> None:
+    facts = planned(evaluate={**ruler(items=40, lengths=[256, 512]), "race": {"keep": 1}})
+    assert (facts["points"], facts["baselines"]) == (3, 2)
+    assert (facts["items_a_point"], facts["tokens_a_point"]) == (80, 40 * 768)
+    assert (facts["items"], facts["tokens"]) == (5 * 80, 5 * 40 * 768)
+    # 10 items of each of three points; the one that stays answers 30 more, and 20 fresh ones; both parents all
+    assert facts["race"]["least_tokens"] == (3 * 10 + 30 + 20 + 2 * 40) * 768
+
+
+def test_likelihoods_have_no_smallest_difference(planned: Callable[..., dict[str, Any]]) -> None:
+    facts = planned(evaluate={"perplexity": {"lengths": [512], "blocks": 4}}, gate={"baseline": "fmt"})
+    assert (facts["sees"], facts["gate"], facts["items_a_point"]) == (None, None, 4)
+
+
+def test_the_plan_says_it_in_words(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    parents = {name: str(PARENTS / name) for name in ("long", "fmt")}
+    gate = {"baseline": "fmt", "budget": 500}
+    text = job_text(tmp_path, parents=parents, recipe=SOUP, grid={"w": [0.5]}, evaluate=ruler(items=500), gate=gate)
+    (tmp_path / "job.yaml").write_text(text)
+    out = mergeyard("plan", tmp_path / "job.yaml").out
+    assert "1 point and 2 parents, 500 items and at most 256 k tokens each: 1,500 items, 768 k tokens" in out
+    assert "a difference of 4 points between two models" in out and "if 10% of their answers differ" in out
+    assert "the margin of 1 needs about 6,183 items; it asks 500 at first, 500 at most" in out
