@@ -87,6 +87,10 @@ class Command:
             time.sleep(POLL_SECONDS)
         return said
 
+    def said(self) -> str:
+        """What it has printed so far."""
+        return self._files[0].read_text()
+
     def ended(self, seconds: float = 240) -> Ended:
         """How it ended, waiting for that."""
         deadline = time.monotonic() + seconds
