@@ -107,9 +107,9 @@ class Cluster:
         """Heals every link and starts again what does not run; a new head needs new nodes."""
         self.proxy.heal()
         for node in self.nodes if not only else ():
-            self.network.heal(node)
-            if not self.lives(node) or not self.pids(node, "raylet"):
-                self.kill(node)
+            if self.network.heal(node) or not self.lives(node) or not self.pids(node, "raylet"):
+                self.kill(node)  # a node that was cut off leaves Ray when it hears that it was given up
+                self.network.heal(node)
         if not self.lives("head") or not self.pids("head", "gcs_server"):
             for name in ("head", *self.nodes):
                 self.kill(name)

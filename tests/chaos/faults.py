@@ -47,11 +47,13 @@ def kill_driver(trial: Trial) -> None:
 
 
 def kill_gcs(trial: Trial) -> None:
+    _some_worker(trial)
     for pid in trial.cluster.pids("head", "gcs_server"):
         os.kill(pid, signal.SIGKILL)
 
 
 def kill_head(trial: Trial) -> None:
+    _some_worker(trial)
     trial.cluster.kill("head")
 
 

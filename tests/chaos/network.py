@@ -61,6 +61,7 @@ class Network:
         self._names = names
         self._prefix = f"y{os.getpid()}x{next(_number)}"
         self._subnet = ""
+        self._harmed: set[str] = set()
 
     def __enter__(self) -> Network:
         self.folder = Path(tempfile.mkdtemp(prefix="yard-"))
@@ -134,6 +135,7 @@ class Network:
 
     def cut(self, name: str) -> None:
         """Pulls the cable; no end of a connection is told."""
+        self._harmed.add(name)
         self._in("switch", "ip", "link", "set", f"to-{name}", "down")
 
     def mend(self, name: str) -> None:
@@ -141,13 +143,17 @@ class Network:
 
     def part(self, name: str, other: str) -> None:
         """Lets two namespaces reach each other no more, though both reach all others."""
+        self._harmed.add(name)
         self._in(name, "ip", "route", "add", "blackhole", f"{self.address(other)}/32")
 
-    def heal(self, name: str) -> None:
-        """Undoes `cut` and `part`."""
+    def heal(self, name: str) -> bool:
+        """Undoes `cut` and `part`; whether anything was done to this namespace since it was healed last."""
         self.mend(name)
         for route in self._in(name, "ip", "route", "show", "type", "blackhole").splitlines():
             self._in(name, "ip", "route", "delete", *route.split()[:2])
+        harmed = name in self._harmed
+        self._harmed.discard(name)
+        return harmed
 
     def moved(self, name: str) -> tuple[int, int]:
         """Bytes that went to a namespace and came from it, headers of packets included."""
@@ -160,6 +166,7 @@ class Network:
 
     def kill(self, name: str, how: signal.Signals = signal.SIGKILL) -> None:
         """Sends a signal to all that runs there."""
+        self._harmed.add(name)
         for pid in self.processes(name):
             with suppress(ProcessLookupError):
                 os.kill(pid, how)

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -83,8 +85,11 @@ def test_a_driver_that_is_stopped_while_ray_starts_leaves_no_process(
     start: Callable[..., Command], new_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     command = start("run", new_run(str(tmp_path / "out")).job)
-    command.until(lambda: any(process.name() == "gcs_server" for process in command.look()))
+    settings = command.until(
+        lambda: [here for process in command.look() if process.name() == "gcs_server" and (here := process.environ())]
+    )
     command.process.terminate()
+    assert {"RAY_health_check_period_ms", "RAY_grpc_client_keepalive_time_ms"} <= settings[0].keys()
     assert "the same command goes on" in command.ended(seconds=30).refused_with(75)
     assert command.survivors(seconds=20) == []
 
@@ -106,6 +111,40 @@ def test_of_two_drivers_of_one_run_one_works_and_the_other_says_so(
     held.heal()
     assert first.ended().facts["units_merged"] == UNITS
     assert_complete(run, expected, s3_server)
+
+
+def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_again_it_goes_on(
+    start: Callable[..., Command],
+    mergeyard: Callable[..., Ended],
+    new_run: Callable[..., Run],
+    expected: Run,
+    small_disk: Path,
+) -> None:
+    run = new_run(str(small_disk))
+    command = start("run", run.job, "--in-process")
+    command.until(lambda: run.receipts())
+    with (small_disk / "filler").open("wb") as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(1 << 20))
+            filler.flush()
+    assert "no room left on this disk; free some" in command.ended().refused_with(1)
+    (small_disk / "filler").unlink()
+    before = run.receipts()
+    facts = mergeyard("run", run.job, "--in-process", "--json").facts
+    assert facts["units_found"] == len(before) == UNITS - facts["units_merged"] > 0
+    assert (run.manifests(), run.shards()) == (expected.manifests(), expected.shards())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own that is soon full."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting a small disk needs root")
+    yield disk
+    subprocess.run(["umount", "-l", disk], check=True)
 
 
 @pytest.mark.heavy
