@@ -20,6 +20,7 @@ from orchestrator.ledger import Lease, Ledger
 from orchestrator.planning import Plan
 from orchestrator.questions import Questions, RacePlan, Subject, questions
 from orchestrator.racing import RUNGS, Race, Standing
+from orchestrator.report.live import LivePage
 from orchestrator.results import EvaluationResult, ranked_rows, write_results
 from orchestrator.statistics import Cell, FlipRate, flip_rate, macro_weights
 from orchestrator.watching import Watcher
@@ -81,6 +82,7 @@ class Session:
         self._sets: dict[str, ItemSet] = {}
         self._race: Race | None = None
         self._renewed, self._pause = time.monotonic(), RENEW_SECONDS
+        self._page = LivePage(plan.run_url)
 
     @classmethod
     @contextmanager
@@ -113,6 +115,7 @@ class Session:
 
     def close(self) -> None:
         """Lets go of the workers."""
+        self._page.close()
         if self._evaluators is not None:
             self._evaluators.close()
 
@@ -241,6 +244,7 @@ class Session:
             return
         began = time.monotonic()
         write_results(self._ledger.store, self._result(noise=None, finished=False))
+        self._page.renew()
         self._renewed = time.monotonic()
         self._pause = max(RENEW_SECONDS, 20 * (self._renewed - began))
 

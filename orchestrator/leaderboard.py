@@ -81,7 +81,7 @@ def leaderboard(result: EvaluationResult, seed: int) -> list[Line]:
     """The points best first, then the parents. Only the benchmarks that rank make the score; the rest stands beside."""
     ranked = _by_point(result.ranked_rows())
     everything = _by_point(result.rows)
-    parents = [score_by_length(_outcomes(ranked[name])) for name in result.parents if name in ranked]
+    parents = [score_by_length(outcomes(ranked[name])) for name in result.parents if name in ranked]
     threshold = max((relative_threshold(scores) for scores in parents), default=None)
     notes = {name: ["parent"] for name in result.baselines}
     notes |= {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
@@ -106,8 +106,8 @@ def _line(
     seed: int,
     notes: Sequence[str],
 ) -> Line:
-    outcomes = _outcomes(ranked)
-    by_length = score_by_length(outcomes)
+    answered = outcomes(ranked)
+    by_length = score_by_length(answered)
     macro = macro_mean(samples(ranked))
     reaches = all(row.benchmark in RETRIEVAL for row in ranked)
     broken = sum(not row.finite for row in everything)
@@ -117,8 +117,8 @@ def _line(
         half_width=100 * (macro.high - macro.low) / 2,
         by_length=by_length if reaches else {},
         weighted_increasing=weighted_average(by_length, increasing=True),
-        effective=effective_length_interval(outcomes, RULER_THRESHOLD, seed=seed) if reaches else None,
-        relative=effective_length_interval(outcomes, threshold, seed=seed) if reaches and threshold else None,
+        effective=effective_length_interval(answered, RULER_THRESHOLD, seed=seed) if reaches else None,
+        relative=effective_length_interval(answered, threshold, seed=seed) if reaches and threshold else None,
         beside=_beside(everything, {row.benchmark for row in ranked}),
         perplexity=perplexity_by_position(everything),
         items=len(ranked),
@@ -133,7 +133,8 @@ def _by_point(rows: Iterable[ScoreRow]) -> dict[str, list[ScoreRow]]:
     return found
 
 
-def _outcomes(rows: Sequence[ScoreRow]) -> list[Outcome]:
+def outcomes(rows: Sequence[ScoreRow]) -> list[Outcome]:
+    """One model's scores as the effective length takes them."""
     return [Outcome(row.task, row.length, row.haystack, row.score) for row in rows]
 
 
@@ -177,35 +178,101 @@ def _exp(value: float) -> float:
 
 
 def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
-    """The table on a terminal, as wide as the terminal is; perplexity in a table of its own."""
-    from rich.console import Console
-    from rich.table import Table
+    """The table on a terminal, as wide as the terminal is; perplexity in a table of its own.
 
-    shown = [*lines[:MOST_ROWS], *(line for line in lines[MOST_ROWS:] if line.name in result.baselines)]
-    lengths = sorted({length for line in lines for length in line.by_length})
-    beside = sorted({name for line in lines for name in line.beside})
-    effective = any(line.effective is not None for line in lines)
-    table = Table(box=None, padding=(0, 1), header_style="bold")
-    table.add_column("point", no_wrap=True)
-    for title in ("score", *map(short_length, lengths), *(["effective"] if effective else []), *beside):
-        table.add_column(title, justify="right")
-    table.add_column("", overflow="ellipsis", no_wrap=True)
-    for line in shown:
-        table.add_row(
-            line.name,
-            f"{line.score:.1f} ±{line.half_width:.1f}" if math.isfinite(line.half_width) else f"{line.score:.1f}",
-            *(_rounded(line.by_length.get(length)) for length in lengths),
-            *([_effective(line.effective)] if effective else []),
-            *(_rounded(line.beside.get(name)) for name in beside),
-            line.note,
-        )
+    Where the terminal is too narrow, columns go: notes first, then what does not rank, then the lengths between the
+    shortest and the longest; at last names are cut in the middle.
+    """
+    from rich.console import Console
+
     console = Console()
-    console.print(table)
+    shown = [*lines[:MOST_ROWS], *(line for line in lines[MOST_ROWS:] if line.name in result.baselines)]
+    columns = _fitting(_columns(shown), console.width)
+    console.print(_table(columns, console.width))
     if len(shown) < len(lines):
         console.print(f"… and {len(lines) - len(shown)} more points", highlight=False)
     if any(line.perplexity for line in lines):
         console.print(_perplexity_table(shown))
     console.print(_footnote(result), highlight=False, style="dim")
+
+
+def print_sentence(sentence: str) -> None:
+    """Words after the table, broken where the terminal ends."""
+    from rich.console import Console
+
+    Console().print(f"\n{sentence}", highlight=False, markup=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Column:
+    """A column of the terminal's table; of those that do not fit, the one with the highest `spare` goes first."""
+
+    title: str
+    cells: tuple[str, ...]
+    spare: int = 0
+    left: bool = False
+
+    @property
+    def width(self) -> int:
+        return max(map(len, (self.title, *self.cells))) + 2
+
+
+def _columns(lines: Sequence[Line]) -> list[_Column]:
+    lengths = sorted({length for line in lines for length in line.by_length})
+    beside = sorted({name for line in lines for name in line.beside})
+    columns = [_Column("point", tuple(line.name for line in lines), left=True)]
+    columns.append(_Column("score", tuple(map(_score, lines))))
+    for length in lengths:
+        inner = length not in (lengths[0], lengths[-1])
+        cells = tuple(_rounded(line.by_length.get(length)) for line in lines)
+        columns.append(_Column(short_length(length), cells, spare=3 if inner else 1))
+    if any(line.effective is not None for line in lines):
+        columns.append(_Column("effective", tuple(_effective(line.effective) for line in lines), spare=2))
+    for name in beside:
+        columns.append(_Column(name, tuple(_rounded(line.beside.get(name)) for line in lines), spare=4))
+    columns.append(_Column("", tuple(line.note for line in lines), spare=5, left=True))
+    return columns
+
+
+def _fitting(columns: list[_Column], width: int) -> list[_Column]:
+    """The columns that fit beside names of at most half the width."""
+    names = min(columns[0].width, width // 2)
+    while columns[-1].spare == 5 and names + sum(column.width for column in columns[1:-1]) + 12 > width:
+        columns = columns[:-1]
+    while names + sum(column.width for column in columns[1:] if column.spare < 5) > width:
+        spare = max(columns[1:], key=lambda column: column.spare)
+        if spare.spare == 0:
+            break
+        columns = [column for column in columns if column is not spare]
+    return columns
+
+
+def _table(columns: Sequence[_Column], width: int) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    room = width - sum(column.width for column in columns[1:] if column.spare < 5)
+    if columns[-1].spare == 5:
+        room -= min(columns[-1].width, 12)
+    table = Table(box=None, padding=(0, 1), header_style="bold")
+    for column in columns:
+        justify = "left" if column.left else "right"
+        table.add_column(column.title, no_wrap=True, justify=justify, overflow="ellipsis")
+    for name, *cells in zip(*(column.cells for column in columns), strict=True):
+        table.add_row(Text(_cut(name, max(8, room - 2))), *map(Text, cells))
+    return table
+
+
+def _cut(name: str, most: int) -> str:
+    """The middle goes: names of points differ at their ends."""
+    if len(name) <= most:
+        return name
+    head = (most - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
+
+
+def _score(line: Line) -> str:
+    return f"{line.score:.1f} ±{line.half_width:.1f}" if math.isfinite(line.half_width) else f"{line.score:.1f}"
 
 
 def _perplexity_table(lines: Sequence[Line]) -> Any:

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
+from jobs.errors import BadInput
 from orchestrator.commands.inputs import print_json, run_url
+
+if TYPE_CHECKING:
+    from orchestrator.report.page import Report
 
 
 def status(options: argparse.Namespace) -> int:
-    """`mergeyard status RUN`."""
+    """`mergeyard status RUN`: how far it is, and how its points stand so far."""
+    from orchestrator.leaderboard import print_leaderboard, print_sentence
     from orchestrator.summary import print_status, status_facts
 
-    facts = status_facts(run_url(options.run))
+    url = run_url(options.run)
+    facts, found = status_facts(url), _report(url)
     if options.json:
-        print_json(facts)
-    else:
-        print_status(facts)
+        document = {} if found is None else found.document()
+        print_json(facts | {name: document.get(name) for name in ("finished", "verdict", "leaderboard")})
+        return 0
+    print_status(facts)
+    if found is not None and found.recommendation is not None:
+        print()
+        print_leaderboard(found.lines, found.run.result)
+        print_sentence(found.recommendation.sentence)
     return 0
+
+
+def _report(url: str) -> Report | None:
+    """What can be said so far; None before the first answers."""
+    from orchestrator.report.page import read_run, report_on
+
+    try:
+        return report_on(read_run(url, costs=False))
+    except BadInput:
+        return None

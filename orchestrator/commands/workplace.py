@@ -113,15 +113,20 @@ def tell_evaluation(
 ) -> dict[str, Any]:
     """Prints the leaderboard and the verdict, and returns all there is to know as facts."""
     from orchestrator.leaderboard import leaderboard, print_leaderboard
+    from orchestrator.report.live import written_page
 
     lines = leaderboard(result, plan.job.seed)
+    page = written_page(plan.run_url)
     if not quiet:
         print_leaderboard(lines, result)
         if verdict is not None:
             tell_verdict(verdict)
+        if page is not None:
+            print(page)
     return {
         "run": plan.run_url,
         "results": f"{plan.run_url}/report/results.parquet",
+        "page": page,
         "leaderboard": [line.document() for line in lines],
         **result.race_document(),
         "gate": None if verdict is None else verdict.document(),

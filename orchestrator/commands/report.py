@@ -1,0 +1,60 @@
+"""`mergeyard report RUN`."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TextIO
+
+from jobs.errors import BadInput
+from jobs.evaluation import ScoreRow
+from orchestrator.commands.inputs import print_json, run_url
+
+
+def report(options: argparse.Namespace) -> int:
+    """`mergeyard report RUN`: the leaderboard and the sentence on it; writes the page into the run."""
+    from orchestrator.leaderboard import print_leaderboard, print_sentence
+    from orchestrator.report.page import read_run, report_on, write_page
+
+    run = read_run(run_url(options.run))
+    if options.csv == "-":
+        _write_csv(run.result.rows, "-")
+        return 0
+    found = report_on(run)
+    page = write_page(found)
+    if options.csv:
+        _write_csv(run.result.rows, options.csv)
+    if options.mlflow:
+        from orchestrator.report.mlflow_log import log_run
+
+        log_run(found, options.mlflow)
+    if options.json:
+        print_json(found.document())
+        return 0
+    print_leaderboard(found.lines, run.result)
+    if found.recommendation is not None:
+        print_sentence(found.recommendation.sentence)
+    print(page)
+    return 0
+
+
+def _write_csv(rows: Sequence[ScoreRow], path: str) -> None:
+    """A row an item, the columns of results.parquet; `-` is standard output."""
+    if path == "-":
+        _write_rows(rows, sys.stdout)
+        return
+    try:
+        with Path(path).open("w", encoding="utf-8", newline="") as file:
+            _write_rows(rows, file)
+    except OSError as error:
+        raise BadInput(f"--csv {path}: cannot be written ({error.strerror})") from None
+
+
+def _write_rows(rows: Sequence[ScoreRow], file: TextIO) -> None:
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([field.name for field in fields(ScoreRow)])
+    writer.writerows([getattr(row, field.name) for field in fields(ScoreRow)] for row in rows)

@@ -1,0 +1,355 @@
+"""Numbers as SVG for a page: text stays text, colours of lines and words follow the page, nothing is referred to.
+
+Colours are cividis, PuOr and those of Okabe and Ito (2008), which people with any kind of colour vision tell apart;
+lines differ by marker and dash too. A chart is as wide as a phone; on wider screens several stand side by side.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import logging
+import re
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+from xml.etree import ElementTree
+
+import matplotlib
+import numpy as np
+from markupsafe import Markup
+from matplotlib import ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from orchestrator.leaderboard import short_length
+from orchestrator.report.figures import Cost, Curve, Map, Metric
+
+WIDTH = 440
+"""Pixels; a chart is never drawn wider, and shrinks a little on a narrow phone."""
+
+INK, RULE, PAPER = "#010203", "#040506", "#070809"
+"""Stand in for colours of the page while matplotlib draws."""
+
+PAGE_COLOURS = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)"}
+
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00", "#7F7F7F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (4, 1, 1, 1)), "-", "-", "-", "-")
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 11,
+    "axes.labelsize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": RULE,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": False,
+    "grid.color": RULE,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 10,
+    "ytick.labelsize": 10,
+    "hatch.linewidth": 0.9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "legend.fontsize": 10,
+}
+
+MOST_NUMBERED = 240
+"""Cells of a map that have their number written into them."""
+
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+Scale = Literal["score", "difference"]
+
+
+def _cut(name: str, low: float, high: float) -> Colormap:
+    return LinearSegmentedColormap.from_list(name, matplotlib.colormaps[name](np.linspace(low, high, 256)))
+
+
+SCALES: Mapping[Scale, Colormap] = {"score": _cut("cividis", 0.08, 1.0), "difference": _cut("PuOr", 0.08, 0.92)}
+
+
+# ---- one chart -------------------------------------------------------------------------------------------------------
+
+
+def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> Markup:
+    """A map with one rectangle a tile, hatched where its difference is not sure; the tile's text is its tooltip."""
+    rows, columns = [shorten(row, 26) for row in shown.rows], [shorten(column, 16) for column in shown.columns]
+    left = 24 + 6.3 * max(map(len, rows))
+    wide = max(map(len, columns)) * 6.3 > (WIDTH - left - 12) / len(columns) - 4
+    bottom = 26 + (4.6 * max(map(len, columns)) + 8 if wide else 12)
+    row_height = max(4.0, min(26.0, 900 / len(rows)))
+    with _figure(len(rows) * row_height, left, 24 if shown.title else 8, bottom) as (figure, axes):
+        colours, places = SCALES[scale], list(shown.tiles)
+        norm = Normalize(low, high)
+        values = np.array([shown.tiles[place].value for place in places])
+        corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for y, x in places]
+        axes.add_collection(
+            PolyCollection(corners, facecolors=colours(norm(values)), edgecolors=PAPER, linewidths=0.6, gid="tiles")
+        )
+        dark = _luminance(colours(norm(values))) < 0.4
+        for is_dark, ink in ((True, "#ffffff"), (False, "#000000")):
+            unsure = [
+                corner
+                for corner, place, of in zip(corners, places, dark, strict=True)
+                if shown.tiles[place].sure is False and bool(of) is is_dark
+            ]
+            axes.add_collection(
+                PolyCollection(unsure, facecolors="none", edgecolors=ink, linewidths=0, hatch="//", alpha=0.55)
+            )
+        if len(places) <= MOST_NUMBERED and row_height >= 14:
+            for (y, x), value, of in zip(places, values.tolist(), dark.tolist(), strict=True):
+                text = f"{value:.0f}" if scale == "score" else f"{value:+.0f}"
+                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10, color="#fff" if of else "#000")
+        axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=shown.column_title, ylabel=shown.row_title)
+        turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if wide else {}
+        axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **turned)
+        every = max(1, round(13 / row_height))
+        axes.set_yticks(np.arange(0, len(rows), every) + 0.5, rows[::every])
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        axes.set_title(shown.title, loc="left")
+        return _svg(figure, "tiles", [shown.tiles[place].text for place in places], _described(shown))
+
+
+def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -> Markup:
+    """What the colours of a map mean."""
+    with _figure(10, 12, 4, 34, width=260) as (figure, axes):
+        edges = np.linspace(low, high, 49)  # rectangles: an image would be a picture in a page that holds none
+        axes.bar(edges[:-1], 1, np.diff(edges) * 1.05, align="edge", color=SCALES[scale](np.linspace(0, 1, 48)))
+        axes.set(yticks=[], xlim=(low, high), ylim=(0, 1), xlabel=title)
+        axes.spines[:].set_visible(False)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        return _svg(figure, "", [], f"colours from {low:g} to {high:g} {title}")
+
+
+def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: float | None = None) -> Markup:
+    """Lines over a doubling axis with 95 % intervals; a ring marks an effective length."""
+    with _figure(230, 52, 10, 46 + 17 * len(found)) as (figure, axes):
+        spread = np.linspace(-1, 1, len(found)) * 0.02 if len(found) > 1 else [0.0]
+        texts: list[str] = []
+        for number, (curve, shift) in enumerate(zip(found, spread, strict=True)):
+            colour = OKABE_ITO[number % len(OKABE_ITO)]
+            x = np.array(curve.x) * 2 ** float(shift) if curve.low else np.array(curve.x)
+            axes.plot(
+                x,
+                curve.y,
+                color=colour,
+                linestyle=DASHES[number % len(DASHES)],
+                marker=MARKERS[number % len(MARKERS)],
+                markersize=5,
+                linewidth=1.6,
+                label=shorten(curve.name, 44) + (" (parent)" if curve.parent else ""),
+            )
+            if curve.low:
+                axes.vlines(x, curve.low, curve.high, color=colour, linewidth=1.2, alpha=0.8)
+            if curve.mark is not None:
+                at = curve.x.index(curve.mark)
+                axes.plot(
+                    x[at], curve.y[at], "o", markersize=13, markerfacecolor="none", markeredgecolor=colour, zorder=5
+                )
+            texts.append(f"{curve.name}: {', '.join(f'{y:.1f}' for y in curve.y)}")
+        if threshold is not None:
+            axes.axhline(threshold, color=INK, linewidth=0.8, linestyle=(0, (2, 3)))
+        _doubling(axes, sorted({x for curve in found for x in curve.x}))
+        axes.set(xlabel=x_title, ylabel=y_title)
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.margins(y=0.06)
+        figure.legend(
+            *axes.get_legend_handles_labels(), loc="lower left", ncols=1, borderaxespad=0.2, labelspacing=0.35
+        )
+        return _svg(figure, "", [], f"{y_title} by {x_title}. {'; '.join(texts)}")
+
+
+def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str]) -> Markup:
+    """Every point by two metrics, the front joined; `noted` says what a point is besides: a parent, or left."""
+    names = [name for name in x.values if name in y.values]
+    with _figure(270, 58, 12, 74) as (figure, axes):
+        shape = {"parent": ("s", OKABE_ITO[1], OKABE_ITO[1]), "left": ("o", "none", OKABE_ITO[7])}
+        texts: list[str] = []
+        for kind in ("", "left", "parent"):
+            members = [name for name in names if noted.get(name, "") == kind]
+            marker, face, edge = shape.get(kind, ("o", OKABE_ITO[0], OKABE_ITO[0]))
+            axes.scatter(
+                [x.values[name] for name in members],
+                [y.values[name] for name in members],
+                s=34,
+                marker=marker,
+                facecolors=face,
+                edgecolors=edge,
+                gid=f"dots-{kind}",
+            )
+            texts += [f"{name}: {x.name} {x.values[name]:.1f}, {y.name} {y.values[name]:.1f}" for name in members]
+        axes.plot(
+            [x.values[name] for name in front],
+            [y.values[name] for name in front],
+            color=INK,
+            linewidth=1,
+            linestyle=(0, (3, 2)),
+        )
+        axes.set(xlabel=_better(x), ylabel=_better(y))
+        if not x.more_is_better:
+            axes.invert_xaxis()
+        if not y.more_is_better:
+            axes.invert_yaxis()
+        axes.grid(linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.margins(0.08)
+        _name_front(axes, x, y, front)
+        handles = [
+            Line2D([], [], linestyle="", marker="o", color=OKABE_ITO[0], label="point"),
+            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=OKABE_ITO[7], label="left the race"),
+            Line2D([], [], linestyle="", marker="s", color=OKABE_ITO[1], label="parent"),
+            Line2D([], [], linestyle=(0, (3, 2)), color=INK, label="front"),
+        ]
+        figure.legend(handles=handles, loc="lower left", ncols=4, columnspacing=1, handletextpad=0.4, borderaxespad=0.2)
+        return _svg(figure, "dots-", texts, f"{y.name} against {x.name}; on the front: {', '.join(front)}")
+
+
+def bars(costs: Sequence[Cost]) -> Markup:
+    """Seconds of work by what it went into."""
+    labels = [shorten(cost.what, 24) for cost in costs]
+    with _figure(20 * len(costs), 20 + 6.3 * max(map(len, labels)), 8, 42) as (figure, axes):
+        axes.barh(range(len(costs)), [cost.seconds for cost in costs], color=OKABE_ITO[0], height=0.7)
+        axes.set_yticks(range(len(costs)), labels)
+        axes.invert_yaxis()
+        axes.set(xlabel="seconds of work, all workers together")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        return _svg(
+            figure, "", [], f"seconds of work: {'; '.join(f'{cost.what}: {cost.seconds:.1f}' for cost in costs)}"
+        )
+
+
+def shorten(text: str, most: int) -> str:
+    """At most so many characters; the middle goes, since names of points differ at their ends."""
+    if len(text) <= most:
+        return text
+    head = (most - 1) // 2
+    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
+
+
+def _better(metric: Metric) -> str:
+    return f"{metric.name} ({'more' if metric.more_is_better else 'less'} is better)"
+
+
+def _name_front(axes: Axes, x: Metric, y: Metric, front: Sequence[str]) -> None:
+    """Names beside the first, the last and at most two more points of the front: more would lie on each other."""
+    chosen = front if len(front) <= 4 else [front[index * (len(front) - 1) // 3] for index in range(4)]
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    placed: list[float] = []
+    for name in dict.fromkeys(chosen):
+        across, up = (x.values[name] - left) / (right - left), (y.values[name] - low) / (high - low)
+        if any(abs(up - other) < 0.06 for other in placed):
+            continue
+        placed.append(up)
+        axes.annotate(
+            shorten(name, 26),
+            (x.values[name], y.values[name]),
+            xytext=(-7 if across > 0.5 else 7, -3),
+            textcoords="offset points",
+            ha="right" if across > 0.5 else "left",
+            fontsize=10,
+        )
+
+
+def _doubling(axes: Axes, places: Sequence[float]) -> None:
+    """Lengths stand at equal distances where each is twice the one before; a length of 0 has a place too."""
+    if places[0] > 0:
+        axes.set_xscale("log", base=2)
+    else:
+        axes.set_xscale("symlog", base=2, linthresh=places[1] if len(places) > 1 else 1)
+    axes.xaxis.set_minor_locator(ticker.NullLocator())
+    axes.set_xticks(places, [short_length(int(place)) for place in places])
+
+
+def _luminance(colours: Any) -> Any:
+    return np.atleast_2d(colours)[:, :3] @ np.array([0.2126, 0.7152, 0.0722])
+
+
+def _described(shown: Map) -> str:
+    values = [tile.value for tile in shown.tiles.values()]
+    around = f"from {min(values):.1f} to {max(values):.1f}" if values else "empty"
+    return f"Heatmap {shown.title} of {shown.row_title} by {shown.column_title}, {around}; the table below has it all."
+
+
+# ---- matplotlib to SVG -----------------------------------------------------------------------------------------------
+
+_salts: Callable[[], int] = itertools.count().__next__
+
+
+@contextmanager
+def _figure(
+    height: float, left: float, top: float, bottom: float, width: int = WIDTH
+) -> Generator[tuple[Figure, Axes]]:
+    """A figure with one pair of axes, `height` tall between its margins; all of it in pixels."""
+    total = height + top + bottom
+    style: dict[Any, Any] = {**STYLE, "svg.hashsalt": f"chart{_salts()}"}
+    with matplotlib.rc_context(style):
+        figure = Figure(figsize=(width / 72, total / 72))
+        FigureCanvasSVG(figure)
+        axes = figure.add_axes((left / width, bottom / total, (width - left - 12) / width, height / total))
+        yield figure, axes
+
+
+def _svg(figure: Figure, group: str, texts: Sequence[str], label: str) -> Markup:
+    """The figure as an element for a page; the marks in groups whose id begins so get these tooltips, in order."""
+    sink = io.StringIO()
+    figure.savefig(sink, format="svg", metadata={"Date": None})
+    root = ElementTree.fromstring(sink.getvalue())
+    waiting = iter(texts)
+    for element in root.iter():
+        element.tag = element.tag.split("}")[-1]
+    for child in [child for child in root if child.tag == "metadata" or child.find("style") is not None]:
+        root.remove(child)
+    for element in root.iter():
+        _plain(element)
+        if texts and element.tag == "g" and (name := element.attrib.pop("id", "")):
+            if name.startswith(group):
+                _tell(element, waiting)
+        else:
+            _drop_id(element)
+    width, height = root.attrib["viewBox"].split()[2:]
+    root.attrib.update({"width": width, "height": height, "role": "img", "aria-label": label})
+    root.attrib.pop("version", None)
+    text = ElementTree.tostring(root, encoding="unicode")
+    for stand_in, colour in PAGE_COLOURS.items():
+        text = text.replace(stand_in, colour)
+    return Markup(re.sub(r"; font-family: [^;\"]*", "", text))
+
+
+def _plain(element: ElementTree.Element) -> None:
+    """Attributes without their namespace, and nothing between the elements."""
+    if element.tag not in ("text", "tspan", "title"):
+        element.text = None
+    element.tail = None
+    for name in [name for name in element.attrib if "}" in name]:
+        element.attrib[name.split("}")[-1]] = element.attrib.pop(name)
+
+
+def _drop_id(element: ElementTree.Element) -> None:
+    """Ids of groups only number them, and would be double on a page of many charts."""
+    if element.tag == "g":
+        element.attrib.pop("id", None)
+
+
+def _tell(group: ElementTree.Element, texts: Iterator[str]) -> None:
+    marks = [mark for mark in group.iter() if mark.tag == "use" or (mark.tag == "path" and "clip-path" in mark.attrib)]
+    for mark, text in zip(marks, texts, strict=False):
+        title = ElementTree.SubElement(mark, "title")
+        title.text = text

@@ -1,0 +1,148 @@
+"""Paired differences from a baseline: of every point, overall, at each length and in each task."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.errors import BadInput
+from jobs.evaluation import ScoreRow
+from orchestrator.comparing import pairs
+from orchestrator.statistics import CellSample, Estimate, benjamini_hochberg, holm, macro_mean, student_tail
+
+SURE = 0.05
+"""A difference with an adjusted p value up to this is called sure."""
+
+NO_SPREAD = 1e-12
+"""A standard error below this is zero, but for rounding."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """One model against another on the questions that both answered; differences new − old in points out of 100.
+
+    `p` is two-sided. `adjusted` is p after a correction for many comparisons, None where there was one alone.
+    """
+
+    new: str
+    old: str
+    difference: float
+    low: float
+    high: float
+    p: float
+    adjusted: float | None
+    items: int
+
+    @property
+    def sure(self) -> bool:
+        """Whether the difference is significant at 5 %, after the correction where there is one."""
+        return (self.p if self.adjusted is None else self.adjusted) <= SURE
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "new": self.new,
+            "old": self.old,
+            "difference": round(self.difference, 3),
+            "low": round(self.low, 3) if self.low > -1e9 else None,
+            "high": round(self.high, 3) if self.high < 1e9 else None,
+            "p": float(f"{self.p:.4g}"),
+            "p_adjusted": None if self.adjusted is None else float(f"{self.adjusted:.4g}"),
+            "items": self.items,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A point's difference from the baseline in one cell of a map, in points; `sure` after Benjamini and Hochberg."""
+
+    difference: float
+    p: float
+    sure: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """Every point against one baseline.
+
+    `overall` is adjusted by Holm over the points, `by_length` and `by_task` by Benjamini and Hochberg over all cells of
+    that map. Points that have no question in common with the baseline are missing.
+    """
+
+    baseline: str
+    overall: Mapping[str, Comparison]
+    by_length: Mapping[tuple[str, int], Cell]
+    by_task: Mapping[tuple[str, str], Cell]
+
+
+def two_sided(estimate: Estimate) -> float:
+    """The p value of "no difference".
+
+    Where every haystack differs by the same, there is no spread for a t test, and the exact sign-flip test remains:
+    two of 2ⁿ sign patterns of n haystacks are as extreme.
+    """
+    if estimate.standard_error > NO_SPREAD:
+        statistic = abs(estimate.mean) / estimate.standard_error
+        return min(1.0, 2 * student_tail(statistic, estimate.degrees_of_freedom))
+    return 1.0 if abs(estimate.mean) < NO_SPREAD else min(1.0, 2.0 ** (1 - estimate.clusters))
+
+
+def compare(
+    rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str, adjusted: float | None = None
+) -> Comparison | None:
+    """One model against another by the macro score; None where they share no question."""
+    samples = _samples(rows, new, old)
+    return _comparison(new, old, samples, adjusted) if samples else None
+
+
+def compare_all(rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str) -> Comparisons:
+    """Every one of these points against the baseline."""
+    samples = {name: _samples(rows, name, baseline) for name in points if name != baseline}
+    samples = {name: found for name, found in samples.items() if found}
+    plain = {name: _comparison(name, baseline, found, None) for name, found in samples.items()}
+    overall = {
+        name: _comparison(name, baseline, samples[name], float(p))
+        for name, p in zip(plain, holm([comparison.p for comparison in plain.values()]), strict=True)
+    }
+    by_length: dict[tuple[str, int], list[CellSample]] = defaultdict(list)
+    by_task: dict[tuple[str, str], list[CellSample]] = defaultdict(list)
+    for name, found in samples.items():
+        for sample in found:
+            by_length[name, sample.cell.length].append(sample)
+            by_task[name, sample.cell.task].append(sample)
+    return Comparisons(baseline, overall, cells(by_length), cells(by_task))
+
+
+def cells(samples: Mapping[Any, Sequence[CellSample]]) -> dict[Any, Cell]:
+    """The difference in each cell of a map, and whether it is sure once all of them are tested."""
+    estimates = {place: macro_mean(found) for place, found in samples.items()}
+    p_values = [two_sided(estimate) for estimate in estimates.values()]
+    return {
+        place: Cell(100 * estimate.mean, p, bool(adjusted <= SURE))
+        for (place, estimate), p, adjusted in zip(
+            estimates.items(), p_values, benjamini_hochberg(p_values), strict=True
+        )
+    }
+
+
+def _samples(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> list[CellSample]:
+    try:
+        return pairs(rows.get(new, ()), rows.get(old, ()))
+    except BadInput:
+        return []
+
+
+def _comparison(new: str, old: str, samples: Sequence[CellSample], adjusted: float | None) -> Comparison:
+    estimate = macro_mean(samples)
+    return Comparison(
+        new,
+        old,
+        100 * estimate.mean,
+        100 * estimate.low,
+        100 * estimate.high,
+        two_sided(estimate),
+        adjusted,
+        estimate.items,
+    )

@@ -1,0 +1,481 @@
+"""What each figure of the page shows, as numbers and words; `charts` draws them."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from jobs.evaluation import ScoreRow
+from jobs.expressions import Value, format_number
+from jobs.grid import Point
+from jobs.tasks import Receipt
+from orchestrator.leaderboard import Line, outcomes, samples, short_length
+from orchestrator.report.comparing import Cell, cells
+from orchestrator.statistics import CellSample, macro_mean, paired_sample
+from workers.benchmarks.scores import score_by_length
+
+MOST_CURVES = 6
+MOST_NEEDLE_MAPS = 6
+MOST_METRICS = 6
+MOST_ROWS = 400
+"""Points in a map, the best of them; a page with more rows is one nobody reads."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """One cell of a map: its score or difference in points, whether a difference from the baseline is sure, its story.
+
+    `sure` is None where nothing was compared; such a cell is not hatched.
+    """
+
+    value: float
+    sure: bool | None
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Map:
+    """A heatmap: `tiles` by row and column, both counted from 0; missing where nothing was asked."""
+
+    title: str
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    row_title: str
+    column_title: str
+    tiles: Mapping[tuple[int, int], Tile]
+
+
+@dataclass(frozen=True, slots=True)
+class Curve:
+    """A line of a chart; `low` and `high` are its 95 % interval, `mark` the x of its effective length, if any."""
+
+    name: str
+    x: tuple[float, ...]
+    y: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    mark: float | None = None
+    parent: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """One axis of the Pareto chart: a value for each point that has one."""
+
+    name: str
+    values: Mapping[str, float]
+    more_is_better: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What something took: seconds of work summed over workers, and tokens or bytes."""
+
+    what: str
+    seconds: float
+    items: int
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class MergeCost:
+    """What merging took, by the receipts: the parents' bytes are counted once a task."""
+
+    shards: int
+    seconds: float
+    bytes_read: int
+    bytes_written: int
+
+
+# ---- maps over the grid ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The points of a job on at most two axes; `places` says where each name stands, by row and column.
+
+    With one axis, or with more than two, every point is a row and `columns` is empty.
+    """
+
+    row_title: str
+    rows: tuple[str, ...]
+    column_title: str
+    columns: tuple[str, ...]
+    places: Mapping[str, tuple[int, int]]
+
+
+def grid_of(points: Sequence[Point], names: Sequence[str]) -> Grid:
+    """How these points are laid out: by one or two axes where that tells them apart, else one a row."""
+    known = [point for point in points if point.name in set(names)]
+    if not known or len(known) < len(names):
+        return Grid("point", tuple(names), "", (), {name: (index, 0) for index, name in enumerate(names)})
+    axes = _telling_axes(known)
+    if len(axes) == 2:
+        first, second = (_values(known, axis) for axis in axes)
+        places = {
+            point.name: (first.index(point.bindings[axes[0]]), second.index(point.bindings[axes[1]])) for point in known
+        }
+        return Grid(axes[0], tuple(map(_word, first)), axes[1], tuple(map(_word, second)), places)
+    if len(axes) == 1:
+        first = _values(known, axes[0])
+        places = {point.name: (first.index(point.bindings[axes[0]]), 0) for point in known}
+        return Grid(axes[0], tuple(map(_word, first)), "", (), places)
+    rows = [", ".join(f"{axis}={_word(point.bindings[axis])}" for axis in axes) or point.name for point in known]
+    places = {point.name: (index, 0) for index, point in enumerate(known)}
+    return Grid(", ".join(axes) or "point", tuple(rows), "", (), places)
+
+
+def _telling_axes(points: Sequence[Point]) -> list[str]:
+    """The axes that are needed to tell the points apart: of a simplex's axes, one follows from the others."""
+    axes = [axis for axis in points[0].bindings if len({point.bindings[axis] for point in points}) > 1]
+    for axis in reversed(axes):
+        others = [other for other in axes if other != axis]
+        if others and len({tuple(point.bindings[other] for other in others) for point in points}) == len(points):
+            axes = others
+    return axes
+
+
+def _values(points: Iterable[Point], axis: str) -> list[Value]:
+    found = list(dict.fromkeys(point.bindings[axis] for point in points))
+    numbers = [value for value in found if isinstance(value, Fraction)]
+    return sorted(numbers) if len(numbers) == len(found) else found
+
+
+def _word(value: Value) -> str:
+    return value if isinstance(value, str) else format_number(value)
+
+
+def grid_maps(
+    grid: Grid,
+    scores: Mapping[str, Mapping[str, float]],
+    titles: Sequence[str],
+    column_title: str,
+    found: Mapping[tuple[str, str], Cell],
+    baseline: str | None,
+    same: Mapping[str, str],
+) -> list[Map]:
+    """One map with a column a title (a length, a task), or with two axes one map a title.
+
+    `scores` is by point and title, `found` the differences from the baseline; points that are the same merge as
+    another show that one's.
+    """
+
+    def tile(name: str, title: str) -> Tile | None:
+        of = same.get(name, name)
+        if title not in scores.get(of, {}):
+            return None
+        return _tile(name, title, scores[of][title], found.get((of, title)), baseline, of == baseline)
+
+    if not grid.columns:
+        tiles = {
+            (row, column): made
+            for name, (row, _) in grid.places.items()
+            for column, title in enumerate(titles)
+            if (made := tile(name, title)) is not None
+        }
+        return [Map("", grid.rows, tuple(titles), grid.row_title, column_title, tiles)]
+    return [
+        Map(
+            title,
+            grid.rows,
+            grid.columns,
+            grid.row_title,
+            grid.column_title,
+            {place: made for name, place in grid.places.items() if (made := tile(name, title)) is not None},
+        )
+        for title in titles
+    ]
+
+
+def _tile(name: str, title: str, score: float, cell: Cell | None, baseline: str | None, itself: bool) -> Tile:
+    if itself:
+        return Tile(score, None, f"{name}, {title}: {score:.1f}, the baseline itself")
+    if cell is None:
+        return Tile(score, None, f"{name}, {title}: {score:.1f}")
+    told = f"{cell.difference:+.1f} against {baseline}, p = {cell.p:.2g}, {'sure' if cell.sure else 'not sure'}"
+    return Tile(score, cell.sure, f"{name}, {title}: {score:.1f}; {told}")
+
+
+def scores_by_length(rows: Mapping[str, Sequence[ScoreRow]]) -> dict[str, dict[str, float]]:
+    """Scores in points of each model, by length as people say it."""
+    return {
+        name: {short_length(length): score for length, score in score_by_length(outcomes(of)).items() if length}
+        for name, of in rows.items()
+    }
+
+
+def scores_by_task(rows: Mapping[str, Sequence[ScoreRow]]) -> dict[str, dict[str, float]]:
+    """Scores in points of each model, by task; lengths alike."""
+    found: dict[str, dict[str, float]] = {}
+    for name, of in rows.items():
+        at: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
+        for row in of:
+            at[row.task][row.length].append(row.score)
+        found[name] = {
+            task: 100 * sum(sum(scores) / len(scores) for scores in lengths.values()) / len(lengths)
+            for task, lengths in at.items()
+        }
+    return found
+
+
+def titled(found: Mapping[tuple[str, int], Cell]) -> dict[tuple[str, str], Cell]:
+    """Cells by length, under the names that lengths have in maps."""
+    return {(name, short_length(length)): cell for (name, length), cell in found.items()}
+
+
+# ---- curves ----------------------------------------------------------------------------------------------------------
+
+
+def shown(lines: Sequence[Line], parents: Sequence[str], most: int) -> list[Line]:
+    """The best points, and the parents."""
+    best = [line for line in lines if line.name not in parents][: max(1, most - len(parents))]
+    return [line for line in lines if line in best or line.name in parents][:most]
+
+
+def length_curves(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line], parents: Sequence[str]) -> list[Curve]:
+    """Score by length with its interval; none where there are no two lengths."""
+    curves: list[Curve] = []
+    for line in shown(lines, parents, MOST_CURVES):
+        by_length: dict[int, list[CellSample]] = defaultdict(list)
+        for sample in samples(rows.get(line.name, ())):
+            by_length[sample.cell.length].append(sample)
+        estimates = {length: macro_mean(found) for length, found in sorted(by_length.items()) if length}
+        if len(estimates) < 2:
+            continue
+        curves.append(
+            Curve(
+                line.name,
+                tuple(float(length) for length in estimates),
+                tuple(100 * estimate.mean for estimate in estimates.values()),
+                tuple(100 * max(0.0, estimate.low) for estimate in estimates.values()),
+                tuple(100 * min(1.0, estimate.high) for estimate in estimates.values()),
+                float(line.effective.length) if line.effective is not None and line.effective.length else None,
+                line.name in parents,
+            )
+        )
+    return curves
+
+
+def perplexity_curves(lines: Sequence[Line], parents: Sequence[str]) -> tuple[int, list[Curve]]:
+    """Perplexity by the first position of a block, at the longest length asked; (0, []) where none was."""
+    longest = max((length for line in lines for length in line.perplexity), default=0)
+    curves = [
+        Curve(line.name, tuple(map(float, blocks)), tuple(blocks.values()), (), (), None, line.name in parents)
+        for line in shown(lines, parents, MOST_CURVES)
+        if (blocks := {at: value for at, value in line.perplexity.get(longest, {}).items() if math.isfinite(value)})
+    ]
+    return (longest, curves) if curves else (0, [])
+
+
+# ---- needles ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NeedleMaps:
+    """A point's score by depth and length, and its difference from the baseline; None for the baseline itself."""
+
+    name: str
+    scores: Map
+    differences: Map | None
+
+
+def needle_maps(
+    rows: Mapping[str, Sequence[ScoreRow]],
+    lines: Sequence[Line],
+    parents: Sequence[str],
+    baseline: str | None,
+    depths: int | None,
+) -> list[NeedleMaps]:
+    """Length × depth of the best points and the parents; `depths` says how many the needle was hidden at.
+
+    Where the needle was not asked, RULER's questions with one depth stand in, gathered into tenths.
+    """
+    named = [line.name for line in shown(lines, parents, MOST_NEEDLE_MAPS)]
+    if baseline is not None and baseline not in named and baseline in rows:
+        named.append(baseline)
+    asked = {name: _needles(rows[name]) for name in named if name in rows}
+    asked = {name: of for name, of in asked.items() if of}
+    if not asked:
+        return []
+    depth_of = _Depths.of([row for of in asked.values() for row in of], depths)
+    lengths = sorted({row.length for of in asked.values() for row in of})
+    before = asked.get(baseline, []) if baseline is not None else []
+    return [
+        NeedleMaps(
+            name,
+            _needle_scores(name, of, lengths, depth_of),
+            None if name == baseline or not before else _needle_differences(name, of, before, lengths, depth_of),
+        )
+        for name, of in asked.items()
+    ]
+
+
+def _needles(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
+    needle = [row for row in rows if row.benchmark == "needle"]
+    return [row for row in needle or rows if row.benchmark in ("needle", "ruler") and not math.isnan(row.depth)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Depths:
+    """Rows of a needle map: the needle's own depths, item i at depth i mod `count`, or tenths of the context."""
+
+    count: int | None
+    labels: tuple[str, ...]
+
+    @classmethod
+    def of(cls, rows: Sequence[ScoreRow], depths: int | None) -> _Depths:
+        if depths is None or any(row.benchmark != "needle" for row in rows):
+            return cls(None, tuple(f"{10 * tenth}–{10 * tenth + 10}" for tenth in range(10)))
+        at: dict[int, list[float]] = defaultdict(list)
+        for row in rows:
+            at[row.item % depths].append(row.depth)
+        means = [sum(at[number]) / len(at[number]) if at[number] else math.nan for number in range(depths)]
+        return cls(depths, tuple("" if math.isnan(mean) else f"{100 * mean:.0f}" for mean in means))
+
+    def row(self, row: ScoreRow) -> int:
+        return min(9, int(10 * row.depth)) if self.count is None else row.item % self.count
+
+
+def _needle_scores(name: str, rows: Sequence[ScoreRow], lengths: Sequence[int], depths: _Depths) -> Map:
+    found: dict[tuple[int, int], list[float]] = defaultdict(list)
+    for row in rows:
+        found[depths.row(row), lengths.index(row.length)].append(row.score)
+    tiles = {
+        (at, column): Tile(
+            100 * sum(scores) / len(scores),
+            None,
+            f"{name}, {depths.labels[at]} % deep, {short_length(lengths[column])}:"
+            f" {100 * sum(scores) / len(scores):.1f} of 100 on {len(scores)} items",
+        )
+        for (at, column), scores in found.items()
+    }
+    return _needle_map("score", lengths, depths, tiles)
+
+
+def _needle_differences(
+    name: str, new: Sequence[ScoreRow], old: Sequence[ScoreRow], lengths: Sequence[int], depths: _Depths
+) -> Map:
+    earlier = {(row.items, row.task, row.length, row.item): row for row in old}
+    common: dict[tuple[int, int], list[tuple[ScoreRow, ScoreRow]]] = defaultdict(list)
+    for row in new:
+        if (other := earlier.get((row.items, row.task, row.length, row.item))) is not None:
+            common[depths.row(row), lengths.index(row.length)].append((row, other))
+    compared = cells(
+        {
+            place: [
+                paired_sample(
+                    "needle",
+                    place[1],
+                    [row.score for row, _ in both],
+                    [other.score for _, other in both],
+                    [row.haystack for row, _ in both],
+                )
+            ]
+            for place, both in common.items()
+        }
+    )
+    tiles = {
+        (at, column): Tile(
+            cell.difference,
+            cell.sure,
+            f"{name}, {depths.labels[at]} % deep, {short_length(lengths[column])}: {cell.difference:+.1f} points,"
+            f" p = {cell.p:.2g}, {'sure' if cell.sure else 'not sure'}",
+        )
+        for (at, column), cell in compared.items()
+    }
+    return _needle_map("difference", lengths, depths, tiles)
+
+
+def _needle_map(title: str, lengths: Sequence[int], depths: _Depths, tiles: Mapping[tuple[int, int], Tile]) -> Map:
+    columns = tuple(short_length(length) for length in lengths)
+    return Map(title, depths.labels, columns, "depth of the needle (%)", "context length (tokens)", tiles)
+
+
+# ---- Pareto ----------------------------------------------------------------------------------------------------------
+
+
+def metrics(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line]) -> list[Metric]:
+    """What points can be weighed by: the score, at the shortest and at the longest length, benchmarks, perplexity."""
+    lengths = sorted({length for line in lines for length in line.by_length})
+    found = [Metric("score", {line.name: line.score for line in lines})]
+    for length in (lengths[0], lengths[-1]) if len(lengths) > 1 else ():
+        at = {line.name: line.by_length[length] for line in lines if length in line.by_length}
+        found.append(Metric(f"score at {short_length(length)}", at))
+    benchmarks = {row.benchmark for of in rows.values() for row in of} & {"ruler", "needle"}
+    if len(benchmarks) > 1:
+        for benchmark in sorted(benchmarks):
+            of = {name: [row for row in points if row.benchmark == benchmark] for name, points in rows.items()}
+            found.append(
+                Metric(benchmark, {name: 100 * macro_mean(samples(kept)).mean for name, kept in of.items() if kept})
+            )
+    if any(line.perplexity for line in lines):
+        found.append(Metric("perplexity", _last_perplexity(lines), more_is_better=False))
+    for task in sorted({task for line in lines for task in line.beside}):
+        found.append(Metric(task, {line.name: line.beside[task] for line in lines if task in line.beside}))
+    return found[:MOST_METRICS]
+
+
+def _last_perplexity(lines: Sequence[Line]) -> dict[str, float]:
+    """Perplexity of the last block at the longest length: where a context fails first."""
+    found: dict[str, float] = {}
+    for line in lines:
+        if line.perplexity:
+            blocks = line.perplexity[max(line.perplexity)]
+            value = blocks[max(blocks)]
+            if math.isfinite(value):
+                found[line.name] = value
+    return found
+
+
+def front(x: Metric, y: Metric) -> list[str]:
+    """The points that no other point beats in both, from the best in `y` to the best in `x`."""
+    names = [name for name in x.values if name in y.values]
+    value = {name: (_goodness(x, name), _goodness(y, name)) for name in names}
+    kept: list[str] = []
+    highest = -math.inf
+    for name in sorted(names, key=lambda name: (-value[name][0], -value[name][1], name)):
+        if value[name][1] > highest:
+            kept.append(name)
+            highest = value[name][1]
+    return kept[::-1]
+
+
+def _goodness(metric: Metric, name: str) -> float:
+    return metric.values[name] if metric.more_is_better else -metric.values[name]
+
+
+# ---- costs -----------------------------------------------------------------------------------------------------------
+
+
+def answer_costs(rows: Iterable[ScoreRow]) -> list[Cost]:
+    """Where the evaluation's time went: by benchmark and length, over all points."""
+    found: dict[tuple[str, int], list[ScoreRow]] = defaultdict(list)
+    for row in rows:
+        found[row.benchmark, row.length].append(row)
+    return [
+        Cost(
+            f"{benchmark} at {short_length(length)}" if length else benchmark,
+            sum(row.seconds for row in of),
+            len(of),
+            sum(row.tokens for row in of),
+        )
+        for (benchmark, length), of in sorted(found.items())
+    ]
+
+
+def merge_cost(receipts: Sequence[Receipt]) -> MergeCost | None:
+    """What merging took; the receipts of one task carry that task's time and bytes, which count once."""
+    if not receipts:
+        return None
+    tasks = {
+        (receipt.worker, receipt.key.rsplit("/", 1)[-1], receipt.seconds, receipt.bytes_read) for receipt in receipts
+    }
+    return MergeCost(
+        len(receipts),
+        sum(seconds for _, _, seconds, _ in tasks),
+        sum(read for *_, read in tasks),
+        sum(receipt.size for receipt in receipts),
+    )

@@ -1,0 +1,520 @@
+"""The page itself: what lies in a run, gathered, and put into one HTML file."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.evaluation import ScoreRow
+from jobs.job import Job, load_job
+from jobs.tasks import Receipt
+from orchestrator.comparing import question
+from orchestrator.leaderboard import Line, leaderboard, short_length
+from orchestrator.report import figures
+from orchestrator.report.comparing import Comparisons, compare_all
+from orchestrator.report.verdict import Recommendation, best_parent, p_text, recommend, rows_by_point
+from orchestrator.results import RESULTS, EvaluationResult, read_results
+from orchestrator.summary import size
+from workers.benchmarks.scores import RULER_THRESHOLD
+from workers.storage import Store, open_store
+
+PAGE = "report/index.html"
+HERE = Path(__file__).parent
+READS_AT_ONCE = 32
+MOST_RECEIPTS = 5_000
+MOST_FLIPS = 12
+ANSWER_CHARACTERS = 400
+REFRESH_SECONDS = 60
+
+
+@dataclass(frozen=True)
+class Run:
+    """What lies in a run, read once: everything a page or a table of it needs.
+
+    `job` is None where another version of mergeyard wrote it; `gate` where the run has no verdict.
+    """
+
+    url: str
+    result: EvaluationResult
+    job: Job | None
+    job_text: str
+    plan: Mapping[str, Any]
+    gate: Mapping[str, Any] | None
+    receipts: tuple[Receipt, ...]
+    written: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The run's."""
+        return str(self.plan.get("job", self.url.rsplit("/", 1)[-1]))
+
+
+def read_run(url: str, *, costs: bool = True) -> Run:
+    """Reads a run; `BadInput` where nothing was evaluated. Without `costs` neither receipts nor points are listed."""
+    result = read_results(url)
+    store = open_store(url)
+    text = _text(store, "job.yaml")
+    try:
+        job = load_job(text, "job.yaml")
+    except BadInput:
+        job = None
+    gate = _json(store, "gate/verdict.json")
+    plan = _json(store, "plan.json") or {}
+    receipts = _receipts(store) if costs else ()
+    written = (
+        tuple(sorted({info.key.split("/")[1] for info in store.list("points/") if info.key.endswith("/manifest.json")}))
+        if costs
+        else ()
+    )
+    return Run(url, result, job, text, plan, gate, receipts, written)
+
+
+def _text(store: Store, key: str) -> str:
+    try:
+        return bytes(store.read(key)).decode(errors="replace")
+    except ObjectMissing:
+        return ""
+
+
+def _json(store: Store, key: str) -> dict[str, Any] | None:
+    text = _text(store, key)
+    try:
+        return json.loads(text) if text else None
+    except ValueError as error:
+        raise CorruptData(f"{store.url}/{key}: not JSON ({error}); remove it and run again") from None
+
+
+def _receipts(store: Store) -> tuple[Receipt, ...]:
+    keys = [info.key for info in store.list("receipts/")][:MOST_RECEIPTS]
+    with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
+        return tuple(Receipt.from_json(bytes(data)) for data in pool.map(store.read, keys))
+
+
+@dataclass(frozen=True)
+class Report:
+    """The leaderboard of a run and what can be said about it."""
+
+    run: Run
+    lines: list[Line]
+    baseline: str | None
+    comparisons: Comparisons | None
+    recommendation: Recommendation | None
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        compared = {} if self.comparisons is None else self.comparisons.overall
+        return {
+            "run": self.run.url,
+            "page": f"{self.run.url}/{PAGE}",
+            "finished": self.run.result.finished,
+            "verdict": None if self.recommendation is None else self.recommendation.document(),
+            "leaderboard": [line.document() for line in self.lines],
+            "baseline": self.baseline,
+            "comparisons": [comparison.document() for comparison in compared.values()],
+            "gate": self.run.gate,
+            **self.run.result.race_document(),
+        }
+
+
+def report_on(run: Run) -> Report:
+    """What can be said about a run."""
+    result = run.result
+    lines = leaderboard(result, result.seed)
+    rows = rows_by_point(result.ranked_rows())
+    points = [line.name for line in lines if line.name not in result.baselines]
+    parent = best_parent(result, lines)
+    baseline = _gate_baseline(run, rows) or parent
+    comparisons = None if baseline is None else compare_all(rows, points, baseline)
+    against_parent = comparisons if baseline == parent and parent != (lines[0].name if lines else None) else None
+    return Report(run, lines, baseline, comparisons, recommend(result, lines, run.gate, against_parent))
+
+
+def _gate_baseline(run: Run, rows: Mapping[str, Any]) -> str | None:
+    """What the gate compares with, by the name it is scored under."""
+    if run.job is None or run.job.gate is None:
+        return None
+    name, same = run.job.gate.baseline, run.result.same
+    candidates = (name, same.get(name), f"parent-{name}", same.get(f"parent-{name}"))
+    return next((candidate for candidate in candidates if candidate in rows), None)
+
+
+def write_page(report: Report) -> str:
+    """Writes the page into the run and returns where it lies."""
+    return put_page(report.run.url, page(report))
+
+
+def put_page(run_url: str, text: str) -> str:
+    """Puts a page into a run and returns where it lies."""
+    open_store(run_url).write(PAGE, text.encode())
+    return f"{run_url}/{PAGE}"
+
+
+def page(report: Report) -> str:
+    """The page as one HTML file that refers to nothing outside itself."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {"short": short_length, "bytes": size, "p": p_text}
+    script = (HERE / "page.js").read_text(encoding="utf-8")
+    context = _context(report)
+    return environment.get_template("page.html.jinja").render(
+        **context,
+        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
+        script=Markup(script),
+        script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
+        refresh=None if report.run.result.finished else REFRESH_SECONDS,
+    )
+
+
+def _context(report: Report) -> dict[str, Any]:
+    run, result = report.run, report.run.result
+    everything = rows_by_point(result.rows)
+    return {
+        "run": run,
+        "result": result,
+        "report": report,
+        "lines": report.lines,
+        "lengths": sorted({length for line in report.lines for length in line.by_length}),
+        "beside": sorted({name for line in report.lines for name in line.beside}),
+        "threshold": RULER_THRESHOLD,
+        "sections": [
+            *_grid_sections(report),
+            _curve_section(report),
+            _needle_section(report, everything),
+            _pareto_section(report, everything),
+            _perplexity_section(report),
+        ],
+        "costs": _costs(report),
+        "flips": _flips(report, everything),
+        "provenance": _provenance(report),
+    }
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The numbers of a chart, for those who cannot see it or want them."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Charts that are shown together when this is chosen; `names` has an entry for each list to choose from."""
+
+    names: tuple[str, ...]
+    charts: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A heading, words, charts and their numbers. With several `choices`, one is shown at a time."""
+
+    id: str
+    title: str
+    words: str
+    legend: tuple[Any, ...]
+    choosing: tuple[str, ...]
+    choices: tuple[Choice, ...]
+    tables: tuple[Table, ...]
+
+
+def _grid_sections(report: Report) -> list[Section | None]:
+    run, result = report.run, report.run.result
+    rows = rows_by_point(result.ranked_rows())
+    names = [standing.point for standing in result.standing if standing.point in rows][: figures.MOST_ROWS]
+    twins = [] if run.job is None else [point.name for point in run.job.points if result.same.get(point.name) in names]
+    if len(names) + len(twins) < 2:
+        return []
+    grid = figures.grid_of(() if run.job is None else run.job.points, [*names, *twins])
+    compared = report.comparisons
+    by_length = {} if compared is None else figures.titled(compared.by_length)
+    by_task = {} if compared is None else compared.by_task
+    lengths = [short_length(length) for length in sorted({row.length for row in result.ranked_rows()}) if length]
+    tasks = sorted({row.task for row in result.ranked_rows()})
+    return [
+        _grid_section(
+            report, grid, "length", "context length (tokens)", lengths, figures.scores_by_length(rows), by_length
+        ),
+        _grid_section(report, grid, "task", "task", tasks, figures.scores_by_task(rows), by_task),
+    ]
+
+
+def _grid_section(
+    report: Report,
+    grid: figures.Grid,
+    what: str,
+    column_title: str,
+    titles: Sequence[str],
+    scores: Mapping[str, Mapping[str, float]],
+    found: Mapping[tuple[str, str], Any],
+) -> Section | None:
+    from orchestrator.report import charts
+
+    maps = figures.grid_maps(grid, scores, titles, column_title, found, report.baseline, report.run.result.same)
+    values = [tile.value for shown in maps for tile in shown.tiles.values()]
+    if not values:
+        return None
+    low, high = _bounds(values)
+    hatched = (
+        f" Hatched: the difference from {report.baseline} is not sure, at 5 % after Benjamini and Hochberg over all"
+        " cells of this map."
+        if report.baseline is not None
+        else " Nothing is hatched, as no parent was asked to compare with."
+    )
+    return Section(
+        f"grid-{what}",
+        f"The grid by {what}",
+        f"Scores from 0 to 100.{hatched}",
+        (charts.colour_bar(low, high, "score"),),
+        (),
+        (Choice((), tuple(charts.heatmap(shown, low, high) for shown in maps if shown.tiles)),),
+        tuple(_table(shown) for shown in maps),
+    )
+
+
+def _bounds(values: Sequence[float]) -> tuple[float, float]:
+    """Round limits of a scale, at least ten points apart."""
+    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
+    return (low, high) if high > low else (low, low + 10) if high < 100 else (high - 10, high)
+
+
+def _table(shown: figures.Map) -> Table:
+    return Table(
+        shown.title,
+        (shown.row_title, *shown.columns),
+        tuple(
+            (name, *(_told(shown.tiles.get((row, column))) for column in range(len(shown.columns))))
+            for row, name in enumerate(shown.rows)
+        ),
+    )
+
+
+def _told(tile: figures.Tile | None) -> str:
+    if tile is None:
+        return ""
+    return f"{tile.value:.1f}{' (not sure)' if tile.sure is False else ''}"
+
+
+def _curve_section(report: Report) -> Section | None:
+    from orchestrator.report import charts
+
+    parents = report.run.result.parents
+    found = figures.length_curves(rows_by_point(report.run.result.ranked_rows()), report.lines, parents)
+    if not found:
+        return None
+    lengths = sorted({x for curve in found for x in curve.x})
+    return Section(
+        "by-length",
+        "Score by length",
+        "The best points and the parents, with 95 % intervals that know which items share a haystack. A ring marks the"
+        f" effective length: the longest up to which every score reaches {RULER_THRESHOLD}, the dotted line.",
+        (),
+        (),
+        (Choice((), (charts.curves(found, "context length (tokens)", "score", threshold=RULER_THRESHOLD),)),),
+        (
+            Table(
+                "",
+                ("point", *(short_length(int(length)) for length in lengths)),
+                tuple((curve.name, *(_interval_at(curve, length) for length in lengths)) for curve in found),
+            ),
+        ),
+    )
+
+
+def _interval_at(curve: figures.Curve, x: float) -> str:
+    if x not in curve.x:
+        return ""
+    at = curve.x.index(x)
+    return f"{curve.y[at]:.1f} ({curve.low[at]:.1f}–{curve.high[at]:.1f})" if curve.low else f"{curve.y[at]:.4g}"
+
+
+def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> Section | None:
+    from orchestrator.report import charts
+
+    job = report.run.job
+    needle = None if job is None or job.evaluate is None else job.evaluate.needle
+    found = figures.needle_maps(
+        rows, report.lines, report.run.result.parents, report.baseline, None if needle is None else needle.depths
+    )
+    if not found:
+        return None
+    most = max(
+        (abs(tile.value) for maps in found if maps.differences for tile in maps.differences.tiles.values()), default=0.0
+    )
+    limit = float(max(10, 10 * math.ceil(most / 10)))
+    return Section(
+        "needles",
+        "Needles by depth and length",
+        "How often the needle was found, by how deep it lay in the context; beside it the difference from"
+        f" {report.baseline or 'the baseline'} on the same needles, hatched where it is not sure.",
+        (
+            charts.colour_bar(0, 100, "score"),
+            charts.colour_bar(-limit, limit, "difference in points", scale="difference"),
+        ),
+        ("point",),
+        tuple(
+            Choice(
+                (maps.name,),
+                (
+                    charts.heatmap(maps.scores, 0, 100),
+                    *(
+                        [charts.heatmap(maps.differences, -limit, limit, scale="difference")]
+                        if maps.differences is not None
+                        else []
+                    ),
+                ),
+            )
+            for maps in found
+        ),
+        tuple(
+            Table(f"{maps.name}: {shown.title}", table.head, table.rows)
+            for maps in found
+            for shown in (maps.scores, maps.differences)
+            if shown is not None
+            for table in [_table(shown)]
+        ),
+    )
+
+
+def _pareto_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> Section | None:
+    from orchestrator.report import charts
+
+    found = figures.metrics(rows, report.lines)
+    if len(found) < 2 or len(report.lines) < 2:
+        return None
+    result = report.run.result
+    noted = {departure.point: "left" for departure in result.departures} | dict.fromkeys(result.parents, "parent")
+    pairs = [(x, y) for x in found for y in found if x is not y]
+    drawn = [
+        Choice((x.name, y.name), (charts.pareto(x, y, figures.front(x, y), noted),))
+        for x, y in sorted(pairs, key=lambda pair: _least_alike(found, *pair))
+        if set(x.values) & set(y.values)
+    ]
+    return Section(
+        "pareto",
+        "What one buys with what",
+        "Every point by two metrics; the dashed line joins those that no other beats in both.",
+        (),
+        ("across", "up"),
+        tuple(drawn),
+        (
+            Table(
+                "",
+                ("point", *(metric.name for metric in found)),
+                tuple((line.name, *(_value(metric, line.name) for metric in found)) for line in report.lines),
+            ),
+        ),
+    )
+
+
+def _least_alike(found: Sequence[figures.Metric], x: figures.Metric, y: figures.Metric) -> tuple[bool, int, int]:
+    """The pair to show first: shortest against longest, or two benchmarks; the score itself is in all of them."""
+    return (x is found[0] or y is found[0], found.index(x), found.index(y))
+
+
+def _value(metric: figures.Metric, name: str) -> str:
+    return f"{metric.values[name]:.1f}" if name in metric.values else ""
+
+
+def _perplexity_section(report: Report) -> Section | None:
+    from orchestrator.report import charts
+
+    longest, found = figures.perplexity_curves(report.lines, report.run.result.parents)
+    if not found:
+        return None
+    positions = sorted({x for curve in found for x in curve.x})
+    return Section(
+        "perplexity",
+        "Perplexity by position",
+        f"In texts of {longest:,} tokens, by where a token stands; less is better. A model whose context ends early"
+        " rises to the right.",
+        (),
+        (),
+        (Choice((), (charts.curves(found, "position in the text (tokens)", "perplexity"),)),),
+        (
+            Table(
+                "",
+                ("point", *(f"from {short_length(int(at))}" for at in positions)),
+                tuple((curve.name, *(_interval_at(curve, at) for at in positions)) for curve in found),
+            ),
+        ),
+    )
+
+
+# ---- words -----------------------------------------------------------------------------------------------------------
+
+
+def _costs(report: Report) -> dict[str, Any]:
+    from orchestrator.report import charts
+
+    answers = figures.answer_costs(report.run.result.rows)
+    merged = figures.merge_cost(report.run.receipts)
+    bars = [figures.Cost("merging", merged.seconds, merged.shards, 0)] if merged is not None else []
+    return {"answers": answers, "merged": merged, "chart": charts.bars([*bars, *answers])}
+
+
+@dataclass(frozen=True, slots=True)
+class Flip:
+    """A question that the leader and the baseline answered with different success."""
+
+    question: str
+    new: ScoreRow
+    old: ScoreRow
+
+
+def _flips(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> list[Flip]:
+    """The questions whose scores differ most, half of them lost and half of them won, longest first."""
+    if not report.lines or report.baseline is None or report.lines[0].name == report.baseline:
+        return []
+    earlier = {question(row): row for row in rows[report.baseline]}
+    both = [(row, earlier[question(row)]) for row in rows[report.lines[0].name] if question(row) in earlier]
+    both = [(new, old) for new, old in both if new.score != old.score and new.benchmark != "perplexity"]
+    both.sort(key=lambda pair: (-abs(pair[0].score - pair[1].score), -pair[0].length, pair[0].task, pair[0].item))
+    lost = [pair for pair in both if pair[0].score < pair[1].score][: MOST_FLIPS // 2]
+    won = [pair for pair in both if pair[0].score > pair[1].score][: MOST_FLIPS - len(lost)]
+    return [Flip(f"{new.task} at {short_length(new.length)}, item {new.item}", new, old) for new, old in [*lost, *won]]
+
+
+def _provenance(report: Report) -> list[tuple[str, str]]:
+    run, result = report.run, report.run.result
+    weights = {row.point: row.weights for row in result.rows}
+    noise = result.noise
+    facts = [
+        ("run", run.url),
+        ("answers", f"{run.url}/{RESULTS}, {len(result.rows):,} rows"),
+        ("mergeyard", version("mergeyard")),
+        ("plan", str(run.plan.get("digest", ""))),
+        ("arithmetic", f"{run.plan.get('numerics', '?')}, version {run.plan.get('numerics_version', '?')}"),
+        ("seed", str(result.seed)),
+        ("points", f"{len(run.plan.get('points', ())):,} in the plan, {len(run.written):,} written"),
+    ]
+    if report.lines:
+        facts.append((f"weights of {report.lines[0].name}", weights.get(report.lines[0].name, "")))
+    if noise is not None:
+        facts.append(
+            (
+                "noise floor",
+                f"{noise.flips} of {noise.items} answers changed their score when asked again"
+                f" ({100 * noise.rate:.1f} %, 95 % interval {100 * noise.low:.1f} to {100 * noise.high:.1f} %)",
+            )
+        )
+    if result.race is not None:
+        facts.append(("race", f"{100 * result.cost_share:.0f} % of what asking everyone everything would have cost"))
+    return facts

@@ -1,0 +1,150 @@
+"""The sentence on top: which merge to keep, and how sure that is."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.evaluation import ScoreRow
+from orchestrator.leaderboard import Line
+from orchestrator.report.comparing import Comparison, Comparisons, compare, compare_all
+from orchestrator.results import EvaluationResult
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """The leader, and what sets it apart from the best parent and from the runner-up; None where there is none.
+
+    Where the leader is a parent itself, `parent` is that parent's name and `over_parent` None. `parents` and `points`
+    count who took part. `gate` is the gate's verdict as it lies in the run, if there is one.
+    """
+
+    best: Line
+    parent: str | None
+    over_parent: Comparison | None
+    over_runner_up: Comparison | None
+    points: int
+    finished: bool
+    confirmed: float | None
+    gate: Mapping[str, Any] | None
+
+    @property
+    def sentence(self) -> str:
+        """Plain text, one to four sentences."""
+        said = [self._keep(), self._lead(), self._elsewhere()]
+        return ("" if self.finished else "So far, with the evaluation unfinished: ") + " ".join(filter(None, said))
+
+    def _keep(self) -> str:
+        score = f"{self.best.score:.1f} points{_spread(self.best)}"
+        if self.parent == self.best.name:
+            return f"Keep the parent {self.best.name}: {score}, and no merge scores more."
+        if self.over_parent is None:
+            return f"Keep {self.best.name}: {score}."
+        found = self.over_parent
+        told = f"{_points(found.difference)} the best parent, {found.old} ({_certainty(found, self.points)})"
+        if found.sure and found.difference < 0:
+            return f"Keep the parent {found.old}: the best merge, {self.best.name}, has {score}, {told}."
+        if found.sure:
+            return f"Keep {self.best.name}: {score}, {told}."
+        return f"{self.best.name} leads with {score}, but is not surely better than its parents: {told}."
+
+    def _lead(self) -> str:
+        found = self.over_runner_up
+        if found is None:
+            return ""
+        told = f"{found.old}, is {_plain(found.difference)} ({_certainty(found, 1)})"
+        if found.sure:
+            return f"Its lead over the runner-up, {told}."
+        return f"Its lead over the runner-up, {told}: not sure, either will do, or ask more items."
+
+    def _elsewhere(self) -> str:
+        if self.gate is not None and self.gate.get("new") == self.best.name:
+            where = " on items that no point was chosen by" if self.gate.get("fresh") else ""
+            line = self.gate["lines"][0]
+            return f"The gate says {self.gate['outcome']}{where}: {line['difference']:+.1f} against {self.gate['old']}."
+        if self.confirmed is not None:
+            return f"On fresh items, that no point was chosen by, it scores {100 * self.confirmed:.1f}."
+        return ""
+
+    def document(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "sentence": self.sentence,
+            "keep": self.best.name,
+            "over_best_parent": None if self.over_parent is None else self.over_parent.document(),
+            "over_runner_up": None if self.over_runner_up is None else self.over_runner_up.document(),
+        }
+
+
+def rows_by_point(rows: Sequence[ScoreRow]) -> dict[str, list[ScoreRow]]:
+    """The rows of each point."""
+    found: dict[str, list[ScoreRow]] = defaultdict(list)
+    for row in rows:
+        found[row.point].append(row)
+    return found
+
+
+def recommend(
+    result: EvaluationResult,
+    lines: Sequence[Line],
+    gate: Mapping[str, Any] | None,
+    against_parent: Comparisons | None = None,
+) -> Recommendation | None:
+    """What to keep, by the leaderboard's lines; None while nobody has a score.
+
+    `against_parent` saves comparing all points with the best parent again.
+    """
+    if not lines:
+        return None
+    rows = rows_by_point(result.ranked_rows())
+    best = lines[0]
+    parent = best_parent(result, lines)
+    points = [line.name for line in lines if line.name not in result.baselines]
+    if parent is not None and parent != best.name and against_parent is None:
+        against_parent = compare_all(rows, points, parent)
+    runner_up = next((name for name in points if name not in (best.name, parent)), None)
+    standing = next((entry for entry in result.standing if entry.point == best.name), None)
+    return Recommendation(
+        best=best,
+        parent=parent,
+        over_parent=None if against_parent is None else against_parent.overall.get(best.name),
+        over_runner_up=None if runner_up is None else compare(rows, best.name, runner_up),
+        points=sum(name != parent for name in points),
+        finished=result.finished,
+        confirmed=None if standing is None else standing.confirmed,
+        gate=gate,
+    )
+
+
+def best_parent(result: EvaluationResult, lines: Sequence[Line]) -> str | None:
+    """The parent with the highest score, by the name it is scored under; None where no parent was asked."""
+    parents = [line for line in lines if line.name in result.parents]
+    return max(parents, key=lambda line: line.score).name if parents else None
+
+
+def p_text(p: float) -> str:
+    """`p = 0.03`, or `p < 0.0001`."""
+    return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
+
+
+def _certainty(comparison: Comparison, points: int) -> str:
+    p = p_text(comparison.p if comparison.adjusted is None else comparison.adjusted)
+    corrected = f" after Holm over {points} points" if comparison.adjusted is not None and points > 1 else ""
+    if not math.isfinite(comparison.low):
+        return f"one haystack shows no spread, {comparison.items} items"
+    return f"95 % interval {comparison.low:+.1f} to {comparison.high:+.1f}, {p}{corrected}"
+
+
+def _points(difference: float) -> str:
+    return f"{abs(difference):.1f} {'above' if difference >= 0 else 'below'}"
+
+
+def _plain(difference: float) -> str:
+    return f"{difference:.1f} points"
+
+
+def _spread(line: Line) -> str:
+    return f" ± {line.half_width:.1f}" if math.isfinite(line.half_width) else ""
