@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.infra.conftest import ROOT
+from tests.infra.conftest import ROOT, Start
 from tests.seaweedfs import free_ports
 
 TOGETHER = ROOT / "infra" / "ray" / "together.sh"
 SLURM = ROOT / "infra" / "slurm" / "mergeyard.sbatch"
 HOST = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's address in the network
-TOKEN = "0123456789abcdef" * 4
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 127.0.0.2 without being asked")
-
-Start = Callable[..., "subprocess.Popen[str]"]
 
 JOB = """\
 name: grid
@@ -49,41 +42,6 @@ wait $worker || exit $?
 exit $head
 """
 SCONTROL = '#!/bin/sh\necho "scontrol $*"\n'
-
-
-@pytest.fixture
-def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A home of its own, whose name is short enough for Ray's sockets."""
-    home = tmp_path_factory.mktemp("t")
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    yield {**inherited, "HOME": str(home), "RAY_TMPDIR": str(home), "OMP_NUM_THREADS": "1", "RAY_AUTH_TOKEN": TOKEN}
-
-
-@pytest.fixture
-def start(environment: dict[str, str]) -> Iterator[Start]:
-    """`start(command, …)`: running, and ended with the test."""
-    running: list[subprocess.Popen[str]] = []
-
-    def begin(*command: str | Path, **extra: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment | extra,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        running.append(process)
-        return process
-
-    yield begin
-    for process in running:
-        below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        for left in (process, *below):
-            with suppress(psutil.NoSuchProcess):
-                left.kill()
-        process.wait(60)
 
 
 @pytest.mark.heavy
