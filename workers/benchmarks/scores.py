@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -88,14 +89,15 @@ def effective_length_interval(
     if not outcomes:
         raise BadInput("effective length: there are no scores; evaluate at least one item")
     lengths = sorted({outcome.length for outcome in outcomes})
-    key = hashlib.sha256(f"effective length {seed}".encode()).digest()
-    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
+    by_task: dict[str, list[Outcome]] = {}
+    for outcome in outcomes:
+        by_task.setdefault(outcome.task, []).append(outcome)
+    cells = [_by_cluster(by_task[task], lengths) for task in sorted(by_task)]
     total = np.zeros((replicates, len(lengths)))
     tasks_at = np.zeros(len(lengths))
-    for task in sorted({outcome.task for outcome in outcomes}):
-        sums, counts = _by_cluster([outcome for outcome in outcomes if outcome.task == task], lengths)
-        clusters = len(sums)
-        times = generator.multinomial(clusters, np.full(clusters, 1 / clusters), size=replicates)
+    for (sums, counts), times in zip(
+        cells, _draws(seed, replicates, tuple(len(sums) for sums, _ in cells)), strict=True
+    ):
         here = counts.sum(axis=0)
         plain = sums.sum(axis=0) / np.maximum(here, 1)
         drawn = times @ counts
@@ -111,6 +113,14 @@ def effective_length_interval(
         high=int(high),
         chance={length: float(np.mean(effective >= length)) for length in lengths},
     )
+
+
+@lru_cache(maxsize=2)  # the points of a grid answer the same haystacks, and drawing takes nine tenths of the time
+def _draws(seed: int, replicates: int, clusters: tuple[int, ...]) -> list[NDArray[np.int64]]:
+    """How often each replicate draws each haystack, of each task: replicates × clusters."""
+    key = hashlib.sha256(f"effective length {seed}".encode()).digest()
+    generator = np.random.Generator(np.random.Philox(key=int.from_bytes(key[:16], "big")))
+    return [generator.multinomial(count, np.full(count, 1 / count), size=replicates) for count in clusters]
 
 
 def _by_cluster(outcomes: Sequence[Outcome], lengths: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
