@@ -83,6 +83,12 @@ def test_hadolint_has_nothing_against_it() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_hadolint_is_asked() -> None:
+    planted = DOCKERFILE.read_text("utf-8").replace("WORKDIR /opt/mergeyard", "WORKDIR mergeyard")
+    done = subprocess.run([HADOLINT, "-"], input=planted, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0 and "DL3000" in done.stdout
+
+
 def test_the_house_has_nothing_against_it() -> None:
     assert list(complaints(DOCKERFILE.read_text("utf-8"))) == []
 

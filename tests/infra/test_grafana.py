@@ -20,10 +20,19 @@ def counted() -> dict[str, set[str]]:
     return {f"ray_{name}": set(re.findall(r"\w+", labels)) for name, labels in found}
 
 
+def asked(expressions: list[str]) -> set[str]:
+    """The metrics that these expressions are about."""
+    return {name for expression in expressions for name in re.findall(r"\bray_\w+", expression)}
+
+
 def test_the_dashboard_shows_exactly_what_is_counted() -> None:
-    asked = {name for expression in EXPRESSIONS for name in re.findall(r"\bray_\w+", expression)}
-    assert len(asked) == 7
-    assert asked == counted().keys()
+    assert len(asked(EXPRESSIONS)) == 7
+    assert asked(EXPRESSIONS) == counted().keys()
+
+
+def test_a_metric_that_nobody_counts_is_noticed() -> None:
+    planted = [*EXPRESSIONS, 'sum(rate(ray_mergeyard_gigabytes_total{SessionName=~"$session"}[5m]))']
+    assert asked(planted) - counted().keys() == {"ray_mergeyard_gigabytes_total"}
 
 
 def test_it_groups_by_labels_that_there_are() -> None:

@@ -134,6 +134,23 @@ def test_the_task_is_tried_again_at_75_alone_and_has_no_token_in_it() -> None:
     assert (ROOT / task["envs"]["JOB"]).exists()
 
 
+def test_every_machine_of_the_task_is_told_its_rank_and_the_first_ones_address(tmp_path: Path) -> None:
+    script = tmp_path / "infra" / "ray" / "together.sh"
+    script.parent.mkdir(parents=True)
+    script.write_text('#!/bin/sh\necho "$@"\n')
+    script.chmod(0o755)
+    given = {
+        "PATH": os.environ["PATH"],
+        "JOB": "job.yaml",
+        "SKYPILOT_NODE_RANK": "1",
+        "SKYPILOT_NUM_NODES": "2",
+        "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2",
+    }
+    command = ["bash", "-c", load("skypilot/task.yaml")["run"]]
+    done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, timeout=10)
+    assert done.stdout == "1 2 10.0.0.1:6379 mergeyard run job.yaml --address auto\n"
+
+
 def test_the_job_of_the_task_leaves_nothing_on_the_machine() -> None:
     job = yaml.safe_load((ROOT / load("skypilot/task.yaml")["envs"]["JOB"]).read_text("utf-8"))
     assert job["output"].startswith("s3://")
