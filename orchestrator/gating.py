@@ -7,43 +7,43 @@ for is too high by what luck gave it (the winner's curse).
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput
+from jobs.evaluation import ScoreRow
 from jobs.job import GateSpec
 from orchestrator.comparing import pairs
 from orchestrator.evaluation import Session
 from orchestrator.gate import GateRule, Verdict, judge
 from orchestrator.questions import Questions, Subject
 from orchestrator.results import ranked_rows
-from orchestrator.statistics import Cell
+from orchestrator.statistics import Cell, macro_mean
+from workers.benchmarks.building import PlannedSet
 
 BUDGET = 4
 """How many times the items of the evaluation a gate may ask, where the job does not say."""
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What a gate saw at one look: items a task and length, and the verdict."""
-
-    items: int
-    verdict: Verdict
-
-
-@dataclass(frozen=True, slots=True)
 class Gated:
-    """A verdict and the looks that led to it; `fresh` where the items were none that the point was chosen by."""
+    """The verdicts of every look, the last one valid; `fresh` where no item was one that the point was chosen by."""
 
-    verdict: Verdict
-    looks: tuple[Look, ...]
+    looks: tuple[Verdict, ...]
     fresh: bool
+
+    @property
+    def verdict(self) -> Verdict:
+        """What the gate says."""
+        return self.looks[-1]
 
     def document(self) -> dict[str, Any]:
         """gate/verdict.json."""
         looks = [
-            {"items": look.items, "outcome": look.verdict.outcome, "difference": look.verdict.lines[0].difference}
+            {"items": look.lines[0].items, "outcome": look.outcome, "difference": look.lines[0].difference}
             for look in self.looks
         ]
         return {**json.loads(self.verdict.to_json()), "fresh": self.fresh, "looks": looks}
@@ -55,22 +55,23 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
     `chosen` says that the point is the best of several by the evaluation's items, which are then not used.
     """
     new, old = asked.subject(point), _baseline(asked, spec)
-    plan = _Items.of(new, old, asked, spec, chosen=chosen)
+    items = _Items.of(new, old, asked, spec, chosen=chosen)
     rule = GateRule(margin=spec.margin, length_margin=spec.length_margin, alpha=spec.alpha)
-    looks: list[Look] = []
-    items = plan.first
+    looks: list[Verdict] = []
+    growth = 1.0
     while True:
-        ranges = plan.ranges(items)
-        session.make((new, old), {cell: wanted.stop for cell, wanted in ranges.items()})
-        session.ask((new, old), f"judging {new.name} on {items} items a task and length", ranges)
-        verdict = _judged(session, new, old, asked.ranked, plan.ranges(items), rule)
-        if not looks and plan.most > plan.first:
-            rule = replace(rule, planned_haystacks=verdict.lines[0].haystacks)
-            verdict = _judged(session, new, old, asked.ranked, plan.ranges(items), rule)
-        looks.append(Look(items, verdict))
-        if verdict.outcome != "inconclusive" or items >= plan.most:
-            return Gated(verdict, tuple(looks), fresh=plan.fresh)
-        items = plan.after(items, verdict)
+        wanted = items.ranges(growth)
+        session.make((new, old), {cell: asked_for.stop for cell, asked_for in wanted.items()})
+        session.ask((new, old), f"judging {new.name}", wanted)
+        samples = pairs(*(_rows(session, subject.name, asked.ranked, wanted) for subject in (new, old)))
+        if not looks and items.can_grow(growth):
+            rule = replace(rule, planned_haystacks=macro_mean(samples).clusters)
+        verdict = judge(samples, rule, new=new.name, old=old.name)
+        looks.append(verdict)
+        if verdict.outcome != "inconclusive" or not items.can_grow(growth):
+            return Gated(tuple(looks), fresh=items.fresh)
+        seen = verdict.lines[0].items
+        growth *= min(2.0, (verdict.items_needed or 2 * seen) / seen)
 
 
 def _baseline(asked: Questions, spec: GateSpec) -> Subject:
@@ -82,16 +83,16 @@ def _baseline(asked: Questions, spec: GateSpec) -> Subject:
 
 @dataclass(frozen=True, slots=True)
 class _Items:
-    """Which items a gate asks: of each cell those from `start`, `first` at the first look, `most` at the last."""
+    """Which items a gate asks of each set: from `start` on, `count` of them at the first look, `most` at the last."""
 
-    start: Mapping[Cell, int]
-    share: int
-    first: int
-    most: int
+    sets: Mapping[Cell, PlannedSet]
     fresh: bool
+    grows: bool
+    budget: int | None
 
     @classmethod
     def of(cls, new: Subject, old: Subject, asked: Questions, spec: GateSpec, *, chosen: bool) -> _Items:
+        """The sets that rank points; `BadInput` where the two models are not asked the same."""
         sets = {cell: planned for cell, planned in new.sets.items() if planned.benchmark in asked.ranked}
         if any(cell not in old.sets or old.sets[cell].digest != planned.digest for cell, planned in sets.items()):
             raise BadInput(
@@ -99,35 +100,32 @@ class _Items:
                 " take a baseline with the same tokenizer"
             )
         grows = all(planned.grows for planned in sets.values())
-        fresh = grows and chosen
-        share = max(planned.share for planned in sets.values())
-        first = max(planned.count for planned in sets.values())
-        most = max(first, spec.budget if spec.budget is not None else BUDGET * first) if grows else first
-        return cls({cell: planned.made if fresh else 0 for cell, planned in sets.items()}, share, first, most, fresh)
+        return cls(sets, fresh=grows and chosen, grows=grows, budget=spec.budget)
 
-    def ranges(self, items: int) -> dict[Cell, range]:
-        """The items of each cell, so many."""
-        return {cell: range(start, start + items) for cell, start in self.start.items()}
+    def ranges(self, growth: float) -> dict[Cell, range]:
+        """The items of each set when there are `growth` times as many as at first, whole haystacks."""
+        return {cell: self._range(planned, growth) for cell, planned in self.sets.items()}
 
-    def after(self, items: int, verdict: Verdict) -> int:
-        """How many to look at next: what the verdict asks for, but at most twice as many, in whole haystacks."""
-        seen = verdict.lines[0].items
-        asked_for = items * (verdict.items_needed or 2 * seen) / seen
-        wanted = min(2 * items, self.most, max(items + self.share, round(asked_for)))
-        return min(self.most, -(-wanted // self.share) * self.share)
+    def can_grow(self, growth: float) -> bool:
+        """Whether the budget allows more than that."""
+        return any(self._most(planned) > len(self._range(planned, growth)) for planned in self.sets.values())
+
+    def _range(self, planned: PlannedSet, growth: float) -> range:
+        first = planned.made if self.fresh else 0
+        wanted = math.ceil(growth * planned.count / planned.share) * planned.share if growth > 1 else planned.count
+        return range(first, first + min(wanted, self._most(planned)))
+
+    def _most(self, planned: PlannedSet) -> int:
+        if not self.grows:
+            return planned.count
+        return max(planned.count, BUDGET * planned.count if self.budget is None else self.budget)
 
 
-def _judged(
-    session: Session, new: Subject, old: Subject, ranked: tuple[str, ...], ranges: Mapping[Cell, range], rule: GateRule
-) -> Verdict:
-    rows = ranked_rows(session.rows(), ranked)
-    wanted = {
-        name: [
-            row
-            for row in rows
-            if row.point == name
-            and (row.length == 0 or row.item in ranges.get(Cell(row.task, row.length), range(row.item, row.item + 1)))
-        ]
-        for name in (new.name, old.name)
-    }
-    return judge(pairs(wanted[new.name], wanted[old.name]), rule, new=new.name, old=old.name)
+def _rows(session: Session, name: str, ranked: Sequence[str], wanted: Mapping[Cell, range]) -> list[ScoreRow]:
+    """A model's answers to the wanted items; perplexity and the harness name their rows otherwise than their sets."""
+    everything = range(sys.maxsize)
+    return [
+        row
+        for row in ranked_rows(session.rows(), ranked)
+        if row.point == name and row.item in wanted.get(Cell(row.task, row.length), everything)
+    ]
