@@ -159,18 +159,30 @@ def macro_difference(
 ) -> Estimate:
     """`macro_mean` of paired differences with an interval that does not collapse where few items or none differ.
 
-    To the variance that was seen come one gain and one loss of a whole haystack, in the cell where that moves the mean
-    most: what Bonett & Price 2012 do for one cell of right-or-wrong scores, see `mcnemar_interval`.
+    To the variance that was seen come one gain and one loss, in the cell where that moves the mean most and as large as
+    a haystack may differ there, wholly so where none does: what Bonett & Price 2012 do for one cell
+    of right-or-wrong scores, see `mcnemar_interval`.
     """
     estimate = macro_mean(samples, length_weights, confidence)
     weights = macro_weights([sample.cell for sample in samples], length_weights)
-    unseen = max(
-        float(weight) / np.unique(sample.haystacks).size for weight, sample in zip(weights, samples, strict=True)
-    )
+    unseen = max(float(weight) * _one_haystack_more(sample) for weight, sample in zip(weights, samples, strict=True))
     error = math.hypot(estimate.standard_error, math.sqrt(2) * unseen)
     half = student_quantile((1 + confidence) / 2, estimate.degrees_of_freedom) * error
     low, high = max(-1.0, estimate.mean - half), min(1.0, estimate.mean + half)
     return replace(estimate, standard_error=error, low=low, high=high)
+
+
+def _one_haystack_more(sample: CellSample) -> float:
+    """How far the cell's mean would move with one more haystack as different as any that was seen.
+
+    Half of its questions differ at the least: whole haystacks are lost more rarely than single questions, and the few
+    that were seen may have lost only these.
+    """
+    _, sums, sizes = _cluster_sums(sample.values, sample.haystacks)
+    most = float(np.abs(sample.values).max())
+    if most == 0:
+        return float(sizes.max()) / sample.values.size
+    return max(float(np.abs(sums).max()), most * float(sizes.max()) / 2) / sample.values.size
 
 
 def difference_test(estimate: Estimate) -> float:
