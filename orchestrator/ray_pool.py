@@ -33,6 +33,14 @@ from workers.fingerprint import fingerprint, package_folders
 TASKS_AHEAD = 2
 """Tasks submitted for each worker slot: enough that none waits, few enough that stopping is immediate."""
 
+LOOK_SECONDS = 1.0
+"""How often we look whether the head is there, and which nodes came or went."""
+
+HEAD_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
+"""When its head has been away for this long, 60 s if unset, Ray ends our process; we end it in good order before."""
+
+ORDERLY_SECONDS = 5.0
+
 REPORT_SECONDS = 0.5
 REACH_SECONDS = 10.0
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # receipts are all that passes through it
@@ -67,7 +75,9 @@ class RayPool:
             self.resources: dict[str, float] = {"num_cpus": spec.cpus, "num_gpus": gpus, "memory": spec.memory_bytes}
             self._spec, self._gpus = spec, gpus
             self.meters = Meters()
-            self._workers = self.room()
+            self._head = _Head()
+            self._workers = self._room_then = self.room()
+            self._looked = time.monotonic()
             if self._workers == 0:
                 raise BadInput(
                     f"no node has room for a worker of {spec.cpus:g} CPUs, {gpus:g} GPUs and"
@@ -82,7 +92,12 @@ class RayPool:
         return self._workers
 
     def room(self, memory_bytes: int = 0) -> int:
-        """How many workers, of `memory_bytes` at least, the cluster's nodes hold now; they come and go."""
+        """How many workers, of `memory_bytes` at least, the cluster's nodes hold now; they come and go.
+
+        `WorkerLost` when the cluster's head is gone.
+        """
+        if self._head.is_away():
+            return 0
         spec = replace(self._spec, memory_bytes=max(self._spec.memory_bytes, memory_bytes))
         slots = _slots(spec, self._gpus)
         return min(slots, self._spec.count) if self._spec.count else slots
@@ -92,10 +107,11 @@ class RayPool:
         running: dict[Any, tuple[MergeTask, int]] = {}
         shards_left = Counter(shard.point for task in tasks for shard in task.points)
         while waiting or running:
-            while waiting and len(running) < TASKS_AHEAD * self._workers:
+            self._look()
+            while waiting and len(running) < self._most_running:
                 task, attempt = waiting.pop()
                 running[self._merge.remote(task, self.device, fingerprint())] = (task, attempt)
-            told: list[Any] = ray.wait(list(running), num_returns=1, fetch_local=False)[0]
+            told: list[Any] = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)[0]
             for stream in told:
                 try:
                     news = ray.get(next(stream))
@@ -117,8 +133,42 @@ class RayPool:
                     self.meters.merged(sum(shards_left[shard.point] == 0 for shard in task.points))
                     yield news
 
+    def _look(self) -> None:
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._room_then = max(1, self.room())
+            self._looked = time.monotonic()
+
+    @property
+    def _most_running(self) -> int:
+        """How many tasks to have given to Ray; it runs as many of them as it has room for, whatever the job says."""
+        return min(TASKS_AHEAD * self._room_then, self._spec.count or sys.maxsize)
+
     def close(self) -> None:
         self._opened.close()
+
+
+class _Head:
+    """The cluster's head, whose end Ray would make the end of our process as well, without a word of ours."""
+
+    def __init__(self) -> None:
+        self._address: str = ray.get_runtime_context().gcs_address
+        self._patience = float(os.environ.get(HEAD_TIMEOUT, "60")) - ORDERLY_SECONDS
+        self._away_since: float | None = None
+
+    def is_away(self) -> bool:
+        """Whether nothing answers where it was; `WorkerLost` when that has been so for too long."""
+        try:
+            _reach(self._address)
+        except OSError:
+            now = time.monotonic()
+            self._away_since = self._away_since or now
+            if now - self._away_since > self._patience:
+                raise WorkerLost(
+                    f"the head of the Ray cluster at {self._address} is gone; start it, then run again"
+                ) from None
+            return True
+        self._away_since = None
+        return False
 
 
 class Meters:
@@ -211,9 +261,15 @@ def _check_reachable(address: str) -> None:
     if not port.isdigit() or "/" in host:
         raise BadInput(f"--address {address}: give host:port of the cluster's head (Ray's own port is 6379), or auto")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
+        _reach(address)
     except (OSError, OverflowError) as error:
         raise BadInput(f"--address {address}: no Ray answers there ({error}); is its head running?") from None
+
+
+def _reach(address: str) -> None:
+    """Connects to host:port, which may raise OSError or OverflowError."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
 
 def _merge(task: MergeTask, device: str, code: str) -> Iterator[tuple[int, int] | list[Receipt]]:
