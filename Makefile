@@ -19,7 +19,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle smollm2 demo test test-heavy check pins
+.PHONY: help setup oracle smollm2 demo test test-heavy chaos check pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -57,6 +57,9 @@ smollm2: setup ## a real small model for one of the minutes-long tests
 
 test-heavy: setup oracle ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
+
+chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 40 minutes
+	@.venv/bin/python -m tests.chaos
 
 check: setup ## style and types
 	@.venv/bin/ruff check .

@@ -42,6 +42,18 @@ def test_a_lost_node_costs_twenty_seconds_and_no_byte(yard: Yard, fault: Fault) 
     assert again < REISSUED_SECONDS
 
 
+def test_a_job_that_asks_for_one_worker_is_given_one(yard: Yard) -> None:
+    trial = yard.trial()
+    trial.job.write_text(trial.job.read_text().replace("memory: 2GB", "memory: 2GB, count: 1"))
+    command = trial.start()
+    seen: set[tuple[str, ...]] = set()
+    while command.process.poll() is None:
+        seen.add(tuple(yard.cluster.busy()))
+        time.sleep(0.1)
+    yard.check(trial, command.ended())
+    assert seen - {()} and max(len(nodes) for nodes in seen) == 1
+
+
 def test_more_points_read_no_more_of_a_parent(yard: Yard) -> None:
     read: list[dict[str, int]] = []
     for step in (0.5, 0.1):
