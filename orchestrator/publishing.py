@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from orchestrator.inspecting import file_problems, point_problems
 from orchestrator.leaderboard import Line, leaderboard
 from orchestrator.model_card import front_matter, published_card
 from orchestrator.results import EvaluationResult, read_results
+from orchestrator.summary import size
 from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ if TYPE_CHECKING:
 CHUNK_BYTES = 16 << 20
 MANIFEST, CARD = "manifest.json", "README.md"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-NO_COMMERCE = re.compile(r"(^|[-_. ])nc([-_. ]|$)|non-?commercial", re.IGNORECASE)
+NO_COMMERCE = re.compile(r"(^|[-_. ])(nc|mrl|mnpl)([-_. ]|$)|non-?(commercial|production)|research", re.IGNORECASE)
+HUB = "https://huggingface.co"
+HUB_URL = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?")
 NO_DERIVATIVES = re.compile(r"(^|[-_. ])nd([-_. ]|$)", re.IGNORECASE)
 
 
@@ -76,8 +79,9 @@ def _manifest(store: Store, prefix: str) -> Manifest:
         raise ObjectMissing(f"{place}: no finished point there; see `mergeyard status`") from None
 
 
-def _check(point: FoundPoint) -> None:
+def _check(point: FoundPoint, say: Callable[[str], None]) -> None:
     """`CorruptData` unless every file is what the manifest says."""
+    say(f"verifying {point.name}, {size(sum(entry.size for entry in point.manifest.files.values()))}")
     for problem in point_problems(point.store, point.prefix, point.manifest):
         raise CorruptData(f"{point.store.url}/{point.prefix}{problem}; nothing was published")
 
@@ -85,9 +89,12 @@ def _check(point: FoundPoint) -> None:
 # ---- to a folder or a bucket
 
 
-def copy_point(point: FoundPoint, url: str) -> dict[str, Any]:
-    """The same bytes elsewhere; goes on where an earlier copy stopped. `BadInput` where something else lies."""
-    _check(point)
+def copy_point(point: FoundPoint, url: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """The same bytes elsewhere; goes on where an earlier copy stopped. `BadInput` where something else lies.
+
+    `say` gets a line for each thing that takes its time.
+    """
+    _check(point, say)
     target, files = open_store(url), point.manifest.files
     there = {info.key for info in target.list()}
     manifest = bytes(point.store.read(f"{point.prefix}{MANIFEST}"))
@@ -97,20 +104,21 @@ def copy_point(point: FoundPoint, url: str) -> dict[str, Any]:
         raise BadInput(f"{target.url}: not empty, it holds {strangers[0]}; choose another folder")
     sent = 0
     for name in files:
-        if name in there and not _problem(target, name, point.manifest):
+        if name in there and not _problem(target, "", name, point.manifest):
             continue
+        say(f"sending {name}, {size(files[name].size)}")
         sent += _copy(point.store, f"{point.prefix}{name}", target, name)
-        if problem := _problem(target, name, point.manifest):
+        if problem := _problem(target, "", name, point.manifest):
             raise CorruptData(f"{target.url}: arrived damaged: {problem}; publish again")
     if MANIFEST not in there:
         target.write(MANIFEST, manifest)  # last: readers take its presence for the whole
     return _facts(point, target.url, sent)
 
 
-def _problem(store: Store, name: str, manifest: Manifest) -> str | None:
+def _problem(store: Store, prefix: str, name: str, manifest: Manifest) -> str | None:
     """What is wrong with a file, if anything."""
     try:
-        return next(file_problems(store, "", name, manifest), None)
+        return next(file_problems(store, prefix, name, manifest), None)
     except CorruptData as error:
         return str(error)
 
@@ -149,9 +157,9 @@ def _facts(point: FoundPoint, url: str, sent: int) -> dict[str, Any]:
 
 
 def publish_to_hub(
-    point: FoundPoint, url: str, *, public: bool, licence: str | None, visible: bool = False
+    point: FoundPoint, url: str, say: Callable[[str], None], *, public: bool, licence: str | None, visible: bool = False
 ) -> dict[str, Any]:
-    """Uploads a point, its card completed, as one commit; nothing when it is there already.
+    """Uploads a point, its card completed, as one commit; nothing when it is there already. `say` as for `copy_point`.
 
     `BadInput` when the licences of the parents do not allow it, or when other weights lie there that no manifest names.
     """
@@ -159,7 +167,7 @@ def publish_to_hub(
 
     publication = HubPublication(url, private=not public, visible=visible)
     terms = reconciled_licence(_licences(point.manifest.parents), licence, public=public)
-    _check(point)
+    _check(point, say)
     ours = _ours(point, terms)
     publication.check_card(ours[CARD].decode())
     there = publication.begin()
@@ -170,6 +178,7 @@ def publish_to_hub(
         with _content(point, name, ours) as content:
             expected[name] = replace(content, source=b"")
             if not content.is_at(there.get(name)):
+                say(f"sending {name}, {size(content.size)}")
                 publication.send(name, content)
                 sent += content.size
     if sent or stale:
@@ -246,16 +255,16 @@ def _content(point: FoundPoint, name: str, ours: Mapping[str, bytes]) -> Generat
             local = open_store(temporary)
             _copy(store, key, local, name)
             store, key = local, name
-            if problem := _problem(local, name, point.manifest):
-                raise CorruptData(f"{point.store.url}/{point.prefix}{problem}; nothing was published")
-        size = store.locate(key).size
+        if problem := _problem(store, key.removesuffix(name), name, point.manifest):
+            raise CorruptData(f"{point.store.url}/{point.prefix}{problem}; nothing was published")
+        length = store.locate(key).size
         sha256 = hashlib.sha256()
-        git = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        git = hashlib.sha1(b"blob %d\0" % length, usedforsecurity=False)
         for piece in _pieces(store, key):
             sha256.update(piece)
             git.update(piece)
-        source = bytes(store.read(key)) if size <= SMALL_BYTES else Path(store.url, key)
-        yield Content(source, size, sha256.hexdigest(), git.hexdigest())
+        source = bytes(store.read(key)) if length <= SMALL_BYTES else Path(store.url, key)
+        yield Content(source, length, sha256.hexdigest(), git.hexdigest())
 
 
 def _git_id(data: bytes) -> str:
@@ -303,6 +312,9 @@ def _terms(url: str) -> dict[str, str] | None:
     except ObjectMissing:
         return None
     terms = {key: str(told[key]) for key in ("license", "license_name", "license_link") if told.get(key)}
+    link, hub = terms.get("license_link", ""), HUB_URL.match(url)
+    if link and "://" not in link and hub is not None:  # a file beside the parent, which does not come along
+        terms["license_link"] = f"{HUB}/{hub['name']}/blob/{hub['revision'] or 'main'}/{link}"
     return terms if "license" in terms else None
 
 
@@ -328,7 +340,7 @@ def reconciled_licence(licences: list[Licence], chosen: str | None, *, public: b
     silent = [licence.parent for licence in licences if licence.terms is None]
     if silent:
         raise BadInput(f"the card of {silent[0]} names no licence; say --license NAME")
-    found = {json.dumps(licence.terms, sort_keys=True): licence for licence in licences}
+    found = {licence.label: licence for licence in licences}
     if len(found) > 1:
         said = ", ".join(f"{licence.parent} {licence.label}" for licence in found.values())
         raise BadInput(f"the parents' licences differ ({said}); say --license NAME")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING
 
 from jobs.errors import BadInput
@@ -16,14 +17,18 @@ def publish(options: argparse.Namespace) -> int:
     """`mergeyard publish RUN/POINT DESTINATION`: to the hub with card and results, elsewhere the same bytes."""
     from orchestrator.publishing import copy_point, publish_to_hub
 
-    point = _point(options.point)
+    point, visible = _point(options.point), watched(options)
+
+    def say(news: str) -> None:
+        if visible:
+            print(news, file=sys.stderr, flush=True)
+
     if options.to.startswith("hf://"):
-        visible = watched(options) and not options.json
-        facts = publish_to_hub(point, options.to, public=options.public, licence=options.license, visible=visible)
+        facts = publish_to_hub(point, options.to, say, public=options.public, licence=options.license, visible=visible)
     else:
         if options.public or options.license:
             raise BadInput(f"{options.to}: --public and --license are for the hub; elsewhere go the very bytes")
-        facts = copy_point(point, options.to)
+        facts = copy_point(point, options.to, say)
     if options.json:
         print_json(facts)
     elif not options.quiet:

@@ -23,6 +23,7 @@ from workers.storage import open_store
 EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
 WRITER = "hf_aTokenThatMayWrite"
 LICENCE = "---\nlicense: apache-2.0\n---\n# a parent\n"
+OWN_LICENCE = "---\nlicense: other\nlicense_name: ours\nlicense_link: LICENSE\n---\n# a parent\n"
 JOB = """\
 name: soup
 parents: {{long: {parents}/long, fmt: {parents}/fmt}}
@@ -125,7 +126,7 @@ def test_parents_on_the_hub_are_linked_with_their_revisions(
     mergeyard: Mergeyard, tmp_path: Path, hub: HubServer
 ) -> None:
     for name in ("long", "fmt"):
-        hub.publish(f"someone/{name}", {**files_under(EXAMPLES / name), "README.md": LICENCE.encode()})
+        hub.publish(f"someone/{name}", {**files_under(EXAMPLES / name), "README.md": OWN_LICENCE.encode()})
     (tmp_path / "job.yaml").write_text(JOB.format(parents="hf://someone", output=tmp_path))
     assert mergeyard("run", tmp_path / "job.yaml", "--in-process", "-q").code == 0
     assert mergeyard("publish", tmp_path / "soup" / "w0.5", "hf://someone/soup", "-q").code == 0
@@ -133,7 +134,10 @@ def test_parents_on_the_hub_are_linked_with_their_revisions(
     assert card.data.base_model == ["someone/long", "someone/fmt"]
     assert card.data.to_dict()["base_model_relation"] == "merge"
     assert card.data.eval_results is None
-    assert f"hf://someone/long@{hub.repositories['someone/long'].branches['main']}" in card.text
+    revision = hub.repositories["someone/long"].branches["main"]
+    assert f"hf://someone/long@{revision}" in card.text
+    assert (card.data.license, card.data.license_name) == ("other", "ours")
+    assert card.data.license_link.endswith(f"/blob/{revision}/LICENSE")
 
 
 def test_publishing_again_sends_nothing(mergeyard: Mergeyard, run: Path, hub: HubServer) -> None:
@@ -180,6 +184,16 @@ def test_a_commit_whose_answer_was_lost_is_not_made_twice(mergeyard: Mergeyard, 
 def test_a_hub_that_stays_away_ends_with_try_again(mergeyard: Mergeyard, run: Path, hub: HubServer) -> None:
     hub.write_faults = [("/api/repos/create", 503)] * 1000
     refused(mergeyard("publish", run / "w0.7", "hf://someone/soup"), "the hub answers 503", 75)
+
+
+def test_a_xet_storage_that_is_away_ends_with_try_again(
+    mergeyard: Mergeyard, run: Path, hub: HubServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)  # the stand-in has no Xet
+    ended = mergeyard("publish", run / "w0.7", "hf://someone/soup")
+    refused(ended, "the upload broke off", 75)
+    assert hub.commits == []
+    assert hub.endpoint not in ended.err
 
 
 def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
@@ -261,6 +275,7 @@ def licences(*terms: dict[str, str] | None) -> list[Licence]:
         ((OTHER, OTHER), None, OTHER),
         ((APACHE, {"license": "mit"}), "apache-2.0", APACHE),
         ((APACHE, OTHER), "qwen-research", OTHER),
+        ((OTHER, {**OTHER, "license_link": "elsewhere"}), None, {**OTHER, "license_link": "elsewhere"}),
         ((None, None), "mit", {"license": "mit"}),
         ((APACHE, FOR_FUN), "cc-by-nc-4.0", FOR_FUN),
     ],
@@ -274,6 +289,7 @@ def test_the_merge_has_the_licence_of_its_parents(parents: Any, chosen: str | No
     [
         ((APACHE, {"license": "mit"}), None, "differ \\(p0 apache-2.0, p1 mit\\); say --license NAME"),
         ((APACHE, None), None, "the card of p1 names no licence; say --license NAME"),
+        ((APACHE, OTHER), "apache-2.0", "p1 is under qwen-research, which holds"),
         ((APACHE, FOR_FUN), "apache-2.0", "p1 is under cc-by-nc-4.0, which holds for what is made of it"),
         (({"license": "cc-by-nd-4.0"},), None, "may not be shared; drop --public"),
     ],

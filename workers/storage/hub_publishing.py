@@ -143,7 +143,11 @@ class HubPublication:
                 return BadInput(f"{self.url} cannot be written while HF_HUB_OFFLINE is set; unset it")
             case RuntimeError() if error.__cause__ is not None:  # "Error while uploading …", with the reason below
                 return self._translated(error.__cause__)
-            case _ if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2", "hf_xet"):
+            case _ if type(error).__name__ == "XetAuthenticationError":
+                return self._from_status(401)
+            case ConnectionError() | TimeoutError():  # what Xet raises, whatever the hub or the network answered
+                return StorageUnavailable(f"{self.url}: the upload broke off")
+            case _ if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 return StorageUnavailable(f"{self.url}: {type(error).__name__}")
             case json.JSONDecodeError():
                 return StorageUnavailable(f"{self.url}: the hub's answer cannot be read")
