@@ -38,6 +38,12 @@ KEYS = (
     "config_from",
 )
 OVERRIDES = ("output",)
+# engines take what they are given: a job file, which may come from anywhere, must not have them run what it names
+CODE_OPTIONS = frozenset({
+    "trust_remote_code", "code_revision", "distributed_executor_backend", "logits_processors", "compilation_config",
+    "tokenizer", "hf_config_path", "hf_overrides", "hf_token", "load_format", "model_impl", "model_loader_extra_config",
+    "download_dir", "additional_config", "kv_transfer_config", "allowed_local_media_path",
+})  # fmt: skip
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 DEFAULT_SHARD_BYTES = 10**9
 MIN_LENGTH = 64
@@ -382,14 +388,21 @@ def _engine(node: Node) -> EngineSpec:
         raise node.error("the engine openai needs `url:`, the address of the server")
     if name != "openai" and "url" in keys:
         raise keys["url"].error(f"the engine {name} has no `url:`; take it out")
+    if "url" in keys and any(sign in keys["url"].string() for sign in "@?#"):
+        raise keys["url"].error("the server's address holds no credentials; the key comes from OPENAI_API_KEY")
     return EngineSpec(
         name=name,
         url=keys["url"].string() if "url" in keys else None,
-        options={key: _scalar(option) for key, option in keys["options"].mapping().items()}
-        if "options" in keys
-        else {},
+        options=_options(keys["options"]) if "options" in keys else {},
         place=node.place,
     )
+
+
+def _options(node: Node) -> dict[str, str | bool | int | float]:
+    for option, entry in node.mapping().items():
+        if option in CODE_OPTIONS or option.endswith("_cls"):
+            raise entry.error(f"the option {quoted(option)} can load code or another model than the job's; take it out")
+    return {option: _scalar(entry) for option, entry in node.mapping().items()}
 
 
 def _workers(node: Node) -> WorkerSpec:

@@ -43,8 +43,9 @@ Kind = Literal["mapping", "list", "string", "number", "boolean", "nothing"]
 
 
 def quoted(text: str) -> str:
-    """`text` in double quotes on one line, cut at 80 characters."""
-    return json.dumps(text if len(text) <= 80 else f"{text[:77]}...", ensure_ascii=False)
+    """`text` in double quotes on one line, cut at 80 characters; what cannot be seen is escaped."""
+    shown = json.dumps(text if len(text) <= 80 else f"{text[:77]}...", ensure_ascii=False)
+    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
 
 
 def suggestion(name: str, choices: Collection[str]) -> str:

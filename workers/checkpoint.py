@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,10 +28,14 @@ TORCH_NAMES: Mapping[str, str] = {
 }  # fmt: skip
 DTYPE_NAMES: Mapping[str, str] = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
-LARGEST_HEADER = 100_000_000
-MOST_TENSORS = 2_000_000
+LARGEST_HEADER = 25_000_000
+"""What huggingface_hub reads as well. As Python objects a header can be 25 times as large."""
+
+LARGEST_JSON = 100_000_000
 MOST_DIMENSIONS = 64
+LONGEST_NAME = 1000
 _FIRST_READ = 128 << 10  # holds the whole header of nearly every shard, so that most cost one request
+_ONE_LARGE_HEADER = threading.Lock()  # what only looks like a header may be 600 MB of lists, of one file at a time
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
 
 CONTEXT_FIELDS = (
@@ -165,7 +170,7 @@ def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str) -> Mappi
 
 def read_json(store: Store, info: ObjectInfo) -> dict[str, Any]:
     """One small JSON object of the version `info` names; `CorruptData` when it is not one."""
-    if info.size > LARGEST_HEADER:
+    if info.size > LARGEST_JSON:
         raise CorruptData(f"{store.url}/{info.key}: {info.size} bytes is too much for a JSON file")
     return _parse_json(bytes(store.read(info.key, etag=info.etag)), f"{store.url}/{info.key}")
 
@@ -182,9 +187,11 @@ def read_header(store: Store, info: ObjectInfo) -> list[TensorHeader]:
             f"{where}: its header claims {length} bytes of a file of {info.size};"
             " it is truncated or no safetensors file, fetch it again"
         )
-    if 8 + length > len(first):
+    if 8 + length <= len(first):
+        return parse_header(first[8 : 8 + length], data_start=8 + length, file_size=info.size, where=where)
+    with _ONE_LARGE_HEADER:
         first += bytes(store.read(info.key, start=len(first), length=8 + length - len(first), etag=info.etag))
-    return parse_header(first[8 : 8 + length], data_start=8 + length, file_size=info.size, where=where)
+        return parse_header(first[8:], data_start=8 + length, file_size=info.size, where=where)
 
 
 def parse_header(text: bytes, *, data_start: int, file_size: int, where: str) -> list[TensorHeader]:
@@ -192,13 +199,12 @@ def parse_header(text: bytes, *, data_start: int, file_size: int, where: str) ->
     if not text.startswith(b"{"):
         raise CorruptData(f"{where}: the header does not begin with '{{'")
     header = _parse_json(text, where)
+    _check_metadata(header.get("__metadata__", {}), where)
     entries = [
         _entry(name, value, data_start=data_start, where=where)
         for name, value in header.items()
         if name != "__metadata__"
     ]
-    if len(entries) > MOST_TENSORS:
-        raise CorruptData(f"{where}: {len(entries)} tensors are more than the {MOST_TENSORS} allowed")
     entries.sort(key=lambda entry: (entry.start, entry.end))
     position = data_start
     for entry in entries:
@@ -213,8 +219,16 @@ def parse_header(text: bytes, *, data_start: int, file_size: int, where: str) ->
     return entries
 
 
+def _check_metadata(metadata: Any, where: str) -> None:
+    match metadata:
+        case dict() if all(_is_text(key) and _is_text(value) for key, value in metadata.items()):
+            return
+        case _:
+            raise CorruptData(f"{where}: __metadata__ must map words to words")
+
+
 def _entry(name: str, value: Any, *, data_start: int, where: str) -> TensorHeader:
-    if not name.isprintable():
+    if not name.isprintable() or len(name) > LONGEST_NAME:
         raise CorruptData(f"{where}: the tensor name {name[:80]!a} holds characters that no name has")
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end], **rest} if not rest:
@@ -224,12 +238,17 @@ def _entry(name: str, value: Any, *, data_start: int, where: str) -> TensorHeade
     if dtype not in DTYPE_BITS:
         raise CorruptData(f"{where}: tensor {name} has the unknown dtype {dtype[:80]!a}")
     if len(shape) > MOST_DIMENSIONS or not all(_is_count(extent) for extent in shape):
-        raise CorruptData(f"{where}: tensor {name} has the impossible shape {str(shape)[:80]}")
+        raise CorruptData(f"{where}: tensor {name} has the impossible shape {str(shape[:40])[:80]}")
     if not (_is_count(start) and _is_count(end) and start <= end):
         raise CorruptData(f"{where}: tensor {name} has impossible data_offsets")
     if (end - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         raise CorruptData(f"{where}: tensor {name} of {dtype} {shape} cannot lie in bytes {start} to {end}")
     return TensorHeader(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _is_text(value: object) -> bool:
+    """Whether JSON gave a word that UTF-8 has; half a surrogate pair is a character to Python, and none there."""
+    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _is_count(value: object) -> bool:

@@ -22,10 +22,13 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     """The store under a path or a URL; nothing is contacted yet, and a folder need not exist yet.
 
     `/folder`, `file:///folder`, `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`,
-    `hf://org/name@revision` (read only), `memory://name` (shared by the whole process). `BadInput` for others.
+    `hf://org/name@revision` (read only), `memory://name` (shared by the whole process). `BadInput` for others, and for
+    a URL with credentials in it, which would end up in plans, receipts and cards.
     """
     text = os.fspath(url)
     scheme = _scheme(text)
+    if scheme not in ("", "file"):
+        _refuse_credentials(text)
     match scheme:
         case "" | "file":
             from workers.storage.local import LocalStore
@@ -45,6 +48,16 @@ def open_store(url: str | os.PathLike[str]) -> Store:
             return HubStore(text)
         case _:
             raise BadInput(f"{text}: unknown kind of storage {scheme}://; use {KNOWN_SCHEMES}")
+
+
+def _refuse_credentials(text: str) -> None:
+    place, _, query = text.partition("?")
+    before, at, host = place.partition("://")[2].partition("/")[0].rpartition("@")
+    if query or (at and before):
+        shown = f"{_scheme(text)}://{host or place.partition('://')[2]}"
+        raise BadInput(
+            f"{shown}: nothing may stand before an @ or after a ? in this URL; credentials come from the environment"
+        )
 
 
 def _scheme(text: str) -> str:
