@@ -248,7 +248,7 @@ def bootstrap_macro(
     samples: Sequence[CellSample],
     length_weights: Mapping[int, float] | None = None,
     *,
-    method: Literal["percentile", "bca"] = "bca",
+    method: Literal["percentile", "bca"] = "percentile",
     confidence: float = 0.95,
     replicates: int = 2000,
     seed: int = 0,
@@ -256,7 +256,8 @@ def bootstrap_macro(
     """The macro score with a stratified cluster bootstrap interval: haystacks are drawn again within each cell.
 
     Cells with the very same haystacks are drawn together, which keeps their covariance. BCa is Efron 1987, with the
-    acceleration from the clusters' influence. Not covered: cells that share only some of their haystacks.
+    acceleration from the clusters' influence; on 60 clusters that often agree it missed the mean in 10 %, where the
+    percentiles did in 6 %. Not covered: cells that share only some of their haystacks.
     """
     cells = [sample.cell for sample in samples]
     weights = macro_weights(cells, length_weights)

@@ -1,0 +1,528 @@
+"""Do the intervals cover, and do the tests and gates err, as often as they say? Simulated, with what is true known.
+
+    python -m tests.benchmarks.statistics_simulation --trials 2000
+
+Each line is one interval, test or gate in one regime: how often it erred (an interval missed the truth, a test
+rejected a true null, a gate gave a wrong verdict) and how often it may. `above` is an error rate that the nominal one
+explains in fewer than one of a thousand simulations; `few` is less than a fifth of the nominal one: valid, but not
+sharp. A line that is above and has a note is known to be, for the reason that the note gives.
+
+Differences of right-or-wrong scores are +1, −1 or 0; fractional ones are those of five parts right or wrong. With ρ, a
+question takes its haystack's answer with probability √ρ, which makes two questions on one haystack correlate by ρ.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binom
+
+from orchestrator.gate import GateRule, judge
+from orchestrator.statistics import (
+    CellSample,
+    anytime_multiplier,
+    benjamini_hochberg,
+    betting_e_process,
+    bootstrap_macro,
+    cell_sample,
+    confidence_sequence,
+    difference_test,
+    flip_rate,
+    holm,
+    macro_difference,
+    macro_mean,
+    max_t,
+    mcnemar,
+    mcnemar_e_value,
+    mcnemar_interval,
+    paired_mean,
+    sign_flip_test,
+    wilson_interval,
+)
+
+Random = np.random.Generator
+Floats = NDArray[np.float64]
+Draw = Callable[[Random], tuple[Floats, NDArray[np.intp]]]
+"""Paired differences and their haystacks."""
+
+LEVEL = 0.05
+FEW_DIFFER = "an interval from the spread that was seen is none where few items differ; macro_difference is one there"
+FEW_DRAWS = 999  # sign patterns a test: it holds its level with any number of them
+
+
+@dataclass(frozen=True)
+class Case:
+    """`errs` simulates once and says whether it was an error; `note` says why a rate above the nominal one is known."""
+
+    kind: str
+    what: str
+    regime: str
+    errs: Callable[[Random], bool]
+    nominal: float = LEVEL
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.kind} {self.what}: {self.regime}"
+
+
+@dataclass(frozen=True)
+class Result:
+    """How one case went: the share of errors, and what it says about the nominal rate."""
+
+    kind: str
+    what: str
+    regime: str
+    trials: int
+    errors: int
+    rate: float
+    nominal: float
+    verdict: str
+    seconds: float
+    note: str
+
+
+# ---- what is drawn
+
+
+@dataclass(frozen=True)
+class Regime:
+    """Paired differences of a known mean: the values and their chances, and how many questions share a haystack."""
+
+    name: str
+    values: tuple[float, ...]
+    chances: tuple[float, ...]
+    haystacks: int
+    questions: int = 1
+    correlation: float = 0.0
+
+    @property
+    def mean(self) -> float:
+        return float(np.dot(self.values, self.chances))
+
+    def draw(self, random: Random) -> tuple[Floats, NDArray[np.intp]]:
+        shape = (self.haystacks, self.questions)
+        own = random.choice(self.values, size=shape, p=self.chances)
+        common = random.choice(self.values, size=(self.haystacks, 1), p=self.chances)
+        takes = random.random(shape) < np.sqrt(self.correlation)
+        drawn = np.where(takes, common, own).ravel()
+        return drawn, np.repeat(np.arange(self.haystacks), self.questions)
+
+    def sample(self, random: Random, length: int = 4096) -> CellSample:
+        values, haystacks = self.draw(random)
+        return cell_sample("task", length, values, [f"{length}/{haystack}" for haystack in haystacks])
+
+
+def right_or_wrong(items: int, gain: float, loss: float, **clusters: float) -> Regime:
+    shared = "" if not clusters else f", 8 a haystack, ρ {clusters['correlation']:g}"
+    return Regime(
+        f"n {items}, +{gain:g} −{loss:g}{shared}",
+        (1.0, -1.0, 0.0),
+        (gain, loss, 1 - gain - loss),
+        haystacks=items // 8 if clusters else items,
+        questions=8 if clusters else 1,
+        correlation=clusters.get("correlation", 0.0),
+    )
+
+
+def fractional(items: int, better: float, worse: float, **clusters: float) -> Regime:
+    """Of five parts, each is right with chance `better` in one model and `worse` in the other."""
+    parts = np.arange(6)
+    joint = np.outer(binom.pmf(parts, 5, better), binom.pmf(parts, 5, worse))
+    values = [(high - low) / 5 for high in parts for low in parts]
+    chances = joint.ravel() / joint.sum()
+    shared = "" if not clusters else f", 8 a haystack, ρ {clusters['correlation']:g}"
+    return Regime(
+        f"n {items}, fifths {better:g} {worse:g}{shared}",
+        tuple(float(value) for value in values),
+        tuple(chances.tolist()),
+        haystacks=items // 8 if clusters else items,
+        questions=8 if clusters else 1,
+        correlation=clusters.get("correlation", 0.0),
+    )
+
+
+ALIKE = right_or_wrong(24, 0.0, 0.0)
+SHARED = [
+    right_or_wrong(items, gain, loss, correlation=rho)
+    for items in (96, 480)
+    for gain, loss in ((0.05, 0.05), (0.0, 0.02))
+    for rho in (0.1, 0.3)
+]
+ALONE = [
+    right_or_wrong(items, gain, loss)
+    for items in (8, 24, 100, 500)
+    for gain, loss in ((0.05, 0.05), (0.3, 0.3), (0.1, 0.2), (0.0, 0.02))
+]
+FRACTIONAL = [
+    *(fractional(items, 0.8, 0.8) for items in (8, 24, 100)),
+    *(fractional(items, 0.98, 0.98) for items in (8, 24, 100)),
+    *(fractional(items, 0.98, 0.9) for items in (24, 100)),
+    fractional(480, 0.8, 0.8, correlation=0.3),
+    fractional(480, 0.98, 0.98, correlation=0.1),
+]
+
+
+def nulls(regimes: Sequence[Regime]) -> list[Regime]:
+    """Those without a difference."""
+    return [regime for regime in regimes if abs(regime.mean) < 1e-12]
+
+
+# ---- intervals
+
+
+def misses(low: float, high: float, truth: float) -> bool:
+    return not low - 1e-12 <= truth <= high + 1e-12
+
+
+def proportions() -> Iterator[Case]:
+    def wilson(trials: int, rate: float | None) -> Callable[[Random], bool]:
+        def errs(random: Random) -> bool:
+            truth = random.random() if rate is None else rate
+            return misses(*wilson_interval(int(random.binomial(trials, truth)), trials), truth)
+
+        return errs
+
+    dips = "Wilson's interval is nominal over all rates, not at each: it dips where the rate is near 0 or 1"
+    for trials in (10, 24, 100):
+        yield Case("interval", "wilson", f"n {trials}, any rate", wilson(trials, None))
+        for rate in (0.5, 0.9, 0.98, 1.0):
+            yield Case("interval", "wilson", f"n {trials}, rate {rate:g}", wilson(trials, rate), note=dips)
+    for flips in (0.001, 0.02):
+
+        def noise(random: Random, flips: float = flips) -> bool:
+            again = (random.random(100) < flips).astype(float)
+            found = flip_rate(np.zeros(100), again)
+            return misses(found.low, found.high, flips)
+
+        yield Case("interval", "flip rate", f"n 100, rate {flips:g}", noise, note=dips)
+
+
+def differences() -> Iterator[Case]:
+    few = FEW_DIFFER
+    for regime in [ALIKE, *ALONE]:
+
+        def bonett_price(random: Random, regime: Regime = regime) -> bool:
+            values, _ = regime.draw(random)
+            low, high = mcnemar_interval(int(np.sum(values > 0)), int(np.sum(values < 0)), values.size)
+            return misses(low, high, regime.mean)
+
+        yield Case("interval", "mcnemar", regime.name, bonett_price)
+    for regime in [ALIKE, *ALONE, *FRACTIONAL, *SHARED]:
+
+        def student(random: Random, regime: Regime = regime) -> bool:
+            estimate = paired_mean(*regime.draw(random))
+            return misses(estimate.low, estimate.high, regime.mean)
+
+        def careful(random: Random, regime: Regime = regime) -> bool:
+            estimate = macro_difference([regime.sample(random)])
+            return misses(estimate.low, estimate.high, regime.mean)
+
+        yield Case("interval", "paired mean", regime.name, student, note=few)
+        yield Case("interval", "macro difference", regime.name, careful)
+
+
+def macro_scores() -> Iterator[Case]:
+    """Six cells of different regimes, as tasks and lengths are."""
+    few = FEW_DIFFER
+    regimes = {
+        "6 cells of 24": [right_or_wrong(24, gain, loss) for gain, loss in ((0.2, 0.1), (0.05, 0.05), (0.0, 0.1)) * 2],
+        "6 cells of 24, most alike": [*[right_or_wrong(24, 0.0, 0.0)] * 5, right_or_wrong(24, 0.0, 0.1)],
+        "6 cells of 100": [
+            right_or_wrong(100, gain, loss) for gain, loss in ((0.2, 0.1), (0.05, 0.05), (0.0, 0.1)) * 2
+        ],
+        "6 cells of 96, 8 a haystack, ρ 0.3": [
+            right_or_wrong(96, gain, loss, correlation=0.3) for gain, loss in ((0.2, 0.1), (0.05, 0.05), (0.0, 0.1)) * 2
+        ],
+    }
+    for name, cells in regimes.items():
+        truth = sum(regime.mean for regime in cells) / len(cells)
+
+        def drawn(random: Random, cells: Sequence[Regime] = cells) -> list[CellSample]:
+            return [regime.sample(random, 1024 * (number + 1)) for number, regime in enumerate(cells)]
+
+        def plain(random: Random, drawn: Callable[[Random], list[CellSample]] = drawn, truth: float = truth) -> bool:
+            estimate = macro_mean(drawn(random))
+            return misses(estimate.low, estimate.high, truth)
+
+        def careful(random: Random, drawn: Callable[[Random], list[CellSample]] = drawn, truth: float = truth) -> bool:
+            estimate = macro_difference(drawn(random))
+            return misses(estimate.low, estimate.high, truth)
+
+        yield Case("interval", "macro mean", name, plain, note=few if "24" in name or "haystack" in name else "")
+        yield Case("interval", "macro difference", name, careful)
+
+
+def bootstraps() -> Iterator[Case]:
+    small = (
+        "a bootstrap of few haystacks knows no t quantile, and BCa takes its skew from them too; nothing rests on it"
+    )
+    regimes = [
+        right_or_wrong(100, 0.1, 0.2),
+        fractional(100, 0.98, 0.9),
+        right_or_wrong(480, 0.05, 0.05, correlation=0.3),
+    ]
+    for regime in regimes:
+        for method in ("percentile", "bca"):
+
+            def errs(random: Random, regime: Regime = regime, method: str = method) -> bool:
+                found = bootstrap_macro([regime.sample(random)], method=method, replicates=500)  # pyright: ignore
+                return misses(found.low, found.high, regime.mean)
+
+            yield Case("interval", f"bootstrap {method}", regime.name, errs, note=small)
+
+
+def sequences() -> Iterator[Case]:
+    for regime in (right_or_wrong(200, 0.15, 0.05), right_or_wrong(200, 0.0, 0.02), fractional(200, 0.98, 0.9)):
+
+        def errs(random: Random, regime: Regime = regime) -> bool:
+            low, high = confidence_sequence(regime.draw(random)[0], resolution=100)
+            return misses(low, high, regime.mean)
+
+        yield Case("interval", "confidence sequence", f"{regime.name}, every look", errs)
+
+
+# ---- tests
+
+
+def single_tests() -> Iterator[Case]:
+    for regime in [ALIKE, *nulls(ALONE)]:
+
+        def exact(random: Random, regime: Regime = regime) -> bool:
+            values, _ = regime.draw(random)
+            return mcnemar(int(np.sum(values > 0)), int(np.sum(values < 0))).two_sided <= LEVEL
+
+        yield Case("test", "mcnemar", regime.name, exact)
+    for regime in [ALIKE, *nulls(ALONE), *nulls(FRACTIONAL), *nulls(SHARED)]:
+
+        def flipped(random: Random, regime: Regime = regime) -> bool:
+            values, haystacks = regime.draw(random)
+            return sign_flip_test(values, haystacks, draws=FEW_DRAWS, seed=int(random.integers(2**32))) <= LEVEL
+
+        def student(random: Random, regime: Regime = regime) -> bool:
+            return difference_test(macro_difference([regime.sample(random)])) <= LEVEL
+
+        yield Case("test", "sign flips", regime.name, flipped)
+        yield Case("test", "macro difference", regime.name, student)
+
+
+def opposite_cells() -> Iterator[Case]:
+    """No difference over all, but large ones in opposite directions."""
+    for items in (24, 100):
+        cells = [right_or_wrong(items, 0.3, 0.1), right_or_wrong(items, 0.1, 0.3)] * 3
+
+        def errs(random: Random, cells: Sequence[Regime] = cells) -> bool:
+            samples = [regime.sample(random, 1024 * (number + 1)) for number, regime in enumerate(cells)]
+            return difference_test(macro_difference(samples)) <= LEVEL
+
+        yield Case("test", "macro difference", f"6 opposite cells of {items}", errs)
+
+
+def many_tests() -> Iterator[Case]:
+    null = right_or_wrong(100, 0.1, 0.1)
+
+    def exact(random: Random) -> float:
+        values, _ = null.draw(random)
+        return mcnemar(int(np.sum(values > 0)), int(np.sum(values < 0))).two_sided
+
+    def any_of_twelve(random: Random) -> bool:
+        return bool(holm([exact(random) for _ in range(12)]).min() <= LEVEL)
+
+    def any_discovery(random: Random) -> bool:
+        return bool(benjamini_hochberg([exact(random) for _ in range(12)]).min() <= LEVEL)
+
+    def any_point(random: Random) -> bool:
+        common = random.choice([-1.0, 0.0, 1.0], size=(1, 60), p=[0.1, 0.8, 0.1])
+        own = random.choice([-1.0, 0.0, 1.0], size=(20, 60), p=[0.1, 0.8, 0.1])
+        points = np.where(random.random((20, 60)) < 0.5, common, own)
+        return bool(max_t(points, draws=FEW_DRAWS, seed=int(random.integers(2**32))).min() <= LEVEL)
+
+    yield Case("test", "holm, any", "12 cells of 100", any_of_twelve)
+    yield Case("test", "benjamini-hochberg, any", "12 cells of 100", any_discovery)
+    yield Case("test", "max-t, any", "20 points on 60 items", any_point)
+
+
+def looking_again() -> Iterator[Case]:
+    def e_value(random: Random) -> bool:
+        gains = np.cumsum(random.integers(2, size=100))
+        return any(mcnemar_e_value(int(won), count - int(won)) >= 1 / LEVEL for count, won in enumerate(gains, start=1))
+
+    yield Case("test", "mcnemar e-value", "100 flips, every look", e_value)
+    skewed = Regime("300 skewed", (-1.0, 0.25, 0.0), (0.04, 0.16, 0.8), 300)
+    for regime in (right_or_wrong(300, 0.1, 0.1), fractional(300, 0.98, 0.98), skewed):
+
+        def wealth(random: Random, regime: Regime = regime) -> bool:
+            return bool(betting_e_process(regime.draw(random)[0]).max() >= 1 / LEVEL)
+
+        yield Case("test", "betting e-process", f"{regime.name}, every look", wealth)
+
+    def bound(random: Random) -> bool:
+        counts = np.arange(1, 601)
+        paths = np.cumsum(random.standard_normal(600)) / np.sqrt(counts)
+        return bool(np.any(paths > BOUNDS))
+
+    yield Case("test", "anytime bound", "600 haystacks, every look", bound)
+
+
+BOUNDS = np.array([anytime_multiplier(count, 300, LEVEL) for count in range(1, 601)])
+
+
+# ---- gates: the truth lies on the margin, so that every verdict is wrong
+
+
+def gates() -> Iterator[Case]:
+    at_margin = {
+        1.0: [
+            right_or_wrong(100, 0.0, 0.01),
+            right_or_wrong(500, 0.0, 0.01),
+            right_or_wrong(500, 0.05, 0.06),
+            right_or_wrong(480, 0.05, 0.06, correlation=0.1),
+            right_or_wrong(480, 0.05, 0.06, correlation=0.3),
+            right_or_wrong(2000, 0.0, 0.01, correlation=0.3),
+        ],
+        10.0: [
+            right_or_wrong(8, 0.1, 0.2),
+            right_or_wrong(24, 0.0, 0.1),
+            right_or_wrong(24, 0.2, 0.3),
+            right_or_wrong(96, 0.1, 0.2, correlation=0.1),
+            right_or_wrong(96, 0.1, 0.2, correlation=0.3),
+            right_or_wrong(96, 0.0, 0.1, correlation=0.3),
+            fractional(24, 0.8, 0.9),
+            fractional(100, 0.8, 0.9),
+        ],
+    }
+    for margin, regimes in at_margin.items():
+        for regime in regimes:
+            for outcome in ("pass", "fail"):
+
+                def errs(
+                    random: Random, regime: Regime = regime, margin: float = margin, outcome: str = outcome
+                ) -> bool:
+                    return judge([regime.sample(random)], GateRule(margin=margin)).outcome == outcome
+
+                yield Case("gate", f"wrong {outcome}", f"margin {margin:g}: {regime.name}", errs)
+    yield from _gates_over_lengths()
+    yield from _gates_looked_at_again()
+
+
+def _gates_over_lengths() -> Iterator[Case]:
+    lengths = (4096, 8192, 16384, 32768, 65536, 131072)
+    bad, fine = right_or_wrong(200, 0.05, 0.1), right_or_wrong(200, 0.0, 0.0)
+    rule = GateRule(margin=5.0, length_margin=5.0)
+
+    def passes(random: Random) -> bool:
+        samples = [fine.sample(random, length) for length in lengths[:-1]]
+        return judge([*samples, bad.sample(random, lengths[-1])], rule).outcome == "pass"
+
+    def fails(random: Random) -> bool:
+        return judge([bad.sample(random, length) for length in lengths], rule).outcome == "fail"
+
+    yield Case("gate", "wrong pass", "margin 5 at each of 6 lengths, one at it", passes)
+    yield Case("gate", "wrong fail", "margin 5 at each of 6 lengths, all at it", fails)
+
+
+def _gates_looked_at_again() -> Iterator[Case]:
+    """Twenty looks, the plan being the first: how `mergeyard gate` does it."""
+    regimes = [
+        (5.0, right_or_wrong(1000, 0.05, 0.1)),
+        (1.0, right_or_wrong(2000, 0.0, 0.01)),
+        (5.0, right_or_wrong(1600, 0.05, 0.1, correlation=0.3)),
+        (10.0, fractional(1000, 0.8, 0.9)),
+    ]
+    for margin, regime in regimes:
+        for outcome in ("pass", "fail"):
+
+            def errs(random: Random, regime: Regime = regime, margin: float = margin, outcome: str = outcome) -> bool:
+                values, haystacks = regime.draw(random)
+                step = regime.haystacks // 20 * regime.questions
+                rule = GateRule(margin=margin, planned_haystacks=max(1, regime.haystacks // 20))
+                looks = (slice(0, step * look) for look in range(1, 21))
+                return any(
+                    judge([cell_sample("task", 4096, values[seen], haystacks[seen])], rule).outcome == outcome
+                    for seen in looks
+                )
+
+            yield Case("gate", f"wrong {outcome}, 20 looks", f"margin {margin:g}: {regime.name}", errs)
+
+
+# ---- all of it
+
+
+def cases() -> list[Case]:
+    """Everything that is simulated."""
+    makers = (
+        proportions,
+        differences,
+        macro_scores,
+        bootstraps,
+        sequences,
+        single_tests,
+        opposite_cells,
+        many_tests,
+        looking_again,
+        gates,
+    )
+    return [case for make in makers for case in make()]
+
+
+def simulate(case: Case, trials: int, seed: int) -> Result:
+    """The case, so many times; every case has random numbers of its own."""
+    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(case.name.encode())])))
+    started = time.perf_counter()
+    errors = sum(case.errs(random) for _ in range(trials))
+    seconds = time.perf_counter() - started
+    rate, verdict = errors / trials, verdict_on(errors, trials, case.nominal)
+    return Result(
+        case.kind, case.what, case.regime, trials, errors, rate, case.nominal, verdict, round(seconds, 2), case.note
+    )
+
+
+def verdict_on(errors: int, trials: int, nominal: float) -> str:
+    """`above` where the nominal rate explains so many errors in fewer than one of a thousand simulations."""
+    if binom.sf(errors - 1, trials, nominal) < 1e-3:
+        return "above"
+    return "few" if errors < nominal * trials / 5 else "as stated"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--trials", type=int, default=2000, help="simulations a line")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", default="", help="lines with this text in their name")
+    parser.add_argument("--json", action="store_true", help="print one JSON document")
+    arguments = parser.parse_args()
+    started = time.perf_counter()
+    results: list[Result] = []
+    if not arguments.json:
+        print(f"{'':<9} {'':<25} {'regime':<62} {'errors':>7} {'nominal':>7}")
+    for case in cases():
+        if arguments.only not in case.name:
+            continue
+        result = simulate(case, arguments.trials, arguments.seed)
+        results.append(result)
+        if not arguments.json:
+            verdict = result.verdict + (" (known)" if result.verdict == "above" and result.note else "")
+            print(
+                f"{result.kind:<9} {result.what:<25} {result.regime:<62} {result.rate:>7.1%} {result.nominal:>7.0%}"
+                f"  {verdict}",
+                flush=True,
+            )
+    if arguments.json:
+        print(json.dumps([asdict(result) for result in results], indent=2))
+    else:
+        for note in dict.fromkeys(result.note for result in results if result.verdict == "above" and result.note):
+            print(f"known: {note}")
+        print(f"{arguments.trials} simulations a line, {time.perf_counter() - started:.0f} s")
+    return int(any(result.verdict == "above" and not result.note for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
