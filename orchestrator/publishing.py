@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from workers.storage.hub_publishing import Content, HubPublication
 
 CHUNK_BYTES = 16 << 20
-MANIFEST, CARD = "manifest.json", "README.md"
+MANIFEST, CARD, RECIPE = "manifest.json", "README.md", "mergekit_config.yml"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 NO_COMMERCE = re.compile(r"(^|[-_. ])(nc|mrl|mnpl)([-_. ]|$)|non-?(commercial|production)|research", re.IGNORECASE)
 HUB = "https://huggingface.co"
@@ -202,25 +202,37 @@ def _commit(publication: HubPublication, point: FoundPoint, expected: Mapping[st
 
 
 def _ours(point: FoundPoint, terms: Mapping[str, str]) -> dict[str, bytes]:
-    """The files that the hub gets in a form of their own: the card, and the manifest that tells of it, last.
+    """The files that the hub gets in a form of their own: card, recipe, and the manifest that tells of them, last.
 
-    Paths of the machine that merged say nothing to others and stay behind.
+    Paths of the machine that merged say nothing to others; folders are called by their names.
     """
-    manifest = point.manifest
-    card = bytes(point.store.read(f"{point.prefix}{CARD}")).decode()
+    manifest, folders = point.manifest, _folder_names(point.manifest.parents.values())
     config = json.loads(bytes(point.store.read(f"{point.prefix}config.json")))
-    paths = {url: f"a folder named {Path(url).name}" for url in manifest.parents.values() if "://" not in url}
-    for path, shown in paths.items():
-        card = card.replace(f"| {path} |", f"| {shown} |")
     line, ranked = _results(point)
-    card_bytes = published_card(card, terms, config, line, ranked).encode()
-    entry = FileEntry(len(card_bytes), hashlib.sha256(card_bytes).hexdigest())
-    told = replace(
-        manifest,
-        parents={name: paths.get(url, url) for name, url in manifest.parents.items()},
-        files={**manifest.files, CARD: entry},
-    )
-    return {CARD: card_bytes, MANIFEST: told.to_json()}
+    card = _renamed(bytes(point.store.read(f"{point.prefix}{CARD}")).decode(), folders)
+    recipe = _renamed(bytes(point.store.read(f"{point.prefix}{RECIPE}")).decode(), folders)
+    changed = {CARD: published_card(card, terms, config, line, ranked).encode(), RECIPE: recipe.encode()}
+    entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in changed.items()}
+    told = replace(manifest, files={**manifest.files, **entries}).to_json().decode()
+    quoted = {json.dumps(path)[1:-1]: json.dumps(name)[1:-1] for path, name in folders.items()}
+    return {**changed, MANIFEST: _renamed(told, quoted).encode()}
+
+
+def _folder_names(urls: Iterable[str]) -> dict[str, str]:
+    """Local paths, each with as many of its last parts as tell it from the others."""
+    paths = {url: Path(url).parts[1:] for url in urls if "://" not in url}
+    most = max(map(len, paths.values()), default=0)
+    for count in range(1, most + 1):
+        names = {url: "/".join(parts[-count:]) for url, parts in paths.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {}
+
+
+def _renamed(text: str, names: Mapping[str, str]) -> str:
+    for path in sorted(names, key=len, reverse=True):  # one may be the beginning of another
+        text = text.replace(path, names[path])
+    return text
 
 
 def _results(point: FoundPoint) -> tuple[Line | None, tuple[str, ...]]:

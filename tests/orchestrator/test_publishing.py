@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 
 from jobs.errors import BadInput
@@ -93,7 +94,7 @@ def test_the_hub_gets_the_very_weights_in_one_commit_of_a_private_repository(
     assert ended.code == 0, ended.err
     there, here = hub.newest("someone/soup"), files_under(run / "points" / "w0.7")
     assert len([name for name in here if name.endswith(".safetensors")]) > 2
-    changed = {"README.md", "manifest.json"}
+    changed = {"README.md", "manifest.json"}  # mergekit_config.yml has no path in it
     assert {name: data for name, data in there.items() if name not in changed | {".gitattributes"}} == {
         name: data for name, data in here.items() if name not in changed
     }
@@ -138,6 +139,23 @@ def test_parents_on_the_hub_are_linked_with_their_revisions(
     assert f"hf://someone/long@{revision}" in card.text
     assert (card.data.license, card.data.license_name) == ("other", "ours")
     assert card.data.license_link.endswith(f"/blob/{revision}/LICENSE")
+
+
+def test_a_lone_merge_goes_without_the_paths_of_its_parents(
+    mergeyard: Mergeyard, made: Path, tmp_path: Path, hub: HubServer
+) -> None:
+    document = {
+        "merge_method": "linear",
+        "dtype": "bfloat16",
+        "models": [{"model": f"{made}/parents/{name}", "parameters": {"weight": 0.5}} for name in ("long", "fmt")],
+    }
+    (tmp_path / "merge.yml").write_text(json.dumps(document))
+    assert mergeyard("merge", tmp_path / "merge.yml", tmp_path / "merged", "-q").code == 0
+    assert mergeyard("publish", tmp_path / "merged", "hf://someone/soup").code == 0
+    there = hub.newest("someone/soup")
+    assert [name for name, data in there.items() if str(made).encode() in data] == []
+    assert yaml.safe_load(there["mergekit_config.yml"])["models"][0]["model"] == "long"
+    assert mergeyard("verify", "hf://someone/soup").code == 0
 
 
 def test_publishing_again_sends_nothing(mergeyard: Mergeyard, run: Path, hub: HubServer) -> None:
