@@ -128,7 +128,7 @@ def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -
     """What the colours of a map mean."""
     with _figure(10, 12, 4, 34, width=260) as (figure, axes):
         edges = np.linspace(low, high, 49)  # rectangles: an image would be a picture in a page that holds none
-        axes.bar(edges[:-1], 1, np.diff(edges) * 1.05, align="edge", color=SCALES[scale](np.linspace(0, 1, 48)))
+        axes.bar(edges[:-1], 1, np.diff(edges) * 1.8, align="edge", color=SCALES[scale](np.linspace(0, 1, 48)))
         axes.set(yticks=[], xlim=(low, high), ylim=(0, 1), xlabel=title)
         axes.spines[:].set_visible(False)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
@@ -137,7 +137,7 @@ def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -
 
 def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: float | None = None) -> Markup:
     """Lines over a doubling axis with 95 % intervals; a ring marks an effective length."""
-    with _figure(230, 52, 10, 46 + 17 * len(found)) as (figure, axes):
+    with _figure(230, 52, 10, 50 + 14 * len(found)) as (figure, axes):
         spread = np.linspace(-1, 1, len(found)) * 0.02 if len(found) > 1 else [0.0]
         texts: list[str] = []
         for number, (curve, shift) in enumerate(zip(found, spread, strict=True)):

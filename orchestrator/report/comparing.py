@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput
@@ -89,23 +89,23 @@ def two_sided(estimate: Estimate) -> float:
     return 1.0 if abs(estimate.mean) < NO_SPREAD else min(1.0, 2.0 ** (1 - estimate.clusters))
 
 
-def compare(
-    rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str, adjusted: float | None = None
-) -> Comparison | None:
+def compare(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> Comparison | None:
     """One model against another by the macro score; None where they share no question."""
     samples = _samples(rows, new, old)
-    return _comparison(new, old, samples, adjusted) if samples else None
+    return _comparison(new, old, samples) if samples else None
+
+
+def compare_overall(
+    rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str
+) -> dict[str, Comparison]:
+    """Every one of these points against the baseline by the macro score, adjusted by Holm."""
+    return _overall(_all_samples(rows, points, baseline), baseline)
 
 
 def compare_all(rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str) -> Comparisons:
-    """Every one of these points against the baseline."""
-    samples = {name: _samples(rows, name, baseline) for name in points if name != baseline}
-    samples = {name: found for name, found in samples.items() if found}
-    plain = {name: _comparison(name, baseline, found, None) for name, found in samples.items()}
-    overall = {
-        name: _comparison(name, baseline, samples[name], float(p))
-        for name, p in zip(plain, holm([comparison.p for comparison in plain.values()]), strict=True)
-    }
+    """Every one of these points against the baseline, by length and by task too."""
+    samples = _all_samples(rows, points, baseline)
+    overall = _overall(samples, baseline)
     by_length: dict[tuple[str, int], list[CellSample]] = defaultdict(list)
     by_task: dict[tuple[str, str], list[CellSample]] = defaultdict(list)
     for name, found in samples.items():
@@ -127,6 +127,19 @@ def cells(samples: Mapping[Any, Sequence[CellSample]]) -> dict[Any, Cell]:
     }
 
 
+def _all_samples(
+    rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str
+) -> dict[str, list[CellSample]]:
+    samples = {name: _samples(rows, name, baseline) for name in points if name != baseline}
+    return {name: found for name, found in samples.items() if found}
+
+
+def _overall(samples: Mapping[str, Sequence[CellSample]], baseline: str) -> dict[str, Comparison]:
+    plain = {name: _comparison(name, baseline, found) for name, found in samples.items()}
+    adjusted = holm([comparison.p for comparison in plain.values()])
+    return {name: replace(found, adjusted=float(p)) for (name, found), p in zip(plain.items(), adjusted, strict=True)}
+
+
 def _samples(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> list[CellSample]:
     try:
         return pairs(rows.get(new, ()), rows.get(old, ()))
@@ -134,7 +147,7 @@ def _samples(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> list
         return []
 
 
-def _comparison(new: str, old: str, samples: Sequence[CellSample], adjusted: float | None) -> Comparison:
+def _comparison(new: str, old: str, samples: Sequence[CellSample]) -> Comparison:
     estimate = macro_mean(samples)
     return Comparison(
         new,
@@ -143,6 +156,6 @@ def _comparison(new: str, old: str, samples: Sequence[CellSample], adjusted: flo
         100 * estimate.low,
         100 * estimate.high,
         two_sided(estimate),
-        adjusted,
+        None,
         estimate.items,
     )

@@ -3,27 +3,15 @@
 
 for (const form of document.querySelectorAll("form.choosing")) {
   const charts = [...document.getElementById(form.dataset.of).querySelectorAll(".charts")];
-  const lists = [...form.querySelectorAll("select")];
-  const chosen = () => lists.map((list) => list.value);
-  const matching = (names) => charts.find((chart) => JSON.stringify(names) === JSON.stringify(JSON.parse(chart.dataset.names)));
-  const show = (changed) => {
-    if (!matching(chosen()) && lists.length === 2) {
-      const other = lists[1 - lists.indexOf(changed)];
-      const option = [...other.options].find((option) => {
-        other.value = option.value;
-        return matching(chosen());
-      });
-      if (!option) return;
-    }
-    const wanted = matching(chosen());
-    for (const chart of charts) chart.hidden = chart !== wanted;
+  const list = form.querySelector("select");
+  const show = () => {
+    for (const chart of charts) chart.hidden = chart.dataset.name !== list.value;
   };
-  const first = JSON.parse(charts[0].dataset.names);
-  lists.forEach((list, index) => (list.value = first[index]));
   form.hidden = false;
-  form.addEventListener("change", (event) => show(event.target));
+  form.addEventListener("change", show);
   form.addEventListener("submit", (event) => event.preventDefault());
-  show(lists[0]);
+  list.value = charts[0].dataset.name;
+  show();
 }
 
 for (const button of document.querySelectorAll("button[data-more]")) {

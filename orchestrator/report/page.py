@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import itertools
 import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from orchestrator.comparing import question
 from orchestrator.leaderboard import Line, leaderboard, short_length
 from orchestrator.report import figures
 from orchestrator.report.comparing import Comparisons, compare_all
-from orchestrator.report.verdict import Recommendation, best_parent, p_text, recommend, rows_by_point
+from orchestrator.report.verdict import Recommendation, best_parent, recommend, rows_by_point
 from orchestrator.results import RESULTS, EvaluationResult, read_results
 from orchestrator.summary import size
 from workers.benchmarks.scores import RULER_THRESHOLD
@@ -32,6 +34,9 @@ HERE = Path(__file__).parent
 READS_AT_ONCE = 32
 MOST_RECEIPTS = 5_000
 MOST_FLIPS = 12
+MOST_MAPS = 8
+"""Maps side by side; of more, one is shown at a time."""
+
 ANSWER_CHARACTERS = 400
 REFRESH_SECONDS = 60
 
@@ -134,7 +139,7 @@ def report_on(run: Run) -> Report:
     parent = best_parent(result, lines)
     baseline = _gate_baseline(run, rows) or parent
     comparisons = None if baseline is None else compare_all(rows, points, baseline)
-    against_parent = comparisons if baseline == parent and parent != (lines[0].name if lines else None) else None
+    against_parent = None if comparisons is None or baseline != parent else comparisons.overall
     return Report(run, lines, baseline, comparisons, recommend(result, lines, run.gate, against_parent))
 
 
@@ -166,11 +171,17 @@ def page(report: Report) -> str:
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"short": short_length, "bytes": size, "p": p_text}
+    low, high = _scale(report.lines)
+    environment.filters |= {
+        "short": short_length,
+        "bytes": size,
+        "interval": partial(_interval_style, low, high),
+    }
     script = (HERE / "page.js").read_text(encoding="utf-8")
     context = _context(report)
     return environment.get_template("page.html.jinja").render(
         **context,
+        scale=(low, high),
         style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -192,14 +203,29 @@ def _context(report: Report) -> dict[str, Any]:
         "sections": [
             *_grid_sections(report),
             _curve_section(report),
-            _needle_section(report, everything),
             _pareto_section(report, everything),
+            _needle_section(report, everything),
             _perplexity_section(report),
         ],
         "costs": _costs(report),
         "flips": _flips(report, everything),
         "provenance": _provenance(report),
     }
+
+
+def _scale(lines: Sequence[Line]) -> tuple[float, float]:
+    """What the intervals of the leaderboard are drawn on: round limits around all of them."""
+    finite = [line for line in lines if math.isfinite(line.half_width)]
+    ends = [line.score + side * line.half_width for line in finite for side in (-1, 1)]
+    return _bounds([min(100.0, max(0.0, end)) for end in ends] or [0.0, 100.0])
+
+
+def _interval_style(low: float, high: float, line: Any) -> str:
+    def share(score: float) -> float:
+        return round(100 * (min(high, max(low, score)) - low) / (high - low), 2)
+
+    ends = share(line.score - line.half_width), share(line.score + line.half_width)
+    return f"--low: {ends[0]}; --high: {ends[1]}; --at: {share(line.score)}"
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
@@ -216,9 +242,9 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """Charts that are shown together when this is chosen; `names` has an entry for each list to choose from."""
+    """Charts that are shown together when this is chosen."""
 
-    names: tuple[str, ...]
+    name: str
     charts: tuple[Any, ...]
 
 
@@ -230,9 +256,14 @@ class Section:
     title: str
     words: str
     legend: tuple[Any, ...]
-    choosing: tuple[str, ...]
+    choosing: str
     choices: tuple[Choice, ...]
     tables: tuple[Table, ...]
+
+    @property
+    def half(self) -> bool:
+        """Whether another may stand beside it: one chart at a time."""
+        return all(len(choice.charts) == 1 for choice in self.choices) and len(self.legend) < 2
 
 
 def _grid_sections(report: Report) -> list[Section | None]:
@@ -272,6 +303,11 @@ def _grid_section(
     if not values:
         return None
     low, high = _bounds(values)
+    drawn = [(shown.title, charts.heatmap(shown, low, high)) for shown in maps if shown.tiles]
+    if len(drawn) > MOST_MAPS:
+        choices = tuple(Choice(title, (chart,)) for title, chart in drawn)
+    else:
+        choices = (Choice("", tuple(chart for _, chart in drawn)),)
     hatched = (
         f" Hatched: the difference from {report.baseline} is not sure, at 5 % after Benjamini and Hochberg over all"
         " cells of this map."
@@ -283,8 +319,8 @@ def _grid_section(
         f"The grid by {what}",
         f"Scores from 0 to 100.{hatched}",
         (charts.colour_bar(low, high, "score"),),
-        (),
-        (Choice((), tuple(charts.heatmap(shown, low, high) for shown in maps if shown.tiles)),),
+        what,
+        choices,
         tuple(_table(shown) for shown in maps),
     )
 
@@ -326,8 +362,8 @@ def _curve_section(report: Report) -> Section | None:
         "The best points and the parents, with 95 % intervals that know which items share a haystack. A ring marks the"
         f" effective length: the longest up to which every score reaches {RULER_THRESHOLD}, the dotted line.",
         (),
-        (),
-        (Choice((), (charts.curves(found, "context length (tokens)", "score", threshold=RULER_THRESHOLD),)),),
+        "",
+        (Choice("", (charts.curves(found, "context length (tokens)", "score", threshold=RULER_THRESHOLD),)),),
         (
             Table(
                 "",
@@ -368,10 +404,10 @@ def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
             charts.colour_bar(0, 100, "score"),
             charts.colour_bar(-limit, limit, "difference in points", scale="difference"),
         ),
-        ("point",),
+        "point",
         tuple(
             Choice(
-                (maps.name,),
+                maps.name,
                 (
                     charts.heatmap(maps.scores, 0, 100),
                     *(
@@ -401,9 +437,9 @@ def _pareto_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
         return None
     result = report.run.result
     noted = {departure.point: "left" for departure in result.departures} | dict.fromkeys(result.parents, "parent")
-    pairs = [(x, y) for x in found for y in found if x is not y]
+    pairs = list(itertools.combinations(found, 2))
     drawn = [
-        Choice((x.name, y.name), (charts.pareto(x, y, figures.front(x, y), noted),))
+        Choice(f"{x.name} and {y.name}", (charts.pareto(x, y, figures.front(x, y), noted),))
         for x, y in sorted(pairs, key=lambda pair: _least_alike(found, *pair))
         if set(x.values) & set(y.values)
     ]
@@ -412,7 +448,7 @@ def _pareto_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
         "What one buys with what",
         "Every point by two metrics; the dashed line joins those that no other beats in both.",
         (),
-        ("across", "up"),
+        "metrics",
         tuple(drawn),
         (
             Table(
@@ -446,8 +482,8 @@ def _perplexity_section(report: Report) -> Section | None:
         f"In texts of {longest:,} tokens, by where a token stands; less is better. A model whose context ends early"
         " rises to the right.",
         (),
-        (),
-        (Choice((), (charts.curves(found, "position in the text (tokens)", "perplexity"),)),),
+        "",
+        (Choice("", (charts.curves(found, "position in the text (tokens)", "perplexity"),)),),
         (
             Table(
                 "",

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.evaluation import ScoreRow
 from orchestrator.leaderboard import Line
-from orchestrator.report.comparing import Comparison, Comparisons, compare, compare_all
+from orchestrator.report.comparing import Comparison, compare, compare_overall
 from orchestrator.results import EvaluationResult
 
 
@@ -34,8 +34,17 @@ class Recommendation:
     @property
     def sentence(self) -> str:
         """Plain text, one to four sentences."""
-        said = [self._keep(), self._lead(), self._elsewhere()]
-        return ("" if self.finished else "So far, with the evaluation unfinished: ") + " ".join(filter(None, said))
+        return " ".join(filter(None, (self.headline, *self.grounds)))
+
+    @property
+    def headline(self) -> str:
+        """What to keep, in one sentence."""
+        return ("" if self.finished else "So far, with the evaluation unfinished: ") + self._keep()
+
+    @property
+    def grounds(self) -> list[str]:
+        """The sentences after the first."""
+        return [*filter(None, (self._lead(), self._elsewhere()))]
 
     def _keep(self) -> str:
         score = f"{self.best.score:.1f} points{_spread(self.best)}"
@@ -91,7 +100,7 @@ def recommend(
     result: EvaluationResult,
     lines: Sequence[Line],
     gate: Mapping[str, Any] | None,
-    against_parent: Comparisons | None = None,
+    against_parent: Mapping[str, Comparison] | None = None,
 ) -> Recommendation | None:
     """What to keep, by the leaderboard's lines; None while nobody has a score.
 
@@ -104,13 +113,13 @@ def recommend(
     parent = best_parent(result, lines)
     points = [line.name for line in lines if line.name not in result.baselines]
     if parent is not None and parent != best.name and against_parent is None:
-        against_parent = compare_all(rows, points, parent)
+        against_parent = compare_overall(rows, points, parent)
     runner_up = next((name for name in points if name not in (best.name, parent)), None)
     standing = next((entry for entry in result.standing if entry.point == best.name), None)
     return Recommendation(
         best=best,
         parent=parent,
-        over_parent=None if against_parent is None else against_parent.overall.get(best.name),
+        over_parent=None if against_parent is None else against_parent.get(best.name),
         over_runner_up=None if runner_up is None else compare(rows, best.name, runner_up),
         points=sum(name != parent for name in points),
         finished=result.finished,
