@@ -18,7 +18,7 @@ from jobs.errors import AccessDenied, BadInput, CorruptData, ObjectMissing
 from jobs.tasks import Receipt
 from orchestrator.ledger import READS_AT_ONCE, Lease
 from orchestrator.planning import Places
-from orchestrator.results import EvaluationResult, read_results
+from orchestrator.results import read_results
 from orchestrator.summary import size
 from workers.storage import Store, open_store
 
@@ -87,22 +87,50 @@ def holdings(run: str, keep: int) -> Holdings:
         raise BadInput(f"--keep {keep}: at least 1, the best point")
     store = open_store(run)
     planned = _planned(store)
-    result = _results(run)
     taken, beside = _taken((info.key, info.size) for info in store.list())
     owners = {name: same_as or name for name, same_as in planned.points.items()}
-    rank = {} if result is None else {standing.point: place for place, standing in enumerate(result.standing, 1)}
-    scores = {} if result is None else {standing.point: 100 * standing.score for standing in result.standing}
     needed = _needed(store, planned)
-    for name, why in list(needed.items()):
-        needed.setdefault(owners.get(name, name), why)  # whose files the point's are
-    found: list[Holding] = []
-    for name in sorted(planned.points.keys() | taken.keys()):
-        scored = name if name in rank else owners.get(name, name)
-        place = rank.get(scored)
-        kept, why = _judged(place, len(rank), keep, needed.get(name), finished=result is not None and result.finished)
-        found.append(Holding(name, taken[name], scores.get(scored), place, kept, why))
-    found.sort(key=lambda point: (point.place is None, point.place, point.point))
-    return Holdings(store.url, tuple(found), dict(sorted(beside.items())))
+    needed |= {owners[name]: why for name, why in needed.items() if name in owners}  # whose files the point's are
+    standings = _Standings.of(run)
+    points: list[Holding] = []
+    for name in planned.points.keys() | taken.keys():
+        scored = name if name in standings.places else owners.get(name, name)
+        kept, why = standings.judge(scored, keep) if name not in needed else (True, needed[name])
+        score, place = standings.scores.get(scored), standings.places.get(scored)
+        points.append(Holding(name, taken[name], score, place, kept, why))
+    points.sort(key=lambda point: (point.place is None, point.place, point.point))
+    return Holdings(store.url, tuple(points), dict(sorted(beside.items())))
+
+
+@dataclass(frozen=True, slots=True)
+class _Standings:
+    """Who scored what: scores from 0 to 100 and places from 1, by point; nobody where there are no scores."""
+
+    scores: Mapping[str, float]
+    places: Mapping[str, int]
+    finished: bool
+
+    @classmethod
+    def of(cls, run: str) -> _Standings:
+        try:
+            result = read_results(run)
+        except BadInput:
+            return cls({}, {}, finished=False)
+        return cls(
+            {standing.point: 100 * standing.score for standing in result.standing},
+            {standing.point: place for place, standing in enumerate(result.standing, 1)},
+            result.finished,
+        )
+
+    def judge(self, point: str, keep: int) -> tuple[bool, str]:
+        """Whether a point stays by its score, and why."""
+        if not self.finished:
+            return True, "its evaluation is not finished" if self.places else "no scores yet"
+        if point not in self.places:
+            return True, "not scored"
+        if self.places[point] <= keep:
+            return True, f"among the best {keep}" if keep > 1 else "the best"
+        return False, f"not among the best {keep}"
 
 
 def _taken(listed: Iterable[tuple[str, int]]) -> tuple[Counter[str], Counter[str]]:
@@ -115,19 +143,6 @@ def _taken(listed: Iterable[tuple[str, int]]) -> tuple[Counter[str], Counter[str
         else:
             beside[folder if folder in FOLDERS else "other"] += count
     return points, beside
-
-
-def _judged(place: int | None, points: int, keep: int, needed: str | None, *, finished: bool) -> tuple[bool, str]:
-    """Whether a point stays, and why."""
-    if needed is not None:
-        return True, needed
-    if not finished:
-        return True, "no scores yet" if points == 0 else "its evaluation is not finished"
-    if place is None:
-        return True, "not scored"
-    if place <= keep:
-        return True, f"among the best {keep}" if keep > 1 else "the best"
-    return False, f"not among the best {keep}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,13 +164,6 @@ def _planned(store: Store) -> _Planned:
         {entry["name"]: entry["same_as"] for entry in plan["points"]},
         {name: parent["url"] for name, parent in plan["parents"].items()},
     )
-
-
-def _results(run: str) -> EvaluationResult | None:
-    try:
-        return read_results(run)
-    except BadInput:
-        return None
 
 
 def _needed(store: Store, planned: _Planned) -> dict[str, str]:
