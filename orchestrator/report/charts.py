@@ -26,16 +26,21 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from orchestrator.gate import Outcome
 from orchestrator.leaderboard import short_length
+from orchestrator.nights import Night, Score
 from orchestrator.report.figures import Cost, Curve, Map, Metric
 
-WIDTH = 440
+WIDTH = 420
 """Pixels; a chart is never drawn wider, and shrinks a little on a narrow phone."""
 
 INK, RULE, PAPER = "#010203", "#040506", "#070809"
 """Stand in for colours of the page while matplotlib draws."""
 
 PAGE_COLOURS = {INK: "currentColor", RULE: "var(--rule)", PAPER: "var(--paper)"}
+
+LETTER = 7.2
+"""Pixels that a letter of a label takes, about."""
 
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00", "#7F7F7F")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
@@ -44,9 +49,9 @@ DASHES: tuple[Any, ...] = ("-", (0, (5, 1.5)), (0, (1.5, 1)), (0, (4, 1, 1, 1)),
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "axes.titlesize": 11,
-    "axes.labelsize": 11,
+    "font.size": 12,
+    "axes.titlesize": 12,
+    "axes.labelsize": 12,
     "text.color": INK,
     "axes.labelcolor": INK,
     "axes.edgecolor": RULE,
@@ -56,15 +61,22 @@ STYLE: dict[str, Any] = {
     "grid.color": RULE,
     "xtick.color": INK,
     "ytick.color": INK,
-    "xtick.labelsize": 10,
-    "ytick.labelsize": 10,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
     "hatch.linewidth": 0.9,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
     "legend.frameon": False,
-    "legend.fontsize": 10,
+    "legend.fontsize": 11.5,
 }
+
+OUTCOME_MARKS: Mapping[Outcome, tuple[str, str, str]] = {
+    "pass": ("o", OKABE_ITO[0], OKABE_ITO[0]),
+    "fail": ("X", OKABE_ITO[1], OKABE_ITO[1]),
+    "inconclusive": ("o", "none", OKABE_ITO[0]),
+}
+"""Marker, face and edge of a night's candidate."""
 
 MOST_NUMBERED = 240
 """Cells of a map that have their number written into them."""
@@ -87,11 +99,11 @@ SCALES: Mapping[Scale, Colormap] = {"score": _cut("cividis", 0.08, 1.0), "differ
 def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> Markup:
     """A map with one rectangle a tile, hatched where its difference is not sure; the tile's text is its tooltip."""
     rows, columns = [shorten(row, 26) for row in shown.rows], [shorten(column, 16) for column in shown.columns]
-    left = 24 + 6.3 * max(map(len, rows))
-    wide = max(map(len, columns)) * 6.3 > (WIDTH - left - 12) / len(columns) - 4
-    bottom = 26 + (4.6 * max(map(len, columns)) + 8 if wide else 12)
+    left = 24 + LETTER * max(map(len, rows))
+    wide = max(map(len, columns)) * LETTER > (WIDTH - left - 12) / len(columns) - 4
+    bottom = 26 + (0.72 * LETTER * max(map(len, columns)) + 10 if wide else 16)
     row_height = max(4.0, min(26.0, 900 / len(rows)))
-    with _figure(len(rows) * row_height, left, 24 if shown.title else 8, bottom) as (figure, axes):
+    with _figure(len(rows) * row_height, left, 28 if shown.title else 8, bottom) as (figure, axes):
         colours, places = SCALES[scale], list(shown.tiles)
         norm = Normalize(low, high)
         values = np.array([shown.tiles[place].value for place in places])
@@ -99,7 +111,7 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
         axes.add_collection(
             PolyCollection(corners, facecolors=colours(norm(values)), edgecolors=PAPER, linewidths=0.6, gid="tiles")
         )
-        dark = _luminance(colours(norm(values))) < 0.4
+        dark = _luminance(colours(norm(values))) < 0.47
         for is_dark, ink in ((True, "#ffffff"), (False, "#000000")):
             unsure = [
                 corner
@@ -112,7 +124,9 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
         if len(places) <= MOST_NUMBERED and row_height >= 14:
             for (y, x), value, of in zip(places, values.tolist(), dark.tolist(), strict=True):
                 text = f"{value:.0f}" if scale == "score" else f"{value:+.0f}"
-                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=10, color="#fff" if of else "#000")
+                axes.text(
+                    x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=11.5, color="#fff" if of else "#000"
+                )
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=shown.column_title, ylabel=shown.row_title)
         turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if wide else {}
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **turned)
@@ -126,7 +140,7 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
 
 def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -> Markup:
     """What the colours of a map mean."""
-    with _figure(10, 12, 4, 34, width=260) as (figure, axes):
+    with _figure(10, 14, 4, 38, width=260) as (figure, axes):
         edges = np.linspace(low, high, 49)  # rectangles: an image would be a picture in a page that holds none
         axes.bar(edges[:-1], 1, np.diff(edges) * 1.8, align="edge", color=SCALES[scale](np.linspace(0, 1, 48)))
         axes.set(yticks=[], xlim=(low, high), ylim=(0, 1), xlabel=title)
@@ -137,7 +151,7 @@ def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -
 
 def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: float | None = None) -> Markup:
     """Lines over a doubling axis with 95 % intervals; a ring marks an effective length."""
-    with _figure(230, 52, 10, 50 + 14 * len(found)) as (figure, axes):
+    with _figure(240, 54, 10, 54 + 16 * len(found)) as (figure, axes):
         spread = np.linspace(-1, 1, len(found)) * 0.02 if len(found) > 1 else [0.0]
         texts: list[str] = []
         for number, (curve, shift) in enumerate(zip(found, spread, strict=True)):
@@ -151,7 +165,7 @@ def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: flo
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
                 linewidth=1.6,
-                label=shorten(curve.name, 44) + (" (parent)" if curve.parent else ""),
+                label=shorten(curve.name, 40) + (" (parent)" if curve.parent else ""),
             )
             if curve.low:
                 axes.vlines(x, curve.low, curve.high, color=colour, linewidth=1.2, alpha=0.8)
@@ -177,7 +191,7 @@ def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: flo
 def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str]) -> Markup:
     """Every point by two metrics, the front joined; `noted` says what a point is besides: a parent, or left."""
     names = [name for name in x.values if name in y.values]
-    with _figure(270, 58, 12, 74) as (figure, axes):
+    with _figure(280, 58, 12, 80) as (figure, axes):
         shape = {"parent": ("s", OKABE_ITO[1], OKABE_ITO[1]), "left": ("o", "none", OKABE_ITO[7])}
         texts: list[str] = []
         for kind in ("", "left", "parent"):
@@ -215,14 +229,22 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
             Line2D([], [], linestyle="", marker="s", color=OKABE_ITO[1], label="parent"),
             Line2D([], [], linestyle=(0, (3, 2)), color=INK, label="front"),
         ]
-        figure.legend(handles=handles, loc="lower left", ncols=4, columnspacing=1, handletextpad=0.4, borderaxespad=0.2)
+        figure.legend(
+            handles=handles,
+            loc="lower left",
+            ncols=4,
+            columnspacing=0.8,
+            handletextpad=0.2,
+            handlelength=1.4,
+            borderaxespad=0.2,
+        )
         return _svg(figure, "dots-", texts, f"{y.name} against {x.name}; on the front: {', '.join(front)}")
 
 
 def bars(costs: Sequence[Cost]) -> Markup:
     """Seconds of work by what it went into."""
     labels = [shorten(cost.what, 24) for cost in costs]
-    with _figure(20 * len(costs), 20 + 6.3 * max(map(len, labels)), 8, 42) as (figure, axes):
+    with _figure(22 * len(costs), 14 + LETTER * max(map(len, labels)), 8, 46) as (figure, axes):
         axes.barh(range(len(costs)), [cost.seconds for cost in costs], color=OKABE_ITO[0], height=0.7)
         axes.set_yticks(range(len(costs)), labels)
         axes.invert_yaxis()
@@ -234,6 +256,74 @@ def bars(costs: Sequence[Cost]) -> Markup:
         return _svg(
             figure, "", [], f"seconds of work: {'; '.join(f'{cost.what}: {cost.seconds:.1f}' for cost in costs)}"
         )
+
+
+def trend(nights: Sequence[Night], what: str, low: float) -> Markup:
+    """Candidate, blessed merge and anchor of every night, with 95 % intervals: overall, or at a length.
+
+    Scores are drawn from `low` to 100. A night without this score leaves a gap. What a night's verdict was is the shape of its candidate.
+    """
+    told = [night for night in nights if what in night.scores["candidate"]]
+    with _figure(190, 44, 10, 92) as (figure, axes):
+        for who, colour, dash, shift in (("anchor", 2, DASHES[2], 0.14), ("blessed", 4, DASHES[1], -0.14)):
+            found = [(night.number + shift, night.scores[who][what]) for night in told if who in night.scores]
+            if found:
+                _scores(axes, found, OKABE_ITO[colour])
+                places = [place for place, _ in found]
+                axes.plot(
+                    places, [score.mean for _, score in found], color=OKABE_ITO[colour], linestyle=dash, linewidth=1.6
+                )
+        _scores(axes, [(night.number, night.scores["candidate"][what]) for night in told], OKABE_ITO[0])
+        for outcome, (marker, face, edge) in OUTCOME_MARKS.items():
+            of = [night for night in told if night.outcome == outcome]
+            axes.scatter(
+                [night.number for night in of],
+                [night.scores["candidate"][what].mean for night in of],
+                s=46 if outcome == "fail" else 30,
+                marker=marker,
+                facecolors=face,
+                edgecolors=edge,
+                linewidths=1.6,
+                zorder=5,
+                gid=f"nights-{outcome}",
+            )
+        axes.set(xlabel="night", ylabel="score")
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_axisbelow(True)
+        axes.set(xlim=(nights[0].number - 0.6, nights[-1].number + 0.6), ylim=(low - 1, 102))
+        figure.legend(handles=_trend_legend(), loc="lower left", ncols=2, borderaxespad=0.2, labelspacing=0.35)
+        texts = [
+            f"night {night.night}: {night.outcome}, {night.scores['candidate'][what].mean:.1f}"
+            for outcome in OUTCOME_MARKS
+            for night in told
+            if night.outcome == outcome
+        ]
+        return _svg(figure, "nights-", texts, f"scores by night, {what}; {'; '.join(texts)}")
+
+
+def _scores(axes: Axes, found: Sequence[tuple[float, Score]], colour: str) -> None:
+    """The intervals of scores."""
+    sure = [(place, score.low, score.high) for place, score in found if score.low is not None]
+    places, lows, highs = zip(*sure, strict=True) if sure else ((), (), ())
+    axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.7)
+
+
+def _trend_legend() -> list[Line2D]:
+    meanings = {
+        "pass": "candidate: passed, blessed",
+        "fail": "candidate: failed",
+        "inconclusive": "candidate: no verdict",
+    }
+    handles = [
+        Line2D([], [], linestyle="", marker=marker, color=edge, markerfacecolor=face, label=meanings[outcome])
+        for outcome, (marker, face, edge) in OUTCOME_MARKS.items()
+    ]
+    return [
+        *handles,
+        Line2D([], [], linestyle=DASHES[1], color=OKABE_ITO[4], label="blessed merge, asked that night"),
+        Line2D([], [], linestyle=DASHES[2], color=OKABE_ITO[2], label="anchor"),
+    ]
 
 
 def shorten(text: str, most: int) -> str:
@@ -264,7 +354,7 @@ def _name_front(axes: Axes, x: Metric, y: Metric, front: Sequence[str]) -> None:
             xytext=(-7 if across > 0.5 else 7, -3),
             textcoords="offset points",
             ha="right" if across > 0.5 else "left",
-            fontsize=10,
+            fontsize=11.5,
         )
 
 
