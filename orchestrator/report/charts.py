@@ -261,7 +261,7 @@ def bars(costs: Sequence[Cost]) -> Markup:
 def trend(nights: Sequence[Night], what: str, low: float) -> Markup:
     """Candidate, blessed merge and anchor of every night, with 95 % intervals: overall, or at a length.
 
-    Scores are drawn from `low` to 100. A night without this score leaves a gap. What a night's verdict was is the shape of its candidate.
+    Scores are drawn from `low` to 100. What a night's verdict was is the shape of its candidate.
     """
     told = [night for night in nights if what in night.scores["candidate"]]
     with _figure(190, 44, 10, 92) as (figure, axes):

@@ -1,0 +1,71 @@
+"""`mergeyard nightly JOB.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from orchestrator.commands.inputs import print_json, read_job, watched
+from orchestrator.commands.workplace import Workplace
+
+if TYPE_CHECKING:
+    from orchestrator.nightly import Tonight
+    from orchestrator.nights import Book, Night
+
+
+def nightly(options: argparse.Namespace) -> int:
+    """`mergeyard nightly JOB.yaml`: 0 where it passed or nothing has changed, 1 fail, 3 inconclusive."""
+    from orchestrator.gate import EXIT_CODES
+    from orchestrator.nightly import Nightly
+    from orchestrator.nightly_telling import junit
+    from orchestrator.watching import Watcher
+
+    job, folder = read_job(options)
+    with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
+        tonight = Nightly(job, folder, workplace.evaluators, lambda: workplace.pool, watcher, _conclude).run()
+    judged = tonight.ending != "unchanged"
+    if options.junit:
+        Path(options.junit).write_text(junit(tonight.night if judged else None), encoding="utf-8")
+    if options.json:
+        print_json(_facts(tonight))
+    elif not options.quiet:
+        _print(tonight)
+    return EXIT_CODES[tonight.night.outcome] if judged else 0
+
+
+def _conclude(book: Book, night: Night, history: Sequence[Night]) -> None:
+    """Tells the webhook, then renews the page: a page that cannot be drawn is seen, a night nobody heard of is not."""
+    from orchestrator.nightly_telling import headline, reasons
+    from orchestrator.report.nights import PAGE, nights_page
+    from orchestrator.webhook import tell
+
+    name = book.store.url.rsplit("/", 1)[-1]
+    warning = tell(f"{name}: {headline(night)}", ["\n".join([*reasons(night), f"{book.store.url}/{PAGE}"])])
+    if warning is not None:
+        print(f"mergeyard: warning: {warning}", file=sys.stderr)
+    book.store.write(PAGE, nights_page(name, history, book.blessed()).encode())
+
+
+def _facts(tonight: Tonight) -> dict[str, object]:
+    return {
+        "ending": tonight.ending,
+        "outcome": tonight.night.outcome,
+        "blessed": None if tonight.blessed is None else asdict(tonight.blessed),
+        "night": asdict(tonight.night),
+    }
+
+
+def _print(tonight: Tonight) -> None:
+    from orchestrator.nightly_telling import headline, reasons
+
+    night = tonight.night
+    if tonight.ending == "unchanged":
+        print(f"nothing has changed since night {night.night} (that ended: {night.outcome}); nothing done")
+    else:
+        print(headline(night))
+        print(*(f"  {reason}" for reason in reasons(night)), sep="\n")
+    print("nothing is blessed yet" if tonight.blessed is None else f"blessed: {tonight.blessed.point}")

@@ -1,0 +1,338 @@
+"""Every night: the newest parents by the same recipe, judged against the blessed merge, which moves if nothing is lost.
+
+Two baselines, because one is not enough. Against `blessed`, the last merge that passed, the candidate must pass.
+Against the anchor, the baseline that the job names, it must not fail: else thirty nights that each lose less than the
+margin would walk away from where they began. Each is judged at half of the job's alpha, so that together a wrong
+verdict is no likelier than the job says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.evaluation import ScoreRow
+from jobs.job import Job
+from jobs.manifest import Manifest
+from jobs.tasks import digest
+from orchestrator.comparing import question
+from orchestrator.driver import drive
+from orchestrator.evaluation import OpenEvaluators, Session
+from orchestrator.gate import Outcome
+from orchestrator.gating import Gated, gate
+from orchestrator.leaderboard import samples
+from orchestrator.ledger import Lease
+from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
+from orchestrator.planning import Plan, make_plan
+from orchestrator.pool import Pool
+from orchestrator.questions import Questions, Subject, questions
+from orchestrator.results import ranked_rows
+from orchestrator.statistics import Cell, Estimate, macro_mean
+from orchestrator.watching import Watcher
+from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.storage import open_store
+
+BLESSED = "blessed"
+
+Ending = Literal["recorded", "finished", "unchanged"]
+
+
+@dataclass(frozen=True, slots=True)
+class Tonight:
+    """How a call ended: with a night `recorded`; with an earlier one `finished`, that died before its end; `unchanged`.
+
+    `night` is the record that counts, the last one where nothing changed.
+    """
+
+    ending: Ending
+    night: Night
+    blessed: Blessed | None
+
+
+@dataclass(frozen=True, slots=True)
+class Nightly:
+    """A nightly job and where its work is done. `conclude` is called with every night that ends, and all nights."""
+
+    job: Job
+    folder: Path
+    open_evaluators: OpenEvaluators
+    pool: Callable[[], Pool]
+    watcher: Watcher
+    conclude: Callable[[Book, Night, Sequence[Night]], None]
+
+    def run(self) -> Tonight:
+        """Judges the newest parents' merge, unless nothing has changed; one call at a time, else `RunBusy`."""
+        began = time.monotonic()
+        _check(self.job)
+        plan = make_plan(self.job, relative_to=self.folder)
+        questions(plan, self.folder)
+        book = Book(open_store(plan.run_url))
+        with Lease(book.store, "lease.json") as lease:
+            history = book.nights()
+            if history and book.unfinished(history[-1]):
+                book.bless(history[-1])
+                self.conclude(book, history[-1], history)
+                if history[-1].fingerprint == _fingerprint(plan):
+                    return Tonight("finished", history[-1], book.blessed())
+            if history and history[-1].fingerprint == _fingerprint(plan):
+                return Tonight("unchanged", history[-1], book.blessed())
+            blessed = book.blessed()
+            night = self._judged(plan, history, blessed, began)
+            lease.check()
+            book.check_unmoved(blessed)
+            book.record(night)
+            if night.epoch is not None:
+                book.bless(night)
+            self.conclude(book, night, [*history, night])
+            return Tonight("recorded", night, book.blessed())
+
+    def _judged(self, plan: Plan, history: Sequence[Night], blessed: Blessed | None, began: float) -> Night:
+        """Tonight's record, with the point written if it passed; nothing is recorded yet."""
+        number = 1 + (history[-1].number if history else 0)
+        tonight = _plan_of_night(plan, f"{number:04d}-{_fingerprint(plan)[:8]}", blessed)
+        asked = questions(tonight, self.folder)
+        with Session.of(tonight, asked, self.open_evaluators, self.watcher) as session:
+            standing = session.run().standing
+            found = _judge(session, asked, self.job, standing[0].point, blessed)
+        for who, verdict in found.verdicts.items():
+            name = "verdict" if verdict is next(iter(found.verdicts.values())) else who
+            open_store(tonight.run_url).write(f"gate/{name}.json", json.dumps(verdict, indent=1).encode())
+        written = self._write(tonight, [entry.point for entry in standing], found)
+        passed = found.outcome == "pass"
+        epoch = 1 + max(0 if blessed is None else blessed.epoch, *(night.epoch or 0 for night in history), 0)
+        return Night(
+            number=number,
+            night=tonight.job.name,
+            fingerprint=_fingerprint(plan),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
+            seconds=round(time.monotonic() - began, 1),
+            items=found.items,
+            outcome=found.outcome,
+            candidate=found.candidate,
+            weights=found.weights,
+            point=f"{tonight.run_url}/points/{found.candidate}" if found.candidate in written else None,
+            parents=_revisions(plan.parents),
+            changed=_changed(plan, history),
+            scores=found.scores,
+            verdicts=found.verdicts,
+            alpha=found.alpha,
+            judged_against=None if blessed is None else blessed.nonce,
+            epoch=epoch if passed else None,
+            nonce=new_nonce(),
+        )
+
+    def _write(self, tonight: Plan, standing: Sequence[str], found: _Found) -> frozenset[str]:
+        """Writes what the job keeps, and the candidate if it passed; the names of what is written now."""
+        keep = self.job.keep
+        names: set[str] = {found.candidate} if found.outcome == "pass" else set()
+        if keep.kind == "all" and "keep" in self.job.places:
+            names |= {planned.name for planned in tonight.points}
+        if keep.kind == "best":
+            names |= set(standing[: keep.count])
+        if not names:
+            return frozenset()
+        kept = tonight.keeping(names)
+        kept.check_room()
+        manifests = drive(kept, self.pool(), self.watcher).manifests
+        written = manifests.get(found.candidate)
+        if written is not None and written.weights != found.weights:
+            raise CorruptData(
+                f"{tonight.run_url}/points/{found.candidate}: written with other weights than were scored"
+                f" ({written.weights[:12]}, not {found.weights[:12]}); nothing is blessed, run `mergeyard verify` on it"
+            )
+        return frozenset(manifests)
+
+
+def _check(job: Job) -> None:
+    """Refuses a job that is not one for every night."""
+    if job.gate is None:
+        raise BadInput(f"{job.source}: a nightly job needs a gate to pass; add `gate: {{baseline: …}}`")
+    if job.engine.name == "openai":
+        raise BadInput(
+            f"{job.engine.place}: the server at {job.engine.url} serves one model, a night compares several;"
+            " take transformers or vllm"
+        )
+    if BLESSED in job.parents:
+        raise BadInput(
+            f"{job.place_of(f'parents.{BLESSED}')}: {BLESSED} is what every night calls the last merge that passed;"
+            " give this parent another name"
+        )
+    if any(point.name == BLESSED for point in job.points):
+        raise BadInput(f"{job.place_of('point')}: a point cannot be called {BLESSED} here; give it another name")
+
+
+def _fingerprint(plan: Plan) -> str:
+    """Changes when a night would find anything new: another job, other merges, another anchor."""
+    merged = {name for planned in plan.merges for name in planned.layout.parents}
+    alone = {name: _revision(checkpoint).files for name, checkpoint in plan.parents.items() if name not in merged}
+    return digest([plan.job.digest(), plan.digest, alone])
+
+
+def _revision(checkpoint: Checkpoint) -> Revision:
+    files = sorted([file.key, file.size, file.etag] for file in checkpoint.files)
+    return Revision(checkpoint.url, digest(files)[:12])
+
+
+def _revisions(parents: Mapping[str, Checkpoint]) -> dict[str, Revision]:
+    return {name: _revision(checkpoint) for name, checkpoint in parents.items()}
+
+
+def _changed(plan: Plan, history: Sequence[Night]) -> tuple[str, ...]:
+    """The parents that are not what they were the night before; all of them on the first."""
+    before = history[-1].parents if history else {}
+    return tuple(name for name, revision in _revisions(plan.parents).items() if before.get(name) != revision)
+
+
+def _plan_of_night(plan: Plan, name: str, blessed: Blessed | None) -> Plan:
+    """The same merges of the very versions that were pinned, as a run of its own; the blessed point is a parent."""
+    assert plan.job.gate is not None
+    parents = {**plan.parents} if blessed is None else {**plan.parents, BLESSED: _open_blessed(plan, blessed)}
+    urls = {parent: checkpoint.url for parent, checkpoint in parents.items()}
+    baseline = plan.job.gate.baseline if blessed is None else BLESSED
+    output = f"{plan.run_url}/nights"
+    job = replace(
+        plan.job,
+        name=name,
+        parents=urls,
+        output=output,
+        gate=replace(plan.job.gate, baseline=baseline),
+        text=_text(plan.job, name, urls, baseline, output),
+    )
+    return replace(plan, job=job, run_url=f"{output}/{name}", parents=parents)
+
+
+def _open_blessed(plan: Plan, blessed: Blessed) -> Checkpoint:
+    """The blessed point, if it is there and has the weights that were blessed."""
+    place = f"{plan.run_url}/blessed.json"
+    remedy = "put it back, or remove blessed.json to begin anew from the gate's baseline"
+    try:
+        manifest = Manifest.from_json(bytes(open_store(blessed.point).read("manifest.json")))
+        checkpoint = open_checkpoint(blessed.point, BLESSED)
+    except (ObjectMissing, BadInput, CorruptData) as error:
+        raise BadInput(f"{place}: the blessed point {blessed.point} cannot be read ({error}); {remedy}") from error
+    if manifest.weights != blessed.weights:
+        raise BadInput(f"{place}: {blessed.point} has other weights than were blessed; {remedy}")
+    return checkpoint
+
+
+def _text(job: Job, name: str, parents: Mapping[str, str], baseline: str, output: str) -> str:
+    """The YAML of the night's own job, as written but for name, parents, baseline and output; quotes stay quotes."""
+    document = yaml.compose(job.text, Loader=yaml.SafeLoader)
+    assert isinstance(document, yaml.MappingNode), "it was loaded"
+    entries = {key.value: [key, value] for key, value in document.value}
+    for key, value in (("name", name), ("parents", dict(parents)), ("output", output)):
+        entries[key] = [_node(key), _node(value)]
+    _, asked = entries["gate"]
+    asked.value = [(key, _node(baseline) if key.value == "baseline" else value) for key, value in asked.value]
+    document.value = [(key, value) for key, value in entries.values()]
+    return yaml.serialize(document, Dumper=yaml.SafeDumper, width=120)
+
+
+def _node(value: Any) -> yaml.Node:
+    node = yaml.compose(yaml.safe_dump(value), Loader=yaml.SafeLoader)
+    assert node is not None
+    return node
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What the session of a night found about its candidate."""
+
+    candidate: str
+    weights: str
+    outcome: Outcome
+    verdicts: Mapping[str, Mapping[str, Any]]
+    alpha: float
+    scores: Scores
+    items: int
+
+
+def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed: Blessed | None) -> _Found:
+    """The candidate against the blessed merge, if that is another model, and against the anchor."""
+    assert job.gate is not None
+    weights = _weights(session.rows(), candidate)
+    baselines = {"anchor": job.gate.baseline}
+    if blessed is not None and blessed.weights != weights:
+        baselines = {BLESSED: BLESSED, **baselines}
+    alpha = job.gate.alpha / len(baselines)
+    verdicts = {
+        who: gate(
+            session,
+            asked,
+            replace(job.gate, baseline=name, alpha=alpha),
+            candidate,
+            chosen=len(asked.points) > 1,
+        )
+        for who, name in baselines.items()
+    }
+    everyone = {"candidate": candidate, "anchor": job.gate.baseline} | ({} if blessed is None else {BLESSED: BLESSED})
+    return _Found(
+        candidate=candidate,
+        weights=weights,
+        outcome=_outcome(verdicts, first=blessed is None),
+        verdicts={who: gated.document() for who, gated in verdicts.items()},
+        alpha=alpha,
+        scores=_scores(
+            ranked_rows(session.rows(), asked.ranked),
+            {who: asked.subject(name) for who, name in everyone.items()},
+            fresh=any(gated.fresh for gated in verdicts.values()),
+        ),
+        items=len(session.rows()),
+    )
+
+
+def _outcome(verdicts: Mapping[str, Gated], *, first: bool) -> Outcome:
+    """The first night has to pass against the anchor. Later ones must not fail against it, and pass against `blessed`.
+
+    Without a verdict on that, the candidate is the blessed model itself, and nothing is lost.
+    """
+    anchor = verdicts["anchor"].verdict.outcome
+    if first or anchor == "fail":
+        return anchor
+    return verdicts[BLESSED].verdict.outcome if BLESSED in verdicts else "pass"
+
+
+def _weights(rows: Sequence[ScoreRow], point: str) -> str:
+    """The digest of the weights that answered; `CorruptData` where they were not always the same."""
+    found = {row.weights for row in rows if row.point == point}
+    if len(found) != 1:
+        raise CorruptData(f"the answers of {point} come from {len(found)} different weights; remove its run's scores/")
+    return found.pop()
+
+
+def _scores(rows: Sequence[ScoreRow], subjects: Mapping[str, Subject], *, fresh: bool) -> Scores:
+    """Scores on the items that all of these answered; where the candidate was chosen by some, on the others."""
+    chosen_by = {cell: planned.made if fresh else 0 for cell, planned in subjects["candidate"].sets.items()}
+    answered = {
+        who: {
+            question(row): row
+            for row in rows
+            if row.point == subject.name
+            and (row.length == 0 or row.item >= chosen_by.get(Cell(row.task, row.length), 0))
+        }
+        for who, subject in subjects.items()
+    }
+    common = set.intersection(*(set(found) for found in answered.values()))
+    return {who: _by_length([found[place] for place in sorted(common)]) for who, found in answered.items()}
+
+
+def _by_length(rows: Sequence[ScoreRow]) -> dict[str, Score]:
+    lengths = sorted({row.length for row in rows if row.length})
+    parts = {str(length): [row for row in rows if row.length == length] for length in lengths}
+    return {what: _score(macro_mean(samples(part))) for what, part in {"overall": rows, **parts}.items() if part}
+
+
+def _score(estimate: Estimate) -> Score:
+    mean = round(100 * estimate.mean, 3)
+    if not math.isfinite(estimate.low):
+        return Score(mean, None, None)
+    return Score(mean, round(max(0.0, 100 * estimate.low), 3), round(min(100.0, 100 * estimate.high), 3))

@@ -1,0 +1,53 @@
+"""What a night found, in words and as JUnit XML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from xml.etree import ElementTree
+
+from orchestrator.gate import GateRule, Verdict, VerdictLine
+from orchestrator.nights import Night
+
+SUITE = "mergeyard nightly"
+
+
+def headline(night: Night) -> str:
+    """One line: the night, its outcome, and what that means for the blessed merge."""
+    meaning = f"{night.candidate} is blessed" if night.epoch is not None else f"{night.candidate} is not blessed"
+    return f"night {night.night}: {night.outcome}: {meaning}"
+
+
+def reasons(night: Night) -> list[str]:
+    """A line for every line of the verdicts, and what was new."""
+    found = [
+        f"against {_named(who, verdict['old'])}: {line['reason']}"
+        for who, verdict in night.verdicts.items()
+        for line in verdict["lines"]
+    ]
+    if "blessed" not in night.verdicts and night.judged_against is not None:
+        found.insert(0, "the very model that is blessed")
+    return [*found, f"new since the night before: {', '.join(night.changed) or 'the job'}"]
+
+
+def junit(night: Night | None) -> str:
+    """A test suite for each verdict of the night; none where nothing had changed."""
+    suites = ElementTree.Element("testsuites", name=SUITE)
+    for verdict in () if night is None else night.verdicts.values():
+        suites.append(ElementTree.fromstring(_verdict(verdict).to_junit_xml()))
+    return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True)
+
+
+def _named(who: str, old: str) -> str:
+    return "the blessed merge" if who == "blessed" else f"the anchor {old.removeprefix('parent-')}"
+
+
+def _verdict(document: Mapping[str, Any]) -> Verdict:
+    return Verdict(
+        outcome=document["outcome"],
+        new=document["new"],
+        old=document["old"],
+        rule=GateRule(**document["rule"]),
+        lines=tuple(VerdictLine(**line) for line in document["lines"]),
+        items_needed=document["items_needed"],
+    )

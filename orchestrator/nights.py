@@ -1,0 +1,192 @@
+"""What a nightly job remembers under its prefix: one record a night, and which point is blessed.
+
+    history/000001.json   what a night found; written once
+    blessed.json          the blessed point; moved by compare-and-swap, forward only
+
+The record comes first, the pointer after it. A record that passed while the pointer is still the one it was judged
+against is a night that died between the two: the next one moves the pointer for it, before anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy
+from jobs.tasks import FORMAT
+from orchestrator.gate import Outcome
+from workers.storage import Store
+
+POINTER = "blessed.json"
+HISTORY = "history/"
+READS_AT_ONCE = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Blessed:
+    """The blessed point: its URL, the digest of its weights and the night that made it.
+
+    `epoch` only rises; `nonce` tells this version from every other, and is that of the night's record.
+    """
+
+    point: str
+    weights: str
+    night: str
+    epoch: int
+    nonce: str
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """A model's score in points from 0 to 100, and its 95 % interval; None where one haystack shows no spread."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """A parent as a night found it: its URL (with the commit, on a hub) and a digest of its files' versions."""
+
+    url: str
+    files: str
+
+
+Scores = Mapping[str, Mapping[str, Score]]
+"""By who (candidate, blessed, anchor), then by what: overall, or a length in tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Night:
+    """What one night found.
+
+    `verdicts` holds the gate's documents, by who the candidate was compared with: blessed, unless that is the same
+    model, and anchor. `alpha` is what each was judged at. `point` is the candidate's URL, None if it was not written;
+    `epoch` the one that the pointer moves to, None unless it passed. `judged_against` is the nonce of the pointer then,
+    None while nothing was blessed. `changed` are the parents that are new since the night before. `seconds` counts the
+    call that finished the night; `items` are answers, of all models together.
+    """
+
+    number: int
+    night: str
+    fingerprint: str
+    finished: str
+    seconds: float
+    items: int
+    outcome: Outcome
+    candidate: str
+    weights: str
+    point: str | None
+    parents: Mapping[str, Revision]
+    changed: tuple[str, ...]
+    scores: Scores
+    verdicts: Mapping[str, Mapping[str, Any]]
+    alpha: float
+    judged_against: str | None
+    epoch: int | None
+    nonce: str
+
+    def to_json(self) -> bytes:
+        """The record's file."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes, place: str) -> Night:
+        """Reads what `to_json` wrote; `CorruptData` for anything else."""
+        try:
+            document: dict[str, Any] = json.loads(data)
+            if document.pop("format", None) != FORMAT:
+                raise CorruptData(f"{place}: written by another version of mergeyard; use that one, or another name")
+            document["parents"] = {name: Revision(**entry) for name, entry in document["parents"].items()}
+            document["changed"] = tuple(document["changed"])
+            document["scores"] = {
+                who: {what: Score(**score) for what, score in scores.items()}
+                for who, scores in document["scores"].items()
+            }
+            return cls(**document)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CorruptData(f"{place}: damaged, not the record of a night ({error}); restore it") from None
+
+
+def new_nonce() -> str:
+    """A nonce for a record, and for the pointer that it may become."""
+    return secrets.token_hex(16)
+
+
+class Book:
+    """The records and the pointer of one nightly job."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def nights(self) -> list[Night]:
+        """Every recorded night, oldest first."""
+        keys = sorted(info.key for info in self.store.list(HISTORY) if info.key.endswith(".json"))
+        with ThreadPoolExecutor(READS_AT_ONCE, "nights") as pool:
+            return list(pool.map(self._night, keys))
+
+    def _night(self, key: str) -> Night:
+        return Night.from_json(bytes(self.store.read(key)), f"{self.store.url}/{key}")
+
+    def blessed(self) -> Blessed | None:
+        """What the pointer says now; None while nothing is blessed."""
+        found = self._pointer()
+        return None if found is None else found[0]
+
+    def record(self, night: Night) -> None:
+        """Writes a night's record; `RunBusy` where another driver was faster."""
+        key = f"{HISTORY}{night.number:06d}.json"
+        try:
+            self.store.write(key, night.to_json(), mode="create")
+        except ObjectExists:
+            raise RunBusy(f"{self.store.url}/{key}: another driver has recorded this night; run again") from None
+
+    def unfinished(self, night: Night) -> bool:
+        """Whether the night passed and the pointer is still the one it was judged against."""
+        blessed = self.blessed()
+        return night.epoch is not None and (None if blessed is None else blessed.nonce) == night.judged_against
+
+    def bless(self, night: Night) -> None:
+        """Moves the pointer to the night's point; `RunBusy`, and nothing moved, where it is not what was judged."""
+        assert night.point is not None and night.epoch is not None, "only what passed is blessed"
+        body = json.dumps(asdict(Blessed(night.point, night.weights, night.night, night.epoch, night.nonce)), indent=1)
+        found = self._pointer()
+        if found is not None and found[0].nonce == night.nonce:
+            return
+        if (None if found is None else found[0].nonce) != night.judged_against:
+            raise self._moved()
+        try:
+            if found is None:
+                self.store.write(POINTER, body.encode(), mode="create")
+            else:
+                self.store.swap(POINTER, body.encode(), etag=found[1])
+        except (ObjectExists, ObjectChanged):
+            raise self._moved() from None
+
+    def check_unmoved(self, blessed: Blessed | None) -> None:
+        """`RunBusy` where the pointer is no longer this."""
+        if self.blessed() != blessed:
+            raise self._moved()
+
+    def _moved(self) -> RunBusy:
+        return RunBusy(
+            f"{self.store.url}/{POINTER}: moved by somebody else during the night, so nothing is blessed;"
+            " run again to compare with what is blessed now"
+        )
+
+    def _pointer(self) -> tuple[Blessed, str] | None:
+        try:
+            info = self.store.locate(POINTER)
+            return Blessed(**json.loads(bytes(self.store.read(POINTER, etag=info.etag)))), info.etag
+        except ObjectMissing:
+            return None
+        except (ValueError, TypeError) as error:
+            raise CorruptData(
+                f"{self.store.url}/{POINTER}: not a pointer to a blessed point ({error}); restore it, or remove it"
+                " to begin anew from the gate's baseline"
+            ) from None
