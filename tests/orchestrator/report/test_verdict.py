@@ -1,0 +1,104 @@
+"""The sentence on top says what the numbers allow, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from orchestrator.leaderboard import leaderboard
+from orchestrator.racing import Standing
+from orchestrator.report.verdict import Recommendation, recommend
+from orchestrator.results import EvaluationResult
+from tests.orchestrator.report.test_comparing import rows
+
+
+def said(
+    scores: Mapping[str, Sequence[float]],
+    parents: Sequence[str] = ("parent-old",),
+    gate: Mapping[str, Any] | None = None,
+    confirmed: float | None = None,
+    scored_as_parents: Sequence[str] = (),
+    **more: Any,
+) -> Recommendation:
+    """What is said of points with these answers, the parents being no points."""
+    points = sorted((name for name in scores if name not in parents), key=lambda name: -sum(scores[name]))
+    result = EvaluationResult(
+        rows=[row for name, answers in scores.items() for row in rows(name, answers)],
+        ranked=("ruler",),
+        standing=tuple(Standing(name, 0.0, 8, None, confirmed) for name in points),
+        baselines=tuple(parents),
+        parents=(*parents, *scored_as_parents),
+        **{
+            "departures": (),
+            "same": {},
+            "noise": None,
+            "cost_share": 1.0,
+            "race": None,
+            "seed": 0,
+            "finished": True,
+            **more,
+        },
+    )
+    found = recommend(result, leaderboard(result, 0), gate)
+    assert found is not None
+    return found
+
+
+MOST, HALF, NONE = [1] * 19 + [0], [1, 0] * 10, [0] * 20
+
+
+def test_a_sure_lead_over_the_parents_is_a_merge_to_keep() -> None:
+    found = said({"a": MOST, "b": NONE, "parent-old": NONE})
+    assert found.headline.startswith("Keep a: 95.0 points ± ")
+    assert "95.0 above the best parent, parent-old (95 % interval" in found.headline
+    assert "after Holm over 2 points" in found.headline
+    assert found.grounds[0].startswith("Its lead over the runner-up, b, is 95.0 points (95 % interval")
+    assert "not sure" not in found.sentence
+
+
+def test_a_lead_that_may_be_luck_is_not_sold_as_one() -> None:
+    found = said({"a": MOST, "b": [*MOST[1:], 0], "parent-old": [*MOST[1:], 0]})
+    assert found.headline.startswith("a leads with 95.0 points")
+    assert "but is not surely better than its parents: 5.0 above" in found.headline
+    assert found.grounds[0].endswith("not sure, either will do, or ask more items.")
+
+
+def test_a_merge_that_is_surely_worse_is_not_kept() -> None:
+    found = said({"a": NONE[1:] + [1], "parent-old": MOST, "parent-bad": NONE}, parents=("parent-old", "parent-bad"))
+    assert found.headline.startswith("Keep the parent parent-old: the best merge, a, has 5.0 points")
+    assert "90.0 below the best parent" in found.headline
+
+
+def test_a_parent_that_is_a_point_may_lead() -> None:
+    found = said({"a": MOST, "b": HALF}, parents=(), scored_as_parents=("a",))
+    assert found.headline == f"Keep the parent a: 95.0 points ± {found.best.half_width:.1f}, and no merge scores more."
+    assert found.grounds[0].startswith("Its lead over the runner-up, b, is 45.0 points")
+
+
+def test_while_it_runs_it_says_so() -> None:
+    assert said({"a": MOST}, parents=(), finished=False).sentence.startswith("So far, with the evaluation unfinished: ")
+
+
+def test_one_point_alone_is_kept_with_nothing_to_compare() -> None:
+    found = said({"a": MOST}, parents=())
+    assert found.over_parent is None and found.over_runner_up is None
+    assert found.sentence == f"Keep a: 95.0 points ± {found.best.half_width:.1f}."
+
+
+def test_the_gate_and_fresh_items_have_the_last_word() -> None:
+    verdict = {"new": "a", "old": "o", "outcome": "pass", "fresh": True, "lines": [{"difference": 3.25}]}
+    told = "The gate says pass on items that no point was chosen by: +3.2 against o."
+    assert said({"a": MOST}, parents=(), gate=verdict).grounds == [told]
+    assert said({"a": MOST}, parents=(), gate={**verdict, "new": "other"}).grounds == []
+    fresh = "On fresh items, that no point was chosen by, it scores 90.0."
+    assert said({"a": MOST}, parents=(), confirmed=0.9).grounds == [fresh]
+
+
+@pytest.mark.parametrize("parents", [(), ("parent-old",)])
+def test_it_is_facts_too(parents: tuple[str, ...]) -> None:
+    found = said({"a": MOST, "b": HALF, "parent-old": NONE}, parents=parents).document()
+    assert found["keep"] == "a"
+    assert (found["over_best_parent"] is None) is (not parents)
+    assert found["over_runner_up"]["difference"] == 45.0
