@@ -14,7 +14,7 @@ from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
 from orchestrator.leaderboard import perplexity_by_position
 from orchestrator.results import ranked_rows
-from orchestrator.scored import ScoredModel, right_answers
+from orchestrator.scored import ScoredModel, benchmark_settings, right_answers
 from orchestrator.statistics import (
     Cell,
     CellSample,
@@ -77,8 +77,9 @@ def _sample(cell: Cell, found: Pairs) -> CellSample:
 class Difference:
     """B − A of one score, in points of 100: a cell's, a length's (no task), or the macro score's (no length either).
 
-    `low` and `high` are the bounds of the 95 % interval, infinite with a single haystack. `p_holm` is adjusted over the
-    lines of the same kind. `detectable` is the smallest true difference that so many items show with probability 0.8.
+    `low` and `high` are the bounds of the 95 % interval. `p_holm` is adjusted over the lines of the same kind.
+    `detectable` is the smallest true difference that so many items show with probability 0.8, infinite with a single
+    haystack.
     """
 
     benchmark: str | None
@@ -312,9 +313,21 @@ def _nothing_in_common(a: ScoredModel, b: ScoredModel) -> str:
         return f"{start}other items of the same sets; evaluate both on as many"
     if a.seed != b.seed:
         return f"{start}their seeds differ ({a.seed} against {b.seed}); evaluate both with the same `seed:`"
+    if settings := _settings_that_differ(a, b):
+        return f"{start}the jobs' {_listed(settings)} differ; evaluate both with the same"
+    return f"{start}their tokenizers differ, so that every length has other items; compare what shares a tokenizer"
+
+
+def _settings_that_differ(a: ScoredModel, b: ScoredModel) -> list[str]:
+    """The keys of the two jobs, such as `ruler.questions`, that make the same tasks at the same lengths differ."""
     if a.run == b.run:
-        return f"{start}their tokenizers differ, so that every length has other items; compare each with its own kind"
-    return f"{start}their tokenizers, or the benchmarks' settings, differ; evaluate both in one run"
+        return []
+    benchmarks = sorted({row.benchmark for row in a.rows} & {row.benchmark for row in b.rows})
+    found: list[str] = []
+    for benchmark in benchmarks:
+        asked_a, asked_b = (benchmark_settings(model.run, benchmark) for model in (a, b))
+        found += [f"{benchmark}.{key}" for key in asked_a if asked_a[key] != asked_b.get(key)]
+    return found
 
 
 def _listed(names: Iterable[str]) -> str:

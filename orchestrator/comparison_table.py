@@ -80,8 +80,6 @@ def _finding(comparison: Comparison) -> str:
 
 
 def _bounds(line: Difference, digits: int = 1) -> str:
-    if math.isinf(line.low):
-        return "(unknown)"
     return f"({line.low:+.{digits}f} to {line.high:+.{digits}f})"
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.errors import BadInput, ObjectMissing
 from jobs.evaluation import ScoreRow
+from jobs.job import load_job
 from jobs.loading import quoted, suggestion
 from jobs.manifest import Manifest
 from orchestrator.results import EVALUATION, EvaluationResult, read_results
@@ -38,6 +39,8 @@ class ScoredModel:
         noise = None if self.noise is None else asdict(self.noise)
         return {"name": self.name, "run": self.run, "weights": self.weights, "noise": noise}
 
+
+WHAT_IS_ASKED = ("tasks", "lengths", "items", "blocks", "limit", "place")
 
 RunOf = Callable[[str], str]
 
@@ -142,3 +145,10 @@ def right_answers(run: str, digest: str) -> dict[int, tuple[str, ...]]:
         if info.key.endswith(".parquet"):
             found |= read_answers(bytes(store.read(info.key)))
     return found
+
+
+def benchmark_settings(run: str, benchmark: str) -> dict[str, Any]:
+    """How the run's job asks a benchmark, but for what is asked of it: tasks, lengths and numbers of items."""
+    text = bytes(open_store(run).read("job.yaml")).decode("utf-8")
+    spec = getattr(load_job(text, f"{run}/job.yaml").evaluate, benchmark, None)
+    return {} if spec is None else {key: value for key, value in asdict(spec).items() if key not in WHAT_IS_ASKED}
