@@ -67,7 +67,8 @@ def test_the_page_complains_when_a_script_is_smuggled_in(browser: Browser, tmp_p
 @pytest.mark.parametrize("section", ["needles", "pareto"])
 def test_a_choice_shows_one_and_hides_the_others(browser: Browser, url: str, section: str) -> None:
     shown = browser.open(url)
-    visible = f"[...document.querySelectorAll('#{section} .charts')].filter(chart => !chart.hidden).map(chart => chart.dataset.name)"
+    charts = f"[...document.querySelectorAll('#{section} .charts')]"
+    visible = f"{charts}.filter(chart => !chart.hidden).map(chart => chart.dataset.name)"
     names = shown.evaluate(f"[...document.querySelectorAll('#{section} option')].map(option => option.value)")
     assert len(names) > 2
     assert shown.evaluate(visible) == names[:1]

@@ -66,7 +66,7 @@ def test_a_lead_that_may_be_luck_is_not_sold_as_one() -> None:
 
 
 def test_a_merge_that_is_surely_worse_is_not_kept() -> None:
-    found = said({"a": NONE[1:] + [1], "parent-old": MOST, "parent-bad": NONE}, parents=("parent-old", "parent-bad"))
+    found = said({"a": [*NONE[1:], 1], "parent-old": MOST, "parent-bad": NONE}, parents=("parent-old", "parent-bad"))
     assert found.headline.startswith("Keep the parent parent-old: the best merge, a, has 5.0 points")
     assert "90.0 below the best parent" in found.headline
 

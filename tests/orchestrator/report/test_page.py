@@ -1,0 +1,121 @@
+"""The page as a file: what is on it, what may not be, how long it takes and how big it is."""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from orchestrator.report.live import LivePage, written_page
+from orchestrator.report.page import PAGE, page, read_run, report_on
+from tests.orchestrator.report.made_up import HOSTILE, TASKS, write_run
+
+ADDRESS = re.compile(r"""\b(?:src|href|action|data|poster)\s*=\s*(?!["']?#)|@import|url\((?!#)""")
+
+
+class Elements(HTMLParser):
+    """The elements of a page, and whether each that needs an end has one."""
+
+    EMPTY = ("meta", "br", "img", "link", "input", "hr")
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        assert not any(name.startswith("on") for name, _ in attrs)
+        if tag not in self.EMPTY:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return page(report_on(read_run(write_run(tmp_path_factory.mktemp("run")))))
+
+
+def test_it_is_well_formed_and_holds_nothing_that_an_answer_brought(text: str) -> None:
+    elements = Elements(text).names
+    assert elements.count("script") == 1
+    assert not {"img", "iframe", "object", "link"} & set(elements)
+    assert elements.count("svg") > 12
+    assert HOSTILE not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+
+
+def test_it_refers_to_nothing(text: str) -> None:
+    assert ADDRESS.findall(re.sub(r"<pre.*?</pre>|<q>.*?</q>", "", text, flags=re.DOTALL)) == []
+    assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
+
+
+def test_ids_are_there_once(text: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    double = {name for name in ids if ids.count(name) > 1}
+    assert double == set()
+    assert {name for name in re.findall(r'url\(#([^)]+)\)|href="#([^"]+)"', text) for name in name if name} <= set(ids)
+
+
+def test_every_tile_has_its_story(text: str) -> None:
+    assert text.count("against parent-cos, p = ") >= 20 * 2
+    assert "not sure</title>" in text
+
+
+def test_a_page_of_an_unfinished_run_renews_itself(tmp_path: Path, text: str) -> None:
+    unfinished = page(report_on(read_run(write_run(tmp_path, finished=False))))
+    assert 'http-equiv="refresh"' in unfinished and "So far, " in unfinished
+    assert 'http-equiv="refresh"' not in text
+
+
+def test_another_versions_job_file_costs_the_axes_alone(tmp_path: Path) -> None:
+    url = write_run(tmp_path)
+    (tmp_path / "job.yaml").write_text("name: made-up\nof_a_later_version: true\n")
+    run = read_run(url)
+    assert run.job is None
+    Elements(page(report_on(run)))
+
+
+def test_two_hundred_points_thirteen_tasks_six_lengths(tmp_path: Path) -> None:
+    lengths = [4096 << step for step in range(6)]
+    url = write_run(tmp_path, grid=(20, 10), tasks=TASKS, lengths=lengths, items=4, answer="42")
+    began = time.process_time()
+    text = page(report_on(read_run(url)))
+    assert time.process_time() - began < 30
+    assert len(text.encode()) < 10_000_000
+
+
+def test_a_page_that_cannot_be_drawn_costs_the_page_alone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    url = write_run(tmp_path)
+    (tmp_path / "gate" / "verdict.json").write_text("{")
+    with caplog.at_level(logging.WARNING):
+        assert written_page(url) is None
+        live = LivePage(url)
+        live.renew()
+        live.close()
+    assert len(caplog.records) == 2 and "not JSON" in caplog.text
+    assert not (tmp_path / PAGE).exists()
+
+
+def test_a_running_evaluation_shows_its_page_and_a_closed_one_writes_no_more(tmp_path: Path) -> None:
+    url = write_run(tmp_path, finished=False)
+    live = LivePage(url)
+    live.renew()
+    until = time.monotonic() + 60
+    while not (tmp_path / PAGE).exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    assert "So far, " in (tmp_path / PAGE).read_text(encoding="utf-8")
+    live.close()
+    (tmp_path / PAGE).unlink()
+    live.renew()
+    assert not (tmp_path / PAGE).exists()
