@@ -19,7 +19,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle smollm2 demo test test-heavy chaos check pins
+.PHONY: help setup oracle smollm2 demo test test-heavy chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -65,6 +65,9 @@ check: setup ## style and types
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/pyright
+
+audit: setup ## known vulnerabilities of the pinned versions; asks a service on the network
+	@.venv/bin/uv tool run pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 pins: setup ## renew constraints.txt: the newest versions that fit pyproject.toml, torch as named above
 	@{ echo '# The versions that `make setup` installs, renewed by `make pins`.'; \

@@ -324,10 +324,9 @@ def main() -> None:
         values = "".join(f"{shape.format(result[name]):>36}" for result in results.values())
         print(f"{name.replace('_', ' '):<26}{values}")
     for name in ("driver_requests", "resume_requests", "worker_requests", "worker_requests_a_second"):
-        cells = (
-            " ".join(f"{kind} {times:,.0f}" for kind, times in result[name].items()) for result in results.values()
-        )
-        print(f"{name.replace('_', ' '):<26}" + "".join(f"{cell:>36}" for cell in cells))
+        for kind in ("LIST", "GET", "HEAD", "PUT"):
+            cells = "".join(f"{result[name].get(kind, 0):>36,.0f}" for result in results.values())
+            print(f"{f'{name}, {kind}'.replace('_', ' '):<32}{cells[6:]}")
 
 
 if __name__ == "__main__":
