@@ -39,7 +39,7 @@ LOOK_SECONDS = 1.0
 HEAD_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """When its head has been away for this long, 60 s if unset, Ray ends our process; we end it in good order before."""
 
-ORDERLY_SECONDS = 5.0
+ORDERLY_SECONDS = 10.0  # without its head, ray.shutdown() takes 7
 
 REPORT_SECONDS = 0.5
 REACH_SECONDS = 10.0

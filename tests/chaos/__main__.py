@@ -33,15 +33,12 @@ def main() -> int:
     with started(2, megabits=10) as cluster:
         yard = Yard(cluster, options.seed)
         undisturbed = _undisturbed(yard)
-        print(f"undisturbed: {undisturbed:.0f} s", flush=True)
-        lines = [
-            _line(yard, fault, options.times or fault.times, undisturbed)
-            for fault in FAULTS
-            if re.search(options.only, fault.name)
-        ]
-    print("\n| fault | times | right bytes | calls of `run`, most | seconds to the end: median | max |")
-    print("|---|---|---|---|---|---|", *(line for line, _ in lines), sep="\n")
-    return 0 if all(right for _, right in lines) else 1
+        print(f"an undisturbed run takes {undisturbed:.0f} s\n")
+        print("| fault | times | right bytes | calls of `run`, most | seconds to the end: median | max |")
+        print("|---|---|---|---|---|---|", flush=True)
+        faults = [fault for fault in FAULTS if re.search(options.only, fault.name)]
+        right = [_line(yard, fault, options.times or fault.times) for fault in faults]
+    return 0 if all(right) else 1
 
 
 def _undisturbed(yard: Yard) -> float:
@@ -52,35 +49,35 @@ def _undisturbed(yard: Yard) -> float:
     return time.monotonic() - began
 
 
-def _line(yard: Yard, fault: Fault, times: int, undisturbed: float) -> tuple[str, bool]:
-    """One line of the table, and whether all came out right."""
+def _line(yard: Yard, fault: Fault, times: int) -> bool:
+    """Prints one line of the table, and says whether all came out right."""
     seconds: list[float] = []
     reissued: list[float] = []
     calls, right = 1, 0
     for _ in range(times):
         trial = yard.trial()
         try:
-            again = strike(yard, trial, fault, undisturbed, seconds)
+            again = strike(yard, trial, fault, seconds)
             reissued += [again] if fault.holds else []
             right += 1
-            print(f"  {fault.name}: {seconds[-1]:.1f} s, {len(trial.commands)} calls, again {again:.1f} s", flush=True)
         except (Wrong, AssertionError, RuntimeError) as wrong:
-            print(f"WRONG: {fault.name}, {trial.name}: {wrong}", flush=True)
+            print(f"WRONG: {fault.name}, {trial.name}: {wrong}", file=sys.stderr, flush=True)
         calls = max(calls, len(trial.commands))
         for command in trial.commands:
             command.clean_up()
         yard.cluster.repair()
     median, most = (statistics.median(seconds), max(seconds)) if seconds else (0.0, 0.0)
     again = f", given out again after {max(reissued):.0f} s at most" if reissued else ""
-    return f"| {fault.name}{again} | {times} | {right} | {calls} | {median:.0f} | {most:.0f} |", right == times
+    print(f"| {fault.name}{again} | {times} | {right} | {calls} | {median:.0f} | {most:.0f} |", flush=True)
+    return right == times
 
 
-def strike(yard: Yard, trial: Trial, fault: Fault, undisturbed: float, seconds: list[float]) -> float:
+def strike(yard: Yard, trial: Trial, fault: Fault, seconds: list[float]) -> float:
     """Runs the grid, lets the fault happen to it and checks the result; seconds until lost work was given out again."""
     if fault.holds:
         yard.cluster.proxy.fail("PUT", "hold", times=10**9, key=HELD)
     trial.start()
-    moment(trial, fault, undisturbed)
+    moment(trial, fault)
     began = time.monotonic()
     struck = set(yard.cluster.busy())
     later = fault.strike(trial)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
-from tests.chaos.yard import POLL_SECONDS, Later, Trial
+from tests.chaos.yard import TRY_AGAIN, Later, Trial, Wrong
 from tests.end_to_end.conftest import POINTS, UNITS
 
 HELD = "model-00005-of"
@@ -18,7 +18,7 @@ MERGE_TASK = "ray::_merge"
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and how often `make chaos` tries it; `reissue` ones strike a node that holds the last of the work."""
+    """A fault and how often `make chaos` tries it; with `holds`, it strikes the node that has the last of the work."""
 
     name: str
     strike: Callable[[Trial], Later | None]
@@ -96,6 +96,15 @@ def restart_store(trial: Trial) -> Later:
     return Later(8, trial.cluster.server.restart)
 
 
+def second_driver(trial: Trial) -> None:
+    """Another `run` of the same job, begun while the first is at it."""
+    _some_worker(trial)
+    second = trial.cluster.command("run", trial.job, "--in-process", "--json").ended()
+    refused = second.code == TRY_AGAIN and "already driven by process" in second.err
+    if not refused and not (second.code == 0 and second.facts["units_merged"] == 0):
+        raise Wrong(f"two drivers: the second ended with {second.code}: {second.err}")
+
+
 def requests(method: str, what: str, times: int) -> Callable[[Trial], None]:
     """The next requests of a method fail in this way, whoever makes them."""
 
@@ -115,36 +124,40 @@ def _some_worker(trial: Trial) -> tuple[str, int]:
 
 
 FAULTS = [
-    Fault("worker killed", kill_worker, 6),
-    Fault("raylet killed", kill_raylet, 3),
-    Fault("node killed", kill_node, 3),
-    Fault("driver killed", kill_driver, 6),
-    Fault("GCS killed", kill_gcs, 2),
-    Fault("head and driver killed", kill_head, 2),
-    Fault("link cut for good", cut, 3, holds=True),
-    Fault("link cut for a minute", cut_for_a_minute, 2, holds=True),
-    Fault("parted from the head, not from the store", part_from_the_head, 3, holds=True),
-    Fault("node frozen, later thawed", freeze, 2, holds=True),
-    Fault("spot node taken, 25 s of notice", take_spot_node, 2),
-    Fault("S3 server killed, back after 8 s", restart_store, 3),
-    Fault("503 to 30 requests", requests("GET", "busy", 30), 1),
+    Fault("S3 server killed, back after 8 s", restart_store, 2),
+    Fault("503 to 30 reads", requests("GET", "busy", 30), 1),
     Fault("503 to 30 writes", requests("PUT", "busy", 30), 1),
-    Fault("connection reset, 20 reads", requests("GET", "reset", 20), 1),
-    Fault("connection reset, 20 writes", requests("PUT", "reset", 20), 1),
-    Fault("20 bodies truncated", requests("GET", "truncate", 20), 1),
+    Fault("8 reads reset", requests("GET", "reset", 8), 1),
+    Fault("20 writes reset", requests("PUT", "reset", 20), 1),
+    Fault("8 bodies truncated", requests("GET", "truncate", 8), 1),
     Fault("4 bodies stalled", requests("GET", "stall", 4), 1),
     Fault("10 ranges ignored", requests("GET", "ignore_range", 10), 1),
     Fault("ETag changed in mid-read", requests("GET", "other_etag", 1), 1),
     Fault("answers to 20 writes lost", requests("PUT", "lost_answer", 20), 1),
-    Fault("answers to 20 deletes lost", requests("DELETE", "lost_answer", 20), 1),
+    Fault("two drivers at once", second_driver, 1),
+    Fault("worker killed", kill_worker, 6),
+    Fault("raylet killed", kill_raylet, 3),
+    Fault("node killed", kill_node, 3),
+    Fault("driver killed", kill_driver, 5),
+    Fault("link cut for good", cut, 2, holds=True),
+    Fault("link cut for a minute", cut_for_a_minute, 1, holds=True),
+    Fault("parted from the head, not from the store", part_from_the_head, 2, holds=True),
+    Fault("node frozen, later thawed", freeze, 1, holds=True),
+    Fault("spot node taken, 25 s of notice", take_spot_node, 2),
+    Fault("GCS killed", kill_gcs, 2),
+    Fault("head and driver killed", kill_head, 2),
 ]
+"""Those of the store strike all requests of the run; the workers' are most of them."""
 
 
-def moment(trial: Trial, fault: Fault, undisturbed: float) -> None:
+def moment(trial: Trial, fault: Fault) -> None:
     """Waits for when the fault is to strike: at random, or when only the held shard of every point is left."""
-    if not fault.holds:
-        until = time.monotonic() + trial.random.uniform(0, 0.8 * undisturbed)
-        while time.monotonic() < until and trial.commands[-1].process.poll() is None:
-            time.sleep(POLL_SECONDS)
+    if fault.holds:
+        trial.until(lambda: len(trial.receipts()) == UNITS - POINTS and len(trial.cluster.busy()) == 1)
         return
-    trial.until(lambda: len(trial.receipts()) == UNITS - POINTS and len(trial.cluster.busy()) == 1)
+    done = trial.random.randrange(-POINTS, UNITS - 2 * POINTS)  # below 0: before the first task is given out
+    if done < 0:
+        time.sleep(trial.random.uniform(0, 3))
+        return
+    trial.until(lambda: len(trial.receipts()) >= done)
+    time.sleep(trial.random.uniform(0, 0.5))

@@ -38,7 +38,7 @@ def repaired(yard: Yard) -> None:
 
 @pytest.mark.parametrize("fault", [fault for fault in FAULTS if fault.name in HERE], ids=lambda fault: fault.name)
 def test_a_lost_node_costs_twenty_seconds_and_no_byte(yard: Yard, fault: Fault) -> None:
-    again = strike(yard, yard.trial(), fault, undisturbed=20, seconds=[])
+    again = strike(yard, yard.trial(), fault, seconds=[])
     assert again < REISSUED_SECONDS
 
 
