@@ -10,13 +10,10 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
 from orchestrator.comparing import pairs
-from orchestrator.statistics import CellSample, Estimate, benjamini_hochberg, holm, macro_mean, student_tail
+from orchestrator.statistics import CellSample, benjamini_hochberg, difference_test, holm, macro_difference
 
 SURE = 0.05
 """A difference with an adjusted p value up to this is called sure."""
-
-NO_SPREAD = 1e-12
-"""A standard error below this is zero, but for rounding."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,18 +74,6 @@ class Comparisons:
     by_task: Mapping[tuple[str, str], Cell]
 
 
-def two_sided(estimate: Estimate) -> float:
-    """The p value of "no difference".
-
-    Where every haystack differs by the same, there is no spread for a t test, and the exact sign-flip test remains:
-    two of 2ⁿ sign patterns of n haystacks are as extreme.
-    """
-    if estimate.standard_error > NO_SPREAD:
-        statistic = abs(estimate.mean) / estimate.standard_error
-        return min(1.0, 2 * student_tail(statistic, estimate.degrees_of_freedom))
-    return 1.0 if abs(estimate.mean) < NO_SPREAD else min(1.0, 2.0 ** (1 - estimate.clusters))
-
-
 def compare(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> Comparison | None:
     """One model against another by the macro score; None where they share no question."""
     samples = _samples(rows, new, old)
@@ -117,8 +102,8 @@ def compare_all(rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], b
 
 def cells(samples: Mapping[Any, Sequence[CellSample]]) -> dict[Any, Cell]:
     """The difference in each cell of a map, and whether it is sure once all of them are tested."""
-    estimates = {place: macro_mean(found) for place, found in samples.items()}
-    p_values = [two_sided(estimate) for estimate in estimates.values()]
+    estimates = {place: macro_difference(found) for place, found in samples.items()}
+    p_values = [difference_test(estimate) for estimate in estimates.values()]
     return {
         place: Cell(100 * estimate.mean, p, bool(adjusted <= SURE))
         for (place, estimate), p, adjusted in zip(
@@ -148,14 +133,14 @@ def _samples(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> list
 
 
 def _comparison(new: str, old: str, samples: Sequence[CellSample]) -> Comparison:
-    estimate = macro_mean(samples)
+    estimate = macro_difference(samples)
     return Comparison(
         new,
         old,
         100 * estimate.mean,
         100 * estimate.low,
         100 * estimate.high,
-        two_sided(estimate),
+        difference_test(estimate),
         None,
         estimate.items,
     )

@@ -8,8 +8,7 @@ from collections.abc import Sequence
 import pytest
 
 from jobs.evaluation import ScoreRow
-from orchestrator.report.comparing import compare, compare_all, compare_overall, two_sided
-from orchestrator.statistics import paired_mean
+from orchestrator.report.comparing import compare, compare_all, compare_overall
 
 
 def rows(point: str, scores: Sequence[float], task: str = "vt", length: int = 512) -> list[ScoreRow]:
@@ -37,21 +36,37 @@ def rows(point: str, scores: Sequence[float], task: str = "vt", length: int = 51
     ]
 
 
-def test_a_difference_has_students_interval_and_p_value() -> None:
-    # differences 1, 1, 0: mean 2/3, sd 1/√3, error 1/3, so t = 2 with 2 degrees of freedom, t(0.975; 2) = 4.302653
+def p_value(square: float, freedom: int) -> float:
+    """P[|T| ≥ √square] for an even number of degrees of freedom (Abramowitz & Stegun 26.7.4)."""
+    sine, cosine = math.sqrt(square / (freedom + square)), freedom / (freedom + square)
+    terms = [1.0]
+    for k in range(2, freedom, 2):
+        terms.append(terms[-1] * cosine * (k - 1) / k)
+    return 1 - sine * sum(terms)
+
+
+def unanimous(haystacks: int) -> float:
+    """The p value where every one of n haystacks is won: no spread is seen, and n⁻¹√2 is added for what was not."""
+    return p_value(haystacks**2 / 2, haystacks - 1)
+
+
+def test_a_difference_has_students_p_value() -> None:
+    # differences 1, 1, 0: mean 2/3, error 1/3; one gain and one loss more, √2/3, make it 1/√3, so t² = 4/3
     scores = {"new": rows("new", [1, 1, 1]), "old": rows("old", [0, 0, 1])}
     found = compare(scores, "new", "old")
     assert found is not None
     assert found.difference == pytest.approx(200 / 3)
-    assert found.high - found.difference == pytest.approx(100 * 4.302653 / 3, rel=1e-6)
-    assert found.p == pytest.approx(1 - 2 / math.sqrt(6))  # with 2 degrees of freedom P[|T| ≥ t] = 1 − t/√(2 + t²)
-    assert not found.sure
+    assert found.p == pytest.approx(p_value(4 / 3, 2)) and not found.sure
+    assert found.high == 100  # more is not possible
+    assert found.low == -100
 
 
-def test_without_spread_the_sign_flip_test_remains() -> None:
-    assert two_sided(paired_mean([1.0] * 5)) == 2 / 2**5
-    assert two_sided(paired_mean([0.0] * 5)) == 1
-    assert two_sided(paired_mean([0.1] * 5)) == 2 / 2**5  # the mean of five tenths is not exactly a tenth
+def test_models_that_never_differ_may_yet_differ() -> None:
+    scores = {"new": rows("new", [1, 0, 1, 1]), "old": rows("old", [1, 0, 1, 1])}
+    found = compare(scores, "new", "old")
+    assert found is not None
+    assert (found.difference, found.p, found.sure) == (0, 1, False)
+    assert found.low < 0 < found.high
 
 
 def test_models_without_a_common_question_are_not_compared() -> None:
@@ -61,31 +76,30 @@ def test_models_without_a_common_question_are_not_compared() -> None:
 
 
 def test_many_points_are_adjusted_by_holm() -> None:
-    # p of five, six and seven unanimous haystacks: 1/16, 1/32, 1/64
-    unanimous = {f"p{count}": rows(f"p{count}", [1] * count) for count in (5, 6, 7)}
-    scores = {**unanimous, "old": rows("old", [0] * 7)}
-    found = compare_overall(scores, [*unanimous], "old")
-    assert [found[name].p for name in ("p7", "p6", "p5")] == [1 / 64, 1 / 32, 1 / 16]
-    # Holm: 3/64, then max(3/64, 2/32), then max(2/32, 1/16)
-    assert [found[name].adjusted for name in ("p7", "p6", "p5")] == [3 / 64, 1 / 16, 1 / 16]
-    assert [found[name].sure for name in ("p7", "p6", "p5")] == [True, False, False]
+    won = {f"p{count}": rows(f"p{count}", [1] * count) for count in (3, 5, 7)}
+    found = compare_overall({**won, "old": rows("old", [0] * 7)}, [*won], "old")
+    for count in (3, 5, 7):
+        assert found[f"p{count}"].p == pytest.approx(unanimous(count))
+    assert found["p7"].adjusted == pytest.approx(3 * unanimous(7))
+    assert found["p5"].adjusted == pytest.approx(2 * unanimous(5))
+    assert found["p3"].adjusted == pytest.approx(unanimous(3))
+    assert [found[name].sure for name in ("p7", "p5", "p3")] == [True, True, False]
 
 
-def test_cells_of_a_map_are_adjusted_together() -> None:
-    # eight haystacks at 512 that all differ, p = 2/2⁸; at 1024 none does, p = 1: Benjamini–Hochberg makes 2·2/2⁸ of it
-    new = [*rows("new", [1] * 8), *rows("new", [1] * 8, length=1024)]
-    old = [*rows("old", [0] * 8), *rows("old", [1] * 8, length=1024)]
+def test_cells_of_a_map_stand_for_themselves() -> None:
+    new = [*rows("new", [1] * 7), *rows("new", [1] * 7, length=1024)]
+    old = [*rows("old", [0] * 7), *rows("old", [1] * 7, length=1024)]
     found = compare_all({"new": new, "old": old}, ["new", "old"], "old")
-    assert found.by_length["new", 512].sure and found.by_length["new", 512].p == 2 / 2**8
+    assert found.by_length["new", 512].sure and found.by_length["new", 512].p == pytest.approx(unanimous(7))
     assert not found.by_length["new", 1024].sure and found.by_length["new", 1024].difference == 0
     assert "old" not in found.overall
-    # the task, both lengths alike: 50 points
-    assert found.by_task["new", "vt"].difference == pytest.approx(50)
+    assert found.by_task["new", "vt"].difference == pytest.approx(50)  # both lengths alike
 
 
 def test_the_correction_can_take_certainty_away() -> None:
-    # six unanimous haystacks: p = 1/32 is sure alone, but not as one cell of two whose other has p = 1
-    new = [*rows("new", [1] * 6), *rows("new", [1] * 6, length=1024)]
-    old = [*rows("old", [0] * 6), *rows("old", [1] * 6, length=1024)]
+    # p = 0.024 is sure alone, but not as one cell of three whose others show nothing: Benjamini–Hochberg makes 0.072
+    new = [row for length in (512, 1024, 2048) for row in rows("new", [1] * 5, length=length)]
+    old = [row for length in (512, 1024, 2048) for row in rows("old", [int(length > 512)] * 5, length=length)]
     found = compare_all({"new": new, "old": old}, ["new"], "old")
-    assert found.by_length["new", 512].p == 1 / 32 and not found.by_length["new", 512].sure
+    assert found.by_length["new", 512].p == pytest.approx(unanimous(5))
+    assert found.by_length["new", 512].p < 0.05 and not found.by_length["new", 512].sure
