@@ -19,10 +19,12 @@ from orchestrator.statistics import (
     confidence_sequence,
     decreasing_weights,
     design_effect,
+    difference_test,
     flip_rate,
     holm,
     increasing_weights,
     items_for_effect,
+    macro_difference,
     macro_mean,
     macro_weights,
     max_t,
@@ -407,3 +409,47 @@ def test_anytime_bound_survives_looking_at_every_haystack():
 
 def test_exact_tail_is_the_incomplete_beta():
     assert mcnemar(8, 3).improved == pytest.approx(float(betainc(8, 4, 0.5)))
+
+
+# ---- differences that may be few ----
+
+
+def test_macro_difference_of_one_cell_is_bonett_and_prices_interval_on_many_items():
+    differences = np.array([1.0] * 260 + [-1.0] * 40 + [0.0] * 180)
+    ours, peer = macro_difference([cell_sample("a", 4096, differences)]), mcnemar_interval(260, 40, 480)
+    assert (ours.low, ours.high) == pytest.approx((peer.low, peer.high), abs=0.003)
+
+
+def test_macro_difference_adds_one_gain_and_one_loss_to_the_variance():
+    differences = np.array([0.4, -0.2, 0.0, 0.0, 0.2])
+    ours = macro_difference([cell_sample("a", 4096, differences)])
+    error = math.hypot(float(scipy.stats.sem(differences)), math.sqrt(2) * 0.4 / 5)
+    assert ours.standard_error == pytest.approx(error)
+    assert ours.high == pytest.approx(differences.mean() + scipy.stats.t.ppf(0.975, 4) * error)
+    assert difference_test(ours) == pytest.approx(2 * scipy.stats.t.sf(differences.mean() / error, 4))
+
+
+def test_macro_difference_takes_agreement_for_no_proof_of_it():
+    alone = macro_difference([cell_sample("a", 4096, np.zeros(50))])
+    assert alone.standard_error == pytest.approx(math.sqrt(2) / 50)
+    shared = macro_difference([cell_sample("a", 4096, np.zeros(48), np.repeat(np.arange(6), 8))])
+    assert shared.standard_error == pytest.approx(math.sqrt(2) / 6)  # a whole haystack may have been missed
+    some = macro_difference([cell_sample("a", 4096, [1.0] + [0.0] * 47, np.repeat(np.arange(6), 8))])
+    seen = paired_mean([1.0] + [0.0] * 47, np.repeat(np.arange(6), 8)).standard_error
+    assert some.standard_error == pytest.approx(math.hypot(seen, math.sqrt(2) * 4 / 48))  # half of one, here
+
+
+def test_macro_difference_of_one_haystack_says_nothing():
+    estimate = macro_difference([cell_sample("a", 4096, [1.0, 0.0], ["h", "h"])])
+    assert (estimate.low, estimate.high, difference_test(estimate)) == (-1.0, 1.0, 1.0)
+
+
+def test_macro_difference_of_opposite_cells_is_judged_by_the_spread_within_them():
+    random = keyed(22)
+    cells = [
+        cell_sample(task, 4096, sign * 0.5 + 0.1 * random.standard_normal(40)) for task, sign in (("a", 1), ("b", -1))
+    ]
+    errors = [float(scipy.stats.sem(sample.values)) / 2 for sample in cells]
+    largest = max(float(np.abs(sample.values).max()) for sample in cells)
+    expected = math.hypot(*errors, math.sqrt(2) * largest / 2 / 40)
+    assert macro_difference(cells).standard_error == pytest.approx(expected)
