@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.evaluation import ScoreRow
 from orchestrator.results import EvaluationResult
-from orchestrator.statistics import CellSample, cell_sample, macro_mean
+from orchestrator.statistics import CellSample, cell_sample, macro_mean, macro_score
 from workers.benchmarks.perplexity import FIRST_BLOCK
 from workers.benchmarks.scores import (
     RULER_THRESHOLD,
@@ -32,14 +32,16 @@ RETRIEVAL = ("ruler", "needle")
 class Line:
     """One model's line: scores from 0 to 100, half width of the 95 % interval, effective lengths in tokens.
 
-    `relative` is the effective length by 85 % of the best parent's score at the shortest length. `beside` holds what
-    does not rank: means of other benchmarks from 0 to 100. `perplexity` is by length and first position of a block.
-    A half width is infinite with a single haystack, a perplexity with likelihoods that are no numbers.
+    `by_benchmark` is the score over each benchmark that ranks, where several do. `relative` is the effective length by
+    85 % of the best parent's score at the shortest length. `beside` holds what does not rank: means of other benchmarks
+    from 0 to 100. `perplexity` is by length and first position of a block. A half width is infinite with a single
+    haystack, a perplexity with likelihoods that are no numbers.
     """
 
     name: str
     score: float
     half_width: float
+    by_benchmark: Mapping[str, float]
     by_length: Mapping[int, float]
     weighted_increasing: float
     effective: EffectiveLength | None
@@ -55,6 +57,7 @@ class Line:
             "name": self.name,
             "score": round(self.score, 2),
             "half_width": _finite(self.half_width),
+            "by_benchmark": {name: round(score, 2) for name, score in self.by_benchmark.items()},
             "by_length": {str(length): round(score, 2) for length, score in self.by_length.items()},
             "wavg_increasing": round(self.weighted_increasing, 2),
             "effective_length": _bounds(self.effective),
@@ -108,13 +111,14 @@ def _line(
 ) -> Line:
     answered = outcomes(ranked)
     by_length = score_by_length(answered)
-    macro = macro_mean(samples(ranked))
+    macro = macro_score(samples(ranked))
     reaches = all(row.benchmark in RETRIEVAL for row in ranked)
     broken = sum(not row.finite for row in everything)
     return Line(
         name=name,
         score=100 * macro.mean,
         half_width=100 * (macro.high - macro.low) / 2,
+        by_benchmark=_by_benchmark(ranked),
         by_length=by_length if reaches else {},
         weighted_increasing=weighted_average(by_length, increasing=True),
         effective=effective_length_interval(answered, RULER_THRESHOLD, seed=seed) if reaches else None,
@@ -124,6 +128,15 @@ def _line(
         items=len(ranked),
         note=", ".join([*notes, *([f"{broken} answers are no numbers"] if broken else [])]),
     )
+
+
+def _by_benchmark(ranked: Sequence[ScoreRow]) -> dict[str, float]:
+    parts: dict[str, list[ScoreRow]] = defaultdict(list)
+    for row in ranked:
+        parts[row.benchmark].append(row)
+    if len(parts) == 1:
+        return {}
+    return {name: 100 * macro_mean(samples(rows)).mean for name, rows in parts.items()}
 
 
 def _by_point(rows: Iterable[ScoreRow]) -> dict[str, list[ScoreRow]]:
@@ -219,9 +232,13 @@ class _Column:
 
 def _columns(lines: Sequence[Line]) -> list[_Column]:
     lengths = sorted({length for line in lines for length in line.by_length})
+    benchmarks = sorted({name for line in lines for name in line.by_benchmark}, reverse=True)
     beside = sorted({name for line in lines for name in line.beside})
     columns = [_Column("point", tuple(line.name for line in lines), left=True)]
     columns.append(_Column("score", tuple(map(_score, lines))))
+    for name in benchmarks:
+        cells = tuple(_rounded(line.by_benchmark.get(name)) for line in lines)
+        columns.append(_Column(name, cells, spare=1))
     for length in lengths:
         inner = length not in (lengths[0], lengths[-1])
         cells = tuple(_rounded(line.by_length.get(length)) for line in lines)
@@ -257,7 +274,8 @@ def _table(columns: Sequence[_Column], width: int) -> Any:
     table = Table(box=None, padding=(0, 1), header_style="bold")
     for column in columns:
         justify = "left" if column.left else "right"
-        table.add_column(column.title, no_wrap=True, justify=justify, overflow="ellipsis")
+        least = None if column.left else column.width - 2  # where it is tight, notes are cut and never numbers
+        table.add_column(column.title, no_wrap=True, justify=justify, overflow="ellipsis", min_width=least)
     for name, *cells in zip(*(column.cells for column in columns), strict=True):
         table.add_row(Text(_cut(name, max(8, room - 2))), *map(Text, cells))
     return table

@@ -4,7 +4,7 @@ Scores lie in [0, 1], so paired differences (new − old) lie in [−1, 1]; noth
 Items that share a haystack are one cluster: they rise and fall together, and a standard error that forgets it
 is too small. Everything random is keyed by a seed; nothing here reads or writes.
 
-    one sample of cells     macro_mean, paired_mean, bootstrap_macro
+    one sample of cells     macro_mean, macro_score, paired_mean, bootstrap_macro
     differences of cells    macro_difference, difference_test
     proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
     fractional scores       sign_flip_test
@@ -152,6 +152,29 @@ def macro_mean(
     freedom = float(min(_satterthwaite(variances, degrees), totals.size - 1))
     half = student_quantile((1 + confidence) / 2, freedom) * error
     return Estimate(mean, error, freedom, mean - half, mean + half, items, totals.size)
+
+
+def macro_score(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:
+    """`macro_mean` of scores from 0 to 1, with an interval that does not collapse where all answers of a cell agree.
+
+    Such a cell shows no variance; it is given that of two successes and two failures more among its haystacks (Agresti
+    & Coull 1998, "plus four").
+    """
+    estimate = macro_mean(samples, None, confidence)
+    weights = macro_weights([sample.cell for sample in samples])
+    unseen = sum(
+        float(weight) ** 2 * _plus_four_variance(float(sample.values[0]), np.unique(sample.haystacks).size)
+        for weight, sample in zip(weights, samples, strict=True)
+        if np.ptp(sample.values) == 0
+    )
+    error = math.hypot(estimate.standard_error, math.sqrt(unseen))
+    half = student_quantile((1 + confidence) / 2, estimate.degrees_of_freedom) * error
+    return replace(estimate, standard_error=error, low=estimate.mean - half, high=estimate.mean + half)
+
+
+def _plus_four_variance(share: float, trials: int) -> float:
+    shrunk = (share * trials + 2) / (trials + 4)
+    return shrunk * (1 - shrunk) / (trials + 4)
 
 
 def macro_difference(

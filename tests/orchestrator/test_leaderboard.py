@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 
 from jobs.evaluation import ScoreRow
-from orchestrator.results import EvaluationResult
 from orchestrator.leaderboard import leaderboard, perplexity_by_position, print_leaderboard, short_length
 from orchestrator.racing import Departure, Standing
+from orchestrator.results import EvaluationResult
+from orchestrator.statistics import cell_sample, macro_score
 
 
 def row(point: str, task: str, length: int, item: int, score: float, **more) -> ScoreRow:
@@ -76,6 +78,20 @@ def test_the_interval_is_students_over_haystacks() -> None:
     # one cell, four haystacks: sd of (1, 1, 1, 0) is 1/2, its standard error 1/4, t(0.975; 3) = 3.182446
     [line] = leaderboard(result(cell("a", "vt", 512, [1, 1, 1, 0]), [standing("a")]), seed=0)
     assert line.half_width == pytest.approx(100 * 3.182446 / 4, rel=1e-5)
+
+
+def test_answers_that_are_all_right_are_not_sure_to_stay_so() -> None:
+    # two successes and two failures more: 22 of 24, variance 22/24 · 2/24 / 24 = 0.0031829; t(0.975; 19) = 2.093024
+    [line] = leaderboard(result(cell("a", "vt", 512, [1.0] * 20), [standing("a")]), seed=0)
+    assert (line.score, line.half_width) == (100, pytest.approx(100 * 2.093024 * 0.0031829**0.5, rel=1e-4))
+
+
+def test_where_two_benchmarks_rank_each_has_its_own_score() -> None:
+    rows = [*cell("a", "vt", 512, [1, 1]), *cell("a", "needle", 512, [0, 0.5], benchmark="needle")]
+    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    assert (line.score, dict(line.by_benchmark)) == (62.5, {"ruler": 100, "needle": 25})
+    [alone] = leaderboard(result(cell("a", "vt", 512, [1, 1]), [standing("a")]), seed=0)
+    assert alone.by_benchmark == {}
 
 
 def test_one_haystack_alone_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,3 +201,15 @@ def test_a_long_grid_shows_the_best_and_the_parents(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(("length", "text"), [(512, "512"), (1024, "1K"), (131072, "128K"), (1500, "1500")])
 def test_lengths_are_written_as_people_say_them(length: int, text: str) -> None:
     assert short_length(length) == text
+
+
+@pytest.mark.parametrize("shares", [[0.99] * 6, [1, 1, 0.3], [0.9] * 3])
+def test_the_interval_covers_where_most_cells_are_all_right(shares: list[float]) -> None:
+    # of 400 intervals at 95 %, fewer than 368 cover with chance 0.001 (binomial); without the correction it is 0.76
+    random = np.random.Generator(np.random.Philox(key=11))
+    covered = 0
+    for _ in range(400):
+        cells = [cell_sample("vt", length, random.random(24) < share) for length, share in enumerate(shares)]
+        found = macro_score(cells)
+        covered += found.low <= np.mean(shares) <= found.high
+    assert covered >= 368
