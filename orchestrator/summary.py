@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -219,7 +221,9 @@ def print_status(facts: Mapping[str, Any]) -> None:
         ("driver", f"process {driver['process']} on {driver['host']}" if driver else "none"),
     ]
     if facts["waiting"]:
-        rows.append(("waiting", _some(facts["waiting"])))
+        room = shutil.get_terminal_size().columns - len("  waiting  ")
+        waiting = textwrap.wrap(_some(facts["waiting"]), max(room, 20), break_long_words=False, break_on_hyphens=False)
+        rows += [("" if number else "waiting", line) for number, line in enumerate(waiting)]
     _print_rows(rows)
 
 
