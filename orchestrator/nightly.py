@@ -35,6 +35,7 @@ from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, n
 from orchestrator.planning import Plan, make_plan
 from orchestrator.pool import Pool
 from orchestrator.questions import Questions, Subject, questions
+from orchestrator.report.live import written_page
 from orchestrator.results import ranked_rows
 from orchestrator.statistics import Cell, Estimate, macro_mean
 from orchestrator.watching import Watcher
@@ -107,6 +108,7 @@ class Nightly:
             name = "verdict" if verdict is next(iter(found.verdicts.values())) else who
             open_store(tonight.run_url).write(f"gate/{name}.json", json.dumps(verdict, indent=1).encode())
         written = self._write(tonight, [entry.point for entry in standing], found)
+        written_page(tonight.run_url)
         passed = found.outcome == "pass"
         epoch = 1 + max(0 if blessed is None else blessed.epoch, *(night.epoch or 0 for night in history), 0)
         return Night(

@@ -13,6 +13,7 @@ import json
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -180,9 +181,12 @@ class Book:
         )
 
     def _pointer(self) -> tuple[Blessed, str] | None:
+        """The pointer and its version; it may be moved while one looks."""
         try:
-            info = self.store.locate(POINTER)
-            return Blessed(**json.loads(bytes(self.store.read(POINTER, etag=info.etag)))), info.etag
+            while True:
+                info = self.store.locate(POINTER)
+                with suppress(ObjectChanged):
+                    return Blessed(**json.loads(bytes(self.store.read(POINTER, etag=info.etag)))), info.etag
         except ObjectMissing:
             return None
         except (ValueError, TypeError) as error:

@@ -1,0 +1,449 @@
+"""Nights from a user's chair, on the tiny parents: what is caught, blessed, told, finished and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+
+from jobs.errors import RunBusy
+from orchestrator import webhook
+from orchestrator.evaluators import InProcessEvaluators
+from orchestrator.ledger import Lease
+from orchestrator.nightly_telling import headline, junit, reasons
+from orchestrator.nights import Blessed, Book, Night, Revision, Score
+from orchestrator.report.nights import nights_page
+from tests.benchmarks.thirty_nights import Told, Yard
+from tests.orchestrator.conftest import Ended, files_under
+from workers.storage import open_store
+
+Mergeyard = Callable[..., Ended]
+
+SMALL = {
+    "evaluate": {"ruler": {"tasks": ["niah_single_1"], "lengths": [1024], "items": 12}},
+    "gate": {"baseline": "released", "margin": 30, "budget": 12},
+}
+"""Twelve items at a fixed number: with no difference, an error of √(0.3·0.7/12) = 0.13 within a margin of 0.3."""
+
+
+class Chat:
+    """A webhook's server: what it was told, and the status it answers with, next to next."""
+
+    def __init__(self) -> None:
+        self.told: list[dict[str, Any]] = []
+        self.answers: list[int] = []
+        chat = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                assert self.headers["Content-Type"] == "application/json"
+                chat.told.append(json.loads(body))
+                self.send_response(chat.answers.pop(0) if chat.answers else 200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                del format, args
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self._server.server_port}/services/T0/secret"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+
+@pytest.fixture
+def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chat]:
+    """A webhook that listens, named in the environment; pauses between tries are short."""
+    server = Chat()
+    monkeypatch.setenv(webhook.VARIABLE, server.url)
+    monkeypatch.setattr(webhook, "PAUSE_SECONDS", 0.01)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def first_night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Yard, Told]:
+    """A yard after its first night, for tests to copy; nobody writes into it."""
+    yard = Yard(tmp_path_factory.mktemp("first"), **SMALL)
+    return yard, yard.night(1)
+
+
+@pytest.fixture
+def after_first(first_night: tuple[Yard, Told], tmp_path: Path) -> Path:
+    """A copy of that yard's nights, as the output of the same job: `nightly JOB --output tmp_path/copy`."""
+    shutil.copytree(first_night[0].run, tmp_path / "copy" / "soup")
+    return tmp_path / "copy"
+
+
+def book_at(output: Path) -> Book:
+    return Book(open_store(output / "soup"))
+
+
+# ---- nights
+
+
+def test_a_regression_is_caught_and_told_and_nothing_else_is(tmp_path: Path, chat: Chat) -> None:
+    yard = Yard(tmp_path, **SMALL)
+    told = list(yard.nights(4, planted={3}, quiet={2}))
+    assert [(night.code, night.facts["ending"]) for night in told] == [
+        (0, "recorded"),
+        (0, "unchanged"),
+        (1, "recorded"),
+        (0, "recorded"),
+    ]
+    first, _, fallen, last = (night.facts for night in told)
+    assert fallen["blessed"] == first["blessed"], "the pointer did not move"
+    assert fallen["night"]["verdicts"]["blessed"]["lines"][0]["difference"] < -50, "base finds nothing at 1,024 tokens"
+    assert fallen["night"]["point"] is None and not list(yard.run.glob("nights/0002-*/points")), "nothing was written"
+    assert last["blessed"]["epoch"] == 2 and last["blessed"]["weights"] == last["night"]["weights"]
+    assert [night["night"]["changed"] for night in (first, fallen, last)] == [
+        ["long", "fmt", "released"],
+        ["long", "fmt"],
+        ["long", "fmt"],
+    ]
+    assert [night["night"]["alpha"] for night in (first, last)] == [0.05, 0.025], "two comparisons share it"
+    assert [message["text"].split(": ")[2] for message in chat.told] == ["pass", "fail", "pass"]
+    assert sorted(path.name for path in yard.run.glob("history/*")) == ["000001.json", "000002.json", "000003.json"]
+    page = (yard.run / "index.html").read_text()
+    assert page.count('<span class="outcome fail">') == 1 and page.count('<span class="outcome pass">') == 2
+    assert (yard.run / "nights" / last["night"]["night"] / "report" / "index.html").is_file(), "the page links it"
+
+
+@pytest.mark.heavy
+def test_thirty_nights(tmp_path: Path) -> None:
+    told = list(Yard(tmp_path).nights(30, planted={17}, quiet=range(5, 31, 5)))
+    assert [night.night for night in told if night.code != 0] == [17]
+    assert told[16].code == 1 and told[16].facts["night"]["outcome"] == "fail"
+    assert [night.night for night in told if night.facts["ending"] == "unchanged"] == [5, 10, 15, 20, 25, 30]
+    assert told[-1].facts["blessed"]["epoch"] == 23, "30 nights, six of them quiet, one failed"
+
+
+def test_the_first_night_is_judged_by_the_anchor(first_night: tuple[Yard, Told]) -> None:
+    yard, told = first_night
+    night, blessed = told.facts["night"], told.facts["blessed"]
+    assert (told.code, night["outcome"], [*night["verdicts"]]) == (0, "pass", ["anchor"])
+    assert night["verdicts"]["anchor"]["old"] == "parent-released"
+    assert (blessed["epoch"], blessed["night"], blessed["nonce"]) == (1, night["night"], night["nonce"])
+    manifest = json.loads((Path(blessed["point"]) / "manifest.json").read_text())
+    assert manifest["weights"] == blessed["weights"] == night["weights"]
+    assert night["items"] == 4 * 12, "of the candidate, of long, of fmt and of the anchor"
+    assert {*night["scores"]} == {"candidate", "anchor"} and {*night["scores"]["anchor"]} == {"overall", "1024"}
+    again = yard.run / "nights" / night["night"]
+    assert "baseline: released" in (again / "job.yaml").read_text().replace('"', "")
+
+
+def with_another_margin(yard: Yard, output: Path) -> Path:
+    """The same job but for its margin, which is something new to judge over the same parents."""
+    job = output.parent / "job.yaml"
+    job.write_text(yard.job.read_text().replace('"margin": 30', '"margin": 31'))
+    return job
+
+
+def test_the_same_weights_pass_without_being_compared(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard
+) -> None:
+    job = with_another_margin(first_night[0], after_first)
+    ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
+    assert ended.code == 0 and "\n  the very model that is blessed\n  against the anchor released: " in ended.out
+    assert ended.out.splitlines()[-2].endswith(": the job")
+    (first, second), blessed = book_at(after_first).nights(), book_at(after_first).blessed()
+    assert blessed is not None and (blessed.epoch, blessed.nonce) == (2, second.nonce)
+    assert second.weights == first.weights and [*second.verdicts] == ["anchor"]
+
+
+def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = with_another_margin(first_night[0], after_first)
+    pointer = after_first / "soup" / "blessed.json"
+    moved = {**json.loads(pointer.read_text()), "night": "by hand", "nonce": "somebody else's"}
+
+    class Moving(InProcessEvaluators):
+        def close(self) -> None:
+            pointer.write_text(json.dumps(moved))
+            super().close()
+
+    monkeypatch.setattr("orchestrator.evaluators.InProcessEvaluators", Moving)
+    ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
+    assert ended.code == 75 and "blessed.json: moved by somebody else during the night" in ended.err
+    assert json.loads(pointer.read_text()) == moved
+    assert len(book_at(after_first).nights()) == 1, "the next call compares with what is blessed now"
+
+
+def test_a_night_that_died_before_the_pointer_is_finished_first(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat, tmp_path: Path
+) -> None:
+    pointer = after_first / "soup" / "blessed.json"
+    blessed = pointer.read_bytes()
+    pointer.unlink()
+    files = files_under(after_first / "soup" / "nights")
+    call = ("nightly", first_night[0].job, "--in-process", "--output", after_first)
+    ended = mergeyard(*call, "--junit", tmp_path / "night.xml")
+    assert ended.code == 0 and "pass: long0.9_fmt0.1 is blessed" in ended.out, ended.err
+    assert pointer.read_bytes() == blessed and len(chat.told) == 1
+    assert ElementTree.parse(tmp_path / "night.xml").getroot()[0].get("name", "").endswith("against parent-released")
+    again = mergeyard(*call, "--junit", tmp_path / "again.xml")
+    assert again.code == 0 and again.out.startswith("nothing has changed since night 0001-"), again.err
+    assert len(chat.told) == 1 and pointer.read_bytes() == blessed, "never twice"
+    assert [*ElementTree.parse(tmp_path / "again.xml").getroot()] == []
+    assert files_under(after_first / "soup" / "nights") == files, "nothing was asked or merged"
+
+
+def test_two_at_once_are_one(first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard) -> None:
+    with Lease(book_at(after_first).store, "lease.json", seconds=3, heartbeat=0.2):
+        ended = mergeyard("nightly", first_night[0].job, "--in-process", "--output", after_first)
+    assert ended.code == 75 and "already driven by process" in ended.err
+
+
+def test_a_blessed_point_that_is_gone_is_named_with_the_way_out(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard
+) -> None:
+    job = with_another_margin(first_night[0], after_first)
+    pointer = after_first / "soup" / "blessed.json"
+    found = json.loads(pointer.read_text())
+    for change, said in (
+        ({"point": f"{after_first}/gone"}, "cannot be read"),
+        ({"weights": "0" * 64}, "has other weights than were blessed"),
+    ):
+        pointer.write_text(json.dumps(found | change))
+        ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
+        assert ended.code == 2 and said in ended.err and len(ended.err.splitlines()) == 1, ended.err
+        assert "put it back, or remove blessed.json to begin anew" in ended.err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gate": None}, "nightly.yaml: a nightly job needs a gate to pass; add `gate: {baseline: …}`"),
+        ({"point": "blessed"}, "a point cannot be called blessed here"),
+        ({"engine": {"name": "openai", "url": "http://127.0.0.1:9"}}, "serves one model, a night compares several"),
+    ],
+)
+def test_a_job_that_is_none_for_every_night_is_refused(
+    tmp_path: Path, mergeyard: Mergeyard, change: dict[str, Any], message: str
+) -> None:
+    yard = Yard(tmp_path)
+    lines = yard.job.read_text().splitlines()
+    kept = [line for line in lines if line.split(":")[0] not in change]
+    if "gate" in change:  # the anchor is a parent of the gate's alone
+        kept = [line.replace(f', "released": "{tmp_path}/parents/released"', "") for line in kept]
+    kept += [f"{key}: {json.dumps(value)}" for key, value in change.items() if value is not None]
+    yard.job.write_text("\n".join(kept))
+    ended = mergeyard("nightly", yard.job, "--in-process")
+    assert ended.code == 2 and message in ended.err and not yard.run.exists(), ended.err
+
+
+def test_a_parent_cannot_be_called_blessed(tmp_path: Path, mergeyard: Mergeyard) -> None:
+    yard = Yard(tmp_path)
+    yard.job.write_text(yard.job.read_text().replace('"released"', '"blessed"'))
+    ended = mergeyard("nightly", yard.job, "--in-process")
+    assert ended.code == 2 and "nightly.yaml:6: blessed is what every night calls the last merge" in ended.err
+    assert not yard.run.exists()
+
+
+# ---- records and the pointer
+
+REASON = "overall: -0.90 points (-1.80 to +0.00) on 100 items in 100 haystacks; not worse by 2 or more"
+
+
+def a_verdict(old: str, outcome: str = "pass") -> dict[str, Any]:
+    line = {
+        "scope": "overall",
+        "outcome": outcome,
+        "difference": -0.9,
+        "low": -1.8,
+        "high": 0.0,
+        "standard_error": 0.5,
+        "margin": 2.0,
+        "p_pass": 0.01,
+        "p_fail": 0.9,
+        "items": 100,
+        "haystacks": 100,
+        "items_needed": None,
+        "reason": REASON,
+    }
+    rule = {"margin": 2.0, "length_margin": None, "alpha": 0.025, "planned_haystacks": None}
+    return {"outcome": outcome, "new": "soup", "old": old, "rule": rule, "lines": [line], "items_needed": None}
+
+
+def a_night(number: int = 1, outcome: Any = "pass", judged_against: str | None = None, **more: Any) -> Night:
+    """A night that was told of by hand; it passed unless `outcome` says otherwise."""
+    passed = outcome == "pass"
+    score = {"overall": Score(90.0, 88.0, 92.0), "512": Score(95.0, 94.0, 96.0), "4096": Score(85.0, None, None)}
+    verdicts = {"anchor": a_verdict("parent-released", outcome)}
+    if judged_against is not None:
+        verdicts = {"blessed": a_verdict("parent-blessed"), **verdicts}
+    found = Night(
+        number=number,
+        night=f"{number:04d}-abcdef01",
+        fingerprint=f"{number:064x}",
+        finished="2026-03-01T02:00:00+00:00",
+        seconds=90.0,
+        items=300,
+        outcome=outcome,
+        candidate="soup",
+        weights=f"{number:064d}",
+        point=f"/runs/nightly/nights/{number:04d}-abcdef01/points/soup" if passed else None,
+        parents={"cos": Revision("hf://someone/cos@abc", "0123456789ab")},
+        changed=("cos",),
+        scores=dict.fromkeys(("candidate", "anchor", *(["blessed"] if judged_against else [])), score),
+        verdicts=verdicts,
+        alpha=0.025,
+        judged_against=judged_against,
+        epoch=number if passed else None,
+        nonce=f"nonce {number}",
+    )
+    return replace(found, **more)
+
+
+@pytest.fixture(params=["folder", "memory"])
+def book(request: pytest.FixtureRequest, tmp_path: Path) -> Book:
+    """An empty book."""
+    return Book(open_store(tmp_path / "nights" if request.param == "folder" else f"memory://{tmp_path.name}"))
+
+
+def test_a_record_is_read_as_it_was_written(book: Book) -> None:
+    nights = [a_night(1), a_night(2, "fail", "nonce 1"), a_night(10, "inconclusive", "nonce 1")]
+    for night in reversed(nights):
+        book.record(night)
+    assert book.nights() == nights
+
+
+def test_a_night_is_recorded_once(book: Book) -> None:
+    book.record(a_night(1))
+    with pytest.raises(RunBusy, match="another driver has recorded this night"):
+        book.record(a_night(1, "fail"))
+    assert book.nights() == [a_night(1)]
+
+
+def test_the_pointer_moves_from_night_to_night_and_never_back(book: Book) -> None:
+    first, second = a_night(1), a_night(2, judged_against="nonce 1")
+    assert book.unfinished(first)
+    book.bless(first)
+    assert not book.unfinished(first) and book.unfinished(second)
+    book.bless(first)
+    book.bless(second)
+    latest = Blessed(second.point or "", second.weights, "0002-abcdef01", 2, "nonce 2")
+    assert book.blessed() == latest and not book.unfinished(second)
+    for stale in (first, a_night(3, judged_against="nonce 1"), a_night(3)):
+        assert not book.unfinished(stale)
+        with pytest.raises(RunBusy, match="moved by somebody else"):
+            book.bless(stale)
+    assert book.blessed() == latest
+
+
+def test_what_did_not_pass_is_never_blessed(book: Book) -> None:
+    for outcome in ("fail", "inconclusive"):
+        assert not book.unfinished(a_night(1, outcome))
+
+
+def test_of_two_that_bless_at_once_one_does(book: Book) -> None:
+    book.bless(a_night(1))
+    nights = [a_night(number, judged_against="nonce 1") for number in range(2, 10)]
+    refused: list[RunBusy] = []
+
+    def bless(night: Night) -> None:
+        try:
+            book.bless(night)
+        except RunBusy as error:
+            refused.append(error)
+
+    threads = [threading.Thread(target=bless, args=(night,)) for night in nights]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == len(nights) - 1
+
+
+# ---- telling
+
+
+def test_a_chat_is_told_in_slacks_form(chat: Chat) -> None:
+    assert webhook.tell("soup: a < b & c", ["x" * 5000]) is None
+    (message,) = chat.told
+    assert message["text"] == "soup: a &lt; b &amp; c"
+    assert [block["text"]["type"] for block in message["blocks"]] == ["mrkdwn"] * 2
+    assert all(block["type"] == "section" and len(block["text"]["text"]) <= 3000 for block in message["blocks"])
+
+
+def test_a_chat_that_is_busy_is_told_at_the_third_try(chat: Chat) -> None:
+    chat.answers = [500, 503, 200]
+    assert webhook.tell("text", []) is None and len(chat.told) == 3
+
+
+@pytest.mark.parametrize("broken", ["500", "down", "file:///etc/secret", "http://[secret", "http://host:secret/"])
+def test_a_chat_that_is_away_costs_a_warning_that_keeps_the_secret(
+    broken: str, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if broken == "500":
+        chat.answers = [500] * 3
+    elif broken == "down":
+        chat.close()
+    else:
+        monkeypatch.setenv(webhook.VARIABLE, broken)
+    warning = webhook.tell("text", [])
+    assert warning is not None and webhook.VARIABLE in warning and "\n" not in warning
+    assert "secret" not in warning
+
+
+def test_no_webhook_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(webhook.VARIABLE, raising=False)
+    assert webhook.tell("text", []) is None
+
+
+def test_a_chat_that_is_away_changes_no_exit_code_and_its_url_is_nowhere(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
+) -> None:
+    (after_first / "soup" / "blessed.json").unlink()
+    chat.answers = [500] * 3
+    ended = mergeyard("nightly", first_night[0].job, "--in-process", "--output", after_first)
+    assert ended.code == 0
+    assert ended.err == "mergeyard: warning: the webhook in MERGEYARD_WEBHOOK was not told: it answers 500, 3 times\n"
+    assert not any(b"secret" in data for data in files_under(after_first).values())
+
+
+def test_what_is_told_names_both_baselines() -> None:
+    night = a_night(2, judged_against="nonce 1")
+    assert headline(night) == "night 0002-abcdef01: pass: soup is blessed"
+    assert reasons(night) == [
+        f"against the blessed merge: {REASON}",
+        f"against the anchor released: {REASON}",
+        "new since the night before: cos",
+    ]
+    suites = ElementTree.fromstring(junit(night).encode())
+    assert [suite.get("failures") for suite in suites] == ["0", "0"]
+    failed = ElementTree.fromstring(junit(a_night(2, "fail", "nonce 1")).encode())
+    assert [suite.get("failures") for suite in failed] == ["0", "1"]
+
+
+# ---- the page
+
+
+def test_the_page_shows_every_night_and_refers_to_nothing_else() -> None:
+    nights = [a_night(1), a_night(2, "fail", "nonce 1"), a_night(3, "inconclusive", "nonce 1", changed=())]
+    page = nights_page("soup & co", nights, Blessed("s3://b/p", "w", "0001-abcdef01", 1, "nonce 1"))
+    titles = [part.split("</h3>")[0] for part in page.split("<h3>")[1:]]
+    assert titles == ["All lengths alike", "512 tokens", "4K tokens"]
+    assert page.count("<title>night 0002-abcdef01: fail, 90.0</title>") == 1, "a tooltip on the mark"
+    assert "soup &amp; co" in page and "soup & co" not in page
+    assert '<a href="nights/0003-abcdef01/report/index.html">' in page and "blessed now" in page
+    within = page.replace("http://www.w3.org", "").replace("url(#", "")
+    assert not [part for part in ("http://", "https://", "<script", "<img", "url(", "@import") if part in within]
+
+
+def test_the_page_shows_the_last_two_months() -> None:
+    page = nights_page("soup", [a_night(number) for number in range(1, 101)], None)
+    assert "The last 60 nights of 100" in page and "0041-abcdef01" in page and "0040-abcdef01" not in page
+    assert "Nothing is blessed yet." in page
