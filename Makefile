@@ -47,7 +47,7 @@ oracle: .venv-mergekit/.stamp ## the released mergekit, in .venv-mergekit
 
 demo: setup ## a small grid of merges on this machine, end to end
 	@.venv/bin/mergeyard run jobs/examples/demo.yaml
-	@echo 'demo: the scores of every item are in runs/demo/report/results.parquet'
+	@echo 'demo: open runs/demo/report/index.html in a browser'
 
 test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is passed on
 	@.venv/bin/pytest

@@ -30,9 +30,10 @@ def run(options: argparse.Namespace) -> int:
             plan = plan.keeping(best)
             plan.check_room()
             result = drive(plan, workplace.pool, watcher)
-    facts = tell_evaluation(plan, evaluated, verdict, quiet=options.quiet or options.json) if evaluated else {}
+    quiet = options.quiet or options.json
+    if result is not None and not quiet:
+        print_result(result)
+    facts = tell_evaluation(plan, evaluated, verdict, quiet=quiet) if evaluated else {}
     if options.json:
         print_json((result_facts(result) if result is not None else {}) | facts)
-    elif result is not None and not options.quiet:
-        print_result(result)
     return 0 if verdict is None else verdict.verdict.exit_code

@@ -112,13 +112,15 @@ def tell_evaluation(
     plan: Plan, result: EvaluationResult, verdict: Gated | None = None, *, quiet: bool
 ) -> dict[str, Any]:
     """Prints the leaderboard and the verdict, and returns all there is to know as facts."""
-    from orchestrator.leaderboard import leaderboard, print_leaderboard
+    from orchestrator.leaderboard import leaderboard, print_leaderboard, print_sentence
     from orchestrator.report.live import written_page
 
     lines = leaderboard(result, plan.job.seed)
-    page = written_page(plan.run_url)
+    page, sentence = written_page(plan.run_url) or (None, "")
     if not quiet:
         print_leaderboard(lines, result)
+        if sentence:
+            print_sentence(sentence)
         if verdict is not None:
             tell_verdict(verdict)
         if page is not None:

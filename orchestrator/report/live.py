@@ -15,12 +15,13 @@ SHARE = 20
 log = logging.getLogger(__name__)
 
 
-def written_page(run_url: str) -> str | None:
-    """Writes the page of a run and returns where it lies; None, and a warning, if that was not possible."""
+def written_page(run_url: str) -> tuple[str, str] | None:
+    """Writes the page of a run: where it lies, and its first sentence. None, and a warning, if that cannot be."""
     from orchestrator.report.page import read_run, report_on, write_page
 
     try:
-        return write_page(report_on(read_run(run_url)))
+        report = report_on(read_run(run_url))
+        return write_page(report), "" if report.recommendation is None else report.recommendation.sentence
     except Exception as error:  # answers that took hours are worth more than a page that can be drawn again
         log.warning("%s: no page (%s); `mergeyard report` writes it", run_url, error)
         return None
