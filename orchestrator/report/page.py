@@ -198,6 +198,7 @@ def _context(report: Report) -> dict[str, Any]:
         "report": report,
         "lines": report.lines,
         "lengths": sorted({length for line in report.lines for length in line.by_length}),
+        "benchmarks": sorted({name for line in report.lines for name in line.by_benchmark}, reverse=True),
         "beside": sorted({name for line in report.lines for name in line.beside}),
         "threshold": RULER_THRESHOLD,
         "sections": [
