@@ -280,7 +280,7 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
     return _Found(
         candidate=candidate,
         weights=weights,
-        outcome=_outcome(verdicts, first=blessed is None),
+        outcome=decide(verdicts, first=blessed is None),
         verdicts={who: gated.document() for who, gated in verdicts.items()},
         alpha=alpha,
         scores=_scores(
@@ -292,7 +292,7 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
     )
 
 
-def _outcome(verdicts: Mapping[str, Gated], *, first: bool) -> Outcome:
+def decide(verdicts: Mapping[str, Gated], *, first: bool) -> Outcome:
     """The first night has to pass against the anchor. Later ones must not fail against it, and pass against `blessed`.
 
     Without a verdict on that, the candidate is the blessed model itself, and nothing is lost.

@@ -17,7 +17,10 @@ import pytest
 from jobs.errors import RunBusy
 from orchestrator import webhook
 from orchestrator.evaluators import InProcessEvaluators
+from orchestrator.gate import GateRule, Verdict, VerdictLine
+from orchestrator.gating import Gated
 from orchestrator.ledger import Lease
+from orchestrator.nightly import decide
 from orchestrator.nightly_telling import headline, junit, reasons
 from orchestrator.nights import Blessed, Book, Night, Revision, Score
 from orchestrator.report.nights import nights_page
@@ -252,6 +255,41 @@ def test_a_parent_cannot_be_called_blessed(tmp_path: Path, mergeyard: Mergeyard)
     assert not yard.run.exists()
 
 
+# ---- what a night comes to
+
+
+def judged(outcome: str) -> Gated:
+    line = VerdictLine("overall", outcome, -0.9, -1.8, 0.0, 0.5, 1.0, 0.01, 0.9, 100, 100, None, "")  # pyright: ignore
+    return Gated((Verdict(outcome, "new", "old", GateRule(), (line,), None),), fresh=False)  # pyright: ignore
+
+
+@pytest.mark.parametrize(
+    ("blessed", "anchor", "outcome"),
+    [
+        ("pass", "pass", "pass"),
+        ("pass", "inconclusive", "pass"),
+        ("pass", "fail", "fail"),  # one small loss too many: what thirty nights lost counts together
+        ("inconclusive", "pass", "inconclusive"),
+        ("inconclusive", "fail", "fail"),
+        ("fail", "pass", "fail"),
+    ],
+)
+def test_a_night_passes_against_the_blessed_merge_and_does_not_fail_against_the_anchor(
+    blessed: str, anchor: str, outcome: str
+) -> None:
+    assert decide({"blessed": judged(blessed), "anchor": judged(anchor)}, first=False) == outcome
+
+
+@pytest.mark.parametrize("anchor", ["pass", "fail", "inconclusive"])
+def test_the_first_night_is_what_the_anchor_says(anchor: str) -> None:
+    assert decide({"anchor": judged(anchor)}, first=True) == anchor
+
+
+@pytest.mark.parametrize(("anchor", "outcome"), [("pass", "pass"), ("inconclusive", "pass"), ("fail", "fail")])
+def test_the_blessed_model_itself_passes_unless_the_anchor_says_no(anchor: str, outcome: str) -> None:
+    assert decide({"anchor": judged(anchor)}, first=False) == outcome
+
+
 # ---- records and the pointer
 
 REASON = "overall: -0.90 points (-1.80 to +0.00) on 100 items in 100 haystacks; not worse by 2 or more"
@@ -307,9 +345,11 @@ def a_night(number: int = 1, outcome: Any = "pass", judged_against: str | None =
     return replace(found, **more)
 
 
-@pytest.fixture(params=["folder", "memory"])
+@pytest.fixture(params=["folder", "memory", "s3"])
 def book(request: pytest.FixtureRequest, tmp_path: Path) -> Book:
-    """An empty book."""
+    """An empty book, on each kind of store that can be moved by compare-and-swap here."""
+    if request.param == "s3":
+        return Book(open_store(request.getfixturevalue("s3_url")))
     return Book(open_store(tmp_path / "nights" if request.param == "folder" else f"memory://{tmp_path.name}"))
 
 
@@ -341,6 +381,17 @@ def test_the_pointer_moves_from_night_to_night_and_never_back(book: Book) -> Non
         with pytest.raises(RunBusy, match="moved by somebody else"):
             book.bless(stale)
     assert book.blessed() == latest
+
+
+def test_a_pointer_that_was_put_back_by_hand_stays_there(tmp_path: Path) -> None:
+    book, first, second = Book(open_store(tmp_path)), a_night(1), a_night(2, judged_against="nonce 1")
+    for night in (first, second):
+        book.record(night)
+        book.bless(night)
+    found = json.loads((tmp_path / "blessed.json").read_text())
+    (tmp_path / "blessed.json").write_text(json.dumps(found | {"point": first.point, "weights": first.weights}))
+    assert not book.unfinished(second)
+    book.bless(a_night(3, judged_against="nonce 2"))
 
 
 def test_what_did_not_pass_is_never_blessed(book: Book) -> None:
