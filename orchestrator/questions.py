@@ -11,7 +11,8 @@ from jobs.evaluation import ModelSpec
 from jobs.job import Evaluation, RaceSpec
 from jobs.loading import quoted, suggestion
 from orchestrator.compatibility import context_fields
-from orchestrator.planning import Layout, Plan, PlannedPoint, parent_alone, parents_as_points
+from orchestrator.layouts import Layout
+from orchestrator.planning import Plan, PlannedPoint, parent_alone, parents_as_points
 from orchestrator.statistics import Cell
 from workers.benchmarks.building import PlannedSet, Reader, planned_sets
 from workers.benchmarks.tokens import TOKENIZER_FILES, Tokenizer

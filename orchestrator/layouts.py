@@ -1,0 +1,241 @@
+"""What the points of one kind share: which tensors, read from which parents, computed how, cut into which files."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from jobs.errors import BadInput
+from jobs.job import Job
+from jobs.recipe import Filtered, Recipe
+from jobs.tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
+from orchestrator.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
+from workers.checkpoint import DTYPE_NAMES, FLOATS, TORCH_NAMES, Checkpoint, layer_index
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file: its name and its tensors in file order."""
+
+    name: str
+    tensors: tuple[TensorMerge, ...]
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of its tensors."""
+        return sum(tensor.bytes for tensor in self.tensors)
+
+    @cached_property
+    def classes(self) -> tuple[int, ...]:
+        """The settings that its tensors are merged by."""
+        return tuple(sorted({tensor.setting for tensor in self.tensors}))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a checkpoint is cut into shards; all points with the same parents and dtypes share one."""
+
+    shards: tuple[Shard, ...]
+    representatives: tuple[TensorMerge, ...]
+    positions: tuple[float, ...]
+    parents: tuple[str, ...]
+    config: Mapping[str, Any]
+    donor: str
+    tokenizer_from: str
+
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of one point."""
+        return sum(shard.bytes for shard in self.shards)
+
+    @cached_property
+    def beside(self) -> str:
+        """sha256 of what lies beside the weights: the config, and whose tokenizer and generation settings."""
+        return digest([self.config, self.donor, self.tokenizer_from])
+
+    @cached_property
+    def index(self) -> dict[str, Any] | None:
+        """model.safetensors.index.json, for more than one shard."""
+        if len(self.shards) == 1:
+            return None
+        return {
+            "metadata": {"total_size": self.bytes},
+            "weight_map": {
+                name: shard.name
+                for name, shard in sorted((tensor.name, shard) for shard in self.shards for tensor in shard.tensors)
+            },
+        }
+
+
+class TensorClasses:
+    """Tensors that every recipe of the job treats alike: the same layer where there are gradients, the same filters."""
+
+    def __init__(self, job: Job) -> None:
+        self._filters: dict[str, None] = {}
+        self._gradients = False
+        seen: set[int] = set()
+        for point in job.points:
+            for parameters in (point.recipe.parameters, *(source.parameters for source in point.recipe.models)):
+                for setting in parameters.values():
+                    if isinstance(setting, tuple) and id(setting) not in seen:
+                        seen.add(id(setting))
+                        self._look(setting)
+
+    def _look(self, setting: tuple[Any, ...]) -> None:
+        for entry in setting:
+            if isinstance(entry, Filtered):
+                self._filters[entry.filter or "*"] = None
+                self._gradients = self._gradients or isinstance(entry.value, tuple)
+            else:
+                self._gradients = True
+
+    def of(self, tensor: str, layers: int) -> tuple[tuple[str, ...], float]:
+        """(the filters that match, the position that gradients use)."""
+        matching = tuple(name for name in self._filters if name in tensor)
+        return matching, _position(tensor, layers) if self._gradients else 0.0
+
+
+def _position(tensor: str, layers: int) -> float:
+    """Where a tensor's layer lies between the first (0) and the last (1), as mergekit's gradients count.
+
+    Embeddings, final norm and head count as 0; the only layer of a one-layer model as 1.
+    """
+    layer = layer_index(tensor)
+    if layer is None:
+        return 0.0
+    return layer / (layers - 1) if layers > 1 else 1.0
+
+
+def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes: TensorClasses) -> Layout:
+    members = [parents[name] for name in recipe.references()]
+    donor_name = recipe.base_model or recipe.models[0].model
+    context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
+    tokenizer_from = recipe.tokenizer_source
+    if tokenizer_from in (None, "base"):
+        tokenizer_from = donor_name
+    check_parents(members, recipe.place, config_from=job.config_from, own_tokenizer=recipe.tokenizer_source is not None)
+    dtype = recipe.out_dtype or recipe.dtype
+    drops_head = job.config_from is not None and bool(context_fields(context_from.config).get("tie_word_embeddings"))
+    tensors = [
+        tensor
+        for name in _tensor_names(members)
+        if (tensor := _tensor(name, members, recipe, dtype, job.numerics, drops_head=drops_head)) is not None
+    ]
+    if not any(_floats(tensor) for tensor in tensors):
+        raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
+    layers = members[0].layers
+    class_of: dict[tuple[Any, ...], int] = {}
+    numbered = [
+        replace(tensor, setting=class_of.setdefault(classes.of(tensor.name, layers), len(class_of)))
+        for tensor in tensors
+    ]
+    representatives = tuple(
+        min(
+            (tensor for tensor in numbered if tensor.setting == number),
+            key=lambda tensor: _floats(tensor) or math.inf,
+        )
+        for number in range(len(class_of))
+    )
+    arithmetic_dtype = dtype or TORCH_NAMES[max(tensor.dtype for tensor in tensors if tensor.dtype in FLOATS)]
+    return Layout(
+        shards=_shards(numbered, job.shard_bytes),
+        representatives=representatives,
+        positions=tuple(_position(tensor.name, layers) for tensor in representatives),
+        parents=recipe.references(),
+        config=merged_config(parents[donor_name], context_from, arithmetic_dtype),
+        donor=donor_name,
+        tokenizer_from=tokenizer_from,
+    )
+
+
+def _floats(tensor: TensorMerge) -> int:
+    """How many numbers of a tensor a method computes: all, or none of integers and booleans."""
+    return tensor.elements if tensor.dtype in FLOATS else 0
+
+
+def _parent_named(job: Job, key: str, name: str | None, parents: Mapping[str, Checkpoint]) -> Checkpoint | None:
+    if name is None:
+        return None
+    if name not in parents:
+        raise BadInput(f"{job.place_of(key)}: {key} names {name}, which is no parent; there are {', '.join(parents)}")
+    return parents[name]
+
+
+def _tensor_names(members: Sequence[Checkpoint]) -> list[str]:
+    """Every tensor of any parent, layers in their natural order."""
+
+    def natural(name: str) -> list[tuple[bool, int | str]]:
+        return [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in name.split(".")]
+
+    return sorted({name for member in members for name in member.tensors}, key=natural)
+
+
+def _tensor(
+    name: str, members: Sequence[Checkpoint], recipe: Recipe, dtype: str | None, numerics: str, *, drops_head: bool
+) -> TensorMerge | None:
+    """One output tensor, or None for a head that the chosen config ties to the embeddings."""
+    if name == HEAD and drops_head:
+        return None
+    sources: dict[str, ParentTensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for member in members:
+        stored = name if name in member.tensors else EMBEDDINGS if name == HEAD else name
+        if stored not in member.tensors:
+            holder = next(other.name for other in members if name in other.tensors)
+            raise BadInput(
+                f"{recipe.place}: tensor {name} is in {holder} but not in {member.name}; parents hold the same tensors"
+            )
+        sources[member.name], shapes[member.name] = member.tensors[stored], member.shapes[stored]
+    first = members[0].name
+    for other, shape in shapes.items():
+        if shape != shapes[first]:
+            raise BadInput(
+                f"{recipe.place}: tensor {name} is {list(shapes[first])} in {first} and {list(shape)} in {other};"
+                " only equal shapes can be merged"
+            )
+    output, arithmetic = _dtypes(name, sources, recipe, dtype, numerics)
+    return TensorMerge(name, output, shapes[first], sources, 0, arithmetic)
+
+
+def _dtypes(
+    name: str, sources: Mapping[str, ParentTensor], recipe: Recipe, dtype: str | None, numerics: str
+) -> tuple[str, str]:
+    """(stored dtype, arithmetic dtype) of one output tensor; float32 results are computed in float64."""
+    kinds = {source.dtype for source in sources.values()}
+    if not kinds <= set(FLOATS):
+        if len(kinds) > 1 or any(kind.startswith("F8") for kind in kinds):
+            raise BadInput(f"{recipe.place}: tensor {name} is stored as {' and '.join(sorted(kinds))}; give one dtype")
+        return next(iter(kinds)), next(iter(kinds))
+    native = next(iter(kinds)) if len(kinds) == 1 else "F64" if "F64" in kinds else "F32"
+    output = DTYPE_NAMES[dtype] if dtype else native
+    if numerics == "mergekit":
+        return output, DTYPE_NAMES[recipe.dtype] if recipe.dtype else native
+    return output, "F64" if output in ("F32", "F64") else "F32"
+
+
+def _shards(tensors: Sequence[TensorMerge], shard_bytes: int) -> tuple[Shard, ...]:
+    """Cuts the tensors into files of at most `shard_bytes` (a larger tensor has its own), wider dtypes first in each.
+
+    Names as transformers gives them.
+    """
+    cut: list[list[TensorMerge]] = []
+    room = 0
+    for tensor in tensors:
+        size = tensor.bytes
+        if not cut or size > room:
+            cut.append([])
+            room = max(shard_bytes, size)
+        cut[-1].append(tensor)
+        room -= size
+    names = (
+        ["model.safetensors"]
+        if len(cut) == 1
+        else [f"model-{number:05d}-of-{len(cut):05d}.safetensors" for number in range(1, len(cut) + 1)]
+    )
+    return tuple(
+        Shard(name, tuple(sorted(part, key=lambda tensor: -DTYPE_BITS[tensor.dtype])))
+        for name, part in zip(names, cut, strict=True)
+    )
