@@ -257,9 +257,9 @@ class _OpenFile:
         self.size = found.st_size
         self.etag = _etag(found)
 
-    def __del__(self) -> None:
-        with suppress(AttributeError):  # the open itself failed
-            os.close(self._descriptor)
+    def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: Python may be ending
+        if hasattr(self, "_descriptor"):
+            close(self._descriptor)
 
     def read(self, start: int, length: int, etag: str | None) -> bytes:
         """At most `LARGEST_SYSTEM_READ` bytes as one new object."""

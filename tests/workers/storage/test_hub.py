@@ -138,7 +138,8 @@ def test_what_is_missing_is_named() -> None:
 def test_a_hub_that_is_down_ends_in_one_line(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "0.5")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(StorageUnavailable, match=r"hf://someone/cos: the hub at http://127.0.0.1:9 cannot be reached \(tried"):
+    told = r"hf://someone/cos: the hub at http://127.0.0.1:9 cannot be reached \(tried"
+    with pytest.raises(StorageUnavailable, match=told):
         open_store("hf://someone/cos").locate("config.json")
 
 
