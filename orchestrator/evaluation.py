@@ -38,6 +38,9 @@ NOISE_ITEMS = 25
 
 READS_AT_ONCE = 32
 
+VERDICT = "gate/verdict.json"
+"""Where the gate's verdict lies in a run."""
+
 RENEW_SECONDS = 30.0
 """How long what can be seen of a running evaluation may be behind."""
 
@@ -81,6 +84,7 @@ class Session:
         self._blocks = _Blocks(ledger.store)
         self._sets: dict[str, ItemSet] = {}
         self._race: Race | None = None
+        self._running = False
         self._renewed, self._pause = time.monotonic(), RENEW_SECONDS
         self._page = LivePage(plan.run_url)
 
@@ -101,8 +105,9 @@ class Session:
     def run(self) -> EvaluationResult:
         """The race or the whole grid, then the parents, then the noise floor."""
         asked = self._asked
-        subjects = [*asked.points.values(), *asked.baselines.values()]
-        self.make(subjects)
+        self._running = True
+        self._ledger.store.delete(VERDICT)  # what an earlier evaluation made of a gate holds no more
+        self.make([*asked.points.values(), *asked.baselines.values()])
         if asked.race is not None:
             self._run_race(asked.race)
         stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
@@ -110,6 +115,7 @@ class Session:
         self.ask([*asked.baselines.values()], "evaluating the parents")
         leader = asked.points[self._standing()[0].point]
         result = self._result(noise=self._noise(leader), finished=True)
+        self._running = False
         write_results(self._ledger.store, result)
         return result
 
@@ -239,8 +245,11 @@ class Session:
         return _standing(ranked_rows(self.rows(), self._asked.ranked), [*self._asked.points])
 
     def _renew(self) -> None:
-        """Lets who looks at the run see how it stands, now and then: a twentieth of the time at most."""
-        if time.monotonic() - self._renewed < self._pause:
+        """Lets who looks at the run see how it stands, now and then: a twentieth of the time at most.
+
+        Not while a gate asks: what is seen then is the evaluation that ended.
+        """
+        if not self._running or time.monotonic() - self._renewed < self._pause:
             return
         began = time.monotonic()
         write_results(self._ledger.store, self._result(noise=None, finished=False))

@@ -70,8 +70,7 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
         looks.append(verdict)
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
             return Gated(tuple(looks), fresh=items.fresh)
-        seen = verdict.lines[0].items
-        growth *= min(2.0, (verdict.items_needed or 2 * seen) / seen)
+        growth = items.next(growth, verdict)
 
 
 def _baseline(asked: Questions, spec: GateSpec) -> Subject:
@@ -110,8 +109,17 @@ class _Items:
         """Whether the budget allows more than that."""
         return any(self._most(planned) > len(self._range(planned, growth)) for planned in self.sets.values())
 
+    def next(self, growth: float, verdict: Verdict) -> float:
+        """What the line that lacks most asks for, but at most twice as much; at least one more haystack of some set."""
+        open_lines = [line for line in verdict.lines if line.outcome == "inconclusive"]
+        lacking = max((line.items_needed / line.items if line.items_needed else 2.0) for line in open_lines)
+        grown = growth * min(2.0, max(1.0, lacking))
+        while self.ranges(grown) == self.ranges(growth):
+            grown *= 1.1
+        return grown
+
     def _range(self, planned: PlannedSet, growth: float) -> range:
-        first = planned.made if self.fresh else 0
+        first = first_fresh(planned) if self.fresh else 0
         wanted = math.ceil(growth * planned.count / planned.share) * planned.share if growth > 1 else planned.count
         return range(first, first + min(wanted, self._most(planned)))
 
@@ -119,6 +127,11 @@ class _Items:
         if not self.grows:
             return planned.count
         return max(planned.count, BUDGET * planned.count if self.budget is None else self.budget)
+
+
+def first_fresh(planned: PlannedSet) -> int:
+    """The first item of a set that shares no haystack with those that points are chosen by."""
+    return -(-planned.made // planned.share) * planned.share
 
 
 def _rows(session: Session, name: str, ranked: Sequence[str], wanted: Mapping[Cell, range]) -> list[ScoreRow]:

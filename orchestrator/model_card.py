@@ -90,14 +90,20 @@ HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def published_card(
-    card: str, licence: Mapping[str, str], config: Mapping[str, Any], line: Line | None, ranked: Sequence[str]
+    card: str,
+    licence: Mapping[str, str],
+    config: Mapping[str, Any],
+    line: Line | None,
+    ranked: Sequence[str],
+    not_on_hub: Sequence[str] = (),
 ) -> str:
     """A point's card as the hub gets it: with its licence, and with its results where there are any.
 
-    Only parents that the hub knows stay in `base_model`: it refuses paths and buckets there.
+    Only parents that the hub knows stay in `base_model`: it refuses paths and buckets there. `not_on_hub` are names
+    that only look like its own.
     """
     front = front_matter(card)
-    bases = [base for base in front.pop("base_model", []) if HUB_NAME.fullmatch(base)]
+    bases = [base for base in front.pop("base_model", []) if HUB_NAME.fullmatch(base) and base not in not_on_hub]
     relation = front.pop("base_model_relation", "merge")
     head = {**({"base_model": bases, "base_model_relation": relation} if bases else {}), **front, **licence}
     body = FRONT.sub("", card, count=1)

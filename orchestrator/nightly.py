@@ -28,7 +28,7 @@ from orchestrator.comparing import question
 from orchestrator.driver import drive
 from orchestrator.evaluation import OpenEvaluators, Session
 from orchestrator.gate import Outcome
-from orchestrator.gating import Gated, gate
+from orchestrator.gating import Gated, first_fresh, gate
 from orchestrator.leaderboard import samples
 from orchestrator.ledger import Lease
 from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
@@ -79,22 +79,28 @@ class Nightly:
         book = Book(open_store(plan.run_url))
         with Lease(book.store, "lease.json") as lease:
             history = book.nights()
-            if history and book.unfinished(history[-1]):
-                book.bless(history[-1])
-                self.conclude(book, history[-1], history)
-                if history[-1].fingerprint == _fingerprint(plan):
+            same = bool(history) and history[-1].fingerprint == _fingerprint(plan)
+            if history and not book.concluded(history[-1]):
+                self._end(book, history)
+                if same:
                     return Tonight("finished", history[-1], book.blessed())
-            if history and history[-1].fingerprint == _fingerprint(plan):
+            if same:
                 return Tonight("unchanged", history[-1], book.blessed())
             blessed = book.blessed()
             night = self._judged(plan, history, blessed, began)
             lease.check()
             book.check_unmoved(blessed)
             book.record(night)
-            if night.epoch is not None:
-                book.bless(night)
-            self.conclude(book, night, [*history, night])
+            self._end(book, [*history, night])
             return Tonight("recorded", night, book.blessed())
+
+    def _end(self, book: Book, history: Sequence[Night]) -> None:
+        """What follows the last night's record: the pointer is moved if it passed, the world is told."""
+        night = history[-1]
+        if book.unfinished(night):
+            book.bless(night)
+        self.conclude(book, night, history)
+        book.note_concluded(night)
 
     def _judged(self, plan: Plan, history: Sequence[Night], blessed: Blessed | None, began: float) -> Night:
         """Tonight's record, with the point written if it passed; nothing is recorded yet."""
@@ -276,7 +282,7 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
         )
         for who, name in baselines.items()
     }
-    everyone = {"candidate": candidate, "anchor": job.gate.baseline} | ({} if blessed is None else {BLESSED: BLESSED})
+    everyone = {"candidate": candidate, "anchor": job.gate.baseline, **baselines}
     return _Found(
         candidate=candidate,
         weights=weights,
@@ -313,7 +319,7 @@ def _weights(rows: Sequence[ScoreRow], point: str) -> str:
 
 def _scores(rows: Sequence[ScoreRow], subjects: Mapping[str, Subject], *, fresh: bool) -> Scores:
     """Scores on the items that all of these answered; where the candidate was chosen by some, on the others."""
-    chosen_by = {cell: planned.made if fresh else 0 for cell, planned in subjects["candidate"].sets.items()}
+    chosen_by = {cell: first_fresh(planned) if fresh else 0 for cell, planned in subjects["candidate"].sets.items()}
     answered = {
         who: {
             question(row): row

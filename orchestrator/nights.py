@@ -2,9 +2,11 @@
 
     history/000001.json   what a night found; written once
     blessed.json          the blessed point; moved by compare-and-swap, forward only
+    concluded/000001      the night has been told of
 
-The record comes first, the pointer after it. A record that passed while the pointer is still the one it was judged
-against is a night that died between the two: the next one moves the pointer for it, before anything else.
+The record comes first, the pointer after it, then the webhook and the page; the next call does what is missing. A
+record that passed while the pointer is still the one it was judged against is a night that died between the two: the
+next one moves the pointer for it, before anything else.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from workers.storage import Store
 
 POINTER = "blessed.json"
 HISTORY = "history/"
+CONCLUDED = "concluded/"
 READS_AT_ONCE = 32
 
 
@@ -146,6 +149,18 @@ class Book:
             self.store.write(key, night.to_json(), mode="create")
         except ObjectExists:
             raise RunBusy(f"{self.store.url}/{key}: another driver has recorded this night; run again") from None
+
+    def concluded(self, night: Night) -> bool:
+        """Whether all that follows a night's record was done: the pointer, the webhook, the page."""
+        try:
+            self.store.locate(f"{CONCLUDED}{night.number:06d}")
+        except ObjectMissing:
+            return False
+        return True
+
+    def note_concluded(self, night: Night) -> None:
+        """All that follows a night's record is done."""
+        self.store.write(f"{CONCLUDED}{night.number:06d}", b"")
 
     def unfinished(self, night: Night) -> bool:
         """Whether the night passed and the pointer is still the one it was judged against."""

@@ -104,12 +104,16 @@ def copy_point(point: FoundPoint, url: str, say: Callable[[str], None]) -> dict[
         raise BadInput(f"{target.url}: not empty, it holds {strangers[0]}; choose another folder")
     sent = 0
     for name in files:
-        if name in there and not _problem(target, "", name, point.manifest):
-            continue
+        if name in there:
+            problem = _problem(target, "", name, point.manifest)
+            if problem is None:
+                continue
+            if MANIFEST not in there:  # files come whole: this one is not ours to replace
+                raise BadInput(f"{target.url}: holds something else, {problem}; choose another folder")
         say(f"sending {name}, {size(files[name].size)}")
         sent += _copy(point.store, f"{point.prefix}{name}", target, name)
-        if problem := _problem(target, "", name, point.manifest):
-            raise CorruptData(f"{target.url}: arrived damaged: {problem}; publish again")
+        if damage := _problem(target, "", name, point.manifest):
+            raise CorruptData(f"{target.url}: arrived damaged: {damage}; publish again")
     if MANIFEST not in there:
         target.write(MANIFEST, manifest)  # last: readers take its presence for the whole
     return _facts(point, target.url, sent)
@@ -178,6 +182,8 @@ def publish_to_hub(
         with _content(point, name, ours) as content:
             expected[name] = replace(content, source=b"")
             if not content.is_at(there.get(name)):
+                if name in there and name.endswith(WEIGHTS) and MANIFEST not in there:
+                    raise BadInput(f"{publication.url}: holds other weights, {name}; choose another name")
                 say(f"sending {name}, {size(content.size)}")
                 publication.send(name, content)
                 sent += content.size
@@ -211,7 +217,10 @@ def _ours(point: FoundPoint, terms: Mapping[str, str]) -> dict[str, bytes]:
     line, ranked = _results(point)
     card = _renamed(bytes(point.store.read(f"{point.prefix}{CARD}")).decode(), folders)
     recipe = _renamed(bytes(point.store.read(f"{point.prefix}{RECIPE}")).decode(), folders)
-    changed = {CARD: published_card(card, terms, config, line, ranked).encode(), RECIPE: recipe.encode()}
+    changed = {
+        CARD: published_card(card, terms, config, line, ranked, not_on_hub=[*folders.values()]).encode(),
+        RECIPE: recipe.encode(),
+    }
     entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in changed.items()}
     told = replace(manifest, files={**manifest.files, **entries}).to_json().decode()
     quoted = {json.dumps(path)[1:-1]: json.dumps(name)[1:-1] for path, name in folders.items()}
@@ -230,8 +239,9 @@ def _folder_names(urls: Iterable[str]) -> dict[str, str]:
 
 
 def _renamed(text: str, names: Mapping[str, str]) -> str:
-    for path in sorted(names, key=len, reverse=True):  # one may be the beginning of another
-        text = text.replace(path, names[path])
+    """The text with whole paths replaced: none that begins within another, as `/base` does in `hf://org/base`."""
+    for path in sorted(names, key=len, reverse=True):
+        text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w-]|\.\w)", lambda _, name=names[path]: name, text)
     return text
 
 
@@ -314,8 +324,22 @@ class Licence:
         return terms.get("license_name") or terms.get("license") or "no licence"
 
 
-def _licences(parents: Mapping[str, str]) -> list[Licence]:
-    return [Licence(name, _terms(url)) for name, url in parents.items()]
+def _licences(parents: Mapping[str, str], seen: frozenset[str] = frozenset()) -> list[Licence]:
+    """What the parents' cards say; of a parent that is a merge and says nothing, what its own parents' say."""
+    found: list[Licence] = []
+    for name, url in parents.items():
+        terms = _terms(url)
+        older = {} if terms is not None or url in seen else _parents_of(url)
+        found += _licences(older, seen | {url}) if older else [Licence(name, terms)]
+    return found
+
+
+def _parents_of(url: str) -> Mapping[str, str]:
+    """The parents of a merge of ours; none of any other model."""
+    try:
+        return Manifest.from_json(bytes(open_store(url).read(MANIFEST))).parents
+    except (ObjectMissing, CorruptData):
+        return {}
 
 
 def _terms(url: str) -> dict[str, str] | None:

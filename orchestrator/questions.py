@@ -131,7 +131,14 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
 
 def _check_server(plan: Plan) -> None:
     """A server serves one model: nothing else can be asked of it."""
-    if plan.job.engine.name == "openai" and len(plan.merges) > 1:
+    if plan.job.engine.name != "openai":
+        return
+    if plan.job.gate is not None:
+        raise BadInput(
+            f"{plan.job.place_of('gate')}: the server at {plan.job.engine.url} serves one model, a gate compares two;"
+            " take transformers or vllm, or evaluate both and see `mergeyard compare`"
+        )
+    if len(plan.merges) > 1:
         raise BadInput(
             f"{plan.job.engine.place}: the server at {plan.job.engine.url} serves one model, the job has"
             f" {len(plan.merges)} points; write them, serve one, and give a job of that one, or take transformers"

@@ -5,6 +5,7 @@ The code that is sent is these packages alone, never the user's folder. Credenti
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import shutil
@@ -47,16 +48,24 @@ def shipment(job: Job, folder: Path, address: str) -> Shipment:
     `BadInput` for local parents or outputs, which other machines do not see, unless the address is this machine's own.
     """
     output = job.output.rstrip("/") if "://" in job.output else os.path.abspath(Path(job.output).expanduser())  # noqa: PTH100
-    name = "mergeyard-" + digest([job.digest(), output])[:16]
     run = f"{output}/{job.name}"
     here = next(_only_here(job, output), None)
     if here is None:
-        return Shipment(name, run, _command(JOB_FILE, output), {JOB_FILE: job.text.encode(), **_texts(job, folder)})
+        texts = _texts(job, folder)
+        return Shipment(
+            _name(job, output, texts), run, _command(JOB_FILE, output), {JOB_FILE: job.text.encode(), **texts}
+        )
     if not is_loopback(address):
         raise BadInput(f"{here}, which the cluster does not see; use object storage, or a folder by its file:// URL")
     if job.source == "-":
         raise BadInput(f"{here}: a job with local paths is submitted from its file, not from standard input")
-    return Shipment(name, run, _command(str(Path(job.source).resolve()), output), {})
+    return Shipment(_name(job, output, {}), run, _command(str(Path(job.source).resolve()), output), {})
+
+
+def _name(job: Job, output: str, texts: Mapping[str, bytes]) -> str:
+    """The same for the same job and texts: it is what makes two submissions one."""
+    told = {path: hashlib.sha256(data).hexdigest() for path, data in texts.items()}
+    return "mergeyard-" + digest([job.digest(), output, told])[:16]
 
 
 def _command(job_file: str, output: str) -> str:

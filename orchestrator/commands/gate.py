@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from jobs.errors import BadInput
-from orchestrator.commands.inputs import print_json, read_job, watched
+from orchestrator.commands.inputs import check_file, print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace, asked_of, gated, tell_verdict
 
 
@@ -17,6 +17,7 @@ def gate(options: argparse.Namespace) -> int:
     from orchestrator.watching import Watcher
 
     job, folder = read_job(options)
+    check_file("--junit", options.junit)
     if job.gate is None:
         raise BadInput(f"{job.source}: no gate to pass; add `gate: {{baseline: …}}`")
     plan = make_plan(job, relative_to=folder)

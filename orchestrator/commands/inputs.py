@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -58,3 +59,14 @@ def watched(options: argparse.Namespace) -> bool:
 
 def print_json(value: Any) -> None:
     print(json.dumps(value, indent=2))
+
+
+def check_file(option: str, path: str | None) -> None:
+    """Refuses a file that cannot be written, before the work whose result goes there."""
+    if path is None:
+        return
+    file = Path(path)
+    if not file.parent.is_dir():
+        raise BadInput(f"{option} {path}: there is no folder {file.parent}")
+    if file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise BadInput(f"{option} {path}: cannot be written; name a file in a folder of yours")

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orchestrator.commands.inputs import print_json, read_job, watched
+from orchestrator.commands.inputs import check_file, print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ def nightly(options: argparse.Namespace) -> int:
     from orchestrator.watching import Watcher
 
     job, folder = read_job(options)
+    check_file("--junit", options.junit)
     with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
         tonight = Nightly(job, folder, workplace.evaluators, lambda: workplace.pool, watcher, _conclude).run()
     judged = tonight.ending != "unchanged"

@@ -201,6 +201,7 @@ def _context(report: Report) -> dict[str, Any]:
         "benchmarks": sorted({name for line in report.lines for name in line.by_benchmark}, reverse=True),
         "beside": sorted({name for line in report.lines for name in line.beside}),
         "threshold": RULER_THRESHOLD,
+        "most_receipts": MOST_RECEIPTS,
         "sections": [
             *_grid_sections(report),
             _curve_section(report),

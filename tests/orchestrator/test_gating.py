@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from orchestrator.gating import first_fresh
+from orchestrator.results import read_results
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.test_evaluation import PARENTS, RULER, SCALED, SOUP, job_text
+from workers.benchmarks.building import PlannedSet
 from workers.scores import read_scores
 
 Mergeyard = Callable[..., Ended]
@@ -115,6 +119,44 @@ def test_a_budget_of_the_first_look_is_a_plain_test(mergeyard: Mergeyard, job_fi
     assert verdict["rule"]["planned_haystacks"] is None and len(verdict["looks"]) == 1
 
 
+def test_one_open_length_is_asked_more_until_the_budget_ends(
+    mergeyard: Mergeyard, job_file: Callable[..., Path]
+) -> None:
+    # overall the margin of 60 points is passed at once, at each length that of 1 point is far away
+    ruler = {**RULER, "lengths": [256, 320]}
+    job = job_file(**scaled([0.98], margin=60, length_margin=1, budget=9), evaluate={"ruler": ruler})
+    ended = mergeyard("gate", job, "--in-process", "--json")
+    assert ended.code == 3, ended.err
+    assert [line["outcome"] for line in ended.facts["lines"]] == ["pass", "inconclusive", "inconclusive"]
+    assert [look["items"] for look in ended.facts["looks"]] == [12, 18]
+
+
+def test_fresh_items_share_no_haystack_with_those_points_are_chosen_by() -> None:
+    planned = PlannedSet("ruler", "vt", 512, 4, 4, "d", lambda _: b"", "job.yaml:1", share=8, grows=True)
+    assert first_fresh(planned) == 8
+    assert first_fresh(replace(planned, made=16)) == 16
+
+
+def test_a_gate_leaves_the_evaluation_that_ended_as_it_is(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("orchestrator.evaluation.RENEW_SECONDS", 0.0)
+    job = job_file(**scaled([0.3, 1.0], margin=20, budget=12))
+    mergeyard("run", job, "--in-process")
+    before = read_results(str(job.parent / "runs/tiny"))
+    assert before.finished and {row.item for row in before.rows} == set(range(6))
+    assert mergeyard("gate", job, "--point", "w0.3", "--in-process").code in (1, 3)
+    assert read_results(str(job.parent / "runs/tiny")) == before
+
+
+def test_a_verdict_goes_with_its_gate(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([0.98], margin=40))
+    mergeyard("run", job, "--in-process")
+    assert verdict_of(job)["new"] == "w0.98"
+    mergeyard("run", job_file(**scaled([0.98]) | {"gate": None}), "--in-process")
+    assert not (job.parent / "runs/tiny/gate").exists()
+
+
 def test_a_second_call_asks_nothing_and_says_the_same(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     job = job_file(**scaled([0.98], margin=20, budget=40))
     first = mergeyard("gate", job, "--in-process", "--json")
@@ -161,6 +203,18 @@ def test_what_cannot_be_judged_is_refused(
     job = job_file(**scaled([0.3]) | change)
     ended = mergeyard("gate", job, "--in-process", *arguments)
     assert ended.code == 2 and message in ended.err and not (job.parent / "runs").exists()
+
+
+def test_a_file_for_the_verdict_is_looked_at_first(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([0.3]))
+    ended = mergeyard("gate", job, "--in-process", "--junit", job.parent / "none" / "gate.xml")
+    assert ended.code == 2 and "there is no folder" in ended.err and not (job.parent / "runs").exists()
+
+
+def test_a_server_has_no_second_model_to_judge_by(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([1.0]), engine={"name": "openai", "url": "http://127.0.0.1:9/v1"})
+    ended = mergeyard("gate", job, "--in-process")
+    assert ended.code == 2 and "serves one model, a gate compares two" in ended.err
 
 
 def test_models_of_different_tokenizers_are_not_compared(

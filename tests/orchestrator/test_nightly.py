@@ -190,6 +190,7 @@ def test_a_night_that_died_before_the_pointer_is_finished_first(
     pointer = after_first / "soup" / "blessed.json"
     blessed = pointer.read_bytes()
     pointer.unlink()
+    shutil.rmtree(after_first / "soup" / "concluded")
     files = files_under(after_first / "soup" / "nights")
     call = ("nightly", first_night[0].job, "--in-process", "--output", after_first)
     ended = mergeyard(*call, "--junit", tmp_path / "night.xml")
@@ -201,6 +202,19 @@ def test_a_night_that_died_before_the_pointer_is_finished_first(
     assert len(chat.told) == 1 and pointer.read_bytes() == blessed, "never twice"
     assert [*ElementTree.parse(tmp_path / "again.xml").getroot()] == []
     assert files_under(after_first / "soup" / "nights") == files, "nothing was asked or merged"
+
+
+def test_a_night_that_was_recorded_and_not_told_of_is_told_of_with_its_exit_code(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
+) -> None:
+    shutil.rmtree(after_first / "soup" / "concluded")
+    record = after_first / "soup" / "history" / "000001.json"
+    document = json.loads(record.read_text())
+    record.write_text(json.dumps({**document, "outcome": "fail", "epoch": None}))
+    call = ("nightly", first_night[0].job, "--in-process", "--output", after_first)
+    assert mergeyard(*call).code == 1 and len(chat.told) == 1
+    again = mergeyard(*call)
+    assert again.code == 0 and "that ended: fail" in again.out and len(chat.told) == 1
 
 
 def test_two_at_once_are_one(first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard) -> None:
@@ -458,6 +472,7 @@ def test_a_chat_that_is_away_changes_no_exit_code_and_its_url_is_nowhere(
     first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
 ) -> None:
     (after_first / "soup" / "blessed.json").unlink()
+    shutil.rmtree(after_first / "soup" / "concluded")
     chat.answers = [500] * 3
     ended = mergeyard("nightly", first_night[0].job, "--in-process", "--output", after_first)
     assert ended.code == 0

@@ -14,8 +14,9 @@ import yaml
 from huggingface_hub import ModelCard
 
 from jobs.errors import BadInput
+from jobs.manifest import Manifest
 from orchestrator.cli import main
-from orchestrator.publishing import Licence, reconciled_licence
+from orchestrator.publishing import Licence, _licences, _renamed, reconciled_licence
 from tests.hub_server import HubServer
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.scores import leave_scores
@@ -326,15 +327,48 @@ def test_a_copy_has_the_same_bytes_and_goes_on_where_it_stopped(
     here = files_under(run / "points" / "w0.7")
     assert mergeyard("publish", run / "points" / "w0.7", tmp_path / "copy").code == 0
     assert files_under(tmp_path / "copy") == here
-    (tmp_path / "copy" / "manifest.json").unlink()
     damaged = sorted((tmp_path / "copy").glob("*.safetensors"))[0]
     damaged.write_bytes(b"\1" * damaged.stat().st_size)
     again = mergeyard("publish", run / "w0.7", tmp_path / "copy", "--json").facts
     assert again["bytes_sent"] == len(here[damaged.name])
     assert files_under(tmp_path / "copy") == here
     assert mergeyard("publish", run / "w0.7", tmp_path / "copy", "--json").facts["bytes_sent"] == 0
+    (tmp_path / "copy" / "manifest.json").unlink()
+    missing = sorted((tmp_path / "copy").glob("*.safetensors"))[-1]
+    missing.unlink()
+    again = mergeyard("publish", run / "w0.7", tmp_path / "copy", "--json").facts
+    assert again["bytes_sent"] == len(here[missing.name]) and files_under(tmp_path / "copy") == here
     refused(mergeyard("publish", run / "w0.5", tmp_path / "copy"), "another point lies there")
     refused(mergeyard("publish", run / "w0.5", tmp_path), "not empty")
+
+
+def test_a_model_of_somebody_elses_is_not_replaced(mergeyard: Mergeyard, run: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(run / "points" / "w0.5", theirs)
+    (theirs / "manifest.json").unlink()
+    before = files_under(theirs)
+    refused(mergeyard("publish", run / "w0.7", theirs), "holds something else")
+    assert files_under(theirs) == before
+
+
+def test_a_merge_that_says_nothing_has_the_licences_of_its_parents(
+    mergeyard: Mergeyard, run: Path, tmp_path: Path
+) -> None:
+    manifest = Manifest.from_json((run / "points" / "w0.7" / "manifest.json").read_bytes())
+    found = {licence.parent for licence in _licences({"merge": str(run / "points" / "w0.7")})}
+    assert found == set(manifest.parents)
+
+
+@pytest.mark.parametrize(
+    ("text", "names", "told"),
+    [
+        ("hf://org/base-7b and /base", {"/base": "base"}, "hf://org/base-7b and base"),
+        ("/a/b/c.", {"/a/b": "x", "/a/b/c": "y"}, "y."),
+        ('"/a/b"', {"/a/b": "b"}, '"b"'),
+    ],
+)
+def test_only_whole_paths_are_shortened(text: str, names: dict[str, str], told: str) -> None:
+    assert _renamed(text, names) == told
 
 
 def test_from_a_bucket_to_the_hub_and_to_another_folder_of_it(

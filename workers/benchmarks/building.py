@@ -30,6 +30,9 @@ READERS: Mapping[str, Callable[[bytes | str | Path], Library]] = {"qa_1": read_s
 LM_EVAL_TOKENS = 1 << 20
 """What a whole task of lm-evaluation-harness is taken to cost, so that it is begun early."""
 
+MOST_HASHED = 64 << 20
+"""Larger files beside a task of the user's own are known by size and time alone."""
+
 Frame = tuple[str, str]
 
 
@@ -279,8 +282,28 @@ def _lm_eval(spec: LmEvalSpec, reader: Reader) -> list[PlannedSet]:
         if task.endswith((".yaml", ".yml")):
             content = reader.read(task, spec.place)
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
+            told |= {"beside": _beside(Path(reader.path(task)))}
         name = Path(task).stem if "content" in told else task
         told_as_bytes = canonical_json(told).encode()
         return PlannedSet("lm_eval", name, 0, 1, 1, digest(told), lambda _: told_as_bytes, spec.place)
 
-    return [planned(task) for task in spec.tasks]
+    sets = [planned(task) for task in spec.tasks]
+    names = [entry.task for entry in sets]
+    if doubled := next((name for name in names if names.count(name) > 1), None):
+        raise BadInput(f"{spec.place}: two tasks are called {doubled}; give one of the files another name")
+    return sets
+
+
+def _beside(task: Path) -> dict[str, Any]:
+    """What lies in the folder of a task's file, which may include or read it: name → sha256, or size and time."""
+    if not task.is_file():  # in a bucket, where nothing lies beside it for the harness to read
+        return {}
+    files = sorted(path for path in task.parent.iterdir() if path.is_file())
+    return {path.name: _version(path) for path in files}
+
+
+def _version(path: Path) -> Any:
+    found = path.stat()
+    if found.st_size > MOST_HASHED:
+        return [found.st_size, found.st_mtime_ns]
+    return hashlib.sha256(path.read_bytes()).hexdigest()

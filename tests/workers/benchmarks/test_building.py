@@ -234,6 +234,19 @@ def test_a_task_of_ones_own_is_another_when_its_file_is(tokenizer: Tokenizer, tm
     assert before.task == after.task == "mine" and before.digest != after.digest
 
 
+def test_what_lies_beside_a_task_is_part_of_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+    (tmp_path / "docs.json").write_text("{}")
+    spec = LmEvalSpec(tasks=("mine.yaml",), place="job.yaml:10")
+    [before] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    (tmp_path / "docs.json").write_text('{"question": 1}')
+    [after] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    assert before.digest != after.digest
+    twice = LmEvalSpec(tasks=("mine.yaml", "mine"), place="job.yaml:10")
+    with pytest.raises(BadInput, match=r"job.yaml:10: two tasks are called mine; give one"):
+        planned_sets(Evaluation(lm_eval=twice), tokenizer, 0, Reader(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
