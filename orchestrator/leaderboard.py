@@ -193,7 +193,7 @@ def _exp(value: float) -> float:
 def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
     """The table on a terminal, as wide as the terminal is; perplexity in a table of its own.
 
-    Where the terminal is too narrow, columns go: notes first, then what does not rank, then the lengths between the
+    Where the terminal is too narrow, columns go: notes first, then single benchmarks, then the lengths between the
     shortest and the longest; at last names are cut in the middle.
     """
     from rich.console import Console
@@ -238,7 +238,7 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
     columns.append(_Column("score", tuple(map(_score, lines))))
     for name in benchmarks:
         cells = tuple(_rounded(line.by_benchmark.get(name)) for line in lines)
-        columns.append(_Column(name, cells, spare=1))
+        columns.append(_Column(name, cells, spare=4))
     for length in lengths:
         inner = length not in (lengths[0], lengths[-1])
         cells = tuple(_rounded(line.by_length.get(length)) for line in lines)
