@@ -111,7 +111,7 @@ def _sees(sees: Mapping[str, Any]) -> str:
     shared = "" if sees["correlation"] is None else f" and those on one haystack correlate by {sees['correlation']:g}"
     return (
         f"a difference of {sees['overall']:.2g} points between two models, or {lengths}"
-        f" (8 times in 10, if {sees['discordance']:.0%} of their answers differ{shared})"
+        f" (8 times in 10, if {sees['discordance']:.0%} of their answers differ{shared}, each length by itself)"
     )
 
 
