@@ -268,6 +268,8 @@ class CloudStore:
     def _checked(self, key: str, result: GetResult, span: tuple[int, int], etag: str | None) -> Buffer:
         info = self._info(key, result.meta)
         if etag is not None and info.etag != etag:
+            if self.locate(key).etag == etag:
+                raise StorageUnavailable(f"{self._place(key)}: an answer told of another version than the one there")
             raise self._changed(key)
         length = length_within(self._place(key), info.size, span[0], span[1] - span[0])
         data = result.bytes()

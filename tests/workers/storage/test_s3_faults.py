@@ -31,7 +31,7 @@ def open_uploads(server: SeaweedFS, store: Store) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("fault", ["busy", "reset", "truncate", "stall", "ignore_range", "lost_answer"])
+@pytest.mark.parametrize("fault", ["busy", "reset", "truncate", "stall", "ignore_range", "other_etag", "lost_answer"])
 def test_a_read_survives(store: Store, fault_proxy: FaultProxy, fault: str) -> None:
     etag = store.write("parent", CONTENT).etag
     fault_proxy.fail("GET", fault, times=1 if fault == "stall" else 2)
@@ -64,7 +64,8 @@ def test_a_service_that_stays_down_ends_in_one_line_within_the_patience(
 
 def test_an_object_replaced_between_two_ranges_is_noticed(store: Store, fault_proxy: FaultProxy) -> None:
     etag = store.write("parent", CONTENT).etag
-    fault_proxy.fail("GET", "other_etag")
+    for method in ("GET", "HEAD"):
+        fault_proxy.fail(method, "other_etag")
     with pytest.raises(ObjectChanged, match="parent changed"):
         store.read("parent", start=0, length=MIB, etag=etag)
 
