@@ -5,12 +5,12 @@ It holds nothing that changes from one run to the next (no time, no host), so eq
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.errors import CorruptData
+from jobs.records import sealed, unsealed
 from jobs.tasks import FORMAT, digest
 
 
@@ -54,22 +54,20 @@ class Manifest:
     def to_json(self) -> bytes:
         """The manifest's file."""
         document = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # asdict() would copy it all
-        return json.dumps({"format": FORMAT, **document}, indent=1, sort_keys=True, default=asdict).encode()
+        return sealed({"format": FORMAT, **document}, indent=1)
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
         """Reads what `to_json` wrote; `CorruptData` for another format, or for what is no manifest."""
         try:
-            document: dict[str, Any] = json.loads(data)
+            document = unsealed(data)
             if document.pop("format", None) != FORMAT:
-                raise CorruptData(
-                    "manifest.json: written by another version of mergeyard; use that one, or merge again"
-                )
+                raise CorruptData("written by another version of mergeyard; use that one, or merge again")
             document["files"] = {name: FileEntry(**entry) for name, entry in document["files"].items()}
             document["tensors"] = {name: _tensor_entry(**entry) for name, entry in document["tensors"].items()}
             return cls(**document)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise CorruptData("manifest.json: damaged, not a manifest of mergeyard; merge again") from None
+        except (KeyError, TypeError, AttributeError):
+            raise CorruptData("damaged, not a manifest of mergeyard; merge again") from None
 
 
 def _tensor_entry(*, file: str, dtype: str, shape: list[int], sha256: str) -> TensorEntry:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.records import sealed, unsealed
+
 DTYPE_BITS: Mapping[str, int] = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
@@ -76,12 +78,16 @@ class ParentFile:
 
 @dataclass(frozen=True, slots=True)
 class ParentTensor:
-    """Where one parent keeps one tensor: file, dtype (safetensors name) and absolute byte range."""
+    """Where one parent keeps one tensor: file, dtype (safetensors name) and absolute byte range.
+
+    `sha256` is that of its bytes where the parent has a manifest of mergeyard, else empty.
+    """
 
     file: int
     dtype: str
     start: int
     end: int
+    sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,12 +184,12 @@ class Receipt:
 
     def to_json(self) -> bytes:
         """The receipt's file."""
-        return canonical_json({"format": FORMAT, **dataclasses.asdict(self)}).encode()
+        return sealed({"format": FORMAT, **dataclasses.asdict(self)})
 
     @classmethod
     def from_json(cls, data: bytes) -> Receipt:
-        """Reads what `to_json` wrote."""
-        fields: dict[str, Any] = json.loads(data)
+        """Reads what `to_json` wrote; `CorruptData` for anything else."""
+        fields = unsealed(data)
         fields.pop("format")
         fields["nonfinite"] = tuple(fields["nonfinite"])
         return cls(**fields)

@@ -19,6 +19,7 @@ from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
 from jobs.tasks import Receipt
 from orchestrator.model_card import model_card
 from orchestrator.planning import Plan, PlannedPoint
+from workers.records import read_record
 from workers.storage import Store, open_store
 
 VERSIONED = ("mergeyard", "torch", "numpy", "safetensors")
@@ -79,7 +80,7 @@ class Gatherer:
     def _published(self, point: str, weights: str) -> Manifest | None:
         """The manifest that the point has already; `CorruptData` when it tells of other weights."""
         try:
-            earlier = Manifest.from_json(bytes(self._store.read(self._key(point))))
+            earlier = read_record(self._store, self._key(point), Manifest.from_json)
         except ObjectMissing:
             return None
         if earlier.weights != weights:

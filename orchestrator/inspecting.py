@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,10 +15,10 @@ from jobs.errors import CorruptData, MergeyardError, ObjectMissing
 from jobs.manifest import Manifest, weights_digest
 from jobs.tasks import ParentTensor
 from workers.arithmetic import torch_dtype
-from workers.checkpoint import TORCH_NAMES, Checkpoint, TensorHeader, header_bytes, open_checkpoint, read_header
+from workers.checkpoint import TORCH_NAMES, Checkpoint, header_bytes, open_checkpoint, read_header
+from workers.hashing import CHUNK_BYTES, tensor_sha256s
+from workers.records import read_record
 from workers.storage import Store, open_store
-
-CHUNK_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +40,7 @@ def verify_points(url: str) -> list[Check]:
 
 def _verify(store: Store, prefix: str) -> Check:
     try:
-        manifest = Manifest.from_json(bytes(store.read(f"{prefix}manifest.json")))
+        manifest = read_record(store, f"{prefix}manifest.json", Manifest.from_json)
     except CorruptData as error:
         return Check(prefix.rstrip("/").rsplit("/", 1)[-1] or store.url, (str(error),))
     return Check(manifest.point, tuple(point_problems(store, prefix, manifest)))
@@ -85,18 +82,9 @@ def file_problems(store: Store, prefix: str, name: str, manifest: Manifest) -> I
     }
     for tensor in expected.keys() - same.keys():
         yield f"{name}: tensor {tensor} is not the one that was written"
-    with ThreadPoolExecutor(os.cpu_count(), "verify") as pool:
-        digests = pool.map(partial(_digest, store, info.key), same.values())
-        for tensor, digest in zip(same, digests, strict=True):
-            if digest != expected[tensor].sha256:
-                yield f"{name}: tensor {tensor} changed since it was written"
-
-
-def _digest(store: Store, key: str, tensor: TensorHeader) -> str:
-    digest = hashlib.sha256()
-    for position in range(tensor.start, tensor.end, CHUNK_BYTES):
-        digest.update(store.read(key, start=position, length=min(CHUNK_BYTES, tensor.end - position)))
-    return digest.hexdigest()
+    for tensor, sha256 in tensor_sha256s(store, info.key, same.values()).items():
+        if sha256 != expected[tensor].sha256:
+            yield f"{name}: tensor {tensor} changed since it was written"
 
 
 @dataclass(frozen=True, slots=True)

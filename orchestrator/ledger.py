@@ -1,13 +1,12 @@
 """What a run remembers, all of it in object storage: whose it is, what is done, and who drives it now.
 
-A unit is done when its receipt is there and its shard has the receipt's size; a point is done when its manifest is
+A unit is done when its receipt is there and its shard is the receipt's; a point is done when its manifest is
 there. Both are written once and never changed. Only the lease changes: it is moved by compare-and-swap, carries a
 nonce (so that no two versions have the same bytes) and an epoch that only rises.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import socket
@@ -20,10 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jobs.errors import BadInput, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
+from jobs.errors import BadInput, CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
+from jobs.records import sealed
 from jobs.tasks import Receipt
 from orchestrator.planning import Places
-from workers.storage import Store, open_store
+from workers.hashing import shard_sha256s
+from workers.records import read_receipt, read_record
+from workers.storage import ObjectInfo, Store, open_store
 
 LEASE_SECONDS = 30.0
 HEARTBEAT_SECONDS = 10.0
@@ -46,9 +48,9 @@ class Ledger:
         A run whose parents have changed since is refused too: its points would not be comparable.
         """
         try:
-            self.store.write(self._places.record("plan.json"), _json(plan), mode="create")
+            self.store.write(self._places.record("plan.json"), sealed(plan, indent=1), mode="create")
         except ObjectExists:
-            earlier = json.loads(bytes(self.store.read(self._places.record("plan.json"))))
+            earlier = read_record(self.store, self._places.record("plan.json"))
             if earlier.get("digest") != plan["digest"]:
                 raise BadInput(
                     f"{self.store.url}: this run belongs to another job, {_difference(earlier, plan)};"
@@ -63,22 +65,28 @@ class Ledger:
         """
         prefix = self._places.record("receipts/")
         listed = {info.key.rsplit("/", 1)[1].removesuffix(".json") for info in self.store.list(prefix)}
-        sizes = {info.key: info.size for info in self.store.list()} if listed else {}
+        shards = {info.key: info for info in self.store.list()} if listed else {}
         with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
             receipts = list(pool.map(self._receipt, [unit for unit in units if unit in listed]))
-        return {receipt.unit: receipt for receipt in receipts if sizes.get(receipt.key) == receipt.size}
+        return {receipt.unit: receipt for receipt in receipts if self._is_whole(shards.get(receipt.key), receipt)}
+
+    def _is_whole(self, shard: ObjectInfo | None, receipt: Receipt) -> bool:
+        """Whether a shard is the one of this receipt; another version of it, a copy say, is hashed to know."""
+        if shard is None or shard.size != receipt.size:
+            return False
+        if shard.etag == receipt.etag:
+            return True
+        with suppress(CorruptData):
+            return shard_sha256s(self.store, shard) == receipt.tensors
+        return False
 
     def _receipt(self, unit: str) -> Receipt:
-        return Receipt.from_json(bytes(self.store.read(self._places.receipt(unit))))
+        return read_receipt(self.store, self._places.receipt(unit))
 
     def forget(self) -> None:
         """Removes the records of a finished run whose output stands by itself."""
         for info in list(self.store.list(self._places.records)):
             self.store.delete(info.key)
-
-
-def _json(value: Any) -> bytes:
-    return json.dumps(value, indent=1, sort_keys=True).encode()
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -158,7 +166,7 @@ class Lease:
         while True:
             info = self._store.locate(self._key)
             with suppress(ObjectChanged):
-                return json.loads(bytes(self._store.read(self._key, etag=info.etag))), info.etag
+                return read_record(self._store, self._key, etag=info.etag), info.etag
 
     def _wait_for_expiry(self, holder: Mapping[str, Any], etag: str) -> None:
         deadline = time.monotonic() + holder["seconds"]
@@ -191,18 +199,18 @@ class Lease:
         """After a conflict: what lies there may be an earlier version of ours, whose answer never came."""
         try:
             info = self._store.locate(self._key)
-            if json.loads(bytes(self._store.read(self._key, etag=info.etag)))["nonce"].startswith(self._name):
+            if read_record(self._store, self._key, etag=info.etag)["nonce"].startswith(self._name):
                 self._etag = info.etag
             else:
                 self._lost.set()
         except (ObjectChanged, ObjectMissing):
             self._lost.set()
-        except StorageError:
+        except (StorageError, CorruptData):
             return
 
     def _body(self, *, released: bool = False) -> bytes:
         self._moves += 1
-        return _json(
+        return sealed(
             {
                 "epoch": self._epoch,
                 "host": socket.gethostname(),
@@ -212,7 +220,8 @@ class Lease:
                 "seconds": self._seconds,
                 "nonce": f"{self._name}-{self._moves}",
                 "released": released,
-            }
+            },
+            indent=1,
         )
 
 

@@ -40,6 +40,7 @@ from orchestrator.results import ranked_rows
 from orchestrator.statistics import Cell, Estimate, macro_mean
 from orchestrator.watching import Watcher
 from workers.checkpoint import Checkpoint, open_checkpoint
+from workers.records import read_record
 from workers.storage import open_store
 
 BLESSED = "blessed"
@@ -223,7 +224,7 @@ def _open_blessed(plan: Plan, blessed: Blessed) -> Checkpoint:
     place = f"{plan.run_url}/blessed.json"
     remedy = "put it back, or remove blessed.json to begin anew from the gate's baseline"
     try:
-        manifest = Manifest.from_json(bytes(open_store(blessed.point).read("manifest.json")))
+        manifest = read_record(open_store(blessed.point), "manifest.json", Manifest.from_json)
         checkpoint = open_checkpoint(blessed.point, BLESSED)
     except (ObjectMissing, BadInput, CorruptData) as error:
         raise BadInput(f"{place}: the blessed point {blessed.point} cannot be read ({error}); {remedy}") from error

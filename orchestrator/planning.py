@@ -22,6 +22,7 @@ from workers.merging import FIXED_BYTES
 from workers.methods import METHODS
 from workers.methods.settings import check_recipe, resolve
 from workers.methods.tile import TILE_ELEMENTS
+from workers.records import read_record
 from workers.storage import Store, open_store
 
 RANDOM_METHODS = ("dare_linear", "dare_ties")
@@ -287,7 +288,7 @@ def _check_free(plan: Plan) -> None:
 
 def _manifest_digest(store: Store) -> str | None:
     try:
-        return Manifest.from_json(bytes(store.read("manifest.json"))).digest
+        return read_record(store, "manifest.json", Manifest.from_json).digest
     except CorruptData:
         return None
 

@@ -12,14 +12,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from jobs.errors import AccessDenied, BadInput, CorruptData, ObjectMissing
-from jobs.tasks import Receipt
 from orchestrator.ledger import READS_AT_ONCE, Lease
 from orchestrator.planning import Places
 from orchestrator.results import read_results
 from orchestrator.summary import size
+from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store
 
 DOLLARS_A_GB_MONTH = 0.023
@@ -155,11 +156,9 @@ class _Planned:
 
 def _planned(store: Store) -> _Planned:
     try:
-        plan = json.loads(bytes(store.read(PLACES.record("plan.json"))))
+        plan = read_record(store, PLACES.record("plan.json"))
     except ObjectMissing:
         raise ObjectMissing(f"{store.url}: no run there; see `mergeyard status`") from None
-    except ValueError:
-        raise CorruptData(f"{store.url}/plan.json: not JSON; nothing was removed") from None
     return _Planned(
         {entry["name"]: entry["same_as"] for entry in plan["points"]},
         {name: parent["url"] for name, parent in plan["parents"].items()},
@@ -241,8 +240,8 @@ def _receipts(store: Store, points: set[str]) -> dict[str, list[str]]:
     keys = [info.key for info in store.list(PLACES.record("receipts/"))] if points else []
     found: dict[str, list[str]] = {}
     with ThreadPoolExecutor(READS_AT_ONCE, "prune") as pool:
-        for key, data in zip(keys, pool.map(store.read, keys), strict=True):
-            receipt = Receipt.from_json(bytes(data))
+        receipts = pool.map(partial(read_receipt, store), keys)
+        for key, receipt in zip(keys, receipts, strict=True):
             if receipt.point in points:
                 found.setdefault(receipt.point, []).append(key)
     return found

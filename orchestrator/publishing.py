@@ -23,6 +23,7 @@ from orchestrator.leaderboard import Line, leaderboard
 from orchestrator.model_card import front_matter, published_card
 from orchestrator.results import EvaluationResult, read_results
 from orchestrator.summary import size
+from workers.records import read_record
 from workers.storage import Store, open_store
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def find_merge(url: str) -> FoundPoint:
 
 def _manifest(store: Store, prefix: str) -> Manifest:
     try:
-        return Manifest.from_json(bytes(store.read(f"{prefix}{MANIFEST}")))
+        return read_record(store, f"{prefix}{MANIFEST}", Manifest.from_json)
     except ObjectMissing:
         place = f"{store.url}/{prefix}".rstrip("/")
         raise ObjectMissing(f"{place}: no finished point there; see `mergeyard status`") from None
@@ -337,7 +338,7 @@ def _licences(parents: Mapping[str, str], seen: frozenset[str] = frozenset()) ->
 def _parents_of(url: str) -> Mapping[str, str]:
     """The parents of a merge of ours; none of any other model."""
     try:
-        return Manifest.from_json(bytes(open_store(url).read(MANIFEST))).parents
+        return read_record(open_store(url), MANIFEST, Manifest.from_json).parents
     except (ObjectMissing, CorruptData):
         return {}
 

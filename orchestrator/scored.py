@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from jobs.manifest import Manifest
 from orchestrator.results import EVALUATION, EvaluationResult, read_results
 from orchestrator.statistics import FlipRate
 from workers.benchmarks.items import read_answers
+from workers.records import read_record
 from workers.storage import open_store
 
 
@@ -112,7 +112,7 @@ def _checkpoint(word: str, runs: Sequence[str]) -> _Named:
     url = open_store(word).url
     digest = None if word.startswith("hf://") else _merge_digest(url)
     for run in runs:
-        plan = json.loads(bytes(open_store(run).read("plan.json")))
+        plan = read_record(open_store(run), "plan.json")
         result = read_results(run, points=())
         for name, parent in plan["parents"].items():
             if parent["url"] == url or ("@" not in url and parent["url"].split("@")[0] == url):
@@ -125,7 +125,7 @@ def _checkpoint(word: str, runs: Sequence[str]) -> _Named:
 
 def _merge_digest(url: str) -> str | None:
     try:
-        return Manifest.from_json(bytes(open_store(url).read("manifest.json"))).digest
+        return read_record(open_store(url), "manifest.json", Manifest.from_json).digest
     except ObjectMissing:
         return None
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import textwrap
 import time
@@ -15,6 +14,7 @@ from orchestrator.leaderboard import short_length
 from orchestrator.ledger import Ledger
 from orchestrator.planning import READ_RATE, WRITE_RATE, Places, Plan
 from workers.merging import FIXED_BYTES
+from workers.records import read_record
 from workers.storage import open_store
 
 MOST_LINES = 12
@@ -183,7 +183,7 @@ def status_facts(run_url: str) -> dict[str, Any]:
     """How far a run is, from what lies under its prefix."""
     store, places = open_store(run_url), Places()
     try:
-        plan = json.loads(bytes(store.read(places.record("plan.json"))))
+        plan = read_record(store, places.record("plan.json"))
     except ObjectMissing:
         raise ObjectMissing(f"{run_url}: no run there; `mergeyard run` starts one") from None
     sizes = {info.key: info.size for info in store.list("points/")}
@@ -203,7 +203,7 @@ def status_facts(run_url: str) -> dict[str, Any]:
 def _driver(run_url: str) -> dict[str, Any] | None:
     store = open_store(run_url)
     try:
-        lease = json.loads(bytes(store.read(Places().record("lease.json"))))
+        lease = read_record(store, Places().record("lease.json"))
     except ObjectMissing:
         return None
     if lease["released"]:

@@ -17,7 +17,9 @@ from functools import partial
 from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.manifest import Manifest
 from jobs.tasks import DTYPE_BITS, Parent, ParentFile, ParentTensor
+from workers.records import read_record
 from workers.storage import ObjectInfo, Store, open_store
 
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -108,6 +110,7 @@ def open_checkpoint(url: str, name: str) -> Checkpoint:
     shards, weight_map = _shards(store, listed, where)
     with ThreadPoolExecutor(max_workers=16) as pool:
         headers = list(pool.map(partial(read_header, store), shards))
+    digests = _digests(store, listed)
     tensors: dict[str, ParentTensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for number, (info, header) in enumerate(zip(shards, headers, strict=True)):
@@ -117,7 +120,8 @@ def open_checkpoint(url: str, name: str) -> Checkpoint:
             shapes[entry.name] = entry.shape
             if weight_map is not None and weight_map.get(entry.name) != info.key:
                 continue
-            tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end)
+            sha256 = digests.get(entry.name, "")
+            tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, sha256)
     lost = sorted(set(weight_map or ()) - set(tensors))
     if lost:
         assert weight_map is not None
@@ -157,6 +161,18 @@ def _shards(
     if any(name.endswith(".gguf") for name in listed):
         raise BadInput(f"{where}: GGUF weights are quantised; give the safetensors checkpoint they came from")
     raise BadInput(f"{where}: neither model.safetensors nor model.safetensors.index.json there")
+
+
+def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str]:
+    """The sha256 of each tensor where the checkpoint has a manifest of mergeyard; what is read is held against it."""
+    info = listed.get("manifest.json")
+    if info is None or info.size > LARGEST_HEADER:
+        return {}
+    try:
+        manifest = read_record(store, info.key, Manifest.from_json, etag=info.etag)
+    except CorruptData:  # somebody else's file of that name
+        return {}
+    return {name: entry.sha256 for name, entry in manifest.tensors.items()}
 
 
 def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str) -> Mapping[str, Any]:

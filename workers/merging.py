@@ -126,6 +126,7 @@ class _Merge:
             for does in (PointWriter.hash, PointWriter.write)
         }
         self.writing: deque[Future[None]] = deque()
+        self.checks: deque[Future[None]] = deque()
 
     def run(self) -> None:
         """The header, then every tensor in the order of the output."""
@@ -147,7 +148,7 @@ class _Merge:
                 facts, slabs = {}, (next(ahead) for _ in group)
             for slab in slabs:
                 self._merge(slab, facts)
-        for future in self.writing:
+        for future in (*self.writing, *self.checks):
             future.result()
 
     def _bytes(self, group: Sequence[Sequence[Stretch]]) -> int:
@@ -156,18 +157,23 @@ class _Merge:
     def _read(self, plan: Iterable[Sequence[Stretch]]) -> Iterator[Slab]:
         """The slabs of a plan in order, a few of them read ahead."""
         ahead: deque[Callable[[], Slab]] = deque()
+        passing: dict[tuple[str, str], Any] = {}
         for stretches in plan:
             ahead.append(self.reader.submit(stretches))
             if len(ahead) > self.budget.slabs_ahead:
-                yield self._on_device(ahead.popleft()())
+                yield self._arrived(ahead.popleft()(), passing)
         while ahead:
-            yield self._on_device(ahead.popleft()())
+            yield self._arrived(ahead.popleft()(), passing)
 
-    def _on_device(self, slab: Slab) -> Slab:
+    def _arrived(self, slab: Slab, passing: dict[tuple[str, str], Any]) -> Slab:
+        """The slab on the device; what it holds is checked meanwhile, and nothing is published before it is."""
+        self.checks.extend(self.reader.check(slab, passing))
+        while self.checks and self.checks[0].done():
+            self.checks.popleft().result()
         if self.device.type == "cpu":
             return slab
         raw = [{name: part.to(self.device, non_blocking=True) for name, part in parts.items()} for parts in slab.raw]
-        return Slab(slab.stretches, raw, slab.buffers)
+        return Slab(slab.stretches, raw, slab.buffers, slab.checks)
 
     # what a method has to know of a whole tensor before it can merge its first element
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from jobs.tasks import DTYPE_BITS, Parent, TensorMerge
+from jobs.errors import CorruptData, StorageUnavailable
+from jobs.tasks import DTYPE_BITS, Parent, ParentFile, ParentTensor, TensorMerge
 from workers.arithmetic import torch_dtype
+from workers.hashing import range_sha256
 from workers.methods.tile import TILE_ELEMENTS
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 ALIGNMENT = 64
 READS_AT_ONCE = 16
@@ -48,6 +51,7 @@ class Slab:
     stretches: Sequence[Stretch]
     raw: Sequence[Mapping[str, Tensor]]
     buffers: Sequence[Tensor]
+    checks: list[Future[None]] = field(default_factory=list[Future[None]])
 
 
 def plan_slabs(tensors: Sequence[TensorMerge], slab_bytes: int) -> Iterator[list[list[Stretch]]]:
@@ -79,8 +83,24 @@ def _cut(tensor: TensorMerge, slab_bytes: int) -> Iterator[Stretch]:
         yield Stretch(tensor, start, min(start + step, tensor.elements))
 
 
+def check_sha256(found: str, store: Store, file: ParentFile, tensor: TensorMerge, source: ParentTensor) -> None:
+    """Whether a parent's tensor came as its manifest has it.
+
+    If not, it is read again: `StorageUnavailable` when it was damaged on its way, `CorruptData` when where it lies.
+    """
+    if found == source.sha256:
+        return
+    where = f"{store.url}/{file.key}: tensor {tensor.name}"
+    if range_sha256(store, file.key, source.start, source.end, etag=file.etag) == source.sha256:
+        raise StorageUnavailable(f"{where} was damaged on its way; use https://, which notices, and run again")
+    raise CorruptData(f"{where} is not the one of manifest.json there; put it right, or remove that manifest")
+
+
 class ParentReader:
-    """Reads slabs of pinned parents, several at once. `bytes_read` counts what was asked of the stores."""
+    """Reads slabs of pinned parents, several at once. `bytes_read` counts what was asked of the stores.
+
+    Of a parent that has a manifest, `check` holds every tensor against its digest.
+    """
 
     def __init__(
         self, parents: Mapping[str, Parent], slab_bytes: int, *, pinned: bool, progress: Callable[[int, int], None]
@@ -93,6 +113,7 @@ class ParentReader:
         self._free: list[Tensor] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READS_AT_ONCE, "read")
+        self._checkers = {name: ThreadPoolExecutor(1, "check") for name in parents}
         self.bytes_read = 0
 
     def __enter__(self) -> ParentReader:
@@ -101,7 +122,8 @@ class ParentReader:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        for pool in (self._pool, *self._checkers.values()):
+            pool.shutdown(cancel_futures=True)
 
     def submit(self, stretches: Sequence[Stretch]) -> Callable[[], Slab]:
         """Begins to read one slab; call the result to wait for it."""
@@ -118,8 +140,32 @@ class ParentReader:
 
         return wait
 
+    def check(self, slab: Slab, passing: dict[tuple[str, str], Any]) -> list[Future[None]]:
+        """Begins to hold a slab against the parents' digests; the results raise as `check_sha256` does.
+
+        `passing` belongs to one pass over the slabs of whole tensors, in order: the hashes of the unfinished ones.
+        """
+        begun = [
+            self._checkers[name].submit(self._check, name, stretch, raw[name], passing)
+            for stretch, raw in zip(slab.stretches, slab.raw, strict=True)
+            for name, source in stretch.tensor.sources.items()
+            if source.sha256
+        ]
+        slab.checks.extend(begun)
+        return begun
+
+    def _check(self, name: str, stretch: Stretch, part: Tensor, passing: dict[tuple[str, str], Any]) -> None:
+        tensor = stretch.tensor
+        so_far = passing.setdefault((name, tensor.name), hashlib.sha256())
+        so_far.update(cast(Any, part.view(torch.uint8).numpy()))
+        if stretch.stop == tensor.elements:
+            del passing[name, tensor.name]
+            source = tensor.sources[name]
+            check_sha256(so_far.hexdigest(), self._stores[name], self._parents[name].files[source.file], tensor, source)
+
     def release(self, slab: Slab) -> None:
         """Gives a slab's memory back; its tensors must not be looked at any more."""
+        wait(slab.checks)
         with self._lock:
             self._free.extend(slab.buffers)
 

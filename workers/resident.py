@@ -19,6 +19,7 @@ from jobs.tasks import Parent, Setting, TensorMerge
 from workers.arithmetic import Facts, merge_tile, missing_facts, torch_dtype
 from workers.checkpoint import FLOATS
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
+from workers.reading import check_sha256
 from workers.storage import open_store
 
 READS_AT_ONCE = 8
@@ -56,6 +57,8 @@ class ResidentParents:
                 if at.end > at.start:
                     memory = memoryview(cast(Any, data.numpy()))
                     stores[name].read_into(file.key, memory, start=at.start, etag=file.etag)
+                    if at.sha256:
+                        check_sha256(hashlib.sha256(memory).hexdigest(), stores[name], file, tensor, at)
                 found[name] = data.view(torch_dtype(at.dtype)).to(self._device)
             return found
 

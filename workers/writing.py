@@ -13,6 +13,7 @@ from typing_extensions import Buffer
 
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.tasks import PointShard, Receipt, TensorMerge
+from workers.records import read_receipt
 from workers.storage import Store
 
 
@@ -99,7 +100,7 @@ class PointWriter:
     def _earlier(self) -> Receipt | None:
         """The receipt that another worker left for this unit; `CorruptData` when it tells of other bytes than ours."""
         try:
-            earlier = Receipt.from_json(bytes(self._store.read(self.point.receipt)))
+            earlier = read_receipt(self._store, self.point.receipt)
         except ObjectMissing:
             return None
         if earlier.tensors != self._digests:
@@ -111,7 +112,7 @@ class PointWriter:
 
     def _lies_there(self, receipt: Receipt) -> bool:
         try:
-            return self._store.locate(receipt.key).size == receipt.size
+            return self._store.locate(receipt.key).etag == receipt.etag
         except ObjectMissing:
             return False
 

@@ -27,6 +27,7 @@ from orchestrator.report.verdict import Recommendation, best_parent, recommend, 
 from orchestrator.results import RESULTS, EvaluationResult, read_results
 from orchestrator.summary import size
 from workers.benchmarks.scores import RULER_THRESHOLD
+from workers.records import read_receipt
 from workers.storage import Store, open_store
 
 PAGE = "report/index.html"
@@ -101,7 +102,7 @@ def _json(store: Store, key: str) -> dict[str, Any] | None:
 def _receipts(store: Store) -> tuple[Receipt, ...]:
     keys = [info.key for info in store.list("receipts/")][:MOST_RECEIPTS]
     with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
-        return tuple(Receipt.from_json(bytes(data)) for data in pool.map(store.read, keys))
+        return tuple(pool.map(partial(read_receipt, store), keys))
 
 
 @dataclass(frozen=True)

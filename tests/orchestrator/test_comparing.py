@@ -16,6 +16,7 @@ import scipy.stats
 
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
+from jobs.records import sealed
 from orchestrator.comparing import Comparison, compare_models, pairs
 from orchestrator.comparison_table import visible
 from orchestrator.results import EvaluationResult, write_results
@@ -191,7 +192,7 @@ def written(tmp_path: Path) -> Callable[..., Path]:
         job = job_text(tmp_path, name=name, seed=seed, evaluate={"ruler": ruler})
         store.write("job.yaml", job.encode())
         plan = {"parents": {"long": {"url": "/models/long"}}, "points": [{"name": p, "digest": p} for p in points]}
-        store.write("plan.json", json.dumps(plan).encode())
+        store.write("plan.json", sealed(plan))
         evaluation: EvaluationResult = result(rows, [standing(point) for point in points], seed=seed, **more)
         write_results(store, evaluation)
         items = [
@@ -292,7 +293,7 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     written("other", [replace(row, items="others") for row in NEW], ruler={**RULER, "questions": 2})
     written("seeded", [replace(row, items="others") for row in NEW], seed=5)
     (tmp_path / "runs" / "bare").mkdir()
-    (tmp_path / "runs" / "bare" / "plan.json").write_text("{}")
+    (tmp_path / "runs" / "bare" / "plan.json").write_bytes(sealed({}))
     ended = mergeyard("compare", tmp_path / "runs" / a, tmp_path / "runs" / b)
     assert (ended.code, ended.out) == (2, "") and message in ended.err and ended.err.count("\n") == 1
 

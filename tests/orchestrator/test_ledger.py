@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
-import json
 import os
 import signal
+import struct
 import subprocess
 import sys
 import threading
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save
 
-from jobs.errors import BadInput, RunBusy
+from jobs.errors import BadInput, CorruptData, RunBusy
+from jobs.records import sealed, unsealed
 from jobs.tasks import Receipt
 from orchestrator.ledger import Lease, Ledger
 from orchestrator.planning import Places
@@ -35,9 +39,9 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
 def lease_of(store: Store, **changed: Any) -> dict[str, Any]:
     """What lies in the lease, after changing some of it as another driver would."""
     info = store.locate(KEY)
-    lease = json.loads(bytes(store.read(KEY)))
+    lease = unsealed(bytes(store.read(KEY)))
     if changed:
-        store.swap(KEY, json.dumps({**lease, **changed}).encode(), etag=info.etag)
+        store.swap(KEY, sealed({**lease, **changed}), etag=info.etag)
     return {**lease, **changed}
 
 
@@ -144,10 +148,10 @@ def test_a_living_driver_elsewhere_is_left_alone(store: Store):
 def test_a_driver_that_was_replaced_learns_it_and_gives_nothing_back(store: Store):
     with Lease(store, KEY, seconds=5, heartbeat=0.05) as lease:
         info = store.locate(KEY)
-        other = {**json.loads(bytes(store.read(KEY))), "epoch": 2, "nonce": "another"}
+        other = {**unsealed(bytes(store.read(KEY))), "epoch": 2, "nonce": "another"}
         while True:
             try:
-                store.swap(KEY, json.dumps(other).encode(), etag=info.etag)
+                store.swap(KEY, sealed(other), etag=info.etag)
                 break
             except Exception:
                 info = store.locate(KEY)
@@ -180,7 +184,7 @@ def test_a_run_is_claimed_by_its_first_job_and_again_by_the_same(store: Store):
     ledger = Ledger(store.url, Places())
     ledger.claim("text", plan())
     ledger.claim("text", plan())
-    assert json.loads(bytes(store.read("plan.json"))) == plan()
+    assert unsealed(bytes(store.read("plan.json"))) == plan()
     assert bytes(store.read("job.yaml")) == b"text"
 
 
@@ -204,21 +208,69 @@ def test_a_run_of_another_job_is_refused_with_the_difference(store: Store, other
     assert {info.key: info.etag for info in store.list()} == before
 
 
-def receipt(store: Store, unit: str, *, size: int = 3) -> str:
-    """Writes a receipt; the key of the shard that it tells of."""
-    places, key = Places(), f"points/p/{unit}.safetensors"
-    told = Receipt(unit, "p", key, size, "etag", {"x": "0" * 64}, (), 1, 0.1, "host:1")
-    store.write(places.receipt(unit), told.to_json())
+def shard(store: Store, unit: str, value: float = 1.0, *, told: float | None = None) -> str:
+    """Writes a shard of one tensor and a receipt that tells of it, or of a tensor of another value; the shard's key."""
+    key = f"points/p/{unit}.safetensors"
+    info = store.write(key, save({"x": torch.full((2,), value)}))
+    digest = hashlib.sha256(struct.pack("<2f", *[value if told is None else told] * 2)).hexdigest()
+    receipt = Receipt(unit, "p", key, info.size, info.etag, {"x": digest}, (), 1, 0.1, "host:1")
+    store.write(Places().receipt(unit), receipt.to_json())
     return key
 
 
 def test_receipts_are_trusted_when_their_shard_lies_there_whole(store: Store):
-    units = {unit: receipt(store, unit) for unit in ("aa", "ab", "ba", "zz")}
-    store.write(units["aa"], b"123")
-    store.write(units["ab"], b"12")
-    store.write(units["zz"], b"123")
+    units = {unit: shard(store, unit) for unit in ("aa", "ab", "ba", "zz")}
+    store.write(units["ab"], bytes(store.read(units["ab"]))[:-1])
+    store.delete(units["ba"])
     del units["zz"]
     units["cc"] = "points/p/cc.safetensors"
     before = {info.key for info in store.list()}
     assert Ledger(store.url, Places()).trusted(units).keys() == {"aa"}
     assert {info.key for info in store.list()} == before, "looking changes nothing"
+
+
+def test_another_version_of_a_shard_is_trusted_only_if_it_has_the_receipts_bytes(store: Store):
+    units = {unit: shard(store, unit) for unit in ("aa", "ab", "ac")}
+    store.write(units["aa"], bytes(store.read(units["aa"])))  # a copy, say
+    store.write(units["ab"], save({"x": torch.full((2,), 5.0)}))  # a worker of bad memory came late
+    store.write(units["ac"], bytes(info_size := store.locate(units["ac"]).size))
+    assert info_size == store.locate(units["ac"]).size
+    assert Ledger(store.url, Places()).trusted(units).keys() == {"aa"}
+
+
+class Flipping:
+    """A store of which the first read of each object comes with one bit flipped; the rest is the real one."""
+
+    def __init__(self, store: Store, *, always: bool = False) -> None:
+        self._store, self._always, self._struck = store, always, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._store, name)
+
+    def read(self, key: str, **how: Any) -> bytes:
+        data = bytearray(self._store.read(key, **how))
+        if self._always or key not in self._struck:
+            self._struck.add(key)
+            data[len(data) // 2] ^= 1
+        return bytes(data)
+
+
+def test_a_record_that_comes_damaged_is_read_again(store: Store):
+    ledger, units = Ledger(store.url, Places()), {"aa": shard(store, "aa")}
+    ledger.claim("text", plan())
+    ledger.store = Flipping(store)  # type: ignore[assignment]
+    ledger.claim("text", plan())
+    assert ledger.trusted(units).keys() == {"aa"}
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_a_record_that_is_damaged_is_said_to_be(store: Store, bit: int):
+    key = Places().receipt("aa")
+    shard(store, "aa")
+    whole = bytes(store.read(key))
+    for position in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[position] ^= 1 << bit
+        store.write(key, damaged)
+        with pytest.raises(CorruptData, match=r"receipts/aa/aa\.json: damaged.*; remove it and run again"):
+            Ledger(store.url, Places()).trusted({"aa": "points/p/aa.safetensors"})

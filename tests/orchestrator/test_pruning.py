@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.records import sealed, unsealed
 from orchestrator import pruning
 from orchestrator.ledger import Lease
 from orchestrator.pruning import holdings, prune
@@ -107,9 +108,9 @@ def test_a_pointer_that_cannot_be_read_stops_everything(mergeyard: Mergeyard, ru
 
 
 def test_the_files_of_a_blessed_twin_stay(mergeyard: Mergeyard, run: Path) -> None:
-    plan = json.loads((run / "plan.json").read_text())
+    plan = unsealed((run / "plan.json").read_bytes())
     plan["points"].append({"name": "twin", "digest": "", "same_as": "w0.1"})
-    (run / "plan.json").write_text(json.dumps(plan))
+    (run / "plan.json").write_bytes(sealed(plan))
     (run / "points" / "twin").mkdir()
     (run / "points" / "twin" / "manifest.json").write_text("{}")
     (run / "blessed.json").write_text(json.dumps({"point": f"{run}/points/twin"}))

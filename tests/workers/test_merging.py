@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 from torch import Tensor
 
-from jobs.errors import BadInput, CorruptData, ObjectChanged, StorageError
+from jobs.errors import BadInput, CorruptData, ObjectChanged, StorageError, StorageUnavailable
 from jobs.tasks import (
     DTYPE_BITS,
     MergeTask,
@@ -416,6 +416,84 @@ def test_a_parent_that_changed_is_refused_and_nothing_is_written():
     open_store(task.parents["b"].url).write("model.safetensors", save(parents["a"]))
     with threads_all_end(), pytest.raises(ObjectChanged):
         merge_task(task)
+    assert list(open_store(task.run).list()) == []
+
+
+def with_digests(task: MergeTask, parents: Mapping[str, dict[str, Tensor]]) -> MergeTask:
+    """The task, of parents that have manifests."""
+    tensors = tuple(
+        replace(
+            tensor,
+            sources={
+                name: replace(at, sha256=hashlib.sha256(bytes_of(parents[name][tensor.name])).hexdigest())
+                for name, at in tensor.sources.items()
+            },
+        )
+        for tensor in task.tensors
+    )
+    return replace(task, tensors=tensors)
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
+
+
+@contextmanager
+def a_bit_flips_on_its_way(url: str, struck: int | None) -> Iterator[list[str]]:
+    """One bit of the parent at `url` flips in the read of this number, in no other; yields the reads so far.
+
+    Over a network that is the fault proxy's work (tests/chaos); here every read of a task is struck in turn.
+    """
+    real, reads = open_store(url), list[str]()
+
+    class Flipping:
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+        def read_into(self, key: str, buffer: memoryview, *, start: int = 0, etag: str | None = None) -> None:
+            real.read_into(key, buffer, start=start, etag=etag)
+            if len(reads) == struck:
+                buffer[len(buffer) // 2] ^= 1
+            reads.append(key)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("workers.reading.open_store", lambda it: Flipping() if it == url else open_store(it))
+        yield reads
+
+
+@pytest.mark.parametrize("held", [0, 10**9], ids=["read again for each pass", "held in memory"])
+@pytest.mark.parametrize("setting", [LINEAR, TIES], ids=["one pass", "several passes"])
+def test_a_bit_of_a_parent_that_flips_on_its_way_is_noticed_whichever_read_it_strikes(setting: Setting, held: int):
+    parents = family({"large": ((11, 67), "float32"), "odd": ((7,), "bfloat16"), "empty": ((0,), "float32")})
+    budget = Budget(TILE * 8 + 64, 2, TILE * 8, 4, held)
+
+    def task() -> MergeTask:
+        return with_digests(task_of(parents, {"point": setting}), parents)
+
+    with small_tiles(budget), threads_all_end():
+        undisturbed = task()
+        with a_bit_flips_on_its_way(undisturbed.parents["b"].url, None) as reads:
+            merged = merge_task(undisturbed)
+        assert digests(merged) == digests(merge_task(task_of(parents, {"point": setting})))
+        for read in range(len(reads)):
+            flipped = task()
+            with (
+                a_bit_flips_on_its_way(flipped.parents["b"].url, read),
+                pytest.raises(StorageUnavailable, match=r"tensor (large|odd) was damaged on its way"),
+            ):
+                merge_task(flipped)
+            assert list(open_store(flipped.run).list()) == []
+
+
+def test_a_parent_that_is_not_what_its_manifest_says_is_refused():
+    parents = family({"x": ((9,), "bfloat16")})
+    task = with_digests(task_of(parents), {**parents, "b": parents["a"]})
+    with threads_all_end(), pytest.raises(CorruptData) as refused:
+        merge_task(task)
+    assert str(refused.value) == (
+        f"{task.parents['b'].url}/model.safetensors: tensor x is not the one of manifest.json there;"
+        " put it right, or remove that manifest"
+    )
     assert list(open_store(task.run).list()) == []
 
 

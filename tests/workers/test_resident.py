@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from jobs.errors import BadInput, ObjectChanged
+from jobs.errors import BadInput, CorruptData, ObjectChanged
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.tasks import Setting
@@ -160,4 +160,42 @@ def test_a_parent_that_changed_since_planning_is_refused(tmp_path: Path) -> None
     plan = planned(tmp_path, "linear")
     write_parent(tmp_path, "b", torch.bfloat16, wide=torch.zeros(2 * TILE_ELEMENTS + 17, dtype=torch.bfloat16))
     with pytest.raises(ObjectChanged, match=r"b/model\.safetensors"):
+        resident(plan, 1)
+
+
+@pytest.fixture
+def again(tmp_path: Path) -> Callable[[], Plan]:
+    """Plans the merge of a merge with a parent; the merge lies where mergeyard wrote it, with its manifest."""
+    folder = tmp_path
+    for who in ("a", "b"):
+        write_parent(folder, who, torch.bfloat16)
+    drive(planned(folder, "linear"), InProcessPool(), Watcher(visible=False))
+    first = folder / "runs" / "linear-float32" / "points" / "merge"
+    text = (
+        f"name: again\nparents: {{first: {first}, b: {folder / 'b'}}}\noutput: {folder / 'runs'}\n"
+        "recipe: {merge_method: linear, models: [{model: first, parameters: {weight: 0.5}},"
+        " {model: b, parameters: {weight: 0.5}}]}\n"
+    )
+    return lambda: make_plan(load_job(text, "job.yaml"))
+
+
+def test_a_parent_with_a_manifest_is_held_against_it(again: Callable[[], Plan]):
+    plan = again()
+    manifest = Manifest.from_json((Path(plan.parents["first"].url) / "manifest.json").read_bytes())
+    told = {name: place.sha256 for name, place in plan.parents["first"].tensors.items()}
+    assert told == {name: entry.sha256 for name, entry in manifest.tensors.items()}
+    assert {place.sha256 for place in plan.parents["b"].tensors.values()} == {""}
+    assert drive(plan, InProcessPool(), Watcher(visible=False)).units_merged == 1
+    assert dict(resident(plan, 1).merged(plan.points[0].settings)).keys() == told.keys()
+
+
+def test_a_parent_that_is_not_what_its_manifest_says_is_refused_merged_or_resident(again: Callable[[], Plan]):
+    first = Path(again().parents["first"].url)
+    content = bytearray((first / "model.safetensors").read_bytes())
+    content[len(content) // 2] ^= 1
+    (first / "model.safetensors").write_bytes(content)
+    plan = again()
+    with pytest.raises(CorruptData, match=r"is not the one of manifest\.json there"):
+        drive(plan, InProcessPool(), Watcher(visible=False))
+    with pytest.raises(CorruptData, match=r"is not the one of manifest\.json there"):
         resident(plan, 1)

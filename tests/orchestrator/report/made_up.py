@@ -11,6 +11,7 @@ import numpy as np
 
 from jobs.evaluation import ScoreRow
 from jobs.job import RaceSpec, load_job
+from jobs.records import sealed
 from jobs.tasks import FORMAT, Receipt
 from orchestrator.questions import RacePlan
 from orchestrator.racing import Departure, Standing
@@ -65,7 +66,7 @@ def write_run(
     result = _result(names, rows, finished)
     store = open_store(str(folder))
     store.write("job.yaml", text.encode())
-    store.write("plan.json", json.dumps(_plan(names)).encode())
+    store.write("plan.json", sealed(_plan(names)))
     store.write("gate/verdict.json", json.dumps(_verdict(result.standing[0].point)).encode())
     for number, name in enumerate(names[:3]):
         store.write(f"receipts/{number:02d}/{number}.json", _receipt(name, number).to_json())

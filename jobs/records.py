@@ -1,0 +1,41 @@
+"""What mergeyard writes for itself to read again: JSON with its own digest, so that no damage to it is believed."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jobs.errors import CorruptData
+
+SEAL = "sha256"
+"""The key of the digest, which is over the rest of the document."""
+
+
+def sealed(document: Mapping[str, Any], *, indent: int | None = None) -> bytes:
+    """The document as JSON, with its digest; dataclasses in it become objects."""
+    separators = (",", ":") if indent is None else None
+    whole = {**document, SEAL: _digest(document)}
+    return json.dumps(
+        whole, indent=indent, separators=separators, sort_keys=True, default=dataclasses.asdict, allow_nan=False
+    ).encode()
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """What `sealed` was given; `CorruptData` for anything else."""
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise CorruptData(f"damaged, not JSON ({error}); remove it and run again") from None
+    if not isinstance(document, dict) or SEAL not in document:
+        raise CorruptData("damaged, or of another version of mergeyard; remove it and run again")
+    if document.pop(SEAL) != _digest(document):
+        raise CorruptData("damaged, its digest is of something else; remove it and run again")
+    return document
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    text = json.dumps(document, separators=(",", ":"), sort_keys=True, default=dataclasses.asdict, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,34 @@
+"""Small objects that mergeyard left in a store, read so that damage on the way costs a second look, no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar, overload
+
+from jobs.errors import CorruptData
+from jobs.records import unsealed
+from jobs.tasks import Receipt
+from workers.storage import Store
+
+Record = TypeVar("Record")
+
+
+@overload
+def read_record(store: Store, key: str, *, etag: str | None = None) -> dict[str, Any]: ...
+@overload
+def read_record(store: Store, key: str, parse: Callable[[bytes], Record], *, etag: str | None = None) -> Record: ...
+def read_record(store: Store, key: str, parse: Callable[[bytes], Any] = unsealed, *, etag: str | None = None) -> Any:
+    """What `parse` makes of the object, which is read again if that is `CorruptData`; so is what is raised then."""
+    try:
+        return parse(bytes(store.read(key, etag=etag)))
+    except CorruptData:
+        pass
+    try:
+        return parse(bytes(store.read(key, etag=etag)))
+    except CorruptData as error:
+        raise CorruptData(f"{store.url}/{key}: {error}") from None
+
+
+def read_receipt(store: Store, key: str) -> Receipt:
+    """The receipt that a finished unit left."""
+    return read_record(store, key, Receipt.from_json)
