@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput, CorruptData, ObjectChanged, ObjectMissing
 from jobs.manifest import FileEntry, Manifest
+from jobs.records import sealed, unsealed
 from orchestrator.inspecting import file_problems, point_problems
 from orchestrator.leaderboard import Line, leaderboard
 from orchestrator.model_card import front_matter, published_card
@@ -223,9 +224,9 @@ def _ours(point: FoundPoint, terms: Mapping[str, str]) -> dict[str, bytes]:
         RECIPE: recipe.encode(),
     }
     entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in changed.items()}
-    told = replace(manifest, files={**manifest.files, **entries}).to_json().decode()
+    told = unsealed(replace(manifest, files={**manifest.files, **entries}).to_json())
     quoted = {json.dumps(path)[1:-1]: json.dumps(name)[1:-1] for path, name in folders.items()}
-    return {**changed, MANIFEST: _renamed(told, quoted).encode()}
+    return {**changed, MANIFEST: sealed(json.loads(_renamed(json.dumps(told), quoted)), indent=1)}
 
 
 def _folder_names(urls: Iterable[str]) -> dict[str, str]:

@@ -179,8 +179,7 @@ def test_a_manifest_of_other_weights_is_a_contradiction(plan: Planning, tmp_path
     planned = plan(grid="{w: [0.25]}")
     run(planned)
     path = tmp_path / "runs" / "soup" / "points" / "w0.25" / "manifest.json"
-    manifest = json.loads(path.read_text())
-    path.write_text(json.dumps({**manifest, "weights": "0" * 64}))
+    path.write_bytes(replace(Manifest.from_json(path.read_bytes()), weights="0" * 64).to_json())
     with pytest.raises(CorruptData) as contradiction:
         run(planned)
     assert str(contradiction.value).endswith("complete already, with other weights; run `mergeyard verify`")
