@@ -38,12 +38,17 @@ KEYS = (
     "config_from",
 )
 OVERRIDES = ("output",)
-# engines take what they are given: a job file, which may come from anywhere, must not have them run what it names
-CODE_OPTIONS = frozenset({
-    "trust_remote_code", "code_revision", "distributed_executor_backend", "logits_processors", "compilation_config",
-    "tokenizer", "hf_config_path", "hf_overrides", "hf_token", "load_format", "model_impl", "model_loader_extra_config",
-    "download_dir", "additional_config", "kv_transfer_config", "allowed_local_media_path",
-})  # fmt: skip
+# a job file may come from anywhere: an engine is told these and nothing that loads code, another model or a file
+ENGINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "transformers": ("chunk", "batch", "cache_bytes"),
+    "vllm": (
+        "max_num_seqs", "max_num_batched_tokens", "max_model_len", "gpu_memory_utilization", "cache_gib", "swap_space",
+        "cpu_offload_gb", "kv_cache_dtype", "block_size", "dtype", "enforce_eager", "enable_prefix_caching",
+        "enable_chunked_prefill", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel",
+        "disable_custom_all_reduce", "seed",
+    ),
+    "openai": ("model", "max_length", "concurrency", "attempts", "timeout_seconds", "first_pause_seconds"),
+}  # fmt: skip
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 DEFAULT_SHARD_BYTES = 10**9
 MIN_LENGTH = 64
@@ -168,7 +173,7 @@ class WorkerSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """What generates: `transformers`, `vllm`, or an OpenAI-compatible server at `url`; `options` reach it unchanged."""
+    """What generates: `transformers`, `vllm`, or an OpenAI-compatible server at `url`; `options` of ENGINE_OPTIONS."""
 
     name: Literal["transformers", "vllm", "openai"] = "transformers"
     url: str | None = None
@@ -393,15 +398,16 @@ def _engine(node: Node) -> EngineSpec:
     return EngineSpec(
         name=name,
         url=keys["url"].string() if "url" in keys else None,
-        options=_options(keys["options"]) if "options" in keys else {},
+        options=_options(keys["options"], name) if "options" in keys else {},
         place=node.place,
     )
 
 
-def _options(node: Node) -> dict[str, str | bool | int | float]:
+def _options(node: Node, engine: str) -> dict[str, str | bool | int | float]:
+    known = ENGINE_OPTIONS[engine]
     for option, entry in node.mapping().items():
-        if option in CODE_OPTIONS or option.endswith("_cls"):
-            raise entry.error(f"the option {quoted(option)} can load code or another model than the job's; take it out")
+        if option not in known:
+            raise entry.error(f"the engine {engine} takes no option {quoted(option)}{suggestion(option, known)}")
     return {option: _scalar(entry) for option, entry in node.mapping().items()}
 
 

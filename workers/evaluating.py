@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 import math
 import tempfile
@@ -15,9 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jobs.errors import BadInput, ObjectExists, ObjectMissing, WorkerLost
+from jobs.errors import ObjectExists, ObjectMissing, WorkerLost
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
-from jobs.loading import suggestion
 from jobs.manifest import weights_digest
 from workers.benchmarks.items import Item, read_items
 from workers.benchmarks.lm_eval_adapter import sample_scores
@@ -214,23 +212,19 @@ class _Resident:
 def open_engine(
     model: ModelSpec, folder: Path, weights: Iterator[tuple[str, Tensor]], task: EvaluationTask, device: str
 ) -> Engine:
-    """The engine that the job names, holding the point of `task`; `folder` has the tokenizer's files, and goes after.
-
-    `BadInput` for an option that the engine does not have.
-    """
+    """The engine that the job names, holding the point of `task`; `folder` has the tokenizer's files, then goes."""
     options: dict[str, Any] = dict(model.options)
     if model.engine == "openai":
         from workers.engines.openai_engine import OpenAIEngine
 
         served = str(options.pop("model", task.point))
-        return _with_options("openai", options, OpenAIEngine, str(model.url), served, folder)
+        return OpenAIEngine(str(model.url), served, folder, **options)
     if model.engine == "vllm":
         return _open_vllm(model, folder, weights, task, options)
     from workers.engines.transformers_engine import Limits, TransformersEngine
 
-    limits = _with_options("transformers", options, Limits)
     return TransformersEngine.from_state(
-        model.config, folder, weights, version=task.digest, device=device, limits=limits
+        model.config, folder, weights, version=task.digest, device=device, limits=Limits(**options)
     )
 
 
@@ -262,15 +256,6 @@ def _open_vllm(
         engine.close()
         raise
     return engine
-
-
-def _with_options(engine: str, options: Mapping[str, Any], make: Any, *arguments: Any) -> Any:
-    """`make(*arguments, **options)`; an option that it does not take is refused by name."""
-    taken = list(inspect.signature(make).parameters)[len(arguments) :]
-    for option in options:
-        if option not in taken:
-            raise BadInput(f"engine {engine} has no option {option}{suggestion(option, taken)}")
-    return make(*arguments, **options)
 
 
 def _answered(item: Item, answer: Answer) -> dict[str, Any]:

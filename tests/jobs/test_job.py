@@ -230,6 +230,14 @@ def test_a_parent_may_be_an_axis() -> None:
         (with_line("engine: vlm"), 'job.yaml:15: "engine" cannot be "vlm"; choose from transformers, vllm, openai'),
         (with_line("engine: openai"), "job.yaml:15: the engine openai needs `url:`"),
         (with_line("engine: {name: vllm, url: http://x}"), "job.yaml:15: the engine vllm has no `url:`"),
+        (
+            with_line("engine: {name: vllm, options: {max_num_seq: 64}}"),
+            'job.yaml:15: the engine vllm takes no option "max_num_seq"; did you mean "max_num_seqs"?',
+        ),
+        (
+            with_line("engine: {name: transformers, options: {max_num_seqs: 64}}"),
+            'the engine transformers takes no option "max_num_seqs"; choose from batch, cache_bytes, chunk',
+        ),
         (with_line("workers: {gpu: 1}"), 'job.yaml:15: unknown key "gpu"; did you mean "gpus"?'),
         (with_line("workers: {gpus: -1}"), '"workers.gpus" must be at least 0'),
         (with_line("workers: {memory: lots}"), 'job.yaml:15: "workers.memory" must be a size such as 1GB'),

@@ -12,6 +12,7 @@ import yaml
 
 from jobs.errors import BadInput
 from jobs.job import (
+    ENGINE_OPTIONS,
     KEYS,
     Evaluation,
     GateSpec,
@@ -93,6 +94,12 @@ def test_every_default_is_the_one_in_the_code(section: str, spec: Any) -> None:
         elif isinstance(default, int | float) and field.name != "memory_bytes":
             assert float(written.strip("`")) == default
     assert ROWS["workers.memory"] == "`4GB`"
+
+
+def test_the_options_of_the_engines_are_told_as_they_are() -> None:
+    table = README.split("### Options of an engine")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
+    assert {engine: tuple(re.findall(r"`(\w+)`", options)) for engine, options in rows} == ENGINE_OPTIONS
 
 
 def test_the_refusal_shown_is_the_one_given() -> None:

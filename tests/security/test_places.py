@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import BadInput, MergeyardError
+from jobs.errors import AccessDenied, BadInput, MergeyardError
 from jobs.job import load_job
 from orchestrator.planning import make_plan
 from workers.engines.openai_engine import OpenAIEngine
@@ -103,12 +104,12 @@ def test_a_parent_is_never_fetched_from_an_address(url: str) -> None:
 class Redirecting(BaseHTTPRequestHandler):
     """Sends everyone to `elsewhere`, and remembers who came with which key."""
 
-    elsewhere = ""
+    elsewhere, status = "", 307
     came: list[tuple[str, str | None]]
 
     def do_GET(self) -> None:
         self.came.append((self.path, self.headers.get("Authorization")))
-        self.send_response(307)
+        self.send_response(self.status)
         self.send_header("Location", self.elsewhere)
         self.send_header("Content-Length", "0")
         self.end_headers()
@@ -137,9 +138,73 @@ def servers() -> Iterator[list[ThreadingHTTPServer]]:
 def test_a_server_cannot_send_us_and_our_key_elsewhere(
     servers: list[ThreadingHTTPServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    url = f"http://127.0.0.1:{servers[0].server_port}/v1"
     monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
     with pytest.raises(MergeyardError, match="status 307"):
-        OpenAIEngine(f"http://127.0.0.1:{servers[0].server_port}/v1", "m", PARENTS / "long")
+        OpenAIEngine(url, "m", PARENTS / "long")
     first, second = (server.RequestHandlerClass.came for server in servers)  # pyright: ignore
     assert first == [("/v1/models", "Bearer sk-planted")]
     assert second == []
+
+
+@pytest.mark.parametrize("own", [None, "", "https://127.0.0.1:{port}/v1", "http://127.0.0.1:{port}/v2", "other port"])
+def test_the_key_goes_to_the_server_that_the_environment_names_and_to_no_other(
+    own: str | None, servers: list[ThreadingHTTPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = servers
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    if own == "other port":
+        own = f"http://127.0.0.1:{second.server_port}/v1"
+    if own is not None:
+        monkeypatch.setenv("OPENAI_BASE_URL", own.format(port=first.server_port))
+    with pytest.raises(MergeyardError, match="status 307"):
+        OpenAIEngine(f"http://127.0.0.1:{first.server_port}/v1", "m", PARENTS / "long")
+    assert first.RequestHandlerClass.came == [("/v1/models", None)]  # pyright: ignore
+
+
+def test_a_server_that_wants_a_key_is_refused_with_what_to_set(
+    servers: list[ThreadingHTTPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"http://127.0.0.1:{servers[0].server_port}/v1"
+    monkeypatch.setattr(servers[0].RequestHandlerClass, "status", 401)
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-planted")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(AccessDenied, match=f"; set OPENAI_BASE_URL={url} and OPENAI_API_KEY: the key goes there alone"):
+        OpenAIEngine(url, "m", PARENTS / "long")
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    with pytest.raises(AccessDenied, match="is the key in OPENAI_API_KEY right"):
+        OpenAIEngine(url, "m", PARENTS / "long")
+
+
+METADATA = (
+    "http://169.254.169.254/latest", "http://169.254.170.2/v2", "http://[fe80::a9fe]/v1",
+    "http://[::ffff:169.254.169.254]/v1", "http://[fd00:ec2::254]/v1", "http://0xa9fea9fe/v1", "http://2852039166/v1",
+)  # fmt: skip
+"""The metadata services of clouds, as addresses are written in URLs; the last two are 169.254.169.254 as one number."""
+
+
+@pytest.mark.parametrize("url", METADATA)
+def test_no_server_is_asked_at_a_link_local_address(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("socket.socket.connect", lambda _, address: asked.append(address))
+    with pytest.raises(BadInput, match="where a cloud keeps its machines' credentials; name a server of models"):
+        OpenAIEngine(url, "m", PARENTS / "long")
+    assert asked == []
+
+
+@pytest.mark.parametrize("moment", ["when it is looked up", "when it is connected to"])
+def test_a_name_that_means_a_link_local_address_is_not_asked(
+    moment: str, servers: list[ThreadingHTTPServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names are told by stand-ins: no name server here tells such, and one may tell another each time."""
+    port = servers[0].server_port
+    if moment == "when it is looked up":
+        told = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", ("169.254.169.254", port))]
+        monkeypatch.setattr("socket.getaddrinfo", lambda *_, **__: told)
+    else:
+        monkeypatch.setattr("socket.socket.getpeername", lambda _: ("169.254.169.254", port))
+    with pytest.raises(BadInput, match=r"leads to 169\.254\.169\.254"):
+        OpenAIEngine(f"http://localhost:{port}/v1", "m", PARENTS / "long")
+    assert servers[0].RequestHandlerClass.came == []  # pyright: ignore

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import shutil
@@ -14,9 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from jobs.errors import BadInput
 from jobs.evaluation import EvaluationTask, ScoreRow
-from jobs.job import load_job
+from jobs.job import ENGINE_OPTIONS, load_job
 from orchestrator.driver import drive
 from orchestrator.planning import Plan, make_plan
 from orchestrator.pool import InProcessPool
@@ -26,7 +26,8 @@ from workers.benchmarks.building import stored
 from workers.benchmarks.items import read_items
 from workers.benchmarks.perplexity import read_windows
 from workers.engines.engine import Prompt
-from workers.engines.transformers_engine import TransformersEngine
+from workers.engines.openai_engine import OpenAIEngine
+from workers.engines.transformers_engine import Limits, TransformersEngine
 from workers.evaluating import Evaluator
 from workers.scores import read_scores, write_scores
 from workers.storage import open_store
@@ -223,10 +224,10 @@ def test_vllm_holds_points_that_were_never_written(tmp_path: Path, monkeypatch: 
     assert [score for score, _ in read] == pytest.approx([score for _, score in read], rel=0.05)
 
 
-def test_an_option_that_the_engine_does_not_have_is_refused_by_name(tmp_path: Path) -> None:
-    plan = make(tmp_path, engine={"name": "transformers", "options": {"bach": 4}})
-    with pytest.raises(BadInput, match='engine transformers has no option bach; did you mean "batch"'):
-        answered(plan, "w0.6")
+def test_the_options_that_a_job_may_give_are_those_that_the_engines_take() -> None:
+    asked = set(inspect.signature(OpenAIEngine).parameters) - {"url", "tokenizer"}
+    assert set(ENGINE_OPTIONS["openai"]) == asked
+    assert set(ENGINE_OPTIONS["transformers"]) == set(inspect.signature(Limits).parameters)
 
 
 def test_an_option_reaches_the_engine(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 Asks `/v1/completions` with the prompt's text, temperature 0, a few requests at a time. Log-likelihoods need a server
 that echoes the prompt with logprobs (vLLM and SGLang do); others are named as unable. A server does not say whether its
 logits were finite: a broken merge shows here only by its answers.
+
+A job file may come from anywhere, and names the server; what the key is for is said by the environment alone.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
@@ -33,12 +37,19 @@ LONGEST_PAUSE_SECONDS = 30.0
 MOST_STOPS = 4
 """Stop texts that OpenAI's protocol allows in one request; the others are cut off here."""
 
+KEYS_OWN_SERVER = "https://api.openai.com/v1"
+"""Where OPENAI_API_KEY goes unless OPENAI_BASE_URL says otherwise; both are called as in OpenAI's own client."""
+
+METADATA = tuple(map(ip_network, ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "100.100.100.200/32")))
+"""Where clouds tell a machine its credentials: link-local addresses, and two that AWS and Alibaba have beside them."""
+
 
 class OpenAIEngine:
     """A served model; implements `Engine` without `swap`.
 
     `url` ends where `/completions` begins, as in `http://host:8000/v1`; `tokenizer` is the point's own folder. The key
-    comes from OPENAI_API_KEY. `max_length` None asks the server, which not every server knows.
+    in OPENAI_API_KEY is sent if `url` is OPENAI_BASE_URL. `max_length` None asks the server, which not every server
+    knows.
     """
 
     def __init__(
@@ -175,21 +186,23 @@ class OpenAIEngine:
                 return json.loads(text)
             trouble = f"status {status}: {text[:200]}"
             if status in (401, 403):
-                raise AccessDenied(f"{self.url}{path}: {trouble}; set OPENAI_API_KEY")
+                raise AccessDenied(f"{self.url}{path}: {trouble}; {self._key_remedy()}")
             if status not in RETRIED_STATUS:
                 raise BadInput(f"{self.url}{path}: {trouble}; check the URL and the model's name {self.model}")
         raise WorkerLost(f"{self.url}{path} failed {self._attempts} times, at last with {trouble}; is the server up?")
 
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
-        """Status and text of one try, over this thread's own connection; a broken one is not used again."""
+        """Status and text of one try, over this thread's own connection; a broken one is opened again."""
         connection: http.client.HTTPConnection | None = getattr(self._own, "connection", None)
         if connection is None:
             kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
-            connection = kind(self._parts.hostname or "", self._parts.port, timeout=self._timeout)
+            _, host, port, _ = _endpoint(self._parts)
+            connection = kind(host, port, timeout=self._timeout)
+            connection.auto_open = 0  # only _connect looks where a connection leads
             self._own.connection = connection
             self._opened.append(connection)
         headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
+        if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         try:
             connection.request(method, self._parts.path + path, json.dumps(body) if body else None, headers)
@@ -198,3 +211,40 @@ class OpenAIEngine:
         except BaseException:
             connection.close()
             raise
+            if not connection.sock:
+                self._connect(connection)
+
+    def _connect(self, connection: http.client.HTTPConnection) -> None:
+        """Opens the connection; `BadInput` where it would lead, or has led, to what no job may ask.
+
+        Looked at twice: an address is known before anything is sent there, and a name may mean another a moment later.
+        """
+        for *_, address in socket.getaddrinfo(connection.host, connection.port, type=socket.SOCK_STREAM):
+            self._check_address(str(address[0]))
+        connection.connect()
+        self._check_address(str(connection.sock.getpeername()[0]))
+
+    def _check_address(self, text: str) -> None:
+        address = ip_address(text.partition("%")[0])
+        if isinstance(address, IPv6Address) and address.ipv4_mapped:
+            address = address.ipv4_mapped
+        if any(address in network for network in METADATA):
+            raise BadInput(
+                f"{self.url} leads to {text}, where a cloud keeps its machines' credentials; name a server of models"
+            )
+
+    def _key(self) -> str | None:
+        """The key, if it is for this server."""
+        own = urlsplit(os.environ.get("OPENAI_BASE_URL") or KEYS_OWN_SERVER)
+        return os.environ.get("OPENAI_API_KEY") if _endpoint(own) == _endpoint(self._parts) else None
+
+    def _key_remedy(self) -> str:
+        if self._key():
+            return "is the key in OPENAI_API_KEY right?"
+        return f"set OPENAI_BASE_URL={self.url} and OPENAI_API_KEY: the key goes there alone"
+
+
+def _endpoint(parts: SplitResult) -> tuple[str, str, int, str]:
+    """Scheme, host, port and path: what two spellings of one endpoint have in common."""
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    return parts.scheme, parts.hostname or "", port, parts.path.rstrip("/")

@@ -96,6 +96,7 @@ def test_answers_are_those_of_the_model_behind_the_server(served, engine, needle
 
 def test_requests_are_greedy_and_bring_the_key(served, server, needle_prompt, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    monkeypatch.setenv("OPENAI_BASE_URL", f"HTTP://127.0.0.1:{server.server_port}/v1/")
     served.generate([needle_prompt("quiet-river", 4815162, 2)])
     body, authorization = server.asked[-1]
     assert (body["model"], body["temperature"], body["max_tokens"]) == ("long", 0, 12)
