@@ -280,8 +280,6 @@ def test_verify_finds_one_flipped_bit_anywhere(mergeyard: Mergeyard, job_file: C
     assert mergeyard("run", job_file(grid="{w: [0.5]}", shard_size=3000), "--in-process").code == 0
     folder = run_folder / "points" / "w0.5"
     for path in sorted(folder.iterdir()):
-        if path.name == "manifest.json":
-            continue
         whole = path.read_bytes()
         in_header = whole.find(b'"pt"') + 1  # a letter of the metadata: the header still parses
         places = (in_header, len(whole) - 1) if path.suffix == ".safetensors" else (0, len(whole) // 2, len(whole) - 1)
@@ -292,8 +290,11 @@ def test_verify_finds_one_flipped_bit_anywhere(mergeyard: Mergeyard, job_file: C
             ended = mergeyard("verify", run_folder)
             assert ended.code == 1
             told, summary = ended.out.splitlines()
-            assert told.startswith(f"w0.5: {path.name}: ")
-            assert told.endswith("changed since it was written")
+            if path.name == "manifest.json":
+                assert told.startswith(f"w0.5: {path}: damaged, ")
+            else:
+                assert told.startswith(f"w0.5: {path.name}: ")
+                assert told.endswith("changed since it was written")
             assert summary == "0 of 1 points are what their manifests say"
         path.write_bytes(whole)
     assert mergeyard("verify", run_folder).code == 0
@@ -313,7 +314,8 @@ def test_verify_names_what_is_missing_truncated_or_damaged(
     assert ended.out.splitlines() == [
         f"w0.25: {points}/w0.25/config.json does not exist",
         f"w0.5: model.safetensors: {shard.stat().st_size} bytes, {shard.stat().st_size + 1} were written",
-        "w0.75: manifest.json: damaged, not a manifest of mergeyard; merge again",
+        f"w0.75: {points}/w0.75/manifest.json: damaged, not JSON (Expecting property name enclosed in double quotes:"
+        " line 1 column 2 (char 1)); remove it and run again",
         "0 of 3 points are what their manifests say",
     ]
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -389,10 +390,10 @@ def test_a_point_that_is_the_same_merge_as_another_goes_as_that_one(
     mergeyard: Mergeyard, run: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(run, tmp_path / "soup")
-    manifest = json.loads((run / "points/w0.7/manifest.json").read_bytes())
-    twin = {**manifest, "point": "twin", "same_as": "w0.7", "files": {}, "tensors": {}}
+    manifest = Manifest.from_json((run / "points/w0.7/manifest.json").read_bytes())
+    twin = replace(manifest, point="twin", same_as="w0.7", files={}, tensors={})
     (tmp_path / "soup/points/twin").mkdir()
-    (tmp_path / "soup/points/twin/manifest.json").write_text(json.dumps(twin))
+    (tmp_path / "soup/points/twin/manifest.json").write_bytes(twin.to_json())
     ended = mergeyard("publish", tmp_path / "soup" / "twin", tmp_path / "copy")
     assert ended.out.startswith("twin (the same merge as w0.7): ")
     assert files_under(tmp_path / "copy") == files_under(run / "points" / "w0.7")
