@@ -4,15 +4,16 @@
     proxy.fail("PUT", "lost_answer", key="x")     the next PUT of a path with "x" succeeds, its answer never comes
 
 Faults: `busy` (503 SlowDown), `reset`, `truncate` (half of the body, then the connection ends), `stall` (half of the
-body, then silence), `flip` (one bit of the body: no client can tell without a digest), `ignore_range` (200 and the
-whole object), `other_etag` (as if the object had been replaced), `error_in_200` (status 200, an error as the body),
-`no_such_upload` (404), `lost_answer` (the request is carried out, the connection ends without an answer), `hold` (the
-request waits until `heal`).
+body, then silence), `flip` (one bit of the body, of what is sent or else of the answer: no reader can tell without a
+digest), `ignore_range` (200 and the whole object), `other_etag` (as if the object had been replaced), `error_in_200`
+(status 200, an error as the body), `no_such_upload` (404), `lost_answer` (the request is carried out, the connection
+ends without an answer), `hold` (the request waits until `heal`).
 """
 
 from __future__ import annotations
 
 import http.client
+import re
 import socket
 import struct
 import threading
@@ -33,7 +34,7 @@ HOP_BY_HOP = {"connection", "transfer-encoding", "keep-alive", "content-length"}
 
 @dataclass
 class Fault:
-    """What to do to the next `times` requests with this method whose path and query contain `key`."""
+    """What to do to the next `times` requests with this method whose path and query match `key` somewhere."""
 
     method: str
     what: str
@@ -45,7 +46,7 @@ class Fault:
 class FaultProxy:
     """A listening proxy; `endpoint` takes the server's place, `broken` counts the requests that were made to fail.
 
-    `sent` counts the bytes of bodies that went to clients, by path.
+    `sent` counts the bytes of bodies that went to clients, by path; `writes` the PUTs and POSTs, by client.
     """
 
     server: SeaweedFS
@@ -53,6 +54,7 @@ class FaultProxy:
     requests: list[tuple[str, str]] = field(default_factory=list)
     broken: int = 0
     sent: Counter[str] = field(default_factory=Counter)
+    writes: Counter[str] = field(default_factory=Counter)
     _faults: list[Fault] = field(default_factory=list)
     _lock: threading.Lock = field(default_factory=threading.Lock)
     _healed: threading.Event = field(default_factory=threading.Event)
@@ -91,12 +93,14 @@ class FaultProxy:
         with self._lock:
             self.sent[path.partition("?")[0]] += size
 
-    def next_fault(self, method: str, path: str) -> str | None:
+    def next_fault(self, method: str, path: str, client: str) -> str | None:
         """Note a request and say what to do to it."""
         with self._lock:
             self.requests.append((method, path))
+            if method in ("PUT", "POST"):
+                self.writes[client] += 1
             for fault in self._faults:
-                if fault.times > 0 and fault.method == method and fault.key in path:
+                if fault.times > 0 and fault.method == method and re.search(fault.key, path):
                     fault.times -= 1
                     self.broken += 1
                     return fault.what
@@ -116,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        fault = self.proxy.next_fault(self.command, self.path)
+        fault = self.proxy.next_fault(self.command, self.path, self.client_address[0])
         if fault == "hold":
             self.proxy.wait_until_healed()
         if fault == "busy":
@@ -127,6 +131,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(404, {"Content-Type": "application/xml"}, FORGOTTEN)
         elif fault == "error_in_200":
             self._answer(200, {"Content-Type": "application/xml"}, INTERNAL)
+        elif fault == "flip" and body:
+            self._distort(None, *self._ask_upstream(_flipped(body)))
         else:
             self._distort(fault, *self._ask_upstream(body))
 
@@ -151,7 +157,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif fault == "other_etag":
             self._answer(status, {**headers, "etag": '"0123456789abcdef0123456789abcdef"'}, content)
         elif fault == "flip":
-            self._answer(status, headers, bytes([content[0] ^ 1]) + content[1:])
+            self._answer(status, headers, _flipped(content))
         elif fault in ("truncate", "stall"):
             self._answer(status, headers, content[: len(content) // 2], promised=len(content))
             if fault == "stall":
@@ -183,3 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None:
         """Quiet."""
+
+
+def _flipped(content: bytes) -> bytes:
+    """The same bytes but for one bit."""
+    middle = len(content) // 2
+    return content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]

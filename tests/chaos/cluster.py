@@ -20,14 +20,17 @@ from tests.fault_proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 
 PORT = 6379
+DESK = "desk"
 BUCKET = "tests"
-START_SECONDS = 120
+START_SECONDS = 180
 WORKER_MEMORY = 3_000_000_000
+MERGE_TASK = "ray::_merge"
 
 
 class Cluster:
     """A head without workers, nodes `node1` … of one CPU each, and the store, which all reach through a fault proxy.
 
+    A `desk` is a part of the cluster without a CPU, for a driver apart from the head; it is begun where it is needed.
     `direct` leaves the proxy out. Ray is started with the settings that infra/ray/environment.sh has for every cluster.
     Everything runs a copy of the code as it is now, so that it may be worked on meanwhile.
     """
@@ -48,6 +51,7 @@ class Cluster:
         self._direct = direct
         self._token = secrets.token_hex(32)
         self._started: dict[str, subprocess.Popen[bytes]] = {}
+        self._options: dict[str, tuple[str, ...]] = {}
         self._starts = 0
 
     @property
@@ -84,13 +88,23 @@ class Cluster:
 
     def begin(self, node: str) -> None:
         """Starts a node; `wait_for` it before relying on it."""
-        self._ray(node, f"--address={self.address}", "--num-cpus=1", f"--memory={WORKER_MEMORY}")
+        room = ("--num-cpus=0", "--memory=1000000") if node == DESK else ("--num-cpus=1", f"--memory={WORKER_MEMORY}")
+        self._ray(node, f"--address={self.address}", *room)
+
+    def limit(self, megabits: float) -> None:
+        """Limits the link of each node to so many megabits a second, each way."""
+        for node in self.nodes:
+            self.network.limit(node, megabits)
 
     def wait_for(self, name: str) -> None:
+        """Returns when a machine's Ray runs; one that gave up by itself, on a busy computer, is started again."""
         deadline = time.monotonic() + START_SECONDS
         while "Ray runtime started" not in (text := self._log(name).read_text()):
-            if self._started[name].poll() is not None or time.monotonic() > deadline:
+            if time.monotonic() > deadline:
                 raise RuntimeError(f"{name} did not start: {text[-2000:]}")
+            if self._started[name].poll() is not None:
+                self.kill(name)
+                self._ray(name, *self._options[name])
             time.sleep(0.1)
 
     def kill(self, name: str) -> None:
@@ -106,6 +120,9 @@ class Cluster:
     def repair(self, only: Sequence[str] = ()) -> None:
         """Heals every link and starts again what does not run; a new head needs new nodes."""
         self.proxy.heal()
+        if not only and DESK in self._started:
+            self.kill(DESK)
+            self.network.heal(DESK)
         for node in self.nodes if not only else ():
             if self.network.heal(node) or not self.lives(node) or not self.pids(node, "raylet"):
                 self.kill(node)  # a node that was cut off leaves Ray when it hears that it was given up
@@ -132,22 +149,23 @@ class Cluster:
 
     def busy(self) -> list[str]:
         """The nodes that are at a merge task now."""
-        return [node for node in self.nodes if self.pids(node, "ray::_merge")]
+        return [node for node in self.nodes if self.pids(node, MERGE_TASK)]
 
-    def command(self, *arguments: str | Path, extra: Mapping[str, str] | None = None) -> Command:
-        """`mergeyard …` on the head."""
+    def command(self, *arguments: str | Path, on: str = "head", extra: Mapping[str, str] | None = None) -> Command:
+        """`mergeyard …` on the head, or on another machine."""
         self._starts += 1
         folder = self.folder / f"command{self._starts}"
         folder.mkdir()
         words = tuple(str(argument) for argument in arguments)
-        return Command(words, folder, {**self.environment, **(extra or {})}, self.network.within("head"))
+        return Command(words, folder, {**self.environment, **(extra or {})}, self.network.within(on))
 
-    def run(self, job: Path, *arguments: str) -> Command:
+    def run(self, job: Path, *, on: str = "head") -> Command:
         """`mergeyard run` of a job on this cluster."""
-        return self.command("run", job, "--address", self.address, "--json", *arguments)
+        return self.command("run", job, "--address", self.address, "--json", on=on)
 
     def _ray(self, name: str, *options: str) -> None:
         self._starts += 1
+        self._options[name] = options
         temporary = self.folder / f"r{self._starts}"
         temporary.mkdir()
         ray = str(Path(sys.executable).with_name("ray"))
@@ -168,12 +186,12 @@ class Cluster:
 @contextmanager
 def started(nodes: int, *, megabits: float | None = None, direct: bool = False) -> Iterator[Cluster]:
     """A cluster that runs, with the link of each node limited to so many megabits a second; gone at the end."""
-    with Network(["head", "store", *(f"node{number}" for number in range(1, nodes + 1))]) as network:
+    with Network(["head", "store", DESK, *(f"node{number}" for number in range(1, nodes + 1))]) as network:
         cluster = Cluster(network, nodes, direct=direct)
         try:
             cluster.start()
-            for node in cluster.nodes if megabits is not None else ():
-                network.limit(node, megabits or 0)
+            if megabits is not None:
+                cluster.limit(megabits)
             yield cluster
         finally:
             cluster.proxy.stop()

@@ -1,4 +1,4 @@
-"""What happens to a run: each function strikes once and says what else is to happen, and when."""
+"""What happens to a run: each function strikes once, makes sure that it hit, and says what is to happen later."""
 
 from __future__ import annotations
 
@@ -8,53 +8,76 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from tests.chaos.yard import TRY_AGAIN, Later, Trial, Wrong
-from tests.end_to_end.conftest import POINTS, UNITS
+from tests.chaos.cluster import DESK, MERGE_TASK
+from tests.chaos.yard import EVALUATION, MERGE, MERGE_IN_PARTS, MERGE_TO_DISK, TRY_AGAIN, Later, Trial, Work, Wrong
 
 HELD = "model-00005-of"
-MERGE_TASK = "ray::_merge"
+EVALUATOR = "ray::_RemoteEva"
+PARENTS = r"/parents/.*/model\.safetensors"
+SHARDS = r"/points/.*\.safetensors"
+COMPLETE = r"\?uploadId="
+HIT_SECONDS = 20
+LEASE_KEY = "lease.json"
 
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault and how often `make chaos` tries it; with `holds`, it strikes the node that has the last of the work."""
+    """A fault, how often `make chaos` tries it, and on what work.
+
+    With `holds`, it strikes the node that has the last of the work. `served` is how many requests the proxy has to
+    have answered wrongly by the end. `driver` is the machine on which `mergeyard run` is called first.
+    """
 
     name: str
     strike: Callable[[Trial], Later | None]
     times: int
     holds: bool = False
+    work: Work = MERGE
+    served: int = 0
+    driver: str = "head"
+    at_once: bool = False
 
 
 def kill_worker(trial: Trial) -> None:
-    _, pid = _some_worker(trial)
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+    """Kills a worker that is at work; where it ended by itself first, another."""
+    while True:
+        _, pid = _some_worker(trial)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return
 
 
 def kill_raylet(trial: Trial) -> None:
     node, _ = _some_worker(trial)
-    for pid in trial.cluster.pids(node, "raylet"):
-        os.kill(pid, signal.SIGKILL)
+    _kill_all(trial, node, "raylet")
 
 
 def kill_node(trial: Trial) -> None:
-    trial.cluster.kill(_some_worker(trial)[0])
+    node, pid = _some_worker(trial)
+    trial.cluster.kill(node)
+    if Path(f"/proc/{pid}/exe").exists():
+        raise Wrong(f"the worker on {node} was not killed")
 
 
 def kill_driver(trial: Trial) -> None:
-    trial.commands[-1].process.kill()
+    process = trial.commands[-1].process
+    process.kill()
+    if process.wait(HIT_SECONDS) != -signal.SIGKILL:
+        raise Wrong(f"the driver was not killed, it had ended with {process.returncode}")
 
 
 def kill_gcs(trial: Trial) -> None:
     _some_worker(trial)
-    for pid in trial.cluster.pids("head", "gcs_server"):
-        os.kill(pid, signal.SIGKILL)
+    _kill_all(trial, "head", "gcs_server")
 
 
 def kill_head(trial: Trial) -> None:
     _some_worker(trial)
     trial.cluster.kill("head")
+    if trial.commands[-1].process.wait(HIT_SECONDS) != -signal.SIGKILL:
+        raise Wrong("the driver was not killed with the head")
 
 
 def cut(trial: Trial) -> None:
@@ -72,16 +95,32 @@ def part_from_the_head(trial: Trial) -> None:
     trial.cluster.network.part(_some_worker(trial)[0], "head")
 
 
+def part_driver_from_the_head(trial: Trial) -> None:
+    """The driver still reaches the store and the nodes; when it has ended, its user calls `run` on the head."""
+    _some_worker(trial)
+    trial.cluster.network.part(DESK, "head")
+
+
+def cut_driver_off(trial: Trial) -> None:
+    _some_worker(trial)
+    trial.cluster.network.cut(DESK)
+
+
 def freeze(trial: Trial) -> Later:
-    """The node stands still until others have done its work, then goes on with what it was at."""
-    node, _ = _some_worker(trial)
-    trial.cluster.network.kill(node, signal.SIGSTOP)
+    """The node stands still until others have done its work; then its worker goes on and writes what it was at."""
+    node, worker = _some_worker(trial)
+    network, proxy = trial.cluster.network, trial.cluster.proxy
+    network.kill(node, signal.SIGSTOP)
 
     def thaw() -> None:
-        trial.cluster.network.kill(node, signal.SIGCONT)
+        _wait(lambda: len(trial.receipts()) == trial.work.units, "others did not do the frozen node's work")
+        before = proxy.writes[network.address(node)]
+        os.kill(worker, signal.SIGCONT)
+        _wait(lambda: proxy.writes[network.address(node)] > before, "the thawed worker wrote nothing")
+        network.kill(node, signal.SIGCONT)
         time.sleep(5)
 
-    return Later(45, thaw)
+    return Later(25, thaw)
 
 
 def take_spot_node(trial: Trial) -> Later:
@@ -100,63 +139,166 @@ def second_driver(trial: Trial) -> None:
     """Another `run` of the same job, begun while the first is at it."""
     _some_worker(trial)
     second = trial.cluster.command("run", trial.job, "--in-process", "--json").ended()
-    refused = second.code == TRY_AGAIN and "already driven by process" in second.err
-    if not refused and not (second.code == 0 and second.facts["units_merged"] == 0):
+    if second.code != TRY_AGAIN or "already driven by process" not in second.err:
         raise Wrong(f"two drivers: the second ended with {second.code}: {second.err}")
 
 
-def requests(method: str, what: str, times: int) -> Callable[[Trial], None]:
-    """The next requests of a method fail in this way, whoever makes them."""
+def replace_paused_driver(trial: Trial) -> None:
+    """The driver is paused for longer than its lease, another takes over, and the first goes on beside it."""
+    first = trial.commands[-1]
+    lease = f"{trial.name}/grid/{LEASE_KEY}"
+    first.process.send_signal(signal.SIGSTOP)
+    paused = trial.yard.objects(lease)
+    second = trial.start()
+    second.until(lambda: trial.yard.objects(lease) != paused)
+    first.process.send_signal(signal.SIGCONT)
+    trial.cluster.proxy.heal()
+    ended = first.ended()
+    if ended.code != TRY_AGAIN or "another driver took this run over" not in ended.err:
+        raise Wrong(f"the driver that was replaced ended with {ended.code}: {ended.err}")
+
+
+def fill_disk(trial: Trial) -> None:
+    """The disk of the output fills up, which ends the run; it is run again when there is room."""
+    disk = trial.cluster.folder / "disk"
+    with (disk / "filler").open("wb") as filler, suppress(OSError):
+        while True:
+            filler.write(bytes(1 << 20))
+            filler.flush()
+    ended = trial.commands[-1].ended()
+    if ended.code != 1 or len(ended.err.splitlines()) != 1 or "no room left on this disk; free some" not in ended.err:
+        raise Wrong(f"a full disk: exit code {ended.code}: {ended.err}")
+    (disk / "filler").unlink()
+    trial.strikes()  # until there is room, nothing could recover
+    trial.start()
+
+
+def damage_receipts(trial: Trial) -> None:
+    """The driver is killed; the next one, which goes on from the receipts, gets three of them with a bit flipped."""
+    kill_driver(trial)
+    _wait(lambda: not trial.cluster.busy(), "the workers of a dead driver go on")
+    trial.cluster.proxy.fail("GET", "flip", times=3, key="/receipts/.*json")
+
+
+def kill_evaluator(trial: Trial) -> None:
+    _, pid = _some_evaluator(trial)
+    os.kill(pid, signal.SIGKILL)
+
+
+def cut_evaluator_off(trial: Trial) -> None:
+    trial.cluster.network.cut(_some_evaluator(trial)[0])
+
+
+def requests(method: str, what: str, times: int, key: str) -> Callable[[Trial], None]:
+    """The next requests for such a key fail in this way, whoever makes them."""
 
     def strike(trial: Trial) -> None:
-        trial.cluster.proxy.fail(method, what, times=times)
+        trial.cluster.proxy.fail(method, what, times=times, key=key)
 
     return strike
 
 
+def forget_upload(trial: Trial) -> None:
+    """An answer is lost, and the upload that it told the end of is not known any more, as it is on Amazon."""
+    shard = r"fmt1/model-00001-of[^?]*\?uploadId="
+    trial.cluster.proxy.fail("POST", "lost_answer", key=shard)
+    trial.cluster.proxy.fail("POST", "no_such_upload", key=shard)
+
+
 def _some_worker(trial: Trial) -> tuple[str, int]:
     """A node that is at a merge task, and its process; the first one if it takes time to find any."""
+    return _some(trial, MERGE_TASK)
 
+
+def _some_evaluator(trial: Trial) -> tuple[str, int]:
+    return _some(trial, EVALUATOR)
+
+
+def _some(trial: Trial, process: str) -> tuple[str, int]:
     def busy() -> list[tuple[str, int]]:
-        return [(node, pid) for node in trial.cluster.nodes for pid in trial.cluster.pids(node, MERGE_TASK)]
+        return [(node, pid) for node in trial.cluster.nodes for pid in trial.cluster.pids(node, process)]
 
     return trial.random.choice(trial.until(busy))
 
 
+def _kill_all(trial: Trial, machine: str, process: str) -> None:
+    pids = trial.cluster.pids(machine, process)
+    if not pids:
+        raise Wrong(f"there was no {process} on {machine} to kill")
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _wait(condition: Callable[[], bool], otherwise: str) -> None:
+    deadline = time.monotonic() + HIT_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise Wrong(otherwise)
+        time.sleep(0.05)
+
+
+def _of_requests(name: str, method: str, what: str, times: int, key: str, work: Work = MERGE) -> Fault:
+    return Fault(name, requests(method, what, times, key), 1, work=work, served=times, at_once=work is MERGE_IN_PARTS)
+
+
 FAULTS = [
-    Fault("S3 server killed, back after 8 s", restart_store, 2),
-    Fault("503 to 30 reads", requests("GET", "busy", 30), 1),
-    Fault("503 to 30 writes", requests("PUT", "busy", 30), 1),
-    Fault("8 reads reset", requests("GET", "reset", 8), 1),
-    Fault("20 writes reset", requests("PUT", "reset", 20), 1),
-    Fault("8 bodies truncated", requests("GET", "truncate", 8), 1),
-    Fault("4 bodies stalled", requests("GET", "stall", 4), 1),
-    Fault("10 ranges ignored", requests("GET", "ignore_range", 10), 1),
-    Fault("ETag changed in mid-read", requests("GET", "other_etag", 1), 1),
-    Fault("answers to 20 writes lost", requests("PUT", "lost_answer", 20), 1),
-    Fault("two drivers at once", second_driver, 1),
-    Fault("worker killed", kill_worker, 6),
-    Fault("raylet killed", kill_raylet, 3),
+    Fault("worker killed", kill_worker, 8),
+    Fault("raylet killed", kill_raylet, 6),
     Fault("node killed", kill_node, 3),
-    Fault("driver killed", kill_driver, 5),
+    Fault("driver killed", kill_driver, 8),
+    Fault("GCS killed", kill_gcs, 3),
+    Fault("head and driver killed", kill_head, 3),
     Fault("link cut for good", cut, 2, holds=True),
-    Fault("link cut for a minute", cut_for_a_minute, 1, holds=True),
+    Fault("link cut for a minute", cut_for_a_minute, 2, holds=True),
     Fault("parted from the head, not from the store", part_from_the_head, 2, holds=True),
-    Fault("node frozen, later thawed", freeze, 1, holds=True),
+    Fault("driver parted from the head, not from the store", part_driver_from_the_head, 1, driver=DESK),
+    Fault("driver cut off", cut_driver_off, 1, driver=DESK),
+    Fault("node frozen; thawed, it writes what others did", freeze, 1, holds=True),
     Fault("spot node taken, 25 s of notice", take_spot_node, 2),
-    Fault("GCS killed", kill_gcs, 2),
-    Fault("head and driver killed", kill_head, 2),
+    Fault("two drivers at once", second_driver, 1),
+    Fault("driver paused beyond its lease, thawed beside the next", replace_paused_driver, 1, holds=True),
+    Fault("S3 server killed, back after 8 s", restart_store, 2),
+    Fault("disk of the output full, then with room again", fill_disk, 1, work=MERGE_TO_DISK),
+    _of_requests("503 to 30 reads of parents", "GET", "busy", 30, PARENTS),
+    _of_requests("503 to 30 writes of shards", "PUT", "busy", 30, SHARDS),
+    _of_requests("8 reads of parents reset", "GET", "reset", 8, PARENTS),
+    _of_requests("20 writes of shards reset", "PUT", "reset", 20, SHARDS),
+    _of_requests("8 reads of parents truncated", "GET", "truncate", 8, PARENTS),
+    _of_requests("4 reads of parents stalled", "GET", "stall", 4, PARENTS),
+    _of_requests("10 ranges of parents ignored", "GET", "ignore_range", 10, PARENTS),
+    _of_requests("ETag of a parent changed in mid-read", "GET", "other_etag", 1, PARENTS),
+    _of_requests("a bit flipped in 4 reads of parents", "GET", "flip", 4, PARENTS),
+    _of_requests("a bit flipped in 4 writes of shards", "PUT", "flip", 4, SHARDS),
+    Fault("a bit flipped in 3 reads of receipts", damage_receipts, 1, served=3),
+    _of_requests("answers to 20 writes of shards lost", "PUT", "lost_answer", 20, SHARDS),
+    _of_requests("200 with an error to 4 completes of uploads", "POST", "error_in_200", 4, COMPLETE, MERGE_IN_PARTS),
+    _of_requests("answers to 4 completes lost", "POST", "lost_answer", 4, COMPLETE, MERGE_IN_PARTS),
+    Fault("answer to a complete lost, upload forgotten", forget_upload, 1, work=MERGE_IN_PARTS, served=2, at_once=True),
+    Fault("evaluation: worker killed", kill_evaluator, 1, work=EVALUATION),
+    Fault("evaluation: link cut for good", cut_evaluator_off, 1, work=EVALUATION),
 ]
-"""Those of the store strike all requests of the run; the workers' are most of them."""
 
 
 def moment(trial: Trial, fault: Fault) -> None:
-    """Waits for when the fault is to strike: at random, or when only the held shard of every point is left."""
-    if fault.holds:
-        trial.until(lambda: len(trial.receipts()) == UNITS - POINTS and len(trial.cluster.busy()) == 1)
+    """Waits for when the fault is to strike: at random, or when only the held shard of every point is left.
+
+    What is done to requests needs work that is left to make them; what is done to receipts, that there are some.
+    """
+    work = trial.work
+    if fault.at_once:
         return
-    done = trial.random.randrange(-POINTS, UNITS - 2 * POINTS)  # below 0: before the first task is given out
-    if done < 0:
+    if work is EVALUATION:
+        trial.until(lambda: all(trial.cluster.pids(node, EVALUATOR) for node in trial.cluster.nodes))
+        trial.until(lambda: len(trial.keys("scores/")) >= 2)
+        return
+    if fault.holds:
+        trial.until(lambda: len(trial.receipts()) == work.units - work.points and len(trial.cluster.busy()) == 1)
+        return
+    first, end = -work.points, work.units - 2 * work.points
+    if fault.served or work.on_disk:
+        first, end = 1, work.units // 2
+    done = trial.random.randrange(first, end)
+    if done < 0:  # before the first task is given out
         time.sleep(trial.random.uniform(0, 3))
         return
     trial.until(lambda: len(trial.receipts()) >= done)

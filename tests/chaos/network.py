@@ -31,6 +31,7 @@ for namespace in $(ip netns list | awk '{print $1}' | grep "^$1-"); do
     ip netns delete "$namespace"
 done
 ip link delete "$2" 2>/dev/null
+umount -l "$3"/* 2>/dev/null
 rm -rf "$3"
 """
 

@@ -73,7 +73,9 @@ def test_an_object_replaced_between_two_ranges_is_noticed(store: Store, fault_pr
 def test_a_flipped_bit_passes_here_and_is_left_to_digests(store: Store, fault_proxy: FaultProxy) -> None:
     store.write("parent", CONTENT)
     fault_proxy.fail("GET", "flip")
-    assert bytes(store.read("parent")) == bytes([CONTENT[0] ^ 1]) + CONTENT[1:]
+    middle = len(CONTENT) // 2
+    flipped = CONTENT[:middle] + bytes([CONTENT[middle] ^ 1]) + CONTENT[middle + 1 :]
+    assert bytes(store.read("parent")) == flipped
 
 
 @pytest.mark.parametrize("fault", ["busy", "reset", "lost_answer"])
