@@ -1,11 +1,20 @@
-"""Merges a grid on 1, 2 and 4 nodes whose links are the bottleneck, and says how the throughput grows.
+"""Merges and evaluates a grid on 1, 2 and 4 nodes whose links are the bottleneck, and says how the throughput grows.
 
-    python -m tests.benchmarks.nodes [--nodes 1,2,4] [--megabits 24] [--points 12]
+    python -m tests.benchmarks.nodes [--nodes 1,2,4] [--megabits 24] [--points 3,12]
 
 Each node is a Ray of one CPU in a network namespace, its link to the S3 server (SeaweedFS) limited to so many megabits
 a second, each way. What moved is read off the interfaces of the nodes: headers of packets and repeated requests count.
-`while all work` is the rate from when every node writes until the first has written its last; `whole` is all that was
-written from the first byte on, with the start of the workers and the last shards at the end. Needs root on Linux.
+
+Of a merge, `steady` is the rate of writing from when every node writes until the first has written its last; `whole`
+is all that was written from the first byte on, with the start of the workers and the last shards at the end.
+
+Of an evaluation that writes no point, all that the network has to carry is the parents, to each node once. `steady` is
+the rate of reading from when every node reads them until the first has them; `whole` is from the first byte until all
+have them. How fast items are answered is not shown: the nodes here share the processors of one computer, so that four
+answer no faster than two, whatever the network does.
+
+Exit code 1 if a steady rate is below 0.9 times that of the fewest nodes times how many more there are, or if more
+points make a node read more of a parent, by a twentieth. Needs root on Linux.
 """
 
 from __future__ import annotations
@@ -13,17 +22,23 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from tests.benchmarks.make_checkpoints import Size, shapes, split, write_shard, write_small_files
+from tests.benchmarks.make_checkpoints import Size
 from tests.chaos.cluster import BUCKET, Cluster
 from tests.chaos.network import Network, why_not
+from tests.chaos.yard import upload_synthetic
 
 SIZE = Size(layers=15, hidden=256, intermediate=1024, heads=4, kv_heads=1, vocabulary=2048, tied=True)
 SHARD = "2MB"  # a layer: sixteen shards, and so sixteen tasks for any number of nodes
+SHARDS = 16
 SAMPLE_SECONDS = 0.2
 STARTED_BYTES = 300_000
+LINEAR = 0.9
+MORE_READ = 1.05
 
 JOB = """\
 name: grid
@@ -40,6 +55,10 @@ workers: {{cpus: 1, memory: 2GB}}
 shard_size: {shard}
 output: s3://{bucket}/{name}
 """
+EVALUATE = """\
+evaluate: {ruler: {tasks: [niah_single_1], lengths: [256], items: 4}}
+keep: none
+"""
 
 
 @dataclass(frozen=True)
@@ -51,11 +70,21 @@ class Sample:
     sent: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Measured:
+    """One run: MB a second while all nodes were at it, and from the first byte to the last; MB that moved in all."""
+
+    steady: float
+    whole: float
+    read: float
+    written: float
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", default="1,2,4")
     parser.add_argument("--megabits", type=float, default=24)
-    parser.add_argument("--points", default="12", help="numbers of points; all but the last on the most nodes alone")
+    parser.add_argument("--points", default="3,12", help="numbers of points; all but the last on the most nodes alone")
     options = parser.parse_args()
     if reason := why_not():
         print(f"nodes: {reason}", file=sys.stderr)
@@ -63,41 +92,43 @@ def main() -> int:
     counts = sorted(int(count) for count in options.nodes.split(","))
     *others, points = [int(number) for number in options.points.split(",")]
     names = [f"node{number}" for number in range(1, counts[-1] + 1)]
+    runs = [*((count, points) for count in counts), *((counts[-1], number) for number in others)]
     with Network(["head", "store", *names]) as network:
         cluster = Cluster(network, 0, direct=True)
-        parent_bytes = _upload_parents(cluster)
+        parent_bytes = upload_synthetic(cluster, SIZE, {"cos": "cos", "fmt": "fmt"})
         cluster.start()
-        print(f"two parents of {parent_bytes / 1e6:.1f} MB; {options.megabits:g} Mbit/s a node, each way\n")
-        print("| nodes | points | written, MB | read, MB | while all work, MB/s | × | whole, MB/s | × |")
-        print("|---|---|---|---|---|---|---|---|", flush=True)
-        first: tuple[float, float] | None = None
-        for count in counts:
+        print(f"two parents of {parent_bytes / 1e6:.1f} MB; {options.megabits:g} Mbit/s a node, each way")
+        merges: dict[tuple[int, int], Measured] = {}
+        evaluations: dict[tuple[int, int], Measured] = {}
+        for count, number in runs:
             _grow(cluster, names[:count], options.megabits)
-            for number in (*(others if count == counts[-1] else ()), points):
-                samples = _measure(cluster, f"n{count}p{number}", number)
-                together, whole = _rates(samples)
-                first = first or (together, whole)
-                read, written = (sum(end) - sum(begin) for begin, end in _ends(samples))
-                print(
-                    f"| {count} | {number} | {written / 1e6:.0f} | {read / 1e6:.1f} |"
-                    f" {together / 1e6:.2f} | {together / first[0]:.2f} | {whole / 1e6:.2f} | {whole / first[1]:.2f} |",
-                    flush=True,
-                )
-    return 0
+            merges[count, number] = _merge(cluster, f"n{count}p{number}", number)
+            evaluations[count, number] = _evaluate(cluster, f"n{count}e{number}", number, 2 * parent_bytes)
+        good = [_tell("merged", merges, counts, points), _tell("evaluated", evaluations, counts, points)]
+    return 0 if all(good) else 1
 
 
-def _upload_parents(cluster: Cluster) -> int:
-    """Writes two synthetic checkpoints and puts them into the bucket; the bytes of one's weights."""
-    folders = {who: cluster.folder / who for who in ("base", "cos", "fmt")}
-    for folder in folders.values():
-        folder.mkdir()
-        write_small_files(folder, SIZE)
-    [tensors] = split(list(shapes(SIZE)), 10**12)
-    write_shard({who: folder / "model.safetensors" for who, folder in folders.items()}, tensors, 0.001)
-    for who in ("cos", "fmt"):
-        for path in folders[who].iterdir():
-            cluster.server.client().upload_file(str(path), BUCKET, f"{who}/{path.name}")
-    return (folders["cos"] / "model.safetensors").stat().st_size
+def _tell(what: str, measured: dict[tuple[int, int], Measured], counts: list[int], points: int) -> bool:
+    """Prints a table, and says whether the rate grows with the nodes and what a node reads does not with the points."""
+    print(f"\n| {what}: nodes | points | written, MB | read, MB | steady, MB/s | × | whole, MB/s | × |")
+    print("|---|---|---|---|---|---|---|---|")
+    first = measured[counts[0], points]
+    good = True
+    for (count, number), run in measured.items():
+        steady, whole = run.steady / first.steady, run.whole / first.whole
+        print(
+            f"| {count} | {number} | {run.written:.0f} | {run.read:.1f} |"
+            f" {run.steady:.2f} | {steady:.2f} | {run.whole:.2f} | {whole:.2f} |",
+            flush=True,
+        )
+        if number == points and steady < LINEAR * count / counts[0]:
+            print(f"nodes: {what} on {count} nodes {steady:.2f} times as fast as on {counts[0]}", file=sys.stderr)
+            good = False
+        fewest = min(other.read for (nodes, _), other in measured.items() if nodes == count)
+        if run.read > MORE_READ * fewest:
+            print(f"nodes: {what}, {number} points: {run.read:.1f} MB were read, not {fewest:.1f}", file=sys.stderr)
+            good = False
+    return good
 
 
 def _grow(cluster: Cluster, names: list[str], megabits: float) -> None:
@@ -110,48 +141,60 @@ def _grow(cluster: Cluster, names: list[str], megabits: float) -> None:
             cluster.nodes.append(name)
 
 
-def _measure(cluster: Cluster, name: str, points: int) -> list[Sample]:
-    """Runs the grid; what had moved, every fifth of a second."""
+def _merge(cluster: Cluster, name: str, points: int) -> Measured:
+    """A grid merged and written."""
+    samples, facts = _watch(cluster, name, JOB, points)
+    assert facts["units_merged"] == SHARDS * points, facts
+    sent = [sample.sent for sample in samples]
+    begun = [[now - start > STARTED_BYTES for now, start in zip(row, sent[0], strict=True)] for row in sent]
+    ended = [[end - now < STARTED_BYTES for now, end in zip(row, sent[-1], strict=True)] for row in sent]
+    return _measured(samples, sent, begun, ended)
+
+
+def _evaluate(cluster: Cluster, name: str, points: int, needed: int) -> Measured:
+    """A grid evaluated and not written, of which every node needs so many bytes of parents."""
+    samples, facts = _watch(cluster, name, JOB + EVALUATE.replace("{", "{{").replace("}", "}}"), points)
+    assert len(facts["leaderboard"]) >= points, facts
+    received = [sample.received for sample in samples]
+    begun = [[now - start > STARTED_BYTES for now, start in zip(row, received[0], strict=True)] for row in received]
+    ended = [[now - start > needed for now, start in zip(row, received[0], strict=True)] for row in received]
+    return _measured(samples, received, begun, ended)
+
+
+def _measured(
+    samples: list[Sample], moved: list[tuple[int, ...]], begun: list[list[bool]], ended: list[list[bool]]
+) -> Measured:
+    """The rates at which this moved, by which nodes had begun and which had ended at each sample."""
+
+    def rate(first: int, last: int) -> float:
+        return (sum(moved[last]) - sum(moved[first])) / (samples[last].second - samples[first].second) / 1e6
+
+    def at(nodes: list[list[bool]], how_many: Callable[[Iterable[bool]], bool]) -> int:
+        return next(number for number, row in enumerate(nodes) if how_many(row))
+
+    return Measured(
+        steady=rate(at(begun, all), at(ended, any)),
+        whole=rate(at(begun, any), at(ended, all)),
+        read=(sum(samples[-1].received) - sum(samples[0].received)) / 1e6,
+        written=(sum(samples[-1].sent) - sum(samples[0].sent)) / 1e6,
+    )
+
+
+def _watch(cluster: Cluster, name: str, text: str, points: int) -> tuple[list[Sample], dict[str, Any]]:
+    """Runs the job; what had moved, every fifth of a second, and what the run said."""
     job = Path(cluster.folder, f"{name}.yaml")
-    job.write_text(JOB.format(bucket=BUCKET, points=points, shard=SHARD, name=name))
+    job.write_text(text.format(bucket=BUCKET, points=points, shard=SHARD, name=name))
     command = cluster.run(job)
     samples = [_sample(cluster)]
     while command.process.poll() is None:
         time.sleep(SAMPLE_SECONDS)
         samples.append(_sample(cluster))
-    facts = command.ended().facts
-    assert facts["units_merged"] == 16 * points, facts
-    return samples
+    return samples, command.ended().facts
 
 
 def _sample(cluster: Cluster) -> Sample:
     moved = [cluster.network.moved(node) for node in cluster.nodes]
     return Sample(time.monotonic(), tuple(received for received, _ in moved), tuple(sent for _, sent in moved))
-
-
-def _ends(samples: list[Sample]) -> tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]:
-    """First and last of what was received, and of what was sent."""
-    return (samples[0].received, samples[-1].received), (samples[0].sent, samples[-1].sent)
-
-
-def _rates(samples: list[Sample]) -> tuple[float, float]:
-    """Bytes sent a second while all nodes were at it, and from the first byte of a shard to the last."""
-    before, after = samples[0].sent, samples[-1].sent
-    begun = [now - start > STARTED_BYTES for sample in samples for now, start in zip(sample.sent, before, strict=True)]
-    width = len(before)
-    any_begun = next(i for i in range(len(samples)) if any(begun[i * width : (i + 1) * width]))
-    all_begun = next(i for i in range(len(samples)) if all(begun[i * width : (i + 1) * width]))
-    ended = [
-        any(end - now < STARTED_BYTES for now, end in zip(sample.sent, after, strict=True)) for sample in samples
-    ].index(True)
-    all_ended = [
-        all(end - now < STARTED_BYTES for now, end in zip(sample.sent, after, strict=True)) for sample in samples
-    ].index(True)
-    return _rate(samples[all_begun], samples[ended]), _rate(samples[any_begun], samples[all_ended])
-
-
-def _rate(begin: Sample, end: Sample) -> float:
-    return (sum(end.sent) - sum(begin.sent)) / (end.second - begin.second)
 
 
 if __name__ == "__main__":
