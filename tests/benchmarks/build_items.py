@@ -22,7 +22,10 @@ import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+
 from workers.benchmarks.haystacks import Noise
+from workers.benchmarks.items import Asked
 from workers.benchmarks.niah import Needles, pose
 from workers.benchmarks.ruler import NIAH
 from workers.benchmarks.tokens import Tokenizer
@@ -100,18 +103,13 @@ def rewritten(tokenizer: Tokenizer, row: dict[str, str]) -> str:
     place = (at - 1 + 0.5) / units
     [item] = pose(
         tokenizer,
+        Asked("ruler", "niah_single_1", int(row["max_length"]), 0, 0),
         task,
         needles,
         context=lambda _: Noise().hide(units, needles.texts(task), [place]),
-        forecast=lambda budget: Noise().forecast(tokenizer, budget)[:1],
-        benchmark="ruler",
-        name="niah_single_1",
-        length=int(row["max_length"]),
-        haystack_id="",
+        forecast=lambda budget: np.asarray([0, budget + 1]),  # as many lines as lm-eval took
+        haystack="h",
         indices=[0],
-        max_new_tokens=0,
-        frame=("", ""),
-        scorer="all",
     )
     return item.text
 

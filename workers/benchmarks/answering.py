@@ -17,7 +17,7 @@ from typing import Any
 from jobs.errors import BadInput
 from workers.benchmarks.budget import fill, running_total
 from workers.benchmarks.draws import Draw
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.niah import depths_of
 from workers.benchmarks.tokens import Tokenizer
 
@@ -53,14 +53,21 @@ class Library:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def posed(self, index: int, draw: Draw) -> tuple[Question, Callable[[int, int], list[str]]]:
-        """The index-th question, and its documents in the order in which they join: gold, near, all others."""
+        """The index-th question, and its documents in the order in which they join: gold, near, all others.
+
+        All but the gold ones come again, in the same order, as often as they are asked for.
+        """
         if index >= len(self.questions):
             raise BadInput(f"qa: item {index} of only {len(self.questions)} questions; ask for fewer items")
         question = self.questions[index]
-        first = [*question.gold, *draw.shuffled(question.near)]
-        rest = sorted(set(range(len(self.documents))) - set(first))
-        order = [*first, *draw.shuffled(rest)]
-        return question, lambda begin, end: [self.documents[number] for number in order[begin:end]]
+        gold, near = question.gold, draw.shuffled(question.near)
+        rest = sorted(set(range(len(self.documents))) - {*gold, *near})
+        others = [*near, *draw.shuffled(rest)]
+
+        def document(at: int) -> str:
+            return self.documents[gold[at] if at < len(gold) else others[(at - len(gold)) % len(others)]]
+
+        return question, lambda begin, end: list(map(document, range(begin, end if others else min(end, len(gold)))))
 
 
 def read_squad(source: bytes | str | Path) -> Library:
@@ -115,23 +122,16 @@ def _load(source: bytes | str | Path) -> tuple[Any, str]:
         raise BadInput(f"{place}: not JSON ({error}); give the published file") from error
 
 
-def qa_item(
-    tokenizer: Tokenizer,
-    library: Library | None,
-    *,
-    name: str,
-    length: int,
-    index: int,
-    seed: int,
-    max_new_tokens: int,
-    frame: tuple[str, str],
-) -> Item:
-    """One item about the library, or about a world invented for it; `TooShort` if it cannot fit in `length` tokens."""
-    identity = ("qa", name, seed, index)
+def qa_item(tokenizer: Tokenizer, asked: Asked, library: Library | None, index: int) -> Item:
+    """One item about the library, or about a world invented for it; `TooShort` if it cannot fit in the length.
+
+    Questions on the same gold documents are not independent: they count as one haystack.
+    """
+    identity = ("qa", asked.task, asked.seed, index)
     posed = library.posed if library else invented
     question, documents = posed(index, Draw(*identity, "documents"))
     gold = len(question.gold)
-    ending = AFTER.format(query=question.query) + frame[1]
+    ending = AFTER.format(query=question.query) + asked.frame[1]
     ranks: list[float] = []
     draw = Draw(*identity, "order")
 
@@ -145,7 +145,7 @@ def qa_item(
         return "\n\n".join(f"Document {at}:\n{document}" for at, document in enumerate(shown(units), start=1))
 
     def text(units: int) -> str:
-        return frame[0] + BEFORE + context(units) + ending
+        return asked.frame[0] + BEFORE + context(units) + ending
 
     def numbered(first: int, last: int) -> list[str]:
         others = documents(gold + first, gold + last)
@@ -153,27 +153,19 @@ def qa_item(
 
     units, tokens = fill(
         tokenizer,
-        name,
-        length,
-        max_new_tokens,
+        asked,
         lambda units: text(units) + ANSWER_PREFIX,
         lambda budget: running_total(tokenizer, numbered, budget),
     )
-    return Item(
-        benchmark="ruler",
-        task=name,
-        length=length,
-        index=index,
-        depths=tuple(depths_of(context(units), documents(0, gold))),
-        haystack=f"{name}-{seed}-{index}",
-        prefix="",
-        prompt=text(units),
-        answer_prefix=ANSWER_PREFIX,
+    return asked.item(
+        index,
+        text(units),
+        ANSWER_PREFIX,
         answers=question.answers,
-        scorer="part",
-        max_new_tokens=max_new_tokens,
         tokens=tokens,
-        pair=f"{name}-{seed}-{index}",
+        depths=depths_of(context(units), documents(0, gold)),
+        scorer="part",
+        haystack=asked.named("about", *question.gold) if library else None,
     )
 
 

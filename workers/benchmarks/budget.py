@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.tokens import Tokenizer
 
 Group = TypeVar("Group")
@@ -57,22 +57,27 @@ def _last_within(forecast: NDArray[np.int64], limit: int) -> int:
 
 def fill(
     tokenizer: Tokenizer,
-    task: str,
-    length: int,
-    max_new_tokens: int,
+    asked: Asked,
     text: Callable[[int], str],
     forecast: Callable[[int], NDArray[np.int64]],
 ) -> tuple[int, int]:
-    """The most units with which `text(units)`, plus what will be generated, fits in `length` tokens; its exact count.
+    """The most units with which `text(units)`, plus what will be generated, fits in the length; its exact count.
 
     `forecast(budget)` gives the tokens that 0, 1, 2 … units add, to beyond the budget or as far as there are units.
-    `TooShort` if not even `text(0)` fits.
+    `TooShort` if not even `text(0)` fits; `BadInput` if there are too few units to fill the length but for one unit.
     """
-    budget = length - max_new_tokens
     smallest = tokenizer.count(text(0))
-    if smallest > budget:
-        raise TooShort(task, length, smallest + max_new_tokens)
-    return most_units(lambda units: tokenizer.count(text(units)), forecast(budget - smallest) + smallest, budget)
+    if smallest > asked.budget:
+        raise TooShort(asked.task, asked.length, smallest + asked.max_new_tokens)
+    totals = forecast(asked.budget - smallest) + smallest
+    units, tokens = most_units(lambda units: tokenizer.count(text(units)), totals, asked.budget)
+    exhausted = units == len(totals) - 1 and totals[-1] <= asked.budget
+    if exhausted and asked.budget - tokens > np.diff(totals).max(initial=0):
+        raise BadInput(
+            f"{asked.task}: all there is to read makes {tokens} tokens, too few for a length of {asked.length};"
+            " give more of it, or ask at shorter lengths"
+        )
+    return units, tokens
 
 
 def running_total(

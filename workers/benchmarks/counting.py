@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from workers.benchmarks.budget import fill
 from workers.benchmarks.draws import Draw, words
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.tokens import Tokenizer
 
 CWE_QUESTION = (
@@ -56,23 +56,21 @@ def word_order(draw: Draw, count: int) -> list[str]:
     return order
 
 
-def cwe_item(
-    tokenizer: Tokenizer, *, name: str, length: int, index: int, seed: int, max_new_tokens: int, frame: tuple[str, str]
-) -> Item:
-    """One item, after one worked example; `TooShort` if it cannot fit in `length` tokens."""
-    identity = ("cwe", name, seed, index)
+def cwe_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
+    """One item, after one worked example; `TooShort` if it cannot fit in the length."""
+    identity, length = ("cwe", asked.task, asked.seed, index), asked.length
     size, often, seldom = (20, 3, 1) if length < 4096 else (40, 10, 3)
     draw = Draw(*identity, "example")
     example_order = draw.sample(_all_words(), size)
     example = CWE_QUESTION.format(context=numbered(word_list(example_order, size, often, seldom, draw)))
-    head = frame[0] + example + CWE_ANSWER_PREFIX + " " + numbered(example_order[:COMMON]) + "\n"
+    head = asked.frame[0] + example + CWE_ANSWER_PREFIX + " " + numbered(example_order[:COMMON]) + "\n"
 
     often, seldom = (6, 1) if length < 4096 else (30, 3)
     order = word_order(Draw(*identity, "words"), COMMON + length // seldom)
 
     def text(units: int) -> str:
         entries = word_list(order, COMMON + units, often, seldom, Draw(*identity, "list", units))
-        return head + CWE_QUESTION.format(context=numbered(entries)) + frame[1]
+        return head + CWE_QUESTION.format(context=numbered(entries)) + asked.frame[1]
 
     def forecast(budget: int) -> NDArray[np.int64]:
         first = COMMON * often
@@ -86,10 +84,8 @@ def cwe_item(
         total = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64) * seldom
         return total + numbers[entries] - numbers[first]
 
-    units, tokens = fill(
-        tokenizer, name, length, max_new_tokens, lambda units: text(units) + CWE_ANSWER_PREFIX, forecast
-    )
-    return _item(name, length, index, seed, max_new_tokens, tokens, text(units), CWE_ANSWER_PREFIX, order[:COMMON])
+    units, tokens = fill(tokenizer, asked, lambda units: text(units) + CWE_ANSWER_PREFIX, forecast)
+    return asked.item(index, text(units), CWE_ANSWER_PREFIX, answers=order[:COMMON], tokens=tokens)
 
 
 @lru_cache(maxsize=1)
@@ -116,14 +112,12 @@ def coded_counts(count: int, vocabulary: int) -> list[int]:
     return [int(count * rank**-2.0 / ZETA_2) for rank in range(1, vocabulary + 1)]
 
 
-def fwe_item(
-    tokenizer: Tokenizer, *, name: str, length: int, index: int, seed: int, max_new_tokens: int, frame: tuple[str, str]
-) -> Item:
-    """One item; rank 1 is dots, and ranks 2 to 4 are asked for. `TooShort` if it cannot fit in `length` tokens."""
-    identity = ("fwe", name, seed, index)
+def fwe_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
+    """One item; rank 1 is dots, and ranks 2 to 4 are asked for. `TooShort` if it cannot fit in the length."""
+    identity = ("fwe", asked.task, asked.seed, index)
     draw = Draw(*identity, "vocabulary")
     found: dict[str, None] = {"...": None}
-    while len(found) < max(5, length // 50):
+    while len(found) < max(5, asked.length // 50):
         found[draw.letters(string.ascii_lowercase, CODED_LETTERS)] = None
     vocabulary = list(found)
 
@@ -132,15 +126,13 @@ def fwe_item(
         counts = coded_counts(count, len(vocabulary))
         coded = [word for word, times in zip(vocabulary, counts, strict=True) for _ in range(times)]
         context = " ".join(Draw(*identity, "list", count).shuffled(coded))
-        return frame[0] + FWE_QUESTION.format(context=context) + frame[1]
+        return asked.frame[0] + FWE_QUESTION.format(context=context) + asked.frame[1]
 
     def forecast(budget: int) -> NDArray[np.int64]:
         return _coded_tokens(tokenizer, vocabulary, budget)
 
-    units, tokens = fill(
-        tokenizer, name, length, max_new_tokens, lambda units: text(units) + FWE_ANSWER_PREFIX, forecast
-    )
-    return _item(name, length, index, seed, max_new_tokens, tokens, text(units), FWE_ANSWER_PREFIX, vocabulary[1:4])
+    units, tokens = fill(tokenizer, asked, lambda units: text(units) + FWE_ANSWER_PREFIX, forecast)
+    return asked.item(index, text(units), FWE_ANSWER_PREFIX, answers=vocabulary[1:4], tokens=tokens)
 
 
 def untied(count: int, vocabulary: int) -> int:
@@ -161,32 +153,3 @@ def _coded_tokens(tokenizer: Tokenizer, vocabulary: Sequence[str], budget: int) 
         gains[np.ceil(np.arange(1, int(most / every) + 1) * every).astype(np.int64)] += cost
     totals = np.cumsum(gains)[FEWEST_CODED:]
     return totals - totals[0]
-
-
-def _item(
-    name: str,
-    length: int,
-    index: int,
-    seed: int,
-    max_new_tokens: int,
-    tokens: int,
-    prompt: str,
-    answer_prefix: str,
-    answers: Sequence[str],
-) -> Item:
-    return Item(
-        benchmark="ruler",
-        task=name,
-        length=length,
-        index=index,
-        depths=(),
-        haystack=f"{name}-{seed}-{index}",
-        prefix="",
-        prompt=prompt,
-        answer_prefix=answer_prefix,
-        answers=tuple(answers),
-        scorer="all",
-        max_new_tokens=max_new_tokens,
-        tokens=tokens,
-        pair=f"{name}-{seed}-{index}",
-    )

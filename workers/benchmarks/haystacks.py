@@ -10,9 +10,10 @@ import hashlib
 import lzma
 import re
 import threading
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -26,10 +27,20 @@ from workers.benchmarks.tokens import Tokenizer
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
-# A sentence ends at . ! or ?, perhaps closed by a quote or bracket, before a space and something that may begin one.
-_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?= +[\"'“‘(\[]?[A-Z0-9])")
+# A sentence ends at . ! or ?, perhaps closed by a quote or bracket, before a space and something that may begin one;
+# the full stops of Chinese and Japanese end one whatever follows.
+_SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?= +[\"'“‘(\[]?[A-Z0-9])|[。！？]+[”’」』）]*(?=.)")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|Mr|Mrs|Ms|Dr|St|No|Fig|[A-Z]))\.$")
 
+# A text grows by words; what is longer than any word, or written without blanks, by a few characters.
+_UNIT = re.compile(r"[^\s\u2e80-\U0010ffff]{1,64}|[\u2e80-\U0010ffff]{1,8}")
+
+LONGEST_SENTENCE = 1500
+"""Characters between two sentence ends beyond which a text is taken to have none there: needles go elsewhere."""
+LONGEST_PIECE = 100
+"""Characters between two places for needles, where there are no sentences."""
+# The last of these in a piece ends it: a mark that ends a clause, one within it, a word. Each is greedy.
+_BREAKS = tuple(re.compile(rf".*{mark}(?=\S)") for mark in ("[.!?…] +", "(?:[,;:] +|[，；：、])", " +"))
 
 _GROWING = threading.Lock()  # an essay is shared by the threads that build items
 
@@ -98,15 +109,19 @@ class Noise(Lines):
 class Essay:
     """Running text in words; needles go between sentences. Longer than the text, its paragraphs come again, shuffled.
 
+    A text without blanks grows by a few characters at a time, one without sentences takes needles between its lines,
+    clauses or words.
+
     The text is the same for every item, as in RULER: what changes are the needles and where they are.
     """
 
     def __init__(self, text: str, *, place: str = "haystack") -> None:
-        self._paragraphs = [" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", text)]
-        self._paragraphs = [paragraph for paragraph in self._paragraphs if paragraph]
+        paragraphs = [[" ".join(line.split()) for line in part.split("\n")] for part in re.split(r"\n\s*\n", text)]
+        self._paragraphs = [lines for part in paragraphs if (lines := [line for line in part if line])]
         if not self._paragraphs:
             raise BadInput(f"{place}: the text is empty; give some prose")
-        self.digest = hashlib.sha256("\n\n".join(self._paragraphs).encode()).hexdigest()
+        self.digest = _digest("\n".join(lines) for lines in self._paragraphs)
+        self._order = _digest(" ".join(lines) for lines in self._paragraphs)
         self._rounds: list[str] = []
         self._text = ""
         self._word_ends = np.zeros(0, dtype=np.int64)
@@ -116,14 +131,16 @@ class Essay:
     def _round(self, number: int) -> str:
         """All paragraphs once more: in their own order first, then in another one each time."""
         if number == len(self._rounds):
-            order = Draw("essay", self.digest, number).shuffled(self._paragraphs) if number else self._paragraphs
-            text = ("" if number == 0 else " ") + " ".join(order)
+            order = Draw("essay", self._order, number).shuffled(self._paragraphs) if number else self._paragraphs
+            lines = [line for paragraph in order for line in paragraph]
+            blank = "" if number == 0 else " "
+            text = blank + " ".join(lines)
+            line_starts = list(accumulate((len(line) + 1 for line in lines[:-1]), initial=len(blank)))
             begin = len(self._text)
             self._rounds.append(text)
             self._text += text
-            ends = np.asarray([begin + match.end() for match in re.finditer(r"\S+", text)], dtype=np.int64)
-            self._word_ends = np.concatenate([self._word_ends, ends])
-            self._sentence_starts += [begin + start for start in sentence_starts(text)]
+            self._word_ends = np.concatenate([self._word_ends, begin + _unit_ends(text)])
+            self._sentence_starts += [begin + start for start in sentence_starts(text, line_starts)]
         return self._rounds[number]
 
     def forecast(self, tokenizer: Tokenizer, budget: int) -> NDArray[np.int64]:
@@ -132,8 +149,7 @@ class Essay:
             measured = self._measured.setdefault(tokenizer.digest, [np.zeros(1, dtype=np.int64)])
             while measured[-1][-1] <= budget:
                 text = self._round(len(measured) - 1)
-                ends = np.asarray([match.end() for match in re.finditer(r"\S+", text)], dtype=np.int64)
-                within = np.searchsorted(tokenizer.token_ends(text), ends, side="right")
+                within = np.searchsorted(tokenizer.token_ends(text), _unit_ends(text), side="right")
                 measured.append(measured[-1][-1] + within)
             return np.concatenate(measured)
 
@@ -179,8 +195,39 @@ def _number(placed: tuple[int, str]) -> int:
     return placed[0]
 
 
-def sentence_starts(text: str) -> list[int]:
-    """The character at which each sentence of a one-line text begins, the first at 0."""
+def _digest(paragraphs: Iterable[str]) -> str:
+    return hashlib.sha256("\n\n".join(paragraphs).encode()).hexdigest()
+
+
+def _unit_ends(text: str) -> NDArray[np.int64]:
+    return np.asarray([match.end() for match in _UNIT.finditer(text)], dtype=np.int64)
+
+
+def sentence_starts(text: str, line_starts: Sequence[int] = ()) -> list[int]:
+    """The character at which each sentence of a text without newlines begins.
+
+    Where there are none for `LONGEST_SENTENCE` characters, pieces of it begin: rather with one of the lines that the
+    text was joined of than at a mark, rather there than with a word, rather there than within one.
+    """
+    starts = _sentences(text)
+    for number in reversed(range(len(starts))):
+        begin, end = starts[number], starts[number + 1] if number + 1 < len(starts) else len(text)
+        if end - begin > LONGEST_SENTENCE:
+            starts[number + 1 : number + 1] = _pieces(text, begin, end, line_starts)
+    return starts
+
+
+def _pieces(text: str, begin: int, end: int, line_starts: Sequence[int]) -> Iterator[int]:
+    """Where pieces of at most `LONGEST_PIECE` characters begin in a stretch of text, after the first."""
+    while end - begin > LONGEST_PIECE:
+        limit = begin + LONGEST_PIECE
+        line = line_starts[bisect_right(line_starts, limit) - 1] if line_starts else 0
+        found = (pattern.match(text, begin, limit + 1) for pattern in _BREAKS)
+        begin = line if line > begin else next((match.end() for match in found if match), limit)
+        yield begin
+
+
+def _sentences(text: str) -> list[int]:
     starts = [len(text) - len(text.lstrip())]
     for match in _SENTENCE_END.finditer(text):
         if _ABBREVIATION.search(text, starts[-1], match.end()):

@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.errors import CorruptData
 
 # Raised by whoever changes a prompt, a draw or a budget: old items then no longer count as these items.
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 
 ROW_GROUP = 64
 
@@ -50,6 +50,63 @@ class Item:
     def text(self) -> str:
         """All that the model reads."""
         return self.prefix + self.prompt + self.answer_prefix
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What all items of a set have in common.
+
+    `frame` is put before and after what the user says (a chat template's doing); the answer prefix comes after it.
+    """
+
+    benchmark: str
+    task: str
+    length: int
+    seed: int
+    max_new_tokens: int
+    frame: tuple[str, str] = ("", "")
+
+    @property
+    def budget(self) -> int:
+        """How many tokens a prompt may have."""
+        return self.length - self.max_new_tokens
+
+    def named(self, *key: str | int) -> str:
+        """What a haystack or a pair of this task and seed is called."""
+        return "-".join(map(str, (self.task, self.seed, *key)))
+
+    def item(
+        self,
+        index: int,
+        prompt: str,
+        answer_prefix: str,
+        *,
+        answers: Sequence[str],
+        tokens: int,
+        depths: Sequence[float] = (),
+        prefix: str = "",
+        scorer: str = "all",
+        haystack: str | None = None,
+        pair: str | None = None,
+    ) -> Item:
+        """The item with this index; unless told otherwise it has its haystack and its pair to itself."""
+        alone = self.named(index)
+        return Item(
+            benchmark=self.benchmark,
+            task=self.task,
+            length=self.length,
+            index=index,
+            depths=tuple(depths),
+            haystack=haystack or alone,
+            prefix=prefix,
+            prompt=prompt,
+            answer_prefix=answer_prefix,
+            answers=tuple(answers),
+            scorer=scorer,
+            max_new_tokens=self.max_new_tokens,
+            tokens=tokens,
+            pair=pair or alone,
+        )
 
 
 def items_digest(spec: Mapping[str, Any], *, tokenizer: str, length: int, seed: int) -> str:

@@ -14,11 +14,13 @@ from jobs.errors import BadInput
 from workers.benchmarks.budget import build_groups
 from workers.benchmarks.draws import Draw, words_digest
 from workers.benchmarks.haystacks import Essay, Noise, bundled_essay
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.niah import Niah, draw_needles, pose
 from workers.benchmarks.tokens import Tokenizer
 
 MAX_NEW_TOKENS = 32
+FARTHEST = 0.25
+"""How far from its depth a needle may lie; in a short context a sentence is a large part of it."""
 
 
 def even_depths(count: int) -> tuple[float, ...]:
@@ -43,13 +45,13 @@ def needle_items(
     """The items with these indices: item i asks at depth i mod len(depths), in repeat i div len(depths).
 
     A needle lies at the end of the sentence (in noise: the line) nearest to its depth; where it really is, is recorded.
-    An answer that has the value in it scores, or, with `answer`, one that is it, the value in the place of `{value}`.
-    `BadInput` if a depth is
-    outside 0 … 1, or if the items do not fit in `length` tokens: then with the smallest length that does.
+    An answer that has the value in it scores; with `answer`, one that is it, the value in the place of `{value}`.
+    `BadInput` if a depth is outside 0 … 1, if a needle comes to lie further from its depth than `FARTHEST`, or if the
+    items do not fit in `length` tokens: then with the smallest length that does.
     """
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise BadInput(f"needle: depths {list(depths)} must be fractions from 0 to 1, at least one")
-    task = Niah(haystack)
+    task, asked = Niah(haystack), Asked("needle", "needle", length, seed, max_new_tokens, frame)
     groups = -(-len(depths) // questions)
     wanted = list(indices)
 
@@ -62,23 +64,31 @@ def needle_items(
         text = Noise() if haystack == "noise" else essay or bundled_essay()
         items = pose(
             tokenizer,
+            asked,
             task,
             needles,
             context=lambda units: text.hide_nearest(units, texts, places),
             forecast=lambda budget: text.forecast(tokenizer, budget),
-            benchmark="needle",
-            name="needle",
-            length=length,
-            haystack_id=f"needle-{haystack}-{seed}-{repeat}-{group}x{questions}",
+            haystack=f"needle-{haystack}-{seed}-{repeat}-{group}x{questions}",
             indices=[repeat * len(depths) + number for number in numbers],
-            max_new_tokens=max_new_tokens,
-            frame=frame,
             scorer="all" if answer is None else "exact",
         )
+        for item in items:
+            _check_depth(item, depths[item.index % len(depths)])
         return items if answer is None else [_wanting(answer, item) for item in items]
 
     cells = sorted({(index // len(depths), index % len(depths) % groups) for index in wanted})
     return build_groups("needle", length, cells, build, wanted)
+
+
+def _check_depth(item: Item, wanted: float) -> None:
+    """Refuses a needle that lies far from where it was to lie: the text has too few places for one, or is too short."""
+    [depth] = item.depths
+    if abs(depth - wanted) > FARTHEST:
+        raise BadInput(
+            f"needle: at {item.length} tokens the needle for depth {wanted:.2f} comes to lie at {depth:.2f};"
+            " give a text with shorter sentences, or ask at greater lengths"
+        )
 
 
 def _wanting(answer: str, item: Item) -> Item:

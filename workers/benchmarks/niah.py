@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from workers.benchmarks.budget import TooShort, fill
 from workers.benchmarks.draws import Draw
 from workers.benchmarks.haystacks import Essay, Haystack, Lines, Noise
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.tokens import Tokenizer
 
 HEAD = (
@@ -127,106 +127,74 @@ def draw_places(task: Niah, count: int, draw: Draw) -> list[float]:
 
 
 def niah_items(
-    tokenizer: Tokenizer,
-    task: Niah,
-    *,
-    name: str,
-    length: int,
-    haystack_index: int,
-    questions: int,
-    seed: int,
-    essay: Essay,
-    max_new_tokens: int,
-    frame: tuple[str, str],
+    tokenizer: Tokenizer, asked: Asked, task: Niah, number: int, *, questions: int, essay: Essay
 ) -> list[Item]:
-    """The items of one haystack, one for each question; `TooShort` if they cannot fit in `length` tokens.
-
-    `frame` is put before and after what the user says (a chat template's doing); the answer prefix comes after it.
-    """
-    identity = ("niah", name, seed, questions, haystack_index)
+    """The items of the haystack of this number, one for each question; `TooShort` if they cannot fit in the length."""
+    identity = ("niah", asked.task, asked.seed, questions, number)
     needles = draw_needles(task, questions, Draw(*identity, "needles"))
     texts = needles.texts(task)
     places = draw_places(task, len(texts), Draw(*identity, "places"))
     haystack = make_haystack(task, needles, essay, Draw(*identity, "haystack"))
     return pose(
         tokenizer,
+        asked,
         task,
         needles,
         context=lambda units: haystack.hide(units, texts, places),
         forecast=lambda budget: haystack.forecast(tokenizer, budget),
-        benchmark="ruler",
-        name=name,
-        length=length,
-        haystack_id=f"{name}-{seed}-{haystack_index}x{questions}",
-        indices=range(haystack_index * questions, (haystack_index + 1) * questions),
-        max_new_tokens=max_new_tokens,
-        frame=frame,
-        scorer="all",
+        haystack=asked.named(f"{number}x{questions}"),
+        indices=range(number * questions, (number + 1) * questions),
     )
 
 
 def pose(
     tokenizer: Tokenizer,
+    asked: Asked,
     task: Niah,
     needles: Needles,
     *,
     context: Callable[[int], str],
     forecast: Callable[[int], NDArray[np.int64]],
-    benchmark: str,
-    name: str,
-    length: int,
-    haystack_id: str,
+    haystack: str,
     indices: Sequence[int],
-    max_new_tokens: int,
-    frame: tuple[str, str],
-    scorer: str,
+    scorer: str = "all",
 ) -> list[Item]:
     """Every question asked on as much haystack as fits with the longest of them.
 
-    `context(units)` is the haystack with all needles in it; `forecast` as in `budget.fill`.
+    `context(units)` is the haystack with all needles in it; `forecast` as in `budget.fill`; `haystack` is what it is called.
     """
     queries = [[needles.keys[key] for key in question] for question in needles.questions]
-    endings = [(question + frame[1], prefix) for _, question, prefix in (phrases(task, query) for query in queries)]
-    head = frame[0] + phrases(task, queries[0])[0]
+    endings = [
+        (question + asked.frame[1], prefix) for _, question, prefix in (phrases(task, query) for query in queries)
+    ]
+    head = asked.frame[0] + phrases(task, queries[0])[0]
     tails = ["".join(ending) for ending in endings]
     longest = tails[0] if len(tails) == 1 else max(tails, key=tokenizer.count)
 
-    units, tokens = fill(
-        tokenizer,
-        name,
-        length,
-        max_new_tokens,
-        lambda units: head + context(units) + longest,
-        forecast,
-    )
+    units, tokens = fill(tokenizer, asked, lambda units: head + context(units) + longest, forecast)
     prefix, counts = head + context(units), [tokens]
     while len(tails) > 1:
         counts = tokenizer.count_each([prefix + tail for tail in tails])
-        if max(counts) + max_new_tokens <= length:
+        if max(counts) <= asked.budget:
             break
         if units == 0:
-            raise TooShort(name, length, max(counts) + max_new_tokens)
+            raise TooShort(asked.task, asked.length, max(counts) + asked.max_new_tokens)
         units -= 1  # where text and ending meet, another ending than the longest may take one token more
         prefix = head + context(units)
     hidden = [value for values in needles.values for value in values]
     depth = dict(zip(hidden, depths_of(prefix[len(head) :], needles.texts(task)), strict=True))
     answers = [tuple(value for key in question for value in needles.values[key]) for question in needles.questions]
     return [
-        Item(
-            benchmark=benchmark,
-            task=name,
-            length=length,
-            index=indices[number],
-            depths=tuple(depth[value] for value in answers[number]),
-            haystack=haystack_id,
-            prefix=prefix,
-            prompt=endings[number][0],
-            answer_prefix=endings[number][1],
+        asked.item(
+            indices[number],
+            *endings[number],
             answers=answers[number],
-            scorer=scorer,
-            max_new_tokens=max_new_tokens,
             tokens=counts[number],
-            pair=f"{haystack_id}-{number}",
+            depths=[depth[value] for value in answers[number]],
+            prefix=prefix,
+            scorer=scorer,
+            haystack=haystack,
+            pair=f"{haystack}-{number}",
         )
         for number in range(len(endings))
     ]

@@ -3,9 +3,15 @@
 The same (seed, task, index) gives the same needles, questions and relative places at every length. Prompts are never
 truncated: each is counted by one encoding of the whole, and `tokens + max_new_tokens <= length` holds for every item.
 
-Where it differs from the reference: places are drawn once as fractions (so that items pair across lengths), distractor
-needles never repeat a key that is asked for, ranks that are asked for are never tied, words beyond wonderwords' 8,166
-are adjective-noun pairs, and below 1,000 tokens, where the reference never ends, `vt`'s worked example has no noise.
+Where it differs from the reference:
+
+- places are drawn once as fractions, so that items pair across lengths;
+- the keys of needles differ from each other, and so do their values; distractor needles have none of them;
+- `cwe`'s words are wonderwords' 8,166, then adjective-noun pairs, where the reference goes on with a list of its own;
+- `fwe`'s ranks that are asked for are never tied;
+- `qa`'s gold documents stand there once, where the reference repeats them with all the others in long contexts;
+- essays are the bundled text unless another is given, and come again with their paragraphs in another order;
+- below 1,000 tokens, where the reference never ends, `vt`'s worked example has no noise.
 """
 
 from __future__ import annotations
@@ -19,7 +25,7 @@ from workers.benchmarks.budget import build_groups
 from workers.benchmarks.counting import cwe_item, fwe_item
 from workers.benchmarks.draws import words_digest
 from workers.benchmarks.haystacks import Essay, bundled_essay
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.niah import Niah, niah_items
 from workers.benchmarks.tokens import Tokenizer
 from workers.benchmarks.tracking import vt_item
@@ -34,7 +40,7 @@ NIAH: Mapping[str, Niah] = {
     "niah_multivalue": Niah("essay", values=4),
     "niah_multiquery": Niah("essay", keys=4, queries=4),
 }
-SINGLE: Mapping[str, Callable[..., Item]] = {"vt": vt_item, "cwe": cwe_item, "fwe": fwe_item}
+SINGLE: Mapping[str, Callable[[Tokenizer, Asked, int], Item]] = {"vt": vt_item, "cwe": cwe_item, "fwe": fwe_item}
 QA = ("qa_1", "qa_2", "qa_generated")
 MAX_NEW_TOKENS: Mapping[str, int] = {
     **dict.fromkeys(NIAH, 128),
@@ -70,21 +76,16 @@ def ruler_items(
     if task not in MAX_NEW_TOKENS:
         raise BadInput(f"ruler: unknown task {task!r}; there are {', '.join(MAX_NEW_TOKENS)}")
     wanted = list(indices)
-    common: dict[str, Any] = {
-        "name": task,
-        "length": length,
-        "seed": seed,
-        "max_new_tokens": MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens,
-        "frame": frame,
-    }
+    most_new = MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens
+    asked = Asked("ruler", task, length, seed, most_new, frame)
 
     def build(group: int) -> list[Item]:
         if task in NIAH:
             text = essay or bundled_essay()
-            return niah_items(tokenizer, NIAH[task], haystack_index=group, questions=questions, essay=text, **common)
+            return niah_items(tokenizer, asked, NIAH[task], group, questions=questions, essay=text)
         if task in QA:
-            return [qa_item(tokenizer, library_for(task, documents), index=group, **common)]
-        return [SINGLE[task](tokenizer, index=group, **common)]
+            return [qa_item(tokenizer, asked, library_for(task, documents), group)]
+        return [SINGLE[task](tokenizer, asked, group)]
 
     share = questions if task in NIAH else 1
     return build_groups(task, length, sorted({index // share for index in wanted}), build, wanted)

@@ -9,7 +9,7 @@ from itertools import pairwise
 from workers.benchmarks.budget import fill, most_units
 from workers.benchmarks.draws import Draw
 from workers.benchmarks.haystacks import Noise
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.niah import depths_of
 from workers.benchmarks.tokens import Tokenizer
 
@@ -62,40 +62,22 @@ def draw_example(tokenizer: Tokenizer, length: int, draw: Draw) -> str:
     return example(max(0, units)) + " " + " ".join(names) + "\n"
 
 
-def vt_item(
-    tokenizer: Tokenizer, *, name: str, length: int, index: int, seed: int, max_new_tokens: int, frame: tuple[str, str]
-) -> Item:
-    """One item; `TooShort` if it cannot fit in `length` tokens."""
-    identity = ("vt", name, seed, index)
+def vt_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
+    """One item; `TooShort` if it cannot fit in the length."""
+    identity = ("vt", asked.task, asked.seed, index)
     draw = Draw(*identity, "chain")
     names, value = draw_chain(5, draw)
     places = sorted(draw.fraction() for _ in names)
     lines = assignments(names, value)
     noise = Noise()
-    head = frame[0] + draw_example(tokenizer, length, Draw(*identity, "example")) + "\n"
+    head = asked.frame[0] + draw_example(tokenizer, asked.length, Draw(*identity, "example")) + "\n"
 
     def text(units: int) -> str:
         question, prefix = ask(noise.hide(units, lines, places), value)
-        return head + question + frame[1] + prefix
+        return head + question + asked.frame[1] + prefix
 
-    units, tokens = fill(
-        tokenizer, name, length, max_new_tokens, text, lambda budget: noise.forecast(tokenizer, budget)
-    )
+    units, tokens = fill(tokenizer, asked, text, lambda budget: noise.forecast(tokenizer, budget))
     context = noise.hide(units, lines, places)
     question, prefix = ask(context, value)
-    return Item(
-        benchmark="ruler",
-        task=name,
-        length=length,
-        index=index,
-        depths=tuple(depths_of(context, lines)),
-        haystack=f"{name}-{seed}-{index}",
-        prefix="",
-        prompt=head + question + frame[1],
-        answer_prefix=prefix,
-        answers=tuple(names),
-        scorer="all",
-        max_new_tokens=max_new_tokens,
-        tokens=tokens,
-        pair=f"{name}-{seed}-{index}",
-    )
+    depths = depths_of(context, lines)
+    return asked.item(index, head + question + asked.frame[1], prefix, answers=names, tokens=tokens, depths=depths)

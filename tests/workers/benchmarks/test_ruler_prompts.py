@@ -7,13 +7,15 @@ import json
 import re
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from jobs.errors import BadInput
 from workers.benchmarks.answering import read_hotpotqa, read_squad
 from workers.benchmarks.counting import coded_counts
 from workers.benchmarks.haystacks import Essay, Lines, Noise
-from workers.benchmarks.items import Item
+from workers.benchmarks.items import Asked, Item
+from workers.benchmarks.needle import even_depths, needle_items
 from workers.benchmarks.niah import Needles, Niah, pose
 from workers.benchmarks.ruler import MAX_NEW_TOKENS, NIAH, TASKS, ruler_items
 from workers.benchmarks.tokens import Tokenizer
@@ -25,18 +27,13 @@ def hidden(tokenizer: Tokenizer, task: Niah, needles: Needles, haystack: Noise |
     """Items with the needles at their places in exactly two units of haystack."""
     return pose(
         tokenizer,
+        Asked("ruler", "niah", 4096, 0, 128),
         task,
         needles,
         context=lambda units: haystack.hide(2, needles.texts(task), places),
-        forecast=lambda budget: haystack.forecast(tokenizer, budget)[:1],
-        benchmark="ruler",
-        name="niah",
-        length=4096,
-        haystack_id="h",
+        forecast=lambda budget: np.asarray([0, budget + 1]),  # one unit more would be too much
+        haystack="h",
         indices=range(len(needles.questions)),
-        max_new_tokens=128,
-        frame=("", ""),
-        scorer="all",
     )
 
 
@@ -111,6 +108,42 @@ def test_running_text_is_cut_between_sentences(tokenizer: Tokenizer) -> None:
         assert before == "" or before[-1] in ".!?\"')]”’"
         rest = after.split(". ", 1)
         assert len(rest) == 1 or re.match(r"[\"'“‘(\[]?[A-Z0-9]", rest[1])
+
+
+CHINESE = "这是一个很长的中文文本，用来测试干草堆。" * 200
+LOWER = "the cat sat on the mat. the dog ran far away, and back\n" * 500
+
+
+@pytest.mark.parametrize(
+    ("text", "seam"),
+    [
+        (CHINESE, r"。$"),
+        (CHINESE.replace("。", "，"), r"，$"),
+        (CHINESE.replace("。", "").replace("，", ""), r".$"),
+        (LOWER, r"and back$"),
+        (LOWER.replace("\n", " "), r"the mat\.$"),
+        (LOWER.replace("\n", " ").replace(".", "").replace(",", ""), r" \w+$"),
+    ],
+)
+@pytest.mark.parametrize("length", [2048, 8192])
+def test_any_text_is_a_haystack_with_places_at_every_depth(
+    tokenizer: Tokenizer, text: str, seam: str, length: int
+) -> None:
+    essay = Essay(text)
+    for item in needle_items(tokenizer, length, depths=even_depths(5), indices=range(5), seed=3, essay=essay):
+        assert length - 40 < item.tokens + item.max_new_tokens <= length
+        assert item.depths[0] == pytest.approx(item.index / 4, abs=0.12)
+    for item in ruler_items(tokenizer, "niah_single_2", length, indices=range(12), seed=3, essay=essay):
+        assert length - 40 < item.tokens + item.max_new_tokens <= length
+        before = item.prefix.split("\n", 1)[1].split(" One of the special magic")[0]
+        assert before == "" or re.search(seam, before)
+
+
+def test_a_needle_far_from_its_depth_is_refused(tokenizer: Tokenizer) -> None:
+    essay = Essay("One sentence " + "and more words " * 60)
+    told = r"needle: at 200 tokens the needle for depth 0.50 comes to lie at 0.00; give a text with shorter sentences"
+    with pytest.raises(BadInput, match=told):
+        needle_items(tokenizer, 200, depths=even_depths(3), indices=range(3), seed=3, essay=essay)
 
 
 def test_variable_tracking_with_its_worked_example(tokenizer: Tokenizer) -> None:
@@ -215,13 +248,13 @@ HOTPOT = [
         "question": "Which river?",
         "answer": "Thames",
         "context": [["London", ["London is on ", "the Thames."]], ["Paris", ["It is in France."]]],
-    }
+    },
+    {"question": "Which sea?", "answer": "Baltic", "context": [["Kiel", ["Kiel lies on the Baltic."]]]},
 ]
 
 
 def test_squad_question_among_all_documents(tokenizer: Tokenizer) -> None:
     library = {"qa_1": read_squad(json.dumps(SQUAD).encode())}
-    [item] = ruler_items(tokenizer, "qa_1", 4096, indices=[0], seed=3, documents=library)
     instruction = (
         "Answer the question based on the given documents. Only give me the answer and do not output any other words."
     )
@@ -231,11 +264,47 @@ def test_squad_question_among_all_documents(tokenizer: Tokenizer) -> None:
         f"Document 3:\n{three}\n\n{instruction}\n\nQuestion: Where? Answer:"
         for one, two, three in itertools.permutations(texts)
     ]
+    length = max(map(tokenizer.count, expected)) + 32
+    [item] = ruler_items(tokenizer, "qa_1", length, indices=[0], seed=3, documents=library)
     assert item.text in expected
     assert item.answers == ("Normandy",) and item.scorer == "part" and item.answer_prefix == " Answer:"
     place = item.text.index("Document 1")
     context = item.text[place : item.text.rindex(instruction) - 2]
     assert item.depths == (context.index(texts[0]) / (len(context) - len(texts[0])),)
+
+
+def test_documents_come_again_until_the_length_is_filled_but_not_the_gold_one(
+    tokenizer: Tokenizer,
+) -> None:
+    library = {"qa_1": read_squad(json.dumps(SQUAD).encode())}
+    [item] = ruler_items(tokenizer, "qa_1", 4096, indices=[0], seed=3, documents=library)
+    assert 4096 - 64 < item.tokens + item.max_new_tokens <= 4096
+    assert item.text.count("The Normans were in Normandy.") == 1
+    others = [item.text.count(text) for text in ("They were vikings.", "Steam engines are engines.")]
+    assert min(others) > 50 and max(others) - min(others) <= 1
+
+
+def test_a_library_of_nothing_but_the_answer_cannot_fill_a_length(tokenizer: Tokenizer) -> None:
+    library = {"qa_2": read_hotpotqa(json.dumps(HOTPOT[:1]).encode())}
+    told = r"qa_2: all there is to read makes \d+ tokens, too few for a length of 4096; give more of it, or ask"
+    with pytest.raises(BadInput, match=told):
+        ruler_items(tokenizer, "qa_2", 4096, indices=[0], seed=3, documents=library)
+
+
+def test_questions_about_one_paragraph_are_one_cluster(tokenizer: Tokenizer) -> None:
+    paragraphs = [
+        {"context": f"Town {town} has {town} bridges.", "qas": [{"question": text, "answers": [{"text": str(town)}]}]}
+        for town in (3, 5)
+        for text in ("How many bridges?", "How many of them?")
+    ]
+    library = {"qa_1": read_squad(json.dumps({"data": [{"paragraphs": paragraphs}]}).encode())}
+    short, long = (
+        ruler_items(tokenizer, "qa_1", length, indices=range(4), seed=3, documents=library) for length in (512, 1024)
+    )
+    a, b, c, d = (item.haystack for item in short)
+    assert a == b != c == d
+    assert [item.haystack for item in long] == [a, b, c, d]
+    assert len({item.pair for item in short}) == 4
 
 
 def test_hotpotqa_documents_begin_with_their_title(tokenizer: Tokenizer) -> None:
@@ -253,7 +322,7 @@ def test_question_answering_without_its_files_is_refused(tokenizer: Tokenizer) -
     with pytest.raises(BadInput, match="not JSON"):
         read_hotpotqa(b"<html>")
     with pytest.raises(BadInput, match="item 1 of only 1 questions"):
-        library = {"qa_2": read_hotpotqa(json.dumps(HOTPOT).encode())}
+        library = {"qa_2": read_hotpotqa(json.dumps(HOTPOT[:1]).encode())}
         ruler_items(tokenizer, "qa_2", 4096, indices=[1], seed=3, documents=library)
 
 
