@@ -5,6 +5,7 @@ A block that has its file of scores is done: nothing is asked twice, in this run
 
 from __future__ import annotations
 
+import json
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -103,6 +104,7 @@ class Session:
             lease.check()
 
     def run(self) -> EvaluationResult:
+        self._lease.confirm()
         """The race or the whole grid, then the parents, then the noise floor."""
         asked = self._asked
         self._running = True
@@ -113,9 +115,15 @@ class Session:
         stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
         self.ask(stayed, f"evaluating {len(stayed)} points")
         self.ask([*asked.baselines.values()], "evaluating the parents")
+        self._lease.confirm()
         leader = asked.points[self._standing()[0].point]
         result = self._result(noise=self._noise(leader), finished=True)
         self._running = False
+    def conclude(self, verdict: Mapping[str, object]) -> None:
+        """Leaves what a gate says in the run, as `gate/verdict.json`."""
+        self._lease.confirm()
+        self._ledger.store.write(VERDICT, json.dumps(verdict, indent=1).encode())
+
         write_results(self._ledger.store, result)
         return result
 
@@ -249,6 +257,7 @@ class Session:
 
         Not while a gate asks: what is seen then is the evaluation that ended.
         """
+        self._lease.confirm()
         if not self._running or time.monotonic() - self._renewed < self._pause:
             return
         began = time.monotonic()

@@ -122,6 +122,7 @@ class Lease:
         self._epoch = 0
         self._stop = threading.Event()
         self._lost = threading.Event()
+        self._moving = threading.Lock()
         self._thread = threading.Thread(target=self._renew_until_stopped, name="lease", daemon=True)
 
     def __enter__(self) -> Lease:
@@ -144,6 +145,11 @@ class Lease:
         """`RunBusy` when another driver has taken over meanwhile."""
         if self._lost.is_set():
             raise RunBusy(f"{self._store.url}: another driver took this run over; this one stops")
+
+    def confirm(self) -> None:
+        """`check`, after asking the store: a driver that slept may not have heard, and would replace newer files."""
+        self._renew()
+        self.check()
 
     def _acquire(self) -> None:
         try:
@@ -188,12 +194,13 @@ class Lease:
 
     def _renew(self, *, released: bool = False) -> None:
         """Moves the lease on. While nobody else has moved it, it is ours, however long the store was away."""
-        try:
-            self._etag = self._store.swap(self._key, self._body(released=released), etag=self._etag).etag
-        except (ObjectChanged, ObjectMissing):
-            self._look_again()
-        except StorageError:
-            return
+        with self._moving:
+            try:
+                self._etag = self._store.swap(self._key, self._body(released=released), etag=self._etag).etag
+            except (ObjectChanged, ObjectMissing):
+                self._look_again()
+            except StorageError:
+                return
 
     def _look_again(self) -> None:
         """After a conflict: what lies there may be an earlier version of ours, whose answer never came."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -89,13 +88,11 @@ def evaluate_points(
 
 def gated(session: Session, asked: Questions, plan: Plan, point: str) -> Gated:
     """The verdict on a point, which is left in the run as `gate/verdict.json` as well."""
-    from orchestrator.evaluation import VERDICT
     from orchestrator.gating import gate
-    from workers.storage import open_store
 
     assert plan.job.gate is not None
     verdict = gate(session, asked, plan.job.gate, point, chosen=len(asked.points) > 1)
-    open_store(plan.run_url).write(VERDICT, json.dumps(verdict.document(), indent=1).encode())
+    session.conclude(verdict.document())
     return verdict
 
 

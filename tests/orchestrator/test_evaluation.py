@@ -14,13 +14,16 @@ from typing import Any
 
 import pytest
 
+from jobs.errors import RunBusy
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
 from jobs.job import load_job
 from jobs.manifest import Manifest
-from orchestrator.evaluation import evaluate
+from jobs.records import sealed, unsealed
+from orchestrator.evaluation import VERDICT, Session, evaluate
 from orchestrator.evaluators import InProcessEvaluators
 from orchestrator.planning import make_plan
-from orchestrator.results import EvaluationResult, read_results
+from orchestrator.questions import questions
+from orchestrator.results import EVALUATION, RESULTS, EvaluationResult, read_results
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
 from tests.workers.engines.test_openai_engine import Handler
@@ -184,6 +187,28 @@ def test_a_run_that_broke_off_asks_only_what_is_missing(tmp_path: Path) -> None:
     ]
     again, nothing = evaluated(job_text(tmp_path))
     assert nothing == [] and again.rows == result.rows
+
+
+def test_a_driver_that_slept_through_a_takeover_replaces_neither_scores_nor_verdict(tmp_path: Path) -> None:
+    """It has heard of nothing: its heartbeat, which would tell it, comes every ten seconds."""
+    plan = make_plan(load_job(job_text(tmp_path, grid={"w": [0.2]}), "job.yaml"))
+    run, newer = tmp_path / "runs" / "tiny", b"the other driver's"
+    files = [run / VERDICT, run / RESULTS, run / EVALUATION]
+    with (
+        pytest.raises(RunBusy),
+        Session.of(plan, questions(plan), InProcessEvaluators, Watcher(visible=False)) as session,
+    ):
+        session.run()
+        session.conclude({"outcome": "pass"})
+        assert json.loads(files[0].read_text()) == {"outcome": "pass"}
+        lease = unsealed((run / "lease.json").read_bytes())
+        (run / "lease.json").write_bytes(sealed({**lease, "nonce": "another driver's", "epoch": 2}))
+        for path in files:
+            path.write_bytes(newer)
+        for replace in (lambda: session.conclude({"outcome": "fail"}), session.run):
+            with pytest.raises(RunBusy, match="another driver took this run over"):
+                replace()
+    assert [path.read_bytes() for path in files] == [newer] * 3
 
 
 def test_another_grid_over_the_same_run_is_refused(tmp_path: Path) -> None:

@@ -75,6 +75,16 @@ def test_a_second_driver_is_refused_while_the_first_is_alive(store: Store):
         first.check()
 
 
+def test_a_driver_that_slept_through_a_takeover_hears_of_it_when_it_asks(store: Store):
+    with Lease(store, KEY, heartbeat=600) as lease:
+        lease.confirm()
+        lease_of(store, nonce="another driver's", epoch=2)
+        lease.check()  # nobody has told it yet
+        with pytest.raises(RunBusy, match="another driver took this run over; this one stops"):
+            lease.confirm()
+    assert lease_of(store)["nonce"] == "another driver's"
+
+
 def test_a_driver_that_ended_is_followed_at_once(store: Store):
     with Lease(store, KEY):
         pass
