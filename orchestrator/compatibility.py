@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
-from workers.checkpoint import Checkpoint, read_json
+from workers.checkpoint import LARGEST_TOKENIZER, Checkpoint, read_json
 from workers.storage import open_store
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -112,7 +112,7 @@ def _check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:
 
 def _vocabulary(parent: Checkpoint) -> dict[str, int]:
     """Token to id, of a tokenizer.json (https://huggingface.co/docs/tokenizers)."""
-    tokenizer = read_json(open_store(parent.url), parent.side_files["tokenizer.json"])
+    tokenizer = read_json(open_store(parent.url), parent.side_files["tokenizer.json"], LARGEST_TOKENIZER)
     vocabulary = tokenizer.get("model", {}).get("vocab", {})
     if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}

@@ -33,12 +33,18 @@ DTYPE_NAMES: Mapping[str, str] = {"float64": "F64", "float32": "F32", "float16":
 LARGEST_HEADER = 25_000_000
 """What huggingface_hub reads as well. As Python objects a header can be 25 times as large."""
 
-LARGEST_JSON = 100_000_000
+LARGEST_INDEX = 25_000_000
+"""Twice what the 139,000 tensors of a trillion parameters in FP8 need."""
+
+LARGEST_CONFIG = 2_000_000
+LARGEST_TOKENIZER = 50_000_000
+"""Of vocabularies of 260,000 tokens, tokenizer.json has 35 MB."""
+
 MOST_DIMENSIONS = 64
 LONGEST_NAME = 1000
 _FIRST_READ = 128 << 10  # holds the whole header of nearly every shard, so that most cost one request
 _ONE_LARGE_HEADER = threading.Lock()  # what only looks like a header may be 600 MB of lists, of one file at a time
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*\.safetensors")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
 CONTEXT_FIELDS = (
     "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
@@ -142,16 +148,14 @@ def _shards(
 ) -> tuple[Sequence[ObjectInfo], Mapping[str, str] | None]:
     """The safetensors files that hold the weights, and the index where there is one."""
     if "model.safetensors.index.json" in listed:
-        weight_map = read_json(store, listed["model.safetensors.index.json"]).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CorruptData(f"{where}: model.safetensors.index.json has no weight_map")
-        names = sorted({str(value) for value in weight_map.values()})
+        weight_map = _weight_map(store, listed["model.safetensors.index.json"], where)
+        names = sorted(set(weight_map.values()))
         for name in names:
             if not _SHARD_NAME.fullmatch(name):
-                raise BadInput(f"{where}: the index names {name!r}, which is not a safetensors file beside it")
+                raise BadInput(f"{where}: the index names {name[:80]!a}, which is not a safetensors file beside it")
             if name not in listed:
                 raise ObjectMissing(f"{where}: the index names {name}, which is not there; fetch the parent again")
-        return [listed[name] for name in names], {str(key): str(value) for key, value in weight_map.items()}
+        return [listed[name] for name in names], weight_map
     if "model.safetensors" in listed:
         return [listed["model.safetensors"]], None
     if any(name.startswith("adapter_model") for name in listed):
@@ -175,19 +179,33 @@ def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str
     return {name: entry.sha256 for name, entry in manifest.tensors.items()}
 
 
+def _weight_map(store: Store, index: ObjectInfo, where: str) -> dict[str, str]:
+    """Tensor to file, as the index has it."""
+    match read_json(store, index, LARGEST_INDEX).get("weight_map"):
+        case dict(found) if found and all(isinstance(value, str) for value in found.values()):
+            weight_map: dict[str, str] = found
+        case _:
+            raise CorruptData(f"{where}: model.safetensors.index.json has no weight_map of names to files")
+    for name in weight_map:
+        _check_name(name, where)
+    return weight_map
+
+
 def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str) -> Mapping[str, Any]:
     if "config.json" not in listed:
         raise BadInput(f"{where}: no config.json there; a Hugging Face checkpoint has one")
-    config = read_json(store, listed["config.json"])
+    config = read_json(store, listed["config.json"], LARGEST_CONFIG)
     if config.get("quantization_config"):
         raise BadInput(f"{where}: quantised weights cannot be merged; give the checkpoint they came from")
     return config
 
 
-def read_json(store: Store, info: ObjectInfo) -> dict[str, Any]:
-    """One small JSON object of the version `info` names; `CorruptData` when it is not one."""
-    if info.size > LARGEST_JSON:
-        raise CorruptData(f"{store.url}/{info.key}: {info.size} bytes is too much for a JSON file")
+def read_json(store: Store, info: ObjectInfo, most_bytes: int) -> dict[str, Any]:
+    """The JSON object of the version `info` names; `CorruptData` when it is not one, or larger than that."""
+    if info.size > most_bytes:
+        raise CorruptData(
+            f"{store.url}/{info.key}: has {info.size} bytes, at most {most_bytes} are read; is it the right file?"
+        )
     return _parse_json(bytes(store.read(info.key, etag=info.etag)), f"{store.url}/{info.key}")
 
 
@@ -244,8 +262,7 @@ def _check_metadata(metadata: Any, where: str) -> None:
 
 
 def _entry(name: str, value: Any, *, data_start: int, where: str) -> TensorHeader:
-    if not name.isprintable() or len(name) > LONGEST_NAME:
-        raise CorruptData(f"{where}: the tensor name {name[:80]!a} holds characters that no name has")
+    _check_name(name, where)
     match value:
         case {"dtype": str(dtype), "shape": list(shape), "data_offsets": [start, end], **rest} if not rest:
             pass
@@ -260,6 +277,11 @@ def _entry(name: str, value: Any, *, data_start: int, where: str) -> TensorHeade
     if (end - start) * 8 != math.prod(shape) * DTYPE_BITS[dtype]:
         raise CorruptData(f"{where}: tensor {name} of {dtype} {shape} cannot lie in bytes {start} to {end}")
     return TensorHeader(name, dtype, tuple(shape), data_start + start, data_start + end)
+
+
+def _check_name(name: str, where: str) -> None:
+    if not name.isprintable() or len(name) > LONGEST_NAME:
+        raise CorruptData(f"{where}: the tensor name {name[:80]!a} holds characters that no name has")
 
 
 def _is_text(value: object) -> bool:

@@ -1,9 +1,9 @@
-"""Feeds damaged headers and job files to their readers and says what came of them.
+"""Feeds damaged headers, indexes and job files to their readers and says what came of them.
 
     python -m tests.fuzz --inputs 100000
     python -m tests.fuzz --only jobs --seed 7 --inputs 1      one of them again
 
-Half of the inputs are headers, half are jobs, unless `--only` names one. The process may hold 3 GB and each input may
+Each kind gets its share of the inputs, unless `--only` names one. The process may hold 3 GB and each input may
 take 30 seconds. Exit code 1 and the seed at the first input that gives anything but an answer.
 """
 
@@ -16,11 +16,11 @@ import resource
 import time
 from typing import Any
 
-from tests.fuzz import headers, job_texts
+from tests.fuzz import headers, indexes, job_texts
 
 MOST_MEMORY_BYTES = 3_000_000_000
 MOST_SECONDS = 30.0
-READERS: dict[str, Any] = {"headers": headers, "jobs": job_texts}
+READERS: dict[str, Any] = {"headers": headers, "indexes": indexes, "jobs": job_texts}
 
 
 def feed(reader: str, seeds: range) -> dict[str, float]:

@@ -58,8 +58,7 @@ def corpus() -> list[tuple[bytes, int]]:
 def damaged(draw: random.Random, known: list[tuple[bytes, int]]) -> bytes:
     """A file with one to four damages."""
     text, size = draw.choice(known)
-    for _ in range(draw.choice((1, 1, 1, 2, 4))):
-        text = _with_odd_json(draw, text) if draw.random() < 0.6 else _with_odd_bytes(draw, text, known)
+    text = damaged_text(draw, text, [other for other, _ in known])
     length = len(text)
     if draw.random() < 0.05:
         length = draw.choice((0, 1, len(text) - 1, len(text) + 1, 1 << 30, (1 << 64) - 1, draw.randrange(1 << 20)))
@@ -69,7 +68,14 @@ def damaged(draw: random.Random, known: list[tuple[bytes, int]]) -> bytes:
     return file[: draw.randrange(len(file) + 1)] if draw.random() < 0.03 else file
 
 
-def _with_odd_bytes(draw: random.Random, text: bytes, known: list[tuple[bytes, int]]) -> bytes:
+def damaged_text(draw: random.Random, text: bytes, known: list[bytes]) -> bytes:
+    """JSON with one to four damages; `known` are texts that parts may come from."""
+    for _ in range(draw.choice((1, 1, 1, 2, 4))):
+        text = _with_odd_json(draw, text) if draw.random() < 0.6 else _with_odd_bytes(draw, text, known)
+    return text
+
+
+def _with_odd_bytes(draw: random.Random, text: bytes, known: list[bytes]) -> bytes:
     at = draw.randrange(len(text) + 1)
     match draw.randrange(6):
         case 0:
@@ -82,7 +88,7 @@ def _with_odd_bytes(draw: random.Random, text: bytes, known: list[tuple[bytes, i
             end = min(len(text), at + draw.randrange(1, 40))
             return text[:end] + text[at:end] + text[end:]
         case 4:
-            other = draw.choice(known)[0]
+            other = draw.choice(known)
             return text[:at] + other[draw.randrange(len(other)) :]
         case _:
             return text[:at] + draw.randbytes(draw.randrange(1, 8)) + text[at:]

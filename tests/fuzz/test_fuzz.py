@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import CorruptData
-from tests.fuzz import headers, job_texts
+from tests.fuzz import headers, indexes, job_texts
 from workers.checkpoint import TensorHeader
 
 ROOT = Path(__file__).parents[2]
@@ -23,6 +23,12 @@ def test_damaged_headers_are_refused_or_are_headers_to_the_library_too() -> None
     assert 500 < accepted < 5_000, "both answers are met often"
 
 
+def test_damaged_indexes_and_configs_are_refused_or_say_where_the_tensors_are() -> None:
+    known = indexes.corpus()
+    accepted = sum(indexes.check(indexes.damaged(random.Random(seed), known)) for seed in range(1500))
+    assert 100 < accepted < 1000, "both answers are met often"
+
+
 def test_damaged_jobs_are_refused_in_one_line_or_are_jobs() -> None:
     known = job_texts.corpus()
     accepted = sum(job_texts.check(job_texts.damaged(random.Random(seed), known)) for seed in range(1500))
@@ -32,6 +38,7 @@ def test_damaged_jobs_are_refused_in_one_line_or_are_jobs() -> None:
 def test_valid_headers_and_jobs_are_accepted() -> None:
     for text, size in headers.corpus():
         assert headers.check(len(text).to_bytes(8, "little") + text + bytes(size))
+    assert all(map(indexes.check, indexes.corpus()))
     for text in job_texts.corpus():
         assert job_texts.check(text)
 
@@ -67,7 +74,7 @@ def test_a_reader_with_a_slip_is_found(slip: str, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 def test_a_hundred_thousand_inputs_give_an_answer_in_bounded_time_and_memory() -> None:
-    for reader, inputs in (("headers", 100_000), ("jobs", 50_000)):
+    for reader, inputs in (("headers", 100_000), ("indexes", 20_000), ("jobs", 50_000)):
         command = [sys.executable, "-m", "tests.fuzz", "--only", reader, "--inputs", str(inputs), "--seed", "100000"]
         ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
         assert ended.returncode == 0, ended.stdout + ended.stderr

@@ -40,16 +40,45 @@ except CorruptData as refusal:
 """
 
 
+TEXTS = {"config.json": 1_900_000, "model.safetensors.index.json": 24_000_000}
+PROGRAM_OF_JSON = """
+import resource
+from jobs.errors import MergeyardError
+from workers.checkpoint import header_bytes, open_checkpoint
+from workers.storage import open_store
+store = open_store("memory://bomb")
+store.write("model.safetensors", header_bytes([]))
+store.write("config.json", b"{{}}")
+store.write({name!r}, ({bomb})[:{size}])
+resource.setrlimit(resource.RLIMIT_AS, ({most}, {most}))
+try:
+    print(0, open_checkpoint("memory://bomb", "stranger"))
+except MergeyardError as refusal:
+    print(len(str(refusal)), refusal)
+"""
+
 SLOW = ("mappings", "shape")
 
 
 @pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.heavy] * (kind in SLOW)) for kind in BOMBS])
 def test_headers_of_24_megabytes_are_refused_within_bounds(kind: str) -> None:
-    program = PROGRAM.format(bomb=BOMBS[kind], files=FILES, most=MOST_BYTES)
+    assert "model-" in said(PROGRAM.format(bomb=BOMBS[kind], files=FILES, most=MOST_BYTES))
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.heavy] * (kind in SLOW)) for kind in BOMBS])
+@pytest.mark.parametrize("name", TEXTS)
+def test_a_config_and_an_index_of_the_largest_size_are_refused_within_bounds(name: str, kind: str) -> None:
+    """Cut at the size that is still read, so that all but the spaces are no JSON at their end."""
+    program = PROGRAM_OF_JSON.format(name=name, bomb=BOMBS[kind], size=TEXTS[name], most=MOST_BYTES)
+    assert f"{name}: not readable as JSON" in said(program)
+
+
+def said(program: str) -> str:
+    """The one short line that the program prints."""
     ended = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
     )
     assert ended.returncode == 0, ended.stderr[-500:]
     length, _, line = ended.stdout.partition(" ")
-    assert int(length) < 1500
-    assert "model-" in line
+    assert 0 < int(length) < 1500
+    return line

@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 
 from jobs.errors import BadInput, CorruptData, MergeyardError, ObjectMissing
 from workers.checkpoint import (
+    LARGEST_CONFIG,
     LARGEST_HEADER,
+    LARGEST_INDEX,
     TORCH_NAMES,
     TensorHeader,
     header_bytes,
@@ -26,8 +28,10 @@ from workers.checkpoint import (
     open_checkpoint,
     parse_header,
     read_header,
+    read_json,
 )
-from workers.storage import open_store
+from workers.storage import ObjectInfo, open_store
+from workers.storage.memory import MemoryStore
 
 TENSORS = {
     "model.embed_tokens.weight": torch.arange(12, dtype=torch.bfloat16).reshape(3, 4),
@@ -187,6 +191,38 @@ def test_a_bad_header_is_refused_in_one_line_that_names_the_file(kind: str, tmp_
     assert str(refusal.value).startswith(f"{path}: ")
     assert line in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+    assert len(str(refusal.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("config.json", LARGEST_CONFIG), ("model.safetensors.index.json", LARGEST_INDEX)]
+)
+def test_json_is_read_up_to_a_size(name: str, most: int, folder: Folder):
+    path = folder({"a.safetensors": ONE, "model.safetensors.index.json": index(x="a.safetensors")})
+    text = (path / name).read_bytes()
+    (path / name).write_bytes(text + b" " * (most - len(text)))
+    assert open_checkpoint(str(path), "cos").tensors.keys() == {"x"}
+    (path / name).write_bytes(text + b" " * (most + 1 - len(text)))
+    with pytest.raises(CorruptData, match=rf"{name}: has {most + 1} bytes, at most {most} are read"):
+        open_checkpoint(str(path), "cos")
+
+
+def test_the_index_of_a_trillion_parameters_is_read(tmp_path: Path):
+    """As Kimi K2 has them: 60 layers of 384 experts, three matrices each, with a scale each in FP8."""
+    names = [
+        f"model.layers.{layer}.mlp.experts.{expert}.{part}_proj.weight{kind}"
+        for layer in range(1, 61)
+        for expert in range(384)
+        for part in ("gate", "down", "up")
+        for kind in ("", "_scale_inv")
+    ]
+    text = json.dumps(index(**dict.fromkeys(names, "model-00061-of-00062.safetensors")), indent=2).encode()
+    assert len(names) > 2 * 69_000
+    assert len(text) < LARGEST_INDEX * 2 / 3
+    store = MemoryStore("memory://trillion")
+    info = store.write("model.safetensors.index.json", text)
+    read = read_json(store, ObjectInfo(info.key, info.size, info.etag), LARGEST_INDEX)
+    assert read["weight_map"].keys() == set(names)
 
 
 def test_the_library_itself_refuses_all_but_a_few_of_these(tmp_path: Path):
@@ -352,6 +388,24 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
         None,
         CorruptData,
         "model.safetensors.index.json has no weight_map",
+    ),
+    "index of what are no files": (
+        {"a.safetensors": ONE, "model.safetensors.index.json": {"weight_map": {"x": ["a.safetensors"]}}},
+        None,
+        CorruptData,
+        "model.safetensors.index.json has no weight_map of names to files",
+    ),
+    "index of a name that no tensor has": (
+        {"a.safetensors": ONE, "model.safetensors.index.json": index(**{"x\n" * 9999: "a.safetensors"})},
+        None,
+        CorruptData,
+        "holds characters that no name has",
+    ),
+    "index of a file with an endless name": (
+        {"a.safetensors": ONE, "model.safetensors.index.json": index(x="a" * 9999 + ".safetensors")},
+        None,
+        BadInput,
+        "which is not a safetensors file beside it",
     ),
     "index that is no JSON": (
         {"a.safetensors": ONE, "model.safetensors.index.json": b"{"},
