@@ -29,6 +29,9 @@ REACH_SECONDS = 10.0
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0
 """How long a dashboard may be away while its job is followed."""
+LOG_BYTES_A_SECOND = 100_000
+"""How much of a job's log is asked for while it is followed: it always comes whole, from its first line on."""
+
 
 STOP_SECONDS = 60.0
 OUR_CODES = (1, 2, 3, 75)
@@ -48,14 +51,15 @@ Result = TypeVar("Result")
 class Submission:
     """One submission of a job: its id on the cluster, its number from 1, and how it stands.
 
-    `state` is Ray's, in lower case; `exit_code` is the driver's, None while it runs or when it never ran. `lost` says
-    that the process that watched over it died.
+    `state` is Ray's, in lower case; `exit_code` is the driver's, None while it runs or when it never ran; `code` is the
+    fingerprint of the code that was sent. `lost` says that the process that watched over it died.
     """
 
     id: str
     number: int
     state: str
     exit_code: int | None
+    code: str
     message: str
     lost: bool
 
@@ -123,13 +127,15 @@ class RayJobs:
 
     def follow(self, submission: Submission, say: Callable[[str], None]) -> Submission:
         """Gives the job's log to `say`, piece by piece, until it ends; how it ended."""
-        told = 0
+        told, not_before = 0, 0.0
         while True:
             now = self._patiently(lambda: self._standing(submission.id, submission.number))
-            log = self.log(submission)
-            if len(log) > told:
-                say(log[told:])
-                told = len(log)
+            if now.ended or time.monotonic() >= not_before:
+                log = self.log(submission)
+                if len(log) > told:
+                    say(log[told:])
+                    told = len(log)
+                not_before = time.monotonic() + told / LOG_BYTES_A_SECOND
             if now.ended:
                 return now
             time.sleep(POLL_SECONDS)
@@ -209,6 +215,7 @@ def _submission(details: JobDetails, number: int) -> Submission:
         number=number,
         state=str(state.value).lower(),
         exit_code=details.driver_exit_code,
+        code=(details.metadata or {}).get("code", ""),
         message=details.message or "",
         lost=(details.error_type or "").startswith("JOB_SUPERVISOR"),
     )

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.errors import BadInput, Interrupted
+from jobs.job import Job
 from orchestrator.commands.inputs import print_json, read_job
 
 if TYPE_CHECKING:
@@ -24,17 +26,14 @@ def submit(options: argparse.Namespace) -> int:
     cluster = RayJobs(options.address)
     if options.cancel:
         return _cancel(options, cluster, sent)
-    submission, news = _submitted(cluster, sent)
-    _tell(options, f"{submission.id}: {news}")
-    if submission.state == "succeeded" or options.no_wait:
+    earlier = cluster.latest(sent.name)
+    over = earlier is not None and earlier.ended and _is_recorded(earlier, job, folder)
+    submission, news = (earlier, _ending(earlier)) if earlier and over else _submitted(cluster, sent, earlier)
+    _tell(options, f"{submission.id}: {news}, its run is {sent.run}")
+    if options.no_wait:
         _result(options, sent, submission)
         return 0
-    try:
-        ended = cluster.follow(submission, lambda text: _tell(options, text, end=""))
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"{submission.id} is no longer followed, and goes on; the same command follows it again, --cancel stops it"
-        ) from None
+    ended = submission if over else _followed(options, cluster, submission)
     _result(options, sent, ended)
     code = ended.outcome()
     if code and (options.quiet or options.json):
@@ -42,16 +41,41 @@ def submit(options: argparse.Namespace) -> int:
     return code
 
 
-def _submitted(cluster: RayJobs, sent: Shipment) -> tuple[Submission, str]:
+def _is_recorded(submission: Submission, job: Job, folder: Path) -> bool:
+    """Whether the run itself says that it ended as the submission did, by this code: nothing is left to do then."""
+    from workers.fingerprint import fingerprint
+
+    if submission.exit_code not in (0, 1, 3) or submission.code != fingerprint():
+        return False
+    from orchestrator.recorded import recorded_code
+
+    return recorded_code(job, folder) == submission.exit_code
+
+
+def _ending(submission: Submission) -> str:
+    """In a few words, how a job ended whose run says so too."""
+    verdicts = {1: "ended already, the gate says fail", 3: "ended already, the gate is inconclusive"}
+    return verdicts.get(submission.exit_code or 0, "succeeded already")
+
+
+def _submitted(cluster: RayJobs, sent: Shipment, earlier: Submission | None) -> tuple[Submission, str]:
     """The submission of this job that counts now, and what to say of it."""
-    earlier = cluster.latest(sent.name)
     if earlier is None:
-        return cluster.submit(sent, 1), f"submitted, its run is {sent.run}"
-    if earlier.state == "succeeded":
-        return earlier, f"succeeded already, its run is {sent.run}"
+        return cluster.submit(sent, 1), "submitted"
     if not earlier.ended:
-        return earlier, f"{earlier.state} already, its run is {sent.run}"
-    return cluster.submit(sent, earlier.number + 1), f"submitted again after {earlier.id} {earlier.state}"
+        return earlier, f"{earlier.state} already"
+    why = ", which its run does not confirm from here" if earlier.state == "succeeded" else ""
+    return cluster.submit(sent, earlier.number + 1), f"submitted again after {earlier.id} {earlier.state}{why}"
+
+
+def _followed(options: argparse.Namespace, cluster: RayJobs, submission: Submission) -> Submission:
+    """How it ended; its log is printed on the way."""
+    try:
+        return cluster.follow(submission, lambda text: _tell(options, text, end=""))
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{submission.id} is no longer followed, and goes on; the same command follows it again, --cancel stops it"
+        ) from None
 
 
 def _cancel(options: argparse.Namespace, cluster: RayJobs, sent: Shipment) -> int:

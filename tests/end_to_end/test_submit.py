@@ -94,8 +94,19 @@ def test_a_job_is_submitted_once_followed_to_its_end_and_found_again(
     assert name.startswith("mergeyard-")
     assert f"11 points in {run.url}/points" in ended.out  # the job's own words
     assert tensors(run.manifests()) == tensors(expected.manifests())
-    again = submit(run.job).ended()
+    seeing = TOKENS | {
+        "AWS_ENDPOINT_URL": s3_server.endpoint,
+        "AWS_ACCESS_KEY_ID": s3_server.access_key,
+        "AWS_SECRET_ACCESS_KEY": s3_server.secret_key,
+    }
+    again = submit(run.job, extra=seeing).ended()
     assert (again.code, again.out) == (0, f"{name}: succeeded already, its run is {run.url}\n")
+    bucket, _, prefix = run.url.removeprefix("s3://").partition("/")
+    s3_server.client().delete_object(Bucket=bucket, Key=f"{prefix}/{min(run.manifests())}")
+    mended = submit(run.job, extra=seeing).ended()
+    assert mended.code == 0, mended
+    assert mended.out.startswith(f"{name}-2: submitted again after {name} succeeded"), mended.out
+    assert tensors(run.manifests()) == tensors(expected.manifests())
     told = details(address)[name]
     assert set(told["runtime_env"]) <= {"working_dir", "_ray_commit"}
     assert s3_server.secret_key not in str(told) and TOKEN not in str(told)

@@ -117,7 +117,7 @@ def test_which_addresses_are_this_machine(address: str, expected: bool) -> None:
 
 
 def ended(state: str, code: int | None = None, message: str = "", *, lost: bool = False) -> Submission:
-    return Submission("mergeyard-0", 1, state, code, message, lost)
+    return Submission("mergeyard-0", 1, state, code, message, "", lost)
 
 
 def test_the_exit_code_of_the_job_is_ours() -> None:

@@ -1,0 +1,48 @@
+"""How a job ended, by what its run left: a cluster remembers that it ran, not what has become of it since."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from jobs.errors import MergeyardError
+from jobs.job import Job, load_job
+from orchestrator.evaluation import VERDICT
+from orchestrator.gate import EXIT_CODES
+from orchestrator.planning import Plan, make_plan
+from orchestrator.results import read_results
+from workers.records import read_record
+from workers.storage import Store, open_store
+
+
+def recorded_code(job: Job, folder: Path) -> int | None:
+    """The exit code of the job, whose relative paths count from `folder`, if all that it makes lies there.
+
+    None where something is missing, was made by another job or of other parents, or cannot be seen from here.
+    """
+    try:
+        store = open_store(f"{open_store(job.output).url}/{job.name}")
+        left = load_job(bytes(store.read("job.yaml")).decode(), "job.yaml", {"output": job.output})
+        if left.digest() != job.digest():
+            return None
+        plan = make_plan(job, relative_to=folder)
+        if read_record(store, plan.places.record("plan.json"))["digest"] != plan.digest:
+            return None
+        return _code(plan, store)
+    except (MergeyardError, ValueError):
+        return None
+
+
+def _code(plan: Plan, store: Store) -> int | None:
+    """As above, of a run that is this plan's."""
+    kept = {planned.name for planned in plan.points} if plan.job.keep.kind == "all" else set[str]()
+    if plan.job.evaluate is not None:
+        result = read_results(plan.run_url, points=())
+        if not result.finished:
+            return None
+        if plan.job.keep.kind == "best":
+            kept = {standing.point for standing in result.standing[: plan.job.keep.count]}
+    written = {info.key for info in store.list("points/")}
+    if not all(f"points/{name}/manifest.json" in written for name in kept):
+        return None
+    return 0 if plan.job.gate is None else EXIT_CODES[json.loads(bytes(store.read(VERDICT)))["outcome"]]
