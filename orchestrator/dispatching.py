@@ -1,15 +1,17 @@
 """Which worker answers which block next: longest first, and a worker stays with its point while that has blocks.
 
-Workers may come and go at any moment. A block whose worker is lost is answered by another.
+Workers may come and go at any moment. A block that came to nothing, or whose worker is lost, is given out again.
 """
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ScoreRow
+from orchestrator.pool import Failure, Queue
 
 Merge = tuple[str, str]
 """A model, and a point that it can hold."""
@@ -26,11 +28,8 @@ class Evaluators(Protocol):
         """Gives a block to an idle worker."""
         ...
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | None] | None:
-        """Waits for a block: its scores, or None if its worker is lost. None alone: look again who is idle.
-
-        Raises what no retry mended.
-        """
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
+        """Waits for a block: its scores, or why there are none. None alone: look again who is idle."""
         ...
 
     def close(self) -> None:
@@ -41,13 +40,19 @@ class Evaluators(Protocol):
 def dispatch(
     tasks: Sequence[EvaluationTask], evaluators: Evaluators
 ) -> Iterator[tuple[EvaluationTask, list[ScoreRow]]]:
-    """Every block's scores, as they come."""
+    """Every block's scores, as they come; raises what no retry mended."""
     waiting: dict[Merge, list[EvaluationTask]] = defaultdict(list)
     for task in sorted(tasks, key=lambda task: task.tokens):
         waiting[task.model, task.point].append(task)
+    failed: Queue[EvaluationTask] = Queue((), key=lambda task: task.key)
     holds: dict[int, Merge] = {}
     running = 0
-    while waiting or running:
+    while waiting or running or failed:
+        while (again := failed.next(time.monotonic())) is not None:
+            waiting[again.model, again.point].append(again)
+        if not waiting and not running:
+            time.sleep(failed.pause(time.monotonic()))
+            continue
         for worker in sorted(evaluators.idle()) if waiting else ():
             merge = _next_merge(waiting, holds.get(worker), set(holds.values()))
             evaluators.submit(worker, waiting[merge].pop())
@@ -62,8 +67,8 @@ def dispatch(
             continue
         running -= 1
         task, rows = done
-        if rows is None:
-            waiting[task.model, task.point].append(task)
+        if isinstance(rows, Failure):
+            failed.again(task, rows, time.monotonic())
         else:
             yield task, rows
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING
 
 from jobs.errors import MergeyardError
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
-from orchestrator.pool import TRIES, retry_pause
+from orchestrator.pool import Failure
 
 if TYPE_CHECKING:
     from workers.evaluating import Evaluator
@@ -29,18 +28,13 @@ class InProcessEvaluators:
     def submit(self, worker: int, task: EvaluationTask) -> None:
         self._task = task
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | None] | None:
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
         task, self._task = self._task, None
         assert task is not None, "asked for a result before there was a task"
-        attempt = 1
-        while True:
-            try:
-                return task, self._evaluator.evaluate(task)
-            except MergeyardError as error:
-                if not error.retry or attempt == TRIES:
-                    raise
-                time.sleep(retry_pause(attempt))
-                attempt += 1
+        try:
+            return task, self._evaluator.evaluate(task)
+        except MergeyardError as error:
+            return task, Failure(error)
 
     def close(self) -> None:
         self._evaluator.close()

@@ -7,24 +7,23 @@ the cluster has room, on whichever node. A node that joins is used; one that lea
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from jobs.errors import BadInput, MergeyardError, WorkerLost
+from jobs.errors import MergeyardError, WorkerLost
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
-from orchestrator.pool import TRIES, retry_pause
-from orchestrator.ray_pool import RayPool, translated
+from orchestrator.pool import Failure, Tries
+from orchestrator.ray_pool import LOOK_SECONDS, RayPool, failure
 from workers.fingerprint import fingerprint
 
 WORKING_BYTES = 1 << 30
 """What Python, torch and a context's keys and values take beside the weights."""
 
-LOOK_SECONDS = 5.0
-"""How often a new node is looked for."""
+CLOSE_SECONDS = 5.0
+"""How long an engine may take to close."""
 
 
 class RayEvaluators:
@@ -36,19 +35,23 @@ class RayEvaluators:
         asked = {**pool.resources, "memory": max(pool.resources["memory"], self._memory)}
         self._remote: Any = ray.remote(_RemoteEvaluator).options(**asked, max_restarts=0, max_task_retries=0)
         self._actors: dict[int, Any] = {}
-        self._starting: dict[Any, Any] = {}
+        self._starting: dict[Any, tuple[Any, int]] = {}
         self._running: dict[Any, tuple[int, EvaluationTask]] = {}
-        self._failures: Counter[str] = Counter()
+        self._failed: set[str] = set()
         self._started = 0
+        self._tries, self._round, self._not_before = Tries(), 0, 0.0
         self._grow()
 
     def idle(self) -> Collection[int]:
         return self._actors.keys() - {worker for worker, _ in self._running.values()}
 
     def submit(self, worker: int, task: EvaluationTask) -> None:
+        if task.key in self._failed:
+            self._failed.remove(task.key)
+            self._pool.meters.retried("evaluate")
         self._running[self._actors[worker].evaluate.remote(task)] = (worker, task)
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | None] | None:
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
         self._grow()
         if not self._running and not self._starting:  # the cluster has no room left; it may come back
             time.sleep(LOOK_SECONDS)
@@ -56,7 +59,8 @@ class RayEvaluators:
         ready, _ = ray.wait([*self._running, *self._starting], num_returns=1, timeout=LOOK_SECONDS)
         for reference in ready:
             if reference in self._starting:
-                return self._welcome(reference)
+                self._welcome(reference)
+                return None
             return self._result(reference)
         return None
 
@@ -64,50 +68,45 @@ class RayEvaluators:
         """Ends the actors; each is given a moment to close its engine."""
         closing = [actor.close.remote() for actor in self._actors.values()]
         if closing:
-            ray.wait(closing, num_returns=len(closing), timeout=LOOK_SECONDS)
-        for actor in [*self._actors.values(), *self._starting.values()]:
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
+        for actor in [*self._actors.values(), *(actor for actor, _ in self._starting.values())]:
             ray.kill(actor)
 
     def _grow(self) -> None:
-        """Starts what the cluster has room for."""
+        """Starts what the cluster has room for, unless starting failed a moment ago."""
+        if time.monotonic() < self._not_before:
+            return
         for _ in range(self._pool.room(self._memory) - len(self._actors) - len(self._starting)):
             actor = self._remote.remote()
-            self._starting[actor.open.remote(self._models, self._pool.device, fingerprint())] = actor
+            opened = actor.open.remote(self._models, self._pool.device, fingerprint())
+            self._starting[opened] = (actor, self._round)
 
     def _welcome(self, reference: Any) -> None:
-        actor = self._starting.pop(reference)
+        actor, begun = self._starting.pop(reference)
         try:
             ray.get(reference)
-        except (RayError, MergeyardError) as failure:
-            self._again("an evaluation worker", failure)
+        except (RayError, MergeyardError) as error:
+            failed = failure(error, "an evaluation worker")
+            if begun == self._round or not failed.error.retry:  # of those that began together, one speaks for all
+                self._not_before = time.monotonic() + self._tries.again(failed)
+                self._round += 1
             return
         self._actors[self._started] = actor
         self._started += 1
-        self._failures.pop("an evaluation worker", None)
+        self._tries = Tries()
 
-    def _result(self, reference: Any) -> tuple[EvaluationTask, list[ScoreRow] | None]:
+    def _result(self, reference: Any) -> tuple[EvaluationTask, list[ScoreRow] | Failure]:
         worker, task = self._running.pop(reference)
-        what = f"{task.items.task} at {task.items.length} of {task.point}"
         try:
             rows: list[ScoreRow] = ray.get(reference)
-            self._pool.meters.evaluated(len(rows), sum(row.tokens for row in rows))
-            return task, rows
-        except (RayError, MergeyardError) as failure:
-            if self._again(what, failure):
+        except (RayError, MergeyardError) as error:
+            failed = failure(error, f"{task.items.task} at {task.items.length} of {task.point}")
+            if isinstance(failed.error, WorkerLost):
                 ray.kill(self._actors.pop(worker))
-            return task, None
-
-    def _again(self, what: str, failure: BaseException) -> bool:
-        """Raises the failure if trying again cannot mend it; else whether it was the worker's end."""
-        error = translated(failure, what)
-        self._failures[what] += 1
-        if not error.retry or self._failures[what] == TRIES:
-            raise error from failure
-        self._pool.meters.retried("evaluate")
-        if isinstance(error, WorkerLost):
-            return True
-        time.sleep(retry_pause(self._failures[what]))
-        return False
+            self._failed.add(task.key)
+            return task, failed
+        self._pool.meters.evaluated(len(rows), sum(row.tokens for row in rows))
+        return task, rows
 
 
 def _memory(models: Mapping[str, ModelSpec], pool: RayPool) -> int:
@@ -115,11 +114,8 @@ def _memory(models: Mapping[str, ModelSpec], pool: RayPool) -> int:
     if pool.device != "cpu":
         return 0
     needed = max(model.bytes for model in models.values()) + WORKING_BYTES
-    if pool.room(needed) == 0:
-        raise BadInput(
-            f"no node has room for an evaluation worker: parents, point and context take {needed / 1e9:.1f} GB;"
-            " use larger nodes, or fewer parents a point"
-        )
+    remedy = "parents, point and context take that much: use larger nodes, or fewer parents a point"
+    pool.awaited(lambda: pool.room(needed), "an evaluation worker", needed, remedy)
     return needed
 
 

@@ -7,12 +7,11 @@ import os
 import queue
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack, chdir, redirect_stdout
 from dataclasses import replace
@@ -21,28 +20,45 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import ray
-from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayError,
+    RayTaskError,
+    WorkerCrashedError,
+)
 from ray.util import metrics
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from jobs.job import WorkerSpec
 from jobs.tasks import MergeTask, Receipt
-from orchestrator.pool import TRIES, Progress, retry_pause
+from orchestrator.pool import LOSSES, TRIES, Failure, Progress, Queue, unit
+from orchestrator.reaching import check_reachable, reach
 from workers.fingerprint import fingerprint, package_folders
+
+log = logging.getLogger(__name__)
 
 TASKS_AHEAD = 2
 """Tasks submitted for each worker slot: enough that none waits, few enough that stopping is immediate."""
 
 LOOK_SECONDS = 1.0
-"""How often we look whether the head is there, and which nodes came or went."""
+"""How often we look whether the head is there, and which nodes came or went, at most."""
 
 HEAD_TIMEOUT = "RAY_gcs_rpc_server_reconnect_timeout_s"
 """When its head has been away for this long, 60 s if unset, Ray ends our process; we end it in good order before."""
 
 ORDERLY_SECONDS = 10.0  # without its head, ray.shutdown() takes 7
 
+KNOCK_SECONDS = 2.0
+"""How long the head may take to answer a look; the machines of a cluster are near each other."""
+
+JOIN_SECONDS = 60.0
+"""How long to wait for nodes where none is large enough: they may be on their way."""
+
 REPORT_SECONDS = 0.5
-REACH_SECONDS = 10.0
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # receipts are all that passes through it
 
 NOTICE_A_CUT = {
@@ -59,7 +75,7 @@ NOTICE_A_CUT = {
 class RayPool:
     """Runs tasks on a Ray cluster: the one at `address`, or one started here and stopped with this pool.
 
-    Raises `BadInput` for a cluster that is not there and for workers that fit on none of its nodes.
+    Raises `WorkerLost` for a cluster, or nodes, that are not there now, `BadInput` for workers that fit on no node.
     """
 
     def __init__(self, spec: WorkerSpec, *, address: str | None = None) -> None:
@@ -70,19 +86,19 @@ class RayPool:
             else:
                 _connect(address)
             opened.callback(ray.shutdown)
-            gpus = spec.gpus if ray.cluster_resources().get("GPU", 0) else 0.0
-            self.device = "cuda" if gpus else "cpu"
-            self.resources: dict[str, float] = {"num_cpus": spec.cpus, "num_gpus": gpus, "memory": spec.memory_bytes}
-            self._spec, self._gpus = spec, gpus
             self.meters = Meters()
-            self._head = _Head()
-            self._workers = self._room_then = self.room()
-            self._looked = time.monotonic()
-            if self._workers == 0:
-                raise BadInput(
-                    f"no node has room for a worker of {spec.cpus:g} CPUs, {gpus:g} GPUs and"
-                    f" {spec.memory_bytes / 1e9:.1f} GB; ask for less under `workers:`"
-                )
+            self._spec, self._gpus = spec, spec.gpus
+            self._patience = 0.0 if address is None else JOIN_SECONDS  # this machine is all there will be
+            self._nodes = _Nodes()
+            self._workers = self.awaited(
+                self._first_room, "a worker", spec.memory_bytes, "ask for less under `workers:`"
+            )
+            self.device = "cuda" if self._gpus else "cpu"
+            self.resources: dict[str, float] = {
+                "num_cpus": spec.cpus,
+                "num_gpus": self._gpus,
+                "memory": spec.memory_bytes,
+            }
             # no retries by Ray: it would leave out what a task has told before, receipts or not
             self._merge = ray.remote(_merge).options(**self.resources, max_retries=0, num_returns="streaming")
             self._opened = opened.pop_all()
@@ -96,55 +112,87 @@ class RayPool:
 
         `WorkerLost` when the cluster's head is gone.
         """
-        if self._head.is_away():
-            return 0
         spec = replace(self._spec, memory_bytes=max(self._spec.memory_bytes, memory_bytes))
-        slots = _slots(spec, self._gpus)
+        slots = sum(_slots(has, spec, self._gpus) for has in self._nodes.living())
         return min(slots, self._spec.count) if self._spec.count else slots
 
+    def _first_room(self) -> int:
+        """The room there is where, without any GPU, the CPUs do the work."""
+        self._gpus = self._spec.gpus if any(has.get("GPU") for has in self._nodes.living()) else 0.0
+        return self.room()
+
+    def awaited(self, room: Callable[[], int], worker: str, memory_bytes: int, remedy: str) -> int:
+        """The room, as soon as there is any: nodes may be on their way.
+
+        Where there is none in the end, `BadInput` if nodes are there and each is too small, else `WorkerLost`.
+        """
+        began = time.monotonic()
+        told = False
+        while not (found := room()):
+            needs = f"{worker} of {self._spec.cpus:g} CPUs, {self._gpus:g} GPUs and {memory_bytes / 1e9:.1f} GB"
+            if time.monotonic() - began >= self._patience:
+                if any(_works(has) for has in self._nodes.living()):
+                    raise BadInput(f"no node has room for {needs}; {remedy}")
+                raise WorkerLost(f"the cluster has no node now that could hold {needs}; run again when it has")
+            if not told:
+                log.warning("no node has room for %s: waiting %.0f s for one to join", needs, self._patience)
+                told = True
+            time.sleep(LOOK_SECONDS)
+        return found
+
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
-        waiting = [(task, 1) for task in reversed(tasks)]
-        running: dict[Any, tuple[MergeTask, int]] = {}
+        queue = Queue(tasks, unit)
+        running: dict[Any, MergeTask] = {}
         shards_left = Counter(shard.point for task in tasks for shard in task.points)
-        while waiting or running:
-            self._look()
-            while waiting and len(running) < self._most_running:
-                task, attempt = waiting.pop()
-                running[self._merge.remote(task, self.device, fingerprint())] = (task, attempt)
-            told: list[Any] = ray.wait(list(running), num_returns=1, timeout=LOOK_SECONDS, fetch_local=False)[0]
+        while queue or running:
+            most = self._most_running()
+            while len(running) < most and (task := queue.next(time.monotonic())) is not None:
+                running[self._merge.remote(task, self.device, fingerprint())] = task
+            pause = queue.pause(time.monotonic(), LOOK_SECONDS)
+            if not running:  # Ray does not wait for nothing
+                time.sleep(pause)
+                continue
+            told: list[Any] = ray.wait(list(running), num_returns=1, timeout=pause, fetch_local=False)[0]
             for stream in told:
                 try:
                     news = ray.get(next(stream))
-                except (RayError, MergeyardError) as failure:
-                    task, attempt = running.pop(stream)
-                    error = translated(failure, task.name)
-                    if not error.retry or attempt == TRIES:
-                        raise error from failure
+                except (RayError, MergeyardError) as error:
+                    task = running.pop(stream)
+                    queue.again(task, failure(error, task.name), time.monotonic())
                     self.meters.retried("merge")
-                    time.sleep(retry_pause(attempt))
-                    waiting.append((task, attempt + 1))
                     continue
                 if isinstance(news, tuple):
                     self.meters.moved(*news)
                     progress(*news)
                 else:
-                    task, _ = running.pop(stream)
+                    task = running.pop(stream)
                     shards_left.subtract(shard.point for shard in task.points)
                     self.meters.merged(sum(shards_left[shard.point] == 0 for shard in task.points))
                     yield news
 
-    def _look(self) -> None:
-        if time.monotonic() - self._looked > LOOK_SECONDS:
-            self._room_then = max(1, self.room())
-            self._looked = time.monotonic()
-
-    @property
     def _most_running(self) -> int:
         """How many tasks to have given to Ray; it runs as many of them as it has room for, whatever the job says."""
-        return min(TASKS_AHEAD * self._room_then, self._spec.count or sys.maxsize)
+        return min(TASKS_AHEAD * max(1, self.room()), self._spec.count or sys.maxsize)
 
     def close(self) -> None:
         self._opened.close()
+
+
+class _Nodes:
+    """The cluster's nodes, looked at no more often than every LOOK_SECONDS."""
+
+    def __init__(self) -> None:
+        self._head = _Head()
+        self._living: list[Mapping[str, float]] = []
+        self._looked: float | None = None
+
+    def living(self) -> list[Mapping[str, float]]:
+        """What each living node has; none while the head is away, and `WorkerLost` when it is for too long."""
+        if self._looked is None or time.monotonic() - self._looked > LOOK_SECONDS:
+            away = self._head.is_away()
+            self._living = [] if away else [node["Resources"] for node in ray.nodes() if node["Alive"]]
+            self._looked = time.monotonic()
+        return self._living
 
 
 class _Head:
@@ -157,12 +205,13 @@ class _Head:
 
     def is_away(self) -> bool:
         """Whether nothing answers where it was; `WorkerLost` when that has been so for too long."""
+        knocked = time.monotonic()  # before: where the network swallows all, no answer comes late
         try:
-            _reach(self._address)
+            reach(self._address, KNOCK_SECONDS)
         except OSError:
-            now = time.monotonic()
-            self._away_since = self._away_since or now
-            if now - self._away_since > self._patience:
+            if self._away_since is None:
+                self._away_since = knocked
+            if time.monotonic() - self._away_since > self._patience:
                 raise WorkerLost(
                     f"the head of the Ray cluster at {self._address} is gone; start it, then run again"
                 ) from None
@@ -220,8 +269,14 @@ def _start() -> Path:
 
 
 def _connect(address: str) -> None:
-    """Joins a running Ray and sends the code along."""
-    _check_reachable(address)
+    """Joins a running Ray and sends the code along; `WorkerLost` where there is none now."""
+    if address != "auto":
+        host, _, port = address.rpartition(":")
+        if not port.isdigit() or not 0 < int(port) < 1 << 16 or "/" in host:
+            raise BadInput(
+                f"--address {address}: give host:port of the cluster's head (Ray's own port is 6379), or auto"
+            )
+        check_reachable(address, address, "no Ray", "is its head running?")
     with TemporaryDirectory() as code:
         for folder in package_folders():
             shutil.copytree(
@@ -229,7 +284,11 @@ def _connect(address: str) -> None:
             )
         try:
             _init(address=address, runtime_env={"working_dir": code})
-        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+        except ConnectionError as error:
+            raise WorkerLost(f"--address {address}: {str(error).splitlines()[0]}") from error
+        except (RayError, RuntimeError, ValueError) as error:
+            if address != "auto":
+                check_reachable(address, address, "no Ray", "its head has just gone; run again when it is back")
             raise BadInput(
                 f"--address {address}: {str(error).splitlines()[0]}; if it wants a token, set RAY_AUTH_MODE=token and"
                 " RAY_AUTH_TOKEN"
@@ -251,25 +310,6 @@ def _init(**options: Any) -> Any:
     finally:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, stop)
-
-
-def _check_reachable(address: str) -> None:
-    """Refuses an address where nothing listens, which Ray would try for minutes."""
-    if address == "auto":
-        return
-    host, _, port = address.rpartition(":")
-    if not port.isdigit() or "/" in host:
-        raise BadInput(f"--address {address}: give host:port of the cluster's head (Ray's own port is 6379), or auto")
-    try:
-        _reach(address)
-    except (OSError, OverflowError) as error:
-        raise BadInput(f"--address {address}: no Ray answers there ({error}); is its head running?") from None
-
-
-def _reach(address: str) -> None:
-    """Connects to host:port, which may raise OSError or OverflowError."""
-    host, _, port = address.rpartition(":")
-    socket.create_connection((host.strip("[]"), int(port)), REACH_SECONDS).close()
 
 
 def _merge(task: MergeTask, device: str, code: str) -> Iterator[tuple[int, int] | list[Receipt]]:
@@ -298,29 +338,45 @@ def check_code(expected: str) -> None:
         )
 
 
-def _slots(spec: WorkerSpec, gpus: float) -> int:
-    """How many workers the cluster's living nodes hold at once."""
-    slots = 0
-    for node in ray.nodes():
-        if not node["Alive"]:
-            continue
-        has = node["Resources"]
-        fits = [has.get("memory", 0) // spec.memory_bytes]
-        if spec.cpus:
-            fits.append(has.get("CPU", 0) // spec.cpus)
-        if gpus:
-            fits.append(has.get("GPU", 0) // gpus)
-        slots += int(min(fits))
-    return slots
+def _slots(has: Mapping[str, float], spec: WorkerSpec, gpus: float) -> int:
+    """How many workers a node holds at once."""
+    fits = [has.get("memory", 0) // spec.memory_bytes]
+    if spec.cpus:
+        fits.append(has.get("CPU", 0) // spec.cpus)
+    if gpus:
+        fits.append(has.get("GPU", 0) // gpus)
+    return int(min(fits))
 
 
-def translated(failure: BaseException, what: str) -> MergeyardError:
-    """Our own error if a worker raised one; else what became of the worker."""
-    cause = failure.cause if isinstance(failure, RayTaskError) else failure  # its own text is a traceback
+def _works(has: Mapping[str, float]) -> bool:
+    """Whether a node is there for work at all; a head alone is often not."""
+    return bool(has.get("CPU") or has.get("GPU"))
+
+
+def failure(error: RayError | MergeyardError, what: str) -> Failure:
+    """Why `what` came to nothing: our own error if a worker raised one; else what became of the worker."""
+    cause = error.cause if isinstance(error, RayTaskError) else error  # its own text is a traceback
     if isinstance(cause, MergeyardError):
-        return cause
-    if isinstance(failure, RayTaskError):
-        return MergeyardError(f"{what}: {type(cause).__name__}: {cause}")
-    if isinstance(failure, (WorkerCrashedError, OutOfMemoryError)):
-        return WorkerLost(f"{what}: its worker died {TRIES} times; look for a lack of memory, then run again")
-    return WorkerLost(f"{what}: {str(failure).splitlines()[0]}")
+        return Failure(cause)
+    if isinstance(error, RayTaskError):
+        return Failure(_because(error, MergeyardError(f"{what}: {type(cause).__name__}: {cause}")))
+    if _node_lost(error):
+        lost = WorkerLost(f"{what}: lost with its node {LOSSES} times; look why nodes go, then run again")
+        return Failure(_because(error, lost), node_lost=True)
+    if isinstance(error, (WorkerCrashedError, OutOfMemoryError, ActorDiedError)):
+        died = WorkerLost(f"{what}: its worker died {TRIES} times; look for a lack of memory, then run again")
+        return Failure(_because(error, died))
+    return Failure(_because(error, WorkerLost(f"{what}: {str(error).splitlines()[0]}")))
+
+
+def _node_lost(error: BaseException) -> bool:
+    """Whether it was the node that went; of an actor, Ray says so in words alone."""
+    if isinstance(error, ActorDiedError):
+        return error.preempted or "its node has died" in str(error)
+    return isinstance(error, (NodeDiedError, ObjectLostError, ActorUnavailableError))
+
+
+def _because(cause: BaseException, error: MergeyardError) -> MergeyardError:
+    """The error, with what it came from."""
+    error.__cause__ = cause
+    return error

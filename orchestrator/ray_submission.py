@@ -8,7 +8,6 @@ from __future__ import annotations
 import logging
 import os
 import re
-import socket
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
@@ -19,13 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from jobs.errors import AccessDenied, BadInput, Interrupted, MergeyardError, WorkerLost
+from orchestrator.reaching import check_reachable
 from orchestrator.submitting import Shipment
 from workers.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
-REACH_SECONDS = 10.0
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0
 """How long a dashboard may be away while its job is followed."""
@@ -86,12 +85,12 @@ class Submission:
 class RayJobs:
     """The jobs of the cluster whose dashboard is at `address`, asked with the token that this user has, if any.
 
-    `BadInput` for an address where no Ray answers, `AccessDenied` for a cluster that wants another token.
+    `WorkerLost` for an address where nothing answers now, `AccessDenied` for a cluster that wants another token.
     """
 
     def __init__(self, address: str) -> None:
         self._address = address
-        _check_reachable(address)
+        check_reachable(address, _place(address), "nothing", "is the dashboard's port forwarded?")
         if _has_token():
             os.environ.setdefault("RAY_AUTH_MODE", "token")
         self._client = self._asked(lambda: _client(address))
@@ -226,7 +225,8 @@ def _has_token() -> bool:
     return bool(named) or Path("~/.ray/auth_token").expanduser().is_file()
 
 
-def _check_reachable(address: str) -> None:
+def _place(address: str) -> str:
+    """host:port of a dashboard's URL."""
     parts = urlsplit(address)
     try:
         port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -234,9 +234,4 @@ def _check_reachable(address: str) -> None:
         port = 0
     if parts.scheme not in ("http", "https") or not parts.hostname or not port:
         raise BadInput(f"--address {address}: give the URL of the cluster's dashboard, such as http://127.0.0.1:8265")
-    try:
-        socket.create_connection((parts.hostname, port), REACH_SECONDS).close()
-    except OSError as error:
-        raise BadInput(
-            f"--address {address}: nothing answers there ({error}); is the dashboard's port forwarded?"
-        ) from None
+    return f"{parts.hostname}:{port}"

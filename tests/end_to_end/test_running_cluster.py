@@ -100,15 +100,23 @@ def test_a_cluster_that_wants_a_token_is_refused_with_the_remedy(
     assert "set RAY_AUTH_MODE=token" in ended.err.splitlines()[-1]
 
 
-def test_a_cluster_that_is_not_there_is_refused_at_once(
+def test_a_cluster_that_is_not_there_now_is_one_to_try_again_and_that_is_said_at_once(
     mergeyard: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"  # bound, but nobody listens
-        refusal = mergeyard("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(2)
+        refusal = mergeyard("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(75)
     assert f"--address {address}: no Ray answers there" in refusal
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("address", ["head", "head:port", "http://head:6379", "127.0.0.1:0", "127.0.0.1:65536"])
+def test_an_address_that_is_none_is_bad_input(
+    mergeyard: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path, address: str
+) -> None:
+    refusal = mergeyard("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(2)
+    assert f"--address {address}: give host:port" in refusal
 
 
 @needs_linux

@@ -9,6 +9,7 @@ import pytest
 from jobs.errors import WorkerLost
 from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
 from orchestrator.dispatching import dispatch
+from orchestrator.pool import Failure
 
 
 def block(point: str, tokens: int, model: str = "0") -> EvaluationTask:
@@ -34,7 +35,7 @@ class Scripted:
         self.asked.append((worker, task.key.removeprefix("scores/0/")))
         self.running.append((worker, task))
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | None] | None:
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
         if self.joins_after is not None and len(self.asked) >= self.joins_after:
             self.there.add(max(self.there, default=0) + 1)
             self.joins_after = None
@@ -45,7 +46,7 @@ class Scripted:
         if task.key in self.lost:
             self.lost.discard(task.key)
             self.there.discard(worker)
-            return task, None
+            return task, Failure(WorkerLost("its node went"), node_lost=True)
         return task, []
 
     def close(self) -> None:

@@ -143,11 +143,13 @@ def test_an_end_without_a_code_of_ours_says_what_to_do(submission: Submission, k
     assert "\n" not in str(error.value)
 
 
-def test_an_address_where_no_dashboard_answers_is_refused(mergeyard: Callable[..., Ended], folder: Path) -> None:
+def test_a_dashboard_that_does_not_answer_is_to_be_tried_again_and_an_address_that_is_none_is_refused(
+    mergeyard: Callable[..., Ended], folder: Path
+) -> None:
     (folder / "job.yaml").write_text(JOB)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))  # bound, but nobody listens
         ended = mergeyard("submit", folder / "job.yaml", "--address", f"http://127.0.0.1:{probe.getsockname()[1]}")
-    assert ended.code == 2 and "nothing answers there" in ended.err
+    assert ended.code == 75 and "nothing answers there" in ended.err
     ended = mergeyard("submit", folder / "job.yaml", "--address", "127.0.0.1:6379")
     assert ended.code == 2 and "give the URL of the cluster's dashboard" in ended.err

@@ -1,9 +1,9 @@
 """One schedule: a small run driven through crashes, and what must be true at every step and at the end.
 
 Real: planner, ledger, lease, driver, gatherer, what a worker writes (`PointWriter`: shard, then receipt), and the
-store's semantics. Not real: the arithmetic (a tensor's bytes are a hash of its name and its setting), the pool (it
-keeps `RayPool`'s rules: answers in order of arrival, four tries, a worker that is given up may go on), threads and the
-clock.
+store's semantics, and the queue of tasks: which is next, which again, and when. Not real: the arithmetic (a tensor's
+bytes are a hash of its name and its setting), the workers (as on Ray, they answer in order of arrival, and one that is
+given up may go on), threads and the clock.
 
 A schedule has one to three drivers, which may overlap, on two machines; each of them and of their workers may be killed
 between any two store operations, or in one, before or after its effect; paused; cut off from the store; or given up
@@ -30,13 +30,14 @@ from unittest.mock import patch
 
 import orchestrator.gathering
 import orchestrator.ledger
+import workers.hashing
 from jobs.errors import CorruptData, MergeyardError, RunBusy, StorageUnavailable, WorkerLost
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.tasks import MergeTask, Receipt, Setting, TensorMerge
 from orchestrator.driver import RunResult, drive
 from orchestrator.planning import Plan, make_plan
-from orchestrator.pool import TRIES, Progress, retry_pause
+from orchestrator.pool import Failure, Progress, Queue, unit
 from orchestrator.watching import Watcher
 from tests.simulation.faulty_store import FaultyStore
 from tests.simulation.world import Inline, Mailbox, Process, Threading, Time, World, Wrong
@@ -354,7 +355,7 @@ class Schedule:
 
 
 class SimulatedPool:
-    """A pool of simulated workers, by `RayPool`'s rules."""
+    """A pool of simulated workers."""
 
     def __init__(self, schedule: Schedule, driver: Process, disturbed: bool) -> None:
         self._schedule, self._driver, self._world, self._disturbed = schedule, driver, schedule.world, disturbed
@@ -362,23 +363,23 @@ class SimulatedPool:
 
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
         self._schedule.check_tasks(self._driver, tasks)
-        waiting = [(task, 1) for task in reversed(tasks)]
-        running: dict[int, tuple[MergeTask, int]] = {}
+        queue = Queue(tasks, unit)
+        running: dict[int, MergeTask] = {}
         numbers, mail = count(), Mailbox(self._world)
-        while waiting or running:
-            while waiting and len(running) < 2 * self.workers:
+        while queue or running:
+            while len(running) < 2 * self.workers and (task := queue.next(self._world.now)) is not None:
                 number = next(numbers)
-                running[number] = waiting.pop()
-                self._send(running[number][0], number, mail)
-            number, answer = mail.receive()
+                running[number] = task
+                self._send(task, number, mail)
+            letter = mail.receive(queue.pause(self._world.now))
+            if letter is None:
+                continue
+            number, answer = letter
             if number not in running:
                 continue
-            task, attempt = running.pop(number)
-            if isinstance(answer, MergeyardError):
-                if not answer.retry or attempt == TRIES:
-                    raise answer
-                self._world.sleep(retry_pause(attempt))
-                waiting.append((task, attempt + 1))
+            task = running.pop(number)
+            if isinstance(answer, Failure):
+                queue.again(task, answer, self._world.now)
                 continue
             self._driver.must_stop = self._driver.knows_that_it_was_replaced
             yield answer
@@ -393,8 +394,8 @@ class SimulatedPool:
             world.count("task done twice")
             self._start_worker(task, number, mail)
         if self._disturbed and random.random() < 0.1:
-            lost = (number, WorkerLost("given up"))
-            world.count("worker given up")
+            lost = (number, Failure(WorkerLost("given up"), node_lost=random.random() < 0.5))
+            world.count("node lost" if lost[1].node_lost else "worker given up")
             world.start(self._driver, lambda: mail.send(lost), after=random.uniform(0, 5))
 
     def _start_worker(self, task: MergeTask, number: int, mail: Mailbox) -> None:
@@ -409,7 +410,7 @@ class SimulatedPool:
             try:
                 answer = _merge(self._schedule, process, task, bad)
             except MergeyardError as error:
-                answer = error
+                answer = Failure(error)
             ended = True
             if not self._driver.alive:
                 world.count("worker of a dead driver finished")
@@ -418,7 +419,7 @@ class SimulatedPool:
 
         def died() -> None:
             if not ended and self._driver.alive:
-                lost = (number, WorkerLost("died"))
+                lost = (number, Failure(WorkerLost("died")))
                 world.start(self._driver, lambda: mail.send(lost), after=random.uniform(0, 20))
 
         process.when_dead.append(died)
@@ -487,6 +488,7 @@ def _standing_in(schedule: Schedule) -> Generator[None]:
     with (
         patch.multiple(orchestrator.ledger, **stand_ins),
         patch.object(orchestrator.gathering, "open_store", open_simulated),
+        patch.object(workers.hashing, "ThreadPoolExecutor", Inline),
     ):
         yield
 

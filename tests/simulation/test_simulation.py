@@ -52,6 +52,7 @@ FAULTS = (
     "shard removed or cut",
     "task done twice",
     "worker given up",
+    "node lost",
     "worker of a dead driver finished",
     "contradiction noticed",
     "driver ended: RunBusy",

@@ -172,13 +172,13 @@ class Mailbox:
         if self._reader is not None:
             self._world.wake(self._reader)
 
-    def receive(self) -> Any:
-        """The next letter."""
-        while not self._letters:
+    def receive(self, seconds: float) -> Any:
+        """The next letter; None if there is none within so many seconds."""
+        if not self._letters:
             self._reader = getcurrent()
-            self._world.sleep(3600.0)
-        self._reader = None
-        return self._letters.pop(0)
+            self._world.sleep(seconds)
+            self._reader = None
+        return self._letters.pop(0) if self._letters else None
 
 
 # ---- what stands in for the standard library's modules where the code under test names them
