@@ -27,7 +27,7 @@ fi
 
 ray start --head --node-ip-address="${head%:*}" --port="${head##*:}" --include-dashboard=false "${options[@]}" &
 ray=$!
-trap 'kill "$ray" 2>/dev/null; wait "$ray" || true' EXIT
+trap 'kill "$ray" 2>/dev/null || true; wait "$ray" || true' EXIT
 python3 - "$nodes" "$patience" <<'PYTHON' || exit 75
 import sys, time
 import ray
@@ -45,4 +45,5 @@ for _ in range(patience):
     time.sleep(1)
 sys.exit(f"together.sh: {alive} of {nodes} machines came within {patience} s")
 PYTHON
+trap ':' TERM # who ends a step tells all of its processes: the command ends by itself, and says how
 "$@"

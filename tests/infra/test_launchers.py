@@ -214,5 +214,6 @@ def test_the_settings_are_the_same_on_kubernetes_elsewhere_and_on_one_machine() 
 def test_slurm_tries_again_at_75_and_shows_the_token_to_nobody() -> None:
     text = (INFRA / "slurm" / "mergeyard.sbatch").read_text("utf-8")
     assert "code == 75" in text and "scontrol requeue" in text
+    assert "\n#SBATCH --signal=B:TERM@90\n" in text, "before the time is up, and while what is told has time to end"
     commands = [line for line in text.splitlines() if "srun" in line or "together" in line]
     assert not any("RAY_AUTH_TOKEN" in line for line in commands)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import signal
 import sys
 import time
 from pathlib import Path
@@ -67,6 +69,18 @@ def stand_in(folder: Path, **programs: str) -> dict[str, str]:
     return {"PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
 
 
+def test_where_all_are_told_to_end_the_exit_code_is_still_the_commands(start: Start, tmp_path: Path) -> None:
+    """Without a Ray: what is asked is the script's own end."""
+    (tmp_path / "environment.sh").touch()
+    shutil.copy(TOGETHER, tmp_path)
+    programs = stand_in(tmp_path, ray="#!/bin/sh\nexec sleep 600\n", python3="#!/bin/sh\n")
+    script = "trap 'sleep 1; exit 75' TERM; echo begun; while true; do sleep 0.1; done"
+    alone = start(tmp_path / "together.sh", "0", "1", f"{HOST}:1", "bash", "-c", script, **programs)
+    assert alone.stdout is not None and alone.stdout.readline() == "begun\n"
+    os.killpg(alone.pid, signal.SIGTERM)
+    assert alone.wait(60) == 75
+
+
 @pytest.mark.heavy
 def test_a_job_of_slurm_runs_on_all_its_nodes(start: Start, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(JOB.format(parents=ROOT / "jobs" / "examples" / "parents", output=tmp_path))
@@ -83,6 +97,33 @@ def test_a_job_of_slurm_is_put_back_at_75_alone(start: Start, tmp_path: Path, co
     ended = start("bash", SLURM, "job.yaml", **stand_in(tmp_path, srun=f"#!/bin/sh\nexit {code}\n"))
     said, _ = ended.communicate(timeout=30)
     assert ended.returncode == code, said
+    assert ("scontrol requeue 7" in said) == put_back
+
+
+STEP = """\
+#!/bin/bash
+# as a step that is told to end, and then ends so
+trap 'exit {code}' TERM
+echo $$ > {folder}/step
+while true; do sleep 0.1; done
+"""
+SCANCEL = '#!/bin/sh\necho "scancel $*"\nkill -TERM $(cat {folder}/step)\n'
+
+
+@pytest.mark.parametrize(("code", "put_back"), [(75, True), (143, True), (0, False), (1, False)])
+def test_a_job_of_slurm_whose_time_is_up_ends_its_step_and_is_put_back(
+    start: Start, tmp_path: Path, code: int, put_back: bool
+) -> None:
+    programs = {"srun": STEP.format(code=code, folder=tmp_path), "scancel": SCANCEL.format(folder=tmp_path)}
+    ended = start("bash", SLURM, "job.yaml", **stand_in(tmp_path, **programs))
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "step").exists() or not (tmp_path / "step").read_text():
+        assert time.monotonic() < deadline, "the step never began"
+        time.sleep(0.05)
+    ended.send_signal(signal.SIGTERM)  # Slurm tells the script alone, by --signal=B:TERM@90
+    said, _ = ended.communicate(timeout=60)
+    assert ended.returncode == code, said
+    assert "scancel --signal=TERM 7" in said
     assert ("scontrol requeue 7" in said) == put_back
 
 
