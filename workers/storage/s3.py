@@ -268,6 +268,7 @@ def _object_store(
         bucket,
         region=region,
         disable_bulk_delete=True,
+        checksum_algorithm="SHA256",  # the service refuses what was damaged on its way; boto3 does the same for parts
         skip_signature=unsigned,
         client_options={**client_options, "allow_http": address.scheme == "http"},
         retry_config={"max_retries": 0},

@@ -28,7 +28,8 @@ CREDENTIALS = {
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or log in with a workload identity",
 }
 TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "ThrottlingException",
-                   "OperationAborted", "ConditionalRequestConflict", "Throttling", "RequestLimitExceeded"}  # fmt: skip
+                   "OperationAborted", "ConditionalRequestConflict", "Throttling", "RequestLimitExceeded",
+                   "BadDigest", "XAmzContentSHA256Mismatch"}  # fmt: skip
 WRONG_REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"}
 SECRETS = re.compile(r"((?:sig|signature|credential|token|x-amz-[a-z-]+|accesskeyid|key)=)[^&\s\"']+|AKIA\w+", re.I)
 
