@@ -137,8 +137,9 @@ class _Hub(_Server):
     def do_GET(self) -> None:
         self.note("hub")
         path = unquote(urlsplit(self.path).path)
-        api = re.fullmatch(r"/api/models/([\w.-]+/[\w.-]+)/(revision|tree)/(refs/pr/\d+|[^/]+)(?:/(.+))?", path)
-        file = re.fullmatch(r"/([\w.-]+/[\w.-]+)/resolve/([^/]+)/(.+)", path)
+        name = r"((?:datasets/)?[\w.-]+/[\w.-]+)"  # a dataset is published by that name
+        api = re.fullmatch(rf"/api/(?:models/)?{name}/(revision|tree)/(refs/pr/\d+|[^/]+)(?:/(.+))?", path)
+        file = re.fullmatch(rf"/{name}/resolve/([^/]+)/(.+)", path)
         found = api or file
         if found is None:
             return self.answer(404, {})

@@ -52,14 +52,18 @@ class Library:
         content = [self.documents, [(q.query, q.answers, q.gold, q.near) for q in self.questions]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
+    def question(self, index: int) -> Question:
+        """The index-th question."""
+        if index >= len(self.questions):
+            raise BadInput(f"qa: item {index} of only {len(self.questions)} questions; ask for fewer items")
+        return self.questions[index]
+
     def posed(self, index: int, draw: Draw) -> tuple[Question, Callable[[int, int], list[str]]]:
         """The index-th question, and its documents in the order in which they join: gold, near, all others.
 
         All but the gold ones come again, in the same order, as often as they are asked for.
         """
-        if index >= len(self.questions):
-            raise BadInput(f"qa: item {index} of only {len(self.questions)} questions; ask for fewer items")
-        question = self.questions[index]
+        question = self.question(index)
         gold, near = question.gold, draw.shuffled(question.near)
         rest = sorted(set(range(len(self.documents))) - {*gold, *near})
         others = [*near, *draw.shuffled(rest)]
@@ -71,8 +75,11 @@ class Library:
 
 
 def read_squad(source: bytes | str | Path) -> Library:
-    """SQuAD v2 as published (`dev-v2.0.json`), by its bytes or its path: the answerable questions, in their order."""
-    data, place = _load(source)
+    """SQuAD v2, by its bytes or its path: the answerable questions, in their order.
+
+    As published (`dev-v2.0.json`), or in the hub's Parquet form.
+    """
+    data, place = _load(source, _squad_of)
     try:
         articles = [[paragraph["context"] for paragraph in article["paragraphs"]] for article in data["data"]]
         documents = sorted({context for article in articles for context in article})
@@ -95,8 +102,8 @@ def read_squad(source: bytes | str | Path) -> Library:
 
 
 def read_hotpotqa(source: bytes | str | Path) -> Library:
-    """HotpotQA as published (`hotpot_dev_distractor_v1.json`), by its bytes or its path."""
-    data, place = _load(source)
+    """HotpotQA, by its bytes or its path: as published (`hotpot_dev_distractor_v1.json`), or as on the hub."""
+    data, place = _load(source, _hotpotqa_of)
     try:
         contexts = [[f"{title}\n{''.join(sentences)}" for title, sentences in asked["context"]] for asked in data]
         documents = sorted({document for context in contexts for document in context})
@@ -112,14 +119,44 @@ def read_hotpotqa(source: bytes | str | Path) -> Library:
     return Library(tuple(documents), tuple(questions))
 
 
-def _load(source: bytes | str | Path) -> tuple[Any, str]:
+def _squad_of(rows: list[dict[str, Any]]) -> Any:
+    """The hub's rows in the form of the published file: an article for each title, a paragraph for each context."""
+    articles: dict[str, dict[str, list[Any]]] = {}
+    for row in rows:
+        answers = [{"text": text} for text in row["answers"]["text"]]
+        asked = {"question": row["question"], "answers": answers, "is_impossible": not answers}
+        articles.setdefault(row["title"], {}).setdefault(row["context"], []).append(asked)
+    contents = [[{"context": context, "qas": asked} for context, asked in found.items()] for found in articles.values()]
+    return {"data": [{"paragraphs": paragraphs} for paragraphs in contents]}
+
+
+def _hotpotqa_of(rows: list[dict[str, Any]]) -> Any:
+    """The hub's rows in the form of the published file."""
+    contexts = [zip(row["context"]["title"], row["context"]["sentences"], strict=True) for row in rows]
+    return [{**row, "context": list(context)} for row, context in zip(rows, contexts, strict=True)]
+
+
+def _load(source: bytes | str | Path, of_rows: Callable[[list[dict[str, Any]]], Any]) -> tuple[Any, str]:
+    """What the published file holds, from itself or from the hub's Parquet file, and what to call it."""
     place = "documents" if isinstance(source, bytes) else str(source)
     try:
-        return json.loads(source if isinstance(source, bytes) else Path(source).read_bytes()), place
+        content = source if isinstance(source, bytes) else Path(source).read_bytes()
+        return (of_rows(_parquet(content)) if content.startswith(b"PAR1") else json.loads(content)), place
     except FileNotFoundError as error:
         raise BadInput(f"{place}: no such file; give the path of the published JSON") from error
+    except (KeyError, TypeError) as error:
+        raise BadInput(
+            f"{place}: not the columns of the hub's file (missing {error}); give the published file"
+        ) from error
     except ValueError as error:
         raise BadInput(f"{place}: not JSON ({error}); give the published file") from error
+
+
+def _parquet(content: bytes) -> list[dict[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    return pq.read_table(pa.BufferReader(content)).to_pylist()
 
 
 def qa_item(tokenizer: Tokenizer, asked: Asked, library: Library | None, index: int) -> Item:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
@@ -17,10 +17,13 @@ from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSp
 from jobs.loading import quoted, suggestion
 from jobs.tasks import canonical_json, digest
 from workers.benchmarks.answering import Library, read_hotpotqa, read_squad
+from workers.benchmarks.budget import TooShort
 from workers.benchmarks.haystacks import Essay, bundled_essay, bundled_text
-from workers.benchmarks.items import items_digest, write_items
+from workers.benchmarks.items import Item, items_digest, write_items
+from workers.benchmarks.lm_eval_files import files_of
+from workers.benchmarks.lm_eval_tasks import trouble_with
 from workers.benchmarks.needle import even_depths, needle_items, needle_spec
-from workers.benchmarks.perplexity import Window, windows, write_windows
+from workers.benchmarks.perplexity import Window, check_length, windows, write_windows
 from workers.benchmarks.ruler import MAX_NEW_TOKENS, NIAH, QA, TASKS, ruler_items, ruler_spec
 from workers.benchmarks.tokens import Tokenizer
 from workers.storage import Store, open_store
@@ -30,8 +33,12 @@ READERS: Mapping[str, Callable[[bytes | str | Path], Library]] = {"qa_1": read_s
 LM_EVAL_TOKENS = 1 << 20
 """What a whole task of lm-evaluation-harness is taken to cost, so that it is begun early."""
 
-MOST_HASHED = 64 << 20
-"""Larger files beside a task of the user's own are known by size and time alone."""
+PART_ITEMS = 64
+PART_TOKENS = 1 << 24
+"""A set is built and written in parts of so many items and, for the builder's memory, of so many tokens at most."""
+
+PROBED = 8192
+"""Tokens at which it is tried whether a task can be asked at greater lengths: from 4,096 on, all prompts are alike."""
 
 Frame = tuple[str, str]
 
@@ -41,7 +48,8 @@ class PlannedSet:
     """A set that can be built: what it is, the digest of all that it depends on, and how to make a file of its items.
 
     `count` items are asked of everyone, `made` are made at first. `grows` where more can be made later, as every item
-    depends on its own number alone. `place` is the line of the job file that asks for it.
+    depends on its own number alone. `check` builds as little as shows that it can be built, and raises `BadInput` if it
+    cannot. `place` is the line of the job file that asks for it.
     """
 
     benchmark: str
@@ -54,6 +62,7 @@ class PlannedSet:
     place: str
     share: int = 1
     grows: bool = False
+    check: Callable[[], object] = lambda: None
 
     @property
     def folder(self) -> str:
@@ -117,20 +126,42 @@ def planned_sets(
     if evaluation.perplexity is not None:
         sets += _perplexity(evaluation.perplexity, tokenizer, seed, reader)
     if evaluation.lm_eval is not None:
-        sets += _lm_eval(evaluation.lm_eval, reader)
+        sets += _lm_eval(evaluation.lm_eval, tokenizer, reader)
     return sets
+
+
+def check_sets(sets: Iterable[PlannedSet]) -> None:
+    """Refuses, with file and line, sets that could not be built: a minute later, or once everything is merged.
+
+    Tried are the least length of each task, and the least from 4,096 on, where `cwe` has a longer list.
+    """
+    of_task: dict[tuple[str, str], list[PlannedSet]] = {}
+    for planned in sorted(sets, key=lambda planned: planned.length):
+        of_task.setdefault((planned.benchmark, planned.task), []).append(planned)
+    for first, *others in of_task.values():
+        longer = [planned for planned in others if first.length < 4096 <= planned.length]
+        for planned in [first, *longer[:1]]:
+            with _at(planned.place):
+                planned.check()
+
+
+@contextmanager
+def _at(place: str) -> Generator[None]:
+    """Bad input is told with the line of the job file that asks for it."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{place}: {error}") from error
 
 
 def stored(planned: PlannedSet, store: Store, count: int | None = None) -> ItemSet:
     """The set in the store, with `count` items or, without it, as many as are planned; what is missing is built now."""
     wanted = range(planned.made if count is None or not planned.grows else count)
     parts = _parts(planned, store)
-    for missing in _missing(wanted, parts):
+    for missing in [part for gap in _missing(wanted, parts) for part in _cut(planned, gap)]:
         key = planned.key(missing.start, missing.stop)
-        try:
+        with _at(planned.place):
             data = planned.build(missing)
-        except BadInput as error:
-            raise BadInput(f"{planned.place}: {error}") from error
         with suppress(ObjectExists):  # another driver built the same bytes
             store.write(key, data, mode="create")
         parts.append((missing.start, missing.stop, key))
@@ -152,6 +183,15 @@ def _parts(planned: PlannedSet, store: Store) -> list[tuple[int, int, str]]:
         first, _, last = info.key.rpartition("/")[2].partition(".")[0].partition("-")
         found.append((int(first), int(last), info.key))
     return found
+
+
+def _cut(planned: PlannedSet, gap: range) -> list[range]:
+    """The gap in parts that are built at once, of whole haystacks; a set that does not grow is one part."""
+    if not planned.grows:
+        return [gap]
+    most = min(PART_ITEMS, PART_TOKENS // planned.length)
+    step = max(1, most // planned.share) * planned.share
+    return [gap[at : at + step] for at in range(0, len(gap), step)]
 
 
 def _missing(wanted: range, parts: Sequence[tuple[int, int, str]]) -> list[range]:
@@ -179,11 +219,39 @@ def _ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader, lea
     documents = {task: READERS[task](reader.read(path, spec.place)) for task, path in spec.documents.items()}
     essay = Essay(reader.prose(spec.haystack, spec.place), place=spec.place) if spec.haystack else bundled_essay()
     frame = _frame(tokenizer, chat=spec.chat, place=spec.place)
-    return [
-        _ruler_set(spec, task, length, max(spec.items, least), tokenizer, seed, essay, documents, frame)
-        for task in spec.tasks or default_tasks(documents)
-        for length in spec.lengths
-    ]
+    made = max(spec.items, least)
+
+    def planned(task: str, length: int) -> PlannedSet:
+        share = spec.questions if task in NIAH else 1
+        asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents, "frame": frame}
+
+        def items(length: int, wanted: range) -> list[Item]:
+            return ruler_items(tokenizer, task, length, indices=wanted, seed=seed, **asked)
+
+        def check() -> None:
+            if task in documents:
+                documents[task].question(made - 1)
+            _probe(length, lambda length: items(length, range(2)))
+
+        def build(wanted: range) -> bytes:
+            return write_items(items(length, wanted))
+
+        address = items_digest(ruler_spec(task, **asked), tokenizer=tokenizer.digest, length=length, seed=seed)
+        return PlannedSet(
+            "ruler", task, length, spec.items, made, address, build, spec.place, share, grows=True, check=check
+        )
+
+    return [planned(task, length) for task in spec.tasks or default_tasks(documents) for length in spec.lengths]
+
+
+def _probe(length: int, build: Callable[[int], object]) -> None:
+    """Builds at the length, or at a shorter one at which what fits shows what does."""
+    try:
+        build(min(length, PROBED))
+    except TooShort as error:
+        task, _, smallest = error.args
+        if smallest > length:
+            raise TooShort(task, length, smallest) from None
 
 
 def default_tasks(documents: Mapping[str, Library]) -> Sequence[str]:
@@ -195,31 +263,8 @@ def default_tasks(documents: Mapping[str, Library]) -> Sequence[str]:
 def _frame(tokenizer: Tokenizer, *, chat: bool, place: str) -> Frame:
     if not chat:
         return "", ""
-    try:
+    with _at(place):
         return tokenizer.chat_frame()
-    except BadInput as error:
-        raise BadInput(f"{place}: {error}") from error
-
-
-def _ruler_set(
-    spec: RulerSpec,
-    task: str,
-    length: int,
-    made: int,
-    tokenizer: Tokenizer,
-    seed: int,
-    essay: Essay,
-    documents: Mapping[str, Library],
-    frame: Frame,
-) -> PlannedSet:
-    share = spec.questions if task in NIAH else 1
-    asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents, "frame": frame}
-
-    def build(wanted: range) -> bytes:
-        return write_items(ruler_items(tokenizer, task, length, indices=wanted, seed=seed, **asked))
-
-    address = items_digest(ruler_spec(task, **asked), tokenizer=tokenizer.digest, length=length, seed=seed)
-    return PlannedSet("ruler", task, length, spec.items, made, address, build, spec.place, share, grows=True)
 
 
 def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
@@ -238,11 +283,19 @@ def _needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
         asked["essay"] = Essay(reader.prose(spec.haystack, spec.place), place=spec.place)
 
     def planned(length: int) -> PlannedSet:
+        def items(length: int, wanted: range) -> list[Item]:
+            return needle_items(tokenizer, length, indices=wanted, seed=seed, **asked)
+
         def build(wanted: range) -> bytes:
-            return write_items(needle_items(tokenizer, length, indices=wanted, seed=seed, **asked))
+            return write_items(items(length, wanted))
+
+        def check() -> None:
+            _probe(length, lambda length: items(length, range(spec.depths)))
 
         address = items_digest(needle_spec(**asked), tokenizer=tokenizer.digest, length=length, seed=seed)
-        return PlannedSet("needle", "needle", length, count, made, address, build, spec.place, spec.depths, grows=True)
+        return PlannedSet(
+            "needle", "needle", length, count, made, address, build, spec.place, spec.depths, grows=True, check=check
+        )
 
     return [planned(length) for length in spec.lengths]
 
@@ -264,46 +317,48 @@ def _perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int, reader: R
         def build(_: range) -> bytes:
             return write_windows([window for window in made() if window.length == length])
 
+        def check() -> None:  # as much of the text as surely has enough tokens, for the whole of it may be large
+            check_length(tokenizer, text[: 16 * max(spec.lengths)], max(spec.lengths))
+
         address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
-        return PlannedSet("perplexity", "perplexity", length, spec.blocks, spec.blocks, address, build, spec.place)
+        return PlannedSet(
+            "perplexity", "perplexity", length, spec.blocks, spec.blocks, address, build, spec.place, check=check
+        )
 
     return [planned(length) for length in spec.lengths]
 
 
-def _lm_eval(spec: LmEvalSpec, reader: Reader) -> list[PlannedSet]:
+def _lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, reader: Reader) -> list[PlannedSet]:
     """One unit a task: lm-evaluation-harness makes the items itself, on the worker; here only what it is told lies."""
     try:
         release = version("lm_eval")
     except PackageNotFoundError:
         raise BadInput(f"{spec.place}: lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'") from None
 
+    _frame(tokenizer, chat=spec.chat, place=spec.place)  # refuses a tokenizer without a template
+
     def planned(task: str) -> PlannedSet:
-        told: dict[str, Any] = {"task": task, "limit": spec.limit, "lm_eval": release}
+        told: dict[str, Any] = {"task": task, "limit": spec.limit, "lm_eval": release, "num_fewshot": spec.num_fewshot}
+        if spec.metadata:  # a task that makes its texts by it makes them for the tokenizer
+            told |= {"metadata": dict(spec.metadata), "tokenizer": tokenizer.digest}
+        if spec.chat:
+            told |= {"chat_template": tokenizer.chat_template}
         if task.endswith((".yaml", ".yml")):
             content = reader.read(task, spec.place)
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
-            told |= {"beside": _beside(Path(reader.path(task)))}
+            with _at(spec.place):
+                told |= {"beside": files_of(Path(reader.path(task)))}
         name = Path(task).stem if "content" in told else task
         told_as_bytes = canonical_json(told).encode()
-        return PlannedSet("lm_eval", name, 0, 1, 1, digest(told), lambda _: told_as_bytes, spec.place)
+
+        def check() -> None:
+            if "content" not in told and (trouble := trouble_with(task)):
+                raise BadInput(trouble)
+
+        return PlannedSet("lm_eval", name, 0, 1, 1, digest(told), lambda _: told_as_bytes, spec.place, check=check)
 
     sets = [planned(task) for task in spec.tasks]
     names = [entry.task for entry in sets]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise BadInput(f"{spec.place}: two tasks are called {doubled}; give one of the files another name")
     return sets
-
-
-def _beside(task: Path) -> dict[str, Any]:
-    """What lies in the folder of a task's file, which may include or read it: name → sha256, or size and time."""
-    if not task.is_file():  # in a bucket, where nothing lies beside it for the harness to read
-        return {}
-    files = sorted(path for path in task.parent.iterdir() if path.is_file())
-    return {path.name: _version(path) for path in files}
-
-
-def _version(path: Path) -> Any:
-    found = path.stat()
-    if found.st_size > MOST_HASHED:
-        return [found.st_size, found.st_mtime_ns]
-    return hashlib.sha256(path.read_bytes()).hexdigest()

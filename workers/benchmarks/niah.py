@@ -161,7 +161,7 @@ def pose(
 ) -> list[Item]:
     """Every question asked on as much haystack as fits with the longest of them.
 
-    `context(units)` is the haystack with all needles in it; `forecast` as in `budget.fill`; `haystack` is what it is called.
+    `context(units)` is the haystack with all needles in it, `haystack` its name; `forecast` as in `budget.fill`.
     """
     queries = [[needles.keys[key] for key in question] for question in needles.questions]
     endings = [

@@ -40,6 +40,23 @@ def position_blocks(length: int) -> NDArray[np.int8]:
     return np.floor(np.log2(np.maximum(positions, FIRST_BLOCK // 2) / (FIRST_BLOCK / 2))).astype(np.int8)
 
 
+def check_length(tokenizer: Tokenizer, text: str, length: int) -> None:
+    """Refuses a text that is shorter than a window of this length.
+
+    A text is not repeated to fill one: a model that remembers the first time would need no more of the context.
+    """
+    special = tokenizer.count("")
+    _check(tokenizer.count(text) - special, length - special)
+
+
+def _check(tokens: int, most: int) -> None:
+    if tokens < most:
+        raise BadInput(
+            f"perplexity: the text has {tokens} tokens, the longest window {most}; give `text:` a longer one, or take"
+            " that length out"
+        )
+
+
 def windows(tokenizer: Tokenizer, text: str, lengths: Sequence[int], *, items: int) -> list[Window]:
     """`items` windows for each length, in the order of `lengths`, their ends spread evenly over the text.
 
@@ -49,8 +66,7 @@ def windows(tokenizer: Tokenizer, text: str, lengths: Sequence[int], *, items: i
     special = tokenizer.encode("")
     ids = np.asarray(tokenizer.encode(text)[len(special) :], dtype=np.int32)
     most = max(lengths) - len(special)
-    if len(ids) < most:
-        raise BadInput(f"perplexity: the text has {len(ids)} tokens, a window {most}; give a longer text")
+    _check(len(ids), most)
     ends = np.linspace(len(ids), most, num=items).astype(int)[::-1]
     found: list[Window] = []
     for length in lengths:

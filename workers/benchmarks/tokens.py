@@ -27,7 +27,7 @@ class Tokenizer:
         tokenizer_json: bytes,
         *,
         chat_template: str | None = None,
-        bos_token: str = "",
+        special_tokens: Mapping[str, str] | None = None,
         place: str = "tokenizer.json",
     ) -> None:
         import tokenizers
@@ -39,7 +39,9 @@ class Tokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.chat_template = chat_template
-        self._bos_token = "" if self._tokenizer.encode("").ids else bos_token
+        self._special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
+        if self._tokenizer.encode("").ids:
+            self._special_tokens["bos_token"] = ""
         self.place = place
         self.digest = hashlib.sha256(tokenizer_json).hexdigest()
 
@@ -54,15 +56,16 @@ class Tokenizer:
         """The tokenizer in those of `TOKENIZER_FILES` that there are; `chat_template` replaces its own."""
         if "tokenizer.json" not in files:
             raise BadInput(f"{place}/tokenizer.json: no such file; give a checkpoint with a fast tokenizer")
-        config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
-        if chat_template is None and "chat_template.jinja" in files:
-            chat_template = files["chat_template.jinja"].decode("utf-8")
-        elif chat_template is None and isinstance(config.get("chat_template"), str):
-            chat_template = config["chat_template"]
+        try:
+            config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
+            if chat_template is None and "chat_template.jinja" in files:
+                chat_template = files["chat_template.jinja"].decode("utf-8")
+        except ValueError as error:
+            raise CorruptData(f"{place}: tokenizer_config.json or chat_template.jinja is broken ({error})") from error
         return cls(
             files["tokenizer.json"],
-            chat_template=chat_template,
-            bos_token=_token_text(config.get("bos_token")),
+            chat_template=chat_template if chat_template is not None else _default(config.get("chat_template")),
+            special_tokens={name: _text(token) for name, token in config.items() if name in ("bos_token", "eos_token")},
             place=f"{place}/tokenizer.json",
         )
 
@@ -98,29 +101,21 @@ class Tokenizer:
 
         A beginning-of-text token that encoding adds anyway is left out. `BadInput` if there is no template.
         """
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
+        from workers.benchmarks.chat_template import chat_frame
 
         if self.chat_template is None:
             raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        message = "\x00message\x00"
-        text = environment.from_string(self.chat_template).render(
-            messages=[{"role": "user", "content": message}],
-            add_generation_prompt=True,
-            bos_token=self._bos_token,
-            eos_token="",
-            raise_exception=_refuse,
-        )
-        before, found, after = text.partition(message)
-        if not found:
-            raise BadInput(f"{self.place}: the chat template does not show the user's message; ask it plainly")
-        return before, after
+        return chat_frame(self.chat_template, self._special_tokens, self.place)
 
 
-def _token_text(token: Any) -> str:
+def _default(templates: Any) -> str | None:
+    """The template that tokenizer_config.json has; of several, by name, the one called default."""
+    if isinstance(templates, list):
+        named: list[Any] = templates
+        templates = next((entry["template"] for entry in named if entry.get("name") == "default"), None)
+    return templates if isinstance(templates, str) else None
+
+
+def _text(token: Any) -> str:
     """A special token as tokenizer_config.json writes it: a string, or a record with its content."""
     return str(token.get("content", "") if isinstance(token, dict) else token or "")
-
-
-def _refuse(message: str) -> None:
-    raise BadInput(f"chat template: {message}")

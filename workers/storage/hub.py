@@ -40,6 +40,7 @@ FIRST_CONTACT_SECONDS = 15.0  # a hub that never answered is more likely out of 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = r"refs/(?:pr|convert)/[\w.-]+|[^/@]+"
 URL = re.compile(rf"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>{REVISION}))?(?:/(?P<folder>.+))?")
+DATASET = "hf://datasets/"
 Result = TypeVar("Result")
 
 
@@ -53,13 +54,18 @@ class Located:
 
 
 class HubStore:
-    """The files of one model repository at one commit, which is looked up once, on first use."""
+    """The files of one model or dataset repository at one commit, which is looked up once, on first use."""
 
     def __init__(self, url: str) -> None:
-        parts = URL.fullmatch(url.rstrip("/"))
-        if parts is None:
-            raise BadInput(f"{url}: a hub URL has the form hf://organisation/name@revision")
         self._url = url.rstrip("/")
+        dataset = URL.fullmatch("hf://" + self._url.removeprefix(DATASET)) if self._url.startswith(DATASET) else None
+        parts = dataset or URL.fullmatch(self._url)
+        if parts is None:
+            raise BadInput(
+                f"{url}: a hub URL has the form hf://organisation/name@revision, or hf://datasets/organisation/name"
+            )
+        self._kind = "dataset" if dataset else "model"
+        self._home = "datasets/" if dataset else ""
         self._repository: str = parts["repository"]
         self._revision = unquote(parts["revision"] or "main")
         self._folder = f"{check_key(parts['folder'])}/" if parts["folder"] else ""
@@ -74,7 +80,7 @@ class HubStore:
 
     @property
     def pinned_url(self) -> str:
-        return f"hf://{self._repository}@{self._pinned()}/{self._folder}".rstrip("/")
+        return f"hf://{self._home}{self._repository}@{self._pinned()}/{self._folder}".rstrip("/")
 
     def locate(self, key: str) -> ObjectInfo:
         return self._locate(check_key(key)).info
@@ -136,7 +142,9 @@ class HubStore:
                 api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
                 told = self._patiently(
                     "",
-                    lambda: api.model_info(self._repository, revision=self._revision, timeout=stall_seconds()),
+                    lambda: api.repo_info(
+                        self._repository, repo_type=self._kind, revision=self._revision, timeout=stall_seconds()
+                    ),
                     most=FIRST_CONTACT_SECONDS,
                 )
                 if not told.sha:
@@ -146,7 +154,9 @@ class HubStore:
 
     def _tree(self, folder: str) -> list[RepoFile]:
         api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
-        tree = api.list_repo_tree(self._repository, folder or None, recursive=True, revision=self._pinned())
+        tree = api.list_repo_tree(
+            self._repository, folder or None, recursive=True, revision=self._pinned(), repo_type=self._kind
+        )
         try:
             return [entry for entry in tree if isinstance(entry, RepoFile)]
         except errors.EntryNotFoundError:  # no such folder: nothing begins with this prefix
@@ -167,7 +177,13 @@ class HubStore:
         return known
 
     def _ask_where(self, key: str) -> Located:
-        url = hf_hub_url(self._repository, self._folder + key, revision=self._pinned(), endpoint=self._endpoint)
+        url = hf_hub_url(
+            self._repository,
+            self._folder + key,
+            repo_type=self._kind,
+            revision=self._pinned(),
+            endpoint=self._endpoint,
+        )
         told = get_hf_file_metadata(url, timeout=stall_seconds(), library_name="mergeyard", endpoint=self._endpoint)
         if told.etag is None or told.size is None:
             raise StorageError(f"{self._place(key)}: the hub gives no ETag or no size for this file")
@@ -227,7 +243,7 @@ class HubStore:
 
     def _translated(self, error: Exception, key: str) -> MergeyardError:
         place = self._place(key)
-        page = f"{self._endpoint}/{self._repository}"
+        page = f"{self._endpoint}/{self._home}{self._repository}"
         match error:
             case errors.GatedRepoError():
                 return AccessDenied(f"{self._url} is gated; accept the terms at {page} and log in with `hf auth login`")

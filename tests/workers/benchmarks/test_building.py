@@ -12,7 +12,7 @@ from jobs.errors import BadInput
 from jobs.evaluation import ItemSet
 from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
 from workers.benchmarks.answering import read_squad
-from workers.benchmarks.building import PlannedSet, Reader, default_tasks, planned_sets, stored
+from workers.benchmarks.building import PlannedSet, Reader, check_sets, default_tasks, planned_sets, stored
 from workers.benchmarks.items import read_items
 from workers.benchmarks.perplexity import read_windows
 from workers.benchmarks.ruler import TASKS
@@ -210,9 +210,28 @@ def test_windows_of_all_lengths_end_at_the_same_tokens(tokenizer: Tokenizer, sto
     assert [window.index for window in read_windows(part(stored(planned[0], store), store), 1, 3)] == [1, 2]
 
 
-def test_a_slice_of_a_large_set_is_that_slice(tokenizer: Tokenizer, store: Store) -> None:
-    spec = replace(RULER, tasks=("niah_single_1",), lengths=(256,), items=140)
-    data = part(stored(plan_ruler(tokenizer, spec)[0], store), store)
+def test_a_large_set_is_built_and_written_in_parts_of_whole_haystacks(tokenizer: Tokenizer, store: Store) -> None:
+    asked: list[range] = []
+
+    def build(wanted: range) -> bytes:
+        asked.append(wanted)
+        return b"items"
+
+    few, many = (
+        replace(plan_ruler(tokenizer, replace(RULER, questions=questions))[0], build=build, made=150)
+        for questions in (1, 12)
+    )
+    assert [(first, last) for first, last, _ in stored(few, store).parts] == [(0, 64), (64, 128), (128, 150)]
+    assert [(first, last) for first, last, _ in stored(many, store).parts] == [(0, 60), (60, 120), (120, 150)]
+    assert [len(wanted) for wanted in asked] == [64, 64, 22, 60, 60, 30]
+    asked.clear()
+    stored(replace(few, length=1 << 20, digest="of a million tokens"), store)
+    assert max(len(wanted) for wanted in asked) * (1 << 20) <= 1 << 24
+
+
+def test_a_slice_of_a_large_file_is_that_slice(tokenizer: Tokenizer) -> None:
+    [planned] = plan_ruler(tokenizer, replace(RULER, tasks=("niah_single_1",), lengths=(256,)))
+    data = planned.build(range(140))
     everything = read_items(data)
     for first, last in ((0, 1), (60, 70), (64, 128), (127, 140), (139, 140)):
         assert read_items(data, first, last) == everything[first:last]
@@ -273,12 +292,101 @@ def test_what_cannot_be_asked_is_refused_with_file_and_line(
 
 
 def test_a_length_in_which_nothing_fits_is_refused_with_file_and_line(tokenizer: Tokenizer, store: Store) -> None:
-    [planned] = plan_ruler(tokenizer, replace(RULER, tasks=("vt",), lengths=(128,)))
-    with pytest.raises(BadInput, match=r"job.yaml:7: vt: no prompt fits in 128 tokens; the smallest length that does"):
-        stored(planned, store)
+    planned = plan_ruler(tokenizer, replace(RULER, tasks=("vt",), lengths=(128, 2048)))
+    told = r"job.yaml:7: vt: no prompt fits in 128 tokens; the smallest length that does"
+    with pytest.raises(BadInput, match=told):
+        stored(planned[0], store)
+    with pytest.raises(BadInput, match=told):
+        check_sets(planned)
+
+
+def test_every_kind_of_prompt_is_tried_while_planning_and_none_at_its_full_length(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # in this tiny vocabulary, cwe's longer list from 4,096 tokens on needs more than that
+    planned = plan_ruler(tokenizer, replace(RULER, tasks=("cwe",), lengths=(2048, 4096, 1 << 30)))
+    with pytest.raises(BadInput, match=r"job.yaml:7: cwe: no prompt fits in 4096 tokens"):
+        check_sets(planned)
+    check_sets([planned[0], planned[2]])
+
+
+def test_a_text_too_short_for_perplexity_is_refused_before_it_is_read_whole(tokenizer: Tokenizer) -> None:
+    spec = PerplexitySpec(lengths=(256, 131_072), place="job.yaml:9")
+    planned = planned_sets(Evaluation(perplexity=spec), tokenizer, 0, Reader())
+    with pytest.raises(
+        BadInput, match=r"job.yaml:9: perplexity: the text has \d+ tokens, the longest window 131072; give"
+    ):
+        check_sets(planned)
+    check_sets(planned_sets(Evaluation(perplexity=replace(spec, lengths=(256,))), tokenizer, 0, Reader()))
+
+
+@pytest.mark.parametrize("task", ["arc_easy", "longbench2", "flores_afr-eng", "niah_single_1"])
+def test_tasks_of_the_harness_are_known_without_asking_it(tokenizer: Tokenizer, task: str) -> None:
+    spec = LmEvalSpec(tasks=(task,), place="job.yaml:10")
+    check_sets(planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader()))
+
+
+def test_a_misspelt_task_of_the_harness_is_refused_with_the_nearest(tokenizer: Tokenizer) -> None:
+    planned = planned_sets(
+        Evaluation(lm_eval=LmEvalSpec(tasks=("arc_eazy",), place="job.yaml:10")), tokenizer, 0, Reader()
+    )
+    with pytest.raises(BadInput, match=r'job.yaml:10: lm_eval has no task "arc_eazy"; did you mean "arc_easy"\?'):
+        check_sets(planned)
 
 
 def test_more_items_than_there_are_questions_are_refused(tokenizer: Tokenizer, store: Store, squad: Path) -> None:
     spec = RulerSpec(lengths=(512,), tasks=("qa_1",), items=9, documents={"qa_1": str(squad)}, place="job.yaml:7")
     with pytest.raises(BadInput, match=r"job.yaml:7: qa: item 3 of only 3 questions; ask for fewer items"):
         stored(plan_ruler(tokenizer, spec)[0], store)
+    with pytest.raises(BadInput, match=r"job.yaml:7: qa: item 8 of only 3 questions; ask for fewer items"):
+        check_sets(plan_ruler(tokenizer, spec))
+
+
+def test_what_a_task_reads_anywhere_is_part_of_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    (tmp_path / "task" / "data").mkdir(parents=True)
+    (tmp_path / "task" / "mine.yaml").write_text("task: mine\ninclude: ../common\nprocess_docs: !function own.docs\n")
+    (tmp_path / "common").write_text("include: [deeper.yaml]\n")
+    (tmp_path / "deeper.yaml").write_text(f"dataset_kwargs: {{data_files: {{test: {tmp_path}/far.json}}}}\n")
+    read = [tmp_path / "task/data/docs.json", tmp_path / "common", tmp_path / "deeper.yaml", tmp_path / "far.json"]
+    for path in read:
+        path.touch()
+    spec = LmEvalSpec(tasks=("task/mine.yaml",), place="job.yaml:10")
+
+    def digest() -> str:
+        [planned] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+        return planned.digest
+
+    found = [digest()]
+    for path in read:
+        with path.open("a") as file:
+            file.write("\n# more\n")
+        found.append(digest())
+    (tmp_path / "task" / "__pycache__").mkdir()
+    (tmp_path / "task" / "__pycache__" / "own.pyc").touch()
+    (tmp_path / "beside").touch()
+    assert len({*found}) == 5 and digest() == found[-1]
+
+
+def test_a_task_among_thousands_of_files_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.benchmarks.lm_eval_files.MOST_FILES", 3)
+    for name in ("mine.yaml", "a", "b", "c"):
+        (tmp_path / name).write_text("task: mine\n")
+    spec = LmEvalSpec(tasks=("mine.yaml",), place="job.yaml:10")
+    with pytest.raises(BadInput, match=r"job.yaml:10: .*more than 3 files lie in its folder, .* of its own"):
+        planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+
+
+def test_what_a_task_of_the_harness_is_told_is_part_of_it(tokenizer: Tokenizer, parents: Path, store: Store) -> None:
+    plain = LmEvalSpec(tasks=("arc_easy",), place="job.yaml:10")
+    specs = [plain, replace(plain, num_fewshot=2), replace(plain, chat=True), replace(plain, metadata={"length": (8,)})]
+    sets = [planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader())[0] for spec in specs]
+    assert len({entry.digest for entry in sets}) == 4
+    told = [json.loads(part(stored(entry, store), store)) for entry in sets]
+    assert [entry["num_fewshot"] for entry in told] == [None, 2, None, None]
+    assert told[2]["chat_template"] == (parents / "base" / "chat_template.jinja").read_text()
+    assert told[3]["metadata"] == {"length": [8]}
+    without = Tokenizer((parents / "base" / "tokenizer.json").read_bytes())
+    with pytest.raises(BadInput, match=r"job.yaml:10: .*the checkpoint has no chat template; ask it plainly"):
+        planned_sets(Evaluation(lm_eval=specs[2]), without, 0, Reader())

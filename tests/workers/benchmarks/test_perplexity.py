@@ -29,5 +29,5 @@ def test_windows_of_all_lengths_end_at_the_same_tokens(tokenizer: Tokenizer) -> 
 
 
 def test_a_text_shorter_than_a_window_is_refused(tokenizer: Tokenizer) -> None:
-    with pytest.raises(BadInput, match="give a longer text"):
+    with pytest.raises(BadInput, match="5 tokens, the longest window 512; give `text:` a longer one"):
         windows(tokenizer, "Too short.", [512], items=1)

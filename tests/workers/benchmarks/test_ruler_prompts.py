@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from jobs.errors import BadInput
@@ -312,6 +315,44 @@ def test_hotpotqa_documents_begin_with_their_title(tokenizer: Tokenizer) -> None
     [item] = ruler_items(tokenizer, "qa_2", 4096, indices=[0], seed=3, documents=library)
     assert ":\nLondon\nLondon is on the Thames.\n\n" in item.text and ":\nParis\nIt is in France.\n\n" in item.text
     assert item.answers == ("Thames",)
+
+
+def as_parquet(rows: list[dict[str, object]]) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows), sink)
+    return sink.getvalue()
+
+
+def test_the_hub_s_parquet_files_are_the_same_libraries() -> None:
+    squad = [
+        {
+            "id": str(number),
+            "title": article["title"],
+            "context": paragraph["context"],
+            "question": asked["question"],
+            "answers": {
+                "text": [answer["text"] for answer in asked["answers"]],
+                "answer_start": [0] * len(asked["answers"]),
+            },
+        }
+        for article in SQUAD["data"]
+        for paragraph in article["paragraphs"]
+        for number, asked in enumerate(paragraph["qas"] or [{"question": "None?", "answers": []}])
+    ]
+    assert read_squad(as_parquet(squad)) == read_squad(json.dumps(SQUAD).encode())
+    hotpot = [
+        {
+            **asked,
+            "context": {
+                "title": [title for title, _ in asked["context"]],
+                "sentences": [sentences for _, sentences in asked["context"]],
+            },
+        }
+        for asked in HOTPOT
+    ]
+    assert read_hotpotqa(as_parquet(hotpot)) == read_hotpotqa(json.dumps(HOTPOT).encode())
+    with pytest.raises(BadInput, match="not the columns of the hub's file"):
+        read_squad(as_parquet(hotpot))
 
 
 def test_question_answering_without_its_files_is_refused(tokenizer: Tokenizer) -> None:

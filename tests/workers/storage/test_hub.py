@@ -70,6 +70,20 @@ def test_a_folder_of_a_repository_is_a_store() -> None:
     assert store.pinned_url == f"hf://someone/cos@{COMMIT}/extra"
 
 
+def test_a_dataset_is_a_repository_of_its_own(hub_server: HubServer) -> None:
+    hub_server.publish(
+        "datasets/someone/cos", {"dev.json": b"{}", "more/big.bin": WEIGHTS[:20_000]}, commit=OTHER_COMMIT
+    )
+    store = open_store("hf://datasets/someone/cos@main")
+    assert store.pinned_url == f"hf://datasets/someone/cos@{OTHER_COMMIT}"
+    assert sorted(info.key for info in store.list()) == ["dev.json", "more/big.bin"]
+    assert bytes(store.read("dev.json")) == b"{}"
+    assert bytes(open_store("hf://datasets/someone/cos/more").read("big.bin", start=9, length=99)) == WEIGHTS[9:108]
+    assert bytes(open_store("hf://someone/cos").read("config.json")) == FILES["config.json"], "the model of that name"
+    with pytest.raises(ObjectMissing, match="hf://datasets/someone/absent: there is no such repository"):
+        open_store("hf://datasets/someone/absent").locate("dev.json")
+
+
 def test_the_commit_is_pinned_on_first_use(hub_server: HubServer) -> None:
     store = open_store("hf://someone/cos@main")
     assert store.pinned_url == f"hf://someone/cos@{COMMIT}"

@@ -1,0 +1,61 @@
+"""What a chat template puts around a user's message, rendered as transformers renders it, but for the date."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from jinja2.ext import Extension, loopcontrols
+from jinja2.nodes import Node
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from jobs.errors import BadInput
+
+TODAY = datetime(2024, 7, 26)
+"""The day on which every prompt is asked, so that it is the same tomorrow: what Llama's template falls back on."""
+
+_MESSAGE = "\x00message\x00"
+
+
+class _Generation(Extension):
+    """`{% generation %}` marks what the assistant says, for training; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+    def parse(self, parser: Parser) -> list[Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def chat_frame(template: str, special_tokens: Mapping[str, str], place: str) -> tuple[str, str]:
+    """What stands before and after a user's message, with the assistant's turn opened.
+
+    `BadInput` for a template that does not render, or does not show the message as it is.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
+    )
+    conversation: dict[str, Any] = {
+        "messages": [{"role": "user", "content": _MESSAGE}],
+        "add_generation_prompt": True,
+        "raise_exception": _refuse,
+        "strftime_now": TODAY.strftime,
+        **special_tokens,
+    }
+    try:
+        text = environment.from_string(template).render(conversation)
+    except BadInput:
+        raise
+    except Exception as error:  # a template is a program, and fails as one
+        told = " ".join(str(error).split())
+        raise BadInput(f"{place}: the chat template fails ({told}); ask the checkpoint plainly") from error
+    before, found, after = text.partition(_MESSAGE)
+    if not found:
+        raise BadInput(f"{place}: the chat template does not show the user's message; ask it plainly")
+    return before, after
+
+
+def _refuse(message: str) -> None:
+    raise BadInput(f"chat template: {' '.join(message.split())}")
