@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tomllib
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
@@ -32,6 +33,12 @@ def test_nobody_objects_to_an_overlay(rendered: dict[str, list[Document]], overl
 
 def test_every_overlay_is_looked_at(rendered: dict[str, list[Document]]) -> None:
     assert tuple(rendered) == OVERLAYS
+
+
+def test_nothing_stands_in_the_folder_twice() -> None:
+    files = [path for path in (ROOT / "infra").rglob("*") if path.is_file()]
+    twice = [count for count in Counter(path.read_bytes() for path in files).values() if count > 1]
+    assert len(files) > 30 and twice == []
 
 
 def test_each_overlay_is_what_its_name_says(rendered: dict[str, list[Document]]) -> None:
