@@ -113,12 +113,6 @@ def name_template(text: str, place: str) -> Template:
     return Template(_parts(text, NAME_PLACEHOLDER, place), place)
 
 
-def substitute(value: str, bindings: Bindings, place: str) -> Value:
-    """`value` with every `${…}` replaced; exactly one placeholder gives its value itself, number or text."""
-    parsed = template(value, place)
-    return value if parsed is None else parsed.bind(bindings)
-
-
 def render(template: str, bindings: Bindings, place: str) -> str:
     """A point's name from its template with `{…}`."""
     return name_template(template, place).render(bindings)

@@ -179,11 +179,6 @@ def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction
     return _interpolated(tuple(part for part in setting if isinstance(part, Fraction)), position)
 
 
-def parse_recipe(node: Node, bindings: Bindings) -> Recipe:
-    """The recipe that stands at `node`, with its placeholders bound."""
-    return recipe_template(node).bind(bindings)
-
-
 def recipe_template(node: Node) -> RecipeTemplate:
     """The recipe that stands at `node`, its form checked, its placeholders kept."""
     for key, remedy in WHOLE_MODELS_ONLY.items():

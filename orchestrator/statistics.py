@@ -115,22 +115,12 @@ def paired_sample(
 def macro_weights(cells: Sequence[Cell], length_weights: Mapping[int, float] | None = None) -> FloatArray:
     """Weight of each cell in the macro score, summing to 1: tasks count alike within a length, lengths as given.
 
-    Without `length_weights` lengths count alike; see `increasing_weights` for RULER's wAvg.
+    Without `length_weights` lengths count alike.
     """
     tasks_at = Counter(cell.length for cell in cells)
     share = {length: 1.0 if length_weights is None else length_weights[length] for length in tasks_at}
     total = sum(share.values())
     return np.array([share[cell.length] / total / tasks_at[cell.length] for cell in cells])
-
-
-def increasing_weights(lengths: Sequence[int]) -> dict[int, float]:
-    """RULER's wAvg(inc), arXiv 2404.06654: the shortest length counts 1, the next 2, and so on."""
-    return {length: float(rank) for rank, length in enumerate(sorted(set(lengths)), start=1)}
-
-
-def decreasing_weights(lengths: Sequence[int]) -> dict[int, float]:
-    """RULER's wAvg(dec), arXiv 2404.06654: the longest length counts 1, the next shorter 2, and so on."""
-    return {length: float(rank) for rank, length in enumerate(sorted(set(lengths), reverse=True), start=1)}
 
 
 def macro_mean(

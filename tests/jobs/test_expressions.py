@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import BadInput
-from jobs.expressions import evaluate, format_number, names, render, substitute
+from jobs.expressions import evaluate, format_number, names, render, template
 
 W = {"w": Fraction(7, 10), "lambda": Fraction(2), "method": "ties", "n_2": Fraction(-3)}
 
@@ -137,18 +137,22 @@ def test_no_text_does_worse_than_bad_input(text: str) -> None:
         ("${method}", "ties"),
         ("dare_${method}", "dare_ties"),
         ("a${w}b${1 - w}", "a0.7b0.3"),
-        ("plain", "plain"),
-        ("$w {w}", "$w {w}"),
     ],
 )
-def test_substitute_gives_the_value_itself_for_exactly_one_placeholder(value: str, expected: Fraction | str) -> None:
-    assert substitute(value, W, "job.yaml:6") == expected
+def test_exactly_one_placeholder_gives_the_value_itself(value: str, expected: Fraction | str) -> None:
+    parsed = template(value, "job.yaml:6")
+    assert parsed is not None and parsed.bind(W) == expected
+
+
+@pytest.mark.parametrize("value", ["plain", "$w {w}"])
+def test_what_has_no_placeholder_is_no_template(value: str) -> None:
+    assert template(value, "job.yaml:6") is None
 
 
 @pytest.mark.parametrize("value", ["${w", "${}", "a${w}b${", "${{w}}", "${w{}", "${w}" * 101])
 def test_broken_placeholders_are_refused(value: str) -> None:
     with pytest.raises(BadInput, match=r"^job\.yaml:6: "):
-        substitute(value, W, "job.yaml:6")
+        template(value, "job.yaml:6")
 
 
 def test_point_names_are_written_as_a_person_would() -> None:

@@ -11,7 +11,7 @@ import yaml
 
 from jobs.errors import BadInput
 from jobs.loading import load_document
-from jobs.recipe import Filtered, Recipe, parse_recipe, recipe_template, setting_at
+from jobs.recipe import Filtered, Recipe, recipe_template, setting_at
 
 TIES = """\
 merge_method: ties
@@ -38,7 +38,7 @@ chat_template: chatml
 
 
 def read(text: str, **bindings: Fraction | str) -> Recipe:
-    return parse_recipe(load_document(text, "recipe.yml"), bindings)
+    return recipe_template(load_document(text, "recipe.yml")).bind(bindings)
 
 
 def refusal(text: str, **bindings: Fraction | str) -> str:

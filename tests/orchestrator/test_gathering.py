@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from jobs.errors import CorruptData
 from jobs.loading import load_document
 from jobs.manifest import Manifest, weights_digest
-from jobs.recipe import parse_recipe
+from jobs.recipe import recipe_template
 from orchestrator.driver import RunResult, drive
 from orchestrator.planning import Plan, make_plan
 from orchestrator.pool import InProcessPool
@@ -98,7 +98,7 @@ def test_the_manifest_is_the_last_file(finished: Path):
 
 def test_the_recipe_beside_a_point_is_the_points_recipe(finished: Path, plan: Planning):
     text = (point(finished) / "mergekit_config.yml").read_text()
-    assert parse_recipe(load_document(text, "job.yaml"), {}) == plan().points[0].point.recipe
+    assert recipe_template(load_document(text, "job.yaml")).bind({}) == plan().points[0].point.recipe
     assert yaml.safe_load(text)["models"][1] == {"model": "fmt", "parameters": {"weight": 0.75}}
 
 

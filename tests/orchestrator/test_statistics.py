@@ -17,12 +17,10 @@ from orchestrator.statistics import (
     bootstrap_macro,
     cell_sample,
     confidence_sequence,
-    decreasing_weights,
     design_effect,
     difference_test,
     flip_rate,
     holm,
-    increasing_weights,
     items_for_effect,
     macro_difference,
     macro_mean,
@@ -102,9 +100,7 @@ def test_macro_error_counts_the_covariance_of_shared_haystacks():
 def test_equal_cells_weigh_as_in_ruler():
     cells = [Cell("vt", 4096), Cell("cwe", 4096), Cell("vt", 8192)]
     assert macro_weights(cells).tolist() == [0.25, 0.25, 0.5]
-    lengths = [4096, 8192, 16384, 32768, 65536, 131072]
-    assert [increasing_weights(lengths)[length] for length in lengths] == [1, 2, 3, 4, 5, 6]
-    assert [decreasing_weights(lengths)[length] for length in lengths] == [6, 5, 4, 3, 2, 1]
+    assert macro_weights(cells, {4096: 1, 8192: 2}).tolist() == pytest.approx([1 / 6, 1 / 6, 2 / 3])
 
 
 def test_bad_scores_are_refused_with_their_cell():

@@ -8,13 +8,13 @@ import pytest
 
 from jobs.errors import BadInput
 from jobs.loading import load_document
-from jobs.recipe import Recipe, parse_recipe
+from jobs.recipe import Recipe, recipe_template
 from jobs.tasks import Setting
 from workers.methods.settings import check_recipe, resolve
 
 
 def recipe(text: str) -> Recipe:
-    return parse_recipe(load_document(textwrap.dedent(text).strip(), "job.yaml"), {})
+    return recipe_template(load_document(textwrap.dedent(text).strip(), "job.yaml")).bind({})
 
 
 def setting(text: str, *, tensor: str = "x", position: float = 0.0, exact: bool = True) -> Setting:
