@@ -104,10 +104,10 @@ class Session:
             lease.check()
 
     def run(self) -> EvaluationResult:
-        self._lease.confirm()
         """The race or the whole grid, then the parents, then the noise floor."""
         asked = self._asked
         self._running = True
+        self._lease.confirm()
         self._ledger.store.delete(VERDICT)  # what an earlier evaluation made of a gate holds no more
         self.make([*asked.points.values(), *asked.baselines.values()])
         if asked.race is not None:
@@ -115,17 +115,17 @@ class Session:
         stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
         self.ask(stayed, f"evaluating {len(stayed)} points")
         self.ask([*asked.baselines.values()], "evaluating the parents")
-        self._lease.confirm()
         leader = asked.points[self._standing()[0].point]
         result = self._result(noise=self._noise(leader), finished=True)
         self._running = False
+        self._lease.confirm()
+        write_results(self._ledger.store, result)
+        return result
+
     def conclude(self, verdict: Mapping[str, object]) -> None:
         """Leaves what a gate says in the run, as `gate/verdict.json`."""
         self._lease.confirm()
         self._ledger.store.write(VERDICT, json.dumps(verdict, indent=1).encode())
-
-        write_results(self._ledger.store, result)
-        return result
 
     def close(self) -> None:
         """Lets go of the workers."""
@@ -257,10 +257,10 @@ class Session:
 
         Not while a gate asks: what is seen then is the evaluation that ended.
         """
-        self._lease.confirm()
         if not self._running or time.monotonic() - self._renewed < self._pause:
             return
         began = time.monotonic()
+        self._lease.confirm()
         write_results(self._ledger.store, self._result(noise=None, finished=False))
         self._page.renew()
         self._renewed = time.monotonic()

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0
 """How long a dashboard may be away while its job is followed."""
+
 LOG_BYTES_A_SECOND = 100_000
 """How much of a job's log is asked for while it is followed: it always comes whole, from its first line on."""
-
 
 STOP_SECONDS = 60.0
 OUR_CODES = (1, 2, 3, 75)
@@ -58,8 +58,8 @@ class Submission:
     number: int
     state: str
     exit_code: int | None
-    code: str
     message: str
+    code: str
     lost: bool
 
     @property
@@ -214,8 +214,8 @@ def _submission(details: JobDetails, number: int) -> Submission:
         number=number,
         state=str(state.value).lower(),
         exit_code=details.driver_exit_code,
-        code=(details.metadata or {}).get("code", ""),
         message=details.message or "",
+        code=(details.metadata or {}).get("code", ""),
         lost=(details.error_type or "").startswith("JOB_SUPERVISOR"),
     )
 

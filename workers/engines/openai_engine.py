@@ -205,14 +205,14 @@ class OpenAIEngine:
         if key := self._key():
             headers["Authorization"] = f"Bearer {key}"
         try:
+            if not connection.sock:
+                self._connect(connection)
             connection.request(method, self._parts.path + path, json.dumps(body) if body else None, headers)
             response = connection.getresponse()
             return response.status, response.read().decode(errors="replace")
         except BaseException:
             connection.close()
             raise
-            if not connection.sock:
-                self._connect(connection)
 
     def _connect(self, connection: http.client.HTTPConnection) -> None:
         """Opens the connection; `BadInput` where it would lead, or has led, to what no job may ask.
