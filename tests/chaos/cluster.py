@@ -22,7 +22,7 @@ from tests.seaweedfs import SeaweedFS
 PORT = 6379
 DESK = "desk"
 BUCKET = "tests"
-START_SECONDS = 180
+START_SECONDS = 300
 WORKER_MEMORY = 3_000_000_000
 MERGE_TASK = "ray::_merge"
 
@@ -31,6 +31,8 @@ class Cluster:
     """A head without workers, nodes `node1` … of one CPU each, and the store, which all reach through a fault proxy.
 
     A `desk` is a part of the cluster without a CPU, for a driver apart from the head; it is begun where it is needed.
+    Its processes are apart, because a driver joins the Ray that it sees running, the head's before all others.
+
     `direct` leaves the proxy out. Ray is started with the settings that infra/ray/environment.sh has for every cluster.
     Everything runs a copy of the code as it is now, so that it may be worked on meanwhile.
     """
@@ -186,7 +188,7 @@ class Cluster:
 @contextmanager
 def started(nodes: int, *, megabits: float | None = None, direct: bool = False) -> Iterator[Cluster]:
     """A cluster that runs, with the link of each node limited to so many megabits a second; gone at the end."""
-    with Network(["head", "store", DESK, *(f"node{number}" for number in range(1, nodes + 1))]) as network:
+    with Network(["head", "store", DESK, *(f"node{number}" for number in range(1, nodes + 1))], [DESK]) as network:
         cluster = Cluster(network, nodes, direct=direct)
         try:
             cluster.start()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tests.chaos.cluster import DESK, MERGE_TASK
 from tests.chaos.yard import EVALUATION, MERGE, MERGE_IN_PARTS, MERGE_TO_DISK, TRY_AGAIN, Later, Trial, Work, Wrong
@@ -24,20 +25,22 @@ LEASE_KEY = "lease.json"
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, how often `make chaos` tries it, and on what work.
+    """A fault, how often `make chaos` tries it, when, and on what work.
 
-    With `holds`, it strikes the node that has the last of the work. `served` is how many requests the proxy has to
-    have answered wrongly by the end. `driver` is the machine on which `mergeyard run` is called first.
+    It strikes at random, at once, amid the work (some is done, and half is left), or when only the fifth shard of every
+    point is left, which is held up meanwhile. One that `loses` a node waits until its work was given out again.
+    `served` is how many requests the proxy has to have failed in the end. `driver` is where `mergeyard run` is called
+    first.
     """
 
     name: str
     strike: Callable[[Trial], Later | None]
-    times: int
-    holds: bool = False
+    times: int = 1
+    when: Literal["at random", "at once", "amid", "held"] = "at random"
     work: Work = MERGE
+    loses: bool = False
     served: int = 0
     driver: str = "head"
-    at_once: bool = False
 
 
 def kill_worker(trial: Trial) -> None:
@@ -139,6 +142,7 @@ def second_driver(trial: Trial) -> None:
     """Another `run` of the same job, begun while the first is at it."""
     _some_worker(trial)
     second = trial.cluster.command("run", trial.job, "--in-process", "--json").ended()
+    trial.cluster.proxy.heal()
     if second.code != TRY_AGAIN or "already driven by process" not in second.err:
         raise Wrong(f"two drivers: the second ended with {second.code}: {second.err}")
 
@@ -178,6 +182,7 @@ def damage_receipts(trial: Trial) -> None:
     kill_driver(trial)
     _wait(lambda: not trial.cluster.busy(), "the workers of a dead driver go on")
     trial.cluster.proxy.fail("GET", "flip", times=3, key="/receipts/.*json")
+    trial.start()
 
 
 def kill_evaluator(trial: Trial) -> None:
@@ -237,28 +242,33 @@ def _wait(condition: Callable[[], bool], otherwise: str) -> None:
         time.sleep(0.05)
 
 
-def _of_requests(name: str, method: str, what: str, times: int, key: str, work: Work = MERGE) -> Fault:
-    return Fault(name, requests(method, what, times, key), 1, work=work, served=times, at_once=work is MERGE_IN_PARTS)
+def _of_requests(name: str, method: str, what: str, times: int, key: str) -> Fault:
+    return Fault(name, requests(method, what, times, key), when="amid", served=times)
+
+
+def _of_completes(name: str, what: str) -> Fault:
+    strike = requests("POST", what, 4, COMPLETE)
+    return Fault(name, strike, when="at once", work=MERGE_IN_PARTS, served=4)
 
 
 FAULTS = [
-    Fault("worker killed", kill_worker, 8),
-    Fault("raylet killed", kill_raylet, 6),
+    Fault("worker killed", kill_worker, 7),
+    Fault("raylet killed", kill_raylet, 5),
     Fault("node killed", kill_node, 3),
-    Fault("driver killed", kill_driver, 8),
+    Fault("driver killed", kill_driver, 7),
     Fault("GCS killed", kill_gcs, 3),
     Fault("head and driver killed", kill_head, 3),
-    Fault("link cut for good", cut, 2, holds=True),
-    Fault("link cut for a minute", cut_for_a_minute, 2, holds=True),
-    Fault("parted from the head, not from the store", part_from_the_head, 2, holds=True),
-    Fault("driver parted from the head, not from the store", part_driver_from_the_head, 1, driver=DESK),
-    Fault("driver cut off", cut_driver_off, 1, driver=DESK),
-    Fault("node frozen; thawed, it writes what others did", freeze, 1, holds=True),
+    Fault("link cut for good", cut, 2, "held", loses=True),
+    Fault("link cut for a minute", cut_for_a_minute, 2, "held", loses=True),
+    Fault("parted from the head, not from the store", part_from_the_head, 2, "held", loses=True),
+    Fault("driver parted from the head, not from the store", part_driver_from_the_head, driver=DESK),
+    Fault("driver cut off", cut_driver_off, driver=DESK),
+    Fault("node frozen; thawed, it writes what others did", freeze, 1, "held", loses=True),
     Fault("spot node taken, 25 s of notice", take_spot_node, 2),
-    Fault("two drivers at once", second_driver, 1),
-    Fault("driver paused beyond its lease, thawed beside the next", replace_paused_driver, 1, holds=True),
+    Fault("two drivers at once", second_driver, 1, "held"),
+    Fault("driver paused beyond its lease, thawed beside the next", replace_paused_driver, 1, "held"),
     Fault("S3 server killed, back after 8 s", restart_store, 2),
-    Fault("disk of the output full, then with room again", fill_disk, 1, work=MERGE_TO_DISK),
+    Fault("disk of the output full, then with room again", fill_disk, 1, "amid", MERGE_TO_DISK),
     _of_requests("503 to 30 reads of parents", "GET", "busy", 30, PARENTS),
     _of_requests("503 to 30 writes of shards", "PUT", "busy", 30, SHARDS),
     _of_requests("8 reads of parents reset", "GET", "reset", 8, PARENTS),
@@ -267,37 +277,32 @@ FAULTS = [
     _of_requests("4 reads of parents stalled", "GET", "stall", 4, PARENTS),
     _of_requests("10 ranges of parents ignored", "GET", "ignore_range", 10, PARENTS),
     _of_requests("ETag of a parent changed in mid-read", "GET", "other_etag", 1, PARENTS),
-    _of_requests("a bit flipped in 4 reads of parents", "GET", "flip", 4, PARENTS),
+    _of_requests("a bit flipped in a read of a parent", "GET", "flip", 1, PARENTS),
     _of_requests("a bit flipped in 4 writes of shards", "PUT", "flip", 4, SHARDS),
-    Fault("a bit flipped in 3 reads of receipts", damage_receipts, 1, served=3),
+    Fault("a bit flipped in 3 reads of receipts", damage_receipts, 1, "amid", served=3),
     _of_requests("answers to 20 writes of shards lost", "PUT", "lost_answer", 20, SHARDS),
-    _of_requests("200 with an error to 4 completes of uploads", "POST", "error_in_200", 4, COMPLETE, MERGE_IN_PARTS),
-    _of_requests("answers to 4 completes lost", "POST", "lost_answer", 4, COMPLETE, MERGE_IN_PARTS),
-    Fault("answer to a complete lost, upload forgotten", forget_upload, 1, work=MERGE_IN_PARTS, served=2, at_once=True),
-    Fault("evaluation: worker killed", kill_evaluator, 1, work=EVALUATION),
-    Fault("evaluation: link cut for good", cut_evaluator_off, 1, work=EVALUATION),
+    _of_completes("200 with an error to 4 completes of uploads", "error_in_200"),
+    _of_completes("answers to 4 completes of uploads lost", "lost_answer"),
+    Fault("answer to a complete lost, upload forgotten", forget_upload, 1, "at once", MERGE_IN_PARTS, served=2),
+    Fault("evaluation: worker killed", kill_evaluator, 1, "amid", EVALUATION),
+    Fault("evaluation: link cut for good", cut_evaluator_off, 1, "amid", EVALUATION),
 ]
 
 
 def moment(trial: Trial, fault: Fault) -> None:
-    """Waits for when the fault is to strike: at random, or when only the held shard of every point is left.
-
-    What is done to requests needs work that is left to make them; what is done to receipts, that there are some.
-    """
+    """Waits for when the fault is to strike."""
     work = trial.work
-    if fault.at_once:
+    if fault.when == "at once":
         return
     if work is EVALUATION:
         trial.until(lambda: all(trial.cluster.pids(node, EVALUATOR) for node in trial.cluster.nodes))
         trial.until(lambda: len(trial.keys("scores/")) >= 2)
         return
-    if fault.holds:
+    if fault.when == "held":
         trial.until(lambda: len(trial.receipts()) == work.units - work.points and len(trial.cluster.busy()) == 1)
         return
-    first, end = -work.points, work.units - 2 * work.points
-    if fault.served or work.on_disk:
-        first, end = 1, work.units // 2
-    done = trial.random.randrange(first, end)
+    amid = range(work.points, work.units // 2)
+    done = trial.random.choice(amid if fault.when == "amid" else range(-work.points, work.units - 2 * work.points))
     if done < 0:  # before the first task is given out
         time.sleep(trial.random.uniform(0, 3))
         return

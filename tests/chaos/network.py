@@ -15,6 +15,8 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -56,10 +58,15 @@ def why_not() -> str:
 
 
 class Network:
-    """One namespace a name, in the order given at .1, .2 and so on of a free 198.18.x.0/24; this process is at .254."""
+    """One namespace a name, in the order given at .1, .2 and so on of a free 198.18.x.0/24; this process is at .254.
 
-    def __init__(self, names: list[str]) -> None:
+    Those `apart` have process ids of their own as well: what runs there sees no other's processes.
+    """
+
+    def __init__(self, names: list[str], apart: Collection[str] = ()) -> None:
         self._names = names
+        self._apart = apart
+        self._first: dict[str, subprocess.Popen[bytes]] = {}
         self._prefix = f"y{os.getpid()}x{next(_number)}"
         self._subnet = ""
         self._harmed: set[str] = set()
@@ -125,8 +132,16 @@ class Network:
         return f"{self._subnet}.{1 + self._names.index(name)}"
 
     def within(self, name: str) -> tuple[str, ...]:
-        """What to put before a command for it to run there; its process id stays that of the command."""
-        return ("nsenter", f"--net=/run/netns/{self._namespace(name)}", "--")
+        """What to put before a command for it to run there; its process id stays that of the command, if not apart."""
+        enter = ("nsenter", f"--net=/run/netns/{self._namespace(name)}")
+        if name not in self._apart:
+            return (*enter, "--")
+        if name not in self._first or self._first[name].poll() is not None:
+            hold = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity")
+            self._first[name] = subprocess.Popen([*enter, "--", *hold])
+        while not (inside := _children(self._first[name].pid)):
+            time.sleep(0.01)
+        return (*enter, f"--pid=/proc/{inside[0]}/ns/pid", f"--mount=/proc/{inside[0]}/ns/mnt", "--")
 
     def limit(self, name: str, megabits: float) -> None:
         """Lets at most this much pass a second on a namespace's link, each way."""
@@ -176,7 +191,11 @@ class Network:
         return f"{self._prefix}-{name}"
 
     def _in(self, name: str, *command: str) -> str:
-        return _run(*self.within(name), *command)
+        return _run("nsenter", f"--net=/run/netns/{self._namespace(name)}", "--", *command)
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def _run(*command: str) -> str:

@@ -64,7 +64,7 @@ def test_a_fault_that_hits_changes_no_result(yard: Yard, fault: Fault) -> None:
 
 def test_a_fault_that_does_not_hit_is_told_of(yard: Yard) -> None:
     with pytest.raises(Wrong, match="0 requests were made to fail, not 1"):
-        strike(yard, yard.trial(), Fault("nothing", requests("GET", "busy", 1, "no-such-key"), 1, served=1))
+        strike(yard, yard.trial(), Fault("nothing", requests("GET", "busy", 1, "no-such-key"), served=1))
 
 
 def test_a_job_that_asks_for_one_worker_is_given_one(yard: Yard) -> None:

@@ -62,6 +62,17 @@ def test_what_is_cut_is_silent_until_it_heals(network: Network, how: str) -> Non
     assert fetch(network)[0] == "2000000"
 
 
+def test_who_is_apart_sees_no_others_process_and_is_there_again_after_a_kill() -> None:
+    count = "import os; print(sum(name.isdigit() for name in os.listdir('/proc')))"
+    with Network(["one", "two"], ["two"]) as network:
+        for _ in range(2):
+            assert int(python(network, "one", count).communicate()[0]) > 10
+            assert int(python(network, "two", count).communicate()[0]) == 2
+            assert fetch(network)[0] == "2000000"
+            network.kill("two")
+    assert network.within("one")[1].rpartition("/")[2] not in namespaces()
+
+
 def test_nothing_is_left_when_the_process_that_made_it_is_killed() -> None:
     program = (
         "import subprocess, time; from tests.chaos.network import Network\n"
