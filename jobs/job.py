@@ -49,6 +49,11 @@ ENGINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
     ),
     "openai": ("model", "max_length", "concurrency", "attempts", "timeout_seconds", "first_pause_seconds"),
 }  # fmt: skip
+TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
+"""What tasks of lm-evaluation-harness load a tokenizer by, with its code: never what a job names."""
+
+Scalar = str | bool | int | float
+Told = Scalar | tuple[Scalar, ...]
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 DEFAULT_SHARD_BYTES = 10**9
 MIN_LENGTH = 64
@@ -106,10 +111,17 @@ class PerplexitySpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LmEvalSpec:
-    """Tasks of lm-evaluation-harness, by their names there or the path of their YAML; `limit` items of each, or all."""
+    """Tasks of lm-evaluation-harness, by their names there or the path of their YAML; `limit` items of each, or all.
+
+    `num_fewshot` examples stand before each question, else as many as the task says; `metadata` is what tasks that make
+    or choose their texts by it are told, such as lengths.
+    """
 
     tasks: tuple[str, ...]
     limit: int | None = None
+    num_fewshot: int | None = None
+    chat: bool = False
+    metadata: Mapping[str, Told] = field(default_factory=dict[str, Told])
     place: str = field(default="", compare=False)
 
 
@@ -352,9 +364,25 @@ def _perplexity(node: Node) -> PerplexitySpec:
 
 
 def _lm_eval(node: Node) -> LmEvalSpec:
-    keys = node.mapping(("tasks", "limit"), ("tasks",))
-    limit = keys["limit"].integer(minimum=1) if "limit" in keys else None
-    return LmEvalSpec(tasks=_words(keys["tasks"]), limit=limit, place=node.place)
+    keys = node.mapping(("tasks", "limit", "num_fewshot", "chat", "metadata"), ("tasks",))
+    return LmEvalSpec(
+        tasks=_words(keys["tasks"]),
+        limit=keys["limit"].integer(minimum=1) if "limit" in keys else None,
+        num_fewshot=keys["num_fewshot"].integer(minimum=0) if "num_fewshot" in keys else None,
+        chat="chat" in keys and keys["chat"].boolean(),
+        metadata=_metadata(keys["metadata"]) if "metadata" in keys else {},
+        place=node.place,
+    )
+
+
+def _metadata(node: Node) -> dict[str, Told]:
+    for key, entry in node.mapping().items():
+        if key in TOKENIZER_KEYS:
+            raise entry.error(f"{quoted(key)} is told by mergeyard, and is the points' own tokenizer; take it out")
+    return {
+        key: tuple(map(_scalar, entry.sequence())) if entry.kind == "list" else _scalar(entry)
+        for key, entry in node.mapping().items()
+    }
 
 
 def _race(node: Node) -> RaceSpec | None:
@@ -468,7 +496,7 @@ def _alpha(node: Node) -> float:
     return float(alpha)
 
 
-def _scalar(node: Node) -> str | bool | int | float:
+def _scalar(node: Node) -> Scalar:
     if node.kind == "number":
         number = node.number()
         return number.numerator if number.denominator == 1 else float(number)
@@ -496,6 +524,12 @@ def _check(job: Job) -> None:
         _check_gate(job, job.gate)
     if job.keep.kind == "best" and job.evaluate is None:
         raise BadInput(f"{job.place_of('keep')}: the best points are known only after `evaluate:`; add it, or keep all")
+    race = None if job.evaluate is None else job.evaluate.race
+    if job.keep.kind == "best" and race is not None and race.keep < job.keep.count:
+        raise BadInput(
+            f"{race.place}: a race for {race.keep} does not tell the best {job.keep.count} that `keep:` wants;"
+            f" give race: {{keep: {job.keep.count}}}"
+        )
     if job.keep.kind == "none" and job.evaluate is None:
         raise BadInput(f"{job.place_of('keep')}: nothing would be written and nothing evaluated; keep all, or evaluate")
 

@@ -6,6 +6,7 @@ A block that has its file of scores is done: nothing is asked twice, in this run
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import defaultdict
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +23,7 @@ from orchestrator.planning import Plan
 from orchestrator.questions import Questions, RacePlan, Subject, questions
 from orchestrator.racing import RUNGS, Race, Standing
 from orchestrator.report.live import LivePage
-from orchestrator.results import EvaluationResult, ranked_rows, write_results
+from orchestrator.results import RETRIEVAL, VERDICT, EvaluationResult, ranked_rows, write_results
 from orchestrator.statistics import Cell, FlipRate, flip_rate, macro_weights
 from orchestrator.watching import Watcher
 from workers.benchmarks.building import PlannedSet, stored
@@ -33,20 +34,17 @@ BLOCK_TOKENS = 1 << 20
 """A block of items is cut at about this many context tokens: minutes of work, so that little is lost or waited for."""
 
 BLOCK_ITEMS = 64
+BLOCK_KEY = re.compile(r"(?P<prefix>.+)-(?P<first>\d{6,})-(?P<last>\d{6,})\.parquet")
 
 NOISE_ITEMS = 25
 """Items of each set that the leader answers a second time, to see how often an answer flips by itself."""
 
 READS_AT_ONCE = 32
 
-VERDICT = "gate/verdict.json"
 """Where the gate's verdict lies in a run."""
 
 RENEW_SECONDS = 30.0
 """How long what can be seen of a running evaluation may be behind."""
-
-RETRIEVAL = ("ruler", "needle")
-"""The benchmarks whose answers are generated, and may flip."""
 
 
 class OpenEvaluators(Protocol):
@@ -222,7 +220,7 @@ class Session:
         """What the files of these answers are called, but for their items: it names all that the answers depend on."""
         subject, items = request.subject, request.subject.sets[request.cell]
         spec = self._asked.models[subject.model]
-        asked_with = [spec.engine, spec.url, dict(spec.options)]
+        asked_with = [spec.engine, spec.url, dict(spec.options), spec.end_tokens]
         unit = digest(
             [FORMAT, subject.planned.digest, subject.planned.layout.beside, items.digest, asked_with, request.repeat]
         )
@@ -309,8 +307,8 @@ class _Blocks:
             self._note(info.key)
 
     def _note(self, key: str) -> None:
-        prefix, first, last = key.removesuffix(".parquet").rsplit("-", 2)
-        self._files[prefix][key] = range(int(first), int(last))
+        if (name := BLOCK_KEY.fullmatch(key)) is not None:  # a folder that people look into gets files of other kinds
+            self._files[name["prefix"]][key] = range(int(name["first"]), int(name["last"]))
 
     def add(self, key: str, rows: list[ScoreRow]) -> None:
         """A block that was answered now, all of it wanted."""

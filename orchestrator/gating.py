@@ -18,7 +18,7 @@ from jobs.evaluation import ScoreRow
 from jobs.job import GateSpec
 from orchestrator.comparing import pairs
 from orchestrator.evaluation import Session
-from orchestrator.gate import GateRule, Verdict, judge
+from orchestrator.gate import GateRule, Verdict, judge, same_merge
 from orchestrator.questions import Questions, Subject
 from orchestrator.results import ranked_rows
 from orchestrator.statistics import Cell, macro_mean
@@ -30,10 +30,14 @@ BUDGET = 4
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """The verdicts of every look, the last one valid; `fresh` where no item was one that the point was chosen by."""
+    """The verdicts of every look, the last one valid; `fresh` where no item was one that the point was chosen by.
+
+    `chosen` where the point is the best of several by these very items, which cannot grow: luck is part of its score.
+    """
 
     looks: tuple[Verdict, ...]
     fresh: bool
+    chosen: bool
 
     @property
     def verdict(self) -> Verdict:
@@ -46,7 +50,7 @@ class Gated:
             {"items": look.lines[0].items, "outcome": look.outcome, "difference": look.lines[0].difference}
             for look in self.looks
         ]
-        return {**json.loads(self.verdict.to_json()), "fresh": self.fresh, "looks": looks}
+        return {**json.loads(self.verdict.to_json()), "fresh": self.fresh, "chosen": self.chosen, "looks": looks}
 
 
 def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chosen: bool) -> Gated:
@@ -55,8 +59,10 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
     `chosen` says that the point is the best of several by the evaluation's items, which are then not used.
     """
     new, old = asked.subject(point), _baseline(asked, spec)
-    items = _Items.of(new, old, asked, spec, chosen=chosen)
     rule = GateRule(margin=spec.margin, length_margin=spec.length_margin, alpha=spec.alpha)
+    if (new.model, new.planned.digest) == (old.model, old.planned.digest):
+        return Gated((same_merge(rule, new=point, old=spec.baseline),), fresh=True, chosen=False)
+    items = _Items.of(new, old, asked, spec, chosen=chosen)
     looks: list[Verdict] = []
     growth = 1.0
     while True:
@@ -69,7 +75,7 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
         verdict = judge(samples, rule, new=new.name, old=old.name)
         looks.append(verdict)
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
-            return Gated(tuple(looks), fresh=items.fresh)
+            return Gated(tuple(looks), fresh=items.fresh, chosen=chosen and not items.fresh)
         growth = items.next(growth, verdict)
 
 

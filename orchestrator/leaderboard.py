@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation import ScoreRow
-from orchestrator.results import EvaluationResult
+from orchestrator.results import RETRIEVAL, EvaluationResult
 from orchestrator.statistics import CellSample, cell_sample, macro_mean, macro_score
 from workers.benchmarks.perplexity import FIRST_BLOCK
 from workers.benchmarks.scores import (
@@ -17,25 +17,25 @@ from workers.benchmarks.scores import (
     EffectiveLength,
     Outcome,
     effective_length_interval,
-    relative_threshold,
+    relative_length_interval,
     score_by_length,
     weighted_average,
 )
 
 MOST_ROWS = 20
 LARGEST_EXPONENT = 700.0
-RETRIEVAL = ("ruler", "needle")
-"""Benchmarks whose scores at a length make an effective length."""
+RULER_TASKS = 13
 
 
 @dataclass(frozen=True, slots=True)
 class Line:
     """One model's line: scores from 0 to 100, half width of the 95 % interval, effective lengths in tokens.
 
-    `by_benchmark` is the score over each benchmark that ranks, where several do. `relative` is the effective length by
-    85 % of the best parent's score at the shortest length. `beside` holds what does not rank: means of other benchmarks
-    from 0 to 100. `perplexity` is by length and first position of a block. A half width is infinite with a single
-    haystack, a perplexity with likelihoods that are no numbers.
+    `by_benchmark` is the score over each benchmark that ranks, where several do. `weighted` is RULER's wAvg, with
+    weights that increase with length and with weights that decrease. It and the effective lengths are of RULER, or of
+    the needle where RULER is not asked; `relative` is by parent: by 85 % of its score at the shortest length. `beside`
+    holds what does not rank: means of other benchmarks from 0 to 100. `perplexity` is by length and first position of
+    a block. A half width is infinite with a single haystack, a perplexity with likelihoods that are no numbers.
     """
 
     name: str
@@ -43,9 +43,9 @@ class Line:
     half_width: float
     by_benchmark: Mapping[str, float]
     by_length: Mapping[int, float]
-    weighted_increasing: float
+    weighted: tuple[float, float] | None
     effective: EffectiveLength | None
-    relative: EffectiveLength | None
+    relative: Mapping[str, EffectiveLength]
     beside: Mapping[str, float]
     perplexity: Mapping[int, Mapping[int, float]]
     items: int
@@ -59,9 +59,10 @@ class Line:
             "half_width": _finite(self.half_width),
             "by_benchmark": {name: round(score, 2) for name, score in self.by_benchmark.items()},
             "by_length": {str(length): round(score, 2) for length, score in self.by_length.items()},
-            "wavg_increasing": round(self.weighted_increasing, 2),
-            "effective_length": _bounds(self.effective),
-            "relative_effective_length": _bounds(self.relative),
+            "wavg_increasing": None if self.weighted is None else round(self.weighted[0], 2),
+            "wavg_decreasing": None if self.weighted is None else round(self.weighted[1], 2),
+            "effective_length": None if self.effective is None else _bounds(self.effective),
+            "relative_effective_length": {name: _bounds(length) for name, length in self.relative.items()},
             "beside": {name: round(mean, 2) for name, mean in self.beside.items()},
             "perplexity": {
                 str(length): {str(position): _finite(value) for position, value in blocks.items()}
@@ -76,16 +77,15 @@ def _finite(value: float) -> float | None:
     return round(value, 4) if math.isfinite(value) else None
 
 
-def _bounds(length: EffectiveLength | None) -> list[int] | None:
-    return None if length is None else [length.low, length.length, length.high]
+def _bounds(length: EffectiveLength) -> list[int]:
+    return [length.low, length.length, length.high]
 
 
 def leaderboard(result: EvaluationResult, seed: int) -> list[Line]:
     """The points best first, then the parents. Only the benchmarks that rank make the score; the rest stands beside."""
     ranked = _by_point(result.ranked_rows())
-    everything = _by_point(result.rows)
-    parents = [score_by_length(outcomes(ranked[name])) for name in result.parents if name in ranked]
-    threshold = max((relative_threshold(scores) for scores in parents), default=None)
+    everything = _by_point(result.common_rows())
+    parents = {name: outcomes(context_rows(everything[name])) for name in result.parents if name in ranked}
     notes = {name: ["parent"] for name in result.baselines}
     notes |= {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
     for standing in result.standing:
@@ -95,7 +95,7 @@ def leaderboard(result: EvaluationResult, seed: int) -> list[Line]:
         notes.setdefault(point, []).append(f"= {twin}")
     names = [*(standing.point for standing in result.standing), *result.baselines]
     return [
-        _line(name, ranked[name], everything[name], threshold, seed, notes.get(name, []))
+        _line(name, ranked[name], everything[name], parents, seed, notes.get(name, []))
         for name in names
         if name in ranked
     ]
@@ -105,29 +105,49 @@ def _line(
     name: str,
     ranked: Sequence[ScoreRow],
     everything: Sequence[ScoreRow],
-    threshold: float | None,
+    parents: Mapping[str, Sequence[Outcome]],
     seed: int,
     notes: Sequence[str],
 ) -> Line:
-    answered = outcomes(ranked)
-    by_length = score_by_length(answered)
+    answered = outcomes(context_rows(everything))
+    reached = score_by_length(answered)
     macro = macro_score(samples(ranked))
-    reaches = all(row.benchmark in RETRIEVAL for row in ranked)
+    by_length = all(row.benchmark in RETRIEVAL for row in ranked)
     broken = sum(not row.finite for row in everything)
     return Line(
         name=name,
         score=100 * macro.mean,
         half_width=100 * (macro.high - macro.low) / 2,
         by_benchmark=_by_benchmark(ranked),
-        by_length=by_length if reaches else {},
-        weighted_increasing=weighted_average(by_length, increasing=True),
-        effective=effective_length_interval(answered, RULER_THRESHOLD, seed=seed) if reaches else None,
-        relative=effective_length_interval(answered, threshold, seed=seed) if reaches and threshold else None,
+        by_length=score_by_length(outcomes(ranked)) if by_length else {},
+        weighted=_weighted(reached) if answered else None,
+        effective=effective_length_interval(answered, RULER_THRESHOLD, seed=seed) if answered else None,
+        relative=_relative(answered, parents, seed),
         beside=_beside(everything, {row.benchmark for row in ranked}),
         perplexity=perplexity_by_position(everything),
         items=len(ranked),
         note=", ".join([*notes, *([f"{broken} answers are no numbers"] if broken else [])]),
     )
+
+
+def context_rows(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
+    """The answers that tell how far a context reaches: RULER's, whose threshold it is, else the needle's."""
+    kept = list(rows)
+    for benchmark in RETRIEVAL:
+        if found := [row for row in kept if row.benchmark == benchmark]:
+            return found
+    return []
+
+
+def _relative(
+    answered: Sequence[Outcome], parents: Mapping[str, Sequence[Outcome]], seed: int
+) -> dict[str, EffectiveLength]:
+    found = {name: relative_length_interval(answered, theirs, seed=seed) for name, theirs in parents.items()}
+    return {name: length for name, length in found.items() if length is not None}
+
+
+def _weighted(reached: Mapping[int, float]) -> tuple[float, float]:
+    return weighted_average(reached, increasing=True), weighted_average(reached, increasing=False)
 
 
 def _by_benchmark(ranked: Sequence[ScoreRow]) -> dict[str, float]:
@@ -244,7 +264,12 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
         cells = tuple(_rounded(line.by_length.get(length)) for line in lines)
         columns.append(_Column(short_length(length), cells, spare=3 if inner else 1))
     if any(line.effective is not None for line in lines):
-        columns.append(_Column("effective", tuple(_effective(line.effective) for line in lines), spare=2))
+        columns.append(_Column("effective", tuple(effective(line.effective) for line in lines), spare=2))
+        wavg = tuple("" if line.weighted is None else _rounded(line.weighted[0]) for line in lines)
+        columns.append(_Column("wAvg", wavg, spare=4))
+    for parent in dict.fromkeys(name for line in lines for name in line.relative):
+        cells = tuple(effective(line.relative.get(parent)) for line in lines)
+        columns.append(_Column(f"by {parent}", cells, spare=4))
     for name in beside:
         columns.append(_Column(name, tuple(_rounded(line.beside.get(name)) for line in lines), spare=4))
     columns.append(_Column("", tuple(line.note for line in lines), spare=5, left=True))
@@ -311,20 +336,30 @@ def _perplexity_table(lines: Sequence[Line]) -> Any:
 
 def _footnote(result: EvaluationResult) -> str:
     notes = [f"score: mean over {' and '.join(result.ranked)}, tasks and lengths alike, with its 95 % interval"]
-    if any(benchmark in RETRIEVAL for benchmark in result.ranked):
-        notes.append(f"effective: longest length at ≥ {RULER_THRESHOLD}")
+    if reach := context_note(result):
+        notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
     if result.race is not None:
-        notes.append(f"the race cost {result.cost_share:.0%} of asking every point everything")
+        notes.append(f"the race cost {result.cost_share:.0%} of asking every point everything: {result.rule}")
     if result.noise is not None:
         notes.append(f"asked the same again, {result.noise.rate:.1%} of the leader's answers changed their score")
     return "; ".join(notes)
+
+
+def context_note(result: EvaluationResult) -> str:
+    """Whose scores tell how far a context reaches; empty where none do."""
+    tasks = {(row.benchmark, row.task) for row in context_rows(result.rows)}
+    if not tasks or len(tasks) == RULER_TASKS:
+        return "RULER is" if tasks else ""
+    benchmark = next(iter(tasks))[0]
+    return f"{len(tasks)} of RULER's {RULER_TASKS} tasks are" if benchmark == "ruler" else "the needle is"
 
 
 def _rounded(score: float | None) -> str:
     return "" if score is None else f"{score:.0f}"
 
 
-def _effective(length: EffectiveLength | None) -> str:
+def effective(length: EffectiveLength | None) -> str:
+    """An effective length and its interval as people say them."""
     if length is None:
         return ""
     if length.low == length.high:

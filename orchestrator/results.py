@@ -6,9 +6,9 @@ Both are renewed while an evaluation goes on, so that whoever looks sees the new
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, TypeVar
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.evaluation import ScoreRow
@@ -18,11 +18,18 @@ from orchestrator.questions import RacePlan
 from orchestrator.racing import Departure, Standing
 from orchestrator.statistics import FlipRate
 from workers.benchmarks.lm_eval_adapter import OVER_LONG
+from workers.records import read_record
 from workers.scores import read_scores, write_scores
 from workers.storage import Store, open_store
 
+RETRIEVAL = ("ruler", "needle")
+"""The benchmarks whose answers are generated: these may flip, and scores by length tell how far a context reaches."""
+
 RESULTS = "report/results.parquet"
 EVALUATION = "report/evaluation.json"
+VERDICT = "gate/verdict.json"
+
+Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -50,12 +57,33 @@ class EvaluationResult:
 
     def ranked_rows(self) -> list[ScoreRow]:
         """The rows that the ranking counts."""
-        return ranked_rows(self.rows, self.ranked)
+        return ranked_rows(self.common_rows(), self.ranked)
+
+    def common_rows(self) -> list[ScoreRow]:
+        """The rows but for the fresh items of a race, which its winners alone answered."""
+        race = self.race
+        if race is None:
+            return [*self.rows]
+        return [row for row in self.rows if row.benchmark != race.benchmark or row.item < race.items]
+
+    @property
+    def rule(self) -> str:
+        """By what rule points leave the race, in words; empty without one."""
+        if self.race is None:
+            return ""
+        spec = self.race.spec
+        rival = "the leader" if spec.keep == 1 else f"number {spec.keep}"
+        sure = "3 standard errors" if spec.alpha is None else f"what alpha {spec.alpha:g} allows"
+        return (
+            f"a point leaves when its paired gap to {rival} on the same items exceeds {sure}, as a Student quantile of"
+            " the haystacks so far"
+        )
 
     def race_document(self) -> dict[str, Any]:
         """The audit trail: who left when and why, who stayed, and how sure the noise lets one be."""
+        race = self.race
         return {
-            "race": None if self.race is None else {**asdict(self.race.spec), "items": self.race.items},
+            "race": None if race is None else {**asdict(race.spec), "items": race.items, "rule": self.rule},
             "departures": [asdict(departure) for departure in self.departures],
             "standing": [asdict(standing) for standing in self.standing],
             "noise": None if self.noise is None else asdict(self.noise),
@@ -92,27 +120,77 @@ def read_results(run_url: str, points: Collection[str] | None = None) -> Evaluat
     """What a run's evaluation found so far, with the rows of all points or of some; `BadInput` where there is none."""
     store = open_store(run_url)
     try:
-        document = json.loads(bytes(store.read(EVALUATION)))
+        result = read_document(store, EVALUATION, _result, "evaluate again")
         rows = read_scores(bytes(store.read(RESULTS)), f"{run_url}/{RESULTS}", points)
     except ObjectMissing:
         raise BadInput(f"{run_url}: no scores there; `mergeyard evaluate` makes them") from None
-    except ValueError as error:
-        raise CorruptData(f"{run_url}/{EVALUATION}: not JSON ({error}); evaluate again") from None
+    if points is None and not rows:
+        raise BadInput(f"{run_url}: no scores there yet; `mergeyard evaluate` makes them")
+    return replace(result, rows=rows)
+
+
+def read_verdict(store: Store) -> dict[str, Any] | None:
+    """What the gate left in a run, with all that is told of it; None where there is no verdict."""
+    try:
+        return read_document(store, VERDICT, _verdict, "judge again, or remove it")
+    except ObjectMissing:
+        return None
+
+
+def read_document(store: Store, key: str, parse: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
+    """What `parse` makes of a JSON object without a digest; `CorruptData` where it is another thing or lacks a part."""
+
+    def checked(data: bytes) -> Read:
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CorruptData(f"not JSON ({error}); {remedy}") from None
+        if not isinstance(document, dict):
+            raise CorruptData(f"damaged, not a JSON object; {remedy}")
+        try:
+            return parse(document)
+        except KeyError as error:
+            raise CorruptData(f"damaged, there is no {error}; {remedy}") from None
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise CorruptData(f"damaged ({error}); {remedy}") from None
+
+    return read_record(store, key, checked)
+
+
+def text_of(document: Mapping[str, Any], name: str) -> str:
+    """An entry that has to be text; `KeyError` or `TypeError` where it is not there or is not."""
+    if not isinstance(document[name], str):
+        raise TypeError(f"{name} is no text")
+    return document[name]
+
+
+def _verdict(document: dict[str, Any]) -> dict[str, Any]:
+    """The same, if it has what is told of it in the form that it is told in."""
+    lines, looks = document["lines"], document["looks"]
+    for part, names in ((document, ("outcome", "new", "old")), *((line, ("outcome", "reason")) for line in lines)):
+        for name in names:
+            text_of(part, name)
+    for part in (lines[0], *lines, *looks):
+        format(part["difference"], "+.1f")
+    for look in looks:
+        format(look["items"], "d")
+        text_of(look, "outcome")
+    return {"fresh": False, "items_needed": None, **document}
+
+
+def _result(document: Mapping[str, Any]) -> EvaluationResult:
+    """All but the rows."""
     if document.get("format") != FORMAT:
-        raise CorruptData(f"{run_url}/{EVALUATION}: written by another version of mergeyard; evaluate again")
-    return _result(document, rows)
-
-
-def _result(document: Mapping[str, Any], rows: list[ScoreRow]) -> EvaluationResult:
+        raise CorruptData("written by another version of mergeyard; evaluate again")
     race, noise = document["race"], document["noise"]
     return EvaluationResult(
-        rows=rows,
+        rows=[],
         ranked=tuple(document["ranked"]),
         standing=tuple(Standing(**entry) for entry in document["standing"]),
         departures=tuple(Departure(**entry) for entry in document["departures"]),
         baselines=tuple(document["baselines"]),
         parents=tuple(document["parents"]),
-        same=document["same"],
+        same=dict(document["same"]),
         noise=None if noise is None else FlipRate(**noise),
         cost_share=document["cost_share"],
         race=None if race is None else _race(race),

@@ -644,6 +644,13 @@ def normal_quantile(probability: float) -> float:
     return NormalDist().inv_cdf(probability)
 
 
+def normal_tail(statistic: float) -> float:
+    """P[Z ≥ statistic] of the standard normal distribution."""
+    from scipy.special import ndtr
+
+    return float(ndtr(-statistic))
+
+
 def student_quantile(probability: float, degrees_of_freedom: float) -> float:
     """Student's t quantile."""
     from scipy.special import stdtrit

@@ -104,6 +104,8 @@ def tell_verdict(verdict: Gated) -> None:
         print(f"  {line.reason}")
     if verdict.fresh:
         print("  on items that no point was chosen by")
+    if verdict.chosen:
+        print("  on the very items that the point was chosen by: part of its lead may be luck")
 
 
 def tell_evaluation(

@@ -12,9 +12,9 @@ from jobs.evaluation import ScoreRow
 from jobs.expressions import Value, format_number
 from jobs.grid import Point
 from jobs.tasks import Receipt
-from orchestrator.leaderboard import Line, outcomes, samples, short_length
+from orchestrator.leaderboard import Line, context_rows, outcomes, samples, short_length
 from orchestrator.report.comparing import Cell, cells
-from orchestrator.statistics import CellSample, macro_mean, paired_sample
+from orchestrator.statistics import CellSample, macro_mean, macro_score, paired_sample
 from workers.benchmarks.scores import score_by_length
 
 MOST_CURVES = 6
@@ -236,13 +236,13 @@ def shown(lines: Sequence[Line], parents: Sequence[str], most: int) -> list[Line
 
 
 def length_curves(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line], parents: Sequence[str]) -> list[Curve]:
-    """Score by length with its interval; none where there are no two lengths."""
+    """Of what tells how far a context reaches, the score by length; none where there are no two lengths."""
     curves: list[Curve] = []
     for line in shown(lines, parents, MOST_CURVES):
         by_length: dict[int, list[CellSample]] = defaultdict(list)
-        for sample in samples(rows.get(line.name, ())):
+        for sample in samples(context_rows(rows.get(line.name, ()))):
             by_length[sample.cell.length].append(sample)
-        estimates = {length: macro_mean(found) for length, found in sorted(by_length.items()) if length}
+        estimates = {length: macro_score(found) for length, found in sorted(by_length.items()) if length}
         if len(estimates) < 2:
             continue
         curves.append(
@@ -431,15 +431,16 @@ def _last_perplexity(lines: Sequence[Line]) -> dict[str, float]:
 
 
 def front(x: Metric, y: Metric) -> list[str]:
-    """The points that no other point beats in both, from the best in `y` to the best in `x`."""
+    """The points that no other beats in one metric without losing in the other, from the best in `y` to that in `x`.
+
+    Of points that are equal in both, all are there or none.
+    """
     names = [name for name in x.values if name in y.values]
     value = {name: (_goodness(x, name), _goodness(y, name)) for name in names}
     kept: list[str] = []
-    highest = -math.inf
     for name in sorted(names, key=lambda name: (-value[name][0], -value[name][1], name)):
-        if value[name][1] > highest:
+        if not kept or value[name][1] > value[kept[-1]][1] or value[name] == value[kept[-1]]:
             kept.append(name)
-            highest = value[name][1]
     return kept[::-1]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -15,19 +14,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.errors import BadInput, ObjectMissing
 from jobs.evaluation import ScoreRow
 from jobs.job import Job, load_job
 from jobs.tasks import Receipt
 from orchestrator.comparing import question
-from orchestrator.leaderboard import Line, leaderboard, short_length
+from orchestrator.leaderboard import Line, context_note, effective, leaderboard, short_length
 from orchestrator.report import figures
 from orchestrator.report.comparing import Comparisons, compare_all
 from orchestrator.report.verdict import Recommendation, best_parent, recommend, rows_by_point
-from orchestrator.results import RESULTS, EvaluationResult, read_results
+from orchestrator.results import RESULTS, EvaluationResult, read_results, read_verdict
 from orchestrator.summary import size
 from workers.benchmarks.scores import RULER_THRESHOLD
-from workers.records import read_receipt
+from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store
 
 PAGE = "report/index.html"
@@ -73,8 +72,8 @@ def read_run(url: str, *, costs: bool = True) -> Run:
         job = load_job(text, "job.yaml")
     except BadInput:
         job = None
-    gate = _json(store, "gate/verdict.json")
-    plan = _json(store, "plan.json") or {}
+    gate = read_verdict(store)
+    plan = _plan(store)
     receipts = _receipts(store) if costs else ()
     written = (
         tuple(sorted({info.key.split("/")[1] for info in store.list("points/") if info.key.endswith("/manifest.json")}))
@@ -91,12 +90,11 @@ def _text(store: Store, key: str) -> str:
         return ""
 
 
-def _json(store: Store, key: str) -> dict[str, Any] | None:
-    text = _text(store, key)
+def _plan(store: Store) -> dict[str, Any]:
     try:
-        return json.loads(text) if text else None
-    except ValueError as error:
-        raise CorruptData(f"{store.url}/{key}: not JSON ({error}); remove it and run again") from None
+        return read_record(store, "plan.json")
+    except ObjectMissing:
+        return {}
 
 
 def _receipts(store: Store) -> tuple[Receipt, ...]:
@@ -202,6 +200,7 @@ def _context(report: Report) -> dict[str, Any]:
         "benchmarks": sorted({name for line in report.lines for name in line.by_benchmark}, reverse=True),
         "beside": sorted({name for line in report.lines for name in line.beside}),
         "threshold": RULER_THRESHOLD,
+        "reach": context_note(report.run.result),
         "most_receipts": MOST_RECEIPTS,
         "sections": [
             *_grid_sections(report),
@@ -355,23 +354,40 @@ def _curve_section(report: Report) -> Section | None:
     from orchestrator.report import charts
 
     parents = report.run.result.parents
-    found = figures.length_curves(rows_by_point(report.run.result.ranked_rows()), report.lines, parents)
+    found = figures.length_curves(rows_by_point(report.run.result.rows), report.lines, parents)
     if not found:
         return None
     lengths = sorted({x for curve in found for x in curve.x})
+    lines = {line.name: line for line in report.lines}
+    bars = dict.fromkeys(parent for line in report.lines for parent in line.relative)
     return Section(
         "by-length",
         "Score by length",
         "The best points and the parents, with 95 % intervals that know which items share a haystack. A ring marks the"
-        f" effective length: the longest up to which every score reaches {RULER_THRESHOLD}, the dotted line.",
+        f" effective length: the longest up to which {context_note(report.run.result)} ≥ {RULER_THRESHOLD}, the dotted"
+        " line; below also with 85 % of a parent's score at its shortest length for a threshold.",
         (),
         "",
         (Choice("", (charts.curves(found, "context length (tokens)", "score", threshold=RULER_THRESHOLD),)),),
         (
             Table(
                 "",
-                ("point", *(short_length(int(length)) for length in lengths)),
-                tuple((curve.name, *(_interval_at(curve, length) for length in lengths)) for curve in found),
+                (
+                    "point",
+                    *(short_length(int(length)) for length in lengths),
+                    *("wAvg (inc)", "wAvg (dec)", "effective"),
+                    *(f"by {parent}" for parent in bars),
+                ),
+                tuple(
+                    (
+                        curve.name,
+                        *(_interval_at(curve, length) for length in lengths),
+                        *(f"{average:.1f}" for average in lines[curve.name].weighted or ()),
+                        effective(lines[curve.name].effective),
+                        *(effective(lines[curve.name].relative.get(parent)) for parent in bars),
+                    )
+                    for curve in found
+                ),
             ),
         ),
     )
@@ -555,5 +571,6 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
             )
         )
     if result.race is not None:
-        facts.append(("race", f"{100 * result.cost_share:.0f} % of what asking everyone everything would have cost"))
+        cost = f"{100 * result.cost_share:.0f} % of what asking everyone everything would have cost"
+        facts.append(("race", f"{result.rule}; {cost}"))
     return facts

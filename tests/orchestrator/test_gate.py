@@ -199,3 +199,28 @@ def test_the_anytime_gate_decides_with_about_twice_the_items():
     rule = GateRule(planned_haystacks=10_000)
     passed = sum(judge(one_cell(flips(random, 13_000, 0.05, 0.05)), rule).outcome == "pass" for _ in range(trials))
     assert passed / trials > 0.75
+
+
+@pytest.mark.parametrize(
+    ("haystacks", "gain", "share"), [(24, 0.05, 1.0), (48, 0.05, 1.0), (100, 0.1, 0.6), (300, 0.05, 1.0)]
+)
+def test_many_small_gains_and_rare_total_losses_pass_no_more_often_than_alpha(
+    haystacks: int, gain: float, share: float
+):
+    # worse by just the margin of 0.01: lost whole with the chance q, q = (g + 0.01) / (1 + g), g the mean gain else
+    random, trials = keyed(9), 300
+    mean_gain = gain * share
+    chance = (mean_gain + 0.01) / (1 + mean_gain)
+    passes = 0
+    for _ in range(trials):
+        lost, gained = random.random(haystacks) < chance, random.random(haystacks) < share
+        passes += judge(one_cell(np.where(lost, -1.0, np.where(gained, gain, 0.0)))).outcome == "pass"
+    assert_rate(passes, trials, 0.05)
+
+
+@pytest.mark.parametrize(("margin", "haystacks"), [(1.0, 298), (3.0, 98), (10.0, 28)])
+def test_agreement_alone_passes_only_where_a_loss_would_have_shown(margin: float, haystacks: int):
+    # (1 - m)^n: the chance that a model worse by m loses none of n; first below 0.05 at n = 299, 99 and 29
+    rule = GateRule(margin=margin)
+    assert judge(one_cell(np.zeros(haystacks)), rule).outcome == "inconclusive"
+    assert judge(one_cell(np.zeros(haystacks + 1)), rule).outcome == "pass"

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jobs.evaluation import ScoreRow
-from orchestrator.leaderboard import leaderboard, perplexity_by_position, print_leaderboard, short_length
+from jobs.job import RaceSpec
+from orchestrator.leaderboard import context_note, leaderboard, perplexity_by_position, print_leaderboard, short_length
+from orchestrator.questions import RacePlan
 from orchestrator.racing import Departure, Standing
 from orchestrator.results import EvaluationResult
 from orchestrator.statistics import cell_sample, macro_score
@@ -70,7 +73,7 @@ def test_tasks_count_alike_within_a_length_and_lengths_alike() -> None:
     [line] = leaderboard(result(POINT, [standing("a")]), seed=0)
     assert dict(line.by_length) == {512: 62.5, 1024: 25}
     assert line.score == pytest.approx((62.5 + 25) / 2)
-    assert line.weighted_increasing == pytest.approx((1 * 62.5 + 2 * 25) / 3)
+    assert line.weighted is not None and line.weighted[0] == pytest.approx((1 * 62.5 + 2 * 25) / 3)
     assert line.items == 16
 
 
@@ -109,16 +112,54 @@ def test_the_effective_length_is_the_longest_with_everything_before_it_above_the
     assert line.effective is not None and line.effective.length == 512
 
 
-def test_relative_to_the_best_parent_a_lower_score_will_do() -> None:
+def test_relative_to_each_parent_a_lower_score_will_do() -> None:
     rows = [
         *cell("a", "vt", 512, [1, 1, 0, 0]),  # 50: below RULER's threshold, above 85 % of 55
         *cell("long", "vt", 512, [1, 1, 0.2, 0]),  # 55
-        *cell("fmt", "vt", 512, [0, 0, 0, 0]),
+        *cell("fmt", "vt", 512, [1, 1, 1, 0]),  # 75
     ]
     evaluated = result(rows, [standing("a")], baselines=("long", "fmt"), parents=("long", "fmt"))
     line, *_ = leaderboard(evaluated, seed=0)
     assert line.effective is not None and line.effective.length == 0
-    assert line.relative is not None and line.relative.length == 512
+    assert {parent: length.length for parent, length in line.relative.items()} == {"long": 512, "fmt": 0}
+
+
+def test_the_needle_lends_ruler_no_length() -> None:
+    rows = [
+        *cell("a", "vt", 4096, [1, 1, 1, 0]),  # 75: RULER's threshold is missed at its shortest length
+        *cell("a", "needle", 4096, [1] * 8, benchmark="needle"),
+        *cell("a", "needle", 131072, [1] * 8, benchmark="needle"),
+    ]
+    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    assert line.effective is not None and (line.effective.length, line.effective.high) == (0, 4096)
+    assert line.weighted == (75.0, 75.0)
+    assert line.by_length == {4096: 87.5, 131072: 100.0}
+
+
+def test_the_fresh_items_of_a_winner_stay_out_of_its_score() -> None:
+    race = RacePlan(RaceSpec(), "ruler", items=4, fresh=2, share=1)
+    rows = [*cell("a", "vt", 512, [1, 1, 1, 1, 0, 0]), *cell("b", "vt", 512, [1, 1, 1, 0])]
+    first, second = leaderboard(result(rows, [standing("a", confirmed=0.0), standing("b")], race=race), seed=0)
+    assert (first.score, second.score) == (100.0, 75.0)
+    assert first.effective is not None and first.effective.length == 512
+    assert first.note == "0.0 on fresh items"
+
+
+def test_wavg_weighs_lengths_as_ruler_does() -> None:
+    rows = [*cell("a", "vt", 512, [1] * 4), *cell("a", "vt", 1024, [1, 1, 0, 0]), *cell("a", "vt", 2048, [0] * 4)]
+    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    assert line.weighted == pytest.approx(((1 * 100 + 2 * 50) / 6, (3 * 100 + 2 * 50) / 6))
+
+
+def test_without_ruler_the_needle_says_how_far_a_context_reaches() -> None:
+    rows = [
+        *cell("a", "needle", 512, [1] * 8, benchmark="needle"),
+        *cell("a", "needle", 1024, [0] * 8, benchmark="needle"),
+    ]
+    evaluated = replace(result(rows, [standing("a")]), ranked=("needle",))
+    [line] = leaderboard(evaluated, seed=0)
+    assert line.effective is not None and line.effective.length == 512
+    assert context_note(evaluated) == "the needle is"
 
 
 def test_points_come_in_the_order_of_the_race_and_parents_after() -> None:

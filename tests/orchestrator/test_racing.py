@@ -52,12 +52,13 @@ def test_a_point_leaves_on_the_figures_on_paper():
     race.record("bad", cell, range(10), [1.0] * 1 + [0.0] * 9)
     race.record("fair", cell, range(10), [1.0] * 6 + [0.0] * 4)
     (departure,) = race.eliminate()
-    # differences: nine 1 and a 0; mean 0.9, sd √(0.9·0.1·10/9), error sd/√10 = 0.1; bound 0.3
-    # fair: mean 0.4, error √(0.4·0.6/9) = 0.163, bound 0.49: stays
+    # differences: nine 1 and a 0; mean 0.9, sd √(0.9·0.1·10/9), error sd/√10 = 0.1; Student's quantile with the tail of
+    # three standard errors, 0.00135, and 9 degrees of freedom is 4.09
+    # fair: mean 0.4, error √(0.4·0.6/9) = 0.163, bound 0.67: stays
     assert (departure.point, departure.rival, departure.rung, departure.items) == ("bad", "good", 0, 10)
     assert departure.gap == pytest.approx(0.9)
     assert departure.standard_error == pytest.approx(0.1)
-    assert departure.bound == pytest.approx(0.3)
+    assert departure.bound == pytest.approx(0.1 * scipy.stats.t.ppf(scipy.stats.norm.cdf(3), 9))
     assert "90.00 points behind good after 10 items" in departure.reason
     assert race.live == ("fair", "good")
     assert {(block.point, block.items) for block in race.next_blocks()} == {
@@ -103,6 +104,28 @@ def test_one_haystack_drops_nobody():
     race.record("good", cell, range(8), [1.0] * 8)
     race.record("bad", cell, range(8), [0.0] * 8)
     assert race.eliminate() == []
+
+
+def test_two_haystacks_are_no_ground_to_leave_however_many_questions_they_carry():
+    race = Race(["right", "wrong"], [Cell("vt", 4096)], rungs=[10, 80], items_per_haystack=8)
+    for items, leave in ((range(16), 0), (range(16, 80), 1)):
+        for point in race.live:
+            race.record(point, Cell("vt", 4096), items, [float(point == "right")] * len(items))
+        departures = race.eliminate()
+        assert len(departures) == leave
+    # ten haystacks that agree: one of two more might not, (1/12)(11/12)/10, and 9 degrees of freedom
+    assert departures[0].bound == pytest.approx(math.sqrt(11 / 1440) * scipy.stats.t.ppf(scipy.stats.norm.cdf(3), 9))
+
+
+def test_of_equal_points_few_leave_on_few_haystacks():
+    """Eleven equal points, four questions a haystack that are right or wrong together: nobody should leave."""
+    random, left, races = np.random.Generator(np.random.Philox(key=3)), 0, 100
+    for _ in range(races):
+        race = Race([f"p{i}" for i in range(11)], [Cell("vt", 4096)], rungs=[8, 12], items_per_haystack=4)
+        for point in race.points:
+            race.record(point, Cell("vt", 4096), range(12), np.repeat(random.random(3) < 0.5, 4).astype(float))
+        left += bool(race.eliminate())
+    assert left <= 3, "of a hundred; with three plain standard errors 40"
 
 
 def test_the_second_best_is_not_lost_to_the_leader():

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from jobs.errors import BadInput
 
 RULER_THRESHOLD = 85.6
+RELATIVE_SHARE = 0.85
 
 
 def weighted_average(scores: Mapping[int, float], *, increasing: bool) -> float:
@@ -38,9 +39,9 @@ def effective_length(scores: Mapping[int, float], threshold: float = RULER_THRES
     return effective
 
 
-def relative_threshold(parent: Mapping[int, float], share: float = 0.85) -> float:
-    """What a merge has to score so as not to fall below `share` of its parent at the parent's shortest length."""
-    return share * parent[min(parent)]
+def relative_threshold(parent: Mapping[int, float]) -> float:
+    """What a merge has to score so as not to fall below 85 % of its parent at the parent's shortest length."""
+    return RELATIVE_SHARE * parent[min(parent)]
 
 
 class Outcome(NamedTuple):
@@ -86,6 +87,45 @@ def effective_length_interval(
     In every task whole haystacks are drawn with replacement, with all their items at all lengths: items on one
     haystack are not independent, and neither is an item at 4K of its pair at 8K.
     """
+    lengths, scores = _replicated(outcomes, seed, replicates)
+    reached = scores >= threshold - 1e-9
+    return _interval(effective_length(score_by_length(outcomes), threshold), lengths, reached, confidence)
+
+
+def relative_length_interval(
+    outcomes: Sequence[Outcome],
+    parent: Sequence[Outcome],
+    *,
+    seed: int,
+    replicates: int = 2000,
+    confidence: float = 0.95,
+) -> EffectiveLength | None:
+    """The same with the threshold that `relative_threshold` takes from a parent, which is drawn along.
+
+    The parent's answers on the same haystacks alone count, so that a draw strikes both alike; None where it has none.
+    """
+    asked = {(outcome.task, outcome.length, outcome.haystack) for outcome in outcomes}
+    answered = [outcome for outcome in parent if (outcome.task, outcome.length, outcome.haystack) in asked]
+    if not answered:
+        return None
+    lengths, scores = _replicated(outcomes, seed, replicates)
+    _, of_parent = _replicated(answered, seed, replicates)
+    thresholds = RELATIVE_SHARE * of_parent[:, :1]  # the first column is the shortest length
+    length = effective_length(score_by_length(outcomes), relative_threshold(score_by_length(answered)))
+    return _interval(length, lengths, scores >= thresholds - 1e-9, confidence)
+
+
+def _interval(length: int, lengths: list[int], reached: NDArray[np.bool_], confidence: float) -> EffectiveLength:
+    """Of replicates × lengths that reached their threshold or not."""
+    effective = np.concatenate([[0], lengths])[np.cumprod(reached, axis=1).sum(axis=1)]
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(effective, [tail, 1 - tail], method="inverted_cdf")
+    chance = {reach: float(np.mean(effective >= reach)) for reach in lengths}
+    return EffectiveLength(length, low=int(low), high=int(high), chance=chance)
+
+
+def _replicated(outcomes: Sequence[Outcome], seed: int, replicates: int) -> tuple[list[int], NDArray[np.float64]]:
+    """The lengths, and of each bootstrap replicate the score at each, from 0 to 100: replicates × lengths."""
     if not outcomes:
         raise BadInput("effective length: there are no scores; evaluate at least one item")
     lengths = sorted({outcome.length for outcome in outcomes})
@@ -103,16 +143,7 @@ def effective_length_interval(
         drawn = times @ counts
         total += np.where(drawn > 0, times @ sums / np.maximum(drawn, 1), plain)
         tasks_at += here > 0
-    reached = 100 * total / tasks_at >= threshold - 1e-9
-    effective = np.concatenate([[0], lengths])[np.cumprod(reached, axis=1).sum(axis=1)]
-    tail = (1 - confidence) / 2
-    low, high = np.quantile(effective, [tail, 1 - tail], method="inverted_cdf")
-    return EffectiveLength(
-        length=effective_length(score_by_length(outcomes), threshold),
-        low=int(low),
-        high=int(high),
-        chance={length: float(np.mean(effective >= length)) for length in lengths},
-    )
+    return lengths, 100 * total / tasks_at
 
 
 @lru_cache(maxsize=2)  # the points of a grid answer the same haystacks, and drawing takes nine tenths of the time

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from scipy.stats import binom
 
 from jobs.errors import BadInput
 from workers.benchmarks.scores import (
     Outcome,
     effective_length,
     effective_length_interval,
+    relative_length_interval,
     relative_threshold,
     score_by_length,
     weighted_average,
@@ -73,6 +75,22 @@ def test_chance_of_a_length_is_that_of_the_binomial() -> None:
     assert found.chance[4096] == 1.0
     assert found.chance[8192] == pytest.approx(0.8670, abs=0.008)
     assert (found.low, found.high) == (4096, 8192)
+
+
+def test_a_point_that_answers_as_its_parent_does_reaches_85_percent_of_it_in_every_draw() -> None:
+    half_right = outcomes_of({4096: 0.5, 8192: 0.5}, clusters=20, questions=1)
+    found = relative_length_interval(half_right, half_right, seed=1)
+    assert found is not None and (found.low, found.length, found.chance[4096]) == (8192, 8192, 1.0)
+    elsewhere = [outcome._replace(haystack="another") for outcome in half_right]
+    assert relative_length_interval(half_right, elsewhere, seed=1) is None
+
+
+def test_the_threshold_that_a_parent_gives_is_as_uncertain_as_its_score() -> None:
+    # the parent has 20 of 20 where the point has 17: 85 % exactly; of a draw of 20 the point has k, and has to have 17
+    point, parent = outcomes_of({4096: 0.85}, 20, 1), outcomes_of({4096: 1.0}, 20, 1)
+    found = relative_length_interval(point, parent, seed=1, replicates=20_000)
+    assert found is not None and found.length == 4096
+    assert found.chance[4096] == pytest.approx(binom.sf(16, 20, 0.85), abs=0.01)
 
 
 def test_questions_on_one_haystack_add_no_certainty() -> None:
