@@ -6,19 +6,19 @@ was interrupted finds the rest. `mergeyard run` merges a removed point again, to
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from jobs.errors import AccessDenied, BadInput, CorruptData, ObjectMissing
+from jobs.errors import AccessDenied, BadInput, ObjectMissing
 from orchestrator.ledger import READS_AT_ONCE, Lease
 from orchestrator.planning import Places
-from orchestrator.results import read_results
+from orchestrator.results import VERDICT, read_document, read_results, text_of
 from orchestrator.summary import size
 from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store
@@ -171,33 +171,49 @@ def _needed(store: Store, planned: _Planned) -> dict[str, str]:
     for name, url in planned.parents.items():
         if point := _point_of(store, url):
             needed[point] = f"it is the parent {name}"
-    verdict = _document(store, "gate/verdict.json")
-    if verdict.get("outcome") == "pass":
-        needed[str(verdict["new"])] = "the gate passed it"
-    for place in _folders_above(store.url):
-        with suppress(AccessDenied):  # a role that sees the runs alone
-            if point := _point_of(store, str(_document(open_store(place), BLESSED).get("point", ""))):
-                needed[point] = f"blessed by {place}/{BLESSED}"
+    if passed := _text(store, VERDICT, lambda verdict: text_of(verdict, "new") if verdict["outcome"] == "pass" else ""):
+        needed[passed] = "the gate passed it"
+    for place in dict.fromkeys((*_folders_above(store.url), *_folders_above(_real(store.url)))):
+        if point := _point_of(store, _blessed(place)):
+            needed[point] = f"blessed by {place}/{BLESSED}"
     return needed
 
 
 def _point_of(store: Store, url: str) -> str | None:
-    """The name of the point of this run that a URL names."""
-    inside = f"{store.url}/points/"
+    """The name of the point of this run that a URL names, by whatever path."""
     if not url:
         return None
-    place = open_store(url).url
-    return place.removeprefix(inside).split("/")[0] if place.startswith(inside) else None
+    points, place = f"{store.url}/points", open_store(url).url
+    for inside, name in ((points, place), (_real(points), _real(place))):
+        if name.startswith(f"{inside}/"):
+            return name.removeprefix(f"{inside}/").split("/")[0]
+    return None
 
 
-def _document(store: Store, key: str) -> dict[str, Any]:
-    """A small JSON file; empty where there is none. What cannot be read might protect a point: `CorruptData`."""
+def _real(url: str) -> str:
+    """A folder without symbolic links on its way; other places as they are."""
+    return url if "://" in url else os.path.realpath(url)
+
+
+def _blessed(place: str) -> str:
+    """The URL of the point that a folder's pointer names; empty where there is none."""
     try:
-        return json.loads(bytes(store.read(key)))
+        point = _text(open_store(place), BLESSED, lambda pointer: text_of(pointer, "point"))
+    except AccessDenied:
+        raise AccessDenied(
+            f"{place}/{BLESSED}: may not be read, and might name a point of this run; use credentials that may read it"
+        ) from None
+    if point and "://" not in point and not Path(point).expanduser().is_absolute():
+        raise BadInput(f"{place}/{BLESSED}: its point {point} is a relative path; write the whole path")
+    return point
+
+
+def _text(store: Store, key: str, parse: Callable[[dict[str, Any]], str]) -> str:
+    """From a small JSON file; empty where there is none. What cannot be read might protect a point: `CorruptData`."""
+    try:
+        return read_document(store, key, parse, "mend or remove it")
     except ObjectMissing:
-        return {}
-    except ValueError:
-        raise CorruptData(f"{store.url}/{key}: not JSON; mend or remove it") from None
+        return ""
 
 
 def _folders_above(url: str) -> list[str]:

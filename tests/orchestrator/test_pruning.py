@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from jobs.errors import AccessDenied
 from jobs.records import sealed, unsealed
 from orchestrator import pruning
 from orchestrator.ledger import Lease
@@ -15,6 +17,7 @@ from orchestrator.pruning import holdings, prune
 from tests.orchestrator.conftest import Ended, JobText, files_under
 from tests.orchestrator.scores import leave_scores
 from workers.storage import open_store
+from workers.storage.local import LocalStore
 
 Mergeyard = Callable[..., Ended]
 SCORES = {"w0.7": 0.9, "w0.3": 0.8, "w0.5": 0.6, "w0.9": 0.4, "w0.1": 0.2}
@@ -104,6 +107,66 @@ def test_a_point_that_the_gate_failed_may_go(mergeyard: Mergeyard, run: Path) ->
 def test_a_pointer_that_cannot_be_read_stops_everything(mergeyard: Mergeyard, run: Path) -> None:
     (run / "blessed.json").write_text("{")
     refused(mergeyard("prune", run, "--yes"), "blessed.json: not JSON", 1)
+    assert points(run) == set(SCORES)
+
+
+def test_a_point_is_blessed_by_whatever_path(mergeyard: Mergeyard, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "link").symlink_to(run)
+    (tmp_path / "runs" / "blessed.json").write_text(json.dumps({"point": f"{run}/points/w0.1"}))
+    ended = mergeyard("prune", tmp_path / "elsewhere" / "link", "--keep", 1, "--yes")
+    assert ended.code == 0 and points(run) == {"w0.7", "w0.1"}, ended.err
+    pointer = {"point": (tmp_path / "elsewhere" / "link" / "points" / "w0.1").as_uri()}
+    (tmp_path / "runs" / "blessed.json").write_text(json.dumps(pointer))
+    assert mergeyard("prune", run, "--keep", 1, "--yes").code == 0
+    assert points(run) == {"w0.7", "w0.1"}
+
+
+@pytest.mark.parametrize(
+    ("pointer", "line", "code"),
+    [
+        ({"point": "points/w0.1"}, "blessed.json: its point points/w0.1 is a relative path; write the whole path", 2),
+        (["points/w0.1"], "blessed.json: damaged, not a JSON object; mend or remove it", 1),
+        ({"name": "w0.1"}, "blessed.json: damaged, there is no 'point'; mend or remove it", 1),
+    ],
+)
+def test_a_pointer_that_does_not_say_which_point_stops_everything(
+    mergeyard: Mergeyard, run: Path, pointer: object, line: str, code: int
+) -> None:
+    (run / "blessed.json").write_text(json.dumps(pointer))
+    refused(mergeyard("prune", run, "--keep", 1, "--yes"), line, code)
+    assert points(run) == set(SCORES)
+
+
+def test_a_pointer_that_may_not_be_read_stops_everything(
+    mergeyard: Mergeyard, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The refusal is made up, since who runs the tests may be root, whom no file refuses."""
+    read = LocalStore.read
+
+    def refusing(store: LocalStore, key: str, **more: Any) -> Any:
+        if key == "blessed.json" and store.url == str(run.parent):
+            raise AccessDenied(f"{store.url}/{key}: not for you")
+        return read(store, key, **more)
+
+    monkeypatch.setattr(LocalStore, "read", refusing)
+    refused(
+        mergeyard("prune", run, "--keep", 1, "--yes"), f"{run.parent}/blessed.json: may not be read, and might name"
+    )
+    assert points(run) == set(SCORES)
+
+
+@pytest.mark.parametrize("verdict", ["[1]", '{"outcome": "pass"}', "{", '{"outcome": "pass", "new": 1}'])
+def test_a_verdict_that_cannot_be_read_stops_everything(mergeyard: Mergeyard, run: Path, verdict: str) -> None:
+    (run / "gate").mkdir()
+    (run / "gate" / "verdict.json").write_text(verdict)
+    refused(mergeyard("prune", run, "--keep", 1, "--yes"), "gate/verdict.json: ", 1)
+    assert points(run) == set(SCORES)
+
+
+def test_an_evaluation_that_cannot_be_read_stops_everything(mergeyard: Mergeyard, run: Path) -> None:
+    (run / "report" / "evaluation.json").write_text("[]")
+    refused(mergeyard("prune", run, "--keep", 1, "--yes"), "report/evaluation.json: damaged, not a JSON object", 1)
     assert points(run) == set(SCORES)
 
 

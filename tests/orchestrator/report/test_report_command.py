@@ -12,8 +12,9 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.report.page import PAGE, read_run, report_on
-from orchestrator.results import read_results
+from orchestrator.results import RESULTS, read_results
 from tests.orchestrator.report.made_up import HOSTILE, write_run
+from workers.scores import write_scores
 
 
 @pytest.fixture
@@ -82,6 +83,44 @@ def test_status_before_the_first_answer_has_no_table(tmp_path: Path, capsys: pyt
     assert "0 of 20 complete" in out and "score" not in out
     assert main(["status", str(tmp_path), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["leaderboard"] is None
+
+
+def one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a command says that ends for damaged files."""
+    assert main(words) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("mergeyard: ") and said.err.count("\n") == 1 and said.out == "", said.err
+    return said.err
+
+
+def test_an_evaluation_that_lacks_something_is_one_line(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(run) / "report" / "evaluation.json"
+    document = json.loads(path.read_text())
+    first, second = (f"{run}/{entry['point']}" for entry in document["standing"][:2])
+    lacking = [
+        {key: entry for key, entry in document.items() if key != name} for name in ("ranked", "race", "finished")
+    ]
+    for damaged in ([], *lacking, {**document, "standing": [{"point": "a"}]}):
+        path.write_text(json.dumps(damaged))
+        for words in (["report", run], ["status", run], ["compare", first, second]):
+            assert "report/evaluation.json: damaged" in one_line(words, capsys)
+
+
+def test_a_verdict_that_lacks_something_is_one_line(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(run) / "gate" / "verdict.json"
+    document = json.loads(path.read_text())
+    for damaged in ([1], {**document, "lines": []}, {**document, "looks": [{}]}, {**document, "new": None}):
+        path.write_text(json.dumps(damaged))
+        for verb in ("report", "status"):
+            assert "gate/verdict.json: damaged" in one_line([verb, run], capsys)
+
+
+def test_a_run_without_an_answer_is_told_what_to_do(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (Path(run) / RESULTS).write_bytes(write_scores([]))
+    assert main(["report", run]) == 2
+    assert "no scores there yet; `mergeyard evaluate` makes them" in capsys.readouterr().err
+    assert main(["status", run]) == 0
+    assert "score" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("verb", ["report", "status"])
