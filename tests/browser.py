@@ -5,10 +5,15 @@
 
 Nothing but files can be reached from it: every name resolves to nothing. The protocol is spoken through two pipes
 (`--remote-debugging-pipe`), which need no port and no library.
+
+    python -m tests.browser runs/soup/report/index.html --widths 1280,390
+
+leaves a picture of each width, of the whole page, in this folder, and says how far the page sticks out of its window.
 """
 
 from __future__ import annotations
 
+import argparse
 import base64
 import json
 import os
@@ -152,3 +157,24 @@ class Browser:
                 page.requests.append(told["request"]["url"])
             case _:
                 pass
+
+
+def main() -> None:
+    """Takes the pictures."""
+    parser = argparse.ArgumentParser(prog="python -m tests.browser", description="pictures of a page, as PNG")
+    parser.add_argument("page", help="a file, or its file:// URL")
+    parser.add_argument("--widths", default="1280,390", help="of the window, in pixels")
+    parser.add_argument("--dark", action="store_true", help="as on a dark desktop")
+    parser.add_argument("--into", type=Path, default=Path(), help="the folder for the pictures")
+    options = parser.parse_args()
+    url = options.page if "://" in options.page else Path(options.page).resolve().as_uri()
+    with Browser() as browser:
+        for width in map(int, options.widths.split(",")):
+            page = browser.open(url, width=width, dark=options.dark)
+            path = options.into / f"{Path(url).stem}-{width}.png"
+            page.picture(path)
+            print(f"{path}: {max(0, page.overflow())} pixels too wide, {len(page.messages)} messages")
+
+
+if __name__ == "__main__":
+    main()

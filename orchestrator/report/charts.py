@@ -53,6 +53,7 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 12,
     "axes.labelsize": 12,
     "text.color": INK,
+    "text.parse_math": False,  # a name may hold any number of $
     "axes.labelcolor": INK,
     "axes.edgecolor": RULE,
     "axes.spines.top": False,
@@ -311,7 +312,7 @@ def _scores(axes: Axes, found: Sequence[tuple[float, Score]], colour: str) -> No
 
 def _trend_legend() -> list[Line2D]:
     meanings = {
-        "pass": "candidate: passed, blessed",
+        "pass": "candidate: passed",
         "fail": "candidate: failed",
         "inconclusive": "candidate: no verdict",
     }
@@ -321,7 +322,7 @@ def _trend_legend() -> list[Line2D]:
     ]
     return [
         *handles,
-        Line2D([], [], linestyle=DASHES[1], color=OKABE_ITO[4], label="blessed merge, asked that night"),
+        Line2D([], [], linestyle=DASHES[1], color=OKABE_ITO[4], label="blessed merge"),
         Line2D([], [], linestyle=DASHES[2], color=OKABE_ITO[2], label="anchor"),
     ]
 

@@ -465,7 +465,7 @@ def _pareto_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
     return Section(
         "pareto",
         "What one buys with what",
-        "Every point by two metrics; the dashed line joins those that no other beats in both.",
+        "Every point by two metrics; the dashed line joins those that none beats in one without losing in the other.",
         (),
         "metrics",
         tuple(drawn),

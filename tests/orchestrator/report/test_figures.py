@@ -11,18 +11,28 @@ import pytest
 from jobs.evaluation import ScoreRow
 from jobs.grid import Point
 from jobs.tasks import Receipt
+from orchestrator.leaderboard import leaderboard
+from orchestrator.racing import Standing
+from orchestrator.report import charts
 from orchestrator.report.comparing import Cell
 from orchestrator.report.figures import (
+    Cost,
+    Curve,
+    Map,
     Metric,
+    Tile,
     answer_costs,
     front,
     grid_maps,
     grid_of,
+    length_curves,
     merge_cost,
     needle_maps,
     scores_by_task,
     shown,
 )
+from orchestrator.results import EvaluationResult
+from orchestrator.statistics import student_quantile
 from tests.orchestrator.report.test_comparing import rows
 
 
@@ -131,6 +141,51 @@ def test_the_front_holds_whom_nobody_beats_in_both() -> None:
     perplexity = Metric("perplexity", {"a": 30, "b": 20, "c": 10, "beaten": 25}, more_is_better=False)
     assert front(score, perplexity) == ["c", "b", "a"]
     assert front(score, score) == ["half"]
+
+
+def test_of_points_that_are_equal_in_both_all_are_on_the_front() -> None:
+    x = Metric("score", {"a": 2, "twin": 2, "beaten": 2, "b": 1, "other": 1})
+    y = Metric("vt", {"a": 5, "twin": 5, "beaten": 4, "b": 5, "other": 6})
+    assert front(x, y) == ["other", "twin", "a"]
+
+
+def test_an_interval_of_a_curve_does_not_collapse_where_all_is_right() -> None:
+    # 8 right answers, and two right and two wrong more: 10/12 right, and a variance of 10·2/12³ (Agresti & Coull 1998)
+    answered = [*rows("a", [1] * 8), *rows("a", [1] * 8, length=1024)]
+    line = leaderboard(
+        EvaluationResult(
+            rows=answered,
+            ranked=("ruler",),
+            standing=(Standing("a", 1.0, 16, None, None),),
+            departures=(),
+            baselines=(),
+            parents=(),
+            same={},
+            noise=None,
+            cost_share=1.0,
+            race=None,
+            seed=0,
+            finished=True,
+        ),
+        0,
+    )
+    (curve,) = length_curves({"a": answered}, line, ())
+    low = 100 - 100 * student_quantile(0.975, 7) * (10 * 2 / 12**3) ** 0.5
+    assert curve.low == pytest.approx((low, low)) and curve.high == (100, 100)
+
+
+def test_a_name_with_dollars_is_drawn_as_it_is() -> None:
+    name = "$w^{0.5}$ for $5 \\frac"
+    drawn = charts.heatmap(Map(name, ("$x_$", "b"), ("$$",), "$", "^_$", {(0, 0): Tile(1, None, "")}), 0, 100)
+    assert "$x_$" in drawn and "$w^{0.5}$ for $5 \\frac" in drawn
+    metric = Metric("$score_$", {"$a_$": 1.0, "b": 2.0})
+    assert "$score_$ (more is better)" in charts.pareto(metric, metric, ["b"], {})
+    assert "$a_$" in charts.curves([Curve("$a_$", (512, 1024), (1, 2), (), ())], "$", "$")
+    assert "$_$ at 4K" in charts.bars([Cost("$_$ at 4K", 1.0, 1, 1)])
+
+
+def test_no_words_are_read_as_mathematics_by_matplotlibs_own_formatters() -> None:
+    assert "mathdefault" not in charts.curves([Curve("a", (512, 1024), (1, 2), (), ())], "length", "score")
 
 
 def test_a_tasks_bytes_and_seconds_count_once() -> None:

@@ -60,6 +60,10 @@ def test_it_refers_to_nothing(text: str) -> None:
     assert "default-src &#39;none&#39;" in text or "default-src 'none'" in text
 
 
+def test_a_look_of_the_gate_counts_all_items(text: str) -> None:
+    assert "Looked 2 times: 8 items in all, +2.5, inconclusive" in text
+
+
 def test_ids_are_there_once(text: str) -> None:
     ids = re.findall(r'\bid="([^"]+)"', text)
     double = {name for name in ids if ids.count(name) > 1}
