@@ -147,11 +147,16 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
 
 
 def _reach(effective: EffectiveLength) -> str:
+    """In words; what passed at the longest length might pass at longer ones, that nobody asked."""
+    longest, high = max(effective.chance), f"{effective.high:,}"
+    if effective.high == longest:
+        high += " or more"
+    interval = f" (95 % interval: {effective.low:,} to {high})" if effective.low < effective.high else ""
     if effective.length == 0:
-        return "below the shortest that was asked"
-    if effective.low == effective.high:
-        return _tokens(effective.length)
-    return f"{_tokens(effective.length)} (95 % interval: {effective.low:,} to {effective.high:,})"
+        return f"below the shortest that was asked{interval}"
+    if effective.length == longest:
+        return f"{_tokens(longest)} or more, the longest asked{interval}"
+    return f"{_tokens(effective.length)}{interval}"
 
 
 def _weight(plan: Plan, planned: PlannedPoint, name: str) -> str:

@@ -34,6 +34,9 @@ CHUNK_BYTES = 16 << 20
 MANIFEST, CARD, RECIPE = "manifest.json", "README.md", "mergekit_config.yml"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
 NO_COMMERCE = re.compile(r"(^|[-_. ])(nc|mrl|mnpl)([-_. ]|$)|non-?(commercial|production)|research", re.IGNORECASE)
+SHARE_ALIKE = re.compile(r"^([al]?gpl|osl|odbl|llama|gemma)|(^|[-_. ])sa([-_. ]|$)|openrail", re.IGNORECASE)
+"""Licences that what is made of a model has to keep: copyleft ones, and the makers' own with terms to pass on."""
+
 HUB = "https://huggingface.co"
 HUB_URL = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?")
 NO_DERIVATIVES = re.compile(r"(^|[-_. ])nd([-_. ]|$)", re.IGNORECASE)
@@ -191,7 +194,7 @@ def publish_to_hub(
                 sent += content.size
     if sent or stale:
         _commit(publication, point, expected, stale)
-    return _facts(point, publication.page, sent) | {"license": terms["license"], "private": not public}
+    return _facts(point, publication.page, sent) | {"license": terms["license"], "private": publication.private}
 
 
 def _commit(publication: HubPublication, point: FoundPoint, expected: Mapping[str, Content], stale: set[str]) -> None:
@@ -321,9 +324,17 @@ class Licence:
 
     @property
     def label(self) -> str:
-        """As a person calls it."""
+        """As a person calls it; without a name, one that is no licence of the hub's list is told by its own link."""
         terms = self.terms or {}
-        return terms.get("license_name") or terms.get("license") or "no licence"
+        if terms.get("license") != "other":
+            return terms.get("license", "no licence")
+        link = terms.get("license_link", "")
+        return terms.get("license_name") or f"other ({link if '://' in link else f'of {self.parent}'})"
+
+    def says(self, pattern: re.Pattern[str]) -> bool:
+        """Whether the licence or its name does."""
+        terms = self.terms or {}
+        return any(pattern.search(terms.get(key, "")) for key in ("license", "license_name"))
 
 
 def _licences(parents: Mapping[str, str], seen: frozenset[str] = frozenset()) -> list[Licence]:
@@ -360,15 +371,18 @@ def reconciled_licence(licences: list[Licence], chosen: str | None, *, public: b
     """The front matter of the merge's licence: the parents', where all have the same; else the chosen one.
 
     `BadInput` where they differ or say nothing and none is chosen, where the chosen one drops a parent's
-    non-commercial clause, and where a parent forbids the sharing of what is made of it. No lawyer looked at this.
+    non-commercial clause or is another than one that has to be kept, and where a parent forbids the sharing of what is
+    made of it. No lawyer looked at this.
     """
     for licence in licences:
-        if public and NO_DERIVATIVES.search(licence.label):
+        if public and licence.says(NO_DERIVATIVES):
             raise BadInput(
                 f"{licence.parent} is under {licence.label}: what is made of it may not be shared; drop --public"
             )
     for licence in licences:
-        if chosen is not None and NO_COMMERCE.search(licence.label) and not NO_COMMERCE.search(chosen):
+        if chosen is None or chosen == licence.label:
+            continue
+        if licence.says(SHARE_ALIKE) or (licence.says(NO_COMMERCE) and not NO_COMMERCE.search(chosen)):
             raise BadInput(
                 f"--license {chosen}: {licence.parent} is under {licence.label}, which holds for what is made of it"
             )

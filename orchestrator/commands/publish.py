@@ -37,6 +37,8 @@ def publish(options: argparse.Namespace) -> int:
         print(
             f"{facts['point']}{same}: {facts['files']} files {news} at {facts['url']}, weights {facts['weights'][:12]}"
         )
+        if options.public and facts["private"]:
+            print(f"{facts['url']} was private before and stays so; its settings on the hub change that")
     return 0
 
 

@@ -17,10 +17,12 @@ from huggingface_hub import ModelCard
 from jobs.errors import BadInput
 from jobs.manifest import Manifest
 from orchestrator.cli import main
+from orchestrator.model_card import _reach
 from orchestrator.publishing import Licence, _licences, _renamed, reconciled_licence
 from tests.hub_server import HubServer
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.scores import leave_scores
+from workers.benchmarks.scores import EffectiveLength
 from workers.storage import open_store
 
 EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
@@ -264,9 +266,29 @@ def test_other_weights_and_public_places_are_refused(mergeyard: Mergeyard, run: 
     refused(mergeyard("publish", run / "w0.7", "hf://someone/else"), "holds other weights, pytorch_model.bin")
     hub.publish("someone/open", {})
     refused(mergeyard("publish", run / "w0.7", "hf://someone/open"), "public already; say --public")
-    assert mergeyard("publish", run / "w0.7", "hf://someone/open", "--public").code == 0
+    assert mergeyard("publish", run / "w0.7", "hf://someone/open", "--public", "--json").facts["private"] is False
     refused(mergeyard("publish", run / "w0.7", "hf://someone/open@main"), "neither revision nor folder")
     refused(mergeyard("publish", run / "w0.9", "hf://someone/soup"), "no finished point there")
+
+
+def test_a_repository_that_is_private_stays_so_and_is_said_to_be(
+    mergeyard: Mergeyard, run: Path, hub: HubServer
+) -> None:
+    assert mergeyard("publish", run / "w0.7", "hf://someone/soup", "--json").facts["private"] is True
+    again = ("publish", run / "w0.7", "hf://someone/soup", "--public")
+    assert mergeyard(*again, "--json").facts["private"] is True and hub.repositories["someone/soup"].private
+    assert "was private before and stays so" in mergeyard(*again).out
+
+
+def test_a_context_that_passed_at_the_longest_length_may_be_longer() -> None:
+    def told(length: int, low: int, high: int) -> str:
+        return _reach(EffectiveLength(length, low, high, {512: 1.0, 1024: 0.5}))
+
+    assert told(1024, 1024, 1024) == "1,024 tokens or more, the longest asked"
+    assert told(1024, 512, 1024) == "1,024 tokens or more, the longest asked (95 % interval: 512 to 1,024 or more)"
+    assert told(512, 512, 1024) == "512 tokens (95 % interval: 512 to 1,024 or more)"
+    assert told(512, 512, 512) == "512 tokens"
+    assert told(0, 0, 512) == "below the shortest that was asked (95 % interval: 0 to 512)"
 
 
 def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_made(
@@ -298,6 +320,13 @@ def licences(*terms: dict[str, str] | None) -> list[Licence]:
         ((OTHER, {**OTHER, "license_link": "elsewhere"}), None, {**OTHER, "license_link": "elsewhere"}),
         ((None, None), "mit", {"license": "mit"}),
         ((APACHE, FOR_FUN), "cc-by-nc-4.0", FOR_FUN),
+        ((APACHE, FOR_FUN), "cc-by-nc-sa-4.0", {"license": "cc-by-nc-sa-4.0"}),
+        (({"license": "gpl-3.0"}, APACHE), "gpl-3.0", {"license": "gpl-3.0"}),
+        (
+            ({"license": "other", "license_link": "https://a/L"},) * 2,
+            None,
+            {"license": "other", "license_link": "https://a/L"},
+        ),
     ],
 )
 def test_the_merge_has_the_licence_of_its_parents(parents: Any, chosen: str | None, expected: dict[str, str]) -> None:
@@ -312,6 +341,21 @@ def test_the_merge_has_the_licence_of_its_parents(parents: Any, chosen: str | No
         ((APACHE, OTHER), "apache-2.0", "p1 is under qwen-research, which holds"),
         ((APACHE, FOR_FUN), "apache-2.0", "p1 is under cc-by-nc-4.0, which holds for what is made of it"),
         (({"license": "cc-by-nd-4.0"},), None, "may not be shared; drop --public"),
+        (
+            ({"license": "other", "license_link": "https://a/L"}, {"license": "other", "license_link": "https://b/L"}),
+            None,
+            "differ \\(p0 other \\(https://a/L\\), p1 other \\(https://b/L\\)\\)",
+        ),
+        (({"license": "other", "license_link": "LICENSE"},) * 2, None, "differ \\(p0 other \\(of p0\\), p1 other"),
+        ((APACHE, {**FOR_FUN, "license_name": "ours"}), "mit", "p1 is under cc-by-nc-4.0, which holds"),
+        (({**FOR_FUN, "license_name": "ours"}, {"license": "mit", "license_name": "ours"}), None, "licences differ"),
+        *(
+            (({"license": own}, APACHE), "mit", f"--license mit: p0 is under {own}, which holds for what is made of it")
+            for own in (
+                *("gpl-3.0", "agpl-3.0", "lgpl-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "bigscience-openrail-m"),
+                *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"),
+            )
+        ),
     ],
 )
 def test_licences_that_do_not_go_together_are_refused(parents: Any, chosen: str | None, line: str) -> None:

@@ -45,7 +45,7 @@ class HubPublication:
 
     Raises `BadInput` for what is no plain `hf://organisation/name` and for a public repository where a private one is
     wanted, `AccessDenied` without a token that may write, `ObjectChanged` when somebody else commits meanwhile.
-    `visible` shows the hub's own progress bars.
+    `visible` shows the hub's own progress bars. `private` is what was wanted, and after `begin` what the repository is.
     """
 
     def __init__(self, url: str, *, private: bool, visible: bool = False) -> None:
@@ -57,7 +57,7 @@ class HubPublication:
         self._api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
         if get_token() is None:
             raise AccessDenied(f"hf://{self._repository}: nobody is logged in; run `hf auth login` or set HF_TOKEN")
-        self._private = private
+        self.private = private
         self._additions: list[CommitOperationAdd] = []
         self._parent = ""
         self.url = f"hf://{self._repository}"
@@ -73,10 +73,11 @@ class HubPublication:
 
     def begin(self) -> dict[str, ObjectInfo]:
         """Makes the repository if need be; what lies there now, by name."""
-        self._patiently(lambda: self._api.create_repo(self._repository, private=self._private, exist_ok=True))
+        self._patiently(lambda: self._api.create_repo(self._repository, private=self.private, exist_ok=True))
         told = self._patiently(lambda: self._api.model_info(self._repository, revision="main", timeout=stall_seconds()))
-        if self._private and told.private is False:
+        if self.private and told.private is False:
             raise BadInput(f"{self.url} is public already; say --public, or choose another name")
+        self.private = self.private if told.private is None else told.private  # one that was there stays what it was
         self._parent = told.sha or ""
         return self.files()
 
