@@ -37,7 +37,8 @@ class ModelSpec:
     """What an evaluation worker needs to hold every point of a layout: parents' tensors, config, tokenizer files.
 
     `tokenizer` is (URL, {file: ETag}); `engine`, `url` and `options` as the job file gives them; `longest` is the
-    longest context that will be asked, None where a benchmark does not say.
+    longest context that will be asked, None where a benchmark does not say. `end_tokens` end an
+    answer, beside those of the config and the tokenizer, as the point's generation_config.json says.
     """
 
     run: str
@@ -52,6 +53,7 @@ class ModelSpec:
     options: Mapping[str, str | bool | int | float]
     longest: int | None
     threads: int
+    end_tokens: tuple[int, ...] = ()
 
     @property
     def bytes(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import BadInput
 from jobs.evaluation import ModelSpec
@@ -14,8 +15,10 @@ from orchestrator.compatibility import context_fields
 from orchestrator.layouts import Layout
 from orchestrator.planning import Plan, PlannedPoint, parent_alone, parents_as_points
 from orchestrator.statistics import Cell
-from workers.benchmarks.building import PlannedSet, Reader, planned_sets
+from workers.benchmarks.building import PlannedSet, Reader, check_sets, planned_sets
 from workers.benchmarks.tokens import TOKENIZER_FILES, Tokenizer
+from workers.checkpoint import LARGEST_CONFIG, read_json
+from workers.engines.engine import longest_scored
 from workers.storage import open_store
 
 Sets = Mapping[Cell, PlannedSet]
@@ -97,7 +100,7 @@ class _Asked:
 def questions(plan: Plan, folder: Path | None = None) -> Questions:
     """What the plan's job asks; `folder` is what the paths of its texts are relative to.
 
-    Reads tokenizers and texts, builds nothing. Raises `BadInput` for what cannot be asked.
+    Reads tokenizers and texts, and builds an item or two of each task. Raises `BadInput` for what cannot be asked.
     """
     evaluation = plan.job.evaluate
     if evaluation is None:
@@ -188,6 +191,8 @@ def _layouts(
         sets = tuple(sets_of[key].values())
         _check_fit(plan, layout, tokenizer, sets)
         found[id(layout)] = _Asked(str(len(found)), _model_spec(plan, layout, sets), sets_of[key])
+    for made in sets_of.values():
+        check_sets(made.values())
     return found
 
 
@@ -224,6 +229,13 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
             f"{longest.place}: {longest.task} at {longest.length} tokens is beyond the model's {most};"
             " take that length out, or raise max_position_embeddings in the parents' config"
         )
+    engine = plan.job.engine.name
+    for entry in sets:
+        if isinstance(most, int) and entry.benchmark == "perplexity" and entry.length > longest_scored(engine, most):
+            raise BadInput(
+                f"{entry.place}: perplexity at {entry.length} tokens leaves the engine {engine} no room for the one it"
+                f" always generates; ask at {most - 1}, or take transformers"
+            )
     if isinstance(rows, int) and tokenizer.largest_id >= rows:
         raise BadInput(
             f"{tokenizer.place}: the tokenizer has token {tokenizer.largest_id}, the model's vocabulary {rows} entries;"
@@ -248,4 +260,13 @@ def _model_spec(plan: Plan, layout: Layout, sets: Sequence[PlannedSet]) -> Model
         options=plan.job.engine.options,
         longest=max(entry.length for entry in sets) if known else None,
         threads=max(1, int(plan.job.workers.cpus)),
+        end_tokens=_end_tokens(plan, layout),
     )
+
+
+def _end_tokens(plan: Plan, layout: Layout) -> tuple[int, ...]:
+    """What ends an answer by the generation_config.json that the written point is given."""
+    donor = plan.parents[layout.donor]
+    info = donor.side_files.get("generation_config.json")
+    found: Any = None if info is None else read_json(open_store(donor.url), info, LARGEST_CONFIG).get("eos_token_id")
+    return tuple(token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int))

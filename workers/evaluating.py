@@ -121,7 +121,16 @@ class Evaluator:
         """One row an item and metric of a task of lm-evaluation-harness."""
         [(data, _, _)] = self._stretches(task)
         told = json.loads(data)
-        for score in sample_scores(engine, told["task"], told["limit"], beginning=resident.beginning):
+        for score in sample_scores(
+            engine,
+            told["task"],
+            told["limit"],
+            beginning=resident.beginning,
+            tokenizer=resident.tokenizer,
+            metadata=told.get("metadata"),
+            num_fewshot=told.get("num_fewshot"),
+            chat_template=told.get("chat_template"),
+        ):
             place = f"{score.metric.partition(':')[0]}-{score.item}"
             yield {
                 "task": score.metric,
@@ -157,6 +166,9 @@ class _Resident:
         self._parents: ResidentParents | None = None
         self._engine: Engine | None = None
         self._point = ""
+        self._room = tempfile.TemporaryDirectory(prefix="mergeyard-tokenizer-")
+        self.tokenizer = Path(self._room.name)
+        """The folder of the point's tokenizer, once there is an engine."""
         self.weights = ""
         self.beginning = ""
 
@@ -184,6 +196,7 @@ class _Resident:
         if self._engine is not None:
             self._engine.close()
         self._engine = self._parents = None
+        self._room.cleanup()
 
     def _held_parents(self) -> ResidentParents:
         if self._parents is None:
@@ -198,21 +211,25 @@ class _Resident:
         return self._parents
 
     def _open(self, weights: Iterator[tuple[str, Tensor]], task: EvaluationTask) -> Engine:
-        with tempfile.TemporaryDirectory(prefix="mergeyard-tokenizer-") as name:
-            folder = Path(name)
-            url, files = self._model.tokenizer
-            store = open_store(url)
-            for file, etag in files.items():
-                (folder / file).write_bytes(bytes(store.read(file, etag=etag)))
-            tokenizer = load_tokenizer(folder)
-            self.beginning = str(tokenizer.bos_token or tokenizer.eos_token or "")
-            return open_engine(self._model, folder, weights, task, self._device)
+        url, files = self._model.tokenizer
+        store = open_store(url)
+        for file, etag in files.items():
+            data = bytes(store.read(file, etag=etag))
+            (self.tokenizer / file).write_bytes(_without_code(data) if file == "tokenizer_config.json" else data)
+        tokenizer = load_tokenizer(self.tokenizer)
+        self.beginning = str(tokenizer.bos_token or tokenizer.eos_token or "")
+        return open_engine(self._model, self.tokenizer, weights, task, self._device)
+
+
+def _without_code(tokenizer_config: bytes) -> bytes:
+    """Without the classes that the file names for its loading: tasks of lm-evaluation-harness would run their code."""
+    return json.dumps({key: value for key, value in json.loads(tokenizer_config).items() if key != "auto_map"}).encode()
 
 
 def open_engine(
     model: ModelSpec, folder: Path, weights: Iterator[tuple[str, Tensor]], task: EvaluationTask, device: str
 ) -> Engine:
-    """The engine that the job names, holding the point of `task`; `folder` has the tokenizer's files, then goes."""
+    """The engine that the job names, holding the point of `task`; `folder` has the tokenizer's files."""
     options: dict[str, Any] = dict(model.options)
     if model.engine == "openai":
         from workers.engines.openai_engine import OpenAIEngine
@@ -224,7 +241,13 @@ def open_engine(
     from workers.engines.transformers_engine import Limits, TransformersEngine
 
     return TransformersEngine.from_state(
-        model.config, folder, weights, version=task.digest, device=device, limits=Limits(**options)
+        model.config,
+        folder,
+        weights,
+        version=task.digest,
+        device=device,
+        limits=Limits(**options),
+        end_tokens=model.end_tokens,
     )
 
 
@@ -243,7 +266,10 @@ def _open_vllm(
     with (folder / "model.safetensors").open("wb") as file:
         file.write(header)
         file.truncate(len(header) + sum(tensor.bytes for tensor in model.tensors))
-    (folder / "config.json").write_text(json.dumps(model.config))
+    (folder / "config.json").write_text(json.dumps({k: v for k, v in model.config.items() if k != "auto_map"}))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": model.end_tokens} if model.end_tokens else {})
+    )
     dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16")
     longest = options.pop("max_model_len", None)
     if longest is None and model.longest is not None:  # one more than it reads, if the model can: vLLM always generates

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jobs.errors import BadInput
 from jobs.evaluation import EvaluationTask, ScoreRow
 from jobs.job import ENGINE_OPTIONS, load_job
 from orchestrator.driver import drive
@@ -27,6 +28,7 @@ from workers.benchmarks.items import read_items
 from workers.benchmarks.perplexity import read_windows
 from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
+from workers.engines.tokenizer import load_tokenizer
 from workers.engines.transformers_engine import Limits, TransformersEngine
 from workers.evaluating import Evaluator
 from workers.scores import read_scores, write_scores
@@ -113,6 +115,26 @@ def test_an_unwritten_point_answers_token_for_token_what_the_written_one_does(tm
         assert {row.weights for row in of(rows, point)} == {written.manifests[point].weights}
         assert {row.recipe for row in of(rows, point)} == {written.manifests[point].digest}
     assert [row.answer for row in of(rows, "w0.6")] != [row.answer for row in of(rows, "w0.3")]
+
+
+def test_an_answer_ends_where_the_written_point_says_that_it_does(tmp_path: Path) -> None:
+    parents = tmp_path / "parents"
+    shutil.copytree(PARENTS, parents)
+    digit = load_tokenizer(parents / "long")("8")["input_ids"]  # no answer may have it: every number is cut before it
+    for name in ("long", "fmt"):
+        (parents / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, *digit]}))
+    plan = make(tmp_path, parents=parents)
+    rows = [row for row in answered(plan, "w0.6") if row.length == 320]
+    drive(plan, InProcessPool(), Watcher(visible=False))
+    engine = TransformersEngine.from_folder(tmp_path / "runs/tiny/points/w0.6", device="cpu")
+    [items] = [task.items for task in tasks(plan, questions(plan), "w0.6") if task.items.length == 320]
+    asked = read_items(bytes(open_store(plan.run_url).read(items.parts[0][2])))
+    prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in asked]
+    written = engine.generate(prompts)
+    assert [(row.answer, row.tokens) for row in rows] == [(a.text, a.tokens_in + a.tokens_out) for a in written]
+    assert not any("8" in row.answer for row in rows)
+    engine._end_tokens -= {*digit}
+    assert any("8" in answer.text for answer in engine.generate(prompts)), "but for the file there would be some"
 
 
 def test_a_row_says_where_the_needle_lay_and_what_was_asked(tmp_path: Path) -> None:
@@ -209,7 +231,7 @@ def test_one_worker_answers_for_models_of_different_layouts(tmp_path: Path) -> N
 
 
 @pytest.mark.heavy
-@pytest.mark.skipif(not VLLM.exists(), reason="no .venv-vllm with vLLM in it")
+@pytest.mark.skipif(not VLLM.exists(), reason="vLLM's environment .venv-vllm is not there; `make vllm` installs it")
 def test_vllm_holds_points_that_were_never_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MERGEYARD_VLLM_PYTHON", str(VLLM))
     options = {"cache_gib": 1, "enforce_eager": True}
@@ -228,6 +250,38 @@ def test_the_options_that_a_job_may_give_are_those_that_the_engines_take() -> No
     asked = set(inspect.signature(OpenAIEngine).parameters) - {"url", "tokenizer"}
     assert set(ENGINE_OPTIONS["openai"]) == asked
     assert set(ENGINE_OPTIONS["transformers"]) == set(inspect.signature(Limits).parameters)
+
+
+@pytest.mark.parametrize("engine", ["vllm", "openai"])
+def test_perplexity_at_the_whole_context_is_refused_beforehand_where_an_engine_always_generates(
+    tmp_path: Path, engine: str
+) -> None:
+    evaluate = {"perplexity": {"lengths": [256, 4096], "blocks": 1}}
+    url = {"url": "http://127.0.0.1:9/v1"} if engine == "openai" else {}
+    one: dict[str, Any] = {"grid": {"w": [0.6]}, "evaluate": evaluate}
+    with pytest.raises(BadInput, match=rf"job.yaml:\d+: perplexity at 4096 .* engine {engine} no room .* ask at 4095"):
+        questions(make(tmp_path, engine={"name": engine, **url}, **one))
+    questions(make(tmp_path, **one))
+    evaluate["perplexity"]["lengths"] = [4095]
+    questions(make(tmp_path, engine={"name": engine, **url}, **one))
+
+
+def test_a_tokenizer_brings_no_code_to_the_tasks_of_others(tmp_path: Path) -> None:
+    parents = tmp_path / "parents"
+    shutil.copytree(PARENTS, parents)
+    for name in ("long", "fmt"):
+        path = parents / name / "tokenizer_config.json"
+        foreign = {"auto_map": {"AutoTokenizer": ["them/theirs--code.Theirs", None]}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | foreign))
+    plan = make(tmp_path, parents=parents)
+    asked = questions(plan)
+    evaluator = Evaluator(asked.models)
+    evaluator.evaluate(tasks(plan, asked, "w0.6")[0])
+    assert evaluator._resident is not None
+    folder = evaluator._resident[1].tokenizer
+    assert not any("auto_map" in path.read_text() for path in folder.iterdir())
+    evaluator.close()
+    assert not folder.exists()
 
 
 def test_an_option_reaches_the_engine(tmp_path: Path) -> None:

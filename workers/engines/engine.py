@@ -71,6 +71,11 @@ class Engine(Protocol):
         """Tokens the model can hold, prompt and answer together."""
         ...
 
+    @property
+    def max_scored(self) -> int:
+        """Tokens of the longest window that can be scored; `longest_scored` of `max_length`."""
+        ...
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text` as a prompt, with the special tokens that the tokenizer itself puts in front."""
         ...
@@ -83,8 +88,11 @@ class Engine(Protocol):
         """Log-likelihood of every token but the first of each window, given the tokens before it: n - 1 values."""
         ...
 
-    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Log-likelihood of `continuation` after `context`, and whether it is what greedy decoding would say."""
+    def loglikelihoods(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """For each text, token ids and how many of them (at least one) are context: how likely are the others?
+
+        Their log-likelihood, and whether greedy decoding would say them; neighbours that begin alike are cheap.
+        """
         ...
 
     def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
@@ -109,16 +117,12 @@ def check_room(tokens_in: int, max_new_tokens: int, max_length: int) -> None:
         )
 
 
-def split_continuation(encode: Callable[[str], list[int]], context: str, continuation: str) -> tuple[list[int], int]:
-    """Token ids of the whole text and how many of them belong to the context.
+def check_window(tokens: int, max_scored: int) -> None:
+    """Refuse a window that cannot be scored."""
+    if not 2 <= tokens <= max_scored:
+        raise BadInput(f"a window of {tokens} tokens cannot be scored; 2 to {max_scored} can")
 
-    Spaces at the end of the context belong to the continuation, because tokenizers glue them to the next word;
-    an empty context leaves the first token (often the beginning-of-text mark) as the condition.
-    """
-    spaces = len(context) - len(context.rstrip(" "))
-    head = context[: len(context) - spaces]
-    whole = encode(context + continuation)
-    kept = max(1, len(encode(head)) if head else 1)
-    if kept >= len(whole):
-        raise BadInput(f"the continuation {continuation!r} adds no token to its context; give it a text")
-    return whole, kept
+
+def longest_scored(engine: str, max_length: int) -> int:
+    """Tokens of the longest window that an engine scores: vLLM and servers always generate one more, and need room."""
+    return max_length if engine == "transformers" else max_length - 1

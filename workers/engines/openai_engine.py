@@ -19,23 +19,27 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
 from jobs.errors import AccessDenied, BadInput, WorkerLost
-from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, split_continuation
+from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, check_window, longest_scored
 from workers.engines.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
+Kind = TypeVar("Kind")
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
 LONGEST_PAUSE_SECONDS = 30.0
 MOST_STOPS = 4
 """Stop texts that OpenAI's protocol allows in one request; the others are cut off here."""
+
+MARKS = 8
+"""Special tokens by which a server's count of a prompt may be below ours; one that read fewer has cut it."""
 
 KEYS_OWN_SERVER = "https://api.openai.com/v1"
 """Where OPENAI_API_KEY goes unless OPENAI_BASE_URL says otherwise; both are called as in OpenAI's own client."""
@@ -49,7 +53,7 @@ class OpenAIEngine:
 
     `url` ends where `/completions` begins, as in `http://host:8000/v1`; `tokenizer` is the point's own folder. The key
     in OPENAI_API_KEY is sent if `url` is OPENAI_BASE_URL. `max_length` None asks the server, which not every server
-    knows.
+    knows. An answer may take `timeout_seconds`; one that takes longer is not asked for again, for it would again.
     """
 
     def __init__(
@@ -86,6 +90,11 @@ class OpenAIEngine:
         """What was given, or what the server says of itself."""
         return self._max_length
 
+    @property
+    def max_scored(self) -> int:
+        """One less than `max_length`."""
+        return longest_scored("openai", self.max_length)
+
     def encode(self, text: str) -> list[int]:
         """Token ids by the point's own tokenizer; the server is sent text, and uses its own."""
         return list(self.tokenizer(text, verbose=False)["input_ids"])
@@ -101,13 +110,15 @@ class OpenAIEngine:
         echoes = self._map(self._echo, windows, progress)
         return [np.asarray(echo["token_logprobs"][1:], dtype=np.float32) for echo in echoes]
 
-    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Log-likelihood of the continuation, and whether each of its tokens was the server's likeliest."""
-        whole, kept = split_continuation(self.encode, context, continuation)
-        echo = self._echo(whole)
-        chosen = echo["token_logprobs"][kept:]
-        likeliest = [max(top.values()) for top in echo["top_logprobs"][kept:]]
-        return float(sum(chosen)), all(value >= best for value, best in zip(chosen, likeliest, strict=True))
+    def loglikelihoods(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of what follows each context, and whether each of its tokens was the server's likeliest."""
+        found: list[tuple[float, bool]] = []
+        for (_, context), echo in zip(texts, self._map(self._echo, [ids for ids, _ in texts], None), strict=True):
+            chosen = echo["token_logprobs"][context:]
+            likeliest = [max(top.values()) for top in echo["top_logprobs"][context:]]
+            greedy = all(value >= best for value, best in zip(chosen, likeliest, strict=True))
+            found.append((float(sum(chosen)), greedy))
+        return found
 
     def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Refused: a server elsewhere keeps the weights it has."""
@@ -125,32 +136,41 @@ class OpenAIEngine:
         if prompt.stops:
             settings["stop"] = list(prompt.stops[:MOST_STOPS])
         reply = self._request("POST", "/completions", {"model": self.model, **settings})
-        text = self._field(reply, "choices")[0]["text"]
-        usage = reply.get("usage") or {}
+        text = self._choice(reply, "text", str)
+        sent = len(self.encode(prompt.whole))
+        read = self._count(reply, "prompt_tokens", sent)
+        if read < sent - MARKS:
+            raise BadInput(
+                f"{self.url} read {read} of a prompt's {sent} tokens: it cuts what is long, or has another tokenizer;"
+                f" serve {self.model} with a longer context, or lower max_length"
+            )
         return Answer(
             text=before_stops(text, prompt.stops),
-            tokens_in=usage.get("prompt_tokens") or len(self.encode(prompt.whole)),
-            tokens_out=usage.get("completion_tokens") or len(self.encode(text)),
+            tokens_in=read,
+            tokens_out=self._count(reply, "completion_tokens", len(self.encode(text))),
             seconds=time.perf_counter() - started,
             finite=True,
         )
 
     def _echo(self, ids: Sequence[int]) -> dict[str, Any]:
         """The server's logprobs of a prompt given as token ids."""
-        if not 2 <= len(ids) < self.max_length:
-            raise BadInput(f"a window of {len(ids)} tokens cannot be scored; 2 to {self.max_length - 1} can")
+        check_window(len(ids), self.max_scored)
         settings = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
         reply = self._request("POST", "/completions", {"model": self.model, **settings})
-        logprobs = self._field(reply, "choices")[0].get("logprobs") or {}
-        if len(logprobs.get("token_logprobs") or ()) < len(ids):
+        logprobs: Any = self._choice(reply, "logprobs", object)
+        names = ("token_logprobs", "top_logprobs")
+        if not isinstance(logprobs, dict) or not all(_are_echoed(logprobs.get(name), len(ids)) for name in names):
             raise BadInput(f"{self.url} does not echo logprobs of a prompt; score this point with transformers or vllm")
-        return {name: logprobs[name][: len(ids)] for name in ("token_logprobs", "top_logprobs")}
+        return {name: logprobs[name][: len(ids)] for name in names}
 
     def _ask_max_length(self) -> int:
-        models = self._field(self._request("GET", "/models", None), "data")
-        for model in models:
-            if model.get("id") == self.model and model.get("max_model_len"):
-                return int(model["max_model_len"])
+        models: Any = self._request("GET", "/models", None).get("data")
+        for model in models if isinstance(models, list) else ():
+            match model:
+                case {"id": self.model, "max_model_len": int(longest)} if longest > 0:
+                    return longest
+                case _:
+                    continue
         raise BadInput(f"{self.url} does not say how long a prompt {self.model} takes; give max_length")
 
     def _map(self, ask: Callable[[Any], Any], tasks: Sequence[Any], progress: Progress | None) -> list[Any]:
@@ -166,30 +186,61 @@ class OpenAIEngine:
                 future.cancel()
         return answers
 
-    def _field(self, reply: Mapping[str, Any], name: str) -> Any:
-        if not reply.get(name):
-            raise BadInput(f"{self.url} answered without {name!r}; it does not speak the completions API")
-        return reply[name]
+    def _choice(self, reply: Mapping[str, Any], name: str, kind: type[Kind]) -> Kind:
+        """A field of the first choice in a reply."""
+        match reply:
+            case {"choices": [{**choice}, *_]} if isinstance(choice.get(name), kind):
+                return choice[name]
+            case _:
+                raise self._no_completion(json.dumps(reply))
+
+    def _count(self, reply: Mapping[str, Any], name: str, own: int) -> int:
+        """A number of tokens as the server counts, or our own count where it does not say."""
+        match reply:
+            case {"usage": {**usage}} if isinstance(usage.get(name), int) and usage[name] > 0:
+                return usage[name]
+            case _:
+                return own
+
+    def _no_completion(self, text: str) -> BadInput:
+        return BadInput(
+            f"{self.url} answered {text[:100]!r}, which is no completion; does it speak the completions API?"
+        )
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         """The reply to one request; busy and failing servers are asked again, after longer and longer pauses."""
-        trouble = ""
-        for attempt in range(self._attempts):
-            if attempt:
-                time.sleep(min(LONGEST_PAUSE_SECONDS, self._pause * 2 ** (attempt - 1)))
+        trouble, tries, begun = "", 0, time.monotonic()
+        while tries < self._attempts and time.monotonic() < begun + self._timeout:
+            if tries:
+                time.sleep(min(LONGEST_PAUSE_SECONDS, self._pause * 2 ** (tries - 1)))
+            tries += 1
             try:
                 status, text = self._exchange(method, path, body)
+            except TimeoutError as error:
+                raise BadInput(
+                    f"{self.url}{path} gave no answer in {self._timeout:g} seconds; "
+                    "ask fewer at a time (`concurrency`), or give it longer (`timeout_seconds`)"
+                ) from error
             except (OSError, http.client.HTTPException) as error:
                 trouble = f"{type(error).__name__}: {error}"
                 continue
             if status == 200:
-                return json.loads(text)
+                return self._object(text)
             trouble = f"status {status}: {text[:200]}"
             if status in (401, 403):
                 raise AccessDenied(f"{self.url}{path}: {trouble}; {self._key_remedy()}")
             if status not in RETRIED_STATUS:
                 raise BadInput(f"{self.url}{path}: {trouble}; check the URL and the model's name {self.model}")
-        raise WorkerLost(f"{self.url}{path} failed {self._attempts} times, at last with {trouble}; is the server up?")
+        raise WorkerLost(f"{self.url}{path} failed {tries} times, at last with {trouble}; is the server up?")
+
+    def _object(self, text: str) -> dict[str, Any]:
+        try:
+            reply = json.loads(text)
+        except ValueError:
+            raise self._no_completion(text) from None
+        if not isinstance(reply, dict):
+            raise self._no_completion(text)
+        return reply
 
     def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
         """Status and text of one try, over this thread's own connection; a broken one is opened again."""
@@ -242,6 +293,11 @@ class OpenAIEngine:
         if self._key():
             return "is the key in OPENAI_API_KEY right?"
         return f"set OPENAI_BASE_URL={self.url} and OPENAI_API_KEY: the key goes there alone"
+
+
+def _are_echoed(values: Any, tokens: int) -> bool:
+    """Whether a server said something of each of so many tokens but the first, before which there is nothing."""
+    return isinstance(values, list) and len(values) >= tokens and None not in values[1:tokens]
 
 
 def _endpoint(parts: SplitResult) -> tuple[str, str, int, str]:

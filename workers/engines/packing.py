@@ -71,6 +71,20 @@ def batches(rows: Sequence[Row], *, max_branches: int, max_cells: int) -> Iterat
         yield batch
 
 
+def halves(batch: Sequence[Row]) -> list[list[Row]]:
+    """The batch in two, a single row by its branches; nothing where it is one prompt alone."""
+    if len(batch) > 1:
+        return [list(batch[: len(batch) // 2]), list(batch[len(batch) // 2 :])]
+    [row] = batch
+    half = len(row.branches) // 2
+    if half == 0:
+        return []
+    return [
+        [Row(row.members[part], row.trunk, row.branches[part], row.max_new_tokens)]
+        for part in (slice(None, half), slice(half, None))
+    ]
+
+
 def columns(batch: Sequence[Row]) -> int:
     """Columns of the cache that a batch needs: its longest row, then every branch's new tokens, side by side."""
     widest = max(len(row.branches) for row in batch)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +30,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from jobs.errors import BadInput, MergeyardError
 from workers.engines import attention
-from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, split_continuation
+from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, check_window, longest_scored
 from workers.engines.kv_cache import KeyValueBuffer, hidden
-from workers.engines.packing import Row, batches, columns, common_prefix, make_rows
+from workers.engines.packing import Row, batches, columns, common_prefix, halves, make_rows
+from workers.engines.rope import RopeByLength
 from workers.engines.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -44,13 +45,15 @@ if TYPE_CHECKING:
 ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 CPU_CACHE_BYTES = 2 << 30
 SCORE_BYTES = 1 << 30
+LEAST_CHUNK = 64
+"""Where memory runs out, chunks are halved down to this."""
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
     """How much is done at once: tokens a prefill pass, prompts decoded side by side, bytes of keys and values.
 
-    `cache_bytes` None means half of a GPU's free memory, or 2 GiB on a CPU.
+    `cache_bytes` None means half of a GPU's memory that is free when the engine opens, or 2 GiB on a CPU.
     """
 
     chunk: int = 2048
@@ -67,8 +70,11 @@ class TransformersEngine:
         self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
         self.limits = limits
         self._version: str | None = version
-        self._resident: tuple[Ids, KeyValueBuffer] | None = None
+        self._resident: tuple[Ids, KeyValueBuffer, bool] | None = None
+        self._rope = RopeByLength(model, self.config.model_type)
         self._end_tokens = _end_tokens(model, tokenizer)
+        # decided once: batches by what happens to be free would not be the same for the points that are compared
+        self._memory = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE_BYTES
         ours = model.config._attn_implementation == attention.NAME
         self._cache_dtype: torch.dtype = attention.cache_dtype(model.device, model.dtype) if ours else model.dtype
 
@@ -112,8 +118,12 @@ class TransformersEngine:
         device: str | None = None,
         dtype: torch.dtype | None = None,
         limits: Limits | None = None,
+        end_tokens: Collection[int] = (),
     ) -> TransformersEngine:
-        """A model from the content of config.json and a stream of named tensors; nothing is written or fetched."""
+        """A model from the content of config.json and a stream of named tensors; nothing is written or fetched.
+
+        `end_tokens` end an answer beside those of the config and the tokenizer, as a generation_config.json has them.
+        """
         settings = {key: value for key, value in config.items() if key != "auto_map"}
         if "model_type" not in settings:
             raise BadInput("config.json: no model_type; the architecture is not known without it")
@@ -129,6 +139,7 @@ class TransformersEngine:
         if isinstance(tokenizer, str | Path):
             tokenizer = load_tokenizer(tokenizer)
         engine = cls(model, tokenizer, version, limits or Limits())
+        engine._end_tokens |= frozenset(end_tokens)
         engine.swap(tensors, version)
         return engine
 
@@ -143,6 +154,11 @@ class TransformersEngine:
     def max_length(self) -> int:
         """`max_position_embeddings`, prompt and answer together."""
         return int(self.config.max_position_embeddings)
+
+    @property
+    def max_scored(self) -> int:
+        """As many as it holds."""
+        return longest_scored("transformers", self.max_length)
 
     @property
     def device(self) -> torch.device:
@@ -187,14 +203,16 @@ class TransformersEngine:
         ids = [np.asarray(self.encode(prompt.whole), dtype=np.int64) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids, strict=True):
             check_room(len(tokens), prompt.max_new_tokens, self.max_length)
-        new_tokens = [prompt.max_new_tokens for prompt in prompts]
-        rows = make_rows(ids, [prompt.prefix for prompt in prompts], new_tokens, self.limits.batch)
         answers: dict[int, Answer] = {}
-        most_cells = max(1, self._cache_bytes() // self._bytes_a_cell())
-        for batch in batches(rows, max_branches=self.limits.batch, max_cells=most_cells):
-            answers.update(self._answer(batch, prompts))
-            if progress:
-                progress(sum(len(row.members) for row in batch))
+        for long in (True, False):
+            alike = [
+                index
+                for index, prompt in enumerate(prompts)
+                if self._rope.is_long(len(ids[index]) + prompt.max_new_tokens) is long
+            ]
+            self._rope.use(long=long)
+            found = self._generate([prompts[index] for index in alike], [ids[index] for index in alike], progress)
+            answers.update({alike[at]: answer for at, answer in found.items()})
         return [answers[index] for index in range(len(prompts))]
 
     @torch.inference_mode()
@@ -203,54 +221,95 @@ class TransformersEngine:
         _ = self.version
         scores: list[NDArray[np.float32]] = []
         for window in windows:
-            if not 2 <= len(window) <= self.max_length:
-                raise BadInput(f"a window of {len(window)} tokens cannot be scored; 2 to {self.max_length} can")
-            cache = self._buffer(1, len(window))
-            scores.append(self._score_from(cache, np.asarray(window, dtype=np.int64), 0)[0])
+            check_window(len(window), self.max_scored)
+            self._rope.use(long=self._rope.is_long(len(window)))
+            scores.append(self._in_chunks(self._scored_alone, np.asarray(window, dtype=np.int64)))
             if progress:
                 progress(1)
         return scores
 
     @torch.inference_mode()
-    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Log-likelihood of the continuation and whether greedy decoding says the same.
+    def loglikelihoods(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of what follows each context, and whether greedy decoding says the same.
 
-        The keys and values of the last call stay: a second continuation of one context pays for itself alone.
+        The keys and values of the last text stay: a second continuation of one context pays for itself alone.
         """
         _ = self.version
-        whole, kept = split_continuation(self.encode, context, continuation)
-        if len(whole) > self.max_length:
-            raise BadInput(f"context and continuation have {len(whole)} tokens; the model holds {self.max_length}")
-        ids = np.asarray(whole, dtype=np.int64)
-        known, cache = self._resident or (ids[:0], self._buffer(1, 0))
-        shared = min(common_prefix(known, ids), kept - 1)
+        for ids, _ in texts:
+            check_window(len(ids), self.max_scored)
+        return [self._in_chunks(self._continued, np.asarray(ids, dtype=np.int64), kept) for ids, kept in texts]
+
+    def _scored_alone(self, chunk: int, ids: Ids) -> NDArray[np.float32]:
+        return self._score_from(self._buffer(1, len(ids)), ids, 0, chunk)[0]
+
+    def _continued(self, chunk: int, ids: Ids, kept: int) -> tuple[float, bool]:
+        """One of `loglikelihoods`; what it leaves behind is for the next."""
+        long = self._rope.is_long(len(ids))
+        known, cache, known_long = self._resident or (ids[:0], self._buffer(1, 0), long)
+        self._resident = None
+        shared = min(common_prefix(known, ids), kept - 1) if known_long is long else 0
         if cache.columns < len(ids):
             shared, cache = 0, self._buffer(1, min(self.max_length, 2 * len(ids)))
-        self._resident = None
-        self._prefill(cache, 0, 0, ids[: kept - 1], shared)
-        scores, greedy = self._score_from(cache, ids, kept - 1)
-        self._resident = (ids[:-1], cache)
+        self._rope.use(long=long)
+        self._prefill(cache, 0, 0, ids[: kept - 1], shared, chunk)
+        scores, greedy = self._score_from(cache, ids, kept - 1, chunk)
+        self._resident = (ids[:-1], cache, long)
         return float(scores.sum(dtype=np.float64)), greedy
 
-    def _answer(self, batch: list[Row], prompts: Sequence[Prompt]) -> dict[int, Answer]:
-        """Answers of one batch by prompt; a batch that does not fit into memory is halved until it does."""
+    def _in_chunks(self, work: Callable[..., Any], ids: Ids, *more: Any) -> Any:
+        """`work(chunk, ids, …)` with the chunks that were asked for, or smaller ones where memory runs out."""
+        chunk = self.limits.chunk
+        while True:
+            try:
+                return work(chunk, ids, *more)
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            self._make_room()  # outside the handler, whose traceback holds the tensors that did not fit
+            if chunk <= LEAST_CHUNK:
+                raise self._too_large(len(ids))
+            chunk //= 2
+
+    def _make_room(self) -> None:
+        self._resident = None
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _too_large(self, tokens: int) -> MergeyardError:
+        return MergeyardError(
+            f"{tokens} tokens do not fit into the memory of {self.device}; "
+            "evaluate shorter lengths, or on a device with more memory"
+        )
+
+    def _generate(self, prompts: Sequence[Prompt], ids: Sequence[Ids], progress: Progress | None) -> dict[int, Answer]:
+        """Answers by prompt, of prompts that are read with the same rotary embeddings."""
+        new_tokens = [prompt.max_new_tokens for prompt in prompts]
+        rows = make_rows(ids, [prompt.prefix for prompt in prompts], new_tokens, self.limits.batch)
+        answers: dict[int, Answer] = {}
+        most_cells = max(1, self._cache_bytes() // self._bytes_a_cell())
+        for batch in batches(rows, max_branches=self.limits.batch, max_cells=most_cells):
+            answers.update(self._answer(batch, prompts, self.limits.chunk))
+            if progress:
+                progress(sum(len(row.members) for row in batch))
+        return answers
+
+    def _answer(self, batch: list[Row], prompts: Sequence[Prompt], chunk: int) -> dict[int, Answer]:
+        """Answers of one batch by prompt; where it does not fit into memory it is halved, at last in its chunks."""
         started = time.perf_counter()
         try:
-            outputs = self._decode(batch, prompts)
-        except RuntimeError as error:
+            outputs = self._decode(batch, prompts, chunk)
+        except (RuntimeError, MemoryError) as error:
             if not _is_out_of_memory(error):
                 raise
             outputs = None
         if outputs is None:  # outside the handler, whose traceback holds the tensors that did not fit
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
-                raise MergeyardError(
-                    f"{columns(batch)} tokens do not fit into the memory of {self.device}; "
-                    "evaluate shorter lengths, or on a device with more memory"
-                )
-            half = len(batch) // 2
-            return self._answer(batch[:half], prompts) | self._answer(batch[half:], prompts)
+            self._make_room()
+            if smaller := halves(batch):
+                first, second = (self._answer(half, prompts, chunk) for half in smaller)
+                return first | second
+            if chunk <= LEAST_CHUNK:
+                raise self._too_large(columns(batch))
+            return self._answer(batch, prompts, chunk // 2)
         seconds = (time.perf_counter() - started) / len(outputs)
         return {
             member: Answer(
@@ -266,11 +325,11 @@ class TransformersEngine:
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
 
-    def _decode(self, batch: list[Row], prompts: Sequence[Prompt]) -> dict[int, _Output]:
+    def _decode(self, batch: list[Row], prompts: Sequence[Prompt], chunk: int) -> dict[int, _Output]:
         """Prefill all rows, then one token a step for all branches of all rows until every one has ended."""
         width, start = max(len(row.branches) for row in batch), max(row.tokens for row in batch)
         cache = self._buffer(len(batch), columns(batch))
-        self._prefill_rows(cache, batch, start)
+        self._prefill_rows(cache, batch, start, chunk)
         visible, places = _layout(batch, start, width, cache.columns)
         visible, places = visible.to(self.device), places.to(self.device)
         tokens, positions = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.int64)
@@ -296,24 +355,24 @@ class TransformersEngine:
                 break
         return outputs
 
-    def _prefill_rows(self, cache: KeyValueBuffer, batch: list[Row], start: int) -> None:
+    def _prefill_rows(self, cache: KeyValueBuffer, batch: list[Row], start: int, chunk: int) -> None:
         """Fill every row up to column `start`, its trunk from what it shares with the row before, then its branches."""
         for r, row in enumerate(batch):
             first, shared = start - row.tokens, 0
             if r > 0:
                 shared = common_prefix(batch[r - 1].trunk, row.trunk)
                 cache.copy((r - 1, start - batch[r - 1].tokens), (r, first), shared)
-            self._prefill(cache, r, first, row.trunk, shared)
-            self._prefill_branches(cache, r, first, row)
+            self._prefill(cache, r, first, row.trunk, shared, chunk)
+            self._prefill_branches(cache, r, first, row, chunk)
 
-    def _prefill(self, cache: KeyValueBuffer, row: int, first: int, ids: Ids, done: int) -> None:
+    def _prefill(self, cache: KeyValueBuffer, row: int, first: int, ids: Ids, done: int, chunk: int) -> None:
         """Keys and values of `ids[done:]`, after those of `ids[:done]`, which begin at column `first` of the row."""
-        for begin in range(done, len(ids), self.limits.chunk):
-            part = ids[None, begin : begin + self.limits.chunk]
+        for begin in range(done, len(ids), chunk):
+            part = ids[None, begin : begin + chunk]
             cache.look(slice(row, row + 1), first, first + begin)
             self._forward(cache, part, np.arange(begin, begin + part.shape[1])[None], None, keep=1)
 
-    def _prefill_branches(self, cache: KeyValueBuffer, row: int, first: int, item: Row) -> None:
+    def _prefill_branches(self, cache: KeyValueBuffer, row: int, first: int, item: Row, chunk: int) -> None:
         """Keys and values of all branches side by side, each blind to the others, less the last token of each."""
         lengths = [len(branch) - 1 for branch in item.branches]
         if not any(lengths):
@@ -323,8 +382,8 @@ class TransformersEngine:
         owner = np.repeat(np.arange(len(lengths)), lengths)
         positions = np.concatenate([np.arange(trunk, trunk + length) for length in lengths])
         places = np.concatenate([np.arange(trunk), positions])
-        for begin in range(0, len(ids), self.limits.chunk):
-            end = min(begin + self.limits.chunk, len(ids))
+        for begin in range(0, len(ids), chunk):
+            end = min(begin + chunk, len(ids))
             visible = np.ones((1, end - begin, trunk + end), bool)
             visible[0, :, trunk:] = (owner[begin:end, None] == owner[None, :end]) & (
                 np.arange(begin, end)[:, None] >= np.arange(end)[None]
@@ -338,9 +397,9 @@ class TransformersEngine:
             cache.look(slice(row, row + 1), first, first + trunk + begin)
             self._forward(cache, ids[None, begin:end], asked, mask, keep=1)
 
-    def _score_from(self, cache: KeyValueBuffer, ids: Ids, done: int) -> tuple[NDArray[np.float32], bool]:
+    def _score_from(self, cache: KeyValueBuffer, ids: Ids, done: int, chunk: int) -> tuple[NDArray[np.float32], bool]:
         """Log-likelihoods of `ids[done + 1:]` after a cache of `ids[:done]`, and whether all are the likeliest."""
-        step = max(1, min(self.limits.chunk, SCORE_BYTES // (8 * self.config.vocab_size)))
+        step = max(1, min(chunk, SCORE_BYTES // (8 * self.config.vocab_size)))
         scores: list[Tensor] = []
         greedy = True
         for begin in range(done, len(ids) - 1, step):
@@ -381,9 +440,7 @@ class TransformersEngine:
         return KeyValueBuffer(self.config.num_hidden_layers, rows, width, self._cache_dtype)
 
     def _cache_bytes(self) -> int:
-        if self.limits.cache_bytes is not None:
-            return self.limits.cache_bytes
-        return torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE_BYTES
+        return self._memory if self.limits.cache_bytes is None else self.limits.cache_bytes
 
     def _bytes_a_cell(self) -> int:
         """Bytes of keys and values that one token of one row takes over all layers."""
@@ -475,13 +532,14 @@ def _load_config(load: Callable[..., Any], *args: Any, **settings: Any) -> PreTr
 
 
 def _attention_for(config: PreTrainedConfig) -> str:
-    """Our windowed attention where the architecture takes sdpa, else the architecture's own plain one."""
+    """Our windowed attention where the architecture takes sdpa and others', else the architecture's own plain one."""
     mapping: Any = MODEL_FOR_CAUSAL_LM_MAPPING
     try:
         architecture = mapping[type(config)]
     except KeyError as error:
         raise BadInput(f"config.json: {config.model_type} is not a causal language model; merge one that is") from error
-    return attention.register() if architecture._supports_sdpa else "eager"
+    takes_ours = architecture._supports_sdpa and architecture._supports_attention_backend
+    return attention.register() if takes_ours else "eager"
 
 
 def _device(name: str | None) -> str:
@@ -497,5 +555,5 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     return frozenset(found)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

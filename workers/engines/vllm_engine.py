@@ -28,7 +28,7 @@ from safetensors import safe_open
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_server
-from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, split_continuation
+from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, check_window, longest_scored
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.vllm_server import NEXT, receive_bytes, receive_message, send_message
 
@@ -39,6 +39,8 @@ if TYPE_CHECKING:
 PYTHON_VARIABLE = "MERGEYARD_VLLM_PYTHON"
 START_SECONDS = 600.0
 PROMPTS_A_CALL = 256
+SCORED_A_CALL = 1 << 17
+"""Tokens of the windows that are scored at once: vLLM makes Python objects of each token's log-likelihood."""
 
 
 class VllmEngine:
@@ -94,6 +96,11 @@ class VllmEngine:
         """What vLLM was opened with, or the model's own."""
         return self._max_length
 
+    @property
+    def max_scored(self) -> int:
+        """One less than `max_length`."""
+        return longest_scored("vllm", self.max_length)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`; vLLM is given ids and never tokenizes."""
         return list(self.tokenizer(text, verbose=False)["input_ids"])
@@ -122,16 +129,14 @@ class VllmEngine:
 
     def score(self, windows: Sequence[Sequence[int]], *, progress: Progress | None = None) -> list[NDArray[np.float32]]:
         """Log-likelihood of every token but the first of each window."""
-        scores = [np.asarray(self._scored(window)["scores"], dtype=np.float32) for window in windows]
-        if progress:
-            progress(len(windows))
-        return scores
+        return [np.asarray(scored["scores"], dtype=np.float32) for scored in self._scored(windows, progress)]
 
-    def loglikelihood(self, context: str, continuation: str) -> tuple[float, bool]:
-        """Log-likelihood of the continuation, and whether each of its tokens was the likeliest."""
-        whole, kept = split_continuation(self.encode, context, continuation)
-        scored = self._scored(whole)
-        return float(sum(scored["scores"][kept - 1 :])), all(scored["greedy"][kept - 1 :])
+    def loglikelihoods(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
+        """Log-likelihood of what follows each context, and whether each of its tokens was the likeliest."""
+        return [
+            (float(sum(scored["scores"][context - 1 :])), all(scored["greedy"][context - 1 :]))
+            for scored, (_, context) in zip(self._scored([ids for ids, _ in texts]), texts, strict=True)
+        ]
 
     def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Stream the weights into vLLM by name, then reset its prefix cache.
@@ -160,11 +165,20 @@ class VllmEngine:
         text = before_stops(str(self.tokenizer.decode(tokens, skip_special_tokens=True)), prompt.stops)
         return Answer(text, len(ids), len(tokens), seconds, output["finite"])
 
-    def _scored(self, window: Sequence[int]) -> dict[str, Any]:
+    def _scored(self, windows: Sequence[Sequence[int]], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
+        """What the server says of each window, asked about as many at once as `SCORED_A_CALL` allows."""
         _ = self.version
-        if not 2 <= len(window) < self.max_length:
-            raise BadInput(f"a window of {len(window)} tokens cannot be scored; 2 to {self.max_length - 1} can")
-        return self._call("score", windows=[list(window)])[0]
+        for window in windows:
+            check_window(len(window), self.max_scored)
+        asked: list[list[int]] = []
+        for at, window in enumerate(windows):
+            asked.append(list(window))
+            last = at + 1 == len(windows)
+            if last or sum(map(len, asked)) + len(windows[at + 1]) > SCORED_A_CALL:
+                yield from self._call("score", windows=asked)
+                if progress:
+                    progress(len(asked))
+                asked = []
 
     def _stream(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Hand every tensor to each of vLLM's workers in turn; the prefix cache is left as it is."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from workers.engines.engine import Prompt
+from workers.engines.engine import Engine, Prompt
 from workers.engines.transformers_engine import TransformersEngine
 
 PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
@@ -69,6 +69,17 @@ def shared_prompts():
         return [Prompt(context, question(key), max_new_tokens) for key in keys]
 
     return build
+
+
+@pytest.fixture(scope="session")
+def loglikelihood():
+    """loglikelihood(engine, context, continuation): what the engine says of one continuation."""
+
+    def ask(engine: Engine, context: str, continuation: str) -> tuple[float, bool]:
+        [found] = engine.loglikelihoods([(engine.encode(context + continuation), len(engine.encode(context)))])
+        return found
+
+    return ask
 
 
 @pytest.fixture

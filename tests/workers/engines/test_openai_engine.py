@@ -33,6 +33,10 @@ class Handler(BaseHTTPRequestHandler):
         if failure == "reset":
             self.close_connection = True
             self.connection.shutdown(socket.SHUT_RDWR)
+        elif failure == "hang":
+            self.server.released.wait(30)
+        elif isinstance(failure, bytes):
+            self.reply(200, failure)
         elif failure:
             self.reply(failure, {"error": {"message": "told to fail"}})
         else:
@@ -54,7 +58,7 @@ class Handler(BaseHTTPRequestHandler):
         return {"choices": [{"text": answer.text}], "usage": usage}
 
     def reply(self, status, content):
-        data = json.dumps(content).encode()
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -68,10 +72,11 @@ class Handler(BaseHTTPRequestHandler):
 def server(engine):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.engine, server.failures, server.asked, server.echoes = engine, [], [], True
-    server.lock = threading.Lock()
+    server.lock, server.released = threading.Lock(), threading.Event()
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield server
+    server.released.set()
     server.shutdown()
     server.server_close()
 
@@ -132,13 +137,77 @@ def test_a_refusal_is_not_repeated(served, server, needle_prompt, status, error)
     assert len(server.asked) == 1
 
 
-def test_scores_come_from_the_echo(served, engine, needle_prompt):
+NO_COMPLETION = [
+    b"<html>welcome</html>", b"[1]", b"null", b"{}", b'{"choices": []}', b'{"choices": [7]}',
+    b'{"choices": {"text": ""}}', b'{"choices": [{"text": null}]}', b'{"choices": [{"message": {"content": "x"}}]}',
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("reply", NO_COMPLETION)
+def test_a_reply_that_is_no_completion_is_shown_in_one_line(served, server, needle_prompt, reply):
+    server.failures = [reply]
+    with pytest.raises(BadInput, match="which is no completion; does it speak the completions API") as caught:
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "logprobs",
+    [None, 7, {}, {"token_logprobs": [None, -1.0, -1.0]}, {"token_logprobs": [None] * 3, "top_logprobs": [None] * 3}],
+)
+def test_an_echo_that_lacks_something_is_no_echo(served, server, logprobs):
+    server.failures = [json.dumps({"choices": [{"text": "", "logprobs": logprobs}]}).encode()]
+    with pytest.raises(BadInput, match=r"no completion|does not echo logprobs"):
+        served.loglikelihoods([([1, 2, 3], 1)])
+
+
+def test_a_server_that_read_less_than_it_was_sent_is_refused(served, server, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 20)
+    sent = len(served.encode(prompt.whole))
+
+    def reply(read):
+        return json.dumps({"choices": [{"text": " 1"}], "usage": {"prompt_tokens": read}}).encode()
+
+    server.failures = [reply(sent - 100), reply(sent - 1), reply(sent + 1), reply(None)]
+    with pytest.raises(BadInput, match=rf"read {sent - 100} of a prompt's {sent} tokens: it cuts what is long"):
+        served.generate([prompt])
+    counted = [served.generate([prompt])[0].tokens_in for _ in range(3)]
+    assert counted == [sent - 1, sent + 1, sent], "a special token more or less is none that was cut"
+
+
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(server, parents, needle_prompt):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    served = OpenAIEngine(url, "long", parents / "long", timeout_seconds=2, first_pause_seconds=0.01)
+    server.failures = ["hang"] * 6
+    with pytest.raises(BadInput, match=r"gave no answer in 2 seconds; ask fewer at a time \(`concurrency`\)"):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+    served.close()
+    assert len(server.asked) == 1
+
+
+def test_a_server_that_keeps_failing_is_asked_for_no_longer_than_an_answer_may_take(server, parents, needle_prompt):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    served = OpenAIEngine(url, "long", parents / "long", timeout_seconds=3, first_pause_seconds=1.5, attempts=99)
+    server.failures = [503] * 99
+    with pytest.raises(WorkerLost, match=r"failed \d times, at last with status 503"):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+    served.close()
+
+
+def test_a_window_that_leaves_no_room_for_an_answer_never_leaves(served, server):
+    assert served.max_scored == served.max_length - 1
+    with pytest.raises(BadInput, match="a window of 4096 tokens cannot be scored; 2 to 4095 can"):
+        served.score([[1] * 4096])
+    assert server.asked == []
+
+
+def test_scores_come_from_the_echo(served, engine, needle_prompt, loglikelihood):
     prompt = needle_prompt("quiet-river", 4815162, 4)
     ids = engine.encode(prompt.whole)
     np.testing.assert_allclose(served.score([ids])[0], engine.score([ids])[0], atol=1e-4)
     for continuation in (" 4815162.", " 4815163."):
-        value, greedy = served.loglikelihood(prompt.whole, continuation)
-        expected, expected_greedy = engine.loglikelihood(prompt.whole, continuation)
+        value, greedy = loglikelihood(served, prompt.whole, continuation)
+        expected, expected_greedy = loglikelihood(engine, prompt.whole, continuation)
         assert value == pytest.approx(expected, abs=1e-3) and greedy is expected_greedy
 
 

@@ -1,7 +1,12 @@
 """The transformers engine against transformers' own `generate` and full logits, on models that were really trained."""
 
 import json
+import os
+import re
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +17,7 @@ from jobs.errors import BadInput, MergeyardError
 from workers.engines.engine import Prompt, before_stops
 from workers.engines.transformers_engine import Limits, TransformersEngine
 
+ROOT = Path(__file__).parents[3]
 KEYS = {"quiet-river": 4815162, "brave-garden": 1234567, "golden-engine": 7654321}
 
 
@@ -119,16 +125,16 @@ def test_progress_counts_every_prompt_once(engine, needle_prompt):
     assert sum(counts) == 5 and len(counts) == 3
 
 
-def test_swap_makes_it_the_other_parent(engine, weights, needle_prompt):
+def test_swap_makes_it_the_other_parent(engine, weights, needle_prompt, loglikelihood):
     prompt = needle_prompt("quiet-river", 4815162, 8)
     assert engine.generate([prompt])[0].text == " 4815162."
-    before = engine.loglikelihood(prompt.whole, " 4815162.")
+    before = loglikelihood(engine, prompt.whole, " 4815162.")
     engine.swap(weights("fmt").items(), "fmt")
     assert engine.version == "fmt"
     assert engine.generate([prompt])[0].text == ' {"value": 4815162}'
-    assert engine.loglikelihood(prompt.whole, " 4815162.") != before
+    assert loglikelihood(engine, prompt.whole, " 4815162.") != before
     engine.swap(weights("long").items(), "long again")
-    assert engine.loglikelihood(prompt.whole, " 4815162.") == before
+    assert loglikelihood(engine, prompt.whole, " 4815162.") == before
 
 
 def test_from_state_needs_no_folder(parents, weights, needle_prompt):
@@ -190,22 +196,21 @@ def test_scores_are_the_log_softmax_of_all_logits_without_holding_them(engine, p
     np.testing.assert_allclose(short, reference_scores(model, ids[:20]), atol=2e-4)
 
 
-def test_loglikelihood_sums_the_scores_of_the_continuation(engine, needle_prompt):
+def test_loglikelihood_sums_the_scores_of_the_continuation(engine, needle_prompt, loglikelihood):
     context = needle_prompt("quiet-river", 4815162, 8).whole
     for continuation, greedy in ((" 4815162.", True), (" 4815163.", False), (" 4", True)):
         tokens = engine.encode(context + continuation)
         (scores,) = engine.score([tokens])
         expected = float(scores[len(engine.encode(context)) - 1 :].sum())
-        value, is_greedy = engine.loglikelihood(context, continuation)
+        value, is_greedy = loglikelihood(engine, context, continuation)
         assert value == pytest.approx(expected, abs=1e-3) and is_greedy is greedy
-    assert engine.loglikelihood(context + " ", "4815162.") == pytest.approx(engine.loglikelihood(context, " 4815162."))
 
 
-def test_a_second_continuation_pays_for_itself_alone(engine, needle_prompt):
+def test_a_second_continuation_pays_for_itself_alone(engine, needle_prompt, loglikelihood):
     context = needle_prompt("quiet-river", 4815162, 20).whole
-    engine.loglikelihood(context, " 4815162.")
+    loglikelihood(engine, context, " 4815162.")
     seen = count_tokens(engine)
-    engine.loglikelihood(context, " 1111111.")
+    loglikelihood(engine, context, " 1111111.")
     assert sum(seen) < 10
 
 
@@ -216,6 +221,7 @@ def test_a_second_continuation_pays_for_itself_alone(engine, needle_prompt):
         {"model_type": "mistral", "sliding_window": 16, "head_dim": 16},
         {"model_type": "llama"},
         {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
+        {"model_type": "falcon", "alibi": False},
     ],
     ids=lambda config: config["model_type"],
 )
@@ -241,19 +247,116 @@ def random_engine(config, tokenizer, seed):
     return engine
 
 
-class ShortOfMemory(TransformersEngine):
-    """An engine on a device that holds two rows."""
+ROPES = {
+    "default": {},
+    "linear": {"factor": 4.0},
+    "dynamic": {"factor": 4.0},
+    "yarn": {"factor": 4.0, "original_max_position_embeddings": 128},
+    "llama3": {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64},
+    "longrope": {"short_factor": [1.0] * 8, "long_factor": [1.0 + i for i in range(8)]},
+}
 
-    def _decode(self, batch, new_tokens):
-        if len(batch) > 2:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return super()._decode(batch, new_tokens)
+
+def rope_config(rope_type):
+    """A random model of this rope_type; `longrope` turns by other frequencies beyond 256 tokens, in Phi-3 alone."""
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "max_position_embeddings": 512, "vocab_size": 2048, "dtype": "float32"}
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None, "initializer_range": 0.2}
+    rope = {"rope_type": rope_type, "rope_theta": 10000.0, **ROPES[rope_type]}
+    if rope_type != "longrope":
+        return shape | ends | {"model_type": "llama", "rope_parameters": rope}
+    return shape | ends | {"model_type": "phi3", "rope_parameters": rope, "original_max_position_embeddings": 256}
 
 
-def test_running_out_of_memory_halves_the_batch(parents, needle_prompt):
-    engine = ShortOfMemory.from_folder(parents / "long", device="cpu", dtype=torch.float32)
-    prompts = [needle_prompt(key, value, 3 + index) for index, (key, value) in enumerate(KEYS.items())]
-    assert [answer.text for answer in engine.generate(prompts)] == [f" {value}." for value in KEYS.values()]
+@pytest.mark.parametrize("rope_type", ROPES)
+def test_a_text_read_in_chunks_is_read_as_in_one_pass(parents, rope_type):
+    engine = random_engine(rope_config(rope_type), parents / "long", seed=5)
+    engine.limits = Limits(chunk=64)
+    ids = np.random.default_rng(0).integers(300, 1900, 512).tolist()
+    for length in (512, 100, 257, 256):  # on both sides of longrope's 256, and back
+        (scores,) = engine.score([ids[:length]])
+        np.testing.assert_allclose(scores, reference_scores(engine.peer, ids[:length]), atol=1e-4)
+        [(value, _)] = engine.loglikelihoods([(ids[:length], length - 5)])
+        assert value == pytest.approx(float(scores[-5:].sum()), abs=1e-4)
+
+
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_prompts_of_all_lengths_answer_side_by_side_as_alone(parents, rope_type):
+    engine = random_engine(rope_config(rope_type), parents / "long", seed=5)
+    engine.limits = Limits(chunk=64)
+    text = "The grass is green. The sky is blue. " * 44
+    prompts = [Prompt("", text[:characters], new) for characters, new in ((1600, 4), (400, 60), (1500, 12), (300, 12))]
+    lengths = [len(engine.encode(prompt.whole)) for prompt in prompts]
+    assert min(lengths) + 60 < 256 < max(lengths) < 500
+    answers = [answer.text for answer in engine.generate(prompts)]
+    assert answers == [engine.generate([prompt])[0].text for prompt in prompts]
+    assert answers == [peer_answer(engine, engine.peer, prompt) for prompt in prompts]
+
+
+IN_LITTLE_MEMORY = """
+import resource, sys
+import torch
+from workers.engines.engine import Prompt
+from workers.engines.transformers_engine import Limits, TransformersEngine
+
+torch.set_num_threads(1)
+engine = TransformersEngine.from_folder(sys.argv[1], dtype=torch.float32, limits=Limits(batch=64, cache_bytes=1 << 40))
+text = "The grass is green. The sky is blue. " * 330
+ids = engine.encode(text)
+apart = [Prompt("", f"{at} {text}", 2) for at in range(64)]
+together = [Prompt(text, f" question {at}?", 40) for at in range(64)]
+engine.generate(apart[:1])
+before = [answer.text for at in (0, 63) for answer in engine.generate([apart[at]])]
+
+def leave(mebibytes):
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), resource.RLIM_INFINITY))
+
+sizes, decode = [], engine._decode
+engine._decode = lambda batch, *more: sizes.append(sum(len(row.branches) for row in batch)) or decode(batch, *more)
+leave(400)
+answers = [answer.text for answer in engine.generate(apart)]
+print("apart", max(sizes), min(sizes) < 64, len(answers), [answers[0], answers[63]] == before)
+sizes.clear()
+leave(60)
+print("together", max(sizes, default=64), len(engine.generate(together)), min(sizes) < 64)
+leave(0)
+for ask in (lambda: engine.score([ids]), lambda: engine.loglikelihoods([(ids, 9)]), lambda: engine.generate(apart[:1])):
+    try:
+        print("fits", bool(ask()))
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
+def test_what_does_not_fit_into_memory_is_halved_and_at_last_told_in_a_line(parents):
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(parents / "long")]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stderr
+    apart, together, *ends = done.stdout.splitlines()
+    assert apart == "apart 64 True 64 True", "64 prompts were begun at once, answered in parts, and as they are alone"
+    assert together == "together 64 64 True", "64 questions about one text"
+    assert len(ends) == 3
+    for line in ends:
+        assert re.fullmatch(r"MergeyardError \d+ tokens do not fit into the memory of cpu; evaluate shorter .*", line)
+
+
+class OnGpu(TransformersEngine):
+    """An engine that takes itself to be on a GPU, whose free memory the test tells: no test has a GPU to itself."""
+
+    @property
+    def device(self):
+        return torch.device("cuda")
+
+
+def test_batches_do_not_depend_on_what_happens_to_be_free(parents, monkeypatch):
+    free = iter([1000, 10, 1])
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 1000))
+    of_folder = TransformersEngine.from_folder(parents / "long", device="cpu")
+    engine = OnGpu(of_folder.model, of_folder.tokenizer, "long", Limits())
+    assert [engine._cache_bytes(), engine._cache_bytes()] == [500, 500]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,9 @@ from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.vllm_engine import VllmEngine
 
 ENVIRONMENT = Path(__file__).parents[3] / ".venv-vllm" / "bin"
-needs_vllm = pytest.mark.skipif(not (ENVIRONMENT / "python").exists(), reason="no .venv-vllm with vLLM in it")
+needs_vllm = pytest.mark.skipif(
+    not (ENVIRONMENT / "python").exists(), reason="vLLM's environment .venv-vllm is not there; `make vllm` installs it"
+)
 
 
 @pytest.mark.parametrize(
@@ -97,13 +99,13 @@ def test_an_answer_ends_before_its_stop(vllm, needle_prompt):
 
 @needs_vllm
 @pytest.mark.heavy
-def test_scores_are_near_those_of_the_transformers_engine(vllm, engine, needle_prompt):
+def test_scores_are_near_those_of_the_transformers_engine(vllm, engine, needle_prompt, loglikelihood):
     prompt = needle_prompt("quiet-river", 4815162, 6)
     ids = engine.encode(prompt.whole)
     difference = np.abs(vllm.score([ids])[0] - engine.score([ids])[0])
     assert difference.mean() < 0.05  # bf16 against float32
-    assert vllm.loglikelihood(prompt.whole, " 4815162.")[1] is True
-    assert vllm.loglikelihood(prompt.whole, " 4815163.")[1] is False
+    assert loglikelihood(vllm, prompt.whole, " 4815162.")[1] is True
+    assert loglikelihood(vllm, prompt.whole, " 4815163.")[1] is False
 
 
 @needs_vllm
@@ -193,7 +195,7 @@ def test_a_killed_vllm_is_a_lost_worker(parents):
 
 @needs_vllm
 @pytest.mark.heavy
-def test_the_openai_engine_asks_a_real_vllm_server(parents, engine, needle_prompt, tmp_path):
+def test_the_openai_engine_asks_a_real_vllm_server(parents, engine, needle_prompt, tmp_path, loglikelihood):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -219,7 +221,7 @@ def test_the_openai_engine_asks_a_real_vllm_server(parents, engine, needle_promp
         assert served.max_length == 1024
         ids = engine.encode(prompts[0].whole)
         assert np.abs(served.score([ids])[0] - engine.score([ids])[0]).mean() < 0.05
-        assert served.loglikelihood(prompts[0].whole, " 4815166.")[1] is True
+        assert loglikelihood(served, prompts[0].whole, " 4815166.")[1] is True
         served.close()
     finally:
         server.terminate()
