@@ -101,7 +101,8 @@ evaluate:
   ruler: {lengths: [4096, 8192], items: 24, tasks: [niah_single_1], haystack: essays.txt, questions: 8}
   needle: {lengths: [4096], depths: 5, items: 2, questions: 4, answer: '<{value}>', haystack: s3://texts/x.txt}
   perplexity: {lengths: [1024], text: book.txt, blocks: 4}
-  lm_eval: {tasks: [longbench2], limit: 10}
+  lm_eval:
+    {tasks: [longbench2], limit: 10, num_fewshot: 0, chat: true, metadata: {lengths: [4096, 8192], kind: 4k}}
   race: {keep: 3, alpha: 0.01}
 gate: {baseline: cos, margin: 0.5, length_margin: 2, alpha: 0.1}
 keep: {best: 3}
@@ -119,7 +120,13 @@ config_from: fmt"""
             lengths=(4096,), depths=5, items=2, questions=4, answer="<{value}>", haystack="s3://texts/x.txt"
         ),
         perplexity=PerplexitySpec(lengths=(1024,), text="book.txt", blocks=4),
-        lm_eval=LmEvalSpec(tasks=("longbench2",), limit=10),
+        lm_eval=LmEvalSpec(
+            tasks=("longbench2",),
+            limit=10,
+            num_fewshot=0,
+            chat=True,
+            metadata={"lengths": (4096, 8192), "kind": "4k"},
+        ),
         race=RaceSpec(keep=3, alpha=0.01),
     )
     assert job.evaluate.ruler is not None and job.evaluate.ruler.place == "job.yaml:16"
@@ -200,6 +207,10 @@ def test_a_parent_may_be_an_axis() -> None:
             'job.yaml:16: "evaluate.ruler.items" must be at least 1',
         ),
         (with_line("evaluate:\n  lm_eval: {tasks: [a, a]}"), 'job.yaml:16: "a" is listed twice'),
+        (
+            with_line("evaluate:\n  lm_eval: {tasks: [a], metadata: {tokenizer: other/model}}"),
+            'job.yaml:16: "tokenizer" is told by mergeyard, and is the points\' own tokenizer; take it out',
+        ),
         (with_line("evaluate:\n  lm_eval: {limit: 2}"), 'job.yaml:16: "evaluate.lm_eval" needs the key "tasks"'),
         (
             with_line("evaluate: {needle: {lengths: [64]}, race: {alpha: 0.5}}"),

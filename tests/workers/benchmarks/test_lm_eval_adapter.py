@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 
 from jobs.errors import BadInput
-from workers.benchmarks.lm_eval_adapter import SampleScore, sample_scores
+from workers.benchmarks.lm_eval_adapter import SampleScore, _Asking, sample_scores
 from workers.engines.transformers_engine import TransformersEngine
 
 END = "<|endoftext|>"
@@ -103,7 +104,7 @@ def engine(parents: Path) -> Iterator[TransformersEngine]:
     engine.close()
 
 
-def peer(folder: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def peer(folder: Path, path: str, monkeypatch: pytest.MonkeyPatch, **more: Any) -> dict[str, Any]:
     """What lm-evaluation-harness says itself, with its own HFLM on the same model: each sample by number."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
@@ -112,7 +113,7 @@ def peer(folder: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, 
     monkeypatch.chdir(Path(path).parent)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     lm = HFLM(pretrained=model, tokenizer=AutoTokenizer.from_pretrained(folder), batch_size=1)
-    results = lm_eval.simple_evaluate(model=lm, tasks=[path], bootstrap_iters=0, log_samples=True)
+    results = lm_eval.simple_evaluate(model=lm, tasks=[path], bootstrap_iters=0, log_samples=True, **more)
     [samples] = results["samples"].values()
     return {"samples": {sample["doc_id"]: sample for sample in samples}, "results": results["results"]}
 
@@ -163,22 +164,204 @@ def test_a_rolling_likelihood_is_the_harness_own(
 ) -> None:
     path = task(ROLLING)
     theirs = peer(parents / "long", path, monkeypatch)["samples"]
-    ours: dict[int, float] = {}
+    expected: dict[str, dict[int, Any]] = {"inverse_word_perplexity": {}, "inverse_byte_perplexity": {}}
+    for at, sample in theirs.items():  # 1 / perplexity = exp(log-likelihood / count), as the harness defines it
+        for metric, counted in (("word", DOCS[at]["prompt"].split()), ("byte", DOCS[at]["prompt"].encode())):
+            value = math.exp(sample["resps"][0][0] / len(counted))
+            expected[f"inverse_{metric}_perplexity"][at] = pytest.approx(value, rel=1e-4)
+    scores = by_metric(sample_scores(engine, path, None, beginning=END))
+    assert scores == {f"tiny_rolling:{metric}": values for metric, values in expected.items()}
 
-    def keep(self: Any, requests: Any, original: Any = None) -> list[float]:
-        values = original(self, requests)
-        ours.update({request.doc_id: value for request, value in zip(requests, values, strict=True)})
-        return values
 
-    from workers.benchmarks import lm_eval_adapter
+def of_own(folder: Path, code: str) -> None:
+    """The module `own` beside the task, under a name that no other test's has."""
+    (folder / "own.py").write_text(code)
 
-    original = lm_eval_adapter._Asking.loglikelihood_rolling
-    monkeypatch.setattr(
-        lm_eval_adapter._Asking, "loglikelihood_rolling", lambda self, requests: keep(self, requests, original)
+
+OWN = GENERATE.replace("tiny_generate", "tiny_own").replace(
+    "generation_kwargs", "process_results: !function own.results\ngeneration_kwargs"
+)
+OWN = OWN[: OWN.index("metric_list")] + "metric_list:\n"
+FOUND = "def results(doc, results):\n    found = float(doc['answer'] in results[0] and doc['label'] == 0)\n"
+
+
+def own_metric(name: str, aggregation: str = "mean", better: str = "true") -> str:
+    return f"  - {{metric: {name}, aggregation: {aggregation}, higher_is_better: {better}}}\n"
+
+
+def test_a_metric_to_100_is_the_same_metric_in_hundredths(
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_own(tmp_path, FOUND + "    return {'acc': found, 'em': found * 100.0}\n")
+    scores = by_metric(sample_scores(engine, task(OWN + own_metric("acc") + own_metric("em")), None, beginning=END))
+    right = {at: float(DOCS[at]["label"] == 0) for at in range(6)}
+    assert scores == {"tiny_own:acc": right, "tiny_own:em": right}
+    assert capsys.readouterr().err.endswith("task.yaml: em runs to 100 and counts in hundredths\n")
+
+
+def test_a_metric_that_no_answer_reached_is_known_by_the_reference(
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_own(tmp_path, "def results(doc, results):\n    return {'em': 100.0 if results[0] == doc['answer'] else 1.0}\n")
+    path = task(OWN.replace('until: ["."]', "until: []") + own_metric("em"))  # the full stop makes every answer wrong
+    assert by_metric(sample_scores(engine, path, None, beginning=END)) == {"tiny_own:em": dict.fromkeys(range(6), 0.01)}
+
+
+def test_a_metric_that_is_no_score_is_left_out_for_every_item(
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of_own(tmp_path, FOUND + "    return {'acc': found, 'off': found, 'gain': found * 2 - 1}\n")
+    text = OWN + own_metric("acc") + own_metric("off", better="false") + own_metric("gain")
+    assert by_metric(sample_scores(engine, task(text), None, beginning=END)).keys() == {"tiny_own:acc"}
+    remarks = capsys.readouterr().err
+    assert "off is left out: less of it is better" in remarks and "gain is left out: it is not from 0" in remarks
+
+
+def test_pairs_of_answer_and_reference_are_scored_by_the_task_own_aggregation(
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from sacrebleu import corpus_chrf
+
+    code = "def results(doc, results):\n    pair = (doc['answer'], results[0].strip())\n"
+    of_own(tmp_path, code + "    return {'chrf': pair, 'of_all': pair}\ndef of_all(pairs):\n    return pairs[1]\n")
+    text = OWN + own_metric("chrf", "chrf") + own_metric("of_all", "!function own.of_all")
+    scores = sample_scores(engine, task(text), None, beginning=END)
+    assert {score.metric for score in scores} == {"tiny_own:chrf"}
+    for score in scores:
+        expected = corpus_chrf([score.answer], [[DOCS[score.item]["answer"]]]).score / 100
+        assert score.score == pytest.approx(expected, abs=1e-6)
+    assert "of_all is left out: a single item has none" in capsys.readouterr().err
+
+
+def test_a_task_without_a_metric_to_keep_is_refused_before_anything_is_asked(
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_own(tmp_path, "def results(doc, results):\n    return {'length': -len(results[0])}\n")
+    monkeypatch.setattr(engine, "generate", None)
+    with pytest.raises(BadInput, match=r"no metric can be kept \(length is left out: it is not from 0"):
+        sample_scores(engine, task(OWN + own_metric("length")), None, beginning=END)
+
+
+def test_what_a_task_own_code_raises_is_one_line_and_what_ours_does_is_not_taken_for_it(
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of_own(tmp_path, "def results(doc, results):\n    return {'acc': doc['nothing']}\n")
+    with pytest.raises(BadInput, match="KeyError: 'nothing'; see the task's own documentation"):
+        sample_scores(engine, task(OWN + own_metric("acc")), None, beginning=END)
+
+    def broken(prompts: Any) -> None:
+        raise KeyError("ours")
+
+    monkeypatch.setattr(engine, "generate", broken)
+    with pytest.raises(KeyError, match="ours"):
+        sample_scores(engine, task(GENERATE), None, beginning=END)
+
+
+def test_the_items_of_a_task_that_shuffles_are_the_same_on_every_worker(
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path
+) -> None:
+    code = "import random\ndef docs(dataset):\n    return dataset.select(random.sample(range(len(dataset)), 3))\n"
+    of_own(tmp_path, code)
+    path = task(CHOICE + "process_docs: !function own.docs\n")
+    first, second = (sample_scores(engine, path, None, beginning=END) for _ in range(2))
+    assert [score.answer for score in first] == [score.answer for score in second]
+
+
+def test_a_task_is_told_what_the_job_and_the_tokenizer_say(
+    engine: TransformersEngine, parents: Path, task: Callable[[str], str], tmp_path: Path
+) -> None:
+    of_own(
+        tmp_path,
+        "import datasets, transformers\n"
+        "def docs(**told):\n"
+        "    tokens = transformers.AutoTokenizer.from_pretrained(told['tokenizer'])('The sky')['input_ids']\n"
+        "    rows = [{'prompt': f'{length} ' * len(tokens), 'answer': 'x'} for length in told['max_seq_lengths']]\n"
+        "    return {'test': datasets.Dataset.from_list(rows)}\n",
     )
-    with pytest.raises(BadInput, match="no metric is from 0 to 1"):
-        sample_scores(engine, path, None, beginning=END)
-    assert ours == {at: pytest.approx(sample["resps"][0][0], rel=1e-4) for at, sample in theirs.items()}
+    text = GENERATE.replace("dataset_path: json\n", "custom_dataset: !function own.docs\n")
+    path = task(text.replace("dataset_kwargs: {data_files: {test: docs.json}}\n", ""))
+    scores = sample_scores(
+        engine, path, None, beginning=END, tokenizer=parents / "long", metadata={"max_seq_lengths": [64, 128]}
+    )
+    assert len(scores) == 2
+
+
+def test_examples_and_the_chat_template_stand_in_the_prompt_as_with_the_harness_own_model(
+    engine: TransformersEngine, parents: Path, task: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = GENERATE.replace("doc_to_target: answer", "doc_to_target: answer\nfewshot_split: test\n")
+    path = task(text)
+    asked: list[str] = []
+    generate = engine.generate
+    monkeypatch.setattr(engine, "generate", lambda prompts: asked.extend(p.whole for p in prompts) or generate(prompts))
+    template = (parents / "long" / "chat_template.jinja").read_text()
+    sample_scores(engine, path, None, beginning=END, tokenizer=parents / "long", num_fewshot=2, chat_template=template)
+    theirs = peer(parents / "long", path, monkeypatch, num_fewshot=2, apply_chat_template=True)["samples"]
+    assert asked == [theirs[at]["arguments"][0][0] for at in range(6)]
+    assert all(prompt.count("special magic number is hidden") == 3 for prompt in asked)
+
+
+class Request:
+    """As much of an `Instance` of the harness as is looked at."""
+
+    task_name, doc_id = "tiny", 0
+
+    def __init__(self, *args: str) -> None:
+        self.args = args
+
+
+@pytest.fixture(scope="module")
+def marking(tmp_path_factory: pytest.TempPathFactory, parents: Path) -> Path:
+    """A tokenizer that puts a beginning-of-text token before every text, as Llama's does."""
+    folder = tmp_path_factory.mktemp("marking")
+    content = json.loads((parents / "long" / "tokenizer.json").read_text())
+    mark = {"SpecialToken": {"id": END, "type_id": 0}}
+    content["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [mark, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {END: {"id": END, "ids": [0], "tokens": [END]}},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize("marks", [False, True], ids=["plain", "marking"])
+def test_log_likelihoods_are_of_the_tokens_that_the_harness_own_model_takes(
+    parents: Path, marking: Path, marks: bool
+) -> None:
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import PreTrainedTokenizerFast
+
+    engine = TransformersEngine.from_folder(parents / "long", dtype=torch.float32, device="cpu")
+    if marks:
+        engine.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(marking), bos_token=END, eos_token="<|im_end|>")
+        assert engine.encode("The sky")[0] == engine.encode(END)[-1]
+    lm = HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=1)
+    pairs = [
+        ("The grass is green.\n", "The sky"), ("Q: sky?\nA:\n\n", "blue is the sun"), ("The grass is", " green"),
+        ("The grass is ", "green"), ("x\t", "y z"), ("", "The sky is blue"), ("", f"{END}The sky"), (" ", "The sky"),
+        (f"{END}The grass is", " green"),
+    ]  # fmt: skip
+    if not marks:
+        pairs.remove((" ", "The sky"))  # the harness asserts that a context has a token
+    ours = _Asking(engine, END).ask("loglikelihood", [Request(*pair) for pair in pairs])  # type: ignore[list-item]
+    theirs = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
+    for pair, (value, greedy), (expected, expected_greedy) in zip(pairs, ours, theirs, strict=True):
+        assert (value, greedy) == (pytest.approx(expected, abs=1e-3), expected_greedy), pair
+
+
+def test_a_context_is_encoded_once_for_all_of_its_choices(
+    engine: TransformersEngine, task: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    encode = engine.encode
+    monkeypatch.setattr(engine, "encode", lambda text: seen.append(text) or encode(text))
+    sample_scores(engine, task(CHOICE), 1, beginning=END)
+    for doc in (DOCS[0], DOCS[3]):
+        assert seen.count(doc["prompt"]) == 1
+        assert sum(text.startswith(doc["prompt"]) for text in seen) == 1 + len(doc["choices"])
 
 
 def test_a_limit_takes_the_first_items_of_each_length(engine: TransformersEngine, task: Callable[[str], str]) -> None:
@@ -242,6 +425,30 @@ def test_data_that_are_not_there_are_one_line(
     with pytest.raises(BadInput, match=r"task\.yaml: cannot be loaded .*are its data here\?") as caught:
         sample_scores(engine, path, 1, beginning=END)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("scrolls_qasper", r"it needs transformers\.data\.metrics, which transformers \S+ no longer has"),
+        ("longbench_qasper", r"cannot be loaded \(.*\); are its data here\?"),  # the modules that it needs are here
+    ],
+)
+def test_the_harness_own_long_tasks_are_known_or_told_in_a_line(
+    engine: TransformersEngine, name: str, message: str
+) -> None:
+    with pytest.raises(BadInput, match=message) as caught:
+        sample_scores(engine, name, 1, beginning=END)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_harness_own_ruler_takes_its_lengths_and_tokenizer(engine: TransformersEngine, parents: Path) -> None:
+    told = {"max_seq_lengths": [512, 1024]}
+    scores = sample_scores(engine, "niah_single_1", 2, beginning=END, tokenizer=parents / "long", metadata=told)
+    assert {(score.metric, score.item) for score in scores} == {
+        ("niah_single_1:512", 0), ("niah_single_1:512", 1), ("niah_single_1:1024", 500), ("niah_single_1:1024", 501),
+    }  # fmt: skip
+    assert all(0 <= score.score <= 1 for score in scores)
 
 
 def test_a_task_that_samples_is_refused(engine: TransformersEngine, task: Callable[[str], str]) -> None:
