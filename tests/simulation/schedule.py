@@ -42,7 +42,8 @@ from orchestrator.watching import Watcher
 from tests.simulation.faulty_store import FaultyStore
 from tests.simulation.world import Inline, Mailbox, Process, Threading, Time, World, Wrong
 from workers.checkpoint import header_bytes
-from workers.storage import open_store
+from workers.hashing import shard_sha256s
+from workers.storage import ObjectInfo, open_store
 from workers.storage.memory import MemoryStore
 from workers.writing import PointWriter
 
@@ -310,9 +311,15 @@ class Schedule:
         return {info.key: info.size for info in self.store.list("points/")}
 
     def _done(self) -> set[str]:
-        sizes = self._keys()
-        receipts = (Receipt.from_json(bytes(self.store.read(info.key))) for info in self.store.list("receipts/"))
-        return {receipt.unit for receipt in receipts if sizes.get(receipt.key) == receipt.size}
+        """The units whose shard is the one that their receipt tells of, by its version or by its bytes."""
+        shards = {info.key: info for info in self.store.list("points/")}
+        receipts = [Receipt.from_json(bytes(self.store.read(info.key))) for info in self.store.list("receipts/")]
+        return {receipt.unit for receipt in receipts if self._lies_there(shards.get(receipt.key), receipt)}
+
+    def _lies_there(self, shard: ObjectInfo | None, receipt: Receipt) -> bool:
+        if shard is None or shard.size != receipt.size:
+            return False
+        return shard.etag == receipt.etag or shard_sha256s(self.store, shard) == receipt.tensors
 
     def check_tasks(self, driver: Process, tasks: Sequence[MergeTask]) -> None:
         """Nothing is done again that was there when the driver looked, and nothing twice."""

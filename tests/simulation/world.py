@@ -197,10 +197,11 @@ class Time:
 
 
 class Threading:
-    """`threading`, of which the code uses events and threads."""
+    """`threading`, of which the code uses events, locks and threads."""
 
     def __init__(self, world: World) -> None:
         self.Event = lambda: Event(world)
+        self.Lock = lambda: Lock(world)
         self.Thread = lambda target, name="", daemon=True: Thread(world, target)
 
 
@@ -223,12 +224,33 @@ class Event:
             self._world.wake(thread)
         self._waiting.clear()
 
+    def clear(self) -> None:
+        """It has not happened."""
+        self._set = False
+
     def wait(self, timeout: float = 3600.0) -> bool:
         """Waits for it, `timeout` seconds at most."""
         if not self._set:
             self._waiting.append(getcurrent())
             self._world.sleep(timeout)
         return self._set
+
+
+class Lock:
+    """`threading.Lock`, as `with` uses it."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._free = Event(world)
+        self._free.set()
+
+    def __enter__(self) -> None:
+        while not self._free.is_set():
+            self._free.wait()
+        self._free.clear()
+
+    def __exit__(self, *_: object) -> None:
+        self._free.set()
 
 
 class Thread:
