@@ -1,6 +1,6 @@
 """Merges and evaluates a grid on 1, 2 and 4 nodes whose links are the bottleneck, and says how the throughput grows.
 
-    python -m tests.benchmarks.nodes [--nodes 1,2,4] [--megabits 24] [--points 3,12]
+    python -m tests.benchmarks.nodes [--nodes 1,2,4] [--megabits 24] [--points 4,12]
 
 Each node is a Ray of one CPU in a network namespace, its link to the S3 server (SeaweedFS) limited to so many megabits
 a second, each way. What moved is read off the interfaces of the nodes: headers of packets and repeated requests count.
@@ -20,9 +20,10 @@ points make a node read more of a parent, by a twentieth. Needs root on Linux.
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,7 @@ shard_size: {shard}
 output: s3://{bucket}/{name}
 """
 EVALUATE = """\
-evaluate: {ruler: {tasks: [niah_single_1], lengths: [256], items: 4}}
+evaluate: {{ruler: {{tasks: [niah_single_1], lengths: [256], items: 4}}}}
 keep: none
 """
 
@@ -72,8 +73,14 @@ class Sample:
 
 @dataclass(frozen=True)
 class Measured:
-    """One run: MB a second while all nodes were at it, and from the first byte to the last; MB that moved in all."""
+    """One run: MB a second while all nodes were at it, and from the first byte to the last; MB that moved in all.
 
+    `steady` is not a number where a node came too late to have a part in it.
+    """
+
+    work: str
+    nodes: int
+    points: int
     steady: float
     whole: float
     read: float
@@ -84,7 +91,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", default="1,2,4")
     parser.add_argument("--megabits", type=float, default=24)
-    parser.add_argument("--points", default="3,12", help="numbers of points; all but the last on the most nodes alone")
+    parser.add_argument("--points", default="4,12", help="numbers of points; all but the last on the most nodes alone")
     options = parser.parse_args()
     if reason := why_not():
         print(f"nodes: {reason}", file=sys.stderr)
@@ -97,38 +104,40 @@ def main() -> int:
         cluster = Cluster(network, 0, direct=True)
         parent_bytes = upload_synthetic(cluster, SIZE, {"cos": "cos", "fmt": "fmt"})
         cluster.start()
-        print(f"two parents of {parent_bytes / 1e6:.1f} MB; {options.megabits:g} Mbit/s a node, each way")
-        merges: dict[tuple[int, int], Measured] = {}
-        evaluations: dict[tuple[int, int], Measured] = {}
+        print(f"two parents of {parent_bytes / 1e6:.1f} MB; {options.megabits:g} Mbit/s a node, each way\n")
+        print("| | nodes | points | written, MB | read, MB | steady, MB/s | × | whole, MB/s | × |")
+        print("|---|---|---|---|---|---|---|---|---|", flush=True)
+        measured: list[Measured] = []
         for count, number in runs:
             _grow(cluster, names[:count], options.megabits)
-            merges[count, number] = _merge(cluster, f"n{count}p{number}", number)
-            evaluations[count, number] = _evaluate(cluster, f"n{count}e{number}", number, 2 * parent_bytes)
-        good = [_tell("merged", merges, counts, points), _tell("evaluated", evaluations, counts, points)]
-    return 0 if all(good) else 1
+            for run in (_merge(cluster, number), _evaluate(cluster, number, 2 * parent_bytes)):
+                measured.append(run)
+                _tell(run, next(other for other in measured if other.work == run.work))
+    wrong = [reason for run in measured for reason in _what_is_wrong(run, points, measured)]
+    for reason in wrong:
+        print(reason, file=sys.stderr)
+    return 1 if wrong else 0
 
 
-def _tell(what: str, measured: dict[tuple[int, int], Measured], counts: list[int], points: int) -> bool:
-    """Prints a table, and says whether the rate grows with the nodes and what a node reads does not with the points."""
-    print(f"\n| {what}: nodes | points | written, MB | read, MB | steady, MB/s | × | whole, MB/s | × |")
-    print("|---|---|---|---|---|---|---|---|")
-    first = measured[counts[0], points]
-    good = True
-    for (count, number), run in measured.items():
-        steady, whole = run.steady / first.steady, run.whole / first.whole
-        print(
-            f"| {count} | {number} | {run.written:.0f} | {run.read:.1f} |"
-            f" {run.steady:.2f} | {steady:.2f} | {run.whole:.2f} | {whole:.2f} |",
-            flush=True,
-        )
-        if number == points and steady < LINEAR * count / counts[0]:
-            print(f"nodes: {what} on {count} nodes {steady:.2f} times as fast as on {counts[0]}", file=sys.stderr)
-            good = False
-        fewest = min(other.read for (nodes, _), other in measured.items() if nodes == count)
-        if run.read > MORE_READ * fewest:
-            print(f"nodes: {what}, {number} points: {run.read:.1f} MB were read, not {fewest:.1f}", file=sys.stderr)
-            good = False
-    return good
+def _tell(run: Measured, first: Measured) -> None:
+    """Prints a line of the table."""
+    steady, whole = run.steady / first.steady, run.whole / first.whole
+    print(
+        f"| {run.work} | {run.nodes} | {run.points} | {run.written:.0f} | {run.read:.1f} |"
+        f" {run.steady:.2f} | {steady:.2f} | {run.whole:.2f} | {whole:.2f} |",
+        flush=True,
+    )
+
+
+def _what_is_wrong(run: Measured, points: int, measured: list[Measured]) -> Iterator[str]:
+    """Where the rate does not grow with the nodes, or what is read grows with the points."""
+    alike = [other for other in measured if other.work == run.work]
+    linear = alike[0].steady * run.nodes / alike[0].nodes
+    if run.points == points and not run.steady >= LINEAR * linear:
+        yield f"nodes: {run.work} on {run.nodes} nodes at {run.steady:.2f} MB/s, not {linear:.2f}"
+    fewest = min(other.read for other in alike if other.nodes == run.nodes)
+    if run.read > MORE_READ * fewest:
+        yield f"nodes: {run.work} on {run.nodes} nodes, {run.points} points: {run.read:.1f} MB read, not {fewest:.1f}"
 
 
 def _grow(cluster: Cluster, names: list[str], megabits: float) -> None:
@@ -141,38 +150,48 @@ def _grow(cluster: Cluster, names: list[str], megabits: float) -> None:
             cluster.nodes.append(name)
 
 
-def _merge(cluster: Cluster, name: str, points: int) -> Measured:
+def _merge(cluster: Cluster, points: int) -> Measured:
     """A grid merged and written."""
-    samples, facts = _watch(cluster, name, JOB, points)
+    samples, facts = _watch(cluster, "merged", JOB, points)
     assert facts["units_merged"] == SHARDS * points, facts
     sent = [sample.sent for sample in samples]
     begun = [[now - start > STARTED_BYTES for now, start in zip(row, sent[0], strict=True)] for row in sent]
     ended = [[end - now < STARTED_BYTES for now, end in zip(row, sent[-1], strict=True)] for row in sent]
-    return _measured(samples, sent, begun, ended)
+    return _measured("merged", points, samples, sent, begun, ended)
 
 
-def _evaluate(cluster: Cluster, name: str, points: int, needed: int) -> Measured:
+def _evaluate(cluster: Cluster, points: int, needed: int) -> Measured:
     """A grid evaluated and not written, of which every node needs so many bytes of parents."""
-    samples, facts = _watch(cluster, name, JOB + EVALUATE.replace("{", "{{").replace("}", "}}"), points)
+    samples, facts = _watch(cluster, "evaluated", JOB + EVALUATE, points)
     assert len(facts["leaderboard"]) >= points, facts
     received = [sample.received for sample in samples]
     begun = [[now - start > STARTED_BYTES for now, start in zip(row, received[0], strict=True)] for row in received]
     ended = [[now - start > needed for now, start in zip(row, received[0], strict=True)] for row in received]
-    return _measured(samples, received, begun, ended)
+    return _measured("evaluated", points, samples, received, begun, ended)
 
 
 def _measured(
-    samples: list[Sample], moved: list[tuple[int, ...]], begun: list[list[bool]], ended: list[list[bool]]
+    work: str,
+    points: int,
+    samples: list[Sample],
+    moved: list[tuple[int, ...]],
+    begun: list[list[bool]],
+    ended: list[list[bool]],
 ) -> Measured:
     """The rates at which this moved, by which nodes had begun and which had ended at each sample."""
 
     def rate(first: int, last: int) -> float:
+        if first >= last:
+            return math.nan
         return (sum(moved[last]) - sum(moved[first])) / (samples[last].second - samples[first].second) / 1e6
 
     def at(nodes: list[list[bool]], how_many: Callable[[Iterable[bool]], bool]) -> int:
-        return next(number for number, row in enumerate(nodes) if how_many(row))
+        return next((number for number, row in enumerate(nodes) if how_many(row)), len(nodes) - 1)
 
     return Measured(
+        work,
+        len(moved[0]),
+        points,
         steady=rate(at(begun, all), at(ended, any)),
         whole=rate(at(begun, any), at(ended, all)),
         read=(sum(samples[-1].received) - sum(samples[0].received)) / 1e6,
@@ -180,8 +199,9 @@ def _measured(
     )
 
 
-def _watch(cluster: Cluster, name: str, text: str, points: int) -> tuple[list[Sample], dict[str, Any]]:
+def _watch(cluster: Cluster, work: str, text: str, points: int) -> tuple[list[Sample], dict[str, Any]]:
     """Runs the job; what had moved, every fifth of a second, and what the run said."""
+    name = f"{work}-{len(cluster.nodes)}-{points}"
     job = Path(cluster.folder, f"{name}.yaml")
     job.write_text(text.format(bucket=BUCKET, points=points, shard=SHARD, name=name))
     command = cluster.run(job)

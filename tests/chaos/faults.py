@@ -284,7 +284,7 @@ FAULTS = [
     _of_completes("200 with an error to 4 completes of uploads", "error_in_200"),
     _of_completes("answers to 4 completes of uploads lost", "lost_answer"),
     Fault("answer to a complete lost, upload forgotten", forget_upload, 1, "at once", MERGE_IN_PARTS, served=2),
-    Fault("evaluation: worker killed", kill_evaluator, 1, "amid", EVALUATION),
+    Fault("evaluation: worker killed", kill_evaluator, 2, "amid", EVALUATION),
     Fault("evaluation: link cut for good", cut_evaluator_off, 1, "amid", EVALUATION),
 ]
 
