@@ -300,27 +300,40 @@ from workers.engines.engine import Prompt
 from workers.engines.transformers_engine import Limits, TransformersEngine
 
 torch.set_num_threads(1)
-engine = TransformersEngine.from_folder(sys.argv[1], dtype=torch.float32, limits=Limits(batch=64, cache_bytes=1 << 40))
-text = "The grass is green. The sky is blue. " * 330
+limits = Limits(batch=64, cache_bytes=1 << 40, chunk=int(sys.argv[2]))
+engine = TransformersEngine.from_folder(sys.argv[1], dtype=torch.float32, limits=limits)
+text = "The grass is green. The sky is blue. " * 60
 ids = engine.encode(text)
-apart = [Prompt("", f"{at} {text}", 2) for at in range(64)]
-together = [Prompt(text, f" question {at}?", 40) for at in range(64)]
-engine.generate(apart[:1])
-before = [answer.text for at in (0, 63) for answer in engine.generate([apart[at]])]
+apart = [Prompt("", f"{at} {text}", 2) for at in range(24)]
+together = [Prompt(text, f" question {at}?", 60) for at in range(64)]
+begun, decode = [], engine._decode
+engine._decode = lambda batch, *more: begun.append(sum(len(row.branches) for row in batch)) or decode(batch, *more)
+
 
 def leave(mebibytes):
     used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (mebibytes << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + int(mebibytes * 2**20), resource.RLIM_INFINITY))
 
-sizes, decode = [], engine._decode
-engine._decode = lambda batch, *more: sizes.append(sum(len(row.branches) for row in batch)) or decode(batch, *more)
-leave(400)
-answers = [answer.text for answer in engine.generate(apart)]
-print("apart", max(sizes), min(sizes) < 64, len(answers), [answers[0], answers[63]] == before)
-sizes.clear()
-leave(60)
-print("together", max(sizes, default=64), len(engine.generate(together)), min(sizes) < 64)
-leave(0)
+
+def ask(name, prompts, picked):
+    before = [answer.text for at in picked for answer in engine.generate([prompts[at]])]
+    begun.clear()
+    leave(float(sys.argv[3]))
+    answers = [answer.text for answer in engine.generate(prompts)]
+    print(name, begun[0], min(begun) < begun[0], [answers[at] for at in picked] == before)
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+ask("apart", apart, (0, 23))
+ask("together", together, (5,))
+engine.limits = Limits(chunk=2048)
+[whole] = engine.score([ids])
+chunks, score = [], engine._scored_alone
+engine._scored_alone = lambda chunk, ids: chunks.append(chunk) or score(chunk, ids)
+leave(8)
+[scores] = engine.score([ids])
+print("score", chunks[0], chunks[-1] < 2048, abs(scores - whole).max() < 1e-3)
+leave(0.5)
 for ask in (lambda: engine.score([ids]), lambda: engine.loglikelihoods([(ids, 9)]), lambda: engine.generate(apart[:1])):
     try:
         print("fits", bool(ask()))
@@ -331,13 +344,14 @@ for ask in (lambda: engine.score([ids]), lambda: engine.loglikelihoods([(ids, 9)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 def test_what_does_not_fit_into_memory_is_halved_and_at_last_told_in_a_line(parents):
-    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(parents / "long")]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(parents / "long"), "64", "8"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
-    apart, together, *ends = done.stdout.splitlines()
-    assert apart == "apart 64 True 64 True", "64 prompts were begun at once, answered in parts, and as they are alone"
-    assert together == "together 64 64 True", "64 questions about one text"
+    apart, together, scored, *ends = done.stdout.splitlines()
+    assert apart == "apart 24 True True", "24 prompts were begun at once, answered in parts, and as they are alone"
+    assert together == "together 64 True True", "64 questions about one text"
+    assert scored == "score 2048 True True", "in smaller chunks"
     assert len(ends) == 3
     for line in ends:
         assert re.fullmatch(r"MergeyardError \d+ tokens do not fit into the memory of cpu; evaluate shorter .*", line)
