@@ -37,7 +37,7 @@ from orchestrator.pool import Pool
 from orchestrator.questions import Questions, Subject, questions
 from orchestrator.report.live import written_page
 from orchestrator.results import ranked_rows
-from orchestrator.statistics import Cell, Estimate, macro_mean
+from orchestrator.statistics import Cell, Estimate, macro_score
 from orchestrator.watching import Watcher
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.records import read_record
@@ -80,14 +80,18 @@ class Nightly:
         book = Book(open_store(plan.run_url))
         with Lease(book.store, "lease.json") as lease:
             history = book.nights()
-            same = bool(history) and history[-1].fingerprint == _fingerprint(plan)
-            if history and not book.concluded(history[-1]):
-                self._end(book, history)
-                if same:
-                    return Tonight("finished", history[-1], book.blessed())
-            if same:
-                return Tonight("unchanged", history[-1], book.blessed())
+            last = history[-1] if history else None
+            same = last is not None and last.fingerprint == _fingerprint(plan)
+            if last is not None and not book.concluded(last):
+                if book.overtaken(last):
+                    same = False
+                else:
+                    self._end(book, history)
+                    if same:
+                        return Tonight("finished", last, book.blessed())
             blessed = book.blessed()
+            if last is not None and same and not _taken_back(last, blessed):
+                return Tonight("unchanged", last, blessed)
             night = self._judged(plan, history, blessed, began)
             lease.check()
             book.check_unmoved(blessed)
@@ -96,10 +100,15 @@ class Nightly:
             return Tonight("recorded", night, book.blessed())
 
     def _end(self, book: Book, history: Sequence[Night]) -> None:
-        """What follows the last night's record: the pointer is moved if it passed, the world is told."""
+        """What follows the last night's record: the pointer is moved if it passed, the world is told.
+
+        `RunBusy` where somebody else has moved the pointer since the night was judged; the next call judges again.
+        """
         night = history[-1]
         if book.unfinished(night):
             book.bless(night)
+        if book.overtaken(night):
+            raise book.moved()
         self.conclude(book, night, history)
         book.note_concluded(night)
 
@@ -177,6 +186,11 @@ def _check(job: Job) -> None:
         )
     if any(point.name == BLESSED for point in job.points):
         raise BadInput(f"{job.place_of('point')}: a point cannot be called {BLESSED} here; give it another name")
+
+
+def _taken_back(last: Night, blessed: Blessed | None) -> bool:
+    """Whether the pointer was there when the last night ended, and somebody removed it, to begin anew."""
+    return blessed is None and (last.epoch is not None or last.judged_against is not None)
 
 
 def _fingerprint(plan: Plan) -> str:
@@ -337,7 +351,7 @@ def _scores(rows: Sequence[ScoreRow], subjects: Mapping[str, Subject], *, fresh:
 def _by_length(rows: Sequence[ScoreRow]) -> dict[str, Score]:
     lengths = sorted({row.length for row in rows if row.length})
     parts = {str(length): [row for row in rows if row.length == length] for length in lengths}
-    return {what: _score(macro_mean(samples(part))) for what, part in {"overall": rows, **parts}.items() if part}
+    return {what: _score(macro_score(samples(part))) for what, part in {"overall": rows, **parts}.items() if part}
 
 
 def _score(estimate: Estimate) -> Score:

@@ -7,15 +7,15 @@ from typing import Any
 from xml.etree import ElementTree
 
 from orchestrator.gate import GateRule, Verdict, VerdictLine
-from orchestrator.nights import Night
+from orchestrator.nights import Blessed, Night
 
 SUITE = "mergeyard nightly"
 
 
-def headline(night: Night) -> str:
-    """One line: the night, its outcome, and what that means for the blessed merge."""
-    meaning = f"{night.candidate} is blessed" if night.epoch is not None else f"{night.candidate} is not blessed"
-    return f"night {night.night}: {night.outcome}: {meaning}"
+def headline(night: Night, blessed: Blessed | None) -> str:
+    """One line: the night, its outcome, and whether the pointer, as it is now, names its candidate for it."""
+    word = "is" if blessed is not None and blessed.nonce == night.nonce else "is not"
+    return f"night {night.night}: {night.outcome}: {night.candidate} {word} blessed"
 
 
 def reasons(night: Night) -> list[str]:

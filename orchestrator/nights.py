@@ -6,7 +6,8 @@
 
 The record comes first, the pointer after it, then the webhook and the page; the next call does what is missing. A
 record that passed while the pointer is still the one it was judged against is a night that died between the two: the
-next one moves the pointer for it, before anything else.
+next one moves the pointer for it, before anything else. Where somebody else has moved the pointer since, that night
+counts for nothing, and the next call judges again.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ from typing import Any
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy
 from jobs.tasks import FORMAT
 from orchestrator.gate import Outcome
+from workers.records import read_record
 from workers.storage import Store
 
 POINTER = "blessed.json"
 HISTORY = "history/"
 CONCLUDED = "concluded/"
 READS_AT_ONCE = 32
+REMEDY = "restore it, or remove it to begin anew from the gate's baseline"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +45,17 @@ class Blessed:
     night: str
     epoch: int
     nonce: str
+
+    @classmethod
+    def from_json(cls, data: bytes) -> Blessed:
+        """Reads the pointer, which people put back by hand; `CorruptData` for anything else."""
+        try:
+            document: dict[str, Any] = json.loads(data)
+            if any(isinstance(entry, str) is (name == "epoch") for name, entry in document.items()):
+                raise TypeError("epoch is a number, all else is text")
+            return cls(**document)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise CorruptData(f"not a pointer to a blessed point ({error}); {REMEDY}") from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,12 +114,12 @@ class Night:
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
 
     @classmethod
-    def from_json(cls, data: bytes, place: str) -> Night:
+    def from_json(cls, data: bytes) -> Night:
         """Reads what `to_json` wrote; `CorruptData` for anything else."""
         try:
             document: dict[str, Any] = json.loads(data)
             if document.pop("format", None) != FORMAT:
-                raise CorruptData(f"{place}: written by another version of mergeyard; use that one, or another name")
+                raise CorruptData("written by another version of mergeyard; use that one, or another name")
             document["parents"] = {name: Revision(**entry) for name, entry in document["parents"].items()}
             document["changed"] = tuple(document["changed"])
             document["scores"] = {
@@ -114,7 +128,7 @@ class Night:
             }
             return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptData(f"{place}: damaged, not the record of a night ({error}); restore it") from None
+            raise CorruptData(f"damaged, not the record of a night ({error}); restore it") from None
 
 
 def new_nonce() -> str:
@@ -135,7 +149,7 @@ class Book:
             return list(pool.map(self._night, keys))
 
     def _night(self, key: str) -> Night:
-        return Night.from_json(bytes(self.store.read(key)), f"{self.store.url}/{key}")
+        return read_record(self.store, key, Night.from_json)
 
     def blessed(self) -> Blessed | None:
         """What the pointer says now; None while nothing is blessed."""
@@ -164,8 +178,11 @@ class Book:
 
     def unfinished(self, night: Night) -> bool:
         """Whether the night passed and the pointer is still the one it was judged against."""
-        blessed = self.blessed()
-        return night.epoch is not None and (None if blessed is None else blessed.nonce) == night.judged_against
+        return night.epoch is not None and _nonce(self.blessed()) == night.judged_against
+
+    def overtaken(self, night: Night) -> bool:
+        """Whether the night passed and the pointer is neither what it was judged against nor what it moves to."""
+        return night.epoch is not None and _nonce(self.blessed()) not in (night.judged_against, night.nonce)
 
     def bless(self, night: Night) -> None:
         """Moves the pointer to the night's point; `RunBusy`, and nothing moved, where it is not what was judged."""
@@ -174,22 +191,23 @@ class Book:
         found = self._pointer()
         if found is not None and found[0].nonce == night.nonce:
             return
-        if (None if found is None else found[0].nonce) != night.judged_against:
-            raise self._moved()
+        if _nonce(None if found is None else found[0]) != night.judged_against:
+            raise self.moved()
         try:
             if found is None:
                 self.store.write(POINTER, body.encode(), mode="create")
             else:
                 self.store.swap(POINTER, body.encode(), etag=found[1])
         except (ObjectExists, ObjectChanged):
-            raise self._moved() from None
+            raise self.moved() from None
 
     def check_unmoved(self, blessed: Blessed | None) -> None:
         """`RunBusy` where the pointer is no longer this."""
         if self.blessed() != blessed:
-            raise self._moved()
+            raise self.moved()
 
-    def _moved(self) -> RunBusy:
+    def moved(self) -> RunBusy:
+        """What there is to say where the pointer is no longer what the night was judged against."""
         return RunBusy(
             f"{self.store.url}/{POINTER}: moved by somebody else during the night, so nothing is blessed;"
             " run again to compare with what is blessed now"
@@ -201,11 +219,10 @@ class Book:
             while True:
                 info = self.store.locate(POINTER)
                 with suppress(ObjectChanged):
-                    return Blessed(**json.loads(bytes(self.store.read(POINTER, etag=info.etag)))), info.etag
+                    return read_record(self.store, POINTER, Blessed.from_json, etag=info.etag), info.etag
         except ObjectMissing:
             return None
-        except (ValueError, TypeError) as error:
-            raise CorruptData(
-                f"{self.store.url}/{POINTER}: not a pointer to a blessed point ({error}); restore it, or remove it"
-                " to begin anew from the gate's baseline"
-            ) from None
+
+
+def _nonce(blessed: Blessed | None) -> str | None:
+    return None if blessed is None else blessed.nonce

@@ -45,10 +45,11 @@ def _conclude(book: Book, night: Night, history: Sequence[Night]) -> None:
     from orchestrator.webhook import tell
 
     name = book.store.url.rsplit("/", 1)[-1]
-    warning = tell(f"{name}: {headline(night)}", ["\n".join([*reasons(night), f"{book.store.url}/{PAGE}"])])
+    blessed = book.blessed()
+    warning = tell(f"{name}: {headline(night, blessed)}", ["\n".join([*reasons(night), f"{book.store.url}/{PAGE}"])])
     if warning is not None:
         print(f"mergeyard: warning: {warning}", file=sys.stderr)
-    book.store.write(PAGE, nights_page(name, history, book.blessed()).encode())
+    book.store.write(PAGE, nights_page(name, history, blessed).encode())
 
 
 def _facts(tonight: Tonight) -> dict[str, object]:
@@ -67,6 +68,6 @@ def _print(tonight: Tonight) -> None:
     if tonight.ending == "unchanged":
         print(f"nothing has changed since night {night.night} (that ended: {night.outcome}); nothing done")
     else:
-        print(headline(night))
+        print(headline(night, tonight.blessed))
         print(*(f"  {reason}" for reason in reasons(night)), sep="\n")
     print("nothing is blessed yet" if tonight.blessed is None else f"blessed: {tonight.blessed.point}")

@@ -31,7 +31,7 @@ def nights_page(name: str, history: Sequence[Night], blessed: Blessed | None) ->
     environment.filters["difference"] = _difference
     return environment.get_template("nights.html.jinja").render(
         name=name,
-        headline=_sentence(shown[-1]),
+        headline=_sentence(shown[-1], blessed),
         nights=shown,
         older=len(history) - len(shown),
         blessed=blessed,
@@ -40,8 +40,8 @@ def nights_page(name: str, history: Sequence[Night], blessed: Blessed | None) ->
     )
 
 
-def _sentence(night: Night) -> str:
-    text = headline(night)
+def _sentence(night: Night, blessed: Blessed | None) -> str:
+    text = headline(night, blessed)
     return f"{text[0].upper()}{text[1:]}."
 
 

@@ -20,12 +20,14 @@ from orchestrator.evaluators import InProcessEvaluators
 from orchestrator.gate import GateRule, Verdict, VerdictLine
 from orchestrator.gating import Gated
 from orchestrator.ledger import Lease
-from orchestrator.nightly import decide
+from orchestrator.nightly import _by_length, decide
 from orchestrator.nightly_telling import headline, junit, reasons
 from orchestrator.nights import Blessed, Book, Night, Revision, Score
 from orchestrator.report.nights import nights_page
+from orchestrator.statistics import student_quantile
 from tests.benchmarks.thirty_nights import Told, Yard
 from tests.orchestrator.conftest import Ended, files_under
+from tests.orchestrator.report.test_comparing import rows
 from workers.storage import open_store
 
 Mergeyard = Callable[..., Ended]
@@ -182,6 +184,51 @@ def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
     assert ended.code == 75 and "blessed.json: moved by somebody else during the night" in ended.err
     assert json.loads(pointer.read_text()) == moved
     assert len(book_at(after_first).nights()) == 1, "the next call compares with what is blessed now"
+
+
+def test_a_pointer_that_moved_between_its_check_and_the_blessing_is_judged_against_by_the_next_call(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = with_another_margin(first_night[0], after_first)
+    pointer, record = after_first / "soup" / "blessed.json", Book.record
+    moved = {**json.loads(pointer.read_text()), "night": "by hand", "nonce": "somebody else's"}
+
+    def recording(book: Book, night: Night) -> None:
+        record(book, night)
+        pointer.write_text(json.dumps(moved))
+
+    monkeypatch.setattr(Book, "record", recording)
+    ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
+    assert ended.code == 75 and "blessed.json: moved by somebody else during the night" in ended.err
+    assert json.loads(pointer.read_text()) == moved and chat.told == [] and "is blessed" not in ended.out
+    monkeypatch.undo()
+    again = mergeyard("nightly", job, "--in-process", "--output", after_first, "--json")
+    assert (again.code, again.facts["ending"], again.facts["night"]["number"]) == (0, "recorded", 3)
+    assert again.facts["night"]["judged_against"] == "somebody else's"
+    assert again.facts["blessed"]["nonce"] == again.facts["night"]["nonce"]
+
+
+def test_without_the_pointer_the_same_parents_are_judged_anew_from_the_anchor(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard
+) -> None:
+    (after_first / "soup" / "blessed.json").unlink()
+    call = ("nightly", first_night[0].job, "--in-process", "--output", after_first)
+    ended = mergeyard(*call, "--json")
+    night = ended.facts["night"]
+    assert (ended.code, ended.facts["ending"], night["number"], night["judged_against"]) == (0, "recorded", 2, None)
+    assert ended.facts["blessed"]["nonce"] == night["nonce"] and ended.facts["blessed"]["epoch"] == 2
+    assert mergeyard(*call, "--json").facts["ending"] == "unchanged"
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"point": "/p"}', '{"point": 1, "weights": "", "night": "", "epoch": 1, "nonce": ""}']
+)
+def test_a_pointer_that_is_none_is_one_line(
+    first_night: tuple[Yard, Told], after_first: Path, mergeyard: Mergeyard, text: str
+) -> None:
+    (after_first / "soup" / "blessed.json").write_text(text)
+    ended = mergeyard("nightly", first_night[0].job, "--in-process", "--output", after_first)
+    assert ended.code == 1 and ended.err.count("\n") == 1 and "blessed.json: not a pointer to a blessed" in ended.err
 
 
 def test_a_night_that_died_before_the_pointer_is_finished_first(
@@ -383,7 +430,7 @@ def test_a_night_is_recorded_once(book: Book) -> None:
 
 def test_the_pointer_moves_from_night_to_night_and_never_back(book: Book) -> None:
     first, second = a_night(1), a_night(2, judged_against="nonce 1")
-    assert book.unfinished(first)
+    assert book.unfinished(first) and not book.overtaken(first)
     book.bless(first)
     assert not book.unfinished(first) and book.unfinished(second)
     book.bless(first)
@@ -391,7 +438,7 @@ def test_the_pointer_moves_from_night_to_night_and_never_back(book: Book) -> Non
     latest = Blessed(second.point or "", second.weights, "0002-abcdef01", 2, "nonce 2")
     assert book.blessed() == latest and not book.unfinished(second)
     for stale in (first, a_night(3, judged_against="nonce 1"), a_night(3)):
-        assert not book.unfinished(stale)
+        assert not book.unfinished(stale) and book.overtaken(stale)
         with pytest.raises(RunBusy, match="moved by somebody else"):
             book.bless(stale)
     assert book.blessed() == latest
@@ -430,6 +477,13 @@ def test_of_two_that_bless_at_once_one_does(book: Book) -> None:
     for thread in threads:
         thread.join()
     assert len(refused) == len(nights) - 1
+
+
+def test_the_interval_of_a_night_without_a_wrong_answer_does_not_collapse() -> None:
+    # 12 right answers, and two right and two wrong more: 14/16 right, and a variance of 14·2/16³ (Agresti & Coull 1998)
+    score = _by_length(rows("soup", [1.0] * 12))["overall"]
+    assert (score.mean, score.high) == (100, 100) and score.low is not None
+    assert score.low == pytest.approx(100 - 100 * student_quantile(0.975, 11) * (14 * 2 / 16**3) ** 0.5, abs=1e-3)
 
 
 # ---- telling
@@ -482,7 +536,10 @@ def test_a_chat_that_is_away_changes_no_exit_code_and_its_url_is_nowhere(
 
 def test_what_is_told_names_both_baselines() -> None:
     night = a_night(2, judged_against="nonce 1")
-    assert headline(night) == "night 0002-abcdef01: pass: soup is blessed"
+    blessed = Blessed(night.point or "", night.weights, night.night, 2, night.nonce)
+    assert headline(night, blessed) == "night 0002-abcdef01: pass: soup is blessed"
+    for other in (None, replace(blessed, nonce="nonce 1")):
+        assert headline(night, other) == "night 0002-abcdef01: pass: soup is not blessed"
     assert reasons(night) == [
         f"against the blessed merge: {REASON}",
         f"against the anchor released: {REASON}",

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from orchestrator.nights import Blessed
+from orchestrator.report.nights import nights_page
 from orchestrator.report.page import page, read_run, report_on
 from tests.browser import CHROMIUM, Browser
+from tests.browser import main as take_pictures
 from tests.orchestrator.report.made_up import write_run
+from tests.orchestrator.test_nightly import a_night
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")
 
@@ -100,6 +105,47 @@ def test_a_long_leaderboard_opens(browser: Browser, url: str) -> None:
 def test_it_prints(browser: Browser, url: str) -> None:
     pdf = browser.open(url).pdf()
     assert pdf.startswith(b"%PDF-") and len(re.findall(rb"/Type\s*/Page\b", pdf)) >= 3
+
+
+def test_paper_has_every_line_and_chart_and_says_what_it_has_not(browser: Browser, url: str) -> None:
+    shown = browser.open(url)
+    browser.call("Emulation.setEmulatedMedia", shown.session, media="print")
+    heights = "(chosen => [...document.querySelectorAll(chosen)].map(part => part.getBoundingClientRect().height))"
+    rows = shown.evaluate(f"{heights}('.leaderboard tbody tr')")
+    assert len(rows) == 38 and min(rows) > 5
+    charts = shown.evaluate(f"{heights}('figure')")
+    assert len(charts) > 30 and min(charts) > 50
+    told = "[...document.querySelectorAll('details')].filter(part => !part.open).map(part => [part.firstElementChild"
+    told += ".getBoundingClientRect().height, getComputedStyle(part.firstElementChild, '::after').content])"
+    for height, words in shown.evaluate(told):
+        assert height > 5 and "printed only where it was opened first" in words
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_the_page_of_nights_fits_asks_for_nothing_and_complains_about_nothing(
+    browser: Browser, tmp_path: Path, width: int
+) -> None:
+    nights = [a_night(1), a_night(2, "fail", "nonce 1"), a_night(3, "inconclusive", "nonce 1", changed=())]
+    path = tmp_path / "index.html"
+    path.write_text(nights_page("soup", nights, Blessed("s3://b/p", "w", "0001-abcdef01", 1, "nonce 1")))
+    for dark in (False, True):
+        shown = browser.open(path.as_uri(), width=width, dark=dark)
+        assert (shown.requests, shown.messages) == ([path.as_uri()], [])
+        assert shown.overflow() <= 0
+        boxes = shown.evaluate(
+            "[...document.querySelectorAll('svg')].map(chart => chart.getBoundingClientRect().width)"
+        )
+        assert len(boxes) == 3 and min(boxes) > 200 and max(boxes) <= width
+        assert shown.evaluate("document.querySelectorAll('tbody tr').length") == 3
+        beyond = "text.getBoundingClientRect().right - text.closest('svg').getBoundingClientRect().right"
+        assert shown.evaluate(f"Math.max(...[...document.querySelectorAll('svg text')].map(text => {beyond}))") <= 0
+
+
+def test_a_picture_shows_the_whole_page_at_a_width(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["browser", url, "--widths", "390", "--into", str(tmp_path)])
+    take_pictures()
+    width, height = struct.unpack(">II", (tmp_path / "index-390.png").read_bytes()[16:24])  # PNG's first chunk
+    assert width == 390 and height > 3000
 
 
 def test_words_can_be_read_on_either_background(browser: Browser, url: str) -> None:
