@@ -498,6 +498,22 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"evaluate": {"ruler": {**RULER, "tasks": ["qa_1"]}}},
         "job.yaml:6: qa_1 needs its data; give `documents: {qa_1: FILE}`",
     ),
+    "a length that no prompt fits in": (
+        {"evaluate": {"ruler": {**RULER, "tasks": ["vt"], "lengths": [128]}}},
+        "job.yaml:6: vt: no prompt fits in 128 tokens; the smallest length that does is",
+    ),
+    "a text that is shorter than a window": (
+        {"evaluate": {"perplexity": {"lengths": [512], "text": "short.txt"}}},
+        "job.yaml:6: perplexity: the text has",
+    ),
+    "a task that the harness has not": (
+        {"evaluate": {"lm_eval": {"tasks": ["arc_eazy"]}}},
+        'job.yaml:6: lm_eval has no task "arc_eazy"; did you mean "arc_easy"?',
+    ),
+    "a task of one's own that is not there": (
+        {"evaluate": {"lm_eval": {"tasks": ["mine.yaml"]}}},
+        "mine.yaml cannot be read (No such file or directory)",
+    ),
     "a race with nothing to race over": (
         {"evaluate": {"perplexity": {"lengths": [256]}, "race": {"keep": 1}}},
         "job.yaml:6: a race is run on items of RULER or of the needle",
@@ -519,6 +535,7 @@ def test_what_cannot_be_asked_is_refused_while_planning(
 ) -> None:
     made = {key: value(tmp_path) if callable(value) else value for key, value in keys.items()}
     job = job_file(**made)
+    (job.parent / "short.txt").write_text("Too short.")
     for verb in ("plan", "run", "evaluate"):
         ended = mergeyard(verb, job, *(["--in-process"] if verb != "plan" else []))
         assert (ended.code, ended.out) == (2, "")

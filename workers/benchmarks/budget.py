@@ -2,13 +2,13 @@
 
 RULER draws a fresh prompt for every probe of its search and never stops when nothing fits. Here the prompt grows
 monotonically with the number of units, a forecast (token counts of the units, each encoded once) says where to look,
-and one or two exact encodings settle it.
+and one or two exact counts settle it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -99,11 +99,16 @@ def running_total(
 
 
 def build_groups(
-    task: str, length: int, groups: Iterable[Group], build: Callable[[Group], list[Item]], indices: Sequence[int]
+    tokenizer: Tokenizer,
+    asked: Asked,
+    groups: Sequence[Group],
+    build: Callable[[Group], list[Item]],
+    indices: Sequence[int],
 ) -> list[Item]:
     """The items with these indices out of all groups, which are built in threads: encoding needs no interpreter.
 
-    If some do not fit, `TooShort` names the smallest length at which all of them do.
+    If some do not fit, `TooShort` names the smallest length at which all of them do. Of one item the tokens are counted
+    by one encoding of the whole, too; should they be others, all are built again without counting by pieces.
     """
 
     def attempt(group: Group) -> list[Item] | TooShort:
@@ -116,6 +121,10 @@ def build_groups(
         built = list(threads.map(attempt, groups))
     too_short = [int(result.args[2]) for result in built if isinstance(result, TooShort)]
     if too_short:
-        raise TooShort(task, length, max(too_short))
+        raise TooShort(asked.task, asked.length, max(too_short))
     found = {item.index: item for result in built if not isinstance(result, TooShort) for item in result}
-    return [found[index] for index in indices]
+    items = [found[index] for index in indices]
+    if items and tokenizer.count_whole(items[-1].text) != items[-1].tokens:
+        tokenizer.stop_counting_pieces()
+        return build_groups(tokenizer, asked, groups, build, indices)
+    return items

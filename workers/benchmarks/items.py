@@ -43,7 +43,7 @@ class Item:
     scorer: str
     max_new_tokens: int
     tokens: int
-    """Tokens of `prefix + prompt + answer_prefix`, counted by one encoding of the whole."""
+    """Tokens of `prefix + prompt + answer_prefix`, as one encoding of the whole gives them."""
     pair: str
 
     @property

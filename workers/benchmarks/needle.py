@@ -78,7 +78,7 @@ def needle_items(
         return items if answer is None else [_wanting(answer, item) for item in items]
 
     cells = sorted({(index // len(depths), index % len(depths) % groups) for index in wanted})
-    return build_groups("needle", length, cells, build, wanted)
+    return build_groups(tokenizer, asked, cells, build, wanted)
 
 
 def _check_depth(item: Item, wanted: float) -> None:

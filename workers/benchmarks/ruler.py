@@ -1,7 +1,7 @@
 """RULER's thirteen tasks (Hsieh et al. 2024, arXiv 2404.06654): its prompts and scorers, with keyed draws.
 
 The same (seed, task, index) gives the same needles, questions and relative places at every length. Prompts are never
-truncated: each is counted by one encoding of the whole, and `tokens + max_new_tokens <= length` holds for every item.
+truncated: the tokens of each are counted exactly, and `tokens + max_new_tokens <= length` holds for every item.
 
 Where it differs from the reference:
 
@@ -88,7 +88,7 @@ def ruler_items(
         return [SINGLE[task](tokenizer, asked, group)]
 
     share = questions if task in NIAH else 1
-    return build_groups(task, length, sorted({index // share for index in wanted}), build, wanted)
+    return build_groups(tokenizer, asked, sorted({index // share for index in wanted}), build, wanted)
 
 
 def ruler_spec(

@@ -17,11 +17,6 @@ def postprocess(prediction: str) -> str:
     return _CONTROL.sub("\n", prediction.strip()).strip()
 
 
-def is_null(prediction: str) -> bool:
-    """Whether there is nothing to score; RULER reports how many of these there are."""
-    return not postprocess(prediction)
-
-
 def string_match_all(prediction: str, references: Sequence[str]) -> float:
     """The share of the references that occur in the prediction, upper and lower case being the same."""
     text = postprocess(prediction).lower()
