@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import shutil
 import signal
 import sys
@@ -284,14 +285,16 @@ def _connect(address: str) -> None:
             )
         try:
             _init(address=address, runtime_env={"working_dir": code})
-        except ConnectionError as error:
-            raise WorkerLost(f"--address {address}: {str(error).splitlines()[0]}") from error
-        except (RayError, RuntimeError, ValueError) as error:
-            if address != "auto":
-                check_reachable(address, address, "no Ray", "its head has just gone; run again when it is back")
+        except (RayError, ConnectionError, RuntimeError, ValueError) as error:
+            said = str(error).splitlines()[0]
+            if said.startswith("Could not find any running Ray instance"):
+                raise WorkerLost(f"--address {address}: {said}") from error
+            named = re.search(r"\bat (\S+:\d+)$", said)  # Ray says where, of `auto` as well
+            place = named[1] if named else address
+            if place != "auto":
+                check_reachable(address, place, "no Ray", "its head has just gone; run again when it is back")
             raise BadInput(
-                f"--address {address}: {str(error).splitlines()[0]}; if it wants a token, set RAY_AUTH_MODE=token and"
-                " RAY_AUTH_TOKEN"
+                f"--address {address}: {said}; if it wants a token, set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             ) from error
 
 

@@ -7,6 +7,7 @@ Ray is stood in for: what it would take to lose sixteen slots or a network at a 
 from __future__ import annotations
 
 import logging
+import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -210,6 +211,39 @@ def test_a_head_that_a_silent_cut_takes_is_missed_in_time_for_an_orderly_end(
             ray.clock.sleep(1.0)  # as ray.wait does
             nodes.living()
     assert ray.clock.now - cut < seconds
+
+
+# ---- joining
+
+
+@pytest.mark.parametrize("address", ["auto", "PLACE"])
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_cluster_that_refuses_wants_a_token_and_one_that_has_just_gone_is_to_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch, answers: bool, address: str
+) -> None:
+    """Ray says the same of both, in the words here, after minutes; whether something listens is asked for real."""
+    with socket.socket() as head:
+        head.bind(("127.0.0.1", 0))
+        head.listen()
+        place = f"127.0.0.1:{head.getsockname()[1]}"
+
+        def refused(**_: Any) -> None:
+            if not answers:
+                head.close()
+            raise ConnectionError(f"Failed to connect to Ray cluster at {place}")
+
+        monkeypatch.setattr(ray_pool, "_init", refused)
+        with pytest.raises(BadInput if answers else WorkerLost, match="RAY_AUTH_TOKEN" if answers else "just gone"):
+            ray_pool._connect(address.replace("PLACE", place))
+
+
+def test_where_no_ray_is_found_it_is_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to.")
+
+    monkeypatch.setattr(ray_pool, "_init", refused)
+    with pytest.raises(WorkerLost, match="Could not find any running Ray"):
+        ray_pool._connect("auto")
 
 
 # ---- nodes that are not there
