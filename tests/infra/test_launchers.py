@@ -190,7 +190,7 @@ def test_every_mergeyard_in_a_script_is_a_command_that_it_takes() -> None:
     found = [
         match[1].split()
         for text in texts
-        for match in re.finditer(r"\bmergeyard ((?:run|submit) .*?)(?: \|\||$)", text, re.M)
+        for match in re.finditer(r"\bmergeyard ((?:run|submit) .*?)(?: \|\|| &|$)", text, re.M)
     ]
     assert len(found) == 2
     for words in found:
