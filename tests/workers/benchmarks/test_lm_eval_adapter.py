@@ -210,11 +210,11 @@ def test_a_metric_that_no_answer_reached_is_known_by_the_reference(
 def test_a_metric_that_is_no_score_is_left_out_for_every_item(
     engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    of_own(tmp_path, FOUND + "    return {'acc': found, 'off': found, 'gain': found * 2 - 1}\n")
-    text = OWN + own_metric("acc") + own_metric("off", better="false") + own_metric("gain")
+    of_own(tmp_path, FOUND + "    return {'acc': found, 'distance': found, 'gain': found * 2 - 1}\n")
+    text = OWN + own_metric("acc") + own_metric("distance", better="false") + own_metric("gain")
     assert by_metric(sample_scores(engine, task(text), None, beginning=END)).keys() == {"tiny_own:acc"}
     remarks = capsys.readouterr().err
-    assert "off is left out: less of it is better" in remarks and "gain is left out: it is not from 0" in remarks
+    assert "distance is left out: less of it is better" in remarks and "gain is left out: it is not from 0" in remarks
 
 
 def test_pairs_of_answer_and_reference_are_scored_by_the_task_own_aggregation(
@@ -264,7 +264,7 @@ def test_the_items_of_a_task_that_shuffles_are_the_same_on_every_worker(
     of_own(tmp_path, code)
     path = task(CHOICE + "process_docs: !function own.docs\n")
     first, second = (sample_scores(engine, path, None, beginning=END) for _ in range(2))
-    assert [score.answer for score in first] == [score.answer for score in second]
+    assert [score.tokens for score in first] == [score.tokens for score in second], "prompts of six different lengths"
 
 
 def test_a_task_is_told_what_the_job_and_the_tokenizer_say(
@@ -332,13 +332,14 @@ def test_log_likelihoods_are_of_the_tokens_that_the_harness_own_model_takes(
 ) -> None:
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
-    from transformers import PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     engine = TransformersEngine.from_folder(parents / "long", dtype=torch.float32, device="cpu")
     if marks:
         engine.tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(marking), bos_token=END, eos_token="<|im_end|>")
         assert engine.encode("The sky")[0] == engine.encode(END)[-1]
-    lm = HFLM(pretrained=engine.model, tokenizer=engine.tokenizer, batch_size=1)
+    model = AutoModelForCausalLM.from_pretrained(parents / "long", dtype=torch.float32)
+    lm = HFLM(pretrained=model, tokenizer=engine.tokenizer, batch_size=1)
     pairs = [
         ("The grass is green.\n", "The sky"), ("Q: sky?\nA:\n\n", "blue is the sun"), ("The grass is", " green"),
         ("The grass is ", "green"), ("x\t", "y z"), ("", "The sky is blue"), ("", f"{END}The sky"), (" ", "The sky"),

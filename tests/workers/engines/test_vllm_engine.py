@@ -24,6 +24,7 @@ from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.vllm_engine import VllmEngine
 
+pytestmark = pytest.mark.timeout(1800)  # vLLM imports for a minute and more where others work as well
 ENVIRONMENT = Path(__file__).parents[3] / ".venv-vllm" / "bin"
 needs_vllm = pytest.mark.skipif(
     not (ENVIRONMENT / "python").exists(), reason="vLLM's environment .venv-vllm is not there; `make vllm` installs it"
@@ -208,7 +209,7 @@ def test_the_openai_engine_asks_a_real_vllm_server(parents, engine, needle_promp
         server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
     try:
         url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + 900
         while time.monotonic() < deadline and server.poll() is None:
             try:
                 urllib.request.urlopen(f"{url}/health", timeout=2)
