@@ -87,7 +87,7 @@ def effective_length_interval(
     In every task whole haystacks are drawn with replacement, with all their items at all lengths: items on one
     haystack are not independent, and neither is an item at 4K of its pair at 8K.
     """
-    lengths, scores = _replicated(outcomes, seed, replicates)
+    lengths, scores = _replicated(tuple(outcomes), seed, replicates)
     reached = scores >= threshold - 1e-9
     return _interval(effective_length(score_by_length(outcomes), threshold), lengths, reached, confidence)
 
@@ -108,8 +108,8 @@ def relative_length_interval(
     answered = [outcome for outcome in parent if (outcome.task, outcome.length, outcome.haystack) in asked]
     if not answered:
         return None
-    lengths, scores = _replicated(outcomes, seed, replicates)
-    _, of_parent = _replicated(answered, seed, replicates)
+    lengths, scores = _replicated(tuple(outcomes), seed, replicates)
+    _, of_parent = _replicated(tuple(answered), seed, replicates)
     thresholds = RELATIVE_SHARE * of_parent[:, :1]  # the first column is the shortest length
     length = effective_length(score_by_length(outcomes), relative_threshold(score_by_length(answered)))
     return _interval(length, lengths, scores >= thresholds - 1e-9, confidence)
@@ -124,7 +124,8 @@ def _interval(length: int, lengths: list[int], reached: NDArray[np.bool_], confi
     return EffectiveLength(length, low=int(low), high=int(high), chance=chance)
 
 
-def _replicated(outcomes: Sequence[Outcome], seed: int, replicates: int) -> tuple[list[int], NDArray[np.float64]]:
+@lru_cache(maxsize=8)  # a point is held against every parent, and a parent against every point
+def _replicated(outcomes: tuple[Outcome, ...], seed: int, replicates: int) -> tuple[list[int], NDArray[np.float64]]:
     """The lengths, and of each bootstrap replicate the score at each, from 0 to 100: replicates × lengths."""
     if not outcomes:
         raise BadInput("effective length: there are no scores; evaluate at least one item")
