@@ -153,7 +153,7 @@ class Counted(MemoryStore):
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         found = list(super().list(prefix))
-        found += [ObjectInfo(key, size, "") for key, size in self.sizes.items() if key.startswith(prefix)]
+        found += [ObjectInfo(key, size, "etag") for key, size in self.sizes.items() if key.startswith(prefix)]
         self.count("LIST", math.ceil(len(found) / 1000) or 1)
         return iter(found)
 

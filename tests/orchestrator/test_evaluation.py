@@ -159,7 +159,7 @@ def test_keep_all_writes_every_point_and_scores_these_very_weights(
 
 
 def test_keep_best_writes_the_best_and_no_other(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
-    job = job_file(**scaled_race(), keep={"best": 2})
+    job = job_file(**scaled_race(race={"keep": 2}), keep={"best": 2})
     ended = mergeyard("run", job, "--in-process", "--json")
     assert ended.code == 0, ended.err
     best = [line["name"] for line in ended.facts["leaderboard"]][:2]
