@@ -525,7 +525,7 @@ def _check(job: Job) -> None:
     if job.keep.kind == "best" and job.evaluate is None:
         raise BadInput(f"{job.place_of('keep')}: the best points are known only after `evaluate:`; add it, or keep all")
     race = None if job.evaluate is None else job.evaluate.race
-    if job.keep.kind == "best" and race is not None and race.keep < job.keep.count:
+    if job.keep.kind == "best" and race is not None and race.keep < (job.keep.count or 0):
         raise BadInput(
             f"{race.place}: a race for {race.keep} does not tell the best {job.keep.count} that `keep:` wants;"
             f" give race: {{keep: {job.keep.count}}}"
