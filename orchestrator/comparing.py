@@ -32,7 +32,8 @@ from orchestrator.statistics import (
 Question = tuple[str, str, int, int]
 """Digest of the set of items, task, length and number: rows that agree in these answer the same question."""
 
-Test = Literal["mcnemar", "sign-flip", "t"]
+Test = Literal["mcnemar", "sign-flip", "binomial", "t"]
+"""Binomial is that of `statistics.few_losses`, where it is larger than the sign flips'."""
 Pairs = Sequence[tuple[ScoreRow, ScoreRow]]
 """Rows of the new and of the old model about the same questions."""
 
@@ -196,12 +197,14 @@ def _cell_line(cell: Cell, found: Pairs) -> Difference:
     )
     estimate = macro_difference([sample])
     low, high, error = estimate.low, estimate.high, estimate.standard_error
+    test: Test = "mcnemar"
     if exact:
         gains, losses = int(np.sum(sample.values > 0)), int(np.sum(sample.values < 0))
         p = mcnemar(gains, losses).two_sided
         low, high = mcnemar_interval(gains, losses, items)
     else:
-        p = sign_flip_test(sample.values, sample.haystacks)
+        flipped = sign_flip_test(sample.values, sample.haystacks)
+        test, p = ("sign-flip", flipped) if flipped >= estimate.least_p - 1e-9 else ("binomial", estimate.least_p)
     return Difference(
         benchmark=found[0][0].benchmark,
         task=cell.task,
@@ -213,7 +216,7 @@ def _cell_line(cell: Cell, found: Pairs) -> Difference:
         difference=100 * estimate.mean,
         low=100 * low,
         high=100 * high,
-        test="mcnemar" if exact else "sign-flip",
+        test=test,
         p=p,
         p_holm=p,
         detectable=_detectable(error),

@@ -15,15 +15,15 @@ from typing import Literal
 from xml.etree import ElementTree
 
 import numpy as np
-from scipy.special import bdtr
 
 from jobs.errors import BadInput
 from orchestrator.statistics import (
     CellSample,
     Estimate,
-    FloatArray,
     anytime_multiplier,
     anytime_p_value,
+    few_losses,
+    haystack_means,
     holm,
     macro_mean,
     macro_weights,
@@ -188,7 +188,7 @@ class _Scope:
         share = margin / 100
         estimate = macro_mean(samples, length_weights)
         weights = macro_weights([sample.cell for sample in samples], length_weights)
-        means = [_haystack_means(sample) for sample in samples]
+        means = [haystack_means(sample) for sample in samples]
         spread = sum(weight**2 / of_cell.size for weight, of_cell in zip(weights.tolist(), means, strict=True))
         seen = np.concatenate(means)
         errors: dict[bool, float] = {}
@@ -196,7 +196,7 @@ class _Scope:
         for worse, (mean, claimed) in {False: (estimate.mean, share), True: (-estimate.mean, -share)}.items():
             variance = _unseen(mean, claimed)
             errors[worse] = max(estimate.standard_error, math.sqrt(max(variance, share * (1 - share)) * spread))
-            rare[worse] = _so_few_losses(-seen if worse else seen, claimed)
+            rare[worse] = few_losses(-seen if worse else seen, claimed)
         return cls(name, estimate, share, errors, rare)
 
     @property
@@ -244,24 +244,6 @@ def _unseen(mean: float, claimed: float) -> float:
     gain = max(0.0, mean, -claimed)
     chance = (gain + claimed) / (1 + gain)
     return chance * (1 - chance) * (1 + gain) ** 2
-
-
-def _so_few_losses(seen: FloatArray, claimed: float) -> float:
-    """The chance of no more losses than were seen, if losses of that size make the model worse by `claimed`.
-
-    With gains of g on the others and losses of l (of 1 where none is seen), the claim means that a haystack is lost
-    with the chance q = (g + claimed) / (g + l); the number of losses is binomial.
-    """
-    lost = seen[seen < 0]
-    gain, loss = float(seen[seen >= 0].sum() / max(1, seen.size - lost.size)), float(-lost.mean()) if lost.size else 1.0
-    chance = min(1.0, max(0.0, (gain + claimed) / (gain + loss)))
-    return float(bdtr(lost.size, seen.size, chance))
-
-
-def _haystack_means(sample: CellSample) -> FloatArray:
-    """The mean of each haystack of a cell."""
-    _, places, counts = np.unique(sample.haystacks, return_inverse=True, return_counts=True)
-    return np.bincount(places, sample.values) / counts
 
 
 def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float) -> VerdictLine:

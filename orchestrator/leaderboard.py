@@ -9,18 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation import ScoreRow
-from orchestrator.results import RETRIEVAL, EvaluationResult
-from orchestrator.statistics import CellSample, cell_sample, macro_mean, macro_score
-from workers.benchmarks.perplexity import FIRST_BLOCK
-from workers.benchmarks.scores import (
+from orchestrator.effective_length import (
     RULER_THRESHOLD,
     EffectiveLength,
-    Outcome,
     effective_length_interval,
     relative_length_interval,
     score_by_length,
     weighted_average,
 )
+from orchestrator.results import RETRIEVAL, EvaluationResult
+from orchestrator.statistics import CellSample, cell_sample, macro_mean, macro_score
+from workers.benchmarks.perplexity import FIRST_BLOCK
 
 MOST_ROWS = 20
 LARGEST_EXPONENT = 700.0
@@ -81,11 +80,11 @@ def _bounds(length: EffectiveLength) -> list[int]:
     return [length.low, length.length, length.high]
 
 
-def leaderboard(result: EvaluationResult, seed: int) -> list[Line]:
+def leaderboard(result: EvaluationResult) -> list[Line]:
     """The points best first, then the parents. Only the benchmarks that rank make the score; the rest stands beside."""
     ranked = _by_point(result.ranked_rows())
     everything = _by_point(result.common_rows())
-    parents = {name: outcomes(context_rows(everything[name])) for name in result.parents if name in ranked}
+    parents = {name: samples(context_rows(everything[name])) for name in result.parents if name in ranked}
     notes = {name: ["parent"] for name in result.baselines}
     notes |= {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
     for standing in result.standing:
@@ -95,9 +94,7 @@ def leaderboard(result: EvaluationResult, seed: int) -> list[Line]:
         notes.setdefault(point, []).append(f"= {twin}")
     names = [*(standing.point for standing in result.standing), *result.baselines]
     return [
-        _line(name, ranked[name], everything[name], parents, seed, notes.get(name, []))
-        for name in names
-        if name in ranked
+        _line(name, ranked[name], everything[name], parents, notes.get(name, [])) for name in names if name in ranked
     ]
 
 
@@ -105,11 +102,10 @@ def _line(
     name: str,
     ranked: Sequence[ScoreRow],
     everything: Sequence[ScoreRow],
-    parents: Mapping[str, Sequence[Outcome]],
-    seed: int,
+    parents: Mapping[str, Sequence[CellSample]],
     notes: Sequence[str],
 ) -> Line:
-    answered = outcomes(context_rows(everything))
+    answered = samples(context_rows(everything))
     reached = score_by_length(answered)
     macro = macro_score(samples(ranked))
     by_length = all(row.benchmark in RETRIEVAL for row in ranked)
@@ -119,10 +115,10 @@ def _line(
         score=100 * macro.mean,
         half_width=100 * (macro.high - macro.low) / 2,
         by_benchmark=_by_benchmark(ranked),
-        by_length=score_by_length(outcomes(ranked)) if by_length else {},
+        by_length=score_by_length(samples(ranked)) if by_length else {},
         weighted=_weighted(reached) if answered else None,
-        effective=effective_length_interval(answered, RULER_THRESHOLD, seed=seed) if answered else None,
-        relative=_relative(answered, parents, seed),
+        effective=effective_length_interval(answered) if answered else None,
+        relative=_relative(answered, parents),
         beside=_beside(everything, {row.benchmark for row in ranked}),
         perplexity=perplexity_by_position(everything),
         items=len(ranked),
@@ -140,9 +136,9 @@ def context_rows(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
 
 
 def _relative(
-    answered: Sequence[Outcome], parents: Mapping[str, Sequence[Outcome]], seed: int
+    answered: Sequence[CellSample], parents: Mapping[str, Sequence[CellSample]]
 ) -> dict[str, EffectiveLength]:
-    found = {name: relative_length_interval(answered, theirs, seed=seed) for name, theirs in parents.items()}
+    found = {name: relative_length_interval(answered, theirs) for name, theirs in parents.items()}
     return {name: length for name, length in found.items() if length is not None}
 
 
@@ -164,11 +160,6 @@ def _by_point(rows: Iterable[ScoreRow]) -> dict[str, list[ScoreRow]]:
     for row in rows:
         found[row.point].append(row)
     return found
-
-
-def outcomes(rows: Sequence[ScoreRow]) -> list[Outcome]:
-    """One model's scores as the effective length takes them."""
-    return [Outcome(row.task, row.length, row.haystack, row.score) for row in rows]
 
 
 def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:

@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from orchestrator.compatibility import context_fields
+from orchestrator.effective_length import RULER_THRESHOLD, EffectiveLength
 from orchestrator.leaderboard import Line, short_length
 from orchestrator.planning import Plan, PlannedPoint
-from workers.benchmarks.scores import RULER_THRESHOLD, EffectiveLength
 from workers.checkpoint import FLOATS
 
 
@@ -148,7 +148,7 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
 
 def _reach(effective: EffectiveLength) -> str:
     """In words; what passed at the longest length might pass at longer ones, that nobody asked."""
-    longest, high = max(effective.chance), f"{effective.high:,}"
+    longest, high = effective.asked, f"{effective.high:,}"
     if effective.high == longest:
         high += " or more"
     interval = f" (95 % interval: {effective.low:,} to {high})" if effective.low < effective.high else ""

@@ -259,7 +259,7 @@ def _results(point: FoundPoint) -> tuple[Line | None, tuple[str, ...]]:
     except BadInput:
         return None, ()
     scored = {point.name, point.manifest.point, _scored_as(result, point)}
-    lines = [line for line in leaderboard(result, result.seed) if line.name in scored]
+    lines = [line for line in leaderboard(result) if line.name in scored]
     return (lines[0] if lines else None), result.ranked
 
 

@@ -4,13 +4,13 @@ Scores lie in [0, 1], so paired differences (new − old) lie in [−1, 1]; noth
 Items that share a haystack are one cluster: they rise and fall together, and a standard error that forgets it
 is too small. Everything random is keyed by a seed; nothing here reads or writes.
 
-    one sample of cells     macro_mean, macro_score, paired_mean, bootstrap_macro
-    differences of cells    macro_difference, difference_test
+    one sample of cells     macro_mean, macro_score, weighted_score
+    differences of cells    macro_difference, difference_test, few_losses
     proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
     fractional scores       sign_flip_test
-    before the run          minimum_detectable_effect, items_for_effect, design_effect
-    many comparisons        holm, benjamini_hochberg, max_t
-    looking more than once  mcnemar_e_value, betting_e_process, confidence_sequence, anytime_multiplier, anytime_p_value
+    before the run          minimum_detectable_effect, design_effect
+    many comparisons        holm, benjamini_hochberg
+    looking more than once  anytime_multiplier, anytime_p_value
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import NormalDist
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -29,7 +29,6 @@ from jobs.errors import CorruptData
 
 FloatArray = NDArray[np.float64]
 Labels = NDArray[Any]
-Alternative = Literal["two-sided", "greater", "less"]
 
 EXACT_CLUSTERS = 20  # 2^20 sign patterns are 8 MB of sums; beyond that, Monte Carlo
 
@@ -63,7 +62,10 @@ class CellSample:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A mean with its clustered standard error and two-sided t interval; the error is infinite with one cluster."""
+    """A mean with its clustered standard error and two-sided t interval; the error is infinite with one cluster.
+
+    No test of "the mean is zero" may give less than `least_p`: so much explains losses too rare to be seen.
+    """
 
     mean: float
     standard_error: float
@@ -72,6 +74,7 @@ class Estimate:
     high: float
     items: int
     clusters: int
+    least_p: float = 0.0
 
 
 def cell_sample(
@@ -132,7 +135,10 @@ def macro_mean(
     and C−1 degrees of freedom. With several, each cell is a stratum; haystacks shared between cells add their
     covariance. Degrees of freedom are Satterthwaite's, and never more than clusters − 1.
     """
-    weights = macro_weights([sample.cell for sample in samples], length_weights)
+    return _weighted_mean(samples, macro_weights([sample.cell for sample in samples], length_weights), confidence)
+
+
+def _weighted_mean(samples: Sequence[CellSample], weights: FloatArray, confidence: float) -> Estimate:
     totals, variances, degrees = _cluster_influences(samples, weights)
     mean = float(sum(weight * sample.values.mean() for weight, sample in zip(weights, samples, strict=True)))
     items = sum(sample.values.size for sample in samples)
@@ -150,8 +156,15 @@ def macro_score(samples: Sequence[CellSample], confidence: float = 0.95) -> Esti
     Such a cell shows no variance; it is given that of two successes and two failures more among its haystacks (Agresti
     & Coull 1998, "plus four").
     """
-    estimate = macro_mean(samples, None, confidence)
-    weights = macro_weights([sample.cell for sample in samples])
+    return weighted_score(samples, macro_weights([sample.cell for sample in samples]), confidence)
+
+
+def weighted_score(samples: Sequence[CellSample], weights: FloatArray, confidence: float = 0.95) -> Estimate:
+    """Σ weight × mean of a cell [cells], clustered as in `macro_mean`, with the variance that `macro_score` adds.
+
+    Weights may be negative: a model's score less a share of another's is such a sum.
+    """
+    estimate = _weighted_mean(samples, weights, confidence)
     unseen = sum(
         float(weight) ** 2 * _plus_four_variance(float(sample.values[0]), np.unique(sample.haystacks).size)
         for weight, sample in zip(weights, samples, strict=True)
@@ -174,15 +187,46 @@ def macro_difference(
 
     To the variance that was seen come one gain and one loss, in the cell where that moves the mean most and as large as
     a haystack may differ there, wholly so where none does: what Bonett & Price 2012 do for one cell
-    of right-or-wrong scores, see `mcnemar_interval`.
+    of right-or-wrong scores, see `mcnemar_interval`. Where losses too rare to be seen explain the mean, the interval
+    holds zero, see `few_losses`.
     """
     estimate = macro_mean(samples, length_weights, confidence)
+    unlikely = _unlikely(samples, estimate.mean)
     weights = macro_weights([sample.cell for sample in samples], length_weights)
     unseen = max(float(weight) * _one_haystack_more(sample) for weight, sample in zip(weights, samples, strict=True))
     error = math.hypot(estimate.standard_error, math.sqrt(2) * unseen)
     half = student_quantile((1 + confidence) / 2, estimate.degrees_of_freedom) * error
     low, high = max(-1.0, estimate.mean - half), min(1.0, estimate.mean + half)
-    return replace(estimate, standard_error=error, low=low, high=high)
+    if unlikely > 1 - confidence:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return replace(estimate, standard_error=error, low=low, high=high, least_p=unlikely)
+
+
+def _unlikely(samples: Sequence[CellSample], mean: float) -> float:
+    """Two-sided p value of a true mean of zero, of which too few losses (or gains, below zero) were seen."""
+    seen = np.concatenate([haystack_means(sample) for sample in samples])
+    return min(1.0, 2 * few_losses(math.copysign(1.0, mean) * seen, 0.0))
+
+
+def few_losses(seen: FloatArray, claimed: float) -> float:
+    """The chance of no more losses than were seen, if losses of that size make the model worse by `claimed`.
+
+    A model that gains a little on most haystacks and loses all on a few shows nothing of these few while there are not
+    many. With gains of g on the others and losses of l (of 1 where none is seen), the claim means that a haystack is
+    lost with the chance q = (g + claimed) / (g + l); the number of losses is binomial. `seen`: a difference a haystack.
+    """
+    from scipy.special import bdtr
+
+    lost = seen[seen < 0]
+    gain, loss = float(seen[seen >= 0].sum() / max(1, seen.size - lost.size)), float(-lost.mean()) if lost.size else 1.0
+    chance = min(1.0, max(0.0, (gain + claimed) / (gain + loss)))
+    return float(bdtr(lost.size, seen.size, chance))
+
+
+def haystack_means(sample: CellSample) -> FloatArray:
+    """The mean of each haystack of a cell: [haystacks]."""
+    _, sums, sizes = _cluster_sums(sample.values, sample.haystacks)
+    return sums / sizes
 
 
 def _one_haystack_more(sample: CellSample) -> float:
@@ -205,14 +249,8 @@ def difference_test(estimate: Estimate) -> float:
     """
     if math.isinf(estimate.standard_error):
         return 1.0
-    return 2 * student_tail(abs(estimate.mean) / estimate.standard_error, estimate.degrees_of_freedom)
-
-
-def paired_mean(
-    differences: ArrayLike, haystacks: Sequence[Any] | Labels | None = None, confidence: float = 0.95
-) -> Estimate:
-    """Mean of paired differences clustered by haystack: `macro_mean` of a single cell."""
-    return macro_mean([cell_sample("difference", 0, differences, haystacks)], confidence=confidence)
+    found = 2 * student_tail(abs(estimate.mean) / estimate.standard_error, estimate.degrees_of_freedom)
+    return max(found, estimate.least_p)
 
 
 def _cluster_influences(
@@ -245,68 +283,6 @@ def _satterthwaite(variances: FloatArray, degrees: FloatArray) -> float:
     if not variances.any():
         return float(degrees.sum())
     return float(variances.sum() ** 2 / np.sum(variances**2 / degrees))
-
-
-@dataclass(frozen=True, slots=True)
-class Bootstrap:
-    """A bootstrapped mean: its interval, and the share of replicates at or below zero (a one-sided p value)."""
-
-    mean: float
-    low: float
-    high: float
-    share_not_above_zero: float
-
-
-def bootstrap_macro(
-    samples: Sequence[CellSample],
-    length_weights: Mapping[int, float] | None = None,
-    *,
-    method: Literal["percentile", "bca"] = "percentile",
-    confidence: float = 0.95,
-    replicates: int = 2000,
-    seed: int = 0,
-) -> Bootstrap:
-    """The macro score with a stratified cluster bootstrap interval: haystacks are drawn again within each cell.
-
-    Cells with the very same haystacks are drawn together, which keeps their covariance. BCa is Efron 1987, with the
-    acceleration from the clusters' influence; on 60 clusters that often agree it missed the mean in 10 %, where the
-    percentiles did in 6 %. Not covered: cells that share only some of their haystacks.
-    """
-    cells = [sample.cell for sample in samples]
-    weights = macro_weights(cells, length_weights)
-    random = np.random.Generator(np.random.Philox(key=seed))
-    draws = np.zeros(replicates)
-    for group in _groups_of_equal_haystacks(samples):
-        clusters = np.unique(samples[group[0]].haystacks).size
-        chosen = random.integers(clusters, size=(replicates, clusters))
-        for index in group:
-            _, sums, sizes = _cluster_sums(samples[index].values, samples[index].haystacks)
-            draws += weights[index] * sums[chosen].sum(axis=1) / sizes[chosen].sum(axis=1)
-    mean = float(sum(weight * sample.values.mean() for weight, sample in zip(weights, samples, strict=True)))
-    tails = (np.array([-1.0, 1.0]) * confidence + 1) / 2
-    if method == "bca":
-        tails = _bca_tails(tails, draws, mean, _cluster_influences(samples, weights)[0])
-    low, high = np.quantile(draws, tails)
-    return Bootstrap(mean, float(low), float(high), float(np.mean(draws <= 0)))
-
-
-def _groups_of_equal_haystacks(samples: Sequence[CellSample]) -> list[list[int]]:
-    groups: dict[tuple[Any, ...], list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(tuple(np.unique(sample.haystacks).tolist()), []).append(index)
-    return list(groups.values())
-
-
-def _bca_tails(tails: FloatArray, draws: FloatArray, mean: float, influences: FloatArray) -> FloatArray:
-    """The tail probabilities corrected for bias and acceleration (Efron 1987, equation 2.3)."""
-    spread = float(np.sum(influences**2))
-    if spread == 0:
-        return tails
-    below = (np.sum(draws < mean) + np.sum(draws == mean) / 2) / draws.size
-    bias = normal_quantile(float(np.clip(below, 1 / draws.size, 1 - 1 / draws.size)))
-    acceleration = float(np.sum(influences**3)) / (6 * spread**1.5)
-    shifted = bias + np.array([normal_quantile(float(tail)) for tail in tails])
-    return np.array([NormalDist().cdf(bias + shift / (1 - acceleration * shift)) for shift in shifted])
 
 
 # ---- proportions -----------------------------------------------------------------------------------------------------
@@ -395,11 +371,10 @@ def sign_flip_test(
     differences: ArrayLike,
     haystacks: Sequence[Any] | Labels | None = None,
     *,
-    alternative: Alternative = "two-sided",
     draws: int = 10_000,
     seed: int = 0,
 ) -> float:
-    """p value of the mean paired difference when the sign of every haystack's total could as well be the other.
+    """Two-sided p value of the mean difference when the sign of every haystack's total could as well be the other.
 
     Exact when at most `EXACT_CLUSTERS` haystacks differ at all; else by `draws` keyed sign patterns, with the observed
     one counted in, so that the p value is never too small and never zero.
@@ -413,22 +388,12 @@ def sign_flip_test(
         flipped = np.zeros(1)
         for total in totals:
             flipped = np.concatenate([flipped + total, flipped - total])
-        return float(np.mean(_as_extreme(flipped, observed, alternative, tolerance)))
+        return float(np.mean(np.abs(flipped) >= abs(observed) - tolerance))
     extreme = sum(
-        int(np.sum(_as_extreme(signs @ totals, observed, alternative, tolerance)))
+        int(np.sum(np.abs(signs @ totals) >= abs(observed) - tolerance))
         for signs in _sign_patterns(totals.size, draws, seed)
     )
     return (1 + extreme) / (1 + draws)
-
-
-def _as_extreme(
-    statistics: FloatArray, observed: float, alternative: Alternative, tolerance: float
-) -> NDArray[np.bool_]:
-    if alternative == "greater":
-        return statistics >= observed - tolerance
-    if alternative == "less":
-        return statistics <= observed + tolerance
-    return np.abs(statistics) >= abs(observed) - tolerance
 
 
 def _sign_patterns(clusters: int, draws: int, seed: int) -> Iterator[FloatArray]:
@@ -457,19 +422,6 @@ def minimum_detectable_effect(
     """
     spread = _spread(discordance, deviation)
     return (normal_quantile(1 - alpha / 2) + normal_quantile(power)) * spread / math.sqrt(items)
-
-
-def items_for_effect(
-    effect: float,
-    *,
-    discordance: float | None = None,
-    deviation: float | None = None,
-    alpha: float = 0.05,
-    power: float = 0.8,
-) -> int:
-    """Items that make `effect` the minimum detectable one: the inverse of `minimum_detectable_effect`, rounded up."""
-    at_one_item = minimum_detectable_effect(1, discordance=discordance, deviation=deviation, alpha=alpha, power=power)
-    return math.ceil((at_one_item / effect) ** 2)
 
 
 def _spread(discordance: float | None, deviation: float | None) -> float:
@@ -508,107 +460,7 @@ def _restore(sorted_values: FloatArray, order: NDArray[np.intp]) -> FloatArray:
     return values
 
 
-def max_t(
-    differences: ArrayLike,
-    haystacks: Sequence[Any] | Labels | None = None,
-    *,
-    alternative: Alternative = "two-sided",
-    draws: int = 10_000,
-    seed: int = 0,
-) -> FloatArray:
-    """Step-down adjusted p values of many points against one baseline on the same items (Westfall & Young 1993).
-
-    `differences` is [points, items], point − baseline; for a macro score multiply each item by its cell's weight over
-    its cell's items. One sign pattern flips a haystack in every point at once, so that points which rise and fall
-    together cost less than Holm would charge. Controls the family-wise error rate.
-    """
-    matrix = np.asarray(differences, dtype=np.float64)
-    labels = np.arange(matrix.shape[1]) if haystacks is None else np.asarray(haystacks)
-    totals = np.stack([_cluster_sums(row, labels)[1] for row in matrix], axis=1)  # [clusters, points]
-    lengths = np.sqrt(np.sum(totals**2, axis=0))
-    # Σs/√Σs² is Student's t on another scale, the same for every point, and its denominator does not care about signs
-    studentised = np.divide(totals, lengths, out=np.zeros_like(totals), where=lengths > 0)
-    observed = _side(studentised.sum(axis=0), alternative)
-    order = np.argsort(-observed, kind="stable")
-    exceeded = np.zeros(order.size)
-    for signs in _sign_patterns(totals.shape[0], draws, seed):
-        flipped = _side(signs @ studentised, alternative)[:, order]
-        largest_of_the_rest = np.maximum.accumulate(flipped[:, ::-1], axis=1)[:, ::-1]
-        exceeded += np.sum(largest_of_the_rest >= observed[order] - 1e-9, axis=0)
-    return _restore(np.maximum.accumulate((1 + exceeded) / (1 + draws)), order)
-
-
-def _side(statistics: FloatArray, alternative: Alternative) -> FloatArray:
-    if alternative == "two-sided":
-        return np.abs(statistics)
-    return statistics if alternative == "greater" else -statistics
-
-
 # ---- looking more than once ------------------------------------------------------------------------------------------
-
-
-def mcnemar_e_value(gains: int, losses: int) -> float:
-    """Evidence against "gains and losses are equally likely"; at or above 1/α it rejects at level α, at any moment.
-
-    The mixture 2ⁿ·B(b+½, c+½)/B(½, ½) over Jeffreys' prior, two-sided; its expectation under the null is 1 after any
-    number of items, so stopping early or topping up is legal.
-    """
-    log_beta = math.lgamma(gains + 0.5) + math.lgamma(losses + 0.5) - math.lgamma(gains + losses + 1)
-    return math.exp((gains + losses) * math.log(2) + log_beta - math.log(math.pi))
-
-
-def betting_e_process(
-    differences: ArrayLike, null_mean: float = 0.0, alternative: Literal["greater", "less"] = "greater"
-) -> FloatArray:
-    """Wealth after each difference of a gambler who bets that the mean exceeds (or falls short of) `null_mean`.
-
-    Shape [values]. Waudby-Smith & Ramdas 2023 with approximately growth-optimal (aGRAPA) bets, at most half of what
-    could be lost. Wealth at or above 1/α rejects at level α, whenever one looks. Values lie in [−1, 1] and come in the
-    order they were drawn, one a haystack: give the haystacks' means where they hold several questions.
-    """
-    sign = 1.0 if alternative == "greater" else -1.0
-    values, null = sign * np.asarray(differences, dtype=np.float64), sign * null_mean
-    means, variances = _predictable_moments(values)
-    gap = means - null
-    bets = np.clip(gap / (variances + gap**2), 0.0, 0.5 / (1 + null))
-    return np.exp(np.cumsum(np.log1p(bets * (values - null))))
-
-
-def _predictable_moments(values: FloatArray) -> tuple[FloatArray, FloatArray]:
-    """Mean and variance known *before* each value in [−1, 1], with one pseudo-value: mean 0, variance 1."""
-    counts = np.arange(1, values.size + 1)
-    means_after = np.cumsum(values) / (counts + 1)
-    variances_after = (1 + np.cumsum((values - means_after) ** 2)) / (counts + 1)
-    return np.concatenate([[0.0], means_after[:-1]]), np.concatenate([[1.0], variances_after[:-1]])
-
-
-def confidence_sequence(differences: ArrayLike, alpha: float = 0.05, resolution: int = 1000) -> Interval:
-    """Interval of the mean of values in [−1, 1] that holds at every moment at once with probability 1 − alpha.
-
-    The hedged betting sequence of Waudby-Smith & Ramdas 2023 over a grid of `resolution` means, intersected over time
-    and rounded outwards by one grid step. Values come one a haystack, in the order drawn.
-    """
-    values = np.asarray(differences, dtype=np.float64)
-    candidates = np.linspace(-1.0, 1.0, resolution + 1)
-    counts = np.arange(1, values.size + 1)
-    _, variances = _predictable_moments(values)
-    bets = np.sqrt(2 * math.log(2 / alpha) / (variances * counts * np.log1p(counts)))
-    with np.errstate(divide="ignore"):
-        most_up, most_down = 0.5 / (1 + candidates), 0.5 / (1 - candidates)
-    up, down = np.zeros(candidates.size), np.zeros(candidates.size)
-    richest = np.zeros(candidates.size)
-    for start in range(0, values.size, 512):
-        block = slice(start, start + 512)
-        gaps = values[block, None] - candidates
-        up_path = up + np.cumsum(np.log1p(np.minimum(bets[block, None], most_up) * gaps), axis=0)
-        down_path = down + np.cumsum(np.log1p(-np.minimum(bets[block, None], most_down) * gaps), axis=0)
-        richest = np.maximum(richest, np.maximum(up_path, down_path).max(axis=0))
-        up, down = up_path[-1], down_path[-1]
-    kept = richest + math.log(0.5) < math.log(1 / alpha)
-    kept[np.argmin(richest)] = True  # an interval between two grid points still has neighbours
-    low, high = candidates[kept][[0, -1]]
-    step = 2.0 / resolution
-    return Interval(max(-1.0, float(low) - step), min(1.0, float(high) + step))
 
 
 def anytime_multiplier(clusters: int, planned_clusters: int, alpha: float = 0.05) -> float:

@@ -115,7 +115,7 @@ def tell_evaluation(
     from orchestrator.leaderboard import leaderboard, print_leaderboard, print_sentence
     from orchestrator.report.live import written_page
 
-    lines = leaderboard(result, plan.job.seed)
+    lines = leaderboard(result)
     page, sentence = written_page(plan.run_url) or (None, "")
     if not quiet:
         print_leaderboard(lines, result)

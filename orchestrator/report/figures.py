@@ -12,10 +12,10 @@ from jobs.evaluation import ScoreRow
 from jobs.expressions import Value, format_number
 from jobs.grid import Point
 from jobs.tasks import Receipt
-from orchestrator.leaderboard import Line, context_rows, outcomes, samples, short_length
+from orchestrator.effective_length import score_by_length
+from orchestrator.leaderboard import Line, context_rows, samples, short_length
 from orchestrator.report.comparing import Cell, cells
 from orchestrator.statistics import CellSample, macro_mean, macro_score, paired_sample
-from workers.benchmarks.scores import score_by_length
 
 MOST_CURVES = 6
 MOST_NEEDLE_MAPS = 6
@@ -202,7 +202,7 @@ def _tile(name: str, title: str, score: float, cell: Cell | None, baseline: str 
 def scores_by_length(rows: Mapping[str, Sequence[ScoreRow]]) -> dict[str, dict[str, float]]:
     """Scores in points of each model, by length as people say it."""
     return {
-        name: {short_length(length): score for length, score in score_by_length(outcomes(of)).items() if length}
+        name: {short_length(length): score for length, score in score_by_length(samples(of)).items() if length}
         for name, of in rows.items()
     }
 

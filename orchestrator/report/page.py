@@ -19,13 +19,13 @@ from jobs.evaluation import ScoreRow
 from jobs.job import Job, load_job
 from jobs.tasks import Receipt
 from orchestrator.comparing import question
+from orchestrator.effective_length import RULER_THRESHOLD
 from orchestrator.leaderboard import Line, context_note, effective, leaderboard, short_length
 from orchestrator.report import figures
 from orchestrator.report.comparing import Comparisons, compare_all
 from orchestrator.report.verdict import Recommendation, best_parent, recommend, rows_by_point
 from orchestrator.results import RESULTS, EvaluationResult, read_results, read_verdict
 from orchestrator.summary import size
-from workers.benchmarks.scores import RULER_THRESHOLD
 from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store
 
@@ -132,7 +132,7 @@ class Report:
 def report_on(run: Run) -> Report:
     """What can be said about a run."""
     result = run.result
-    lines = leaderboard(result, result.seed)
+    lines = leaderboard(result)
     rows = rows_by_point(result.ranked_rows())
     points = [line.name for line in lines if line.name not in result.baselines]
     parent = best_parent(result, lines)

@@ -25,25 +25,21 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
+from orchestrator.effective_length import effective_length, effective_length_interval, relative_length_interval
 from orchestrator.gate import GateRule, judge
 from orchestrator.statistics import (
     CellSample,
     anytime_multiplier,
     benjamini_hochberg,
-    betting_e_process,
-    bootstrap_macro,
     cell_sample,
-    confidence_sequence,
     difference_test,
     flip_rate,
     holm,
     macro_difference,
     macro_mean,
-    max_t,
+    macro_score,
     mcnemar,
-    mcnemar_e_value,
     mcnemar_interval,
-    paired_mean,
     sign_flip_test,
     wilson_interval,
 )
@@ -171,6 +167,15 @@ FRACTIONAL = [
 ]
 
 
+def skewed(items: int, gain: float, truth: float = 0.0) -> Regime:
+    """Gains a little on most haystacks and loses few of them whole; better by `truth` on the mean."""
+    lost = (gain - truth) / (1 + gain)
+    return Regime(f"n {items}, +{gain:g} on most, few lost whole", (gain, -1.0), (1 - lost, lost), items)
+
+
+SKEWED = [skewed(items, gain) for items in (8, 24, 100, 500) for gain in (0.01, 0.05, 0.2)]
+
+
 def nulls(regimes: Sequence[Regime]) -> list[Regime]:
     """Those without a difference."""
     return [regime for regime in regimes if abs(regime.mean) < 1e-12]
@@ -219,14 +224,14 @@ def differences() -> Iterator[Case]:
     for regime in [ALIKE, *ALONE, *FRACTIONAL, *SHARED]:
 
         def student(random: Random, regime: Regime = regime) -> bool:
-            estimate = paired_mean(*regime.draw(random))
+            estimate = macro_mean([regime.sample(random)])
             return misses(estimate.low, estimate.high, regime.mean)
 
         def careful(random: Random, regime: Regime = regime) -> bool:
             estimate = macro_difference([regime.sample(random)])
             return misses(estimate.low, estimate.high, regime.mean)
 
-        yield Case("interval", "paired mean", regime.name, student, note=few)
+        yield Case("interval", "macro mean", regime.name, student, note=few)
         yield Case("interval", "macro difference", regime.name, careful)
 
 
@@ -261,33 +266,73 @@ def macro_scores() -> Iterator[Case]:
         yield Case("interval", "macro difference", name, careful)
 
 
-def bootstraps() -> Iterator[Case]:
-    small = (
-        "a bootstrap of few haystacks knows no t quantile, and BCa takes its skew from them too; nothing rests on it"
+def scored(items: int, rate: float, **clusters: float) -> Regime:
+    """Answers of one model, right with a chance of `rate`."""
+    shared = "" if not clusters else f", 8 a haystack, ρ {clusters['correlation']:g}"
+    return Regime(
+        f"n {items}, right {rate:g}{shared}",
+        (1.0, 0.0),
+        (rate, 1 - rate),
+        haystacks=items // 8 if clusters else items,
+        questions=8 if clusters else 1,
+        correlation=clusters.get("correlation", 0.0),
     )
-    regimes = [
-        right_or_wrong(100, 0.1, 0.2),
-        fractional(100, 0.98, 0.9),
-        right_or_wrong(480, 0.05, 0.05, correlation=0.3),
-    ]
-    for regime in regimes:
-        for method in ("percentile", "bca"):
-
-            def errs(random: Random, regime: Regime = regime, method: str = method) -> bool:
-                found = bootstrap_macro([regime.sample(random)], method=method, replicates=500)  # pyright: ignore
-                return misses(found.low, found.high, regime.mean)
-
-            yield Case("interval", f"bootstrap {method}", regime.name, errs, note=small)
 
 
-def sequences() -> Iterator[Case]:
-    for regime in (right_or_wrong(200, 0.15, 0.05), right_or_wrong(200, 0.0, 0.02), fractional(200, 0.98, 0.9)):
+def scores() -> Iterator[Case]:
+    """The score on the leaderboard and the points of its curves."""
+    dips = (
+        "Student's interval of a share is too short near 0 and 1, where most samples of so few have one error or none"
+    )
+    regimes = {
+        regime.name: [regime]
+        for regime in (
+            *(scored(items, rate) for items in (8, 24, 100) for rate in (0.5, 0.9, 0.98, 1.0)),
+            *(scored(480, rate, correlation=0.3) for rate in (0.5, 0.9)),
+        )
+    }
+    regimes["6 cells of 24, right 1 … 0.2"] = [scored(24, rate) for rate in (1.0, 0.98, 0.95, 0.9, 0.6, 0.2)]
+    for name, cells in regimes.items():
+        truth = sum(regime.mean for regime in cells) / len(cells)
 
-        def errs(random: Random, regime: Regime = regime) -> bool:
-            low, high = confidence_sequence(regime.draw(random)[0], resolution=100)
-            return misses(low, high, regime.mean)
+        def errs(random: Random, cells: Sequence[Regime] = cells, truth: float = truth) -> bool:
+            found = macro_score([regime.sample(random, 1024 * (at + 1)) for at, regime in enumerate(cells)])
+            return misses(found.low, found.high, truth)
 
-        yield Case("interval", "confidence sequence", f"{regime.name}, every look", errs)
+        yield Case("interval", "macro score", name, errs, note=dips)
+
+
+def effective_lengths() -> Iterator[Case]:
+    """Six lengths; where scores fall by little, the truth is the last length that is still at the threshold."""
+    falls = {
+        "falls by little": (0.95, 0.93, 0.90, 0.87, 0.83, 0.80),
+        "at the threshold all along": (0.856,) * 6,
+        "just below it at last": (0.95, 0.95, 0.95, 0.856, 0.85, 0.84),
+    }
+    for name, rates in falls.items():
+        truth = effective_length({1024 << step: 100 * rate for step, rate in enumerate(rates)})
+        bar = 0.85 * rates[0]
+        by_parent = effective_length({1024 << step: rate for step, rate in enumerate(rates)}, bar)
+        for items, correlation in ((24, None), (100, None), (480, 0.3)):
+            shared = {} if correlation is None else {"correlation": correlation}
+            lengths = [(1024 << step, scored(items, rate, **shared)) for step, rate in enumerate(rates)]
+
+            def absolute(random: Random, lengths: Sequence[tuple[int, Regime]] = lengths, truth: int = truth) -> bool:
+                found = effective_length_interval([regime.sample(random, length) for length, regime in lengths])
+                return misses(found.low, found.high, truth)
+
+            def relative(
+                random: Random, lengths: Sequence[tuple[int, Regime]] = lengths, truth: int = by_parent
+            ) -> bool:
+                cells = [regime.sample(random, length) for length, regime in lengths]
+                parent = [lengths[0][1].sample(random, 1024)]
+                found = relative_length_interval(cells, parent)
+                assert found is not None
+                return misses(found.low, found.high, truth)
+
+            about = f"{name}, {lengths[0][1].name.partition(', right')[0]}{f', ρ {correlation}' if shared else ''}"
+            yield Case("interval", "effective length", about, absolute)
+            yield Case("interval", "effective length by parent", about, relative)
 
 
 # ---- tests
@@ -301,11 +346,12 @@ def single_tests() -> Iterator[Case]:
             return mcnemar(int(np.sum(values > 0)), int(np.sum(values < 0))).two_sided <= LEVEL
 
         yield Case("test", "mcnemar", regime.name, exact)
-    for regime in [ALIKE, *nulls(ALONE), *nulls(FRACTIONAL), *nulls(SHARED)]:
+    for regime in [ALIKE, *nulls(ALONE), *nulls(FRACTIONAL), *nulls(SHARED), *SKEWED]:
 
         def flipped(random: Random, regime: Regime = regime) -> bool:
-            values, haystacks = regime.draw(random)
-            return sign_flip_test(values, haystacks, draws=FEW_DRAWS, seed=int(random.integers(2**32))) <= LEVEL
+            sample = regime.sample(random)
+            p = sign_flip_test(sample.values, sample.haystacks, draws=FEW_DRAWS, seed=int(random.integers(2**32)))
+            return max(p, macro_difference([sample]).least_p) <= LEVEL
 
         def student(random: Random, regime: Regime = regime) -> bool:
             return difference_test(macro_difference([regime.sample(random)])) <= LEVEL
@@ -339,31 +385,11 @@ def many_tests() -> Iterator[Case]:
     def any_discovery(random: Random) -> bool:
         return bool(benjamini_hochberg([exact(random) for _ in range(12)]).min() <= LEVEL)
 
-    def any_point(random: Random) -> bool:
-        common = random.choice([-1.0, 0.0, 1.0], size=(1, 60), p=[0.1, 0.8, 0.1])
-        own = random.choice([-1.0, 0.0, 1.0], size=(20, 60), p=[0.1, 0.8, 0.1])
-        points = np.where(random.random((20, 60)) < 0.5, common, own)
-        return bool(max_t(points, draws=FEW_DRAWS, seed=int(random.integers(2**32))).min() <= LEVEL)
-
     yield Case("test", "holm, any", "12 cells of 100", any_of_twelve)
     yield Case("test", "benjamini-hochberg, any", "12 cells of 100", any_discovery)
-    yield Case("test", "max-t, any", "20 points on 60 items", any_point)
 
 
 def looking_again() -> Iterator[Case]:
-    def e_value(random: Random) -> bool:
-        gains = np.cumsum(random.integers(2, size=100))
-        return any(mcnemar_e_value(int(won), count - int(won)) >= 1 / LEVEL for count, won in enumerate(gains, start=1))
-
-    yield Case("test", "mcnemar e-value", "100 flips, every look", e_value)
-    skewed = Regime("300 skewed", (-1.0, 0.25, 0.0), (0.04, 0.16, 0.8), 300)
-    for regime in (right_or_wrong(300, 0.1, 0.1), fractional(300, 0.98, 0.98), skewed):
-
-        def wealth(random: Random, regime: Regime = regime) -> bool:
-            return bool(betting_e_process(regime.draw(random)[0]).max() >= 1 / LEVEL)
-
-        yield Case("test", "betting e-process", f"{regime.name}, every look", wealth)
-
     def bound(random: Random) -> bool:
         counts = np.arange(1, 601)
         paths = np.cumsum(random.standard_normal(600)) / np.sqrt(counts)
@@ -399,6 +425,8 @@ def gates() -> Iterator[Case]:
             fractional(100, 0.8, 0.9),
         ],
     }
+    for margin in at_margin:
+        at_margin[margin] += [skewed(items, gain, -margin / 100) for items in (24, 100, 500) for gain in (0.01, 0.05)]
     for margin, regimes in at_margin.items():
         for regime in regimes:
             for outcome in ("pass", "fail"):
@@ -462,8 +490,8 @@ def cases() -> list[Case]:
         proportions,
         differences,
         macro_scores,
-        bootstraps,
-        sequences,
+        scores,
+        effective_lengths,
         single_tests,
         opposite_cells,
         many_tests,

@@ -68,8 +68,15 @@ def test_its_interval_is_bonett_and_prices() -> None:
 
 
 def test_fractional_scores_get_sign_flips() -> None:
-    [line] = compared(answers("old", [0.5, 0.5, 0.5, 0.5]), answers("new", [0.75, 0.7, 0.6, 1])).cells
-    assert (line.test, line.p) == ("sign-flip", 2 / 16)  # all four up: only this pattern and its mirror are as extreme
+    [line] = compared(answers("old", [0, 0, 0, 0.5, 0.5]), answers("new", [1, 1, 1, 0.5, 0.5])).cells
+    assert (line.test, line.p) == ("sign-flip", 2 / 8)  # all three up: only this pattern and its mirror are as extreme
+
+
+def test_small_gains_alone_are_tested_by_the_losses_that_are_missing() -> None:
+    # a true mean of zero with gains of 0.2 and losses of 1 needs a loss in 6; none of 12 has the chance (5/6)^12
+    [line] = compared(answers("old", [0.5] * 12), answers("new", [0.7] * 12)).cells
+    assert (line.test, line.p) == ("binomial", pytest.approx(2 * (5 / 6) ** 12))
+    assert line.low == 0.0
 
 
 def test_questions_that_share_a_haystack_are_flipped_together() -> None:

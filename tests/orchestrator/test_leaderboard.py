@@ -70,7 +70,7 @@ POINT = [
 
 
 def test_tasks_count_alike_within_a_length_and_lengths_alike() -> None:
-    [line] = leaderboard(result(POINT, [standing("a")]), seed=0)
+    [line] = leaderboard(result(POINT, [standing("a")]))
     assert dict(line.by_length) == {512: 62.5, 1024: 25}
     assert line.score == pytest.approx((62.5 + 25) / 2)
     assert line.weighted is not None and line.weighted[0] == pytest.approx((1 * 62.5 + 2 * 25) / 3)
@@ -79,27 +79,27 @@ def test_tasks_count_alike_within_a_length_and_lengths_alike() -> None:
 
 def test_the_interval_is_students_over_haystacks() -> None:
     # one cell, four haystacks: sd of (1, 1, 1, 0) is 1/2, its standard error 1/4, t(0.975; 3) = 3.182446
-    [line] = leaderboard(result(cell("a", "vt", 512, [1, 1, 1, 0]), [standing("a")]), seed=0)
+    [line] = leaderboard(result(cell("a", "vt", 512, [1, 1, 1, 0]), [standing("a")]))
     assert line.half_width == pytest.approx(100 * 3.182446 / 4, rel=1e-5)
 
 
 def test_answers_that_are_all_right_are_not_sure_to_stay_so() -> None:
     # two successes and two failures more: 22 of 24, variance 22/24 · 2/24 / 24 = 0.0031829; t(0.975; 19) = 2.093024
-    [line] = leaderboard(result(cell("a", "vt", 512, [1.0] * 20), [standing("a")]), seed=0)
+    [line] = leaderboard(result(cell("a", "vt", 512, [1.0] * 20), [standing("a")]))
     assert (line.score, line.half_width) == (100, pytest.approx(100 * 2.093024 * 0.0031829**0.5, rel=1e-4))
 
 
 def test_where_two_benchmarks_rank_each_has_its_own_score() -> None:
     rows = [*cell("a", "vt", 512, [1, 1]), *cell("a", "needle", 512, [0, 0.5], benchmark="needle")]
-    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    [line] = leaderboard(result(rows, [standing("a")]))
     assert (line.score, dict(line.by_benchmark)) == (62.5, {"ruler": 100, "needle": 25})
-    [alone] = leaderboard(result(cell("a", "vt", 512, [1, 1]), [standing("a")]), seed=0)
+    [alone] = leaderboard(result(cell("a", "vt", 512, [1, 1]), [standing("a")]))
     assert alone.by_benchmark == {}
 
 
 def test_one_haystack_alone_has_no_interval(capsys: pytest.CaptureFixture[str]) -> None:
     evaluated = result(cell("a", "vt", 512, [1, 1], haystack="one"), [standing("a")])
-    lines = leaderboard(evaluated, seed=0)
+    lines = leaderboard(evaluated)
     assert lines[0].half_width == math.inf
     assert json.loads(json.dumps(lines[0].document(), allow_nan=False))["half_width"] is None
     print_leaderboard(lines, evaluated)
@@ -108,7 +108,7 @@ def test_one_haystack_alone_has_no_interval(capsys: pytest.CaptureFixture[str]) 
 
 def test_the_effective_length_is_the_longest_with_everything_before_it_above_the_threshold() -> None:
     rows = [*cell("a", "vt", 512, [1] * 8), *cell("a", "vt", 1024, [0] * 8), *cell("a", "vt", 2048, [1] * 8)]
-    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    [line] = leaderboard(result(rows, [standing("a")]))
     assert line.effective is not None and line.effective.length == 512
 
 
@@ -119,7 +119,7 @@ def test_relative_to_each_parent_a_lower_score_will_do() -> None:
         *cell("fmt", "vt", 512, [1, 1, 1, 0]),  # 75
     ]
     evaluated = result(rows, [standing("a")], baselines=("long", "fmt"), parents=("long", "fmt"))
-    line, *_ = leaderboard(evaluated, seed=0)
+    line, *_ = leaderboard(evaluated)
     assert line.effective is not None and line.effective.length == 0
     assert {parent: length.length for parent, length in line.relative.items()} == {"long": 512, "fmt": 0}
 
@@ -130,7 +130,7 @@ def test_the_needle_lends_ruler_no_length() -> None:
         *cell("a", "needle", 4096, [1] * 8, benchmark="needle"),
         *cell("a", "needle", 131072, [1] * 8, benchmark="needle"),
     ]
-    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    [line] = leaderboard(result(rows, [standing("a")]))
     assert line.effective is not None and (line.effective.length, line.effective.high) == (0, 4096)
     assert line.weighted == (75.0, 75.0)
     assert line.by_length == {4096: 87.5, 131072: 100.0}
@@ -139,7 +139,7 @@ def test_the_needle_lends_ruler_no_length() -> None:
 def test_the_fresh_items_of_a_winner_stay_out_of_its_score() -> None:
     race = RacePlan(RaceSpec(), "ruler", items=4, fresh=2, share=1)
     rows = [*cell("a", "vt", 512, [1, 1, 1, 1, 0, 0]), *cell("b", "vt", 512, [1, 1, 1, 0])]
-    first, second = leaderboard(result(rows, [standing("a", confirmed=0.0), standing("b")], race=race), seed=0)
+    first, second = leaderboard(result(rows, [standing("a", confirmed=0.0), standing("b")], race=race))
     assert (first.score, second.score) == (100.0, 75.0)
     assert first.effective is not None and first.effective.length == 512
     assert first.note == "0.0 on fresh items"
@@ -147,7 +147,7 @@ def test_the_fresh_items_of_a_winner_stay_out_of_its_score() -> None:
 
 def test_wavg_weighs_lengths_as_ruler_does() -> None:
     rows = [*cell("a", "vt", 512, [1] * 4), *cell("a", "vt", 1024, [1, 1, 0, 0]), *cell("a", "vt", 2048, [0] * 4)]
-    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    [line] = leaderboard(result(rows, [standing("a")]))
     assert line.weighted == pytest.approx(((1 * 100 + 2 * 50) / 6, (3 * 100 + 2 * 50) / 6))
 
 
@@ -157,7 +157,7 @@ def test_without_ruler_the_needle_says_how_far_a_context_reaches() -> None:
         *cell("a", "needle", 1024, [0] * 8, benchmark="needle"),
     ]
     evaluated = replace(result(rows, [standing("a")]), ranked=("needle",))
-    [line] = leaderboard(evaluated, seed=0)
+    [line] = leaderboard(evaluated)
     assert line.effective is not None and line.effective.length == 512
     assert context_note(evaluated) == "the needle is"
 
@@ -172,7 +172,7 @@ def test_points_come_in_the_order_of_the_race_and_parents_after() -> None:
         baselines=("p",),
         same={"twin": "b"},
     )
-    lines = leaderboard(evaluated, seed=0)
+    lines = leaderboard(evaluated)
     assert [(line.name, line.note) for line in lines] == [
         ("b", "50.0 on fresh items, = twin"),
         ("a", "left at 2 items"),
@@ -186,7 +186,7 @@ def test_what_does_not_rank_stands_beside() -> None:
         *cell("a", "needle", 1024, [1, 0], benchmark="needle"),
         *cell("a", "arc_easy:acc", 0, [1, 1, 1, 0], benchmark="lm_eval"),
     ]
-    [line] = leaderboard(result(rows, [standing("a")], ranked=("ruler",)), seed=0)
+    [line] = leaderboard(result(rows, [standing("a")], ranked=("ruler",)))
     assert line.score == 100 and dict(line.by_length) == {512: 100}
     assert dict(line.beside) == {"arc_easy:acc": 75, "needle": 50}
 
@@ -196,14 +196,14 @@ def test_items_that_were_too_long_to_ask_rank_nobody() -> None:
         *cell("a", "mine:acc", 0, [1, 0], benchmark="lm_eval"),
         *cell("a", "mine:over_long", 0, [0, 0, 1, 1], benchmark="lm_eval"),
     ]
-    [line] = leaderboard(result(rows, [standing("a")], ranked=("lm_eval",)), seed=0)
+    [line] = leaderboard(result(rows, [standing("a")], ranked=("lm_eval",)))
     assert line.score == 50 and line.effective is None
     assert dict(line.beside) == {"mine:acc": 50, "mine:over_long": 50}
 
 
 def test_answers_that_are_no_numbers_are_counted() -> None:
     rows = cell("a", "vt", 512, [0, 0, 0], finite=False)
-    [line] = leaderboard(result(rows, [standing("a")]), seed=0)
+    [line] = leaderboard(result(rows, [standing("a")]))
     assert line.note == "3 answers are no numbers"
 
 
@@ -223,7 +223,7 @@ def test_perplexity_weighs_every_token_alike() -> None:
 def test_the_table_shows_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     rows = [*POINT, *cell("a", "position_block_0", 1024, [0.5], benchmark="perplexity")]
     evaluated = result(rows, [standing("a")], ranked=("ruler",))
-    print_leaderboard(leaderboard(evaluated, seed=0), evaluated)
+    print_leaderboard(leaderboard(evaluated), evaluated)
     out = capsys.readouterr().out
     assert [word for word in out.split() if word in {"512", "1K", "43.8", "62", "25", "perplexity"}] == [
         *("512", "1K", "43.8", "62", "25", "perplexity", "1K")
@@ -234,7 +234,7 @@ def test_a_long_grid_shows_the_best_and_the_parents(capsys: pytest.CaptureFixtur
     names = [f"p{number:02d}" for number in range(30)]
     rows = [row(name, "vt", 512, item, 1) for name in [*names, "long"] for item in range(2)]
     evaluated = result(rows, [standing(name) for name in names], baselines=("long",))
-    print_leaderboard(leaderboard(evaluated, seed=0), evaluated)
+    print_leaderboard(leaderboard(evaluated), evaluated)
     out = capsys.readouterr().out
     assert "p19" in out and "p20" not in out and "long" in out and "… and 10 more points" in out
 

@@ -327,7 +327,7 @@ def test_a_parent_cannot_be_called_blessed(tmp_path: Path, mergeyard: Mergeyard)
 
 def judged(outcome: str) -> Gated:
     line = VerdictLine("overall", outcome, -0.9, -1.8, 0.0, 0.5, 1.0, 0.01, 0.9, 100, 100, None, "")  # pyright: ignore
-    return Gated((Verdict(outcome, "new", "old", GateRule(), (line,), None),), fresh=False)  # pyright: ignore
+    return Gated((Verdict(outcome, "new", "old", GateRule(), (line,), None),), fresh=False, chosen=False)  # pyright: ignore
 
 
 @pytest.mark.parametrize(

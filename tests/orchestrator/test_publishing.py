@@ -17,12 +17,12 @@ from huggingface_hub import ModelCard
 from jobs.errors import BadInput
 from jobs.manifest import Manifest
 from orchestrator.cli import main
+from orchestrator.effective_length import EffectiveLength
 from orchestrator.model_card import _reach
 from orchestrator.publishing import Licence, _licences, _renamed, reconciled_licence
 from tests.hub_server import HubServer
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.scores import leave_scores
-from workers.benchmarks.scores import EffectiveLength
 from workers.storage import open_store
 
 EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
@@ -282,7 +282,7 @@ def test_a_repository_that_is_private_stays_so_and_is_said_to_be(
 
 def test_a_context_that_passed_at_the_longest_length_may_be_longer() -> None:
     def told(length: int, low: int, high: int) -> str:
-        return _reach(EffectiveLength(length, low, high, {512: 1.0, 1024: 0.5}))
+        return _reach(EffectiveLength(length, low, high, asked=1024))
 
     assert told(1024, 1024, 1024) == "1,024 tokens or more, the longest asked"
     assert told(1024, 512, 1024) == "1,024 tokens or more, the longest asked (95 % interval: 512 to 1,024 or more)"

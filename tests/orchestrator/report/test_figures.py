@@ -166,8 +166,7 @@ def test_an_interval_of_a_curve_does_not_collapse_where_all_is_right() -> None:
             race=None,
             seed=0,
             finished=True,
-        ),
-        0,
+        )
     )
     (curve,) = length_curves({"a": answered}, line, ())
     low = 100 - 100 * student_quantile(0.975, 7) * (10 * 2 / 12**3) ** 0.5

@@ -41,7 +41,7 @@ def said(
             **more,
         },
     )
-    found = recommend(result, leaderboard(result, 0), gate)
+    found = recommend(result, leaderboard(result), gate)
     assert found is not None
     return found
 
