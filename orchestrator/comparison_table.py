@@ -177,12 +177,8 @@ def _perplexity(comparison: Comparison) -> list[str]:
 
 def _noise(model: ScoredModel, *, alone: bool) -> str:
     assert model.noise is not None
-    found = model.noise
     where = "" if alone else f"{visible(model.run)}: "
-    return (
-        f"{where}asked the same again, {found.rate:.1%} of {found.items} answers changed their score"
-        f" (at most {found.high:.1%})"
-    )
+    return f"{where}{model.noise.words}"
 
 
 # ---- flips

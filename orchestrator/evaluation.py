@@ -83,6 +83,8 @@ class Session:
         self._blocks = _Blocks(ledger.store)
         self._sets: dict[str, ItemSet] = {}
         self._race: Race | None = None
+        self.noise: FlipRate | None = None
+        """How often the leader answered otherwise when asked the same again; None before `run` asked."""
         self._running = False
         self._renewed, self._pause = time.monotonic(), RENEW_SECONDS
         self._page = LivePage(plan.run_url)
@@ -102,7 +104,7 @@ class Session:
             lease.check()
 
     def run(self) -> EvaluationResult:
-        """The race or the whole grid, then the parents, then the noise floor."""
+        """The race, then what the points that stayed and the parents have not answered yet, then the noise floor."""
         asked = self._asked
         self._running = True
         self._lease.confirm()
@@ -111,10 +113,9 @@ class Session:
         if asked.race is not None:
             self._run_race(asked.race)
         stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
-        self.ask(stayed, f"evaluating {len(stayed)} points")
-        self.ask([*asked.baselines.values()], "evaluating the parents")
-        leader = asked.points[self._standing()[0].point]
-        result = self._result(noise=self._noise(leader), finished=True)
+        self.ask([*stayed, *asked.baselines.values()], f"evaluating {len(stayed)} points and their parents")
+        self.noise = self._ask_again(asked.points[self._standing()[0].point])
+        result = self._result(finished=True)
         self._running = False
         self._lease.confirm()
         write_results(self._ledger.store, result)
@@ -180,7 +181,7 @@ class Session:
             for departure in race.eliminate():
                 self._watcher.departed(departure)
 
-    def _noise(self, leader: Subject) -> FlipRate | None:
+    def _ask_again(self, leader: Subject) -> FlipRate | None:
         """How often the leader's own answers flip when it is asked the same again; None without answers."""
         requests = [
             _Request(leader, cell, _first_items(planned, NOISE_ITEMS), repeat=1)
@@ -259,12 +260,12 @@ class Session:
             return
         began = time.monotonic()
         self._lease.confirm()
-        write_results(self._ledger.store, self._result(noise=None, finished=False))
+        write_results(self._ledger.store, self._result(finished=False))
         self._page.renew()
         self._renewed = time.monotonic()
         self._pause = max(RENEW_SECONDS, 20 * (self._renewed - began))
 
-    def _result(self, *, noise: FlipRate | None, finished: bool) -> EvaluationResult:
+    def _result(self, *, finished: bool) -> EvaluationResult:
         asked, race = self._asked, self._race
         return EvaluationResult(
             rows=self.rows(),
@@ -274,7 +275,7 @@ class Session:
             baselines=tuple(asked.baselines),
             parents=asked.parents,
             same=asked.same,
-            noise=noise,
+            noise=self.noise,
             cost_share=1.0 if race is None else race.spent() / race.full_cost(),
             race=asked.race,
             seed=self._seed,

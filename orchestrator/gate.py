@@ -225,7 +225,7 @@ class _Scope:
             low = min(low, -self.margin)
         if self.rare[True] > rule.alpha:
             high = max(high, -self.margin)
-        return low, high
+        return (max(-1.0, low), min(1.0, high)) if math.isfinite(factor * self.standard_error) else (low, high)
 
     def multiplier(self, rule: GateRule, clusters: float) -> float:
         """Standard errors from the mean to a one-sided bound at the rule's alpha, with so many clusters."""

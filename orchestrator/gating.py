@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput
@@ -21,7 +21,7 @@ from orchestrator.evaluation import Session
 from orchestrator.gate import GateRule, Verdict, judge, same_merge
 from orchestrator.questions import Questions, Subject
 from orchestrator.results import ranked_rows
-from orchestrator.statistics import Cell, macro_mean
+from orchestrator.statistics import Cell, FlipRate, macro_mean
 from workers.benchmarks.building import PlannedSet
 
 BUDGET = 4
@@ -33,11 +33,13 @@ class Gated:
     """The verdicts of every look, the last one valid; `fresh` where no item was one that the point was chosen by.
 
     `chosen` where the point is the best of several by these very items, which cannot grow: luck is part of its score.
+    `noise` is how often the leader of the evaluation answered otherwise when asked the same again.
     """
 
     looks: tuple[Verdict, ...]
     fresh: bool
     chosen: bool
+    noise: FlipRate | None = None
 
     @property
     def verdict(self) -> Verdict:
@@ -50,7 +52,9 @@ class Gated:
             {"items": look.lines[0].items, "outcome": look.outcome, "difference": look.lines[0].difference}
             for look in self.looks
         ]
-        return {**json.loads(self.verdict.to_json()), "fresh": self.fresh, "chosen": self.chosen, "looks": looks}
+        said = json.loads(self.verdict.to_json())
+        noise = None if self.noise is None else asdict(self.noise)
+        return {**said, "fresh": self.fresh, "chosen": self.chosen, "noise": noise, "looks": looks}
 
 
 def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chosen: bool) -> Gated:
@@ -61,7 +65,7 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
     new, old = asked.subject(point), _baseline(asked, spec)
     rule = GateRule(margin=spec.margin, length_margin=spec.length_margin, alpha=spec.alpha)
     if (new.model, new.planned.digest) == (old.model, old.planned.digest):
-        return Gated((same_merge(rule, new=point, old=spec.baseline),), fresh=True, chosen=False)
+        return Gated((same_merge(rule, new=point, old=spec.baseline),), fresh=False, chosen=False)
     items = _Items.of(new, old, asked, spec, chosen=chosen)
     looks: list[Verdict] = []
     growth = 1.0
@@ -75,7 +79,7 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
         verdict = judge(samples, rule, new=new.name, old=old.name)
         looks.append(verdict)
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
-            return Gated(tuple(looks), fresh=items.fresh, chosen=chosen and not items.fresh)
+            return Gated(tuple(looks), fresh=items.fresh, chosen=chosen and not items.fresh, noise=session.noise)
         growth = items.next(growth, verdict)
 
 

@@ -331,8 +331,6 @@ def _footnote(result: EvaluationResult) -> str:
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
     if result.race is not None:
         notes.append(f"the race cost {result.cost_share:.0%} of asking every point everything: {result.rule}")
-    if result.noise is not None:
-        notes.append(f"asked the same again, {result.noise.rate:.1%} of the leader's answers changed their score")
     return "; ".join(notes)
 
 

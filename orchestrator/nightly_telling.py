@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 
 from orchestrator.gate import GateRule, Verdict, VerdictLine
 from orchestrator.nights import Blessed, Night
+from orchestrator.statistics import FlipRate
 
 SUITE = "mergeyard nightly"
 
@@ -27,6 +28,8 @@ def reasons(night: Night) -> list[str]:
     ]
     if "blessed" not in night.verdicts and night.judged_against is not None:
         found.insert(0, "the very model that is blessed")
+    noise = next((verdict["noise"] for verdict in night.verdicts.values() if verdict.get("noise")), None)
+    found += [] if noise is None else [FlipRate(**noise).words]
     return [*found, f"new since the night before: {', '.join(night.changed) or 'the job'}"]
 
 

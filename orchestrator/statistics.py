@@ -353,6 +353,12 @@ class FlipRate:
     low: float
     high: float
 
+    @property
+    def words(self) -> str:
+        """What to read beside every difference."""
+        changed = f"{self.rate:.1%} of {self.items} answers changed their score"
+        return f"asked the same again, {changed} (at most {self.high:.1%})"
+
 
 def flip_rate(first: ArrayLike, second: ArrayLike, confidence: float = 0.95) -> FlipRate:
     """The A/A flip rate of one model evaluated twice: Wilson's interval, or the rule of three when none flipped."""

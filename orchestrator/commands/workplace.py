@@ -106,6 +106,8 @@ def tell_verdict(verdict: Gated) -> None:
         print("  on items that no point was chosen by")
     if verdict.chosen:
         print("  on the very items that the point was chosen by: part of its lead may be luck")
+    if verdict.noise is not None:
+        print(f"  {verdict.noise.words}")
 
 
 def tell_evaluation(

@@ -12,6 +12,7 @@ from jobs.evaluation import ScoreRow
 from orchestrator.leaderboard import Line
 from orchestrator.report.comparing import Comparison, compare, compare_overall
 from orchestrator.results import EvaluationResult
+from orchestrator.statistics import FlipRate
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,10 +31,11 @@ class Recommendation:
     finished: bool
     confirmed: float | None
     gate: Mapping[str, Any] | None
+    noise: FlipRate | None
 
     @property
     def sentence(self) -> str:
-        """Plain text, one to four sentences."""
+        """Plain text, one to five sentences."""
         return " ".join(filter(None, (self.headline, *self.grounds)))
 
     @property
@@ -44,7 +46,7 @@ class Recommendation:
     @property
     def grounds(self) -> list[str]:
         """The sentences after the first."""
-        return [*filter(None, (self._lead(), self._elsewhere()))]
+        return [*filter(None, (self._lead(), self._elsewhere(), self._floor()))]
 
     def _keep(self) -> str:
         score = f"{self.best.score:.1f} points{_spread(self.best)}"
@@ -77,6 +79,11 @@ class Recommendation:
         if self.confirmed is not None:
             return f"On fresh items, that no point was chosen by, it scores {100 * self.confirmed:.1f}."
         return ""
+
+    def _floor(self) -> str:
+        """How much of any of these differences the same weights may show against themselves."""
+        words = "" if self.noise is None else self.noise.words
+        return f"{words[:1].upper()}{words[1:]}." if words else ""
 
     def document(self) -> dict[str, Any]:
         """For `--json`."""
@@ -125,6 +132,7 @@ def recommend(
         finished=result.finished,
         confirmed=None if standing is None else standing.confirmed,
         gate=gate,
+        noise=result.noise,
     )
 
 

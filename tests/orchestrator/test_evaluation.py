@@ -358,10 +358,10 @@ metric_list: [{metric: acc}]
 
 
 @pytest.fixture
-def harness_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def harness_task(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """tiny.yaml beside the job: four questions that need no needle."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
     questions = ["The grass is", "The sky is blue. The grass is", "Is the grass", "Here we go. The grass is"]
     (tmp_path / "docs.json").write_text("\n".join(json.dumps({"question": question}) for question in questions))
     (tmp_path / "tiny.yaml").write_text(TASK)

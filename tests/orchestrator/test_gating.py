@@ -57,7 +57,7 @@ def items_answered(job: Path, point: str) -> set[int]:
 def test_a_point_that_was_turned_down_fails(
     mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    job = job_file(**scaled([0.3], margin=10))
+    job = job_file(**scaled([0.3], margin=10, budget=6))
     ended = mergeyard("gate", job, "--in-process", "--junit", tmp_path / "gate.xml")
     assert ended.code == 1, ended.err
     assert ended.out.startswith("gate: fail: w0.3 against parent-long\n  overall: -")
@@ -65,13 +65,15 @@ def test_a_point_that_was_turned_down_fails(
     assert (suite.get("failures"), suite.get("errors")) == ("1", "0")
     verdict = verdict_of(job)
     assert (verdict["outcome"], verdict["exit_code"], verdict["fresh"]) == ("fail", 1, False)
+    assert (verdict["noise"]["flips"], verdict["noise"]["items"]) == (0, 6)
+    assert "  asked the same again, 0.0% of 6 answers changed their score" in ended.out
     assert [look["items"] for look in verdict["looks"]] == [6]
 
 
 def test_the_only_point_is_judged_on_the_items_of_the_evaluation(
     mergeyard: Mergeyard, job_file: Callable[..., Path]
 ) -> None:
-    job = job_file(**scaled([0.3], margin=10))
+    job = job_file(**scaled([0.3], margin=10, budget=6))
     assert mergeyard("run", job, "--in-process").code == 1
     assert items_answered(job, "w0.3") == set(range(6))
 
@@ -79,7 +81,7 @@ def test_the_only_point_is_judged_on_the_items_of_the_evaluation(
 def test_the_best_of_several_is_judged_on_items_nobody_was_chosen_by(
     mergeyard: Mergeyard, job_file: Callable[..., Path]
 ) -> None:
-    job = job_file(**scaled([0.02, 0.3], margin=10))
+    job = job_file(**scaled([0.02, 0.3], margin=10, budget=6))
     ended = mergeyard("run", job, "--in-process", "--json")
     assert ended.code == 1, ended.err
     verdict = ended.facts["gate"]
@@ -92,13 +94,25 @@ def test_the_best_of_several_is_judged_on_items_nobody_was_chosen_by(
 
 def test_equal_models_are_asked_more_until_they_pass(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     # the least variance of a loss of 20 points is 0.2·0.8 an item: with none, 1.645 of it in a margin of 0.2 needs 11
-    job = job_file(**scaled([1.0], margin=20, budget=60))
+    job = job_file(**scaled([0.99], margin=20, budget=60))
     ended = mergeyard("gate", job, "--in-process", "--json")
     assert ended.code == 0, ended.err
     looks = [look["items"] for look in ended.facts["looks"]]
     assert looks[0] == 6 and len(looks) > 1 and all(after <= 2 * before for before, after in pairwise(looks))
     assert ended.facts["rule"]["planned_haystacks"] == 6
     assert [look["outcome"] for look in ended.facts["looks"]] == ["inconclusive"] * (len(looks) - 1) + ["pass"]
+
+
+def test_a_point_that_is_its_baseline_passes_unasked(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    ended = mergeyard("gate", job_file(**scaled([1.0], margin=20)), "--in-process")
+    assert (ended.code, ended.out) == (0, "gate: pass: w1 against long\n  overall: the same merge as the baseline\n")
+
+
+def test_bounds_stay_within_what_scores_can_differ_by(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([0.3], margin=10, budget=6))
+    mergeyard("gate", job, "--in-process")
+    [line] = verdict_of(job)["lines"]
+    assert line["low"] == line["difference"] == -100
 
 
 def test_a_verdict_that_the_budget_does_not_reach_is_inconclusive(

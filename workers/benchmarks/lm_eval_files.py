@@ -39,10 +39,23 @@ def files_of(task: Path) -> dict[str, Any]:
 
 
 def _beneath(folder: Path) -> Iterator[Path]:
-    """Every file in a folder and those in it, but for hidden ones and what Python leaves."""
+    """Every file in a folder and those in it, but for hidden ones, what Python leaves, and our own jobs and runs."""
     for parent, folders, files in os.walk(folder.resolve()):
+        if "plan.json" in files and "job.yaml" in files:
+            folders.clear()
+            continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")
-        yield from (Path(parent, name) for name in files if not name.startswith("."))
+        paths = (Path(parent, name) for name in files if not name.startswith("."))
+        yield from (path for path in paths if not _is_job(path))
+
+
+def _is_job(path: Path) -> bool:
+    """Whether a file is a job of ours: a task has no parents."""
+    return path.suffix in (".yaml", ".yml") and any(line.startswith("parents:") for line in _lines(path))
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8", errors="replace").splitlines() if path.stat().st_size < MOST_HASHED else []
 
 
 def _follow(task: Path, found: set[Path], seen: set[Path]) -> None:

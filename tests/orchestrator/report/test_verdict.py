@@ -11,6 +11,7 @@ from orchestrator.leaderboard import leaderboard
 from orchestrator.racing import Standing
 from orchestrator.report.verdict import Recommendation, recommend
 from orchestrator.results import EvaluationResult
+from orchestrator.statistics import FlipRate
 from tests.orchestrator.report.test_comparing import rows
 
 
@@ -94,6 +95,11 @@ def test_the_gate_and_fresh_items_have_the_last_word() -> None:
     assert said({"a": MOST}, parents=(), gate={**verdict, "new": "other"}).grounds == []
     fresh = "On fresh items, that no point was chosen by, it scores 90.0."
     assert said({"a": MOST}, parents=(), confirmed=0.9).grounds == [fresh]
+
+
+def test_what_the_same_weights_show_against_themselves_is_said_beside_the_differences() -> None:
+    told = said({"a": MOST}, parents=(), noise=FlipRate(2, 48, 2 / 48, 0.0115, 0.1397)).grounds
+    assert told == ["Asked the same again, 4.2% of 48 answers changed their score (at most 14.0%)."]
 
 
 @pytest.mark.parametrize("parents", [(), ("parent-old",)])
