@@ -5,6 +5,7 @@ Workers may come and go at any moment. A block that came to nothing, or whose wo
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -15,6 +16,12 @@ from orchestrator.pool import Failure, Queue
 
 Merge = tuple[str, str]
 """A model, and a point that it can hold."""
+
+LATE = 3.0
+"""A block is late that takes so many times as long as the slowest block before took for as many tokens …"""
+
+LATE_SECONDS = 60.0
+"""… and longer than this: what a worker that starts takes to read the parents, say."""
 
 
 class Evaluators(Protocol):
@@ -40,37 +47,83 @@ class Evaluators(Protocol):
 def dispatch(
     tasks: Sequence[EvaluationTask], evaluators: Evaluators
 ) -> Iterator[tuple[EvaluationTask, list[ScoreRow]]]:
-    """Every block's scores, as they come; raises what no retry mended."""
+    """Every block's scores, once and as they come; raises what no retry mended.
+
+    What hangs on one worker is given to another as well, once nothing else waits; the first answer counts, and a worker
+    that is still at it when all is answered is not waited for.
+    """
     waiting: dict[Merge, list[EvaluationTask]] = defaultdict(list)
     for task in sorted(tasks, key=lambda task: task.tokens):
         waiting[task.model, task.point].append(task)
+    open_keys = {task.key for task in tasks}
     failed: Queue[EvaluationTask] = Queue((), key=lambda task: task.key)
     holds: dict[int, Merge] = {}
-    running = 0
-    while waiting or running or failed:
+    pace = _Pace()
+    while open_keys:
         while (again := failed.next(time.monotonic())) is not None:
-            waiting[again.model, again.point].append(again)
-        if not waiting and not running:
+            if again.key in open_keys:
+                waiting[again.model, again.point].append(again)
+        idle = sorted(evaluators.idle())
+        if not waiting and not pace.running and idle:
             time.sleep(failed.pause(time.monotonic()))
             continue
-        for worker in sorted(evaluators.idle()) if waiting else ():
-            merge = _next_merge(waiting, holds.get(worker), set(holds.values()))
-            evaluators.submit(worker, waiting[merge].pop())
-            running += 1
-            holds[worker] = merge
-            if not waiting[merge]:
-                del waiting[merge]
-            if not waiting:
+        for worker in idle:
+            if waiting:
+                merge = _next_merge(waiting, holds.get(worker), set(holds.values()))
+                task = waiting[merge].pop()
+                if not waiting[merge]:
+                    del waiting[merge]
+            elif (late := pace.late(time.monotonic())) is not None:
+                task, merge = late, (late.model, late.point)
+            else:
                 break
+            evaluators.submit(worker, task)
+            pace.begin(task, time.monotonic())
+            holds[worker] = merge
         done = evaluators.next_done()
         if done is None:
             continue
-        running -= 1
         task, rows = done
+        if task.key not in open_keys:  # an earlier answer counted
+            continue
         if isinstance(rows, Failure):
+            pace.end(task)
             failed.again(task, rows, time.monotonic())
         else:
+            pace.end(task, time.monotonic())
+            open_keys.remove(task.key)
             yield task, rows
+
+
+class _Pace:
+    """How long blocks take, by their tokens, and which of those that run takes far longer than any did."""
+
+    def __init__(self) -> None:
+        self.running: dict[str, tuple[EvaluationTask, float]] = {}
+        self._slowest: float | None = None
+        self._twice: set[str] = set()
+
+    def begin(self, task: EvaluationTask, now: float) -> None:
+        """Takes note of a block that was given out; for the second time, the first remains."""
+        if task.key in self.running:
+            self._twice.add(task.key)
+        self.running.setdefault(task.key, (task, now))
+
+    def end(self, task: EvaluationTask, now: float | None = None) -> None:
+        """Takes note of one that came back, with its answers if the time is told."""
+        _, began = self.running.pop(task.key, (task, math.inf))
+        self._twice.discard(task.key)
+        if now is not None and math.isfinite(began):
+            self._slowest = max(self._slowest or 0.0, (now - began) / task.tokens)
+
+    def late(self, now: float) -> EvaluationTask | None:
+        """The block that runs longest of those that are late, and that no second worker has."""
+        if self._slowest is None:
+            return None
+        for key, (task, began) in self.running.items():
+            if key not in self._twice and now - began > max(LATE_SECONDS, LATE * self._slowest * task.tokens):
+                return task
+        return None
 
 
 def _next_merge(

@@ -5,6 +5,7 @@ Nothing here is remembered between two calls: what is done is what the store lis
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from sys import intern
@@ -13,17 +14,32 @@ from jobs.manifest import Manifest
 from jobs.tasks import Receipt
 from orchestrator.gathering import Gatherer
 from orchestrator.ledger import Lease, Ledger
-from orchestrator.planning import Plan
+from orchestrator.planning import Plan, PlannedPoint
 from orchestrator.pool import Pool
 from orchestrator.watching import Watcher
 
 
 @dataclass(frozen=True, slots=True)
+class WrittenPoint:
+    """What a driver remembers of a point's manifest, which of a large model is tens of megabytes."""
+
+    digest: str
+    weights: str
+    tensors: int
+    same_as: str | None
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> WrittenPoint:
+        """What is worth it."""
+        return cls(manifest.digest, manifest.weights, len(manifest.tensors), manifest.same_as)
+
+
+@dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a finished run says: every point's manifest, and what this call had to do for it."""
+    """What a finished run says: every point of it, and what this call had to do for them."""
 
     url: str
-    manifests: dict[str, Manifest]
+    points: dict[str, WrittenPoint]
     units_merged: int
     units_found: int
     bytes_read: int
@@ -59,7 +75,11 @@ class _Points:
         self._nonfinite: set[str] = set()
         self._merges = {planned.name: planned for planned in plan.written if planned.same_as is None}
         self._missing = {name: set(planned.units) for name, planned in self._merges.items()}
-        self._manifests: dict[str, Manifest] = {}
+        self._twins: dict[str, list[PlannedPoint]] = defaultdict(list)
+        for planned in plan.written:
+            if planned.same_as is not None:
+                self._twins[planned.same_as].append(planned)
+        self._written: dict[str, WrittenPoint] = {}
 
     def record(self, receipts: Iterable[Receipt]) -> None:
         """Takes note of finished units."""
@@ -72,22 +92,26 @@ class _Points:
             self._recorded += 1
             self._nonfinite.update(receipt.nonfinite)
             if not missing:
-                planned = self._merges[receipt.point]
-                self._manifests[receipt.point] = self._gatherer.complete(planned, self._receipts)
-                self._watcher.point_done(receipt.point)
-                for unit in planned.units:
-                    del self._receipts[unit]
+                self._complete(self._merges[receipt.point])
+
+    def _complete(self, planned: PlannedPoint) -> None:
+        """Publishes a point and those that are the same merge."""
+        manifest = self._gatherer.complete(planned, self._receipts)
+        self._note(manifest)
+        for twin in self._twins[planned.name]:
+            self._note(self._gatherer.complete_twin(twin, manifest))
+        for unit in planned.units:
+            del self._receipts[unit]
+
+    def _note(self, manifest: Manifest) -> None:
+        self._written[manifest.point] = WrittenPoint.of(manifest)
+        self._watcher.point_done(manifest.point)
 
     def result(self, units_found: int, bytes_read: int) -> RunResult:
-        """Completes the points that are the same merge as another; every point of the plan is in the result."""
-        for planned in self._plan.written:
-            if planned.same_as is not None:
-                original = self._manifests[planned.same_as]
-                self._manifests[planned.name] = self._gatherer.complete_twin(planned, original)
-                self._watcher.point_done(planned.name)
+        """Every point of the plan, in its order."""
         return RunResult(
             url=self._plan.run_url,
-            manifests={planned.name: self._manifests[planned.name] for planned in self._plan.written},
+            points={planned.name: self._written[planned.name] for planned in self._plan.written},
             units_merged=self._recorded - units_found,
             units_found=units_found,
             bytes_read=bytes_read,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -306,7 +306,11 @@ def _cut(name: str, most: int) -> str:
 
 
 def _score(line: Line) -> str:
-    return f"{line.score:.1f} ±{line.half_width:.1f}" if math.isfinite(line.half_width) else f"{line.score:.1f}"
+    return (
+        f"{line.score:.1f} ±{min(100.0, line.half_width):.1f}"
+        if math.isfinite(line.half_width)
+        else f"{line.score:.1f}"
+    )
 
 
 def _perplexity_table(lines: Sequence[Line]) -> Any:
@@ -329,6 +333,9 @@ def _footnote(result: EvaluationResult) -> str:
     notes = [f"score: mean over {' and '.join(result.ranked)}, tasks and lengths alike, with its 95 % interval"]
     if reach := context_note(result):
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
+    broken = Counter(row.point for row in result.common_rows() if not row.finite)
+    if broken:  # said here as well: a narrow terminal has no room for the notes of the lines
+        notes.append("answers that are no numbers: " + ", ".join(f"{name} {n}" for name, n in broken.most_common(3)))
     if result.race is not None:
         notes.append(f"the race cost {result.cost_share:.0%} of asking every point everything: {result.rule}")
     return "; ".join(notes)

@@ -160,14 +160,14 @@ class Nightly:
             return frozenset()
         kept = tonight.keeping(names)
         kept.check_room()
-        manifests = drive(kept, self.pool(), self.watcher).manifests
-        written = manifests.get(found.candidate)
+        points = drive(kept, self.pool(), self.watcher).points
+        written = points.get(found.candidate)
         if written is not None and written.weights != found.weights:
             raise CorruptData(
                 f"{tonight.run_url}/points/{found.candidate}: written with other weights than were scored"
                 f" ({written.weights[:12]}, not {found.weights[:12]}); nothing is blessed, run `mergeyard verify` on it"
             )
-        return frozenset(manifests)
+        return frozenset(points)
 
 
 def _check(job: Job) -> None:

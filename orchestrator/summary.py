@@ -139,10 +139,7 @@ def result_facts(result: RunResult) -> dict[str, Any]:
     """What a finished run says."""
     return {
         "run": result.url,
-        "points": {
-            name: {"weights": manifest.weights, "same_as": manifest.same_as}
-            for name, manifest in result.manifests.items()
-        },
+        "points": {name: {"weights": point.weights, "same_as": point.same_as} for name, point in result.points.items()},
         "units_merged": result.units_merged,
         "units_found": result.units_found,
         "bytes_read": result.bytes_read,
@@ -152,12 +149,12 @@ def result_facts(result: RunResult) -> dict[str, Any]:
 
 def print_result(result: RunResult) -> None:
     """The closing lines of `mergeyard run`."""
-    names = list(result.manifests)
+    names = list(result.points)
     width = max(len(name) for name in names[:MOST_LINES])
     for name in names[:MOST_LINES]:
-        manifest = result.manifests[name]
-        same = f"  same merge as {manifest.same_as}" if manifest.same_as else ""
-        print(f"{name:<{width}}  {manifest.weights[:12]}{same}")
+        point = result.points[name]
+        same = f"  same merge as {point.same_as}" if point.same_as else ""
+        print(f"{name:<{width}}  {point.weights[:12]}{same}")
     if len(names) > MOST_LINES:
         print(f"… and {len(names) - MOST_LINES} more")
     _warn_nonfinite(result)
@@ -170,8 +167,8 @@ def print_result(result: RunResult) -> None:
 def print_merge(result: RunResult) -> None:
     """The closing line of `mergeyard merge`."""
     _warn_nonfinite(result)
-    manifest = next(iter(result.manifests.values()))
-    print(f"{result.url}: {len(manifest.tensors)} tensors, weights {manifest.weights[:12]}")
+    point = next(iter(result.points.values()))
+    print(f"{result.url}: {point.tensors} tensors, weights {point.weights[:12]}")
 
 
 def _warn_nonfinite(result: RunResult) -> None:

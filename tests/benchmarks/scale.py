@@ -242,7 +242,7 @@ def measure(case: str) -> dict[str, Any]:
         driven = time.process_time()
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         first = Counter(store.asked)
-        assert len(result.manifests) == len(kept_plan.written)
+        assert len(result.points) == len(kept_plan.written)
         del result
         again = drive(kept_plan, AnsweringPool(NODES, store), Watcher(visible=False))
         resumed = time.process_time()

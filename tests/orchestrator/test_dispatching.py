@@ -108,3 +108,66 @@ def test_what_no_retry_mends_ends_it() -> None:
     evaluators = Scripted(1, lost=["scores/0/a-10"])
     with pytest.raises(WorkerLost):
         done([block("a", 10)], evaluators)
+
+
+# ---- a worker that hangs
+
+
+class Clocked(Scripted):
+    """Workers on a clock of their own: a block takes a second for ten tokens; the first of `hangs` never ends."""
+
+    def __init__(self, workers: int, monkeypatch: pytest.MonkeyPatch, *, hangs: Collection[str]) -> None:
+        super().__init__(workers)
+        self.now = 0.0
+        self.hangs = set(hangs)
+        self.hanging: set[str] = set()
+        self.until: dict[str, float] = {}
+        monkeypatch.setattr("orchestrator.dispatching.time.monotonic", lambda: self.now)
+
+    def submit(self, worker: int, task: EvaluationTask) -> None:
+        super().submit(worker, task)
+        if task.key in self.hangs:
+            self.hangs.discard(task.key)
+            self.hanging.add(task.key)
+        else:
+            self.until[task.key] = self.now + task.items.tokens / 10
+
+    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
+        self.now += 1.0
+        ended = [entry for entry in self.running if self.until.get(entry[1].key, self.now + 1) <= self.now]
+        if not ended:
+            assert self.now < 10_000, "waits forever"
+            return None
+        worker, task = ended[-1]  # the second, where the first hangs
+        self.running.remove((worker, task))
+        if task.key in self.hanging and any(other.key == task.key for _, other in self.running):
+            self.until.pop(task.key)
+        return task, []
+
+
+def test_what_hangs_on_one_worker_is_answered_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [block("a", tokens) for tokens in (100, 110, 120, 130)]
+    workers = Clocked(2, monkeypatch, hangs=["scores/0/a-130"])
+    assert sorted(done(tasks, workers)) == sorted(task.key for task in tasks)
+    assert workers.asked.count((0, "a-130")) == workers.asked.count((1, "a-130")) == 1
+    # the others are through after 33 s; the hung block is late after a minute, as three times 13 s is less
+    assert 60 < workers.now < 80
+
+
+def test_a_block_is_given_out_a_second_time_and_no_third(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Both(Clocked):
+        def submit(self, worker: int, task: EvaluationTask) -> None:
+            super().submit(worker, task)
+            if self.now > 0 and task.key in self.hanging:  # the second takes very long
+                self.until[task.key] = self.now + 500
+
+    workers = Both(3, monkeypatch, hangs=["scores/0/a-130"])
+    assert len(done([block("a", tokens) for tokens in (100, 130)], workers)) == 2
+    assert [key for _, key in workers.asked].count("a-130") == 2
+
+
+def test_an_answer_that_comes_after_another_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    workers = Scripted(1)
+    stale = block("before", 10)
+    workers.running.append((7, stale))  # of an evaluation that did not wait for it
+    assert done([block("a", 10)], workers) == ["scores/0/a-10"]

@@ -136,7 +136,7 @@ def test_a_twin_has_a_manifest_that_refers_to_its_original(plan: Planning, tmp_p
     twin = Manifest.from_json((folder / "w2" / "manifest.json").read_bytes())
     original = Manifest.from_json((folder / "w1" / "manifest.json").read_bytes())
     assert (twin.same_as, twin.weights, twin.digest) == ("w1", original.weights, original.digest)
-    assert result.manifests.keys() == {"w1", "w2"}
+    assert result.points.keys() == {"w1", "w2"}
     assert result.units_merged == 1
 
 

@@ -201,10 +201,23 @@ def test_items_that_were_too_long_to_ask_rank_nobody() -> None:
     assert dict(line.beside) == {"mine:acc": 50, "mine:over_long": 50}
 
 
-def test_answers_that_are_no_numbers_are_counted() -> None:
+def test_answers_that_are_no_numbers_are_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = cell("a", "vt", 512, [0, 0, 0], finite=False)
-    [line] = leaderboard(result(rows, [standing("a")]))
+    evaluated = result(rows, [standing("a")])
+    [line] = leaderboard(evaluated)
     assert line.note == "3 answers are no numbers"
+    monkeypatch.setenv("COLUMNS", "30")
+    print_leaderboard([line], evaluated)
+    assert "answers that are no numbers: a 3" in " ".join(capsys.readouterr().out.split())
+
+
+def test_an_interval_is_no_wider_than_scores_can_be(capsys: pytest.CaptureFixture[str]) -> None:
+    # two haystacks, one right: standard error 1/2, t(0.975; 1) = 12.7
+    evaluated = result(cell("a", "vt", 512, [1, 0]), [standing("a")])
+    print_leaderboard(leaderboard(evaluated), evaluated)
+    assert "50.0 ±100.0" in capsys.readouterr().out
 
 
 def test_perplexity_weighs_every_token_alike() -> None:

@@ -342,7 +342,7 @@ class Schedule:
 
     def _check_end(self, result: RunResult) -> None:
         plan = self.case.plans[0]
-        if result.manifests.keys() != {planned.name for planned in plan.written}:
+        if result.points.keys() != {planned.name for planned in plan.written}:
             raise Wrong("the result does not hold every point once")
         if result.units_merged + result.units_found != len(plan.units):
             raise Wrong(f"{result.units_merged} units merged and {result.units_found} found are not all of them")

@@ -222,7 +222,7 @@ def upload_swept_away_ends_the_run(patch: pytest.MonkeyPatch) -> None:
 
 
 def twin_forgotten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(Gatherer, "complete_twin", lambda self, planned, original: original)
+    patch.setattr(Gatherer, "complete_twin", lambda self, planned, original: replace(original, point=planned.name))
 
 
 def receipt_refused_when_it_is_there(patch: pytest.MonkeyPatch) -> None:

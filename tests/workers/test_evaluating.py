@@ -112,8 +112,8 @@ def test_an_unwritten_point_answers_token_for_token_what_the_written_one_does(tm
             assert [row.answer for row in mine] == [answer.text for answer in answers]
             assert [row.tokens for row in mine] == [answer.tokens_in + answer.tokens_out for answer in answers]
         engine.close()
-        assert {row.weights for row in of(rows, point)} == {written.manifests[point].weights}
-        assert {row.recipe for row in of(rows, point)} == {written.manifests[point].digest}
+        assert {row.weights for row in of(rows, point)} == {written.points[point].weights}
+        assert {row.recipe for row in of(rows, point)} == {written.points[point].digest}
     assert [row.answer for row in of(rows, "w0.6")] != [row.answer for row in of(rows, "w0.3")]
 
 

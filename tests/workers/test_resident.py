@@ -95,8 +95,9 @@ def written(siblings: Path) -> Callable[[Plan], tuple[dict[str, Tensor], Manifes
 
     def write(plan: Plan) -> tuple[dict[str, Tensor], Manifest]:
         result = drive(plan, InProcessPool(), Watcher(visible=False))
-        [manifest] = result.manifests.values()
-        return load_file(Path(result.url) / "points" / manifest.point / "model.safetensors"), manifest
+        [name] = result.points
+        folder = Path(result.url) / "points" / name
+        return load_file(folder / "model.safetensors"), Manifest.from_json((folder / "manifest.json").read_bytes())
 
     return write
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ READERS: Mapping[str, Callable[[bytes | str | Path], Library]] = {"qa_1": read_s
 LM_EVAL_TOKENS = 1 << 20
 """What a whole task of lm-evaluation-harness is taken to cost, so that it is begun early."""
 
+PART_NAME = re.compile(r"(?P<first>\d{6,})-(?P<last>\d{6,})\.(json|parquet)")
 PART_ITEMS = 64
 PART_TOKENS = 1 << 24
 """A set is built and written in parts of so many items and, for the builder's memory, of so many tokens at most."""
@@ -178,11 +180,9 @@ def stored(planned: PlannedSet, store: Store, count: int | None = None) -> ItemS
 
 def _parts(planned: PlannedSet, store: Store) -> list[tuple[int, int, str]]:
     """The set's files in the store: first item, one after the last, key."""
-    found: list[tuple[int, int, str]] = []
-    for info in store.list(planned.folder):
-        first, _, last = info.key.rpartition("/")[2].partition(".")[0].partition("-")
-        found.append((int(first), int(last), info.key))
-    return found
+    names = ((PART_NAME.fullmatch(info.key.rpartition("/")[2]), info.key) for info in store.list(planned.folder))
+    # a folder that people look into gets files of other kinds
+    return [(int(name["first"]), int(name["last"]), key) for name, key in names if name is not None]
 
 
 def _cut(planned: PlannedSet, gap: range) -> list[range]:

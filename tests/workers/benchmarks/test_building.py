@@ -110,8 +110,12 @@ def test_a_second_run_builds_nothing(tokenizer: Tokenizer, store: Store) -> None
     def never(_: range) -> bytes:
         raise AssertionError("built again")
 
+    for entry in plan_ruler(tokenizer):  # what people leave in a folder that they look into
+        for name in (".DS_Store", "notes.txt", "000000-000004.parquet.orig"):
+            store.write(f"{entry.folder}{name}", b"")
+    before = files(store)
     assert [stored(replace(entry, build=never), store) for entry in plan_ruler(tokenizer)] == first
-    assert files(store) == before and set(before) == {key for items in first for _, _, key in items.parts}
+    assert files(store) == before and set(before) >= {key for items in first for _, _, key in items.parts}
 
 
 def test_two_builders_at_once_leave_one_set(tokenizer: Tokenizer, store: Store) -> None:
