@@ -100,13 +100,14 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
         share = f"{least / asked['tokens']:.0%}" if asked["tokens"] else "all"
         rows.append(("race", f"{share} of that where all that lose leave at once ({_many(least)} tokens), at most all"))
     if asked["sees"] is not None:
-        rows.append(("can show", _sees(asked["sees"])))
+        rows.append(("can show", can_show(asked["sees"])))
     if asked["gate"] is not None:
         rows.append(("gate", _gate(asked["gate"])))
     return rows
 
 
-def _sees(sees: Mapping[str, Any]) -> str:
+def can_show(sees: Mapping[str, Any]) -> str:
+    """The smallest differences that an evaluation's items can be expected to show."""
     lengths = ", ".join(f"{points:.2g} at {short_length(int(length))}" for length, points in sees["lengths"].items())
     shared = "" if sees["correlation"] is None else f" and those on one haystack correlate by {sees['correlation']:g}"
     return (

@@ -114,8 +114,11 @@ class Watcher:
             self._stages.advance(self._stage, tokens / 1000)
 
     def departed(self, departure: Departure) -> None:
-        """A point left the race: told even where no bar is drawn."""
-        text = f"{departure.point} leaves: {departure.reason}"
+        """A point left the race."""
+        self.tell(f"{departure.point} leaves: {departure.reason}")
+
+    def tell(self, text: str) -> None:
+        """A line for whoever watches, even where no bar is drawn."""
         if self._stages is not None:
             self._stages.console.print(text, highlight=False)
         elif self._tells:

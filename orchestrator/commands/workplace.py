@@ -78,7 +78,12 @@ def evaluate_points(
 ) -> tuple[EvaluationResult, Gated | None]:
     """Every point's scores and, if the job has a gate, the verdict on the best."""
     from orchestrator.evaluation import Session
+    from orchestrator.forecast import evaluation_facts
+    from orchestrator.summary import can_show
 
+    sees = evaluation_facts(plan.job, asked)["sees"]
+    if sees is not None:
+        watcher.tell(f"can show {can_show(sees)}")
     with Session.of(plan, asked, workplace.evaluators, watcher) as session:
         result = session.run()
         if plan.job.gate is None:

@@ -110,6 +110,7 @@ class Network:
             _run("ip", "netns", "add", namespace)
             self._in("switch", "ip", "link", "add", f"to-{name}", "type", "veth", "peer", "eth0", "netns", namespace)
             self._plug(name)
+            self._in(name, "ip", "link", "set", "eth0", "address", _hardware(self.address(name)))
             self._in(name, "ip", "addr", "add", f"{self.address(name)}/24", "dev", "eth0")
             for device in ("lo", "eth0"):
                 self._in(name, "ip", "link", "set", device, "up")
@@ -117,7 +118,16 @@ class Network:
         self._in("switch", "ip", "link", "add", "to-us", "type", "veth", *ours)
         self._plug("us")
         _run("ip", "addr", "add", f"{self.our_address}/24", "dev", self._prefix)
+        _run("ip", "link", "set", self._prefix, "address", _hardware(self.our_address))
         _run("ip", "link", "set", self._prefix, "up")
+        self._introduce()
+
+    def _introduce(self) -> None:
+        """Tells all where the others are: a router between them, as anywhere else, would not say that one is away."""
+        for name in self._names:
+            for address in (self.our_address, *(self.address(other) for other in self._names if other != name)):
+                self._in(name, "ip", "neigh", "replace", *_neighbour(address, "eth0"))
+            _run("ip", "neigh", "replace", *_neighbour(self.address(name), self._prefix))
 
     def _plug(self, name: str) -> None:
         self._in("switch", "ip", "link", "set", f"to-{name}", "master", "bridge", "up")
@@ -192,6 +202,15 @@ class Network:
 
     def _in(self, name: str, *command: str) -> str:
         return _run("nsenter", f"--net=/run/netns/{self._namespace(name)}", "--", *command)
+
+
+def _hardware(address: str) -> str:
+    """A hardware address that is as unique as this one."""
+    return "02:00:" + ":".join(f"{int(part):02x}" for part in address.split("."))
+
+
+def _neighbour(address: str, device: str) -> tuple[str, ...]:
+    return address, "lladdr", _hardware(address), "dev", device, "nud", "permanent"
 
 
 def _children(pid: int) -> list[int]:
