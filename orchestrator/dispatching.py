@@ -5,10 +5,10 @@ Workers may come and go at any moment. A block that came to nothing, or whose wo
 
 from __future__ import annotations
 
-import math
 import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ScoreRow
@@ -44,86 +44,96 @@ class Evaluators(Protocol):
         ...
 
 
+class Pace:
+    """How long blocks take for their tokens, over all that were answered so far."""
+
+    def __init__(self) -> None:
+        self._slowest: float | None = None
+
+    def took(self, task: EvaluationTask, seconds: float) -> None:
+        """Takes note of an answer. Nobody knows how much a whole task of the harness asks."""
+        if task.items.length:
+            self._slowest = max(self._slowest or 0.0, seconds / task.tokens)
+
+    def late(self, task: EvaluationTask, seconds: float) -> bool:
+        """Whether a block that runs for so long takes far longer than any before it did."""
+        if not task.items.length or self._slowest is None:
+            return False
+        return seconds > max(LATE_SECONDS, LATE * self._slowest * task.tokens)
+
+
+@dataclass(slots=True)
+class _Running:
+    """A block, when it was given out first, how many workers have it, and whether it was given out twice."""
+
+    task: EvaluationTask
+    began: float
+    copies: int = 0
+    helped: bool = False
+
+
 def dispatch(
-    tasks: Sequence[EvaluationTask], evaluators: Evaluators
+    tasks: Sequence[EvaluationTask], evaluators: Evaluators, pace: Pace
 ) -> Iterator[tuple[EvaluationTask, list[ScoreRow]]]:
     """Every block's scores, once and as they come; raises what no retry mended.
 
     What hangs on one worker is given to another as well, once nothing else waits; the first answer counts, and a worker
-    that is still at it when all is answered is not waited for.
+    that is still at it when all is answered is not waited for. While one of the two has the block, the other's failure
+    is nothing.
     """
     waiting: dict[Merge, list[EvaluationTask]] = defaultdict(list)
     for task in sorted(tasks, key=lambda task: task.tokens):
         waiting[task.model, task.point].append(task)
-    open_keys = {task.key for task in tasks}
+    unanswered = {task.key for task in tasks}
     failed: Queue[EvaluationTask] = Queue((), key=lambda task: task.key)
     holds: dict[int, Merge] = {}
-    pace = _Pace()
-    while open_keys:
+    running: dict[str, _Running] = {}
+    while unanswered:
         while (again := failed.next(time.monotonic())) is not None:
-            if again.key in open_keys:
-                waiting[again.model, again.point].append(again)
-        idle = sorted(evaluators.idle())
-        if not waiting and not pace.running and idle:
+            waiting[again.model, again.point].append(again)
+        if not waiting and not running:
             time.sleep(failed.pause(time.monotonic()))
             continue
-        for worker in idle:
-            if waiting:
-                merge = _next_merge(waiting, holds.get(worker), set(holds.values()))
-                task = waiting[merge].pop()
-                if not waiting[merge]:
-                    del waiting[merge]
-            elif (late := pace.late(time.monotonic())) is not None:
-                task, merge = late, (late.model, late.point)
-            else:
+        for worker in sorted(evaluators.idle()):
+            if (task := _next(waiting, holds.get(worker), set(holds.values())) or _late(running, pace)) is None:
                 break
             evaluators.submit(worker, task)
-            pace.begin(task, time.monotonic())
-            holds[worker] = merge
+            entry = running.setdefault(task.key, _Running(task, time.monotonic()))
+            entry.copies, entry.helped = entry.copies + 1, entry.copies > 0
+            holds[worker] = task.model, task.point
         done = evaluators.next_done()
-        if done is None:
+        if done is None or (entry := running.get(done[0].key)) is None:  # None: an earlier answer counted
             continue
         task, rows = done
-        if task.key not in open_keys:  # an earlier answer counted
-            continue
-        if isinstance(rows, Failure):
-            pace.end(task)
-            failed.again(task, rows, time.monotonic())
-        else:
-            pace.end(task, time.monotonic())
-            open_keys.remove(task.key)
+        entry.copies -= 1
+        if not isinstance(rows, Failure):
+            del running[task.key]
+            unanswered.remove(task.key)
+            pace.took(task, time.monotonic() - entry.began)
             yield task, rows
+        elif not entry.copies:
+            del running[task.key]
+            failed.again(task, rows, time.monotonic())
 
 
-class _Pace:
-    """How long blocks take, by their tokens, and which of those that run takes far longer than any did."""
-
-    def __init__(self) -> None:
-        self.running: dict[str, tuple[EvaluationTask, float]] = {}
-        self._slowest: float | None = None
-        self._twice: set[str] = set()
-
-    def begin(self, task: EvaluationTask, now: float) -> None:
-        """Takes note of a block that was given out; for the second time, the first remains."""
-        if task.key in self.running:
-            self._twice.add(task.key)
-        self.running.setdefault(task.key, (task, now))
-
-    def end(self, task: EvaluationTask, now: float | None = None) -> None:
-        """Takes note of one that came back, with its answers if the time is told."""
-        _, began = self.running.pop(task.key, (task, math.inf))
-        self._twice.discard(task.key)
-        if now is not None and math.isfinite(began):
-            self._slowest = max(self._slowest or 0.0, (now - began) / task.tokens)
-
-    def late(self, now: float) -> EvaluationTask | None:
-        """The block that runs longest of those that are late, and that no second worker has."""
-        if self._slowest is None:
-            return None
-        for key, (task, began) in self.running.items():
-            if key not in self._twice and now - began > max(LATE_SECONDS, LATE * self._slowest * task.tokens):
-                return task
+def _next(
+    waiting: dict[Merge, list[EvaluationTask]], held: Merge | None, taken: Collection[Merge]
+) -> EvaluationTask | None:
+    """Takes out the block that a worker should have next; None where none waits."""
+    if not waiting:
         return None
+    merge = _next_merge(waiting, held, taken)
+    task = waiting[merge].pop()
+    if not waiting[merge]:
+        del waiting[merge]
+    return task
+
+
+def _late(running: Mapping[str, _Running], pace: Pace) -> EvaluationTask | None:
+    """The block that is late for longest and that no second worker was given."""
+    now = time.monotonic()
+    entries = (entry for entry in running.values() if not entry.helped and pace.late(entry.task, now - entry.began))
+    return next((entry.task for entry in entries), None)
 
 
 def _next_merge(

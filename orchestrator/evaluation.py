@@ -17,7 +17,7 @@ from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.tasks import FORMAT, digest
-from orchestrator.dispatching import Evaluators, dispatch
+from orchestrator.dispatching import Evaluators, Pace, dispatch
 from orchestrator.ledger import Lease, Ledger
 from orchestrator.planning import Plan
 from orchestrator.questions import Questions, RacePlan, Subject, questions
@@ -85,6 +85,7 @@ class Session:
         self._race: Race | None = None
         self.noise: FlipRate | None = None
         """How often the leader answered otherwise when asked the same again; None before `run` asked."""
+        self._pace = Pace()
         self._running = False
         self._renewed, self._pause = time.monotonic(), RENEW_SECONDS
         self._page = LivePage(plan.run_url)
@@ -113,7 +114,7 @@ class Session:
         if asked.race is not None:
             self._run_race(asked.race)
         stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
-        self.ask([*stayed, *asked.baselines.values()], f"evaluating {len(stayed)} points and their parents")
+        self.ask([*stayed, *asked.baselines.values()], f"evaluating {len(stayed) + len(asked.baselines)} models")
         self.noise = self._ask_again(asked.points[self._standing()[0].point])
         result = self._result(finished=True)
         self._running = False
@@ -210,7 +211,7 @@ class Session:
         self._watcher.begin_stage(sum(task.tokens for task, _ in waiting.values()), text)
         if self._evaluators is None:
             self._evaluators = self._open(self._asked.models)
-        for task, rows in dispatch([task for task, _ in waiting.values()], self._evaluators):
+        for task, rows in dispatch([task for task, _ in waiting.values()], self._evaluators, self._pace):
             self._lease.check()
             self._blocks.add(task.key, rows)
             self._watcher.advance(task.tokens)

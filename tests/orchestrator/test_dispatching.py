@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import pytest
 
-from jobs.errors import WorkerLost
+from jobs.errors import BadInput, WorkerLost
 from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
-from orchestrator.dispatching import dispatch
+from orchestrator.dispatching import Pace, dispatch
 from orchestrator.pool import Failure
 
 
@@ -54,7 +55,7 @@ class Scripted:
 
 
 def done(tasks: Sequence[EvaluationTask], evaluators: Scripted) -> list[str]:
-    return [task.key for task, _ in dispatch(tasks, evaluators)]
+    return [task.key for task, _ in dispatch(tasks, evaluators, Pace())]
 
 
 def test_the_costliest_point_comes_first_and_its_longest_block_before_its_others() -> None:
@@ -81,7 +82,7 @@ def test_idle_workers_help_with_the_last_point() -> None:
 def test_a_worker_stays_with_its_model_while_that_has_points() -> None:
     tasks = [block("a", 10, "x"), block("b", 10, "x"), block("c", 11, "y"), block("d", 12, "y")]
     order: list[str] = []
-    for task, _ in dispatch(tasks, Scripted(1)):
+    for task, _ in dispatch(tasks, Scripted(1), Pace()):
         order.append(task.model)
     assert order == ["y", "y", "x", "x"]
 
@@ -114,60 +115,93 @@ def test_what_no_retry_mends_ends_it() -> None:
 
 
 class Clocked(Scripted):
-    """Workers on a clock of their own: a block takes a second for ten tokens; the first of `hangs` never ends."""
+    """Workers on a clock of their own: a block takes a second for ten tokens, the first try of `slow` ones longer.
 
-    def __init__(self, workers: int, monkeypatch: pytest.MonkeyPatch, *, hangs: Collection[str]) -> None:
+    `fails` are those whose second try comes to nothing.
+    """
+
+    def __init__(
+        self,
+        workers: int,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        slow: Mapping[str, float],
+        fails: Mapping[str, Failure] | None = None,
+    ) -> None:
         super().__init__(workers)
         self.now = 0.0
-        self.hangs = set(hangs)
-        self.hanging: set[str] = set()
-        self.until: dict[str, float] = {}
+        self.slow = dict(slow)
+        self.fails = dict(fails or {})
+        self.until: dict[int, float] = {}
         monkeypatch.setattr("orchestrator.dispatching.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("orchestrator.dispatching.time.sleep", self._sleep)
+
+    def _sleep(self, seconds: float) -> None:
+        self.now += seconds
 
     def submit(self, worker: int, task: EvaluationTask) -> None:
         super().submit(worker, task)
-        if task.key in self.hangs:
-            self.hangs.discard(task.key)
-            self.hanging.add(task.key)
-        else:
-            self.until[task.key] = self.now + task.items.tokens / 10
+        self.until[worker] = self.now + self.slow.pop(task.key, task.items.tokens / 10)
 
     def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
         self.now += 1.0
-        ended = [entry for entry in self.running if self.until.get(entry[1].key, self.now + 1) <= self.now]
-        if not ended:
-            assert self.now < 10_000, "waits forever"
-            return None
-        worker, task = ended[-1]  # the second, where the first hangs
-        self.running.remove((worker, task))
-        if task.key in self.hanging and any(other.key == task.key for _, other in self.running):
-            self.until.pop(task.key)
-        return task, []
+        assert self.now < 10_000, "waits forever"
+        for worker, task in self.running:
+            if self.until[worker] <= self.now:
+                self.running.remove((worker, task))
+                second = [key for _, key in self.asked].count(task.key.removeprefix("scores/0/")) > 1
+                return task, self.fails.pop(task.key) if second and task.key in self.fails else []
+        return None
+
+
+HUNG = "scores/0/a-130"
+TASKS = [block("a", tokens) for tokens in (100, 110, 120, 130)]
 
 
 def test_what_hangs_on_one_worker_is_answered_by_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    tasks = [block("a", tokens) for tokens in (100, 110, 120, 130)]
-    workers = Clocked(2, monkeypatch, hangs=["scores/0/a-130"])
-    assert sorted(done(tasks, workers)) == sorted(task.key for task in tasks)
+    workers = Clocked(2, monkeypatch, slow={HUNG: 1e9})
+    assert sorted(done(TASKS, workers)) == sorted(task.key for task in TASKS)
     assert workers.asked.count((0, "a-130")) == workers.asked.count((1, "a-130")) == 1
     # the others are through after 33 s; the hung block is late after a minute, as three times 13 s is less
     assert 60 < workers.now < 80
 
 
 def test_a_block_is_given_out_a_second_time_and_no_third(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Both(Clocked):
-        def submit(self, worker: int, task: EvaluationTask) -> None:
-            super().submit(worker, task)
-            if self.now > 0 and task.key in self.hanging:  # the second takes very long
-                self.until[task.key] = self.now + 500
+    workers = Clocked(3, monkeypatch, slow={HUNG: 500})
+    workers.slow[HUNG] = 500
+    first = workers.submit
 
-    workers = Both(3, monkeypatch, hangs=["scores/0/a-130"])
-    assert len(done([block("a", tokens) for tokens in (100, 130)], workers)) == 2
+    def submit(worker: int, task: EvaluationTask) -> None:
+        if task.key == HUNG:
+            workers.slow[HUNG] = 500  # each time
+        first(worker, task)
+
+    monkeypatch.setattr(workers, "submit", submit)
+    assert len(done(TASKS, workers)) == 4 and workers.now == pytest.approx(500, abs=2)
     assert [key for _, key in workers.asked].count("a-130") == 2
 
 
-def test_an_answer_that_comes_after_another_counts_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("failure", [Failure(BadInput("no room")), Failure(WorkerLost("gone"), node_lost=True)])
+def test_where_a_copy_comes_to_nothing_the_first_goes_on(monkeypatch: pytest.MonkeyPatch, failure: Failure) -> None:
+    workers = Clocked(2, monkeypatch, slow={HUNG: 600}, fails={HUNG: failure})
+    assert len(done(TASKS, workers)) == 4 and workers.now == pytest.approx(600, abs=2)
+    assert [key for _, key in workers.asked].count("a-130") == 2
+
+
+def test_the_pace_is_that_of_all_blocks_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    pace = Pace()
+    workers = Clocked(2, monkeypatch, slow={HUNG: 1e9})
+    assert len(list(dispatch(TASKS[:3], workers, pace))) == 3
+    assert len(list(dispatch(TASKS[3:], workers, pace))) == 1 and workers.now < 120
+
+
+def test_a_whole_task_of_the_harness_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = replace(block("a", 130), items=replace(block("a", 130).items, length=0))
+    workers = Clocked(2, monkeypatch, slow={HUNG: 5000})
+    assert len(done([*TASKS[:3], whole], workers)) == 4 and workers.now == pytest.approx(5000, abs=2)
+
+
+def test_an_answer_that_comes_after_another_counts_no_more() -> None:
     workers = Scripted(1)
-    stale = block("before", 10)
-    workers.running.append((7, stale))  # of an evaluation that did not wait for it
+    workers.running.append((7, block("before", 10)))  # of an evaluation that did not wait for it
     assert done([block("a", 10)], workers) == ["scores/0/a-10"]

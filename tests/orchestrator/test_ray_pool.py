@@ -22,7 +22,7 @@ from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
 from jobs.job import WorkerSpec
 from jobs.tasks import MergeTask, PointShard
 from orchestrator import dispatching, ray_evaluators, ray_pool
-from orchestrator.dispatching import dispatch
+from orchestrator.dispatching import Pace, dispatch
 from orchestrator.pool import LOSSES, TRIES
 from orchestrator.ray_evaluators import RayEvaluators
 from orchestrator.ray_pool import HEAD_TIMEOUT, RayPool, failure
@@ -352,7 +352,7 @@ def blocks(count: int) -> list[EvaluationTask]:
 
 
 def answers(ray: Ray, workers: int, count: int) -> Iterator[tuple[EvaluationTask, list[ScoreRow]]]:
-    return dispatch(blocks(count), evaluators(ray, workers))
+    return dispatch(blocks(count), evaluators(ray, workers), Pace())
 
 
 @pytest.mark.parametrize("error", [actor_died(NODE_DIED), actor_died(WORKER_DIED)], ids=["node", "worker"])

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
+
 from jobs.errors import BadInput, CorruptData
 
 LONGEST_KEY_BYTES = 1024  # S3's limit
+
+FORBIDDEN = re.compile(r"[\\\x00-\x1f\x7f]")
+STRAY_PART = re.compile(r"(?:\A|/)\.{0,2}(?:/|\Z)")
 
 
 def check_key(key: str) -> str:
     """The key itself; `BadInput` if empty, or with a stray `/`, a part `.` or `..`, a backslash, control characters."""
     _check_characters(key)
-    if any(part in ("", ".", "..") for part in key.split("/")):
+    if STRAY_PART.search(key):
         raise BadInput(
             f"object key {key!r} is not allowed: no leading, trailing or doubled '/', and neither '.' nor '..'"
         )
@@ -38,7 +43,7 @@ def length_within(place: str, size: int, start: int, length: int | None) -> int:
 
 
 def _check_characters(key: str) -> None:
-    if "\\" in key or any(ord(character) < 32 or ord(character) == 127 for character in key):
+    if FORBIDDEN.search(key):
         raise BadInput(f"object key {key!r} is not allowed: no backslash and no control characters")
     if len(key.encode()) > LONGEST_KEY_BYTES:
         raise BadInput(f"object key {key[:60]!r}… is longer than {LONGEST_KEY_BYTES} bytes")
