@@ -228,6 +228,7 @@ def _macro_line(cells: Mapping[Cell, Pairs]) -> Difference:
     weights = macro_weights([*cells])
     estimate = macro_difference(samples)
     p = difference_test(estimate)
+    test: Test = "binomial" if estimate.least_p >= p else "t"
     means = {
         side: 100
         * sum(
@@ -247,7 +248,7 @@ def _macro_line(cells: Mapping[Cell, Pairs]) -> Difference:
         difference=100 * estimate.mean,
         low=100 * estimate.low,
         high=100 * estimate.high,
-        test="t",
+        test=test,
         p=p,
         p_holm=p,
         detectable=_detectable(estimate.standard_error),

@@ -7,13 +7,22 @@ for 85 % of the score at short lengths.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from jobs.errors import BadInput
-from orchestrator.statistics import Cell, CellSample, macro_mean, macro_weights, weighted_score
+from orchestrator.statistics import (
+    Cell,
+    CellSample,
+    FloatArray,
+    macro_mean,
+    macro_weights,
+    normal_quantile,
+    weighted_score,
+)
 
 RULER_THRESHOLD = 85.6
 RELATIVE_SHARE = 0.85
@@ -51,7 +60,9 @@ def effective_length_interval(
 ) -> EffectiveLength:
     """The effective length of one model's scores, and its interval.
 
-    `low` is the effective length of the lower bounds of the scores at each length, `high` that of the upper bounds. To
+    `low` is the effective length of the lower bounds of the scores at each length, `high` that of the upper bounds. A
+    lower bound holds against the spread of scores at the threshold as well (Wilson 1927): few wrong answers show little
+    of it. To
     be too long, `low` has to be wrong at the one length at which the model falls short; to be too short, `high` has to
     be wrong at any before, for which its error is shared among the lengths (Bonferroni).
     """
@@ -86,18 +97,28 @@ def relative_length_interval(
 
 
 def _interval(
-    parts: Mapping[int, tuple[Sequence[CellSample], np.ndarray]], threshold: float, confidence: float
+    parts: Mapping[int, tuple[Sequence[CellSample], FloatArray]], threshold: float, confidence: float
 ) -> EffectiveLength:
-    """Of a weighted sum of cells at each length, that has to reach the threshold."""
+    """Of a weighted sum of cells at each length, that has to reach the threshold, a score or zero."""
     shared = 1 - (1 - confidence) / len(parts)
     lows = {length: weighted_score(*part, confidence) for length, part in parts.items()}
     highs = {length: weighted_score(*part, shared) for length, part in parts.items()}
+    away = normal_quantile((1 + confidence) / 2) * math.sqrt(threshold * (1 - threshold))
+    at_threshold = {length: away * math.sqrt(_spread(*part)) for length, part in parts.items()}
     return EffectiveLength(
         length=_reached({length: found.mean - threshold for length, found in lows.items()}),
-        low=_reached({length: found.low - threshold for length, found in lows.items()}),
+        low=_reached(
+            {length: min(found.low, found.mean - at_threshold[length]) - threshold for length, found in lows.items()}
+        ),
         high=_reached({length: found.high - threshold for length, found in highs.items()}),
         asked=max(parts),
     )
+
+
+def _spread(samples: Sequence[CellSample], weights: FloatArray) -> float:
+    """By what the variance of one haystack becomes that of the sum, cells being independent."""
+    clusters = [np.unique(sample.haystacks).size for sample in samples]
+    return float(sum(weight**2 / count for weight, count in zip(weights.tolist(), clusters, strict=True)))
 
 
 def _reached(spare: Mapping[int, float]) -> int:

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 from xml.etree import ElementTree
-
-import numpy as np
 
 from jobs.errors import BadInput
 from orchestrator.statistics import (
@@ -23,11 +21,11 @@ from orchestrator.statistics import (
     anytime_multiplier,
     anytime_p_value,
     few_losses,
-    haystack_means,
     holm,
     macro_mean,
     macro_weights,
     normal_quantile,
+    pooled,
     student_quantile,
     student_tail,
 )
@@ -188,15 +186,16 @@ class _Scope:
         share = margin / 100
         estimate = macro_mean(samples, length_weights)
         weights = macro_weights([sample.cell for sample in samples], length_weights)
-        means = [haystack_means(sample) for sample in samples]
-        spread = sum(weight**2 / of_cell.size for weight, of_cell in zip(weights.tolist(), means, strict=True))
-        seen = np.concatenate(means)
+        haystacks = pooled(samples, weights)
         errors: dict[bool, float] = {}
         rare: dict[bool, float] = {}
-        for worse, (mean, claimed) in {False: (estimate.mean, share), True: (-estimate.mean, -share)}.items():
-            variance = _unseen(mean, claimed)
-            errors[worse] = max(estimate.standard_error, math.sqrt(max(variance, share * (1 - share)) * spread))
-            rare[worse] = few_losses(-seen if worse else seen, claimed)
+        if not any(sample.losable for sample in samples):
+            seen = dict.fromkeys((False, True), estimate.standard_error)
+            return cls(name, estimate, share, seen, dict.fromkeys(seen, 0.0))
+        for worse, sign in ((False, 1.0), (True, -1.0)):
+            variance = max(_unseen(sign * estimate.mean, sign * share), share * (1 - share))
+            errors[worse] = max(estimate.standard_error, math.sqrt(variance * haystacks.spread))
+            rare[worse] = few_losses(replace(haystacks, means=sign * haystacks.means), sign * share)
         return cls(name, estimate, share, errors, rare)
 
     @property

@@ -103,8 +103,9 @@ class Gatherer:
         recipe = planned.point.recipe
         if recipe.chat_template is not None:
             files["chat_template.jinja"] = recipe.chat_template.encode()
-        files["mergekit_config.yml"] = yaml.safe_dump(recipe.document(), sort_keys=False).encode()
-        files["README.md"] = model_card(self._plan, planned).encode()
+        text = yaml.safe_dump(recipe.document(), sort_keys=False)
+        files["mergekit_config.yml"] = text.encode()
+        files["README.md"] = model_card(self._plan, planned, text).encode()
         return files
 
     def _read_side_file(self, parent: str, name: str) -> bytes:

@@ -19,7 +19,7 @@ from orchestrator.planning import Plan, PlannedPoint
 from workers.checkpoint import FLOATS
 
 
-def model_card(plan: Plan, planned: PlannedPoint) -> str:
+def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str) -> str:
     """Markdown with YAML front matter."""
     layout, recipe = planned.layout, planned.point.recipe
     parents = {name: plan.parents[name].url for name in layout.parents}
@@ -66,7 +66,7 @@ def model_card(plan: Plan, planned: PlannedPoint) -> str:
         "## Recipe",
         "",
         "```yaml",
-        yaml.safe_dump(recipe.document(), sort_keys=False).strip(),
+        recipe_text.strip(),
         "```",
         "",
         "`manifest.json` holds the pinned parents and the sha256 of every tensor; `mergeyard verify` checks them.",

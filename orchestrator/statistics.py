@@ -5,7 +5,7 @@ Items that share a haystack are one cluster: they rise and fall together, and a 
 is too small. Everything random is keyed by a seed; nothing here reads or writes.
 
     one sample of cells     macro_mean, macro_score, weighted_score
-    differences of cells    macro_difference, difference_test, few_losses
+    differences of cells    macro_difference, difference_test, pooled, few_losses
     proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
     fractional scores       sign_flip_test
     before the run          minimum_detectable_effect, design_effect
@@ -52,12 +52,14 @@ class CellSample:
     """One value for each item of a cell (a score, or a paired difference of scores) and the haystack it came from.
 
     `values` and `haystacks` are of shape [items]. A haystack label that occurs in several cells means the same
-    haystack there, and the cells are then treated as dependent.
+    haystack there, and the cells are then treated as dependent. Where a score may be 0 or 1, an answer can be lost
+    whole; likelihoods never are, and not `losable`.
     """
 
     cell: Cell
     values: FloatArray
     haystacks: Labels
+    losable: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +111,9 @@ def paired_sample(
         raise CorruptData(
             f"{task} at {length}: {new_scores.size} scores against {old_scores.size}; compare the items both answered"
         )
-    return cell_sample(task, length, new_scores - old_scores, haystacks)
+    scores = np.concatenate([new_scores, old_scores])
+    within = bool(np.all((scores > 0) & (scores < 1)))
+    return replace(cell_sample(task, length, new_scores - old_scores, haystacks), losable=not within)
 
 
 # ---- macro scores ----------------------------------------------------------------------------------------------------
@@ -191,8 +195,8 @@ def macro_difference(
     holds zero, see `few_losses`.
     """
     estimate = macro_mean(samples, length_weights, confidence)
-    unlikely = _unlikely(samples, estimate.mean)
     weights = macro_weights([sample.cell for sample in samples], length_weights)
+    unlikely = _unlikely(samples, weights, estimate.mean)
     unseen = max(float(weight) * _one_haystack_more(sample) for weight, sample in zip(weights, samples, strict=True))
     error = math.hypot(estimate.standard_error, math.sqrt(2) * unseen)
     half = student_quantile((1 + confidence) / 2, estimate.degrees_of_freedom) * error
@@ -202,31 +206,60 @@ def macro_difference(
     return replace(estimate, standard_error=error, low=low, high=high, least_p=unlikely)
 
 
-def _unlikely(samples: Sequence[CellSample], mean: float) -> float:
+def _unlikely(samples: Sequence[CellSample], weights: FloatArray, mean: float) -> float:
     """Two-sided p value of a true mean of zero, of which too few losses (or gains, below zero) were seen."""
-    seen = np.concatenate([haystack_means(sample) for sample in samples])
-    return min(1.0, 2 * few_losses(math.copysign(1.0, mean) * seen, 0.0))
+    if not any(sample.losable for sample in samples):
+        return 0.0
+    haystacks = pooled(samples, weights)
+    return min(1.0, 2 * few_losses(replace(haystacks, means=math.copysign(1.0, mean) * haystacks.means), 0.0))
 
 
-def few_losses(seen: FloatArray, claimed: float) -> float:
-    """The chance of no more losses than were seen, if losses of that size make the model worse by `claimed`.
+@dataclass(frozen=True, slots=True, eq=False)
+class Haystacks:
+    """The haystacks of several cells: what each adds to the macro mean, which is their mean, and what it may at most.
+
+    `means` is of shape [haystacks]; `most` is the largest share of a haystack, 1 where all count alike, and `spread`
+    Σ share²/haystacks², by which the variance of one becomes that of the mean.
+    """
+
+    means: FloatArray
+    most: float
+    spread: float
+
+
+def pooled(samples: Sequence[CellSample], weights: FloatArray) -> Haystacks:
+    """A haystack that several cells ask about is one: it may be lost in all of them at once."""
+    parts = [_cluster_sums(sample.values, sample.haystacks) for sample in samples]
+    scales = [float(weight) / sample.values.size for weight, sample in zip(weights, samples, strict=True)]
+    names = np.concatenate([found for found, _, _ in parts])
+    sums = np.concatenate([scale * of for scale, (_, of, _) in zip(scales, parts, strict=True)])
+    sizes = np.concatenate([scale * of for scale, (_, _, of) in zip(scales, parts, strict=True)])
+    shares = _cluster_sums(sizes, names)[1]
+    count = shares.size
+    return Haystacks(count * _cluster_sums(sums, names)[1], count * float(shares.max()), float(shares @ shares))
+
+
+def few_losses(seen: Haystacks, claimed: float) -> float:
+    """The chance of no more losses than were seen, if losses of a size make the model worse by `claimed`.
 
     A model that gains a little on most haystacks and loses all on a few shows nothing of these few while there are not
-    many. With gains of g on the others and losses of l (of 1 where none is seen), the claim means that a haystack is
-    lost with the chance q = (g + claimed) / (g + l); the number of losses is binomial. `seen`: a difference a haystack.
+    many. With a mean of g on the others and losses of l, the claim means that a haystack is lost with the chance
+    q = (g + claimed) / (g + l); the number of losses is binomial. It is the largest chance over what may count as a
+    loss: a whole haystack, whether or not one was lost, or at least as much as any that was.
     """
     from scipy.special import bdtr
 
-    lost = seen[seen < 0]
-    gain, loss = float(seen[seen >= 0].sum() / max(1, seen.size - lost.size)), float(-lost.mean()) if lost.size else 1.0
-    chance = min(1.0, max(0.0, (gain + claimed) / (gain + loss)))
-    return float(bdtr(lost.size, seen.size, chance))
-
-
-def haystack_means(sample: CellSample) -> FloatArray:
-    """The mean of each haystack of a cell: [haystacks]."""
-    _, sums, sizes = _cluster_sums(sample.values, sample.haystacks)
-    return sums / sizes
+    count, total = seen.means.size, float(seen.means.sum())
+    losses = np.sort(-seen.means[seen.means < 0])[::-1]
+    taken = np.arange(1, losses.size + 1)
+    whole = np.flatnonzero(np.append(losses[1:] < losses[:-1], losses.size > 0))  # the last of those that are alike
+    lost = np.cumsum(losses)[whole]
+    numbers, sizes = taken[whole].astype(np.float64), lost / taken[whole]
+    gains = np.divide(total + lost, count - numbers, out=np.zeros_like(lost), where=numbers < count)
+    if losses.size == 0 or losses[0] < seen.most:
+        numbers, sizes, gains = np.append(numbers, 0.0), np.append(sizes, seen.most), np.append(gains, total / count)
+    chances = np.clip((gains + claimed) / np.maximum(gains + sizes, 1e-12), 0.0, 1.0)
+    return float(bdtr(numbers, count, chances).max())
 
 
 def _one_haystack_more(sample: CellSample) -> float:

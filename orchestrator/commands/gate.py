@@ -38,4 +38,6 @@ def gate(options: argparse.Namespace) -> int:
         print_json(verdict.document())
     elif not options.quiet:
         tell_verdict(verdict)
+        if verdict.noise is not None:
+            print(f"  {verdict.noise.words}")
     return verdict.verdict.exit_code

@@ -111,8 +111,6 @@ def tell_verdict(verdict: Gated) -> None:
         print("  on items that no point was chosen by")
     if verdict.chosen:
         print("  on the very items that the point was chosen by: part of its lead may be luck")
-    if verdict.noise is not None:
-        print(f"  {verdict.noise.words}")
 
 
 def tell_evaluation(
@@ -128,6 +126,8 @@ def tell_evaluation(
         print_leaderboard(lines, result)
         if sentence:
             print_sentence(sentence)
+        elif result.noise is not None:
+            print_sentence(result.noise.words)
         if verdict is not None:
             tell_verdict(verdict)
         if page is not None:

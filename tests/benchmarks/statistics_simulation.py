@@ -173,7 +173,22 @@ def skewed(items: int, gain: float, truth: float = 0.0) -> Regime:
     return Regime(f"n {items}, +{gain:g} on most, few lost whole", (gain, -1.0), (1 - lost, lost), items)
 
 
+def nearly_skewed(items: int) -> Regime:
+    """Small losses beside the rare ones: what is seen of losses is small."""
+    lost = (0.8 * 0.05 - 0.1 * 0.01) / (1 + 0.05)
+    return Regime(
+        f"n {items}, +0.05 or −0.01, few lost whole", (0.05, -0.01, 0.0, -1.0), (0.8 - lost, 0.1, 0.1, lost), items
+    )
+
+
+def at_all_lengths(random: Random, regime: Regime, lengths: int = 6) -> list[CellSample]:
+    """The same haystacks at several lengths, each won or lost at all of them."""
+    values, haystacks = regime.draw(random)
+    return [cell_sample("task", 1024 << step, values, [f"h{name}" for name in haystacks]) for step in range(lengths)]
+
+
 SKEWED = [skewed(items, gain) for items in (8, 24, 100, 500) for gain in (0.01, 0.05, 0.2)]
+SKEWED += [nearly_skewed(items) for items in (8, 24, 100)]
 
 
 def nulls(regimes: Sequence[Regime]) -> list[Regime]:
@@ -372,6 +387,27 @@ def opposite_cells() -> Iterator[Case]:
         yield Case("test", "macro difference", f"6 opposite cells of {items}", errs)
 
 
+def shared_lengths() -> Iterator[Case]:
+    """A haystack is the same at all lengths, and so is what a model makes of it."""
+    for regime in (*(skewed(items, 0.05) for items in (10, 24, 100)), right_or_wrong(24, 0.2, 0.2)):
+
+        def errs(random: Random, regime: Regime = regime) -> bool:
+            return difference_test(macro_difference(at_all_lengths(random, regime))) <= LEVEL
+
+        yield Case("test", "macro difference", f"6 lengths of the same: {regime.name}", errs)
+    for margin, regime in (
+        (1.0, skewed(50, 0.05, -0.01)),
+        (10.0, skewed(24, 0.05, -0.1)),
+        (10.0, right_or_wrong(24, 0.1, 0.2)),
+    ):
+        for outcome in ("pass", "fail"):
+
+            def judged(random: Random, regime: Regime = regime, margin: float = margin, outcome: str = outcome) -> bool:
+                return judge(at_all_lengths(random, regime), GateRule(margin=margin)).outcome == outcome
+
+            yield Case("gate", f"wrong {outcome}", f"margin {margin:g}, 6 lengths of the same: {regime.name}", judged)
+
+
 def many_tests() -> Iterator[Case]:
     null = right_or_wrong(100, 0.1, 0.1)
 
@@ -494,6 +530,7 @@ def cases() -> list[Case]:
         effective_lengths,
         single_tests,
         opposite_cells,
+        shared_lengths,
         many_tests,
         looking_again,
         gates,

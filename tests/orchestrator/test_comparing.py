@@ -74,7 +74,7 @@ def test_fractional_scores_get_sign_flips() -> None:
 
 def test_small_gains_alone_are_tested_by_the_losses_that_are_missing() -> None:
     # a true mean of zero with gains of 0.2 and losses of 1 needs a loss in 6; none of 12 has the chance (5/6)^12
-    [line] = compared(answers("old", [0.5] * 12), answers("new", [0.7] * 12)).cells
+    [line] = compared(answers("old", [0.8] * 12), answers("new", [1.0] * 12)).cells
     assert (line.test, line.p) == ("binomial", pytest.approx(2 * (5 / 6) ** 12))
     assert line.low == 0.0
 

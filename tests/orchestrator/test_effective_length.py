@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from scipy.stats import binom
 
 from jobs.errors import BadInput
 from orchestrator.effective_length import (
@@ -60,15 +61,20 @@ def answers(rates: dict[int, float], clusters: int, questions: int = 1) -> list[
 
 
 def test_bounds_are_the_lengths_that_the_bounds_of_the_scores_reach() -> None:
-    # 18 of 20 right: standard error √(0.9·0.1/19); t(0.975; 19) = 2.093, and t(1 − 0.025/2; 19) = 2.433 of two lengths
-    error = (0.9 * 0.1 / 19) ** 0.5
-    found = effective_length_interval(answers({4096: 1.0, 8192: 0.9}, clusters=20), threshold=70)
-    assert 90 - 209.3 * error > 70 and found == EffectiveLength(8192, 8192, 8192, asked=8192)
-    found = effective_length_interval(answers({4096: 1.0, 8192: 0.9}, clusters=20), threshold=76)
-    assert 90 - 209.3 * error < 76 and found == EffectiveLength(8192, 4096, 8192, asked=8192)
-    found = effective_length_interval(answers({4096: 1.0, 8192: 0.9}, clusters=20), threshold=105.5)
-    assert 90 + 209.3 * error < 105.5 < 90 + 243.3 * error  # the upper bounds share their error among two lengths
-    assert (found.length, found.low) == (0, 0)
+    # 18 of 20 right; at a true score of p, their standard error is √(p(1 − p)/20)
+    found = effective_length_interval(answers({4096: 1.0, 8192: 0.9}, clusters=20), threshold=69)
+    assert 90 - 196 * (0.69 * 0.31 / 20) ** 0.5 > 69 and found == EffectiveLength(8192, 8192, 8192, asked=8192)
+    found = effective_length_interval(answers({4096: 1.0, 8192: 0.9}, clusters=20), threshold=71)
+    assert 90 - 196 * (0.71 * 0.29 / 20) ** 0.5 < 71 and found == EffectiveLength(8192, 4096, 8192, asked=8192)
+
+
+def test_upper_bounds_share_their_error_among_the_lengths() -> None:
+    # ten of 20 right: standard error √(0.25/19); t(0.975; 19) = 2.093 of one length, t(0.9875; 19) = 2.433 of two
+    error = (0.25 / 19) ** 0.5
+    assert 50 + 209.3 * error < 76 < 50 + 243.3 * error < 79
+    half = answers({4096: 1.0, 8192: 0.5}, clusters=20)
+    assert effective_length_interval(half, threshold=76) == EffectiveLength(4096, 4096, 8192, asked=8192)
+    assert effective_length_interval(half, threshold=79) == EffectiveLength(4096, 4096, 4096, asked=8192)
 
 
 def test_answers_that_are_all_right_may_still_fall_short() -> None:
@@ -77,6 +83,15 @@ def test_answers_that_are_all_right_may_still_fall_short() -> None:
     assert 100 - 236.5 * (10 * 2 / 12**3) ** 0.5 < 85.6
     assert found == EffectiveLength(4096, 0, 4096, asked=4096)
     assert effective_length_interval(answers({4096: 1.0}, clusters=40)).low == 4096
+
+
+@pytest.mark.parametrize(("clusters", "enough"), [(20, 21), (24, 24), (30, 30), (50, 48), (100, 93)])
+def test_few_wrong_answers_are_no_proof_of_few_to_come(clusters: int, enough: int) -> None:
+    """So many right answers, of a model just below the threshold, have a chance of 2.5 % at most (binomial)."""
+    assert binom.sf(enough - 1, clusters, 0.855) < 0.025
+    for right in range(clusters // 2, clusters + 1):
+        found = effective_length_interval([cell_sample("niah", 4096, [1.0] * right + [0.0] * (clusters - right))])
+        assert found.low == (4096 if right >= enough else 0), right
 
 
 def test_one_haystack_tells_nothing_of_the_length() -> None:

@@ -29,6 +29,7 @@ from orchestrator.statistics import (
     mcnemar_interval,
     minimum_detectable_effect,
     paired_sample,
+    pooled,
     rule_of_three,
     sign_flip_test,
     weighted_score,
@@ -294,7 +295,9 @@ def test_macro_difference_adds_one_gain_and_one_loss_to_the_variance():
     error = math.hypot(float(scipy.stats.sem(differences)), math.sqrt(2) * 0.4 / 5)
     assert ours.standard_error == pytest.approx(error)
     assert ours.high == pytest.approx(differences.mean() + scipy.stats.t.ppf(0.975, 4) * error)
-    assert difference_test(ours) == pytest.approx(2 * scipy.stats.t.sf(differences.mean() / error, 4))
+    many = macro_difference([cell_sample("a", 4096, [1.0] * 6 + [-1.0] * 2 + [0.0] * 10)])
+    error = math.hypot(math.sqrt(32 / 81 / 17), math.sqrt(2) / 18)
+    assert difference_test(many) == pytest.approx(2 * scipy.stats.t.sf(2 / 9 / error, 17))
 
 
 def test_macro_difference_takes_agreement_for_no_proof_of_it():
@@ -337,10 +340,48 @@ def test_gains_alone_are_no_proof_where_one_loss_in_so_many_undoes_them():
     assert difference_test(losses) == difference_test(gains) and losses.high == 0.0
 
 
-def test_few_losses_is_the_binomial_of_the_losses_seen():
-    # gains of 0.2 on six, losses of 0.5 on two; worse by 0.06 means a loss in (0.2 + 0.06)/(0.2 + 0.5)
-    seen = np.array([0.2] * 6 + [-0.5] * 2)
-    assert few_losses(seen, 0.06) == pytest.approx(scipy.stats.binom.cdf(2, 8, 0.26 / 0.7))
+def few(values: ArrayLike, claimed: float) -> float:
+    return few_losses(pooled([cell_sample("a", 4096, values)], np.ones(1)), claimed)
+
+
+def test_few_losses_is_the_binomial_of_the_losses_seen() -> None:
+    # 90 gains of 0.2, ten losses of 0.5: a true mean of zero needs a loss in 0.2/(0.2 + 0.5)
+    assert few([0.2] * 90 + [-0.5] * 10, 0.0) == pytest.approx(scipy.stats.binom.cdf(10, 100, 0.2 / 0.7))
+    # ... or, with none as large as 1, in the mean of all, 0.13, over 1.13
+    whole = (1 - 0.13 / 1.13) ** 100
+    assert whole < scipy.stats.binom.cdf(10, 100, 0.2 / 0.7)
+    assert few([0.2] * 90 + [-0.5] * 10, 0.06) == pytest.approx((1 - 0.19 / 1.13) ** 100)  # here the larger
+
+
+def test_a_negligible_loss_makes_nothing_sure() -> None:
+    assert few([0.05] * 24, 0.0) == pytest.approx((1 / 1.05) ** 24)
+    assert few([0.05] * 23 + [-0.001], 0.0) == pytest.approx((1 / (1 + (23 * 0.05 - 0.001) / 24)) ** 24)
+    assert few([0.2] * 12 + [0.0] * 11 + [-0.2], 0.0) > few([0.2] * 12 + [0.0] * 12, 0.0) > 0.09
+
+
+def test_likelihoods_are_not_lost_whole() -> None:
+    old = np.full(24, 0.3)
+    surely = macro_difference([paired_sample("perplexity", 4096, old + 0.01 * np.linspace(0.9, 1.1, 24), old)])
+    assert surely.least_p == 0 and difference_test(surely) < 1e-6
+    with_a_zero = macro_difference([paired_sample("f1", 4096, [0.31] * 23 + [0.0], [0.3] * 23 + [0.0])])
+    assert difference_test(with_a_zero) > 0.5
+
+
+def test_a_haystack_that_every_length_asks_about_is_lost_at_once() -> None:
+    names = [f"h{number}" for number in range(24)]
+    cells = [cell_sample("a", 1024 << step, np.full(24, 0.05), names) for step in range(6)]
+    found = pooled(cells, np.full(6, 1 / 6))
+    assert found.means == pytest.approx(np.full(24, 0.05)) and found.most == pytest.approx(1)
+    assert found.spread == pytest.approx(1 / 24)
+    assert difference_test(macro_difference(cells)) == pytest.approx(2 * (1 / 1.05) ** 24)
+
+
+def test_haystacks_count_as_much_as_their_cells_do() -> None:
+    large, small = cell_sample("a", 4096, [0.0] * 30), cell_sample("b", 4096, [1.0] * 10)
+    found = pooled([large, small], np.array([0.5, 0.5]))
+    assert found.means.mean() == pytest.approx(0.5)
+    assert found.most == pytest.approx(40 * 0.5 / 10)
+    assert found.spread == pytest.approx(0.25 / 30 + 0.25 / 10)
 
 
 def test_a_weighted_score_of_a_model_and_itself_is_what_is_left_of_its_weight():

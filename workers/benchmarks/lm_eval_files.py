@@ -41,7 +41,7 @@ def files_of(task: Path) -> dict[str, Any]:
 def _beneath(folder: Path) -> Iterator[Path]:
     """Every file in a folder and those in it, but for hidden ones, what Python leaves, and our own jobs and runs."""
     for parent, folders, files in os.walk(folder.resolve()):
-        if "plan.json" in files and "job.yaml" in files:
+        if "lease.json" in files and Path(parent) != folder.resolve():  # a driver's, of a run or of nights
             folders.clear()
             continue
         folders[:] = sorted(name for name in folders if not name.startswith(".") and name != "__pycache__")

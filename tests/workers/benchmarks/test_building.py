@@ -268,7 +268,7 @@ def test_what_lies_beside_a_task_is_part_of_it(tokenizer: Tokenizer, tmp_path: P
     (tmp_path / "job.yaml").write_text("name: grid\nparents: {a: b}\n")
     run = tmp_path / "runs" / "grid"
     (run / "scores").mkdir(parents=True)
-    for name in ("plan.json", "job.yaml", "scores/a.parquet"):
+    for name in ("lease.json", "job.yaml", "scores/a.parquet"):
         (run / name).touch()
     [beside_a_job_and_its_run] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
     assert beside_a_job_and_its_run.digest == after.digest
