@@ -1,4 +1,4 @@
-"""Models that a run has scored, found by what a user calls them: RUN/POINT, RUN/PARENT, or where a checkpoint lies."""
+"""Models that a run has scored, by what a user calls them: RUN/POINT, RUN/PARENT, RUN, or where a checkpoint lies."""
 
 from __future__ import annotations
 
@@ -66,17 +66,30 @@ def find_models(words: Sequence[str], run_of: RunOf) -> list[ScoredModel]:
 
 
 def _in_a_run(word: str, run_of: RunOf) -> _Named | None:
-    """RUN/POINT or RUN/points/POINT, where such a run has scores; `BadInput` where it has none of that model."""
+    """RUN/POINT or RUN/points/POINT, where such a run has scores, or RUN for its best; `BadInput` where it has none."""
+    if word.startswith("hf://"):
+        return None
     folder, _, name = word.rstrip("/").rpartition("/")
     folder = folder.removesuffix("/points")
-    if not folder or folder.endswith((":", ":/")) or word.startswith("hf://"):
-        return None
-    run = run_of(folder)
-    if not _lies(run, EVALUATION):
-        if _lies(run, "plan.json"):
-            raise BadInput(f"{run}: no scores there; `mergeyard evaluate` makes them")
-        return None
-    return _Named(run, _own_name(name, read_results(run, points=()), run))
+    if folder and not folder.endswith((":", ":/")) and _has_scores(run := run_of(folder)):
+        return _Named(run, _own_name(name, read_results(run, points=()), run))
+    return _Named(run, _best(run)) if _has_scores(run := run_of(word)) else None
+
+
+def _has_scores(run: str) -> bool:
+    """Whether a run with scores lies there; `BadInput` for a run without."""
+    if _lies(run, EVALUATION):
+        return True
+    if _lies(run, "plan.json"):
+        raise BadInput(f"{run}: no scores there; `mergeyard evaluate` makes them")
+    return False
+
+
+def _best(run: str) -> str:
+    standing = read_results(run, points=()).standing
+    if not standing:
+        raise BadInput(f"{run}: no point has scores yet; run `mergeyard evaluate` on")
+    return standing[0].point
 
 
 def _lies(run: str, key: str) -> bool:

@@ -271,6 +271,8 @@ def test_two_runs_are_compared_where_they_share_items(mergeyard: Mergeyard, writ
     ended = mergeyard("compare", first / "old", second / "old")
     assert ended.code == 0, ended.err
     assert f"A  {first}/old"[:70] in ended.out and "12 won" in ended.out
+    facts = mergeyard("compare", first, second, "--json").facts
+    assert (facts["a"]["run"], facts["a"]["name"], facts["b"]["name"]) == (str(first), "old", "old"), "the best of each"
 
 
 def test_the_same_weights_in_two_runs_are_noise(mergeyard: Mergeyard, written: Callable[..., Path]) -> None:
