@@ -16,11 +16,12 @@ SEAL = "sha256"
 
 def sealed(document: Mapping[str, Any], *, indent: int | None = None) -> bytes:
     """The document as JSON, with its digest; dataclasses in it become objects."""
-    separators = (",", ":") if indent is None else None
-    whole = {**document, SEAL: _digest(document)}
-    return json.dumps(
-        whole, indent=indent, separators=separators, sort_keys=True, default=dataclasses.asdict, allow_nan=False
-    ).encode()
+    text = _compact(document)
+    seal = hashlib.sha256(text.encode()).hexdigest()
+    if indent is None:
+        return f'{text[:-1]}{"," if document else ""}"{SEAL}":"{seal}"}}'.encode()
+    whole = {**document, SEAL: seal}
+    return json.dumps(whole, indent=indent, sort_keys=True, default=dataclasses.asdict, allow_nan=False).encode()
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
@@ -31,11 +32,10 @@ def unsealed(data: bytes) -> dict[str, Any]:
         raise CorruptData(f"damaged, not JSON ({error}); remove it and run again") from None
     if not isinstance(document, dict) or SEAL not in document:
         raise CorruptData("damaged, or of another version of mergeyard; remove it and run again")
-    if document.pop(SEAL) != _digest(document):
+    if document.pop(SEAL) != hashlib.sha256(_compact(document).encode()).hexdigest():
         raise CorruptData("damaged, its digest is of something else; remove it and run again")
     return document
 
 
-def _digest(document: Mapping[str, Any]) -> str:
-    text = json.dumps(document, separators=(",", ":"), sort_keys=True, default=dataclasses.asdict, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _compact(document: Mapping[str, Any]) -> str:
+    return json.dumps(document, separators=(",", ":"), sort_keys=True, default=dataclasses.asdict, allow_nan=False)

@@ -428,6 +428,7 @@ def test_data_that_are_not_there_are_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize(
     ("name", "message"),
     [
@@ -443,6 +444,7 @@ def test_the_harness_own_long_tasks_are_known_or_told_in_a_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.heavy
 def test_the_harness_own_ruler_takes_its_lengths_and_tokenizer(engine: TransformersEngine, parents: Path) -> None:
     told = {"max_seq_lengths": [512, 1024]}
     scores = sample_scores(engine, "niah_single_1", 2, beginning=END, tokenizer=parents / "long", metadata=told)
