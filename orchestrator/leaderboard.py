@@ -347,7 +347,9 @@ def context_note(result: EvaluationResult) -> str:
     if not tasks or len(tasks) == RULER_TASKS:
         return "RULER is" if tasks else ""
     benchmark = next(iter(tasks))[0]
-    return f"{len(tasks)} of RULER's {RULER_TASKS} tasks are" if benchmark == "ruler" else "the needle is"
+    if benchmark != "ruler":
+        return "the needle is"
+    return f"{len(tasks)} of RULER's {RULER_TASKS} tasks {'is' if len(tasks) == 1 else 'are'}"
 
 
 def _rounded(score: float | None) -> str:
