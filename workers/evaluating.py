@@ -166,6 +166,8 @@ class _Resident:
         self._parents: ResidentParents | None = None
         self._engine: Engine | None = None
         self._point = ""
+        self._known: dict[str, str] = {}
+        """The digest of the weights of every point that was here: a race comes back to a point at each rung."""
         self._room = tempfile.TemporaryDirectory(prefix="mergeyard-tokenizer-")
         self.tokenizer = Path(self._room.name)
         """The folder of the point's tokenizer, once there is an engine."""
@@ -182,12 +184,13 @@ class _Resident:
             self.weights = f"{self._model.url}#{self._engine.version}"
         else:
             digests: dict[str, str] = {}
-            weights = self._held_parents().merged(task.settings, digests)
+            known = self._known.get(task.digest)
+            weights = self._held_parents().merged(task.settings, digests if known is None else None)
             if self._engine is None:
                 self._engine = self._open(weights, task)
             else:
                 self._engine.swap(weights, task.digest)
-            self.weights = weights_digest(digests)
+            self.weights = self._known[task.digest] = known or weights_digest(digests)
         self._point = task.digest
         return self._engine
 

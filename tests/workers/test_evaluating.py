@@ -31,6 +31,7 @@ from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.transformers_engine import Limits, TransformersEngine
 from workers.evaluating import Evaluator
+from workers.resident import ResidentParents
 from workers.scores import read_scores, write_scores
 from workers.storage import open_store
 
@@ -115,6 +116,26 @@ def test_an_unwritten_point_answers_token_for_token_what_the_written_one_does(tm
         assert {row.weights for row in of(rows, point)} == {written.points[point].weights}
         assert {row.recipe for row in of(rows, point)} == {written.points[point].digest}
     assert [row.answer for row in of(rows, "w0.6")] != [row.answer for row in of(rows, "w0.3")]
+
+
+def test_the_weights_of_a_point_are_hashed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make(tmp_path)
+    asked = questions(plan)
+    hashed: list[bool] = []
+    merged = ResidentParents.merged
+
+    def counted(self: ResidentParents, settings: Any, digests: dict[str, str] | None = None) -> Any:
+        hashed.append(digests is not None)
+        return merged(self, settings, digests)
+
+    monkeypatch.setattr(ResidentParents, "merged", counted)
+    first, second = tasks(plan, asked, "w0.6")
+    [other, *_] = tasks(plan, asked, "w0.3")
+    evaluator = Evaluator(asked.models)
+    rows = [row for task in (first, other, second) for row in evaluator.evaluate(task)]
+    evaluator.close()
+    assert hashed == [True, True, False]
+    assert len({row.weights for row in of(rows, "w0.6")}) == 1 and len({row.weights for row in rows}) == 2
 
 
 def test_an_answer_ends_where_the_written_point_says_that_it_does(tmp_path: Path) -> None:
