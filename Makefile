@@ -70,7 +70,7 @@ smollm2: setup ## a real small model for one of the minutes-long tests
 test-heavy: setup oracle $(if $(filter Linux-x86_64,$(shell uname -sm | tr " " -)),vllm) ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
 
-chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 40 minutes
+chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 50 minutes
 	@.venv/bin/python -m tests.chaos
 
 check: setup ## style and types
