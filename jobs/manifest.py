@@ -54,7 +54,7 @@ class Manifest:
     def to_json(self) -> bytes:
         """The manifest's file."""
         document = {entry.name: getattr(self, entry.name) for entry in fields(self)}  # asdict() would copy it all
-        return sealed({"format": FORMAT, **document}, indent=1)
+        return sealed({"format": FORMAT, **document}, lines=True)
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:

@@ -48,7 +48,7 @@ class Ledger:
         A run whose parents have changed since is refused too: its points would not be comparable.
         """
         try:
-            self.store.write(self._places.record("plan.json"), sealed(plan, indent=1), mode="create")
+            self.store.write(self._places.record("plan.json"), sealed(plan, lines=True), mode="create")
         except ObjectExists:
             earlier = read_record(self.store, self._places.record("plan.json"))
             if earlier.get("digest") != plan["digest"]:
@@ -228,7 +228,7 @@ class Lease:
                 "nonce": f"{self._name}-{self._moves}",
                 "released": released,
             },
-            indent=1,
+            lines=True,
         )
 
 

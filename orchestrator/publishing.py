@@ -229,7 +229,7 @@ def _ours(point: FoundPoint, terms: Mapping[str, str]) -> dict[str, bytes]:
     entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in changed.items()}
     told = unsealed(replace(manifest, files={**manifest.files, **entries}).to_json())
     quoted = {json.dumps(path)[1:-1]: json.dumps(name)[1:-1] for path, name in folders.items()}
-    return {**changed, MANIFEST: sealed(json.loads(_renamed(json.dumps(told), quoted)), indent=1)}
+    return {**changed, MANIFEST: sealed(json.loads(_renamed(json.dumps(told), quoted)), lines=True)}
 
 
 def _folder_names(urls: Iterable[str]) -> dict[str, str]:
