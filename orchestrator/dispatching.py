@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ScoreRow
@@ -18,7 +19,7 @@ Merge = tuple[str, str]
 """A model, and a point that it can hold."""
 
 LATE = 3.0
-"""A block is late that takes so many times as long as the slowest block before took for as many tokens …"""
+"""A block is late that takes so many times as long as others took for as many tokens …"""
 
 LATE_SECONDS = 60.0
 """… and longer than this: what a worker that starts takes to read the parents, say."""
@@ -45,21 +46,26 @@ class Evaluators(Protocol):
 
 
 class Pace:
-    """How long blocks take for their tokens, over all that were answered so far."""
+    """How long blocks take for their tokens, by length, over all that were answered so far.
+
+    A first block also waits for the parents, and long contexts cost more a token: so the middle one of a length counts.
+    """
 
     def __init__(self) -> None:
-        self._slowest: float | None = None
+        self._seconds: defaultdict[int, list[float]] = defaultdict(list)
 
     def took(self, task: EvaluationTask, seconds: float) -> None:
         """Takes note of an answer. Nobody knows how much a whole task of the harness asks."""
         if task.items.length:
-            self._slowest = max(self._slowest or 0.0, seconds / task.tokens)
+            self._seconds[task.items.length].append(seconds / task.tokens)
 
     def late(self, task: EvaluationTask, seconds: float) -> bool:
-        """Whether a block that runs for so long takes far longer than any before it did."""
-        if not task.items.length or self._slowest is None:
+        """Whether a block that runs for so long takes far longer than others of its length, or than any if none is."""
+        if not task.items.length or not self._seconds:
             return False
-        return seconds > max(LATE_SECONDS, LATE * self._slowest * task.tokens)
+        alike = self._seconds.get(task.items.length)
+        usual = median(alike) if alike else max(max(of_length) for of_length in self._seconds.values())
+        return seconds > max(LATE_SECONDS, LATE * usual * task.tokens)
 
 
 @dataclass(slots=True)

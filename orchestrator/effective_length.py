@@ -9,23 +9,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from jobs.errors import BadInput
 from orchestrator.statistics import (
-    Cell,
     CellSample,
+    Estimate,
     FloatArray,
     macro_mean,
     macro_weights,
     normal_quantile,
+    pooled,
+    student_quantile,
     weighted_score,
 )
 
 RULER_THRESHOLD = 85.6
 RELATIVE_SHARE = 0.85
+
+ROUNDING = 1e-9
 
 
 def weighted_average(scores: Mapping[int, float], *, increasing: bool) -> float:
@@ -42,7 +46,12 @@ def score_by_length(samples: Sequence[CellSample]) -> dict[int, float]:
 
 def effective_length(scores: Mapping[int, float], threshold: float = RULER_THRESHOLD) -> int:
     """The largest length up to which every score reaches the threshold; 0 if the shortest does not."""
-    return _reached({length: score - threshold for length, score in scores.items()})
+    effective = 0
+    for length in sorted(scores):
+        if scores[length] < threshold - ROUNDING:
+            break
+        effective = length
+    return effective
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,42 +109,28 @@ def _interval(
     parts: Mapping[int, tuple[Sequence[CellSample], FloatArray]], threshold: float, confidence: float
 ) -> EffectiveLength:
     """Of a weighted sum of cells at each length, that has to reach the threshold, a score or zero."""
-    shared = 1 - (1 - confidence) / len(parts)
-    lows = {length: weighted_score(*part, confidence) for length, part in parts.items()}
-    highs = {length: weighted_score(*part, shared) for length, part in parts.items()}
+    scores = {length: weighted_score(*part, confidence) for length, part in parts.items()}
+    shared = 1 - (1 - confidence) / len(parts) / 2
     away = normal_quantile((1 + confidence) / 2) * math.sqrt(threshold * (1 - threshold))
-    at_threshold = {length: away * math.sqrt(_spread(*part)) for length, part in parts.items()}
+    at_threshold = {length: away * math.sqrt(pooled(*part).spread) for length, part in parts.items()}
+    lows = {length: min(found.low, found.mean - at_threshold[length]) for length, found in scores.items()}
     return EffectiveLength(
-        length=_reached({length: found.mean - threshold for length, found in lows.items()}),
-        low=_reached(
-            {length: min(found.low, found.mean - at_threshold[length]) - threshold for length, found in lows.items()}
-        ),
-        high=_reached({length: found.high - threshold for length, found in highs.items()}),
+        length=effective_length({length: found.mean for length, found in scores.items()}, threshold),
+        low=effective_length(lows, threshold),
+        high=effective_length({length: _upper(found, shared) for length, found in scores.items()}, threshold),
         asked=max(parts),
     )
 
 
-def _spread(samples: Sequence[CellSample], weights: FloatArray) -> float:
-    """By what the variance of one haystack becomes that of the sum, cells being independent."""
-    clusters = [np.unique(sample.haystacks).size for sample in samples]
-    return float(sum(weight**2 / count for weight, count in zip(weights.tolist(), clusters, strict=True)))
-
-
-def _reached(spare: Mapping[int, float]) -> int:
-    """The largest length up to which nothing is to spare below zero, but for rounding."""
-    effective = 0
-    for length in sorted(spare):
-        if spare[length] < -1e-9:
-            break
-        effective = length
-    return effective
+def _upper(found: Estimate, probability: float) -> float:
+    return found.mean + student_quantile(probability, found.degrees_of_freedom) * found.standard_error
 
 
 def _on_haystacks(sample: CellSample, haystacks: set[str]) -> CellSample | None:
     kept = np.isin(sample.haystacks, [*haystacks])
     if not kept.any():
         return None
-    return CellSample(Cell(*sample.cell), sample.values[kept], sample.haystacks[kept])
+    return replace(sample, values=sample.values[kept], haystacks=sample.haystacks[kept])
 
 
 def _by_length(samples: Sequence[CellSample]) -> dict[int, list[CellSample]]:

@@ -186,12 +186,12 @@ class _Scope:
         share = margin / 100
         estimate = macro_mean(samples, length_weights)
         weights = macro_weights([sample.cell for sample in samples], length_weights)
-        haystacks = pooled(samples, weights)
-        errors: dict[bool, float] = {}
-        rare: dict[bool, float] = {}
         if not any(sample.losable for sample in samples):
             seen = dict.fromkeys((False, True), estimate.standard_error)
             return cls(name, estimate, share, seen, dict.fromkeys(seen, 0.0))
+        haystacks = pooled(samples, weights)
+        errors: dict[bool, float] = {}
+        rare: dict[bool, float] = {}
         for worse, sign in ((False, 1.0), (True, -1.0)):
             variance = max(_unseen(sign * estimate.mean, sign * share), share * (1 - share))
             errors[worse] = max(estimate.standard_error, math.sqrt(variance * haystacks.spread))

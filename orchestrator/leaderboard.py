@@ -107,7 +107,8 @@ def _line(
 ) -> Line:
     answered = samples(context_rows(everything))
     reached = score_by_length(answered)
-    macro = macro_score(samples(ranked))
+    scored = samples(ranked)
+    macro = macro_score(scored)
     by_length = all(row.benchmark in RETRIEVAL for row in ranked)
     broken = sum(not row.finite for row in everything)
     return Line(
@@ -115,7 +116,7 @@ def _line(
         score=100 * macro.mean,
         half_width=100 * (macro.high - macro.low) / 2,
         by_benchmark=_by_benchmark(ranked),
-        by_length=score_by_length(samples(ranked)) if by_length else {},
+        by_length=score_by_length(scored) if by_length else {},
         weighted=_weighted(reached) if answered else None,
         effective=effective_length_interval(answered) if answered else None,
         relative=_relative(answered, parents),

@@ -23,7 +23,7 @@ WEIGHTS = {
 
 
 def largest_open_file(command: Command) -> int:
-    """Size of the largest file that a process below the command has open, but for logs and the installation's own."""
+    """Size of the largest file that a process below the command has open, but for logs and what is installed."""
     sizes = [0]
     for process in command.look():
         with suppress(psutil.Error, OSError):
@@ -32,6 +32,7 @@ def largest_open_file(command: Command) -> int:
                 for file in process.open_files()
                 if not file.path.startswith(("/dev/", "/proc/", sys.prefix, sys.base_prefix))
                 and "/logs/" not in file.path
+                and ".so" not in Path(file.path).suffixes
             ]
     return max(sizes)
 

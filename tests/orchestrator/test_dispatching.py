@@ -195,6 +195,15 @@ def test_the_pace_is_that_of_all_blocks_before(monkeypatch: pytest.MonkeyPatch) 
     assert len(list(dispatch(TASKS[3:], workers, pace))) == 1 and workers.now < 120
 
 
+def test_a_first_block_that_waited_for_the_parents_makes_no_other_late_later() -> None:
+    pace, like = Pace(), block("a", 100)
+    for seconds in (3000, 10, 11):  # the middle one took 11 s: late after a minute, not after three times 3,000 s
+        pace.took(like, seconds)
+    assert not pace.late(like, 60) and pace.late(like, 61)
+    pace.took(replace(like, items=replace(like.items, length=99)), 1e-3)  # shorter ones say nothing of it
+    assert not pace.late(like, 60) and pace.late(like, 61)
+
+
 def test_a_whole_task_of_the_harness_may_take_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = replace(block("a", 130), items=replace(block("a", 130).items, length=0))
     workers = Clocked(2, monkeypatch, slow={HUNG: 5000})
