@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.comparing import Comparison, Difference, Flip
-from orchestrator.leaderboard import short_length
 from orchestrator.scored import ScoredModel
+from orchestrator.words import short_length
 
 WHITE = {"\n": "↵", "\t": "⇥", "\r": "␍"}
 HIDDEN = ("C", "Zl", "Zp")

@@ -54,7 +54,7 @@ def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
         ledger.store.sweep()
         found = ledger.trusted(plan.units)
         tasks = plan.tasks(found.keys(), pool.workers)
-        watcher.begin(plan, tasks)
+        watcher.begin(len(plan.written), sum(task.bytes_written for task in tasks))
         points = _Points(plan, ledger, watcher)
         points.record(found.values())
         for receipts in pool.run(tasks, watcher.moved):

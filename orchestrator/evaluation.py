@@ -180,7 +180,7 @@ class Session:
             for request, rows in self._answers(requests, f"racing {len(race.live)} points"):
                 race.record(request.subject.name, request.cell, [row.item for row in rows], [row.score for row in rows])
             for departure in race.eliminate():
-                self._watcher.departed(departure)
+                self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
 
     def _ask_again(self, leader: Subject) -> FlipRate | None:
         """How often the leader's own answers flip when it is asked the same again; None without answers."""

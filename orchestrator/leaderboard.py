@@ -19,6 +19,7 @@ from orchestrator.effective_length import (
 )
 from orchestrator.results import RETRIEVAL, EvaluationResult
 from orchestrator.statistics import CellSample, cell_sample, macro_mean, macro_score
+from orchestrator.words import finite_or_none, short_length
 from workers.benchmarks.perplexity import FIRST_BLOCK
 
 MOST_ROWS = 20
@@ -55,7 +56,7 @@ class Line:
         return {
             "name": self.name,
             "score": round(self.score, 2),
-            "half_width": _finite(self.half_width),
+            "half_width": finite_or_none(self.half_width),
             "by_benchmark": {name: round(score, 2) for name, score in self.by_benchmark.items()},
             "by_length": {str(length): round(score, 2) for length, score in self.by_length.items()},
             "wavg_increasing": None if self.weighted is None else round(self.weighted[0], 2),
@@ -64,16 +65,12 @@ class Line:
             "relative_effective_length": {name: _bounds(length) for name, length in self.relative.items()},
             "beside": {name: round(mean, 2) for name, mean in self.beside.items()},
             "perplexity": {
-                str(length): {str(position): _finite(value) for position, value in blocks.items()}
+                str(length): {str(position): finite_or_none(value) for position, value in blocks.items()}
                 for length, blocks in self.perplexity.items()
             },
             "items": self.items,
             "note": self.note,
         }
-
-
-def _finite(value: float) -> float | None:
-    return round(value, 4) if math.isfinite(value) else None
 
 
 def _bounds(length: EffectiveLength) -> list[int]:
@@ -364,8 +361,3 @@ def effective(length: EffectiveLength | None) -> str:
     if length.low == length.high:
         return short_length(length.length)
     return f"{short_length(length.length)} ({short_length(length.low)}–{short_length(length.high)})"
-
-
-def short_length(length: int) -> str:
-    """A length in tokens as people say it: 512, 4K, 128K."""
-    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)

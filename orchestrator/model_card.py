@@ -14,8 +14,9 @@ import yaml
 
 from orchestrator.compatibility import context_fields
 from orchestrator.effective_length import RULER_THRESHOLD, EffectiveLength
-from orchestrator.leaderboard import Line, short_length
+from orchestrator.leaderboard import Line
 from orchestrator.planning import Plan, PlannedPoint
+from orchestrator.words import short_length, token_count
 from workers.checkpoint import FLOATS
 
 
@@ -37,7 +38,7 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str) -> str:
         "Parameters": f"{_count(parameters)} ({parameters:,})",
         "Stored as": f"{layout.config.get('dtype', layout.config.get('torch_dtype'))}, {layout.bytes / 1e9:.2f} GB",
         "Architecture": ", ".join(layout.config.get("architectures") or [str(layout.config.get("model_type"))]),
-        "Context length (claimed by the config)": _tokens(context.get("max_position_embeddings")),
+        "Context length (claimed by the config)": token_count(context.get("max_position_embeddings")),
         "RoPE": f"theta {context.get('rope_theta', 'default'):g}"
         if isinstance(context.get("rope_theta"), float)
         else "default",
@@ -141,7 +142,7 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
     rows += [(task, f"{score:.1f}") for task, score in line.beside.items()]
     if line.effective is not None:
         title = f"Effective context length (longest with a score of {RULER_THRESHOLD} or more)"
-        rows.append((title, f"{_reach(line.effective)}; the config claims {_tokens(claimed)}"))
+        rows.append((title, f"{_reach(line.effective)}; the config claims {token_count(claimed)}"))
     lines = ["## Results", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", ""]
     return "\n".join(lines)
 
@@ -155,8 +156,8 @@ def _reach(effective: EffectiveLength) -> str:
     if effective.length == 0:
         return f"below the shortest that was asked{interval}"
     if effective.length == longest:
-        return f"{_tokens(longest)} or more, the longest asked{interval}"
-    return f"{_tokens(effective.length)}{interval}"
+        return f"{token_count(longest)} or more, the longest asked{interval}"
+    return f"{token_count(effective.length)}{interval}"
 
 
 def _weight(plan: Plan, planned: PlannedPoint, name: str) -> str:
@@ -178,10 +179,6 @@ def _count(parameters: int) -> str:
         if parameters >= size:
             return f"{parameters / size:.2f} {unit}"
     return str(parameters)
-
-
-def _tokens(length: Any) -> str:
-    return f"{length:,} tokens" if isinstance(length, int) else "not stated"
 
 
 def _listed(names: list[str]) -> str:

@@ -19,7 +19,7 @@ from jobs.errors import AccessDenied, BadInput, ObjectMissing
 from orchestrator.ledger import READS_AT_ONCE, Lease
 from orchestrator.planning import Places
 from orchestrator.results import VERDICT, read_document, read_results, text_of
-from orchestrator.summary import size
+from orchestrator.words import size
 from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store
 

@@ -23,7 +23,7 @@ from orchestrator.inspecting import file_problems, point_problems
 from orchestrator.leaderboard import Line, leaderboard
 from orchestrator.model_card import front_matter, published_card
 from orchestrator.results import EvaluationResult, read_results
-from orchestrator.summary import size
+from orchestrator.words import size
 from workers.records import read_record
 from workers.storage import Store, open_store
 

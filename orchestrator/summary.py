@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from jobs.errors import ObjectMissing
 from orchestrator.driver import RunResult
-from orchestrator.leaderboard import short_length
 from orchestrator.ledger import Ledger
 from orchestrator.planning import READ_RATE, WRITE_RATE, Places, Plan
+from orchestrator.words import count, duration, print_rows, short_length, shortlist, size
 from workers.merging import FIXED_BYTES
 from workers.records import read_record
 from workers.storage import open_store
@@ -61,7 +60,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
             (f"parent {name}", f"{parent['url']}  ({size(parent['bytes'])}, {parent['tensors']} tensors)")
             for name, parent in facts["parents"].items()
         ),
-        ("points", f"{len(facts['points'])}: {_some(facts['points'])}"),
+        ("points", f"{len(facts['points'])}: {shortlist(facts['points'])}"),
         ("shards", f"{facts['shards_a_point']} a point"),
         ("done already", f"{facts['units_done']} of {facts['units']} shards"),
         ("tasks", str(facts["tasks"])),
@@ -70,7 +69,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
         ("memory", f"{size(facts['memory_a_worker'])} a worker"),
         (
             "time",
-            f"about {_duration(facts['seconds_with_one_worker'])} with one worker that reads"
+            f"about {duration(facts['seconds_with_one_worker'])} with one worker that reads"
             f" {READ_RATE / 1e9:g} GB/s and writes {WRITE_RATE / 1e9:g} GB/s",
         ),
     ]
@@ -79,7 +78,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     if facts.get("evaluation") is not None:
         rows += _evaluation_rows(facts["evaluation"])
     print(f"{facts['job']}\n")
-    _print_rows(rows)
+    print_rows(rows)
 
 
 def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -90,15 +89,15 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
         (
             "to ask",
             f"{points}{beside}, {asked['items_a_point']:,} items and at most"
-            f" {_many(asked['tokens_a_point'])} tokens each: {asked['items']:,} items, {_many(asked['tokens'])} tokens",
+            f" {count(asked['tokens_a_point'])} tokens each: {asked['items']:,} items, {count(asked['tokens'])} tokens",
         )
     ]
     if asked["tasks_of_unknown_size"]:
-        rows.append(("and", f"{_some(asked['tasks_of_unknown_size'])}, as many items as they have"))
+        rows.append(("and", f"{shortlist(asked['tasks_of_unknown_size'])}, as many items as they have"))
     if asked["race"] is not None:
         least = asked["race"]["least_tokens"]
         share = f"{least / asked['tokens']:.0%}" if asked["tokens"] else "all"
-        rows.append(("race", f"{share} of that where all that lose leave at once ({_many(least)} tokens), at most all"))
+        rows.append(("race", f"{share} of that where all that lose leave at once ({count(least)} tokens), at most all"))
     if asked["sees"] is not None:
         rows.append(("can show", can_show(asked["sees"])))
     if asked["gate"] is not None:
@@ -125,15 +124,6 @@ def _gate(gate: Mapping[str, Any]) -> str:
         f"for an equal model to pass, the margin of {gate['margin']:g} needs about {gate['items_needed']:,} items"
         f"{at_length}{budget}"
     )
-
-
-def _many(count: float) -> str:
-    """A count as a person says it: 1.2 M."""
-    for unit in ("", " k", " M", " G"):
-        if count < 999.5:
-            return f"{count:.3g}{unit}"
-        count /= 1000
-    return f"{count:.3g} T"
 
 
 def result_facts(result: RunResult) -> dict[str, Any]:
@@ -174,7 +164,7 @@ def print_merge(result: RunResult) -> None:
 
 def _warn_nonfinite(result: RunResult) -> None:
     if result.nonfinite:
-        print(f"warning: NaN or infinity in a parent's {_some(result.nonfinite)}")
+        print(f"warning: NaN or infinity in a parent's {shortlist(result.nonfinite)}")
 
 
 def status_facts(run_url: str) -> dict[str, Any]:
@@ -220,31 +210,8 @@ def print_status(facts: Mapping[str, Any]) -> None:
     ]
     if facts["waiting"]:
         room = shutil.get_terminal_size().columns - len("  waiting  ")
-        waiting = textwrap.wrap(_some(facts["waiting"]), max(room, 20), break_long_words=False, break_on_hyphens=False)
+        waiting = textwrap.wrap(
+            shortlist(facts["waiting"]), max(room, 20), break_long_words=False, break_on_hyphens=False
+        )
         rows += [("" if number else "waiting", line) for number, line in enumerate(waiting)]
-    _print_rows(rows)
-
-
-def size(count: float) -> str:
-    """Bytes as a person says them: 3.1 GB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return time.strftime("%H:%M h", time.gmtime(seconds)) if seconds >= 5400 else f"{round(seconds / 60)} min"
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" … {names[-1]}" if len(names) > 3 else "")
-
-
-def _print_rows(rows: Sequence[tuple[str, str]]) -> None:
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+    print_rows(rows)

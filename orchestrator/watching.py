@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from jobs.tasks import MergeTask
-
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
-
-    from orchestrator.planning import Plan
-    from orchestrator.racing import Departure
 
 
 class Watcher:
@@ -44,10 +38,10 @@ class Watcher:
             if bars is not None:
                 bars.stop()
 
-    def begin(self, plan: Plan, tasks: Sequence[MergeTask]) -> None:
-        """The work is known."""
-        self._points = len(plan.written)
-        if not self._visible or not tasks:
+    def begin(self, points: int, total_bytes: int) -> None:
+        """Starts the bar of a merge that writes `total_bytes` bytes for `points` points."""
+        self._points = points
+        if not self._visible or not total_bytes:
             return
         from rich.console import Console
         from rich.progress import (
@@ -68,8 +62,7 @@ class Watcher:
             console=Console(file=sys.stderr),
             transient=True,
         )
-        total = sum(task.bytes_written for task in tasks)
-        self._merging = self._bars.add_task(self._title(), total=total)
+        self._merging = self._bars.add_task(self._title(), total=total_bytes)
         self._bars.start()
 
     def moved(self, read: int, written: int) -> None:
@@ -112,10 +105,6 @@ class Watcher:
         """So many of them are."""
         if self._stages is not None and self._stage is not None:
             self._stages.advance(self._stage, tokens / 1000)
-
-    def departed(self, departure: Departure) -> None:
-        """A point left the race."""
-        self.tell(f"{departure.point} leaves: {departure.reason}")
 
     def tell(self, text: str) -> None:
         """A line for whoever watches, even where no bar is drawn."""

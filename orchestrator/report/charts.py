@@ -27,9 +27,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from orchestrator.gate import Outcome
-from orchestrator.leaderboard import short_length
 from orchestrator.nights import Night, Score
 from orchestrator.report.figures import Cost, Curve, Map, Metric
+from orchestrator.words import short_length
 
 WIDTH = 420
 """Pixels; a chart is never drawn wider, and shrinks a little on a narrow phone."""

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.leaderboard import short_length
 from orchestrator.nightly_telling import headline
 from orchestrator.nights import Blessed, Night
+from orchestrator.words import short_length
 
 PAGE = "index.html"
 HERE = Path(__file__).parent

@@ -12,11 +12,12 @@ import pytest
 
 from jobs.evaluation import ScoreRow
 from jobs.job import RaceSpec
-from orchestrator.leaderboard import context_note, leaderboard, perplexity_by_position, print_leaderboard, short_length
+from orchestrator.leaderboard import context_note, leaderboard, perplexity_by_position, print_leaderboard
 from orchestrator.questions import RacePlan
 from orchestrator.racing import Departure, Standing
 from orchestrator.results import EvaluationResult
 from orchestrator.statistics import cell_sample, macro_score
+from orchestrator.words import short_length
 
 
 def row(point: str, task: str, length: int, item: int, score: float, **more) -> ScoreRow:

@@ -1,0 +1,55 @@
+"""How numbers are written for people: 3.1 GB, 128K tokens, 12 min."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+
+def finite_or_none(value: float) -> float | None:
+    return round(value, 4) if math.isfinite(value) else None
+
+
+def short_length(length: int) -> str:
+    """A length in tokens: 512, 4K, 128K."""
+    return f"{length // 1024}K" if length >= 1024 and length % 1024 == 0 else str(length)
+
+
+def token_count(length: Any) -> str:
+    return f"{length:,} tokens" if isinstance(length, int) else "not stated"
+
+
+def count(number: float) -> str:
+    """A count in decimal units: 1.2 M."""
+    for unit in ("", " k", " M", " G"):
+        if number < 999.5:
+            return f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g} T"
+
+
+def size(count_bytes: float) -> str:
+    """Bytes in decimal units: 3.1 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count_bytes < 999.5 or unit == "TB":
+            return f"{count_bytes:.0f} {unit}" if unit == "B" else f"{count_bytes:.3g} {unit}"
+        count_bytes /= 1000
+    raise AssertionError("unreachable")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return time.strftime("%H:%M h", time.gmtime(seconds)) if seconds >= 5400 else f"{round(seconds / 60)} min"
+
+
+def shortlist(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" … {names[-1]}" if len(names) > 3 else "")
+
+
+def print_rows(rows: Sequence[tuple[str, str]]) -> None:
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        print(f"  {name:<{width}}  {value}")
