@@ -13,9 +13,10 @@ from sys import intern
 from jobs.manifest import Manifest
 from jobs.tasks import Receipt
 from orchestrator.gathering import Gatherer
-from orchestrator.ledger import Lease, Ledger
 from orchestrator.planning import Plan, PlannedPoint
 from orchestrator.pool import Pool
+from orchestrator.records.lease import Lease
+from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
 
 

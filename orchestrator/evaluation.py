@@ -18,10 +18,11 @@ from typing import Protocol
 from jobs.evaluation import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.tasks import FORMAT, digest
 from orchestrator.dispatching import Evaluators, Pace, dispatch
-from orchestrator.ledger import Lease, Ledger
 from orchestrator.planning import Plan
 from orchestrator.questions import Questions, RacePlan, Subject, questions
 from orchestrator.racing import RUNGS, Race, Standing
+from orchestrator.records.lease import Lease
+from orchestrator.records.ledger import Ledger
 from orchestrator.report.live import LivePage
 from orchestrator.results import RETRIEVAL, VERDICT, EvaluationResult, ranked_rows, write_results
 from orchestrator.statistics import Cell, FlipRate, flip_rate, macro_weights

@@ -30,11 +30,11 @@ from orchestrator.evaluation import OpenEvaluators, Session
 from orchestrator.gate import Outcome
 from orchestrator.gating import Gated, first_fresh, gate
 from orchestrator.leaderboard import samples
-from orchestrator.ledger import Lease
 from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
 from orchestrator.planning import Plan, make_plan
 from orchestrator.pool import Pool
 from orchestrator.questions import Questions, Subject, questions
+from orchestrator.records.lease import Lease
 from orchestrator.report.live import written_page
 from orchestrator.results import ranked_rows
 from orchestrator.statistics import Cell, Estimate, macro_score

@@ -17,6 +17,7 @@ from jobs.manifest import Manifest
 from jobs.recipe import Recipe, Source
 from jobs.tasks import FORMAT, NUMERICS, MergeTask, PointShard, Setting, digest
 from orchestrator.layouts import Layout, Shard, TensorClasses, layout_of
+from orchestrator.records.places import FLAT, Places
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.merging import FIXED_BYTES
 from workers.methods import METHODS
@@ -35,30 +36,6 @@ MOST_UPLOADS = 256
 
 READ_RATE, WRITE_RATE = 1.0e9, 0.5e9
 """Bytes a second that one worker is assumed to read and to write, for the estimate of time alone."""
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where things lie under a run's prefix: every point in a folder of its own, or the only point right there."""
-
-    points: str = "points/{point}/"
-    records: str = ""
-
-    def file(self, point: str, name: str) -> str:
-        """Key of one file of a point."""
-        return self.points.format(point=point) + name
-
-    def record(self, name: str) -> str:
-        """Key of one of the run's own files."""
-        return self.records + name
-
-    def receipt(self, unit: str) -> str:
-        """Key of a unit's receipt."""
-        return self.record(f"receipts/{unit[:2]}/{unit}.json")
-
-
-FLAT = Places(points="", records=".mergeyard/")
-"""For `mergeyard merge`: the output folder is the checkpoint; the records vanish when it is whole."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +82,7 @@ class Plan:
     run_url: str
     parents: Mapping[str, Checkpoint]
     points: tuple[PlannedPoint, ...]
-    places: Places = Places()
+    places: Places = field(default_factory=Places)
     kept: frozenset[str] | None = None
 
     def keeping(self, names: Collection[str]) -> Plan:

@@ -6,9 +6,9 @@ Both are renewed while an evaluation goes on, so that whoever looks sees the new
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.evaluation import ScoreRow
@@ -16,9 +16,9 @@ from jobs.job import RaceSpec
 from jobs.tasks import FORMAT
 from orchestrator.questions import RacePlan
 from orchestrator.racing import Departure, Standing
+from orchestrator.records.documents import read_document, text_of
 from orchestrator.statistics import FlipRate
 from workers.benchmarks.lm_eval_adapter import OVER_LONG
-from workers.records import read_record
 from workers.scores import read_scores, write_scores
 from workers.storage import Store, open_store
 
@@ -28,8 +28,6 @@ RETRIEVAL = ("ruler", "needle")
 RESULTS = "report/results.parquet"
 EVALUATION = "report/evaluation.json"
 VERDICT = "gate/verdict.json"
-
-Read = TypeVar("Read")
 
 
 @dataclass(frozen=True)
@@ -135,33 +133,6 @@ def read_verdict(store: Store) -> dict[str, Any] | None:
         return read_document(store, VERDICT, _verdict, "judge again, or remove it")
     except ObjectMissing:
         return None
-
-
-def read_document(store: Store, key: str, parse: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
-    """What `parse` makes of a JSON object without a digest; `CorruptData` where it is another thing or lacks a part."""
-
-    def checked(data: bytes) -> Read:
-        try:
-            document = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CorruptData(f"not JSON ({error}); {remedy}") from None
-        if not isinstance(document, dict):
-            raise CorruptData(f"damaged, not a JSON object; {remedy}")
-        try:
-            return parse(document)
-        except KeyError as error:
-            raise CorruptData(f"damaged, there is no {error}; {remedy}") from None
-        except (ValueError, TypeError, AttributeError, IndexError) as error:
-            raise CorruptData(f"damaged ({error}); {remedy}") from None
-
-    return read_record(store, key, checked)
-
-
-def text_of(document: Mapping[str, Any], name: str) -> str:
-    """An entry that has to be text; `KeyError` or `TypeError` where it is not there or is not."""
-    if not isinstance(document[name], str):
-        raise TypeError(f"{name} is no text")
-    return document[name]
 
 
 def _verdict(document: dict[str, Any]) -> dict[str, Any]:

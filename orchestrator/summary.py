@@ -9,8 +9,9 @@ from typing import Any
 
 from jobs.errors import ObjectMissing
 from orchestrator.driver import RunResult
-from orchestrator.ledger import Ledger
-from orchestrator.planning import READ_RATE, WRITE_RATE, Places, Plan
+from orchestrator.planning import READ_RATE, WRITE_RATE, Plan
+from orchestrator.records.ledger import Ledger
+from orchestrator.records.places import Places
 from orchestrator.words import count, duration, print_rows, short_length, shortlist, size
 from workers.merging import FIXED_BYTES
 from workers.records import read_record

@@ -281,9 +281,14 @@ def patched(stores: dict[str, Any]) -> Any:
         return stores[url]
 
     stack = ExitStack()
-    for module in ("workers.checkpoint", "orchestrator.planning", "orchestrator.compatibility", "orchestrator.ledger"):
+    for module in (
+        "workers.checkpoint",
+        "orchestrator.planning",
+        "orchestrator.compatibility",
+        "orchestrator.records.ledger",
+        "orchestrator.gathering",
+    ):
         stack.enter_context(patch(f"{module}.open_store", open_known))
-    stack.enter_context(patch("orchestrator.gathering.open_store", open_known))
     return stack
 
 

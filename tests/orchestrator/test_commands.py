@@ -21,9 +21,9 @@ from jobs.job import load_job
 from jobs.manifest import Manifest
 from orchestrator import driver
 from orchestrator.driver import drive
-from orchestrator.ledger import Lease
 from orchestrator.planning import make_plan
 from orchestrator.pool import InProcessPool
+from orchestrator.records.lease import Lease
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.models import CONFIG, VOCABULARY, load_model, weights, write_model

@@ -22,8 +22,9 @@ from safetensors.torch import save
 from jobs.errors import BadInput, CorruptData, RunBusy
 from jobs.records import sealed, unsealed
 from jobs.tasks import Receipt
-from orchestrator.ledger import Lease, Ledger
-from orchestrator.planning import Places
+from orchestrator.records.lease import Lease
+from orchestrator.records.ledger import Ledger
+from orchestrator.records.places import Places
 from workers.storage import Store, open_store
 
 KEY = "lease.json"
@@ -103,7 +104,7 @@ def test_every_version_of_the_lease_has_other_bytes(store: Store):
 def killed_driver(tmp_path: Path) -> Iterator[Store]:
     """A store whose lease was held by a process of this machine that was killed."""
     script = (
-        "import sys, time; from orchestrator.ledger import Lease; from workers.storage import open_store\n"
+        "import sys, time; from orchestrator.records.lease import Lease; from workers.storage import open_store\n"
         "lease = Lease(open_store(sys.argv[1]), 'lease.json'); lease.__enter__(); print('held', flush=True)\n"
         "time.sleep(60)"
     )

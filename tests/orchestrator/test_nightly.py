@@ -19,10 +19,10 @@ from orchestrator import webhook
 from orchestrator.evaluators import InProcessEvaluators
 from orchestrator.gate import GateRule, Verdict, VerdictLine
 from orchestrator.gating import Gated
-from orchestrator.ledger import Lease
 from orchestrator.nightly import _by_length, decide
 from orchestrator.nightly_telling import headline, junit, reasons
 from orchestrator.nights import Blessed, Book, Night, Revision, Score
+from orchestrator.records.lease import Lease
 from orchestrator.report.nights import nights_page
 from orchestrator.statistics import student_quantile
 from tests.benchmarks.thirty_nights import Told, Yard

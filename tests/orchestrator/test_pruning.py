@@ -12,8 +12,8 @@ import pytest
 from jobs.errors import AccessDenied
 from jobs.records import sealed, unsealed
 from orchestrator import pruning
-from orchestrator.ledger import Lease
 from orchestrator.pruning import holdings, prune
+from orchestrator.records.lease import Lease
 from tests.orchestrator.conftest import Ended, JobText, files_under
 from tests.orchestrator.scores import leave_scores
 from workers.storage import open_store

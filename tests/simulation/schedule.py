@@ -29,7 +29,8 @@ from typing import Any
 from unittest.mock import patch
 
 import orchestrator.gathering
-import orchestrator.ledger
+import orchestrator.records.lease
+import orchestrator.records.ledger
 import workers.hashing
 from jobs.errors import CorruptData, MergeyardError, RunBusy, StorageUnavailable, WorkerLost
 from jobs.job import load_job
@@ -482,18 +483,17 @@ def _standing_in(schedule: Schedule) -> Generator[None]:
     def started(number: int) -> str | None:
         return "at boot" if world.processes[number].alive else None
 
-    stand_ins = {
+    of_the_lease = {
         "time": Time(world),
         "threading": Threading(world),
         "secrets": SimpleNamespace(token_hex=lambda size: f"{next(nonces):032x}"),
         "os": SimpleNamespace(getpid=lambda: world.current.number),
-        "ThreadPoolExecutor": Inline,
-        "open_store": open_simulated,
         "_machine": lambda: world.current.machine,
         "_process_started": started,
     }
     with (
-        patch.multiple(orchestrator.ledger, **stand_ins),
+        patch.multiple(orchestrator.records.lease, **of_the_lease),
+        patch.multiple(orchestrator.records.ledger, open_store=open_simulated, ThreadPoolExecutor=Inline),
         patch.object(orchestrator.gathering, "open_store", open_simulated),
         patch.object(workers.hashing, "ThreadPoolExecutor", Inline),
     ):

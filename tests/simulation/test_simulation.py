@@ -16,8 +16,9 @@ from jobs.manifest import Manifest, weights_digest
 from jobs.tasks import Receipt
 from orchestrator.driver import _Points
 from orchestrator.gathering import Gatherer
-from orchestrator.ledger import Lease, Ledger
 from orchestrator.planning import PlannedPoint
+from orchestrator.records.lease import Lease
+from orchestrator.records.ledger import Ledger
 from tests.simulation.schedule import Case, Schedule, cases
 from tests.simulation.world import Wrong
 from workers.writing import PointWriter

@@ -1,0 +1,1 @@
+"""The files that a run leaves in its bucket, and the lease that says who may write them."""

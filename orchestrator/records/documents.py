@@ -1,0 +1,40 @@
+"""Reading one JSON or text document of a run, with errors that name it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from jobs.errors import CorruptData
+from workers.records import read_record
+from workers.storage import Store
+
+Read = TypeVar("Read")
+
+
+def read_document(store: Store, key: str, parse: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
+    """What `parse` makes of a JSON object without a digest; `CorruptData` where it is another thing or lacks a part."""
+
+    def checked(data: bytes) -> Read:
+        try:
+            document = json.loads(data)
+        except (ValueError, RecursionError) as error:
+            raise CorruptData(f"not JSON ({error}); {remedy}") from None
+        if not isinstance(document, dict):
+            raise CorruptData(f"damaged, not a JSON object; {remedy}")
+        try:
+            return parse(document)
+        except KeyError as error:
+            raise CorruptData(f"damaged, there is no {error}; {remedy}") from None
+        except (ValueError, TypeError, AttributeError, IndexError) as error:
+            raise CorruptData(f"damaged ({error}); {remedy}") from None
+
+    return read_record(store, key, checked)
+
+
+def text_of(document: Mapping[str, Any], name: str) -> str:
+    """An entry that has to be text; `KeyError` or `TypeError` where it is not there or is not."""
+    if not isinstance(document[name], str):
+        raise TypeError(f"{name} is no text")
+    return document[name]

@@ -1,0 +1,90 @@
+"""What a run remembers, all of it in object storage: whose it is, what is done, and who drives it now.
+
+A unit is done when its receipt is there and its shard is the receipt's; a point is done when its manifest is
+there. Both are written once and never changed. Only the lease changes: it is moved by compare-and-swap, carries a
+nonce (so that no two versions have the same bytes) and an epoch that only rises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Any
+
+from jobs.errors import BadInput, CorruptData, ObjectExists
+from jobs.records import sealed
+from jobs.tasks import Receipt
+from orchestrator.records.places import Places
+from workers.hashing import shard_sha256s
+from workers.records import read_receipt, read_record
+from workers.storage import ObjectInfo, Store, open_store
+
+READS_AT_ONCE = 32
+
+
+class Ledger:
+    """The records of one run under its prefix."""
+
+    def __init__(self, run_url: str, places: Places) -> None:
+        self.store: Store = open_store(run_url)
+        self._places = places
+
+    def claim(self, job_text: str, plan: Mapping[str, Any]) -> None:
+        """Writes job.yaml and plan.json, or finds that they were written by this very job; else `BadInput`.
+
+        A run whose parents have changed since is refused too: its points would not be comparable.
+        """
+        try:
+            self.store.write(self._places.record("plan.json"), sealed(plan, lines=True), mode="create")
+        except ObjectExists:
+            earlier = read_record(self.store, self._places.record("plan.json"))
+            if earlier.get("digest") != plan["digest"]:
+                raise BadInput(
+                    f"{self.store.url}: this run belongs to another job, {_difference(earlier, plan)};"
+                    " give the job another name, or remove that run"
+                ) from None
+        self.store.write(self._places.record("job.yaml"), job_text.encode())
+
+    def trusted(self, units: Mapping[str, str]) -> dict[str, Receipt]:
+        """The receipts of those of these units (unit to shard key) whose shard lies there whole, by unit.
+
+        A receipt without its shard counts for nothing: the unit will be merged again, to the same bytes.
+        """
+        prefix = self._places.record("receipts/")
+        listed = {info.key.rsplit("/", 1)[1].removesuffix(".json") for info in self.store.list(prefix)}
+        shards = {info.key: info for info in self.store.list()} if listed else {}
+        with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
+            receipts = list(pool.map(self._receipt, [unit for unit in units if unit in listed]))
+        return {receipt.unit: receipt for receipt in receipts if self._is_whole(shards.get(receipt.key), receipt)}
+
+    def _is_whole(self, shard: ObjectInfo | None, receipt: Receipt) -> bool:
+        """Whether a shard is the one of this receipt; another version of it, a copy say, is hashed to know."""
+        if shard is None or shard.size != receipt.size:
+            return False
+        if shard.etag == receipt.etag:
+            return True
+        with suppress(CorruptData):
+            return shard_sha256s(self.store, shard) == receipt.tensors
+        return False
+
+    def _receipt(self, unit: str) -> Receipt:
+        return read_receipt(self.store, self._places.receipt(unit))
+
+    def forget(self) -> None:
+        """Removes the records of a finished run whose output stands by itself."""
+        for info in list(self.store.list(self._places.records)):
+            self.store.delete(info.key)
+
+
+def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What sets two plans apart, in a few words."""
+    for name, parent in now["parents"].items():
+        before = earlier["parents"].get(name)
+        if before is not None and before != parent:
+            return f"or its parent {name} has changed since"
+    before_points = {entry["name"] for entry in earlier["points"]}
+    points = {entry["name"] for entry in now["points"]}
+    if before_points != points:
+        return f"with {len(before_points)} points, {len(points - before_points)} of yours not among them"
+    return "whose points of the same names are other merges"
