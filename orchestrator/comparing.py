@@ -12,22 +12,19 @@ import numpy as np
 
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
-from orchestrator.leaderboard import perplexity_by_position
-from orchestrator.results import ranked_rows
-from orchestrator.scored import ScoredModel, benchmark_settings, right_answers
-from orchestrator.statistics import (
-    Cell,
-    CellSample,
+from orchestrator.judging.estimates import macro_difference, macro_weights
+from orchestrator.judging.samples import Cell, CellSample, paired_sample
+from orchestrator.judging.significance import (
     difference_test,
     holm,
-    macro_difference,
-    macro_weights,
     mcnemar,
     mcnemar_interval,
     minimum_detectable_effect,
-    paired_sample,
     sign_flip_test,
 )
+from orchestrator.leaderboard import perplexity_by_position
+from orchestrator.results import ranked_rows
+from orchestrator.scored import ScoredModel, benchmark_settings, right_answers
 
 Question = tuple[str, str, int, int]
 """Digest of the set of items, task, length and number: rows that agree in these answer the same question."""

@@ -18,14 +18,16 @@ from typing import Protocol
 from jobs.evaluation import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.tasks import FORMAT, digest
 from orchestrator.dispatching import Evaluators, Pace, dispatch
+from orchestrator.judging.estimates import macro_weights
+from orchestrator.judging.race import RUNGS, Race, Standing
+from orchestrator.judging.samples import Cell
+from orchestrator.judging.significance import FlipRate, flip_rate
 from orchestrator.planning import Plan
 from orchestrator.questions import Questions, RacePlan, Subject, questions
-from orchestrator.racing import RUNGS, Race, Standing
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.report.live import LivePage
 from orchestrator.results import RETRIEVAL, VERDICT, EvaluationResult, ranked_rows, write_results
-from orchestrator.statistics import Cell, FlipRate, flip_rate, macro_weights
 from orchestrator.watching import Watcher
 from workers.benchmarks.building import PlannedSet, stored
 from workers.scores import read_scores

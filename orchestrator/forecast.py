@@ -14,18 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.job import Evaluation, GateSpec, Job
-from orchestrator.gate import POWER
 from orchestrator.gating import BUDGET
+from orchestrator.judging.estimates import macro_weights
+from orchestrator.judging.gate import POWER
+from orchestrator.judging.race import RUNGS
+from orchestrator.judging.samples import Cell, normal_quantile
+from orchestrator.judging.significance import anytime_multiplier, design_effect, minimum_detectable_effect
 from orchestrator.questions import Questions, RacePlan, Sets
-from orchestrator.racing import RUNGS
-from orchestrator.statistics import (
-    Cell,
-    anytime_multiplier,
-    design_effect,
-    macro_weights,
-    minimum_detectable_effect,
-    normal_quantile,
-)
 from workers.benchmarks.building import PlannedSet
 
 DISCORDANCE = 0.1

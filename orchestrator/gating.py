@@ -18,10 +18,12 @@ from jobs.evaluation import ScoreRow
 from jobs.job import GateSpec
 from orchestrator.comparing import pairs
 from orchestrator.evaluation import Session
-from orchestrator.gate import GateRule, Verdict, judge, same_merge
+from orchestrator.judging.estimates import macro_mean
+from orchestrator.judging.gate import GateRule, Verdict, judge, same_merge
+from orchestrator.judging.samples import Cell
+from orchestrator.judging.significance import FlipRate
 from orchestrator.questions import Questions, Subject
 from orchestrator.results import ranked_rows
-from orchestrator.statistics import Cell, FlipRate, macro_mean
 from workers.benchmarks.building import PlannedSet
 
 BUDGET = 4

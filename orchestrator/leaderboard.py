@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation import ScoreRow
-from orchestrator.effective_length import (
+from orchestrator.judging.effective_length import (
     RULER_THRESHOLD,
     EffectiveLength,
     effective_length_interval,
@@ -17,8 +17,9 @@ from orchestrator.effective_length import (
     score_by_length,
     weighted_average,
 )
+from orchestrator.judging.estimates import macro_mean, macro_score
+from orchestrator.judging.samples import CellSample, cell_sample
 from orchestrator.results import RETRIEVAL, EvaluationResult
-from orchestrator.statistics import CellSample, cell_sample, macro_mean, macro_score
 from orchestrator.words import finite_or_none, short_length
 from workers.benchmarks.perplexity import FIRST_BLOCK
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from orchestrator.compatibility import context_fields
-from orchestrator.effective_length import RULER_THRESHOLD, EffectiveLength
+from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
 from orchestrator.leaderboard import Line
 from orchestrator.planning import Plan, PlannedPoint
 from orchestrator.words import short_length, token_count

@@ -27,8 +27,10 @@ from jobs.tasks import digest
 from orchestrator.comparing import question
 from orchestrator.driver import drive
 from orchestrator.evaluation import OpenEvaluators, Session
-from orchestrator.gate import Outcome
 from orchestrator.gating import Gated, first_fresh, gate
+from orchestrator.judging.estimates import Estimate, macro_score
+from orchestrator.judging.gate import Outcome
+from orchestrator.judging.samples import Cell
 from orchestrator.leaderboard import samples
 from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
 from orchestrator.planning import Plan, make_plan
@@ -37,7 +39,6 @@ from orchestrator.questions import Questions, Subject, questions
 from orchestrator.records.lease import Lease
 from orchestrator.report.live import written_page
 from orchestrator.results import ranked_rows
-from orchestrator.statistics import Cell, Estimate, macro_score
 from orchestrator.watching import Watcher
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.records import read_record

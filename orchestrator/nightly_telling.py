@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 from xml.etree import ElementTree
 
-from orchestrator.gate import GateRule, Verdict, VerdictLine
+from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
+from orchestrator.judging.significance import FlipRate
 from orchestrator.nights import Blessed, Night
-from orchestrator.statistics import FlipRate
 
 SUITE = "mergeyard nightly"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy
 from jobs.tasks import FORMAT
-from orchestrator.gate import Outcome
+from orchestrator.judging.gate import Outcome
 from workers.records import read_record
 from workers.storage import Store
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from jobs.errors import MergeyardError
 from jobs.job import Job, load_job
 from orchestrator.evaluation import VERDICT
-from orchestrator.gate import EXIT_CODES
+from orchestrator.judging.gate import EXIT_CODES
 from orchestrator.planning import Plan, make_plan
 from orchestrator.results import read_results
 from workers.records import read_record

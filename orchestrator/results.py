@@ -14,10 +14,10 @@ from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.evaluation import ScoreRow
 from jobs.job import RaceSpec
 from jobs.tasks import FORMAT
+from orchestrator.judging.race import Departure, Standing
+from orchestrator.judging.significance import FlipRate
 from orchestrator.questions import RacePlan
-from orchestrator.racing import Departure, Standing
 from orchestrator.records.documents import read_document, text_of
-from orchestrator.statistics import FlipRate
 from workers.benchmarks.lm_eval_adapter import OVER_LONG
 from workers.scores import read_scores, write_scores
 from workers.storage import Store, open_store

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 def nightly(options: argparse.Namespace) -> int:
     """`mergeyard nightly JOB.yaml`: 0 where it passed or nothing has changed, 1 fail, 3 inconclusive."""
-    from orchestrator.gate import EXIT_CODES
+    from orchestrator.judging.gate import EXIT_CODES
     from orchestrator.nightly import Nightly
     from orchestrator.nightly_telling import junit
     from orchestrator.watching import Watcher

@@ -26,7 +26,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from orchestrator.gate import Outcome
+from orchestrator.judging.gate import Outcome
 from orchestrator.nights import Night, Score
 from orchestrator.report.figures import Cost, Curve, Map, Metric
 from orchestrator.words import short_length

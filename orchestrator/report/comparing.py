@@ -10,7 +10,9 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
 from orchestrator.comparing import pairs
-from orchestrator.statistics import CellSample, benjamini_hochberg, difference_test, holm, macro_difference
+from orchestrator.judging.estimates import macro_difference
+from orchestrator.judging.samples import CellSample
+from orchestrator.judging.significance import benjamini_hochberg, difference_test, holm
 
 SURE = 0.05
 """A difference with an adjusted p value up to this is called sure."""

@@ -19,7 +19,7 @@ from jobs.evaluation import ScoreRow
 from jobs.job import Job, load_job
 from jobs.tasks import Receipt
 from orchestrator.comparing import question
-from orchestrator.effective_length import RULER_THRESHOLD
+from orchestrator.judging.effective_length import RULER_THRESHOLD
 from orchestrator.leaderboard import Line, context_note, effective, leaderboard
 from orchestrator.report import figures
 from orchestrator.report.comparing import Comparisons, compare_all

@@ -5,7 +5,7 @@
 Simulated grids: points × (13 tasks × 6 lengths) × items. An item is answered right with the probability of a
 two-parameter logistic model; the points' abilities are scaled so that their true macro scores spread by 3 points
 (standard deviation). An item costs what RULER's prompt of that length costs a Qwen2-1.5B model in floating-point
-operations. The race is the shipped `orchestrator.racing.Race`, fed with the same answers as the full evaluation.
+operations. The race is the shipped `orchestrator.judging.race.Race`, fed with the same answers as the full evaluation.
 
 Three regimes: a point's abilities at all lengths rise and fall together (`correlated`), tilt with the length
 (`crossing`), or trade short contexts for long ones (`anti-correlated`).
@@ -23,8 +23,9 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.racing import RUNGS, Race
-from orchestrator.statistics import Cell, wilson_interval
+from orchestrator.judging.race import RUNGS, Race
+from orchestrator.judging.samples import Cell
+from orchestrator.judging.significance import wilson_interval
 
 LENGTHS = (4096, 8192, 16384, 32768, 65536, 131072)
 PETAFLOPS = (0.012, 0.027, 0.066, 0.178, 0.541, 1.821)  # one prompt, 1.31 G parameters, 28 layers, 12 × 128 heads

@@ -25,19 +25,16 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
-from orchestrator.effective_length import effective_length, effective_length_interval, relative_length_interval
-from orchestrator.gate import GateRule, judge
-from orchestrator.statistics import (
-    CellSample,
+from orchestrator.judging.effective_length import effective_length, effective_length_interval, relative_length_interval
+from orchestrator.judging.estimates import macro_difference, macro_mean, macro_score
+from orchestrator.judging.gate import GateRule, judge
+from orchestrator.judging.samples import CellSample, cell_sample
+from orchestrator.judging.significance import (
     anytime_multiplier,
     benjamini_hochberg,
-    cell_sample,
     difference_test,
     flip_rate,
     holm,
-    macro_difference,
-    macro_mean,
-    macro_score,
     mcnemar,
     mcnemar_interval,
     sign_flip_test,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation import ScoreRow
-from orchestrator.racing import Standing
+from orchestrator.judging.race import Standing
 from orchestrator.results import EvaluationResult, write_results
 from workers.storage import open_store
 

@@ -19,9 +19,9 @@ from jobs.evaluation import ScoreRow
 from jobs.records import sealed
 from orchestrator.comparing import Comparison, compare_models, pairs
 from orchestrator.comparison_table import visible
+from orchestrator.judging.significance import FlipRate
 from orchestrator.results import EvaluationResult, write_results
 from orchestrator.scored import ScoredModel
-from orchestrator.statistics import FlipRate
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.test_evaluation import PARENTS, RULER, job_text
 from tests.orchestrator.test_leaderboard import cell, result, standing

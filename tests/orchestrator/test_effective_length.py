@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import binom
 
 from jobs.errors import BadInput
-from orchestrator.effective_length import (
+from orchestrator.judging.effective_length import (
     EffectiveLength,
     effective_length,
     effective_length_interval,
@@ -13,7 +13,7 @@ from orchestrator.effective_length import (
     score_by_length,
     weighted_average,
 )
-from orchestrator.statistics import CellSample, cell_sample
+from orchestrator.judging.samples import CellSample, cell_sample
 
 LENGTHS = (4096, 8192, 16_384, 32_768, 65_536, 131_072)
 # RULER's README: scores at 4K … 128K, effective length in thousands, wAvg. (inc), wAvg. (dec)

@@ -9,8 +9,8 @@ import pytest
 import scipy.stats
 
 from jobs.errors import BadInput
-from orchestrator.gate import GateRule, Verdict, judge
-from orchestrator.statistics import CellSample, cell_sample, paired_sample
+from orchestrator.judging.gate import GateRule, Verdict, judge
+from orchestrator.judging.samples import CellSample, cell_sample, paired_sample
 
 
 def keyed(seed: int) -> np.random.Generator:

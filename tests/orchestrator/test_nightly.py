@@ -17,14 +17,14 @@ import pytest
 from jobs.errors import RunBusy
 from orchestrator import webhook
 from orchestrator.evaluators import InProcessEvaluators
-from orchestrator.gate import GateRule, Verdict, VerdictLine
 from orchestrator.gating import Gated
+from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
+from orchestrator.judging.samples import student_quantile
 from orchestrator.nightly import _by_length, decide
 from orchestrator.nightly_telling import headline, junit, reasons
 from orchestrator.nights import Blessed, Book, Night, Revision, Score
 from orchestrator.records.lease import Lease
 from orchestrator.report.nights import nights_page
-from orchestrator.statistics import student_quantile
 from tests.benchmarks.thirty_nights import Told, Yard
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.report.test_comparing import rows

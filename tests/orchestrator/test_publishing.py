@@ -17,7 +17,7 @@ from huggingface_hub import ModelCard
 from jobs.errors import BadInput
 from jobs.manifest import Manifest
 from orchestrator.cli import main
-from orchestrator.effective_length import EffectiveLength
+from orchestrator.judging.effective_length import EffectiveLength
 from orchestrator.model_card import _reach
 from orchestrator.publishing import Licence, _licences, _renamed, reconciled_licence
 from tests.hub_server import HubServer

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import BadInput, CorruptData
-from orchestrator.racing import Block, Race
-from orchestrator.statistics import Cell, cell_sample, macro_mean
+from orchestrator.judging.estimates import macro_mean
+from orchestrator.judging.race import Block, Race
+from orchestrator.judging.samples import Cell, cell_sample
 
 CELLS = [Cell("vt", 4096), Cell("cwe", 4096), Cell("vt", 8192)]
 Answer = Callable[[str, Cell, int], float]

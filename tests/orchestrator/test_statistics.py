@@ -10,29 +10,29 @@ from numpy.typing import ArrayLike
 from scipy.special import betainc
 
 from jobs.errors import CorruptData
-from orchestrator.statistics import (
-    Cell,
+from orchestrator.judging.estimates import (
     Estimate,
-    anytime_multiplier,
-    anytime_p_value,
-    benjamini_hochberg,
-    cell_sample,
-    design_effect,
-    difference_test,
     few_losses,
-    flip_rate,
-    holm,
     macro_difference,
     macro_mean,
     macro_weights,
+    pooled,
+    weighted_score,
+)
+from orchestrator.judging.samples import Cell, cell_sample, paired_sample
+from orchestrator.judging.significance import (
+    anytime_multiplier,
+    anytime_p_value,
+    benjamini_hochberg,
+    design_effect,
+    difference_test,
+    flip_rate,
+    holm,
     mcnemar,
     mcnemar_interval,
     minimum_detectable_effect,
-    paired_sample,
-    pooled,
     rule_of_three,
     sign_flip_test,
-    weighted_score,
     wilson_interval,
 )
 

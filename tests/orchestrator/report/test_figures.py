@@ -11,8 +11,9 @@ import pytest
 from jobs.evaluation import ScoreRow
 from jobs.grid import Point
 from jobs.tasks import Receipt
+from orchestrator.judging.race import Standing
+from orchestrator.judging.samples import student_quantile
 from orchestrator.leaderboard import leaderboard
-from orchestrator.racing import Standing
 from orchestrator.report import charts
 from orchestrator.report.comparing import Cell
 from orchestrator.report.figures import (
@@ -32,7 +33,6 @@ from orchestrator.report.figures import (
     shown,
 )
 from orchestrator.results import EvaluationResult
-from orchestrator.statistics import student_quantile
 from tests.orchestrator.report.test_comparing import rows
 
 

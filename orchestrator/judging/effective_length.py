@@ -14,17 +14,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from jobs.errors import BadInput
-from orchestrator.statistics import (
-    CellSample,
-    Estimate,
-    FloatArray,
-    macro_mean,
-    macro_weights,
-    normal_quantile,
-    pooled,
-    student_quantile,
-    weighted_score,
-)
+from orchestrator.judging.estimates import Estimate, macro_mean, macro_weights, pooled, weighted_score
+from orchestrator.judging.samples import CellSample, FloatArray, normal_quantile, student_quantile
 
 RULER_THRESHOLD = 85.6
 RELATIVE_SHARE = 0.85

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jobs.errors import BadInput, CorruptData
-from orchestrator.statistics import Cell, FloatArray, macro_weights, normal_tail, student_quantile
+from orchestrator.judging.estimates import macro_weights
+from orchestrator.judging.samples import Cell, FloatArray, normal_tail, student_quantile
 
 RUNGS = (10, 25, 60, 150, 500)
 

@@ -15,20 +15,9 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from jobs.errors import BadInput
-from orchestrator.statistics import (
-    CellSample,
-    Estimate,
-    anytime_multiplier,
-    anytime_p_value,
-    few_losses,
-    holm,
-    macro_mean,
-    macro_weights,
-    normal_quantile,
-    pooled,
-    student_quantile,
-    student_tail,
-)
+from orchestrator.judging.estimates import Estimate, few_losses, macro_mean, macro_weights, pooled
+from orchestrator.judging.samples import CellSample, normal_quantile, student_quantile, student_tail
+from orchestrator.judging.significance import anytime_multiplier, anytime_p_value, holm
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}

@@ -1,0 +1,1 @@
+"""Pure decisions: scores in, statistics and verdicts out. No store, no clock."""

@@ -1,0 +1,226 @@
+"""What can be said about scores of models that answered the same items: estimates, tests and their error rates.
+
+Scores lie in [0, 1], so paired differences (new − old) lie in [−1, 1]; nothing here knows points out of 100.
+Items that share a haystack are one cluster: they rise and fall together, and a standard error that forgets it
+is too small. Everything random is keyed by a seed; nothing here reads or writes.
+
+    one sample of cells     macro_mean, macro_score, weighted_score
+    differences of cells    macro_difference, difference_test, pooled, few_losses
+    proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
+    fractional scores       sign_flip_test
+    before the run          minimum_detectable_effect, design_effect
+    many comparisons        holm, benjamini_hochberg
+    looking more than once  anytime_multiplier, anytime_p_value
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from orchestrator.judging.samples import Cell, CellSample, FloatArray, Labels, cluster_sums, student_quantile
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A mean with its clustered standard error and two-sided t interval; the error is infinite with one cluster.
+
+    No test of "the mean is zero" may give less than `least_p`: so much explains losses too rare to be seen.
+    """
+
+    mean: float
+    standard_error: float
+    degrees_of_freedom: float
+    low: float
+    high: float
+    items: int
+    clusters: int
+    least_p: float = 0.0
+
+
+# ---- macro scores ----------------------------------------------------------------------------------------------------
+
+
+def macro_weights(cells: Sequence[Cell], length_weights: Mapping[int, float] | None = None) -> FloatArray:
+    """Weight of each cell in the macro score, summing to 1: tasks count alike within a length, lengths as given.
+
+    Without `length_weights` lengths count alike.
+    """
+    tasks_at = Counter(cell.length for cell in cells)
+    share = {length: 1.0 if length_weights is None else length_weights[length] for length in tasks_at}
+    total = sum(share.values())
+    return np.array([share[cell.length] / total / tasks_at[cell.length] for cell in cells])
+
+
+def macro_mean(
+    samples: Sequence[CellSample], length_weights: Mapping[int, float] | None = None, confidence: float = 0.95
+) -> Estimate:
+    """The macro score over cells with its clustered standard error and t interval.
+
+    With one cell this is the clustered error of Miller 2024 (arXiv 2411.00640), with the factor C/(C−1) for C clusters
+    and C−1 degrees of freedom. With several, each cell is a stratum; haystacks shared between cells add their
+    covariance. Degrees of freedom are Satterthwaite's, and never more than clusters − 1.
+    """
+    return _weighted_mean(samples, macro_weights([sample.cell for sample in samples], length_weights), confidence)
+
+
+def _weighted_mean(samples: Sequence[CellSample], weights: FloatArray, confidence: float) -> Estimate:
+    totals, variances, degrees = _cluster_influences(samples, weights)
+    mean = float(sum(weight * sample.values.mean() for weight, sample in zip(weights, samples, strict=True)))
+    items = sum(sample.values.size for sample in samples)
+    if np.any(degrees == 0):
+        return Estimate(mean, math.inf, 1.0, -math.inf, math.inf, items, totals.size)
+    error = math.sqrt(float(totals @ totals))
+    freedom = float(min(_satterthwaite(variances, degrees), totals.size - 1))
+    half = student_quantile((1 + confidence) / 2, freedom) * error
+    return Estimate(mean, error, freedom, mean - half, mean + half, items, totals.size)
+
+
+def macro_score(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:
+    """`macro_mean` of scores from 0 to 1, with an interval that does not collapse where all answers of a cell agree.
+
+    Such a cell shows no variance; it is given that of two successes and two failures more among its haystacks (Agresti
+    & Coull 1998, "plus four").
+    """
+    return weighted_score(samples, macro_weights([sample.cell for sample in samples]), confidence)
+
+
+def weighted_score(samples: Sequence[CellSample], weights: FloatArray, confidence: float = 0.95) -> Estimate:
+    """Σ weight × mean of a cell [cells], clustered as in `macro_mean`, with the variance that `macro_score` adds.
+
+    Weights may be negative: a model's score less a share of another's is such a sum.
+    """
+    estimate = _weighted_mean(samples, weights, confidence)
+    unseen = sum(
+        float(weight) ** 2 * _plus_four_variance(float(sample.values[0]), np.unique(sample.haystacks).size)
+        for weight, sample in zip(weights, samples, strict=True)
+        if np.ptp(sample.values) == 0
+    )
+    error = math.hypot(estimate.standard_error, math.sqrt(unseen))
+    half = student_quantile((1 + confidence) / 2, estimate.degrees_of_freedom) * error
+    return replace(estimate, standard_error=error, low=estimate.mean - half, high=estimate.mean + half)
+
+
+def _plus_four_variance(share: float, trials: int) -> float:
+    shrunk = (share * trials + 2) / (trials + 4)
+    return shrunk * (1 - shrunk) / (trials + 4)
+
+
+def macro_difference(
+    samples: Sequence[CellSample], length_weights: Mapping[int, float] | None = None, confidence: float = 0.95
+) -> Estimate:
+    """`macro_mean` of paired differences with an interval that does not collapse where few items or none differ.
+
+    To the variance that was seen come one gain and one loss, in the cell where that moves the mean most and as large as
+    a haystack may differ there, wholly so where none does: what Bonett & Price 2012 do for one cell
+    of right-or-wrong scores, see `mcnemar_interval`. Where losses too rare to be seen explain the mean, the interval
+    holds zero, see `few_losses`.
+    """
+    estimate = macro_mean(samples, length_weights, confidence)
+    weights = macro_weights([sample.cell for sample in samples], length_weights)
+    unlikely = _unlikely(samples, weights, estimate.mean)
+    unseen = max(float(weight) * _one_haystack_more(sample) for weight, sample in zip(weights, samples, strict=True))
+    error = math.hypot(estimate.standard_error, math.sqrt(2) * unseen)
+    half = student_quantile((1 + confidence) / 2, estimate.degrees_of_freedom) * error
+    low, high = max(-1.0, estimate.mean - half), min(1.0, estimate.mean + half)
+    if unlikely > 1 - confidence:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return replace(estimate, standard_error=error, low=low, high=high, least_p=unlikely)
+
+
+def _unlikely(samples: Sequence[CellSample], weights: FloatArray, mean: float) -> float:
+    """Two-sided p value of a true mean of zero, of which too few losses (or gains, below zero) were seen."""
+    if not any(sample.losable for sample in samples):
+        return 0.0
+    haystacks = pooled(samples, weights)
+    return min(1.0, 2 * few_losses(replace(haystacks, means=math.copysign(1.0, mean) * haystacks.means), 0.0))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Haystacks:
+    """The haystacks of several cells: what each adds to the macro mean, which is their mean, and what it may at most.
+
+    `means` is of shape [haystacks]; `most` is the largest share of a haystack, 1 where all count alike, and `spread`
+    Σ share²/haystacks², by which the variance of one becomes that of the mean.
+    """
+
+    means: FloatArray
+    most: float
+    spread: float
+
+
+def pooled(samples: Sequence[CellSample], weights: FloatArray) -> Haystacks:
+    """A haystack that several cells ask about is one: it may be lost in all of them at once."""
+    parts = [cluster_sums(sample.values, sample.haystacks) for sample in samples]
+    scales = [float(weight) / sample.values.size for weight, sample in zip(weights, samples, strict=True)]
+    names = np.concatenate([found for found, _, _ in parts])
+    sums = np.concatenate([scale * of for scale, (_, of, _) in zip(scales, parts, strict=True)])
+    sizes = np.concatenate([scale * of for scale, (_, _, of) in zip(scales, parts, strict=True)])
+    shares = cluster_sums(sizes, names)[1]
+    count = shares.size
+    return Haystacks(count * cluster_sums(sums, names)[1], count * float(shares.max()), float(shares @ shares))
+
+
+def few_losses(seen: Haystacks, claimed: float) -> float:
+    """The chance of no more losses than were seen, if losses of a size make the model worse by `claimed`.
+
+    A model that gains a little on most haystacks and loses all on a few shows nothing of these few while there are not
+    many. With a mean of g on the others and losses of l, the claim means that a haystack is lost with the chance
+    q = (g + claimed) / (g + l); the number of losses is binomial. It is the largest chance over what may count as a
+    loss: a whole haystack, whether or not one was lost, or at least as much as any that was.
+    """
+    from scipy.special import bdtr
+
+    count, total = seen.means.size, float(seen.means.sum())
+    losses = np.sort(-seen.means[seen.means < 0])[::-1]
+    taken = np.arange(1, losses.size + 1)
+    whole = np.flatnonzero(np.append(losses[1:] < losses[:-1], losses.size > 0))  # the last of those that are alike
+    lost = np.cumsum(losses)[whole]
+    numbers, sizes = taken[whole].astype(np.float64), lost / taken[whole]
+    gains = np.divide(total + lost, count - numbers, out=np.zeros_like(lost), where=numbers < count)
+    if losses.size == 0 or losses[0] < seen.most:
+        numbers, sizes, gains = np.append(numbers, 0.0), np.append(sizes, seen.most), np.append(gains, total / count)
+    chances = np.clip((gains + claimed) / np.maximum(gains + sizes, 1e-12), 0.0, 1.0)
+    return float(bdtr(numbers, count, chances).max())
+
+
+def _one_haystack_more(sample: CellSample) -> float:
+    """How far the cell's mean would move with one more haystack as different as any that was seen.
+
+    Half of its questions differ at the least: whole haystacks are lost more rarely than single questions, and the few
+    that were seen may have lost only these.
+    """
+    _, sums, sizes = cluster_sums(sample.values, sample.haystacks)
+    most = float(np.abs(sample.values).max())
+    if most == 0:
+        return float(sizes.max()) / sample.values.size
+    return max(float(np.abs(sums).max()), most * float(sizes.max()) / 2) / sample.values.size
+
+
+def _cluster_influences(
+    samples: Sequence[CellSample], weights: FloatArray
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """What each haystack adds to the macro mean's error [clusters]; the variance and freedom of each cell [cells]."""
+    variances, degrees = np.zeros(len(samples)), np.zeros(len(samples))
+    labels: list[Labels] = []
+    influences: list[FloatArray] = []
+    for index, (sample, weight) in enumerate(zip(samples, weights, strict=True)):
+        names, sums, _ = cluster_sums(sample.values - sample.values.mean(), sample.haystacks)
+        clusters = names.size
+        correction = math.sqrt(clusters / (clusters - 1)) if clusters > 1 else 1.0
+        influence = sums * (weight / sample.values.size * correction)
+        variances[index], degrees[index] = influence @ influence, clusters - 1
+        labels.append(names)
+        influences.append(influence)
+    _, totals, _ = cluster_sums(np.concatenate(influences), np.concatenate(labels))
+    return totals, variances, degrees
+
+
+def _satterthwaite(variances: FloatArray, degrees: FloatArray) -> float:
+    if not variances.any():
+        return float(degrees.sum())
+    return float(variances.sum() ** 2 / np.sum(variances**2 / degrees))

@@ -1,0 +1,111 @@
+"""Paired scores of one cell, and the quantiles and tails of the distributions behind every test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from statistics import NormalDist
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from jobs.errors import CorruptData
+
+FloatArray = NDArray[np.float64]
+Labels = NDArray[Any]
+
+
+class Cell(NamedTuple):
+    """One benchmark task at one context length in tokens."""
+
+    task: str
+    length: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CellSample:
+    """One value for each item of a cell (a score, or a paired difference of scores) and the haystack it came from.
+
+    `values` and `haystacks` are of shape [items]. A haystack label that occurs in several cells means the same
+    haystack there, and the cells are then treated as dependent. Where a score may be 0 or 1, an answer can be lost
+    whole; likelihoods never are, and not `losable`.
+    """
+
+    cell: Cell
+    values: FloatArray
+    haystacks: Labels
+    losable: bool = True
+
+
+def cell_sample(
+    task: str, length: int, values: ArrayLike, haystacks: Sequence[Any] | Labels | None = None
+) -> CellSample:
+    """A checked `CellSample`; without `haystacks` every item is a haystack of its own.
+
+    Raises `CorruptData` for an empty cell, a value that is not finite or lies outside [−1, 1], or labels that do not
+    match the items one to one.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    place = f"{task} at {length}"
+    if array.ndim != 1 or array.size == 0:
+        raise CorruptData(f"{place}: scores of shape {array.shape}, expected one a item; evaluate the cell again")
+    if not np.all(np.abs(array) <= 1):
+        raise CorruptData(f"{place}: a score is missing or outside its range; evaluate the cell again")
+    if haystacks is None:
+        labels = np.array([f"{task}/{length}/{item}" for item in range(array.size)])
+    else:
+        labels = np.asarray(haystacks)
+    if labels.shape != array.shape:
+        raise CorruptData(f"{place}: {array.size} scores but {labels.size} haystacks; evaluate the cell again")
+    return CellSample(Cell(task, length), array, labels)
+
+
+def paired_sample(
+    task: str, length: int, new: ArrayLike, old: ArrayLike, haystacks: Sequence[Any] | Labels | None = None
+) -> CellSample:
+    """Differences new − old of two models' scores on the same items, in the same order, as a `CellSample`."""
+    new_scores, old_scores = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
+    if new_scores.shape != old_scores.shape:
+        raise CorruptData(
+            f"{task} at {length}: {new_scores.size} scores against {old_scores.size}; compare the items both answered"
+        )
+    scores = np.concatenate([new_scores, old_scores])
+    within = bool(np.all((scores > 0) & (scores < 1)))
+    return replace(cell_sample(task, length, new_scores - old_scores, haystacks), losable=not within)
+
+
+def cluster_sums(values: FloatArray, labels: Labels) -> tuple[Labels, FloatArray, FloatArray]:
+    """Cluster names in order, the sum of their values, their sizes: each of shape [clusters]."""
+    names, index = np.unique(labels, return_inverse=True)
+    sums = np.asarray(np.bincount(index, weights=values), dtype=np.float64)
+    return names, sums, np.asarray(np.bincount(index), dtype=np.float64)
+
+
+# ---- quantiles -------------------------------------------------------------------------------------------------------
+
+
+def normal_quantile(probability: float) -> float:
+    """The standard normal quantile."""
+    return NormalDist().inv_cdf(probability)
+
+
+def normal_tail(statistic: float) -> float:
+    """P[Z ≥ statistic] of the standard normal distribution."""
+    from scipy.special import ndtr
+
+    return float(ndtr(-statistic))
+
+
+def student_quantile(probability: float, degrees_of_freedom: float) -> float:
+    """Student's t quantile."""
+    from scipy.special import stdtrit
+
+    return float(stdtrit(degrees_of_freedom, probability))
+
+
+def student_tail(statistic: float, degrees_of_freedom: float) -> float:
+    """P[T ≥ statistic] for Student's t."""
+    from scipy.special import stdtr
+
+    return float(stdtr(degrees_of_freedom, -statistic))
