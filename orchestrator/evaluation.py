@@ -22,7 +22,7 @@ from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.race import RUNGS, Race, Standing
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate, flip_rate
-from orchestrator.planning import Plan
+from orchestrator.planning.plan import Plan
 from orchestrator.questions import Questions, RacePlan, Subject, questions
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger

@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from orchestrator.compatibility import context_fields
 from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
 from orchestrator.leaderboard import Line
-from orchestrator.planning import Plan, PlannedPoint
+from orchestrator.planning.compatibility import context_fields
+from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import short_length, token_count
 from workers.checkpoint import FLOATS
 

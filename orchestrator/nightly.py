@@ -33,7 +33,7 @@ from orchestrator.judging.gate import Outcome
 from orchestrator.judging.samples import Cell
 from orchestrator.leaderboard import samples
 from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
-from orchestrator.planning import Plan, make_plan
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.pool import Pool
 from orchestrator.questions import Questions, Subject, questions
 from orchestrator.records.lease import Lease

@@ -11,10 +11,11 @@ from jobs.errors import BadInput
 from jobs.evaluation import ModelSpec
 from jobs.job import Evaluation, RaceSpec
 from jobs.loading import quoted, suggestion
-from orchestrator.compatibility import context_fields
 from orchestrator.judging.samples import Cell
-from orchestrator.layouts import Layout
-from orchestrator.planning import Plan, PlannedPoint, parent_alone, parents_as_points
+from orchestrator.planning.compatibility import context_fields
+from orchestrator.planning.layouts import Layout
+from orchestrator.planning.parents import parent_alone, parents_as_points
+from orchestrator.planning.plan import Plan, PlannedPoint
 from workers.benchmarks.building import PlannedSet, Reader, check_sets, planned_sets
 from workers.benchmarks.tokens import TOKENIZER_FILES, Tokenizer
 from workers.checkpoint import LARGEST_CONFIG, read_json

@@ -9,7 +9,7 @@ from jobs.errors import MergeyardError
 from jobs.job import Job, load_job
 from orchestrator.evaluation import VERDICT
 from orchestrator.judging.gate import EXIT_CODES
-from orchestrator.planning import Plan, make_plan
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.results import read_results
 from workers.records import read_record
 from workers.storage import Store, open_store

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.errors import ObjectMissing
 from orchestrator.driver import RunResult
-from orchestrator.planning import READ_RATE, WRITE_RATE, Plan
+from orchestrator.planning.plan import READ_RATE, WRITE_RATE, Plan
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places
 from orchestrator.words import count, duration, print_rows, short_length, shortlist, size

@@ -20,7 +20,7 @@ import jobs.errors
 from jobs.errors import MergeyardError
 from jobs.job import Job, load_job, load_merge_document
 from orchestrator.cli import main, parser
-from orchestrator.planning import make_plan
+from orchestrator.planning.plan import make_plan
 from tests.markdown import commands, fenced_blocks
 from workers.methods import METHODS, Method
 from workers.methods.tile import Inputs, PerModel, Tile

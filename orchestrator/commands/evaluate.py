@@ -19,7 +19,7 @@ from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points
 
 def evaluate(options: argparse.Namespace) -> int:
     """`mergeyard evaluate JOB.yaml|MODEL…`: scores only; nothing is merged to disk."""
-    from orchestrator.planning import make_plan
+    from orchestrator.planning.plan import make_plan
     from orchestrator.watching import Watcher
 
     job, folder = _read_evaluation(options)

@@ -11,7 +11,7 @@ from orchestrator.commands.workplace import asked_of
 def plan(options: argparse.Namespace) -> int:
     """`mergeyard plan JOB.yaml`."""
     from orchestrator.forecast import evaluation_facts
-    from orchestrator.planning import make_plan
+    from orchestrator.planning.plan import make_plan
     from orchestrator.summary import plan_facts, print_plan
 
     job, folder = read_job(options)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from orchestrator.dispatching import Evaluators
     from orchestrator.evaluation import Session
     from orchestrator.gating import Gated
-    from orchestrator.planning import Plan
+    from orchestrator.planning.plan import Plan
     from orchestrator.pool import Pool
     from orchestrator.questions import Questions
     from orchestrator.results import EvaluationResult

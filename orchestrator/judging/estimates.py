@@ -1,16 +1,11 @@
-"""What can be said about scores of models that answered the same items: estimates, tests and their error rates.
+"""Estimates from scores of models that answered the same items: means, differences, and their intervals.
 
-Scores lie in [0, 1], so paired differences (new − old) lie in [−1, 1]; nothing here knows points out of 100.
-Items that share a haystack are one cluster: they rise and fall together, and a standard error that forgets it
-is too small. Everything random is keyed by a seed; nothing here reads or writes.
+Scores lie in [0, 1], so paired differences (new − old) lie in [−1, 1]. Items that share a haystack are one cluster:
+their scores rise and fall together, and a standard error that ignores this is too small. Everything random is keyed by
+a seed.
 
     one sample of cells     macro_mean, macro_score, weighted_score
-    differences of cells    macro_difference, difference_test, pooled, few_losses
-    proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
-    fractional scores       sign_flip_test
-    before the run          minimum_detectable_effect, design_effect
-    many comparisons        holm, benjamini_hochberg
-    looking more than once  anytime_multiplier, anytime_p_value
+    differences of cells    macro_difference, pooled, few_losses
 """
 
 from __future__ import annotations

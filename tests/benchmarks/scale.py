@@ -32,7 +32,7 @@ from jobs.errors import ObjectMissing
 from jobs.job import load_job
 from jobs.tasks import MergeTask, Receipt
 from orchestrator.driver import drive
-from orchestrator.planning import make_plan
+from orchestrator.planning.plan import make_plan
 from orchestrator.pool import Progress
 from orchestrator.watching import Watcher
 from workers.checkpoint import header_bytes
@@ -283,8 +283,8 @@ def patched(stores: dict[str, Any]) -> Any:
     stack = ExitStack()
     for module in (
         "workers.checkpoint",
-        "orchestrator.planning",
-        "orchestrator.compatibility",
+        "orchestrator.planning.plan",
+        "orchestrator.planning.compatibility",
         "orchestrator.records.ledger",
         "orchestrator.gathering",
     ):

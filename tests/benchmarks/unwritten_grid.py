@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from jobs.job import load_job
-from orchestrator.planning import make_plan
+from orchestrator.planning.plan import make_plan
 from workers.buffers import keep_freed_memory
 from workers.resident import ResidentParents
 

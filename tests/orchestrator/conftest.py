@@ -13,7 +13,7 @@ import pytest
 
 from jobs.job import Job, load_job
 from orchestrator.cli import main
-from orchestrator.planning import Plan, make_plan
+from orchestrator.planning.plan import Plan, make_plan
 from tests.orchestrator.models import weights, write_model
 
 LINEAR = """

@@ -21,7 +21,7 @@ from jobs.job import load_job
 from jobs.manifest import Manifest
 from orchestrator import driver
 from orchestrator.driver import drive
-from orchestrator.planning import make_plan
+from orchestrator.planning.plan import make_plan
 from orchestrator.pool import InProcessPool
 from orchestrator.records.lease import Lease
 from orchestrator.watching import Watcher

@@ -21,7 +21,7 @@ from jobs.manifest import Manifest
 from jobs.records import sealed, unsealed
 from orchestrator.evaluation import VERDICT, Session, evaluate
 from orchestrator.evaluators import InProcessEvaluators
-from orchestrator.planning import make_plan
+from orchestrator.planning.plan import make_plan
 from orchestrator.questions import questions
 from orchestrator.results import EVALUATION, RESULTS, EvaluationResult, read_results
 from orchestrator.watching import Watcher

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.job import load_job
 from orchestrator.driver import drive
 from orchestrator.evaluation import evaluate
-from orchestrator.planning import Plan, make_plan
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.ray_evaluators import RayEvaluators
 from orchestrator.ray_pool import RayPool
 from orchestrator.watching import Watcher

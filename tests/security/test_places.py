@@ -13,7 +13,7 @@ import pytest
 
 from jobs.errors import AccessDenied, BadInput, MergeyardError
 from jobs.job import load_job
-from orchestrator.planning import make_plan
+from orchestrator.planning.plan import make_plan
 from workers.engines.openai_engine import OpenAIEngine
 from workers.storage import Store, open_store
 

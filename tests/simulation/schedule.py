@@ -37,7 +37,7 @@ from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.tasks import MergeTask, Receipt, Setting, TensorMerge
 from orchestrator.driver import RunResult, drive
-from orchestrator.planning import Plan, make_plan
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.pool import Failure, Progress, Queue, unit
 from orchestrator.watching import Watcher
 from tests.simulation.faulty_store import FaultyStore

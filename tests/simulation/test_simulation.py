@@ -16,7 +16,7 @@ from jobs.manifest import Manifest, weights_digest
 from jobs.tasks import Receipt
 from orchestrator.driver import _Points
 from orchestrator.gathering import Gatherer
-from orchestrator.planning import PlannedPoint
+from orchestrator.planning.plan import PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from tests.simulation.schedule import Case, Schedule, cases

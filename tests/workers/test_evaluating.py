@@ -19,7 +19,7 @@ from jobs.errors import BadInput
 from jobs.evaluation import EvaluationTask, ScoreRow
 from jobs.job import ENGINE_OPTIONS, load_job
 from orchestrator.driver import drive
-from orchestrator.planning import Plan, make_plan
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.pool import InProcessPool
 from orchestrator.questions import Questions, questions
 from orchestrator.watching import Watcher

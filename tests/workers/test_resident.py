@@ -18,7 +18,8 @@ from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.tasks import Setting
 from orchestrator.driver import drive
-from orchestrator.planning import Plan, make_plan, parents_as_points
+from orchestrator.planning.parents import parents_as_points
+from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.pool import InProcessPool
 from orchestrator.watching import Watcher
 from tests.orchestrator.models import weights, write_model

@@ -14,9 +14,9 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.recipe import Recipe, Source
 from jobs.tasks import FORMAT, NUMERICS, MergeTask, PointShard, Setting, digest
-from orchestrator.layouts import Layout, Shard, TensorClasses, layout_of
+from orchestrator.planning.content_keys import ContentKeys
+from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.merging import FIXED_BYTES
@@ -25,8 +25,6 @@ from workers.methods.settings import check_recipe, resolve
 from workers.methods.tile import TILE_ELEMENTS
 from workers.records import read_record
 from workers.storage import Store, open_store
-
-RANDOM_METHODS = ("dare_linear", "dare_ties")
 
 UPLOAD_BYTES = {"s3": 96 << 20, "gs": 96 << 20, "az": 96 << 20}
 """What one upload in progress may hold in memory, by scheme; other stores hold about 1 MiB."""
@@ -306,81 +304,3 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
         same_as = first_of.setdefault(digest([planned.digest, layout.beside]), point.name)
         planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
     return tuple(planned_points)
-
-
-class ContentKeys:
-    """Names what shards and points hold: equal keys for equal bytes, however often they are planned."""
-
-    def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
-        self._job, self._parents = job, parents
-        self._layouts: dict[tuple[int, frozenset[str]], tuple[Layout, tuple[str, ...], str]] = {}
-
-    def of_point(self, layout: Layout, settings: Sequence[Setting]) -> str:
-        """The key of a whole point."""
-        _, whole = self._of_layout(layout, settings)
-        return self._bound(whole, [setting.document() for setting in settings], settings)
-
-    def of_shards(self, layout: Layout, settings: Sequence[Setting]) -> tuple[str, ...]:
-        """One key a shard of the layout."""
-        shards, _ = self._of_layout(layout, settings)
-        return tuple(
-            self._bound(key, [settings[index].document() for index in shard.classes], settings)
-            for key, shard in zip(shards, layout.shards, strict=True)
-        )
-
-    def _bound(self, key: str, bound: Sequence[Any], settings: Sequence[Setting]) -> str:
-        seed = self._job.seed if any(setting.method in RANDOM_METHODS for setting in settings) else None
-        return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed])
-
-    def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
-        """What the layout's shards, and the layout, take from the parents that these settings use."""
-        used = frozenset(name for setting in settings for name in setting.parents)
-        if (id(layout), used) not in self._layouts:
-            shards = tuple(_shard_digest(shard, used, self._parents) for shard in layout.shards)
-            self._layouts[id(layout), used] = layout, shards, digest(shards)
-        _, shards, whole = self._layouts[id(layout), used]
-        return shards, whole
-
-
-def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
-    """Each parent of a layout as the merge of itself alone: what the grid's points are compared with."""
-    keys = ContentKeys(plan.job, plan.parents)
-    recipe = plan.points[0].point.recipe
-    found: list[PlannedPoint] = []
-    for name in layout.parents:
-        itself = Setting("passthrough", (name,), None, (("scale", (1.0,)),))
-        settings = (itself,) * len(layout.representatives)
-        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys))
-    return found
-
-
-def parent_alone(plan: Plan, name: str) -> PlannedPoint:
-    """A parent that no recipe uses, with a layout of its own: a baseline that is merged with nothing."""
-    first = plan.points[0].point.recipe
-    itself = Source(model=name, parameters={}, place=plan.job.place_of("gate"))
-    place = plan.job.place_of("gate")
-    recipe = Recipe(merge_method="passthrough", models=(itself,), chat_template=first.chat_template, place=place)
-    layout = layout_of(replace(plan.job, config_from=None), recipe, plan.parents, TensorClasses(plan.job))
-    settings = tuple(
-        resolve(recipe, tensor.name, position, exact=True)
-        for tensor, position in zip(layout.representatives, layout.positions, strict=True)
-    )
-    keys = ContentKeys(plan.job, plan.parents)
-    return PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys)
-
-
-def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:
-    """What a shard of these parents depends on beside the settings: which bytes of which versions go where."""
-    return digest(
-        [
-            [
-                [tensor.name, tensor.dtype, list(tensor.shape), tensor.arithmetic, tensor.setting],
-                {
-                    name: [parents[name].files[at.file].etag, parents[name].files[at.file].size, at.dtype, at.start]
-                    for name, at in tensor.sources.items()
-                    if name in used
-                },
-            ]
-            for tensor in shard.tensors
-        ]
-    )

@@ -12,7 +12,7 @@ from jobs.errors import BadInput
 from jobs.job import Job
 from jobs.recipe import Filtered, Recipe
 from jobs.tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
-from orchestrator.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
+from orchestrator.planning.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
 from workers.checkpoint import DTYPE_NAMES, FLOATS, TORCH_NAMES, Checkpoint, layer_index
 
 

@@ -1,0 +1,64 @@
+"""The keys of shards: digests of everything that decides a shard's bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.job import Job
+from jobs.tasks import FORMAT, NUMERICS, Setting, digest
+from orchestrator.planning.layouts import Layout, Shard
+from workers.checkpoint import Checkpoint
+
+RANDOM_METHODS = ("dare_linear", "dare_ties")
+
+
+class ContentKeys:
+    """Names what shards and points hold: equal keys for equal bytes, however often they are planned."""
+
+    def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
+        self._job, self._parents = job, parents
+        self._layouts: dict[tuple[int, frozenset[str]], tuple[Layout, tuple[str, ...], str]] = {}
+
+    def of_point(self, layout: Layout, settings: Sequence[Setting]) -> str:
+        """The key of a whole point."""
+        _, whole = self._of_layout(layout, settings)
+        return self._bound(whole, [setting.document() for setting in settings], settings)
+
+    def of_shards(self, layout: Layout, settings: Sequence[Setting]) -> tuple[str, ...]:
+        """One key a shard of the layout."""
+        shards, _ = self._of_layout(layout, settings)
+        return tuple(
+            self._bound(key, [settings[index].document() for index in shard.classes], settings)
+            for key, shard in zip(shards, layout.shards, strict=True)
+        )
+
+    def _bound(self, key: str, bound: Sequence[Any], settings: Sequence[Setting]) -> str:
+        seed = self._job.seed if any(setting.method in RANDOM_METHODS for setting in settings) else None
+        return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed])
+
+    def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
+        """What the layout's shards, and the layout, take from the parents that these settings use."""
+        used = frozenset(name for setting in settings for name in setting.parents)
+        if (id(layout), used) not in self._layouts:
+            shards = tuple(_shard_digest(shard, used, self._parents) for shard in layout.shards)
+            self._layouts[id(layout), used] = layout, shards, digest(shards)
+        _, shards, whole = self._layouts[id(layout), used]
+        return shards, whole
+
+
+def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:
+    """What a shard of these parents depends on beside the settings: which bytes of which versions go where."""
+    return digest(
+        [
+            [
+                [tensor.name, tensor.dtype, list(tensor.shape), tensor.arithmetic, tensor.setting],
+                {
+                    name: [parents[name].files[at.file].etag, parents[name].files[at.file].size, at.dtype, at.start]
+                    for name, at in tensor.sources.items()
+                    if name in used
+                },
+            ]
+            for tensor in shard.tensors
+        ]
+    )

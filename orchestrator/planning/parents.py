@@ -1,0 +1,40 @@
+"""Parents as points of their own, so that they are evaluated like merges."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from jobs.grid import Point
+from jobs.recipe import Recipe, Source
+from jobs.tasks import Setting
+from orchestrator.planning.content_keys import ContentKeys
+from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
+from orchestrator.planning.plan import Plan, PlannedPoint
+from workers.methods.settings import resolve
+
+
+def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
+    """Each parent of a layout as the merge of itself alone: what the grid's points are compared with."""
+    keys = ContentKeys(plan.job, plan.parents)
+    recipe = plan.points[0].point.recipe
+    found: list[PlannedPoint] = []
+    for name in layout.parents:
+        itself = Setting("passthrough", (name,), None, (("scale", (1.0,)),))
+        settings = (itself,) * len(layout.representatives)
+        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys))
+    return found
+
+
+def parent_alone(plan: Plan, name: str) -> PlannedPoint:
+    """A parent that no recipe uses, with a layout of its own: a baseline that is merged with nothing."""
+    first = plan.points[0].point.recipe
+    itself = Source(model=name, parameters={}, place=plan.job.place_of("gate"))
+    place = plan.job.place_of("gate")
+    recipe = Recipe(merge_method="passthrough", models=(itself,), chat_template=first.chat_template, place=place)
+    layout = layout_of(replace(plan.job, config_from=None), recipe, plan.parents, TensorClasses(plan.job))
+    settings = tuple(
+        resolve(recipe, tensor.name, position, exact=True)
+        for tensor, position in zip(layout.representatives, layout.positions, strict=True)
+    )
+    keys = ContentKeys(plan.job, plan.parents)
+    return PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys)
