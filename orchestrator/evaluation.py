@@ -17,7 +17,8 @@ from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.tasks import FORMAT, digest
-from orchestrator.dispatching import Evaluators, Pace, dispatch
+from orchestrator.cluster.dispatching import Pace, dispatch
+from orchestrator.cluster.pool import Evaluators
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.race import RUNGS, Race, Standing
 from orchestrator.judging.samples import Cell

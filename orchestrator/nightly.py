@@ -24,6 +24,7 @@ from jobs.evaluation import ScoreRow
 from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.tasks import digest
+from orchestrator.cluster.pool import Pool
 from orchestrator.comparing import question
 from orchestrator.driver import drive
 from orchestrator.evaluation import OpenEvaluators, Session
@@ -34,7 +35,6 @@ from orchestrator.judging.samples import Cell
 from orchestrator.leaderboard import samples
 from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.pool import Pool
 from orchestrator.questions import Questions, Subject, questions
 from orchestrator.records.lease import Lease
 from orchestrator.report.live import written_page

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 STAIRCASE = ("jobs", "workers", "orchestrator")
 JOBS_MAY_IMPORT = {*sys.stdlib_module_names, "yaml", "jobs"}
 ROOMS = {
-    "ray": "orchestrator/ray_",  # ray_pool.py and ray_evaluators.py
+    "ray": "orchestrator/cluster/",
     "boto3": "workers/storage/",
     "botocore": "workers/storage/",
     "obstore": "workers/storage/",
@@ -120,7 +120,10 @@ def test_a_planted_violation_is_found_with_its_file_and_line(
         ("workers/merging.py", "import torch\nfrom jobs.tasks import MergeTask"),
         ("workers/storage/s3.py", "import boto3, botocore.config, obstore\nfrom . import store"),
         ("workers/engines/vllm_server.py", "def serve():\n    import vllm"),
-        ("orchestrator/ray_pool.py", "import ray\nfrom ray.util import state\nfrom workers.merging import merge"),
+        (
+            "orchestrator/cluster/ray_merging.py",
+            "import ray\nfrom ray.util import state\nfrom workers.merging import merge",
+        ),
         ("orchestrator/driver.py", "import rayon, vllmish\nfrom orchestrator import ray_pool\nray = 'import ray'"),
         ("tests/orchestrator/test_ray_pool.py", "import ray, boto3"),
     ],

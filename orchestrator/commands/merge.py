@@ -14,9 +14,9 @@ from orchestrator.commands.inputs import read_text, size_option, watched
 
 def merge(options: argparse.Namespace) -> int:
     """`mergeyard merge CONFIG OUT`."""
+    from orchestrator.cluster.in_process import InProcessPool
     from orchestrator.driver import drive
     from orchestrator.planning.plan import make_plan
-    from orchestrator.pool import InProcessPool
     from orchestrator.records.ledger import Ledger
     from orchestrator.summary import print_merge
     from orchestrator.watching import Watcher

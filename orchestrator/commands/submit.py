@@ -12,14 +12,14 @@ from jobs.job import Job
 from orchestrator.commands.inputs import print_json, read_job
 
 if TYPE_CHECKING:
-    from orchestrator.ray_submission import RayJobs, Submission
-    from orchestrator.submitting import Shipment
+    from orchestrator.cluster.ray_jobs import RayJobs, Submission
+    from orchestrator.cluster.shipment import Shipment
 
 
 def submit(options: argparse.Namespace) -> int:
     """`mergeyard submit JOB.yaml --address URL`: the job's own exit code; 0 with `--no-wait` and `--cancel`."""
-    from orchestrator.ray_submission import RayJobs
-    from orchestrator.submitting import shipment
+    from orchestrator.cluster.ray_jobs import RayJobs
+    from orchestrator.cluster.shipment import shipment
 
     job, folder = read_job(options)
     sent = shipment(job, folder, options.address)

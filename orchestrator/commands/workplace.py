@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from contextlib import ExitStack, closing
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,59 +13,58 @@ from jobs.job import Job
 
 if TYPE_CHECKING:
     from jobs.evaluation import ModelSpec
-    from orchestrator.dispatching import Evaluators
+    from orchestrator.cluster.pool import Evaluators, Pool
+    from orchestrator.cluster.ray_cluster import RayCluster
     from orchestrator.evaluation import Session
     from orchestrator.gating import Gated
     from orchestrator.planning.plan import Plan
-    from orchestrator.pool import Pool
     from orchestrator.questions import Questions
     from orchestrator.results import EvaluationResult
     from orchestrator.watching import Watcher
 
 
 class Workplace:
-    """Where a command's work is done: Ray, or this process. Started when first used, closed at the end."""
+    """Where a command's work is done: a Ray cluster or this process. Started when first used, closed at the end."""
 
     def __init__(self, job: Job, options: argparse.Namespace) -> None:
         self._job, self._options = job, options
-        self._pool: Pool | None = None
+        self._opened = ExitStack()
 
     def __enter__(self) -> Workplace:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:
-            self._pool.close()
+        self._opened.close()
 
-    @property
+    @cached_property
     def pool(self) -> Pool:
-        """Where merge tasks run."""
-        if self._pool is None:
-            if self._options.in_process:
-                from orchestrator.pool import InProcessPool
+        """The workers that merge."""
+        if self._options.in_process:
+            from orchestrator.cluster.in_process import InProcessPool
 
-                self._pool = InProcessPool()
-            else:
-                from orchestrator.ray_pool import RayPool
+            return InProcessPool()
+        from orchestrator.cluster.ray_merging import RayPool
 
-                self._pool = RayPool(self._job.workers, address=self._options.address)
-        return self._pool
+        return RayPool(self._cluster)
 
     def evaluators(self, models: Mapping[str, ModelSpec]) -> Evaluators:
-        """Where items are answered."""
+        """The workers that answer items."""
         if self._options.in_process:
             import torch
 
-            from orchestrator.evaluators import InProcessEvaluators
+            from orchestrator.cluster.in_process import InProcessEvaluators
 
             gpu = self._job.workers.gpus > 0 and torch.cuda.is_available()
             return InProcessEvaluators(models, device="cuda" if gpu else "cpu")
-        from orchestrator.ray_evaluators import RayEvaluators
-        from orchestrator.ray_pool import RayPool
+        from orchestrator.cluster.ray_evaluating import RayEvaluators
 
-        pool = self.pool
-        assert isinstance(pool, RayPool)
-        return RayEvaluators(models, pool)
+        return RayEvaluators(models, self._cluster)
+
+    @cached_property
+    def _cluster(self) -> RayCluster:
+        from orchestrator.cluster.ray_cluster import RayCluster
+
+        return self._opened.enter_context(closing(RayCluster(self._job.workers, address=self._options.address)))
 
 
 def asked_of(plan: Plan, folder: Path) -> Questions | None:

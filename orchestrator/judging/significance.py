@@ -1,11 +1,11 @@
 """Tests, corrections for many tests, and the smallest difference that a sample can show.
 
-    proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
-    fractional scores       sign_flip_test
-    differences of cells    difference_test
-    before the run          minimum_detectable_effect, design_effect
-    many comparisons        holm, benjamini_hochberg
-    looking more than once  anytime_multiplier, anytime_p_value
+proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
+fractional scores       sign_flip_test
+differences of cells    difference_test
+before the run          minimum_detectable_effect, design_effect
+many comparisons        holm, benjamini_hochberg
+looking more than once  anytime_multiplier, anytime_p_value
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ from unittest.mock import patch
 from jobs.errors import ObjectMissing
 from jobs.job import load_job
 from jobs.tasks import MergeTask, Receipt
+from orchestrator.cluster.pool import Progress
 from orchestrator.driver import drive
 from orchestrator.planning.plan import make_plan
-from orchestrator.pool import Progress
 from orchestrator.watching import Watcher
 from workers.checkpoint import header_bytes
 from workers.merging import LARGEST_SLAB

@@ -15,7 +15,7 @@ EXPRESSIONS: list[str] = [target["expr"] for panel in DASHBOARD["panels"] for ta
 
 def counted() -> dict[str, set[str]]:
     """Metric → its labels, as Ray exports what the code counts."""
-    code = (ROOT / "orchestrator" / "ray_pool.py").read_text("utf-8")
+    code = (ROOT / "orchestrator" / "cluster" / "ray_cluster.py").read_text("utf-8")
     found = re.findall(r'metrics\.\w+\(\s*"(mergeyard_\w+)",\s*"[^"]*"(?:,\s*\(([^)]*)\))?', code)
     return {f"ray_{name}": set(re.findall(r"\w+", labels)) for name, labels in found}
 

@@ -22,7 +22,7 @@ from ray.autoscaler._private.util import prepare_config, validate_config
 from referencing import Registry, Resource
 
 from orchestrator.cli import parser
-from orchestrator.ray_pool import NOTICE_A_CUT
+from orchestrator.cluster.ray_cluster import NOTICE_A_CUT
 from tests.infra.conftest import ROOT
 from tests.infra.manifests import CUT_NODE
 

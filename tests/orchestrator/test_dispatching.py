@@ -9,8 +9,8 @@ import pytest
 
 from jobs.errors import BadInput, WorkerLost
 from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
-from orchestrator.dispatching import Pace, dispatch
-from orchestrator.pool import Failure
+from orchestrator.cluster.again import Failure
+from orchestrator.cluster.dispatching import Pace, dispatch
 
 
 def block(point: str, tokens: int, model: str = "0") -> EvaluationTask:
@@ -133,8 +133,8 @@ class Clocked(Scripted):
         self.slow = dict(slow)
         self.fails = dict(fails or {})
         self.until: dict[int, float] = {}
-        monkeypatch.setattr("orchestrator.dispatching.time.monotonic", lambda: self.now)
-        monkeypatch.setattr("orchestrator.dispatching.time.sleep", self._sleep)
+        monkeypatch.setattr("orchestrator.cluster.dispatching.time.monotonic", lambda: self.now)
+        monkeypatch.setattr("orchestrator.cluster.dispatching.time.sleep", self._sleep)
 
     def _sleep(self, seconds: float) -> None:
         self.now += seconds

@@ -19,8 +19,8 @@ from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.records import sealed, unsealed
+from orchestrator.cluster.in_process import InProcessEvaluators
 from orchestrator.evaluation import VERDICT, Session, evaluate
-from orchestrator.evaluators import InProcessEvaluators
 from orchestrator.planning.plan import make_plan
 from orchestrator.questions import questions
 from orchestrator.results import EVALUATION, RESULTS, EvaluationResult, read_results

@@ -16,7 +16,7 @@ import pytest
 
 from jobs.errors import RunBusy
 from orchestrator import webhook
-from orchestrator.evaluators import InProcessEvaluators
+from orchestrator.cluster.in_process import InProcessEvaluators
 from orchestrator.gating import Gated
 from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
 from orchestrator.judging.samples import student_quantile
@@ -185,7 +185,7 @@ def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
             pointer.write_text(json.dumps(moved))
             super().close()
 
-    monkeypatch.setattr("orchestrator.evaluators.InProcessEvaluators", Moving)
+    monkeypatch.setattr("orchestrator.cluster.in_process.InProcessEvaluators", Moving)
     ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
     assert ended.code == 75 and "blessed.json: moved by somebody else during the night" in ended.err
     assert json.loads(pointer.read_text()) == moved

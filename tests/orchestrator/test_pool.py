@@ -7,7 +7,8 @@ import pytest
 import workers.merging
 from jobs.errors import BadInput, StorageUnavailable, WorkerLost
 from jobs.tasks import MergeTask, PointShard, Receipt
-from orchestrator.pool import LOSSES, TRIES, Failure, InProcessPool, Queue, Tries
+from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries
+from orchestrator.cluster.in_process import InProcessPool
 
 CRASH = Failure(WorkerLost("its worker died"))
 NODE_LOST = Failure(WorkerLost("lost with its node"), node_lost=True)

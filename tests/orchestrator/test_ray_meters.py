@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -13,11 +14,12 @@ import ray
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.job import load_job
+from orchestrator.cluster.ray_cluster import RayCluster
+from orchestrator.cluster.ray_evaluating import RayEvaluators
+from orchestrator.cluster.ray_merging import RayPool
 from orchestrator.driver import drive
 from orchestrator.evaluation import evaluate
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.ray_evaluators import RayEvaluators
-from orchestrator.ray_pool import RayPool
 from orchestrator.watching import Watcher
 
 PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
@@ -50,9 +52,8 @@ def plan(tmp_path: Path) -> Plan:
 def pool(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayPool]:
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps its token there
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")  # 10 s otherwise
-    opened = RayPool(plan.job.workers)
-    yield opened
-    opened.close()
+    with closing(RayCluster(plan.job.workers)) as cluster:
+        yield RayPool(cluster)
 
 
 def told() -> dict[str, float]:

@@ -21,11 +21,12 @@ from jobs.errors import BadInput, MergeyardError, WorkerLost
 from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
 from jobs.job import WorkerSpec
 from jobs.tasks import MergeTask, PointShard
-from orchestrator import dispatching, ray_evaluators, ray_pool
-from orchestrator.dispatching import Pace, dispatch
-from orchestrator.pool import LOSSES, TRIES
-from orchestrator.ray_evaluators import RayEvaluators
-from orchestrator.ray_pool import HEAD_TIMEOUT, RayPool, failure
+from orchestrator.cluster import dispatching, ray_cluster, ray_evaluating, ray_merging
+from orchestrator.cluster.again import LOSSES, TRIES
+from orchestrator.cluster.dispatching import Pace, dispatch
+from orchestrator.cluster.ray_cluster import HEAD_TIMEOUT, RayCluster, failure
+from orchestrator.cluster.ray_evaluating import RayEvaluators
+from orchestrator.cluster.ray_merging import RayPool
 
 LARGE = {"CPU": 16.0, "memory": 64e9}
 SMALL = {"CPU": 16.0, "memory": 1e9}
@@ -123,16 +124,24 @@ class Uncounted:
 def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
     clock = Clock()
     stand_in = Ray(clock)
-    for module in (ray_pool, ray_evaluators, dispatching):
+    for module in (ray_cluster, ray_merging, ray_evaluating, dispatching):
         monkeypatch.setattr(module, "time", clock)
-    for module in (ray_pool, ray_evaluators):
+    for module in (ray_cluster, ray_merging, ray_evaluating):
         monkeypatch.setattr(module, "ray", stand_in)
-    monkeypatch.setattr(ray_pool, "reach", lambda place, seconds: None)
+    monkeypatch.setattr(ray_cluster, "reach", lambda place, seconds: None)
     return stand_in
 
 
-def pool(ray: Ray, *, patience: float = 0.0) -> RayPool:
-    """A pool as it is after it has joined a cluster."""
+def cluster(ray: Ray, *, patience: float = 0.0) -> RayCluster:
+    """A cluster as it is after it was joined."""
+    opened: Any = RayCluster.__new__(RayCluster)
+    opened.spec, opened._gpus, opened._patience = WorkerSpec(), 0.0, patience
+    opened._nodes, opened.meters, opened.device = ray_cluster._Nodes(), Uncounted(), "cpu"
+    return opened
+
+
+def pool(ray: Ray) -> RayPool:
+    """A pool of such a cluster."""
 
     class Merge:
         @staticmethod
@@ -140,8 +149,7 @@ def pool(ray: Ray, *, patience: float = 0.0) -> RayPool:
             return ray.ending(task)
 
     opened: Any = RayPool.__new__(RayPool)
-    opened._spec, opened._gpus, opened._patience = WorkerSpec(), 0.0, patience
-    opened._nodes, opened.meters, opened.device, opened._merge = ray_pool._Nodes(), Uncounted(), "cpu", Merge
+    opened._cluster, opened._merge = cluster(ray), Merge
     return opened
 
 
@@ -202,9 +210,9 @@ def test_a_head_that_a_silent_cut_takes_is_missed_in_time_for_an_orderly_end(
         raise TimeoutError
 
     monkeypatch.setenv(HEAD_TIMEOUT, str(seconds))
-    nodes = ray_pool._Nodes()
+    nodes = ray_cluster._Nodes()
     assert nodes.living() == [LARGE]
-    monkeypatch.setattr(ray_pool, "reach", swallowed)
+    monkeypatch.setattr(ray_cluster, "reach", swallowed)
     cut = ray.clock.now
     with pytest.raises(WorkerLost, match=r"the head of the Ray cluster at 127\.0\.0\.1:6379 is gone"):
         while ray.clock.now < cut + 2 * seconds:
@@ -232,24 +240,24 @@ def test_a_cluster_that_refuses_wants_a_token_and_one_that_has_just_gone_is_to_b
                 head.close()
             raise ConnectionError(f"Failed to connect to Ray cluster at {place}")
 
-        monkeypatch.setattr(ray_pool, "_init", refused)
+        monkeypatch.setattr(ray_cluster, "_init", refused)
         with pytest.raises(BadInput if answers else WorkerLost, match="RAY_AUTH_TOKEN" if answers else "just gone"):
-            ray_pool._connect(address.replace("PLACE", place))
+            ray_cluster._connect(address.replace("PLACE", place))
 
 
 def test_where_no_ray_is_found_it_is_to_be_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(**_: Any) -> None:
         raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to.")
 
-    monkeypatch.setattr(ray_pool, "_init", refused)
+    monkeypatch.setattr(ray_cluster, "_init", refused)
     with pytest.raises(WorkerLost, match="Could not find any running Ray"):
-        ray_pool._connect("auto")
+        ray_cluster._connect("auto")
 
 
 # ---- nodes that are not there
 
 
-def room(opened: RayPool) -> int:
+def room(opened: RayCluster) -> int:
     return opened.awaited(opened.room, "a worker", 4 * 10**9, "ask for less")
 
 
@@ -258,7 +266,7 @@ def test_a_cluster_without_nodes_now_is_one_to_try_again(ray: Ray, nodes: list[M
     ray.nodes_now = nodes
     began = ray.clock.now
     with pytest.raises(WorkerLost, match="run again"):
-        room(pool(ray, patience=60.0))
+        room(cluster(ray, patience=60.0))
     assert 60 <= ray.clock.now - began < 63
 
 
@@ -266,8 +274,8 @@ def test_a_head_that_is_away_is_not_a_lack_of_large_nodes(ray: Ray, monkeypatch:
     def refused(place: str, patience: float) -> None:
         raise ConnectionRefusedError
 
-    opened = pool(ray, patience=60.0)
-    monkeypatch.setattr(ray_pool, "reach", refused)
+    opened = cluster(ray, patience=60.0)
+    monkeypatch.setattr(ray_cluster, "reach", refused)
     with pytest.raises(WorkerLost, match="is gone"):
         room(opened)
 
@@ -275,7 +283,7 @@ def test_a_head_that_is_away_is_not_a_lack_of_large_nodes(ray: Ray, monkeypatch:
 def test_nodes_that_are_all_too_small_are_bad_input(ray: Ray) -> None:
     ray.nodes_now = [HEAD_ALONE, SMALL]
     with pytest.raises(BadInput, match=r"a worker of 1 CPUs, 0 GPUs and 4\.0 GB; ask for less"):
-        room(pool(ray))
+        room(cluster(ray))
 
 
 def test_a_node_that_joins_is_waited_for_and_that_is_said_once(
@@ -289,12 +297,12 @@ def test_a_node_that_joins_is_waited_for_and_that_is_said_once(
     ray.nodes_now = [HEAD_ALONE]
     monkeypatch.setattr(ray.clock, "sleep", sleep)
     with caplog.at_level(logging.WARNING):
-        assert room(pool(ray, patience=60.0)) == 16
+        assert room(cluster(ray, patience=60.0)) == 16
     assert len(caplog.records) == 1 and "waiting 60 s" in caplog.text
 
 
 def test_nodes_are_looked_at_once_a_second_however_often_there_is_news(ray: Ray) -> None:
-    opened = pool(ray)
+    opened = cluster(ray)
     for _ in range(1000):
         opened.room()
         ray.clock.sleep(0.01)
@@ -337,7 +345,7 @@ class _Method:
 def evaluators(ray: Ray, workers: int) -> RayEvaluators:
     """Evaluators on nodes that hold so many."""
     ray.nodes_now = [{"CPU": 1.0, "memory": 64e9}] * workers
-    opened: Any = pool(ray)
+    opened: Any = cluster(ray)
     opened.device, opened.resources = "cuda", {"memory": 0}  # on a GPU, memory is not looked at before
     return RayEvaluators({}, opened)
 

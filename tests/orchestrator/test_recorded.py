@@ -18,9 +18,9 @@ import pytest
 import ray
 
 from jobs.job import load_job
-from orchestrator import ray_submission
-from orchestrator.ray_submission import RayJobs
-from orchestrator.submitting import shipment
+from orchestrator.cluster import ray_jobs as ray_submission
+from orchestrator.cluster.ray_jobs import RayJobs
+from orchestrator.cluster.shipment import shipment
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.models import weights, write_model
 from tests.orchestrator.test_evaluation import job_text as evaluation_text

@@ -11,8 +11,8 @@ import pytest
 
 from jobs.errors import BadInput, Interrupted, MergeyardError, WorkerLost
 from jobs.job import Job, load_job
-from orchestrator.ray_submission import Submission
-from orchestrator.submitting import is_loopback, shipment
+from orchestrator.cluster.ray_jobs import Submission
+from orchestrator.cluster.shipment import is_loopback, shipment
 from tests.orchestrator.conftest import Ended
 
 ELSEWHERE, HERE = "http://ray.example:8265", "http://127.0.0.1:8265"

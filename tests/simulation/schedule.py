@@ -36,9 +36,10 @@ from jobs.errors import CorruptData, MergeyardError, RunBusy, StorageUnavailable
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.tasks import MergeTask, Receipt, Setting, TensorMerge
+from orchestrator.cluster.again import Failure, Queue
+from orchestrator.cluster.pool import Progress, unit
 from orchestrator.driver import RunResult, drive
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.pool import Failure, Progress, Queue, unit
 from orchestrator.watching import Watcher
 from tests.simulation.faulty_store import FaultyStore
 from tests.simulation.world import Inline, Mailbox, Process, Threading, Time, World, Wrong

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from jobs.errors import BadInput
 from jobs.evaluation import EvaluationTask, ScoreRow
 from jobs.job import ENGINE_OPTIONS, load_job
+from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.pool import InProcessPool
 from orchestrator.questions import Questions, questions
 from orchestrator.watching import Watcher
 from workers.benchmarks.building import stored

@@ -17,10 +17,10 @@ from jobs.errors import BadInput, CorruptData, ObjectChanged
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.tasks import Setting
+from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.driver import drive
 from orchestrator.planning.parents import parents_as_points
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.pool import InProcessPool
 from orchestrator.watching import Watcher
 from tests.orchestrator.models import weights, write_model
 from workers.methods import METHODS

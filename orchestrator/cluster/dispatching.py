@@ -10,10 +10,10 @@ from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ScoreRow
-from orchestrator.pool import Failure, Queue
+from orchestrator.cluster.again import Failure, Queue
+from orchestrator.cluster.pool import Evaluators
 
 Merge = tuple[str, str]
 """A model, and a point that it can hold."""
@@ -23,26 +23,6 @@ LATE = 3.0
 
 LATE_SECONDS = 60.0
 """… and longer than this: what a worker that starts takes to read the parents, say."""
-
-
-class Evaluators(Protocol):
-    """Workers that answer blocks; each has a number that no later worker is given."""
-
-    def idle(self) -> Collection[int]:
-        """The workers that wait for a block."""
-        ...
-
-    def submit(self, worker: int, task: EvaluationTask) -> None:
-        """Gives a block to an idle worker."""
-        ...
-
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
-        """Waits for a block: its scores, or why there are none. None alone: look again who is idle."""
-        ...
-
-    def close(self) -> None:
-        """Lets go of the workers."""
-        ...
 
 
 class Pace:

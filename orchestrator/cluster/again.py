@@ -1,25 +1,15 @@
-"""Where tasks run. A pool takes them all and gives back receipts as they come; the driver knows no more.
-
-This one runs them in this process: for `mergeyard merge`, for one machine, and for tests without a cluster.
-"""
+"""When a failed task is tried again, and when its error ends the run."""
 
 from __future__ import annotations
 
-import threading
-import time
 from bisect import insort
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 from jobs.errors import MergeyardError
-from jobs.tasks import MergeTask, Receipt
-
-Progress = Callable[[int, int], None]
-"""Called with bytes read and bytes written since the last call."""
 
 TRIES = 4
 """How often a task is tried when its failure is of the kind that a retry can mend."""
@@ -40,23 +30,6 @@ There is none at first. A node that is gone may take more tasks until Ray misses
 LONGEST_PAUSE = 60.0
 
 Task = TypeVar("Task")
-
-
-class Pool(Protocol):
-    """Runs merge tasks."""
-
-    @property
-    def workers(self) -> int:
-        """How many tasks run at once."""
-        ...
-
-    def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
-        """Each task's receipts, in the order of completion. The first failure that no retry mends ends it."""
-        ...
-
-    def close(self) -> None:
-        """Lets go of workers; running tasks are stopped."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,57 +87,3 @@ class Queue(Generic[Task]):
     def pause(self, now: float, most: float = LONGEST_PAUSE) -> float:
         """Seconds until a task may be tried that may not be now, `most` at most."""
         return min([most, *(not_before - now for not_before, _ in self._again if not_before > now)])
-
-
-def unit(task: MergeTask) -> str:
-    """Tells merge tasks apart: no unit is in two."""
-    return task.points[0].unit
-
-
-class InProcessPool:
-    """Runs tasks in this process, `workers` at once, on `device`."""
-
-    def __init__(self, workers: int = 1, *, device: str = "cpu") -> None:
-        self._workers = workers
-        self._device = device
-        self._stopping = threading.Event()
-
-    @property
-    def workers(self) -> int:
-        return self._workers
-
-    def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
-        executor = ThreadPoolExecutor(self._workers, "task")
-        queue = Queue(tasks, unit)
-        running: dict[Future[list[Receipt]], MergeTask] = {}
-        try:
-            while queue or running:
-                while len(running) < self._workers and (task := queue.next(time.monotonic())) is not None:
-                    running[executor.submit(self._run, task, progress)] = task
-                pause = queue.pause(time.monotonic())
-                if not running:
-                    time.sleep(pause)
-                for future in wait(running, timeout=pause, return_when=FIRST_COMPLETED).done:
-                    task = running.pop(future)
-                    try:
-                        receipts = future.result()
-                    except MergeyardError as error:
-                        queue.again(task, Failure(error), time.monotonic())
-                    else:
-                        yield receipts
-        finally:
-            self._stopping.set()
-            executor.shutdown(wait=True, cancel_futures=True)
-
-    def _run(self, task: MergeTask, progress: Progress) -> list[Receipt]:
-        from workers.merging import merge_task
-
-        def advance(read: int, written: int) -> None:
-            if self._stopping.is_set():
-                raise KeyboardInterrupt
-            progress(read, written)
-
-        return merge_task(task, device=self._device, progress=advance)
-
-    def close(self) -> None:
-        self._stopping.set()

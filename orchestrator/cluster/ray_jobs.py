@@ -18,12 +18,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from jobs.errors import AccessDenied, BadInput, Interrupted, MergeyardError, WorkerLost
-from orchestrator.reaching import check_reachable
-from orchestrator.submitting import Shipment
+from orchestrator.cluster.reaching import check_reachable
+from orchestrator.cluster.shipment import Shipment
 from workers.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
+
 
 POLL_SECONDS = 1.0
 PATIENCE_SECONDS = 120.0

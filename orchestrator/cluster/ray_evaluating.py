@@ -15,8 +15,8 @@ from ray.exceptions import RayError
 
 from jobs.errors import MergeyardError, WorkerLost
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
-from orchestrator.pool import Failure, Tries
-from orchestrator.ray_pool import LOOK_SECONDS, RayPool, failure
+from orchestrator.cluster.again import Failure, Tries
+from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure
 from workers.fingerprint import fingerprint
 
 WORKING_BYTES = 1 << 30
@@ -29,10 +29,10 @@ CLOSE_SECONDS = 5.0
 class RayEvaluators:
     """As many actors as the cluster has room for, now and later."""
 
-    def __init__(self, models: Mapping[str, ModelSpec], pool: RayPool) -> None:
-        self._models, self._pool = models, pool
-        self._memory = _memory(models, pool)
-        asked = {**pool.resources, "memory": max(pool.resources["memory"], self._memory)}
+    def __init__(self, models: Mapping[str, ModelSpec], cluster: RayCluster) -> None:
+        self._models, self._cluster = models, cluster
+        self._memory = _memory(models, cluster)
+        asked = {**cluster.resources, "memory": max(cluster.resources["memory"], self._memory)}
         self._remote: Any = ray.remote(_RemoteEvaluator).options(**asked, max_restarts=0, max_task_retries=0)
         self._actors: dict[int, Any] = {}
         self._starting: dict[Any, tuple[Any, int]] = {}
@@ -48,7 +48,7 @@ class RayEvaluators:
     def submit(self, worker: int, task: EvaluationTask) -> None:
         if task.key in self._failed:
             self._failed.remove(task.key)
-            self._pool.meters.retried("evaluate")
+            self._cluster.meters.retried("evaluate")
         self._running[self._actors[worker].evaluate.remote(task)] = (worker, task)
 
     def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
@@ -76,9 +76,9 @@ class RayEvaluators:
         """Starts what the cluster has room for, unless starting failed a moment ago."""
         if time.monotonic() < self._not_before:
             return
-        for _ in range(self._pool.room(self._memory) - len(self._actors) - len(self._starting)):
+        for _ in range(self._cluster.room(self._memory) - len(self._actors) - len(self._starting)):
             actor = self._remote.remote()
-            opened = actor.open.remote(self._models, self._pool.device, fingerprint())
+            opened = actor.open.remote(self._models, self._cluster.device, fingerprint())
             self._starting[opened] = (actor, self._round)
 
     def _welcome(self, reference: Any) -> None:
@@ -105,17 +105,17 @@ class RayEvaluators:
                 ray.kill(self._actors.pop(worker))
             self._failed.add(task.key)
             return task, failed
-        self._pool.meters.evaluated(len(rows), sum(row.tokens for row in rows))
+        self._cluster.meters.evaluated(len(rows), sum(row.tokens for row in rows))
         return task, rows
 
 
-def _memory(models: Mapping[str, ModelSpec], pool: RayPool) -> int:
+def _memory(models: Mapping[str, ModelSpec], cluster: RayCluster) -> int:
     """What a worker on a CPU holds at once, whatever the job asks for; `BadInput` if no node has that much."""
-    if pool.device != "cpu":
+    if cluster.device != "cpu":
         return 0
     needed = max(model.bytes for model in models.values()) + WORKING_BYTES
     remedy = "parents, point and context take that much: use larger nodes, or fewer parents a point"
-    pool.awaited(lambda: pool.room(needed), "an evaluation worker", needed, remedy)
+    cluster.awaited(lambda: cluster.room(needed), "an evaluation worker", needed, remedy)
     return needed
 
 
@@ -124,7 +124,6 @@ class _RemoteEvaluator:
 
     def open(self, models: Mapping[str, ModelSpec], device: str, code: str) -> None:
         """Says whether this node runs the driver's code."""
-        from orchestrator.ray_pool import check_code
         from workers.evaluating import Evaluator
 
         check_code(code)

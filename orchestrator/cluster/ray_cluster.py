@@ -1,19 +1,16 @@
-"""The pool on Ray: one Ray task a merge task, receipts back, never a tensor."""
+"""A Ray cluster: started here or joined, its nodes and their health, and why a task failed."""
 
 from __future__ import annotations
 
 import logging
 import os
-import queue
 import re
 import shutil
 import signal
 import sys
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, chdir, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -35,15 +32,11 @@ from ray.util import metrics
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from jobs.job import WorkerSpec
-from jobs.tasks import MergeTask, Receipt
-from orchestrator.pool import LOSSES, TRIES, Failure, Progress, Queue, unit
-from orchestrator.reaching import check_reachable, reach
+from orchestrator.cluster.again import LOSSES, TRIES, Failure
+from orchestrator.cluster.reaching import check_reachable, reach
 from workers.fingerprint import fingerprint, package_folders
 
 log = logging.getLogger(__name__)
-
-TASKS_AHEAD = 2
-"""Tasks submitted for each worker slot: enough that none waits, few enough that stopping is immediate."""
 
 LOOK_SECONDS = 1.0
 """How often we look whether the head is there, and which nodes came or went, at most."""
@@ -58,8 +51,6 @@ KNOCK_SECONDS = 2.0
 
 JOIN_SECONDS = 60.0
 """How long to wait for nodes where none is large enough: they may be on their way."""
-
-REPORT_SECONDS = 0.5
 LOCAL_OBJECT_STORE_BYTES = 80 << 20  # receipts are all that passes through it
 
 NOTICE_A_CUT = {
@@ -73,25 +64,27 @@ NOTICE_A_CUT = {
 """On every node and here, they have the work of a node that is cut off given out again in 20 s; it would be 420."""
 
 
-class RayPool:
-    """Runs tasks on a Ray cluster: the one at `address`, or one started here and stopped with this pool.
+class RayCluster:
+    """A Ray cluster that merging and evaluating share: the one at `address`, or one of this machine, stopped at the end.
 
-    Raises `WorkerLost` for a cluster, or nodes, that are not there now, `BadInput` for workers that fit on no node.
+    `workers` is the number of workers of `spec` that its nodes hold when it is joined, `device` is "cuda" or "cpu",
+    `resources` are the Ray options of one worker. Raises `WorkerLost` if the cluster or its nodes are not there now,
+    `BadInput` if no node is large enough for a worker.
     """
 
     def __init__(self, spec: WorkerSpec, *, address: str | None = None) -> None:
         with ExitStack() as opened:
-            opened.enter_context(redirect_stdout(sys.stderr))  # Ray prints what befalls its nodes; results are ours
+            opened.enter_context(redirect_stdout(sys.stderr))  # Ray prints node events there; stdout is for results
             if address is None:
                 opened.callback(shutil.rmtree, _start(), ignore_errors=True)
             else:
                 _connect(address)
             opened.callback(ray.shutdown)
             self.meters = Meters()
-            self._spec, self._gpus = spec, spec.gpus
-            self._patience = 0.0 if address is None else JOIN_SECONDS  # this machine is all there will be
+            self.spec, self._gpus = spec, spec.gpus
+            self._patience = 0.0 if address is None else JOIN_SECONDS  # no node ever joins a Ray started here
             self._nodes = _Nodes()
-            self._workers = self.awaited(
+            self.workers = self.awaited(
                 self._first_room, "a worker", spec.memory_bytes, "ask for less under `workers:`"
             )
             self.device = "cuda" if self._gpus else "cpu"
@@ -100,26 +93,20 @@ class RayPool:
                 "num_gpus": self._gpus,
                 "memory": spec.memory_bytes,
             }
-            # no retries by Ray: it would leave out what a task has told before, receipts or not
-            self._merge = ray.remote(_merge).options(**self.resources, max_retries=0, num_returns="streaming")
             self._opened = opened.pop_all()
-
-    @property
-    def workers(self) -> int:
-        return self._workers
 
     def room(self, memory_bytes: int = 0) -> int:
         """How many workers, of `memory_bytes` at least, the cluster's nodes hold now; they come and go.
 
         `WorkerLost` when the cluster's head is gone.
         """
-        spec = replace(self._spec, memory_bytes=max(self._spec.memory_bytes, memory_bytes))
-        slots = sum(_slots(has, spec, self._gpus) for has in self._nodes.living())
-        return min(slots, self._spec.count) if self._spec.count else slots
+        spec = replace(self.spec, memory_bytes=max(self.spec.memory_bytes, memory_bytes))
+        slots = sum(_worker_slots(has, spec, self._gpus) for has in self._nodes.living())
+        return min(slots, self.spec.count) if self.spec.count else slots
 
     def _first_room(self) -> int:
         """The room there is where, without any GPU, the CPUs do the work."""
-        self._gpus = self._spec.gpus if any(has.get("GPU") for has in self._nodes.living()) else 0.0
+        self._gpus = self.spec.gpus if any(has.get("GPU") for has in self._nodes.living()) else 0.0
         return self.room()
 
     def awaited(self, room: Callable[[], int], worker: str, memory_bytes: int, remedy: str) -> int:
@@ -130,9 +117,9 @@ class RayPool:
         began = time.monotonic()
         told = False
         while not (found := room()):
-            needs = f"{worker} of {self._spec.cpus:g} CPUs, {self._gpus:g} GPUs and {memory_bytes / 1e9:.1f} GB"
+            needs = f"{worker} of {self.spec.cpus:g} CPUs, {self._gpus:g} GPUs and {memory_bytes / 1e9:.1f} GB"
             if time.monotonic() - began >= self._patience:
-                if any(_works(has) for has in self._nodes.living()):
+                if any(_is_worker(has) for has in self._nodes.living()):
                     raise BadInput(f"no node has room for {needs}; {remedy}")
                 raise WorkerLost(f"the cluster has no node now that could hold {needs}; run again when it has")
             if not told:
@@ -141,41 +128,8 @@ class RayPool:
             time.sleep(LOOK_SECONDS)
         return found
 
-    def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
-        queue = Queue(tasks, unit)
-        running: dict[Any, MergeTask] = {}
-        shards_left = Counter(shard.point for task in tasks for shard in task.points)
-        while queue or running:
-            most = self._most_running()
-            while len(running) < most and (task := queue.next(time.monotonic())) is not None:
-                running[self._merge.remote(task, self.device, fingerprint())] = task
-            pause = queue.pause(time.monotonic(), LOOK_SECONDS)
-            if not running:  # Ray does not wait for nothing
-                time.sleep(pause)
-                continue
-            told: list[Any] = ray.wait(list(running), num_returns=1, timeout=pause, fetch_local=False)[0]
-            for stream in told:
-                try:
-                    news = ray.get(next(stream))
-                except (RayError, MergeyardError) as error:
-                    task = running.pop(stream)
-                    queue.again(task, failure(error, task.name), time.monotonic())
-                    self.meters.retried("merge")
-                    continue
-                if isinstance(news, tuple):
-                    self.meters.moved(*news)
-                    progress(*news)
-                else:
-                    task = running.pop(stream)
-                    shards_left.subtract(shard.point for shard in task.points)
-                    self.meters.merged(sum(shards_left[shard.point] == 0 for shard in task.points))
-                    yield news
-
-    def _most_running(self) -> int:
-        """How many tasks to have given to Ray; it runs as many of them as it has room for, whatever the job says."""
-        return min(TASKS_AHEAD * max(1, self.room()), self._spec.count or sys.maxsize)
-
     def close(self) -> None:
+        """Leaves the cluster; one that was started here is stopped."""
         self._opened.close()
 
 
@@ -315,23 +269,6 @@ def _init(**options: Any) -> Any:
             signal.signal(signal.SIGTERM, stop)
 
 
-def _merge(task: MergeTask, device: str, code: str) -> Iterator[tuple[int, int] | list[Receipt]]:
-    """What runs on a node: bytes read and written from time to time, and at last the receipts."""
-    from workers.merging import merge_task
-
-    check_code(code)
-    moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-    with ThreadPoolExecutor(1, "task") as thread:
-        merged = thread.submit(
-            merge_task, task, device=device, progress=lambda read, written: moved.put((read, written))
-        )
-        while not merged.done():
-            wait([merged], timeout=REPORT_SECONDS)
-            news = [moved.get() for _ in range(moved.qsize())]
-            yield sum(read for read, _ in news), sum(written for _, written in news)
-        yield merged.result()
-
-
 def check_code(expected: str) -> None:
     """Refuses to work with a driver whose code is not this node's."""
     if fingerprint() != expected:
@@ -341,7 +278,7 @@ def check_code(expected: str) -> None:
         )
 
 
-def _slots(has: Mapping[str, float], spec: WorkerSpec, gpus: float) -> int:
+def _worker_slots(has: Mapping[str, float], spec: WorkerSpec, gpus: float) -> int:
     """How many workers a node holds at once."""
     fits = [has.get("memory", 0) // spec.memory_bytes]
     if spec.cpus:
@@ -351,7 +288,7 @@ def _slots(has: Mapping[str, float], spec: WorkerSpec, gpus: float) -> int:
     return int(min(fits))
 
 
-def _works(has: Mapping[str, float]) -> bool:
+def _is_worker(has: Mapping[str, float]) -> bool:
     """Whether a node is there for work at all; a head alone is often not."""
     return bool(has.get("CPU") or has.get("GPU"))
 

@@ -1,0 +1,97 @@
+"""The pool on Ray: one Ray task a merge task, receipts back, never a tensor."""
+
+from __future__ import annotations
+
+import queue
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    RayError,
+)
+
+from jobs.errors import MergeyardError
+from jobs.tasks import MergeTask, Receipt
+from orchestrator.cluster.again import Queue
+from orchestrator.cluster.pool import Progress, unit
+from orchestrator.cluster.ray_cluster import (
+    LOOK_SECONDS,
+    RayCluster,
+    check_code,
+    failure,
+)
+from workers.fingerprint import fingerprint
+
+TASKS_AHEAD = 2
+"""Tasks submitted for each worker slot: enough that none waits, few enough that stopping is immediate."""
+
+REPORT_SECONDS = 0.5
+
+
+class RayPool:
+    """Runs merge tasks on the workers of a cluster."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self._cluster = cluster
+        # no retries by Ray: it would leave out what a task has told before, receipts or not
+        self._merge = ray.remote(_merge).options(**cluster.resources, max_retries=0, num_returns="streaming")
+
+    @property
+    def workers(self) -> int:
+        return self._cluster.workers
+
+    def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
+        queue = Queue(tasks, unit)
+        running: dict[Any, MergeTask] = {}
+        shards_left = Counter(shard.point for task in tasks for shard in task.points)
+        while queue or running:
+            most = self._most_running()
+            while len(running) < most and (task := queue.next(time.monotonic())) is not None:
+                running[self._merge.remote(task, self._cluster.device, fingerprint())] = task
+            pause = queue.pause(time.monotonic(), LOOK_SECONDS)
+            if not running:  # Ray does not wait for nothing
+                time.sleep(pause)
+                continue
+            told: list[Any] = ray.wait(list(running), num_returns=1, timeout=pause, fetch_local=False)[0]
+            for stream in told:
+                try:
+                    news = ray.get(next(stream))
+                except (RayError, MergeyardError) as error:
+                    task = running.pop(stream)
+                    queue.again(task, failure(error, task.name), time.monotonic())
+                    self._cluster.meters.retried("merge")
+                    continue
+                if isinstance(news, tuple):
+                    self._cluster.meters.moved(*news)
+                    progress(*news)
+                else:
+                    task = running.pop(stream)
+                    shards_left.subtract(shard.point for shard in task.points)
+                    self._cluster.meters.merged(sum(shards_left[shard.point] == 0 for shard in task.points))
+                    yield news
+
+    def _most_running(self) -> int:
+        """How many tasks to have given to Ray; it runs as many of them as it has room for, whatever the job says."""
+        return min(TASKS_AHEAD * max(1, self._cluster.room()), self._cluster.spec.count or sys.maxsize)
+
+
+def _merge(task: MergeTask, device: str, code: str) -> Iterator[tuple[int, int] | list[Receipt]]:
+    """What runs on a node: bytes read and written from time to time, and at last the receipts."""
+    from workers.merging import merge_task
+
+    check_code(code)
+    moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
+    with ThreadPoolExecutor(1, "task") as thread:
+        merged = thread.submit(
+            merge_task, task, device=device, progress=lambda read, written: moved.put((read, written))
+        )
+        while not merged.done():
+            wait([merged], timeout=REPORT_SECONDS)
+            news = [moved.get() for _ in range(moved.qsize())]
+            yield sum(read for read, _ in news), sum(written for _, written in news)
+        yield merged.result()
