@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
@@ -12,8 +11,10 @@ import numpy as np
 
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
+from orchestrator.evaluating.pairing import Pairs, common_rows, sample_of
+from orchestrator.evaluating.results import ranked_rows
 from orchestrator.judging.estimates import macro_difference, macro_weights
-from orchestrator.judging.samples import Cell, CellSample, paired_sample
+from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import (
     difference_test,
     holm,
@@ -23,52 +24,10 @@ from orchestrator.judging.significance import (
     sign_flip_test,
 )
 from orchestrator.leaderboard import perplexity_by_position
-from orchestrator.results import ranked_rows
 from orchestrator.scored import ScoredModel, benchmark_settings, right_answers
-
-Question = tuple[str, str, int, int]
-"""Digest of the set of items, task, length and number: rows that agree in these answer the same question."""
 
 Test = Literal["mcnemar", "sign-flip", "binomial", "t"]
 """Binomial is that of `statistics.few_losses`, where it is larger than the sign flips'."""
-Pairs = Sequence[tuple[ScoreRow, ScoreRow]]
-"""Rows of the new and of the old model about the same questions."""
-
-
-def question(row: ScoreRow) -> Question:
-    """What a row answers."""
-    return row.items, row.task, row.length, row.item
-
-
-def pairs(new: Sequence[ScoreRow], old: Sequence[ScoreRow]) -> list[CellSample]:
-    """Paired differences new − old, a sample for each task and length, on the questions that both answered.
-
-    `BadInput` when there are none.
-    """
-    common = _common(new, old)
-    if not common:
-        raise BadInput("the two models have no items in common; evaluate both on the same benchmark, lengths and seed")
-    return [_sample(cell, found) for cell, found in common.items()]
-
-
-def _common(new: Sequence[ScoreRow], old: Sequence[ScoreRow]) -> dict[Cell, Pairs]:
-    """Both models' rows about the same questions, by cell in order."""
-    earlier = {question(row): row for row in old}
-    common: dict[Cell, list[tuple[ScoreRow, ScoreRow]]] = defaultdict(list)
-    for row in new:
-        if (other := earlier.get(question(row))) is not None:
-            common[Cell(row.task, row.length)].append((row, other))
-    return {cell: common[cell] for cell in sorted(common)}
-
-
-def _sample(cell: Cell, found: Pairs) -> CellSample:
-    return paired_sample(
-        cell.task,
-        cell.length,
-        [row.score for row, _ in found],
-        [other.score for _, other in found],
-        [row.haystack for row, _ in found],
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +115,7 @@ def _finite(value: float) -> float | None:
 
 def compare_models(a: ScoredModel, b: ScoredModel) -> Comparison:
     """B against A on the questions that both answered; `BadInput` says what differs where there are none."""
-    common = _common(b.rows, a.rows)
+    common = common_rows(b.rows, a.rows)
     if not common:
         raise BadInput(_nothing_in_common(a, b))
     ranked = _ranked(a, b, common)
@@ -187,7 +146,7 @@ def _is_tested(row: ScoreRow, ranked: Sequence[str]) -> bool:
 
 
 def _cell_line(cell: Cell, found: Pairs) -> Difference:
-    sample = _sample(cell, found)
+    sample = sample_of(cell, found)
     items, haystacks = len(found), len(set(sample.haystacks.tolist()))
     exact = haystacks == items and all(
         score in (0.0, 1.0) for pair in found for score in (pair[0].score, pair[1].score)
@@ -221,7 +180,7 @@ def _cell_line(cell: Cell, found: Pairs) -> Difference:
 
 
 def _macro_line(cells: Mapping[Cell, Pairs]) -> Difference:
-    samples = [_sample(cell, found) for cell, found in cells.items()]
+    samples = [sample_of(cell, found) for cell, found in cells.items()]
     weights = macro_weights([*cells])
     estimate = macro_difference(samples)
     p = difference_test(estimate)

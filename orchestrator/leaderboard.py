@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation import ScoreRow
+from orchestrator.evaluating.pairing import samples
+from orchestrator.evaluating.results import RETRIEVAL, EvaluationResult
 from orchestrator.judging.effective_length import (
     RULER_THRESHOLD,
     EffectiveLength,
@@ -18,8 +20,7 @@ from orchestrator.judging.effective_length import (
     weighted_average,
 )
 from orchestrator.judging.estimates import macro_mean, macro_score
-from orchestrator.judging.samples import CellSample, cell_sample
-from orchestrator.results import RETRIEVAL, EvaluationResult
+from orchestrator.judging.samples import CellSample
 from orchestrator.words import finite_or_none, short_length
 from workers.benchmarks.perplexity import FIRST_BLOCK
 
@@ -159,17 +160,6 @@ def _by_point(rows: Iterable[ScoreRow]) -> dict[str, list[ScoreRow]]:
     for row in rows:
         found[row.point].append(row)
     return found
-
-
-def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:
-    """One model's scores as the statistics take them: a sample for each task and length."""
-    cells: dict[tuple[str, int], list[ScoreRow]] = {}
-    for row in rows:
-        cells.setdefault((row.task, row.length), []).append(row)
-    return [
-        cell_sample(task, length, [row.score for row in members], [row.haystack for row in members])
-        for (task, length), members in sorted(cells.items())
-    ]
 
 
 def _beside(rows: Sequence[ScoreRow], ranked: set[str]) -> dict[str, float]:

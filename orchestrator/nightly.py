@@ -25,20 +25,19 @@ from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.tasks import digest
 from orchestrator.cluster.pool import Pool
-from orchestrator.comparing import question
 from orchestrator.driver import drive
-from orchestrator.evaluation import OpenEvaluators, Session
-from orchestrator.gating import Gated, first_fresh, gate
+from orchestrator.evaluating.confirming import Gated, first_fresh, gate
+from orchestrator.evaluating.pairing import question, samples
+from orchestrator.evaluating.results import ranked_rows
+from orchestrator.evaluating.session import OpenEvaluators, Session
+from orchestrator.evaluating.subjects import Questions, Subject, questions
 from orchestrator.judging.estimates import Estimate, macro_score
 from orchestrator.judging.gate import Outcome
 from orchestrator.judging.samples import Cell
-from orchestrator.leaderboard import samples
 from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.questions import Questions, Subject, questions
 from orchestrator.records.lease import Lease
 from orchestrator.report.live import written_page
-from orchestrator.results import ranked_rows
 from orchestrator.watching import Watcher
 from workers.checkpoint import Checkpoint, open_checkpoint
 from workers.records import read_record

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import AccessDenied, BadInput, ObjectMissing
+from orchestrator.evaluating.results import VERDICT, read_results
 from orchestrator.records.documents import read_document, text_of
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import READS_AT_ONCE
 from orchestrator.records.places import Places
-from orchestrator.results import VERDICT, read_results
 from orchestrator.words import size
 from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store

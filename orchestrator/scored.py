@@ -11,8 +11,8 @@ from jobs.evaluation import ScoreRow
 from jobs.job import load_job
 from jobs.loading import quoted, suggestion
 from jobs.manifest import Manifest
+from orchestrator.evaluating.results import EVALUATION, EvaluationResult, read_results
 from orchestrator.judging.significance import FlipRate
-from orchestrator.results import EVALUATION, EvaluationResult, read_results
 from workers.benchmarks.items import read_answers
 from workers.records import read_record
 from workers.storage import open_store

@@ -65,7 +65,7 @@ NOTICE_A_CUT = {
 
 
 class RayCluster:
-    """A Ray cluster that merging and evaluating share: the one at `address`, or one of this machine, stopped at the end.
+    """A Ray cluster that merging and evaluating share: the one at `address`, or one started here, stopped at the end.
 
     `workers` is the number of workers of `spec` that its nodes hold when it is joined, `device` is "cuda" or "cpu",
     `resources` are the Ray options of one worker. Raises `WorkerLost` if the cluster or its nodes are not there now,

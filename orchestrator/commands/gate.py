@@ -12,7 +12,7 @@ from orchestrator.commands.workplace import Workplace, asked_of, gated, tell_ver
 
 def gate(options: argparse.Namespace) -> int:
     """`mergeyard gate JOB.yaml`: judges the best point, or the one that is named; 0 pass, 1 fail, 3 inconclusive."""
-    from orchestrator.evaluation import Session
+    from orchestrator.evaluating.session import Session
     from orchestrator.planning.plan import make_plan
     from orchestrator.watching import Watcher
 

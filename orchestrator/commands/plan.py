@@ -10,7 +10,7 @@ from orchestrator.commands.workplace import asked_of
 
 def plan(options: argparse.Namespace) -> int:
     """`mergeyard plan JOB.yaml`."""
-    from orchestrator.forecast import evaluation_facts
+    from orchestrator.evaluating.forecast import evaluation_facts
     from orchestrator.planning.plan import make_plan
     from orchestrator.summary import plan_facts, print_plan
 

@@ -47,7 +47,7 @@ def _is_recorded(submission: Submission, job: Job, folder: Path) -> bool:
 
     if submission.exit_code not in (0, 1, 3) or submission.code != fingerprint():
         return False
-    from orchestrator.recorded import recorded_code
+    from orchestrator.evaluating.outcome import recorded_code
 
     return recorded_code(job, folder) == submission.exit_code
 

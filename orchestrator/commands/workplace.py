@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from jobs.evaluation import ModelSpec
     from orchestrator.cluster.pool import Evaluators, Pool
     from orchestrator.cluster.ray_cluster import RayCluster
-    from orchestrator.evaluation import Session
-    from orchestrator.gating import Gated
+    from orchestrator.evaluating.confirming import Gated
+    from orchestrator.evaluating.results import EvaluationResult
+    from orchestrator.evaluating.session import Session
+    from orchestrator.evaluating.subjects import Questions
     from orchestrator.planning.plan import Plan
-    from orchestrator.questions import Questions
-    from orchestrator.results import EvaluationResult
     from orchestrator.watching import Watcher
 
 
@@ -69,7 +69,7 @@ class Workplace:
 
 def asked_of(plan: Plan, folder: Path) -> Questions | None:
     """What the job's evaluation asks, if it has one; refused here if it cannot work."""
-    from orchestrator.questions import questions
+    from orchestrator.evaluating.subjects import questions
 
     return None if plan.job.evaluate is None else questions(plan, folder)
 
@@ -78,14 +78,18 @@ def evaluate_points(
     plan: Plan, asked: Questions, workplace: Workplace, watcher: Watcher
 ) -> tuple[EvaluationResult, Gated | None]:
     """Every point's scores and, if the job has a gate, the verdict on the best."""
-    from orchestrator.evaluation import Session
-    from orchestrator.forecast import evaluation_facts
+    from orchestrator.evaluating.forecast import evaluation_facts
+    from orchestrator.evaluating.session import Session
+    from orchestrator.report.live import LivePage
     from orchestrator.summary import can_show
 
     sees = evaluation_facts(plan.job, asked)["sees"]
     if sees is not None:
         watcher.tell(f"can show {can_show(sees)}")
-    with Session.of(plan, asked, workplace.evaluators, watcher) as session:
+    with (
+        closing(LivePage(plan.run_url)) as page,
+        Session.of(plan, asked, workplace.evaluators, watcher, page.renew) as session,
+    ):
         result = session.run()
         if plan.job.gate is None:
             return result, None
@@ -94,7 +98,7 @@ def evaluate_points(
 
 def gated(session: Session, asked: Questions, plan: Plan, point: str) -> Gated:
     """The verdict on a point, which is left in the run as `gate/verdict.json` as well."""
-    from orchestrator.gating import gate
+    from orchestrator.evaluating.confirming import gate
 
     assert plan.job.gate is not None
     verdict = gate(session, asked, plan.job.gate, point, chosen=len(asked.points) > 1)

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
-from orchestrator.comparing import pairs
+from orchestrator.evaluating.pairing import pairs
 from orchestrator.judging.estimates import macro_difference
 from orchestrator.judging.samples import CellSample
 from orchestrator.judging.significance import benjamini_hochberg, difference_test, holm

@@ -12,10 +12,11 @@ from jobs.evaluation import ScoreRow
 from jobs.expressions import Value, format_number
 from jobs.grid import Point
 from jobs.tasks import Receipt
+from orchestrator.evaluating.pairing import samples
 from orchestrator.judging.effective_length import score_by_length
 from orchestrator.judging.estimates import macro_mean, macro_score
 from orchestrator.judging.samples import CellSample, paired_sample
-from orchestrator.leaderboard import Line, context_rows, samples
+from orchestrator.leaderboard import Line, context_rows
 from orchestrator.report.comparing import Cell, cells
 from orchestrator.words import short_length
 

@@ -18,13 +18,13 @@ from jobs.errors import BadInput, ObjectMissing
 from jobs.evaluation import ScoreRow
 from jobs.job import Job, load_job
 from jobs.tasks import Receipt
-from orchestrator.comparing import question
+from orchestrator.evaluating.pairing import question
+from orchestrator.evaluating.results import RESULTS, EvaluationResult, read_results, read_verdict
 from orchestrator.judging.effective_length import RULER_THRESHOLD
 from orchestrator.leaderboard import Line, context_note, effective, leaderboard
 from orchestrator.report import figures
 from orchestrator.report.comparing import Comparisons, compare_all
 from orchestrator.report.verdict import Recommendation, best_parent, recommend, rows_by_point
-from orchestrator.results import RESULTS, EvaluationResult, read_results, read_verdict
 from orchestrator.words import short_length, size
 from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store

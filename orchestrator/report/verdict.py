@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation import ScoreRow
+from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.significance import FlipRate
 from orchestrator.leaderboard import Line
 from orchestrator.report.comparing import Comparison, compare, compare_overall
-from orchestrator.results import EvaluationResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation import ScoreRow
+from orchestrator.evaluating.results import EvaluationResult, write_results
 from orchestrator.judging.race import Standing
-from orchestrator.results import EvaluationResult, write_results
 from workers.storage import open_store
 
 ITEMS = 4

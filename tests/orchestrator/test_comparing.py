@@ -17,10 +17,11 @@ import scipy.stats
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
 from jobs.records import sealed
-from orchestrator.comparing import Comparison, compare_models, pairs
+from orchestrator.comparing import Comparison, compare_models
 from orchestrator.comparison_table import visible
+from orchestrator.evaluating.pairing import pairs
+from orchestrator.evaluating.results import EvaluationResult, write_results
 from orchestrator.judging.significance import FlipRate
-from orchestrator.results import EvaluationResult, write_results
 from orchestrator.scored import ScoredModel
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.test_evaluation import PARENTS, RULER, job_text

@@ -20,10 +20,10 @@ from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.records import sealed, unsealed
 from orchestrator.cluster.in_process import InProcessEvaluators
-from orchestrator.evaluation import VERDICT, Session, evaluate
+from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, EvaluationResult, read_results
+from orchestrator.evaluating.session import Session, evaluate
+from orchestrator.evaluating.subjects import questions
 from orchestrator.planning.plan import make_plan
-from orchestrator.questions import questions
-from orchestrator.results import EVALUATION, RESULTS, EvaluationResult, read_results
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
 from tests.workers.engines.test_openai_engine import Handler

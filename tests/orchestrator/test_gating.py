@@ -13,8 +13,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from orchestrator.gating import first_fresh
-from orchestrator.results import read_results
+from orchestrator.evaluating.confirming import first_fresh
+from orchestrator.evaluating.results import read_results
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.test_evaluation import PARENTS, RULER, SCALED, SOUP, job_text
 from workers.benchmarks.building import PlannedSet
@@ -154,7 +154,7 @@ def test_fresh_items_share_no_haystack_with_those_points_are_chosen_by() -> None
 def test_a_gate_leaves_the_evaluation_that_ended_as_it_is(
     mergeyard: Mergeyard, job_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("orchestrator.evaluation.RENEW_SECONDS", 0.0)
+    monkeypatch.setattr("orchestrator.evaluating.session.RENEW_SECONDS", 0.0)
     job = job_file(**scaled([0.3, 1.0], margin=20, budget=12))
     mergeyard("run", job, "--in-process")
     before = read_results(str(job.parent / "runs/tiny"))

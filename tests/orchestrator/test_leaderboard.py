@@ -12,12 +12,12 @@ import pytest
 
 from jobs.evaluation import ScoreRow
 from jobs.job import RaceSpec
+from orchestrator.evaluating.results import EvaluationResult
+from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.estimates import macro_score
 from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.samples import cell_sample
 from orchestrator.leaderboard import context_note, leaderboard, perplexity_by_position, print_leaderboard
-from orchestrator.questions import RacePlan
-from orchestrator.results import EvaluationResult
 from orchestrator.words import short_length
 
 

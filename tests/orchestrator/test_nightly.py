@@ -17,7 +17,7 @@ import pytest
 from jobs.errors import RunBusy
 from orchestrator import webhook
 from orchestrator.cluster.in_process import InProcessEvaluators
-from orchestrator.gating import Gated
+from orchestrator.evaluating.confirming import Gated
 from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
 from orchestrator.judging.samples import student_quantile
 from orchestrator.nightly import _by_length, decide

@@ -18,7 +18,7 @@ from orchestrator.cluster.ray_cluster import RayCluster
 from orchestrator.cluster.ray_evaluating import RayEvaluators
 from orchestrator.cluster.ray_merging import RayPool
 from orchestrator.driver import drive
-from orchestrator.evaluation import evaluate
+from orchestrator.evaluating.session import evaluate
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 

@@ -20,8 +20,8 @@ from jobs.evaluation import EvaluationTask, ScoreRow
 from jobs.job import ENGINE_OPTIONS, load_job
 from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.driver import drive
+from orchestrator.evaluating.subjects import Questions, questions
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.questions import Questions, questions
 from orchestrator.watching import Watcher
 from workers.benchmarks.building import stored
 from workers.benchmarks.items import read_items

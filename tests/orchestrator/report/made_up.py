@@ -13,10 +13,10 @@ from jobs.evaluation import ScoreRow
 from jobs.job import RaceSpec, load_job
 from jobs.records import sealed
 from jobs.tasks import FORMAT, Receipt
+from orchestrator.evaluating.results import EvaluationResult, write_results
+from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.significance import FlipRate
-from orchestrator.questions import RacePlan
-from orchestrator.results import EvaluationResult, write_results
 from workers.storage import open_store
 
 TASKS = (

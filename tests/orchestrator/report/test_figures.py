@@ -11,6 +11,7 @@ import pytest
 from jobs.evaluation import ScoreRow
 from jobs.grid import Point
 from jobs.tasks import Receipt
+from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.race import Standing
 from orchestrator.judging.samples import student_quantile
 from orchestrator.leaderboard import leaderboard
@@ -32,7 +33,6 @@ from orchestrator.report.figures import (
     scores_by_task,
     shown,
 )
-from orchestrator.results import EvaluationResult
 from tests.orchestrator.report.test_comparing import rows
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.cli import main
+from orchestrator.evaluating.results import RESULTS, read_results
 from orchestrator.report.page import PAGE, read_run, report_on
-from orchestrator.results import RESULTS, read_results
 from tests.orchestrator.report.made_up import HOSTILE, write_run
 from workers.scores import write_scores
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.race import Standing
 from orchestrator.judging.significance import FlipRate
 from orchestrator.leaderboard import leaderboard
 from orchestrator.report.verdict import Recommendation, recommend
-from orchestrator.results import EvaluationResult
 from tests.orchestrator.report.test_comparing import rows
 
 

@@ -6,46 +6,36 @@ A block that has its file of scores is done: nothing is asked twice, in this run
 from __future__ import annotations
 
 import json
-import re
 import time
 from collections import defaultdict
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
 from jobs.evaluation import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.tasks import FORMAT, digest
 from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
+from orchestrator.evaluating.blocks import Blocks, Request, first_items
+from orchestrator.evaluating.results import RETRIEVAL, VERDICT, EvaluationResult, ranked_rows, write_results
+from orchestrator.evaluating.subjects import Questions, RacePlan, Subject, questions
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.race import RUNGS, Race, Standing
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate, flip_rate
 from orchestrator.planning.plan import Plan
-from orchestrator.questions import Questions, RacePlan, Subject, questions
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
-from orchestrator.report.live import LivePage
-from orchestrator.results import RETRIEVAL, VERDICT, EvaluationResult, ranked_rows, write_results
 from orchestrator.watching import Watcher
-from workers.benchmarks.building import PlannedSet, stored
-from workers.scores import read_scores
-from workers.storage import Store
+from workers.benchmarks.building import stored
 
 BLOCK_TOKENS = 1 << 20
 """A block of items is cut at about this many context tokens: minutes of work, so that little is lost or waited for."""
 
 BLOCK_ITEMS = 64
-BLOCK_KEY = re.compile(r"(?P<prefix>.+)-(?P<first>\d{6,})-(?P<last>\d{6,})\.parquet")
 
 NOISE_ITEMS = 25
 """Items of each set that the leader answers a second time, to see how often an answer flips by itself."""
-
-READS_AT_ONCE = 32
-
-"""Where the gate's verdict lies in a run."""
 
 RENEW_SECONDS = 30.0
 """How long what can be seen of a running evaluation may be behind."""
@@ -80,11 +70,12 @@ class Session:
         lease: Lease,
         open_evaluators: OpenEvaluators,
         watcher: Watcher,
+        renewed: Callable[[], None],
     ) -> None:
         self._seed, self._asked, self._ledger, self._lease, self._watcher = plan.job.seed, asked, ledger, lease, watcher
         self._open = open_evaluators
         self._evaluators: Evaluators | None = None
-        self._blocks = _Blocks(ledger.store)
+        self._blocks = Blocks(ledger.store)
         self._sets: dict[str, ItemSet] = {}
         self._race: Race | None = None
         self.noise: FlipRate | None = None
@@ -92,16 +83,26 @@ class Session:
         self._pace = Pace()
         self._running = False
         self._renewed, self._pause = time.monotonic(), RENEW_SECONDS
-        self._page = LivePage(plan.run_url)
+        self._tell_renewed = renewed
 
     @classmethod
     @contextmanager
-    def of(cls, plan: Plan, asked: Questions, open_evaluators: OpenEvaluators, watcher: Watcher) -> Generator[Session]:
-        """A session of this plan's run, while no other driver has one; the workers are let go at its end."""
+    def of(
+        cls,
+        plan: Plan,
+        asked: Questions,
+        open_evaluators: OpenEvaluators,
+        watcher: Watcher,
+        renewed: Callable[[], None] = lambda: None,
+    ) -> Generator[Session]:
+        """A session of this plan's run; it holds the run's lease, and closes its workers at the end.
+
+        `renewed` is called each time that the results in the store were renewed during `run`.
+        """
         ledger = Ledger(plan.run_url, plan.places)
         with Lease(ledger.store, plan.places.record("lease.json")) as lease:
             ledger.claim(plan.job.text, plan.document())
-            session = cls(plan, asked, ledger, lease, open_evaluators, watcher)
+            session = cls(plan, asked, ledger, lease, open_evaluators, watcher, renewed)
             try:
                 yield session
             finally:
@@ -133,7 +134,6 @@ class Session:
 
     def close(self) -> None:
         """Lets go of the workers."""
-        self._page.close()
         if self._evaluators is not None:
             self._evaluators.close()
 
@@ -153,7 +153,7 @@ class Session:
     def ask(self, subjects: Iterable[Subject], text: str, wanted: Mapping[Cell, range] | None = None) -> None:
         """What these have not answered yet of what everyone is asked, or of the items that are wanted of each cell."""
         requests = [
-            _Request(subject, cell, range(planned.count) if wanted is None else wanted[cell])
+            Request(subject, cell, range(planned.count) if wanted is None else wanted[cell])
             for subject in subjects
             for cell, planned in subject.sets.items()
             if wanted is None or cell in wanted
@@ -180,7 +180,7 @@ class Session:
             confirmation=planned.fresh,
         )
         while not race.finished:
-            requests = [_Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
+            requests = [Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
             for request, rows in self._answers(requests, f"racing {len(race.live)} points"):
                 race.record(request.subject.name, request.cell, [row.item for row in rows], [row.score for row in rows])
             for departure in race.eliminate():
@@ -189,7 +189,7 @@ class Session:
     def _ask_again(self, leader: Subject) -> FlipRate | None:
         """How often the leader's own answers flip when it is asked the same again; None without answers."""
         requests = [
-            _Request(leader, cell, _first_items(planned, NOISE_ITEMS), repeat=1)
+            Request(leader, cell, first_items(planned, NOISE_ITEMS), repeat=1)
             for cell, planned in leader.sets.items()
             if planned.benchmark in RETRIEVAL
         ]
@@ -200,12 +200,12 @@ class Session:
             return None
         return flip_rate([first[place] for place in places], [second[place] for place in places])
 
-    def _answers(self, requests: Iterable[_Request], text: str) -> Iterator[tuple[_Request, list[ScoreRow]]]:
+    def _answers(self, requests: Iterable[Request], text: str) -> Iterator[tuple[Request, list[ScoreRow]]]:
         """The wanted rows of each request as they come: first what the store has, then what workers answer."""
         wanted = list(requests)
         prefixes = {id(request): self._prefix(request) for request in wanted}
         self._blocks.recall((prefixes[id(request)], request.items) for request in wanted)
-        waiting: dict[str, tuple[EvaluationTask, _Request]] = {}
+        waiting: dict[str, tuple[EvaluationTask, Request]] = {}
         for request in wanted:
             yield from ((request, rows) for rows in self._blocks.within(prefixes[id(request)], request.items))
             for gap in self._blocks.gaps(prefixes[id(request)], request.items):
@@ -222,7 +222,7 @@ class Session:
             yield waiting[task.key][1], rows
             self._renew()
 
-    def _prefix(self, request: _Request) -> str:
+    def _prefix(self, request: Request) -> str:
         """What the files of these answers are called, but for their items: it names all that the answers depend on."""
         subject, items = request.subject, request.subject.sets[request.cell]
         spec = self._asked.models[subject.model]
@@ -232,7 +232,7 @@ class Session:
         )
         return f"scores/{subject.name}/{items.task}-{items.length}-{unit[:16]}"
 
-    def _tasks(self, request: _Request, wanted: range, prefix: str) -> Iterator[EvaluationTask]:
+    def _tasks(self, request: Request, wanted: range, prefix: str) -> Iterator[EvaluationTask]:
         """Blocks of a fixed grid that cover the wanted items: however a run was cut, its blocks are the same."""
         planned = request.subject.planned
         items = self._sets[request.subject.sets[request.cell].digest]
@@ -266,7 +266,7 @@ class Session:
         began = time.monotonic()
         self._lease.confirm()
         write_results(self._ledger.store, self._result(finished=False))
-        self._page.renew()
+        self._tell_renewed()
         self._renewed = time.monotonic()
         self._pause = max(RENEW_SECONDS, 20 * (self._renewed - began))
 
@@ -286,90 +286,6 @@ class Session:
             seed=self._seed,
             finished=finished,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """Items of one cell that a subject is to answer; `repeat` > 0 asks again."""
-
-    subject: Subject
-    cell: Cell
-    items: range
-    repeat: int = 0
-
-
-class _Blocks:
-    """The files of scores: which items each has, and the rows that were wanted in this session.
-
-    A file is `PREFIX-FIRST-LAST.parquet`; what one prefix holds was answered under the same conditions.
-    """
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._read_rows: dict[str, list[ScoreRow]] = {}
-        self._files: dict[str, dict[str, range]] = defaultdict(dict)
-        self._wanted: dict[tuple[str, str, str, int, str, int], ScoreRow] = {}
-        for info in store.list("scores/"):
-            self._note(info.key)
-
-    def _note(self, key: str) -> None:
-        if (name := BLOCK_KEY.fullmatch(key)) is not None:  # a folder that people look into gets files of other kinds
-            self._files[name["prefix"]][key] = range(int(name["first"]), int(name["last"]))
-
-    def add(self, key: str, rows: list[ScoreRow]) -> None:
-        """A block that was answered now, all of it wanted."""
-        self._note(key)
-        self._read_rows[key] = rows
-        self._keep(rows)
-
-    def recall(self, wanted: Iterable[tuple[str, range]]) -> None:
-        """Reads the files that have any of these items; a resumed run may have a hundred thousand."""
-        found = {key for prefix, items in wanted for key in self._overlapping(prefix, items)}
-        keys = sorted(found - self._read_rows.keys())
-        with ThreadPoolExecutor(READS_AT_ONCE, "scores") as pool:
-            self._read_rows.update(zip(keys, pool.map(self._read, keys), strict=True))
-
-    def _read(self, key: str) -> list[ScoreRow]:
-        return read_scores(bytes(self._store.read(key)), key)
-
-    def _overlapping(self, prefix: str, items: range) -> list[str]:
-        files = self._files.get(prefix, {})
-        return sorted(key for key, has in files.items() if has.start < items.stop and items.start < has.stop)
-
-    def within(self, prefix: str, items: range) -> Iterator[list[ScoreRow]]:
-        """The recalled rows about these items, a list a file; a whole task (length 0) counts its items by itself."""
-        for key in self._overlapping(prefix, items):
-            rows = [row for row in self._read_rows[key] if row.item in items or row.length == 0]
-            self._keep(rows)
-            yield rows
-
-    def _keep(self, rows: Iterable[ScoreRow]) -> None:
-        for row in rows:
-            if row.repeat == 0:
-                self._wanted[row.point, row.benchmark, row.task, row.length, row.items, row.item] = row
-
-    def gaps(self, prefix: str, items: range) -> Iterator[range]:
-        """The stretches of these items that no file has."""
-        at = items.start
-        for has in sorted((self._files[prefix][key] for key in self._overlapping(prefix, items)), key=_start):
-            if has.start > at:
-                yield range(at, has.start)
-            at = max(at, has.stop)
-        if at < items.stop:
-            yield range(at, items.stop)
-
-    def rows(self) -> list[ScoreRow]:
-        """All that were wanted, each once."""
-        return [self._wanted[place] for place in sorted(self._wanted)]
-
-
-def _start(items: range) -> int:
-    return items.start
-
-
-def _first_items(planned: PlannedSet, least: int) -> range:
-    """The first items of a set, whole haystacks."""
-    return range(min(-(-least // planned.share) * planned.share, planned.count))
 
 
 def _place(row: ScoreRow) -> tuple[str, int, int]:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.job import Evaluation, GateSpec, Job
-from orchestrator.gating import BUDGET
+from orchestrator.evaluating.confirming import BUDGET
+from orchestrator.evaluating.subjects import Questions, RacePlan, Sets
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.gate import POWER
 from orchestrator.judging.race import RUNGS
 from orchestrator.judging.samples import Cell, normal_quantile
 from orchestrator.judging.significance import anytime_multiplier, design_effect, minimum_detectable_effect
-from orchestrator.questions import Questions, RacePlan, Sets
 from workers.benchmarks.building import PlannedSet
 
 DISCORDANCE = 0.1

@@ -14,9 +14,9 @@ from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.evaluation import ScoreRow
 from jobs.job import RaceSpec
 from jobs.tasks import FORMAT
+from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.significance import FlipRate
-from orchestrator.questions import RacePlan
 from orchestrator.records.documents import read_document, text_of
 from workers.benchmarks.lm_eval_adapter import OVER_LONG
 from workers.scores import read_scores, write_scores

@@ -16,14 +16,14 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
 from jobs.job import GateSpec
-from orchestrator.comparing import pairs
-from orchestrator.evaluation import Session
+from orchestrator.evaluating.pairing import pairs
+from orchestrator.evaluating.results import ranked_rows
+from orchestrator.evaluating.session import Session
+from orchestrator.evaluating.subjects import Questions, Subject
 from orchestrator.judging.estimates import macro_mean
 from orchestrator.judging.gate import GateRule, Verdict, judge, same_merge
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate
-from orchestrator.questions import Questions, Subject
-from orchestrator.results import ranked_rows
 from workers.benchmarks.building import PlannedSet
 
 BUDGET = 4

@@ -7,10 +7,9 @@ from pathlib import Path
 
 from jobs.errors import MergeyardError
 from jobs.job import Job, load_job
-from orchestrator.evaluation import VERDICT
+from orchestrator.evaluating.results import VERDICT, read_results
 from orchestrator.judging.gate import EXIT_CODES
 from orchestrator.planning.plan import Plan, make_plan
-from orchestrator.results import read_results
 from workers.records import read_record
 from workers.storage import Store, open_store
 

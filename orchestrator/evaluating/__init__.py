@@ -1,0 +1,1 @@
+"""Which model is asked which items, and the answers."""

@@ -1,0 +1,106 @@
+"""The files of scores in a run, and the requests that they answer."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from jobs.evaluation import ScoreRow
+from orchestrator.evaluating.subjects import Subject
+from orchestrator.judging.samples import Cell
+from workers.benchmarks.building import PlannedSet
+from workers.scores import read_scores
+from workers.storage import Store
+
+BLOCK_KEY = re.compile(r"(?P<prefix>.+)-(?P<first>\d{6,})-(?P<last>\d{6,})\.parquet")
+
+READS_AT_ONCE = 32
+
+"""Where the gate's verdict lies in a run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Items of one cell that a subject is to answer; `repeat` > 0 asks again."""
+
+    subject: Subject
+    cell: Cell
+    items: range
+    repeat: int = 0
+
+
+class Blocks:
+    """The files of scores: which items each has, and the rows that were wanted in this session.
+
+    A file is `PREFIX-FIRST-LAST.parquet`; what one prefix holds was answered under the same conditions.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._read_rows: dict[str, list[ScoreRow]] = {}
+        self._files: dict[str, dict[str, range]] = defaultdict(dict)
+        self._wanted: dict[tuple[str, str, str, int, str, int], ScoreRow] = {}
+        for info in store.list("scores/"):
+            self._note(info.key)
+
+    def _note(self, key: str) -> None:
+        if (name := BLOCK_KEY.fullmatch(key)) is not None:  # a folder that people look into gets files of other kinds
+            self._files[name["prefix"]][key] = range(int(name["first"]), int(name["last"]))
+
+    def add(self, key: str, rows: list[ScoreRow]) -> None:
+        """A block that was answered now, all of it wanted."""
+        self._note(key)
+        self._read_rows[key] = rows
+        self._keep(rows)
+
+    def recall(self, wanted: Iterable[tuple[str, range]]) -> None:
+        """Reads the files that have any of these items; a resumed run may have a hundred thousand."""
+        found = {key for prefix, items in wanted for key in self._overlapping(prefix, items)}
+        keys = sorted(found - self._read_rows.keys())
+        with ThreadPoolExecutor(READS_AT_ONCE, "scores") as pool:
+            self._read_rows.update(zip(keys, pool.map(self._read, keys), strict=True))
+
+    def _read(self, key: str) -> list[ScoreRow]:
+        return read_scores(bytes(self._store.read(key)), key)
+
+    def _overlapping(self, prefix: str, items: range) -> list[str]:
+        files = self._files.get(prefix, {})
+        return sorted(key for key, has in files.items() if has.start < items.stop and items.start < has.stop)
+
+    def within(self, prefix: str, items: range) -> Iterator[list[ScoreRow]]:
+        """The recalled rows about these items, a list a file; a whole task (length 0) counts its items by itself."""
+        for key in self._overlapping(prefix, items):
+            rows = [row for row in self._read_rows[key] if row.item in items or row.length == 0]
+            self._keep(rows)
+            yield rows
+
+    def _keep(self, rows: Iterable[ScoreRow]) -> None:
+        for row in rows:
+            if row.repeat == 0:
+                self._wanted[row.point, row.benchmark, row.task, row.length, row.items, row.item] = row
+
+    def gaps(self, prefix: str, items: range) -> Iterator[range]:
+        """The stretches of these items that no file has."""
+        at = items.start
+        for has in sorted((self._files[prefix][key] for key in self._overlapping(prefix, items)), key=_start):
+            if has.start > at:
+                yield range(at, has.start)
+            at = max(at, has.stop)
+        if at < items.stop:
+            yield range(at, items.stop)
+
+    def rows(self) -> list[ScoreRow]:
+        """All that were wanted, each once."""
+        return [self._wanted[place] for place in sorted(self._wanted)]
+
+
+def _start(items: range) -> int:
+    return items.start
+
+
+def first_items(planned: PlannedSet, least: int) -> range:
+    """The first items of a set, whole haystacks."""
+    return range(min(-(-least // planned.share) * planned.share, planned.count))
