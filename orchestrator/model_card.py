@@ -15,65 +15,7 @@ import yaml
 from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
 from orchestrator.leaderboard import Line
 from orchestrator.planning.compatibility import context_fields
-from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import short_length, token_count
-from workers.checkpoint import FLOATS
-
-
-def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str) -> str:
-    """Markdown with YAML front matter."""
-    layout, recipe = planned.layout, planned.point.recipe
-    parents = {name: plan.parents[name].url for name in layout.parents}
-    front: dict[str, Any] = {
-        "base_model": [_repository(url) for url in parents.values()],
-        "base_model_relation": "merge",
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["mergeyard", "mergekit", "merge", recipe.merge_method],
-    }
-    context = context_fields(layout.config)
-    parameters = sum(tensor.elements for shard in layout.shards for tensor in shard.tensors if tensor.dtype in FLOATS)
-    facts = {
-        "Method": f"`{recipe.merge_method}`",
-        "Parameters": f"{_count(parameters)} ({parameters:,})",
-        "Stored as": f"{layout.config.get('dtype', layout.config.get('torch_dtype'))}, {layout.bytes / 1e9:.2f} GB",
-        "Architecture": ", ".join(layout.config.get("architectures") or [str(layout.config.get("model_type"))]),
-        "Context length (claimed by the config)": token_count(context.get("max_position_embeddings")),
-        "RoPE": f"theta {context.get('rope_theta', 'default'):g}"
-        if isinstance(context.get("rope_theta"), float)
-        else "default",
-        "Arithmetic": "float32, rounded once" if plan.job.numerics == "float32" else "as mergekit, in the dtype",
-        "Seed": str(plan.job.seed),
-    }
-    lines = [
-        "---",
-        yaml.safe_dump(front, sort_keys=False).strip(),
-        "---",
-        "",
-        f"# {planned.name}",
-        "",
-        f"A `{recipe.merge_method}` merge of {_listed(list(parents))}, made by mergeyard.",
-        "",
-        "| | |",
-        "|---|---|",
-        *(f"| {name} | {value} |" for name, value in facts.items()),
-        "",
-        "## Parents",
-        "",
-        "| parent | where | weight |",
-        "|---|---|---|",
-        *(f"| {name} | {url} | {_weight(plan, planned, name)} |" for name, url in parents.items()),
-        "",
-        "## Recipe",
-        "",
-        "```yaml",
-        recipe_text.strip(),
-        "```",
-        "",
-        "`manifest.json` holds the pinned parents and the sha256 of every tensor; `mergeyard verify` checks them.",
-        "",
-    ]
-    return "\n".join(lines)
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -158,29 +100,3 @@ def _reach(effective: EffectiveLength) -> str:
     if effective.length == longest:
         return f"{token_count(longest)} or more, the longest asked{interval}"
     return f"{token_count(effective.length)}{interval}"
-
-
-def _weight(plan: Plan, planned: PlannedPoint, name: str) -> str:
-    for source in planned.point.recipe.models:
-        if source.model == name and "weight" in source.parameters:
-            document = planned.point.recipe.document()
-            entry = next(model for model in document["models"] if model["model"] == name)
-            return f"`{entry['parameters']['weight']}`"
-    return "base" if planned.point.recipe.base_model == name else "–"
-
-
-def _repository(url: str) -> str:
-    """`org/name` of a hub URL, which is how the hub links to it; other URLs as they are."""
-    return url.removeprefix("hf://").split("@")[0] if url.startswith("hf://") else url
-
-
-def _count(parameters: int) -> str:
-    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "k")):
-        if parameters >= size:
-            return f"{parameters / size:.2f} {unit}"
-    return str(parameters)
-
-
-def _listed(names: list[str]) -> str:
-    quoted = [f"`{name}`" for name in names]
-    return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

@@ -25,7 +25,6 @@ from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.tasks import digest
 from orchestrator.cluster.pool import Pool
-from orchestrator.driver import drive
 from orchestrator.evaluating.confirming import Gated, first_fresh, gate
 from orchestrator.evaluating.pairing import question, samples
 from orchestrator.evaluating.results import ranked_rows
@@ -34,6 +33,7 @@ from orchestrator.evaluating.subjects import Questions, Subject, questions
 from orchestrator.judging.estimates import Estimate, macro_score
 from orchestrator.judging.gate import Outcome
 from orchestrator.judging.samples import Cell
+from orchestrator.merging.driver import drive
 from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.records.lease import Lease

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.errors import ObjectMissing
-from orchestrator.driver import RunResult
+from orchestrator.merging.driver import RunResult
 from orchestrator.planning.plan import READ_RATE, WRITE_RATE, Plan
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places

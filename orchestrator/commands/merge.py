@@ -15,7 +15,7 @@ from orchestrator.commands.inputs import read_text, size_option, watched
 def merge(options: argparse.Namespace) -> int:
     """`mergeyard merge CONFIG OUT`."""
     from orchestrator.cluster.in_process import InProcessPool
-    from orchestrator.driver import drive
+    from orchestrator.merging.driver import drive
     from orchestrator.planning.plan import make_plan
     from orchestrator.records.ledger import Ledger
     from orchestrator.summary import print_merge

@@ -10,7 +10,7 @@ from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points
 
 def run(options: argparse.Namespace) -> int:
     """`mergeyard run JOB.yaml`: merges, evaluates, judges and keeps what the job says."""
-    from orchestrator.driver import drive
+    from orchestrator.merging.driver import drive
     from orchestrator.planning.plan import make_plan
     from orchestrator.summary import print_result, result_facts
     from orchestrator.watching import Watcher

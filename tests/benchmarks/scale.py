@@ -32,7 +32,7 @@ from jobs.errors import ObjectMissing
 from jobs.job import load_job
 from jobs.tasks import MergeTask, Receipt
 from orchestrator.cluster.pool import Progress
-from orchestrator.driver import drive
+from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import make_plan
 from orchestrator.watching import Watcher
 from workers.checkpoint import header_bytes
@@ -286,7 +286,7 @@ def patched(stores: dict[str, Any]) -> Any:
         "orchestrator.planning.plan",
         "orchestrator.planning.compatibility",
         "orchestrator.records.ledger",
-        "orchestrator.gathering",
+        "orchestrator.merging.gathering",
     ):
         stack.enter_context(patch(f"{module}.open_store", open_known))
     return stack

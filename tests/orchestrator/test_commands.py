@@ -19,9 +19,9 @@ import yaml
 from jobs.errors import RunBusy, WorkerLost
 from jobs.job import load_job
 from jobs.manifest import Manifest
-from orchestrator import driver
 from orchestrator.cluster.in_process import InProcessPool
-from orchestrator.driver import drive
+from orchestrator.merging import driver
+from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import make_plan
 from orchestrator.records.lease import Lease
 from orchestrator.watching import Watcher

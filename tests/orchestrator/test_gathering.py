@@ -19,7 +19,7 @@ from jobs.loading import load_document
 from jobs.manifest import Manifest, weights_digest
 from jobs.recipe import recipe_template
 from orchestrator.cluster.in_process import InProcessPool
-from orchestrator.driver import RunResult, drive
+from orchestrator.merging.driver import RunResult, drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import files_under

@@ -17,8 +17,8 @@ from jobs.job import load_job
 from orchestrator.cluster.ray_cluster import RayCluster
 from orchestrator.cluster.ray_evaluating import RayEvaluators
 from orchestrator.cluster.ray_merging import RayPool
-from orchestrator.driver import drive
 from orchestrator.evaluating.session import evaluate
+from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 

@@ -28,7 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
-import orchestrator.gathering
+import orchestrator.merging.gathering
 import orchestrator.records.lease
 import orchestrator.records.ledger
 import workers.hashing
@@ -38,7 +38,7 @@ from jobs.manifest import Manifest
 from jobs.tasks import MergeTask, Receipt, Setting, TensorMerge
 from orchestrator.cluster.again import Failure, Queue
 from orchestrator.cluster.pool import Progress, unit
-from orchestrator.driver import RunResult, drive
+from orchestrator.merging.driver import RunResult, drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from tests.simulation.faulty_store import FaultyStore
@@ -495,7 +495,7 @@ def _standing_in(schedule: Schedule) -> Generator[None]:
     with (
         patch.multiple(orchestrator.records.lease, **of_the_lease),
         patch.multiple(orchestrator.records.ledger, open_store=open_simulated, ThreadPoolExecutor=Inline),
-        patch.object(orchestrator.gathering, "open_store", open_simulated),
+        patch.object(orchestrator.merging.gathering, "open_store", open_simulated),
         patch.object(workers.hashing, "ThreadPoolExecutor", Inline),
     ):
         yield

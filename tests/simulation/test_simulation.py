@@ -14,8 +14,8 @@ import pytest
 from jobs.errors import ObjectChanged, ObjectExists, ObjectMissing, StorageError
 from jobs.manifest import Manifest, weights_digest
 from jobs.tasks import Receipt
-from orchestrator.driver import _Points
-from orchestrator.gathering import Gatherer
+from orchestrator.merging.driver import _Points
+from orchestrator.merging.gathering import Gatherer
 from orchestrator.planning.plan import PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger

@@ -19,8 +19,8 @@ from jobs.errors import BadInput
 from jobs.evaluation import EvaluationTask, ScoreRow
 from jobs.job import ENGINE_OPTIONS, load_job
 from orchestrator.cluster.in_process import InProcessPool
-from orchestrator.driver import drive
 from orchestrator.evaluating.subjects import Questions, questions
+from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from workers.benchmarks.building import stored

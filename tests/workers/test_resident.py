@@ -18,7 +18,7 @@ from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.tasks import Setting
 from orchestrator.cluster.in_process import InProcessPool
-from orchestrator.driver import drive
+from orchestrator.merging.driver import drive
 from orchestrator.planning.parents import parents_as_points
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher

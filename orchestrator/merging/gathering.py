@@ -17,7 +17,7 @@ import yaml
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
 from jobs.tasks import Receipt
-from orchestrator.model_card import model_card
+from orchestrator.merging.card import model_card
 from orchestrator.planning.plan import Plan, PlannedPoint
 from workers.records import read_record
 from workers.storage import Store, open_store

@@ -13,7 +13,7 @@ from sys import intern
 from jobs.manifest import Manifest
 from jobs.tasks import Receipt
 from orchestrator.cluster.pool import Pool
-from orchestrator.gathering import Gatherer
+from orchestrator.merging.gathering import Gatherer
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger

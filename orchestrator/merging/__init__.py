@@ -1,0 +1,1 @@
+"""Merge tasks to receipts, receipts to finished points."""
