@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 
 from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
-from orchestrator.leaderboard import Line
 from orchestrator.planning.compatibility import context_fields
+from orchestrator.report.leaderboard import Line
 from orchestrator.words import short_length, token_count
 
 

@@ -21,8 +21,8 @@ from jobs.manifest import FileEntry, Manifest
 from jobs.records import sealed, unsealed
 from orchestrator.evaluating.results import EvaluationResult, read_results
 from orchestrator.inspecting import file_problems, point_problems
-from orchestrator.leaderboard import Line, leaderboard
 from orchestrator.model_card import front_matter, published_card
+from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.words import size
 from workers.records import read_record
 from workers.storage import Store, open_store

@@ -10,9 +10,9 @@ from orchestrator.commands.inputs import print_json, run_url
 
 def compare(options: argparse.Namespace) -> int:
     """`mergeyard compare A B`: what B wins and loses against A."""
-    from orchestrator.comparing import compare_models, with_expected
-    from orchestrator.comparison_table import print_comparison
-    from orchestrator.scored import find_models
+    from orchestrator.report.scored_models import find_models
+    from orchestrator.report.terminal.comparison import print_comparison
+    from orchestrator.report.two_models import compare_models, with_expected
 
     if options.flips < 0:
         raise BadInput(f"--flips: {options.flips}; give the number of items to show, 0 for none")

@@ -18,7 +18,7 @@ def merge(options: argparse.Namespace) -> int:
     from orchestrator.merging.driver import drive
     from orchestrator.planning.plan import make_plan
     from orchestrator.records.ledger import Ledger
-    from orchestrator.summary import print_merge
+    from orchestrator.report.terminal.run import print_merge
     from orchestrator.watching import Watcher
 
     _check_device(options.device)

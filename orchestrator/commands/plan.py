@@ -12,7 +12,7 @@ def plan(options: argparse.Namespace) -> int:
     """`mergeyard plan JOB.yaml`."""
     from orchestrator.evaluating.forecast import evaluation_facts
     from orchestrator.planning.plan import make_plan
-    from orchestrator.summary import plan_facts, print_plan
+    from orchestrator.report.terminal.run import plan_facts, print_plan
 
     job, folder = read_job(options)
     plan = make_plan(job, relative_to=folder)

@@ -17,8 +17,9 @@ from orchestrator.commands.inputs import print_json, run_url
 
 def report(options: argparse.Namespace) -> int:
     """`mergeyard report RUN`: the leaderboard and the sentence on it; writes the page into the run."""
-    from orchestrator.leaderboard import print_leaderboard, print_sentence
-    from orchestrator.report.page import read_run, report_on, write_page
+    from orchestrator.report.page import write_page
+    from orchestrator.report.run import read_run, report_on
+    from orchestrator.report.terminal.leaderboard import print_leaderboard, print_sentence
 
     run = read_run(run_url(options.run))
     if options.csv == "-":

@@ -12,7 +12,7 @@ def run(options: argparse.Namespace) -> int:
     """`mergeyard run JOB.yaml`: merges, evaluates, judges and keeps what the job says."""
     from orchestrator.merging.driver import drive
     from orchestrator.planning.plan import make_plan
-    from orchestrator.summary import print_result, result_facts
+    from orchestrator.report.terminal.run import print_result, result_facts
     from orchestrator.watching import Watcher
 
     job, folder = read_job(options)

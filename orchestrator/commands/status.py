@@ -9,13 +9,13 @@ from jobs.errors import BadInput
 from orchestrator.commands.inputs import print_json, run_url
 
 if TYPE_CHECKING:
-    from orchestrator.report.page import Report
+    from orchestrator.report.run import Report
 
 
 def status(options: argparse.Namespace) -> int:
     """`mergeyard status RUN`: how far it is, and how its points stand so far."""
-    from orchestrator.leaderboard import print_leaderboard, print_sentence
-    from orchestrator.summary import print_status, status_facts
+    from orchestrator.report.terminal.leaderboard import print_leaderboard, print_sentence
+    from orchestrator.report.terminal.run import print_status, status_facts
 
     url = run_url(options.run)
     facts, found = status_facts(url), _report(url)
@@ -33,7 +33,7 @@ def status(options: argparse.Namespace) -> int:
 
 def _report(url: str) -> Report | None:
     """What can be said so far; None before the first answers."""
-    from orchestrator.report.page import read_run, report_on
+    from orchestrator.report.run import read_run, report_on
 
     try:
         return report_on(read_run(url, costs=False))

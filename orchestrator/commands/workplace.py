@@ -81,7 +81,7 @@ def evaluate_points(
     from orchestrator.evaluating.forecast import evaluation_facts
     from orchestrator.evaluating.session import Session
     from orchestrator.report.live import LivePage
-    from orchestrator.summary import can_show
+    from orchestrator.report.terminal.run import can_show
 
     sees = evaluation_facts(plan.job, asked)["sees"]
     if sees is not None:
@@ -122,8 +122,9 @@ def tell_evaluation(
     plan: Plan, result: EvaluationResult, verdict: Gated | None = None, *, quiet: bool
 ) -> dict[str, Any]:
     """Prints the leaderboard and the verdict, and returns all there is to know as facts."""
-    from orchestrator.leaderboard import leaderboard, print_leaderboard, print_sentence
+    from orchestrator.report.leaderboard import leaderboard
     from orchestrator.report.live import written_page
+    from orchestrator.report.terminal.leaderboard import print_leaderboard, print_sentence
 
     lines = leaderboard(result)
     page, sentence = written_page(plan.run_url) or (None, "")

@@ -1,13 +1,19 @@
-"""The page of a run: report/index.html, one file that shows all that was found, without a network and on paper too.
+"""A run told to people: the leaderboard on a terminal, and report/index.html, one file that needs no network and prints.
 
-    comparing.py   paired differences of every point from a baseline, by length and by task, corrected for their number
-    verdict.py     the sentence on top: which merge to keep, and how sure that is
-    figures.py     what each figure shows, as numbers: maps over the grid, curves, needle depths, fronts, costs
-    charts.py      the numbers as SVG, drawn by matplotlib
-    page.py        all of it in one HTML file, from what lies in the run
-    mlflow_log.py  the same figures for an MLflow server
+    run.py                reads a run once, for every report
+    leaderboard.py        a line per point: scores, intervals, effective lengths
+    scored_models.py      the scored model that a name, a path or a URL means
+    two_models.py         one model against another on the same items
+    against_baseline.py   every point against a baseline, by length and by task, corrected for their number
+    recommendation.py     the sentence on top: which merge to keep, and how sure that is
+    figures.py            the numbers of each figure
+    charts.py             the numbers as SVG, drawn by matplotlib
+    page.py               all of it in one HTML file
+    live.py               renews the page during a run
+    mlflow_log.py         the same figures for an MLflow server
+    terminal/             tables for a terminal of any width
 
-matplotlib draws, since its SVG is sharp on paper, needs no script to be read, hatches cells, and is some kilobytes a
-chart; a script of 4 kB chooses between charts that are all there. The libraries that draw in the browser bring 1 to
-5 MB of script a page, draw on a canvas that neither prints sharply nor can be read aloud, and cannot hatch a heatmap.
+matplotlib draws because its SVG is sharp on paper, can be read without a script, hatches cells and takes some kilobytes
+per chart; a script of 4 kB switches between charts. Libraries that draw in the browser add 1 to 5 MB of script to each
+page, draw on a canvas that neither prints sharply nor can be read aloud, and cannot hatch a heatmap.
 """

@@ -16,8 +16,8 @@ from orchestrator.evaluating.pairing import samples
 from orchestrator.judging.effective_length import score_by_length
 from orchestrator.judging.estimates import macro_mean, macro_score
 from orchestrator.judging.samples import CellSample, paired_sample
-from orchestrator.leaderboard import Line, context_rows
-from orchestrator.report.comparing import Cell, cells
+from orchestrator.report.against_baseline import Cell, cells
+from orchestrator.report.leaderboard import Line, context_rows
 from orchestrator.words import short_length
 
 MOST_CURVES = 6

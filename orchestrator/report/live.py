@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 
 def written_page(run_url: str) -> tuple[str, str] | None:
     """Writes the page of a run: where it lies, and its first sentence. None, and a warning, if that cannot be."""
-    from orchestrator.report.page import read_run, report_on, write_page
+    from orchestrator.report.page import write_page
+    from orchestrator.report.run import read_run, report_on
 
     try:
         report = report_on(read_run(run_url))
@@ -51,7 +52,8 @@ class LivePage:
             self._thread.join(CLOSE_SECONDS)
 
     def _draw(self) -> None:
-        from orchestrator.report.page import page, put_page, read_run, report_on
+        from orchestrator.report.page import page, put_page
+        from orchestrator.report.run import read_run, report_on
 
         began = time.monotonic()
         try:

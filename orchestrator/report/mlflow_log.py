@@ -13,8 +13,9 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import format_number
-from orchestrator.leaderboard import Line
-from orchestrator.report.page import Report, page
+from orchestrator.report.leaderboard import Line
+from orchestrator.report.page import page
+from orchestrator.report.run import Report
 
 MOST_PARAMETER_CHARACTERS = 500
 

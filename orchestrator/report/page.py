@@ -7,148 +7,30 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadInput, ObjectMissing
 from jobs.evaluation import ScoreRow
-from jobs.job import Job, load_job
-from jobs.tasks import Receipt
 from orchestrator.evaluating.pairing import question
-from orchestrator.evaluating.results import RESULTS, EvaluationResult, read_results, read_verdict
+from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD
-from orchestrator.leaderboard import Line, context_note, effective, leaderboard
 from orchestrator.report import figures
-from orchestrator.report.comparing import Comparisons, compare_all
-from orchestrator.report.verdict import Recommendation, best_parent, recommend, rows_by_point
+from orchestrator.report.leaderboard import Line, context_note, effective
+from orchestrator.report.recommendation import rows_by_point
+from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
 from orchestrator.words import short_length, size
-from workers.records import read_receipt, read_record
-from workers.storage import Store, open_store
+from workers.storage import open_store
 
-PAGE = "report/index.html"
 HERE = Path(__file__).parent
-READS_AT_ONCE = 32
-MOST_RECEIPTS = 5_000
 MOST_FLIPS = 12
 MOST_MAPS = 8
 """Maps side by side; of more, one is shown at a time."""
 
 ANSWER_CHARACTERS = 400
 REFRESH_SECONDS = 60
-
-
-@dataclass(frozen=True)
-class Run:
-    """What lies in a run, read once: everything a page or a table of it needs.
-
-    `job` is None where another version of mergeyard wrote it; `gate` where the run has no verdict.
-    """
-
-    url: str
-    result: EvaluationResult
-    job: Job | None
-    job_text: str
-    plan: Mapping[str, Any]
-    gate: Mapping[str, Any] | None
-    receipts: tuple[Receipt, ...]
-    written: tuple[str, ...]
-
-    @property
-    def name(self) -> str:
-        """The run's."""
-        return str(self.plan.get("job", self.url.rsplit("/", 1)[-1]))
-
-
-def read_run(url: str, *, costs: bool = True) -> Run:
-    """Reads a run; `BadInput` where nothing was evaluated. Without `costs` neither receipts nor points are listed."""
-    result = read_results(url)
-    store = open_store(url)
-    text = _text(store, "job.yaml")
-    try:
-        job = load_job(text, "job.yaml")
-    except BadInput:
-        job = None
-    gate = read_verdict(store)
-    plan = _plan(store)
-    receipts = _receipts(store) if costs else ()
-    written = (
-        tuple(sorted({info.key.split("/")[1] for info in store.list("points/") if info.key.endswith("/manifest.json")}))
-        if costs
-        else ()
-    )
-    return Run(url, result, job, text, plan, gate, receipts, written)
-
-
-def _text(store: Store, key: str) -> str:
-    try:
-        return bytes(store.read(key)).decode(errors="replace")
-    except ObjectMissing:
-        return ""
-
-
-def _plan(store: Store) -> dict[str, Any]:
-    try:
-        return read_record(store, "plan.json")
-    except ObjectMissing:
-        return {}
-
-
-def _receipts(store: Store) -> tuple[Receipt, ...]:
-    keys = [info.key for info in store.list("receipts/")][:MOST_RECEIPTS]
-    with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
-        return tuple(pool.map(partial(read_receipt, store), keys))
-
-
-@dataclass(frozen=True)
-class Report:
-    """The leaderboard of a run and what can be said about it."""
-
-    run: Run
-    lines: list[Line]
-    baseline: str | None
-    comparisons: Comparisons | None
-    recommendation: Recommendation | None
-
-    def document(self) -> dict[str, Any]:
-        """For `--json`."""
-        compared = {} if self.comparisons is None else self.comparisons.overall
-        return {
-            "run": self.run.url,
-            "page": f"{self.run.url}/{PAGE}",
-            "finished": self.run.result.finished,
-            "verdict": None if self.recommendation is None else self.recommendation.document(),
-            "leaderboard": [line.document() for line in self.lines],
-            "baseline": self.baseline,
-            "comparisons": [comparison.document() for comparison in compared.values()],
-            "gate": self.run.gate,
-            **self.run.result.race_document(),
-        }
-
-
-def report_on(run: Run) -> Report:
-    """What can be said about a run."""
-    result = run.result
-    lines = leaderboard(result)
-    rows = rows_by_point(result.ranked_rows())
-    points = [line.name for line in lines if line.name not in result.baselines]
-    parent = best_parent(result, lines)
-    baseline = _gate_baseline(run, rows) or parent
-    comparisons = None if baseline is None else compare_all(rows, points, baseline)
-    against_parent = None if comparisons is None or baseline != parent else comparisons.overall
-    return Report(run, lines, baseline, comparisons, recommend(result, lines, run.gate, against_parent))
-
-
-def _gate_baseline(run: Run, rows: Mapping[str, Any]) -> str | None:
-    """What the gate compares with, by the name it is scored under."""
-    if run.job is None or run.job.gate is None:
-        return None
-    name, same = run.job.gate.baseline, run.result.same
-    candidates = (name, same.get(name), f"parent-{name}", same.get(f"parent-{name}"))
-    return next((candidate for candidate in candidates if candidate in rows), None)
 
 
 def write_page(report: Report) -> str:

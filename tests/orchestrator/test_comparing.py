@@ -17,12 +17,12 @@ import scipy.stats
 from jobs.errors import BadInput
 from jobs.evaluation import ScoreRow
 from jobs.records import sealed
-from orchestrator.comparing import Comparison, compare_models
-from orchestrator.comparison_table import visible
 from orchestrator.evaluating.pairing import pairs
 from orchestrator.evaluating.results import EvaluationResult, write_results
 from orchestrator.judging.significance import FlipRate
-from orchestrator.scored import ScoredModel
+from orchestrator.report.scored_models import ScoredModel
+from orchestrator.report.terminal.comparison import visible
+from orchestrator.report.two_models import Comparison, compare_models
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.test_evaluation import PARENTS, RULER, job_text
 from tests.orchestrator.test_leaderboard import cell, result, standing

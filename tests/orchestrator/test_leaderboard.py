@@ -17,7 +17,8 @@ from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.estimates import macro_score
 from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.samples import cell_sample
-from orchestrator.leaderboard import context_note, leaderboard, perplexity_by_position, print_leaderboard
+from orchestrator.report.leaderboard import context_note, leaderboard, perplexity_by_position
+from orchestrator.report.terminal.leaderboard import print_leaderboard
 from orchestrator.words import short_length
 
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.stats
 
 from jobs.evaluation import ScoreRow
-from orchestrator.report.comparing import compare, compare_all, compare_overall
+from orchestrator.report.against_baseline import compare, compare_all, compare_overall
 
 
 def rows(point: str, scores: Sequence[float], task: str = "vt", length: int = 512) -> list[ScoreRow]:

@@ -14,9 +14,8 @@ from jobs.tasks import Receipt
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.race import Standing
 from orchestrator.judging.samples import student_quantile
-from orchestrator.leaderboard import leaderboard
 from orchestrator.report import charts
-from orchestrator.report.comparing import Cell
+from orchestrator.report.against_baseline import Cell
 from orchestrator.report.figures import (
     Cost,
     Curve,
@@ -33,6 +32,7 @@ from orchestrator.report.figures import (
     scores_by_task,
     shown,
 )
+from orchestrator.report.leaderboard import leaderboard
 from tests.orchestrator.report.test_comparing import rows
 
 

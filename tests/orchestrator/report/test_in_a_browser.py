@@ -11,7 +11,8 @@ import pytest
 
 from orchestrator.nights import Blessed
 from orchestrator.report.nights import nights_page
-from orchestrator.report.page import page, read_run, report_on
+from orchestrator.report.page import page
+from orchestrator.report.run import read_run, report_on
 from tests.browser import CHROMIUM, Browser
 from tests.browser import main as take_pictures
 from tests.orchestrator.report.made_up import write_run

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.report.live import LivePage, written_page
-from orchestrator.report.page import PAGE, page, read_run, report_on
+from orchestrator.report.page import page
+from orchestrator.report.run import PAGE, read_run, report_on
 from tests.orchestrator.report.made_up import HOSTILE, TASKS, write_run
 
 ADDRESS = re.compile(r"""\b(?:src|href|action|data|poster)\s*=\s*(?!["']?#)|@import|url\((?!#)""")

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.cli import main
 from orchestrator.evaluating.results import RESULTS, read_results
-from orchestrator.report.page import PAGE, read_run, report_on
+from orchestrator.report.run import PAGE, read_run, report_on
 from tests.orchestrator.report.made_up import HOSTILE, write_run
 from workers.scores import write_scores
 

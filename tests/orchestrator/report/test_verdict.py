@@ -10,8 +10,8 @@ import pytest
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.race import Standing
 from orchestrator.judging.significance import FlipRate
-from orchestrator.leaderboard import leaderboard
-from orchestrator.report.verdict import Recommendation, recommend
+from orchestrator.report.leaderboard import leaderboard
+from orchestrator.report.recommendation import Recommendation, recommend
 from tests.orchestrator.report.test_comparing import rows
 
 

@@ -23,8 +23,8 @@ from orchestrator.judging.significance import (
     minimum_detectable_effect,
     sign_flip_test,
 )
-from orchestrator.leaderboard import perplexity_by_position
-from orchestrator.scored import ScoredModel, benchmark_settings, right_answers
+from orchestrator.report.leaderboard import perplexity_by_position
+from orchestrator.report.scored_models import ScoredModel, benchmark_settings, right_answers
 
 Test = Literal["mcnemar", "sign-flip", "binomial", "t"]
 """Binomial is that of `statistics.few_losses`, where it is larger than the sign flips'."""

@@ -10,8 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.comparing import Comparison, Difference, Flip
-from orchestrator.scored import ScoredModel
+from orchestrator.report.scored_models import ScoredModel
+from orchestrator.report.two_models import Comparison, Difference, Flip
 from orchestrator.words import short_length
 
 WHITE = {"\n": "↵", "\t": "⇥", "\r": "␍"}

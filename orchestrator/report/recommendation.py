@@ -11,8 +11,8 @@ from typing import Any
 from jobs.evaluation import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.significance import FlipRate
-from orchestrator.leaderboard import Line
-from orchestrator.report.comparing import Comparison, compare, compare_overall
+from orchestrator.report.against_baseline import Comparison, compare, compare_overall
+from orchestrator.report.leaderboard import Line
 
 
 @dataclass(frozen=True, slots=True)
