@@ -9,7 +9,7 @@ from orchestrator.commands.inputs import print_json
 
 def diff(options: argparse.Namespace) -> int:
     """`mergeyard diff A B`."""
-    from orchestrator.inspecting import compare_checkpoints, print_differences
+    from orchestrator.points.differing import compare_checkpoints, print_differences
 
     differences = compare_checkpoints(options.a, options.b)
     if options.json:

@@ -13,15 +13,15 @@ from orchestrator.commands.inputs import check_file, print_json, read_job, watch
 from orchestrator.commands.workplace import Workplace
 
 if TYPE_CHECKING:
-    from orchestrator.nightly import Tonight
-    from orchestrator.nights import Book, Night
+    from orchestrator.nightly.book import Book, Night
+    from orchestrator.nightly.tonight import Tonight
 
 
 def nightly(options: argparse.Namespace) -> int:
     """`mergeyard nightly JOB.yaml`: 0 where it passed or nothing has changed, 1 fail, 3 inconclusive."""
     from orchestrator.judging.gate import EXIT_CODES
-    from orchestrator.nightly import Nightly
-    from orchestrator.nightly_telling import junit
+    from orchestrator.nightly.tonight import Nightly
+    from orchestrator.nightly.words import junit
     from orchestrator.watching import Watcher
 
     job, folder = read_job(options)
@@ -40,9 +40,9 @@ def nightly(options: argparse.Namespace) -> int:
 
 def _conclude(book: Book, night: Night, history: Sequence[Night]) -> None:
     """Tells the webhook, then renews the page: a page that cannot be drawn is seen, a night nobody heard of is not."""
-    from orchestrator.nightly_telling import headline, reasons
-    from orchestrator.report.nights import PAGE, nights_page
-    from orchestrator.webhook import tell
+    from orchestrator.nightly.page import PAGE, nights_page
+    from orchestrator.nightly.webhook import tell
+    from orchestrator.nightly.words import headline, reasons
 
     name = book.store.url.rsplit("/", 1)[-1]
     blessed = book.blessed()
@@ -62,7 +62,7 @@ def _facts(tonight: Tonight) -> dict[str, object]:
 
 
 def _print(tonight: Tonight) -> None:
-    from orchestrator.nightly_telling import headline, reasons
+    from orchestrator.nightly.words import headline, reasons
 
     night = tonight.night
     if tonight.ending == "unchanged":

@@ -9,7 +9,7 @@ from orchestrator.commands.inputs import print_json, run_url
 
 def prune(options: argparse.Namespace) -> int:
     """`mergeyard prune RUN`: what a run holds; with `--yes`, the points that lost are removed."""
-    from orchestrator import pruning
+    from orchestrator.points import pruning
     from orchestrator.words import size
 
     run = run_url(options.run)

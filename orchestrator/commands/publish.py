@@ -10,12 +10,13 @@ from jobs.errors import BadInput
 from orchestrator.commands.inputs import print_json, run_url, watched
 
 if TYPE_CHECKING:
-    from orchestrator.publishing import FoundPoint
+    from orchestrator.points.publishing import FoundPoint
 
 
 def publish(options: argparse.Namespace) -> int:
     """`mergeyard publish RUN/POINT DESTINATION`: to the hub with card and results, elsewhere the same bytes."""
-    from orchestrator.publishing import copy_point, publish_to_hub
+    from orchestrator.points.copying import copy_point
+    from orchestrator.points.publishing import publish_to_hub
 
     point, visible = _point(options.point), watched(options)
 
@@ -44,7 +45,7 @@ def publish(options: argparse.Namespace) -> int:
 
 def _point(text: str) -> FoundPoint:
     """A finished point, given as RUN/POINT, as its folder, or as the folder of a lone merge."""
-    from orchestrator.publishing import find_merge, find_point
+    from orchestrator.points.publishing import find_merge, find_point
     from workers.storage import open_store
 
     run, _, point = text.rstrip("/").rpartition("/")

@@ -9,7 +9,7 @@ from orchestrator.commands.inputs import print_json, run_url
 
 def verify(options: argparse.Namespace) -> int:
     """`mergeyard verify RUN`."""
-    from orchestrator.inspecting import verify_points
+    from orchestrator.points.verifying import verify_points
 
     checks = verify_points(run_url(options.run))
     broken = [check for check in checks if check.problems]

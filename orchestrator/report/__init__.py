@@ -1,4 +1,4 @@
-"""A run told to people: the leaderboard on a terminal, and report/index.html, one file that needs no network and prints.
+"""A run reported: the leaderboard on a terminal, and report/index.html, one file that needs no network and prints.
 
     run.py                reads a run once, for every report
     leaderboard.py        a line per point: scores, intervals, effective lengths

@@ -26,8 +26,6 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from orchestrator.judging.gate import Outcome
-from orchestrator.nights import Night, Score
 from orchestrator.report.figures import Cost, Curve, Map, Metric
 from orchestrator.words import short_length
 
@@ -72,13 +70,6 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 11.5,
 }
 
-OUTCOME_MARKS: Mapping[Outcome, tuple[str, str, str]] = {
-    "pass": ("o", OKABE_ITO[0], OKABE_ITO[0]),
-    "fail": ("X", OKABE_ITO[1], OKABE_ITO[1]),
-    "inconclusive": ("o", "none", OKABE_ITO[0]),
-}
-"""Marker, face and edge of a night's candidate."""
-
 MOST_NUMBERED = 240
 """Cells of a map that have their number written into them."""
 
@@ -104,7 +95,7 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
     wide = max(map(len, columns)) * LETTER > (WIDTH - left - 12) / len(columns) - 4
     bottom = 26 + (0.72 * LETTER * max(map(len, columns)) + 10 if wide else 16)
     row_height = max(4.0, min(26.0, 900 / len(rows)))
-    with _figure(len(rows) * row_height, left, 28 if shown.title else 8, bottom) as (figure, axes):
+    with new_figure(len(rows) * row_height, left, 28 if shown.title else 8, bottom) as (figure, axes):
         colours, places = SCALES[scale], list(shown.tiles)
         norm = Normalize(low, high)
         values = np.array([shown.tiles[place].value for place in places])
@@ -136,23 +127,23 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(shown.title, loc="left")
-        return _svg(figure, "tiles", [shown.tiles[place].text for place in places], _described(shown))
+        return svg_of(figure, "tiles", [shown.tiles[place].text for place in places], _described(shown))
 
 
 def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -> Markup:
     """What the colours of a map mean."""
-    with _figure(10, 14, 4, 38, width=260) as (figure, axes):
+    with new_figure(10, 14, 4, 38, width=260) as (figure, axes):
         edges = np.linspace(low, high, 49)  # rectangles: an image would be a picture in a page that holds none
         axes.bar(edges[:-1], 1, np.diff(edges) * 1.8, align="edge", color=SCALES[scale](np.linspace(0, 1, 48)))
         axes.set(yticks=[], xlim=(low, high), ylim=(0, 1), xlabel=title)
         axes.spines[:].set_visible(False)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-        return _svg(figure, "", [], f"colours from {low:g} to {high:g} {title}")
+        return svg_of(figure, "", [], f"colours from {low:g} to {high:g} {title}")
 
 
 def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: float | None = None) -> Markup:
     """Lines over a doubling axis with 95 % intervals; a ring marks an effective length."""
-    with _figure(240, 54, 10, 54 + 16 * len(found)) as (figure, axes):
+    with new_figure(240, 54, 10, 54 + 16 * len(found)) as (figure, axes):
         spread = np.linspace(-1, 1, len(found)) * 0.02 if len(found) > 1 else [0.0]
         texts: list[str] = []
         for number, (curve, shift) in enumerate(zip(found, spread, strict=True)):
@@ -186,13 +177,13 @@ def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: flo
         figure.legend(
             *axes.get_legend_handles_labels(), loc="lower left", ncols=1, borderaxespad=0.2, labelspacing=0.35
         )
-        return _svg(figure, "", [], f"{y_title} by {x_title}. {'; '.join(texts)}")
+        return svg_of(figure, "", [], f"{y_title} by {x_title}. {'; '.join(texts)}")
 
 
 def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str]) -> Markup:
     """Every point by two metrics, the front joined; `noted` says what a point is besides: a parent, or left."""
     names = [name for name in x.values if name in y.values]
-    with _figure(280, 58, 12, 80) as (figure, axes):
+    with new_figure(280, 58, 12, 80) as (figure, axes):
         shape = {"parent": ("s", OKABE_ITO[1], OKABE_ITO[1]), "left": ("o", "none", OKABE_ITO[7])}
         texts: list[str] = []
         for kind in ("", "left", "parent"):
@@ -239,13 +230,13 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
             handlelength=1.4,
             borderaxespad=0.2,
         )
-        return _svg(figure, "dots-", texts, f"{y.name} against {x.name}; on the front: {', '.join(front)}")
+        return svg_of(figure, "dots-", texts, f"{y.name} against {x.name}; on the front: {', '.join(front)}")
 
 
 def bars(costs: Sequence[Cost]) -> Markup:
     """Seconds of work by what it went into."""
     labels = [shorten(cost.what, 24) for cost in costs]
-    with _figure(22 * len(costs), 14 + LETTER * max(map(len, labels)), 8, 46) as (figure, axes):
+    with new_figure(22 * len(costs), 14 + LETTER * max(map(len, labels)), 8, 46) as (figure, axes):
         axes.barh(range(len(costs)), [cost.seconds for cost in costs], color=OKABE_ITO[0], height=0.7)
         axes.set_yticks(range(len(costs)), labels)
         axes.invert_yaxis()
@@ -254,77 +245,9 @@ def bars(costs: Sequence[Cost]) -> Markup:
         axes.grid(axis="x", linewidth=0.5)
         axes.set_axisbelow(True)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
-        return _svg(
+        return svg_of(
             figure, "", [], f"seconds of work: {'; '.join(f'{cost.what}: {cost.seconds:.1f}' for cost in costs)}"
         )
-
-
-def trend(nights: Sequence[Night], what: str, low: float) -> Markup:
-    """Candidate, blessed merge and anchor of every night, with 95 % intervals: overall, or at a length.
-
-    Scores are drawn from `low` to 100. What a night's verdict was is the shape of its candidate.
-    """
-    told = [night for night in nights if what in night.scores["candidate"]]
-    with _figure(190, 44, 10, 92) as (figure, axes):
-        for who, colour, dash, shift in (("anchor", 2, DASHES[2], 0.14), ("blessed", 4, DASHES[1], -0.14)):
-            found = [(night.number + shift, night.scores[who][what]) for night in told if who in night.scores]
-            if found:
-                _scores(axes, found, OKABE_ITO[colour])
-                places = [place for place, _ in found]
-                axes.plot(
-                    places, [score.mean for _, score in found], color=OKABE_ITO[colour], linestyle=dash, linewidth=1.6
-                )
-        _scores(axes, [(night.number, night.scores["candidate"][what]) for night in told], OKABE_ITO[0])
-        for outcome, (marker, face, edge) in OUTCOME_MARKS.items():
-            of = [night for night in told if night.outcome == outcome]
-            axes.scatter(
-                [night.number for night in of],
-                [night.scores["candidate"][what].mean for night in of],
-                s=46 if outcome == "fail" else 30,
-                marker=marker,
-                facecolors=face,
-                edgecolors=edge,
-                linewidths=1.6,
-                zorder=5,
-                gid=f"nights-{outcome}",
-            )
-        axes.set(xlabel="night", ylabel="score")
-        axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True, min_n_ticks=1))
-        axes.grid(axis="y", linewidth=0.5)
-        axes.set_axisbelow(True)
-        axes.set(xlim=(nights[0].number - 0.6, nights[-1].number + 0.6), ylim=(low - 1, 102))
-        figure.legend(handles=_trend_legend(), loc="lower left", ncols=2, borderaxespad=0.2, labelspacing=0.35)
-        texts = [
-            f"night {night.night}: {night.outcome}, {night.scores['candidate'][what].mean:.1f}"
-            for outcome in OUTCOME_MARKS
-            for night in told
-            if night.outcome == outcome
-        ]
-        return _svg(figure, "nights-", texts, f"scores by night, {what}; {'; '.join(texts)}")
-
-
-def _scores(axes: Axes, found: Sequence[tuple[float, Score]], colour: str) -> None:
-    """The intervals of scores."""
-    sure = [(place, score.low, score.high) for place, score in found if score.low is not None]
-    places, lows, highs = zip(*sure, strict=True) if sure else ((), (), ())
-    axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.7)
-
-
-def _trend_legend() -> list[Line2D]:
-    meanings = {
-        "pass": "candidate: passed",
-        "fail": "candidate: failed",
-        "inconclusive": "candidate: no verdict",
-    }
-    handles = [
-        Line2D([], [], linestyle="", marker=marker, color=edge, markerfacecolor=face, label=meanings[outcome])
-        for outcome, (marker, face, edge) in OUTCOME_MARKS.items()
-    ]
-    return [
-        *handles,
-        Line2D([], [], linestyle=DASHES[1], color=OKABE_ITO[4], label="blessed merge"),
-        Line2D([], [], linestyle=DASHES[2], color=OKABE_ITO[2], label="anchor"),
-    ]
 
 
 def shorten(text: str, most: int) -> str:
@@ -385,7 +308,7 @@ _salts: Callable[[], int] = itertools.count().__next__
 
 
 @contextmanager
-def _figure(
+def new_figure(
     height: float, left: float, top: float, bottom: float, width: int = WIDTH
 ) -> Generator[tuple[Figure, Axes]]:
     """A figure with one pair of axes, `height` tall between its margins; all of it in pixels."""
@@ -398,7 +321,7 @@ def _figure(
         yield figure, axes
 
 
-def _svg(figure: Figure, group: str, texts: Sequence[str], label: str) -> Markup:
+def svg_of(figure: Figure, group: str, texts: Sequence[str], label: str) -> Markup:
     """The figure as an element for a page; the marks in groups whose id begins so get these tooltips, in order."""
     sink = io.StringIO()
     figure.savefig(sink, format="svg", metadata={"Date": None})

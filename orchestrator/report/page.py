@@ -18,6 +18,7 @@ from orchestrator.evaluating.pairing import question
 from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD
 from orchestrator.report import figures
+from orchestrator.report.html import render
 from orchestrator.report.leaderboard import Line, context_note, effective
 from orchestrator.report.recommendation import rows_by_point
 from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
@@ -46,24 +47,15 @@ def put_page(run_url: str, text: str) -> str:
 
 def page(report: Report) -> str:
     """The page as one HTML file that refers to nothing outside itself."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     low, high = _scale(report.lines)
-    environment.filters |= {
-        "short": short_length,
-        "bytes": size,
-        "interval": partial(_interval_style, low, high),
-    }
     script = (HERE / "page.js").read_text(encoding="utf-8")
-    context = _context(report)
-    return environment.get_template("page.html.jinja").render(
-        **context,
+    return render(
+        HERE / "page.html.jinja",
+        {"short": short_length, "bytes": size, "interval": partial(_interval_style, low, high)},
+        **_context(report),
         scale=(low, high),
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         refresh=None if report.run.result.finished else REFRESH_SECONDS,

@@ -15,16 +15,15 @@ from xml.etree import ElementTree
 import pytest
 
 from jobs.errors import RunBusy
-from orchestrator import webhook
 from orchestrator.cluster.in_process import InProcessEvaluators
 from orchestrator.evaluating.confirming import Gated
 from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
 from orchestrator.judging.samples import student_quantile
-from orchestrator.nightly import _by_length, decide
-from orchestrator.nightly_telling import headline, junit, reasons
-from orchestrator.nights import Blessed, Book, Night, Revision, Score
+from orchestrator.nightly.book import Blessed, Book, Night, Revision, Score
+from orchestrator.nightly.page import nights_page
+from orchestrator.nightly.tonight import _by_length, decide, webhook
+from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
-from orchestrator.report.nights import nights_page
 from tests.benchmarks.thirty_nights import Told, Yard
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.report.test_comparing import rows

@@ -11,8 +11,8 @@ import pytest
 
 from jobs.errors import AccessDenied
 from jobs.records import sealed, unsealed
-from orchestrator import pruning
-from orchestrator.pruning import holdings, prune
+from orchestrator.points import pruning
+from orchestrator.points.pruning import holdings, prune
 from orchestrator.records.lease import Lease
 from tests.orchestrator.conftest import Ended, JobText, files_under
 from tests.orchestrator.scores import leave_scores

@@ -18,8 +18,9 @@ from jobs.errors import BadInput
 from jobs.manifest import Manifest
 from orchestrator.cli import main
 from orchestrator.judging.effective_length import EffectiveLength
-from orchestrator.model_card import _reach
-from orchestrator.publishing import Licence, _licences, _renamed, reconciled_licence
+from orchestrator.points.licences import Licence, licences_of, reconciled_licence
+from orchestrator.points.published_card import _reach
+from orchestrator.points.publishing import _renamed
 from tests.hub_server import HubServer
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.scores import leave_scores
@@ -401,7 +402,7 @@ def test_a_merge_that_says_nothing_has_the_licences_of_its_parents(
     mergeyard: Mergeyard, run: Path, tmp_path: Path
 ) -> None:
     manifest = Manifest.from_json((run / "points" / "w0.7" / "manifest.json").read_bytes())
-    found = {licence.parent for licence in _licences({"merge": str(run / "points" / "w0.7")})}
+    found = {licence.parent for licence in licences_of({"merge": str(run / "points" / "w0.7")})}
     assert found == set(manifest.parents)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.nights import Blessed
-from orchestrator.report.nights import nights_page
+from orchestrator.nightly.book import Blessed
+from orchestrator.nightly.page import nights_page
 from orchestrator.report.page import page
 from orchestrator.report.run import read_run, report_on
 from tests.browser import CHROMIUM, Browser

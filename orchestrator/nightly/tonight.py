@@ -34,7 +34,7 @@ from orchestrator.judging.estimates import Estimate, macro_score
 from orchestrator.judging.gate import Outcome
 from orchestrator.judging.samples import Cell
 from orchestrator.merging.driver import drive
-from orchestrator.nights import Blessed, Book, Night, Revision, Score, Scores, new_nonce
+from orchestrator.nightly.book import Blessed, Book, Night, Revision, Score, Scores, new_nonce
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.records.lease import Lease
 from orchestrator.report.live import written_page

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,8 +20,10 @@ from jobs.errors import BadInput, CorruptData, ObjectChanged, ObjectMissing
 from jobs.manifest import FileEntry, Manifest
 from jobs.records import sealed, unsealed
 from orchestrator.evaluating.results import EvaluationResult, read_results
-from orchestrator.inspecting import file_problems, point_problems
-from orchestrator.model_card import front_matter, published_card
+from orchestrator.points.copying import copy_file, file_problem, read_pieces
+from orchestrator.points.finding import check_files
+from orchestrator.points.licences import licences_of, reconciled_licence
+from orchestrator.points.published_card import published_card
 from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.words import size
 from workers.records import read_record
@@ -30,16 +32,9 @@ from workers.storage import Store, open_store
 if TYPE_CHECKING:
     from workers.storage.hub_publishing import Content, HubPublication
 
-CHUNK_BYTES = 16 << 20
+
 MANIFEST, CARD, RECIPE = "manifest.json", "README.md", "mergekit_config.yml"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-NO_COMMERCE = re.compile(r"(^|[-_. ])(nc|mrl|mnpl)([-_. ]|$)|non-?(commercial|production)|research", re.IGNORECASE)
-SHARE_ALIKE = re.compile(r"^([al]?gpl|osl|odbl|llama|gemma)|(^|[-_. ])sa([-_. ]|$)|openrail", re.IGNORECASE)
-"""Licences that what is made of a model has to keep: copyleft ones, and the makers' own with terms to pass on."""
-
-HUB = "https://huggingface.co"
-HUB_URL = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?")
-NO_DERIVATIVES = re.compile(r"(^|[-_. ])nd([-_. ]|$)", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,74 +79,7 @@ def _manifest(store: Store, prefix: str) -> Manifest:
         raise ObjectMissing(f"{place}: no finished point there; see `mergeyard status`") from None
 
 
-def _check(point: FoundPoint, say: Callable[[str], None]) -> None:
-    """`CorruptData` unless every file is what the manifest says."""
-    say(f"verifying {point.name}, {size(sum(entry.size for entry in point.manifest.files.values()))}")
-    for problem in point_problems(point.store, point.prefix, point.manifest):
-        raise CorruptData(f"{point.store.url}/{point.prefix}{problem}; nothing was published")
-
-
-# ---- to a folder or a bucket
-
-
-def copy_point(point: FoundPoint, url: str, say: Callable[[str], None]) -> dict[str, Any]:
-    """The same bytes elsewhere; goes on where an earlier copy stopped. `BadInput` where something else lies.
-
-    `say` gets a line for each thing that takes its time.
-    """
-    _check(point, say)
-    target, files = open_store(url), point.manifest.files
-    there = {info.key for info in target.list()}
-    manifest = bytes(point.store.read(f"{point.prefix}{MANIFEST}"))
-    if MANIFEST in there and bytes(target.read(MANIFEST)) != manifest:
-        raise BadInput(f"{target.url}: another point lies there; choose another folder")
-    if strangers := sorted(there - files.keys() - {MANIFEST}):
-        raise BadInput(f"{target.url}: not empty, it holds {strangers[0]}; choose another folder")
-    sent = 0
-    for name in files:
-        if name in there:
-            problem = _problem(target, "", name, point.manifest)
-            if problem is None:
-                continue
-            if MANIFEST not in there:  # files come whole: this one is not ours to replace
-                raise BadInput(f"{target.url}: holds something else, {problem}; choose another folder")
-        say(f"sending {name}, {size(files[name].size)}")
-        sent += _copy(point.store, f"{point.prefix}{name}", target, name)
-        if damage := _problem(target, "", name, point.manifest):
-            raise CorruptData(f"{target.url}: arrived damaged: {damage}; publish again")
-    if MANIFEST not in there:
-        target.write(MANIFEST, manifest)  # last: readers take its presence for the whole
-    return _facts(point, target.url, sent)
-
-
-def _problem(store: Store, prefix: str, name: str, manifest: Manifest) -> str | None:
-    """What is wrong with a file, if anything."""
-    try:
-        return next(file_problems(store, prefix, name, manifest), None)
-    except CorruptData as error:
-        return str(error)
-
-
-def _copy(store: Store, key: str, target: Store, name: str) -> int:
-    """How many bytes were copied, piece by piece."""
-    info = store.locate(key)
-    with target.upload(name) as upload:
-        for piece in _pieces(store, key):
-            upload.write(piece)
-        upload.commit()
-    return info.size
-
-
-def _pieces(store: Store, key: str) -> Iterator[memoryview]:
-    """The object in pieces, each good until the next is asked for."""
-    info, buffer = store.locate(key), memoryview(bytearray(CHUNK_BYTES))
-    for start in range(0, info.size, CHUNK_BYTES):
-        piece = buffer[: min(CHUNK_BYTES, info.size - start)]
-        store.read_into(key, piece, start=start, etag=info.etag)
-        yield piece
-
-
-def _facts(point: FoundPoint, url: str, sent: int) -> dict[str, Any]:
+def publishing_facts(point: FoundPoint, url: str, sent: int) -> dict[str, Any]:
     return {
         "point": point.name,
         "same_as": None if point.name == point.manifest.point else point.manifest.point,
@@ -175,8 +103,8 @@ def publish_to_hub(
     from workers.storage.hub_publishing import HubPublication
 
     publication = HubPublication(url, private=not public, visible=visible)
-    terms = reconciled_licence(_licences(point.manifest.parents), licence, public=public)
-    _check(point, say)
+    terms = reconciled_licence(licences_of(point.manifest.parents), licence, public=public)
+    check_files(point, say)
     ours = _ours(point, terms)
     publication.check_card(ours[CARD].decode())
     there = publication.begin()
@@ -194,7 +122,10 @@ def publish_to_hub(
                 sent += content.size
     if sent or stale:
         _commit(publication, point, expected, stale)
-    return _facts(point, publication.page, sent) | {"license": terms["license"], "private": publication.private}
+    return publishing_facts(point, publication.page, sent) | {
+        "license": terms["license"],
+        "private": publication.private,
+    }
 
 
 def _commit(publication: HubPublication, point: FoundPoint, expected: Mapping[str, Content], stale: set[str]) -> None:
@@ -280,14 +211,14 @@ def _content(point: FoundPoint, name: str, ours: Mapping[str, bytes]) -> Generat
         store, key = point.store, f"{point.prefix}{name}"
         if "://" in store.url:
             local = open_store(temporary)
-            _copy(store, key, local, name)
+            copy_file(store, key, local, name)
             store, key = local, name
-        if problem := _problem(store, key.removesuffix(name), name, point.manifest):
+        if problem := file_problem(store, key.removesuffix(name), name, point.manifest):
             raise CorruptData(f"{point.store.url}/{point.prefix}{problem}; nothing was published")
         length = store.locate(key).size
         sha256 = hashlib.sha256()
         git = hashlib.sha1(b"blob %d\0" % length, usedforsecurity=False)
-        for piece in _pieces(store, key):
+        for piece in read_pieces(store, key):
             sha256.update(piece)
             git.update(piece)
         source = bytes(store.read(key)) if length <= SMALL_BYTES else Path(store.url, key)
@@ -310,90 +241,3 @@ def _stale(publication: HubPublication, there: Mapping[str, Any], manifest: Mani
     if strangers := sorted(name for name in gone - earlier if name.endswith(WEIGHTS)):
         raise BadInput(f"{publication.url}: holds other weights, {strangers[0]}; choose another name")
     return gone & earlier
-
-
-# ---- licences
-
-
-@dataclass(frozen=True, slots=True)
-class Licence:
-    """What a parent's card says: `license`, and name and link where that is `other`; None where it says nothing."""
-
-    parent: str
-    terms: Mapping[str, str] | None
-
-    @property
-    def label(self) -> str:
-        """As a person calls it; without a name, one that is no licence of the hub's list is told by its own link."""
-        terms = self.terms or {}
-        if terms.get("license") != "other":
-            return terms.get("license", "no licence")
-        link = terms.get("license_link", "")
-        return terms.get("license_name") or f"other ({link if '://' in link else f'of {self.parent}'})"
-
-    def says(self, pattern: re.Pattern[str]) -> bool:
-        """Whether the licence or its name does."""
-        terms = self.terms or {}
-        return any(pattern.search(terms.get(key, "")) for key in ("license", "license_name"))
-
-
-def _licences(parents: Mapping[str, str], seen: frozenset[str] = frozenset()) -> list[Licence]:
-    """What the parents' cards say; of a parent that is a merge and says nothing, what its own parents' say."""
-    found: list[Licence] = []
-    for name, url in parents.items():
-        terms = _terms(url)
-        older = {} if terms is not None or url in seen else _parents_of(url)
-        found += _licences(older, seen | {url}) if older else [Licence(name, terms)]
-    return found
-
-
-def _parents_of(url: str) -> Mapping[str, str]:
-    """The parents of a merge of ours; none of any other model."""
-    try:
-        return read_record(open_store(url), MANIFEST, Manifest.from_json).parents
-    except (ObjectMissing, CorruptData):
-        return {}
-
-
-def _terms(url: str) -> dict[str, str] | None:
-    try:
-        told = front_matter(bytes(open_store(url).read(CARD)).decode(errors="replace"))
-    except ObjectMissing:
-        return None
-    terms = {key: str(told[key]) for key in ("license", "license_name", "license_link") if told.get(key)}
-    link, hub = terms.get("license_link", ""), HUB_URL.match(url)
-    if link and "://" not in link and hub is not None:  # a file beside the parent, which does not come along
-        terms["license_link"] = f"{HUB}/{hub['name']}/blob/{hub['revision'] or 'main'}/{link}"
-    return terms if "license" in terms else None
-
-
-def reconciled_licence(licences: list[Licence], chosen: str | None, *, public: bool) -> dict[str, str]:
-    """The front matter of the merge's licence: the parents', where all have the same; else the chosen one.
-
-    `BadInput` where they differ or say nothing and none is chosen, where the chosen one drops a parent's
-    non-commercial clause or is another than one that has to be kept, and where a parent forbids the sharing of what is
-    made of it. No lawyer looked at this.
-    """
-    for licence in licences:
-        if public and licence.says(NO_DERIVATIVES):
-            raise BadInput(
-                f"{licence.parent} is under {licence.label}: what is made of it may not be shared; drop --public"
-            )
-    for licence in licences:
-        if chosen is None or chosen == licence.label:
-            continue
-        if licence.says(SHARE_ALIKE) or (licence.says(NO_COMMERCE) and not NO_COMMERCE.search(chosen)):
-            raise BadInput(
-                f"--license {chosen}: {licence.parent} is under {licence.label}, which holds for what is made of it"
-            )
-    if chosen is not None:
-        same = [licence.terms for licence in licences if licence.terms and chosen == licence.label]
-        return dict(same[0]) if same else {"license": chosen}
-    silent = [licence.parent for licence in licences if licence.terms is None]
-    if silent:
-        raise BadInput(f"the card of {silent[0]} names no licence; say --license NAME")
-    found = {licence.label: licence for licence in licences}
-    if len(found) > 1:
-        said = ", ".join(f"{licence.parent} {licence.label}" for licence in found.values())
-        raise BadInput(f"the parents' licences differ ({said}); say --license NAME")
-    return dict(next(iter(found.values())).terms or {})

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 
 from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
 from orchestrator.judging.significance import FlipRate
-from orchestrator.nights import Blessed, Night
+from orchestrator.nightly.book import Blessed, Night
 
 SUITE = "mergeyard nightly"
 

@@ -7,36 +7,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from orchestrator.nightly_telling import headline
-from orchestrator.nights import Blessed, Night
+from orchestrator.nightly.book import Blessed, Night
+from orchestrator.nightly.words import headline
+from orchestrator.report.html import render
 from orchestrator.words import short_length
 
 PAGE = "index.html"
-HERE = Path(__file__).parent
 MOST_NIGHTS = 60
 """Nights that are shown, the last of them: two months are as much as a chart on a phone can tell apart."""
 
 
 def nights_page(name: str, history: Sequence[Night], blessed: Blessed | None) -> str:
     """The page as one HTML file that refers to nothing outside the job's folder; at least one night is told of."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-
-    from orchestrator.report.charts import trend
+    from orchestrator.nightly.chart import trend
 
     shown = history[-MOST_NIGHTS:]
-    environment = Environment(
-        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters["difference"] = _difference
-    return environment.get_template("nights.html.jinja").render(
+    return render(
+        Path(__file__).with_name("nights.html.jinja"),
+        {"difference": _difference},
         name=name,
         headline=_sentence(shown[-1], blessed),
         nights=shown,
         older=len(history) - len(shown),
         blessed=blessed,
         charts=[(_title(what), trend(shown, what, _lowest(shown))) for what in _scores_of(shown)],
-        style=Markup((HERE / "page.css").read_text(encoding="utf-8")),
     )
 
 

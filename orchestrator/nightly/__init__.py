@@ -1,0 +1,1 @@
+"""A merge every night, compared with the blessed one."""

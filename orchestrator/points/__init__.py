@@ -1,0 +1,1 @@
+"""Finished points: finding, verifying, comparing, copying, publishing and pruning them."""
