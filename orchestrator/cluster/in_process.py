@@ -15,14 +15,14 @@ from orchestrator.cluster.again import Failure, Queue
 from orchestrator.cluster.pool import Progress, unit
 
 if TYPE_CHECKING:
-    from workers.evaluating import Evaluator
+    from workers.evaluating.worker import Evaluator
 
 
 class InProcessEvaluators:
     """One evaluator; a block is answered when `next_done` asks for it."""
 
     def __init__(self, models: Mapping[str, ModelSpec], *, device: str = "cpu") -> None:
-        from workers.evaluating import Evaluator
+        from workers.evaluating.worker import Evaluator
 
         self._evaluator: Evaluator = Evaluator(models, device)
         self._task: EvaluationTask | None = None
@@ -81,7 +81,7 @@ class InProcessPool:
             executor.shutdown(wait=True, cancel_futures=True)
 
     def _run(self, task: MergeTask, progress: Progress) -> list[Receipt]:
-        from workers.merging import merge_task
+        from workers.merging.shard import merge_task
 
         def advance(read: int, written: int) -> None:
             if self._stopping.is_set():

@@ -124,7 +124,7 @@ class _RemoteEvaluator:
 
     def open(self, models: Mapping[str, ModelSpec], device: str, code: str) -> None:
         """Says whether this node runs the driver's code."""
-        from workers.evaluating import Evaluator
+        from workers.evaluating.worker import Evaluator
 
         check_code(code)
         self._evaluator = Evaluator(models, device)

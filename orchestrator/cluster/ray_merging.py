@@ -82,7 +82,7 @@ class RayPool:
 
 def _merge(task: MergeTask, device: str, code: str) -> Iterator[tuple[int, int] | list[Receipt]]:
     """What runs on a node: bytes read and written from time to time, and at last the receipts."""
-    from workers.merging import merge_task
+    from workers.merging.shard import merge_task
 
     check_code(code)
     moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()

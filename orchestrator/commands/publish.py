@@ -10,7 +10,7 @@ from jobs.errors import BadInput
 from orchestrator.commands.inputs import print_json, run_url, watched
 
 if TYPE_CHECKING:
-    from orchestrator.points.publishing import FoundPoint
+    from orchestrator.points.finding import FoundPoint
 
 
 def publish(options: argparse.Namespace) -> int:
@@ -45,7 +45,7 @@ def publish(options: argparse.Namespace) -> int:
 
 def _point(text: str) -> FoundPoint:
     """A finished point, given as RUN/POINT, as its folder, or as the folder of a lone merge."""
-    from orchestrator.points.publishing import find_merge, find_point
+    from orchestrator.points.finding import find_merge, find_point
     from workers.storage import open_store
 
     run, _, point = text.rstrip("/").rpartition("/")

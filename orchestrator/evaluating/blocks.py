@@ -12,7 +12,7 @@ from jobs.evaluation import ScoreRow
 from orchestrator.evaluating.subjects import Subject
 from orchestrator.judging.samples import Cell
 from workers.benchmarks.building import PlannedSet
-from workers.scores import read_scores
+from workers.evaluating.scores import read_scores
 from workers.storage import Store
 
 BLOCK_KEY = re.compile(r"(?P<prefix>.+)-(?P<first>\d{6,})-(?P<last>\d{6,})\.parquet")

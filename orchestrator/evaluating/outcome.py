@@ -10,8 +10,8 @@ from jobs.job import Job, load_job
 from orchestrator.evaluating.results import VERDICT, read_results
 from orchestrator.judging.gate import EXIT_CODES
 from orchestrator.planning.plan import Plan, make_plan
-from workers.records import read_record
 from workers.storage import Store, open_store
+from workers.storage.records import read_record
 
 
 def recorded_code(job: Job, folder: Path) -> int | None:

@@ -18,7 +18,8 @@ from orchestrator.planning.parents import parent_alone, parents_as_points
 from orchestrator.planning.plan import Plan, PlannedPoint
 from workers.benchmarks.building import PlannedSet, Reader, check_sets, planned_sets
 from workers.benchmarks.tokens import TOKENIZER_FILES, Tokenizer
-from workers.checkpoint import LARGEST_CONFIG, read_json
+from workers.checkpoints.opening import LARGEST_CONFIG
+from workers.checkpoints.safetensors import read_json
 from workers.engines.engine import longest_scored
 from workers.storage import open_store
 

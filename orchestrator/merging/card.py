@@ -9,7 +9,7 @@ import yaml
 from orchestrator.planning.compatibility import context_fields
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import token_count
-from workers.checkpoint import FLOATS
+from workers.checkpoints.dtypes import FLOATS
 
 
 def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str) -> str:

@@ -19,8 +19,8 @@ from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
 from jobs.tasks import Receipt
 from orchestrator.merging.card import model_card
 from orchestrator.planning.plan import Plan, PlannedPoint
-from workers.records import read_record
 from workers.storage import Store, open_store
+from workers.storage.records import read_record
 
 VERSIONED = ("mergeyard", "torch", "numpy", "safetensors")
 

@@ -23,8 +23,8 @@ from typing import Any
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy
 from jobs.tasks import FORMAT
 from orchestrator.judging.gate import Outcome
-from workers.records import read_record
 from workers.storage import Store
+from workers.storage.records import read_record
 
 POINTER = "blessed.json"
 HISTORY = "history/"

@@ -39,9 +39,9 @@ from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.records.lease import Lease
 from orchestrator.report.live import written_page
 from orchestrator.watching import Watcher
-from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.records import read_record
+from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.storage import open_store
+from workers.storage.records import read_record
 
 BLESSED = "blessed"
 

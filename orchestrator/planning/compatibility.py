@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
-from workers.checkpoint import LARGEST_TOKENIZER, Checkpoint, read_json
+from workers.checkpoints.opening import LARGEST_TOKENIZER, Checkpoint
+from workers.checkpoints.safetensors import read_json
 from workers.storage import open_store
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"

@@ -8,7 +8,7 @@ from typing import Any
 from jobs.job import Job
 from jobs.tasks import FORMAT, NUMERICS, Setting, digest
 from orchestrator.planning.layouts import Layout, Shard
-from workers.checkpoint import Checkpoint
+from workers.checkpoints.opening import Checkpoint
 
 RANDOM_METHODS = ("dare_linear", "dare_ties")
 

@@ -13,7 +13,8 @@ from jobs.job import Job
 from jobs.recipe import Filtered, Recipe
 from jobs.tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
 from orchestrator.planning.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
-from workers.checkpoint import DTYPE_NAMES, FLOATS, TORCH_NAMES, Checkpoint, layer_index
+from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
+from workers.checkpoints.opening import Checkpoint, layer_index
 
 
 @dataclass(frozen=True)

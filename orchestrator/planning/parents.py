@@ -10,7 +10,7 @@ from jobs.tasks import Setting
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
 from orchestrator.planning.plan import Plan, PlannedPoint
-from workers.methods.settings import resolve
+from workers.methods.binding import resolve
 
 
 def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:

@@ -18,13 +18,13 @@ from jobs.tasks import FORMAT, NUMERICS, MergeTask, PointShard, Setting, digest
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places
-from workers.checkpoint import Checkpoint, open_checkpoint
-from workers.merging import FIXED_BYTES
+from workers.checkpoints.opening import Checkpoint, open_checkpoint
+from workers.merging.shard import FIXED_BYTES
 from workers.methods import METHODS
-from workers.methods.settings import check_recipe, resolve
+from workers.methods.binding import check_recipe, resolve
 from workers.methods.tile import TILE_ELEMENTS
-from workers.records import read_record
 from workers.storage import Store, open_store
+from workers.storage.records import read_record
 
 UPLOAD_BYTES = {"s3": 96 << 20, "gs": 96 << 20, "az": 96 << 20}
 """What one upload in progress may hold in memory, by scheme; other stores hold about 1 MiB."""

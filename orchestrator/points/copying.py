@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jobs.errors import BadInput, CorruptData
 from jobs.manifest import Manifest
-from orchestrator.points.finding import check_files
-from orchestrator.points.publishing import MANIFEST, FoundPoint, publishing_facts
+from orchestrator.points.finding import MANIFEST, FoundPoint, check_files
 from orchestrator.points.verifying import file_problems
 from orchestrator.words import size
 from workers.storage import Store, open_store
-
-if TYPE_CHECKING:
-    pass
-
 
 CHUNK_BYTES = 16 << 20
 
@@ -78,3 +73,14 @@ def read_pieces(store: Store, key: str) -> Iterator[memoryview]:
         piece = buffer[: min(CHUNK_BYTES, info.size - start)]
         store.read_into(key, piece, start=start, etag=info.etag)
         yield piece
+
+
+def publishing_facts(point: FoundPoint, url: str, sent: int) -> dict[str, Any]:
+    return {
+        "point": point.name,
+        "same_as": None if point.name == point.manifest.point else point.manifest.point,
+        "url": url,
+        "weights": point.manifest.weights,
+        "files": len(point.manifest.files) + 1,
+        "bytes_sent": sent,
+    }

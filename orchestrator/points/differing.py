@@ -12,9 +12,9 @@ import torch
 
 from jobs.errors import CorruptData
 from jobs.tasks import ParentTensor
-from workers.arithmetic import torch_dtype
-from workers.checkpoint import TORCH_NAMES, Checkpoint, open_checkpoint
-from workers.hashing import CHUNK_BYTES
+from workers.checkpoints.dtypes import TORCH_NAMES, torch_dtype
+from workers.checkpoints.hashing import CHUNK_BYTES
+from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.storage import Store, open_store
 
 

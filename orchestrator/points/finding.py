@@ -3,15 +3,58 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from jobs.errors import CorruptData
-from orchestrator.points.publishing import FoundPoint
+from jobs.errors import CorruptData, ObjectMissing
+from jobs.manifest import Manifest
 from orchestrator.points.verifying import point_problems
 from orchestrator.words import size
+from workers.storage import Store, open_store
+from workers.storage.records import read_record
 
-if TYPE_CHECKING:
-    pass
+MANIFEST, CARD, RECIPE = "manifest.json", "README.md", "mergekit_config.yml"
+
+
+@dataclass(frozen=True, slots=True)
+class FoundPoint:
+    """A finished point: its files lie in `store` under `prefix`, as `manifest` says; `run` is None for a lone merge.
+
+    `name` is what was asked for; `manifest.point` another where the two are the same merge.
+    """
+
+    name: str
+    store: Store
+    prefix: str
+    manifest: Manifest
+    run: str | None
+
+
+def find_point(run: str, point: str) -> FoundPoint:
+    """A point of a run by its name; `ObjectMissing` when it is not there or not complete."""
+    store = open_store(run)
+    manifest = _manifest(store, f"points/{point}/")
+    owner = manifest.same_as or point
+    if manifest.same_as is not None:
+        manifest = _manifest(store, f"points/{owner}/")
+    return FoundPoint(point, store, f"points/{owner}/", manifest, run)
+
+
+def find_merge(url: str) -> FoundPoint:
+    """A point by the URL of its folder, in a run or alone."""
+    store = open_store(url)
+    run, inside, point = store.url.rpartition("/points/")
+    if inside and "/" not in point:
+        return find_point(run, point)
+    manifest = _manifest(store, "")
+    return FoundPoint(manifest.point, store, "", manifest, None)
+
+
+def _manifest(store: Store, prefix: str) -> Manifest:
+    try:
+        return read_record(store, f"{prefix}{MANIFEST}", Manifest.from_json)
+    except ObjectMissing:
+        place = f"{store.url}/{prefix}".rstrip("/")
+        raise ObjectMissing(f"{place}: no finished point there; see `mergeyard status`") from None
 
 
 def check_files(point: FoundPoint, say: Callable[[str], None]) -> None:

@@ -5,18 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
+from orchestrator.points.finding import CARD, MANIFEST
 from orchestrator.points.published_card import front_matter
-from orchestrator.points.publishing import CARD, MANIFEST
-from workers.records import read_record
 from workers.storage import open_store
-
-if TYPE_CHECKING:
-    pass
-
+from workers.storage.records import read_record
 
 NO_COMMERCE = re.compile(r"(^|[-_. ])(nc|mrl|mnpl)([-_. ]|$)|non-?(commercial|production)|research", re.IGNORECASE)
 SHARE_ALIKE = re.compile(r"^([al]?gpl|osl|odbl|llama|gemma)|(^|[-_. ])sa([-_. ]|$)|openrail", re.IGNORECASE)

@@ -22,8 +22,8 @@ from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import READS_AT_ONCE
 from orchestrator.records.places import Places
 from orchestrator.words import size
-from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store
+from workers.storage.records import read_receipt, read_record
 
 DOLLARS_A_GB_MONTH = 0.023
 """What S3's standard class costs at most, in us-east-1; an assumption that the table says."""

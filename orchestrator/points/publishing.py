@@ -11,83 +11,28 @@ import json
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import BadInput, CorruptData, ObjectChanged, ObjectMissing
+from jobs.errors import BadInput, CorruptData, ObjectChanged
 from jobs.manifest import FileEntry, Manifest
 from jobs.records import sealed, unsealed
 from orchestrator.evaluating.results import EvaluationResult, read_results
-from orchestrator.points.copying import copy_file, file_problem, read_pieces
-from orchestrator.points.finding import check_files
+from orchestrator.points.copying import copy_file, file_problem, publishing_facts, read_pieces
+from orchestrator.points.finding import CARD, MANIFEST, RECIPE, FoundPoint, check_files
 from orchestrator.points.licences import licences_of, reconciled_licence
 from orchestrator.points.published_card import published_card
 from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.words import size
-from workers.records import read_record
-from workers.storage import Store, open_store
+from workers.storage import open_store
 
 if TYPE_CHECKING:
     from workers.storage.hub_publishing import Content, HubPublication
 
 
-MANIFEST, CARD, RECIPE = "manifest.json", "README.md", "mergekit_config.yml"
 WEIGHTS = (".safetensors", ".bin", ".gguf", ".pt", ".pth")
-
-
-@dataclass(frozen=True, slots=True)
-class FoundPoint:
-    """A finished point: its files lie in `store` under `prefix`, as `manifest` says; `run` is None for a lone merge.
-
-    `name` is what was asked for; `manifest.point` another where the two are the same merge.
-    """
-
-    name: str
-    store: Store
-    prefix: str
-    manifest: Manifest
-    run: str | None
-
-
-def find_point(run: str, point: str) -> FoundPoint:
-    """A point of a run by its name; `ObjectMissing` when it is not there or not complete."""
-    store = open_store(run)
-    manifest = _manifest(store, f"points/{point}/")
-    owner = manifest.same_as or point
-    if manifest.same_as is not None:
-        manifest = _manifest(store, f"points/{owner}/")
-    return FoundPoint(point, store, f"points/{owner}/", manifest, run)
-
-
-def find_merge(url: str) -> FoundPoint:
-    """A point by the URL of its folder, in a run or alone."""
-    store = open_store(url)
-    run, inside, point = store.url.rpartition("/points/")
-    if inside and "/" not in point:
-        return find_point(run, point)
-    manifest = _manifest(store, "")
-    return FoundPoint(manifest.point, store, "", manifest, None)
-
-
-def _manifest(store: Store, prefix: str) -> Manifest:
-    try:
-        return read_record(store, f"{prefix}{MANIFEST}", Manifest.from_json)
-    except ObjectMissing:
-        place = f"{store.url}/{prefix}".rstrip("/")
-        raise ObjectMissing(f"{place}: no finished point there; see `mergeyard status`") from None
-
-
-def publishing_facts(point: FoundPoint, url: str, sent: int) -> dict[str, Any]:
-    return {
-        "point": point.name,
-        "same_as": None if point.name == point.manifest.point else point.manifest.point,
-        "url": url,
-        "weights": point.manifest.weights,
-        "files": len(point.manifest.files) + 1,
-        "bytes_sent": sent,
-    }
 
 
 # ---- to the hub

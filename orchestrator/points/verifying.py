@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from jobs.errors import CorruptData, MergeyardError, ObjectMissing
 from jobs.manifest import Manifest, weights_digest
-from workers.checkpoint import header_bytes, read_header
-from workers.hashing import tensor_sha256s
-from workers.records import read_record
+from workers.checkpoints.hashing import tensor_sha256s
+from workers.checkpoints.safetensors import header_bytes, read_header
 from workers.storage import Store, open_store
+from workers.storage.records import read_record
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from jobs.errors import CorruptData
-from workers.records import read_record
 from workers.storage import Store
+from workers.storage.records import read_record
 
 Read = TypeVar("Read")
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
 from jobs.records import sealed
-from workers.records import read_record
 from workers.storage import Store
+from workers.storage.records import read_record
 
 LEASE_SECONDS = 30.0
 HEARTBEAT_SECONDS = 10.0

@@ -16,9 +16,9 @@ from jobs.errors import BadInput, CorruptData, ObjectExists
 from jobs.records import sealed
 from jobs.tasks import Receipt
 from orchestrator.records.places import Places
-from workers.hashing import shard_sha256s
-from workers.records import read_receipt, read_record
+from workers.checkpoints.hashing import shard_sha256s
 from workers.storage import ObjectInfo, Store, open_store
+from workers.storage.records import read_receipt, read_record
 
 READS_AT_ONCE = 32
 

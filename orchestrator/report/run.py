@@ -15,8 +15,8 @@ from orchestrator.evaluating.results import EvaluationResult, read_results, read
 from orchestrator.report.against_baseline import Comparisons, compare_all
 from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.report.recommendation import Recommendation, best_parent, recommend, rows_by_point
-from workers.records import read_receipt, read_record
 from workers.storage import Store, open_store
+from workers.storage.records import read_receipt, read_record
 
 PAGE = "report/index.html"
 READS_AT_ONCE = 32

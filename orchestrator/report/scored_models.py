@@ -14,8 +14,8 @@ from jobs.manifest import Manifest
 from orchestrator.evaluating.results import EVALUATION, EvaluationResult, read_results
 from orchestrator.judging.significance import FlipRate
 from workers.benchmarks.items import read_answers
-from workers.records import read_record
 from workers.storage import open_store
+from workers.storage.records import read_record
 
 
 @dataclass(frozen=True)

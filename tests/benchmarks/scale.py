@@ -35,8 +35,8 @@ from orchestrator.cluster.pool import Progress
 from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import make_plan
 from orchestrator.watching import Watcher
-from workers.checkpoint import header_bytes
-from workers.merging import LARGEST_SLAB
+from workers.checkpoints.safetensors import header_bytes
+from workers.merging.shard import LARGEST_SLAB
 from workers.storage import ObjectInfo
 from workers.storage.memory import MemoryStore
 
@@ -282,7 +282,7 @@ def patched(stores: dict[str, Any]) -> Any:
 
     stack = ExitStack()
     for module in (
-        "workers.checkpoint",
+        "workers.checkpoints.opening",
         "orchestrator.planning.plan",
         "orchestrator.planning.compatibility",
         "orchestrator.records.ledger",

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from jobs.job import load_job
 from orchestrator.planning.plan import make_plan
-from workers.buffers import keep_freed_memory
-from workers.resident import ResidentParents
+from workers.merging.buffers import keep_freed_memory
+from workers.merging.resident import ResidentParents
 
 RECIPES = {
     "linear": """

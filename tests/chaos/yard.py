@@ -19,7 +19,7 @@ from tests.benchmarks.make_checkpoints import Size, shapes, split, write_shard, 
 from tests.chaos.cluster import BUCKET, Cluster
 from tests.end_to_end.command import Command, Ended
 from tests.end_to_end.conftest import JOB, PARENTS, POINTS, SHARDS
-from workers.scores import read_scores
+from workers.evaluating.scores import read_scores
 
 TRY_AGAIN = 75
 RUNS_AT_MOST = 6

@@ -13,7 +13,7 @@ import psutil
 from jobs.evaluation import ScoreRow
 from tests.end_to_end.command import Command
 from tests.end_to_end.conftest import PARENTS
-from workers.scores import read_scores
+from workers.evaluating.scores import read_scores
 
 
 def write_job(folder: Path) -> Path:

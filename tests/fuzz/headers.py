@@ -15,7 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, deserialize
 
 from jobs.errors import CorruptData
-from workers.checkpoint import header_bytes, read_header
+from workers.checkpoints.safetensors import header_bytes, read_header
 from workers.storage import ObjectInfo
 from workers.storage.memory import MemoryStore
 

@@ -11,7 +11,8 @@ import random
 
 from jobs.errors import MergeyardError
 from tests.fuzz.headers import damaged_text
-from workers.checkpoint import header_bytes, open_checkpoint
+from workers.checkpoints.opening import open_checkpoint
+from workers.checkpoints.safetensors import header_bytes
 from workers.storage import open_store
 
 URL = "memory://fuzz-index"

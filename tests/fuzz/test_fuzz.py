@@ -12,7 +12,7 @@ import pytest
 
 from jobs.errors import CorruptData
 from tests.fuzz import headers, indexes, job_texts
-from workers.checkpoint import TensorHeader
+from workers.checkpoints.safetensors import TensorHeader
 
 ROOT = Path(__file__).parents[2]
 

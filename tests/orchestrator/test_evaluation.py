@@ -28,7 +28,7 @@ from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
 from tests.workers.engines.test_openai_engine import Handler
 from workers.engines.transformers_engine import TransformersEngine
-from workers.scores import read_scores
+from workers.evaluating.scores import read_scores
 
 PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
 RULER = {"tasks": ["niah_single_1"], "lengths": [256], "items": 6}

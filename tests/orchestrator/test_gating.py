@@ -18,7 +18,7 @@ from orchestrator.evaluating.results import read_results
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.test_evaluation import PARENTS, RULER, SCALED, SOUP, job_text
 from workers.benchmarks.building import PlannedSet
-from workers.scores import read_scores
+from workers.evaluating.scores import read_scores
 
 Mergeyard = Callable[..., Ended]
 

@@ -19,9 +19,10 @@ from orchestrator.cluster.in_process import InProcessEvaluators
 from orchestrator.evaluating.confirming import Gated
 from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
 from orchestrator.judging.samples import student_quantile
+from orchestrator.nightly import webhook
 from orchestrator.nightly.book import Blessed, Book, Night, Revision, Score
 from orchestrator.nightly.page import nights_page
-from orchestrator.nightly.tonight import _by_length, decide, webhook
+from orchestrator.nightly.tonight import _by_length, decide
 from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
 from tests.benchmarks.thirty_nights import Told, Yard

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-import workers.merging
+import workers.merging.shard
 from jobs.errors import BadInput, StorageUnavailable, WorkerLost
 from jobs.tasks import MergeTask, PointShard, Receipt
 from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries
@@ -118,7 +118,7 @@ def test_in_this_process_a_store_that_is_away_for_one_task_does_not_hold_up_the_
             raise StorageUnavailable("no answer")
         return [Receipt(task.shard, "p", task.shard, 0, "", {}, (), 0, 0.0, "w")]
 
-    monkeypatch.setattr(workers.merging, "merge_task", merged)
+    monkeypatch.setattr(workers.merging.shard, "merge_task", merged)
     receipts = InProcessPool().run([merge("a"), merge("b")], lambda read, written: None)
     assert [receipt.unit for [receipt] in receipts] == ["b", "a"]
     assert tried == ["a", "b", "a"]

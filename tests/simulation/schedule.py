@@ -31,7 +31,7 @@ from unittest.mock import patch
 import orchestrator.merging.gathering
 import orchestrator.records.lease
 import orchestrator.records.ledger
-import workers.hashing
+import workers.checkpoints.hashing
 from jobs.errors import CorruptData, MergeyardError, RunBusy, StorageUnavailable, WorkerLost
 from jobs.job import load_job
 from jobs.manifest import Manifest
@@ -43,11 +43,11 @@ from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from tests.simulation.faulty_store import FaultyStore
 from tests.simulation.world import Inline, Mailbox, Process, Threading, Time, World, Wrong
-from workers.checkpoint import header_bytes
-from workers.hashing import shard_sha256s
+from workers.checkpoints.hashing import shard_sha256s
+from workers.checkpoints.safetensors import header_bytes
+from workers.merging.writing import PointWriter
 from workers.storage import ObjectInfo, open_store
 from workers.storage.memory import MemoryStore
-from workers.writing import PointWriter
 
 CONFIG = {"model_type": "qwen2", "num_hidden_layers": 2, "max_position_embeddings": 512, "vocab_size": 8}
 TENSORS: list[tuple[str, str, tuple[int, ...]]] = [
@@ -496,7 +496,7 @@ def _standing_in(schedule: Schedule) -> Generator[None]:
         patch.multiple(orchestrator.records.lease, **of_the_lease),
         patch.multiple(orchestrator.records.ledger, open_store=open_simulated, ThreadPoolExecutor=Inline),
         patch.object(orchestrator.merging.gathering, "open_store", open_simulated),
-        patch.object(workers.hashing, "ThreadPoolExecutor", Inline),
+        patch.object(workers.checkpoints.hashing, "ThreadPoolExecutor", Inline),
     ):
         yield
 

@@ -21,7 +21,7 @@ from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from tests.simulation.schedule import Case, Schedule, cases
 from tests.simulation.world import Wrong
-from workers.writing import PointWriter
+from workers.merging.writing import PointWriter
 
 QUICK, THOROUGH = 1_000, 10_000
 

@@ -17,15 +17,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from jobs.errors import BadInput, CorruptData, MergeyardError, ObjectMissing
-from workers.checkpoint import (
-    LARGEST_CONFIG,
+from workers.checkpoints.dtypes import TORCH_NAMES
+from workers.checkpoints.opening import LARGEST_CONFIG, LARGEST_INDEX, layer_index, open_checkpoint
+from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
-    LARGEST_INDEX,
-    TORCH_NAMES,
     TensorHeader,
     header_bytes,
-    layer_index,
-    open_checkpoint,
     parse_header,
     read_header,
     read_json,

@@ -30,9 +30,9 @@ from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.transformers_engine import Limits, TransformersEngine
-from workers.evaluating import Evaluator
-from workers.resident import ResidentParents
-from workers.scores import read_scores, write_scores
+from workers.evaluating.scores import read_scores, write_scores
+from workers.evaluating.worker import Evaluator
+from workers.merging.resident import ResidentParents
 from workers.storage import open_store
 
 PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
@@ -201,7 +201,7 @@ def test_the_first_scores_of_a_block_hold(tmp_path: Path, monkeypatch: pytest.Mo
         store.write(task.key, write_scores(faster))
         return write_scores(rows)
 
-    monkeypatch.setattr("workers.evaluating.write_scores", somebody_else_was_first)
+    monkeypatch.setattr("workers.evaluating.worker.write_scores", somebody_else_was_first)
     assert evaluator.evaluate(task) == faster == read_scores(bytes(store.read(task.key)), task.key)
 
 

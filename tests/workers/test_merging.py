@@ -31,8 +31,9 @@ from jobs.tasks import (
     Setting,
     TensorMerge,
 )
-from workers.checkpoint import FLOATS, read_header
-from workers.merging import Budget, merge_task
+from workers.checkpoints.dtypes import FLOATS
+from workers.checkpoints.safetensors import read_header
+from workers.merging.shard import Budget, merge_task
 from workers.storage import open_store
 
 numbers = itertools.count()
@@ -171,7 +172,12 @@ TILE = 64
 def small_tiles(budget: Budget | None = None) -> Iterator[None]:
     """Tiles of 64 elements, so that small tensors have many; and this budget, whatever the task's memory."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in ("workers.methods.tile", "workers.methods.reductions", "workers.merging", "workers.reading"):
+        for module in (
+            "workers.methods.tile",
+            "workers.methods.reductions",
+            "workers.merging.shard",
+            "workers.merging.reading",
+        ):
             patch.setattr(f"{module}.TILE_ELEMENTS", TILE)
         if budget is not None:
             patch.setattr(Budget, "of", classmethod(lambda cls, task: budget))
@@ -457,7 +463,7 @@ def a_bit_flips_on_its_way(url: str, struck: int | None) -> Iterator[list[str]]:
             reads.append(key)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("workers.reading.open_store", lambda it: Flipping() if it == url else open_store(it))
+        patch.setattr("workers.merging.reading.open_store", lambda it: Flipping() if it == url else open_store(it))
         yield reads
 
 

@@ -23,9 +23,9 @@ from orchestrator.planning.parents import parents_as_points
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from tests.orchestrator.models import weights, write_model
+from workers.merging.resident import ResidentParents
 from workers.methods import METHODS
 from workers.methods.tile import TILE_ELEMENTS
-from workers.resident import ResidentParents
 
 RECIPES = {
     "linear": "models: [{model: a, parameters: {weight: 0.7}}, {model: b, parameters: {weight: 0.3}}]",

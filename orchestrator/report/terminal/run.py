@@ -13,9 +13,9 @@ from orchestrator.planning.plan import READ_RATE, WRITE_RATE, Plan
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places
 from orchestrator.words import count, duration, print_rows, short_length, shortlist, size
-from workers.merging import FIXED_BYTES
-from workers.records import read_record
+from workers.merging.shard import FIXED_BYTES
 from workers.storage import open_store
+from workers.storage.records import read_record
 
 MOST_LINES = 12
 """Points that a terminal table names one by one."""

@@ -14,7 +14,7 @@ from orchestrator.cli import main
 from orchestrator.evaluating.results import RESULTS, read_results
 from orchestrator.report.run import PAGE, read_run, report_on
 from tests.orchestrator.report.made_up import HOSTILE, write_run
-from workers.scores import write_scores
+from workers.evaluating.scores import write_scores
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from jobs.tasks import Setting
 from tests.workers.methods.whole import answered, tiles_of
-from workers.arithmetic import merge_tile
+from workers.merging.tiles import merge_tile
 from workers.methods import METHODS
 from workers.methods.tile import Reduction
 

@@ -10,7 +10,7 @@ from jobs.errors import BadInput
 from jobs.loading import load_document
 from jobs.recipe import Recipe, recipe_template
 from jobs.tasks import Setting
-from workers.methods.settings import check_recipe, resolve
+from workers.methods.binding import check_recipe, resolve
 
 
 def recipe(text: str) -> Recipe:

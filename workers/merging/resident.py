@@ -16,10 +16,10 @@ from torch import Tensor
 
 from jobs.errors import BadInput
 from jobs.tasks import Parent, Setting, TensorMerge
-from workers.arithmetic import Facts, merge_tile, missing_facts, torch_dtype
-from workers.checkpoint import FLOATS
+from workers.checkpoints.dtypes import FLOATS, torch_dtype
+from workers.checkpoints.hashing import check_sha256
+from workers.merging.tiles import Facts, merge_tile, missing_facts
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
-from workers.reading import check_sha256
 from workers.storage import open_store
 
 READS_AT_ONCE = 8

@@ -13,8 +13,8 @@ from typing_extensions import Buffer
 
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.tasks import PointShard, Receipt, TensorMerge
-from workers.records import read_receipt
 from workers.storage import Store
+from workers.storage.records import read_receipt
 
 
 class PointWriter:

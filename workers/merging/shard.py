@@ -26,13 +26,14 @@ from torch import Tensor
 
 from jobs.errors import BadInput
 from jobs.tasks import DTYPE_BITS, MergeTask, Receipt, Setting, TensorMerge
-from workers.arithmetic import Facts, merge_tile, missing_facts, torch_dtype
-from workers.buffers import BufferPool, keep_freed_memory
-from workers.checkpoint import FLOATS, header_bytes
+from workers.checkpoints.dtypes import FLOATS, torch_dtype
+from workers.checkpoints.safetensors import header_bytes
+from workers.merging.buffers import BufferPool, keep_freed_memory
+from workers.merging.reading import ParentReader, Slab, Stretch, plan_slabs
+from workers.merging.tiles import Facts, merge_tile, missing_facts
+from workers.merging.writing import PointWriter
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
-from workers.reading import ParentReader, Slab, Stretch, plan_slabs
 from workers.storage import open_store
-from workers.writing import PointWriter
 
 FIXED_BYTES = 1 << 30
 """What a worker needs beside its buffers: Python, torch and its threads' intermediate results."""

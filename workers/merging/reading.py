@@ -13,12 +13,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from jobs.errors import CorruptData, StorageUnavailable
-from jobs.tasks import DTYPE_BITS, Parent, ParentFile, ParentTensor, TensorMerge
-from workers.arithmetic import torch_dtype
-from workers.hashing import range_sha256
+from jobs.tasks import DTYPE_BITS, Parent, TensorMerge
+from workers.checkpoints.dtypes import torch_dtype
+from workers.checkpoints.hashing import check_sha256
 from workers.methods.tile import TILE_ELEMENTS
-from workers.storage import Store, open_store
+from workers.storage import open_store
 
 ALIGNMENT = 64
 READS_AT_ONCE = 16
@@ -81,19 +80,6 @@ def _cut(tensor: TensorMerge, slab_bytes: int) -> Iterator[Stretch]:
     step = max(1, slab_bytes // width // TILE_ELEMENTS) * TILE_ELEMENTS
     for start in range(0, tensor.elements, step):
         yield Stretch(tensor, start, min(start + step, tensor.elements))
-
-
-def check_sha256(found: str, store: Store, file: ParentFile, tensor: TensorMerge, source: ParentTensor) -> None:
-    """Whether a parent's tensor came as its manifest has it.
-
-    If not, it is read again: `StorageUnavailable` when it was damaged on its way, `CorruptData` when where it lies.
-    """
-    if found == source.sha256:
-        return
-    where = f"{store.url}/{file.key}: tensor {tensor.name}"
-    if range_sha256(store, file.key, source.start, source.end, etag=file.etag) == source.sha256:
-        raise StorageUnavailable(f"{where} was damaged on its way; use https://, which notices, and run again")
-    raise CorruptData(f"{where} is not the one of manifest.json there; put it right, or remove that manifest")
 
 
 class ParentReader:

@@ -7,7 +7,9 @@ import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
-from workers.checkpoint import TensorHeader, read_header
+from jobs.errors import CorruptData, StorageUnavailable
+from jobs.tasks import ParentFile, ParentTensor, TensorMerge
+from workers.checkpoints.safetensors import TensorHeader, read_header
 from workers.storage import ObjectInfo, Store
 
 CHUNK_BYTES = 16 << 20
@@ -34,3 +36,16 @@ def tensor_sha256s(store: Store, key: str, tensors: Iterable[TensorHeader]) -> d
 def shard_sha256s(store: Store, info: ObjectInfo) -> dict[str, str]:
     """sha256 of every tensor of one safetensors file; `CorruptData` when it is none."""
     return tensor_sha256s(store, info.key, read_header(store, info))
+
+
+def check_sha256(found: str, store: Store, file: ParentFile, tensor: TensorMerge, source: ParentTensor) -> None:
+    """Whether a parent's tensor came as its manifest has it.
+
+    If not, it is read again: `StorageUnavailable` when it was damaged on its way, `CorruptData` when where it lies.
+    """
+    if found == source.sha256:
+        return
+    where = f"{store.url}/{file.key}: tensor {tensor.name}"
+    if range_sha256(store, file.key, source.start, source.end, etag=file.etag) == source.sha256:
+        raise StorageUnavailable(f"{where} was damaged on its way; use https://, which notices, and run again")
+    raise CorruptData(f"{where} is not the one of manifest.json there; put it right, or remove that manifest")

@@ -9,16 +9,11 @@ import torch
 from torch import Tensor
 
 from jobs.tasks import Setting, TensorMerge
-from workers.checkpoint import TORCH_NAMES
+from workers.checkpoints.dtypes import torch_dtype
 from workers.methods import METHODS
 from workers.methods.tile import Inputs, NotYetKnown, Reduction, Tile
 
 Facts = dict[Reduction, Any]
-
-
-def torch_dtype(name: str) -> torch.dtype:
-    """The torch dtype of a safetensors dtype name."""
-    return getattr(torch, TORCH_NAMES[name])
 
 
 def merge_tile(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Tensor:

@@ -1,0 +1,1 @@
+"""Checkpoints as safetensors: headers, dtypes, digests, and where each tensor lies."""

@@ -1,0 +1,1 @@
+"""A block of items in, scores out."""

@@ -1,0 +1,92 @@
+"""A point held by an engine: merged into the resident model, unwritten."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jobs.evaluation import EvaluationTask, ModelSpec
+from jobs.manifest import weights_digest
+from workers.engines.engine import Engine
+from workers.engines.opening import open_engine
+from workers.engines.tokenizer import load_tokenizer
+from workers.merging.resident import ResidentParents
+from workers.storage import open_store
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Resident:
+    """The parents of one layout in memory and, once a point was asked for, an engine."""
+
+    def __init__(self, model: ModelSpec, device: str) -> None:
+        self._model = model
+        self._device = device
+        self._parents: ResidentParents | None = None
+        self._engine: Engine | None = None
+        self._point = ""
+        self._known: dict[str, str] = {}
+        """The digest of the weights of every point that was here: a race comes back to a point at each rung."""
+        self._room = tempfile.TemporaryDirectory(prefix="mergeyard-tokenizer-")
+        self.tokenizer = Path(self._room.name)
+        """The folder of the point's tokenizer, once there is an engine."""
+        self.weights = ""
+        self.beginning = ""
+
+    def become(self, task: EvaluationTask) -> Engine:
+        """The engine with the task's point in it, and `weights` its digest."""
+        if self._engine is not None and self._point == task.digest:
+            return self._engine
+        self._point = ""
+        if self._model.engine == "openai":
+            self._engine = self._open(iter(()), task)
+            self.weights = f"{self._model.url}#{self._engine.version}"
+        else:
+            digests: dict[str, str] = {}
+            known = self._known.get(task.digest)
+            weights = self._held_parents().merged(task.settings, digests if known is None else None)
+            if self._engine is None:
+                self._engine = self._open(weights, task)
+            else:
+                self._engine.swap(weights, task.digest)
+            self.weights = self._known[task.digest] = known or weights_digest(digests)
+        self._point = task.digest
+        return self._engine
+
+    def close(self) -> None:
+        """Gives back the engine's memory and processes."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = self._parents = None
+        self._room.cleanup()
+
+    def _held_parents(self) -> ResidentParents:
+        if self._parents is None:
+            self._parents = ResidentParents(
+                self._model.tensors,
+                self._model.parents,
+                seed=self._model.seed,
+                numerics=self._model.numerics,
+                device=self._device,
+                threads=self._model.threads,
+            )
+        return self._parents
+
+    def _open(self, weights: Iterator[tuple[str, Tensor]], task: EvaluationTask) -> Engine:
+        url, files = self._model.tokenizer
+        store = open_store(url)
+        for file, etag in files.items():
+            data = bytes(store.read(file, etag=etag))
+            (self.tokenizer / file).write_bytes(_without_code(data) if file == "tokenizer_config.json" else data)
+        tokenizer = load_tokenizer(self.tokenizer)
+        self.beginning = str(tokenizer.bos_token or tokenizer.eos_token or "")
+        return open_engine(self._model, self.tokenizer, weights, task, self._device)
+
+
+def _without_code(tokenizer_config: bytes) -> bytes:
+    """Without the classes that the file names for its loading: tasks of lm-evaluation-harness would run their code."""
+    return json.dumps({key: value for key, value in json.loads(tokenizer_config).items() if key != "auto_map"}).encode()
