@@ -1,6 +1,6 @@
-"""What runs on a node: plain functions over a store, without Ray.
+"""Work on a node: plain functions over a store, without Ray.
 
-Merging: `checkpoint` finds tensors, `reading` fetches their bytes, `merging` computes every point's share with the
-`methods`, `writing` publishes shards and receipts. Evaluating: `resident` keeps the parents, `engines` hold a model
-that answers, `benchmarks` ask and score. `storage` is the only door to bytes anywhere.
+Merging: `checkpoints` finds tensors, `merging` reads each parent once, computes all points with the `methods`, and
+writes shards and receipts. Evaluating: `merging.resident` keeps the parents, `engines` hold a model that answers,
+`benchmarks` ask and score. `storage` is the only door to bytes anywhere.
 """

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from jobs.evaluation import ScoreRow
 from orchestrator.evaluating.subjects import Subject
 from orchestrator.judging.samples import Cell
-from workers.benchmarks.building import PlannedSet
+from workers.benchmarks.planned import PlannedSet
 from workers.evaluating.scores import read_scores
 from workers.storage import Store
 

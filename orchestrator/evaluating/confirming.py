@@ -24,7 +24,7 @@ from orchestrator.judging.estimates import macro_mean
 from orchestrator.judging.gate import GateRule, Verdict, judge, same_merge
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate
-from workers.benchmarks.building import PlannedSet
+from workers.benchmarks.planned import PlannedSet
 
 BUDGET = 4
 """How many times the items of the evaluation a gate may ask, where the job does not say."""

@@ -21,7 +21,7 @@ from orchestrator.judging.gate import POWER
 from orchestrator.judging.race import RUNGS
 from orchestrator.judging.samples import Cell, normal_quantile
 from orchestrator.judging.significance import anytime_multiplier, design_effect, minimum_detectable_effect
-from workers.benchmarks.building import PlannedSet
+from workers.benchmarks.planned import PlannedSet
 
 DISCORDANCE = 0.1
 CORRELATION = 0.1

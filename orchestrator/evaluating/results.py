@@ -18,7 +18,7 @@ from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.significance import FlipRate
 from orchestrator.records.documents import read_document, text_of
-from workers.benchmarks.lm_eval_adapter import OVER_LONG
+from workers.benchmarks.harness.adapter import OVER_LONG
 from workers.evaluating.scores import read_scores, write_scores
 from workers.storage import Store, open_store
 

@@ -27,7 +27,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
-from workers.benchmarks.building import stored
+from workers.benchmarks.sets import stored
 
 BLOCK_TOKENS = 1 << 20
 """A block of items is cut at about this many context tokens: minutes of work, so that little is lost or waited for."""

@@ -16,8 +16,10 @@ from orchestrator.planning.compatibility import context_fields
 from orchestrator.planning.layouts import Layout
 from orchestrator.planning.parents import parent_alone, parents_as_points
 from orchestrator.planning.plan import Plan, PlannedPoint
-from workers.benchmarks.building import PlannedSet, Reader, check_sets, planned_sets
-from workers.benchmarks.tokens import TOKENIZER_FILES, Tokenizer
+from workers.benchmarks.planned import PlannedSet, Reader
+from workers.benchmarks.registry import planned_sets
+from workers.benchmarks.sets import check_sets
+from workers.benchmarks.texts.tokenizer import TOKENIZER_FILES, Tokenizer
 from workers.checkpoints.opening import LARGEST_CONFIG
 from workers.checkpoints.safetensors import read_json
 from workers.engines.engine import longest_scored

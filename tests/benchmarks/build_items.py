@@ -24,11 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-from workers.benchmarks.haystacks import Noise
 from workers.benchmarks.items import Asked
-from workers.benchmarks.niah import Needles, pose
-from workers.benchmarks.ruler import NIAH
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.niah import Needles, pose
+from workers.benchmarks.ruler.tasks import NIAH
+from workers.benchmarks.texts.haystacks import Noise
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 PARENT = ROOT / "jobs" / "examples" / "parents" / "base"
@@ -46,8 +46,8 @@ json.dump(told, open(sys.argv[4], "w"))
 OURS = """
 import json, sys, time
 begin = time.perf_counter()
-from workers.benchmarks.ruler import ruler_items
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.tasks import ruler_items
+from workers.benchmarks.texts.tokenizer import Tokenizer
 ready, busy = time.perf_counter(), time.process_time()
 tokenizer = Tokenizer.from_folder(sys.argv[1])
 items = ruler_items(tokenizer, "niah_single_1", int(sys.argv[2]), indices=range(int(sys.argv[3])), seed=1)

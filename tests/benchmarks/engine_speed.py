@@ -57,8 +57,8 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     """Figures of both engines on the same items."""
     import torch
 
-    from workers.benchmarks.ruler import ruler_items
-    from workers.benchmarks.tokens import Tokenizer
+    from workers.benchmarks.ruler.tasks import ruler_items
+    from workers.benchmarks.texts.tokenizer import Tokenizer
     from workers.engines.engine import Prompt
     from workers.engines.transformers_engine import TransformersEngine
 

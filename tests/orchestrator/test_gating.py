@@ -17,7 +17,7 @@ from orchestrator.evaluating.confirming import first_fresh
 from orchestrator.evaluating.results import read_results
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.test_evaluation import PARENTS, RULER, SCALED, SOUP, job_text
-from workers.benchmarks.building import PlannedSet
+from workers.benchmarks.planned import PlannedSet
 from workers.evaluating.scores import read_scores
 
 Mergeyard = Callable[..., Ended]

@@ -23,9 +23,9 @@ from orchestrator.evaluating.subjects import Questions, questions
 from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
-from workers.benchmarks.building import stored
 from workers.benchmarks.items import read_items
 from workers.benchmarks.perplexity import read_windows
+from workers.benchmarks.sets import stored
 from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.tokenizer import load_tokenizer

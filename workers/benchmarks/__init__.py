@@ -1,4 +1,4 @@
-"""Items of an exact length in tokens, and scorers of answers: RULER's tasks, needle grids, perplexity by position.
+"""Items of an exact length in tokens, and scorers of answers: RULER, needle grids, perplexity, and lm-eval's tasks.
 
-`building` is the door: from what a job asks to sets of items, built once and the same for every point.
+`registry` has a row for each benchmark; `sets` builds the items that a job asks for, once for all points.
 """

@@ -11,12 +11,14 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from jobs.errors import BadInput
-from workers.benchmarks.budget import build_groups
-from workers.benchmarks.draws import Draw, words_digest
-from workers.benchmarks.haystacks import Essay, Noise, bundled_essay
-from workers.benchmarks.items import Asked, Item
-from workers.benchmarks.niah import Niah, draw_needles, pose
-from workers.benchmarks.tokens import Tokenizer
+from jobs.job import NeedleSpec
+from workers.benchmarks.items import Asked, Item, items_digest, write_items
+from workers.benchmarks.planned import PlannedSet, Reader, frame_of, probe
+from workers.benchmarks.ruler.niah import Niah, draw_needles, pose
+from workers.benchmarks.texts.draws import Draw, words_digest
+from workers.benchmarks.texts.filling import build_groups
+from workers.benchmarks.texts.haystacks import Essay, Noise, bundled_essay
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 32
 FARTHEST = 0.25
@@ -122,3 +124,36 @@ def needle_spec(
         "max_new_tokens": max_new_tokens,
         "frame": list(frame),
     }
+
+
+def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
+    depths = even_depths(spec.depths)
+    count = spec.items * spec.depths
+    made = max(count, least)
+    asked: dict[str, Any] = {
+        "depths": depths,
+        "questions": spec.questions,
+        "answer": spec.answer,
+        "frame": frame_of(tokenizer, chat=spec.chat, place=spec.place),
+    }
+    if spec.haystack == "noise":
+        asked["haystack"] = "noise"
+    elif spec.haystack:
+        asked["essay"] = Essay(reader.prose(spec.haystack, spec.place), place=spec.place)
+
+    def planned(length: int) -> PlannedSet:
+        def items(length: int, wanted: range) -> list[Item]:
+            return needle_items(tokenizer, length, indices=wanted, seed=seed, **asked)
+
+        def build(wanted: range) -> bytes:
+            return write_items(items(length, wanted))
+
+        def check() -> None:
+            probe(length, lambda length: items(length, range(spec.depths)))
+
+        address = items_digest(needle_spec(**asked), tokenizer=tokenizer.digest, length=length, seed=seed)
+        return PlannedSet(
+            "needle", "needle", length, count, made, address, build, spec.place, spec.depths, grows=True, check=check
+        )
+
+    return [planned(length) for length in spec.lengths]

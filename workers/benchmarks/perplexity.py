@@ -6,15 +6,21 @@ window differs from a shorter one in the context alone.
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
-from workers.benchmarks.tokens import Tokenizer
+from jobs.job import PerplexitySpec
+from workers.benchmarks.items import items_digest
+from workers.benchmarks.planned import PlannedSet, Reader
+from workers.benchmarks.texts.haystacks import bundled_text
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 FIRST_BLOCK = 256
 
@@ -117,3 +123,31 @@ def read_windows(data: bytes, first: int = 0, last: int | None = None) -> list[W
         ]
     except (pa.ArrowInvalid, KeyError) as error:
         raise CorruptData(f"windows: not a file of windows ({error}); delete it and build them again") from error
+
+
+def plan_perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int, reader: Reader) -> list[PlannedSet]:
+    text = reader.prose(spec.text, spec.place) if spec.text else bundled_text()
+    described = {
+        "benchmark": "perplexity",
+        "blocks": spec.blocks,
+        "lengths": list(spec.lengths),
+        "text": hashlib.sha256(text.encode()).hexdigest(),
+    }
+
+    @cache
+    def made() -> list[Window]:  # of all lengths together: windows of every length end at the same tokens
+        return windows(tokenizer, text, spec.lengths, items=spec.blocks)
+
+    def planned(length: int) -> PlannedSet:
+        def build(_: range) -> bytes:
+            return write_windows([window for window in made() if window.length == length])
+
+        def check() -> None:  # as much of the text as surely has enough tokens, for the whole of it may be large
+            check_length(tokenizer, text[: 16 * max(spec.lengths)], max(spec.lengths))
+
+        address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
+        return PlannedSet(
+            "perplexity", "perplexity", length, spec.blocks, spec.blocks, address, build, spec.place, check=check
+        )
+
+    return [planned(length) for length in spec.lengths]

@@ -14,8 +14,8 @@ import numpy as np
 
 from jobs.errors import ObjectExists, ObjectMissing, WorkerLost
 from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
+from workers.benchmarks.harness.adapter import sample_scores
 from workers.benchmarks.items import Item, read_items
-from workers.benchmarks.lm_eval_adapter import sample_scores
 from workers.benchmarks.perplexity import read_windows
 from workers.benchmarks.scorers import SCORERS
 from workers.engines.engine import Answer, Engine, Prompt

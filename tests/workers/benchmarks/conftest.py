@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import jobs
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -11,13 +11,16 @@ import pytest
 from jobs.errors import BadInput
 from jobs.evaluation import ItemSet
 from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
-from workers.benchmarks.answering import read_squad
-from workers.benchmarks.building import PlannedSet, Reader, check_sets, default_tasks, planned_sets, stored
 from workers.benchmarks.items import read_items
 from workers.benchmarks.perplexity import read_windows
-from workers.benchmarks.ruler import TASKS
+from workers.benchmarks.planned import PlannedSet, Reader
+from workers.benchmarks.registry import planned_sets
+from workers.benchmarks.ruler.documents import read_squad
+from workers.benchmarks.ruler.planned import default_tasks
+from workers.benchmarks.ruler.tasks import TASKS
 from workers.benchmarks.scorers import SCORERS
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.sets import check_sets, stored
+from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.storage import Store, open_store
 
 RULER = RulerSpec(lengths=(512, 640), tasks=("niah_single_2", "vt"), items=4, place="job.yaml:7")
@@ -381,7 +384,7 @@ def test_what_a_task_reads_anywhere_is_part_of_it(tokenizer: Tokenizer, tmp_path
 def test_a_task_among_thousands_of_files_is_refused(
     tokenizer: Tokenizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.benchmarks.lm_eval_files.MOST_FILES", 3)
+    monkeypatch.setattr("workers.benchmarks.harness.files.MOST_FILES", 3)
     for name in ("mine.yaml", "a", "b", "c"):
         (tmp_path / name).write_text("task: mine\n")
     spec = LmEvalSpec(tasks=("mine.yaml",), place="job.yaml:10")

@@ -6,8 +6,8 @@ import pytest
 
 from jobs.errors import CorruptData
 from workers.benchmarks.items import Item, items_digest, read_items, write_items
-from workers.benchmarks.ruler import ruler_items, ruler_spec
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.tasks import ruler_items, ruler_spec
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 ITEM = Item(
     benchmark="ruler",

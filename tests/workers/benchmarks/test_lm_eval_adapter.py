@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from jobs.errors import BadInput
-from workers.benchmarks.lm_eval_adapter import SampleScore, _Asking, sample_scores
+from workers.benchmarks.harness.adapter import SampleScore, sample_scores
+from workers.benchmarks.harness.asking import Asking
 from workers.engines.transformers_engine import TransformersEngine
 
 END = "<|endoftext|>"
@@ -347,7 +348,7 @@ def test_log_likelihoods_are_of_the_tokens_that_the_harness_own_model_takes(
     ]  # fmt: skip
     if not marks:
         pairs.remove((" ", "The sky"))  # the harness asserts that a context has a token
-    ours = _Asking(engine, END).ask("loglikelihood", [Request(*pair) for pair in pairs])  # type: ignore[list-item]
+    ours = Asking(engine, END).ask("loglikelihood", [Request(*pair) for pair in pairs])  # type: ignore[list-item]
     theirs = lm.loglikelihood([Instance("loglikelihood", {}, pair, 0) for pair in pairs], disable_tqdm=True)
     for pair, (value, greedy), (expected, expected_greedy) in zip(pairs, ours, theirs, strict=True):
         assert (value, greedy) == (pytest.approx(expected, abs=1e-3), expected_greedy), pair

@@ -5,7 +5,7 @@ import pytest
 
 from jobs.errors import BadInput
 from workers.benchmarks.perplexity import position_blocks, windows
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 
 def test_blocks_double_from_256() -> None:

@@ -8,10 +8,10 @@ import pytest
 import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, trainers
 
-from workers.benchmarks.haystacks import bundled_text
-from workers.benchmarks.pieces import Pieces
-from workers.benchmarks.ruler import ruler_items
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.tasks import ruler_items
+from workers.benchmarks.texts.haystacks import bundled_text
+from workers.benchmarks.texts.pieces import Pieces
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 LLAMA = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"

@@ -5,12 +5,12 @@ import pytest
 import tokenizers
 
 from jobs.errors import BadInput
-from workers.benchmarks.budget import TooShort, most_units
-from workers.benchmarks.haystacks import Essay, bundled_essay
 from workers.benchmarks.items import Item
 from workers.benchmarks.needle import needle_items
-from workers.benchmarks.ruler import TASKS, ruler_items
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.tasks import TASKS, ruler_items
+from workers.benchmarks.texts.filling import TooShort, most_units
+from workers.benchmarks.texts.haystacks import Essay, bundled_essay
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 OFFLINE = [task for task in TASKS if task not in ("qa_1", "qa_2")] + ["qa_generated"]
 # what one more unit may cost at most: a line of noise, a pair of uuids, a document, 3 common words, a few coded words

@@ -8,10 +8,10 @@ import sys
 
 import pytest
 
-from workers.benchmarks.draws import Draw
 from workers.benchmarks.needle import even_depths, needle_items
-from workers.benchmarks.ruler import NIAH, TASKS, ruler_items
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.tasks import NIAH, TASKS, ruler_items
+from workers.benchmarks.texts.draws import Draw
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 OFFLINE = [task for task in TASKS if task not in ("qa_1", "qa_2")] + ["qa_generated"]
 
@@ -49,8 +49,8 @@ def test_items_do_not_depend_on_which_others_are_built(tokenizer: Tokenizer, tas
 
 def test_items_are_the_same_in_another_process(tokenizer: Tokenizer) -> None:
     script = (
-        "import sys, hashlib; from workers.benchmarks.tokens import Tokenizer; "
-        "from workers.benchmarks.ruler import ruler_items; from workers.benchmarks.items import write_items; "
+        "import sys, hashlib; from workers.benchmarks.texts.tokenizer import Tokenizer; "
+        "from workers.benchmarks.ruler.tasks import ruler_items; from workers.benchmarks.items import write_items; "
         "t = Tokenizer.from_folder(sys.argv[1]); "
         "i = [x for k in ('niah_multikey_1', 'qa_generated') for x in ruler_items(t, k, 1024, indices=[0, 1], seed=9)];"
         "print(hashlib.sha256(write_items(i)).hexdigest())"

@@ -14,14 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.errors import BadInput
-from workers.benchmarks.answering import read_hotpotqa, read_squad
-from workers.benchmarks.counting import coded_counts
-from workers.benchmarks.haystacks import Essay, Lines, Noise
 from workers.benchmarks.items import Asked, Item
 from workers.benchmarks.needle import even_depths, needle_items
-from workers.benchmarks.niah import Needles, Niah, pose
-from workers.benchmarks.ruler import MAX_NEW_TOKENS, NIAH, TASKS, ruler_items
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.cwe_fwe import coded_counts
+from workers.benchmarks.ruler.documents import read_hotpotqa, read_squad
+from workers.benchmarks.ruler.niah import Needles, Niah, pose
+from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, TASKS, ruler_items
+from workers.benchmarks.texts.haystacks import Essay, Lines, Noise
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 

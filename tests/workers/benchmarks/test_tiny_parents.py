@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from workers.benchmarks.items import Item
 from workers.benchmarks.needle import even_depths, needle_items
-from workers.benchmarks.ruler import ruler_items
+from workers.benchmarks.ruler.tasks import ruler_items
 from workers.benchmarks.scorers import SCORERS
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 
 def share_right(folder: Path, tokenizer: Tokenizer, items: list[Item]) -> float:

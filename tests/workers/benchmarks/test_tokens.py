@@ -8,7 +8,7 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from jobs.errors import BadInput, CorruptData
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 TEXT = "One of the special magic numbers for quiet-fox is: 4815162.\n„Größe“ 1234567 …\n\nEnd."
 

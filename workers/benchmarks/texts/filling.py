@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from jobs.errors import BadInput
 from workers.benchmarks.items import Asked, Item
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 Group = TypeVar("Group")
 

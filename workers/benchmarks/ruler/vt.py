@@ -6,12 +6,12 @@ import string
 from collections.abc import Sequence
 from itertools import pairwise
 
-from workers.benchmarks.budget import fill, most_units
-from workers.benchmarks.draws import Draw
-from workers.benchmarks.haystacks import Noise
 from workers.benchmarks.items import Asked, Item
-from workers.benchmarks.niah import depths_of
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.ruler.niah import depths_of
+from workers.benchmarks.texts.draws import Draw
+from workers.benchmarks.texts.filling import fill, most_units
+from workers.benchmarks.texts.haystacks import Noise
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 QUESTION = (
     "Memorize and track the chain(s) of variable assignment hidden in the following text.\n\n{context}\n"

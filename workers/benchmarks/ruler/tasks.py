@@ -20,15 +20,16 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jobs.errors import BadInput
-from workers.benchmarks.answering import Library, library_for, qa_item
-from workers.benchmarks.budget import build_groups
-from workers.benchmarks.counting import cwe_item, fwe_item
-from workers.benchmarks.draws import words_digest
-from workers.benchmarks.haystacks import Essay, bundled_essay
 from workers.benchmarks.items import Asked, Item
-from workers.benchmarks.niah import Niah, niah_items
-from workers.benchmarks.tokens import Tokenizer
-from workers.benchmarks.tracking import vt_item
+from workers.benchmarks.ruler.cwe_fwe import cwe_item, fwe_item
+from workers.benchmarks.ruler.documents import Library, library_for
+from workers.benchmarks.ruler.niah import Niah, niah_items
+from workers.benchmarks.ruler.qa import qa_item
+from workers.benchmarks.ruler.vt import vt_item
+from workers.benchmarks.texts.draws import words_digest
+from workers.benchmarks.texts.filling import build_groups
+from workers.benchmarks.texts.haystacks import Essay, bundled_essay
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 NIAH: Mapping[str, Niah] = {
     "niah_single_1": Niah("noise"),

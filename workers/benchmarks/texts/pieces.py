@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import tokenizers
 
+
 LINE = re.compile(r"\n(?=[A-Za-z])")
 SENTENCE = re.compile(r"\.(?= [A-Z])")
 LONGEST_LINES = 1000

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
-from workers.benchmarks.pieces import SHORTEST, Pieces
+from workers.benchmarks.texts.pieces import SHORTEST, Pieces
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -114,7 +114,7 @@ class Tokenizer:
 
         A beginning-of-text token that encoding adds anyway is left out. `BadInput` if there is no template.
         """
-        from workers.benchmarks.chat_template import chat_frame
+        from workers.benchmarks.texts.chat_template import chat_frame
 
         if self.chat_template is None:
             raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly")

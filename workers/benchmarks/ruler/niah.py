@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.benchmarks.budget import TooShort, fill
-from workers.benchmarks.draws import Draw
-from workers.benchmarks.haystacks import Essay, Haystack, Lines, Noise
 from workers.benchmarks.items import Asked, Item
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.draws import Draw
+from workers.benchmarks.texts.filling import TooShort, fill
+from workers.benchmarks.texts.haystacks import Essay, Haystack, Lines, Noise
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 HEAD = (
     "Some special magic {values} are hidden within the following text. Make sure to memorize it. "

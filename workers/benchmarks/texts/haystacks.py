@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput
-from workers.benchmarks.budget import running_total
-from workers.benchmarks.draws import Draw
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.draws import Draw
+from workers.benchmarks.texts.filling import running_total
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 

@@ -10,10 +10,10 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.benchmarks.budget import fill
-from workers.benchmarks.draws import Draw, words
 from workers.benchmarks.items import Asked, Item
-from workers.benchmarks.tokens import Tokenizer
+from workers.benchmarks.texts.draws import Draw, words
+from workers.benchmarks.texts.filling import fill
+from workers.benchmarks.texts.tokenizer import Tokenizer
 
 CWE_QUESTION = (
     "Below is a numbered list of words. In these words, some appear more often than others. "

@@ -1,0 +1,223 @@
+"""Any task of lm-evaluation-harness, answered by our engine through its Python API, kept item by item.
+
+Nothing of its caches is used: they know neither the model nor the length. A prompt that does not fit in the model's
+context is never cut: its item gets no score, and the metric `over_long` says how many of the items these are.
+
+A metric is kept or left out as a whole, for all items of a task: one from 0 to 100 counts in hundredths, a perplexity
+as its inverse, which is the geometric mean of the likelihoods; one where less is better, or that only a set of items
+has, is left out.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import BadInput
+from workers.benchmarks.harness.asking import Asking, Cost, generation_settings, request_arguments
+from workers.benchmarks.harness.loading import check_library, errors_of, first_items, in_folder_of, load_tasks, quiet
+from workers.benchmarks.harness.metrics import Rule, Sample, metric_remarks, metric_rules
+from workers.engines.engine import Engine
+from workers.engines.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+    from lm_eval.api.task import Task
+
+
+OVER_LONG = "over_long"
+"""The metric that is 1 for an item whose prompt exceeds the model's context, which is then not asked."""
+
+REHEARSED = 3
+"""Items of each task that the reference answers are scored on, before the model is asked for any."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleScore:
+    """One metric of one item, from 0 to 1; `metric` is `task:metric`, with the filter where the task has several."""
+
+    metric: str
+    item: int
+    answer: str
+    score: float
+    finite: bool
+    tokens: int
+    seconds: float
+
+
+def sample_scores(
+    engine: Engine,
+    task: str,
+    limit: int | None,
+    *,
+    beginning: str,
+    tokenizer: Path | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    num_fewshot: int | None = None,
+    chat_template: str | None = None,
+) -> list[SampleScore]:
+    """Every item of a task, of a group or of a YAML file of the user's own, scored by lm-evaluation-harness.
+
+    `limit` takes the first items, of each length where a task has several. `beginning` is the text of the token that
+    stands before a text without context; `tokenizer` the folder of the tokenizer, which tasks that make their own texts
+    are told beside `metadata`. With `chat_template` the prompts are put into it. `BadInput` for a task that does not
+    exist, that samples, whose data are not there or of which no metric can be kept: before the model is asked.
+    """
+    check_library()
+    with in_folder_of(task), quiet():
+        told = {**({"tokenizer": str(tokenizer)} if tokenizer is not None else {}), **(metadata or {})}
+        leaves = load_tasks(task, json.dumps(told), num_fewshot)
+        chat = None if chat_template is None or tokenizer is None else _chat(tokenizer, chat_template)
+        picked = {name: first_items(leaf, limit) for name, leaf in leaves.items()}
+        rehearsed = {name: _rehearsed(task, leaf, picked[name], chat) for name, leaf in leaves.items()}
+        rules = {name: metric_rules(leaf, rehearsed[name]) for name, leaf in leaves.items()}
+        if not any(not rule.left_out for each in rules.values() for rule in each.values()):
+            raise BadInput(f"lm_eval {task}: no metric can be kept ({metric_remarks(rules)}); take another task")
+        scores: list[SampleScore] = []
+        for name, leaf in leaves.items():
+            model = Asking(engine, beginning)
+            samples = _answered(task, leaf, picked[name], chat, model.ask)
+            over_long = {picked[name][at] for at in model.over_long}
+            samples = [sample for sample in samples if sample.number not in over_long]
+            known = rehearsed[name] if leaf.OUTPUT_TYPE == "generate_until" else []
+            rules[name] = metric_rules(leaf, [*known, *samples])
+            costs = {picked[name][at]: cost for at, cost in model.costs.items()}
+            scores += _scores_of(name, samples, rules[name], costs)
+            if over_long:
+                title = f"{name}:{OVER_LONG}"
+                scores += [SampleScore(title, at, "", float(at in over_long), True, 0, 0.0) for at in picked[name]]
+    if all(score.metric.endswith(f":{OVER_LONG}") for score in scores):
+        trouble = f"every item exceeds the model's {engine.max_length} tokens" if scores else metric_remarks(rules)
+        raise BadInput(f"lm_eval {task}: {trouble}; take another task")
+    if remarks := metric_remarks(rules):
+        print(f"lm_eval {task}: {remarks}", file=sys.stderr)
+    return scores
+
+
+def _answered(
+    task: str,
+    leaf: Task,
+    numbers: Sequence[int],
+    chat: Callable[..., str] | None,
+    ask: Callable[[str, Sequence[Instance]], Sequence[Any]],
+) -> list[Sample]:
+    """The items `numbers`, with what `ask` answers to each kind of request, as lm-evaluation-harness scores them."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    with errors_of(task):
+        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # examples are drawn anew
+        leaf.build_all_requests(
+            samples=list(numbers),
+            rank=0,
+            world_size=1,
+            apply_chat_template=chat is not None,
+            fewshot_as_multiturn=True,
+            chat_template=chat,
+        )
+    requests: Sequence[Instance] = leaf.instances
+    for kind in dict.fromkeys(str(request.request_type) for request in requests):
+        alike = [request for request in requests if request.request_type == kind]
+        for request, answer in zip(alike, ask(kind, alike), strict=True):
+            request.resps.extend([answer] * (request.repeats or 1))  # greedy: asked again it would say the same
+    with errors_of(task):
+        leaf.apply_filters()
+        return list(_processed(leaf, numbers))
+
+
+def _processed(leaf: Task, numbers: Sequence[int]) -> Iterator[Sample]:
+    """The metrics of every item by the task's own code; the harness counts the items of a choice from 0."""
+    by_item: defaultdict[int, list[Instance]] = defaultdict(list)
+    for request in leaf.instances:
+        by_item[int(request.doc_id or 0)].append(request)
+    for at, requests in by_item.items():
+        requests.sort(key=lambda request: request.idx)
+        for name in requests[0].filtered_resps:
+            responses = [request.filtered_resps[name] for request in requests]
+            metrics: Any = leaf.process_results(requests[0].doc, responses)
+            length = str(requests[0].doc.get("max_length"))
+            if length in metrics:  # a metric for each length, of which an item has but its own
+                metrics = {length: metrics[length]}
+            yield Sample(numbers[at], str(name), metrics, responses)
+
+
+def _rehearsed(task: str, leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None) -> list[Sample]:
+    """The first items with their reference answers: what the metrics are, learnt without asking the model."""
+
+    def ask(kind: str, requests: Sequence[Instance]) -> list[Any]:
+        if kind == "generate_until":
+            with errors_of(task):
+                return [_reference(leaf, request) for request in requests]
+        if kind not in ("loglikelihood", "loglikelihood_rolling"):
+            raise BadInput(f"lm_eval {task}: a task that asks for {kind} cannot be answered here; take another task")
+        return [(-1.0, True) if kind == "loglikelihood" else -1.0] * len(requests)
+
+    if getattr(leaf, "UNSAFE_CODE", False) or getattr(leaf, "MULTIMODAL", False):
+        why = "runs the code that models write" if getattr(leaf, "UNSAFE_CODE", False) else "shows more than text"
+        raise BadInput(f"lm_eval {task}: the task {why}, which no worker does; take another task")
+    return _answered(task, leaf, numbers[:REHEARSED], chat, ask)
+
+
+def _reference(leaf: Task, request: Instance) -> str:
+    """The answer that the task takes for right; refuses a task whose answers are not greedy."""
+    generation_settings(request, request_arguments(request)[1])
+    own: Any = leaf
+    target: Any = own.doc_to_target(request.doc)
+    if isinstance(target, int) and own.get_config("doc_to_choice") is not None:
+        target = own.doc_to_choice(request.doc)[target]
+    if isinstance(target, list | tuple) and target:
+        target = target[0]
+    return str(target)
+
+
+def _chat(tokenizer: Path, template: str) -> Callable[..., str]:
+    """A conversation in the chat template, up to where the model goes on."""
+    filled = load_tokenizer(tokenizer)
+
+    def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            filled.apply_chat_template(
+                history,
+                chat_template=template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    return render
+
+
+def _scores_of(
+    name: str, samples: Sequence[Sample], rules: Mapping[str, Rule], costs: Mapping[int, Cost]
+) -> Iterator[SampleScore]:
+    """The scores of one leaf task; two metrics that come to the same are given once."""
+    several_filters = len({sample.filter for sample in samples}) > 1
+    for sample in samples:
+        cost = costs.get(sample.number, Cost())
+        found = {
+            rules[metric].title: rules[metric].score(value)
+            for metric, value in sample.metrics.items()
+            if not rules[metric].left_out
+        }
+        for title, score in found.items():
+            yield SampleScore(
+                metric=f"{name}:{title},{sample.filter}" if several_filters else f"{name}:{title}",
+                item=sample.number,
+                answer=_answer(sample),
+                score=score if cost.finite else 0.0,
+                finite=cost.finite,
+                tokens=cost.tokens,
+                seconds=cost.seconds,
+            )
+
+
+def _answer(sample: Sample) -> str:
+    """What the model said; for a choice, the log-likelihood of each."""
+    if len(sample.responses) == 1 and isinstance(sample.responses[0], str):
+        return sample.responses[0]
+    return json.dumps(sample.responses, default=str)

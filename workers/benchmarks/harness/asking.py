@@ -1,0 +1,165 @@
+"""The harness's requests as calls of an engine."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jobs.errors import BadInput
+from workers.engines.engine import Engine, Prompt
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+
+DEFAULT_NEW_TOKENS = 256
+"""What lm-evaluation-harness generates at most where a task does not say."""
+
+
+@dataclass(slots=True)
+class Cost:
+    """What the requests of one item took."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    finite: bool = True
+
+
+class Asking:
+    """The three questions of lm-evaluation-harness, put to an engine; remembers what each item cost."""
+
+    def __init__(self, engine: Engine, beginning: str) -> None:
+        self._engine = engine
+        self._beginning = beginning
+        self._front = engine.encode("")
+        """What the tokenizer puts before every text."""
+        self.over_long: set[int] = set()
+        self.costs: defaultdict[int, Cost] = defaultdict(Cost)
+
+    def ask(self, kind: str, requests: Sequence[Instance]) -> Sequence[Any]:
+        """The answers to requests of one kind, in their order."""
+        if kind == "loglikelihood":
+            return self.loglikelihood(requests)
+        return self.generate_until(requests) if kind == "generate_until" else self.loglikelihood_rolling(requests)
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, whether greedy decoding says it) of each request."""
+        found = [(-math.inf, False)] * len(requests)
+        asked: list[tuple[int, list[int], int]] = []
+        context_ids = cache(self._context)  # equal contexts are encoded once, and stand one after the other
+        for at in sorted(range(len(requests)), key=lambda at: str(request_arguments(requests[at])[0])):
+            context, continuation = request_arguments(requests[at])
+            ids, kept = self._pair(context, continuation, context_ids)
+            if not self._too_long(requests[at], len(ids), self._engine.max_scored):
+                asked.append((at, ids, kept))
+        started = time.perf_counter()
+        answers = self._engine.loglikelihoods([(ids, kept) for _, ids, kept in asked])
+        each = (time.perf_counter() - started) / max(1, sum(len(ids) for _, ids, _ in asked))
+        for (at, ids, _), answer in zip(asked, answers, strict=True):
+            found[at] = answer
+            self._charge(requests[at], len(ids), each * len(ids), finite=math.isfinite(answer[0]))
+        return found
+
+    def _pair(self, context: str, continuation: str, context_ids: Callable[[str], list[int]]) -> tuple[list[int], int]:
+        """Token ids of both, and how many of them are context, by lm-evaluation-harness's own convention.
+
+        White space at the end of the context belongs to the continuation, because tokenizers glue it to the next word;
+        what comes before is encoded by itself; a text without context stands after the beginning-of-text token.
+        """
+        if context:
+            context = self._bare(context)
+            before, ids = context_ids(context.rstrip()), self._engine.encode(context + continuation)
+            ids, kept = [*before, *ids[len(before) :]], max(1, len(before))
+        else:
+            ids, kept = self._engine.encode(continuation)[len(self._front) :], 1
+            beginning = self._beginning_ids()
+            ids = ids if ids[:1] == beginning else [*beginning, *ids]
+        if kept >= len(ids):
+            raise BadInput(f"lm_eval: the continuation {continuation!r} adds no token to its context; give it a text")
+        return ids, kept
+
+    def _context(self, text: str) -> list[int]:
+        return self._engine.encode(text)
+
+    def _beginning_ids(self) -> list[int]:
+        return self._engine.encode(self._beginning)[-1:] if self._beginning else []
+
+    def _bare(self, text: str) -> str:
+        """A text without the beginning-of-text mark that a chat template wrote, where encoding writes it as well."""
+        return text.removeprefix(self._beginning) if self._front and self._front == self._beginning_ids() else text
+
+    def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
+        """Log-likelihood of a whole text, in windows as long as the model's context that do not overlap."""
+        from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+        if not self._beginning:
+            raise BadInput("lm_eval: the tokenizer has neither a first nor an end token to begin a text with")
+        [beginning] = self._beginning_ids()
+        totals: list[float] = []
+        for request in requests:
+            started = time.perf_counter()
+            ids = self._engine.encode(request_arguments(request)[0])
+            most = self._engine.max_scored - 1
+            pairs = [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, beginning, most, 1)]
+            scored = self._engine.score([[*before, *after] for before, after in pairs])
+            total = sum(
+                float(values[-len(after) :].sum(dtype=np.float64))
+                for values, (_, after) in zip(scored, pairs, strict=True)
+            )
+            self._charge(request, len(ids), time.perf_counter() - started, finite=math.isfinite(total))
+            totals.append(total)
+        return totals
+
+    def generate_until(self, requests: Sequence[Instance]) -> list[str]:
+        """A greedy answer to each request, cut before the first of its stop texts."""
+        answers = [""] * len(requests)
+        asked: list[tuple[int, Prompt]] = []
+        for at, request in enumerate(requests):
+            context, settings = request_arguments(request)
+            context = self._bare(context)
+            stops, new_tokens = generation_settings(request, settings)
+            tokens = len(self._engine.encode(context)) + new_tokens
+            if not self._too_long(request, tokens, self._engine.max_length):
+                asked.append((at, Prompt("", context, new_tokens, tuple(stops))))
+        for (at, _), answer in zip(asked, self._engine.generate([prompt for _, prompt in asked]), strict=True):
+            answers[at] = answer.text
+            self._charge(requests[at], answer.tokens_in + answer.tokens_out, answer.seconds, finite=answer.finite)
+        return answers
+
+    def _too_long(self, request: Instance, tokens: int, most: int) -> bool:
+        if tokens <= most:
+            return False
+        self.over_long.add(_item(request))
+        return True
+
+    def _charge(self, request: Instance, tokens: int, seconds: float, *, finite: bool) -> None:
+        cost = self.costs[_item(request)]
+        cost.tokens += tokens
+        cost.seconds += seconds
+        cost.finite = cost.finite and finite
+
+
+def _item(request: Instance) -> int:
+    return int(request.doc_id or 0)
+
+
+def request_arguments(request: Instance) -> tuple[Any, ...]:
+    """A request's text and what goes with it."""
+    return tuple(request.args)
+
+
+def generation_settings(request: Instance, settings: Mapping[str, Any]) -> tuple[list[str], int]:
+    """Stop texts and the most tokens to generate; `BadInput` for a task that samples, for engines answer greedily."""
+    if settings.get("do_sample") and settings.get("temperature", 1.0) != 0:
+        raise BadInput(f"lm_eval {request.task_name}: the task samples its answers; set do_sample: false in its YAML")
+    stops = settings.get("until") or []
+    names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+    new_tokens = next((int(settings[name]) for name in names if settings.get(name)), DEFAULT_NEW_TOKENS)
+    return [stop for stop in ([stops] if isinstance(stops, str) else stops) if stop], new_tokens

@@ -1,0 +1,106 @@
+"""A planned set of items: its size, cost and digest, known before any item is built."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.errors import BadInput, MergeyardError
+from workers.benchmarks.texts.filling import TooShort
+from workers.benchmarks.texts.tokenizer import Tokenizer
+from workers.storage import open_store
+
+PROBED = 8192
+"""Tokens at which it is tried whether a task can be asked at greater lengths: from 4,096 on, all prompts are alike."""
+
+Frame = tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedSet:
+    """A set that can be built: what it is, the digest of all that it depends on, and how to make a file of its items.
+
+    `count` items are asked of everyone, `made` are made at first. `grows` where more can be made later, as every item
+    depends on its own number alone. `check` builds as little as shows that it can be built, and raises `BadInput` if it
+    cannot. `place` is the line of the job file that asks for it.
+    """
+
+    benchmark: str
+    task: str
+    length: int
+    count: int
+    made: int
+    digest: str
+    build: Callable[[range], bytes]
+    place: str
+    share: int = 1
+    grows: bool = False
+    check: Callable[[], object] = lambda: None
+
+    @property
+    def folder(self) -> str:
+        """Where its files lie in a run."""
+        return f"items/{self.digest}/"
+
+    def key(self, first: int, last: int) -> str:
+        """The file of items `[first, last)`."""
+        return f"{self.folder}{first:06d}-{last:06d}.{'json' if self.benchmark == 'lm_eval' else 'parquet'}"
+
+
+class Reader:
+    """Reads the texts that a job names: by URL, or by a path relative to `folder`."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or Path.cwd()
+
+    def path(self, text: str) -> str:
+        """A URL as it is; a path made absolute."""
+        return text if "://" in text else str(self._folder / Path(text).expanduser())
+
+    def read(self, text: str, place: str) -> bytes:
+        """The content; `BadInput` names the place in the job file."""
+        path = self.path(text)
+        try:
+            if "://" not in path:
+                return Path(path).read_bytes()
+            folder, _, name = path.rpartition("/")
+            return bytes(open_store(folder).read(name))
+        except OSError as error:
+            raise BadInput(f"{place}: {path} cannot be read ({error.strerror}); give a text file") from None
+        except MergeyardError as error:
+            raise BadInput(f"{place}: {error}") from error
+
+    def prose(self, text: str, place: str) -> str:
+        """The content as text."""
+        try:
+            return self.read(text, place).decode("utf-8")
+        except UnicodeDecodeError:
+            raise BadInput(f"{place}: {text} is no text in UTF-8; give prose") from None
+
+
+@contextmanager
+def located(place: str) -> Generator[None]:
+    """Bad input is told with the line of the job file that asks for it."""
+    try:
+        yield
+    except BadInput as error:
+        raise BadInput(f"{place}: {error}") from error
+
+
+def probe(length: int, build: Callable[[int], object]) -> None:
+    """Builds at the length, or at a shorter one at which what fits shows what does."""
+    try:
+        build(min(length, PROBED))
+    except TooShort as error:
+        task, _, smallest = error.args
+        if smallest > length:
+            raise TooShort(task, length, smallest) from None
+
+
+def frame_of(tokenizer: Tokenizer, *, chat: bool, place: str) -> Frame:
+    if not chat:
+        return "", ""
+    with located(place):
+        return tokenizer.chat_frame()

@@ -1,0 +1,62 @@
+"""The sets of items that a job's `ruler:` asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import BadInput
+from jobs.job import RulerSpec
+from jobs.loading import quoted, suggestion
+from workers.benchmarks.items import Item, items_digest, write_items
+from workers.benchmarks.planned import PlannedSet, Reader, frame_of, probe
+from workers.benchmarks.ruler.documents import Library, read_hotpotqa, read_squad
+from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, QA, TASKS, ruler_items, ruler_spec
+from workers.benchmarks.texts.haystacks import Essay, bundled_essay
+from workers.benchmarks.texts.tokenizer import Tokenizer
+
+READERS: Mapping[str, Callable[[bytes | str | Path], Library]] = {"qa_1": read_squad, "qa_2": read_hotpotqa}
+
+
+def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
+    for task in spec.tasks:
+        if task not in MAX_NEW_TOKENS:
+            near = suggestion(task, tuple(MAX_NEW_TOKENS))
+            raise BadInput(f"{spec.place}: RULER has no task {quoted(task)}{near}")
+        if task in READERS and task not in spec.documents:
+            raise BadInput(
+                f"{spec.place}: {task} needs its data; give `documents: {{{task}: FILE}}`, or take qa_generated"
+            )
+    documents = {task: READERS[task](reader.read(path, spec.place)) for task, path in spec.documents.items()}
+    essay = Essay(reader.prose(spec.haystack, spec.place), place=spec.place) if spec.haystack else bundled_essay()
+    frame = frame_of(tokenizer, chat=spec.chat, place=spec.place)
+    made = max(spec.items, least)
+
+    def planned(task: str, length: int) -> PlannedSet:
+        share = spec.questions if task in NIAH else 1
+        asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents, "frame": frame}
+
+        def items(length: int, wanted: range) -> list[Item]:
+            return ruler_items(tokenizer, task, length, indices=wanted, seed=seed, **asked)
+
+        def check() -> None:
+            if task in documents:
+                documents[task].question(made - 1)
+            probe(length, lambda length: items(length, range(2)))
+
+        def build(wanted: range) -> bytes:
+            return write_items(items(length, wanted))
+
+        address = items_digest(ruler_spec(task, **asked), tokenizer=tokenizer.digest, length=length, seed=seed)
+        return PlannedSet(
+            "ruler", task, length, spec.items, made, address, build, spec.place, share, grows=True, check=check
+        )
+
+    return [planned(task, length) for task in spec.tasks or default_tasks(documents) for length in spec.lengths]
+
+
+def default_tasks(documents: Mapping[str, Library]) -> Sequence[str]:
+    """RULER's thirteen, but a generated question-answering task where the data of the two real ones is not given."""
+    without_data = [task for task in TASKS if task not in QA or task in documents]
+    return without_data if len(without_data) == len(TASKS) else [*without_data, "qa_generated"]
