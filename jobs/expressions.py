@@ -19,7 +19,7 @@ from fractions import Fraction
 from functools import lru_cache
 
 from jobs.errors import BadInput
-from jobs.loading import quoted, suggestion
+from jobs.yaml_nodes import quoted, suggestion
 
 Value = Fraction | str
 Bindings = Mapping[str, Value]

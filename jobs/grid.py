@@ -22,8 +22,8 @@ from math import prod
 
 from jobs.errors import BadInput
 from jobs.expressions import AXIS_NAME, Bindings, Template, Value, format_number, name_template
-from jobs.loading import Node, quoted, suggestion
 from jobs.recipe import Recipe, RecipeTemplate
+from jobs.yaml_nodes import Node, quoted, suggestion
 
 MAX_POINTS = 100_000
 POINT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+=,-]{0,200}", re.ASCII)

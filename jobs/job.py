@@ -11,14 +11,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, TypeVar, cast
+from typing import Any, Literal, cast
 
+from jobs.engine import EngineSpec, read_engine
 from jobs.errors import BadInput
+from jobs.evaluate import Evaluation, read_alpha, read_evaluation
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, parse_grid
-from jobs.loading import Node, load_document, quoted, suggestion
+from jobs.merge_tasks import digest
 from jobs.recipe import Recipe, recipe_template
-from jobs.tasks import digest
+from jobs.yaml_nodes import Node, load_document, quoted, suggestion
 
 KEYS = (
     "name",
@@ -38,115 +40,11 @@ KEYS = (
     "config_from",
 )
 OVERRIDES = ("output",)
-# a job file may come from anywhere: an engine is told these and nothing that loads code, another model or a file
-ENGINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
-    "transformers": ("chunk", "batch", "cache_bytes"),
-    "vllm": (
-        "max_num_seqs", "max_num_batched_tokens", "max_model_len", "gpu_memory_utilization", "cache_gib", "swap_space",
-        "cpu_offload_gb", "kv_cache_dtype", "block_size", "dtype", "enforce_eager", "enable_prefix_caching",
-        "enable_chunked_prefill", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel",
-        "disable_custom_all_reduce", "seed",
-    ),
-    "openai": ("model", "max_length", "concurrency", "attempts", "timeout_seconds", "first_pause_seconds"),
-}  # fmt: skip
-TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
-"""What tasks of lm-evaluation-harness load a tokenizer by, with its code: never what a job names."""
-
-Scalar = str | bool | int | float
-Told = Scalar | tuple[Scalar, ...]
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 DEFAULT_SHARD_BYTES = 10**9
-MIN_LENGTH = 64
 MAX_SEED = 2**64 - 1
-Entry = TypeVar("Entry", int, str)
 # what neither changes a byte of a point nor a score: where the job runs, where it writes, how its file is laid out
 NOT_IN_DIGEST = frozenset({"output", "workers", "text", "source", "places"})
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RulerSpec:
-    """RULER: `items` a task and length; `questions` of them share one haystack. No `tasks` is all thirteen.
-
-    `haystack` is a text file for the essay tasks, `documents` the data of `qa_1` (SQuAD) and `qa_2` (HotpotQA). `chat`
-    asks in the tokenizer's chat template.
-    """
-
-    lengths: tuple[int, ...]
-    items: int = 500
-    tasks: tuple[str, ...] = ()
-    haystack: str | None = None
-    documents: Mapping[str, str] = field(default_factory=dict[str, str])
-    questions: int = 1
-    chat: bool = False
-    place: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class NeedleSpec:
-    """Needle in a haystack: `items` at each length and each of `depths` equally spaced depths.
-
-    `haystack` is a text file, or `noise` for RULER's five short sentences; `chat` as for RULER. With `answer`, such as
-    `{"value": {value}}`, an answer must be that and nothing else; without, it must have the value in it.
-    """
-
-    lengths: tuple[int, ...]
-    depths: int = 11
-    items: int = 5
-    questions: int = 1
-    answer: str | None = None
-    haystack: str | None = None
-    chat: bool = False
-    place: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PerplexitySpec:
-    """Perplexity of `blocks` stretches of each length of a text (a path, or the bundled one)."""
-
-    lengths: tuple[int, ...]
-    text: str | None = None
-    blocks: int = 16
-    place: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LmEvalSpec:
-    """Tasks of lm-evaluation-harness, by their names there or the path of their YAML; `limit` items of each, or all.
-
-    `num_fewshot` examples stand before each question, else as many as the task says; `metadata` is what tasks that make
-    or choose their texts by it are told, such as lengths.
-    """
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat: bool = False
-    metadata: Mapping[str, Told] = field(default_factory=dict[str, Told])
-    place: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RaceSpec:
-    """Points leave when they are surely not among the best `keep`: 3 standard errors behind, or at `alpha` if given.
-
-    `alpha` is the chance that the best point is ever dropped, over the whole race.
-    """
-
-    keep: int = 1
-    alpha: float | None = None
-    place: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evaluation:
-    """The benchmarks every point answers; at least one. Without a `race` every point answers every item."""
-
-    ruler: RulerSpec | None = None
-    needle: NeedleSpec | None = None
-    perplexity: PerplexitySpec | None = None
-    lm_eval: LmEvalSpec | None = None
-    race: RaceSpec | None = None
-    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,16 +82,6 @@ class WorkerSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineSpec:
-    """What generates: `transformers`, `vllm`, or an OpenAI-compatible server at `url`; `options` of ENGINE_OPTIONS."""
-
-    name: Literal["transformers", "vllm", "openai"] = "transformers"
-    url: str | None = None
-    options: Mapping[str, str | bool | int | float] = field(default_factory=dict[str, str | bool | int | float])
-    place: str = field(default="", compare=False)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """A checked job. `parents` maps names to URLs or paths as written; `text` is the YAML it came from."""
 
@@ -203,7 +91,7 @@ class Job:
     evaluate: Evaluation | None = None
     gate: GateSpec | None = None
     keep: Keep = Keep()
-    engine: EngineSpec = EngineSpec()
+    engine: EngineSpec = field(default_factory=EngineSpec)
     workers: WorkerSpec = WorkerSpec()
     shard_bytes: int = DEFAULT_SHARD_BYTES
     output: str
@@ -241,10 +129,10 @@ def load_job(text: str, name: str, overrides: Mapping[str, str] | None = None) -
         name=_name(keys["name"]),
         parents=_parents(keys["parents"]),
         points=_points(keys),
-        evaluate=_evaluation(keys["evaluate"]) if "evaluate" in keys else None,
+        evaluate=read_evaluation(keys["evaluate"]) if "evaluate" in keys else None,
         gate=_gate(keys["gate"]) if "gate" in keys else None,
         keep=_keep(keys["keep"]) if "keep" in keys else Keep(),
-        engine=_engine(keys["engine"]) if "engine" in keys else EngineSpec(),
+        engine=read_engine(keys["engine"]) if "engine" in keys else EngineSpec(),
         workers=_workers(keys["workers"]) if "workers" in keys else WorkerSpec(),
         shard_bytes=keys["shard_size"].size_bytes() if "shard_size" in keys else DEFAULT_SHARD_BYTES,
         output=replaced["output"] if "output" in replaced else keys["output"].string(),
@@ -301,105 +189,13 @@ def _parents(node: Node) -> dict[str, str]:
     return {name: entry.string() for name, entry in entries.items()}
 
 
-def _evaluation(node: Node) -> Evaluation:
-    keys = node.mapping(("ruler", "needle", "perplexity", "lm_eval", "race"))
-    if not keys.keys() - {"race"}:
-        raise node.error("nothing to evaluate; name a benchmark: ruler, needle, perplexity or lm_eval")
-    return Evaluation(
-        ruler=_ruler(keys["ruler"]) if "ruler" in keys else None,
-        needle=_needle(keys["needle"]) if "needle" in keys else None,
-        perplexity=_perplexity(keys["perplexity"]) if "perplexity" in keys else None,
-        lm_eval=_lm_eval(keys["lm_eval"]) if "lm_eval" in keys else None,
-        race=_race(keys["race"]) if "race" in keys else None,
-        place=node.place,
-    )
-
-
-def _ruler(node: Node) -> RulerSpec:
-    keys = node.mapping(("lengths", "items", "tasks", "haystack", "documents", "questions", "chat"), ("lengths",))
-    return RulerSpec(
-        lengths=_lengths(keys["lengths"]),
-        items=_count(keys, "items", 500),
-        tasks=_words(keys["tasks"]) if "tasks" in keys else (),
-        haystack=keys["haystack"].string() if "haystack" in keys else None,
-        documents=_documents(keys["documents"]) if "documents" in keys else {},
-        questions=_count(keys, "questions", 1),
-        chat="chat" in keys and keys["chat"].boolean(),
-        place=node.place,
-    )
-
-
-def _documents(node: Node) -> dict[str, str]:
-    return {task: path.string() for task, path in node.mapping(("qa_1", "qa_2")).items()}
-
-
-def _needle(node: Node) -> NeedleSpec:
-    keys = node.mapping(("lengths", "depths", "items", "questions", "answer", "haystack", "chat"), ("lengths",))
-    return NeedleSpec(
-        lengths=_lengths(keys["lengths"]),
-        depths=_count(keys, "depths", 11),
-        items=_count(keys, "items", 5),
-        questions=_count(keys, "questions", 1),
-        answer=_answer(keys["answer"]) if "answer" in keys else None,
-        haystack=keys["haystack"].string() if "haystack" in keys else None,
-        chat="chat" in keys and keys["chat"].boolean(),
-        place=node.place,
-    )
-
-
-def _answer(node: Node) -> str:
-    if "{value}" not in node.string():
-        raise node.error(f"{quoted(node.string())} is the same for every needle; put {{value}} where the value goes")
-    return node.string()
-
-
-def _perplexity(node: Node) -> PerplexitySpec:
-    keys = node.mapping(("lengths", "text", "blocks"), ("lengths",))
-    return PerplexitySpec(
-        lengths=_lengths(keys["lengths"]),
-        text=keys["text"].string() if "text" in keys else None,
-        blocks=_count(keys, "blocks", 16),
-        place=node.place,
-    )
-
-
-def _lm_eval(node: Node) -> LmEvalSpec:
-    keys = node.mapping(("tasks", "limit", "num_fewshot", "chat", "metadata"), ("tasks",))
-    return LmEvalSpec(
-        tasks=_words(keys["tasks"]),
-        limit=keys["limit"].integer(minimum=1) if "limit" in keys else None,
-        num_fewshot=keys["num_fewshot"].integer(minimum=0) if "num_fewshot" in keys else None,
-        chat="chat" in keys and keys["chat"].boolean(),
-        metadata=_metadata(keys["metadata"]) if "metadata" in keys else {},
-        place=node.place,
-    )
-
-
-def _metadata(node: Node) -> dict[str, Told]:
-    for key, entry in node.mapping().items():
-        if key in TOKENIZER_KEYS:
-            raise entry.error(f"{quoted(key)} is told by mergeyard, and is the points' own tokenizer; take it out")
-    return {
-        key: tuple(map(_scalar, entry.sequence())) if entry.kind == "list" else _scalar(entry)
-        for key, entry in node.mapping().items()
-    }
-
-
-def _race(node: Node) -> RaceSpec | None:
-    if node.kind == "boolean":
-        return RaceSpec(place=node.place) if node.boolean() else None
-    keys = node.mapping(("keep", "alpha"))
-    alpha = _alpha(keys["alpha"]) if "alpha" in keys else None
-    return RaceSpec(keep=_count(keys, "keep", 1), alpha=alpha, place=node.place)
-
-
 def _gate(node: Node) -> GateSpec:
     keys = node.mapping(("baseline", "margin", "length_margin", "alpha", "budget"), ("baseline",))
     return GateSpec(
         baseline=keys["baseline"].string(),
         margin=_margin(keys["margin"]) if "margin" in keys else 1.0,
         length_margin=_margin(keys["length_margin"]) if "length_margin" in keys else None,
-        alpha=_alpha(keys["alpha"]) if "alpha" in keys else 0.05,
+        alpha=read_alpha(keys["alpha"]) if "alpha" in keys else 0.05,
         budget=keys["budget"].integer(minimum=1) if "budget" in keys else None,
         place=keys["baseline"].place,
     )
@@ -411,32 +207,6 @@ def _keep(node: Node) -> Keep:
     if node.kind != "string" or node.string() not in ("all", "none"):
         raise node.error("keep must be `all`, `none` or `{best: 3}`")
     return Keep(kind=cast(Literal["all", "none"], node.string()))
-
-
-def _engine(node: Node) -> EngineSpec:
-    names = ("transformers", "vllm", "openai")
-    keys = {"name": node} if node.kind == "string" else node.mapping(("name", "url", "options"), ("name",))
-    name = cast(Literal["transformers", "vllm", "openai"], keys["name"].choice(names))
-    if name == "openai" and "url" not in keys:
-        raise node.error("the engine openai needs `url:`, the address of the server")
-    if name != "openai" and "url" in keys:
-        raise keys["url"].error(f"the engine {name} has no `url:`; take it out")
-    if "url" in keys and any(sign in keys["url"].string() for sign in "@?#"):
-        raise keys["url"].error("the server's address holds no credentials; the key comes from OPENAI_API_KEY")
-    return EngineSpec(
-        name=name,
-        url=keys["url"].string() if "url" in keys else None,
-        options=_options(keys["options"], name) if "options" in keys else {},
-        place=node.place,
-    )
-
-
-def _options(node: Node, engine: str) -> dict[str, str | bool | int | float]:
-    known = ENGINE_OPTIONS[engine]
-    for option, entry in node.mapping().items():
-        if option not in known:
-            raise entry.error(f"the engine {engine} takes no option {quoted(option)}{suggestion(option, known)}")
-    return {option: _scalar(entry) for option, entry in node.mapping().items()}
 
 
 def _workers(node: Node) -> WorkerSpec:
@@ -461,46 +231,11 @@ def _numerics(node: Node) -> Literal["float32", "mergekit"]:
     return cast(Literal["float32", "mergekit"], node.choice(("float32", "mergekit")))
 
 
-def _lengths(node: Node) -> tuple[int, ...]:
-    return _distinct([(entry, entry.integer(minimum=MIN_LENGTH)) for entry in node.sequence()])
-
-
-def _words(node: Node) -> tuple[str, ...]:
-    return _distinct([(entry, entry.string()) for entry in node.sequence()])
-
-
-def _distinct(entries: list[tuple[Node, Entry]]) -> tuple[Entry, ...]:
-    seen: set[Entry] = set()
-    for node, value in entries:
-        if value in seen:
-            raise node.error(f"{quoted(str(value))} is listed twice")
-        seen.add(value)
-    return tuple(value for _, value in entries)
-
-
-def _count(keys: Mapping[str, Node], key: str, default: int) -> int:
-    return keys[key].integer(minimum=1) if key in keys else default
-
-
 def _margin(node: Node) -> float:
     margin = node.number()
     if not 0 < margin < 100:
         raise node.error(f"a margin is a number of points between 0 and 100, such as 1.0, not {node.value}")
     return float(margin)
-
-
-def _alpha(node: Node) -> float:
-    alpha = node.number()
-    if not 0 < alpha < Fraction(1, 2):
-        raise node.error(f"alpha, the chance of a wrong verdict, must lie between 0 and 0.5, not {node.value}")
-    return float(alpha)
-
-
-def _scalar(node: Node) -> Scalar:
-    if node.kind == "number":
-        number = node.number()
-        return number.numerator if number.denominator == 1 else float(number)
-    return node.boolean() if node.kind == "boolean" else node.string()
 
 
 def _places(keys: Mapping[str, Node]) -> dict[str, str]:

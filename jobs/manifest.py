@@ -10,8 +10,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.errors import CorruptData
-from jobs.records import sealed, unsealed
-from jobs.tasks import FORMAT, digest
+from jobs.merge_tasks import FORMAT, digest
+from jobs.sealing import sealed, unsealed
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template, template
-from jobs.loading import Node, quoted, suggestion
+from jobs.yaml_nodes import Node, quoted, suggestion
 
 Scalar = Fraction | bool | str
 Gradient = tuple[Fraction, ...]

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from jobs.evaluation import EvaluationTask, ScoreRow
+from jobs.evaluation_tasks import EvaluationTask, ScoreRow
 from orchestrator.cluster.again import Failure, Queue
 from orchestrator.cluster.pool import Evaluators
 

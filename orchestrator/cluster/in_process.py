@@ -9,8 +9,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from jobs.errors import MergeyardError
-from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
-from jobs.tasks import MergeTask, Receipt
+from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
+from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.again import Failure, Queue
 from orchestrator.cluster.pool import Progress, unit
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
-from jobs.evaluation import EvaluationTask, ScoreRow
-from jobs.tasks import MergeTask, Receipt
+from jobs.evaluation_tasks import EvaluationTask, ScoreRow
+from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.again import Failure
 
 Progress = Callable[[int, int], None]

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from jobs.errors import MergeyardError, WorkerLost
-from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
 from orchestrator.cluster.again import Failure, Tries
 from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure
 from workers.fingerprint import fingerprint

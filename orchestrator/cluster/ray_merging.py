@@ -16,7 +16,7 @@ from ray.exceptions import (
 )
 
 from jobs.errors import MergeyardError
-from jobs.tasks import MergeTask, Receipt
+from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.again import Queue
 from orchestrator.cluster.pool import Progress, unit
 from orchestrator.cluster.ray_cluster import (

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from jobs.errors import BadInput
 from jobs.job import Job
-from jobs.tasks import digest
+from jobs.merge_tasks import digest
 from workers.fingerprint import package_folders
 
 JOB_FILE = "job.yaml"

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.job import Job, load_job
-from jobs.tasks import digest
+from jobs.merge_tasks import digest
 from orchestrator.commands.inputs import print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
 

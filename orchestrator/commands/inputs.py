@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.job import Job, load_job
-from jobs.loading import load_document
+from jobs.yaml_nodes import load_document
 
 
 def read_job(options: argparse.Namespace) -> tuple[Job, Path]:

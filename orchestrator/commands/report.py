@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from jobs.errors import BadInput
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.commands.inputs import print_json, run_url
 
 

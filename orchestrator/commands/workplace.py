@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.job import Job
 
 if TYPE_CHECKING:
-    from jobs.evaluation import ModelSpec
+    from jobs.evaluation_tasks import ModelSpec
     from orchestrator.cluster.pool import Evaluators, Pool
     from orchestrator.cluster.ray_cluster import RayCluster
     from orchestrator.evaluating.confirming import Gated

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec
 from orchestrator.evaluating.pairing import pairs
 from orchestrator.evaluating.results import ranked_rows

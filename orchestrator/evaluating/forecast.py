@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.job import Evaluation, GateSpec, Job
+from jobs.evaluate import Evaluation
+from jobs.job import GateSpec, Job
 from orchestrator.evaluating.confirming import BUDGET
 from orchestrator.evaluating.subjects import Questions, RacePlan, Sets
 from orchestrator.judging.estimates import macro_weights

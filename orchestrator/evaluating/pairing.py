@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from jobs.errors import BadInput
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.judging.samples import Cell, CellSample, cell_sample, paired_sample
 
 Question = tuple[str, str, int, int]

@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
-from jobs.evaluation import ScoreRow
-from jobs.job import RaceSpec
-from jobs.tasks import FORMAT
+from jobs.evaluate import RaceSpec
+from jobs.evaluation_tasks import ScoreRow
+from jobs.merge_tasks import FORMAT
 from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.significance import FlipRate

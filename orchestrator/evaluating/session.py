@@ -12,8 +12,8 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from typing import Protocol
 
-from jobs.evaluation import EvaluationTask, ItemSet, ModelSpec, ScoreRow
-from jobs.tasks import FORMAT, digest
+from jobs.evaluation_tasks import EvaluationTask, ItemSet, ModelSpec, ScoreRow
+from jobs.merge_tasks import FORMAT, digest
 from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
 from orchestrator.evaluating.blocks import Blocks, Request, first_items

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.evaluation import ModelSpec
-from jobs.job import Evaluation, RaceSpec
-from jobs.loading import quoted, suggestion
+from jobs.evaluate import Evaluation, RaceSpec
+from jobs.evaluation_tasks import ModelSpec
+from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.judging.samples import Cell
 from orchestrator.planning.compatibility import context_fields
 from orchestrator.planning.layouts import Layout

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from sys import intern
 
 from jobs.manifest import Manifest
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
 from orchestrator.cluster.pool import Pool
 from orchestrator.merging.gathering import Gatherer
 from orchestrator.planning.plan import Plan, PlannedPoint

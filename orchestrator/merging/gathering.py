@@ -16,7 +16,7 @@ import yaml
 
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
 from orchestrator.merging.card import model_card
 from orchestrator.planning.plan import Plan, PlannedPoint
 from workers.storage import Store, open_store

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy
-from jobs.tasks import FORMAT
+from jobs.merge_tasks import FORMAT
 from orchestrator.judging.gate import Outcome
 from workers.storage import Store
 from workers.storage.records import read_record

@@ -20,10 +20,10 @@ from typing import Any, Literal
 import yaml
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.tasks import digest
+from jobs.merge_tasks import digest
 from orchestrator.cluster.pool import Pool
 from orchestrator.evaluating.confirming import Gated, first_fresh, gate
 from orchestrator.evaluating.pairing import question, samples

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.job import Job
-from jobs.tasks import FORMAT, NUMERICS, Setting, digest
+from jobs.merge_tasks import FORMAT, NUMERICS, Setting, digest
 from orchestrator.planning.layouts import Layout, Shard
 from workers.checkpoints.opening import Checkpoint
 

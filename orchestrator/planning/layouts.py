@@ -10,8 +10,8 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.job import Job
+from jobs.merge_tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
 from jobs.recipe import Filtered, Recipe
-from jobs.tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
 from orchestrator.planning.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint, layer_index

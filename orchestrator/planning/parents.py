@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jobs.grid import Point
+from jobs.merge_tasks import Setting
 from jobs.recipe import Recipe, Source
-from jobs.tasks import Setting
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
 from orchestrator.planning.plan import Plan, PlannedPoint

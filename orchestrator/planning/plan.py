@@ -14,7 +14,7 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.tasks import FORMAT, NUMERICS, MergeTask, PointShard, Setting, digest
+from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, PointShard, Setting, digest
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from jobs.errors import CorruptData
-from jobs.tasks import ParentTensor
+from jobs.merge_tasks import ParentTensor
 from workers.checkpoints.dtypes import TORCH_NAMES, torch_dtype
 from workers.checkpoints.hashing import CHUNK_BYTES
 from workers.checkpoints.opening import Checkpoint, open_checkpoint

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput, CorruptData, ObjectChanged
 from jobs.manifest import FileEntry, Manifest
-from jobs.records import sealed, unsealed
+from jobs.sealing import sealed, unsealed
 from orchestrator.evaluating.results import EvaluationResult, read_results
 from orchestrator.points.copying import copy_file, file_problem, publishing_facts, read_pieces
 from orchestrator.points.finding import CARD, MANIFEST, RECIPE, FoundPoint, check_files

@@ -14,7 +14,7 @@ from types import TracebackType
 from typing import Any
 
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
-from jobs.records import sealed
+from jobs.sealing import sealed
 from workers.storage import Store
 from workers.storage.records import read_record
 

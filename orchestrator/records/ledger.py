@@ -13,8 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectExists
-from jobs.records import sealed
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
+from jobs.sealing import sealed
 from orchestrator.records.places import Places
 from workers.checkpoints.hashing import shard_sha256s
 from workers.storage import ObjectInfo, Store, open_store

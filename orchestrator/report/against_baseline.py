@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.pairing import pairs
 from orchestrator.judging.estimates import macro_difference
 from orchestrator.judging.samples import CellSample

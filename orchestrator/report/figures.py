@@ -8,10 +8,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from jobs.expressions import Value, format_number
 from jobs.grid import Point
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
 from orchestrator.evaluating.pairing import samples
 from orchestrator.judging.effective_length import score_by_length
 from orchestrator.judging.estimates import macro_mean, macro_score

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.pairing import samples
 from orchestrator.evaluating.results import RETRIEVAL, EvaluationResult
 from orchestrator.judging.effective_length import (

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.pairing import question
 from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.significance import FlipRate
 from orchestrator.report.against_baseline import Comparison, compare, compare_overall

@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.errors import BadInput, ObjectMissing
 from jobs.job import Job, load_job
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
 from orchestrator.evaluating.results import EvaluationResult, read_results, read_verdict
 from orchestrator.report.against_baseline import Comparisons, compare_all
 from orchestrator.report.leaderboard import Line, leaderboard

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs.errors import BadInput, ObjectMissing
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from jobs.job import load_job
-from jobs.loading import quoted, suggestion
 from jobs.manifest import Manifest
+from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.evaluating.results import EVALUATION, EvaluationResult, read_results
 from orchestrator.judging.significance import FlipRate
 from workers.benchmarks.items import read_answers

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jobs.errors import BadInput
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.pairing import Pairs, common_rows, sample_of
 from orchestrator.evaluating.results import ranked_rows
 from orchestrator.judging.estimates import macro_difference, macro_weights

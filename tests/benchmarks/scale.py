@@ -30,7 +30,7 @@ from unittest.mock import patch
 
 from jobs.errors import ObjectMissing
 from jobs.job import load_job
-from jobs.tasks import MergeTask, Receipt
+from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.pool import Progress
 from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import make_plan

@@ -10,7 +10,7 @@ from typing import Any
 
 import psutil
 
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from tests.end_to_end.command import Command
 from tests.end_to_end.conftest import PARENTS
 from workers.evaluating.scores import read_scores

@@ -10,8 +10,8 @@ import pytest
 from jobs.errors import BadInput
 from jobs.expressions import name_template
 from jobs.grid import Point, expand, parse_grid
-from jobs.loading import load_document
 from jobs.recipe import recipe_template
+from jobs.yaml_nodes import load_document
 
 
 def points(grid: str, *, axes: str = "w", point: str | None = None) -> tuple[Point, ...]:

@@ -8,22 +8,10 @@ from fractions import Fraction
 
 import pytest
 
+from jobs.engine import EngineSpec
 from jobs.errors import BadInput
-from jobs.job import (
-    EngineSpec,
-    Evaluation,
-    GateSpec,
-    Job,
-    Keep,
-    LmEvalSpec,
-    NeedleSpec,
-    PerplexitySpec,
-    RaceSpec,
-    RulerSpec,
-    WorkerSpec,
-    load_job,
-    load_merge_document,
-)
+from jobs.evaluate import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RaceSpec, RulerSpec
+from jobs.job import GateSpec, Job, Keep, WorkerSpec, load_job, load_merge_document
 
 SEED = """\
 name: soup

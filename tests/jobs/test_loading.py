@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import BadInput
-from jobs.loading import Node, load_document, suggestion
+from jobs.yaml_nodes import Node, load_document, suggestion
 
 
 def value(text: str) -> Node:

@@ -10,21 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from jobs.engine import ENGINE_OPTIONS
 from jobs.errors import BadInput
-from jobs.job import (
-    ENGINE_OPTIONS,
-    KEYS,
-    Evaluation,
-    GateSpec,
-    LmEvalSpec,
-    NeedleSpec,
-    PerplexitySpec,
-    RaceSpec,
-    RulerSpec,
-    WorkerSpec,
-    load_job,
-    load_merge_document,
-)
+from jobs.evaluate import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RaceSpec, RulerSpec
+from jobs.job import KEYS, GateSpec, WorkerSpec, load_job, load_merge_document
 from jobs.recipe import KEYS as RECIPE_KEYS
 
 README = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from jobs.errors import BadInput
-from jobs.loading import load_document
 from jobs.recipe import Filtered, Recipe, recipe_template, setting_at
+from jobs.yaml_nodes import load_document
 
 TIES = """\
 merge_method: ties

@@ -15,8 +15,8 @@ import pytest
 import scipy.stats
 
 from jobs.errors import BadInput
-from jobs.evaluation import ScoreRow
-from jobs.records import sealed
+from jobs.evaluation_tasks import ScoreRow
+from jobs.sealing import sealed
 from orchestrator.evaluating.pairing import pairs
 from orchestrator.evaluating.results import EvaluationResult, write_results
 from orchestrator.judging.significance import FlipRate

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.errors import BadInput, WorkerLost
-from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
+from jobs.evaluation_tasks import EvaluationTask, ItemSet, ScoreRow
 from orchestrator.cluster.again import Failure
 from orchestrator.cluster.dispatching import Pace, dispatch
 

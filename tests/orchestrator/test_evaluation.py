@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 
 from jobs.errors import RunBusy
-from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
 from jobs.job import load_job
 from jobs.manifest import Manifest
-from jobs.records import sealed, unsealed
+from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.in_process import InProcessEvaluators
 from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, EvaluationResult, read_results
 from orchestrator.evaluating.session import Session, evaluate

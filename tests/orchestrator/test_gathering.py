@@ -15,9 +15,9 @@ import yaml
 from safetensors.torch import load_file
 
 from jobs.errors import CorruptData
-from jobs.loading import load_document
 from jobs.manifest import Manifest, weights_digest
 from jobs.recipe import recipe_template
+from jobs.yaml_nodes import load_document
 from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.merging.driver import RunResult, drive
 from orchestrator.planning.plan import Plan, make_plan

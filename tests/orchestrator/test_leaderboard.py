@@ -10,8 +10,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from jobs.evaluation import ScoreRow
-from jobs.job import RaceSpec
+from jobs.evaluate import RaceSpec
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.estimates import macro_score

@@ -20,8 +20,8 @@ import torch
 from safetensors.torch import save
 
 from jobs.errors import BadInput, CorruptData, RunBusy
-from jobs.records import sealed, unsealed
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
+from jobs.sealing import sealed, unsealed
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places

@@ -14,7 +14,7 @@ import torch
 
 from jobs.errors import BadInput, ObjectMissing
 from jobs.job import Job, load_job
-from jobs.tasks import DTYPE_BITS
+from jobs.merge_tasks import DTYPE_BITS
 from orchestrator.planning.plan import MOST_UPLOADS, Plan, make_plan
 from tests.orchestrator.models import CONFIG, EMBEDDINGS, HEAD, TOKENIZER, shapes, weights, write_model
 

@@ -6,7 +6,7 @@ import pytest
 
 import workers.merging.shard
 from jobs.errors import BadInput, StorageUnavailable, WorkerLost
-from jobs.tasks import MergeTask, PointShard, Receipt
+from jobs.merge_tasks import MergeTask, PointShard, Receipt
 from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries
 from orchestrator.cluster.in_process import InProcessPool
 

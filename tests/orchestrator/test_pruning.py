@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import AccessDenied
-from jobs.records import sealed, unsealed
+from jobs.sealing import sealed, unsealed
 from orchestrator.points import pruning
 from orchestrator.points.pruning import holdings, prune
 from orchestrator.records.lease import Lease

@@ -18,9 +18,9 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
-from jobs.evaluation import EvaluationTask, ItemSet, ScoreRow
+from jobs.evaluation_tasks import EvaluationTask, ItemSet, ScoreRow
 from jobs.job import WorkerSpec
-from jobs.tasks import MergeTask, PointShard
+from jobs.merge_tasks import MergeTask, PointShard
 from orchestrator.cluster import dispatching, ray_cluster, ray_evaluating, ray_merging
 from orchestrator.cluster.again import LOSSES, TRIES
 from orchestrator.cluster.dispatching import Pace, dispatch

@@ -35,7 +35,7 @@ import workers.checkpoints.hashing
 from jobs.errors import CorruptData, MergeyardError, RunBusy, StorageUnavailable, WorkerLost
 from jobs.job import load_job
 from jobs.manifest import Manifest
-from jobs.tasks import MergeTask, Receipt, Setting, TensorMerge
+from jobs.merge_tasks import MergeTask, Receipt, Setting, TensorMerge
 from orchestrator.cluster.again import Failure, Queue
 from orchestrator.cluster.pool import Progress, unit
 from orchestrator.merging.driver import RunResult, drive

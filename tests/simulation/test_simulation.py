@@ -13,7 +13,7 @@ import pytest
 
 from jobs.errors import ObjectChanged, ObjectExists, ObjectMissing, StorageError
 from jobs.manifest import Manifest, weights_digest
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
 from orchestrator.merging.driver import _Points
 from orchestrator.merging.gathering import Gatherer
 from orchestrator.planning.plan import PlannedPoint

@@ -15,9 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from jobs.engine import ENGINE_OPTIONS
 from jobs.errors import BadInput
-from jobs.evaluation import EvaluationTask, ScoreRow
-from jobs.job import ENGINE_OPTIONS, load_job
+from jobs.evaluation_tasks import EvaluationTask, ScoreRow
+from jobs.job import load_job
 from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.evaluating.subjects import Questions, questions
 from orchestrator.merging.driver import drive

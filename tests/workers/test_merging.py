@@ -20,7 +20,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from jobs.errors import BadInput, CorruptData, ObjectChanged, StorageError, StorageUnavailable
-from jobs.tasks import (
+from jobs.merge_tasks import (
     DTYPE_BITS,
     MergeTask,
     Parent,

@@ -16,7 +16,7 @@ from torch import Tensor
 from jobs.errors import BadInput, CorruptData, ObjectChanged
 from jobs.job import load_job
 from jobs.manifest import Manifest
-from jobs.tasks import Setting
+from jobs.merge_tasks import Setting
 from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.merging.driver import drive
 from orchestrator.planning.parents import parents_as_points

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from jobs.errors import BadInput
-from jobs.job import NeedleSpec
+from jobs.evaluate import NeedleSpec
 from workers.benchmarks.items import Asked, Item, items_digest, write_items
 from workers.benchmarks.planned import PlannedSet, Reader, frame_of, probe
 from workers.benchmarks.ruler.niah import Niah, draw_needles, pose

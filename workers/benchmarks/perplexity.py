@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
-from jobs.job import PerplexitySpec
+from jobs.evaluate import PerplexitySpec
 from workers.benchmarks.items import items_digest
 from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.texts.haystacks import bundled_text

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jobs.job import Evaluation
+from jobs.evaluate import Evaluation
 from workers.benchmarks.harness.planned import plan_lm_eval
 from workers.benchmarks.needle import plan_needle
 from workers.benchmarks.perplexity import plan_perplexity

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 
 from jobs.errors import ObjectExists
-from jobs.evaluation import ItemSet
+from jobs.evaluation_tasks import ItemSet
 from workers.benchmarks.planned import PlannedSet, located
 from workers.storage import Store
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.errors import CorruptData, StorageUnavailable
-from jobs.tasks import ParentFile, ParentTensor, TensorMerge
+from jobs.merge_tasks import ParentFile, ParentTensor, TensorMerge
 from workers.checkpoints.safetensors import TensorHeader, read_header
 from workers.storage import ObjectInfo, Store
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
-from jobs.tasks import Parent, ParentFile, ParentTensor
+from jobs.merge_tasks import Parent, ParentFile, ParentTensor
 from workers.checkpoints.safetensors import LARGEST_HEADER, check_name, read_header, read_json
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record

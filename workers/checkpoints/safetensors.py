@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.errors import CorruptData
-from jobs.tasks import DTYPE_BITS
+from jobs.merge_tasks import DTYPE_BITS
 from workers.storage import ObjectInfo, Store
 
 LARGEST_HEADER = 25_000_000

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.evaluation import EvaluationTask, ModelSpec
+from jobs.evaluation_tasks import EvaluationTask, ModelSpec
 from workers.engines.engine import Engine
 
 if TYPE_CHECKING:

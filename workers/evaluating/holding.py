@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.evaluation import EvaluationTask, ModelSpec
+from jobs.evaluation_tasks import EvaluationTask, ModelSpec
 from jobs.manifest import weights_digest
 from workers.engines.engine import Engine
 from workers.engines.opening import open_engine

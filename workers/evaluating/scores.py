@@ -8,7 +8,7 @@ from dataclasses import fields
 from typing import Any
 
 from jobs.errors import CorruptData
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 
 
 def _schema() -> Any:

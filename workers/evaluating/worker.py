@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from jobs.errors import ObjectExists, ObjectMissing, WorkerLost
-from jobs.evaluation import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
 from workers.benchmarks.harness.adapter import sample_scores
 from workers.benchmarks.items import Item, read_items
 from workers.benchmarks.perplexity import read_windows

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from jobs.tasks import DTYPE_BITS, Parent, TensorMerge
+from jobs.merge_tasks import DTYPE_BITS, Parent, TensorMerge
 from workers.checkpoints.dtypes import torch_dtype
 from workers.checkpoints.hashing import check_sha256
 from workers.methods.tile import TILE_ELEMENTS

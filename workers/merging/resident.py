@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from jobs.errors import BadInput
-from jobs.tasks import Parent, Setting, TensorMerge
+from jobs.merge_tasks import Parent, Setting, TensorMerge
 from workers.checkpoints.dtypes import FLOATS, torch_dtype
 from workers.checkpoints.hashing import check_sha256
 from workers.merging.tiles import Facts, merge_tile, missing_facts

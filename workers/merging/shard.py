@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from jobs.errors import BadInput
-from jobs.tasks import DTYPE_BITS, MergeTask, Receipt, Setting, TensorMerge
+from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, Setting, TensorMerge
 from workers.checkpoints.dtypes import FLOATS, torch_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.merging.buffers import BufferPool, keep_freed_memory

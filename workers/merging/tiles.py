@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs.tasks import Setting, TensorMerge
+from jobs.merge_tasks import Setting, TensorMerge
 from workers.checkpoints.dtypes import torch_dtype
 from workers.methods import METHODS
 from workers.methods.tile import Inputs, NotYetKnown, Reduction, Tile

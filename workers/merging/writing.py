@@ -12,7 +12,7 @@ from typing import Any
 from typing_extensions import Buffer
 
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
-from jobs.tasks import PointShard, Receipt, TensorMerge
+from jobs.merge_tasks import PointShard, Receipt, TensorMerge
 from workers.storage import Store
 from workers.storage.records import read_receipt
 

@@ -13,8 +13,8 @@ from fractions import Fraction
 from typing import TypeVar, cast
 
 from jobs.errors import BadInput
+from jobs.merge_tasks import Setting
 from jobs.recipe import Recipe, Source, setting_at
-from jobs.tasks import Setting
 from workers.methods import METHODS, Method, Parameter
 
 Exact = Fraction | bool

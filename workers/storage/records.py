@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar, overload
 
 from jobs.errors import CorruptData
-from jobs.records import unsealed
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
+from jobs.sealing import unsealed
 from workers.storage import Store
 
 Record = TypeVar("Record")

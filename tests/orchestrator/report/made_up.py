@@ -9,10 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from jobs.evaluation import ScoreRow
-from jobs.job import RaceSpec, load_job
-from jobs.records import sealed
-from jobs.tasks import FORMAT, Receipt
+from jobs.evaluate import RaceSpec
+from jobs.evaluation_tasks import ScoreRow
+from jobs.job import load_job
+from jobs.merge_tasks import FORMAT, Receipt
+from jobs.sealing import sealed
 from orchestrator.evaluating.results import EvaluationResult, write_results
 from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.race import Departure, Standing

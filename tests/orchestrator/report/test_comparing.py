@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pytest
 import scipy.stats
 
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from orchestrator.report.against_baseline import compare, compare_all, compare_overall
 
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 
-from jobs.evaluation import ScoreRow
+from jobs.evaluation_tasks import ScoreRow
 from jobs.grid import Point
-from jobs.tasks import Receipt
+from jobs.merge_tasks import Receipt
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.race import Standing
 from orchestrator.judging.samples import student_quantile

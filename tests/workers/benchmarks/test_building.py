@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs.errors import BadInput
-from jobs.evaluation import ItemSet
-from jobs.job import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
+from jobs.evaluate import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
+from jobs.evaluation_tasks import ItemSet
 from workers.benchmarks.items import read_items
 from workers.benchmarks.perplexity import read_windows
 from workers.benchmarks.planned import PlannedSet, Reader

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from jobs.tasks import Setting
+from jobs.merge_tasks import Setting
 from tests.workers.methods.whole import answered, tiles_of
 from workers.merging.tiles import merge_tile
 from workers.methods import METHODS

@@ -7,9 +7,9 @@ import textwrap
 import pytest
 
 from jobs.errors import BadInput
-from jobs.loading import load_document
+from jobs.merge_tasks import Setting
 from jobs.recipe import Recipe, recipe_template
-from jobs.tasks import Setting
+from jobs.yaml_nodes import load_document
 from workers.methods.binding import check_recipe, resolve
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.errors import BadInput, MergeyardError
-from jobs.loading import quoted, suggestion
+from jobs.yaml_nodes import quoted, suggestion
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.job import LmEvalSpec
-from jobs.tasks import canonical_json, digest
+from jobs.evaluate import LmEvalSpec
+from jobs.merge_tasks import canonical_json, digest
 from workers.benchmarks.harness.files import files_of
 from workers.benchmarks.harness.task_names import trouble_with
 from workers.benchmarks.planned import PlannedSet, Reader, frame_of, located

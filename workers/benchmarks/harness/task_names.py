@@ -8,7 +8,7 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-from jobs.loading import quoted, suggestion
+from jobs.yaml_nodes import quoted, suggestion
 
 _NAMED = re.compile(r"^[ \t-]*(?:task|group|tag):[ \t]*[\"']?([\w.-]+)", re.MULTILINE)
 

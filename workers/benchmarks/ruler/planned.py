@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.job import RulerSpec
-from jobs.loading import quoted, suggestion
+from jobs.evaluate import RulerSpec
+from jobs.yaml_nodes import quoted, suggestion
 from workers.benchmarks.items import Item, items_digest, write_items
 from workers.benchmarks.planned import PlannedSet, Reader, frame_of, probe
 from workers.benchmarks.ruler.documents import Library, read_hotpotqa, read_squad

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.tasks import Parent, Setting, TensorMerge
+from jobs.merge_tasks import Parent, Setting, TensorMerge
 
 
 @dataclass(frozen=True, slots=True)
