@@ -125,7 +125,7 @@ def test_a_planted_violation_is_found_with_its_file_and_line(
             "import ray\nfrom ray.util import state\nfrom workers.merging import merge",
         ),
         ("orchestrator/driver.py", "import rayon, vllmish\nfrom orchestrator import ray_pool\nray = 'import ray'"),
-        ("tests/orchestrator/test_ray_pool.py", "import ray, boto3"),
+        ("tests/orchestrator/cluster/test_ray_cluster.py", "import ray, boto3"),
     ],
 )
 def test_what_the_house_allows_is_not_objected_to(tmp_path: Path, importer: str, source: str):

@@ -8,7 +8,7 @@ changes answers but takes nothing away. In the planted night `long` is `base` in
 of `fmt`; its anchor is the `long` of the first day, which nobody trains on.
 
 Real commands (`mergeyard nightly --in-process`), real models; a table on stdout, the page of trends in the folder.
-Not covered: slow decay over many nights, for which the anchor is there (tests/orchestrator/test_nightly.py).
+Not covered: slow decay over many nights, for which the anchor is there (tests/orchestrator/nightly/test_tonight.py).
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from orchestrator.report.figures import (
     shown,
 )
 from orchestrator.report.leaderboard import leaderboard
-from tests.orchestrator.report.test_comparing import rows
+from tests.orchestrator.report.test_against_baseline import rows
 
 
 def point(name: str, **bindings: str | Fraction) -> Point:

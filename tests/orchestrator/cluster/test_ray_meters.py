@@ -22,7 +22,7 @@ from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 
-PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
+PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
 POINTS, ITEMS = 3, 4
 ANSWERING = POINTS + 2 + 1
 """The points, their two parents, and the best point a second time."""

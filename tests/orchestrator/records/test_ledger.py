@@ -28,7 +28,7 @@ from orchestrator.records.places import Places
 from workers.storage import Store, open_store
 
 KEY = "lease.json"
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 numbers = itertools.count()
 
 

@@ -30,7 +30,7 @@ from tests.workers.engines.test_openai_engine import Handler
 from workers.engines.transformers_engine import TransformersEngine
 from workers.evaluating.scores import read_scores
 
-PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
+PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
 RULER = {"tasks": ["niah_single_1"], "lengths": [256], "items": 6}
 SOUP = {
     "merge_method": "linear",

@@ -26,7 +26,7 @@ from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.scores import leave_scores
 from workers.storage import open_store
 
-EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
+EXAMPLES = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
 WRITER = "hf_aTokenThatMayWrite"
 LICENCE = "---\nlicense: apache-2.0\n---\n# a parent\n"
 OWN_LICENCE = "---\nlicense: other\nlicense_name: ours\nlicense_link: LICENSE\n---\n# a parent\n"

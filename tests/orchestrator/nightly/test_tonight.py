@@ -27,7 +27,7 @@ from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
 from tests.benchmarks.thirty_nights import Told, Yard
 from tests.orchestrator.conftest import Ended, files_under
-from tests.orchestrator.report.test_comparing import rows
+from tests.orchestrator.report.test_against_baseline import rows
 from workers.storage import open_store
 
 Mergeyard = Callable[..., Ended]

@@ -36,8 +36,8 @@ from workers.evaluating.worker import Evaluator
 from workers.merging.resident import ResidentParents
 from workers.storage import open_store
 
-PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
-VLLM = Path(__file__).parents[2] / ".venv-vllm" / "bin" / "python"
+PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
+VLLM = Path(__file__).parents[3] / ".venv-vllm" / "bin" / "python"
 EVALUATE = {"ruler": {"tasks": ["niah_single_1"], "lengths": [320, 512], "items": 6, "questions": 2}}
 LINEAR = "{merge_method: linear, dtype: bfloat16, models: [%s]}"
 

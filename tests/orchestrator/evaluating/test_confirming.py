@@ -16,7 +16,7 @@ import pytest
 from orchestrator.evaluating.confirming import first_fresh
 from orchestrator.evaluating.results import read_results
 from tests.orchestrator.conftest import Ended
-from tests.orchestrator.test_evaluation import PARENTS, RULER, SCALED, SOUP, job_text
+from tests.orchestrator.evaluating.test_session import PARENTS, RULER, SCALED, SOUP, job_text
 from workers.benchmarks.planned import PlannedSet
 from workers.evaluating.scores import read_scores
 
