@@ -13,12 +13,24 @@ import yaml
 from jobs.engine import ENGINE_OPTIONS
 from jobs.errors import BadInput
 from jobs.evaluate import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RaceSpec, RulerSpec
-from jobs.job import KEYS, GateSpec, WorkerSpec, load_job, load_merge_document
-from jobs.recipe import KEYS as RECIPE_KEYS
+from jobs.engine import EngineSpec
+from jobs.job import KEYS, GateSpec, Job, WorkerSpec, load_job, load_merge_document
+from jobs.recipe import Recipe
+from jobs.yaml_nodes import load_document
 
 README = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml ?(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-ROWS: dict[str, str] = dict(re.findall(r"^\| `([\w.]+)` \| [^|]* \| ([^|]*) \|", README, re.MULTILINE))
+IN_YAML = {"memory_bytes": "memory", "shard_bytes": "shard_size"}
+NOT_IN_YAML = ("place", "places")
+
+
+def tables() -> dict[str, dict[str, str]]:
+    """Section of the reference → key → default, without the backticks."""
+    found: dict[str, dict[str, str]] = {}
+    for section in README.split("\n### ")[1:]:
+        rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| [^|]+ \|$", section, re.MULTILINE)
+        found[section.splitlines()[0].strip("`")] = {key: default.strip("`") for key, default in rows}
+    return found
 
 
 def completed(fragment: dict[str, Any]) -> dict[str, Any]:
@@ -50,45 +62,56 @@ def test_there_are_blocks_of_every_kind() -> None:
     assert {mark for mark, _ in BLOCKS} == {"", "fragment", "mergekit"}
 
 
-def test_every_key_is_in_a_table() -> None:
-    assert set(KEYS) <= ROWS.keys()
-    assert set(RECIPE_KEYS) <= ROWS.keys()
-    assert {field.name for field in dataclasses.fields(GateSpec)} - {"place"} <= ROWS.keys()
-    for section in dataclasses.fields(Evaluation):
-        if section.name not in ("race", "place"):
-            assert any(row.startswith(f"{section.name}.") for row in ROWS)
+def test_the_top_level_has_every_key() -> None:
+    assert tuple(tables()["Top level"]) == KEYS
 
 
 @pytest.mark.parametrize(
     ("section", "spec"),
     [
-        ("ruler.", RulerSpec(lengths=(64,))),
-        ("needle.", NeedleSpec(lengths=(64,))),
-        ("perplexity.", PerplexitySpec(lengths=(64,))),
-        ("lm_eval.", LmEvalSpec(tasks=("x",))),
-        ("race.", RaceSpec()),
-        ("workers.", WorkerSpec()),
-        ("", GateSpec(baseline="x")),
+        ("recipe", Recipe),
+        ("evaluate", Evaluation),
+        ("evaluate.ruler", RulerSpec),
+        ("evaluate.needle", NeedleSpec),
+        ("evaluate.perplexity", PerplexitySpec),
+        ("evaluate.lm_eval", LmEvalSpec),
+        ("evaluate.race", RaceSpec),
+        ("gate", GateSpec),
+        ("engine", EngineSpec),
+        ("workers", WorkerSpec),
     ],
 )
-def test_every_default_is_the_one_in_the_code(section: str, spec: Any) -> None:
-    for field in dataclasses.fields(spec):
-        default = getattr(spec, field.name)
-        written = ROWS.get(f"{section}{field.name.removesuffix('_bytes')}")
-        if field.name == "place":
-            continue
-        assert written is not None, f"{section}{field.name} is in no table"
-        if isinstance(default, bool):
-            assert yaml.safe_load(written.strip("`")) is default
-        elif isinstance(default, int | float) and field.name != "memory_bytes":
-            assert float(written.strip("`")) == default
-    assert ROWS["workers.memory"] == "`4GB`"
+def test_a_table_has_the_keys_of_its_section_with_the_defaults_of_the_code(section: str, spec: Any) -> None:
+    assert {key: meant(key, default) for key, default in tables()[section].items()} == in_code(spec)
 
 
-def test_the_options_of_the_engines_are_told_as_they_are() -> None:
-    table = README.split("### Options of an engine")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| (.*) \|$", table, re.MULTILINE)
-    assert {engine: tuple(re.findall(r"`(\w+)`", options)) for engine, options in rows} == ENGINE_OPTIONS
+def test_the_defaults_of_the_top_level_are_those_of_the_code() -> None:
+    documented = {key: meant(key, default) for key, default in tables()["Top level"].items()}
+    of_job = {key: default for key, default in in_code(Job).items() if key in documented}
+    sections = {"keep": "all", "engine": EngineSpec().name, "workers": "{}"}
+    assert documented == {**of_job, **sections, "recipe": "required", "grid": "None", "point": "None"}
+
+
+def in_code(spec: Any) -> dict[str, str]:
+    """Key → default of a section's class, as the tables write it."""
+    return {
+        IN_YAML.get(entry.name, entry.name): "required" if made is dataclasses.MISSING else str(made)
+        for entry in dataclasses.fields(spec)
+        if entry.name not in NOT_IN_YAML
+        for made in [entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()]
+    }
+
+
+def meant(key: str, default: str) -> str:
+    """A default of a table; a size in bytes."""
+    return str(load_document(default, key).size_bytes()) if key in IN_YAML.values() else default
+
+
+def test_the_options_of_the_engines_are_listed_as_they_are() -> None:
+    listed = re.findall(
+        r"^- `(\w+)`: ((?:.+\n)(?:  .+\n)*)", README.split("#### Options of an engine")[1], re.MULTILINE
+    )
+    assert {engine: tuple(re.findall(r"`(\w+)`", options)) for engine, options in listed} == ENGINE_OPTIONS
 
 
 def test_the_refusal_shown_is_the_one_given() -> None:
