@@ -263,27 +263,25 @@ LINK = re.compile(r"\[`[^`]+`\]\(([^)]+)\)")
 # ---- the reference of the methods
 
 
-def documented_parameters(cell: str, *, per_model: bool) -> dict[str, tuple[bool, Any]]:
-    """Name → (given for each model, default or None) of one cell: `` `weight`, `density` = 1.0 ``."""
-    found: dict[str, tuple[bool, Any]] = {}
-    for entry in filter(None, cell.split(", ")):
-        name, default = re.fullmatch(r"`(\w+)`(?: = (\S+))?", entry).groups()  # type: ignore[union-attr] # as above
-        found[name] = (per_model, None if default is None else json.loads(default))
-    return found
-
-
-def test_the_table_of_the_methods_is_the_schema() -> None:
+def test_the_tables_of_the_methods_are_the_schema() -> None:
+    text = page("workers/methods/README.md")
+    [head] = re.findall(r"^\| parameter \| of \| (.+) \|$", text, re.MULTILINE)
+    columns = {name.strip("`"): at for at, name in enumerate(head.split(" | "))}
     documented: dict[str, tuple[Any, ...]] = {}
-    for method, of_each, of_all, base, models in rows_below(page("workers/methods/README.md"), "method"):
+    for method, base, models in rows_below(text, "method"):
         name, file = re.fullmatch(r"\[`(\w+)`\]\((\w+\.py)\)", method).groups()  # type: ignore[union-attr] # as above
         assert METHODS[name].merge.__module__ == f"workers.methods.{file.removesuffix('.py')}"
-        parameters = documented_parameters(of_each, per_model=True) | documented_parameters(of_all, per_model=False)
+        parameters = {
+            parameter.strip("`"): (of == "each model", None if cell == "required" else json.loads(cell))
+            for parameter, of, *cells in rows_below(text, "parameter")
+            if (cell := cells[columns[name]])
+        }
         documented[name] = (parameters, base, models)
     assert documented == {name: described(method) for name, method in METHODS.items()}
 
 
 def described(method: Method) -> tuple[Any, ...]:
-    """What the table has to say of a method."""
+    """What the tables have to say of a method."""
     parameters = {entry.name: (entry.per_model, entry.default) for entry in method.parameters.values()}
     models = f"{method.fewest} or more" if method.most is None else str(method.most)
     return parameters, method.base, models
