@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import yaml
 
-from jobs.engine import ENGINE_OPTIONS
+from jobs.engine import ENGINE_OPTIONS, EngineSpec
 from jobs.errors import BadInput
 from jobs.evaluate import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RaceSpec, RulerSpec
-from jobs.engine import EngineSpec
 from jobs.job import KEYS, GateSpec, Job, WorkerSpec, load_job, load_merge_document
 from jobs.recipe import Recipe
 from jobs.yaml_nodes import load_document
