@@ -1,4 +1,4 @@
-"""Imports go down one staircase, and a library with a room of its own is imported nowhere else.
+"""Every file has its room, rooms import downwards only, and a library with a room of its own is imported nowhere else.
 
 The rules are read off the syntax tree, so an import inside a function, under `TYPE_CHECKING` or spelt
 `importlib.import_module("ray")` counts as well. Not covered: a module name computed at run time.
@@ -7,16 +7,18 @@ The rules are read off the syntax tree, so an import inside a function, under `T
 from __future__ import annotations
 
 import ast
+import re
 import sys
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-STAIRCASE = ("jobs", "workers", "orchestrator")
+PACKAGES = ("jobs", "workers", "orchestrator")
 JOBS_MAY_IMPORT = {*sys.stdlib_module_names, "yaml", "jobs"}
-ROOMS = {
+LIBRARIES = {
     "ray": "orchestrator/cluster/",
     "boto3": "workers/storage/",
     "botocore": "workers/storage/",
@@ -24,19 +26,173 @@ ROOMS = {
     "huggingface_hub": "workers/storage/",
     "vllm": "workers/engines/vllm_server.py",
 }
+ROOMS: Mapping[str, tuple[str, ...]] = {
+    "jobs": (),
+    "workers/fingerprint.py": (),
+    "workers/storage": ("jobs",),
+    "workers/checkpoints": ("jobs", "workers/storage"),
+    "workers/methods": ("jobs",),
+    "workers/merging": ("jobs", "workers/storage", "workers/checkpoints", "workers/methods"),
+    "workers/engines": ("jobs", "workers/checkpoints"),
+    "workers/benchmarks/items.py": ("jobs",),
+    "workers/benchmarks/texts": ("jobs", "workers/benchmarks/items.py"),
+    "workers/benchmarks/scorers.py": (),
+    "workers/benchmarks/planned.py": ("jobs", "workers/storage", "workers/benchmarks/texts"),
+    "workers/benchmarks/ruler": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+    ),
+    "workers/benchmarks/needle.py": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/ruler",
+    ),
+    "workers/benchmarks/perplexity.py": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+    ),
+    "workers/benchmarks/harness": (
+        "jobs",
+        "workers/engines",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+    ),
+    "workers/benchmarks/registry.py": (
+        "jobs",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/ruler",
+        "workers/benchmarks/needle.py",
+        "workers/benchmarks/perplexity.py",
+        "workers/benchmarks/harness",
+    ),
+    "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),
+    "workers/evaluating": (
+        "jobs",
+        "workers/storage",
+        "workers/merging",
+        "workers/engines",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/scorers.py",
+        "workers/benchmarks/perplexity.py",
+        "workers/benchmarks/harness",
+    ),
+    "orchestrator/words.py": (),
+    "orchestrator/watching.py": (),
+    "orchestrator/judging": ("jobs",),
+    "orchestrator/records": ("jobs", "workers/storage", "workers/checkpoints"),
+    "orchestrator/planning": (
+        "jobs",
+        "workers/storage",
+        "workers/checkpoints",
+        "workers/methods",
+        "workers/merging",
+        "orchestrator/records",
+    ),
+    "orchestrator/cluster": ("jobs", "workers/fingerprint.py", "workers/merging", "workers/evaluating"),
+    "orchestrator/merging": (
+        "jobs",
+        "workers/storage",
+        "workers/checkpoints",
+        "orchestrator/words.py",
+        "orchestrator/watching.py",
+        "orchestrator/records",
+        "orchestrator/planning",
+        "orchestrator/cluster",
+    ),
+    "orchestrator/evaluating": (
+        "jobs",
+        "workers/storage",
+        "workers/checkpoints",
+        "workers/engines",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/harness",
+        "workers/benchmarks/registry.py",
+        "workers/benchmarks/sets.py",
+        "workers/evaluating",
+        "orchestrator/watching.py",
+        "orchestrator/judging",
+        "orchestrator/records",
+        "orchestrator/planning",
+        "orchestrator/cluster",
+    ),
+    "orchestrator/report": (
+        "jobs",
+        "workers/storage",
+        "workers/merging",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/perplexity.py",
+        "orchestrator/words.py",
+        "orchestrator/judging",
+        "orchestrator/records",
+        "orchestrator/planning",
+        "orchestrator/merging",
+        "orchestrator/evaluating",
+    ),
+    "orchestrator/points": (
+        "jobs",
+        "workers/storage",
+        "workers/checkpoints",
+        "orchestrator/words.py",
+        "orchestrator/judging",
+        "orchestrator/records",
+        "orchestrator/planning",
+        "orchestrator/evaluating",
+        "orchestrator/report",
+    ),
+    "orchestrator/nightly": (
+        "jobs",
+        "workers/storage",
+        "workers/checkpoints",
+        "orchestrator/words.py",
+        "orchestrator/watching.py",
+        "orchestrator/judging",
+        "orchestrator/records",
+        "orchestrator/planning",
+        "orchestrator/cluster",
+        "orchestrator/merging",
+        "orchestrator/evaluating",
+        "orchestrator/report",
+    ),
+    "orchestrator/commands": (
+        "jobs",
+        "workers/fingerprint.py",
+        "workers/storage",
+        "orchestrator/words.py",
+        "orchestrator/watching.py",
+        "orchestrator/judging",
+        "orchestrator/records",
+        "orchestrator/planning",
+        "orchestrator/cluster",
+        "orchestrator/merging",
+        "orchestrator/evaluating",
+        "orchestrator/report",
+        "orchestrator/points",
+        "orchestrator/nightly",
+    ),
+    "orchestrator/cli.py": ("jobs",),
+}
+"""Every room from the ground up, a folder or a file, and the rooms that it uses."""
 
 
 def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """Line and dotted name of everything the module imports; `package` is what its relative imports start from."""
+    """Line and dotted name of everything that is imported; `package` is the start of relative imports."""
     for node in ast.walk(tree):
         match node:
             case ast.Import(names=names):
                 yield from ((node.lineno, alias.name) for alias in names)
-            case ast.ImportFrom(module=module, level=0):
-                yield node.lineno, module or ""
             case ast.ImportFrom(module=module, level=level, names=names):
-                base = [*package[: len(package) - level + 1], *([module] if module else [])]
-                yield from ((node.lineno, ".".join([*base, alias.name])) for alias in names)
+                base = [*package[: len(package) - level + 1]] if level else []
+                yield from (
+                    (node.lineno, ".".join([*base, *([module] if module else []), alias.name])) for alias in names
+                )
             case ast.Call(
                 func=ast.Attribute(attr="import_module") | ast.Name(id="import_module" | "__import__"),
                 args=[ast.Constant(value=str(name)), *_],
@@ -46,29 +202,52 @@ def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, s
                 pass
 
 
+def room_of(path: str) -> str | None:
+    """The room of a file, or of a dotted name written with slashes, relative to the root; None if it has none."""
+    found = [room for room in ROOMS if f"{path.removesuffix('.py')}/".startswith(f"{room.removesuffix('.py')}/")]
+    return max(found, key=len, default=None)
+
+
 def objection(importer: str, name: str) -> str | None:
     """Why the file at `importer`, relative to the root, may not import `name`; None if it may."""
     package, library = importer.split("/")[0], name.split(".")[0]
     if library == "infra":
         return "infra is never imported"
-    if package in STAIRCASE and library in STAIRCASE and STAIRCASE.index(library) > STAIRCASE.index(package):
-        return f"{library} is above {package}"
+    if package not in PACKAGES:
+        return None
+    if library in PACKAGES:
+        return _upwards(room_of(importer), room_of(name.replace(".", "/")))
     if package == "jobs" and library not in JOBS_MAY_IMPORT:
         return "jobs is the standard library and yaml alone"
-    if package in STAIRCASE and not importer.startswith(ROOMS.get(library, "")):
-        return f"only {ROOMS[library]} may"
-    return None
+    return None if importer.startswith(LIBRARIES.get(library, "")) else f"only {LIBRARIES[library]} may"
+
+
+def _upwards(here: str | None, there: str | None) -> str | None:
+    if here is None or there is None:
+        return "in no room of ROOMS"
+    if here == there or there in ROOMS[here]:
+        return None
+    rooms = [*ROOMS]
+    above = rooms.index(there) > rooms.index(here)
+    return f"{there} is above {here}" if above else f"{there} is not in the row of {here} in ROOMS"
+
+
+def sources(root: Path, *packages: str) -> Iterator[tuple[str, ast.Module]]:
+    """Path relative to the root and syntax tree of every module."""
+    for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
+        yield path.relative_to(root).as_posix(), ast.parse(path.read_text())
 
 
 def violations(root: Path) -> list[str]:
-    """`file:line: imports NAME: why not`, for every import under `root` that a rule forbids."""
+    """One line for every file without a room, and for every import under `root` that a rule forbids."""
     found: list[str] = []
-    for path in sorted(path for top in (*STAIRCASE, "tests") for path in (root / top).rglob("*.py")):
-        importer = path.relative_to(root).as_posix()
-        package = path.relative_to(root).parent.parts
-        for line, name in imports(ast.parse(path.read_text()), package):
-            if reason := objection(importer, name):
-                found.append(f"{importer}:{line}: imports {name}: {reason}")
+    for path, tree in sources(root, *PACKAGES, "tests"):
+        says_more = any(not isinstance(node, ast.Expr) for node in tree.body)  # than a docstring
+        if path.split("/")[0] in PACKAGES and room_of(path) is None and says_more:
+            found.append(f"{path}:1: stands in no room; add one to ROOMS and to README's map")
+        for line, name in imports(tree, Path(path).parent.parts):
+            if reason := objection(path, name):
+                found.append(f"{path}:{line}: imports {name}: {reason}")
     return found
 
 
@@ -76,33 +255,67 @@ def test_imports_go_down_the_staircase_and_libraries_keep_to_their_rooms():
     assert violations(ROOT) == []
 
 
-def test_every_step_of_the_staircase_is_looked_at():
-    assert all(list((ROOT / package).rglob("*.py")) for package in STAIRCASE)
+def test_every_row_names_rooms_below_it_and_only_those_that_it_uses():
+    used: dict[str, set[str]] = defaultdict(set)
+    for path, tree in sources(ROOT, *PACKAGES):
+        here = room_of(path)
+        for _, name in imports(tree, Path(path).parent.parts):
+            there = room_of(name.replace(".", "/"))
+            if here is not None and there is not None and here != there:
+                used[here].add(there)
+    below: list[str] = []
+    for room, uses in ROOMS.items():
+        assert set(uses) <= set(below), f"{room}: a row above it"
+        assert set(uses) == used[room], f"{room}: says more or less than the code"
+        below.append(room)
+
+
+def test_the_map_on_the_front_page_shows_every_room():
+    drawn = re.findall(r"^((?:jobs|workers|orchestrator)[a-z_/]*)/ +\S", (ROOT / "README.md").read_text(), re.MULTILINE)
+    folders = {room for room in ROOMS if not room.endswith(".py")}
+    assert {*drawn} == folders | {"jobs", "workers", "workers/benchmarks", "orchestrator"}
+
+
+def test_the_top_of_the_orchestrator_holds_rooms_and_at_most_four_files():
+    files = [path.name for path in (ROOT / "orchestrator").glob("*.py") if path.name != "__init__.py"]
+    assert len(files) <= 4, files
+
+
+def test_every_room_exists():
+    assert [room for room in ROOMS if not (ROOT / room).exists()] == []
 
 
 @pytest.mark.parametrize(
     ("importer", "source", "line", "name"),
     [
         ("jobs/job.py", "import workers.merging", 1, "workers.merging"),
-        ("jobs/job.py", "from orchestrator import planning", 1, "orchestrator"),
-        ("workers/merging.py", "def merge():\n    from orchestrator.cli import main", 2, "orchestrator.cli"),
-        ("workers/merging.py", "if TYPE_CHECKING:\n    import orchestrator", 2, "orchestrator"),
+        ("jobs/job.py", "from orchestrator import planning", 1, "orchestrator.planning"),
+        ("workers/merging/shard.py", "def f():\n    from orchestrator.cli import main", 2, "orchestrator.cli.main"),
+        ("workers/merging/shard.py", "if TYPE_CHECKING:\n    import orchestrator", 2, "orchestrator"),
         ("workers/storage/s3.py", "try:\n    import orchestrator as o\nexcept ImportError: ...", 2, "orchestrator"),
-        ("workers/merging.py", "\nimportlib.import_module('orchestrator.driver')", 2, "orchestrator.driver"),
-        ("jobs/recipe.py", "import numpy as np", 1, "numpy"),
+        (
+            "workers/storage/s3.py",
+            "from workers.merging.shard import merge_task",
+            1,
+            "workers.merging.shard.merge_task",
+        ),
+        ("workers/merging/shard.py", "\nimportlib.import_module('orchestrator.cli')", 2, "orchestrator.cli"),
+        ("jobs/recipe.py", "import numpy", 1, "numpy"),
         ("jobs/recipe.py", "def f():\n    __import__('torch')", 2, "torch"),
-        ("jobs/recipe.py", "from typing_extensions import Buffer", 1, "typing_extensions"),
+        ("jobs/recipe.py", "from typing_extensions import Buffer", 1, "typing_extensions.Buffer"),
         ("jobs/recipe.py", "from .. import workers", 1, "workers"),
-        ("orchestrator/driver.py", "import ray", 1, "ray"),
-        ("orchestrator/driver.py", "from ray.util.queue import Queue", 1, "ray.util.queue"),
-        ("workers/merging.py", "async def f():\n    import os, ray", 2, "ray"),
-        ("orchestrator/planning.py", "from botocore.exceptions import ClientError", 1, "botocore.exceptions"),
-        ("workers/checkpoint.py", "import boto3", 1, "boto3"),
-        ("workers/checkpoint.py", "import obstore as obs", 1, "obstore"),
-        ("workers/vocabulary.py", "from huggingface_hub import hf_hub_download", 1, "huggingface_hub"),
+        ("orchestrator/judging/race.py", "from orchestrator.report import page", 1, "orchestrator.report.page"),
+        ("orchestrator/judging/race.py", "import orchestrator.records.lease", 1, "orchestrator.records.lease"),
+        ("orchestrator/merging/driver.py", "import ray", 1, "ray"),
+        ("orchestrator/merging/driver.py", "from ray.util.queue import Queue", 1, "ray.util.queue.Queue"),
+        ("workers/merging/shard.py", "async def f():\n    import os, ray", 2, "ray"),
+        ("orchestrator/planning/plan.py", "from botocore.exceptions import Error", 1, "botocore.exceptions.Error"),
+        ("workers/checkpoints/opening.py", "import boto3", 1, "boto3"),
+        ("workers/checkpoints/opening.py", "import obstore as obs", 1, "obstore"),
+        ("workers/checkpoints/names.py", "from huggingface_hub import HfApi", 1, "huggingface_hub.HfApi"),
         ("workers/engines/vllm_server_client.py", "import vllm", 1, "vllm"),
-        ("orchestrator/submitting.py", "import infra.kuberay", 1, "infra.kuberay"),
-        ("tests/infra/test_docker.py", "from infra import docker", 1, "infra"),
+        ("orchestrator/cluster/shipment.py", "import infra.kuberay", 1, "infra.kuberay"),
+        ("tests/infra/test_docker.py", "from infra import docker", 1, "infra.docker"),
     ],
 )
 def test_a_planted_violation_is_found_with_its_file_and_line(
@@ -113,22 +326,28 @@ def test_a_planted_violation_is_found_with_its_file_and_line(
     assert found.startswith(f"{importer}:{line}: imports {name}: ")
 
 
+@pytest.mark.parametrize("stray", ["orchestrator/helpers.py", "workers/benchmarks/toys.py", "workers/utils/text.py"])
+def test_a_file_in_no_room_is_found(tmp_path: Path, stray: str):
+    plant(tmp_path, stray, '"""Help."""\n\nMOST = 3\n')
+    assert violations(tmp_path) == [f"{stray}:1: stands in no room; add one to ROOMS and to README's map"]
+
+
 @pytest.mark.parametrize(
     ("importer", "source"),
     [
         ("jobs/job.py", "import json, yaml\nfrom jobs.errors import BadInput\nfrom .errors import BadInput"),
-        ("workers/merging.py", "import torch\nfrom jobs.tasks import MergeTask"),
+        ("workers/merging/shard.py", "import torch\nfrom jobs.merge_tasks import MergeTask"),
         ("workers/storage/s3.py", "import boto3, botocore.config, obstore\nfrom . import store"),
         ("workers/engines/vllm_server.py", "def serve():\n    import vllm"),
+        ("orchestrator/cluster/ray_merging.py", "import ray\nfrom ray.util import state\nimport workers.merging.shard"),
         (
-            "orchestrator/cluster/ray_merging.py",
-            "import ray\nfrom ray.util import state\nfrom workers.merging import merge",
+            "orchestrator/merging/driver.py",
+            "import rayon, vllmish\nfrom orchestrator.cluster import pool\nray = 'import ray'",
         ),
-        ("orchestrator/driver.py", "import rayon, vllmish\nfrom orchestrator import ray_pool\nray = 'import ray'"),
         ("tests/orchestrator/cluster/test_ray_cluster.py", "import ray, boto3"),
     ],
 )
-def test_what_the_house_allows_is_not_objected_to(tmp_path: Path, importer: str, source: str):
+def test_a_permitted_import_is_not_objected_to(tmp_path: Path, importer: str, source: str):
     plant(tmp_path, importer, source)
     assert violations(tmp_path) == []
 
