@@ -59,7 +59,7 @@ def fault_proxy(s3_environment: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> I
 
 @pytest.fixture
 def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubServer]:
-    """An empty stand-in for the hub, with HF_ENDPOINT pointing to it and nobody logged in; `.publish(name, files)`."""
+    """An empty stand-in for the hub, with HF_ENDPOINT pointing to it and no user logged in; `.publish(name, files)`."""
     server = HubServer()
     server.start()
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)

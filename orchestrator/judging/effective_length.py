@@ -1,4 +1,4 @@
-"""What RULER makes of scores by length: weighted averages and the effective context length, with its uncertainty.
+"""RULER's summary of scores by length: weighted averages, and the effective context length with its uncertainty.
 
 A score at a length is the unweighted mean over tasks. The published threshold of 85.6 points is what Llama-2-7B-chat
 scores at 4K (Hsieh et al. 2024); a threshold relative to a parent follows NoLiMa (Modarressi et al. 2025), which asks

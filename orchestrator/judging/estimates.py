@@ -137,7 +137,7 @@ def _unlikely(samples: Sequence[CellSample], weights: FloatArray, mean: float) -
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Haystacks:
-    """The haystacks of several cells: what each adds to the macro mean, which is their mean, and what it may at most.
+    """The haystacks of several cells: the share of each in the macro mean (their mean), and its bound.
 
     `means` is of shape [haystacks]; `most` is the largest share of a haystack, 1 where all count alike, and `spread`
     Σ share²/haystacks², by which the variance of one becomes that of the mean.
@@ -199,7 +199,7 @@ def _one_haystack_more(sample: CellSample) -> float:
 def _cluster_influences(
     samples: Sequence[CellSample], weights: FloatArray
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """What each haystack adds to the macro mean's error [clusters]; the variance and freedom of each cell [cells]."""
+    """Each haystack's part of the macro mean's error [clusters]; variance and degrees of freedom per cell [cells]."""
     variances, degrees = np.zeros(len(samples)), np.zeros(len(samples))
     labels: list[Labels] = []
     influences: list[FloatArray] = []

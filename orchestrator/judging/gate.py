@@ -27,9 +27,9 @@ POWER = 0.8  # with which `items_needed` items reach a verdict, if the observed 
 
 @dataclass(frozen=True, slots=True)
 class GateRule:
-    """What the gate demands. Margins are in points of a score from 0 to 100.
+    """The rule of a gate. Margins are in points of a score from 0 to 100.
 
-    `margin` is the loss of the macro score that is no longer tolerated; `length_margin` the same at each length, None
+    `margin` is the smallest loss of the macro score that fails; `length_margin` the same at each length, None
     to judge the macro score alone; `alpha` the chance of a wrong pass, and of a wrong fail. `planned_haystacks` makes
     the gate anytime-valid: one may look, buy more items and look again as often as one likes, and the bounds are
     tightest when about that many haystacks (over all cells) are in. None fixes the number of items beforehand.
@@ -75,7 +75,7 @@ class VerdictLine:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the gate says, and why: one line for the macro score and one for each length judged.
+    """The verdict of a gate: one line for the macro score and one for each length, with reasons.
 
     `items_needed` is the largest total of items that an inconclusive line asks for; None when every line is decided or
     when the difference sits on the margin, where no number of items would do.
@@ -155,7 +155,7 @@ def judge(
 
 @dataclass(frozen=True, slots=True)
 class _Scope:
-    """One score under judgement: its estimate as a share of 1, its margin, and what its two tests use.
+    """One score under judgement: its estimate (0 to 1), its margin, and the inputs of its two tests.
 
     A model that gains a little on most haystacks and loses all on a few shows nothing of these few while there are not
     many: its spread says less than the margin needs. So each test takes for granted the spread that the claim which it
@@ -223,7 +223,7 @@ class _Scope:
 
 
 def _unseen(mean: float, claimed: float) -> float:
-    """The least variance of a model that is worse by `claimed` though it looks better by `mean` on what is seen.
+    """The least variance of a model that is worse by `claimed` but looks better by `mean` on the observed items.
 
     It loses a whole haystack with a chance q so far unseen and gains a steady g: (1 − q)g − q = −claimed, and its
     variance is q(1 − q)(1 + g)². Without it, of models on the margin that gain 0.05 on most of 24 haystacks and lose

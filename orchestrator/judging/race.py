@@ -1,7 +1,7 @@
 """The race: all points answer the same items, rung by rung, and a point leaves when it is surely not among the best.
 
-A state machine without I/O. The driver asks `next_blocks` what to evaluate, hands the scores to `record`, and calls
-`eliminate` after each; what comes back are the departures, each with the figures that decided it. Decisions depend on
+A state machine without I/O. The driver evaluates `next_blocks`, hands the scores to `record`, and calls
+`eliminate`, which returns the departures, each with the figures that decided it. Decisions depend on
 the recorded scores alone, never on the order they came in: a race is resumed by recording its old scores again.
 
 Racing on common instances: Maron & Moore 1994 (Hoeffding races), Birattari et al. 2002 (F-Race). Rungs of growing
@@ -132,9 +132,9 @@ class Race:
         return self._rung == len(self.rungs) and not self.next_blocks()
 
     def next_blocks(self) -> list[Block]:
-        """What is still missing for the next decision, costliest first; empty when it is all recorded.
+        """The blocks that the next decision still needs, costliest first; empty when all are recorded.
 
-        Blocks already handed out but not yet recorded come again: the driver knows what is in flight.
+        Blocks handed out but not yet recorded come again: the driver keeps the list of blocks in flight.
         """
         if self._rung < len(self.rungs):
             missing = self._missing(np.flatnonzero(self._live), 0, self.rungs[self._rung])
@@ -145,7 +145,7 @@ class Race:
     def record(self, point: str, cell: Cell, items: Sequence[int], scores: ArrayLike) -> None:
         """Take the scores, each in [0, 1], of these items; in any order, in any portions, twice if need be.
 
-        Raises `CorruptData` for a score out of range, or one that contradicts what is recorded already.
+        Raises `CorruptData` for a score out of range, or one that contradicts a recorded score.
         """
         values = np.asarray(scores, dtype=np.float64)
         row = self._scores[self._point_index[point], self._cell_index[cell]]
@@ -193,7 +193,7 @@ class Race:
         return float(np.sum(~np.isnan(self._scores), axis=(0, 2)) @ self._costs)
 
     def full_cost(self) -> float:
-        """What it would cost if every point answered every item of the last rung."""
+        """The cost if every point answered every item of the last rung."""
         return float(self._costs.sum() * len(self.points) * self.rungs[-1])
 
     def _missing(self, points: NDArray[np.intp], start: int, stop: int) -> list[Block]:
@@ -255,7 +255,7 @@ class Race:
         return error or self._least_error(haystacks)
 
     def _least_error(self, haystacks: int) -> float:
-        """What haystacks that all agree leave open: that one of two more would have gone the other way (plus four)."""
+        """The spread left when all haystacks agree: one of two more might have differed (the plus-four rule)."""
         other = 1 / (haystacks * len(self._groups) + 2)
         shares = [float(self._weights[group].sum()) for group in self._groups]
         return math.sqrt(sum(share**2 for share in shares) * other * (1 - other) / haystacks)

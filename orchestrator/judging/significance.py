@@ -112,7 +112,7 @@ class FlipRate:
 
     @property
     def words(self) -> str:
-        """What to read beside every difference."""
+        """One sentence to print beside every difference."""
         changed = f"{self.rate:.1%} of {self.items} answers changed their score"
         return f"asked the same again, {changed} (at most {self.high:.1%})"
 

@@ -14,7 +14,7 @@ Read = TypeVar("Read")
 
 
 def read_document(store: Store, key: str, parse: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
-    """What `parse` makes of a JSON object without a digest; `CorruptData` where it is another thing or lacks a part."""
+    """`parse` of a JSON object without a digest; `CorruptData` if it is not one or lacks a part."""
 
     def checked(data: bytes) -> Read:
         try:
@@ -36,5 +36,5 @@ def read_document(store: Store, key: str, parse: Callable[[dict[str, Any]], Read
 def text_of(document: Mapping[str, Any], name: str) -> str:
     """An entry that has to be text; `KeyError` or `TypeError` where it is not there or is not."""
     if not isinstance(document[name], str):
-        raise TypeError(f"{name} is no text")
+        raise TypeError(f"{name} is not text")
     return document[name]

@@ -90,7 +90,7 @@ class Lease:
             raise RunBusy(f"{self._store.url}: another driver was faster; follow it with `mergeyard status`") from None
 
     def _held(self) -> tuple[Mapping[str, Any], str]:
-        """What the lease says, and the version that says it; it may be renewed while one looks."""
+        """The lease and its version; it may be renewed during the read."""
         while True:
             info = self._store.locate(self._key)
             with suppress(ObjectChanged):
@@ -115,7 +115,7 @@ class Lease:
         self._renew(released=True)
 
     def _renew(self, *, released: bool = False) -> None:
-        """Moves the lease on. While nobody else has moved it, it is ours, however long the store was away."""
+        """Renews the lease. As long as no other driver has changed it, it is ours, however long the store was away."""
         with self._moving:
             try:
                 self._etag = self._store.swap(self._key, self._body(released=released), etag=self._etag).etag
@@ -125,7 +125,7 @@ class Lease:
                 return
 
     def _look_again(self) -> None:
-        """After a conflict: what lies there may be an earlier version of ours, whose answer never came."""
+        """After a conflict: the object may be an earlier write of ours whose answer never came."""
         try:
             info = self._store.locate(self._key)
             if read_record(self._store, self._key, etag=info.etag)["nonce"].startswith(self._name):

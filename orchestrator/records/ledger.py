@@ -1,4 +1,4 @@
-"""What a run remembers, all of it in object storage: whose it is, what is done, and who drives it now.
+"""The records of a run in object storage: its job, its finished units, and its driver.
 
 A unit is done when its receipt is there and its shard is the receipt's; a point is done when its manifest is
 there. Both are written once and never changed. Only the lease changes: it is moved by compare-and-swap, carries a
@@ -78,7 +78,7 @@ class Ledger:
 
 
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What sets two plans apart, in a few words."""
+    """The difference of two plans, in a few words."""
     for name, parent in now["parents"].items():
         before = earlier["parents"].get(name)
         if before is not None and before != parent:

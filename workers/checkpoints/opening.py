@@ -21,7 +21,7 @@ from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
 
 LARGEST_INDEX = 25_000_000
-"""Twice what the 139,000 tensors of a trillion parameters in FP8 need."""
+"""Twice the bytes that 139,000 tensors need, as in a model of a trillion parameters in FP8."""
 
 LARGEST_CONFIG = 2_000_000
 LARGEST_TOKENIZER = 50_000_000
@@ -32,7 +32,7 @@ CONTEXT_FIELDS = (
     "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
     "use_sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings", "vocab_size",
 )  # fmt: skip
-"""Fields of config.json that decide what a model does at which context length: parents must agree on them."""
+"""Fields of config.json that decide how a model reads long contexts: parents must agree on them."""
 
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
@@ -56,7 +56,7 @@ class Checkpoint:
 
     @property
     def parent(self) -> Parent:
-        """What a worker needs to read it."""
+        """The part of it that a worker needs for reading."""
         return Parent(self.url, self.files)
 
     @property
@@ -75,9 +75,9 @@ def layer_index(tensor: str) -> int | None:
 
 
 def open_checkpoint(url: str, name: str) -> Checkpoint:
-    """Reads config and headers of the checkpoint at `url` and pins what it saw.
+    """Reads the config and the headers of the checkpoint at `url`, and pins their versions.
 
-    Raises `BadInput` for what is not a safetensors checkpoint, `CorruptData` for one that contradicts itself.
+    Raises `BadInput` if it is not a safetensors checkpoint, `CorruptData` if it contradicts itself.
     """
     store = open_store(url)
     listed = {info.key: info for info in store.list() if "/" not in info.key}
@@ -139,7 +139,7 @@ def _shards(
 
 
 def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str]:
-    """The sha256 of each tensor where the checkpoint has a manifest of mergeyard; what is read is held against it."""
+    """The sha256 of each tensor if the checkpoint has a manifest of mergeyard; a reader compares bytes with them."""
     info = listed.get("manifest.json")
     if info is None or info.size > LARGEST_HEADER:
         return {}

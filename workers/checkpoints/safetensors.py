@@ -14,12 +14,12 @@ from jobs.merge_tasks import DTYPE_BITS
 from workers.storage import ObjectInfo, Store
 
 LARGEST_HEADER = 25_000_000
-"""What huggingface_hub reads as well. As Python objects a header can be 25 times as large."""
+"""The limit of huggingface_hub. As Python objects a header can be 25 times as large."""
 
 MOST_DIMENSIONS = 64
 LONGEST_NAME = 1000
 _FIRST_READ = 128 << 10  # holds the whole header of nearly every shard, so that most cost one request
-_ONE_LARGE_HEADER = threading.Lock()  # what only looks like a header may be 600 MB of lists, of one file at a time
+_ONE_LARGE_HEADER = threading.Lock()  # a file that only looks like a header may become 600 MB of lists: one at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
         return found
 
     def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is no JSON number")
+        raise ValueError(f"{constant} is not a JSON number")
 
     try:
         value = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)

@@ -1,1 +1,1 @@
-"""Resident models that answer prompts; `engine` says what each of them promises."""
+"""Resident models that answer prompts; `engine` has the promises of each."""

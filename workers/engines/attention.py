@@ -36,7 +36,7 @@ def register() -> str:
 
 
 def cache_dtype(device: torch.device, model_dtype: torch.dtype) -> torch.dtype:
-    """What keys and values are kept as, and what masks must be."""
+    """The layout of cached keys and values, and of masks."""
     return torch.float32 if device.type == "cpu" else model_dtype
 
 

@@ -1,4 +1,4 @@
-"""What mergeyard asks of a resident model: one protocol for transformers, vLLM and a server behind HTTP.
+"""The protocol of a resident model: transformers, vLLM, or a server behind HTTP.
 
 An engine is opened once on a worker and outlives many points of a grid: `swap` replaces its weights in place and names
 them with a version, so every answer can be traced to the merge that gave it.
@@ -23,7 +23,7 @@ Progress = Callable[[int], None]
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the model reads is `prefix + text`; neighbours with an equal, non-empty `prefix` share one prefill of it.
+    """The model reads `prefix + text`; neighbours with an equal, non-empty `prefix` share one prefill of it.
 
     The answer ends before the first of `stops` that it would have in it.
     """
@@ -59,7 +59,7 @@ def before_stops(text: str, stops: Sequence[str]) -> str:
 
 
 class Engine(Protocol):
-    """A model that answers; every method raises the errors of `jobs.errors` only for what the caller can mend."""
+    """A model that answers. Methods raise the errors of `jobs.errors` only for faults that the caller can mend."""
 
     @property
     def version(self) -> str:

@@ -4,7 +4,7 @@ Asks `/v1/completions` with the prompt's text, temperature 0, a few requests at 
 that echoes the prompt with logprobs (vLLM and SGLang do); others are named as unable. A server does not say whether its
 logits were finite: a broken merge shows here only by its answers.
 
-A job file may come from anywhere, and names the server; what the key is for is said by the environment alone.
+A job file may come from anywhere and names the server; only the environment says which server gets the key.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class OpenAIEngine:
 
     @property
     def max_length(self) -> int:
-        """What was given, or what the server says of itself."""
+        """The given length, or the one that the server reports."""
         return self._max_length
 
     @property
@@ -111,7 +111,7 @@ class OpenAIEngine:
         return [np.asarray(echo["token_logprobs"][1:], dtype=np.float32) for echo in echoes]
 
     def loglikelihoods(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of what follows each context, and whether each of its tokens was the server's likeliest."""
+        """Log-likelihood of each continuation, and whether each of its tokens was the server's likeliest."""
         found: list[tuple[float, bool]] = []
         for (_, context), echo in zip(texts, self._map(self._echo, [ids for ids, _ in texts], None), strict=True):
             chosen = echo["token_logprobs"][context:]
@@ -141,7 +141,7 @@ class OpenAIEngine:
         read = self._count(reply, "prompt_tokens", sent)
         if read < sent - MARKS:
             raise BadInput(
-                f"{self.url} read {read} of a prompt's {sent} tokens: it cuts what is long, or has another tokenizer;"
+                f"{self.url} read {read} of a prompt's {sent} tokens: it cuts long prompts, or has another tokenizer;"
                 f" serve {self.model} with a longer context, or lower max_length"
             )
         return Answer(
@@ -204,7 +204,7 @@ class OpenAIEngine:
 
     def _no_completion(self, text: str) -> BadInput:
         return BadInput(
-            f"{self.url} answered {text[:100]!r}, which is no completion; does it speak the completions API?"
+            f"{self.url} answered {text[:100]!r}, which is not a completion; does it serve the completions API?"
         )
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -266,7 +266,7 @@ class OpenAIEngine:
             raise
 
     def _connect(self, connection: http.client.HTTPConnection) -> None:
-        """Opens the connection; `BadInput` where it would lead, or has led, to what no job may ask.
+        """Opens the connection; `BadInput` for an address that no job may ask.
 
         Looked at twice: an address is known before anything is sent there, and a name may mean another a moment later.
         """
@@ -301,6 +301,6 @@ def _are_echoed(values: Any, tokens: int) -> bool:
 
 
 def _endpoint(parts: SplitResult) -> tuple[str, str, int, str]:
-    """Scheme, host, port and path: what two spellings of one endpoint have in common."""
+    """Scheme, host, port and path: equal for two spellings of one endpoint."""
     port = parts.port or (443 if parts.scheme == "https" else 80)
     return parts.scheme, parts.hostname or "", port, parts.path.rstrip("/")

@@ -45,7 +45,7 @@ def common_prefix(left: Ids, right: Ids) -> int:
 def make_rows(ids: Sequence[Ids], prefixes: Sequence[str], new_tokens: Sequence[int], max_branches: int) -> list[Row]:
     """Rows for all prompts, sorted for `batches`; neighbours with an equal non-empty prefix string are one row.
 
-    The trunk is what the ids of the whole prompts have in common, which may be less than the prefix string: a token
+    The trunk is the common start of the ids of the whole prompts, which may be less than the prefix string: a token
     may straddle its end.
     """
     rows: list[Row] = []

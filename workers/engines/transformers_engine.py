@@ -1,15 +1,15 @@
 """The engine that runs everywhere: a causal language model of transformers, on a GPU or on a CPU, for long prompts.
 
-What makes it fast: prompts are prefilled one row at a time, without padding, in chunks of constant size, from the keys
+Speed: prompts are prefilled one row at a time, without padding, in chunks of constant size, from the keys
 and values that the row before it left (`packing`); all questions about one haystack are one row, whose trunk is read
 once a step for all of them; decoding runs over all rows of a batch in memory set aside once (`kv_cache`), and only
 decoding computes logits.
 
-What it promises: the token ids are those of the whole prompt; no prompt sees padding; near ties aside (a kernel rounds
+Promises: the token ids are those of the whole prompt; no prompt sees padding; near ties aside (a kernel rounds
 the last bit by the shape it is given) an answer does not depend on its neighbours. The packing depends on the prompts
 alone, so two models asked the same prompts are compared under the same arithmetic.
 
-What it refuses: code from a checkpoint (`trust_remote_code`), recurrent and encoder-decoder models.
+Refused: code from a checkpoint (`trust_remote_code`), recurrent and encoder-decoder models.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class TransformersEngine:
         self._resident: tuple[Ids, KeyValueBuffer, bool] | None = None
         self._rope = RopeByLength(model, self.config.model_type)
         self._end_tokens = _end_tokens(model, tokenizer)
-        # decided once: batches by what happens to be free would not be the same for the points that are compared
+        # decided once: batches sized by the free memory of the moment would differ between compared points
         self._memory = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE_BYTES
         ours = model.config._attn_implementation == attention.NAME
         self._cache_dtype: torch.dtype = attention.cache_dtype(model.device, model.dtype) if ours else model.dtype
@@ -230,7 +230,7 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def loglikelihoods(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of what follows each context, and whether greedy decoding says the same.
+        """Log-likelihood of each continuation, and whether greedy decoding says the same.
 
         The keys and values of the last text stay: a second continuation of one context pays for itself alone.
         """
@@ -243,7 +243,7 @@ class TransformersEngine:
         return self._score_from(self._buffer(1, len(ids)), ids, 0, chunk)[0]
 
     def _continued(self, chunk: int, ids: Ids, kept: int) -> tuple[float, bool]:
-        """One of `loglikelihoods`; what it leaves behind is for the next."""
+        """One of `loglikelihoods`; its cached keys and values serve the next one."""
         long = self._rope.is_long(len(ids))
         known, cache, known_long = self._resident or (ids[:0], self._buffer(1, 0), long)
         self._resident = None
@@ -356,7 +356,7 @@ class TransformersEngine:
         return outputs
 
     def _prefill_rows(self, cache: KeyValueBuffer, batch: list[Row], start: int, chunk: int) -> None:
-        """Fill every row up to column `start`, its trunk from what it shares with the row before, then its branches."""
+        """Fill every row up to column `start`, its trunk from the row before, then its branches."""
         for r, row in enumerate(batch):
             first, shared = start - row.tokens, 0
             if r > 0:
@@ -426,7 +426,7 @@ class TransformersEngine:
         ).logits
 
     def _mask(self, visible: Tensor, positions: Ids, places: Tensor) -> Tensor | dict[str, Tensor]:
-        """What the model takes for `visible` [rows, queries, columns]; a sliding window counts token positions."""
+        """The attention mask for `visible` [rows, queries, columns]; a sliding window counts token positions."""
         full = hidden(visible, self._cache_dtype)[:, None]
         window: int | None = getattr(self.config, "sliding_window", None)
         kinds: Sequence[str] = getattr(self.config, "layer_types", None) or ()
@@ -466,7 +466,7 @@ class _Output:
     ended: bool = False
 
     def take(self, token: int, finite: bool, end_tokens: frozenset[int]) -> None:
-        """Append a token unless the answer has ended; an end token and a logit that is no number end it."""
+        """Append a token unless the answer has ended; an end token, a NaN and an infinite logit end it."""
         if self.ended:
             return
         self.finite = finite
@@ -516,7 +516,7 @@ def _fill(places: Mapping[str, Tensor], filled: dict[int, str], name: str, tenso
 
 
 def _load_config(load: Callable[..., Any], *args: Any, **settings: Any) -> PreTrainedConfig:
-    """The config; `BadInput` where it needs its own code or is no decoder made of attention layers."""
+    """The config; `BadInput` if it needs its own code or is not a decoder of attention layers."""
     try:
         config = load(*args, **settings)
     except (ValueError, KeyError) as error:

@@ -93,7 +93,7 @@ class VllmEngine:
 
     @property
     def max_length(self) -> int:
-        """What vLLM was opened with, or the model's own."""
+        """The length that vLLM was opened with, or the model's own."""
         return self._max_length
 
     @property
@@ -132,7 +132,7 @@ class VllmEngine:
         return [np.asarray(scored["scores"], dtype=np.float32) for scored in self._scored(windows, progress)]
 
     def loglikelihoods(self, texts: Sequence[tuple[Sequence[int], int]]) -> list[tuple[float, bool]]:
-        """Log-likelihood of what follows each context, and whether each of its tokens was the likeliest."""
+        """Log-likelihood of each continuation, and whether each of its tokens was the likeliest."""
         return [
             (float(sum(scored["scores"][context - 1 :])), all(scored["greedy"][context - 1 :]))
             for scored, (_, context) in zip(self._scored([ids for ids, _ in texts]), texts, strict=True)
@@ -151,7 +151,7 @@ class VllmEngine:
         self._version = version
 
     def close(self) -> None:
-        """Hang up, which ends the server; what is left of it and its children after a while is killed."""
+        """Hangs up, which ends the server; after a while the rest of it and its children are killed."""
         self._channel.close()
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(10)
@@ -166,7 +166,7 @@ class VllmEngine:
         return Answer(text, len(ids), len(tokens), seconds, output["finite"])
 
     def _scored(self, windows: Sequence[Sequence[int]], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
-        """What the server says of each window, asked about as many at once as `SCORED_A_CALL` allows."""
+        """The server's answer for each window, up to `SCORED_A_CALL` of them per call."""
         _ = self.version
         for window in windows:
             check_window(len(window), self.max_scored)
@@ -205,14 +205,14 @@ class VllmEngine:
             self._reply()
 
     def _accept(self, door: socket.socket) -> socket.socket:
-        """The next worker's connection; what the server says instead means that it will not come."""
+        """The next worker's connection; a message of the server instead means that it will not come."""
         ready, _, _ = select.select([door, self._channel], [], [], START_SECONDS)
         if door not in ready:
             raise EOFError("no worker came for the weights")
         return door.accept()[0]
 
     def _checked(self, weights: Iterable[tuple[str, Tensor]], version: str) -> Iterator[tuple[str, Tensor]]:
-        """The weights as they come, once each is known to fit; vLLM's loader itself does not miss what is missing."""
+        """The weights as they come, once each is known to fit; vLLM's loader does not notice a missing tensor."""
         missing = set(self._expected)
         for name, tensor in weights:
             if name not in self._expected:

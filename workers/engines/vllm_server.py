@@ -64,7 +64,7 @@ class WeightReceiver:
     model_runner: Any
 
     def receive_weights(self, address: str) -> None:
-        """Replace the weights by what comes over the socket, through vLLM's own loader (it fuses q, k and v)."""
+        """Replaces the weights by those from the socket, through vLLM's own loader (it fuses q, k and v)."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
             channel.connect(address)
             self.model_runner.reload_weights(weights_iterator=_received(channel))

@@ -1,4 +1,4 @@
-"""Reused memory: fresh pages cost more to map than to fill, and what is lent out is what a task can hold."""
+"""Reused memory: a fresh page costs more to map than to fill, and the buffers in use bound the memory of a task."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ def _cut(tensor: TensorMerge, slab_bytes: int) -> Iterator[Stretch]:
 
 
 class ParentReader:
-    """Reads slabs of pinned parents, several at once. `bytes_read` counts what was asked of the stores.
+    """Reads slabs of pinned parents, several at once. `bytes_read` counts the bytes requested from the stores.
 
     Of a parent that has a manifest, `check` holds every tensor against its digest.
     """

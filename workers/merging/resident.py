@@ -1,6 +1,6 @@
 """Parents that stay in memory, and the points merged from them without ever being written.
 
-What comes out is, bit for bit, what the written point would hold: the same tiles, the same settings, the same rounding.
+The result equals the written point bit for bit: the same tiles, the same settings, the same rounding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ READS_AT_ONCE = 8
 class ResidentParents:
     """Every tensor of every parent on one device, in the parents' own dtypes; read once.
 
-    What methods learn about whole tensors is kept, so that the second point of a grid does not learn it again.
+    Facts about whole tensors are kept, so that the second point of a grid does not compute them again.
     """
 
     def __init__(
@@ -136,5 +136,5 @@ def _next(ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[st
 
 
 def _one_torch_thread() -> None:
-    """Tensors are what runs in parallel; torch's own threads would only wait for each other."""
+    """Tensors run in parallel; torch's own threads would only wait for each other."""
     torch.set_num_threads(1)

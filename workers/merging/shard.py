@@ -36,7 +36,7 @@ from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
 from workers.storage import open_store
 
 FIXED_BYTES = 1 << 30
-"""What a worker needs beside its buffers: Python, torch and its threads' intermediate results."""
+"""Memory of a worker beside its buffers: Python, torch and the intermediate results of its threads."""
 
 LARGEST_SLAB = 8 << 20
 """The most that one read of one parent fetches: enough for an object store, little enough to stay in a cache."""
@@ -57,7 +57,7 @@ def merge_task(
     """Merges, writes and publishes one shard of every point of the task, and leaves a receipt for each.
 
     No shard is visible before it is whole. Raises `BadInput` for integer tensors that differ between parents,
-    `CorruptData` when an earlier receipt of a unit tells of other bytes, and what the stores raise.
+    `CorruptData` when an earlier receipt of a unit names other bytes, and the errors of the stores.
     """
     started = time.perf_counter()
     keep_freed_memory()
@@ -167,7 +167,7 @@ class _Merge:
             yield self._arrived(ahead.popleft()(), passing)
 
     def _arrived(self, slab: Slab, passing: dict[tuple[str, str], Any]) -> Slab:
-        """The slab on the device; what it holds is checked meanwhile, and nothing is published before it is."""
+        """The slab on the device. Its bytes are checked meanwhile; nothing is published before the check has passed."""
         self.checks.extend(self.reader.check(slab, passing))
         while self.checks and self.checks[0].done():
             self.checks.popleft().result()
@@ -176,7 +176,7 @@ class _Merge:
         raw = [{name: part.to(self.device, non_blocking=True) for name, part in parts.items()} for parts in slab.raw]
         return Slab(slab.stretches, raw, slab.buffers, slab.checks)
 
-    # what a method has to know of a whole tensor before it can merge its first element
+    # the facts about whole tensors that a method needs before it can merge the first element
 
     def _asks(self, group: Sequence[Sequence[Stretch]]) -> bool:
         return any(self._missing(stretch.tensor, {}) for stretch in group[0])
@@ -335,7 +335,7 @@ def _share_of(asked: Sequence[Reduction]) -> Callable[[Tile], list[tuple[Reducti
 
 
 def _one_torch_thread() -> None:
-    """The pieces are what runs in parallel; torch's own threads would only wait for each other."""
+    """Pieces run in parallel; torch's own threads would only wait for each other."""
     torch.set_num_threads(1)
 
 

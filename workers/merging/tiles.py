@@ -26,7 +26,7 @@ def merge_tile(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> 
 def missing_facts(
     tensor: TensorMerge, settings: Iterable[Setting], facts: Facts, *, seed: int, numerics: str
 ) -> list[Reduction]:
-    """What must be known of a tensor before these settings can merge it: found by merging one zero of each parent."""
+    """The facts about a tensor that these settings need before they merge it: found by merging one zero per parent."""
     zeros = {name: torch.zeros(1, dtype=torch_dtype(source.dtype)) for name, source in tensor.sources.items()}
     tile = Tile(tensor.name, 0, zeros, facts, seed)
     missing: dict[Reduction, None] = {}

@@ -32,7 +32,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method: its formula, what it asks of `base_model`, and how many models it takes.
+    """A merge method: its formula, its rule for `base_model`, and the number of models it takes.
 
     `base` is "required" (a model to subtract, not one to merge), "one of the models", or "unused".
     """

@@ -93,7 +93,7 @@ class MagnitudeSample(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """What a density keeps of a tensor: all |δ| above `bits`, and of those equal to it the first `equals`.
+    """The elements of a tensor that a density keeps: all |δ| above `bits`, and the first `equals` of those equal to it.
 
     `equal_before[u]` counts the equal ones in the units before unit u.
     """

@@ -1,4 +1,4 @@
-"""What the task-vector methods share: base + a combination of task vectors δᵢ = xᵢ − base.
+"""The common part of the task-vector methods: base + a combination of task vectors δᵢ = xᵢ − base.
 
 The order of operations is mergekit's: trim δ, weight it, combine, divide (`normalize`), scale (`lambda`), add the base.
 """
@@ -62,11 +62,13 @@ def add_consensus(
     """base + λ · the sum of those wᵢδᵢ whose sign is the elected one, divided by the sum of their weights.
 
     TIES (Yadav et al. 2023, arXiv 2306.01708): the sign of Σ wᵢδᵢ is elected element by element, zero counts as
-    positive, and a zero δᵢ agrees with nobody.
+    positive, and a zero δᵢ agrees with no sign.
     """
     weights = [inputs.number(value) for value in weight]
     votes = [delta * value for delta, value in zip(deltas, weights, strict=True)]
-    elected = ones_where(torch.ge, inputs.sum(votes)).mul_(2).sub_(1)  # +1 or −1: what follows are sign flips, exact
+    elected = (
+        ones_where(torch.ge, inputs.sum(votes)).mul_(2).sub_(1)
+    )  # +1 or −1: the products below are sign flips, exact
     turned = [vote.mul_(elected) for vote in votes]
     mixed = inputs.sum([vote.relu() for vote in turned]).mul(elected)
     if normalize:

@@ -1,4 +1,4 @@
-"""ties: trim by magnitude, elect a sign, merge what agrees (Yadav et al. 2023, arXiv 2306.01708)."""
+"""ties: trim by magnitude, elect a sign, merge the values that agree (Yadav et al. 2023, arXiv 2306.01708)."""
 
 from __future__ import annotations
 

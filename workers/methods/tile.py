@@ -1,7 +1,7 @@
-"""What a merge method sees: one tile of one tensor of every parent, shared by all points of the grid.
+"""The input of a merge method: one tile of one tensor of every parent, shared by all points of the grid.
 
-A method is written as its formula for one point. What makes a grid cheap is here: conversions, task vectors and
-trimmed task vectors are remembered for the tile, so the second point finds what the first computed; and facts about
+A method is written as its formula for one point. The tile makes a grid cheap: it keeps conversions, task vectors and
+trimmed task vectors, so that the second point reuses the work of the first; and facts about
 a whole tensor (a norm, the magnitude that a density keeps) are asked for by name. When such a fact is not known yet,
 asking raises `NotYetKnown`; the merge loop then streams the tensor once for everything that was asked, and asks again.
 """
@@ -30,7 +30,7 @@ Value = TypeVar("Value")
 
 
 class NotYetKnown(Exception):
-    """A method asked for a fact about the whole tensor that nobody has computed yet."""
+    """A method asked for a fact about the whole tensor that is not computed yet."""
 
     def __init__(self, reduction: Reduction) -> None:
         super().__init__(reduction)
@@ -81,7 +81,7 @@ class Tile:
             raise NotYetKnown(reduction) from None
 
     def remember(self, key: Hashable, compute: Callable[[], Value]) -> Value:
-        """`compute()` once per tile and key. What is remembered is shared: never change it in place."""
+        """`compute()`, once per tile and key. The result is shared: never change it in place."""
         if key not in self._memory:
             self._memory[key] = compute()
         return cast(Value, self._memory[key])

@@ -1,6 +1,6 @@
 """Places that hold objects, opened by URL: a folder, memory, an S3, GCS or Azure bucket, the Hugging Face hub.
 
-`open_store(url)` is the only door; `store.py` says what every store promises.
+`open_store(url)` is the only door; `store.py` has the promises of every store.
 """
 
 from __future__ import annotations
@@ -72,5 +72,5 @@ def _folder(text: str) -> Path:
             raise BadInput(f"{text}: a file:// URL has three slashes, as in file:///{parts.netloc}{parts.path}")
         text = unquote(parts.path)
     if not text:
-        raise BadInput(f"an empty path is no place for objects; use {KNOWN_SCHEMES}")
+        raise BadInput(f"an empty path is not a URL; use {KNOWN_SCHEMES}")
     return Path(os.path.abspath(Path(text).expanduser()))  # noqa: PTH100 (resolve() would follow symbolic links)

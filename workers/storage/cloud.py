@@ -1,8 +1,8 @@
 """Buckets of S3, GCS and Azure: ranged reads that are checked, conditional writes, uploads in parts.
 
-obstore moves the bytes (outside the GIL); what only S3 has lies in `s3.py`. No library retries here: one loop,
-`retrying.patiently`, asks again, so that every answer can be checked first. A flipped bit is not noticed here; it is
-noticed above, wherever a digest is known.
+obstore moves the bytes (outside the GIL); the parts that only S3 has are in `s3.py`. No library retries here: one
+loop, `retrying.patiently`, does, so that every answer is checked first. A flipped bit is not detected here; callers
+that have a digest detect it.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ class CloudStore:
             self._patiently(key, lambda: obstore.delete(self._objects, self._path(key)))
 
     def sweep(self, prefix: str = "") -> int:
-        """As promised by `Store`, on S3; GCS and Azure drop what was not committed by their own rules, so 0 there."""
+        """As `Store` promises, on S3. GCS and Azure drop uncommitted parts by their own rules: always 0 there."""
         wanted = self._prefix + check_prefix(prefix)
         return self._bucket.s3.abort_uploads(wanted) if self._bucket.s3 else 0
 
@@ -246,7 +246,7 @@ class CloudStore:
         return length_within(self._place(key), info.size, start, length), info.etag
 
     def _whole_unless_large(self, key: str, etag: str | None) -> Buffer | ObjectInfo:
-        """The object in one request, or what it is if it is better read in several."""
+        """The object in one request, or its `ObjectInfo` if it is better read in several."""
         result = obstore.get(self._objects, self._path(key), options=_options(etag))
         info = self._info(key, result.meta)
         if info.size > RANGE_BYTES:
@@ -369,7 +369,7 @@ class StreamedUpload:
                 self._parts.put(part, timeout=0.1)
                 return
             if self._sent.done():
-                self._sent.result()  # raises what ended it
+                self._sent.result()  # raises the error that ended it
                 raise StorageError(f"{self._store.url}/{self._key}: the upload ended early; run again")
 
     def _next_part(self) -> bytes | None:

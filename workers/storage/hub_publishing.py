@@ -1,6 +1,6 @@
 """Writing to the hub: files are sent one by one, and seen all at once, by one commit at the end.
 
-What was sent before an interruption is not sent again: the hub knows large files by their sha256.
+After an interruption, files that arrived are not sent again: the hub finds large files by their sha256.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ class Content:
     git_id: str
 
     def is_at(self, found: ObjectInfo | None) -> bool:
-        """Whether this is what the hub has there."""
+        """Whether the hub has this content there."""
         return found is not None and found.size == self.size and found.etag in (self.sha256, self.git_id)
 
 
 class HubPublication:
     """The next commit to the main branch of a model repository, which is made if it is not there.
 
-    Raises `BadInput` for what is no plain `hf://organisation/name` and for a public repository where a private one is
-    wanted, `AccessDenied` without a token that may write, `ObjectChanged` when somebody else commits meanwhile.
-    `visible` shows the hub's own progress bars. `private` is what was wanted, and after `begin` what the repository is.
+    Raises `BadInput` unless the URL is a plain `hf://organisation/name`, and if a private one is wanted but it is
+    public; `AccessDenied` without a token that may write; `ObjectChanged` when another writer commits meanwhile.
+    `visible` shows the hub's own progress bars. `private` is the wish, and after `begin` the state of the repository.
     """
 
     def __init__(self, url: str, *, private: bool, visible: bool = False) -> None:
@@ -56,7 +56,7 @@ class HubPublication:
         self._endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         self._api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
         if get_token() is None:
-            raise AccessDenied(f"hf://{self._repository}: nobody is logged in; run `hf auth login` or set HF_TOKEN")
+            raise AccessDenied(f"hf://{self._repository}: not logged in; run `hf auth login` or set HF_TOKEN")
         self.private = private
         self._additions: list[CommitOperationAdd] = []
         self._parent = ""
@@ -72,17 +72,19 @@ class HubPublication:
             raise BadInput(f"{self.url}: the hub refuses the model card: {complaint}")
 
     def begin(self) -> dict[str, ObjectInfo]:
-        """Makes the repository if need be; what lies there now, by name."""
+        """Creates the repository if it is missing; returns its files by name."""
         self._patiently(lambda: self._api.create_repo(self._repository, private=self.private, exist_ok=True))
         told = self._patiently(lambda: self._api.model_info(self._repository, revision="main", timeout=stall_seconds()))
         if self.private and told.private is False:
             raise BadInput(f"{self.url} is public already; say --public, or choose another name")
-        self.private = self.private if told.private is None else told.private  # one that was there stays what it was
+        self.private = (
+            self.private if told.private is None else told.private
+        )  # an existing repository keeps its visibility
         self._parent = told.sha or ""
         return self.files()
 
     def files(self) -> dict[str, ObjectInfo]:
-        """What the newest commit holds, by name."""
+        """The files of the newest commit, by name."""
         return {info.key: info for info in HubStore(self.url).list()}
 
     def read(self, name: str) -> bytes:
@@ -146,7 +148,7 @@ class HubPublication:
                 return self._translated(error.__cause__)
             case _ if type(error).__name__ == "XetAuthenticationError":
                 return self._from_status(401)
-            case ConnectionError() | TimeoutError():  # what Xet raises, whatever the hub or the network answered
+            case ConnectionError() | TimeoutError():  # Xet raises these, whatever the hub or the network answered
                 return StorageUnavailable(f"{self.url}: the upload broke off")
             case _ if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
                 return StorageUnavailable(f"{self.url}: {type(error).__name__}")

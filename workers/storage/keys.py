@@ -1,4 +1,4 @@
-"""What a key may look like: the same rules for every store, so that a run can move from a folder to a bucket."""
+"""The form of a key: the same rules for every store, so that a run can move from a folder to a bucket."""
 
 from __future__ import annotations
 

@@ -175,7 +175,7 @@ class LocalUpload:
         if self._open:
             self._open = False
             self._partial.unlink(missing_ok=True)
-            with suppress(OSError):  # what could not be flushed was to be thrown away
+            with suppress(OSError):  # bytes that could not be flushed were to be thrown away
                 self._file.close()
 
     def publish(self, appear: Callable[[], None]) -> ObjectInfo:

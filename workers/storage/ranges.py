@@ -13,7 +13,7 @@ RANGES_AT_ONCE = 16  # of the whole process
 def read_in_ranges(length: int, read_range: Callable[[int, int], None]) -> None:
     """Call `read_range(start, stop)` for all pieces of `length` bytes, several at once.
 
-    After a failure no more are started, and it is raised only when nobody writes to the caller's buffer any longer.
+    After a failure no more are started; it is raised once no thread writes to the caller's buffer any longer.
     """
     pieces = [(start, min(start + RANGE_BYTES, length)) for start in range(0, length, RANGE_BYTES)]
     if len(pieces) == 1:

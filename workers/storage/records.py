@@ -18,7 +18,7 @@ def read_record(store: Store, key: str, *, etag: str | None = None) -> dict[str,
 @overload
 def read_record(store: Store, key: str, parse: Callable[[bytes], Record], *, etag: str | None = None) -> Record: ...
 def read_record(store: Store, key: str, parse: Callable[[bytes], Any] = unsealed, *, etag: str | None = None) -> Any:
-    """What `parse` makes of the object, which is read again if that is `CorruptData`; so is what is raised then."""
+    """`parse` of the object. On `CorruptData` the object is read once more; a second `CorruptData` is raised."""
     try:
         return parse(bytes(store.read(key, etag=etag)))
     except CorruptData:

@@ -1,4 +1,4 @@
-"""What only S3 has: credentials from boto3's chain, the operator's endpoint, and multipart uploads."""
+"""The parts that only S3 has: credentials from boto3's chain, the operator's endpoint, and multipart uploads."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class MultipartUpload:
         self._open = False
         self._senders.shutdown(wait=True, cancel_futures=True)  # S3 may keep a part that arrives after the abort
         if self._upload_id is not None:
-            with suppress(MergeyardError):  # a service that is down: `sweep` finds what is left
+            with suppress(MergeyardError):  # the service is down: `sweep` finds the rest later
                 self._bucket.abort(self._path, self._upload_id)
 
     def _send(self) -> None:
@@ -268,7 +268,7 @@ def _object_store(
         bucket,
         region=region,
         disable_bulk_delete=True,
-        checksum_algorithm="SHA256",  # the service refuses what was damaged on its way; boto3 does the same for parts
+        checksum_algorithm="SHA256",  # the service refuses damaged bytes; boto3 does the same for parts
         skip_signature=unsigned,
         client_options={**client_options, "allow_http": address.scheme == "http"},
         retry_config={"max_retries": 0},

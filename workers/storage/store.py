@@ -1,4 +1,4 @@
-"""What mergeyard asks of a place that holds objects: one protocol for a folder, memory, a bucket and the hub.
+"""The protocol of every store: a folder, memory, a bucket or the hub.
 
 Everything above this package speaks of keys, sizes and ETags; nothing above it sees boto3, obstore or an HTTP status.
 """
@@ -37,7 +37,7 @@ class Upload(Protocol):
         ...
 
     def abort(self) -> None:
-        """Throw away what was written; harmless after `commit` and when called twice."""
+        """Throws away the written bytes; does nothing after `commit` or when called twice."""
         ...
 
     def __enter__(self) -> Upload: ...
@@ -92,7 +92,7 @@ class Store(Protocol):
     def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
         """Replace the object if it is still the version `etag`, else `ObjectChanged`, as when it is gone.
 
-        Of many racers, one wins. Some stores' ETags tell the content: put a nonce into what is swapped, so that no
+        Of several writers, one wins. Some stores' ETags are digests of the content: put a nonce into it, so that no
         earlier version can come back.
         """
         ...
@@ -106,7 +106,7 @@ class Store(Protocol):
         ...
 
     def sweep(self, prefix: str = "") -> int:
-        """Remove what dead uploads under `prefix` left (partial files, open multipart uploads); how many there were.
+        """Removes partial files and open multipart uploads of dead uploads under `prefix`; returns their number.
 
         A folder knows its living uploads and spares them. S3 does not: a living upload is ended too, and its `write` or
         `commit` raises `StorageUnavailable`: it has to begin again. On GCS and Azure unfinished uploads go by the

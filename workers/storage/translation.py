@@ -1,4 +1,4 @@
-"""What obstore and botocore raise, said in the words of `jobs.errors`: once, at this border, without any secret.
+"""Errors of obstore and botocore translated into those of `jobs.errors`: once, at this border, without any secret.
 
 The libraries' own texts quote request URLs and bodies, which may hold signatures and key ids. Only the status, the
 service's error code and a redacted first line go on.
@@ -35,7 +35,7 @@ SECRETS = re.compile(r"((?:sig|signature|credential|token|x-amz-[a-z-]+|accesske
 
 
 def from_obstore(error: Exception, place: str) -> MergeyardError:
-    """The error of ours for what obstore raised while it worked on `place` (`scheme://bucket/key`)."""
+    """Our error for an obstore error at `place` (`scheme://bucket/key`)."""
     text = str(error).partition("\n\nDebug source")[0]
     code = _first(r"<Code>(\w+)</Code>", text)
     match error:
@@ -58,7 +58,7 @@ def from_obstore(error: Exception, place: str) -> MergeyardError:
 
 
 def from_boto(error: Exception, place: str) -> MergeyardError:
-    """The error of ours for what botocore raised while it worked on `place`."""
+    """Our error for a botocore error at `place`."""
     from botocore import exceptions as boto_errors
 
     match error:

@@ -164,9 +164,9 @@ BAD_FILES: dict[str, tuple[bytes, str]] = {
     ),
     "not a number": (
         safetensors_file(b'{"x":{"dtype":"BF16","shape":[NaN],"data_offsets":[0,4]}}', bytes(4)),
-        "NaN is no JSON number",
+        "NaN is not a JSON number",
     ),
-    "infinity": (safetensors_file(b'{"__metadata__":{"a":-Infinity}}'), "-Infinity is no JSON number"),
+    "infinity": (safetensors_file(b'{"__metadata__":{"a":-Infinity}}'), "-Infinity is not a JSON number"),
     "deep nesting": (safetensors_file(b'{"x":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "not readable as JSON"),
     "no JSON": (safetensors_file(b"{x}"), "not readable as JSON"),
     "blanks before the JSON": (safetensors_file(b" {}"), "does not begin with '{'"),

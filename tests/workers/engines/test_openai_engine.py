@@ -146,7 +146,7 @@ NO_COMPLETION = [
 @pytest.mark.parametrize("reply", NO_COMPLETION)
 def test_a_reply_that_is_no_completion_is_shown_in_one_line(served, server, needle_prompt, reply):
     server.failures = [reply]
-    with pytest.raises(BadInput, match="which is no completion; does it speak the completions API") as caught:
+    with pytest.raises(BadInput, match="which is not a completion; does it serve the completions API") as caught:
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
     assert "\n" not in str(caught.value)
 
@@ -157,7 +157,7 @@ def test_a_reply_that_is_no_completion_is_shown_in_one_line(served, server, need
 )
 def test_an_echo_that_lacks_something_is_no_echo(served, server, logprobs):
     server.failures = [json.dumps({"choices": [{"text": "", "logprobs": logprobs}]}).encode()]
-    with pytest.raises(BadInput, match=r"no completion|does not echo logprobs"):
+    with pytest.raises(BadInput, match=r"not a completion|does not echo logprobs"):
         served.loglikelihoods([([1, 2, 3], 1)])
 
 
@@ -169,7 +169,7 @@ def test_a_server_that_read_less_than_it_was_sent_is_refused(served, server, nee
         return json.dumps({"choices": [{"text": " 1"}], "usage": {"prompt_tokens": read}}).encode()
 
     server.failures = [reply(sent - 100), reply(sent - 1), reply(sent + 1), reply(None)]
-    with pytest.raises(BadInput, match=rf"read {sent - 100} of a prompt's {sent} tokens: it cuts what is long"):
+    with pytest.raises(BadInput, match=rf"read {sent - 100} of a prompt's {sent} tokens: it cuts long prompts"):
         served.generate([prompt])
     counted = [served.generate([prompt])[0].tokens_in for _ in range(3)]
     assert counted == [sent - 1, sent + 1, sent], "a special token more or less is none that was cut"
