@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import TypeVar
+from typing import Any, Protocol, TypeVar
 
 from jobs.yaml_nodes import Node, quoted
 
@@ -16,6 +16,13 @@ Scalar = str | bool | int | float
 Told = Scalar | tuple[Scalar, ...]
 MIN_LENGTH = 64
 Entry = TypeVar("Entry", int, str)
+
+
+class BenchmarkSpec(Protocol):
+    """What a job asks of one benchmark: a frozen dataclass; `place` is its line in the job file."""
+
+    @property
+    def place(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,28 +101,18 @@ class RaceSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """The benchmarks every point answers; at least one. Without a `race` every point answers every item."""
+    """The benchmarks that every point answers, by their keys in the job file; at least one.
 
-    ruler: RulerSpec | None = None
-    needle: NeedleSpec | None = None
-    perplexity: PerplexitySpec | None = None
-    lm_eval: LmEvalSpec | None = None
+    Without a `race` every point answers every item.
+    """
+
+    benchmarks: Mapping[str, BenchmarkSpec]
     race: RaceSpec | None = None
     place: str = field(default="", compare=False)
 
-
-def read_evaluation(node: Node) -> Evaluation:
-    keys = node.mapping(("ruler", "needle", "perplexity", "lm_eval", "race"))
-    if not keys.keys() - {"race"}:
-        raise node.error("nothing to evaluate; name a benchmark: ruler, needle, perplexity or lm_eval")
-    return Evaluation(
-        ruler=_ruler(keys["ruler"]) if "ruler" in keys else None,
-        needle=_needle(keys["needle"]) if "needle" in keys else None,
-        perplexity=_perplexity(keys["perplexity"]) if "perplexity" in keys else None,
-        lm_eval=_lm_eval(keys["lm_eval"]) if "lm_eval" in keys else None,
-        race=_race(keys["race"]) if "race" in keys else None,
-        place=node.place,
-    )
+    def digested(self) -> dict[str, Any]:
+        """The content that the job's digest covers: every benchmark of `ALWAYS_DIGESTED`, asked or not."""
+        return {**dict.fromkeys(ALWAYS_DIGESTED), **self.benchmarks, "race": self.race}
 
 
 def _ruler(node: Node) -> RulerSpec:
@@ -229,3 +226,31 @@ def read_scalar(node: Node) -> Scalar:
         number = node.number()
         return number.numerator if number.denominator == 1 else float(number)
     return node.boolean() if node.kind == "boolean" else node.string()
+
+
+SPECS: dict[str, type[BenchmarkSpec]] = {
+    "ruler": RulerSpec,
+    "needle": NeedleSpec,
+    "perplexity": PerplexitySpec,
+    "lm_eval": LmEvalSpec,
+}
+"""The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` says how each of them works."""
+
+READERS: dict[type[BenchmarkSpec], Callable[[Node], BenchmarkSpec]] = {
+    RulerSpec: _ruler,
+    NeedleSpec: _needle,
+    PerplexitySpec: _perplexity,
+    LmEvalSpec: _lm_eval,
+}
+
+ALWAYS_DIGESTED = ("ruler", "needle", "perplexity", "lm_eval")
+"""These four are null in the digest of a job that does not ask them. Never add one: runs would no longer resume."""
+
+
+def read_evaluation(node: Node) -> Evaluation:
+    keys = node.mapping((*SPECS, "race"))
+    asked = {key: READERS[SPECS[key]](entry) for key, entry in keys.items() if key in SPECS}
+    if not asked:
+        *others, last = SPECS
+        raise node.error(f"nothing to evaluate; name a benchmark: {', '.join(others)} or {last}")
+    return Evaluation(benchmarks=asked, race=_race(keys["race"]) if "race" in keys else None, place=node.place)

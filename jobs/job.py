@@ -296,6 +296,8 @@ def _check_gate(job: Job, gate: GateSpec) -> None:
 
 def _canonical(value: Any) -> Any:
     """`value` as JSON types, without the fields that say where something stands."""
+    if isinstance(value, Evaluation):
+        return _canonical(value.digested())
     if dataclasses.is_dataclass(value):
         fields = (entry for entry in dataclasses.fields(value) if entry.compare)
         return {entry.name: _canonical(getattr(value, entry.name)) for entry in fields}

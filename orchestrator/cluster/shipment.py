@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from jobs.errors import BadInput
 from jobs.job import Job
 from jobs.merge_tasks import digest
+from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks
 from workers.fingerprint import package_folders
 
 JOB_FILE = "job.yaml"
@@ -103,21 +104,10 @@ def _text(path: str, place: str, folder: Path) -> bytes:
 
 def _named(job: Job) -> Iterator[tuple[str, str]]:
     """Every path in the evaluation, with its place; `BadInput` for one that each worker would have to see."""
-    asked = job.evaluate
-    if asked is None:
-        return
-    named: list[tuple[str | None, str]] = []
-    if asked.ruler is not None:
-        named += [(path, asked.ruler.place) for path in (asked.ruler.haystack, *asked.ruler.documents.values())]
-    if asked.needle is not None and asked.needle.haystack != "noise":
-        named.append((asked.needle.haystack, asked.needle.place))
-    if asked.perplexity is not None:
-        named.append((asked.perplexity.text, asked.perplexity.place))
-    yield from ((path, place) for path, place in named if path is not None and "://" not in path)
-    for task in asked.lm_eval.tasks if asked.lm_eval is not None else ():
-        if task.endswith((".yaml", ".yml")) and not Path(task).is_absolute():
-            place = asked.lm_eval.place if asked.lm_eval is not None else ""
-            raise BadInput(f"{place}: {task}: name the task by the path that it has on every worker")
+    for key, spec in asked_benchmarks(job.evaluate) if job.evaluate is not None else ():
+        for path in BENCHMARKS[key].files(spec):
+            if path is not None and "://" not in path:
+                yield path, spec.place
 
 
 def is_loopback(address: str) -> bool:

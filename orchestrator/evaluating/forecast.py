@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.evaluate import Evaluation
 from jobs.job import GateSpec, Job
 from orchestrator.evaluating.confirming import BUDGET
 from orchestrator.evaluating.subjects import Questions, RacePlan, Sets
@@ -23,6 +22,7 @@ from orchestrator.judging.race import RUNGS
 from orchestrator.judging.samples import Cell, normal_quantile
 from orchestrator.judging.significance import anytime_multiplier, design_effect, minimum_detectable_effect
 from workers.benchmarks.planned import PlannedSet
+from workers.benchmarks.registry import BENCHMARKS
 
 DISCORDANCE = 0.1
 CORRELATION = 0.1
@@ -33,7 +33,6 @@ class _Score:
     """A macro score over some cells, of which two models will answer the same items."""
 
     sets: Mapping[Cell, PlannedSet]
-    questions: Mapping[Cell, int]
 
     @property
     def items(self) -> int:
@@ -44,8 +43,8 @@ class _Score:
         weights = macro_weights([*self.sets])
         return math.sqrt(
             sum(
-                weight**2 * discordance * design_effect(self.questions[cell], CORRELATION) / planned.count
-                for weight, (cell, planned) in zip(weights.tolist(), self.sets.items(), strict=True)
+                weight**2 * discordance * design_effect(planned.questions, CORRELATION) / planned.count
+                for weight, planned in zip(weights.tolist(), self.sets.values(), strict=True)
             )
         )
 
@@ -55,14 +54,14 @@ class _Score:
         return 100 * minimum_detectable_effect(1, deviation=self.error(DISCORDANCE))
 
     def at(self, length: int) -> _Score:
-        return _Score({cell: planned for cell, planned in self.sets.items() if cell.length == length}, self.questions)
+        return _Score({cell: planned for cell, planned in self.sets.items() if cell.length == length})
 
     @property
     def haystacks(self) -> int:
         """Of all tasks together; every length asks about the same ones."""
         at_length: Counter[int] = Counter()
         for cell, planned in self.sets.items():
-            at_length[cell.length] += -(-planned.count // self.questions[cell])
+            at_length[cell.length] += -(-planned.count // planned.questions)
         return max(at_length.values())
 
 
@@ -71,10 +70,9 @@ def evaluation_facts(job: Job, asked: Questions) -> dict[str, Any]:
 
     Tokens count the room for the answers. What a task of lm-evaluation-harness asks is not known here.
     """
-    assert job.evaluate is not None
     subjects = [*asked.points.values(), *asked.baselines.values()]
     first = subjects[0].sets
-    score = _ranked_score(job.evaluate, asked)
+    score = _ranked_score(asked)
     facts: dict[str, Any] = {
         "points": len(asked.points),
         "baselines": len(asked.baselines),
@@ -112,26 +110,23 @@ def _least_tokens(asked: Questions, race: RacePlan) -> int:
     return len(asked.points) * look * sum(raced) + confirmed + rest + baselines
 
 
-def _ranked_score(evaluation: Evaluation, asked: Questions) -> _Score | None:
+def _ranked_score(asked: Questions) -> _Score | None:
     """The score that points are ranked by, if it is one of right or wrong answers to a known number of questions."""
     ranked = {
         cell: planned
         for cell, planned in next(iter(asked.points.values())).sets.items()
-        if planned.benchmark in asked.ranked and planned.benchmark in ("ruler", "needle")
+        if planned.benchmark in asked.ranked and BENCHMARKS[planned.benchmark].retrieval
     }
     if not ranked:
         return None
-    needles = 1 if evaluation.needle is None else evaluation.needle.questions
-    return _Score(
-        ranked, {cell: needles if planned.benchmark == "needle" else planned.share for cell, planned in ranked.items()}
-    )
+    return _Score(ranked)
 
 
 def _sees(score: _Score) -> dict[str, Any]:
     lengths = sorted({cell.length for cell in score.sets})
     return {
         "discordance": DISCORDANCE,
-        "correlation": CORRELATION if max(score.questions.values()) > 1 else None,
+        "correlation": CORRELATION if max(planned.questions for planned in score.sets.values()) > 1 else None,
         "overall": round(score.detectable, 2),
         "lengths": {str(length): round(score.at(length).detectable, 2) for length in lengths},
     }

@@ -19,11 +19,9 @@ from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.significance import FlipRate
 from orchestrator.records.documents import read_document, text_of
 from workers.benchmarks.harness.adapter import OVER_LONG
+from workers.benchmarks.registry import BENCHMARKS
 from workers.evaluating.scores import read_scores, write_scores
 from workers.storage import Store, open_store
-
-RETRIEVAL = ("ruler", "needle")
-"""The benchmarks whose answers are generated: these may flip, and scores by length tell how far a context reaches."""
 
 RESULTS = "report/results.parquet"
 EVALUATION = "report/evaluation.json"
@@ -122,6 +120,9 @@ def read_results(run_url: str, points: Collection[str] | None = None) -> Evaluat
         rows = read_scores(bytes(store.read(RESULTS)), f"{run_url}/{RESULTS}", points)
     except ObjectMissing:
         raise BadInput(f"{run_url}: no scores there; `mergeyard evaluate` makes them") from None
+    if unknown := {row.benchmark for row in rows} - BENCHMARKS.keys():
+        names = ", ".join(sorted(unknown))
+        raise BadInput(f"{run_url}: this mergeyard has no benchmark {names}; take the version that wrote the run")
     if points is None and not rows:
         raise BadInput(f"{run_url}: no scores there yet; `mergeyard evaluate` makes them")
     return replace(result, rows=rows)

@@ -17,7 +17,7 @@ from jobs.merge_tasks import FORMAT, digest
 from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
 from orchestrator.evaluating.blocks import Blocks, Request, first_items
-from orchestrator.evaluating.results import RETRIEVAL, VERDICT, EvaluationResult, ranked_rows, write_results
+from orchestrator.evaluating.results import VERDICT, EvaluationResult, ranked_rows, write_results
 from orchestrator.evaluating.subjects import Questions, RacePlan, Subject, questions
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.race import RUNGS, Race, Standing
@@ -27,6 +27,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
+from workers.benchmarks.registry import BENCHMARKS
 from workers.benchmarks.sets import stored
 
 BLOCK_TOKENS = 1 << 20
@@ -191,7 +192,7 @@ class Session:
         requests = [
             Request(leader, cell, first_items(planned, NOISE_ITEMS), repeat=1)
             for cell, planned in leader.sets.items()
-            if planned.benchmark in RETRIEVAL
+            if BENCHMARKS[planned.benchmark].retrieval
         ]
         second = {_place(row): row.score for _, rows in self._answers(requests, "asking again") for row in rows}
         first = {_place(row): row.score for row in self.rows() if row.point == leader.name}

@@ -17,7 +17,7 @@ from orchestrator.planning.layouts import Layout
 from orchestrator.planning.parents import parent_alone, parents_as_points
 from orchestrator.planning.plan import Plan, PlannedPoint
 from workers.benchmarks.planned import PlannedSet, Reader
-from workers.benchmarks.registry import planned_sets
+from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks, planned_sets
 from workers.benchmarks.sets import check_sets
 from workers.benchmarks.texts.tokenizer import TOKENIZER_FILES, Tokenizer
 from workers.checkpoints.opening import LARGEST_CONFIG
@@ -83,13 +83,13 @@ class Questions:
 
     @property
     def ranked(self) -> tuple[str, ...]:
-        """The benchmarks that rank points: the raced one; else RULER and the needle; else whatever there is."""
+        """The benchmarks that rank points: the raced one, else those of the lowest rank that are asked."""
         if self.race is not None:
             return (self.race.benchmark,)
         sets = next(iter(self.points.values())).sets
         asked = {planned.benchmark for planned in sets.values()}
-        choices = (("ruler", "needle"), ("lm_eval",), ("perplexity",))
-        return next(tuple(name for name in choice if name in asked) for choice in choices if asked & {*choice})
+        lowest = min(BENCHMARKS[name].rank for name in asked)
+        return tuple(name for name, row in BENCHMARKS.items() if name in asked and row.rank == lowest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,17 +153,15 @@ def _check_server(plan: Plan) -> None:
 
 
 def _race(evaluation: Evaluation) -> RacePlan | None:
-    """The race is run on RULER where the job has it, else on the needle; a third of its items, at most, are fresh."""
+    """The race is run on the first benchmark of the job that can be raced; a third of its items, at most, are fresh."""
     spec = evaluation.race
     if spec is None:
         return None
-    if evaluation.ruler is not None:
-        benchmark, count, share = "ruler", evaluation.ruler.items, evaluation.ruler.questions
-    elif evaluation.needle is not None:
-        depths = evaluation.needle.depths
-        benchmark, count, share = "needle", evaluation.needle.items * depths, depths
-    else:
-        raise BadInput(f"{spec.place}: a race is run on items of RULER or of the needle; add one, or take the race out")
+    raced = [(key, row.raced(asked)) for key, asked in asked_benchmarks(evaluation) if (row := BENCHMARKS[key]).raced]
+    if not raced:
+        titles = " or of ".join(row.title for row in BENCHMARKS.values() if row.raced)
+        raise BadInput(f"{spec.place}: a race is run on items of {titles}; add one, or take the race out")
+    benchmark, (count, share) = raced[0]
     items = count // share * share
     if items == 0:
         raise BadInput(f"{spec.place}: a race asks whole haystacks of {share} questions; give at least {share} items")
@@ -235,10 +233,11 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
         )
     engine = plan.job.engine.name
     for entry in sets:
-        if isinstance(most, int) and entry.benchmark == "perplexity" and entry.length > longest_scored(engine, most):
+        scored = BENCHMARKS[entry.benchmark].is_likelihood
+        if isinstance(most, int) and scored and entry.length > longest_scored(engine, most):
             raise BadInput(
-                f"{entry.place}: perplexity at {entry.length} tokens leaves the engine {engine} no room for the one it"
-                f" always generates; ask at {most - 1}, or take transformers"
+                f"{entry.place}: {entry.task} at {entry.length} tokens leaves the engine {engine} no room for the one"
+                f" it always generates; ask at {most - 1}, or take transformers"
             )
     if isinstance(rows, int) and tokenizer.largest_id >= rows:
         raise BadInput(

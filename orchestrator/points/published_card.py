@@ -66,7 +66,7 @@ def _index(line: Line, ranked: Sequence[str]) -> list[dict[str, Any]]:
         (str(length), f"{benchmark} at {length:,} tokens", score) for length, score in sorted(line.by_length.items())
     ]
     entries = [("-".join(ranked), config, name, score) for config, name, score in rows]
-    entries += [("lm_eval", task, task, score) for task, score in line.beside.items()]
+    entries += [(line.beside_of[task], task, task, score) for task, score in line.beside.items()]
     return [
         {
             "task": {"type": "text-generation", "name": "Text Generation"},

@@ -19,6 +19,7 @@ from orchestrator.judging.samples import CellSample, paired_sample
 from orchestrator.report.against_baseline import Cell, cells
 from orchestrator.report.leaderboard import Line, context_rows
 from orchestrator.words import short_length
+from workers.benchmarks.registry import BENCHMARKS
 
 MOST_CURVES = 6
 MOST_NEEDLE_MAPS = 6
@@ -290,11 +291,11 @@ def needle_maps(
     lines: Sequence[Line],
     parents: Sequence[str],
     baseline: str | None,
-    depths: int | None,
+    depths: Mapping[str, int],
 ) -> list[NeedleMaps]:
-    """Length × depth of the best points and the parents; `depths` says how many the needle was hidden at.
+    """Length × depth of the best points and the parents; `depths` is the number of depths of a benchmark with a grid.
 
-    Where the needle was not asked, RULER's questions with one depth stand in, gathered into tenths.
+    Where no benchmark with a grid was asked, others whose questions have a depth stand in, gathered into tenths.
     """
     named = [line.name for line in shown(lines, parents, MOST_NEEDLE_MAPS)]
     if baseline is not None and baseline not in named and baseline in rows:
@@ -317,26 +318,29 @@ def needle_maps(
 
 
 def _needles(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
-    needle = [row for row in rows if row.benchmark == "needle"]
-    return [row for row in needle or rows if row.benchmark in ("needle", "ruler") and not math.isnan(row.depth)]
+    deep = [row for row in rows if BENCHMARKS[row.benchmark].retrieval and not math.isnan(row.depth)]
+    grids = (key for key, row in BENCHMARKS.items() if row.depths is not None)
+    return next((found for key in grids if (found := [row for row in deep if row.benchmark == key])), deep)
 
 
 @dataclass(frozen=True, slots=True)
 class _Depths:
-    """Rows of a needle map: the needle's own depths, item i at depth i mod `count`, or tenths of the context."""
+    """Rows of a needle map: the depths of a grid, item i at depth i mod `count`, or tenths of the context."""
 
     count: int | None
     labels: tuple[str, ...]
 
     @classmethod
-    def of(cls, rows: Sequence[ScoreRow], depths: int | None) -> _Depths:
-        if depths is None or any(row.benchmark != "needle" for row in rows):
+    def of(cls, rows: Sequence[ScoreRow], depths: Mapping[str, int]) -> _Depths:
+        benchmark, *others = {row.benchmark for row in rows}
+        if others or benchmark not in depths:
             return cls(None, tuple(f"{10 * tenth}–{10 * tenth + 10}" for tenth in range(10)))
+        count = depths[benchmark]
         at: dict[int, list[float]] = defaultdict(list)
         for row in rows:
-            at[row.item % depths].append(row.depth)
-        means = [sum(at[number]) / len(at[number]) if at[number] else math.nan for number in range(depths)]
-        return cls(depths, tuple("" if math.isnan(mean) else f"{100 * mean:.0f}" for mean in means))
+            at[row.item % count].append(row.depth)
+        means = [sum(at[number]) / len(at[number]) if at[number] else math.nan for number in range(count)]
+        return cls(count, tuple("" if math.isnan(mean) else f"{100 * mean:.0f}" for mean in means))
 
     def row(self, row: ScoreRow) -> int:
         return min(9, int(10 * row.depth)) if self.count is None else row.item % self.count
@@ -370,7 +374,7 @@ def _needle_differences(
         {
             place: [
                 paired_sample(
-                    "needle",
+                    both[0][0].task,
                     place[1],
                     [row.score for row, _ in both],
                     [other.score for _, other in both],
@@ -407,7 +411,8 @@ def metrics(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line]) -> li
     for length in (lengths[0], lengths[-1]) if len(lengths) > 1 else ():
         at = {line.name: line.by_length[length] for line in lines if length in line.by_length}
         found.append(Metric(f"score at {short_length(length)}", at))
-    benchmarks = {row.benchmark for of in rows.values() for row in of} & {"ruler", "needle"}
+    asked = {row.benchmark for of in rows.values() for row in of}
+    benchmarks = [name for name in asked if BENCHMARKS[name].retrieval]
     if len(benchmarks) > 1:
         for benchmark in sorted(benchmarks):
             of = {name: [row for row in points if row.benchmark == benchmark] for name, points in rows.items()}

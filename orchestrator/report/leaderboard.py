@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.pairing import samples
-from orchestrator.evaluating.results import RETRIEVAL, EvaluationResult
+from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.effective_length import (
     EffectiveLength,
     effective_length_interval,
@@ -21,11 +21,10 @@ from orchestrator.judging.effective_length import (
 from orchestrator.judging.estimates import macro_mean, macro_score
 from orchestrator.judging.samples import CellSample
 from orchestrator.words import finite_or_none, short_length
-from workers.benchmarks.perplexity import FIRST_BLOCK
+from workers.benchmarks.registry import BENCHMARKS
 
 MOST_ROWS = 20
 LARGEST_EXPONENT = 700.0
-RULER_TASKS = 13
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,8 +34,9 @@ class Line:
     `by_benchmark` is the score over each benchmark that ranks, where several do. `weighted` is RULER's wAvg, with
     weights that increase with length and with weights that decrease. It and the effective lengths are of RULER, or of
     the needle where RULER is not asked; `relative` is by parent: by 85 % of its score at the shortest length. `beside`
-    holds what does not rank: means of other benchmarks from 0 to 100. `perplexity` is by length and first position of
-    a block. A half width is infinite with a single haystack, a perplexity with likelihoods that are no numbers.
+    holds what does not rank: means of other benchmarks' tasks from 0 to 100, `beside_of` the benchmark of each.
+    `perplexity` is by length and first position of a block. A half width is infinite with a single haystack, a
+    perplexity with likelihoods that are no numbers.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Line:
     effective: EffectiveLength | None
     relative: Mapping[str, EffectiveLength]
     beside: Mapping[str, float]
+    beside_of: Mapping[str, str]
     perplexity: Mapping[int, Mapping[int, float]]
     items: int
     note: str
@@ -107,7 +108,8 @@ def _line(
     reached = score_by_length(answered)
     scored = samples(ranked)
     macro = macro_score(scored)
-    by_length = all(row.benchmark in RETRIEVAL for row in ranked)
+    by_length = all(BENCHMARKS[row.benchmark].retrieval for row in ranked)
+    beside = _beside(everything, {row.benchmark for row in ranked})
     broken = sum(not row.finite for row in everything)
     return Line(
         name=name,
@@ -118,7 +120,8 @@ def _line(
         weighted=_weighted(reached) if answered else None,
         effective=effective_length_interval(answered) if answered else None,
         relative=_relative(answered, parents),
-        beside=_beside(everything, {row.benchmark for row in ranked}),
+        beside={task: mean for task, (_, mean) in beside.items()},
+        beside_of={task: benchmark for task, (benchmark, _) in beside.items()},
         perplexity=perplexity_by_position(everything),
         items=len(ranked),
         note=", ".join([*notes, *([f"{broken} answers are no numbers"] if broken else [])]),
@@ -128,10 +131,8 @@ def _line(
 def context_rows(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
     """The answers that tell how far a context reaches: RULER's, whose threshold it is, else the needle's."""
     kept = list(rows)
-    for benchmark in RETRIEVAL:
-        if found := [row for row in kept if row.benchmark == benchmark]:
-            return found
-    return []
+    retrieval = (key for key, row in BENCHMARKS.items() if row.retrieval)
+    return next((found for key in retrieval if (found := [row for row in kept if row.benchmark == key])), [])
 
 
 def _relative(
@@ -161,22 +162,22 @@ def _by_point(rows: Iterable[ScoreRow]) -> dict[str, list[ScoreRow]]:
     return found
 
 
-def _beside(rows: Sequence[ScoreRow], ranked: set[str]) -> dict[str, float]:
-    """The mean of each metric of lm-evaluation-harness, and of the needle where it does not rank."""
-    scores: dict[str, list[float]] = defaultdict(list)
+def _beside(rows: Sequence[ScoreRow], ranked: set[str]) -> dict[str, tuple[str, float]]:
+    """Benchmark and mean of each task that no other column shows: not by length, and not as perplexity."""
+    scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
-        if row.benchmark == "lm_eval" or (row.benchmark == "needle" and "needle" not in ranked):
-            scores[row.task].append(100 * row.score)
-    return {task: sum(values) / len(values) for task, values in sorted(scores.items())}
+        of = BENCHMARKS[row.benchmark]
+        if not of.is_likelihood and not (of.retrieval and row.benchmark in ranked):
+            scores[row.task, row.benchmark].append(100 * row.score)
+    return {task: (benchmark, sum(values) / len(values)) for (task, benchmark), values in sorted(scores.items())}
 
 
 def perplexity_by_position(rows: Iterable[ScoreRow]) -> dict[int, dict[int, float]]:
     """Perplexity by length and by the first position of each block, every token counting alike."""
     sums: dict[int, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
     for row in rows:
-        if row.benchmark == "perplexity":
-            block = int(row.task.rsplit("_", 1)[1])
-            entry = sums[row.length][FIRST_BLOCK << (block - 1) if block else 0]
+        if (position := BENCHMARKS[row.benchmark].position) is not None:
+            entry = sums[row.length][position(row.task)]
             entry[0] += row.tokens * (math.log(row.score) if row.score > 0 else -math.inf)
             entry[1] += row.tokens
     return {
@@ -192,12 +193,12 @@ def _exp(value: float) -> float:
 def context_note(result: EvaluationResult) -> str:
     """Whose scores tell how far a context reaches; empty where none do."""
     tasks = {(row.benchmark, row.task) for row in context_rows(result.rows)}
-    if not tasks or len(tasks) == RULER_TASKS:
-        return "RULER is" if tasks else ""
-    benchmark = next(iter(tasks))[0]
-    if benchmark != "ruler":
-        return "the needle is"
-    return f"{len(tasks)} of RULER's {RULER_TASKS} tasks {'is' if len(tasks) == 1 else 'are'}"
+    if not tasks:
+        return ""
+    benchmark = BENCHMARKS[next(iter(tasks))[0]]
+    if benchmark.tasks in (None, len(tasks)):
+        return f"{benchmark.title} is"
+    return f"{len(tasks)} of {benchmark.title}'s {benchmark.tasks} tasks {'is' if len(tasks) == 1 else 'are'}"
 
 
 def effective(length: EffectiveLength | None) -> str:

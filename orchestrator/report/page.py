@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.evaluation_tasks import ScoreRow
+from jobs.job import Job
 from orchestrator.evaluating.pairing import question
 from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD
@@ -23,6 +24,7 @@ from orchestrator.report.leaderboard import Line, context_note, effective
 from orchestrator.report.recommendation import rows_by_point
 from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
 from orchestrator.words import short_length, size
+from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks
 from workers.storage import open_store
 
 HERE = Path(__file__).parent
@@ -277,10 +279,8 @@ def _interval_at(curve: figures.Curve, x: float) -> str:
 def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> Section | None:
     from orchestrator.report import charts
 
-    job = report.run.job
-    needle = None if job is None or job.evaluate is None else job.evaluate.needle
     found = figures.needle_maps(
-        rows, report.lines, report.run.result.parents, report.baseline, None if needle is None else needle.depths
+        rows, report.lines, report.run.result.parents, report.baseline, _depth_grids(report.run.job)
     )
     if not found:
         return None
@@ -320,6 +320,12 @@ def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
             for table in [_table(shown)]
         ),
     )
+
+
+def _depth_grids(job: Job | None) -> dict[str, int]:
+    """The number of depths of each benchmark of the job that asks at a grid of them."""
+    asked = [] if job is None or job.evaluate is None else asked_benchmarks(job.evaluate)
+    return {key: depths(spec) for key, spec in asked if (depths := BENCHMARKS[key].depths) is not None}
 
 
 def _pareto_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> Section | None:
@@ -414,7 +420,7 @@ def _flips(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> list[Flip]
         return []
     earlier = {question(row): row for row in rows[report.baseline]}
     both = [(row, earlier[question(row)]) for row in rows[report.lines[0].name] if question(row) in earlier]
-    both = [(new, old) for new, old in both if new.score != old.score and new.benchmark != "perplexity"]
+    both = [(new, old) for new, old in both if new.score != old.score and not BENCHMARKS[new.benchmark].is_likelihood]
     both.sort(key=lambda pair: (-abs(pair[0].score - pair[1].score), -pair[0].length, pair[0].task, pair[0].item))
     lost = [pair for pair in both if pair[0].score < pair[1].score][: MOST_FLIPS // 2]
     won = [pair for pair in both if pair[0].score > pair[1].score][: MOST_FLIPS - len(lost)]

@@ -13,7 +13,7 @@ from jobs.manifest import Manifest
 from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.evaluating.results import EVALUATION, EvaluationResult, read_results
 from orchestrator.judging.significance import FlipRate
-from workers.benchmarks.items import read_answers
+from workers.benchmarks.registry import BENCHMARKS
 from workers.storage import open_store
 from workers.storage.records import read_record
 
@@ -150,18 +150,21 @@ def _scored(named: _Named) -> ScoredModel:
     return ScoredModel(named.name, named.run, result.rows, result.ranked, result.noise, result.seed)
 
 
-def right_answers(run: str, digest: str) -> dict[int, tuple[str, ...]]:
-    """What the items of a set want, by number, as far as they still lie in the run."""
-    store = open_store(run)
+def right_answers(run: str, digest: str, benchmark: str) -> dict[int, tuple[str, ...]]:
+    """What the items of a benchmark's set want, by number, as far as they still lie in the run."""
+    store, expected = open_store(run), BENCHMARKS[benchmark].expected
     found: dict[int, tuple[str, ...]] = {}
+    if expected is None:
+        return found
     for info in store.list(f"items/{digest}/"):
         if info.key.endswith(".parquet"):
-            found |= read_answers(bytes(store.read(info.key)))
+            found |= expected(bytes(store.read(info.key)))
     return found
 
 
 def benchmark_settings(run: str, benchmark: str) -> dict[str, Any]:
     """How the run's job asks a benchmark, but for what is asked of it: tasks, lengths and numbers of items."""
     text = bytes(open_store(run).read("job.yaml")).decode("utf-8")
-    spec = getattr(load_job(text, f"{run}/job.yaml").evaluate, benchmark, None)
+    evaluation = load_job(text, f"{run}/job.yaml").evaluate
+    spec: Any = None if evaluation is None else evaluation.benchmarks.get(benchmark)
     return {} if spec is None else {key: value for key, value in asdict(spec).items() if key not in WHAT_IS_ASKED}

@@ -25,6 +25,7 @@ from orchestrator.judging.significance import (
 )
 from orchestrator.report.leaderboard import perplexity_by_position
 from orchestrator.report.scored_models import ScoredModel, benchmark_settings, right_answers
+from workers.benchmarks.registry import BENCHMARKS
 
 Test = Literal["mcnemar", "sign-flip", "binomial", "t"]
 """Binomial is that of `statistics.few_losses`, where it is larger than the sign flips'."""
@@ -141,8 +142,9 @@ def _ranked(a: ScoredModel, b: ScoredModel, common: Mapping[Cell, Pairs]) -> tup
 
 
 def _is_tested(row: ScoreRow, ranked: Sequence[str]) -> bool:
-    """Perplexity is a likelihood, no score, unless the run has nothing else to rank by."""
-    return bool(ranked_rows([row], [row.benchmark])) and (row.benchmark != "perplexity" or "perplexity" in ranked)
+    """A likelihood is tested as a score only where the run has nothing else to rank by."""
+    likelihood = BENCHMARKS[row.benchmark].is_likelihood
+    return bool(ranked_rows([row], [row.benchmark])) and (not likelihood or row.benchmark in ranked)
 
 
 def _cell_line(cell: Cell, found: Pairs) -> Difference:
@@ -240,7 +242,7 @@ def _flips(cells: Mapping[Cell, Pairs]) -> list[Flip]:
         )
         for pairs_of_cell in cells.values()
         for new, old in pairs_of_cell
-        if new.score != old.score and new.benchmark != "perplexity"
+        if new.score != old.score and not BENCHMARKS[new.benchmark].is_likelihood
     ]
     return sorted(
         found, key=lambda flip: (-abs(flip.score_b - flip.score_a), flip.score_b, -flip.length, flip.task, flip.item)
@@ -251,8 +253,9 @@ def with_expected(comparison: Comparison, most: int | None = None) -> Comparison
     """The comparison with the right answers of its first `most` flips, or of all, read from the runs' items."""
     known: dict[str, Mapping[int, tuple[str, ...]]] = {}
     shown = comparison.flips[:most]
-    for digest in dict.fromkeys(flip.items for flip in shown):
-        known[digest] = right_answers(comparison.b.run, digest) or right_answers(comparison.a.run, digest)
+    for digest, benchmark in {flip.items: flip.benchmark for flip in shown}.items():
+        found = (right_answers(model.run, digest, benchmark) for model in (comparison.b, comparison.a))
+        known[digest] = next(filter(None, found), {})
     answered = (replace(flip, expected=known[flip.items].get(flip.item)) for flip in shown)
     return replace(comparison, flips=(*answered, *comparison.flips[len(shown) :]))
 

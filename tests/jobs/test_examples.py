@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.evaluate import RulerSpec
 from jobs.job import load_job
 
 EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples"
@@ -24,5 +25,5 @@ def test_the_demo_has_its_parents_beside_it() -> None:
     job = load_job((EXAMPLES / "demo.yaml").read_text(encoding="utf-8"), "demo.yaml")
     assert len(job.points) == 11
     assert all((EXAMPLES / url / "model.safetensors").is_file() for url in job.parents.values())
-    assert job.evaluate is not None and job.evaluate.ruler is not None
-    assert job.evaluate.ruler.lengths == (256, 512, 1024)
+    ruler = job.evaluate.benchmarks["ruler"] if job.evaluate is not None else None
+    assert isinstance(ruler, RulerSpec) and ruler.lengths == (256, 512, 1024)

@@ -103,21 +103,25 @@ config_from: fmt"""
         )
     )
     assert job.evaluate == Evaluation(
-        ruler=RulerSpec(lengths=(4096, 8192), items=24, tasks=("niah_single_1",), haystack="essays.txt", questions=8),
-        needle=NeedleSpec(
-            lengths=(4096,), depths=5, items=2, questions=4, answer="<{value}>", haystack="s3://texts/x.txt"
-        ),
-        perplexity=PerplexitySpec(lengths=(1024,), text="book.txt", blocks=4),
-        lm_eval=LmEvalSpec(
-            tasks=("longbench2",),
-            limit=10,
-            num_fewshot=0,
-            chat=True,
-            metadata={"lengths": (4096, 8192), "kind": "4k"},
-        ),
+        benchmarks={
+            "ruler": RulerSpec(
+                lengths=(4096, 8192), items=24, tasks=("niah_single_1",), haystack="essays.txt", questions=8
+            ),
+            "needle": NeedleSpec(
+                lengths=(4096,), depths=5, items=2, questions=4, answer="<{value}>", haystack="s3://texts/x.txt"
+            ),
+            "perplexity": PerplexitySpec(lengths=(1024,), text="book.txt", blocks=4),
+            "lm_eval": LmEvalSpec(
+                tasks=("longbench2",),
+                limit=10,
+                num_fewshot=0,
+                chat=True,
+                metadata={"lengths": (4096, 8192), "kind": "4k"},
+            ),
+        },
         race=RaceSpec(keep=3, alpha=0.01),
     )
-    assert job.evaluate.ruler is not None and job.evaluate.ruler.place == "job.yaml:16"
+    assert job.evaluate.benchmarks["ruler"].place == "job.yaml:16"
     assert job.gate == GateSpec(baseline="cos", margin=0.5, length_margin=2.0, alpha=0.1)
     assert job.keep == Keep(kind="best", count=3)
     assert job.engine == EngineSpec(

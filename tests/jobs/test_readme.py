@@ -12,7 +12,7 @@ import yaml
 
 from jobs.engine import ENGINE_OPTIONS, EngineSpec
 from jobs.errors import BadInput
-from jobs.evaluate import Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RaceSpec, RulerSpec
+from jobs.evaluate import SPECS, RaceSpec
 from jobs.job import KEYS, GateSpec, Job, WorkerSpec, load_job, load_merge_document
 from jobs.recipe import Recipe
 from jobs.yaml_nodes import load_document
@@ -69,11 +69,7 @@ def test_the_top_level_has_every_key() -> None:
     ("section", "spec"),
     [
         ("recipe", Recipe),
-        ("evaluate", Evaluation),
-        ("evaluate.ruler", RulerSpec),
-        ("evaluate.needle", NeedleSpec),
-        ("evaluate.perplexity", PerplexitySpec),
-        ("evaluate.lm_eval", LmEvalSpec),
+        *((f"evaluate.{key}", spec) for key, spec in SPECS.items()),
         ("evaluate.race", RaceSpec),
         ("gate", GateSpec),
         ("engine", EngineSpec),
@@ -82,6 +78,10 @@ def test_the_top_level_has_every_key() -> None:
 )
 def test_a_table_has_the_keys_of_its_section_with_the_defaults_of_the_code(section: str, spec: Any) -> None:
     assert {key: meant(key, default) for key, default in tables()[section].items()} == in_code(spec)
+
+
+def test_every_benchmark_is_listed_and_none_is_asked_by_default() -> None:
+    assert tables()["evaluate"] == dict.fromkeys((*SPECS, "race"), "None")
 
 
 def test_the_defaults_of_the_top_level_are_those_of_the_code() -> None:

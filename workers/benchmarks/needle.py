@@ -153,7 +153,18 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
 
         address = items_digest(needle_spec(**asked), tokenizer=tokenizer.digest, length=length, seed=seed)
         return PlannedSet(
-            "needle", "needle", length, count, made, address, build, spec.place, spec.depths, grows=True, check=check
+            benchmark="needle",
+            task="needle",
+            length=length,
+            count=count,
+            made=made,
+            digest=address,
+            build=build,
+            place=spec.place,
+            share=spec.depths,
+            questions=spec.questions,
+            grows=True,
+            check=check,
         )
 
     return [planned(length) for length in spec.lengths]

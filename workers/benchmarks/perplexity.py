@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Sequence
+import math
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 
@@ -17,10 +19,12 @@ from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
 from jobs.evaluate import PerplexitySpec
+from workers.benchmarks.answering import Block, ItemScore
 from workers.benchmarks.items import items_digest
 from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.texts.haystacks import bundled_text
 from workers.benchmarks.texts.tokenizer import Tokenizer
+from workers.engines.engine import Engine
 
 FIRST_BLOCK = 256
 
@@ -44,6 +48,12 @@ def position_blocks(length: int) -> NDArray[np.int8]:
     """The block of each position 0 … length − 1."""
     positions = np.arange(length)
     return np.floor(np.log2(np.maximum(positions, FIRST_BLOCK // 2) / (FIRST_BLOCK / 2))).astype(np.int8)
+
+
+def first_position(task: str) -> int:
+    """The first position of the block that a row's task names, in tokens."""
+    block = int(task.rsplit("_", 1)[1])
+    return FIRST_BLOCK << (block - 1) if block else 0
 
 
 def check_length(tokenizer: Tokenizer, text: str, length: int) -> None:
@@ -125,7 +135,9 @@ def read_windows(data: bytes, first: int = 0, last: int | None = None) -> list[W
         raise CorruptData(f"windows: not a file of windows ({error}); delete it and build them again") from error
 
 
-def plan_perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int, reader: Reader) -> list[PlannedSet]:
+def plan_perplexity(
+    spec: PerplexitySpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int
+) -> list[PlannedSet]:
     text = reader.prose(spec.text, spec.place) if spec.text else bundled_text()
     described = {
         "benchmark": "perplexity",
@@ -147,7 +159,40 @@ def plan_perplexity(spec: PerplexitySpec, tokenizer: Tokenizer, seed: int, reade
 
         address = items_digest(described, tokenizer=tokenizer.digest, length=length, seed=seed)
         return PlannedSet(
-            "perplexity", "perplexity", length, spec.blocks, spec.blocks, address, build, spec.place, check=check
+            benchmark="perplexity",
+            task="perplexity",
+            length=length,
+            count=spec.blocks,
+            made=spec.blocks,
+            digest=address,
+            build=build,
+            place=spec.place,
+            check=check,
         )
 
     return [planned(length) for length in spec.lengths]
+
+
+def score_windows(engine: Engine, block: Block) -> Iterator[ItemScore]:
+    """One score for each window and block of positions: the geometric mean of its tokens' likelihoods, from 0 to 1."""
+    [(data, first, last)] = block.parts
+    for window in read_windows(data, first, last):
+        started = time.perf_counter()
+        [likelihoods] = engine.score([window.tokens.tolist()])
+        seconds = time.perf_counter() - started
+        blocks = window.blocks[1:]
+        for number in np.unique(blocks[blocks >= 0]).tolist():
+            chosen = likelihoods[blocks == number].astype(np.float64)
+            finite = bool(np.isfinite(chosen).all())
+            yield ItemScore(
+                task=f"position_block_{number}",
+                item=window.index,
+                depth=math.nan,
+                haystack=window.pair,
+                pair=window.pair,
+                answer="",
+                score=min(1.0, math.exp(float(chosen.mean()))) if finite else 0.0,
+                finite=finite,
+                tokens=int(chosen.size),
+                seconds=seconds * chosen.size / likelihoods.size,
+            )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from jobs.errors import BadInput, MergeyardError
 from workers.benchmarks.texts.filling import TooShort
@@ -24,7 +25,8 @@ class PlannedSet:
 
     `count` items are asked of everyone, `made` are made at first. `grows` where more can be made later, as every item
     depends on its own number alone. `check` builds as little as shows that it can be built, and raises `BadInput` if it
-    cannot. `place` is the line of the job file that asks for it.
+    cannot. `place` is the line of the job file that asks for it. `share` neighbours are never parted; `questions` of
+    them ask about one haystack.
     """
 
     benchmark: str
@@ -36,7 +38,9 @@ class PlannedSet:
     build: Callable[[range], bytes]
     place: str
     share: int = 1
+    questions: int = 1
     grows: bool = False
+    suffix: Literal["parquet", "json"] = "parquet"
     check: Callable[[], object] = lambda: None
 
     @property
@@ -46,7 +50,7 @@ class PlannedSet:
 
     def key(self, first: int, last: int) -> str:
         """The file of items `[first, last)`."""
-        return f"{self.folder}{first:06d}-{last:06d}.{'json' if self.benchmark == 'lm_eval' else 'parquet'}"
+        return f"{self.folder}{first:06d}-{last:06d}.{self.suffix}"
 
 
 class Reader:

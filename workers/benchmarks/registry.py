@@ -1,16 +1,108 @@
-"""Every benchmark by its key in a job file."""
+"""Every benchmark by its key in a job file, and all that the other rooms ask about it.
+
+A new benchmark is a spec in `jobs.evaluate.SPECS` and a row here: no other file names a benchmark.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
-from jobs.evaluate import Evaluation
-from workers.benchmarks.harness.planned import plan_lm_eval
+from jobs.evaluate import BenchmarkSpec, Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
+from workers.benchmarks.answering import Block, ItemScore, answer_items
+from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files, plan_lm_eval
+from workers.benchmarks.items import read_answers
 from workers.benchmarks.needle import plan_needle
-from workers.benchmarks.perplexity import plan_perplexity
+from workers.benchmarks.perplexity import first_position, plan_perplexity, score_windows
 from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.ruler.planned import plan_ruler
+from workers.benchmarks.ruler.tasks import TASKS
 from workers.benchmarks.texts.tokenizer import Tokenizer
+from workers.engines.engine import Engine
+
+Spec = TypeVar("Spec", bound=BenchmarkSpec)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Benchmark(Generic[Spec]):
+    """One benchmark, whose job key has a spec of the class `Spec`."""
+
+    title: str
+    """Its name in a sentence."""
+    plan: Callable[[Spec, Tokenizer, int, Reader, int], list[PlannedSet]]
+    """(spec, tokenizer, seed, reader, least): its sets of items, each with at least `least` items if it grows."""
+    answer: Callable[[Engine, Block], Iterator[ItemScore]]
+    """Asks an engine a block of one set's items; yields at least one score for each item."""
+    files: Callable[[Spec], Iterable[str | None]]
+    """The paths and URLs of the texts that a spec names; `BadInput` for a path that only the user's machine has."""
+    rank: int
+    """Points are ranked by the asked benchmarks of the lowest rank; the others stand beside the score."""
+    retrieval: bool = False
+    """Whether a score is the success of one generated answer in a context of a known length.
+
+    Such scores are shown by length, give the effective length, and are asked twice for the noise floor.
+    """
+    tasks: int | None = None
+    """The number of tasks of the whole benchmark, where a job may ask fewer."""
+    raced: Callable[[Spec], tuple[int, int]] | None = None
+    """(items of each set, neighbours that stay together) in a race; None if points cannot be raced on it."""
+    depths: Callable[[Spec], int] | None = None
+    """The number of depths of a grid in which item i lies at depth i mod that number; None without a grid."""
+    position: Callable[[str], int] | None = None
+    """The first position (tokens) of the block that a row's task names, where a score is a likelihood of tokens.
+
+    Such scores are shown as perplexity; None for all others.
+    """
+    expected: Callable[[bytes], Mapping[int, tuple[str, ...]]] | None = None
+    """The right answers in one file of its items, by the number of the item; None where the file has none."""
+
+    @property
+    def is_likelihood(self) -> bool:
+        """Whether its scores are likelihoods of tokens, to be shown as perplexity."""
+        return self.position is not None
+
+
+BENCHMARKS: dict[str, Benchmark[Any]] = {
+    "ruler": Benchmark[RulerSpec](
+        title="RULER",
+        plan=plan_ruler,
+        answer=answer_items,
+        files=lambda spec: (spec.haystack, *spec.documents.values()),
+        rank=0,
+        retrieval=True,
+        tasks=len(TASKS),
+        raced=lambda spec: (spec.items, spec.questions),
+        expected=read_answers,
+    ),
+    "needle": Benchmark[NeedleSpec](
+        title="the needle",
+        plan=plan_needle,
+        answer=answer_items,
+        files=lambda spec: () if spec.haystack == "noise" else (spec.haystack,),
+        rank=0,
+        retrieval=True,
+        raced=lambda spec: (spec.items * spec.depths, spec.depths),
+        depths=lambda spec: spec.depths,
+        expected=read_answers,
+    ),
+    "perplexity": Benchmark[PerplexitySpec](
+        title="perplexity",
+        plan=plan_perplexity,
+        answer=score_windows,
+        files=lambda spec: (spec.text,),
+        rank=2,
+        position=first_position,
+    ),
+    "lm_eval": Benchmark[LmEvalSpec](
+        title="lm-evaluation-harness",
+        plan=plan_lm_eval,
+        answer=answer_lm_eval,
+        files=check_task_files,
+        rank=1,
+    ),
+}
+"""In the order in which they are planned, raced and preferred where one of several is needed."""
 
 
 def planned_sets(
@@ -25,14 +117,13 @@ def planned_sets(
     `least` items are made for a benchmark's sets even if fewer are asked of everyone: the rest are fresh ones, on which
     the winners of a race are confirmed. `BadInput` with file and line for what cannot be asked.
     """
-    at_least = least or {}
-    sets: list[PlannedSet] = []
-    if evaluation.ruler is not None:
-        sets += plan_ruler(evaluation.ruler, tokenizer, seed, reader, at_least.get("ruler", 0))
-    if evaluation.needle is not None:
-        sets += plan_needle(evaluation.needle, tokenizer, seed, reader, at_least.get("needle", 0))
-    if evaluation.perplexity is not None:
-        sets += plan_perplexity(evaluation.perplexity, tokenizer, seed, reader)
-    if evaluation.lm_eval is not None:
-        sets += plan_lm_eval(evaluation.lm_eval, tokenizer, reader)
-    return sets
+    return [
+        planned
+        for key, spec in asked_benchmarks(evaluation)
+        for planned in BENCHMARKS[key].plan(spec, tokenizer, seed, reader, (least or {}).get(key, 0))
+    ]
+
+
+def asked_benchmarks(evaluation: Evaluation) -> list[tuple[str, BenchmarkSpec]]:
+    """Key and spec of every benchmark that the job asks, in the order of `BENCHMARKS`."""
+    return [(key, evaluation.benchmarks[key]) for key in BENCHMARKS if key in evaluation.benchmarks]

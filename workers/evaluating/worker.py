@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-import json
-import math
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import lru_cache
-from typing import Any
-
-import numpy as np
 
 from jobs.errors import ObjectExists, ObjectMissing, WorkerLost
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
-from workers.benchmarks.harness.adapter import sample_scores
-from workers.benchmarks.items import Item, read_items
-from workers.benchmarks.perplexity import read_windows
-from workers.benchmarks.scorers import SCORERS
-from workers.engines.engine import Answer, Engine, Prompt
+from workers.benchmarks.answering import Block, ItemScore
+from workers.benchmarks.registry import BENCHMARKS
+from workers.engines.engine import Engine
 from workers.evaluating.holding import Resident
 from workers.evaluating.scores import read_scores, write_scores
 from workers.storage import open_store
@@ -67,78 +59,11 @@ class Evaluator:
         return self._resident[1]
 
     def _rows(self, task: EvaluationTask, engine: Engine, resident: Resident) -> Iterator[ScoreRow]:
-        ask = {"perplexity": self._perplexities, "lm_eval": self._lm_eval}.get(task.items.benchmark, self._answers)
-        for row in ask(task, engine, resident):
-            yield ScoreRow(
-                point=task.point,
-                benchmark=task.items.benchmark,
-                length=task.items.length,
-                items=task.items.digest,
-                recipe=task.digest,
-                weights=resident.weights,
-                repeat=task.repeat,
-                **row,
-            )
+        block = Block([*self._parts(task)], resident.tokenizer, resident.beginning)
+        for scored in BENCHMARKS[task.items.benchmark].answer(engine, block):
+            yield _row(task, scored, resident.weights)
 
-    def _answers(self, task: EvaluationTask, engine: Engine, resident: Resident) -> Iterator[dict[str, Any]]:
-        items = [item for data, first, last in self._stretches(task) for item in read_items(data, first, last)]
-        prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
-        answers = engine.generate(prompts)
-        return (_answered(item, answer) for item, answer in zip(items, answers, strict=True))
-
-    def _perplexities(self, task: EvaluationTask, engine: Engine, resident: Resident) -> Iterator[dict[str, Any]]:
-        """One row a window and block of positions; the score is the geometric mean of the tokens' likelihoods."""
-        [(data, first, last)] = self._stretches(task)
-        for window in read_windows(data, first, last):
-            started = time.perf_counter()
-            [likelihoods] = engine.score([window.tokens.tolist()])
-            seconds = time.perf_counter() - started
-            blocks = window.blocks[1:]
-            for block in np.unique(blocks[blocks >= 0]).tolist():
-                chosen = likelihoods[blocks == block].astype(np.float64)
-                finite = bool(np.isfinite(chosen).all())
-                yield {
-                    "task": f"position_block_{block}",
-                    "item": window.index,
-                    "depth": math.nan,
-                    "haystack": window.pair,
-                    "pair": window.pair,
-                    "answer": "",
-                    "score": min(1.0, math.exp(float(chosen.mean()))) if finite else 0.0,
-                    "finite": finite,
-                    "tokens": int(chosen.size),
-                    "seconds": seconds * chosen.size / likelihoods.size,
-                }
-
-    def _lm_eval(self, task: EvaluationTask, engine: Engine, resident: Resident) -> Iterator[dict[str, Any]]:
-        """One row an item and metric of a task of lm-evaluation-harness."""
-        [(data, _, _)] = self._stretches(task)
-        told = json.loads(data)
-        for score in sample_scores(
-            engine,
-            told["task"],
-            told["limit"],
-            beginning=resident.beginning,
-            tokenizer=resident.tokenizer,
-            metadata=told.get("metadata"),
-            num_fewshot=told.get("num_fewshot"),
-            chat_template=told.get("chat_template"),
-        ):
-            place = f"{score.metric.partition(':')[0]}-{score.item}"
-            yield {
-                "task": score.metric,
-                "item": score.item,
-                "depth": math.nan,
-                "haystack": place,
-                "pair": place,
-                "answer": score.answer,
-                "score": score.score,
-                "finite": score.finite,
-                "tokens": score.tokens,
-                "seconds": score.seconds,
-            }
-
-    def _stretches(self, task: EvaluationTask) -> Iterator[tuple[bytes, int, int]]:
+    def _parts(self, task: EvaluationTask) -> Iterator[tuple[bytes, int, int]]:
         """The files that hold the task's items, each with the rows of it that are asked."""
         at = task.first
         for first, last, key in task.items.parts:
@@ -150,16 +75,23 @@ class Evaluator:
         return bytes(self._store.read(key))
 
 
-def _answered(item: Item, answer: Answer) -> dict[str, Any]:
-    return {
-        "task": item.task,
-        "item": item.index,
-        "depth": item.depths[0] if item.depths else math.nan,
-        "haystack": item.haystack,
-        "pair": item.pair,
-        "answer": answer.text,
-        "score": SCORERS[item.scorer](answer.text, item.answers) if answer.finite else 0.0,
-        "finite": answer.finite,
-        "tokens": answer.tokens_in + answer.tokens_out,
-        "seconds": answer.seconds,
-    }
+def _row(task: EvaluationTask, scored: ItemScore, weights: str) -> ScoreRow:
+    return ScoreRow(
+        point=task.point,
+        benchmark=task.items.benchmark,
+        task=scored.task,
+        length=task.items.length,
+        items=task.items.digest,
+        item=scored.item,
+        depth=scored.depth,
+        haystack=scored.haystack,
+        pair=scored.pair,
+        answer=scored.answer,
+        score=scored.score,
+        finite=scored.finite,
+        tokens=scored.tokens,
+        seconds=scored.seconds,
+        recipe=task.digest,
+        weights=weights,
+        repeat=task.repeat,
+    )

@@ -107,7 +107,7 @@ def needles(name: str, scores: list[float]) -> list[ScoreRow]:
 
 def test_needles_lie_at_the_depths_of_the_job() -> None:
     answers = {"a": needles("a", [1, 0, 1, 1, 1, 0]), "base": needles("base", [1, 0, 0, 1, 0, 0])}
-    [a, base] = needle_maps(answers, [cast(Any, line("a"))], [], "base", 3)
+    [a, base] = needle_maps(answers, [cast(Any, line("a"))], [], "base", {"needle": 3})
     assert a.scores.rows == ("0", "48", "100")
     assert [a.scores.tiles[depth, 0].value for depth in range(3)] == [100, 50, 50]
     assert a.differences is not None and base.differences is None
@@ -126,7 +126,7 @@ def test_without_a_needle_rulers_depths_stand_in_by_tenths() -> None:
         ScoreRow(**{field: getattr(row, field) for field in row.__slots__} | {"depth": depth})
         for row, depth in zip(rows("a", [1, 0, 1]), (0.04, 0.07, 1.0), strict=True)
     ]
-    [found] = needle_maps({"a": answers}, [cast(Any, line("a"))], [], None, 3)
+    [found] = needle_maps({"a": answers}, [cast(Any, line("a"))], [], None, {"needle": 3})
     assert found.differences is None
     assert {place[0]: tile.value for place, tile in found.scores.tiles.items()} == {0: 50.0, 9: 100.0}
 

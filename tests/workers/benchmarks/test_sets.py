@@ -29,7 +29,7 @@ RULER = RulerSpec(lengths=(512, 640), tasks=("niah_single_2", "vt"), items=4, pl
 def plan_ruler(
     tokenizer: Tokenizer, spec: RulerSpec = RULER, *, seed: int = 0, folder: Path | None = None, least: int = 0
 ):
-    return planned_sets(Evaluation(ruler=spec), tokenizer, seed, Reader(folder), {"ruler": least})
+    return planned_sets(Evaluation(benchmarks={"ruler": spec}), tokenizer, seed, Reader(folder), {"ruler": least})
 
 
 @pytest.fixture
@@ -180,7 +180,7 @@ def test_a_chat_template_frames_every_prompt_and_counts(tokenizer: Tokenizer, st
 
 def plan_needle(tokenizer: Tokenizer, **more) -> list[PlannedSet]:
     spec = NeedleSpec(lengths=(320,), depths=3, items=2, place="job.yaml:8", **more)
-    return planned_sets(Evaluation(needle=spec), tokenizer, 0, Reader())
+    return planned_sets(Evaluation(benchmarks={"needle": spec}), tokenizer, 0, Reader())
 
 
 def test_needles_come_at_every_depth_in_every_round(tokenizer: Tokenizer, store: Store) -> None:
@@ -210,7 +210,7 @@ def test_an_answer_may_have_to_be_in_a_form(tokenizer: Tokenizer, store: Store) 
 
 def test_windows_of_all_lengths_end_at_the_same_tokens(tokenizer: Tokenizer, store: Store) -> None:
     spec = PerplexitySpec(lengths=(256, 512), blocks=3, place="job.yaml:9")
-    planned = planned_sets(Evaluation(perplexity=spec), tokenizer, 0, Reader())
+    planned = planned_sets(Evaluation(benchmarks={"perplexity": spec}), tokenizer, 0, Reader())
     short, long = (read_windows(part(stored(entry, store), store)) for entry in planned)
     assert [window.pair for window in short] == [window.pair for window in long]
     assert [window.tokens.tolist() for window in short] == [window.tokens[-256:].tolist() for window in long]
@@ -246,7 +246,7 @@ def test_a_slice_of_a_large_file_is_that_slice(tokenizer: Tokenizer) -> None:
 
 def test_a_task_of_the_harness_is_told_by_name_and_limit(tokenizer: Tokenizer, store: Store) -> None:
     spec = LmEvalSpec(tasks=("arc_easy",), limit=5, place="job.yaml:10")
-    [planned] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader())
+    [planned] = planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader())
     told = json.loads(part(stored(planned, store), store))
     assert (told["task"], told["limit"], planned.length, planned.count) == ("arc_easy", 5, 0, 1)
 
@@ -254,9 +254,9 @@ def test_a_task_of_the_harness_is_told_by_name_and_limit(tokenizer: Tokenizer, s
 def test_a_task_of_ones_own_is_another_when_its_file_is(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("task: mine\n")
     spec = LmEvalSpec(tasks=("mine.yaml",), place="job.yaml:10")
-    [before] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    [before] = planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader(tmp_path))
     (tmp_path / "mine.yaml").write_text("task: mine\nnum_fewshot: 1\n")
-    [after] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    [after] = planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader(tmp_path))
     assert before.task == after.task == "mine" and before.digest != after.digest
 
 
@@ -264,20 +264,20 @@ def test_what_lies_beside_a_task_is_part_of_it(tokenizer: Tokenizer, tmp_path: P
     (tmp_path / "mine.yaml").write_text("task: mine\n")
     (tmp_path / "docs.json").write_text("{}")
     spec = LmEvalSpec(tasks=("mine.yaml",), place="job.yaml:10")
-    [before] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    [before] = planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader(tmp_path))
     (tmp_path / "docs.json").write_text('{"question": 1}')
-    [after] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    [after] = planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader(tmp_path))
     assert before.digest != after.digest
     (tmp_path / "job.yaml").write_text("name: grid\nparents: {a: b}\n")
     run = tmp_path / "runs" / "grid"
     (run / "scores").mkdir(parents=True)
     for name in ("lease.json", "job.yaml", "scores/a.parquet"):
         (run / name).touch()
-    [beside_a_job_and_its_run] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+    [beside_a_job_and_its_run] = planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader(tmp_path))
     assert beside_a_job_and_its_run.digest == after.digest
     twice = LmEvalSpec(tasks=("mine.yaml", "mine"), place="job.yaml:10")
     with pytest.raises(BadInput, match=r"job.yaml:10: two tasks are called mine; give one"):
-        planned_sets(Evaluation(lm_eval=twice), tokenizer, 0, Reader(tmp_path))
+        planned_sets(Evaluation(benchmarks={"lm_eval": twice}), tokenizer, 0, Reader(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -326,23 +326,25 @@ def test_every_kind_of_prompt_is_tried_while_planning_and_none_at_its_full_lengt
 
 def test_a_text_too_short_for_perplexity_is_refused_before_it_is_read_whole(tokenizer: Tokenizer) -> None:
     spec = PerplexitySpec(lengths=(256, 131_072), place="job.yaml:9")
-    planned = planned_sets(Evaluation(perplexity=spec), tokenizer, 0, Reader())
+    planned = planned_sets(Evaluation(benchmarks={"perplexity": spec}), tokenizer, 0, Reader())
     with pytest.raises(
         BadInput, match=r"job.yaml:9: perplexity: the text has \d+ tokens, the longest window 131072; give"
     ):
         check_sets(planned)
-    check_sets(planned_sets(Evaluation(perplexity=replace(spec, lengths=(256,))), tokenizer, 0, Reader()))
+    check_sets(
+        planned_sets(Evaluation(benchmarks={"perplexity": replace(spec, lengths=(256,))}), tokenizer, 0, Reader())
+    )
 
 
 @pytest.mark.parametrize("task", ["arc_easy", "longbench2", "flores_afr-eng", "niah_single_1"])
 def test_tasks_of_the_harness_are_known_without_asking_it(tokenizer: Tokenizer, task: str) -> None:
     spec = LmEvalSpec(tasks=(task,), place="job.yaml:10")
-    check_sets(planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader()))
+    check_sets(planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader()))
 
 
 def test_a_misspelt_task_of_the_harness_is_refused_with_the_nearest(tokenizer: Tokenizer) -> None:
     planned = planned_sets(
-        Evaluation(lm_eval=LmEvalSpec(tasks=("arc_eazy",), place="job.yaml:10")), tokenizer, 0, Reader()
+        Evaluation(benchmarks={"lm_eval": LmEvalSpec(tasks=("arc_eazy",), place="job.yaml:10")}), tokenizer, 0, Reader()
     )
     with pytest.raises(BadInput, match=r'job.yaml:10: lm_eval has no task "arc_eazy"; did you mean "arc_easy"\?'):
         check_sets(planned)
@@ -367,7 +369,7 @@ def test_what_a_task_reads_anywhere_is_part_of_it(tokenizer: Tokenizer, tmp_path
     spec = LmEvalSpec(tasks=("task/mine.yaml",), place="job.yaml:10")
 
     def digest() -> str:
-        [planned] = planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+        [planned] = planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader(tmp_path))
         return planned.digest
 
     found = [digest()]
@@ -389,13 +391,13 @@ def test_a_task_among_thousands_of_files_is_refused(
         (tmp_path / name).write_text("task: mine\n")
     spec = LmEvalSpec(tasks=("mine.yaml",), place="job.yaml:10")
     with pytest.raises(BadInput, match=r"job.yaml:10: .*more than 3 files lie in its folder, .* of its own"):
-        planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader(tmp_path))
+        planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader(tmp_path))
 
 
 def test_what_a_task_of_the_harness_is_told_is_part_of_it(tokenizer: Tokenizer, parents: Path, store: Store) -> None:
     plain = LmEvalSpec(tasks=("arc_easy",), place="job.yaml:10")
     specs = [plain, replace(plain, num_fewshot=2), replace(plain, chat=True), replace(plain, metadata={"length": (8,)})]
-    sets = [planned_sets(Evaluation(lm_eval=spec), tokenizer, 0, Reader())[0] for spec in specs]
+    sets = [planned_sets(Evaluation(benchmarks={"lm_eval": spec}), tokenizer, 0, Reader())[0] for spec in specs]
     assert len({entry.digest for entry in sets}) == 4
     told = [json.loads(part(stored(entry, store), store)) for entry in sets]
     assert [entry["num_fewshot"] for entry in told] == [None, 2, None, None]
@@ -403,4 +405,4 @@ def test_what_a_task_of_the_harness_is_told_is_part_of_it(tokenizer: Tokenizer, 
     assert told[3]["metadata"] == {"length": [8]}
     without = Tokenizer((parents / "base" / "tokenizer.json").read_bytes())
     with pytest.raises(BadInput, match=r"job.yaml:10: .*the checkpoint has no chat template; ask it plainly"):
-        planned_sets(Evaluation(lm_eval=specs[2]), without, 0, Reader())
+        planned_sets(Evaluation(benchmarks={"lm_eval": specs[2]}), without, 0, Reader())

@@ -1,8 +1,11 @@
-"""The sets of items that a job's `lm_eval:` asks for."""
+"""The sets of items that a job's `lm_eval:` asks for, and their scores."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import math
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -10,13 +13,18 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.evaluate import LmEvalSpec
 from jobs.merge_tasks import canonical_json, digest
+from workers.benchmarks.answering import Block, ItemScore
+from workers.benchmarks.harness.adapter import sample_scores
 from workers.benchmarks.harness.files import files_of
 from workers.benchmarks.harness.task_names import trouble_with
 from workers.benchmarks.planned import PlannedSet, Reader, frame_of, located
 from workers.benchmarks.texts.tokenizer import Tokenizer
+from workers.engines.engine import Engine
+
+YAML = (".yaml", ".yml")
 
 
-def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, reader: Reader) -> list[PlannedSet]:
+def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
     """One unit a task: lm-evaluation-harness makes the items itself, on the worker; here only what it is told lies."""
     try:
         release = version("lm_eval")
@@ -31,7 +39,7 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, reader: Reader) -> list
             told |= {"metadata": dict(spec.metadata), "tokenizer": tokenizer.digest}
         if spec.chat:
             told |= {"chat_template": tokenizer.chat_template}
-        if task.endswith((".yaml", ".yml")):
+        if task.endswith(YAML):
             content = reader.read(task, spec.place)
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
             with located(spec.place):
@@ -43,10 +51,58 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, reader: Reader) -> list
             if "content" not in told and (trouble := trouble_with(task)):
                 raise BadInput(trouble)
 
-        return PlannedSet("lm_eval", name, 0, 1, 1, digest(told), lambda _: told_as_bytes, spec.place, check=check)
+        return PlannedSet(
+            benchmark="lm_eval",
+            task=name,
+            length=0,
+            count=1,
+            made=1,
+            digest=digest(told),
+            build=lambda _: told_as_bytes,
+            place=spec.place,
+            suffix="json",
+            check=check,
+        )
 
     sets = [planned(task) for task in spec.tasks]
     names = [entry.task for entry in sets]
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise BadInput(f"{spec.place}: two tasks are called {doubled}; give one of the files another name")
     return sets
+
+
+def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
+    """One score for each item and metric of a task of lm-evaluation-harness."""
+    [(data, _, _)] = block.parts
+    told = json.loads(data)
+    for score in sample_scores(
+        engine,
+        told["task"],
+        told["limit"],
+        beginning=block.beginning,
+        tokenizer=block.tokenizer,
+        metadata=told.get("metadata"),
+        num_fewshot=told.get("num_fewshot"),
+        chat_template=told.get("chat_template"),
+    ):
+        place = f"{score.metric.partition(':')[0]}-{score.item}"
+        yield ItemScore(
+            task=score.metric,
+            item=score.item,
+            depth=math.nan,
+            haystack=place,
+            pair=place,
+            answer=score.answer,
+            score=score.score,
+            finite=score.finite,
+            tokens=score.tokens,
+            seconds=score.seconds,
+        )
+
+
+def check_task_files(spec: LmEvalSpec) -> tuple[()]:
+    """No file of a task is sent along: every worker reads its own. `BadInput` for a path relative to the job file."""
+    for task in spec.tasks:
+        if task.endswith(YAML) and not Path(task).is_absolute():
+            raise BadInput(f"{spec.place}: {task}: name the task by the path that it has on every worker")
+    return ()

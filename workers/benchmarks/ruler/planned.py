@@ -50,7 +50,18 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
 
         address = items_digest(ruler_spec(task, **asked), tokenizer=tokenizer.digest, length=length, seed=seed)
         return PlannedSet(
-            "ruler", task, length, spec.items, made, address, build, spec.place, share, grows=True, check=check
+            benchmark="ruler",
+            task=task,
+            length=length,
+            count=spec.items,
+            made=made,
+            digest=address,
+            build=build,
+            place=spec.place,
+            share=share,
+            questions=share,
+            grows=True,
+            check=check,
         )
 
     return [planned(task, length) for task in spec.tasks or default_tasks(documents) for length in spec.lengths]

@@ -1,0 +1,62 @@
+"""A block of items in, one score for each out: the part of a row that the benchmark decides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from workers.benchmarks.items import read_items
+from workers.benchmarks.scorers import SCORERS
+from workers.engines.engine import Engine, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Items for one engine; each of `parts` is (a file of the set, its first row to ask, one after the last).
+
+    `tokenizer` is the folder of the point's tokenizer, `beginning` the text of the token that begins a text.
+    """
+
+    parts: Sequence[tuple[bytes, int, int]]
+    tokenizer: Path
+    beginning: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemScore:
+    """One item's result; the fields mean the same as in `jobs.evaluation_tasks.ScoreRow`."""
+
+    task: str
+    item: int
+    depth: float
+    haystack: str
+    pair: str
+    answer: str
+    score: float
+    finite: bool
+    tokens: int
+    seconds: float
+
+
+def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
+    """The engine's greedy answers to items of `workers.benchmarks.items`, each scored by the item's own scorer.
+
+    The score is 0 where a logit was NaN or infinite.
+    """
+    items = [item for data, first, last in block.parts for item in read_items(data, first, last)]
+    prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
+    for item, answer in zip(items, engine.generate(prompts), strict=True):
+        yield ItemScore(
+            task=item.task,
+            item=item.index,
+            depth=item.depths[0] if item.depths else math.nan,
+            haystack=item.haystack,
+            pair=item.pair,
+            answer=answer.text,
+            score=SCORERS[item.scorer](answer.text, item.answers) if answer.finite else 0.0,
+            finite=answer.finite,
+            tokens=answer.tokens_in + answer.tokens_out,
+            seconds=answer.seconds,
+        )
