@@ -549,7 +549,7 @@ def test_the_harness_that_is_not_installed_is_named(
     def nothing(name: str) -> str:
         raise PackageNotFoundError(name)
 
-    monkeypatch.setattr("workers.benchmarks.sets.version", nothing)
+    monkeypatch.setattr("workers.benchmarks.harness.planned.version", nothing)
     ended = mergeyard("plan", job_file(evaluate={"lm_eval": {"tasks": ["arc_easy"]}}))
     assert ended.code == 2
     assert ended.err.endswith("job.yaml:6: lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'\n")
