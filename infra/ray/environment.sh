@@ -1,6 +1,7 @@
 # shellcheck shell=bash
-# For every shell that starts Ray or speaks to it: mergeyard's own programs first, a token, and what makes Ray give out
-# the work of a node that is cut off after 20 s; with Ray's defaults it takes 7 minutes. All nodes need the same values.
+# Source this in every shell that starts Ray or connects to it. It puts mergeyard's programs first on PATH and makes Ray
+# require a token. With these health checks, Ray gives the work of an unreachable node to another node within 20 s. With
+# Ray's defaults this takes 7 minutes. All nodes need the same values.
 PATH="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)/.venv/bin:$PATH"
 export RAY_AUTH_MODE=token
 export RAY_USAGE_STATS_ENABLED=0

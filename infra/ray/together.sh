@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Makes one Ray cluster of the machines that run this, and a command its driver:
+# Joins the machines that run this script into one Ray cluster and runs a command as its driver:
 #
 #   together.sh RANK NODES HEAD:PORT COMMAND…
 #
-# Rank 0 starts the head, waits until NODES machines are there, and runs the command; its exit code is the command's, or
-# 75 where the machines did not come. The others serve until the head is gone. Only what was started here is stopped,
-# for SkyPilot has a Ray of its own on the same machines. RAY_AUTH_TOKEN must be the same everywhere.
+# Rank 0 starts the head, waits for NODES machines, and runs the command. It returns the command's exit code, or 75 if
+# the machines did not join. The other ranks work until the head is gone. The script stops only the Ray that it started,
+# because SkyPilot runs its own Ray on the same machines. RAY_AUTH_TOKEN must be the same on every machine.
 set -euo pipefail
 rank=$1 nodes=$2 head=$3
 shift 3
@@ -13,7 +13,7 @@ shift 3
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 : "${RAY_AUTH_TOKEN:?together.sh: set RAY_AUTH_TOKEN, the same on every machine}"
 export RAY_ADDRESS=$head RAY_gcs_rpc_server_reconnect_timeout_s=15
-options=(--block --disable-usage-stats --object-store-memory=200000000) # receipts are all that passes through it
+options=(--block --disable-usage-stats --object-store-memory=200000000) # only receipts pass through the object store
 patience=600
 
 if ((rank > 0)); then
@@ -21,7 +21,7 @@ if ((rank > 0)); then
         ((patience-- > 0)) || exit 75
         sleep 1
     done
-    ray start --address="$head" "${options[@]}" || true # the head's end is no failure of this machine
+    ray start --address="$head" "${options[@]}" || true # the end of the head is not an error on this machine
     exit 0
 fi
 
@@ -45,5 +45,5 @@ for _ in range(patience):
     time.sleep(1)
 sys.exit(f"together.sh: {alive} of {nodes} machines came within {patience} s")
 PYTHON
-trap ':' TERM # who ends a step tells all of its processes: the command ends by itself, and says how
+trap ':' TERM # Slurm signals every process of a step: the command ends by itself and returns its own exit code
 "$@"

@@ -1,5 +1,5 @@
-# A bucket for runs, and roles that can do no more than a run needs: workers read parents and write below runs/, the
-# driver may also remove, for `prune`; the head of a `ray up` cluster may also start and end instances.
+# A bucket for runs, and roles with only the permissions that a run needs. Workers read parents and write below runs/.
+# The driver can also delete below runs/. The head of a `ray up` cluster can also start and terminate instances.
 terraform {
   required_version = ">= 1.6"
   required_providers {
@@ -37,7 +37,7 @@ resource "aws_s3_bucket_ownership_controls" "runs" {
 resource "aws_s3_bucket_lifecycle_configuration" "runs" {
   bucket = aws_s3_bucket.runs.id
 
-  # what a killed run began to upload costs storage until it is aborted; no upload takes a week
+  # unfinished uploads of a killed run cost storage until they are aborted; an upload never takes a week
   rule {
     id     = "abort-unfinished-uploads"
     status = "Enabled"
@@ -55,7 +55,7 @@ resource "aws_s3_bucket_policy" "runs" {
   policy = templatefile("${path.module}/policies/bucket.json", { bucket = var.bucket })
 }
 
-# traffic to the bucket stays inside, and costs nothing
+# keeps traffic to the bucket inside the VPC, where it is free
 resource "aws_vpc_endpoint" "s3" {
   count             = var.vpc_id == null ? 0 : 1
   vpc_id            = var.vpc_id

@@ -1,6 +1,6 @@
 output "output" {
   value       = "s3://${aws_s3_bucket.runs.bucket}/runs"
-  description = "The job's output:"
+  description = "The value for `output:` in a job."
 }
 
 output "roles" {

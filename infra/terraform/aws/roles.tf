@@ -1,5 +1,5 @@
 locals {
-  # role → what it may do
+  # role → its policies
   roles = {
     worker = ["worker"]
     driver = ["driver"]

@@ -1,11 +1,11 @@
 variable "bucket" {
   type        = string
-  description = "The bucket of runs; it is made here."
+  description = "The bucket for runs. This configuration creates it."
 }
 
 variable "models_bucket" {
   type        = string
-  description = "The bucket of parents; it is there already, and is only read."
+  description = "The bucket with the parents. It must exist and is only read."
 }
 
 variable "region" {
@@ -16,19 +16,19 @@ variable "region" {
 variable "oidc_provider" {
   type        = string
   default     = null
-  description = "Of the EKS cluster, without https://; null where the roles are for EC2."
+  description = "OIDC provider of the EKS cluster, without https://; null if the roles are for EC2."
 }
 
 variable "namespace" {
   type        = string
   default     = "mergeyard"
-  description = "Of the pods on EKS."
+  description = "Namespace of the pods on EKS."
 }
 
 variable "vpc_id" {
   type        = string
   default     = null
-  description = "Where to make a gateway to S3; null where there is one."
+  description = "VPC that gets a gateway endpoint for S3; null if it has one already."
 }
 
 variable "route_table_ids" {
