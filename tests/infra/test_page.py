@@ -6,9 +6,14 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+from click import NoSuchOption
+from ray.scripts.scripts import start
+
 from tests.infra.conftest import KUBERAY, ROOT
 from tests.infra.test_docker import DOCKERFILE, instructions
 from tests.infra.test_grafana import counted
+from tests.markdown import commands, fenced_blocks
 
 PAGE = (ROOT / "infra" / "README.md").read_text("utf-8")
 
@@ -50,3 +55,16 @@ def test_every_folder_has_its_paragraph() -> None:
     folders = [path.name for path in (ROOT / "infra").iterdir() if path.is_dir()]
     assert [name for name in folders if f"infra/{name}" not in PAGE] == []
     assert Path(ROOT / "infra" / "README.md").is_file()
+
+
+def test_ray_takes_the_lines_that_start_a_head_and_a_worker() -> None:
+    typed = [words for block in fenced_blocks(PAGE) for _, words in commands(block, "ray") if words[0] == "start"]
+    head, worker = (start.make_context("ray start", words[1:]).params for words in typed)
+    assert (head["head"], head["port"], head["num_cpus"], head["dashboard_host"]) == (True, 6379, 0, "127.0.0.1")
+    assert worker["address"] == "HEAD:6379"
+    assert head["object_store_memory"] == worker["object_store_memory"] == 200_000_000
+
+
+def test_ray_refuses_an_option_that_it_does_not_have() -> None:
+    with pytest.raises(NoSuchOption):
+        start.make_context("ray start", ["--heads"])
