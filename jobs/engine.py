@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, cast
+from typing import Annotated, Any, Literal
 
-from jobs.evaluate import read_scalar
+from jobs.specs import Reads, Scalar, read_scalar, read_spec, schema_of
 from jobs.yaml_nodes import Node, quoted, suggestion
 
-# a job file may come from anywhere: an engine is told these and nothing that loads code, another model or a file
+# a job file may come from anywhere: no option loads code, another model or a file
 ENGINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "transformers": ("chunk", "batch", "cache_bytes"),
     "vllm": (
@@ -21,38 +21,56 @@ ENGINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
     "openai": ("model", "max_length", "concurrency", "attempts", "timeout_seconds", "first_pause_seconds"),
 }  # fmt: skip
 
+OPTIONS = Reads(
+    lambda node: {option: read_scalar(entry) for option, entry in node.mapping().items()},
+    {"type": "object", "additionalProperties": {"type": ["string", "boolean", "number"]}},
+)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
-    """What generates: `transformers`, `vllm`, or an OpenAI-compatible server at `url`; `options` of ENGINE_OPTIONS."""
+    """The library that generates, or an OpenAI-compatible server."""
 
-    name: Literal["transformers", "vllm", "openai"] = "transformers"
-    url: str | None = None
-    options: Mapping[str, str | bool | int | float] = field(default_factory=dict[str, str | bool | int | float])
+    name: Annotated[Literal["transformers", "vllm", "openai"], "library, or `openai` for a server"] = "transformers"
+    url: Annotated[str | None, "address of the server, for `openai` alone"] = None
+    options: Annotated[Mapping[str, Scalar], OPTIONS, "options of the engine"] = field(
+        default_factory=dict[str, Scalar]
+    )
     place: str = field(default="", compare=False)
 
 
 def read_engine(node: Node) -> EngineSpec:
-    names = ("transformers", "vllm", "openai")
-    keys = {"name": node} if node.kind == "string" else node.mapping(("name", "url", "options"), ("name",))
-    name = cast(Literal["transformers", "vllm", "openai"], keys["name"].choice(names))
-    if name == "openai" and "url" not in keys:
+    """The section at `node`, or the name alone."""
+    keys: Mapping[str, Node] = {"name": node} if node.kind == "string" else node.mapping(None, ("name",))
+    if node.kind == "string":
+        engine = EngineSpec(name=node.choice(tuple(ENGINE_OPTIONS)), place=node.place)  # pyright: ignore[reportArgumentType]
+    else:
+        engine = read_spec(EngineSpec, node)
+    if engine.name == "openai" and engine.url is None:
         raise node.error("the engine openai needs `url:`, the address of the server")
-    if name != "openai" and "url" in keys:
-        raise keys["url"].error(f"the engine {name} has no `url:`; take it out")
-    if "url" in keys and any(sign in keys["url"].string() for sign in "@?#"):
+    if engine.name != "openai" and engine.url is not None:
+        raise keys["url"].error(f"the engine {engine.name} has no `url:`; take it out")
+    if engine.url is not None and any(sign in engine.url for sign in "@?#"):
         raise keys["url"].error("the server's address holds no credentials; the key comes from OPENAI_API_KEY")
-    return EngineSpec(
-        name=name,
-        url=keys["url"].string() if "url" in keys else None,
-        options=_options(keys["options"], name) if "options" in keys else {},
-        place=node.place,
-    )
-
-
-def _options(node: Node, engine: str) -> dict[str, str | bool | int | float]:
-    known = ENGINE_OPTIONS[engine]
-    for option, entry in node.mapping().items():
+    known = ENGINE_OPTIONS[engine.name]
+    for option in engine.options:
         if option not in known:
-            raise entry.error(f"the engine {engine} takes no option {quoted(option)}{suggestion(option, known)}")
-    return {option: read_scalar(entry) for option, entry in node.mapping().items()}
+            place = keys["options"].mapping()[option]
+            raise place.error(f"the engine {engine.name} takes no option {quoted(option)}{suggestion(option, known)}")
+    return engine
+
+
+def engine_schema() -> dict[str, Any]:
+    """The JSON Schema of the section: each engine's options and, for a server, its URL."""
+    whole = schema_of(EngineSpec) | {"required": ["name"]}
+    rules = [
+        {
+            "if": {"properties": {"name": {"const": name}}},
+            "then": {
+                "properties": {"options": {"properties": dict.fromkeys(options, True), "additionalProperties": False}}
+            }
+            | ({"required": ["url"]} if name == "openai" else {"not": {"required": ["url"]}}),
+        }
+        for name, options in ENGINE_OPTIONS.items()
+    ]
+    return {"anyOf": [{"enum": [name for name in ENGINE_OPTIONS if name != "openai"]}, whole | {"allOf": rules}]}

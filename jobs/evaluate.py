@@ -2,100 +2,128 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fractions import Fraction
-from typing import Any, Protocol, TypeVar
+from typing import Annotated, Any, Protocol
 
+from jobs.specs import AtLeast, Between, Reads, Scalar, document_of, read_scalar, read_spec, schema_of, words_of
 from jobs.yaml_nodes import Node, quoted
 
 TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
-"""What tasks of lm-evaluation-harness load a tokenizer by, with its code: never what a job names."""
+"""Keys by which tasks of lm-evaluation-harness load a tokenizer, with its code: a job may not set them."""
 
-Scalar = str | bool | int | float
+Count = Annotated[int, AtLeast(1)]
+Length = Annotated[int, AtLeast(64)]
+Alpha = Annotated[float, Between(0.5, "alpha, the chance of a wrong verdict, must lie between 0 and 0.5")]
 Told = Scalar | tuple[Scalar, ...]
-MIN_LENGTH = 64
-Entry = TypeVar("Entry", int, str)
+
+LENGTHS = "context lengths in tokens"
+QUESTIONS = "questions that share one haystack"
+CHAT = "ask in the chat template of the tokenizer"
 
 
 class BenchmarkSpec(Protocol):
-    """What a job asks of one benchmark: a frozen dataclass; `place` is its line in the job file."""
+    """A job's demands on one benchmark: a frozen dataclass; `place` is its line in the job file."""
 
     @property
     def place(self) -> str: ...
 
 
+def _answer(node: Node) -> str:
+    if "{value}" not in node.string():
+        raise node.error(f"{quoted(node.string())} is the same for every needle; put {{value}} where the value goes")
+    return node.string()
+
+
+def _metadata(node: Node) -> dict[str, Told]:
+    for key, entry in node.mapping().items():
+        if key in TOKENIZER_KEYS:
+            raise entry.error(f"mergeyard sets {quoted(key)}, the points' own tokenizer; take it out")
+    return {
+        key: tuple(map(read_scalar, entry.sequence())) if entry.kind == "list" else read_scalar(entry)
+        for key, entry in node.mapping().items()
+    }
+
+
+SCALAR_SCHEMA = {"type": ["string", "boolean", "number"]}
+METADATA = Reads(
+    _metadata,
+    {
+        "type": "object",
+        "propertyNames": {"not": {"enum": [*TOKENIZER_KEYS]}},
+        "additionalProperties": {"anyOf": [SCALAR_SCHEMA, {"type": "array", "items": SCALAR_SCHEMA, "minItems": 1}]},
+    },
+)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RulerSpec:
-    """RULER: `items` a task and length; `questions` of them share one haystack. No `tasks` is all thirteen.
+    """RULER's tasks; without `tasks`, all thirteen."""
 
-    `haystack` is a text file for the essay tasks, `documents` the data of `qa_1` (SQuAD) and `qa_2` (HotpotQA). `chat`
-    asks in the tokenizer's chat template.
-    """
-
-    lengths: tuple[int, ...]
-    items: int = 500
-    tasks: tuple[str, ...] = ()
-    haystack: str | None = None
-    documents: Mapping[str, str] = field(default_factory=dict[str, str])
-    questions: int = 1
-    chat: bool = False
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    items: Annotated[Count, "items for each task and length"] = 500
+    tasks: Annotated[tuple[str, ...], "some of the thirteen tasks, by RULER's names"] = ()
+    haystack: Annotated[str | None, "a text file for the essay tasks, in place of the bundled text"] = None
+    documents: Annotated[
+        Mapping[str, str], words_of(("qa_1", "qa_2")), "the data of qa_1 (SQuAD) and qa_2 (HotpotQA), as files"
+    ] = field(default_factory=dict[str, str])
+    questions: Annotated[Count, QUESTIONS] = 1
+    chat: Annotated[bool, CHAT] = False
     place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NeedleSpec:
-    """Needle in a haystack: `items` at each length and each of `depths` equally spaced depths.
+    """One needle in a haystack, at several depths."""
 
-    `haystack` is a text file, or `noise` for RULER's five short sentences; `chat` as for RULER. With `answer`, such as
-    `{"value": {value}}`, an answer must be that and nothing else; without, it must have the value in it.
-    """
-
-    lengths: tuple[int, ...]
-    depths: int = 11
-    items: int = 5
-    questions: int = 1
-    answer: str | None = None
-    haystack: str | None = None
-    chat: bool = False
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    depths: Annotated[Count, "equally spaced depths"] = 11
+    items: Annotated[Count, "items for each length and depth"] = 5
+    questions: Annotated[Count, QUESTIONS] = 1
+    answer: Annotated[
+        str | None,
+        Reads(_answer, {"type": "string", "pattern": r"\{value\}"}),
+        "the whole answer, with {value} in the place of the value; without it, an answer must contain the value",
+    ] = None
+    haystack: Annotated[str | None, "a text file, or `noise` for RULER's five short sentences"] = None
+    chat: Annotated[bool, CHAT] = False
     place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PerplexitySpec:
-    """Perplexity of `blocks` stretches of each length of a text (a path, or the bundled one)."""
+    """Perplexity of stretches of a text, by position."""
 
-    lengths: tuple[int, ...]
-    text: str | None = None
-    blocks: int = 16
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    text: Annotated[str | None, "a text file, in place of the bundled text"] = None
+    blocks: Annotated[Count, "stretches for each length"] = 16
     place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LmEvalSpec:
-    """Tasks of lm-evaluation-harness, by their names there or the path of their YAML; `limit` items of each, or all.
+    """Tasks of lm-evaluation-harness."""
 
-    `num_fewshot` examples stand before each question, else as many as the task says; `metadata` is what tasks that make
-    or choose their texts by it are told, such as lengths.
-    """
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    num_fewshot: int | None = None
-    chat: bool = False
-    metadata: Mapping[str, Told] = field(default_factory=dict[str, Told])
+    tasks: Annotated[tuple[str, ...], "names of tasks or groups, or paths of their YAML files"]
+    limit: Annotated[Count | None, "items of each task; without it, all"] = None
+    num_fewshot: Annotated[
+        Annotated[int, AtLeast(0)] | None, "examples before each question; without it, as many as the task says"
+    ] = None
+    chat: Annotated[bool, CHAT] = False
+    metadata: Annotated[
+        Mapping[str, Told], METADATA, "passed to tasks that build their prompts from it, such as max_seq_lengths"
+    ] = field(default_factory=dict[str, Told])
     place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RaceSpec:
-    """Points leave when they are surely not among the best `keep`: 3 standard errors behind, or at `alpha` if given.
+    """Points leave when they are surely not among the best `keep`."""
 
-    `alpha` is the chance that the best point is ever dropped, over the whole race.
-    """
-
-    keep: int = 1
-    alpha: float | None = None
+    keep: Annotated[Count, "points that must survive"] = 1
+    alpha: Annotated[
+        Alpha | None, "chance that the best point is dropped, over the whole race; without it, 3 standard errors"
+    ] = None
     place: str = field(default="", compare=False)
 
 
@@ -114,118 +142,10 @@ class Evaluation:
         """The content that the job's digest covers: every benchmark of `ALWAYS_DIGESTED`, asked or not."""
         return {**dict.fromkeys(ALWAYS_DIGESTED), **self.benchmarks, "race": self.race}
 
-
-def _ruler(node: Node) -> RulerSpec:
-    keys = node.mapping(("lengths", "items", "tasks", "haystack", "documents", "questions", "chat"), ("lengths",))
-    return RulerSpec(
-        lengths=_lengths(keys["lengths"]),
-        items=_count(keys, "items", 500),
-        tasks=_words(keys["tasks"]) if "tasks" in keys else (),
-        haystack=keys["haystack"].string() if "haystack" in keys else None,
-        documents=_documents(keys["documents"]) if "documents" in keys else {},
-        questions=_count(keys, "questions", 1),
-        chat="chat" in keys and keys["chat"].boolean(),
-        place=node.place,
-    )
-
-
-def _documents(node: Node) -> dict[str, str]:
-    return {task: path.string() for task, path in node.mapping(("qa_1", "qa_2")).items()}
-
-
-def _needle(node: Node) -> NeedleSpec:
-    keys = node.mapping(("lengths", "depths", "items", "questions", "answer", "haystack", "chat"), ("lengths",))
-    return NeedleSpec(
-        lengths=_lengths(keys["lengths"]),
-        depths=_count(keys, "depths", 11),
-        items=_count(keys, "items", 5),
-        questions=_count(keys, "questions", 1),
-        answer=_answer(keys["answer"]) if "answer" in keys else None,
-        haystack=keys["haystack"].string() if "haystack" in keys else None,
-        chat="chat" in keys and keys["chat"].boolean(),
-        place=node.place,
-    )
-
-
-def _answer(node: Node) -> str:
-    if "{value}" not in node.string():
-        raise node.error(f"{quoted(node.string())} is the same for every needle; put {{value}} where the value goes")
-    return node.string()
-
-
-def _perplexity(node: Node) -> PerplexitySpec:
-    keys = node.mapping(("lengths", "text", "blocks"), ("lengths",))
-    return PerplexitySpec(
-        lengths=_lengths(keys["lengths"]),
-        text=keys["text"].string() if "text" in keys else None,
-        blocks=_count(keys, "blocks", 16),
-        place=node.place,
-    )
-
-
-def _lm_eval(node: Node) -> LmEvalSpec:
-    keys = node.mapping(("tasks", "limit", "num_fewshot", "chat", "metadata"), ("tasks",))
-    return LmEvalSpec(
-        tasks=_words(keys["tasks"]),
-        limit=keys["limit"].integer(minimum=1) if "limit" in keys else None,
-        num_fewshot=keys["num_fewshot"].integer(minimum=0) if "num_fewshot" in keys else None,
-        chat="chat" in keys and keys["chat"].boolean(),
-        metadata=_metadata(keys["metadata"]) if "metadata" in keys else {},
-        place=node.place,
-    )
-
-
-def _metadata(node: Node) -> dict[str, Told]:
-    for key, entry in node.mapping().items():
-        if key in TOKENIZER_KEYS:
-            raise entry.error(f"{quoted(key)} is told by mergeyard, and is the points' own tokenizer; take it out")
-    return {
-        key: tuple(map(read_scalar, entry.sequence())) if entry.kind == "list" else read_scalar(entry)
-        for key, entry in node.mapping().items()
-    }
-
-
-def _race(node: Node) -> RaceSpec | None:
-    if node.kind == "boolean":
-        return RaceSpec(place=node.place) if node.boolean() else None
-    keys = node.mapping(("keep", "alpha"))
-    alpha = read_alpha(keys["alpha"]) if "alpha" in keys else None
-    return RaceSpec(keep=_count(keys, "keep", 1), alpha=alpha, place=node.place)
-
-
-def _lengths(node: Node) -> tuple[int, ...]:
-    return _distinct([(entry, entry.integer(minimum=MIN_LENGTH)) for entry in node.sequence()])
-
-
-def _words(node: Node) -> tuple[str, ...]:
-    return _distinct([(entry, entry.string()) for entry in node.sequence()])
-
-
-def _distinct(entries: list[tuple[Node, Entry]]) -> tuple[Entry, ...]:
-    seen: set[Entry] = set()
-    for node, value in entries:
-        if value in seen:
-            raise node.error(f"{quoted(str(value))} is listed twice")
-        seen.add(value)
-    return tuple(value for _, value in entries)
-
-
-def _count(keys: Mapping[str, Node], key: str, default: int) -> int:
-    return keys[key].integer(minimum=1) if key in keys else default
-
-
-def read_alpha(node: Node) -> float:
-    alpha = node.number()
-    if not 0 < alpha < Fraction(1, 2):
-        raise node.error(f"alpha, the chance of a wrong verdict, must lie between 0 and 0.5, not {node.value}")
-    return float(alpha)
-
-
-def read_scalar(node: Node) -> Scalar:
-    if node.kind == "number":
-        number = node.number()
-        return number.numerator if number.denominator == 1 else float(number)
-    return node.boolean() if node.kind == "boolean" else node.string()
+    def document(self) -> dict[str, Any]:
+        """The section as plain data that reads back as the same."""
+        race = {} if self.race is None else {"race": document_of(self.race)}
+        return {key: document_of(spec) for key, spec in self.benchmarks.items()} | race
 
 
 SPECS: dict[str, type[BenchmarkSpec]] = {
@@ -234,23 +154,35 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "perplexity": PerplexitySpec,
     "lm_eval": LmEvalSpec,
 }
-"""The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` says how each of them works."""
-
-READERS: dict[type[BenchmarkSpec], Callable[[Node], BenchmarkSpec]] = {
-    RulerSpec: _ruler,
-    NeedleSpec: _needle,
-    PerplexitySpec: _perplexity,
-    LmEvalSpec: _lm_eval,
-}
+"""The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` has their behaviour."""
 
 ALWAYS_DIGESTED = ("ruler", "needle", "perplexity", "lm_eval")
 """These four are null in the digest of a job that does not ask them. Never add one: runs would no longer resume."""
 
 
 def read_evaluation(node: Node) -> Evaluation:
+    """The section at `node`; `BadInput` without a benchmark."""
     keys = node.mapping((*SPECS, "race"))
-    asked = {key: READERS[SPECS[key]](entry) for key, entry in keys.items() if key in SPECS}
+    asked = {key: read_spec(SPECS[key], entry) for key, entry in keys.items() if key in SPECS}
     if not asked:
         *others, last = SPECS
         raise node.error(f"nothing to evaluate; name a benchmark: {', '.join(others)} or {last}")
     return Evaluation(benchmarks=asked, race=_race(keys["race"]) if "race" in keys else None, place=node.place)
+
+
+def _race(node: Node) -> RaceSpec | None:
+    if node.kind == "boolean":
+        return RaceSpec(place=node.place) if node.boolean() else None
+    return read_spec(RaceSpec, node)
+
+
+def evaluation_schema() -> dict[str, Any]:
+    """The JSON Schema of the section."""
+    race = {"anyOf": [{"type": "boolean"}, schema_of(RaceSpec)]}
+    return {
+        "type": "object",
+        "description": "The benchmarks that every point answers; at least one.",
+        "properties": {key: schema_of(spec) for key, spec in SPECS.items()} | {"race": race},
+        "anyOf": [{"required": [key]} for key in SPECS],
+        "additionalProperties": False,
+    }

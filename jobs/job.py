@@ -11,79 +11,68 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, Literal, cast
+from functools import partial
+from typing import Annotated, Any, Literal, cast
 
-from jobs.engine import EngineSpec, read_engine
+from jobs.engine import EngineSpec, engine_schema, read_engine
 from jobs.errors import BadInput
-from jobs.evaluate import Evaluation, read_alpha, read_evaluation
+from jobs.evaluate import Alpha, Count, Evaluation, evaluation_schema, read_evaluation
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, parse_grid
 from jobs.merge_tasks import digest
-from jobs.recipe import Recipe, recipe_template
+from jobs.recipe import Recipe, recipe_schema, recipe_template
+from jobs.specs import AtLeast, Between, Bytes, Key, NotNegative, Reads, document_of, fields_of, read_spec, schema_of
 from jobs.yaml_nodes import Node, load_document, quoted, suggestion
 
-KEYS = (
-    "name",
-    "parents",
-    "recipe",
-    "grid",
-    "point",
-    "evaluate",
-    "gate",
-    "keep",
-    "engine",
-    "workers",
-    "shard_size",
-    "output",
-    "seed",
-    "numerics",
-    "config_from",
-)
-OVERRIDES = ("output",)
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 DEFAULT_SHARD_BYTES = 10**9
 MAX_SEED = 2**64 - 1
 # what neither changes a byte of a point nor a score: where the job runs, where it writes, how its file is laid out
-NOT_IN_DIGEST = frozenset({"output", "workers", "text", "source", "places"})
+NOT_IN_DIGEST = frozenset({"output", "workers", "written", "source", "places"})
+
+
+Margin = Annotated[float, Between(100, "a margin is a number of points between 0 and 100, such as 1.0")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GateSpec:
-    """A point passes if it is surely less than `margin` points (of 100) worse than `baseline`.
+    """A point passes if it is surely less than `margin` points worse than `baseline`."""
 
-    `alpha` is the chance of a wrong verdict; `length_margin`, where given, is asked of each length too. While there is
-    no verdict, more items are asked, up to `budget` a task and length; None is four times what the evaluation asks.
-    """
-
-    baseline: str
-    margin: float = 1.0
-    length_margin: float | None = None
-    alpha: float = 0.05
-    budget: int | None = None
+    baseline: Annotated[str, "a parent, or a point"]
+    margin: Annotated[Margin, "points of 100 that the macro score may lose"] = 1.0
+    length_margin: Annotated[Margin | None, "points that each length may lose; without it, none is judged"] = None
+    alpha: Annotated[Alpha, "chance of a wrong verdict"] = 0.05
+    budget: Annotated[
+        Count | None, "most items for each task and length; without it, four times the items of the evaluation"
+    ] = None
     place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
-    """Which points are written: all of them, the `count` best by score, or none."""
+    """The points that are written: all of them, the `count` best by score, or none."""
 
     kind: Literal["all", "best", "none"] = "all"
     count: int | None = None
 
+    def document(self) -> Any:
+        """The value of `keep:`."""
+        return {"best": self.count} if self.kind == "best" else self.kind
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSpec:
-    """What one worker asks of the cluster; `count` None takes as many as fit."""
+    """The resources of one worker."""
 
-    gpus: float = 0.0
-    cpus: float = 1.0
-    memory_bytes: int = 4 * 10**9
-    count: int | None = None
+    gpus: Annotated[float, NotNegative(), "GPUs of one worker"] = 0.0
+    cpus: Annotated[float, NotNegative(), "CPUs of one worker"] = 1.0
+    memory_bytes: Annotated[int, Bytes(), Key("memory"), "memory of one worker"] = 4 * 10**9
+    count: Annotated[Count | None, "most workers; without it, as many as fit"] = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A checked job. `parents` maps names to URLs or paths as written; `text` is the YAML it came from."""
+    """A checked job; `written` has its recipe, grid and point name as plain data."""
 
     name: str
     parents: Mapping[str, str]
@@ -98,7 +87,7 @@ class Job:
     seed: int = 0
     numerics: Literal["float32", "mergekit"] = "float32"
     config_from: str | None = None
-    text: str = field(compare=False, repr=False)
+    written: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
     source: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
@@ -111,36 +100,56 @@ class Job:
         }
         return digest(content)
 
+    def document(self, parents: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The resolved job as plain data, every default filled in; it reads back as the same job.
+
+        `parents` has the URLs of the parents where they are known better than as written.
+        """
+        sections: dict[str, Any] = {
+            "evaluate": None if self.evaluate is None else self.evaluate.document(),
+            "gate": None if self.gate is None else document_of(self.gate),
+            "keep": self.keep.document(),
+            "engine": document_of(self.engine),
+            "workers": document_of(self.workers),
+            "shard_size": self.shard_bytes,
+            "output": self.output,
+            "seed": self.seed,
+            "numerics": self.numerics,
+            "config_from": self.config_from,
+        }
+        head = {"name": self.name, "parents": {**self.parents, **(parents or {})}, **self.written}
+        return head | {key: value for key, value in sections.items() if value is not None}
+
     def place_of(self, key: str) -> str:
         """File and line of a top-level key, or of a parent as `parents.cos`."""
         return self.places.get(key, f"{self.source}:1")
 
 
-def load_job(text: str, name: str, overrides: Mapping[str, str] | None = None) -> Job:
-    """The job in `text`; `name` is what places call the file, `overrides` replaces `output`."""
-    document = load_document(text, name)
-    replaced = dict(overrides or {})
-    for key in replaced:
-        if key not in OVERRIDES:
-            raise BadInput(f"{name}:1: {quoted(key)} cannot be set from outside the file; only {', '.join(OVERRIDES)}")
-    required = ("name", "parents", "recipe", *(() if "output" in replaced else ("output",)))
-    keys = document.mapping(KEYS, required)
+def load_job(text: str, name: str, output: str | None = None) -> Job:
+    """The job in `text`; `name` is what places call the file, `output` replaces the file's."""
+    return read_job(load_document(text, name), output)
+
+
+def read_job(node: Node, output: str | None = None) -> Job:
+    """The job at `node`, the root of a document."""
+    file = read_spec(JobFile, node, given={} if output is None else {"output": output})
+    keys = node.mapping()
     job = Job(
-        name=_name(keys["name"]),
-        parents=_parents(keys["parents"]),
-        points=_points(keys),
-        evaluate=read_evaluation(keys["evaluate"]) if "evaluate" in keys else None,
-        gate=_gate(keys["gate"]) if "gate" in keys else None,
-        keep=_keep(keys["keep"]) if "keep" in keys else Keep(),
-        engine=read_engine(keys["engine"]) if "engine" in keys else EngineSpec(),
-        workers=_workers(keys["workers"]) if "workers" in keys else WorkerSpec(),
-        shard_bytes=keys["shard_size"].size_bytes() if "shard_size" in keys else DEFAULT_SHARD_BYTES,
-        output=replaced["output"] if "output" in replaced else keys["output"].string(),
-        seed=_seed(keys["seed"]) if "seed" in keys else 0,
-        numerics=_numerics(keys["numerics"]) if "numerics" in keys else "float32",
-        config_from=keys["config_from"].string() if "config_from" in keys else None,
-        text=text,
-        source=name,
+        name=file.name,
+        parents=file.parents,
+        points=_points(file),
+        evaluate=file.evaluate,
+        gate=file.gate,
+        keep=file.keep,
+        engine=file.engine,
+        workers=file.workers,
+        shard_bytes=file.shard_bytes,
+        output=file.output,
+        seed=file.seed,
+        numerics=file.numerics,
+        config_from=file.config_from,
+        written={key: keys[key].plain() for key in ("recipe", "grid", "point") if key in keys},
+        source=node.document,
         places=_places(keys),
     )
     _check(job)
@@ -149,7 +158,8 @@ def load_job(text: str, name: str, overrides: Mapping[str, str] | None = None) -
 
 def load_merge_document(text: str, name: str, output: str) -> Job:
     """A plain mergekit document as a job of one point called `merge`; its parents are its references as written."""
-    template = recipe_template(load_document(text, name))
+    node = load_document(text, name)
+    template = recipe_template(node)
     point = expand(template, parse_grid(None, template.place), None)[0]
     references = point.recipe.references()
     return Job(
@@ -157,16 +167,16 @@ def load_merge_document(text: str, name: str, output: str) -> Job:
         parents={reference: reference for reference in references},
         points=(point,),
         output=output,
-        text=text,
+        written={"recipe": node.plain()},
         source=name,
         places={f"parents.{name}": _place_of_reference(point.recipe, name) for name in references},
     )
 
 
-def _points(keys: Mapping[str, Node]) -> tuple[Point, ...]:
-    template = recipe_template(keys["recipe"])
-    grid: Grid = parse_grid(keys.get("grid"), keys["recipe"].place)
-    naming = name_template(keys["point"].string(), keys["point"].place) if "point" in keys else None
+def _points(file: JobFile) -> tuple[Point, ...]:
+    template = recipe_template(file.recipe)
+    grid: Grid = parse_grid(file.grid, file.recipe.place)
+    naming = None if file.point is None else name_template(file.point.string(), file.point.place)
     return expand(template, grid, naming)
 
 
@@ -190,15 +200,8 @@ def _parents(node: Node) -> dict[str, str]:
 
 
 def _gate(node: Node) -> GateSpec:
-    keys = node.mapping(("baseline", "margin", "length_margin", "alpha", "budget"), ("baseline",))
-    return GateSpec(
-        baseline=keys["baseline"].string(),
-        margin=_margin(keys["margin"]) if "margin" in keys else 1.0,
-        length_margin=_margin(keys["length_margin"]) if "length_margin" in keys else None,
-        alpha=read_alpha(keys["alpha"]) if "alpha" in keys else 0.05,
-        budget=keys["budget"].integer(minimum=1) if "budget" in keys else None,
-        place=keys["baseline"].place,
-    )
+    gate = read_spec(GateSpec, node)
+    return dataclasses.replace(gate, place=node.mapping()["baseline"].place)
 
 
 def _keep(node: Node) -> Keep:
@@ -209,33 +212,83 @@ def _keep(node: Node) -> Keep:
     return Keep(kind=cast(Literal["all", "none"], node.string()))
 
 
-def _workers(node: Node) -> WorkerSpec:
-    keys = node.mapping(("gpus", "cpus", "memory", "count"))
-    defaults = WorkerSpec()
-    return WorkerSpec(
-        gpus=float(keys["gpus"].number(minimum=0)) if "gpus" in keys else defaults.gpus,
-        cpus=float(keys["cpus"].number(minimum=0)) if "cpus" in keys else defaults.cpus,
-        memory_bytes=keys["memory"].size_bytes() if "memory" in keys else defaults.memory_bytes,
-        count=keys["count"].integer(minimum=1) if "count" in keys else None,
+def _as_it_stands(node: Node) -> Node:
+    return node
+
+
+GRID_SCHEMA = {"type": "object", "minProperties": 1}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobFile:
+    """The keys of a job file."""
+
+    name: Annotated[str, Reads(_name, {"type": "string", "pattern": f"^{POINT_NAME.pattern}$"}), "name of the job"]
+    parents: Annotated[
+        Mapping[str, str],
+        Reads(
+            _parents,
+            {
+                "type": "object",
+                "minProperties": 1,
+                "propertyNames": {"pattern": f"^{PARENT_NAME.pattern}$"},
+                "additionalProperties": {"type": "string", "minLength": 1},
+            },
+        ),
+        "name and URL or path of each checkpoint",
+    ]
+    recipe: Annotated[Node, Reads(_as_it_stands, recipe_schema), "a mergekit document with ${axis} placeholders"]
+    grid: Annotated[Node | None, Reads(_as_it_stands, {"type": "object", "minProperties": 1}), "values of the axes"] = (
+        None
     )
+    point: Annotated[Node | None, Reads(_as_it_stands, {"type": "string"}), "name of each point, with {axis}"] = None
+    evaluate: Annotated[Evaluation | None, Reads(read_evaluation, evaluation_schema), "benchmarks of every point"] = (
+        None
+    )
+    gate: Annotated[GateSpec | None, Reads(_gate, partial(schema_of, GateSpec)), "test of the best point"] = None
+    keep: Annotated[
+        Keep,
+        Reads(
+            _keep,
+            {
+                "anyOf": [
+                    {"enum": ["all", "none"]},
+                    {
+                        "type": "object",
+                        "properties": {"best": {"type": "integer", "minimum": 1}},
+                        "required": ["best"],
+                        "additionalProperties": False,
+                    },
+                ]
+            },
+        ),
+        "points that are written",
+    ] = Keep()
+    engine: Annotated[EngineSpec, Reads(read_engine, engine_schema), "model library or server"] = field(
+        default_factory=EngineSpec
+    )
+    workers: Annotated[
+        WorkerSpec,
+        Reads(partial(read_spec, WorkerSpec), partial(schema_of, WorkerSpec)),
+        "resources of one worker",
+    ] = WorkerSpec()
+    shard_bytes: Annotated[int, Bytes(), Key("shard_size"), "size of an output file"] = DEFAULT_SHARD_BYTES
+    output: Annotated[str, "folder or bucket of the runs"]
+    seed: Annotated[int, AtLeast(0, MAX_SEED), "seed of random methods and items"] = 0
+    numerics: Annotated[Literal["float32", "mergekit"], "arithmetic of the merge"] = "float32"
+    config_from: Annotated[str | None, "parent whose config.json holds where parents disagree"] = None
 
 
-def _seed(node: Node) -> int:
-    seed = node.integer(minimum=0)
-    if seed > MAX_SEED:
-        raise node.error(f"a seed is at most {MAX_SEED}")
-    return seed
+KEYS = tuple(field.name for field in fields_of(JobFile))
 
 
-def _numerics(node: Node) -> Literal["float32", "mergekit"]:
-    return cast(Literal["float32", "mergekit"], node.choice(("float32", "mergekit")))
-
-
-def _margin(node: Node) -> float:
-    margin = node.number()
-    if not 0 < margin < 100:
-        raise node.error(f"a margin is a number of points between 0 and 100, such as 1.0, not {node.value}")
-    return float(margin)
+def job_schema() -> dict[str, Any]:
+    """The JSON Schema of a job file, for editors and other checkers; cross-checks between sections are left out."""
+    return {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "mergeyard job",
+        **schema_of(JobFile),
+    }
 
 
 def _places(keys: Mapping[str, Node]) -> dict[str, str]:

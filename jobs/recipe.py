@@ -204,6 +204,41 @@ def recipe_template(node: Node) -> RecipeTemplate:
     )
 
 
+def recipe_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe; its methods and their parameters are not known here."""
+    scalar = {"type": ["number", "boolean", "string"]}
+    value = {"anyOf": [scalar, {"type": "array", "items": {"type": ["number", "string"]}, "minItems": 1}]}
+    filtered = {
+        "type": "object",
+        "properties": {"filter": {"type": ["string", "null"]}, "value": value},
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    setting = {"anyOf": [*value["anyOf"], filtered, {"type": "array", "items": filtered, "minItems": 1}]}
+    parameters = {"type": ["object", "null"], "additionalProperties": setting}
+    model = {
+        "type": "object",
+        "properties": {"model": {"type": "string", "minLength": 1}, "parameters": parameters},
+        "required": ["model"],
+        "additionalProperties": False,
+    }
+    dtype = {"anyOf": [{"enum": [*DTYPES, None]}, {"type": "string", "pattern": r"\$\{"}]}
+    known = {
+        "merge_method": {"type": "string", "minLength": 1},
+        "models": {"type": "array", "items": model, "minItems": 1},
+        "parameters": parameters,
+        "dtype": dtype,
+        "out_dtype": dtype,
+    }
+    text = {"type": ["string", "null"]}
+    return {
+        "type": "object",
+        "properties": {key: known.get(key, text) for key in KEYS},
+        "required": ["merge_method", "models"],
+        "additionalProperties": False,
+    }
+
+
 _TEXT_KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source")
 
 

@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Literal, NoReturn
 
@@ -171,6 +172,22 @@ class Node:
             )
         return int(size)
 
+    def plain(self) -> Any:
+        """The value as plain data: numbers exact, as int, float or Decimal; `node_of` turns it back."""
+        if isinstance(self.value, tuple):
+            return [entry.plain() for entry in self.value]
+        if not isinstance(self.value, str):
+            return {key: entry.plain() for key, entry in self.value.items()}
+        match self.kind:
+            case "number":
+                return _plain_number(self.value)
+            case "boolean":
+                return BOOLEANS[self.value]
+            case "nothing":
+                return None
+            case _:
+                return self.value
+
     def _subject(self) -> str:
         return quoted(self.path) if self.path else "the document"
 
@@ -198,6 +215,57 @@ def load_document(text: str, name: str) -> Node:
         raise BadInput(f"{name}:{line}: not YAML: a character that is not allowed: {error.character!r}") from None
     except UnicodeEncodeError:
         raise BadInput(f"{name}:1: not YAML: the text is not valid Unicode") from None
+
+
+def node_of(value: Any, document: str, path: str = "") -> Node:
+    """The node of plain data, as if a file called `document` held it on its first line."""
+    if isinstance(value, Mapping):
+        entries = {key: node_of(part, document, f"{path}.{key}" if path else key) for key, part in value.items()}
+        return Node(entries, False, document, 1, path)
+    if isinstance(value, list | tuple):
+        parts = tuple(node_of(part, document, f"{path}[{index}]") for index, part in enumerate(value))
+        return Node(parts, False, document, 1, path)
+    if isinstance(value, bool) or value is None:
+        return Node("" if value is None else str(value).lower(), False, document, 1, path)
+    return Node(str(value), isinstance(value, str), document, 1, path)
+
+
+def yaml_text(value: Any) -> str:
+    """Plain data as a YAML document that loads again as the same."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Without anchors; quotes text that would load as another kind, and keeps numbers exact."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _text_node(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = None if Node(text, False, "", 1, "").kind == "string" else '"'
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+def _number_node(dumper: yaml.SafeDumper, number: Decimal) -> yaml.ScalarNode:
+    text = f"{number:f}" if abs(number.adjusted()) < 20 else f"{number:E}"
+    digits, mark, exponent = text.partition("E")
+    return dumper.represent_scalar(
+        "tag:yaml.org,2002:float", f"{digits}{'' if '.' in digits else '.0'}{mark}{exponent}"
+    )
+
+
+_Dumper.add_representer(str, _text_node)
+_Dumper.add_representer(Decimal, _number_node)
+
+
+def _plain_number(text: str) -> int | float | Decimal:
+    if not NUMBER.fullmatch(text):
+        return float(text.replace(".inf", "inf").replace(".nan", "nan"))
+    exact = Fraction(text)
+    if exact.denominator == 1 and abs(exact) < 10**18:
+        return exact.numerator
+    return float(text) if Fraction(repr(float(text))) == exact else Decimal(text)
 
 
 class _Composer:

@@ -152,6 +152,8 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("run", metavar="RUN", help="folder or URL of a run, of one of its points, or of a merge")
     verify.add_argument("--json", action="store_true", help="print it as JSON")
 
+    _verb(verbs, "schema", "print the JSON Schema of a job file, for editors")
+
     diff = _verb(verbs, "diff", "compare two checkpoints, tensor by tensor")
     diff.add_argument("a", metavar="A", help="folder or URL of a checkpoint")
     diff.add_argument("b", metavar="B", help="folder or URL of another")

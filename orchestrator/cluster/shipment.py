@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from jobs.errors import BadInput
 from jobs.job import Job
 from jobs.merge_tasks import digest
+from jobs.yaml_nodes import yaml_text
 from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks
 from workers.fingerprint import package_folders
 
@@ -54,7 +55,10 @@ def shipment(job: Job, folder: Path, address: str) -> Shipment:
     if here is None:
         texts = _texts(job, folder)
         return Shipment(
-            _name(job, output, texts), run, _command(JOB_FILE, output), {JOB_FILE: job.text.encode(), **texts}
+            _name(job, output, texts),
+            run,
+            _command(JOB_FILE, output),
+            {JOB_FILE: yaml_text(job.document()).encode(), **texts},
         )
     if not is_loopback(address):
         raise BadInput(f"{here}, which the cluster does not see; use object storage, or a folder by its file:// URL")

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.job import Job, load_job
+from jobs.job import Job
+from jobs.job import read_job as job_at
 from jobs.merge_tasks import digest
+from jobs.yaml_nodes import node_of
 from orchestrator.commands.inputs import print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
 
@@ -61,8 +62,7 @@ def _read_evaluation(options: argparse.Namespace) -> tuple[Job, Path]:
             "url": options.server,
             "options": {"model": options.served or next(iter(names))},
         }
-    text = "".join(f"{json.dumps(key)}: {json.dumps(value)}\n" for key, value in job.items())
-    return load_job(text, "mergeyard evaluate"), Path.cwd()
+    return job_at(node_of(job, "mergeyard evaluate")), Path.cwd()
 
 
 def _evaluation_name(names: Mapping[str, str]) -> str:

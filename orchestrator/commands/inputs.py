@@ -16,8 +16,7 @@ from jobs.yaml_nodes import load_document
 
 def read_job(options: argparse.Namespace) -> tuple[Job, Path]:
     """The job, and the folder that its relative parents count from: the job file's."""
-    overrides = {"output": options.output} if options.output else {}
-    job = load_job(read_text(options.job), "-" if options.job == "-" else options.job, overrides)
+    job = load_job(read_text(options.job), options.job, options.output or None)
     return job, Path.cwd() if options.job == "-" else Path(options.job).resolve().parent
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from jobs.errors import MergeyardError
@@ -21,8 +22,8 @@ def recorded_code(job: Job, folder: Path) -> int | None:
     """
     try:
         store = open_store(f"{open_store(job.output).url}/{job.name}")
-        left = load_job(bytes(store.read("job.yaml")).decode(), "job.yaml", {"output": job.output})
-        if left.digest() != job.digest():
+        left = load_job(bytes(store.read("job.yaml")).decode(), "job.yaml", job.output)
+        if replace(left, parents=job.parents).digest() != job.digest():  # the plan's digest covers the parents
             return None
         plan = make_plan(job, relative_to=folder)
         if read_record(store, plan.places.record("plan.json"))["digest"] != plan.digest:

@@ -102,7 +102,7 @@ class Session:
         """
         ledger = Ledger(plan.run_url, plan.places)
         with Lease(ledger.store, plan.places.record("lease.json")) as lease:
-            ledger.claim(plan.job.text, plan.document())
+            ledger.claim(plan.job_text(), plan.document())
             session = cls(plan, asked, ledger, lease, open_evaluators, watcher, renewed)
             try:
                 yield session

@@ -51,7 +51,7 @@ def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
     """Merges every kept point of the plan and returns when each has its manifest; raises what no retry mended."""
     ledger = Ledger(plan.run_url, plan.places)
     with Lease(ledger.store, plan.places.record("lease.json")) as lease:
-        ledger.claim(plan.job.text, plan.document())
+        ledger.claim(plan.job_text(), plan.document())
         ledger.store.sweep()
         found = ledger.trusted(plan.units)
         tasks = plan.tasks(found.keys(), pool.workers)

@@ -17,8 +17,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import Job
@@ -228,7 +226,6 @@ def _plan_of_night(plan: Plan, name: str, blessed: Blessed | None) -> Plan:
         parents=urls,
         output=output,
         gate=replace(plan.job.gate, baseline=baseline),
-        text=_text(plan.job, name, urls, baseline, output),
     )
     return replace(plan, job=job, run_url=f"{output}/{name}", parents=parents)
 
@@ -245,25 +242,6 @@ def _open_blessed(plan: Plan, blessed: Blessed) -> Checkpoint:
     if manifest.weights != blessed.weights:
         raise BadInput(f"{place}: {blessed.point} has other weights than were blessed; {remedy}")
     return checkpoint
-
-
-def _text(job: Job, name: str, parents: Mapping[str, str], baseline: str, output: str) -> str:
-    """The YAML of the night's own job, as written but for name, parents, baseline and output; quotes stay quotes."""
-    document = yaml.compose(job.text, Loader=yaml.SafeLoader)
-    assert isinstance(document, yaml.MappingNode), "it was loaded"
-    entries = {key.value: [key, value] for key, value in document.value}
-    for key, value in (("name", name), ("parents", dict(parents)), ("output", output)):
-        entries[key] = [_node(key), _node(value)]
-    _, asked = entries["gate"]
-    asked.value = [(key, _node(baseline) if key.value == "baseline" else value) for key, value in asked.value]
-    document.value = [(key, value) for key, value in entries.values()]
-    return yaml.serialize(document, Dumper=yaml.SafeDumper, width=120)
-
-
-def _node(value: Any) -> yaml.Node:
-    node = yaml.compose(yaml.safe_dump(value), Loader=yaml.SafeLoader)
-    assert node is not None
-    return node
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, PointShard, Setting, digest
+from jobs.yaml_nodes import yaml_text
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places
@@ -200,6 +201,10 @@ class Plan:
             memory_bytes=self.job.workers.memory_bytes,
             threads=max(1, int(self.job.workers.cpus)),
         )
+
+    def job_text(self) -> str:
+        """job.yaml: the job with every default, and with its parents' pinned URLs."""
+        return yaml_text(self.job.document({name: checkpoint.url for name, checkpoint in self.parents.items()}))
 
     def document(self) -> dict[str, Any]:
         """plan.json: what was pinned and what will be made."""

@@ -24,7 +24,7 @@ from tests.seaweedfs import SeaweedFS
 OLDER = Path(__file__).parent / "older_run"
 EXAMPLES = ROOT / "jobs" / "examples" / "parents"
 PREFIX = "older/"
-RENEWED = ("lease.json", "report/", "gate/")
+RENEWED = ("lease.json", "job.yaml", "report/", "gate/")
 """Written anew by every run; the numbers in them are compared instead."""
 
 

@@ -14,9 +14,8 @@ from typing import Any
 
 import pytest
 
-from jobs.evaluate import READERS, SPECS
+from jobs.evaluate import SPECS
 from jobs.job import load_job
-from jobs.yaml_nodes import Node
 from orchestrator.cluster.shipment import shipment
 from orchestrator.evaluating.results import read_results
 from orchestrator.evaluating.subjects import questions
@@ -42,16 +41,6 @@ class RecallSpec:
     keys: str
     items: int = 10
     place: str = field(default="", compare=False)
-
-
-def read_recall(node: Node) -> RecallSpec:
-    keys = node.mapping(("lengths", "keys", "items"), ("lengths", "keys"))
-    return RecallSpec(
-        lengths=tuple(entry.integer() for entry in keys["lengths"].sequence()),
-        keys=keys["keys"].string(),
-        items=keys["items"].integer() if "items" in keys else 10,
-        place=node.place,
-    )
 
 
 def plan_recall(spec: RecallSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
@@ -110,7 +99,6 @@ RECALL = Benchmark[RecallSpec](
 def recall(monkeypatch: pytest.MonkeyPatch) -> None:
     """The benchmark in the two dictionaries, for one test."""
     monkeypatch.setitem(SPECS, "recall", RecallSpec)
-    monkeypatch.setitem(READERS, RecallSpec, read_recall)
     monkeypatch.setitem(BENCHMARKS, "recall", RECALL)
 
 
@@ -179,8 +167,10 @@ def test_a_new_benchmark_goes_through_every_command(
 @pytest.mark.usefixtures("recall")
 def test_its_file_is_sent_to_a_cluster(job_file: Callable[..., Path], tmp_path: Path) -> None:
     text = job_file(parents={"long": "s3://models/long"}, output="s3://bucket/runs").read_text()
-    sent = shipment(load_job(text, "job.yaml"), tmp_path, "http://ray.example:8265")
-    assert sent.files == {"job.yaml": text.encode(), "keys.txt": KEYS.encode()}
+    job = load_job(text, "job.yaml")
+    sent = shipment(job, tmp_path, "http://ray.example:8265")
+    assert sent.files.keys() == {"job.yaml", "keys.txt"} and sent.files["keys.txt"] == KEYS.encode()
+    assert load_job(sent.files["job.yaml"].decode(), "job.yaml") == job
 
 
 @pytest.mark.usefixtures("recall")

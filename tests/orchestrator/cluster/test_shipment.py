@@ -52,7 +52,7 @@ def test_the_code_the_job_and_its_texts_are_sent_and_nothing_else(folder: Path, 
     files = {path.relative_to(tmp_path / "packed").as_posix() for path in (tmp_path / "packed").rglob("*")}
     top = {name for name in files if "/" not in name}
     assert top == {"jobs", "workers", "orchestrator", "job.yaml", "texts"}
-    assert (tmp_path / "packed" / "job.yaml").read_text() == JOB
+    assert load_job((tmp_path / "packed" / "job.yaml").read_text(), "job.yaml") == job()
     assert (tmp_path / "packed" / "texts" / "prose.txt").read_text() == "Once upon a time."
     assert "raise ImportError" not in (tmp_path / "packed" / "jobs" / "__init__.py").read_text()
     words = ["run", "job.yaml", "--output", "s3://bucket/runs", "--address", "auto"]
