@@ -18,7 +18,7 @@ class ContentKeys:
 
     def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
         self._job, self._parents = job, parents
-        self._layouts: dict[tuple[int, frozenset[str]], tuple[Layout, tuple[str, ...], str]] = {}
+        self._layouts: dict[tuple[Layout, frozenset[str]], tuple[tuple[str, ...], str]] = {}
 
     def of_point(self, layout: Layout, settings: Sequence[Setting]) -> str:
         """The key of a whole point."""
@@ -40,11 +40,10 @@ class ContentKeys:
     def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
         """What the layout's shards, and the layout, take from the parents that these settings use."""
         used = frozenset(name for setting in settings for name in setting.parents)
-        if (id(layout), used) not in self._layouts:
+        if (layout, used) not in self._layouts:
             shards = tuple(_shard_digest(shard, used, self._parents) for shard in layout.shards)
-            self._layouts[id(layout), used] = layout, shards, digest(shards)
-        _, shards, whole = self._layouts[id(layout), used]
-        return shards, whole
+            self._layouts[layout, used] = shards, digest(shards)
+        return self._layouts[layout, used]
 
 
 def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:

@@ -35,7 +35,7 @@ class Shard:
         return tuple(sorted({tensor.setting for tensor in self.tensors}))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Layout:
     """How a checkpoint is cut into shards; all points with the same parents and dtypes share one."""
 
@@ -77,12 +77,10 @@ class TensorClasses:
     def __init__(self, job: Job) -> None:
         self._filters: dict[str, None] = {}
         self._gradients = False
-        seen: set[int] = set()
         for point in job.points:
             for parameters in (point.recipe.parameters, *(source.parameters for source in point.recipe.models)):
                 for setting in parameters.values():
-                    if isinstance(setting, tuple) and id(setting) not in seen:
-                        seen.add(id(setting))
+                    if isinstance(setting, tuple):
                         self._look(setting)
 
     def _look(self, setting: tuple[Any, ...]) -> None:

@@ -131,13 +131,13 @@ class Plan:
         """
         tasks: list[MergeTask] = []
         merges = [planned for planned in self.written if planned.same_as is None]
-        by_layout: dict[int, list[PlannedPoint]] = {}
+        by_layout: dict[Layout, list[PlannedPoint]] = {}
         for planned in merges:
-            by_layout.setdefault(id(planned.layout), []).append(planned)
-        for members in by_layout.values():
-            for number, shard in enumerate(members[0].layout.shards):
+            by_layout.setdefault(planned.layout, []).append(planned)
+        for layout, members in by_layout.items():
+            for number, shard in enumerate(layout.shards):
                 pending = [planned for planned in members if planned.units[number] not in done]
-                groups = self._groups(len(pending), len(members[0].layout.shards), workers)
+                groups = self._groups(len(pending), len(layout.shards), workers)
                 for group in range(groups):
                     tasks.append(self._task(shard, number, pending[group::groups]))
         return sorted(tasks, key=lambda task: -task.bytes_read * (1 + len(task.points)))
@@ -169,8 +169,8 @@ class Plan:
         room = max(self.job.workers.memory_bytes - FIXED_BYTES, 256 << 20)
         threads = max(1, int(self.job.workers.cpus))
         scheme = self.run_url.split("://")[0] if "://" in self.run_url else ""
-        layouts = {id(planned.layout): planned.layout for planned in self.merges}
-        largest_shard = max(shard.bytes for layout in layouts.values() for shard in layout.shards)
+        layouts = {planned.layout for planned in self.merges}
+        largest_shard = max(shard.bytes for layout in layouts for shard in layout.shards)
         an_upload = min(UPLOAD_BYTES.get(scheme, 2 << 20), largest_shard)
         a_point = an_upload + (threads + 2) * TILE_ELEMENTS * 4
         return max(1, min(MOST_UPLOADS, room // 2 // a_point))

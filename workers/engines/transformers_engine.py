@@ -185,11 +185,11 @@ class TransformersEngine:
         self._resident = None
         self._version = None
         places = {**dict(self.model.named_parameters(remove_duplicate=False)), **self._saved_buffers()}
-        filled: dict[int, str] = {}
+        filled: dict[Tensor, str] = {}
         with torch.inference_mode():
             for name, tensor in weights:
                 _fill(places, filled, name, tensor)
-        missing = sorted(name for name, place in places.items() if id(place) not in filled)
+        missing = sorted(name for name, place in places.items() if place not in filled)
         if missing:
             raise BadInput(
                 f"{version}: {len(missing)} weights never came, the first is {missing[0]}; merge all of them"
@@ -500,7 +500,7 @@ def _layout(batch: Sequence[Row], start: int, width: int, end: int) -> tuple[Ten
     return torch.from_numpy(visible), torch.from_numpy(places)
 
 
-def _fill(places: Mapping[str, Tensor], filled: dict[int, str], name: str, tensor: Tensor) -> None:
+def _fill(places: Mapping[str, Tensor], filled: dict[Tensor, str], name: str, tensor: Tensor) -> None:
     """Copy one incoming weight to its place; `filled` remembers by which name each place was filled."""
     place = places.get(name)
     if place is None:
@@ -508,7 +508,7 @@ def _fill(places: Mapping[str, Tensor], filled: dict[int, str], name: str, tenso
         raise BadInput(f"{name}: the model has no such weight" + (f"; did you mean {near[0]}?" if near else ""))
     if place.shape != tensor.shape:
         raise BadInput(f"{name}: shape {list(tensor.shape)} does not fit the model's {list(place.shape)}")
-    twin = filled.setdefault(id(place), name)
+    twin = filled.setdefault(place, name)
     if twin == name:
         place.copy_(tensor)
     elif not torch.equal(place, tensor.to(place)):
