@@ -18,7 +18,7 @@ from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
 from orchestrator.evaluating.blocks import Blocks, Request, first_items
 from orchestrator.evaluating.results import VERDICT, EvaluationResult, ranked_rows, write_results
-from orchestrator.evaluating.subjects import Questions, RacePlan, Subject, questions
+from orchestrator.evaluating.subjects import Questions, RacePlan, Subject
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.race import RUNGS, Race, Standing
 from orchestrator.judging.samples import Cell
@@ -46,18 +46,6 @@ class OpenEvaluators(Protocol):
     """Starts workers that can hold any of these models."""
 
     def __call__(self, models: Mapping[str, ModelSpec]) -> Evaluators: ...
-
-
-def evaluate(
-    plan: Plan, open_evaluators: OpenEvaluators, watcher: Watcher, asked: Questions | None = None
-) -> EvaluationResult:
-    """Every point's scores, or as many as the race needs; parents answer everything, as baselines.
-
-    Leaves `report/results.parquet` and `report/evaluation.json` in the run, and renews them on the way. `asked` is what
-    `questions` says of the plan.
-    """
-    with Session.of(plan, asked or questions(plan), open_evaluators, watcher) as session:
-        return session.run()
 
 
 class Session:

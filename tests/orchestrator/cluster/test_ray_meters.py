@@ -17,10 +17,10 @@ from jobs.job import load_job
 from orchestrator.cluster.ray_cluster import RayCluster
 from orchestrator.cluster.ray_evaluating import RayEvaluators
 from orchestrator.cluster.ray_merging import RayPool
-from orchestrator.evaluating.session import evaluate
 from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
+from tests.orchestrator.evaluating.asking import evaluate
 
 PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
 POINTS, ITEMS = 3, 4

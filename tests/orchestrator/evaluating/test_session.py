@@ -6,7 +6,7 @@ import json
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 
 from jobs.errors import RunBusy
-from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import EvaluationTask, ScoreRow
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.in_process import InProcessEvaluators
-from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, EvaluationResult, read_results
-from orchestrator.evaluating.session import Session, evaluate
+from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, read_results
+from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import questions
 from orchestrator.planning.plan import make_plan
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
+from tests.orchestrator.evaluating.asking import evaluated
 from tests.workers.engines.test_openai_engine import Handler
 from workers.engines.transformers_engine import TransformersEngine
 from workers.evaluating.scores import read_scores
@@ -100,27 +101,6 @@ def race_record(folder: Path) -> dict[str, Any]:
     record = json.loads((folder / "runs" / "tiny" / "report" / "evaluation.json").read_text())
     assert record["finished"]
     return {key: record[key] for key in ("departures", "standing", "noise", "cost_share")}
-
-
-class Counting(InProcessEvaluators):
-    """Counts what is asked, and fails after so many blocks."""
-
-    def __init__(self, models: Mapping[str, ModelSpec], asked: list[EvaluationTask], most: int) -> None:
-        super().__init__(models)
-        self._asked, self._most = asked, most
-
-    def submit(self, worker: int, task: EvaluationTask) -> None:
-        if len(self._asked) == self._most:
-            raise RuntimeError("pulled the plug")
-        self._asked.append(task)
-        super().submit(worker, task)
-
-
-def evaluated(text: str, most: int = 10**9) -> tuple[EvaluationResult, list[EvaluationTask]]:
-    """The job's evaluation and the blocks that it asked; RuntimeError after `most` of them."""
-    asked: list[EvaluationTask] = []
-    plan = make_plan(load_job(text, "job.yaml"))
-    return evaluate(plan, lambda models: Counting(models, asked, most), Watcher(visible=False)), asked
 
 
 def blocks(tasks: list[EvaluationTask]) -> Counter[str]:
