@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from jobs.merge_tasks import Parent, Setting, TensorMerge
+
+Kind = Literal["point", "parent"]
+"""A model's part in its job. A checkpoint that is evaluated alone is a point; a night's blessed merge is a parent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +67,10 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class EvaluationTask:
-    """Items `[first, last)` of one set, answered by one point; `repeat` > 0 asks again, to see how noisy answers are.
+    """Items `[first, last)` of one set, answered by one model; `repeat` > 0 asks again, to see how noisy answers are.
 
-    `model` names the `ModelSpec` that holds the point, `digest` the merge, `key` the file of scores.
+    `model` names the `ModelSpec` that holds the model, `digest` the merge, `key` the file of scores; `point` and `kind`
+    are those of the rows.
     """
 
     model: str
@@ -78,6 +82,7 @@ class EvaluationTask:
     last: int
     repeat: int
     key: str
+    kind: Kind = "point"
 
     @property
     def tokens(self) -> int:
@@ -87,8 +92,9 @@ class EvaluationTask:
 
 @dataclass(frozen=True, slots=True)
 class ScoreRow:
-    """One item's result for one point. `score` lies in [0, 1]; `depth` is the first needle's, NaN where there is none.
+    """One item's result for one model. `score` lies in [0, 1]; `depth` is the first needle's, NaN where there is none.
 
+    `point` is the name of a point or a parent, as `kind` says; "NAME (parent)" where a point has the parent's name.
     `recipe` is the merge's digest and `weights` that of the tensors that answered, so that no score can be taken for
     another point's; a server elsewhere shows no tensors, and `weights` names it. `items` is the digest of the set that
     `item` counts in: rows of two models are about the same question where `items`, `task` and `item` agree. `tokens`
@@ -113,3 +119,4 @@ class ScoreRow:
     recipe: str
     weights: str
     repeat: int
+    kind: Kind = "point"

@@ -105,7 +105,9 @@ def parser() -> argparse.ArgumentParser:
 
     compare = _verb(verbs, "compare", "paired differences of two models by task and length, and the items that flipped")
     compare.add_argument(
-        "a", metavar="A", help="RUN/POINT, RUN for its best point, a run's parent as RUN/PARENT, or a checkpoint"
+        "a",
+        metavar="A",
+        help="RUN/POINT, RUN for its best point, RUN/PARENT (or RUN/parents/PARENT), or a checkpoint",
     )
     compare.add_argument("b", metavar="B", help="the other, compared as B − A")
     compare.add_argument("--flips", type=int, default=10, metavar="N", help="items to show; default 10")

@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.subjects import Subject
@@ -19,10 +19,8 @@ BLOCK_KEY = re.compile(r"(?P<prefix>.+)-(?P<first>\d{6,})-(?P<last>\d{6,})\.parq
 
 READS_AT_ONCE = 32
 
-"""Where the gate's verdict lies in a run."""
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Request:
     """Items of one cell that a subject is to answer; `repeat` > 0 asks again."""
 
@@ -50,11 +48,11 @@ class Blocks:
         if (name := BLOCK_KEY.fullmatch(key)) is not None:  # a folder that people look into gets files of other kinds
             self._files[name["prefix"]][key] = range(int(name["first"]), int(name["last"]))
 
-    def add(self, key: str, rows: list[ScoreRow]) -> None:
-        """A block that was answered now, all of it wanted."""
+    def add(self, key: str, rows: list[ScoreRow], request: Request) -> list[ScoreRow]:
+        """The rows of a block that was answered now, all of it wanted, under the name of who was asked."""
         self._note(key)
         self._read_rows[key] = rows
-        self._keep(rows)
+        return self._kept(rows, request)
 
     def recall(self, wanted: Iterable[tuple[str, range]]) -> None:
         """Reads the files that have any of these items; a resumed run may have a hundred thousand."""
@@ -70,17 +68,22 @@ class Blocks:
         files = self._files.get(prefix, {})
         return sorted(key for key, has in files.items() if has.start < items.stop and items.start < has.stop)
 
-    def within(self, prefix: str, items: range) -> Iterator[list[ScoreRow]]:
-        """The recalled rows about these items, a list a file; a whole task (length 0) counts its items by itself."""
-        for key in self._overlapping(prefix, items):
-            rows = [row for row in self._read_rows[key] if row.item in items or row.length == 0]
-            self._keep(rows)
-            yield rows
+    def within(self, prefix: str, request: Request) -> Iterator[list[ScoreRow]]:
+        """The recalled rows that were requested, a list a file; a whole task (length 0) counts its items by itself."""
+        for key in self._overlapping(prefix, request.items):
+            rows = [row for row in self._read_rows[key] if row.item in request.items or row.length == 0]
+            yield self._kept(rows, request)
 
-    def _keep(self, rows: Iterable[ScoreRow]) -> None:
-        for row in rows:
+    def _kept(self, rows: Iterable[ScoreRow], request: Request) -> list[ScoreRow]:
+        """The rows under the name of who was asked: older files call a parent `parent-NAME`, as a point may be."""
+        kind, label = request.subject.kind, request.subject.label
+        found = [
+            row if (row.kind, row.point) == (kind, label) else replace(row, kind=kind, point=label) for row in rows
+        ]
+        for row in found:
             if row.repeat == 0:
                 self._wanted[row.point, row.benchmark, row.task, row.length, row.items, row.item] = row
+        return found
 
     def gaps(self, prefix: str, items: range) -> Iterator[range]:
         """The stretches of these items that no file has."""

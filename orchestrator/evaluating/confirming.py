@@ -74,11 +74,11 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
     while True:
         wanted = items.ranges(growth)
         session.make((new, old), {cell: asked_for.stop for cell, asked_for in wanted.items()})
-        session.ask((new, old), f"judging {new.name}", wanted)
-        samples = pairs(*(_rows(session, subject.name, asked.ranked, wanted) for subject in (new, old)))
+        session.ask((new, old), f"judging {new.label}", wanted)
+        samples = pairs(*(_rows(session, subject.label, asked.ranked, wanted) for subject in (new, old)))
         if not looks and items.can_grow(growth):
             rule = replace(rule, planned_haystacks=macro_mean(samples).clusters)
-        verdict = judge(samples, rule, new=new.name, old=old.name)
+        verdict = judge(samples, rule, new=new.label, old=old.label)
         looks.append(verdict)
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
             return Gated(tuple(looks), fresh=items.fresh, chosen=chosen and not items.fresh, noise=session.noise)
@@ -87,7 +87,7 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
 
 def _baseline(asked: Questions, spec: GateSpec) -> Subject:
     try:
-        return asked.subject(spec.baseline)
+        return asked.subject(spec.baseline, "parent")
     except BadInput as error:
         raise BadInput(f"{spec.place}: {error}; name one as the gate's baseline") from None
 
@@ -107,8 +107,8 @@ class _Items:
         sets = {cell: planned for cell, planned in new.sets.items() if planned.benchmark in asked.ranked}
         if any(cell not in old.sets or old.sets[cell].digest != planned.digest for cell, planned in sets.items()):
             raise BadInput(
-                f"{spec.place}: {new.name} and {old.name} have different tokenizers, so they are asked different items;"
-                " take a baseline with the same tokenizer"
+                f"{spec.place}: {new.label} and {old.label} have different tokenizers, so they are asked different"
+                " items; take a baseline with the same tokenizer"
             )
         grows = all(planned.grows for planned in sets.values())
         return cls(sets, fresh=grows and chosen, grows=grows, budget=spec.budget)
@@ -146,11 +146,11 @@ def first_fresh(planned: PlannedSet) -> int:
     return -(-planned.made // planned.share) * planned.share
 
 
-def _rows(session: Session, name: str, ranked: Sequence[str], wanted: Mapping[Cell, range]) -> list[ScoreRow]:
+def _rows(session: Session, label: str, ranked: Sequence[str], wanted: Mapping[Cell, range]) -> list[ScoreRow]:
     """A model's answers to the wanted items; perplexity and the harness name their rows otherwise than their sets."""
     everything = range(sys.maxsize)
     return [
         row
         for row in ranked_rows(session.rows(), ranked)
-        if row.point == name and row.item in wanted.get(Cell(row.task, row.length), everything)
+        if row.point == label and row.item in wanted.get(Cell(row.task, row.length), everything)
     ]

@@ -70,7 +70,7 @@ def evaluation_facts(job: Job, asked: Questions) -> dict[str, Any]:
 
     Tokens count the room for the answers. What a task of lm-evaluation-harness asks is not known here.
     """
-    subjects = [*asked.points.values(), *asked.baselines.values()]
+    subjects = [*asked.points.values(), *asked.baselines]
     first = subjects[0].sets
     score = _ranked_score(asked)
     facts: dict[str, Any] = {
@@ -106,7 +106,7 @@ def _least_tokens(asked: Questions, race: RacePlan) -> int:
     rest = kept * sum(
         planned.count * planned.length for planned in sets.values() if planned.benchmark != race.benchmark
     )
-    baselines = sum(_tokens(subject.sets) for subject in asked.baselines.values())
+    baselines = sum(_tokens(subject.sets) for subject in asked.baselines)
     return len(asked.points) * look * sum(raced) + confirmed + rest + baselines
 
 

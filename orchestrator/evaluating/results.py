@@ -33,9 +33,9 @@ class EvaluationResult:
     """All scores of a run, and what the race made of them; `standing` is best first, baselines apart.
 
     `ranked` names the benchmarks that points are ranked by; `race` is None where every point answers everything.
-    `baselines` are the parents that are no points, `parents` the names that parents are scored under, and `same` names
-    the points and parents that are the same merge as a point. `seed` is the job's. While not `finished`, `standing` is
-    how it stands now.
+    Models go by the labels of `Subject`. `baselines` are the parents that are not the same merge as a point; `parents`
+    gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
+    merge as another point. `seed` is the job's. While not `finished`, `standing` is how it stands now.
     """
 
     rows: list[ScoreRow]
@@ -43,13 +43,29 @@ class EvaluationResult:
     standing: tuple[Standing, ...]
     departures: tuple[Departure, ...]
     baselines: tuple[str, ...]
-    parents: tuple[str, ...]
+    parents: Mapping[str, str]
     same: Mapping[str, str]
     noise: FlipRate | None
     cost_share: float
     race: RacePlan | None
     seed: int
     finished: bool
+
+    @property
+    def scored_points(self) -> dict[str, str]:
+        """The label of every point that has scores, by its name."""
+        scored = [entry.point for entry in (*self.standing, *self.departures)]
+        return {name: name for name in scored} | {twin: point for twin, point in self.same.items() if point in scored}
+
+    @property
+    def parent_labels(self) -> tuple[str, ...]:
+        """The label of every parent, each once."""
+        return tuple(dict.fromkeys(self.parents.values()))
+
+    def parent_name(self, label: str) -> str:
+        """A parent's own name, and its label where that is a point's; the label itself if it is not a parent's."""
+        own = next((name for name, known in self.parents.items() if known == label), label)
+        return own if own == label or label in self.baselines else f"{own} ({label})"
 
     def ranked_rows(self) -> list[ScoreRow]:
         """The rows that the ranking counts."""
@@ -94,7 +110,7 @@ class EvaluationResult:
             "seed": self.seed,
             "ranked": list(self.ranked),
             "baselines": list(self.baselines),
-            "parents": list(self.parents),
+            "parents": dict(self.parents),
             "same": dict(self.same),
             **self.race_document(),
             "race": None if self.race is None else asdict(self.race),
@@ -125,6 +141,8 @@ def read_results(run_url: str, points: Collection[str] | None = None) -> Evaluat
         raise BadInput(f"{run_url}: this mergeyard has no benchmark {names}; take the version that wrote the run")
     if points is None and not rows:
         raise BadInput(f"{run_url}: no scores there yet; `mergeyard evaluate` makes them")
+    parents = {*result.baselines}  # which rows of older versions do not say
+    rows = [replace(row, kind="parent") if row.point in parents and row.kind == "point" else row for row in rows]
     return replace(result, rows=rows)
 
 
@@ -155,20 +173,31 @@ def _result(document: Mapping[str, Any]) -> EvaluationResult:
     if document.get("format") != FORMAT:
         raise CorruptData("written by another version of mergeyard; evaluate again")
     race, noise = document["race"], document["noise"]
+    parents, same = document["parents"], document["same"]
+    if isinstance(parents, list):
+        parents, same = _older_names(document)
     return EvaluationResult(
         rows=[],
         ranked=tuple(document["ranked"]),
         standing=tuple(Standing(**entry) for entry in document["standing"]),
         departures=tuple(Departure(**entry) for entry in document["departures"]),
         baselines=tuple(document["baselines"]),
-        parents=tuple(document["parents"]),
-        same=dict(document["same"]),
+        parents=dict(parents),
+        same=dict(same),
         noise=None if noise is None else FlipRate(**noise),
         cost_share=document["cost_share"],
         race=None if race is None else _race(race),
         seed=document["seed"],
         finished=document["finished"],
     )
+
+
+def _older_names(document: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """`parents` and `same` of older versions, which call the parent NAME `parent-NAME`, in `same` if it is a point."""
+    scored = {name: name for name in document["baselines"]}
+    repeated = {name: point for name, point in document["same"].items() if name.startswith("parent-")}
+    parents = {name.removeprefix("parent-"): label for name, label in (scored | repeated).items()}
+    return parents, {name: point for name, point in document["same"].items() if name not in repeated}
 
 
 def _race(document: Mapping[str, Any]) -> RacePlan:

@@ -104,11 +104,11 @@ class Session:
         self._running = True
         self._lease.confirm()
         self._ledger.store.delete(VERDICT)  # what an earlier evaluation made of a gate holds no more
-        self.make([*asked.points.values(), *asked.baselines.values()])
+        self.make([*asked.points.values(), *asked.baselines])
         if asked.race is not None:
             self._run_race(asked.race)
         stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
-        self.ask([*stayed, *asked.baselines.values()], f"evaluating {len(stayed) + len(asked.baselines)} models")
+        self.ask([*stayed, *asked.baselines], f"evaluating {len(stayed) + len(asked.baselines)} models")
         self.noise = self._ask_again(asked.points[self._standing()[0].point])
         result = self._result(finished=True)
         self._running = False
@@ -171,7 +171,9 @@ class Session:
         while not race.finished:
             requests = [Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
             for request, rows in self._answers(requests, f"racing {len(race.live)} points"):
-                race.record(request.subject.name, request.cell, [row.item for row in rows], [row.score for row in rows])
+                race.record(
+                    request.subject.label, request.cell, [row.item for row in rows], [row.score for row in rows]
+                )
             for departure in race.eliminate():
                 self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
 
@@ -183,7 +185,7 @@ class Session:
             if BENCHMARKS[planned.benchmark].retrieval
         ]
         second = {_place(row): row.score for _, rows in self._answers(requests, "asking again") for row in rows}
-        first = {_place(row): row.score for row in self.rows() if row.point == leader.name}
+        first = {_place(row): row.score for row in self.rows() if row.point == leader.label}
         places = sorted(second.keys() & first.keys())
         if not places:
             return None
@@ -192,23 +194,25 @@ class Session:
     def _answers(self, requests: Iterable[Request], text: str) -> Iterator[tuple[Request, list[ScoreRow]]]:
         """The wanted rows of each request as they come: first what the store has, then what workers answer."""
         wanted = list(requests)
-        prefixes = {id(request): self._prefix(request) for request in wanted}
-        self._blocks.recall((prefixes[id(request)], request.items) for request in wanted)
+        prefixes = {request: self._prefix(request) for request in wanted}
+        self._blocks.recall((prefixes[request], request.items) for request in wanted)
         waiting: dict[str, tuple[EvaluationTask, Request]] = {}
         for request in wanted:
-            yield from ((request, rows) for rows in self._blocks.within(prefixes[id(request)], request.items))
-            for gap in self._blocks.gaps(prefixes[id(request)], request.items):
-                waiting |= {task.key: (task, request) for task in self._tasks(request, gap, prefixes[id(request)])}
+            prefix = prefixes[request]
+            yield from ((request, rows) for rows in self._blocks.within(prefix, request))
+            for gap in self._blocks.gaps(prefix, request.items):
+                waiting |= {task.key: (task, request) for task in self._tasks(request, gap, prefix)}
         if not waiting:
             return
         self._watcher.begin_stage(sum(task.tokens for task, _ in waiting.values()), text)
         if self._evaluators is None:
             self._evaluators = self._open(self._asked.models)
-        for task, rows in dispatch([task for task, _ in waiting.values()], self._evaluators, self._pace):
+        for task, answered in dispatch([task for task, _ in waiting.values()], self._evaluators, self._pace):
             self._lease.check()
-            self._blocks.add(task.key, rows)
+            request = waiting[task.key][1]
+            rows = self._blocks.add(task.key, answered, request)
             self._watcher.advance(task.tokens)
-            yield waiting[task.key][1], rows
+            yield request, rows
             self._renew()
 
     def _prefix(self, request: Request) -> str:
@@ -219,7 +223,7 @@ class Session:
         unit = digest(
             [FORMAT, subject.planned.digest, subject.planned.layout.beside, items.digest, asked_with, request.repeat]
         )
-        return f"scores/{subject.name}/{items.task}-{items.length}-{unit[:16]}"
+        return f"scores/{subject.folder}/{items.task}-{items.length}-{unit[:16]}"
 
     def _tasks(self, request: Request, wanted: range, prefix: str) -> Iterator[EvaluationTask]:
         """Blocks of a fixed grid that cover the wanted items: however a run was cut, its blocks are the same."""
@@ -230,7 +234,7 @@ class Session:
             first, last = max(start, wanted.start), min(start + step, wanted.stop)
             yield EvaluationTask(
                 request.subject.model,
-                planned.name,
+                request.subject.label,
                 planned.digest,
                 planned.settings,
                 items,
@@ -238,6 +242,7 @@ class Session:
                 last,
                 request.repeat,
                 f"{prefix}-{first:06d}-{last:06d}.parquet",
+                request.subject.kind,
             )
 
     def _standing(self) -> tuple[Standing, ...]:
@@ -266,8 +271,8 @@ class Session:
             ranked=asked.ranked,
             standing=self._standing(),
             departures=() if race is None else tuple(race.departures),
-            baselines=tuple(asked.baselines),
-            parents=asked.parents,
+            baselines=tuple(subject.label for subject in asked.baselines),
+            parents={name: subject.label for name, subject in asked.parents.items()},
             same=asked.same,
             noise=self.noise,
             cost_share=1.0 if race is None else race.spent() / race.full_cost(),

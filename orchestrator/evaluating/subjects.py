@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.evaluate import Evaluation, RaceSpec
-from jobs.evaluation_tasks import ModelSpec
+from jobs.evaluation_tasks import Kind, ModelSpec
 from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.judging.samples import Cell
 from orchestrator.planning.compatibility import context_fields
@@ -30,16 +30,21 @@ Sets = Mapping[Cell, PlannedSet]
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """A point or a parent that is asked: the merge, the name of the model that holds it, and the sets it answers."""
+    """A point or a parent that is asked: the merge, the name of the model that holds it, and the sets it answers.
 
+    `label` is its name in results, unique in the run: its own, or "NAME (parent)" where a point has the parent's name.
+    """
+
+    kind: Kind
+    label: str
     planned: PlannedPoint
     model: str
     sets: Sets
 
     @property
-    def name(self) -> str:
-        """What its scores are called."""
-        return self.planned.name
+    def folder(self) -> str:
+        """The folder of its files of scores; names of files hold the merge's digest, so that two may share a folder."""
+        return self.planned.name if self.kind == "point" else f"parent-{self.planned.name}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +65,29 @@ class RacePlan:
 class Questions:
     """Everything that will be asked.
 
-    `baselines` are the parents that are no points, and the gate's baselines; `parents` the names that parents are
-    scored under; `same` names the points and parents that are the same merge as a point.
+    `points` and `parents` are by name; a parent that is the same merge as a point is that point. `same` names the
+    points that are the same merge as another point.
     """
 
     models: Mapping[str, ModelSpec]
     points: Mapping[str, Subject]
-    baselines: Mapping[str, Subject]
-    parents: tuple[str, ...]
+    parents: Mapping[str, Subject]
     same: Mapping[str, str]
     race: RacePlan | None
 
-    def subject(self, name: str) -> Subject:
-        """A point, or a parent by its own name; `BadInput` where there is none of that name."""
-        known = {**self.points, **self.baselines}
-        parent = f"parent-{name}"
-        for candidate in (name, self.same.get(name), parent, self.same.get(parent)):
-            if candidate in known:
-                return known[candidate]
-        names = [*known, *self.same]
-        raise BadInput(f"{quoted(name)} is no point and no parent of this job{suggestion(name, names)}")
+    @property
+    def baselines(self) -> tuple[Subject, ...]:
+        """The parents that are not the same merge as a point."""
+        return tuple(subject for subject in self.parents.values() if subject.kind == "parent")
+
+    def subject(self, name: str, first: Kind = "point") -> Subject:
+        """The point or the parent of this name, of kind `first` where both have it; `BadInput` where none has."""
+        point, parent = self.points.get(self.same.get(name, name)), self.parents.get(name)
+        found = (point or parent) if first == "point" else (parent or point)
+        if found is None:
+            near = suggestion(name, [*self.points, *self.same, *self.parents])
+            raise BadInput(f"{quoted(name)} is neither a point nor a parent of this job{near}")
+        return found
 
     @property
     def ranked(self) -> tuple[str, ...]:
@@ -114,24 +122,22 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
     alone = _baselines_alone(plan)
     asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder))
     points = {
-        planned.name: Subject(planned, asked[id(planned.layout)].model, asked[id(planned.layout)].sets)
+        planned.name: Subject("point", planned.name, planned, asked[planned.layout].model, asked[planned.layout].sets)
         for planned in plan.merges
     }
-    parents = _parents(plan, points)
-    known = {(subject.model, subject.planned.digest): name for name, subject in points.items()}
-    twins = {planned.name: planned.same_as for planned in plan.points if planned.same_as is not None}
-    found = {name: known.get((subject.model, subject.planned.digest)) for name, subject in parents.items()}
-    baselines = {name: subject for name, subject in parents.items() if found[name] is None}
-    baselines |= {
-        planned.name: Subject(planned, asked[id(planned.layout)].model, asked[id(planned.layout)].sets)
-        for planned in alone
-    }
+    known = {(subject.model, subject.planned.digest): subject for subject in points.values()}
+    taken = {planned.name for planned in plan.points}
+    parents: dict[str, Subject] = {}
+    for planned in [*_merged_parents(plan), *alone]:
+        label = f"{planned.name} (parent)" if planned.name in taken else planned.name
+        held = asked[planned.layout]
+        itself = Subject("parent", label, planned, held.model, held.sets)
+        parents.setdefault(planned.name, known.get((held.model, planned.digest), itself))
     return Questions(
         models={entry.model: entry.spec for entry in asked.values()},
         points=points,
-        baselines=baselines,
-        parents=tuple(found[name] or name for name in parents),
-        same=twins | {name: point for name, point in found.items() if point is not None},
+        parents=parents,
+        same={planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
         race=race,
     )
 
@@ -176,14 +182,14 @@ def _baselines_alone(plan: Plan) -> list[PlannedPoint]:
 
 def _layouts(
     plan: Plan, merges: Sequence[PlannedPoint], evaluation: Evaluation, race: RacePlan | None, reader: Reader
-) -> dict[int, _Asked]:
-    """Model and sets of every layout, by its identity; layouts with one tokenizer share their sets."""
+) -> dict[Layout, _Asked]:
+    """Model and sets of every layout; layouts with one tokenizer share their sets."""
     least = {} if race is None else {race.benchmark: race.items + race.fresh}
     sets_of: dict[tuple[str, str | None], Sets] = {}
-    found: dict[int, _Asked] = {}
+    found: dict[Layout, _Asked] = {}
     for planned in merges:
         layout = planned.layout
-        if id(layout) in found:
+        if layout in found:
             continue
         tokenizer = _tokenizer(plan, planned)
         key = tokenizer.digest, tokenizer.chat_template
@@ -192,21 +198,18 @@ def _layouts(
             sets_of[key] = {Cell(entry.task, entry.length): entry for entry in made}
         sets = tuple(sets_of[key].values())
         _check_fit(plan, layout, tokenizer, sets)
-        found[id(layout)] = _Asked(str(len(found)), _model_spec(plan, layout, sets), sets_of[key])
+        found[layout] = _Asked(str(len(found)), _model_spec(plan, layout, sets), sets_of[key])
     for made in sets_of.values():
         check_sets(made.values())
     return found
 
 
-def _parents(plan: Plan, points: Mapping[str, Subject]) -> dict[str, Subject]:
-    """The parents as merges of themselves; a server has none."""
-    found: dict[str, Subject] = {}
+def _merged_parents(plan: Plan) -> list[PlannedPoint]:
+    """The parents of every layout as merges of themselves; a server has none."""
     if plan.job.engine.name == "openai":
-        return found
-    for model, subject in {subject.model: subject for subject in points.values()}.items():
-        for parent in parents_as_points(plan, subject.planned.layout):
-            found.setdefault(parent.name, Subject(parent, model, subject.sets))
-    return found
+        return []
+    layouts = dict.fromkeys(planned.layout for planned in plan.merges)
+    return [parent for layout in layouts for parent in parents_as_points(plan, layout)]
 
 
 def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:

@@ -182,8 +182,10 @@ def _check(job: Job) -> None:
             f"{job.place_of(f'parents.{BLESSED}')}: {BLESSED} is what every night calls the last merge that passed;"
             " give this parent another name"
         )
-    if any(point.name == BLESSED for point in job.points):
-        raise BadInput(f"{job.place_of('point')}: a point cannot be called {BLESSED} here; give it another name")
+    if job.gate.baseline == BLESSED:
+        raise BadInput(
+            f"{job.gate.place}: every night calls the last merge that passed {BLESSED}; give the baseline another name"
+        )
 
 
 def _taken_back(last: Night, blessed: Blessed | None) -> bool:
@@ -275,7 +277,10 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
         )
         for who, name in baselines.items()
     }
-    everyone = {"candidate": candidate, "anchor": job.gate.baseline, **baselines}
+    everyone = {
+        "candidate": asked.points[candidate],
+        **{who: asked.subject(name, "parent") for who, name in baselines.items()},
+    }
     return _Found(
         candidate=candidate,
         weights=weights,
@@ -284,7 +289,7 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
         alpha=alpha,
         scores=_scores(
             ranked_rows(session.rows(), asked.ranked),
-            {who: asked.subject(name) for who, name in everyone.items()},
+            everyone,
             fresh=any(gated.fresh for gated in verdicts.values()),
         ),
         items=len(session.rows()),
@@ -317,7 +322,7 @@ def _scores(rows: Sequence[ScoreRow], subjects: Mapping[str, Subject], *, fresh:
         who: {
             question(row): row
             for row in rows
-            if row.point == subject.name
+            if row.point == subject.label
             and (row.length == 0 or row.item >= chosen_by.get(Cell(row.task, row.length), 0))
         }
         for who, subject in subjects.items()

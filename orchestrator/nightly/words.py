@@ -42,7 +42,7 @@ def junit(night: Night | None) -> str:
 
 
 def _named(who: str, old: str) -> str:
-    return "the blessed merge" if who == "blessed" else f"the anchor {old.removeprefix('parent-')}"
+    return "the blessed merge" if who == "blessed" else f"the anchor {old}"
 
 
 def _verdict(document: Mapping[str, Any]) -> Verdict:

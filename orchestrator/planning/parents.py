@@ -21,7 +21,7 @@ def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
     for name in layout.parents:
         itself = Setting("passthrough", (name,), None, (("scale", (1.0,)),))
         settings = (itself,) * len(layout.representatives)
-        found.append(PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys))
+        found.append(PlannedPoint(Point(name, {}, recipe), layout, settings, keys))
     return found
 
 
@@ -37,4 +37,4 @@ def parent_alone(plan: Plan, name: str) -> PlannedPoint:
         for tensor, position in zip(layout.representatives, layout.positions, strict=True)
     )
     keys = ContentKeys(plan.job, plan.parents)
-    return PlannedPoint(Point(f"parent-{name}", {}, recipe), layout, settings, keys)
+    return PlannedPoint(Point(name, {}, recipe), layout, settings, keys)

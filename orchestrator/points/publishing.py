@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import BadInput, CorruptData, ObjectChanged
 from jobs.manifest import FileEntry, Manifest
 from jobs.sealing import sealed, unsealed
-from orchestrator.evaluating.results import EvaluationResult, read_results
+from orchestrator.evaluating.results import read_results
 from orchestrator.points.copying import copy_file, file_problem, publishing_facts, read_pieces
 from orchestrator.points.finding import CARD, MANIFEST, RECIPE, FoundPoint, check_files
 from orchestrator.points.licences import licences_of, reconciled_licence
@@ -134,13 +134,10 @@ def _results(point: FoundPoint) -> tuple[Line | None, tuple[str, ...]]:
         result = read_results(point.run)
     except BadInput:
         return None, ()
-    scored = {point.name, point.manifest.point, _scored_as(result, point)}
-    lines = [line for line in leaderboard(result) if line.name in scored]
+    names = {point.name, point.manifest.point}
+    names |= {result.same[name] for name in names if name in result.same}
+    lines = [line for line in leaderboard(result) if line.kind == "point" and line.name in names]
     return (lines[0] if lines else None), result.ranked
-
-
-def _scored_as(result: EvaluationResult, point: FoundPoint) -> str:
-    return result.same.get(point.name, result.same.get(point.manifest.point, point.name))
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.evaluation_tasks import ScoreRow
+from jobs.evaluation_tasks import Kind, ScoreRow
 from orchestrator.evaluating.pairing import samples
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.effective_length import (
@@ -31,15 +31,18 @@ LARGEST_EXPONENT = 700.0
 class Line:
     """One model's line: scores from 0 to 100, half width of the 95 % interval, effective lengths in tokens.
 
+    `name` is the model's label in the run, `title` what a table calls it: a parent by its own name, and as a parent.
     `by_benchmark` is the score over each benchmark that ranks, where several do. `weighted` is RULER's wAvg, with
     weights that increase with length and with weights that decrease. It and the effective lengths are of RULER, or of
-    the needle where RULER is not asked; `relative` is by parent: by 85 % of its score at the shortest length. `beside`
-    holds what does not rank: means of other benchmarks' tasks from 0 to 100, `beside_of` the benchmark of each.
-    `perplexity` is by length and first position of a block. A half width is infinite with a single haystack, a
-    perplexity with likelihoods that are no numbers.
+    the needle where RULER is not asked; `relative` is by the name of a parent: by 85 % of its score at the shortest
+    length. `beside` has the scores that do not rank: means of other benchmarks' tasks from 0 to 100, `beside_of` the
+    benchmark of each. `perplexity` is by length and first position of a block. A half width is infinite with a single
+    haystack, a perplexity with NaN or infinite likelihoods.
     """
 
+    kind: Kind
     name: str
+    title: str
     score: float
     half_width: float
     by_benchmark: Mapping[str, float]
@@ -56,6 +59,7 @@ class Line:
     def document(self) -> dict[str, Any]:
         """For `--json`; None for what is infinite."""
         return {
+            "kind": self.kind,
             "name": self.name,
             "score": round(self.score, 2),
             "half_width": finite_or_none(self.half_width),
@@ -83,22 +87,30 @@ def leaderboard(result: EvaluationResult) -> list[Line]:
     """The points best first, then the parents. Only the benchmarks that rank make the score; the rest stands beside."""
     ranked = _by_point(result.ranked_rows())
     everything = _by_point(result.common_rows())
-    parents = {name: samples(context_rows(everything[name])) for name in result.parents if name in ranked}
-    notes = {name: ["parent"] for name in result.baselines}
-    notes |= {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
+    parents = {
+        name: samples(context_rows(everything[label])) for name, label in result.parents.items() if label in ranked
+    }
+    titles = {label: f"{name} (parent)" for name, label in result.parents.items() if label in result.baselines}
+    notes = {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
     for standing in result.standing:
         if standing.confirmed is not None:
             notes[standing.point] = [f"{100 * standing.confirmed:.1f} on fresh items"]
     for twin, point in result.same.items():
         notes.setdefault(point, []).append(f"= {twin}")
+    for parent, label in result.parents.items():
+        if label not in titles:
+            notes.setdefault(label, []).append(f"= parent {parent}")
     names = [*(standing.point for standing in result.standing), *result.baselines]
     return [
-        _line(name, ranked[name], everything[name], parents, notes.get(name, [])) for name in names if name in ranked
+        _line(name, titles.get(name), ranked[name], everything[name], parents, notes.get(name, []))
+        for name in names
+        if name in ranked
     ]
 
 
 def _line(
     name: str,
+    parent: str | None,
     ranked: Sequence[ScoreRow],
     everything: Sequence[ScoreRow],
     parents: Mapping[str, Sequence[CellSample]],
@@ -112,7 +124,9 @@ def _line(
     beside = _beside(everything, {row.benchmark for row in ranked})
     broken = sum(not row.finite for row in everything)
     return Line(
+        kind="point" if parent is None else "parent",
         name=name,
+        title=parent or name,
         score=100 * macro.mean,
         half_width=100 * (macro.high - macro.low) / 2,
         by_benchmark=_by_benchmark(ranked),

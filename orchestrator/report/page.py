@@ -72,6 +72,7 @@ def _context(report: Report) -> dict[str, Any]:
         "result": result,
         "report": report,
         "lines": report.lines,
+        "parents": result.parent_labels,
         "lengths": sorted({length for line in report.lines for length in line.by_length}),
         "benchmarks": sorted({name for line in report.lines for name in line.by_benchmark}, reverse=True),
         "beside": sorted({name for line in report.lines for name in line.beside}),
@@ -229,7 +230,7 @@ def _told(tile: figures.Tile | None) -> str:
 def _curve_section(report: Report) -> Section | None:
     from orchestrator.report import charts
 
-    parents = report.run.result.parents
+    parents = report.run.result.parent_labels
     found = figures.length_curves(rows_by_point(report.run.result.rows), report.lines, parents)
     if not found:
         return None
@@ -280,7 +281,7 @@ def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
     from orchestrator.report import charts
 
     found = figures.needle_maps(
-        rows, report.lines, report.run.result.parents, report.baseline, _depth_grids(report.run.job)
+        rows, report.lines, report.run.result.parent_labels, report.baseline, _depth_grids(report.run.job)
     )
     if not found:
         return None
@@ -335,7 +336,7 @@ def _pareto_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
     if len(found) < 2 or len(report.lines) < 2:
         return None
     result = report.run.result
-    noted = {departure.point: "left" for departure in result.departures} | dict.fromkeys(result.parents, "parent")
+    noted = {departure.point: "left" for departure in result.departures} | dict.fromkeys(result.parent_labels, "parent")
     pairs = list(itertools.combinations(found, 2))
     drawn = [
         Choice(f"{x.name} and {y.name}", (charts.pareto(x, y, figures.front(x, y), noted),))
@@ -371,7 +372,7 @@ def _value(metric: figures.Metric, name: str) -> str:
 def _perplexity_section(report: Report) -> Section | None:
     from orchestrator.report import charts
 
-    longest, found = figures.perplexity_curves(report.lines, report.run.result.parents)
+    longest, found = figures.perplexity_curves(report.lines, report.run.result.parent_labels)
     if not found:
         return None
     positions = sorted({x for curve in found for x in curve.x})

@@ -19,12 +19,14 @@ from orchestrator.report.leaderboard import Line
 class Recommendation:
     """The leader, and what sets it apart from the best parent and from the runner-up; None where there is none.
 
-    Where the leader is a parent itself, `parent` is that parent's name and `over_parent` None. `parents` and `points`
-    count who took part. `gate` is the gate's verdict as it lies in the run, if there is one.
+    Where the leader is a parent itself, `parent` is its label and `over_parent` None. `parent_name` is the best
+    parent's name in sentences. `points` counts the points that took part. `gate` is the gate's verdict as it lies in
+    the run, if there is one.
     """
 
     best: Line
     parent: str | None
+    parent_name: str
     over_parent: Comparison | None
     over_runner_up: Comparison | None
     points: int
@@ -51,13 +53,13 @@ class Recommendation:
     def _keep(self) -> str:
         score = f"{self.best.score:.1f} points{_spread(self.best)}"
         if self.parent == self.best.name:
-            return f"Keep the parent {self.best.name}: {score}, and no merge scores more."
+            return f"Keep the parent {self.parent_name}: {score}, and no merge scores more."
         if self.over_parent is None:
             return f"Keep {self.best.name}: {score}."
         found = self.over_parent
-        told = f"{_points(found.difference)} the best parent, {found.old} ({_certainty(found, self.points)})"
+        told = f"{_points(found.difference)} the best parent, {self.parent_name} ({_certainty(found, self.points)})"
         if found.sure and found.difference < 0:
-            return f"Keep the parent {found.old}: the best merge, {self.best.name}, has {score}, {told}."
+            return f"Keep the parent {self.parent_name}: the best merge, {self.best.name}, has {score}, {told}."
         if found.sure:
             return f"Keep {self.best.name}: {score}, {told}."
         return f"{self.best.name} leads with {score}, but is not surely better than its parents: {told}."
@@ -126,6 +128,7 @@ def recommend(
     return Recommendation(
         best=best,
         parent=parent,
+        parent_name="" if parent is None else result.parent_name(parent),
         over_parent=None if against_parent is None else against_parent.get(best.name),
         over_runner_up=None if runner_up is None else compare(rows, best.name, runner_up),
         points=sum(name != parent for name in points),
@@ -137,8 +140,8 @@ def recommend(
 
 
 def best_parent(result: EvaluationResult, lines: Sequence[Line]) -> str | None:
-    """The parent with the highest score, by the name it is scored under; None where no parent was asked."""
-    parents = [line for line in lines if line.name in result.parents]
+    """The label of the parent with the highest score; None where no parent was asked."""
+    parents = [line for line in lines if line.name in result.parent_labels]
     return max(parents, key=lambda line: line.score).name if parents else None
 
 

@@ -125,9 +125,9 @@ def report_on(run: Run) -> Report:
 
 
 def _gate_baseline(run: Run, rows: Mapping[str, Any]) -> str | None:
-    """What the gate compares with, by the name it is scored under."""
+    """The label of what the gate compares with."""
     if run.job is None or run.job.gate is None:
         return None
-    name, same = run.job.gate.baseline, run.result.same
-    candidates = (name, same.get(name), f"parent-{name}", same.get(f"parent-{name}"))
-    return next((candidate for candidate in candidates if candidate in rows), None)
+    known = {**run.result.scored_points, **run.result.parents}
+    label = known.get(run.job.gate.baseline)
+    return label if label in rows else None

@@ -1,13 +1,16 @@
-"""Models that a run has scored, by what a user calls them: RUN/POINT, RUN/PARENT, RUN, or where a checkpoint lies."""
+"""Models that a run has scored, by what a user calls them: RUN/POINT, RUN/PARENT, RUN, or where a checkpoint lies.
+
+RUN/points/NAME and RUN/parents/NAME say which of the two is meant.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs.errors import BadInput, ObjectMissing
-from jobs.evaluation_tasks import ScoreRow
+from jobs.evaluation_tasks import Kind, ScoreRow
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.yaml_nodes import quoted, suggestion
@@ -42,6 +45,8 @@ class ScoredModel:
 
 WHAT_IS_ASKED = ("tasks", "lengths", "items", "blocks", "limit", "place")
 
+FOLDERS: Mapping[str, Kind] = {"points": "point", "parents": "parent"}
+
 RunOf = Callable[[str], str]
 
 
@@ -66,13 +71,15 @@ def find_models(words: Sequence[str], run_of: RunOf) -> list[ScoredModel]:
 
 
 def _in_a_run(word: str, run_of: RunOf) -> _Named | None:
-    """RUN/POINT or RUN/points/POINT, where such a run has scores, or RUN for its best; `BadInput` where it has none."""
+    """RUN/NAME or RUN/FOLDER/NAME, where such a run has scores, or RUN for its best; `BadInput` where it has none."""
     if word.startswith("hf://"):
         return None
     folder, _, name = word.rstrip("/").rpartition("/")
-    folder = folder.removesuffix("/points")
-    if folder and not folder.endswith((":", ":/")) and _has_scores(run := run_of(folder)):
-        return _Named(run, _own_name(name, read_results(run, points=()), run))
+    above, _, last = folder.rpartition("/")
+    places: list[tuple[str, Kind | None]] = [(above, FOLDERS[last])] if last in FOLDERS else []
+    for place, kind in (*places, (folder, None)):  # a run may be called `points` itself
+        if place and not place.endswith((":", ":/")) and _has_scores(run := run_of(place)):
+            return _Named(run, _label(name, read_results(run, points=()), run, kind))
     return _Named(run, _best(run)) if _has_scores(run := run_of(word)) else None
 
 
@@ -100,20 +107,14 @@ def _lies(run: str, key: str) -> bool:
     return True
 
 
-def _own_name(name: str, result: EvaluationResult, run: str) -> str:
-    """What the run calls the scores of a point or a parent."""
-    known = _scored_names(result)
-    parent = f"parent-{name}"
-    for candidate in (name, result.same.get(name), parent, result.same.get(parent)):
-        if candidate is not None and candidate in known:
-            return candidate
-    names = [*known, *result.same]
-    raise BadInput(f"{run}: no point and no parent {quoted(name)} was scored{suggestion(name, names)}")
-
-
-def _scored_names(result: EvaluationResult) -> Collection[str]:
-    departed = (departure.point for departure in result.departures)
-    return dict.fromkeys([*(standing.point for standing in result.standing), *departed, *result.baselines])
+def _label(name: str, result: EvaluationResult, run: str, kind: Kind | None = None) -> str:
+    """What the answers of a point or a parent go by, a point first; of that kind alone where one is given."""
+    points, parents = result.scored_points, result.parents
+    known = {"point": points, "parent": parents, None: {**parents, **points}}[kind]
+    if name not in known:
+        what = {"point": "point", "parent": "parent", None: "point and no parent"}[kind]
+        raise BadInput(f"{run}: no {what} {quoted(name)} was scored{suggestion(name, [*known])}")
+    return known[name]
 
 
 def _checkpoint(word: str, runs: Sequence[str]) -> _Named:
@@ -129,10 +130,10 @@ def _checkpoint(word: str, runs: Sequence[str]) -> _Named:
         result = read_results(run, points=())
         for name, parent in plan["parents"].items():
             if parent["url"] == url or ("@" not in url and parent["url"].split("@")[0] == url):
-                return _Named(run, _own_name(f"parent-{name}", result, run))
+                return _Named(run, _label(name, result, run, "parent"))
         for point in plan["points"]:
             if digest is not None and point["digest"] == digest:
-                return _Named(run, _own_name(point["name"], result, run))
+                return _Named(run, _label(point["name"], result, run, "point"))
     raise BadInput(f"{word}: {' and '.join(runs)} scored no such point or checkpoint; `mergeyard evaluate` scores any")
 
 

@@ -30,7 +30,7 @@ def leave_scores(run: Path | str, scores: Mapping[str, Mapping[int, float]], **m
         "ranked": ("ruler",),
         "departures": (),
         "baselines": (),
-        "parents": (),
+        "parents": {},
         "same": {},
         "noise": None,
         "cost_share": 1.0,

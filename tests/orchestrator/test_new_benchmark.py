@@ -154,7 +154,7 @@ def test_a_new_benchmark_goes_through_every_command(
     for name in ("w0.99", "w0.1"):
         scores = [row.score for row in result.common_rows() if row.point == name and row.length == 256]
         assert lines[name]["by_length"]["256"] == pytest.approx(100 * sum(scores) / len(scores), abs=0.01)
-    assert lines["w0.1"]["note"] == "left at 10 items" and lines["parent-long"]["effective_length"] is not None
+    assert lines["w0.1"]["note"] == "left at 10 items" and lines["long"]["effective_length"] is not None
 
     ended = mergeyard("compare", f"{run}/w0.1", f"{run}/w0.99", "--json")
     assert ended.code == 0, ended.err

@@ -14,7 +14,7 @@ from jobs.evaluation_tasks import ScoreRow
 def _schema() -> Any:
     import pyarrow as pa
 
-    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "Kind": pa.string()}
     return pa.schema([pa.field(field.name, types[str(field.type)], nullable=False) for field in fields(ScoreRow)])
 
 
@@ -32,7 +32,10 @@ def write_scores(rows: Iterable[ScoreRow]) -> bytes:
 
 
 def read_scores(data: bytes, where: str, points: Collection[str] | None = None) -> list[ScoreRow]:
-    """The rows of one file, or those of some points; `CorruptData` when it is not one of `write_scores`."""
+    """The rows of one file, or those of some points; `CorruptData` when it is not one of `write_scores`.
+
+    Without a column `kind`, as older versions wrote them, all rows are a point's.
+    """
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -40,6 +43,7 @@ def read_scores(data: bytes, where: str, points: Collection[str] | None = None) 
     try:
         wanted = None if points is None else pc.field("point").isin(pa.array(list(points), pa.string()))
         table = pq.read_table(pa.BufferReader(data), filters=wanted)
-        return [ScoreRow(**row) for row in table.select([field.name for field in fields(ScoreRow)]).to_pylist()]
+        columns = [field.name for field in fields(ScoreRow) if field.name != "kind" or "kind" in table.column_names]
+        return [ScoreRow(**row) for row in table.select(columns).to_pylist()]
     except (pa.ArrowInvalid, KeyError) as error:
         raise CorruptData(f"{where}: no file of scores ({error}); delete it and evaluate again") from None

@@ -94,4 +94,5 @@ def _row(task: EvaluationTask, scored: ItemScore, weights: str) -> ScoreRow:
         recipe=task.digest,
         weights=weights,
         repeat=task.repeat,
+        kind=task.kind,
     )

@@ -25,7 +25,7 @@ def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
     from rich.console import Console
 
     console = Console()
-    shown = [*lines[:MOST_ROWS], *(line for line in lines[MOST_ROWS:] if line.name in result.baselines)]
+    shown = [*lines[:MOST_ROWS], *(line for line in lines[MOST_ROWS:] if line.kind == "parent")]
     columns = _fitting(_columns(shown), console.width)
     console.print(_table(columns, console.width))
     if len(shown) < len(lines):
@@ -60,7 +60,7 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
     lengths = sorted({length for line in lines for length in line.by_length})
     benchmarks = sorted({name for line in lines for name in line.by_benchmark}, reverse=True)
     beside = sorted({name for line in lines for name in line.beside})
-    columns = [_Column("point", tuple(line.name for line in lines), left=True)]
+    columns = [_Column("point", tuple(line.title for line in lines), left=True)]
     columns.append(_Column("score", tuple(map(_score, lines))))
     for name in benchmarks:
         cells = tuple(_rounded(line.by_benchmark.get(name)) for line in lines)
@@ -140,7 +140,7 @@ def _perplexity_table(lines: Sequence[Line]) -> Any:
         table.add_column(f"from {short_length(position)}", justify="right")
     for line in lines:
         values = line.perplexity.get(longest, {})
-        table.add_row(line.name, *(f"{values[at]:.4g}" if at in values else "" for at in positions))
+        table.add_row(line.title, *(f"{values[at]:.4g}" if at in values else "" for at in positions))
     return table
 
 
@@ -151,6 +151,9 @@ def _footnote(result: EvaluationResult) -> str:
     broken = Counter(row.point for row in result.common_rows() if not row.finite)
     if broken:  # said here as well: a narrow terminal has no room for the notes of the lines
         notes.append("answers that are no numbers: " + ", ".join(f"{name} {n}" for name, n in broken.most_common(3)))
+    notes += [
+        f"{label} is the parent {name}" for name, label in result.parents.items() if label not in result.baselines
+    ]
     if result.race is not None:
         notes.append(f"the race cost {result.cost_share:.0%} of asking every point everything: {result.rule}")
     return "; ".join(notes)

@@ -60,7 +60,7 @@ def test_a_point_that_was_turned_down_fails(
     job = job_file(**scaled([0.3], margin=10, budget=6))
     ended = mergeyard("gate", job, "--in-process", "--junit", tmp_path / "gate.xml")
     assert ended.code == 1, ended.err
-    assert ended.out.startswith("gate: fail: w0.3 against parent-long\n  overall: -")
+    assert ended.out.startswith("gate: fail: w0.3 against long\n  overall: -")
     suite = ElementTree.parse(tmp_path / "gate.xml").getroot()
     assert (suite.get("failures"), suite.get("errors")) == ("1", "0")
     verdict = verdict_of(job)
@@ -121,7 +121,7 @@ def test_a_verdict_that_the_budget_does_not_reach_is_inconclusive(
     job = job_file(**scaled([0.98], margin=1, budget=9))
     ended = mergeyard("gate", job, "--in-process", "--junit", tmp_path / "gate.xml")
     assert ended.code == 3, ended.err
-    assert "gate: inconclusive: w0.98 against parent-long" in ended.out and "items would decide" in ended.out
+    assert "gate: inconclusive: w0.98 against long" in ended.out and "items would decide" in ended.out
     assert [look["items"] for look in verdict_of(job)["looks"]] == [6, 9]
     assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("errors") == "1"
 
@@ -190,7 +190,7 @@ def test_a_baseline_need_be_no_parent_of_the_merge(mergeyard: Mergeyard, job_fil
     )
     ended = mergeyard("gate", job, "--in-process", "--json")
     assert ended.code == 0, ended.err
-    assert (ended.facts["new"], ended.facts["old"]) == ("w0.7", "parent-base")
+    assert (ended.facts["new"], ended.facts["old"]) == ("w0.7", "base")
     assert ended.facts["lines"][0]["difference"] > 50, "the base finds nothing at 1,024 tokens"
 
 
@@ -204,7 +204,7 @@ def test_a_named_point_is_judged(mergeyard: Mergeyard, job_file: Callable[..., P
     ("change", "arguments", "message"),
     [
         ({"gate": None}, (), "job.yaml: no gate to pass; add `gate: {baseline: …}`"),
-        ({}, ("--point", "w0.31"), '"w0.31" is no point and no parent of this job; did you mean "w0.3"?'),
+        ({}, ("--point", "w0.31"), '"w0.31" is neither a point nor a parent of this job; did you mean "w0.3"?'),
     ],
 )
 def test_what_cannot_be_judged_is_refused(

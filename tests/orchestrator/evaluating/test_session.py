@@ -117,7 +117,7 @@ def test_keep_none_leaves_scores_and_no_point(mergeyard: Mergeyard, job_file: Ca
     run = job.parent / "runs" / "tiny"
     assert not (run / "points").exists()
     counts = Counter((row.point, row.benchmark, row.task, row.length) for row in results(job.parent))
-    names = ["parent-fmt", "parent-long", "w0.2", "w0.4", "w0.6", "w0.8"]
+    names = ["fmt", "long", "w0.2", "w0.4", "w0.6", "w0.8"]
     assert counts == {(name, "ruler", "niah_single_1", 256): 6 for name in names}
     facts = ended.facts
     assert facts["results"] == str(run / "report" / "results.parquet")
@@ -213,9 +213,9 @@ def test_another_length_asks_only_for_that_length(tmp_path: Path) -> None:
 def test_points_that_are_the_same_merge_are_asked_once(tmp_path: Path) -> None:
     points = [{"name": "one", "w": 0.6}, {"name": "other", "w": 0.6}, {"name": "parent", "w": 1}]
     result, asked = evaluated(job_text(tmp_path, grid={"points": points}, point=None))
-    assert {task.point for task in asked} == {"one", "parent", "parent-fmt"}
-    assert result.same == {"other": "one", "parent-long": "parent"}
-    assert result.baselines == ("parent-fmt",) and set(result.parents) == {"parent", "parent-fmt"}
+    assert {task.point for task in asked} == {"one", "parent", "fmt"}
+    assert result.same == {"other": "one"}
+    assert result.baselines == ("fmt",) and result.parents == {"long": "parent", "fmt": "fmt"}
 
 
 def test_blocks_keep_haystacks_whole(tmp_path: Path) -> None:
@@ -311,7 +311,7 @@ def test_perplexity_ranks_where_nothing_else_is_asked(mergeyard: Mergeyard, job_
     ended = mergeyard("evaluate", job, "--in-process", "--json")
     assert ended.code == 0, ended.err
     lines = {line["name"]: line for line in ended.facts["leaderboard"]}
-    scores = [line["score"] for line in lines.values() if line["note"] != "parent"]
+    scores = [line["score"] for line in lines.values() if line["kind"] == "point"]
     assert scores == sorted(scores, reverse=True)
     nothing = lines["w0.02"]["perplexity"]["512"]
     assert nothing == {"0": pytest.approx(2048, rel=0.01), "256": pytest.approx(2048, rel=0.01)}, "a uniform guess"
@@ -354,7 +354,7 @@ def test_a_task_of_the_harness_stands_beside_the_rank(mergeyard: Mergeyard, job_
     assert ended.code == 0, ended.err
     rows = [row for row in results(job.parent) if row.benchmark == "lm_eval"]
     assert {(row.point, row.task, row.item) for row in rows} == {
-        (point, "tiny:acc", item) for point in ("w0.6", "parent-long", "parent-fmt") for item in range(3)
+        (point, "tiny:acc", item) for point in ("w0.6", "long", "fmt") for item in range(3)
     }
     mean = {row.point: [other.score for other in rows if other.point == row.point] for row in rows}
     for line in ended.facts["leaderboard"]:

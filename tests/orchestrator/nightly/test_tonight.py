@@ -144,7 +144,7 @@ def test_the_first_night_is_judged_by_the_anchor(first_night: tuple[Yard, Told])
     yard, told = first_night
     night, blessed = told.facts["night"], told.facts["blessed"]
     assert (told.code, night["outcome"], [*night["verdicts"]]) == (0, "pass", ["anchor"])
-    assert night["verdicts"]["anchor"]["old"] == "parent-released"
+    assert night["verdicts"]["anchor"]["old"] == "released"
     assert (blessed["epoch"], blessed["night"], blessed["nonce"]) == (1, night["night"], night["nonce"])
     manifest = json.loads((Path(blessed["point"]) / "manifest.json").read_text())
     assert manifest["weights"] == blessed["weights"] == night["weights"]
@@ -249,7 +249,7 @@ def test_a_night_that_died_before_the_pointer_is_finished_first(
     ended = mergeyard(*call, "--junit", tmp_path / "night.xml")
     assert ended.code == 0 and "pass: long0.9_fmt0.1 is blessed" in ended.out, ended.err
     assert pointer.read_bytes() == blessed and len(chat.told) == 1
-    assert ElementTree.parse(tmp_path / "night.xml").getroot()[0].get("name", "").endswith("against parent-released")
+    assert ElementTree.parse(tmp_path / "night.xml").getroot()[0].get("name", "").endswith("against released")
     again = mergeyard(*call, "--junit", tmp_path / "again.xml")
     assert again.code == 0 and again.out.startswith("nothing has changed since night 0001-"), again.err
     assert len(chat.told) == 1 and pointer.read_bytes() == blessed, "never twice"
@@ -296,7 +296,10 @@ def test_a_blessed_point_that_is_gone_is_named_with_the_way_out(
     ("change", "message"),
     [
         ({"gate": None}, "nightly.yaml: a nightly job needs a gate to pass; add `gate: {baseline: …}`"),
-        ({"point": "blessed"}, "a point cannot be called blessed here"),
+        (
+            {"point": "blessed", "gate": {"baseline": "blessed", "margin": 30}},
+            "every night calls the last merge that passed blessed; give the baseline another name",
+        ),
         ({"engine": {"name": "openai", "url": "http://127.0.0.1:9"}}, "serves one model, a night compares several"),
     ],
 )
@@ -320,6 +323,17 @@ def test_a_parent_cannot_be_called_blessed(tmp_path: Path, mergeyard: Mergeyard)
     ended = mergeyard("nightly", yard.job, "--in-process")
     assert ended.code == 2 and "nightly.yaml:6: blessed is what every night calls the last merge" in ended.err
     assert not yard.run.exists()
+
+
+def test_a_point_called_blessed_is_judged_against_the_merge_that_was_blessed(tmp_path: Path) -> None:
+    yard = Yard(tmp_path, point="blessed", **SMALL)
+    first = yard.night(1).facts
+    assert first["blessed"]["point"].endswith("/points/blessed")
+    yard.train("fmt", 2)
+    second = yard.night(2).facts["night"]
+    assert second["weights"] != first["night"]["weights"]
+    verdicts = {who: (found["new"], found["old"]) for who, found in second["verdicts"].items()}
+    assert verdicts == {"blessed": ("blessed", "blessed (parent)"), "anchor": ("blessed", "released")}
 
 
 # ---- what a night comes to
@@ -386,9 +400,9 @@ def a_night(number: int = 1, outcome: Any = "pass", judged_against: str | None =
     """A night that was told of by hand; it passed unless `outcome` says otherwise."""
     passed = outcome == "pass"
     score = {"overall": Score(90.0, 88.0, 92.0), "512": Score(95.0, 94.0, 96.0), "4096": Score(85.0, None, None)}
-    verdicts = {"anchor": a_verdict("parent-released", outcome)}
+    verdicts = {"anchor": a_verdict("released", outcome)}
     if judged_against is not None:
-        verdicts = {"blessed": a_verdict("parent-blessed"), **verdicts}
+        verdicts = {"blessed": a_verdict("blessed"), **verdicts}
     found = Night(
         number=number,
         night=f"{number:04d}-abcdef01",

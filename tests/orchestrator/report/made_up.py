@@ -86,7 +86,7 @@ def _rows(
     """Best in the middle of the grid, worse with length; the same luck for everyone on an item."""
     random = np.random.default_rng(7)
     luck = {(task, length): random.random(items) for task in (*tasks, "needle") for length in lengths}
-    for number, name in enumerate([*names, "parent-cos", "parent-fmt"]):
+    for number, name in enumerate([*names, "cos", "fmt"]):
         row, column = divmod(number, grid[1])
         height = 1 - abs(row / max(1, grid[0] - 1) - 0.5) - 0.5 * abs(column / max(1, grid[1] - 1) - 0.6)
         height = height if number < len(names) else 0.4
@@ -142,8 +142,8 @@ def _result(names: Sequence[str], rows: Sequence[ScoreRow], finished: bool) -> E
         ranked=("ruler", "needle"),
         standing=tuple(Standing(name, sum(scores[name]) / len(scores[name]), 8, None, None) for name in order),
         departures=tuple(Departure(name, 0, order[0], 0.2, 0.01, 0.03, 8, f"{name} <i>fell</i>") for name in left),
-        baselines=("parent-cos", "parent-fmt"),
-        parents=("parent-cos", "parent-fmt"),
+        baselines=("cos", "fmt"),
+        parents={"cos": "cos", "fmt": "fmt"},
         same={},
         noise=FlipRate(1, 100, 0.01, 0.0, 0.05),
         cost_share=0.3,
@@ -174,7 +174,7 @@ def _verdict(new: str) -> dict[str, object]:
     return {
         "outcome": "inconclusive",
         "new": new,
-        "old": "parent-cos",
+        "old": "cos",
         "lines": [line],
         "items_needed": 900,
         "exit_code": 3,

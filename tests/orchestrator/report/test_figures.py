@@ -159,7 +159,7 @@ def test_an_interval_of_a_curve_does_not_collapse_where_all_is_right() -> None:
             standing=(Standing("a", 1.0, 16, None, None),),
             departures=(),
             baselines=(),
-            parents=(),
+            parents={},
             same={},
             noise=None,
             cost_share=1.0,

@@ -53,7 +53,7 @@ def result(rows: Sequence[ScoreRow], points: Sequence[Standing], **more) -> Eval
         "ranked": ("ruler", "needle"),
         "departures": (),
         "baselines": (),
-        "parents": (),
+        "parents": {},
         "same": {},
         "noise": None,
         "cost_share": 1.0,
@@ -121,7 +121,7 @@ def test_relative_to_each_parent_a_lower_score_will_do() -> None:
         *cell("long", "vt", 512, [1, 1, 0.2, 0]),  # 55
         *cell("fmt", "vt", 512, [1, 1, 1, 0]),  # 75
     ]
-    evaluated = result(rows, [standing("a")], baselines=("long", "fmt"), parents=("long", "fmt"))
+    evaluated = result(rows, [standing("a")], baselines=("long", "fmt"), parents={"long": "long", "fmt": "fmt"})
     line, *_ = leaderboard(evaluated)
     assert line.effective is not None and line.effective.length == 0
     assert {parent: length.length for parent, length in line.relative.items()} == {"long": 512, "fmt": 0}
@@ -173,13 +173,14 @@ def test_points_come_in_the_order_of_the_race_and_parents_after() -> None:
         [standing("b", confirmed=0.5), standing("a", departed_at_rung=0)],
         departures=(departure,),
         baselines=("p",),
+        parents={"p": "p", "q": "b"},
         same={"twin": "b"},
     )
     lines = leaderboard(evaluated)
-    assert [(line.name, line.note) for line in lines] == [
-        ("b", "50.0 on fresh items, = twin"),
-        ("a", "left at 2 items"),
-        ("p", "parent"),
+    assert [(line.kind, line.title, line.note) for line in lines] == [
+        ("point", "b", "50.0 on fresh items, = twin, = parent q"),
+        ("point", "a", "left at 2 items"),
+        ("parent", "p (parent)", ""),
     ]
 
 
@@ -249,7 +250,7 @@ def test_the_table_shows_every_figure(capsys: pytest.CaptureFixture[str]) -> Non
 def test_a_long_grid_shows_the_best_and_the_parents(capsys: pytest.CaptureFixture[str]) -> None:
     names = [f"p{number:02d}" for number in range(30)]
     rows = [row(name, "vt", 512, item, 1) for name in [*names, "long"] for item in range(2)]
-    evaluated = result(rows, [standing(name) for name in names], baselines=("long",))
+    evaluated = result(rows, [standing(name) for name in names], baselines=("long",), parents={"long": "long"})
     print_leaderboard(leaderboard(evaluated), evaluated)
     out = capsys.readouterr().out
     assert "p19" in out and "p20" not in out and "long" in out and "… and 10 more points" in out

@@ -73,7 +73,7 @@ def test_ids_are_there_once(text: str) -> None:
 
 
 def test_every_tile_has_its_story(text: str) -> None:
-    assert text.count("against parent-cos, p = ") >= 20 * 2
+    assert text.count("against cos, p = ") >= 20 * 2
     assert "not sure</title>" in text
 
 

@@ -17,10 +17,10 @@ from tests.orchestrator.report.test_against_baseline import rows
 
 def said(
     scores: Mapping[str, Sequence[float]],
-    parents: Sequence[str] = ("parent-old",),
+    parents: Sequence[str] = ("old",),
     gate: Mapping[str, Any] | None = None,
     confirmed: float | None = None,
-    scored_as_parents: Sequence[str] = (),
+    scored_as_parents: Mapping[str, str] | None = None,
     **more: Any,
 ) -> Recommendation:
     """What is said of points with these answers, the parents being no points."""
@@ -30,7 +30,7 @@ def said(
         ranked=("ruler",),
         standing=tuple(Standing(name, 0.0, 8, None, confirmed) for name in points),
         baselines=tuple(parents),
-        parents=(*parents, *scored_as_parents),
+        parents={name: name for name in parents} | dict(scored_as_parents or {}),
         **{
             "departures": (),
             "same": {},
@@ -51,30 +51,31 @@ MOST, HALF, NONE = [1] * 19 + [0], [1, 0] * 10, [0] * 20
 
 
 def test_a_sure_lead_over_the_parents_is_a_merge_to_keep() -> None:
-    found = said({"a": MOST, "b": NONE, "parent-old": NONE})
+    found = said({"a": MOST, "b": NONE, "old": NONE})
     assert found.headline.startswith("Keep a: 95.0 points ± ")
-    assert "95.0 above the best parent, parent-old (95 % interval" in found.headline
+    assert "95.0 above the best parent, old (95 % interval" in found.headline
     assert "after Holm over 2 points" in found.headline
     assert found.grounds[0].startswith("Its lead over the runner-up, b, is 95.0 points (95 % interval")
     assert "not sure" not in found.sentence
 
 
 def test_a_lead_that_may_be_luck_is_not_sold_as_one() -> None:
-    found = said({"a": MOST, "b": [*MOST[1:], 0], "parent-old": [*MOST[1:], 0]})
+    found = said({"a": MOST, "b": [*MOST[1:], 0], "old": [*MOST[1:], 0]})
     assert found.headline.startswith("a leads with 95.0 points")
     assert "but is not surely better than its parents: 5.0 above" in found.headline
     assert found.grounds[0].endswith("not sure, either will do, or ask more items.")
 
 
 def test_a_merge_that_is_surely_worse_is_not_kept() -> None:
-    found = said({"a": [*NONE[1:], 1], "parent-old": MOST, "parent-bad": NONE}, parents=("parent-old", "parent-bad"))
-    assert found.headline.startswith("Keep the parent parent-old: the best merge, a, has 5.0 points")
+    found = said({"a": [*NONE[1:], 1], "old": MOST, "bad": NONE}, parents=("old", "bad"))
+    assert found.headline.startswith("Keep the parent old: the best merge, a, has 5.0 points")
     assert "90.0 below the best parent" in found.headline
 
 
 def test_a_parent_that_is_a_point_may_lead() -> None:
-    found = said({"a": MOST, "b": HALF}, parents=(), scored_as_parents=("a",))
-    assert found.headline == f"Keep the parent a: 95.0 points ± {found.best.half_width:.1f}, and no merge scores more."
+    found = said({"a": MOST, "b": HALF}, parents=(), scored_as_parents={"old": "a"})
+    spread = f"± {found.best.half_width:.1f}"
+    assert found.headline == f"Keep the parent old (a): 95.0 points {spread}, and no merge scores more."
     assert found.grounds[0].startswith("Its lead over the runner-up, b, is 45.0 points")
 
 
@@ -102,9 +103,9 @@ def test_what_the_same_weights_show_against_themselves_is_said_beside_the_differ
     assert told == ["Asked the same again, 4.2% of 48 answers changed their score (at most 14.0%)."]
 
 
-@pytest.mark.parametrize("parents", [(), ("parent-old",)])
+@pytest.mark.parametrize("parents", [(), ("old",)])
 def test_it_is_facts_too(parents: tuple[str, ...]) -> None:
-    found = said({"a": MOST, "b": HALF, "parent-old": NONE}, parents=parents).document()
+    found = said({"a": MOST, "b": HALF, "old": NONE}, parents=parents).document()
     assert found["keep"] == "a"
     assert (found["over_best_parent"] is None) is (not parents)
     assert found["over_runner_up"]["difference"] == 45.0

@@ -39,7 +39,7 @@ def test_report_as_json(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(capsys.readouterr().out)
     assert len(found["leaderboard"]) == 22
     assert found["verdict"]["keep"] == found["leaderboard"][0]["name"]
-    assert found["baseline"] == "parent-cos" and len(found["comparisons"]) == 20
+    assert found["baseline"] == "cos" and len(found["comparisons"]) == 20
     assert found["gate"]["outcome"] == "inconclusive" and len(found["departures"]) == 10
 
 

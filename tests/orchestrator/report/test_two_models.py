@@ -324,9 +324,9 @@ def test_points_parents_and_copies_of_them_are_found_by_every_name(mergeyard: Me
         return ended.facts["a"]["name"], ended.facts["b"]["name"]
 
     assert names(run / "w0.2", run / "w1") == ("w0.2", "w1")
-    assert names(run / "points" / "w0.2", tmp_path / "job.yaml" / "fmt") == ("w0.2", "parent-fmt")
-    assert names(run / "parent-fmt", run / "long") == ("parent-fmt", "w1"), "w1 is the parent itself"
-    assert names(PARENTS / "fmt", run / "w0.2") == ("parent-fmt", "w0.2")
+    assert names(run / "points" / "w0.2", tmp_path / "job.yaml" / "fmt") == ("w0.2", "fmt")
+    assert names(run / "parents" / "fmt", run / "long") == ("fmt", "w1"), "w1 is the parent itself"
+    assert names(PARENTS / "fmt", run / "w0.2") == ("fmt", "w0.2")
     assert names(run / "w1", tmp_path / "copy") == ("w1", "w0.2")
     facts = mergeyard("compare", run / "fmt", run / "w0.2", "--json").facts
     assert all(flip["expected"] and flip["expected"][0].isdigit() for flip in facts["flips"])

@@ -142,7 +142,7 @@ def test_what_was_merged_before_changes_nothing(siblings: Path, method: str) -> 
 def test_a_parent_as_a_merge_of_itself_is_the_parent(siblings: Path) -> None:
     plan = planned(siblings, "linear")
     layout = plan.points[0].layout
-    parent = next(point for point in parents_as_points(plan, layout) if point.name == "parent-b")
+    parent = next(point for point in parents_as_points(plan, layout) if point.name == "b")
     merged = dict(resident(plan, 2).merged(parent.settings))
     stored = load_file(siblings / "b" / "model.safetensors")
     assert all(same_bytes(merged[name], tensor) for name, tensor in stored.items())
