@@ -3,16 +3,19 @@
     MergeyardError               1   something failed; the message says what, where and what to do
     ├── BadInput                 2   what the user gave is wrong; nothing was written
     ├── StorageError             1
-    │   ├── ObjectMissing        2   no such object, bucket, repository or revision
+    │   ├── ObjectMissing        2   no such object, repository or revision
+    │   │   └── BucketMissing    2   no such bucket
     │   ├── AccessDenied         2   credentials are missing or not enough
     │   ├── ObjectExists         1   a create-only write lost: somebody was first
     │   ├── ObjectChanged        1   the object is no longer the version that was pinned
-    │   └── StorageUnavailable  75   the service failed for longer than we were ready to wait; try again
+    │   └── StorageUnavailable  75   a store failed for longer than we were ready to wait; also `Unavailable`
     ├── CorruptData              1   bytes are not what their header, length or digest says
     ├── RunBusy                 75   another driver holds this run
+    ├── Unavailable             75   a service or a cluster does not answer, or has no room now; try again
     ├── WorkerLost              75   a worker died more often than it may; try again
-    ├── Inconclusive             3   the evidence allows no verdict yet
     └── Interrupted             75   stopped by a signal; the same command goes on where it stopped
+
+Exit code 3 is not an error: a gate ends with it when the scores allow no verdict.
 
 An error carries one line: the thing, the place, the remedy. It travels between processes by its
 positional arguments alone, so every class must survive `pickle`.
@@ -42,9 +45,13 @@ class StorageError(MergeyardError):
 
 
 class ObjectMissing(StorageError):
-    """There is no such object, bucket, repository or revision."""
+    """There is no such object, repository or revision."""
 
     exit_code = 2
+
+
+class BucketMissing(ObjectMissing):
+    """There is no such bucket."""
 
 
 class AccessDenied(StorageError):
@@ -61,11 +68,15 @@ class ObjectChanged(StorageError):
     """The object's ETag is not the one that was pinned."""
 
 
-class StorageUnavailable(StorageError):
-    """The service kept failing in a way that a retry may mend."""
+class Unavailable(MergeyardError):
+    """A service or a cluster does not answer, or has no room now; a later call may succeed."""
 
     exit_code = 75
     retry = True
+
+
+class StorageUnavailable(StorageError, Unavailable):
+    """A store kept failing in a way that a retry may mend."""
 
 
 class CorruptData(MergeyardError):
@@ -83,12 +94,6 @@ class WorkerLost(MergeyardError):
 
     exit_code = 75
     retry = True
-
-
-class Inconclusive(MergeyardError):
-    """The data allow neither a pass nor a fail."""
-
-    exit_code = 3
 
 
 class Interrupted(MergeyardError):

@@ -30,7 +30,7 @@ from ray.exceptions import (
 )
 from ray.util import metrics
 
-from jobs.errors import BadInput, MergeyardError, WorkerLost
+from jobs.errors import BadInput, MergeyardError, Unavailable, WorkerLost
 from jobs.job import WorkerSpec
 from orchestrator.cluster.again import LOSSES, TRIES, Failure
 from orchestrator.cluster.reaching import check_reachable, reach
@@ -68,7 +68,7 @@ class RayCluster:
     """A Ray cluster that merging and evaluating share: the one at `address`, or one started here, stopped at the end.
 
     `workers` is the number of workers of `spec` that its nodes hold when it is joined, `device` is "cuda" or "cpu",
-    `resources` are the Ray options of one worker. Raises `WorkerLost` if the cluster or its nodes are not there now,
+    `resources` are the Ray options of one worker. Raises `Unavailable` if the cluster or its nodes are not there now,
     `BadInput` if no node is large enough for a worker.
     """
 
@@ -98,7 +98,7 @@ class RayCluster:
     def room(self, memory_bytes: int = 0) -> int:
         """How many workers, of `memory_bytes` at least, the cluster's nodes hold now; they come and go.
 
-        `WorkerLost` when the cluster's head is gone.
+        `Unavailable` when the cluster's head is gone.
         """
         spec = replace(self.spec, memory_bytes=max(self.spec.memory_bytes, memory_bytes))
         slots = sum(_worker_slots(has, spec, self._gpus) for has in self._nodes.living())
@@ -112,7 +112,7 @@ class RayCluster:
     def awaited(self, room: Callable[[], int], worker: str, memory_bytes: int, remedy: str) -> int:
         """The room, as soon as there is any: nodes may be on their way.
 
-        Where there is none in the end, `BadInput` if nodes are there and each is too small, else `WorkerLost`.
+        Where there is none in the end, `BadInput` if nodes are there and each is too small, else `Unavailable`.
         """
         began = time.monotonic()
         told = False
@@ -121,7 +121,7 @@ class RayCluster:
             if time.monotonic() - began >= self._patience:
                 if any(_is_worker(has) for has in self._nodes.living()):
                     raise BadInput(f"no node has room for {needs}; {remedy}")
-                raise WorkerLost(f"the cluster has no node now that could hold {needs}; run again when it has")
+                raise Unavailable(f"the cluster has no node now that could hold {needs}; run again when it has")
             if not told:
                 log.warning("no node has room for %s: waiting %.0f s for one to join", needs, self._patience)
                 told = True
@@ -142,7 +142,7 @@ class _Nodes:
         self._looked: float | None = None
 
     def living(self) -> list[Mapping[str, float]]:
-        """What each living node has; none while the head is away, and `WorkerLost` when it is for too long."""
+        """What each living node has; none while the head is away, and `Unavailable` when it is for too long."""
         if self._looked is None or time.monotonic() - self._looked > LOOK_SECONDS:
             away = self._head.is_away()
             self._living = [] if away else [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -159,7 +159,7 @@ class _Head:
         self._away_since: float | None = None
 
     def is_away(self) -> bool:
-        """Whether nothing answers where it was; `WorkerLost` when that has been so for too long."""
+        """Whether nothing answers where it was; `Unavailable` when that has been so for too long."""
         knocked = time.monotonic()  # before: where the network swallows all, no answer comes late
         try:
             reach(self._address, KNOCK_SECONDS)
@@ -167,7 +167,7 @@ class _Head:
             if self._away_since is None:
                 self._away_since = knocked
             if time.monotonic() - self._away_since > self._patience:
-                raise WorkerLost(
+                raise Unavailable(
                     f"the head of the Ray cluster at {self._address} is gone; start it, then run again"
                 ) from None
             return True
@@ -217,14 +217,14 @@ def _start() -> Path:
         try:
             context = _init(address="local", include_dashboard=False, object_store_memory=LOCAL_OBJECT_STORE_BYTES)
         except Exception as error:  # the very class Ray raises when a part of it takes more than 30 seconds
-            raise WorkerLost(
+            raise Unavailable(
                 f"Ray did not start here: {str(error).splitlines()[0]} Run again, or --in-process"
             ) from error
     return Path(context.address_info["session_dir"])
 
 
 def _connect(address: str) -> None:
-    """Joins a running Ray and sends the code along; `WorkerLost` where there is none now."""
+    """Joins a running Ray and sends the code along; `Unavailable` where there is none now."""
     if address != "auto":
         host, _, port = address.rpartition(":")
         if not port.isdigit() or not 0 < int(port) < 1 << 16 or "/" in host:
@@ -242,7 +242,7 @@ def _connect(address: str) -> None:
         except (RayError, ConnectionError, RuntimeError, ValueError) as error:
             said = str(error).splitlines()[0]
             if said.startswith("Could not find any running Ray instance"):
-                raise WorkerLost(f"--address {address}: {said}") from error
+                raise Unavailable(f"--address {address}: {said}") from error
             named = re.search(r"\bat (\S+:\d+)$", said)  # Ray says where, of `auto` as well
             place = named[1] if named else address
             if place != "auto":

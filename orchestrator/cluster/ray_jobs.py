@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from jobs.errors import AccessDenied, BadInput, Interrupted, MergeyardError, WorkerLost
+from jobs.errors import AccessDenied, BadInput, Interrupted, MergeyardError, Unavailable, WorkerLost
 from orchestrator.cluster.reaching import check_reachable
 from orchestrator.cluster.shipment import Shipment
 from workers.fingerprint import fingerprint
@@ -86,7 +86,7 @@ class Submission:
 class RayJobs:
     """The jobs of the cluster whose dashboard is at `address`, asked with the token that this user has, if any.
 
-    `WorkerLost` for an address where nothing answers now, `AccessDenied` for a cluster that wants another token.
+    `Unavailable` for an address where nothing answers now, `AccessDenied` for a cluster that wants another token.
     """
 
     def __init__(self, address: str) -> None:
@@ -153,7 +153,7 @@ class RayJobs:
         deadline = time.monotonic() + STOP_SECONDS
         while not (now := self._standing(submission.id, submission.number)).ended:
             if time.monotonic() > deadline:
-                raise WorkerLost(f"{submission.id} has not stopped within {STOP_SECONDS:.0f} s; try again")
+                raise Unavailable(f"{submission.id} has not stopped within {STOP_SECONDS:.0f} s; try again")
             time.sleep(POLL_SECONDS)
         return now
 
@@ -166,7 +166,7 @@ class RayJobs:
         while True:
             try:
                 return ask()
-            except WorkerLost:
+            except Unavailable:
                 if time.monotonic() > deadline:
                     raise
             time.sleep(POLL_SECONDS)
@@ -182,7 +182,7 @@ class RayJobs:
                 f"--address {self._address}: the cluster wants its token; set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
             ) from None
         except (ConnectionError, OSError):  # requests' own are OSErrors
-            raise WorkerLost(
+            raise Unavailable(
                 f"--address {self._address}: the cluster no longer answers; its runs go on from what they stored,"
                 " see `mergeyard status`"
             ) from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 
-from jobs.errors import WorkerLost
+from jobs.errors import Unavailable
 
 REACH_SECONDS = 10.0
 
@@ -16,8 +16,8 @@ def reach(place: str, seconds: float = REACH_SECONDS) -> None:
 
 
 def check_reachable(address: str, place: str, who: str, remedy: str) -> None:
-    """`WorkerLost` where nothing answers at `place` (host:port) now, which Ray would try for minutes."""
+    """`Unavailable` where nothing answers at `place` (host:port) now, which Ray would try for minutes."""
     try:
         reach(place)
     except OSError as error:
-        raise WorkerLost(f"--address {address}: {who} answers there ({error}); {remedy}") from None
+        raise Unavailable(f"--address {address}: {who} answers there ({error}); {remedy}") from None

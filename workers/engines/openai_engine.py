@@ -24,7 +24,7 @@ from urllib.parse import SplitResult, urlsplit
 
 import numpy as np
 
-from jobs.errors import AccessDenied, BadInput, WorkerLost
+from jobs.errors import AccessDenied, BadInput, Unavailable
 from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, check_window, longest_scored
 from workers.engines.tokenizer import load_tokenizer
 
@@ -231,7 +231,7 @@ class OpenAIEngine:
                 raise AccessDenied(f"{self.url}{path}: {trouble}; {self._key_remedy()}")
             if status not in RETRIED_STATUS:
                 raise BadInput(f"{self.url}{path}: {trouble}; check the URL and the model's name {self.model}")
-        raise WorkerLost(f"{self.url}{path} failed {tries} times, at last with {trouble}; is the server up?")
+        raise Unavailable(f"{self.url}{path} failed {tries} times, at last with {trouble}; is the server up?")
 
     def _object(self, text: str) -> dict[str, Any]:
         try:

@@ -28,6 +28,7 @@ from typing_extensions import Buffer
 
 from jobs.errors import (
     BadInput,
+    BucketMissing,
     CorruptData,
     MergeyardError,
     ObjectChanged,
@@ -294,7 +295,7 @@ class CloudStore:
                 # an earlier try may have come through and only its answer been lost
                 if refused and tries > 1 and (ours := self._already_there(key, content)):
                     return ours
-                if isinstance(mode, dict) and refused and "no such bucket" not in str(told):
+                if isinstance(mode, dict) and refused and not isinstance(told, BucketMissing):
                     told = ObjectChanged(f"{self._place(key)} was replaced by somebody else")
                 raise told from None
             return ObjectInfo(key, content.nbytes, self._etag(key, result["e_tag"]))

@@ -14,6 +14,7 @@ from obstore import exceptions as obstore_errors
 from jobs.errors import (
     AccessDenied,
     BadInput,
+    BucketMissing,
     MergeyardError,
     ObjectChanged,
     ObjectExists,
@@ -95,7 +96,7 @@ def missing(place: str, code: str = "") -> ObjectMissing:
     """An object that is not there, or the bucket where the service says so."""
     scheme, _, rest = place.partition("://")
     if code in ("NoSuchBucket", "ContainerNotFound"):
-        return ObjectMissing(
+        return BucketMissing(
             f"{scheme}://{rest.partition('/')[0]}: there is no such bucket; create it or correct the URL"
         )
     return ObjectMissing(f"{place} does not exist")

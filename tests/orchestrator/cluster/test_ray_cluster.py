@@ -17,7 +17,7 @@ import pytest
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
-from jobs.errors import BadInput, MergeyardError, WorkerLost
+from jobs.errors import BadInput, MergeyardError, Unavailable, WorkerLost
 from jobs.evaluation_tasks import EvaluationTask, ItemSet, ScoreRow
 from jobs.job import WorkerSpec
 from jobs.merge_tasks import MergeTask, PointShard
@@ -214,7 +214,7 @@ def test_a_head_that_a_silent_cut_takes_is_missed_in_time_for_an_orderly_end(
     assert nodes.living() == [LARGE]
     monkeypatch.setattr(ray_cluster, "reach", swallowed)
     cut = ray.clock.now
-    with pytest.raises(WorkerLost, match=r"the head of the Ray cluster at 127\.0\.0\.1:6379 is gone"):
+    with pytest.raises(Unavailable, match=r"the head of the Ray cluster at 127\.0\.0\.1:6379 is gone"):
         while ray.clock.now < cut + 2 * seconds:
             ray.clock.sleep(1.0)  # as ray.wait does
             nodes.living()
@@ -241,7 +241,7 @@ def test_a_cluster_that_refuses_wants_a_token_and_one_that_has_just_gone_is_to_b
             raise ConnectionError(f"Failed to connect to Ray cluster at {place}")
 
         monkeypatch.setattr(ray_cluster, "_init", refused)
-        with pytest.raises(BadInput if answers else WorkerLost, match="RAY_AUTH_TOKEN" if answers else "just gone"):
+        with pytest.raises(BadInput if answers else Unavailable, match="RAY_AUTH_TOKEN" if answers else "just gone"):
             ray_cluster._connect(address.replace("PLACE", place))
 
 
@@ -250,7 +250,7 @@ def test_where_no_ray_is_found_it_is_to_be_tried_again(monkeypatch: pytest.Monke
         raise ConnectionError("Could not find any running Ray instance. Please specify the one to connect to.")
 
     monkeypatch.setattr(ray_cluster, "_init", refused)
-    with pytest.raises(WorkerLost, match="Could not find any running Ray"):
+    with pytest.raises(Unavailable, match="Could not find any running Ray"):
         ray_cluster._connect("auto")
 
 
@@ -265,7 +265,7 @@ def room(opened: RayCluster) -> int:
 def test_a_cluster_without_nodes_now_is_one_to_try_again(ray: Ray, nodes: list[Mapping[str, float]]) -> None:
     ray.nodes_now = nodes
     began = ray.clock.now
-    with pytest.raises(WorkerLost, match="run again"):
+    with pytest.raises(Unavailable, match="run again"):
         room(cluster(ray, patience=60.0))
     assert 60 <= ray.clock.now - began < 63
 
@@ -276,7 +276,7 @@ def test_a_head_that_is_away_is_not_a_lack_of_large_nodes(ray: Ray, monkeypatch:
 
     opened = cluster(ray, patience=60.0)
     monkeypatch.setattr(ray_cluster, "reach", refused)
-    with pytest.raises(WorkerLost, match="is gone"):
+    with pytest.raises(Unavailable, match="is gone"):
         room(opened)
 
 

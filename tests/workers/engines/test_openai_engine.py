@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.errors import AccessDenied, BadInput, WorkerLost
+from jobs.errors import AccessDenied, BadInput, Unavailable
 from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 
@@ -125,7 +125,7 @@ def test_busy_and_broken_servers_are_asked_again(served, server, needle_prompt):
 
 def test_a_server_that_keeps_failing_is_given_up_by_name(served, server, needle_prompt):
     server.failures = [500] * 4
-    with pytest.raises(WorkerLost, match=r"/v1/completions failed 4 times, at last with status 500"):
+    with pytest.raises(Unavailable, match=r"/v1/completions failed 4 times, at last with status 500"):
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
 
 
@@ -189,7 +189,7 @@ def test_a_server_that_keeps_failing_is_asked_for_no_longer_than_an_answer_may_t
     url = f"http://127.0.0.1:{server.server_port}/v1"
     served = OpenAIEngine(url, "long", parents / "long", timeout_seconds=3, first_pause_seconds=1.5, attempts=99)
     server.failures = [503] * 99
-    with pytest.raises(WorkerLost, match=r"failed \d times, at last with status 503"):
+    with pytest.raises(Unavailable, match=r"failed \d times, at last with status 503"):
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
     served.close()
 

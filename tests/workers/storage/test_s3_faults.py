@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from jobs.errors import AccessDenied, ObjectChanged, ObjectExists, ObjectMissing, StorageUnavailable
+from jobs.errors import AccessDenied, BucketMissing, ObjectChanged, ObjectExists, ObjectMissing, StorageUnavailable
 from tests.conftest import BUCKET
 from tests.fault_proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
@@ -183,8 +183,21 @@ def test_a_server_that_comes_back_is_waited_for(
 def test_a_missing_bucket_is_named(s3_url: str) -> None:
     store = open_store("s3://no-such-bucket/run")
     for use in (store.locate, store.read, lambda key: list(store.list(key)), store.sweep):
-        with pytest.raises(ObjectMissing, match="s3://no-such-bucket: there is no such bucket"):
+        with pytest.raises(BucketMissing, match="s3://no-such-bucket: there is no such bucket"):
             use("name")
+
+
+def test_a_bucket_that_went_is_not_an_object_that_somebody_replaced(
+    s3_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = open_store(s3_url)
+
+    def refused(*_: object, **__: object) -> None:
+        raise FileNotFoundError("404 Not Found: <Code>NoSuchBucket</Code>")
+
+    monkeypatch.setattr("obstore.put", refused)
+    with pytest.raises(BucketMissing, match="there is no such bucket"):
+        store.swap("name", b"new", etag="old")
 
 
 def test_refused_credentials_name_the_place_and_the_remedy_and_no_secret(
