@@ -85,6 +85,12 @@ class EvaluationTask:
     kind: Kind = "point"
 
     @property
+    def name(self) -> str:
+        """How errors call this block: its benchmark task, length, items and point."""
+        items = f" at {self.items.length} tokens, items {self.first} to {self.last - 1}," if self.items.length else ""
+        return f"{self.items.task}{items} of {self.point}"
+
+    @property
     def tokens(self) -> int:
         """Context tokens of all its items: what it costs."""
         return self.items.tokens * (self.last - self.first)

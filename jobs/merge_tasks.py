@@ -153,8 +153,10 @@ class MergeTask:
 
     @property
     def name(self) -> str:
-        """How logs and errors call this task."""
-        return f"{self.shard} of {len(self.points)} points"
+        """How errors call this task: its shard and its points, three of them by name."""
+        names = [shard.point for shard in self.points]
+        more = f" and {len(names) - 3} more points" if len(names) > 3 else ""
+        return f"{self.shard} of {', '.join(names[:3])}{more}"
 
     @property
     def bytes_read(self) -> int:

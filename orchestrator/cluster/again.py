@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from bisect import insort
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Generic, TypeVar
@@ -38,6 +39,17 @@ class Failure:
 
     error: MergeyardError
     node_lost: bool = False
+
+
+@contextmanager
+def placing(place: str) -> Generator[None]:
+    """Errors from inside begin with `place`; a foreign one becomes a `MergeyardError` of one line."""
+    try:
+        yield
+    except MergeyardError as error:
+        raise type(error)(f"{place}: {error}") from error
+    except Exception as error:
+        raise MergeyardError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 class Tries:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from jobs.errors import MergeyardError
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
 from jobs.merge_tasks import MergeTask, Receipt
-from orchestrator.cluster.again import Failure, Queue
+from orchestrator.cluster.again import Failure, Queue, placing
 from orchestrator.cluster.pool import Progress, unit
 
 if TYPE_CHECKING:
@@ -37,7 +37,8 @@ class InProcessEvaluators:
         task, self._task = self._task, None
         assert task is not None, "asked for a result before there was a task"
         try:
-            return task, self._evaluator.evaluate(task)
+            with placing(task.name):
+                return task, self._evaluator.evaluate(task)
         except MergeyardError as error:
             return task, Failure(error)
 
@@ -88,4 +89,5 @@ class InProcessPool:
                 raise KeyboardInterrupt
             progress(read, written)
 
-        return merge_task(task, device=self._device, progress=advance)
+        with placing(task.name):
+            return merge_task(task, device=self._device, progress=advance)

@@ -269,13 +269,20 @@ def _init(**options: Any) -> Any:
             signal.signal(signal.SIGTERM, stop)
 
 
+def on_node(what: str, address: str) -> str:
+    """How errors say what failed on which node."""
+    return f"{what} on node {address}"
+
+
+def this_node() -> str:
+    """The address of the node that runs this."""
+    return str(ray.util.get_node_ip_address())
+
+
 def check_code(expected: str) -> None:
     """Refuses to work with a driver whose code is not this node's."""
     if fingerprint() != expected:
-        raise BadInput(
-            f"node {ray.util.get_node_ip_address()} runs other mergeyard code than the driver;"
-            " install the same version there"
-        )
+        raise BadInput("the node has other mergeyard code than the driver; install the same version there")
 
 
 def _worker_slots(has: Mapping[str, float], spec: WorkerSpec, gpus: float) -> int:

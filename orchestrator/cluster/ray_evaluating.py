@@ -15,8 +15,8 @@ from ray.exceptions import RayError
 
 from jobs.errors import MergeyardError, WorkerLost
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
-from orchestrator.cluster.again import Failure, Tries
-from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure
+from orchestrator.cluster.again import Failure, Tries, placing
+from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure, on_node, this_node
 from workers.fingerprint import fingerprint
 
 WORKING_BYTES = 1 << 30
@@ -35,6 +35,7 @@ class RayEvaluators:
         asked = {**cluster.resources, "memory": max(cluster.resources["memory"], self._memory)}
         self._remote: Any = ray.remote(_RemoteEvaluator).options(**asked, max_restarts=0, max_task_retries=0)
         self._actors: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
         self._starting: dict[Any, tuple[Any, int]] = {}
         self._running: dict[Any, tuple[int, EvaluationTask]] = {}
         self._failed: set[str] = set()
@@ -84,14 +85,14 @@ class RayEvaluators:
     def _welcome(self, reference: Any) -> None:
         actor, begun = self._starting.pop(reference)
         try:
-            ray.get(reference)
+            node: str = ray.get(reference)
         except (RayError, MergeyardError) as error:
             failed = failure(error, "an evaluation worker")
             if begun == self._round or not failed.error.retry:  # of those that began together, one speaks for all
                 self._not_before = time.monotonic() + self._tries.again(failed)
                 self._round += 1
             return
-        self._actors[self._started] = actor
+        self._actors[self._started], self._nodes[self._started] = actor, node
         self._started += 1
         self._tries = Tries()
 
@@ -100,7 +101,7 @@ class RayEvaluators:
         try:
             rows: list[ScoreRow] = ray.get(reference)
         except (RayError, MergeyardError) as error:
-            failed = failure(error, f"{task.items.task} at {task.items.length} of {task.point}")
+            failed = failure(error, on_node(task.name, self._nodes[worker]))
             if isinstance(failed.error, WorkerLost):
                 ray.kill(self._actors.pop(worker))
             self._failed.add(task.key)
@@ -122,16 +123,19 @@ def _memory(models: Mapping[str, ModelSpec], cluster: RayCluster) -> int:
 class _RemoteEvaluator:
     """The evaluator as an actor."""
 
-    def open(self, models: Mapping[str, ModelSpec], device: str, code: str) -> None:
-        """Says whether this node runs the driver's code."""
-        from workers.evaluating.worker import Evaluator
+    def open(self, models: Mapping[str, ModelSpec], device: str, code: str) -> str:
+        """The node's address, if it has the driver's code."""
+        with placing(on_node("an evaluation worker", this_node())):
+            check_code(code)
+            from workers.evaluating.worker import Evaluator
 
-        check_code(code)
-        self._evaluator = Evaluator(models, device)
+            self._evaluator = Evaluator(models, device)
+        return this_node()
 
     def evaluate(self, task: EvaluationTask) -> list[ScoreRow]:
         """One block."""
-        return self._evaluator.evaluate(task)
+        with placing(on_node(task.name, this_node())):
+            return self._evaluator.evaluate(task)
 
     def close(self) -> None:
         """Gives back the engine."""

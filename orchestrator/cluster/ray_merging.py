@@ -11,20 +11,13 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    RayError,
-)
+from ray.exceptions import RayError
 
 from jobs.errors import MergeyardError
 from jobs.merge_tasks import MergeTask, Receipt
-from orchestrator.cluster.again import Queue
+from orchestrator.cluster.again import Queue, placing
 from orchestrator.cluster.pool import Progress, unit
-from orchestrator.cluster.ray_cluster import (
-    LOOK_SECONDS,
-    RayCluster,
-    check_code,
-    failure,
-)
+from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure, on_node, this_node
 from workers.fingerprint import fingerprint
 
 TASKS_AHEAD = 2
@@ -48,6 +41,7 @@ class RayPool:
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
         queue = Queue(tasks, unit)
         running: dict[Any, MergeTask] = {}
+        places: dict[Any, str] = {}
         shards_left = Counter(shard.point for task in tasks for shard in task.points)
         while queue or running:
             most = self._most_running()
@@ -63,14 +57,17 @@ class RayPool:
                     news = ray.get(next(stream))
                 except (RayError, MergeyardError) as error:
                     task = running.pop(stream)
-                    queue.again(task, failure(error, task.name), time.monotonic())
+                    queue.again(task, failure(error, places.pop(stream, task.name)), time.monotonic())
                     self._cluster.meters.retried("merge")
                     continue
-                if isinstance(news, tuple):
+                if isinstance(news, str):
+                    places[stream] = on_node(running[stream].name, news)
+                elif isinstance(news, tuple):
                     self._cluster.meters.moved(*news)
                     progress(*news)
                 else:
                     task = running.pop(stream)
+                    places.pop(stream, None)
                     shards_left.subtract(shard.point for shard in task.points)
                     self._cluster.meters.merged(sum(shards_left[shard.point] == 0 for shard in task.points))
                     yield news
@@ -80,13 +77,14 @@ class RayPool:
         return min(TASKS_AHEAD * max(1, self._cluster.room()), self._cluster.spec.count or sys.maxsize)
 
 
-def _merge(task: MergeTask, device: str, code: str) -> Iterator[tuple[int, int] | list[Receipt]]:
-    """What runs on a node: bytes read and written from time to time, and at last the receipts."""
-    from workers.merging.shard import merge_task
-
-    check_code(code)
+def _merge(task: MergeTask, device: str, code: str) -> Iterator[str | tuple[int, int] | list[Receipt]]:
+    """What runs on a node: its address, bytes read and written from time to time, and at last the receipts."""
+    yield this_node()
     moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
-    with ThreadPoolExecutor(1, "task") as thread:
+    with placing(on_node(task.name, this_node())), ThreadPoolExecutor(1, "task") as thread:
+        check_code(code)
+        from workers.merging.shard import merge_task
+
         merged = thread.submit(
             merge_task, task, device=device, progress=lambda read, written: moved.put((read, written))
         )

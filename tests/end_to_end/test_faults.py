@@ -255,4 +255,4 @@ def test_a_worker_with_other_code_than_the_drivers_is_refused(
         worker.kill()
     ended = command.ended()
     assert ended.code == 2
-    assert "runs other mergeyard code than the driver" in ended.err.splitlines()[-1]
+    assert "has other mergeyard code than the driver" in ended.err.splitlines()[-1]

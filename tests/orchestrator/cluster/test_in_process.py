@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 
 import workers.merging.shard
-from jobs.errors import BadInput, StorageUnavailable, WorkerLost
+from jobs.errors import AccessDenied, BadInput, CorruptData, MergeyardError, StorageUnavailable, WorkerLost
+from jobs.evaluation_tasks import EvaluationTask, ItemSet, ScoreRow
 from jobs.merge_tasks import MergeTask, PointShard, Receipt
-from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries
-from orchestrator.cluster.in_process import InProcessPool
+from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries, placing
+from orchestrator.cluster.in_process import InProcessEvaluators, InProcessPool
 
 CRASH = Failure(WorkerLost("its worker died"))
 NODE_LOST = Failure(WorkerLost("lost with its node"), node_lost=True)
@@ -102,8 +105,82 @@ def test_what_no_retry_mends_is_raised_at_once() -> None:
         queue("task").again("task", Failure(BadInput("wrong")), 0.0)
 
 
-def merge(name: str) -> MergeTask:
-    return MergeTask("memory://run", name, (), (PointShard("p", name, name, name, ()),), {}, 0, "float32", 1, 1)
+def merge(name: str, *points: str) -> MergeTask:
+    shards = tuple(PointShard(point, name, name, name, ()) for point in points or ("p",))
+    return MergeTask("memory://run", name, (), shards, {}, 0, "float32", 1, 1)
+
+
+# ---- where it failed
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+@pytest.mark.parametrize("kind", [MergeyardError, BadInput, CorruptData, AccessDenied, WorkerLost, StorageUnavailable])
+def test_an_error_keeps_its_class_and_gains_its_place(kind: type[MergeyardError], protocol: int) -> None:
+    with pytest.raises(kind) as refused, placing("vt of p on node 10.0.0.7"):
+        raise kind("s3://bucket/x:", 404)
+    arrived = pickle.loads(pickle.dumps(refused.value, protocol))
+    assert (type(arrived), str(arrived)) == (kind, "vt of p on node 10.0.0.7: s3://bucket/x: 404")
+    assert (arrived.exit_code, arrived.retry) == (kind.exit_code, kind.retry)
+
+
+def test_a_foreign_error_becomes_one_line_of_ours() -> None:
+    with pytest.raises(MergeyardError) as refused, placing("vt of p"):
+        raise RuntimeError("The size of tensor a\nmust match  tensor b")
+    assert str(refused.value) == "vt of p: RuntimeError: The size of tensor a must match tensor b"
+    assert (type(refused.value), refused.value.exit_code) == (MergeyardError, 1)
+    assert isinstance(refused.value.__cause__, RuntimeError)
+
+
+def test_a_signal_is_not_an_error_with_a_place() -> None:
+    with pytest.raises(KeyboardInterrupt), placing("vt of p"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("points", "named"),
+    [
+        (["ties-0.3"], "00007 of ties-0.3"),
+        (["a", "b", "c"], "00007 of a, b, c"),
+        (["a", "b", "c", "d", "e"], "00007 of a, b, c and 2 more points"),
+    ],
+)
+@pytest.mark.parametrize("raised", [BadInput("no room"), KeyError("x")], ids=["ours", "foreign"])
+def test_a_merge_that_fails_in_this_process_names_its_shard_and_points(
+    monkeypatch: pytest.MonkeyPatch, points: list[str], named: str, raised: Exception
+) -> None:
+    def merged(task: MergeTask, **_: object) -> list[Receipt]:
+        raise raised
+
+    monkeypatch.setattr(workers.merging.shard, "merge_task", merged)
+    with pytest.raises(MergeyardError) as refused:
+        list(InProcessPool().run([merge("00007", *points)], lambda read, written: None))
+    words = {BadInput: "no room", MergeyardError: "KeyError: 'x'"}
+    assert str(refused.value) == f"{named}: {words[type(refused.value)]}"
+
+
+@pytest.mark.parametrize(
+    ("length", "named"), [(4096, "vt at 4096 tokens, items 64 to 127, of ties-0.3"), (0, "vt of ties-0.3")]
+)
+def test_a_block_that_fails_in_this_process_names_its_items_and_point(
+    monkeypatch: pytest.MonkeyPatch, length: int, named: str
+) -> None:
+    class Broken:
+        def __init__(self, *_: object) -> None:
+            pass
+
+        def evaluate(self, task: EvaluationTask) -> list[ScoreRow]:
+            raise ZeroDivisionError("division by zero")
+
+    monkeypatch.setattr("workers.evaluating.worker.Evaluator", Broken)
+    evaluators = InProcessEvaluators({})
+    items = ItemSet("ruler", "vt", length, 1, "digest", (), 4096)
+    evaluators.submit(0, EvaluationTask("0", "ties-0.3", "d", (), items, 64, 128, 0, "scores/x"))
+    done = evaluators.next_done()
+    assert done is not None and isinstance(done[1], Failure)
+    assert str(done[1].error) == f"{named}: ZeroDivisionError: division by zero"
+
+
+# ---- in this process
 
 
 def test_in_this_process_a_store_that_is_away_for_one_task_does_not_hold_up_the_next(

@@ -198,6 +198,28 @@ def test_a_node_that_goes_is_told_from_a_worker_that_dies(error: Any, node_lost:
     assert ("lost with its node" if node_lost else "its worker died") in str(found.error)
 
 
+def test_a_worker_that_dies_names_its_task_and_the_node_where_it_was(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merging, a task that told where it runs; evaluating, a block of an actor that did when it was opened."""
+    task = MergeTask("memory://run", "00007", (), (PointShard("ties", "u", "", "", ()),), {}, 0, "float32", 1, 1)
+    told: set[Call] = set()
+
+    def dies_after_its_first_word(call: Call) -> Any:
+        if isinstance(call.what, MergeTask) and call not in told:
+            told.add(call)
+            return "10.0.0.7"
+        if isinstance(call.what, str):
+            return "10.0.0.8"
+        raise OutOfMemoryError("Task was killed due to the node running low on memory.")
+
+    monkeypatch.setattr(ray, "get", dies_after_its_first_word)
+    with pytest.raises(WorkerLost, match=r"^00007 of ties on node 10\.0\.0\.7: its worker died 4 times"):
+        list(pool(ray).run([task], lambda read, written: None))
+    with pytest.raises(
+        WorkerLost, match=r"^vt at 4096 tokens, items 0 to 63, of p on node 10\.0\.0\.8: its worker died"
+    ):
+        list(answers(ray, 1, 1))
+
+
 # ---- the head
 
 
