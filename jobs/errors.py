@@ -2,6 +2,7 @@
 
     MergeyardError               1   something failed; the message says what, where and what to do
     ├── BadInput                 2   what the user gave is wrong; nothing was written
+    ├── FailedMidway             1   an error of exit code 2 that came after something was written
     ├── StorageError             1
     │   ├── ObjectMissing        2   no such object, repository or revision
     │   │   └── BucketMissing    2   no such bucket
@@ -23,6 +24,9 @@ positional arguments alone, so every class must survive `pickle`.
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
+
 
 class MergeyardError(Exception):
     """Base of all; `exit_code` ends the command, `retry` says whether the same call may succeed later."""
@@ -38,6 +42,10 @@ class BadInput(MergeyardError):
     """The user's input cannot work; one line names the place and the remedy."""
 
     exit_code = 2
+
+
+class FailedMidway(MergeyardError):
+    """An error of exit code 2 that came after something was written; its words are those of its cause."""
 
 
 class StorageError(MergeyardError):
@@ -100,3 +108,17 @@ class Interrupted(MergeyardError):
     """A signal stopped the command; running it again resumes."""
 
     exit_code = 75
+
+
+@contextmanager
+def writing() -> Generator[None]:
+    """Something is written inside: an error that would end the command with 2 is raised as `FailedMidway`.
+
+    Exit code 2 promises that nothing was written.
+    """
+    try:
+        yield
+    except MergeyardError as error:
+        if error.exit_code == BadInput.exit_code:
+            raise FailedMidway(str(error)) from error
+        raise

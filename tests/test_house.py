@@ -294,6 +294,15 @@ def test_exit_codes_are_the_documented_five():
 
 
 @pytest.mark.parametrize("kind", error_classes())
+def test_exit_code_2_is_not_given_once_something_is_written(kind: type[MergeyardError]):
+    with pytest.raises(MergeyardError) as refused, jobs.errors.writing():
+        raise kind("s3://bucket/x:", 404)
+    expected = jobs.errors.FailedMidway if kind.exit_code == 2 else kind
+    assert (type(refused.value), str(refused.value)) == (expected, "s3://bucket/x: 404")
+    assert refused.value.exit_code == (1 if kind.exit_code == 2 else kind.exit_code)
+
+
+@pytest.mark.parametrize("kind", error_classes())
 @pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize("arguments", [(), ("job.yaml:14: unknown method",), ("s3://bucket/key:", 404)])
 def test_an_error_survives_pickle_with_its_message_and_exit_code(

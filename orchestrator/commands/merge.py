@@ -7,7 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, writing
 from jobs.job import WorkerSpec, load_merge_document
 from orchestrator.commands.inputs import read_text, size_option, watched
 
@@ -39,7 +39,8 @@ def merge(options: argparse.Namespace) -> int:
     plan.check_room()
     with Watcher(visible=watched(options)) as watcher:
         result = drive(plan, InProcessPool(device=options.device), watcher)
-    Ledger(plan.run_url, plan.places).forget()
+    with writing():
+        Ledger(plan.run_url, plan.places).forget()
     if not options.quiet:
         print_merge(result)
     return 0

@@ -10,9 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, writing
 from jobs.evaluation_tasks import ScoreRow
-from orchestrator.commands.inputs import print_json, run_url
+from orchestrator.commands.inputs import check_file, print_json, run_url
 
 
 def report(options: argparse.Namespace) -> int:
@@ -21,18 +21,20 @@ def report(options: argparse.Namespace) -> int:
     from orchestrator.report.run import read_run, report_on
     from orchestrator.report.terminal.leaderboard import print_leaderboard, print_sentence
 
+    check_file("--csv", None if options.csv == "-" else options.csv)
     run = read_run(run_url(options.run))
     if options.csv == "-":
         _write_csv(run.result.rows, "-")
         return 0
     found = report_on(run)
-    page = write_page(found)
-    if options.csv:
-        _write_csv(run.result.rows, options.csv)
-    if options.mlflow:
+    if options.mlflow:  # first: a server that refuses does so before anything is written
         from orchestrator.report.mlflow_log import log_run
 
         log_run(found, options.mlflow)
+    page = write_page(found)
+    if options.csv:
+        with writing():
+            _write_csv(run.result.rows, options.csv)
     if options.json:
         print_json(found.document())
         return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from jobs.errors import writing
 from orchestrator.commands.inputs import print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
 
@@ -28,8 +29,9 @@ def run(options: argparse.Namespace) -> int:
         if job.keep.kind == "best" and evaluated is not None:
             best = [standing.point for standing in evaluated.standing[: job.keep.count]]
             plan = plan.keeping(best)
-            plan.check_room()
-            result = drive(plan, workplace.pool, watcher)
+            with writing():  # the evaluation has written its scores
+                plan.check_room()
+                result = drive(plan, workplace.pool, watcher)
     quiet = options.quiet or options.json
     if result is not None and not quiet:
         print_result(result)

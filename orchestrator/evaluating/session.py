@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from typing import Protocol
 
+from jobs.errors import writing
 from jobs.evaluation_tasks import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.merge_tasks import FORMAT, digest
 from orchestrator.cluster.dispatching import Pace, dispatch
@@ -86,17 +87,20 @@ class Session:
     ) -> Generator[Session]:
         """A session of this plan's run; it holds the run's lease, and closes its workers at the end.
 
+        Errors inside never end a command with 2, whoever raises them: something is written by then.
+
         `renewed` is called each time that the results in the store were renewed during `run`.
         """
         ledger = Ledger(plan.run_url, plan.places)
         with Lease(ledger.store, plan.places.record("lease.json")) as lease:
             ledger.claim(plan.job_text(), plan.document())
-            session = cls(plan, asked, ledger, lease, open_evaluators, watcher, renewed)
-            try:
-                yield session
-            finally:
-                session.close()
-            lease.check()
+            with writing():
+                session = cls(plan, asked, ledger, lease, open_evaluators, watcher, renewed)
+                try:
+                    yield session
+                finally:
+                    session.close()
+                lease.check()
 
     def run(self) -> EvaluationResult:
         """The race, then what the points that stayed and the parents have not answered yet, then the noise floor."""

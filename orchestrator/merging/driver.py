@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from sys import intern
 
+from jobs.errors import writing
 from jobs.manifest import Manifest
 from jobs.merge_tasks import Receipt
 from orchestrator.cluster.pool import Pool
@@ -52,16 +53,17 @@ def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
     ledger = Ledger(plan.run_url, plan.places)
     with Lease(ledger.store, plan.places.record("lease.json")) as lease:
         ledger.claim(plan.job_text(), plan.document())
-        ledger.store.sweep()
-        found = ledger.trusted(plan.units)
-        tasks = plan.tasks(found.keys(), pool.workers)
-        watcher.begin(len(plan.written), sum(task.bytes_written for task in tasks))
-        points = _Points(plan, ledger, watcher)
-        points.record(found.values())
-        for receipts in pool.run(tasks, watcher.moved):
-            lease.check()
-            points.record(receipts)
-        return points.result(len(found), sum(task.bytes_read for task in tasks))
+        with writing():
+            ledger.store.sweep()
+            found = ledger.trusted(plan.units)
+            tasks = plan.tasks(found.keys(), pool.workers)
+            watcher.begin(len(plan.written), sum(task.bytes_written for task in tasks))
+            points = _Points(plan, ledger, watcher)
+            points.record(found.values())
+            for receipts in pool.run(tasks, watcher.moved):
+                lease.check()
+                points.record(receipts)
+            return points.result(len(found), sum(task.bytes_read for task in tasks))
 
 
 class _Points:

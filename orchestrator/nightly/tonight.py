@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.errors import BadInput, CorruptData, ObjectMissing, writing
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import Job
 from jobs.manifest import Manifest
@@ -91,10 +91,11 @@ class Nightly:
             if last is not None and same and not _taken_back(last, blessed):
                 return Tonight("unchanged", last, blessed)
             night = self._judged(plan, history, blessed, began)
-            lease.check()
-            book.check_unmoved(blessed)
-            book.record(night)
-            self._end(book, [*history, night])
+            with writing():  # the evaluation has written its scores
+                lease.check()
+                book.check_unmoved(blessed)
+                book.record(night)
+                self._end(book, [*history, night])
             return Tonight("recorded", night, book.blessed())
 
     def _end(self, book: Book, history: Sequence[Night]) -> None:
@@ -118,10 +119,11 @@ class Nightly:
         with Session.of(tonight, asked, self.open_evaluators, self.watcher) as session:
             standing = session.run().standing
             found = _judge(session, asked, self.job, standing[0].point, blessed)
-        for who, verdict in found.verdicts.items():
-            name = "verdict" if verdict is next(iter(found.verdicts.values())) else who
-            open_store(tonight.run_url).write(f"gate/{name}.json", json.dumps(verdict, indent=1).encode())
-        written = self._write(tonight, [entry.point for entry in standing], found)
+        with writing():  # the evaluation has written its scores
+            for who, verdict in found.verdicts.items():
+                name = "verdict" if verdict is next(iter(found.verdicts.values())) else who
+                open_store(tonight.run_url).write(f"gate/{name}.json", json.dumps(verdict, indent=1).encode())
+            written = self._write(tonight, [entry.point for entry in standing], found)
         written_page(tonight.run_url)
         passed = found.outcome == "pass"
         epoch = 1 + max(0 if blessed is None else blessed.epoch, *(night.epoch or 0 for night in history), 0)

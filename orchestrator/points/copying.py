@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jobs.errors import BadInput, CorruptData
+from jobs.errors import BadInput, CorruptData, writing
 from jobs.manifest import Manifest
 from orchestrator.points.finding import MANIFEST, FoundPoint, check_files
 from orchestrator.points.verifying import file_problems
@@ -31,20 +31,21 @@ def copy_point(point: FoundPoint, url: str, say: Callable[[str], None]) -> dict[
         raise BadInput(f"{target.url}: another point lies there; choose another folder")
     if strangers := sorted(there - files.keys() - {MANIFEST}):
         raise BadInput(f"{target.url}: not empty, it holds {strangers[0]}; choose another folder")
+    problems = {name: file_problem(target, "", name, point.manifest) for name in files if name in there}
+    foreign = next((problem for problem in problems.values() if problem is not None), None)
+    if foreign is not None and MANIFEST not in there:  # files come whole: this one is not ours to replace
+        raise BadInput(f"{target.url}: holds something else, {foreign}; choose another folder")
     sent = 0
-    for name in files:
-        if name in there:
-            problem = file_problem(target, "", name, point.manifest)
-            if problem is None:
+    with writing():
+        for name in files:
+            if name in problems and problems[name] is None:
                 continue
-            if MANIFEST not in there:  # files come whole: this one is not ours to replace
-                raise BadInput(f"{target.url}: holds something else, {problem}; choose another folder")
-        say(f"sending {name}, {size(files[name].size)}")
-        sent += copy_file(point.store, f"{point.prefix}{name}", target, name)
-        if damage := file_problem(target, "", name, point.manifest):
-            raise CorruptData(f"{target.url}: arrived damaged: {damage}; publish again")
-    if MANIFEST not in there:
-        target.write(MANIFEST, manifest)  # last: readers take its presence for the whole
+            say(f"sending {name}, {size(files[name].size)}")
+            sent += copy_file(point.store, f"{point.prefix}{name}", target, name)
+            if damage := file_problem(target, "", name, point.manifest):
+                raise CorruptData(f"{target.url}: arrived damaged: {damage}; publish again")
+        if MANIFEST not in there:
+            target.write(MANIFEST, manifest)  # last: readers take its presence for the whole
     return publishing_facts(point, target.url, sent)
 
 

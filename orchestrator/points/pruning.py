@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import AccessDenied, BadInput, ObjectMissing
+from jobs.errors import AccessDenied, BadInput, ObjectMissing, writing
 from orchestrator.evaluating.results import VERDICT, read_results
 from orchestrator.records.documents import read_document, text_of
 from orchestrator.records.lease import Lease
@@ -236,12 +236,13 @@ def prune(run: str, keep: int) -> tuple[Holdings, int]:
         held = holdings(run, keep)
         if not any(point.place for point in held.points):
             raise BadInput(f"{run}: no scores there to judge by; `mergeyard evaluate` makes them")
-        swept = store.sweep()
         receipts = _receipts(store, {point.point for point in held.lost})
         twins_first = sorted(held.lost, key=lambda point: point.bytes)
-        for point in twins_first:
-            lease.check()
-            _remove(store, point.point, receipts.get(point.point, []))
+        with writing():
+            swept = store.sweep()
+            for point in twins_first:
+                lease.check()
+                _remove(store, point.point, receipts.get(point.point, []))
         return held, swept
 
 

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from jobs.errors import BadInput, CorruptData, ObjectExists
+from jobs.errors import BadInput, CorruptData, ObjectExists, writing
 from jobs.merge_tasks import Receipt
 from jobs.sealing import sealed
 from orchestrator.records.places import Places
@@ -44,7 +44,8 @@ class Ledger:
                     f"{self.store.url}: this run belongs to another job, {_difference(earlier, plan)};"
                     " give the job another name, or remove that run"
                 ) from None
-        self.store.write(self._places.record("job.yaml"), job_text.encode())
+        with writing():
+            self.store.write(self._places.record("job.yaml"), job_text.encode())
 
     def trusted(self, units: Mapping[str, str]) -> dict[str, Receipt]:
         """The receipts of those of these units (unit to shard key) whose shard lies there whole, by unit.

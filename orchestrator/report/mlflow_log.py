@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, writing
 from jobs.expressions import format_number
 from orchestrator.report.leaderboard import Line
 from orchestrator.report.page import page
@@ -23,10 +25,18 @@ MOST_PARAMETER_CHARACTERS = 500
 def log_run(report: Report, uri: str) -> None:
     """Logs everything; `BadInput` where MLflow is not installed, or refuses the URI or cannot be reached."""
     client = _client(uri)
+    with _refusals(uri):
+        experiment = client.get_experiment_by_name(report.run.name)
+    with writing(), _refusals(uri):
+        _log(report, client, experiment)
+
+
+@contextmanager
+def _refusals(uri: str) -> Generator[None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        _log(report, client)
+        yield
     except (MlflowException, OSError) as error:
         raise BadInput(f"--mlflow {uri}: {str(error).splitlines()[0]}") from None
 
@@ -48,8 +58,7 @@ def _client(uri: str) -> Any:
         raise BadInput(f"--mlflow {uri}: {str(error).splitlines()[0]}") from None
 
 
-def _log(report: Report, client: Any) -> None:
-    experiment = client.get_experiment_by_name(report.run.name)
+def _log(report: Report, client: Any, experiment: Any) -> None:
     number = client.create_experiment(report.run.name) if experiment is None else experiment.experiment_id
     top = _run(client, number, report.run.url, "", report.run.name)
     if report.recommendation is not None:

@@ -254,5 +254,5 @@ def test_a_worker_with_other_code_than_the_drivers_is_refused(
     for worker in command.workers():  # idle ones too: what they have imported, they know to be the driver's
         worker.kill()
     ended = command.ended()
-    assert ended.code == 2
+    assert ended.code == 1
     assert "has other mergeyard code than the driver" in ended.err.splitlines()[-1]

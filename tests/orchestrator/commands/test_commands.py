@@ -267,6 +267,39 @@ def test_status_follows_a_run_from_its_folder_alone(
     assert "2 of 2 complete" in mergeyard("status", run_folder).out
 
 
+@pytest.fixture
+def with_counters(parents: Path) -> Path:
+    """The parents, each with an integer tensor of its own, which no plan can see: headers are the same."""
+    for number, who in enumerate(("base", "cos", "fmt")):
+        write_model(parents / who, {**weights(who), "model.counter": torch.tensor([number])})
+    return parents
+
+
+def test_bad_input_that_a_worker_finds_is_1_as_the_run_has_begun_and_names_the_shard_and_the_points(
+    mergeyard: Mergeyard, with_counters: Path, job_file: Callable[..., Path], run_folder: Path
+):
+    ended = mergeyard("run", job_file(), "--in-process")
+    assert_refused(
+        ended, "model.safetensors of w0.25, w0.5: tensor model.counter (I64) differs between cos and", code=1
+    )
+    assert (run_folder / "plan.json").is_file()
+
+
+def all_but_the_lease(folder: Path) -> dict[str, bytes]:
+    return {name: data for name, data in files_under(folder).items() if "lease.json" not in name}
+
+
+def test_bad_input_that_is_found_before_anything_is_written_stays_2(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
+):
+    path = job_file()
+    assert mergeyard("run", path, "--in-process").code == 0
+    before = all_but_the_lease(run_folder)
+    path.write_text(path.read_text().replace("0.25", "0.3"))
+    assert_refused(mergeyard("run", path, "--in-process"), "this run belongs to another job")
+    assert all_but_the_lease(run_folder) == before
+
+
 def test_verify_finds_nothing_wrong_with_a_fresh_run(
     mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
 ):

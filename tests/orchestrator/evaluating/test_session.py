@@ -147,6 +147,16 @@ def test_keep_best_writes_the_best_and_no_other(mergeyard: Mergeyard, job_file: 
     assert written == set(best) == {"w1", "w0.98"}
 
 
+def test_a_lack_of_room_that_is_seen_once_the_scores_are_there_is_no_bad_input(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.storage.local.LocalStore.free_bytes", lambda _: 0)
+    job = job_file(keep={"best": 1})
+    ended = mergeyard("run", job, "--in-process")
+    assert (ended.code, len(results(job.parent))) == (1, 36)
+    assert " GB to write and 0 GB free; make room" in ended.err.splitlines()[-1]
+
+
 # ---- what is asked, and asked again
 
 

@@ -56,8 +56,11 @@ def test_every_score_as_csv(run: str, tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_csv_that_cannot_be_written_is_bad_input(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    page = Path(run, "report/index.html")
+    page.unlink(missing_ok=True)
     assert main(["report", run, "--csv", "/nowhere/at/all.csv"]) == 2
-    assert "--csv /nowhere/at/all.csv: cannot be written" in capsys.readouterr().err
+    assert not page.exists()
+    assert "--csv /nowhere/at/all.csv: there is no folder /nowhere/at" in capsys.readouterr().err
 
 
 def test_a_run_without_scores_is_told_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
