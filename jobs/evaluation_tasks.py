@@ -126,3 +126,11 @@ class ScoreRow:
     weights: str
     repeat: int
     kind: Kind = "point"
+
+
+@dataclass(frozen=True, slots=True)
+class BlockScores:
+    """The scores of one block, and remarks for the user that its worker made on the way, each one line."""
+
+    rows: list[ScoreRow]
+    remarks: tuple[str, ...] = ()

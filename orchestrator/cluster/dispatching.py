@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from jobs.evaluation_tasks import EvaluationTask, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask
 from orchestrator.cluster.again import Failure, Queue
 from orchestrator.cluster.pool import Evaluators
 
@@ -60,7 +60,7 @@ class _Running:
 
 def dispatch(
     tasks: Sequence[EvaluationTask], evaluators: Evaluators, pace: Pace
-) -> Iterator[tuple[EvaluationTask, list[ScoreRow]]]:
+) -> Iterator[tuple[EvaluationTask, BlockScores]]:
     """Every block's scores, once and as they come; raises what no retry mended.
 
     What hangs on one worker is given to another as well, once nothing else waits; the first answer counts, and a worker
@@ -90,16 +90,16 @@ def dispatch(
         done = evaluators.next_done()
         if done is None or (entry := running.get(done[0].key)) is None:  # None: an earlier answer counted
             continue
-        task, rows = done
+        task, scores = done
         entry.copies -= 1
-        if not isinstance(rows, Failure):
+        if not isinstance(scores, Failure):
             del running[task.key]
             unanswered.remove(task.key)
             pace.took(task, time.monotonic() - entry.began)
-            yield task, rows
+            yield task, scores
         elif not entry.copies:
             del running[task.key]
-            failed.again(task, rows, time.monotonic())
+            failed.again(task, scores, time.monotonic())
 
 
 def _next(

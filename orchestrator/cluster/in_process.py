@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from jobs.errors import MergeyardError
-from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec
 from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.again import Failure, Queue, placing
 from orchestrator.cluster.pool import Progress, unit
@@ -33,7 +33,7 @@ class InProcessEvaluators:
     def submit(self, worker: int, task: EvaluationTask) -> None:
         self._task = task
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
+    def next_done(self) -> tuple[EvaluationTask, BlockScores | Failure] | None:
         task, self._task = self._task, None
         assert task is not None, "asked for a result before there was a task"
         try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Protocol
 
-from jobs.evaluation_tasks import EvaluationTask, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask
 from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.again import Failure
 
@@ -42,7 +42,7 @@ class Evaluators(Protocol):
         """Gives a block to an idle worker."""
         ...
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
+    def next_done(self) -> tuple[EvaluationTask, BlockScores | Failure] | None:
         """Waits for a block: its scores, or why there are none. None alone: look again who is idle."""
         ...
 

@@ -14,7 +14,7 @@ import ray
 from ray.exceptions import RayError
 
 from jobs.errors import MergeyardError, WorkerLost
-from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec
 from orchestrator.cluster.again import Failure, Tries, placing
 from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure, on_node, this_node
 from workers.fingerprint import fingerprint
@@ -52,7 +52,7 @@ class RayEvaluators:
             self._cluster.meters.retried("evaluate")
         self._running[self._actors[worker].evaluate.remote(task)] = (worker, task)
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
+    def next_done(self) -> tuple[EvaluationTask, BlockScores | Failure] | None:
         self._grow()
         if not self._running and not self._starting:  # the cluster has no room left; it may come back
             time.sleep(LOOK_SECONDS)
@@ -96,18 +96,18 @@ class RayEvaluators:
         self._started += 1
         self._tries = Tries()
 
-    def _result(self, reference: Any) -> tuple[EvaluationTask, list[ScoreRow] | Failure]:
+    def _result(self, reference: Any) -> tuple[EvaluationTask, BlockScores | Failure]:
         worker, task = self._running.pop(reference)
         try:
-            rows: list[ScoreRow] = ray.get(reference)
+            scores: BlockScores = ray.get(reference)
         except (RayError, MergeyardError) as error:
             failed = failure(error, on_node(task.name, self._nodes[worker]))
             if isinstance(failed.error, WorkerLost):
                 ray.kill(self._actors.pop(worker))
             self._failed.add(task.key)
             return task, failed
-        self._cluster.meters.evaluated(len(rows), sum(row.tokens for row in rows))
-        return task, rows
+        self._cluster.meters.evaluated(len(scores.rows), sum(row.tokens for row in scores.rows))
+        return task, scores
 
 
 def _memory(models: Mapping[str, ModelSpec], cluster: RayCluster) -> int:
@@ -132,7 +132,7 @@ class _RemoteEvaluator:
             self._evaluator = Evaluator(models, device)
         return this_node()
 
-    def evaluate(self, task: EvaluationTask) -> list[ScoreRow]:
+    def evaluate(self, task: EvaluationTask) -> BlockScores:
         """One block."""
         with placing(on_node(task.name, this_node())):
             return self._evaluator.evaluate(task)

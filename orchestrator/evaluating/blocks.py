@@ -8,11 +8,11 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
-from jobs.evaluation_tasks import ScoreRow
+from jobs.evaluation_tasks import BlockScores, ScoreRow
 from orchestrator.evaluating.subjects import Subject
 from orchestrator.judging.samples import Cell
 from workers.benchmarks.planned import PlannedSet
-from workers.evaluating.scores import read_scores
+from workers.evaluating.scores import read_block
 from workers.storage import Store
 
 BLOCK_KEY = re.compile(r"(?P<prefix>.+)-(?P<first>\d{6,})-(?P<last>\d{6,})\.parquet")
@@ -38,7 +38,7 @@ class Blocks:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._read_rows: dict[str, list[ScoreRow]] = {}
+        self._blocks: dict[str, BlockScores] = {}
         self._files: dict[str, dict[str, range]] = defaultdict(dict)
         self._wanted: dict[tuple[str, str, str, int, str, int], ScoreRow] = {}
         for info in store.list("scores/"):
@@ -48,21 +48,25 @@ class Blocks:
         if (name := BLOCK_KEY.fullmatch(key)) is not None:  # a folder that people look into gets files of other kinds
             self._files[name["prefix"]][key] = range(int(name["first"]), int(name["last"]))
 
-    def add(self, key: str, rows: list[ScoreRow], request: Request) -> list[ScoreRow]:
+    def add(self, key: str, scores: BlockScores, request: Request) -> list[ScoreRow]:
         """The rows of a block that was answered now, all of it wanted, under the name of who was asked."""
         self._note(key)
-        self._read_rows[key] = rows
-        return self._kept(rows, request)
+        self._blocks[key] = scores
+        return self._kept(scores.rows, request)
+
+    def remarks(self) -> list[str]:
+        """The remarks in all files that were read or added, each once, in the order of the files' names."""
+        return list(dict.fromkeys(remark for key in sorted(self._blocks) for remark in self._blocks[key].remarks))
 
     def recall(self, wanted: Iterable[tuple[str, range]]) -> None:
         """Reads the files that have any of these items; a resumed run may have a hundred thousand."""
         found = {key for prefix, items in wanted for key in self._overlapping(prefix, items)}
-        keys = sorted(found - self._read_rows.keys())
+        keys = sorted(found - self._blocks.keys())
         with ThreadPoolExecutor(READS_AT_ONCE, "scores") as pool:
-            self._read_rows.update(zip(keys, pool.map(self._read, keys), strict=True))
+            self._blocks.update(zip(keys, pool.map(self._read, keys), strict=True))
 
-    def _read(self, key: str) -> list[ScoreRow]:
-        return read_scores(bytes(self._store.read(key)), key)
+    def _read(self, key: str) -> BlockScores:
+        return read_block(bytes(self._store.read(key)), key)
 
     def _overlapping(self, prefix: str, items: range) -> list[str]:
         files = self._files.get(prefix, {})
@@ -71,7 +75,7 @@ class Blocks:
     def within(self, prefix: str, request: Request) -> Iterator[list[ScoreRow]]:
         """The recalled rows that were requested, a list a file; a whole task (length 0) counts its items by itself."""
         for key in self._overlapping(prefix, request.items):
-            rows = [row for row in self._read_rows[key] if row.item in request.items or row.length == 0]
+            rows = [row for row in self._blocks[key].rows if row.item in request.items or row.length == 0]
             yield self._kept(rows, request)
 
     def _kept(self, rows: Iterable[ScoreRow], request: Request) -> list[ScoreRow]:

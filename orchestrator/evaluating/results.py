@@ -36,6 +36,7 @@ class EvaluationResult:
     Models go by the labels of `Subject`. `baselines` are the parents that are not the same merge as a point; `parents`
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
     merge as another point. `seed` is the job's. While not `finished`, `standing` is how it stands now.
+    `remarks` are those of the workers, one line each.
     """
 
     rows: list[ScoreRow]
@@ -50,6 +51,7 @@ class EvaluationResult:
     race: RacePlan | None
     seed: int
     finished: bool
+    remarks: tuple[str, ...] = ()
 
     @property
     def scored_points(self) -> dict[str, str]:
@@ -112,6 +114,7 @@ class EvaluationResult:
             "baselines": list(self.baselines),
             "parents": dict(self.parents),
             "same": dict(self.same),
+            "remarks": list(self.remarks),
             **self.race_document(),
             "race": None if self.race is None else asdict(self.race),
         }
@@ -189,6 +192,7 @@ def _result(document: Mapping[str, Any]) -> EvaluationResult:
         race=None if race is None else _race(race),
         seed=document["seed"],
         finished=document["finished"],
+        remarks=tuple(document.get("remarks", ())),  # a run of an earlier version has none
     )
 
 

@@ -71,6 +71,7 @@ class Session:
         self.noise: FlipRate | None = None
         """How often the leader answered otherwise when asked the same again; None before `run` asked."""
         self._pace = Pace()
+        self._told: set[str] = set()
         self._running = False
         self._renewed, self._pause = time.monotonic(), RENEW_SECONDS
         self._tell_renewed = renewed
@@ -200,6 +201,7 @@ class Session:
         wanted = list(requests)
         prefixes = {request: self._prefix(request) for request in wanted}
         self._blocks.recall((prefixes[request], request.items) for request in wanted)
+        self._tell_remarks(self._blocks.remarks())
         waiting: dict[str, tuple[EvaluationTask, Request]] = {}
         for request in wanted:
             prefix = prefixes[request]
@@ -211,13 +213,21 @@ class Session:
         self._watcher.begin_stage(sum(task.tokens for task, _ in waiting.values()), text)
         if self._evaluators is None:
             self._evaluators = self._open(self._asked.models)
-        for task, answered in dispatch([task for task, _ in waiting.values()], self._evaluators, self._pace):
+        for task, scores in dispatch([task for task, _ in waiting.values()], self._evaluators, self._pace):
             self._lease.check()
             request = waiting[task.key][1]
-            rows = self._blocks.add(task.key, answered, request)
+            rows = self._blocks.add(task.key, scores, request)
             self._watcher.advance(task.tokens)
+            self._tell_remarks(scores.remarks)
             yield request, rows
             self._renew()
+
+    def _tell_remarks(self, remarks: Iterable[str]) -> None:
+        """Tells those that were not told yet in this session."""
+        for remark in remarks:
+            if remark not in self._told:
+                self._told.add(remark)
+                self._watcher.tell(remark)
 
     def _prefix(self, request: Request) -> str:
         """What the files of these answers are called, but for their items: it names all that the answers depend on."""
@@ -283,6 +293,7 @@ class Session:
             race=asked.race,
             seed=self._seed,
             finished=finished,
+            remarks=tuple(self._blocks.remarks()),
         )
 
 

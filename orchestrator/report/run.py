@@ -15,6 +15,7 @@ from orchestrator.evaluating.results import EvaluationResult, read_results, read
 from orchestrator.report.against_baseline import Comparisons, compare_all
 from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.report.recommendation import Recommendation, best_parent, recommend, rows_by_point
+from orchestrator.words import shortlist
 from workers.storage import Store, open_store
 from workers.storage.records import read_receipt, read_record
 
@@ -95,6 +96,13 @@ class Report:
     comparisons: Comparisons | None
     recommendation: Recommendation | None
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Remarks that workers made while they answered and merged, one line each."""
+        broken = sorted({name for receipt in self.run.receipts for name in receipt.nonfinite})
+        merged = (f"NaN or infinity in a parent's {shortlist(broken)}",) if broken else ()
+        return (*self.run.result.remarks, *merged)
+
     def document(self) -> dict[str, Any]:
         """For `--json`."""
         compared = {} if self.comparisons is None else self.comparisons.overall
@@ -107,6 +115,7 @@ class Report:
             "baseline": self.baseline,
             "comparisons": [comparison.document() for comparison in compared.values()],
             "gate": self.run.gate,
+            "remarks": list(self.remarks),
             **self.run.result.race_document(),
         }
 

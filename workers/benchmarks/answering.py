@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +16,14 @@ from workers.engines.engine import Engine, Prompt
 class Block:
     """Items for one engine; each of `parts` is (a file of the set, its first row to ask, one after the last).
 
-    `tokenizer` is the folder of the point's tokenizer, `beginning` the text of the token that begins a text.
+    `tokenizer` is the folder of the point's tokenizer, `beginning` the text of the token that begins a text. `remark`
+    takes a line for the user.
     """
 
     parts: Sequence[tuple[bytes, int, int]]
     tokenizer: Path
     beginning: str
+    remark: Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Collection, Iterable
+import json
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
 from jobs.errors import CorruptData
-from jobs.evaluation_tasks import ScoreRow
+from jobs.evaluation_tasks import BlockScores, ScoreRow
 
 
 def _schema() -> Any:
@@ -18,13 +19,17 @@ def _schema() -> Any:
     return pa.schema([pa.field(field.name, types[str(field.type)], nullable=False) for field in fields(ScoreRow)])
 
 
-def write_scores(rows: Iterable[ScoreRow]) -> bytes:
-    """The rows as one Parquet file."""
+REMARKS = b"mergeyard.remarks"
+"""The key of a block's remarks in the metadata of its file, as a JSON list; absent where there are none."""
+
+
+def write_scores(rows: Iterable[ScoreRow], remarks: Sequence[str] = ()) -> bytes:
+    """The rows as one Parquet file, with the remarks of a block in its metadata."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     kept = list(rows)
-    schema = _schema()
+    schema = _schema().with_metadata({REMARKS: json.dumps(remarks)} if remarks else None)
     columns = [pa.array([getattr(row, field.name) for row in kept], field.type) for field in schema]
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema), sink, compression="zstd")
@@ -36,6 +41,11 @@ def read_scores(data: bytes, where: str, points: Collection[str] | None = None) 
 
     Without a column `kind`, as older versions wrote them, all rows are a point's.
     """
+    return read_block(data, where, points).rows
+
+
+def read_block(data: bytes, where: str, points: Collection[str] | None = None) -> BlockScores:
+    """As `read_scores`, with the remarks in the file."""
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -44,6 +54,7 @@ def read_scores(data: bytes, where: str, points: Collection[str] | None = None) 
         wanted = None if points is None else pc.field("point").isin(pa.array(list(points), pa.string()))
         table = pq.read_table(pa.BufferReader(data), filters=wanted)
         columns = [field.name for field in fields(ScoreRow) if field.name != "kind" or "kind" in table.column_names]
-        return [ScoreRow(**row) for row in table.select(columns).to_pylist()]
-    except (pa.ArrowInvalid, KeyError) as error:
+        rows = [ScoreRow(**row) for row in table.select(columns).to_pylist()]
+        return BlockScores(rows, tuple(json.loads((table.schema.metadata or {}).get(REMARKS, b"[]"))))
+    except (pa.ArrowInvalid, KeyError, json.JSONDecodeError) as error:
         raise CorruptData(f"{where}: no file of scores ({error}); delete it and evaluate again") from None

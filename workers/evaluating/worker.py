@@ -7,12 +7,12 @@ from contextlib import suppress
 from functools import lru_cache
 
 from jobs.errors import ObjectExists, ObjectMissing, WorkerLost
-from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
 from workers.benchmarks.answering import Block, ItemScore
 from workers.benchmarks.registry import BENCHMARKS
 from workers.engines.engine import Engine
 from workers.evaluating.holding import Resident
-from workers.evaluating.scores import read_scores, write_scores
+from workers.evaluating.scores import read_block, write_scores
 from workers.storage import open_store
 
 SETS_AT_HAND = 8
@@ -29,21 +29,22 @@ class Evaluator:
         self._resident: tuple[str, Resident] | None = None
         self._items = lru_cache(SETS_AT_HAND)(self._read)
 
-    def evaluate(self, task: EvaluationTask) -> list[ScoreRow]:
+    def evaluate(self, task: EvaluationTask) -> BlockScores:
         """The block's scores, and its file in the store; what a block already has is read, not asked again."""
         with suppress(ObjectMissing):
-            return read_scores(bytes(self._store.read(task.key)), task.key)
+            return read_block(bytes(self._store.read(task.key)), task.key)
         resident = self._holding(task.model)
+        self._remarks: list[str] = []
         try:
             rows = list(self._rows(task, resident.become(task), resident))
         except WorkerLost:  # an engine in another process is gone; the next try opens one
             self.close()
             raise
         try:
-            self._store.write(task.key, write_scores(rows), mode="create")
+            self._store.write(task.key, write_scores(rows, self._remarks), mode="create")
         except ObjectExists:
-            return read_scores(bytes(self._store.read(task.key)), task.key)  # the first attempt's scores hold
-        return rows
+            return read_block(bytes(self._store.read(task.key)), task.key)  # the first attempt's scores hold
+        return BlockScores(rows, tuple(self._remarks))
 
     def close(self) -> None:
         """Gives back the engine and the parents."""
@@ -59,7 +60,7 @@ class Evaluator:
         return self._resident[1]
 
     def _rows(self, task: EvaluationTask, engine: Engine, resident: Resident) -> Iterator[ScoreRow]:
-        block = Block([*self._parts(task)], resident.tokenizer, resident.beginning)
+        block = Block([*self._parts(task)], resident.tokenizer, resident.beginning, self._remarks.append)
         for scored in BENCHMARKS[task.items.benchmark].answer(engine, block):
             yield _row(task, scored, resident.weights)
 

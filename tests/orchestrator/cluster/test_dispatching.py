@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from jobs.errors import BadInput, WorkerLost
-from jobs.evaluation_tasks import EvaluationTask, ItemSet, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ItemSet
 from orchestrator.cluster.again import Failure
 from orchestrator.cluster.dispatching import Pace, dispatch
 
@@ -36,7 +36,7 @@ class Scripted:
         self.asked.append((worker, task.key.removeprefix("scores/0/")))
         self.running.append((worker, task))
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
+    def next_done(self) -> tuple[EvaluationTask, BlockScores | Failure] | None:
         if self.joins_after is not None and len(self.asked) >= self.joins_after:
             self.there.add(max(self.there, default=0) + 1)
             self.joins_after = None
@@ -48,7 +48,7 @@ class Scripted:
             self.lost.discard(task.key)
             self.there.discard(worker)
             return task, Failure(WorkerLost("its node went"), node_lost=True)
-        return task, []
+        return task, BlockScores([])
 
     def close(self) -> None:
         pass
@@ -143,14 +143,14 @@ class Clocked(Scripted):
         super().submit(worker, task)
         self.until[worker] = self.now + self.slow.pop(task.key, task.items.tokens / 10)
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow] | Failure] | None:
+    def next_done(self) -> tuple[EvaluationTask, BlockScores | Failure] | None:
         self.now += 1.0
         assert self.now < 10_000, "waits forever"
         for worker, task in self.running:
             if self.until[worker] <= self.now:
                 self.running.remove((worker, task))
                 second = [key for _, key in self.asked].count(task.key.removeprefix("scores/0/")) > 1
-                return task, self.fails.pop(task.key) if second and task.key in self.fails else []
+                return task, self.fails.pop(task.key) if second and task.key in self.fails else BlockScores([])
         return None
 
 

@@ -8,7 +8,7 @@ import pytest
 
 import workers.merging.shard
 from jobs.errors import AccessDenied, BadInput, CorruptData, MergeyardError, StorageUnavailable, WorkerLost
-from jobs.evaluation_tasks import EvaluationTask, ItemSet, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ItemSet
 from jobs.merge_tasks import MergeTask, PointShard, Receipt
 from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries, placing
 from orchestrator.cluster.in_process import InProcessEvaluators, InProcessPool
@@ -168,7 +168,7 @@ def test_a_block_that_fails_in_this_process_names_its_items_and_point(
         def __init__(self, *_: object) -> None:
             pass
 
-        def evaluate(self, task: EvaluationTask) -> list[ScoreRow]:
+        def evaluate(self, task: EvaluationTask) -> BlockScores:
             raise ZeroDivisionError("division by zero")
 
     monkeypatch.setattr("workers.evaluating.worker.Evaluator", Broken)

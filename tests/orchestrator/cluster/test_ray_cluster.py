@@ -18,7 +18,7 @@ from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError, OutOfMemoryError, WorkerCrashedError
 
 from jobs.errors import BadInput, MergeyardError, Unavailable, WorkerLost
-from jobs.evaluation_tasks import EvaluationTask, ItemSet, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ItemSet
 from jobs.job import WorkerSpec
 from jobs.merge_tasks import MergeTask, PointShard
 from orchestrator.cluster import dispatching, ray_cluster, ray_evaluating, ray_merging
@@ -381,7 +381,7 @@ def blocks(count: int) -> list[EvaluationTask]:
     ]
 
 
-def answers(ray: Ray, workers: int, count: int) -> Iterator[tuple[EvaluationTask, list[ScoreRow]]]:
+def answers(ray: Ray, workers: int, count: int) -> Iterator[tuple[EvaluationTask, BlockScores]]:
     return dispatch(blocks(count), evaluators(ray, workers), Pace())
 
 
@@ -397,7 +397,7 @@ def test_four_blocks_of_one_cell_that_are_lost_together_are_each_tried_again(
         if what.key not in lost:
             lost.add(what.key)
             return Call(None, 110.0, error)
-        return Call([], ray.clock.now + 1)
+        return Call(BlockScores([]), ray.clock.now + 1)
 
     monkeypatch.setattr(ray, "end", end)
     assert len([*answers(ray, 4, 8)]) == 8
@@ -423,7 +423,7 @@ def test_workers_that_fail_to_start_together_are_one_failure_and_the_next_start_
     def end(what: Any) -> Call:
         if what == "open" and ray.clock.now < 106:
             return Call(None, ray.clock.now + 1, actor_died(WORKER_DIED))
-        return Call([], ray.clock.now + 1)
+        return Call(BlockScores([]), ray.clock.now + 1)
 
     monkeypatch.setattr(ray, "end", end)
     assert len([*answers(ray, 4, 4)]) == 4

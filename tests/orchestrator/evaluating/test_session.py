@@ -381,6 +381,23 @@ def test_a_task_of_the_harness_ranks_where_nothing_else_is_asked(tmp_path: Path)
     assert evaluated(text)[1] == []
 
 
+@pytest.mark.usefixtures("harness_task")
+def test_a_remark_of_a_worker_reaches_the_terminal_once_the_page_and_a_run_that_goes_on(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    (tmp_path / "tiny.yaml").write_text(TASK.replace("{metric: acc}", "{metric: acc}, {metric: brier_score}"))
+    job = job_file(grid={"w": [0.6]}, evaluate={"lm_eval": {"tasks": ["tiny.yaml"], "limit": 3}})
+    remark = "tiny.yaml: brier_score is left out: less of it is better"
+    run = tmp_path / "runs" / "tiny"
+    for _ in ("three models make the same remark", "their scores lie in the run"):
+        ended = mergeyard("evaluate", job, "--in-process")
+        assert ended.code == 0 and ended.err.count(remark) == 1, ended.err
+        [kept] = json.loads((run / "report/evaluation.json").read_text())["remarks"]
+        assert kept.endswith(remark)
+        assert (run / "report/index.html").read_text().count(remark) == 1
+    assert remark not in mergeyard("evaluate", job, "--in-process", "--quiet").err
+
+
 # ---- any checkpoint
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def test_another_versions_job_file_costs_the_axes_alone(tmp_path: Path) -> None:
     run = read_run(url)
     assert run.job is None
     Elements(page(report_on(run)))
+
+
+def test_what_workers_remarked_is_a_list_and_older_runs_have_none(tmp_path: Path, text: str) -> None:
+    run = read_run(write_run(tmp_path))
+    assert 'id="remarks"' not in text and run.result.remarks == ()
+    run = replace(
+        run,
+        result=replace(run.result, remarks=("lm_eval tiny: em is <left> out",)),
+        receipts=tuple(replace(receipt, nonfinite=("b", "a")) for receipt in run.receipts),
+    )
+    told = page(report_on(run))
+    Elements(told)
+    assert re.findall("<li>(.*)</li>", told.partition('id="remarks"')[2].partition("</section>")[0]) == [
+        "lm_eval tiny: em is &lt;left&gt; out",
+        "NaN or infinity in a parent&#39;s a, b",
+    ]
 
 
 def test_two_hundred_points_thirteen_tasks_six_lengths(tmp_path: Path) -> None:

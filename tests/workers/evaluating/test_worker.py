@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import inspect
+import io
 import json
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import load_file, save_file
 
 from jobs.engine import ENGINE_OPTIONS
 from jobs.errors import BadInput
-from jobs.evaluation_tasks import EvaluationTask, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ScoreRow
 from jobs.job import load_job
 from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.evaluating.subjects import Questions, questions
@@ -31,7 +33,7 @@ from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.transformers_engine import Limits, TransformersEngine
-from workers.evaluating.scores import read_scores, write_scores
+from workers.evaluating.scores import read_block, read_scores, write_scores
 from workers.evaluating.worker import Evaluator
 from workers.merging.resident import ResidentParents
 from workers.storage import open_store
@@ -89,7 +91,7 @@ def answered(plan: Plan, *points: str) -> list[ScoreRow]:
     asked = questions(plan)
     evaluator = Evaluator(asked.models)
     try:
-        return [row for point in points for task in tasks(plan, asked, point) for row in evaluator.evaluate(task)]
+        return [row for point in points for task in tasks(plan, asked, point) for row in evaluator.evaluate(task).rows]
     finally:
         evaluator.close()
 
@@ -133,7 +135,7 @@ def test_the_weights_of_a_point_are_hashed_once(tmp_path: Path, monkeypatch: pyt
     first, second = tasks(plan, asked, "w0.6")
     [other, *_] = tasks(plan, asked, "w0.3")
     evaluator = Evaluator(asked.models)
-    rows = [row for task in (first, other, second) for row in evaluator.evaluate(task)]
+    rows = [row for task in (first, other, second) for row in evaluator.evaluate(task).rows]
     evaluator.close()
     assert hashed == [True, True, False]
     assert len({row.weights for row in of(rows, "w0.6")}) == 1 and len({row.weights for row in rows}) == 2
@@ -192,18 +194,31 @@ def test_the_first_scores_of_a_block_hold(tmp_path: Path, monkeypatch: pytest.Mo
     plan = make(tmp_path)
     asked = questions(plan)
     [task, *_] = tasks(plan, asked, "w0.6")
-    rows = Evaluator(asked.models).evaluate(task)
+    rows = Evaluator(asked.models).evaluate(task).rows
     faster = [replace(row, seconds=0.001) for row in rows]
     store = open_store(plan.run_url)
     store.delete(task.key)
     evaluator = Evaluator(asked.models)
 
-    def somebody_else_was_first(rows: Sequence[ScoreRow]) -> bytes:
-        store.write(task.key, write_scores(faster))
-        return write_scores(rows)
+    def somebody_else_was_first(rows: Sequence[ScoreRow], remarks: Sequence[str]) -> bytes:
+        store.write(task.key, write_scores(faster, ["a remark of theirs"]))
+        return write_scores(rows, remarks)
 
     monkeypatch.setattr("workers.evaluating.worker.write_scores", somebody_else_was_first)
-    assert evaluator.evaluate(task) == faster == read_scores(bytes(store.read(task.key)), task.key)
+    assert evaluator.evaluate(task) == BlockScores(faster, ("a remark of theirs",))
+    assert read_scores(bytes(store.read(task.key)), task.key) == faster
+
+
+def test_remarks_stay_with_their_scores_and_a_file_without_any_is_the_one_of_earlier_versions() -> None:
+    example: dict[str, Any] = {"str": "a", "int": 1, "float": 0.5, "bool": True}
+    rows = [ScoreRow(**{field.name: example[str(field.type)] for field in fields(ScoreRow)})]
+    with_remarks = write_scores(rows, ["em runs to 100", "… is left out"])
+    assert read_block(with_remarks, "x") == BlockScores(rows, ("em runs to 100", "… is left out"))
+    assert read_scores(with_remarks, "x") == rows
+    without = write_scores(rows)
+    assert read_block(without, "x") == BlockScores(rows)
+    assert set(parquet.read_schema(io.BytesIO(with_remarks)).metadata) == {b"mergeyard.remarks"}
+    assert not parquet.read_schema(io.BytesIO(without)).metadata
 
 
 def test_a_parent_that_holds_a_nan_scores_nothing_and_says_so(tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ has, is left out.
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -60,12 +59,14 @@ def sample_scores(
     metadata: Mapping[str, Any] | None = None,
     num_fewshot: int | None = None,
     chat_template: str | None = None,
+    remark: Callable[[str], None] = lambda text: None,
 ) -> list[SampleScore]:
     """Every item of a task, of a group or of a YAML file of the user's own, scored by lm-evaluation-harness.
 
     `limit` takes the first items, of each length where a task has several. `beginning` is the text of the token that
     stands before a text without context; `tokenizer` the folder of the tokenizer, which tasks that make their own texts
-    are told beside `metadata`. With `chat_template` the prompts are put into it. `BadInput` for a task that does not
+    are told beside `metadata`. With `chat_template` the prompts are put into it. `remark` gets a line for the user on
+    metrics that are left out or scaled. `BadInput` for a task that does not
     exist, that samples, whose data are not there or of which no metric can be kept: before the model is asked.
     """
     check_library()
@@ -95,7 +96,7 @@ def sample_scores(
         trouble = f"every item exceeds the model's {engine.max_length} tokens" if scores else metric_remarks(rules)
         raise BadInput(f"lm_eval {task}: {trouble}; take another task")
     if remarks := metric_remarks(rules):
-        print(f"lm_eval {task}: {remarks}", file=sys.stderr)
+        remark(f"lm_eval {task}: {remarks}")
     return scores
 
 

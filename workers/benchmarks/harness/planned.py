@@ -84,6 +84,7 @@ def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
         metadata=told.get("metadata"),
         num_fewshot=told.get("num_fewshot"),
         chat_template=told.get("chat_template"),
+        remark=block.remark,
     ):
         place = f"{score.metric.partition(':')[0]}-{score.item}"
         yield ItemScore(

@@ -191,17 +191,19 @@ def own_metric(name: str, aggregation: str = "mean", better: str = "true") -> st
 
 
 def test_a_metric_to_100_is_the_same_metric_in_hundredths(
-    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path
 ) -> None:
     of_own(tmp_path, FOUND + "    return {'acc': found, 'em': found * 100.0}\n")
-    scores = by_metric(sample_scores(engine, task(OWN + own_metric("acc") + own_metric("em")), None, beginning=END))
+    remarks: list[str] = []
+    text = OWN + own_metric("acc") + own_metric("em")
+    scores = by_metric(sample_scores(engine, task(text), None, beginning=END, remark=remarks.append))
     right = {at: float(DOCS[at]["label"] == 0) for at in range(6)}
     assert scores == {"tiny_own:acc": right, "tiny_own:em": right}
-    assert capsys.readouterr().err.endswith("task.yaml: em runs to 100 and counts in hundredths\n")
+    assert len(remarks) == 1 and remarks[0].endswith("task.yaml: em runs to 100 and counts in hundredths")
 
 
 def test_a_metric_that_no_answer_reached_is_known_by_the_reference(
-    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path
 ) -> None:
     of_own(tmp_path, "def results(doc, results):\n    return {'em': 100.0 if results[0] == doc['answer'] else 1.0}\n")
     path = task(OWN.replace('until: ["."]', "until: []") + own_metric("em"))  # the full stop makes every answer wrong
@@ -209,13 +211,15 @@ def test_a_metric_that_no_answer_reached_is_known_by_the_reference(
 
 
 def test_a_metric_that_is_no_score_is_left_out_for_every_item(
-    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    engine: TransformersEngine, task: Callable[[str], str], tmp_path: Path
 ) -> None:
     of_own(tmp_path, FOUND + "    return {'acc': found, 'distance': found, 'gain': found * 2 - 1}\n")
     text = OWN + own_metric("acc") + own_metric("distance", better="false") + own_metric("gain")
-    assert by_metric(sample_scores(engine, task(text), None, beginning=END)).keys() == {"tiny_own:acc"}
-    remarks = capsys.readouterr().err
-    assert "distance is left out: less of it is better" in remarks and "gain is left out: it is not from 0" in remarks
+    told: list[str] = []
+    scores = sample_scores(engine, task(text), None, beginning=END, remark=told.append)
+    assert by_metric(scores).keys() == {"tiny_own:acc"}
+    [remark] = told
+    assert "distance is left out: less of it is better" in remark and "gain is left out: it is not from 0" in remark
 
 
 def test_pairs_of_answer_and_reference_are_scored_by_the_task_own_aggregation(
@@ -226,12 +230,13 @@ def test_pairs_of_answer_and_reference_are_scored_by_the_task_own_aggregation(
     code = "def results(doc, results):\n    pair = (doc['answer'], results[0].strip())\n"
     of_own(tmp_path, code + "    return {'chrf': pair, 'of_all': pair}\ndef of_all(pairs):\n    return pairs[1]\n")
     text = OWN + own_metric("chrf", "chrf") + own_metric("of_all", "!function own.of_all")
-    scores = sample_scores(engine, task(text), None, beginning=END)
+    told: list[str] = []
+    scores = sample_scores(engine, task(text), None, beginning=END, remark=told.append)
     assert {score.metric for score in scores} == {"tiny_own:chrf"}
     for score in scores:
         expected = corpus_chrf([score.answer], [[DOCS[score.item]["answer"]]]).score / 100
         assert score.score == pytest.approx(expected, abs=1e-6)
-    assert "of_all is left out: a single item has none" in capsys.readouterr().err
+    assert len(told) == 1 and "of_all is left out: a single item has none" in told[0]
 
 
 def test_a_task_without_a_metric_to_keep_is_refused_before_anything_is_asked(
