@@ -213,15 +213,7 @@ class CloudStore:
         return f"{self._url}/{key}"
 
     def _patiently(self, key: str, request: Callable[[], Result]) -> Result:
-        def once() -> Result:
-            try:
-                return request()
-            except MergeyardError:
-                raise
-            except Exception as error:  # FileNotFoundError and ValueError are among obstore's
-                raise self._translated(error, key) from None
-
-        return patiently(once)
+        return patiently(request, translated=lambda error: self._translated(error, key))
 
     def _translated(self, error: Exception, key: str) -> MergeyardError:
         told = from_obstore(error, self._place(key))

@@ -231,15 +231,7 @@ class HubStore:
         raise StorageUnavailable(f"{self._place(key)}: {answer.status_code} from {urlsplit(file.address).hostname}")
 
     def _patiently(self, key: str, request: Callable[[], Result], most: float | None = None) -> Result:
-        def once() -> Result:
-            try:
-                return request()
-            except MergeyardError:
-                raise
-            except Exception as error:
-                raise self._translated(error, key) from None  # its text may hold a signed address
-
-        return patiently(once, most)
+        return patiently(request, most, translated=lambda error: self._translated(error, key))
 
     def _translated(self, error: Exception, key: str) -> MergeyardError:
         place = self._place(key)

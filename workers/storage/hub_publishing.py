@@ -126,15 +126,7 @@ class HubPublication:
         return [problem["message"] for problem in told.get("errors", [])]
 
     def _patiently(self, request: Callable[[], Result]) -> Result:
-        def once() -> Result:
-            try:
-                return request()
-            except MergeyardError:
-                raise
-            except Exception as error:
-                raise self._translated(error) from None  # its text may hold a signed address
-
-        return patiently(once)
+        return patiently(request, translated=self._translated)
 
     def _translated(self, error: BaseException) -> MergeyardError:
         match error:

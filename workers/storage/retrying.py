@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from jobs.errors import BadInput, StorageUnavailable
+from jobs.errors import BadInput, MergeyardError, StorageUnavailable
 
 PATIENCE_VARIABLE = "MERGEYARD_STORAGE_PATIENCE_SECONDS"
 PATIENCE_SECONDS = 60.0
@@ -34,10 +34,16 @@ def stall_seconds() -> float:
     return min(STALL_SECONDS, patience_seconds() / 3)
 
 
-def patiently(action: Callable[[], Result], most: float | None = None) -> Result:
+def patiently(
+    action: Callable[[], Result],
+    most: float | None = None,
+    *,
+    translated: Callable[[Exception], MergeyardError] | None = None,
+) -> Result:
     """The action's result, tried again with growing random pauses for as long as it raises `StorageUnavailable`.
 
-    It gives up after the seconds of `patience_seconds`, or after `most` if those are fewer.
+    It gives up after the seconds of `patience_seconds`, or after `most` if those are fewer. `translated` makes an error
+    of ours of what a library raises; the original, whose text may hold a signed address, is then dropped.
     """
     began = time.monotonic()
     patience = patience_seconds() if most is None else min(most, patience_seconds())
@@ -45,7 +51,7 @@ def patiently(action: Callable[[], Result], most: float | None = None) -> Result
     while True:
         tries += 1
         try:
-            return action()
+            return _attempted(action, translated)
         except StorageUnavailable as error:
             wait = random.uniform(pause / 2, pause)
             spent = time.monotonic() - began
@@ -53,3 +59,14 @@ def patiently(action: Callable[[], Result], most: float | None = None) -> Result
                 raise StorageUnavailable(f"{error} (tried {tries} times in {spent:.0f} s); run again later") from None
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
+
+
+def _attempted(action: Callable[[], Result], translated: Callable[[Exception], MergeyardError] | None) -> Result:
+    try:
+        return action()
+    except MergeyardError:
+        raise
+    except Exception as error:
+        if translated is None:
+            raise
+        raise translated(error) from None
