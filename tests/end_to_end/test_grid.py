@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,9 +13,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.end_to_end.command import Command, Ended
-from tests.end_to_end.conftest import PARENTS, POINTS, UNITS, Run, tensors
+from tests.end_to_end.conftest import JOB, PARENTS, POINTS, UNITS, Run, tensors
 from tests.fault_proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 
@@ -114,3 +118,23 @@ def test_workers_and_memory_change_no_byte(
         manifests.append(run.manifests())
     assert len(manifests[0]) == POINTS
     assert all(others == manifests[0] for others in manifests[1:])
+
+
+def test_what_a_worker_on_ray_refuses_names_the_shard_the_points_and_the_node(
+    mergeyard: Callable[..., Ended], tmp_path: Path
+) -> None:
+    for number, who in enumerate(("long", "fmt")):
+        shutil.copytree(PARENTS / who, tmp_path / "parents" / who)
+        weights = tmp_path / "parents" / who / "model.safetensors"
+        save_file({**load_file(weights), "model.counter": torch.tensor([number])}, weights, {"format": "pt"})
+    job = tmp_path / "job.yaml"
+    job.write_text(
+        JOB.format(parents=tmp_path / "parents", workers="cpus: 0.5, memory: 1200MB", output=tmp_path / "out")
+    )
+    ended = mergeyard("run", job)
+    assert ended.code == 1
+    assert re.fullmatch(
+        r"mergeyard: model-\d{5}-of-\d{5}\.safetensors of long[\d.]+_fmt[\d.]+.* on node [\d.]+: "
+        r"tensor model\.counter \(I64\) differs between long and fmt; integers cannot be merged, .*",
+        ended.err.splitlines()[-1],
+    )

@@ -208,7 +208,10 @@ class OpenAIEngine:
         )
 
     def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The reply to one request; busy and failing servers are asked again, after longer and longer pauses."""
+        """The reply to one request; busy and failing servers are asked again, after longer and longer pauses.
+
+        Tries are counted, as the job says (`attempts`): one may take minutes, which a store's patience does not allow.
+        """
         trouble, tries, begun = "", 0, time.monotonic()
         while tries < self._attempts and time.monotonic() < begun + self._timeout:
             if tries:
