@@ -20,6 +20,7 @@ import jobs.errors
 from jobs.errors import MergeyardError
 from jobs.job import Job, load_job, load_merge_document
 from orchestrator.cli import main, parser
+from orchestrator.judging.gate import EXIT_CODES
 from orchestrator.planning.plan import make_plan
 from tests.markdown import commands, fenced_blocks
 from workers.methods import METHODS, Method
@@ -185,7 +186,7 @@ def test_every_verb_has_its_row_on_the_front_page() -> None:
 def test_the_exit_codes_on_the_front_page_are_those_of_the_errors() -> None:
     kinds = [kind for kind in vars(jobs.errors).values() if isinstance(kind, type) and issubclass(kind, MergeyardError)]
     documented = {int(row[0]) for row in rows_below(page("README.md"), "exit code")}
-    assert documented == {0} | {kind.exit_code for kind in kinds}
+    assert documented == {*EXIT_CODES.values()} | {kind.exit_code for kind in kinds}
 
 
 # ---- links and names of files
