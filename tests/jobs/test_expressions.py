@@ -109,6 +109,7 @@ def test_unknown_axis_offers_the_nearest() -> None:
         evaluate("1 - densty", {"density": Fraction(1), "w": Fraction(1)}, "job.yaml:6")
 
 
+@pytest.mark.serial
 def test_the_worst_expression_of_200_characters_costs_less_than_a_tenth_of_a_second() -> None:
     worst = "(" * 18 + "9**64" + ")**64" * 18 + "*9**64" * 15
     started = time.perf_counter()

@@ -171,6 +171,7 @@ def test_a_task_never_holds_more_files_open_than_a_process_may(plan: Planning):
     assert max(len(task.points) for task in planned.tasks([], 1)) <= MOST_UPLOADS
 
 
+@pytest.mark.serial
 def test_ten_thousand_points_are_planned_in_seconds(job: Jobs, parents: Path):
     started = time.perf_counter()
     planned = make_plan(job(grid="{w: {from: 0, to: 1, num: 10000}}"))

@@ -86,6 +86,7 @@ def test_a_driver_that_slept_through_a_takeover_hears_of_it_when_it_asks(store: 
     assert lease_of(store)["nonce"] == "another driver's"
 
 
+@pytest.mark.serial
 def test_a_driver_that_ended_is_followed_at_once(store: Store):
     with Lease(store, KEY):
         pass
@@ -121,6 +122,7 @@ def killed_driver(tmp_path: Path) -> Iterator[Store]:
     yield open_store(tmp_path / "run")
 
 
+@pytest.mark.serial
 def test_a_dead_drivers_lease_on_this_machine_is_taken_over_at_once(killed_driver: Store):
     assert lease_of(killed_driver)["released"] is False
     started = time.monotonic()
@@ -135,6 +137,7 @@ def test_a_process_that_got_the_dead_drivers_number_is_not_taken_for_it(killed_d
         assert lease.epoch == 2
 
 
+@pytest.mark.serial
 def test_a_silent_driver_elsewhere_is_waited_for_then_replaced(store: Store):
     with Lease(store, KEY):
         pass

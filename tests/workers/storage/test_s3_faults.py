@@ -50,6 +50,7 @@ def test_every_range_of_a_large_read_survives_alone(store: Store, fault_proxy: F
     assert fault_proxy.broken == 3
 
 
+@pytest.mark.serial
 def test_a_service_that_stays_down_ends_in_one_line_within_the_patience(
     store: Store, fault_proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
