@@ -5,7 +5,6 @@ from __future__ import annotations
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,12 +13,8 @@ import pytest
 
 from tests.end_to_end.command import Command, Ended
 from tests.end_to_end.conftest import UNITS, Run
+from tests.end_to_end.runtime import HOST, TOKEN, needs_linux, wait_for_runtime
 from tests.seaweedfs import free_ports
-
-HOST = "127.0.0.2"  # Ray replaces 127.0.0.1 by the machine's address in the network
-TOKEN = "0123456789abcdef" * 4
-
-needs_linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 127.0.0.2 without being asked")
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +59,6 @@ def address(home: Path, temporary: Path, foreign_code: Path) -> Iterator[str]:
         for process in below:
             if process.is_running():
                 process.kill()
-
-
-def wait_for_runtime(head: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while "Ray runtime started" not in log.read_text():
-        assert head.poll() is None and time.monotonic() < deadline, log.read_text()
-        time.sleep(0.1)
 
 
 @needs_linux

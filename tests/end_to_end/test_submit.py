@@ -15,7 +15,7 @@ import requests
 
 from tests.end_to_end.command import Command
 from tests.end_to_end.conftest import UNITS, Run, tensors
-from tests.end_to_end.test_running_cluster import HOST, TOKEN, needs_linux, wait_for_runtime
+from tests.end_to_end.runtime import HOST, TOKEN, needs_linux, wait_for_runtime
 from tests.seaweedfs import SeaweedFS, free_ports
 
 TOKENS = {"RAY_AUTH_TOKEN": TOKEN}

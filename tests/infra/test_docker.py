@@ -16,17 +16,11 @@ from typing import Any
 
 import pytest
 
+from tests.infra.reading import DOCKERFILE, instructions
+
 ROOT = Path(__file__).parents[2]
-DOCKERFILE = ROOT / "infra" / "docker" / "Dockerfile"
 HADOLINT = Path(sys.executable).with_name("hadolint")
 PYPROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
-
-
-def instructions(text: str) -> list[tuple[str, str]]:
-    """Each instruction and what follows it, comments left out and lines joined."""
-    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    joined = "\n".join(lines).replace("\\\n", " ")
-    return [(line.split(maxsplit=1)[0], line.split(maxsplit=1)[1]) for line in joined.splitlines()]
 
 
 def sources(steps: list[tuple[str, str]]) -> list[str]:

@@ -8,16 +8,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from tests.infra.reading import counted
+
 ROOT = Path(__file__).parents[2]
 DASHBOARD: dict[str, Any] = json.loads((ROOT / "infra" / "grafana" / "dashboard.json").read_text("utf-8"))
 EXPRESSIONS: list[str] = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
-
-
-def counted() -> dict[str, set[str]]:
-    """Metric → its labels, as Ray exports what the code counts."""
-    code = (ROOT / "orchestrator" / "cluster" / "ray_cluster.py").read_text("utf-8")
-    found = re.findall(r'metrics\.\w+\(\s*"(mergeyard_\w+)",\s*"[^"]*"(?:,\s*\(([^)]*)\))?', code)
-    return {f"ray_{name}": set(re.findall(r"\w+", labels)) for name, labels in found}
 
 
 def asked(expressions: list[str]) -> set[str]:

@@ -11,8 +11,7 @@ from click import NoSuchOption
 from ray.scripts.scripts import start
 
 from tests.infra.conftest import KUBERAY, ROOT
-from tests.infra.test_docker import DOCKERFILE, instructions
-from tests.infra.test_grafana import counted
+from tests.infra.reading import DOCKERFILE, counted, instructions
 from tests.markdown import commands, fenced_blocks
 
 PAGE = (ROOT / "infra" / "README.md").read_text("utf-8")

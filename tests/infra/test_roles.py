@@ -17,7 +17,7 @@ from botocore.exceptions import ClientError
 
 from tests.fault_proxy import FaultProxy
 from tests.infra.conftest import ROOT, Start
-from tests.infra.test_terraform import allows, policy
+from tests.infra.reading import allows, policy
 from tests.seaweedfs import SeaweedFS, free_ports
 
 PARENTS = ROOT / "jobs" / "examples" / "parents"

@@ -8,24 +8,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
-from string import Template
-from typing import Any
 
 import hcl2
 import pytest
 import yaml
 
 from tests.infra.conftest import ROOT
+from tests.infra.reading import TERRAFORM, allows, policy
 from tests.markdown import fenced_blocks
 
-FOLDER = ROOT / "infra" / "terraform" / "aws"
-GIVEN = {
-    "bucket": "bucket", "models": "models", "account": "000000000000", "region": "us-east-1",
-    "oidc_provider": "oidc.example/id", "serviceaccount": "system:serviceaccount:mergeyard:mergeyard-worker",
-}  # fmt: skip
-POLICIES = sorted(path.stem for path in (FOLDER / "policies").glob("*.json"))
+POLICIES = sorted(path.stem for path in (TERRAFORM / "policies").glob("*.json"))
 
 RUN = "arn:aws:s3:::bucket/runs/demo/receipts/00/0.json"
 PARENT = "arn:aws:s3:::models/cos/model.safetensors"
@@ -33,7 +26,7 @@ ELSEWHERE = "arn:aws:s3:::bucket/other"
 
 
 def text() -> str:
-    return "\n".join(path.read_text("utf-8") for path in sorted(FOLDER.glob("*.tf")))
+    return "\n".join(path.read_text("utf-8") for path in sorted(TERRAFORM.glob("*.tf")))
 
 
 def blocks(kind: str) -> Iterator[tuple[str, ...]]:
@@ -42,32 +35,17 @@ def blocks(kind: str) -> Iterator[tuple[str, ...]]:
         yield tuple(re.findall(r'"([^"]+)"', labels))
 
 
-def policy(name: str) -> dict[str, Any]:
-    """A policy with everything filled in."""
-    return json.loads(Template((FOLDER / "policies" / f"{name}.json").read_text("utf-8")).substitute(GIVEN))
-
-
-def allows(document: dict[str, Any], action: str, resource: str) -> bool:
-    """Whether a policy of a role allows this; conditions are taken to hold, and nothing else to deny."""
-    return any(
-        statement["Effect"] == "Allow"
-        and any(fnmatchcase(action, pattern) for pattern in statement["Action"])
-        and any(fnmatchcase(resource, pattern) for pattern in statement["Resource"])
-        for statement in document["Statement"]
-    )
-
-
 # ---- the text
 
 
-@pytest.mark.parametrize("file", sorted(path.name for path in FOLDER.glob("*.tf")))
+@pytest.mark.parametrize("file", sorted(path.name for path in TERRAFORM.glob("*.tf")))
 def test_a_file_can_be_parsed(file: str) -> None:
-    assert hcl2.loads((FOLDER / file).read_text("utf-8"))
+    assert hcl2.loads((TERRAFORM / file).read_text("utf-8"))
 
 
 def test_a_broken_file_cannot() -> None:
     with pytest.raises(Exception, match="Unexpected token"):
-        hcl2.loads((FOLDER / "main.tf").read_text("utf-8").replace("{", "[", 1))
+        hcl2.loads((TERRAFORM / "main.tf").read_text("utf-8").replace("{", "[", 1))
 
 
 def unknown(written: str) -> set[str]:
@@ -102,7 +80,7 @@ def test_every_policy_file_is_used_and_gets_all_it_asks_for() -> None:
     for name, given in calls:
         files = re.findall(r"\w+", keys) if "$" in name else [name]
         asked = {
-            it for file in files for it in re.findall(r"\$\{(\w+)\}", (FOLDER / f"policies/{file}.json").read_text())
+            it for file in files for it in re.findall(r"\$\{(\w+)\}", (TERRAFORM / f"policies/{file}.json").read_text())
         }
         assert asked <= set(re.findall(r"(\w+)\s*=", given)), name
 
