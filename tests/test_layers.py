@@ -107,8 +107,11 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "orchestrator/cluster": (
         "jobs",
         "workers/fingerprint.py",
-        "workers/merging",
+        "workers/storage",
+        "workers/benchmarks/items.py",
         "workers/benchmarks/registry.py",
+        "workers/benchmarks/scorers.py",
+        "workers/merging",
         "workers/evaluating",
     ),
     "orchestrator/merging": (

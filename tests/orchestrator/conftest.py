@@ -1,10 +1,10 @@
-"""Parents, jobs over them, and the command line in this process."""
+"""Parents, jobs over them, the command line in this process, and answers by a function in place of a model."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from jobs.job import Job, load_job
 from orchestrator.cli import main
 from orchestrator.planning.plan import Plan, make_plan
 from tests.orchestrator.models import weights, write_model
+from tests.orchestrator.scripts import scripted, turned_down
 
 LINEAR = """
   merge_method: linear
@@ -93,6 +94,21 @@ def mergeyard(capfd: pytest.CaptureFixture[str]) -> Callable[..., Ended]:
         return Ended(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def real_model() -> None:
+    """The models of this test answer themselves."""
+
+
+@pytest.fixture(autouse=True)
+def answers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Evaluations in this process ask a function, unless the test uses `real_model`."""
+    if "real_model" in request.fixturenames:
+        yield
+    else:
+        with scripted(turned_down):
+            yield
 
 
 def files_under(folder: Path) -> dict[str, bytes]:

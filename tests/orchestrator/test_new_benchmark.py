@@ -21,13 +21,15 @@ from orchestrator.evaluating.results import read_results
 from orchestrator.evaluating.subjects import questions
 from orchestrator.planning.plan import make_plan
 from tests.orchestrator.conftest import Ended
-from tests.orchestrator.evaluating.test_session import PARENTS, SCALED, job_text
+from tests.orchestrator.tiny_jobs import PARENTS, SCALED, job_text
 from workers.benchmarks.answering import Block, ItemScore, answer_items
 from workers.benchmarks.items import Asked, Item, items_digest, read_answers, write_items
 from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.registry import BENCHMARKS, Benchmark
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Engine
+
+pytestmark = pytest.mark.usefixtures("real_model")
 
 KEYS = "dizzy-teriyaki\namber-copper\nquiet-harbor\nplain-coffee\n"
 NOISE = "The grass is green. The sky is blue."

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec
 from jobs.job import load_job
-from orchestrator.cluster.in_process import InProcessEvaluators
+from orchestrator.cluster import in_process
+from orchestrator.cluster.pool import Evaluators
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.evaluating.session import OpenEvaluators, Session
 from orchestrator.evaluating.subjects import questions
@@ -21,22 +22,21 @@ def evaluate(plan: Plan, open_evaluators: OpenEvaluators, watcher: Watcher | Non
         return session.run()
 
 
-class Counting(InProcessEvaluators):
-    """Counts what is asked, and fails after so many blocks."""
-
-    def __init__(self, models: Mapping[str, ModelSpec], asked: list[EvaluationTask], most: int) -> None:
-        super().__init__(models)
-        self._asked, self._most = asked, most
-
-    def submit(self, worker: int, task: EvaluationTask) -> None:
-        if len(self._asked) == self._most:
-            raise RuntimeError("pulled the plug")
-        self._asked.append(task)
-        super().submit(worker, task)
-
-
 def evaluated(text: str, most: int = 10**9) -> tuple[EvaluationResult, list[EvaluationTask]]:
     """The job's evaluation and the blocks that it asked; RuntimeError after `most` of them."""
     asked: list[EvaluationTask] = []
-    plan = make_plan(load_job(text, "job.yaml"))
-    return evaluate(plan, lambda models: Counting(models, asked, most)), asked
+
+    def opened(models: Mapping[str, ModelSpec]) -> Evaluators:
+        evaluators = in_process.InProcessEvaluators(models)
+        submit = evaluators.submit
+
+        def counted(worker: int, task: EvaluationTask) -> None:
+            if len(asked) == most:
+                raise RuntimeError("pulled the plug")
+            asked.append(task)
+            submit(worker, task)
+
+        evaluators.submit = counted
+        return evaluators
+
+    return evaluate(make_plan(load_job(text, "job.yaml")), opened), asked

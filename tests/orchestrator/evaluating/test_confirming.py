@@ -16,32 +16,11 @@ import pytest
 from orchestrator.evaluating.confirming import first_fresh
 from orchestrator.evaluating.results import read_results
 from tests.orchestrator.conftest import Ended
-from tests.orchestrator.evaluating.test_session import PARENTS, RULER, SCALED, SOUP, job_text
+from tests.orchestrator.tiny_jobs import PARENTS, RULER, SCALED, SOUP, scaled
 from workers.benchmarks.planned import PlannedSet
 from workers.evaluating.scores import read_scores
 
 Mergeyard = Callable[..., Ended]
-
-
-@pytest.fixture
-def job_file(tmp_path: Path) -> Callable[..., Path]:
-    """job_file(**keys of the job): the path of a job file."""
-
-    def write(**keys: Any) -> Path:
-        (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys))
-        return tmp_path / "job.yaml"
-
-    return write
-
-
-def scaled(weights: list[float], **gate: Any) -> dict[str, Any]:
-    """A job of `long` turned down to these weights, judged against `long` itself."""
-    return {
-        "parents": {"long": str(PARENTS / "long")},
-        "recipe": SCALED,
-        "grid": {"w": weights},
-        "gate": {"baseline": "long", **gate},
-    }
 
 
 def verdict_of(job: Path) -> dict[str, Any]:
@@ -54,6 +33,7 @@ def items_answered(job: Path, point: str) -> set[int]:
     return {row.item for path in files for row in read_scores(path.read_bytes(), str(path)) if row.repeat == 0}
 
 
+@pytest.mark.usefixtures("real_model")
 def test_a_point_that_was_turned_down_fails(
     mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -92,6 +72,7 @@ def test_the_best_of_several_is_judged_on_items_nobody_was_chosen_by(
     assert {row["name"]: row["items"] for row in ended.facts["leaderboard"]}[verdict["new"]] == 6, "not in the ranking"
 
 
+@pytest.mark.usefixtures("real_model")
 def test_equal_models_are_asked_more_until_they_pass(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     # the least variance of a loss of 20 points is 0.2·0.8 an item: with none, 1.645 of it in a margin of 0.2 needs 11
     job = job_file(**scaled([0.99], margin=20, budget=60))
@@ -180,6 +161,7 @@ def test_a_second_call_asks_nothing_and_says_the_same(mergeyard: Mergeyard, job_
     assert files == {path: path.stat().st_mtime_ns for path in (job.parent / "runs/tiny/scores").rglob("*.parquet")}
 
 
+@pytest.mark.usefixtures("real_model")
 def test_a_baseline_need_be_no_parent_of_the_merge(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     job = job_file(
         parents={name: str(PARENTS / name) for name in ("long", "fmt", "base")},

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.orchestrator.conftest import Ended
-from tests.orchestrator.evaluating.test_session import PARENTS, SOUP, job_text
+from tests.orchestrator.tiny_jobs import PARENTS, SOUP, job_text
 
 Mergeyard = Callable[..., Ended]
 LENGTHS = [256, 512, 1024, 2048, 3000, 4000]

@@ -22,9 +22,9 @@ from orchestrator.cluster import ray_jobs as ray_submission
 from orchestrator.cluster.ray_jobs import RayJobs
 from orchestrator.cluster.shipment import shipment
 from tests.orchestrator.conftest import Ended
-from tests.orchestrator.evaluating.test_confirming import scaled
-from tests.orchestrator.evaluating.test_session import job_text as evaluation_text
 from tests.orchestrator.models import weights, write_model
+from tests.orchestrator.tiny_jobs import job_text as evaluation_text
+from tests.orchestrator.tiny_jobs import scaled
 from workers.fingerprint import fingerprint
 
 Mergeyard = Callable[..., Ended]

@@ -19,67 +19,20 @@ from jobs.evaluation_tasks import EvaluationTask, ScoreRow
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.sealing import sealed, unsealed
-from orchestrator.cluster.in_process import InProcessEvaluators
+from orchestrator.cluster import in_process
 from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, read_results
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import questions
 from orchestrator.planning.plan import make_plan
 from orchestrator.watching import Watcher
+from tests.model_server import Handler
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.evaluating.asking import evaluated
-from tests.workers.engines.test_openai_engine import Handler
+from tests.orchestrator.tiny_jobs import PARENTS, RULER, SCALED, job_text, soup_parents
 from workers.engines.transformers_engine import TransformersEngine
 from workers.evaluating.scores import read_scores
 
-PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
-RULER = {"tasks": ["niah_single_1"], "lengths": [256], "items": 6}
-SOUP = {
-    "merge_method": "linear",
-    "dtype": "bfloat16",
-    "models": [
-        {"model": "long", "parameters": {"weight": "${w}"}},
-        {"model": "fmt", "parameters": {"weight": "${1 - w}"}},
-    ],
-}
-SCALED = {  # a model that is turned down to nothing knows nothing
-    "merge_method": "linear",
-    "dtype": "bfloat16",
-    "parameters": {"normalize": False},
-    "models": [{"model": "long", "parameters": {"weight": "${w}"}}],
-}
-
 Mergeyard = Callable[..., Ended]
-
-
-def soup_parents(folder: Path) -> dict[str, str]:
-    return {name: str(folder / name) for name in ("long", "fmt")}
-
-
-def job_text(folder: Path, **keys: Any) -> str:
-    """A job of four points between `long` and `fmt`, six items each; a key of None is left out."""
-    job: dict[str, Any] = {
-        "name": "tiny",
-        "parents": soup_parents(PARENTS),
-        "recipe": SOUP,
-        "grid": {"w": [0.2, 0.4, 0.6, 0.8]},
-        "point": "w{w}",
-        "evaluate": {"ruler": RULER},
-        "keep": "none",
-        "output": str(folder / "runs"),
-        **keys,
-    }
-    return "".join(f"{key}: {json.dumps(value)}\n" for key, value in job.items() if value is not None)
-
-
-@pytest.fixture
-def job_file(tmp_path: Path) -> Callable[..., Path]:
-    """job_file(**keys of the job): the path of a job file."""
-
-    def write(**keys: Any) -> Path:
-        (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys))
-        return tmp_path / "job.yaml"
-
-    return write
 
 
 def scaled_race(**more: Any) -> dict[str, Any]:
@@ -110,6 +63,7 @@ def blocks(tasks: list[EvaluationTask]) -> Counter[str]:
 # ---- what is kept
 
 
+@pytest.mark.usefixtures("real_model")
 def test_keep_none_leaves_scores_and_no_point(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     job = job_file()
     ended = mergeyard("run", job, "--in-process", "--json")
@@ -125,6 +79,7 @@ def test_keep_none_leaves_scores_and_no_point(mergeyard: Mergeyard, job_file: Ca
     assert facts["departures"] == [] and facts["noise"]["items"] == 6 and facts["cost_share"] == 1
 
 
+@pytest.mark.usefixtures("real_model")
 def test_keep_all_writes_every_point_and_scores_these_very_weights(
     mergeyard: Mergeyard, job_file: Callable[..., Path]
 ) -> None:
@@ -186,7 +141,7 @@ def test_a_driver_that_slept_through_a_takeover_replaces_neither_scores_nor_verd
     files = [run / VERDICT, run / RESULTS, run / EVALUATION]
     with (
         pytest.raises(RunBusy),
-        Session.of(plan, questions(plan), InProcessEvaluators, Watcher(visible=False)) as session,
+        Session.of(plan, questions(plan), in_process.InProcessEvaluators, Watcher(visible=False)) as session,
     ):
         session.run()
         session.conclude({"outcome": "pass"})
@@ -238,6 +193,7 @@ def test_blocks_keep_haystacks_whole(tmp_path: Path) -> None:
     assert result.noise is not None and result.noise.items == 28
 
 
+@pytest.mark.usefixtures("real_model")
 def test_the_noise_floor_is_zero_where_equal_questions_get_equal_answers(tmp_path: Path) -> None:
     result, _ = evaluated(job_text(tmp_path))
     assert result.noise is not None and result.noise.rate == 0
@@ -247,6 +203,7 @@ def test_the_noise_floor_is_zero_where_equal_questions_get_equal_answers(tmp_pat
 # ---- the race
 
 
+@pytest.mark.usefixtures("real_model")
 def test_bad_points_leave_the_race_and_the_record_says_why(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     job = job_file(**scaled_race())
     ended = mergeyard("run", job, "--in-process", "--json")
@@ -287,6 +244,7 @@ def test_a_race_that_broke_off_goes_on_to_the_same_end(tmp_path: Path) -> None:
     assert read_results(str(tmp_path / "runs" / "tiny")) == resumed
 
 
+@pytest.mark.usefixtures("real_model")
 def test_only_those_who_stay_answer_what_is_not_raced_over(tmp_path: Path) -> None:
     more = {"needle": {"lengths": [320], "depths": 2, "items": 1}, "perplexity": {"lengths": [256], "blocks": 2}}
     result, _ = evaluated(job_text(tmp_path, **scaled_race(**more)))
@@ -316,6 +274,7 @@ def test_every_point_answers_all_lengths_at_each_rung(tmp_path: Path) -> None:
 # ---- rankings without RULER
 
 
+@pytest.mark.usefixtures("real_model")
 def test_perplexity_ranks_where_nothing_else_is_asked(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     job = job_file(**scaled_race() | {"evaluate": {"perplexity": {"lengths": [256, 512], "blocks": 2}}})
     ended = mergeyard("evaluate", job, "--in-process", "--json")
@@ -348,7 +307,9 @@ metric_list: [{metric: acc}]
 
 
 @pytest.fixture
-def harness_task(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+def harness_task(
+    real_model: None, tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """tiny.yaml beside the job: four questions that need no needle."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -401,6 +362,7 @@ def test_a_remark_of_a_worker_reaches_the_terminal_once_the_page_and_a_run_that_
 # ---- any checkpoint
 
 
+@pytest.mark.usefixtures("real_model")
 def test_any_checkpoints_are_scored_side_by_side(mergeyard: Mergeyard, tmp_path: Path) -> None:
     options = ["--lengths", "256", "--items", "4", "--tasks", "niah_single_1", "--in-process", "--json"]
     models = [PARENTS / "long", PARENTS / "fmt"]
@@ -413,7 +375,7 @@ def test_any_checkpoints_are_scored_side_by_side(mergeyard: Mergeyard, tmp_path:
 
 
 @pytest.fixture
-def served_long() -> Iterator[ThreadingHTTPServer]:
+def served_long(real_model: None) -> Iterator[ThreadingHTTPServer]:
     """An OpenAI-compatible server of the parent `long`."""
     server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.engine = TransformersEngine.from_folder(PARENTS / "long", version="long", device="cpu")
@@ -578,6 +540,7 @@ def test_a_chat_that_the_tokenizer_has_no_template_for_is_refused(
     assert ended.code == 2 and "no chat template; ask it plainly" in ended.err and "job.yaml:6" in ended.err
 
 
+@pytest.mark.usefixtures("real_model")
 def test_a_parent_that_holds_a_nan_is_last_and_marked(mergeyard: Mergeyard, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 

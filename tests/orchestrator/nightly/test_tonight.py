@@ -15,19 +15,21 @@ from xml.etree import ElementTree
 import pytest
 
 from jobs.errors import RunBusy
-from orchestrator.cluster.in_process import InProcessEvaluators
+from orchestrator.cluster.scripted import ScriptedEvaluators
 from orchestrator.evaluating.confirming import Gated
 from orchestrator.judging.gate import GateRule, Verdict, VerdictLine
 from orchestrator.judging.samples import student_quantile
 from orchestrator.nightly import webhook
-from orchestrator.nightly.book import Blessed, Book, Night, Revision, Score
+from orchestrator.nightly.book import Blessed, Book, Night
 from orchestrator.nightly.page import nights_page
 from orchestrator.nightly.tonight import _by_length, decide
 from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
 from tests.benchmarks.thirty_nights import Told, Yard
 from tests.orchestrator.conftest import Ended, files_under
-from tests.orchestrator.report.test_against_baseline import rows
+from tests.orchestrator.nights import REASON, a_night
+from tests.orchestrator.scores import rows
+from tests.orchestrator.scripts import scripted, turned_down
 from workers.storage import open_store
 
 Mergeyard = Callable[..., Ended]
@@ -87,7 +89,8 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chat]:
 def first_night(tmp_path_factory: pytest.TempPathFactory) -> tuple[Yard, Told]:
     """A yard after its first night, for tests to copy; nobody writes into it."""
     yard = Yard(tmp_path_factory.mktemp("first"), **SMALL)
-    return yard, yard.night(1)
+    with scripted(turned_down):
+        return yard, yard.night(1)
 
 
 @pytest.fixture
@@ -104,6 +107,7 @@ def book_at(output: Path) -> Book:
 # ---- nights
 
 
+@pytest.mark.usefixtures("real_model")
 def test_a_regression_is_caught_and_told_and_nothing_else_is(tmp_path: Path, chat: Chat) -> None:
     yard = Yard(tmp_path, **LARGER)
     told = list(yard.nights(4, planted={3}, quiet={2}))
@@ -132,6 +136,7 @@ def test_a_regression_is_caught_and_told_and_nothing_else_is(tmp_path: Path, cha
 
 
 @pytest.mark.heavy
+@pytest.mark.usefixtures("real_model")
 def test_thirty_nights(tmp_path: Path) -> None:
     told = list(Yard(tmp_path).nights(30, planted={17}, quiet=range(5, 31, 5)))
     assert [night.night for night in told if night.code != 0] == [17]
@@ -180,12 +185,10 @@ def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
     pointer = after_first / "soup" / "blessed.json"
     moved = {**json.loads(pointer.read_text()), "night": "by hand", "nonce": "somebody else's"}
 
-    class Moving(InProcessEvaluators):
-        def close(self) -> None:
-            pointer.write_text(json.dumps(moved))
-            super().close()
+    def moving(self: ScriptedEvaluators) -> None:
+        pointer.write_text(json.dumps(moved))
 
-    monkeypatch.setattr("orchestrator.cluster.in_process.InProcessEvaluators", Moving)
+    monkeypatch.setattr(ScriptedEvaluators, "close", moving)
     ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
     assert ended.code == 75 and "blessed.json: moved by somebody else during the night" in ended.err
     assert json.loads(pointer.read_text()) == moved
@@ -372,58 +375,6 @@ def test_the_blessed_model_itself_passes_unless_the_anchor_says_no(anchor: str, 
 
 
 # ---- records and the pointer
-
-REASON = "overall: -0.90 points (-1.80 to +0.00) on 100 items in 100 haystacks; not worse by 2 or more"
-
-
-def a_verdict(old: str, outcome: str = "pass") -> dict[str, Any]:
-    line = {
-        "scope": "overall",
-        "outcome": outcome,
-        "difference": -0.9,
-        "low": -1.8,
-        "high": 0.0,
-        "standard_error": 0.5,
-        "margin": 2.0,
-        "p_pass": 0.01,
-        "p_fail": 0.9,
-        "items": 100,
-        "haystacks": 100,
-        "items_needed": None,
-        "reason": REASON,
-    }
-    rule = {"margin": 2.0, "length_margin": None, "alpha": 0.025, "planned_haystacks": None}
-    return {"outcome": outcome, "new": "soup", "old": old, "rule": rule, "lines": [line], "items_needed": None}
-
-
-def a_night(number: int = 1, outcome: Any = "pass", judged_against: str | None = None, **more: Any) -> Night:
-    """A night that was told of by hand; it passed unless `outcome` says otherwise."""
-    passed = outcome == "pass"
-    score = {"overall": Score(90.0, 88.0, 92.0), "512": Score(95.0, 94.0, 96.0), "4096": Score(85.0, None, None)}
-    verdicts = {"anchor": a_verdict("released", outcome)}
-    if judged_against is not None:
-        verdicts = {"blessed": a_verdict("blessed"), **verdicts}
-    found = Night(
-        number=number,
-        night=f"{number:04d}-abcdef01",
-        fingerprint=f"{number:064x}",
-        finished="2026-03-01T02:00:00+00:00",
-        seconds=90.0,
-        items=300,
-        outcome=outcome,
-        candidate="soup",
-        weights=f"{number:064d}",
-        point=f"/runs/nightly/nights/{number:04d}-abcdef01/points/soup" if passed else None,
-        parents={"cos": Revision("hf://someone/cos@abc", "0123456789ab")},
-        changed=("cos",),
-        scores=dict.fromkeys(("candidate", "anchor", *(["blessed"] if judged_against else [])), score),
-        verdicts=verdicts,
-        alpha=0.025,
-        judged_against=judged_against,
-        epoch=number if passed else None,
-        nonce=f"nonce {number}",
-    )
-    return replace(found, **more)
 
 
 @pytest.fixture(params=["folder", "memory", "s3"])

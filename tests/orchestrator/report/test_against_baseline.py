@@ -3,38 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import pytest
 import scipy.stats
 
-from jobs.evaluation_tasks import ScoreRow
 from orchestrator.report.against_baseline import compare, compare_all, compare_overall
-
-
-def rows(point: str, scores: Sequence[float], task: str = "vt", length: int = 512) -> list[ScoreRow]:
-    return [
-        ScoreRow(
-            point=point,
-            benchmark="ruler",
-            task=task,
-            length=length,
-            items="set",
-            item=item,
-            depth=math.nan,
-            haystack=f"h{item}",
-            pair=f"h{item}",
-            answer="",
-            score=score,
-            finite=True,
-            tokens=1,
-            seconds=0.1,
-            recipe=point,
-            weights=point,
-            repeat=0,
-        )
-        for item, score in enumerate(scores)
-    ]
+from tests.orchestrator.scores import rows
 
 
 def unanimous(haystacks: int) -> float:

@@ -33,7 +33,7 @@ from orchestrator.report.figures import (
     shown,
 )
 from orchestrator.report.leaderboard import leaderboard
-from tests.orchestrator.report.test_against_baseline import rows
+from tests.orchestrator.scores import rows
 
 
 def point(name: str, **bindings: str | Fraction) -> Point:
@@ -199,5 +199,5 @@ def test_a_tasks_bytes_and_seconds_count_once() -> None:
 
 def test_answers_cost_what_their_rows_say() -> None:
     [found] = answer_costs(rows("a", [1, 0]))
-    assert (found.what, found.items, found.tokens) == ("ruler at 512", 2, 2)
+    assert (found.what, found.items, found.tokens) == ("ruler at 512", 2, 20)
     assert found.seconds == pytest.approx(0.2) and not math.isnan(found.seconds)

@@ -15,7 +15,7 @@ from orchestrator.report.page import page
 from orchestrator.report.run import read_run, report_on
 from tests.browser import CHROMIUM, Browser
 from tests.browser import main as take_pictures
-from tests.orchestrator.nightly.test_tonight import a_night
+from tests.orchestrator.nights import a_night
 from tests.orchestrator.report.made_up import write_run
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium")

@@ -4,65 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jobs.evaluate import RaceSpec
-from jobs.evaluation_tasks import ScoreRow
-from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.estimates import macro_score
-from orchestrator.judging.race import Departure, Standing
+from orchestrator.judging.race import Departure
 from orchestrator.judging.samples import cell_sample
 from orchestrator.report.leaderboard import context_note, leaderboard, perplexity_by_position
 from orchestrator.report.terminal.leaderboard import print_leaderboard
 from orchestrator.words import short_length
-
-
-def row(point: str, task: str, length: int, item: int, score: float, **more) -> ScoreRow:
-    fields = {
-        "benchmark": "ruler",
-        "depth": math.nan,
-        "haystack": f"{task}-{item}",
-        "pair": f"{task}-{item}",
-        "answer": "",
-        "finite": True,
-        "tokens": 10,
-        "seconds": 0.1,
-        "items": "set",
-        "recipe": point,
-        "weights": point,
-        "repeat": 0,
-    }
-    return ScoreRow(point=point, task=task, length=length, item=item, score=score, **{**fields, **more})
-
-
-def cell(point: str, task: str, length: int, scores: Sequence[float], **more) -> list[ScoreRow]:
-    return [row(point, task, length, item, score, **more) for item, score in enumerate(scores)]
-
-
-def standing(point: str, **more) -> Standing:
-    return Standing(point, **{"score": 0.0, "items": 4, "departed_at_rung": None, "confirmed": None, **more})
-
-
-def result(rows: Sequence[ScoreRow], points: Sequence[Standing], **more) -> EvaluationResult:
-    fields = {
-        "ranked": ("ruler", "needle"),
-        "departures": (),
-        "baselines": (),
-        "parents": {},
-        "same": {},
-        "noise": None,
-        "cost_share": 1.0,
-        "race": None,
-        "seed": 0,
-        "finished": True,
-    }
-    return EvaluationResult(rows=[*rows], standing=tuple(points), **{**fields, **more})
-
+from tests.orchestrator.scores import cell, result, row, standing
 
 POINT = [
     *cell("a", "vt", 512, [1, 1, 1, 0]),  # 75

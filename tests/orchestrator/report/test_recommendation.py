@@ -12,7 +12,7 @@ from orchestrator.judging.race import Standing
 from orchestrator.judging.significance import FlipRate
 from orchestrator.report.leaderboard import leaderboard
 from orchestrator.report.recommendation import Recommendation, recommend
-from tests.orchestrator.report.test_against_baseline import rows
+from tests.orchestrator.scores import rows
 
 
 def said(

@@ -24,8 +24,8 @@ from orchestrator.report.scored_models import ScoredModel
 from orchestrator.report.terminal.comparison import visible
 from orchestrator.report.two_models import Comparison, compare_models
 from tests.orchestrator.conftest import Ended
-from tests.orchestrator.evaluating.test_session import PARENTS, RULER, job_text
-from tests.orchestrator.report.test_leaderboard import cell, result, standing
+from tests.orchestrator.scores import cell, result, standing
+from tests.orchestrator.tiny_jobs import PARENTS, RULER, job_text
 from workers.benchmarks.items import Item, write_items
 from workers.storage import open_store
 

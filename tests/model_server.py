@@ -1,0 +1,62 @@
+"""A server of a model that answers completions as OpenAI's API does, and that fails on request.
+
+`transformers serve` needs a web framework and cannot echo logprobs.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+from http.server import BaseHTTPRequestHandler
+
+import torch
+
+from workers.engines.engine import Prompt
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": "long", "max_model_len": self.server.engine.max_length}]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((body, self.headers.get("Authorization")))
+        failure = self.server.failures.pop(0) if self.server.failures else None
+        if failure == "reset":
+            self.close_connection = True
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif failure == "hang":
+            self.server.released.wait(30)
+        elif isinstance(failure, bytes):
+            self.reply(200, failure)
+        elif failure:
+            self.reply(failure, {"error": {"message": "told to fail"}})
+        else:
+            with self.server.lock:
+                self.reply(200, self.complete(body))
+
+    def complete(self, body):
+        engine = self.server.engine
+        if body.get("echo") and self.server.echoes:
+            logits = engine.model(torch.tensor([body["prompt"]])).logits[0].log_softmax(-1)
+            chosen = [float(logits[i, token]) for i, token in enumerate(body["prompt"][1:])]
+            tops = [{"top": float(row.max())} for row in logits[:-1]]
+            logprobs = {"token_logprobs": [None, *chosen, 0.0], "top_logprobs": [None, *tops, {}]}
+            return {"choices": [{"text": "", "logprobs": logprobs}]}
+        if body.get("echo"):
+            return {"choices": [{"text": "", "logprobs": None}]}
+        (answer,) = engine.generate([Prompt("", body["prompt"], body["max_tokens"])])
+        usage = {"prompt_tokens": answer.tokens_in, "completion_tokens": answer.tokens_out}
+        return {"choices": [{"text": answer.text}], "usage": usage}
+
+    def reply(self, status, content):
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments):
+        pass
