@@ -20,7 +20,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle vllm smollm2 demo quick test test-heavy chaos check audit pins
+.PHONY: help setup oracle vllm smollm2 demo quick test test-heavy newest chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -72,6 +72,14 @@ smollm2: setup ## a real small model for one of the minutes-long tests
 
 test-heavy: setup oracle $(if $(filter Linux-x86_64,$(shell uname -sm | tr " " -)),vllm) ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
+
+newest: setup ## tests of the engine with the newest transformers that there is, in .venv-newest over .venv
+	@.venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv-newest
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		.venv/bin/python -c "$$site" > "$$(.venv-newest/bin/python -c "$$site")/venv.pth"
+	@.venv/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade transformers
+	@.venv-newest/bin/python -c 'import transformers; print("newest: transformers", transformers.__version__)'
+	@OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest tests/workers/engines/test_transformers_engine.py
 
 chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 50 minutes
 	@.venv/bin/python -m tests.chaos
