@@ -17,7 +17,7 @@ from workers.benchmarks.answering import Block, ItemScore
 from workers.benchmarks.harness.adapter import sample_scores
 from workers.benchmarks.harness.files import files_of
 from workers.benchmarks.harness.task_names import trouble_with
-from workers.benchmarks.planned import PlannedSet, Reader, frame_of, located
+from workers.benchmarks.planned import PlannedSet, Reader, frame_of
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Engine
 
@@ -42,8 +42,7 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
         if task.endswith(YAML):
             content = reader.read(task, spec.place)
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
-            with located(spec.place):
-                told |= {"beside": files_of(Path(reader.path(task)))}
+            told |= {"beside": files_of(Path(reader.path(task)))}
         name = Path(task).stem if "content" in told else task
         told_as_bytes = canonical_json(told).encode()
 
