@@ -19,6 +19,6 @@ def prune(options: argparse.Namespace) -> int:
         return 0
     pruning.print_holdings(held)
     freed = sum(point.bytes for point in held.lost)
-    what = f"{len(held.lost)} points, {size(freed)}, ${pruning.dollars(freed):,.2f} a month"
+    what = f"{len(held.lost)} points, {size(freed)}"
     print(f"removed: {what}; {swept} leftovers of broken uploads" if options.yes else f"--yes removes {what}")
     return 0

@@ -25,9 +25,6 @@ from orchestrator.words import size
 from workers.storage import Store, open_store
 from workers.storage.records import read_receipt, read_record
 
-DOLLARS_A_GB_MONTH = 0.023
-"""What S3's standard class costs at most, in us-east-1; an assumption that the table says."""
-
 BLESSED = "blessed.json"
 FOLDERS = ("items", "scores", "receipts", "report", "gate")
 PLACES = Places()
@@ -70,15 +67,8 @@ class Holdings:
             "points": [asdict(point) for point in self.points],
             "beside": dict(self.beside),
             "bytes": self.bytes,
-            "dollars_a_month": round(dollars(self.bytes), 4),
-            "dollars_a_gb_month": DOLLARS_A_GB_MONTH,
             "bytes_to_remove": sum(point.bytes for point in self.lost),
         }
-
-
-def dollars(count: float) -> float:
-    """What so many bytes cost a month."""
-    return count / 1e9 * DOLLARS_A_GB_MONTH
 
 
 def holdings(run: str, keep: int) -> Holdings:
@@ -267,7 +257,7 @@ def _receipts(store: Store, points: set[str]) -> dict[str, list[str]]:
 
 
 def print_holdings(held: Holdings) -> None:
-    """The table of what a run holds, and its cost."""
+    """The table of what a run holds."""
     lines = [("point", "size", "score", "place", "")]
     for point in held.points:
         if point.bytes or point.place:
@@ -279,10 +269,7 @@ def print_holdings(held: Holdings) -> None:
     for name, *figures, fate in lines:
         cells = [f"{figure:>{width}}" for figure, width in zip(figures, widths[1:], strict=True)]
         print("  ".join([f"{name:<{widths[0]}}", *cells, fate]).rstrip())
-    print(
-        f"\n{held.run}: {size(held.bytes)}, ${dollars(held.bytes):,.2f} a month"
-        f" at ${DOLLARS_A_GB_MONTH} a GB (S3 standard, us-east-1)"
-    )
+    print(f"\n{held.run}: {size(held.bytes)}")
 
 
 def _title(folder: str) -> str:
