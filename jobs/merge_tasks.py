@@ -56,15 +56,8 @@ class Setting:
         return tuple(dict.fromkeys((*self.models, *((self.base,) if self.base is not None else ()))))
 
     def document(self) -> list[Any]:
-        """A compact JSON form that `from_document` reads back."""
+        """A compact JSON form."""
         return [self.method, list(self.models), self.base, dict(self.parameters)]
-
-    @classmethod
-    def from_document(cls, document: list[Any]) -> Setting:
-        """Reads what `document` wrote."""
-        method, models, base, parameters = document
-        pairs = ((name, tuple(value) if isinstance(value, list) else value) for name, value in parameters.items())
-        return cls(method, tuple(models), base, tuple(pairs))
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -40,27 +40,20 @@ class Estimate:
 # ---- macro scores ----------------------------------------------------------------------------------------------------
 
 
-def macro_weights(cells: Sequence[Cell], length_weights: Mapping[int, float] | None = None) -> FloatArray:
-    """Weight of each cell in the macro score, summing to 1: tasks count alike within a length, lengths as given.
-
-    Without `length_weights` lengths count alike.
-    """
+def macro_weights(cells: Sequence[Cell]) -> FloatArray:
+    """Weight of each cell in the macro score, summing to 1: tasks count alike within a length, and lengths alike."""
     tasks_at = Counter(cell.length for cell in cells)
-    share = {length: 1.0 if length_weights is None else length_weights[length] for length in tasks_at}
-    total = sum(share.values())
-    return np.array([share[cell.length] / total / tasks_at[cell.length] for cell in cells])
+    return np.array([1 / len(tasks_at) / tasks_at[cell.length] for cell in cells])
 
 
-def macro_mean(
-    samples: Sequence[CellSample], length_weights: Mapping[int, float] | None = None, confidence: float = 0.95
-) -> Estimate:
+def macro_mean(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:
     """The macro score over cells with its clustered standard error and t interval.
 
     With one cell this is the clustered error of Miller 2024 (arXiv 2411.00640), with the factor C/(C−1) for C clusters
     and C−1 degrees of freedom. With several, each cell is a stratum; haystacks shared between cells add their
     covariance. Degrees of freedom are Satterthwaite's, and never more than clusters − 1.
     """
-    return _weighted_mean(samples, macro_weights([sample.cell for sample in samples], length_weights), confidence)
+    return _weighted_mean(samples, macro_weights([sample.cell for sample in samples]), confidence)
 
 
 def _weighted_mean(samples: Sequence[CellSample], weights: FloatArray, confidence: float) -> Estimate:
@@ -105,9 +98,7 @@ def _plus_four_variance(share: float, trials: int) -> float:
     return shrunk * (1 - shrunk) / (trials + 4)
 
 
-def macro_difference(
-    samples: Sequence[CellSample], length_weights: Mapping[int, float] | None = None, confidence: float = 0.95
-) -> Estimate:
+def macro_difference(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:
     """`macro_mean` of paired differences with an interval that does not collapse where few items or none differ.
 
     To the variance that was seen come one gain and one loss, in the cell where that moves the mean most and as large as
@@ -115,8 +106,8 @@ def macro_difference(
     of right-or-wrong scores, see `mcnemar_interval`. Where losses too rare to be seen explain the mean, the interval
     holds zero, see `few_losses`.
     """
-    estimate = macro_mean(samples, length_weights, confidence)
-    weights = macro_weights([sample.cell for sample in samples], length_weights)
+    estimate = macro_mean(samples, confidence)
+    weights = macro_weights([sample.cell for sample in samples])
     unlikely = _unlikely(samples, weights, estimate.mean)
     unseen = max(float(weight) * _one_haystack_more(sample) for weight, sample in zip(weights, samples, strict=True))
     error = math.hypot(estimate.standard_error, math.sqrt(2) * unseen)

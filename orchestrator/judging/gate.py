@@ -129,7 +129,6 @@ def judge(
     samples: Sequence[CellSample],
     rule: GateRule | None = None,
     *,
-    length_weights: Mapping[int, float] | None = None,
     new: str = "new",
     old: str = "old",
 ) -> Verdict:
@@ -142,11 +141,11 @@ def judge(
     if not samples:
         raise BadInput(f"gate: {new} and {old} have no items in common; evaluate both on the same benchmark and seed")
     rule = rule or GateRule()
-    scopes = [_Scope.of("overall", samples, rule.margin, length_weights)]
+    scopes = [_Scope.of("overall", samples, rule.margin)]
     if rule.length_margin is not None:
         for length in sorted({sample.cell.length for sample in samples}):
             at_length = [sample for sample in samples if sample.cell.length == length]
-            scopes.append(_Scope.of(str(length), at_length, rule.length_margin, None))
+            scopes.append(_Scope.of(str(length), at_length, rule.length_margin))
     p_fail = holm([scope.p_value(rule, worse=True) for scope in scopes])
     lines = tuple(_judge_scope(scope, rule, float(p)) for scope, p in zip(scopes, p_fail, strict=True))
     needed = [line.items_needed for line in lines if line.outcome == "inconclusive"]
@@ -169,12 +168,10 @@ class _Scope:
     rare: Mapping[bool, float]
 
     @classmethod
-    def of(
-        cls, name: str, samples: Sequence[CellSample], margin: float, length_weights: Mapping[int, float] | None
-    ) -> _Scope:
+    def of(cls, name: str, samples: Sequence[CellSample], margin: float) -> _Scope:
         share = margin / 100
-        estimate = macro_mean(samples, length_weights)
-        weights = macro_weights([sample.cell for sample in samples], length_weights)
+        estimate = macro_mean(samples)
+        weights = macro_weights([sample.cell for sample in samples])
         if not any(sample.losable for sample in samples):
             seen = dict.fromkeys((False, True), estimate.standard_error)
             return cls(name, estimate, share, seen, dict.fromkeys(seen, 0.0))

@@ -81,7 +81,6 @@ class Race:
         alpha: instead of `z`: the chance that a point which belongs to the best is ever dropped, shared out over points
             and rungs (Bonferroni) and turned into a Student quantile too.
         costs: cost of one item in each cell, by default its length in tokens; costly blocks are handed out first.
-        length_weights: as in `statistics.macro_weights`.
         items_per_haystack: items k·m … k·m + m − 1 share a haystack.
         items_shared_across_lengths: item i of a task is the same question at every length, so that lengths are
             dependent.
@@ -98,7 +97,6 @@ class Race:
         z: float = 3.0,
         alpha: float | None = None,
         costs: Mapping[Cell, float] | None = None,
-        length_weights: Mapping[int, float] | None = None,
         items_per_haystack: int = 1,
         items_shared_across_lengths: bool = False,
         confirmation: int = 0,
@@ -112,7 +110,7 @@ class Race:
         self._z, self._alpha = z, alpha
         self._haystack = items_per_haystack
         self._costs = np.array([float(cell.length) if costs is None else costs[cell] for cell in cells])
-        self._weights = macro_weights(cells, length_weights)
+        self._weights = macro_weights(cells)
         self._groups = _dependent_cells(cells) if items_shared_across_lengths else [[i] for i in range(len(cells))]
         self._point_index = {point: index for index, point in enumerate(self.points)}
         self._cell_index = {cell: index for index, cell in enumerate(self.cells)}

@@ -32,7 +32,6 @@ MOST_FLIPS = 12
 MOST_MAPS = 8
 """Maps side by side; of more, one is shown at a time."""
 
-ANSWER_CHARACTERS = 400
 REFRESH_SECONDS = 60
 
 

@@ -28,12 +28,6 @@ LARGEST_TOKENIZER = 50_000_000
 """Of vocabularies of 260,000 tokens, tokenizer.json has 35 MB."""
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
-CONTEXT_FIELDS = (
-    "max_position_embeddings", "rope_theta", "rope_scaling", "rope_parameters", "sliding_window",
-    "use_sliding_window", "max_window_layers", "layer_types", "tie_word_embeddings", "vocab_size",
-)  # fmt: skip
-"""Fields of config.json that decide how a model reads long contexts: parents must agree on them."""
-
 SIDE_FILES = (
     "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
     "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",

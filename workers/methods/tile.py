@@ -111,12 +111,12 @@ class Tile:
         return generator.random_raw((self.elements + 1) // 2).view(np.uint32)[: self.elements]
 
 
-def ones_where(holds: Callable[..., Tensor], values: Tensor, bound: float = 0.0) -> Tensor:
-    """1 where a value compares with the bound as asked, else 0, in the values' dtype.
+def ones_where(holds: Callable[..., Tensor], values: Tensor) -> Tensor:
+    """1 where a value compares with 0 as asked, else 0, in the values' dtype.
 
     Many times faster than `torch.where`, which takes a branch an element.
     """
-    return holds(values, bound, out=torch.empty_like(values))
+    return holds(values, 0.0, out=torch.empty_like(values))
 
 
 @dataclass(frozen=True, slots=True)

@@ -82,10 +82,9 @@ def test_a_long_context_regression_does_not_hide_in_the_macro_score():
     assert [line.scope for line in verdict.lines if line.outcome == "fail"] == ["131072"]
 
 
-def test_macro_score_weighs_lengths_as_asked():
+def test_macro_score_weighs_lengths_alike():
     samples = [paired_sample("vt", 4096, [1.0] * 50, [0.0] * 50), paired_sample("vt", 8192, [0.0] * 50, [0.0] * 50)]
     assert judge(samples).lines[0].difference == pytest.approx(50)
-    assert judge(samples, length_weights={4096: 1, 8192: 3}).lines[0].difference == pytest.approx(25)
 
 
 def test_json_holds_the_whole_verdict():

@@ -246,13 +246,6 @@ def test_mergekits_numerics_keep_the_documents_numbers():
     assert found.parameters == (("normalize", True), ("weight", (1.4, 0.6)))
 
 
-def test_a_setting_survives_its_document():
-    for text in (weighted("ties", (0.5, 0.3), (0.7, 1)), weighted("linear", 1, 2, base=False)):
-        bound = setting(text)
-        assert Setting.from_document(bound.document()) == bound
-        assert hash(Setting.from_document(bound.document())) == hash(bound)
-
-
 # ---- the same merge
 
 COPY_OF_BASE = Setting("passthrough", ("base",), None, (("scale", (1.0,)),))
