@@ -38,7 +38,6 @@ ORACLE = ("tests/conformance/test_against_formulas.py", "tests/conformance/test_
 
 SLOW = (
     *RAY,
-    "tests/benchmarks",
     "tests/chaos",
     "tests/conformance/test_against",
     "tests/infra",
@@ -48,6 +47,9 @@ SLOW = (
     "tests/orchestrator/evaluating/test_session.py::test_what_cannot_be_asked_is_refused_while_planning[a task",
     "tests/orchestrator/judging/test_gate.py::test_topping_up_is_legal_only_in_the_anytime_mode",
     "tests/orchestrator/judging/test_gate.py::test_wrong_verdicts_over_lengths_stay_within_alpha",
+    "tests/orchestrator/judging/test_race_simulation.py",
+    "tests/orchestrator/judging/test_statistics_simulation.py",
+    "tests/orchestrator/planning/test_scale.py",
     "tests/orchestrator/report/test_in_a_browser.py",
     "tests/orchestrator/report/test_page.py",
     "tests/orchestrator/report/test_report_command.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.benchmarks.scale import dense_70b
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def test_a_hundred_points_of_70b_read_their_parents_once_and_cost_the_driver_little() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def test_race_keeps_the_winner_of_the_full_evaluation_at_a_twentieth_of_its_cost():
-    script = Path(__file__).with_name("race_simulation.py")
+    script = Path(__file__).parents[2] / "benchmarks" / "race_simulation.py"
     command = [sys.executable, str(script), "--worlds", "4", "--seed", "1", "--json"]
     results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
     assert [result["regime"] for result in results] == ["correlated", "crossing", "anti-correlated"]
