@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import HubServer
@@ -31,15 +32,15 @@ RAY = (
     "tests/infra/test_together.py",
     "tests/security/test_secrets.py",
 )
-"""Tests that start Ray: one worker of pytest runs them all, because two clusters at once starve each other."""
+"""Tests that start Ray: two clusters at once starve each other."""
 
-ORACLE = ("tests/conformance/test_against_formulas.py", "tests/conformance/test_against_mergekit.py")
-"""Tests that share mergekit's answers: one worker of pytest runs them, because the answers take ten seconds."""
+ORACLE = "tests/conformance/test_against"
+"""Tests that share mergekit's answers, which take ten seconds."""
 
 SLOW = (
     *RAY,
     "tests/chaos",
-    "tests/conformance/test_against",
+    ORACLE,
     "tests/infra",
     "tests/orchestrator/cluster/test_ray",
     "tests/orchestrator/cluster/test_shipment.py::test_a_dashboard_that_does_not_answer",
@@ -91,12 +92,25 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Marks what is quick; the long group of Ray begins first, and tests that run alone come last."""
     for item in items:
-        for group, paths in (("ray", RAY), ("oracle", ORACLE)):
-            if item.nodeid.startswith(paths):
-                item.add_marker(pytest.mark.xdist_group(group))
         if not (item.nodeid.startswith(SLOW) or _needs(item) & SLOW_FIXTURES or item.get_closest_marker("heavy")):
             item.add_marker("quick")
     items.sort(key=lambda item: (not item.nodeid.startswith(RAY), item.get_closest_marker("serial") is not None))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Groups(config, log)
+
+
+class Groups(LoadScopeScheduling):
+    """One worker of pytest-xdist runs all tests of RAY, one all of ORACLE; whoever is free runs the next of the others.
+
+    `--dist loadgroup` of pytest-xdist 3.8 does not group under pytest 9.2: it writes to an attribute that is gone.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        groups = {"ray": RAY, "oracle": ORACLE}
+        return next((group for group, names in groups.items() if nodeid.startswith(names)), nodeid)
 
 
 def _needs(item: pytest.Item) -> set[str]:

@@ -44,7 +44,8 @@ TEXTS = {"config.json": 1_900_000, "model.safetensors.index.json": 24_000_000}
 PROGRAM_OF_JSON = """
 import resource
 from jobs.errors import MergeyardError
-from workers.checkpoints.opening import header_bytes, open_checkpoint
+from workers.checkpoints.opening import open_checkpoint
+from workers.checkpoints.safetensors import header_bytes
 from workers.storage import open_store
 store = open_store("memory://bomb")
 store.write("model.safetensors", header_bytes([]))
