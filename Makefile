@@ -62,7 +62,7 @@ demo: setup ## a small grid of merges on this machine, end to end
 	@echo 'demo: open runs/demo/report/index.html in a browser'
 
 quick: setup ## tests without a model, a process, a server or Ray: a minute; PYTEST_ADDOPTS is passed on
-	@OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 -m quick
+	@OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 -m quick --durations=15 --durations-min=2
 
 test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is passed on
 	@OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --durations=15
