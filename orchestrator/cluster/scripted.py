@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
-from jobs.evaluation_tasks import EvaluationTask, ModelSpec, ScoreRow
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
 from jobs.manifest import weights_digest
 from workers.benchmarks.items import Item, read_items
 from workers.benchmarks.scorers import SCORERS
@@ -36,14 +36,14 @@ class ScriptedEvaluators:
     def submit(self, worker: int, task: EvaluationTask) -> None:
         self._task = task
 
-    def next_done(self) -> tuple[EvaluationTask, list[ScoreRow]]:
+    def next_done(self) -> tuple[EvaluationTask, BlockScores]:
         task, self._task = self._task, None
         assert task is not None, "asked for a result before there was a task"
         files = (bytes(self._store.read(key)) for _, _, key in task.items.parts)
         items = [item for data in files for item in read_items(data) if task.first <= item.index < task.last]
         rows = [self._row(task, item) for item in items]
         self._store.write(task.key, write_scores(rows), mode="create")
-        return task, rows
+        return task, BlockScores(rows)
 
     def close(self) -> None:
         pass
@@ -69,6 +69,7 @@ class ScriptedEvaluators:
             recipe=task.digest,
             weights=self._weights_of(task),
             repeat=task.repeat,
+            kind=task.kind,
         )
 
     def _weights_of(self, task: EvaluationTask) -> str:

@@ -15,7 +15,6 @@ import pytest
 
 from jobs.errors import AccessDenied, BadInput, Unavailable
 from tests.model_server import Handler
-from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 
 
