@@ -21,14 +21,13 @@ from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, parse_grid
 from jobs.merge_tasks import digest
 from jobs.recipe import Recipe, recipe_schema, recipe_template
-from jobs.specs import AtLeast, Between, Bytes, Key, NotNegative, Reads, document_of, fields_of, read_spec, schema_of
+from jobs.specs import AtLeast, Between, Bytes, Key, NotNegative, Reads, document_of, keys_at, read_spec, schema_of
 from jobs.yaml_nodes import Node, load_document, quoted, suggestion
 
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
-DEFAULT_SHARD_BYTES = 10**9
 MAX_SEED = 2**64 - 1
-# what neither changes a byte of a point nor a score: where the job runs, where it writes, how its file is laid out
-NOT_IN_DIGEST = frozenset({"output", "workers", "written", "source", "places"})
+# these decide no byte and no score: where the job runs and writes, and where `points` come from
+NOT_IN_DIGEST = frozenset({"output", "workers", "recipe", "grid", "point", "source", "places"})
 
 
 Margin = Annotated[float, Between(100, "a margin is a number of points between 0 and 100, such as 1.0")]
@@ -70,116 +69,6 @@ class WorkerSpec:
     count: Annotated[Count | None, "most workers; without it, as many as fit"] = None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """A checked job; `written` has its recipe, grid and point name as plain data."""
-
-    name: str
-    parents: Mapping[str, str]
-    points: tuple[Point, ...]
-    evaluate: Evaluation | None = None
-    gate: GateSpec | None = None
-    keep: Keep = Keep()
-    engine: EngineSpec = field(default_factory=EngineSpec)
-    workers: WorkerSpec = WorkerSpec()
-    shard_bytes: int = DEFAULT_SHARD_BYTES
-    output: str
-    seed: int = 0
-    numerics: Literal["float32", "mergekit"] = "float32"
-    config_from: str | None = None
-    written: Mapping[str, Any] = field(default_factory=dict[str, Any], compare=False, repr=False)
-    source: str = field(compare=False)
-    places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
-
-    def digest(self) -> str:
-        """sha256 (hex) of all that decides bytes and scores: not `output`, `workers`, comments or layout."""
-        content = {
-            entry.name: _canonical(getattr(self, entry.name))
-            for entry in dataclasses.fields(self)
-            if entry.name not in NOT_IN_DIGEST
-        }
-        return digest(content)
-
-    def document(self, parents: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The resolved job as plain data, every default filled in; it reads back as the same job.
-
-        `parents` has the URLs of the parents where they are known better than as written.
-        """
-        sections: dict[str, Any] = {
-            "evaluate": None if self.evaluate is None else self.evaluate.document(),
-            "gate": None if self.gate is None else document_of(self.gate),
-            "keep": self.keep.document(),
-            "engine": document_of(self.engine),
-            "workers": document_of(self.workers),
-            "shard_size": self.shard_bytes,
-            "output": self.output,
-            "seed": self.seed,
-            "numerics": self.numerics,
-            "config_from": self.config_from,
-        }
-        head = {"name": self.name, "parents": {**self.parents, **(parents or {})}, **self.written}
-        return head | {key: value for key, value in sections.items() if value is not None}
-
-    def place_of(self, key: str) -> str:
-        """File and line of a top-level key, or of a parent as `parents.cos`."""
-        return self.places.get(key, f"{self.source}:1")
-
-
-def load_job(text: str, name: str, output: str | None = None) -> Job:
-    """The job in `text`; `name` is what places call the file, `output` replaces the file's."""
-    return read_job(load_document(text, name), output)
-
-
-def read_job(node: Node, output: str | None = None) -> Job:
-    """The job at `node`, the root of a document."""
-    file = read_spec(JobFile, node, given={} if output is None else {"output": output})
-    keys = node.mapping()
-    job = Job(
-        name=file.name,
-        parents=file.parents,
-        points=_points(file),
-        evaluate=file.evaluate,
-        gate=file.gate,
-        keep=file.keep,
-        engine=file.engine,
-        workers=file.workers,
-        shard_bytes=file.shard_bytes,
-        output=file.output,
-        seed=file.seed,
-        numerics=file.numerics,
-        config_from=file.config_from,
-        written={key: keys[key].plain() for key in ("recipe", "grid", "point") if key in keys},
-        source=node.document,
-        places=_places(keys),
-    )
-    _check(job)
-    return job
-
-
-def load_merge_document(text: str, name: str, output: str) -> Job:
-    """A plain mergekit document as a job of one point called `merge`; its parents are its references as written."""
-    node = load_document(text, name)
-    template = recipe_template(node)
-    point = expand(template, parse_grid(None, template.place), None)[0]
-    references = point.recipe.references()
-    return Job(
-        name="merge",
-        parents={reference: reference for reference in references},
-        points=(point,),
-        output=output,
-        written={"recipe": node.plain()},
-        source=name,
-        places={f"parents.{name}": _place_of_reference(point.recipe, name) for name in references},
-    )
-
-
-def _points(file: JobFile) -> tuple[Point, ...]:
-    template = recipe_template(file.recipe)
-    grid: Grid = parse_grid(file.grid, file.recipe.place)
-    naming = None if file.point is None else name_template(file.point.string(), file.point.place)
-    return expand(template, grid, naming)
-
-
 def _name(node: Node) -> str:
     if not POINT_NAME.fullmatch(node.string()):
         raise node.error(
@@ -212,16 +101,9 @@ def _keep(node: Node) -> Keep:
     return Keep(kind=cast(Literal["all", "none"], node.string()))
 
 
-def _as_it_stands(node: Node) -> Node:
-    return node
-
-
-GRID_SCHEMA = {"type": "object", "minProperties": 1}
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class JobFile:
-    """The keys of a job file."""
+class Job:
+    """A checked job; `points` are made of `recipe`, `grid` and `point`, which are plain data."""
 
     name: Annotated[str, Reads(_name, {"type": "string", "pattern": f"^{POINT_NAME.pattern}$"}), "name of the job"]
     parents: Annotated[
@@ -237,11 +119,14 @@ class JobFile:
         ),
         "name and URL or path of each checkpoint",
     ]
-    recipe: Annotated[Node, Reads(_as_it_stands, recipe_schema), "a mergekit document with ${axis} placeholders"]
-    grid: Annotated[Node | None, Reads(_as_it_stands, {"type": "object", "minProperties": 1}), "values of the axes"] = (
-        None
-    )
-    point: Annotated[Node | None, Reads(_as_it_stands, {"type": "string"}), "name of each point, with {axis}"] = None
+    recipe: Annotated[
+        Mapping[str, Any], Reads(Node.plain, recipe_schema), "a mergekit document with ${axis} placeholders"
+    ] = field(compare=False, repr=False)
+    grid: Annotated[
+        Mapping[str, Any] | None, Reads(Node.plain, {"type": "object", "minProperties": 1}), "values of the axes"
+    ] = field(default=None, compare=False, repr=False)
+    point: Annotated[str | None, "name of each point, with {axis}"] = field(default=None, compare=False, repr=False)
+    points: tuple[Point, ...]
     evaluate: Annotated[Evaluation | None, Reads(read_evaluation, evaluation_schema), "benchmarks of every point"] = (
         None
     )
@@ -272,14 +157,73 @@ class JobFile:
         Reads(partial(read_spec, WorkerSpec), partial(schema_of, WorkerSpec)),
         "resources of one worker",
     ] = WorkerSpec()
-    shard_bytes: Annotated[int, Bytes(), Key("shard_size"), "size of an output file"] = DEFAULT_SHARD_BYTES
+    shard_bytes: Annotated[int, Bytes(), Key("shard_size"), "size of an output file"] = 10**9
     output: Annotated[str, "folder or bucket of the runs"]
     seed: Annotated[int, AtLeast(0, MAX_SEED), "seed of random methods and items"] = 0
     numerics: Annotated[Literal["float32", "mergekit"], "arithmetic of the merge"] = "float32"
     config_from: Annotated[str | None, "parent whose config.json holds where parents disagree"] = None
+    source: str = field(compare=False)
+    places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
+
+    def digest(self) -> str:
+        """sha256 (hex) of all that decides bytes and scores: not `output`, `workers`, comments or layout."""
+        content = {
+            entry.name: _canonical(getattr(self, entry.name))
+            for entry in dataclasses.fields(self)
+            if entry.name not in NOT_IN_DIGEST
+        }
+        return digest(content)
+
+    def document(self, parents: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """The resolved job as plain data, every default filled in; it reads back as the same job.
+
+        `parents` has the URLs of the parents where they are known better than as written.
+        """
+        document = document_of(self)
+        return document | {"parents": {**document["parents"], **(parents or {})}}
+
+    def place_of(self, key: str) -> str:
+        """File and line of a top-level key, or of a parent as `parents.cos`."""
+        return self.places.get(key, f"{self.source}:1")
 
 
-KEYS = tuple(field.name for field in fields_of(JobFile))
+def load_job(text: str, name: str, output: str | None = None) -> Job:
+    """The job in `text`; `name` is what places call the file, `output` replaces the file's."""
+    return read_job(load_document(text, name), output)
+
+
+def read_job(node: Node, output: str | None = None) -> Job:
+    """The job at `node`, the root of a document."""
+    given: dict[str, Any] = {} if output is None else {"output": output}
+    keys = keys_at(Job, node, given)
+    given |= {"points": _points(keys), "source": node.document, "places": _places(keys)}
+    job = read_spec(Job, node, given=given)
+    _check(job)
+    return job
+
+
+def load_merge_document(text: str, name: str, output: str) -> Job:
+    """A plain mergekit document as a job of one point called `merge`; its parents are its references as written."""
+    node = load_document(text, name)
+    template = recipe_template(node)
+    point = expand(template, parse_grid(None, template.place), None)[0]
+    references = point.recipe.references()
+    return Job(
+        name="merge",
+        parents={reference: reference for reference in references},
+        points=(point,),
+        output=output,
+        recipe=node.plain(),
+        source=name,
+        places={f"parents.{name}": _place_of_reference(point.recipe, name) for name in references},
+    )
+
+
+def _points(keys: Mapping[str, Node]) -> tuple[Point, ...]:
+    template = recipe_template(keys["recipe"])
+    grid: Grid = parse_grid(keys.get("grid"), keys["recipe"].place)
+    naming = name_template(keys["point"].string(), keys["point"].place) if "point" in keys else None
+    return expand(template, grid, naming)
 
 
 def job_schema() -> dict[str, Any]:
@@ -287,7 +231,7 @@ def job_schema() -> dict[str, Any]:
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mergeyard job",
-        **schema_of(JobFile),
+        **schema_of(Job),
     }
 
 

@@ -17,7 +17,7 @@ from jobs.yaml_nodes import SIZE, Node, quoted
 
 Spec = TypeVar("Spec")
 Scalar = str | bool | int | float
-NOT_KEYS = ("place", "places", "source", "written")
+NOT_KEYS = ("place", "places", "source", "points")
 
 
 class Rule(Protocol):
@@ -161,15 +161,19 @@ def _without_none(kind: Any) -> tuple[Any, list[Any]]:
 
 def read_spec(spec: type[Spec], node: Node, *, given: Mapping[str, Any] | None = None) -> Spec:
     """The section at `node`; `given` replaces attributes, whose keys need not stand there. Refuses unknown keys."""
-    known, given = fields_of(spec), dict(given or {})
-    keys = node.mapping(
-        [field.name for field in known],
-        [field.name for field in known if field.required and field.attribute not in given],
-    )
+    given = dict(given or {})
+    keys, known = keys_at(spec, node, given), fields_of(spec)
     values = {field.attribute: read_value(field, keys[field.name]) for field in known if field.name in keys} | given
     if "place" in {entry.name for entry in dataclasses.fields(cast(Any, spec))}:
         values = {"place": node.place} | values
     return spec(**values)
+
+
+def keys_at(spec: type[Any], node: Node, given: Mapping[str, Any]) -> Mapping[str, Node]:
+    """The keys that stand at `node`; refuses unknown ones, and the lack of one that is required and not given."""
+    known = fields_of(spec)
+    required = [field.name for field in known if field.required and field.attribute not in given]
+    return node.mapping([field.name for field in known], required)
 
 
 def read_value(field: Field, node: Node) -> Any:
@@ -219,7 +223,11 @@ def document_of(spec: Any) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
-    return {key: _plain(part) for key, part in value.items()} if isinstance(value, Mapping) else value
+    if isinstance(value, Mapping):
+        return {key: _plain(part) for key, part in value.items()}
+    if hasattr(value, "document"):
+        return value.document()
+    return document_of(value) if dataclasses.is_dataclass(value) else value
 
 
 def schema_of(spec: type[Any]) -> dict[str, Any]:
@@ -237,8 +245,8 @@ def _described(field: Field) -> dict[str, Any]:
     described: dict[str, Any] = dict(_schema(field.kind, field.rule))
     if field.meaning:
         described["description"] = field.meaning
-    if isinstance(field.default, Scalar):
-        described["default"] = field.default
+    if field.default not in (dataclasses.MISSING, None, (), {}):
+        described["default"] = _plain(field.default)
     return described
 
 
