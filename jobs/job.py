@@ -174,13 +174,9 @@ class Job:
         }
         return digest(content)
 
-    def document(self, parents: Mapping[str, str] | None = None) -> dict[str, Any]:
-        """The resolved job as plain data, every default filled in; it reads back as the same job.
-
-        `parents` has the URLs of the parents where they are known better than as written.
-        """
-        document = document_of(self)
-        return document | {"parents": {**document["parents"], **(parents or {})}}
+    def document(self) -> dict[str, Any]:
+        """The resolved job as plain data, every default filled in; it reads back as the same job."""
+        return document_of(self)
 
     def place_of(self, key: str) -> str:
         """File and line of a top-level key, or of a parent as `parents.cos`."""

@@ -221,17 +221,11 @@ def _plan_of_night(plan: Plan, name: str, blessed: Blessed | None) -> Plan:
     """The same merges of the very versions that were pinned, as a run of its own; the blessed point is a parent."""
     assert plan.job.gate is not None
     parents = {**plan.parents} if blessed is None else {**plan.parents, BLESSED: _open_blessed(plan, blessed)}
-    urls = {parent: checkpoint.url for parent, checkpoint in parents.items()}
     baseline = plan.job.gate.baseline if blessed is None else BLESSED
     output = f"{plan.run_url}/nights"
-    job = replace(
-        plan.job,
-        name=name,
-        parents=urls,
-        output=output,
-        gate=replace(plan.job.gate, baseline=baseline),
-    )
-    return replace(plan, job=job, run_url=f"{output}/{name}", parents=parents)
+    job = replace(plan.job, name=name, output=output, gate=replace(plan.job.gate, baseline=baseline))
+    tonight = replace(plan, job=job, run_url=f"{output}/{name}", parents=parents)
+    return replace(tonight, job=tonight.pinned)
 
 
 def _open_blessed(plan: Plan, blessed: Blessed) -> Checkpoint:

@@ -202,9 +202,14 @@ class Plan:
             threads=max(1, int(self.job.workers.cpus)),
         )
 
+    @property
+    def pinned(self) -> Job:
+        """The job with the pinned URLs of its parents."""
+        return replace(self.job, parents={name: checkpoint.url for name, checkpoint in self.parents.items()})
+
     def job_text(self) -> str:
-        """job.yaml: the job with every default, and with its parents' pinned URLs."""
-        return yaml_text(self.job.document({name: checkpoint.url for name, checkpoint in self.parents.items()}))
+        """job.yaml: the pinned job with every default."""
+        return yaml_text(self.pinned.document())
 
     def document(self) -> dict[str, Any]:
         """plan.json: what was pinned and what will be made."""

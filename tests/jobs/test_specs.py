@@ -62,15 +62,15 @@ def test_the_document_of_a_job_reads_back_as_the_same_job(text: str) -> None:
     assert again.document() == job.document()
 
 
-def test_a_document_has_every_default_and_the_pinned_parents() -> None:
+def test_a_document_has_every_default() -> None:
     job = load_job(HEAD + "evaluate: {needle: {lengths: [512]}}\n", "job.yaml")
-    document = job.document({"a": "hf://me/a@0123abc"})
-    assert document["parents"] == {"a": "hf://me/a@0123abc", "b": "s3://models/b"}
+    document = job.document()
     assert document["evaluate"] == {
         "needle": {"lengths": [512], "depths": 11, "items": 5, "questions": 1, "chat": False}
     }
     assert document["workers"] == {"gpus": 0.0, "cpus": 1.0, "memory": 4 * 10**9}
     assert (document["keep"], document["shard_size"], document["seed"]) == ("all", 10**9, 0)
+    assert document["engine"] == {"name": "transformers"} and "gate" not in document
 
 
 @given(

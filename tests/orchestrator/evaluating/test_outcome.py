@@ -135,11 +135,22 @@ def with_a_parent_that_moved(job: Path) -> None:
 
 
 def of_another_job(job: Path) -> None:
-    left = job.parent / "runs" / "soup" / "job.yaml"
-    left.write_text(left.read_text().replace("[0.25, 0.5]", "[0.25, 0.75]"))
+    rewrite(job.parent / "runs" / "soup" / "job.yaml", "- 0.5\n", "- 0.75\n")
 
 
-@pytest.mark.parametrize("change", [removed, without_a_point, with_a_parent_that_moved, of_another_job])
+def over_another_parent(job: Path) -> None:
+    rewrite(job.parent / "runs" / "soup" / "job.yaml", "/parents/cos\n", "/parents/base\n")
+
+
+def rewrite(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert text.count(old) == 1
+    path.write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    "change", [removed, without_a_point, with_a_parent_that_moved, of_another_job, over_another_parent]
+)
 def test_what_the_cluster_remembers_does_not_count_without_the_run(
     change: Callable[[Path], None], mergeyard: Mergeyard, merged: Path, dashboard: Dashboard
 ) -> None:
