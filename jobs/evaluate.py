@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
-from jobs.specs import AtLeast, Between, Reads, Scalar, document_of, read_scalar, read_spec, schema_of, words_of
+from jobs.specs import SWITCH, AtLeast, Between, Reads, Scalar, document_of, read_scalar, read_spec, schema_of, words_of
 from jobs.yaml_nodes import Node, quoted
 
 TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
@@ -178,7 +178,7 @@ def _race(node: Node) -> RaceSpec | None:
 
 def evaluation_schema() -> dict[str, Any]:
     """The JSON Schema of the section."""
-    race = {"anyOf": [{"type": "boolean"}, schema_of(RaceSpec)]}
+    race = {"anyOf": [SWITCH, schema_of(RaceSpec)]}
     return {
         "type": "object",
         "description": "The benchmarks that every point answers; at least one.",

@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
+from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import AXIS_NAME, Bindings, Template, Value, format_number, name_template
@@ -73,6 +74,31 @@ def parse_grid(node: Node | None, place: str) -> Grid:
             f"`points:` stands alone; take {quoted(other)} out, or write its values into the points"
         )
     return _explicit(entries["points"])
+
+
+def grid_schema() -> dict[str, Any]:
+    """The JSON Schema of a grid."""
+    number = {"type": "number"}
+    values = {"type": "array", "items": {"type": ["number", "string"]}, "minItems": 1}
+    steps = _object({"from": number, "to": number, "step": number, "num": {"type": "integer", "minimum": 1}})
+    span = steps | {"required": ["from", "to"], "oneOf": [{"required": ["step"]}, {"required": ["num"]}]}
+    names = {"type": "array", "items": {"type": "string"}, "minItems": 2, "uniqueItems": True}
+    step = number | {"exclusiveMinimum": 0, "maximum": 1}
+    simplex = _object({"axes": names, "step": step}) | {"required": ["axes", "step"]}
+    point = {"type": "object", "additionalProperties": {"type": ["number", "string"]}}
+    points = _object({"points": {"type": "array", "items": point, "minItems": 1}}) | {"required": ["points"]}
+    axes = {
+        "type": "object",
+        "minProperties": 1,
+        "properties": {"simplex": simplex, "points": False, "name": False},
+        "propertyNames": {"pattern": f"^{AXIS_NAME.pattern}$", "maxLength": 80},
+        "additionalProperties": {"anyOf": [values | {"uniqueItems": True}, span]},
+    }
+    return {"anyOf": [axes, points]}
+
+
+def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def expand(recipe: RecipeTemplate, grid: Grid, point_name: Template | None) -> tuple[Point, ...]:

@@ -18,7 +18,7 @@ from jobs.engine import EngineSpec, engine_schema, read_engine
 from jobs.errors import BadInput
 from jobs.evaluate import Alpha, Count, Evaluation, evaluation_schema, read_evaluation
 from jobs.expressions import name_template
-from jobs.grid import POINT_NAME, Grid, Point, expand, parse_grid
+from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
 from jobs.merge_tasks import digest
 from jobs.recipe import Recipe, recipe_schema, recipe_template
 from jobs.specs import AtLeast, Between, Bytes, Key, NotNegative, Reads, document_of, keys_at, read_spec, schema_of
@@ -122,9 +122,9 @@ class Job:
     recipe: Annotated[
         Mapping[str, Any], Reads(Node.plain, recipe_schema), "a mergekit document with ${axis} placeholders"
     ] = field(compare=False, repr=False)
-    grid: Annotated[
-        Mapping[str, Any] | None, Reads(Node.plain, {"type": "object", "minProperties": 1}), "values of the axes"
-    ] = field(default=None, compare=False, repr=False)
+    grid: Annotated[Mapping[str, Any] | None, Reads(Node.plain, grid_schema), "values of the axes"] = field(
+        default=None, compare=False, repr=False
+    )
     point: Annotated[str | None, "name of each point, with {axis}"] = field(default=None, compare=False, repr=False)
     points: tuple[Point, ...]
     evaluate: Annotated[Evaluation | None, Reads(read_evaluation, evaluation_schema), "benchmarks of every point"] = (
@@ -228,6 +228,7 @@ def job_schema() -> dict[str, Any]:
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "mergeyard job",
         **schema_of(Job),
+        "description": "A grid of merges of checkpoints, the benchmarks of its points, and the place of the results.",
     }
 
 

@@ -19,16 +19,17 @@ from jobs.yaml_nodes import Node, quoted, suggestion
 
 Scalar = Fraction | bool | str
 Gradient = tuple[Fraction, ...]
-KEYS = (
-    "merge_method",
-    "models",
-    "base_model",
-    "parameters",
-    "dtype",
-    "out_dtype",
-    "tokenizer_source",
-    "chat_template",
-)
+KEYS = {
+    "merge_method": "`linear`, `ties`, …",
+    "models": "the parents to merge, each once",
+    "base_model": "the model that task vectors are differences from",
+    "parameters": "settings for all models",
+    "dtype": "of the output; the default is that of the parents",
+    "out_dtype": "of the output, in place of `dtype`",
+    "tokenizer_source": "the model whose tokenizer is copied",
+    "chat_template": "Jinja text in place of the chat template of the tokenizer",
+}
+"""The keys of a recipe and their meanings."""
 DTYPES = ("float32", "float16", "bfloat16")
 WHOLE_MODELS_ONLY = {
     "slices": "mergeyard merges whole models: list them under `models:` with the same parameters, "
@@ -233,7 +234,7 @@ def recipe_schema() -> dict[str, Any]:
     text = {"type": ["string", "null"]}
     return {
         "type": "object",
-        "properties": {key: known.get(key, text) for key in KEYS},
+        "properties": {key: {**known.get(key, text), "description": meaning} for key, meaning in KEYS.items()},
         "required": ["merge_method", "models"],
         "additionalProperties": False,
     }

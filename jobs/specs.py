@@ -17,6 +17,8 @@ from jobs.yaml_nodes import SIZE, Node, quoted
 
 Spec = TypeVar("Spec")
 Scalar = str | bool | int | float
+SWITCH = {"enum": [True, False, "yes", "no", "on", "off"]}
+"""The JSON Schema of a boolean; `on` is one in a job file, but text to an editor, which reads YAML 1.2."""
 NOT_KEYS = ("place", "places", "source", "points")
 
 
@@ -260,7 +262,7 @@ def _schema(kind: Any, rule: Rule | None) -> Mapping[str, Any]:
         return rule.schema
     if get_origin(kind) is Literal:
         return {"enum": [*get_args(kind)]}
-    return {"type": {bool: "boolean", int: "integer", str: "string"}[kind]} | ({"minLength": 1} if kind is str else {})
+    return {bool: SWITCH, int: {"type": "integer"}, str: {"type": "string", "minLength": 1}}[kind]
 
 
 def words_of(keys: Collection[str]) -> Reads:

@@ -116,6 +116,23 @@ def test_the_schema_accepts_what_loads(text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    "more",
+    [
+        "grid: {w: [1, two]}",
+        "grid: {simplex: {axes: [w, v], step: 0.25}}",
+        "grid: {points: [{w: 0.1, name: light}, {w: 0.9}]}",
+        "grid: {w: {from: 1, to: 0, step: -0.5}}",
+        'evaluate: {ruler: {lengths: [64], chat: "on"}, race: "on"}',  # YAML 1.2 has no `on`
+        "engine: {name: openai, url: http://x/v1, options: {model: m}}",
+        "keep: {best: 3}",
+    ],
+)
+def test_the_schema_accepts_every_form_as_an_editor_reads_it(more: str) -> None:
+    document = {**load_job(HEAD, "job.yaml").document(), **yaml.safe_load(more)}
+    assert [error.message for error in VALIDATOR.iter_errors(document)] == []
+
+
+@pytest.mark.parametrize(
     "wrong",
     [
         {"evalute": {}},
@@ -126,6 +143,19 @@ def test_the_schema_accepts_what_loads(text: str) -> None:
         {"recipe": {"merge_method": "linear", "models": [{"modle": "a"}]}},
         {"recipe": {"merge_method": "linear", "models": [{"model": "a"}], "slices": []}},
         {"grid": {}},
+        {"grid": {"w": []}},
+        {"grid": {"w": 3}},
+        {"grid": {"w": [True]}},
+        {"grid": {"w": [1, 1]}},
+        {"grid": {"1w": [1]}},
+        {"grid": {"name": [1]}},
+        {"grid": {"w": {"from": 0, "to": 1}}},
+        {"grid": {"w": {"from": 0, "to": 1, "num": 3, "step": 0.5}}},
+        {"grid": {"w": {"from": 0, "too": 1, "num": 3}}},
+        {"grid": {"simplex": {"axes": ["w"], "step": 0.5}}},
+        {"grid": {"simplex": {"axes": ["w", "v"], "step": 2}}},
+        {"grid": {"points": [{"w": 0.1}], "v": [1]}},
+        {"grid": {"points": []}},
         {"evaluate": {}},
         {"evaluate": {"race": True}},
         {"evaluate": {"ruler": {}}},
@@ -174,8 +204,8 @@ def test_every_key_says_what_it_means() -> None:
 
 
 def sections(where: str, schema: Any) -> list[tuple[str, Any]]:
-    """Every mapping of the schema that lists its keys; recipes are mergekit's."""
-    if not isinstance(schema, dict) or where.endswith((".recipe", ".documents", ".keep")):
+    """Every mapping of the schema that lists its keys."""
+    if not isinstance(schema, dict) or where.endswith((".documents", ".keep")):
         return []
     here = [(where, schema)] if "properties" in schema and "description" in schema else []
     return here + [
