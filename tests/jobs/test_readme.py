@@ -1,21 +1,21 @@
-"""The reference of the job file is true: every YAML block loads, every key is there with its default."""
+"""The reference of the job file is true: every YAML block loads, every key is there with its type and default."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import pytest
 import yaml
 
 from jobs.engine import ENGINE_OPTIONS, EngineSpec
 from jobs.errors import BadInput
-from jobs.evaluate import SPECS, RaceSpec
+from jobs.evaluate import SPECS, Length, RaceSpec
 from jobs.job import GateSpec, Job, WorkerSpec, load_job, load_merge_document
 from jobs.recipe import Recipe
-from jobs.specs import fields_of
+from jobs.specs import AtLeast, Between, Bytes, Field, NotNegative, fields_of
 from jobs.yaml_nodes import load_document
 
 README = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")
@@ -24,13 +24,20 @@ IN_YAML = {"memory_bytes": "memory", "shard_bytes": "shard_size"}
 NOT_IN_YAML = ("place", "places")
 
 
+def rows() -> dict[str, dict[str, tuple[str, str]]]:
+    """Section of the reference → key → type and default."""
+    found: dict[str, dict[str, tuple[str, str]]] = {}
+    for section in README.split("\n### ")[1:]:
+        listed = re.findall(r"^\| `(\w+)` \| ([^|]+) \| ([^|]+) \| [^|]+ \|$", section, re.MULTILINE)
+        found[section.splitlines()[0].strip("`")] = {key: (kind, default) for key, kind, default in listed}
+    return found
+
+
 def tables() -> dict[str, dict[str, str]]:
     """Section of the reference → key → default, without the backticks."""
-    found: dict[str, dict[str, str]] = {}
-    for section in README.split("\n### ")[1:]:
-        rows = re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]+) \| [^|]+ \|$", section, re.MULTILINE)
-        found[section.splitlines()[0].strip("`")] = {key: default.strip("`") for key, default in rows}
-    return found
+    return {
+        section: {key: default.strip("`") for key, (_, default) in keys.items()} for section, keys in rows().items()
+    }
 
 
 def completed(fragment: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +53,28 @@ def completed(fragment: dict[str, Any]) -> dict[str, Any]:
         "parameters": {axis: f"${{{axis}}}" for axis in axes},
     }
     return {"name": "fragment", "parents": parents, "recipe": recipe, "output": "runs"} | fragment
+
+
+def type_of(field: Field) -> str | None:
+    """The type of a key as the tables write it; None for text and mappings, whose meaning the page adds."""
+    match field.rule:
+        case AtLeast(minimum, None):
+            return f"whole number ≥ {minimum}"
+        case Between(below):
+            return f"number between 0 and {below:g}"
+        case NotNegative():
+            return "number ≥ 0"
+        case Bytes():
+            return "size"
+        case None if field.kind is bool:
+            return "boolean"
+        case None if field.kind == tuple[Length, ...]:
+            return "list of whole numbers"
+        case None if get_origin(field.kind) is Literal:
+            *others, last = [f"`{choice}`" for choice in get_args(field.kind)]
+            return f"{', '.join(others)} or {last}"
+        case _:
+            return None
 
 
 @pytest.mark.parametrize(("mark", "block"), BLOCKS)
@@ -79,6 +108,30 @@ def test_the_top_level_has_every_key() -> None:
 )
 def test_a_table_has_the_keys_of_its_section_with_the_defaults_of_the_code(section: str, spec: Any) -> None:
     assert {key: meant(key, default) for key, default in tables()[section].items()} == in_code(spec)
+
+
+SECTIONS = {
+    **{f"evaluate.{key}": spec for key, spec in SPECS.items()},
+    "evaluate.race": RaceSpec,
+    "gate": GateSpec,
+    "engine": EngineSpec,
+    "workers": WorkerSpec,
+    "Top level": Job,
+}
+
+
+@pytest.mark.parametrize(
+    ("section", "field"),
+    [(section, field) for section, spec in SECTIONS.items() for field in fields_of(spec) if type_of(field)],
+    ids=lambda value: getattr(value, "name", value),
+)
+def test_a_table_has_the_types_and_bounds_of_the_code(section: str, field: Field) -> None:
+    assert rows()[section][field.name][0] == type_of(field)
+
+
+def test_most_types_follow_from_the_code() -> None:
+    derived = [field for spec in SECTIONS.values() for field in fields_of(spec) if type_of(field)]
+    assert len(derived) >= 25
 
 
 def test_every_benchmark_is_listed_and_none_is_asked_by_default() -> None:
