@@ -1,0 +1,169 @@
+"""Which tests are quick, which share a worker of pytest, and which run alone.
+
+A test is quick unless SLOW or SLOW_FIXTURES names it. `make quick` fails a quick test that starts a process or a
+server, imports Ray or a model library, or takes QUICK_SECONDS of CPU time, so that both lists stay true.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+ROOT = Path(__file__).parents[1]
+
+RAY = (
+    "tests/end_to_end",
+    "tests/infra/test_draining.py",
+    "tests/infra/test_roles.py",
+    "tests/infra/test_together.py",
+    "tests/security/test_secrets.py",
+)
+"""Tests that start Ray: two clusters at once starve each other."""
+
+ORACLE = "tests/conformance/test_against"
+"""Tests that share mergekit's answers, which take ten seconds."""
+
+SLOW = (
+    *RAY,
+    "tests/chaos",
+    ORACLE,
+    "tests/infra",
+    "tests/orchestrator/cluster/test_ray",
+    "tests/orchestrator/cluster/test_shipment.py::test_a_dashboard_that_does_not_answer",
+    "tests/orchestrator/evaluating/test_outcome.py",
+    "tests/orchestrator/evaluating/test_session.py::test_what_cannot_be_asked_is_refused_while_planning[a task",
+    "tests/orchestrator/judging/test_gate.py::test_topping_up_is_legal_only_in_the_anytime_mode",
+    "tests/orchestrator/judging/test_gate.py::test_wrong_verdicts_over_lengths_stay_within_alpha",
+    "tests/orchestrator/judging/test_race_simulation.py",
+    "tests/orchestrator/judging/test_statistics_simulation.py",
+    "tests/orchestrator/planning/test_scale.py",
+    "tests/orchestrator/report/test_in_a_browser.py",
+    "tests/orchestrator/report/test_page.py",
+    "tests/orchestrator/report/test_report_command.py",
+    "tests/security",
+    "tests/simulation/test_simulation.py::test_a_planted_bug_is_found",
+    "tests/simulation/test_simulation.py::test_a_thousand_schedules",
+    "tests/test_documents.py::test_every_documented_job_can_be_planned",
+    "tests/test_documents.py::test_the_commands_of_the_pages_run",
+    "tests/test_house.py",
+    "tests/test_selection.py",
+    "tests/workers/benchmarks/harness",
+    "tests/workers/benchmarks/ruler/test_budget.py::test_a_million_tokens",
+    "tests/workers/benchmarks/ruler/test_draws.py::test_items_are_the_same_in_another_process",
+    "tests/workers/benchmarks/test_tiny_parents.py",
+    "tests/workers/benchmarks/texts/test_tokenizer.py",
+    "tests/workers/checkpoints/test_opening.py::test_any_header",
+    "tests/workers/engines",
+    "tests/workers/evaluating",
+    "tests/workers/merging/test_shard.py::test_bytes_do_not_depend_on_memory_threads_or_grouping",
+    "tests/workers/storage/test_local.py::test_a_full_disk",
+    "tests/workers/storage/test_local.py::test_of_racing_processes",
+    "tests/workers/storage/test_local.py::test_what_a_killed_writer_left",
+    "tests/workers/storage/test_open_store.py::test_a_folder_is_opened_without_any_cloud_library",
+)
+"""Tests that start a model, a process or a server, or that compute for long: how their names begin."""
+
+SLOW_FIXTURES = {"chat", "fault_proxy", "harness_task", "hub_server", "killed_driver", "mounted", "real_model"}
+SLOW_FIXTURES |= {"s3_server", "served_long"}
+QUICK_SECONDS = 4.0
+"""Of CPU time; a machine with other work on its cores takes up to twice that of a quiet one."""
+
+NOT_QUICK = {"subprocess.Popen", "os.posix_spawn", "os.fork", "socket.bind", "ray", "transformers", "lm_eval"}
+"""Python's audit events, and modules to import, that a quick test does without."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("markexpr") == "quick":
+        config.pluginmanager.register(QuickTests())
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks what is quick; the long group of Ray begins first, and tests that run alone come last."""
+    for item in items:
+        if not (item.nodeid.startswith(SLOW) or _needs(item) & SLOW_FIXTURES or item.get_closest_marker("heavy")):
+            item.add_marker("quick")
+    items.sort(key=lambda item: (not item.nodeid.startswith(RAY), item.get_closest_marker("serial") is not None))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeScheduling:
+    return Groups(config, log)
+
+
+class Groups(LoadScopeScheduling):
+    """One worker of pytest-xdist runs all tests of RAY, one all of ORACLE; whoever is free runs the next of the others.
+
+    `--dist loadgroup` of pytest-xdist 3.8 does not group under pytest 9.2: it writes to an attribute that is gone.
+    """
+
+    def _split_scope(self, nodeid: str) -> str:
+        groups = {"ray": RAY, "oracle": ORACLE}
+        return next((group for group, names in groups.items() if nodeid.startswith(names)), nodeid)
+
+
+def _needs(item: pytest.Item) -> set[str]:
+    """Its fixtures, with the server that a store named s3 asks for."""
+    assert isinstance(item, pytest.Function)
+    on_s3 = hasattr(item, "callspec") and "s3" in item.callspec.params.values()
+    return {*item.fixturenames, *(["s3_server"] if on_s3 else [])}
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """A test marked serial waits for the other workers of pytest, and they wait for it."""
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return (yield)
+    with _locked(fcntl.LOCK_EX if item.get_closest_marker("serial") else fcntl.LOCK_SH):
+        return (yield)
+
+
+@contextmanager
+def _locked(how: int) -> Iterator[None]:
+    """Holds the lock of this checkout's tests. A queue before it lets a test that wants it alone have its turn."""
+    queue, lock = (os.open(path, os.O_RDONLY) for path in (__file__, Path(__file__).parent))
+    try:
+        fcntl.flock(queue, fcntl.LOCK_EX)
+        fcntl.flock(lock, how)
+        fcntl.flock(queue, fcntl.LOCK_UN)
+        yield
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    finally:
+        os.close(queue)
+        os.close(lock)
+
+
+class QuickTests:
+    """Fails a test that is marked quick and is not; leaves files of slow tests alone, as some import for seconds."""
+
+    def __init__(self) -> None:
+        self._seen: list[str] = []
+        sys.addaudithook(self._notice)
+
+    def _notice(self, event: str, details: tuple[Any, ...]) -> None:
+        if (event in NOT_QUICK and details[0] != "git") or (event == "import" and details[0] in NOT_QUICK):
+            self._seen.append(f"{event} {details[0]}")
+
+    def pytest_ignore_collect(self, collection_path: Path) -> bool | None:
+        return collection_path.relative_to(ROOT).as_posix().startswith(SLOW) or None
+
+    def pytest_runtest_logstart(self) -> None:
+        self._seen.clear()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_call(self) -> Generator[None, object, object]:
+        before = sum(os.times()[:4])
+        ended = yield
+        seconds = sum(os.times()[:4]) - before
+        if self._seen or seconds > QUICK_SECONDS:
+            reasons = ", ".join(self._seen) or f"{seconds:.1f} s of CPU time"
+            pytest.fail(f"not a quick test: {reasons}; make it quick, or name it in tests/selection.py")
+        return ended
