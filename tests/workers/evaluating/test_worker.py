@@ -210,7 +210,7 @@ def test_the_first_scores_of_a_block_hold(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_remarks_stay_with_their_scores_and_a_file_without_any_is_the_one_of_earlier_versions() -> None:
-    example: dict[str, Any] = {"str": "a", "int": 1, "float": 0.5, "bool": True}
+    example: dict[str, Any] = {"str": "a", "int": 1, "float": 0.5, "bool": True, "Kind": "parent"}
     rows = [ScoreRow(**{field.name: example[str(field.type)] for field in fields(ScoreRow)})]
     with_remarks = write_scores(rows, ["em runs to 100", "… is left out"])
     assert read_block(with_remarks, "x") == BlockScores(rows, ("em runs to 100", "… is left out"))
