@@ -127,7 +127,7 @@ def tell_evaluation(
     from orchestrator.report.terminal.leaderboard import print_leaderboard, print_sentence
 
     lines = leaderboard(result)
-    page, sentence = written_page(plan.run_url) or (None, "")
+    page, sentence = written_page(plan.run_url, result, lines) or (None, "")
     if not quiet:
         print_leaderboard(lines, result)
         if sentence:

@@ -5,6 +5,11 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orchestrator.evaluating.results import EvaluationResult
+    from orchestrator.report.leaderboard import Line
 
 CLOSE_SECONDS = 20.0
 """How long a session that ends waits for a page that is being drawn; it is left unwritten then."""
@@ -15,13 +20,15 @@ SHARE = 20
 log = logging.getLogger(__name__)
 
 
-def written_page(run_url: str) -> tuple[str, str] | None:
+def written_page(
+    run_url: str, result: EvaluationResult | None = None, lines: list[Line] | None = None
+) -> tuple[str, str] | None:
     """Writes the page of a run: where it lies, and its first sentence. None, and a warning, if that cannot be."""
     from orchestrator.report.page import write_page
     from orchestrator.report.run import read_run, report_on
 
     try:
-        report = report_on(read_run(run_url))
+        report = report_on(read_run(run_url, result), lines)
         return write_page(report), "" if report.recommendation is None else report.recommendation.sentence
     except Exception as error:  # answers that took hours are worth more than a page that can be drawn again
         log.warning("%s: no page (%s); `mergeyard report` writes it", run_url, error)

@@ -46,9 +46,9 @@ class Run:
         return str(self.plan.get("job", self.url.rsplit("/", 1)[-1]))
 
 
-def read_run(url: str, *, costs: bool = True) -> Run:
+def read_run(url: str, result: EvaluationResult | None = None, *, costs: bool = True) -> Run:
     """Reads a run; `BadInput` where nothing was evaluated. Without `costs` neither receipts nor points are listed."""
-    result = read_results(url)
+    result = result or read_results(url)
     store = open_store(url)
     text = _text(store, "job.yaml")
     try:
@@ -120,10 +120,10 @@ class Report:
         }
 
 
-def report_on(run: Run) -> Report:
+def report_on(run: Run, lines: list[Line] | None = None) -> Report:
     """What can be said about a run."""
     result = run.result
-    lines = leaderboard(result)
+    lines = lines or leaderboard(result)
     rows = rows_by_point(result.ranked_rows())
     points = [line.name for line in lines if line.name not in result.baselines]
     parent = best_parent(result, lines)
