@@ -1,4 +1,5 @@
-"""Who decides: plans from headers, drives tasks to receipts, remembers in object storage, and tells what came of it.
+"""Who decides: plans from headers, drives tasks to receipts, evaluates points, and reports.
 
-`cli` and `commands` are the front, `planning` and `driver` the middle, `pool` and `ray_pool` the way to workers.
+Rooms from the ground up: words, watching, judging, records, planning, cluster, merging, evaluating, report, points,
+nightly, commands, cli. Each uses only rooms before it.
 """
