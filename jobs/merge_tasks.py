@@ -117,7 +117,7 @@ class TensorMerge:
 
 
 @dataclass(frozen=True, slots=True)
-class PointShard:
+class ShardOfPoint:
     """One unit: one shard of one point, where it goes, and where its receipt goes.
 
     `settings[tensor.setting]` is the point's recipe for a tensor.
@@ -137,7 +137,7 @@ class MergeTask:
     run: str
     shard: str
     tensors: tuple[TensorMerge, ...]
-    points: tuple[PointShard, ...]
+    points: tuple[ShardOfPoint, ...]
     parents: Mapping[str, Parent]
     seed: int
     numerics: str

@@ -14,7 +14,7 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, PointShard, Setting, digest
+from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest
 from jobs.yaml_nodes import yaml_text
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
@@ -177,7 +177,7 @@ class Plan:
 
     def _task(self, shard: Shard, number: int, members: Sequence[PlannedPoint]) -> MergeTask:
         points = tuple(
-            PointShard(
+            ShardOfPoint(
                 planned.name,
                 planned.units[number],
                 self.places.file(planned.name, shard.name),

@@ -19,7 +19,7 @@ from workers.storage import Store, open_store
 
 
 @dataclass(frozen=True, slots=True)
-class Difference:
+class TensorDifference:
     """One tensor of two checkpoints. `only_in` is set when just one has it, `shapes` when they cannot be compared.
 
     `changed` counts elements whose values differ, `largest` is max |a − b|, `relative` is ‖a − b‖₂ / ‖a‖₂ and `cosine`
@@ -45,20 +45,20 @@ class Difference:
         return asdict(self)
 
 
-def compare_checkpoints(a: str, b: str) -> list[Difference]:
+def compare_checkpoints(a: str, b: str) -> list[TensorDifference]:
     """Every tensor of either checkpoint, in the order of their names."""
     first, second = open_checkpoint(a, "A"), open_checkpoint(b, "B")
     stores = {"A": open_store(first.url), "B": open_store(second.url)}
     return [_compare(name, first, second, stores) for name in sorted(first.tensors.keys() | second.tensors.keys())]
 
 
-def _compare(name: str, first: Checkpoint, second: Checkpoint, stores: Mapping[str, Store]) -> Difference:
+def _compare(name: str, first: Checkpoint, second: Checkpoint, stores: Mapping[str, Store]) -> TensorDifference:
     for owner, other in ((first, second), (second, first)):
         if name not in other.tensors:
-            return Difference(name, math.prod(owner.shapes[name]), only_in=owner.name)
+            return TensorDifference(name, math.prod(owner.shapes[name]), only_in=owner.name)
     elements = math.prod(first.shapes[name])
     if first.shapes[name] != second.shapes[name]:
-        return Difference(name, elements, shapes=f"{list(first.shapes[name])} and {list(second.shapes[name])}")
+        return TensorDifference(name, elements, shapes=f"{list(first.shapes[name])} and {list(second.shapes[name])}")
     a_at, b_at = first.tensors[name], second.tensors[name]
     if not {a_at.dtype, b_at.dtype} <= TORCH_NAMES.keys():
         raise CorruptData(f"tensor {name}: {a_at.dtype} and {b_at.dtype} cannot be compared")
@@ -76,7 +76,7 @@ def _compare(name: str, first: Checkpoint, second: Checkpoint, stores: Mapping[s
         a_squares += float(x @ x)
         b_squares += float(y @ y)
     norms = math.sqrt(a_squares * b_squares)
-    return Difference(
+    return TensorDifference(
         name,
         elements,
         changed,
@@ -96,7 +96,7 @@ def _values(store: Store, checkpoint: Checkpoint, at: ParentTensor, start: int, 
     return torch.frombuffer(data, dtype=dtype).double().numpy()
 
 
-def print_differences(differences: Sequence[Difference]) -> None:
+def print_differences(differences: Sequence[TensorDifference]) -> None:
     """A table of the tensors that differ, and one line about the rest."""
     different = [difference for difference in differences if difference.differs]
     width = max((len(difference.tensor) for difference in different), default=6)

@@ -19,7 +19,7 @@ SURE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class BaselineComparison:
     """One model against another on the questions that both answered; differences new − old in points out of 100.
 
     `p` is two-sided. `adjusted` is p after a correction for many comparisons, None where there was one alone.
@@ -54,7 +54,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class ComparedCell:
     """A point's difference from the baseline in one cell of a map, in points; `sure` after Benjamini and Hochberg."""
 
     difference: float
@@ -63,7 +63,7 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparisons:
+class BaselineComparisons:
     """Every point against one baseline.
 
     `overall` is adjusted by Holm over the points, `by_length` and `by_task` by Benjamini and Hochberg over all cells of
@@ -71,12 +71,12 @@ class Comparisons:
     """
 
     baseline: str
-    overall: Mapping[str, Comparison]
-    by_length: Mapping[tuple[str, int], Cell]
-    by_task: Mapping[tuple[str, str], Cell]
+    overall: Mapping[str, BaselineComparison]
+    by_length: Mapping[tuple[str, int], ComparedCell]
+    by_task: Mapping[tuple[str, str], ComparedCell]
 
 
-def compare(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> Comparison | None:
+def compare(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> BaselineComparison | None:
     """One model against another by the macro score; None where they share no question."""
     samples = _samples(rows, new, old)
     return _comparison(new, old, samples) if samples else None
@@ -84,12 +84,12 @@ def compare(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> Compa
 
 def compare_overall(
     rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str
-) -> dict[str, Comparison]:
+) -> dict[str, BaselineComparison]:
     """Every one of these points against the baseline by the macro score, adjusted by Holm."""
     return _overall(_all_samples(rows, points, baseline), baseline)
 
 
-def compare_all(rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str) -> Comparisons:
+def compare_all(rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str) -> BaselineComparisons:
     """Every one of these points against the baseline, by length and by task too."""
     samples = _all_samples(rows, points, baseline)
     overall = _overall(samples, baseline)
@@ -99,15 +99,15 @@ def compare_all(rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], b
         for sample in found:
             by_length[name, sample.cell.length].append(sample)
             by_task[name, sample.cell.task].append(sample)
-    return Comparisons(baseline, overall, cells(by_length), cells(by_task))
+    return BaselineComparisons(baseline, overall, cells(by_length), cells(by_task))
 
 
-def cells(samples: Mapping[Any, Sequence[CellSample]]) -> dict[Any, Cell]:
+def cells(samples: Mapping[Any, Sequence[CellSample]]) -> dict[Any, ComparedCell]:
     """The difference in each cell of a map, and whether it is sure once all of them are tested."""
     estimates = {place: macro_difference(found) for place, found in samples.items()}
     p_values = [difference_test(estimate) for estimate in estimates.values()]
     return {
-        place: Cell(100 * estimate.mean, p, bool(adjusted <= SURE))
+        place: ComparedCell(100 * estimate.mean, p, bool(adjusted <= SURE))
         for (place, estimate), p, adjusted in zip(
             estimates.items(), p_values, benjamini_hochberg(p_values), strict=True
         )
@@ -121,7 +121,7 @@ def _all_samples(
     return {name: found for name, found in samples.items() if found}
 
 
-def _overall(samples: Mapping[str, Sequence[CellSample]], baseline: str) -> dict[str, Comparison]:
+def _overall(samples: Mapping[str, Sequence[CellSample]], baseline: str) -> dict[str, BaselineComparison]:
     plain = {name: _comparison(name, baseline, found) for name, found in samples.items()}
     adjusted = holm([comparison.p for comparison in plain.values()])
     return {name: replace(found, adjusted=float(p)) for (name, found), p in zip(plain.items(), adjusted, strict=True)}
@@ -134,9 +134,9 @@ def _samples(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> list
         return []
 
 
-def _comparison(new: str, old: str, samples: Sequence[CellSample]) -> Comparison:
+def _comparison(new: str, old: str, samples: Sequence[CellSample]) -> BaselineComparison:
     estimate = macro_difference(samples)
-    return Comparison(
+    return BaselineComparison(
         new,
         old,
         100 * estimate.mean,

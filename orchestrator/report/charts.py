@@ -26,7 +26,7 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from orchestrator.report.figures import Cost, Curve, Map, Metric
+from orchestrator.report.figures import Curve, Map, Metric, StageCost
 from orchestrator.words import short_length
 
 WIDTH = 420
@@ -233,7 +233,7 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
         return svg_of(figure, "dots-", texts, f"{y.name} against {x.name}; on the front: {', '.join(front)}")
 
 
-def bars(costs: Sequence[Cost]) -> Markup:
+def bars(costs: Sequence[StageCost]) -> Markup:
     """Seconds of work by what it went into."""
     labels = [shorten(cost.what, 24) for cost in costs]
     with new_figure(22 * len(costs), 14 + LETTER * max(map(len, labels)), 8, 46) as (figure, axes):

@@ -16,7 +16,7 @@ from orchestrator.evaluating.pairing import samples
 from orchestrator.judging.effective_length import score_by_length
 from orchestrator.judging.estimates import macro_mean, macro_score
 from orchestrator.judging.samples import CellSample, paired_sample
-from orchestrator.report.against_baseline import Cell, cells
+from orchestrator.report.against_baseline import ComparedCell, cells
 from orchestrator.report.leaderboard import Line, context_rows
 from orchestrator.words import short_length
 from workers.benchmarks.registry import BENCHMARKS
@@ -29,7 +29,7 @@ MOST_ROWS = 400
 
 
 @dataclass(frozen=True, slots=True)
-class Tile:
+class MapTile:
     """One cell of a map: its score or difference in points, whether a difference from the baseline is sure, its story.
 
     `sure` is None where nothing was compared; such a cell is not hatched.
@@ -49,7 +49,7 @@ class Map:
     columns: tuple[str, ...]
     row_title: str
     column_title: str
-    tiles: Mapping[tuple[int, int], Tile]
+    tiles: Mapping[tuple[int, int], MapTile]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ class Metric:
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class StageCost:
     """What something took: seconds of work summed over workers, and tokens or bytes."""
 
     what: str
@@ -98,7 +98,7 @@ class MergeCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Grid:
+class MapGrid:
     """The points of a job on at most two axes; `places` says where each name stands, by row and column.
 
     With one axis, or with more than two, every point is a row and `columns` is empty.
@@ -111,25 +111,25 @@ class Grid:
     places: Mapping[str, tuple[int, int]]
 
 
-def grid_of(points: Sequence[Point], names: Sequence[str]) -> Grid:
+def grid_of(points: Sequence[Point], names: Sequence[str]) -> MapGrid:
     """How these points are laid out: by one or two axes where that tells them apart, else one a row."""
     known = [point for point in points if point.name in set(names)]
     if not known or len(known) < len(names):
-        return Grid("point", tuple(names), "", (), {name: (index, 0) for index, name in enumerate(names)})
+        return MapGrid("point", tuple(names), "", (), {name: (index, 0) for index, name in enumerate(names)})
     axes = _telling_axes(known)
     if len(axes) == 2:
         first, second = (_values(known, axis) for axis in axes)
         places = {
             point.name: (first.index(point.bindings[axes[0]]), second.index(point.bindings[axes[1]])) for point in known
         }
-        return Grid(axes[0], tuple(map(_word, first)), axes[1], tuple(map(_word, second)), places)
+        return MapGrid(axes[0], tuple(map(_word, first)), axes[1], tuple(map(_word, second)), places)
     if len(axes) == 1:
         first = _values(known, axes[0])
         places = {point.name: (first.index(point.bindings[axes[0]]), 0) for point in known}
-        return Grid(axes[0], tuple(map(_word, first)), "", (), places)
+        return MapGrid(axes[0], tuple(map(_word, first)), "", (), places)
     rows = [", ".join(f"{axis}={_word(point.bindings[axis])}" for axis in axes) or point.name for point in known]
     places = {point.name: (index, 0) for index, point in enumerate(known)}
-    return Grid(", ".join(axes) or "point", tuple(rows), "", (), places)
+    return MapGrid(", ".join(axes) or "point", tuple(rows), "", (), places)
 
 
 def _telling_axes(points: Sequence[Point]) -> list[str]:
@@ -153,11 +153,11 @@ def _word(value: Value) -> str:
 
 
 def grid_maps(
-    grid: Grid,
+    grid: MapGrid,
     scores: Mapping[str, Mapping[str, float]],
     titles: Sequence[str],
     column_title: str,
-    found: Mapping[tuple[str, str], Cell],
+    found: Mapping[tuple[str, str], ComparedCell],
     baseline: str | None,
     same: Mapping[str, str],
 ) -> list[Map]:
@@ -167,7 +167,7 @@ def grid_maps(
     another show that one's.
     """
 
-    def tile(name: str, title: str) -> Tile | None:
+    def tile(name: str, title: str) -> MapTile | None:
         of = same.get(name, name)
         if title not in scores.get(of, {}):
             return None
@@ -194,13 +194,15 @@ def grid_maps(
     ]
 
 
-def _tile(name: str, title: str, score: float, cell: Cell | None, baseline: str | None, itself: bool) -> Tile:
+def _tile(
+    name: str, title: str, score: float, cell: ComparedCell | None, baseline: str | None, itself: bool
+) -> MapTile:
     if itself:
-        return Tile(score, None, f"{name}, {title}: {score:.1f}, the baseline itself")
+        return MapTile(score, None, f"{name}, {title}: {score:.1f}, the baseline itself")
     if cell is None:
-        return Tile(score, None, f"{name}, {title}: {score:.1f}")
+        return MapTile(score, None, f"{name}, {title}: {score:.1f}")
     told = f"{cell.difference:+.1f} against {baseline}, p = {cell.p:.2g}, {'sure' if cell.sure else 'not sure'}"
-    return Tile(score, cell.sure, f"{name}, {title}: {score:.1f}; {told}")
+    return MapTile(score, cell.sure, f"{name}, {title}: {score:.1f}; {told}")
 
 
 def scores_by_length(rows: Mapping[str, Sequence[ScoreRow]]) -> dict[str, dict[str, float]]:
@@ -225,7 +227,7 @@ def scores_by_task(rows: Mapping[str, Sequence[ScoreRow]]) -> dict[str, dict[str
     return found
 
 
-def titled(found: Mapping[tuple[str, int], Cell]) -> dict[tuple[str, str], Cell]:
+def titled(found: Mapping[tuple[str, int], ComparedCell]) -> dict[tuple[str, str], ComparedCell]:
     """Cells by length, under the names that lengths have in maps."""
     return {(name, short_length(length)): cell for (name, length), cell in found.items()}
 
@@ -351,7 +353,7 @@ def _needle_scores(name: str, rows: Sequence[ScoreRow], lengths: Sequence[int], 
     for row in rows:
         found[depths.row(row), lengths.index(row.length)].append(row.score)
     tiles = {
-        (at, column): Tile(
+        (at, column): MapTile(
             100 * sum(scores) / len(scores),
             None,
             f"{name}, {depths.labels[at]} % deep, {short_length(lengths[column])}:"
@@ -385,7 +387,7 @@ def _needle_differences(
         }
     )
     tiles = {
-        (at, column): Tile(
+        (at, column): MapTile(
             cell.difference,
             cell.sure,
             f"{name}, {depths.labels[at]} % deep, {short_length(lengths[column])}: {cell.difference:+.1f} points,"
@@ -396,7 +398,7 @@ def _needle_differences(
     return _needle_map("difference", lengths, depths, tiles)
 
 
-def _needle_map(title: str, lengths: Sequence[int], depths: _Depths, tiles: Mapping[tuple[int, int], Tile]) -> Map:
+def _needle_map(title: str, lengths: Sequence[int], depths: _Depths, tiles: Mapping[tuple[int, int], MapTile]) -> Map:
     columns = tuple(short_length(length) for length in lengths)
     return Map(title, depths.labels, columns, "depth of the needle (%)", "context length (tokens)", tiles)
 
@@ -459,13 +461,13 @@ def _goodness(metric: Metric, name: str) -> float:
 # ---- costs -----------------------------------------------------------------------------------------------------------
 
 
-def answer_costs(rows: Iterable[ScoreRow]) -> list[Cost]:
+def answer_costs(rows: Iterable[ScoreRow]) -> list[StageCost]:
     """Where the evaluation's time went: by benchmark and length, over all points."""
     found: dict[tuple[str, int], list[ScoreRow]] = defaultdict(list)
     for row in rows:
         found[row.benchmark, row.length].append(row)
     return [
-        Cost(
+        StageCost(
             f"{benchmark} at {short_length(length)}" if length else benchmark,
             sum(row.seconds for row in of),
             len(of),

@@ -167,7 +167,7 @@ def _grid_sections(report: Report) -> list[Section | None]:
 
 def _grid_section(
     report: Report,
-    grid: figures.Grid,
+    grid: figures.MapGrid,
     what: str,
     column_title: str,
     titles: Sequence[str],
@@ -220,7 +220,7 @@ def _table(shown: figures.Map) -> Table:
     )
 
 
-def _told(tile: figures.Tile | None) -> str:
+def _told(tile: figures.MapTile | None) -> str:
     if tile is None:
         return ""
     return f"{tile.value:.1f}{' (not sure)' if tile.sure is False else ''}"
@@ -401,12 +401,12 @@ def _costs(report: Report) -> dict[str, Any]:
 
     answers = figures.answer_costs(report.run.result.rows)
     merged = figures.merge_cost(report.run.receipts)
-    bars = [figures.Cost("merging", merged.seconds, merged.shards, 0)] if merged is not None else []
+    bars = [figures.StageCost("merging", merged.seconds, merged.shards, 0)] if merged is not None else []
     return {"answers": answers, "merged": merged, "chart": charts.bars([*bars, *answers])}
 
 
 @dataclass(frozen=True, slots=True)
-class Flip:
+class FlippedAnswer:
     """A question that the leader and the baseline answered with different success."""
 
     question: str
@@ -414,7 +414,7 @@ class Flip:
     old: ScoreRow
 
 
-def _flips(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> list[Flip]:
+def _flips(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> list[FlippedAnswer]:
     """The questions whose scores differ most, half of them lost and half of them won, longest first."""
     if not report.lines or report.baseline is None or report.lines[0].name == report.baseline:
         return []
@@ -424,7 +424,10 @@ def _flips(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> list[Flip]
     both.sort(key=lambda pair: (-abs(pair[0].score - pair[1].score), -pair[0].length, pair[0].task, pair[0].item))
     lost = [pair for pair in both if pair[0].score < pair[1].score][: MOST_FLIPS // 2]
     won = [pair for pair in both if pair[0].score > pair[1].score][: MOST_FLIPS - len(lost)]
-    return [Flip(f"{new.task} at {short_length(new.length)}, item {new.item}", new, old) for new, old in [*lost, *won]]
+    return [
+        FlippedAnswer(f"{new.task} at {short_length(new.length)}, item {new.item}", new, old)
+        for new, old in [*lost, *won]
+    ]
 
 
 def _provenance(report: Report) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.significance import FlipRate
-from orchestrator.report.against_baseline import Comparison, compare, compare_overall
+from orchestrator.report.against_baseline import BaselineComparison, compare, compare_overall
 from orchestrator.report.leaderboard import Line
 
 
@@ -27,8 +27,8 @@ class Recommendation:
     best: Line
     parent: str | None
     parent_name: str
-    over_parent: Comparison | None
-    over_runner_up: Comparison | None
+    over_parent: BaselineComparison | None
+    over_runner_up: BaselineComparison | None
     points: int
     finished: bool
     confirmed: float | None
@@ -109,7 +109,7 @@ def recommend(
     result: EvaluationResult,
     lines: Sequence[Line],
     gate: Mapping[str, Any] | None,
-    against_parent: Mapping[str, Comparison] | None = None,
+    against_parent: Mapping[str, BaselineComparison] | None = None,
 ) -> Recommendation | None:
     """What to keep, by the leaderboard's lines; None while nobody has a score.
 
@@ -150,7 +150,7 @@ def p_text(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
-def _certainty(comparison: Comparison, points: int) -> str:
+def _certainty(comparison: BaselineComparison, points: int) -> str:
     p = p_text(comparison.p if comparison.adjusted is None else comparison.adjusted)
     corrected = f" after Holm over {points} points" if comparison.adjusted is not None and points > 1 else ""
     if not math.isfinite(comparison.low):

@@ -12,7 +12,7 @@ from jobs.errors import BadInput, ObjectMissing
 from jobs.job import Job, load_job
 from jobs.merge_tasks import Receipt
 from orchestrator.evaluating.results import EvaluationResult, read_results, read_verdict
-from orchestrator.report.against_baseline import Comparisons, compare_all
+from orchestrator.report.against_baseline import BaselineComparisons, compare_all
 from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.report.recommendation import Recommendation, best_parent, recommend, rows_by_point
 from orchestrator.words import shortlist
@@ -93,7 +93,7 @@ class Report:
     run: Run
     lines: list[Line]
     baseline: str | None
-    comparisons: Comparisons | None
+    comparisons: BaselineComparisons | None
     recommendation: Recommendation | None
 
     @property

@@ -30,8 +30,8 @@ from typing import Any
 
 from tests.benchmarks.make_checkpoints import Size
 from tests.chaos.cluster import BUCKET, Cluster
+from tests.chaos.faulty_cluster import upload_synthetic
 from tests.chaos.network import Network, why_not
-from tests.chaos.yard import upload_synthetic
 
 SIZE = Size(layers=15, hidden=256, intermediate=1024, heads=4, kv_heads=1, vocabulary=2048, tied=True)
 SHARD = "2MB"  # a layer: sixteen shards, and so sixteen tasks for any number of nodes

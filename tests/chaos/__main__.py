@@ -21,8 +21,8 @@ from dataclasses import dataclass, replace
 
 from tests.chaos.cluster import started
 from tests.chaos.faults import FAULTS, HELD, Fault, moment
+from tests.chaos.faulty_cluster import FaultyCluster, Trial, Wrong
 from tests.chaos.network import why_not
-from tests.chaos.yard import Trial, Wrong, Yard
 
 
 def main() -> int:
@@ -36,7 +36,7 @@ def main() -> int:
         return 1
     faults = [fault for fault in FAULTS if re.search(options.only, fault.name)]
     with started(2, megabits=10) as cluster:
-        yard = Yard(cluster, options.seed)
+        yard = FaultyCluster(cluster, options.seed)
         try:
             undisturbed = strike(yard, yard.trial(), UNDISTURBED)
             print(
@@ -65,7 +65,7 @@ class Struck:
 UNDISTURBED = Fault("nothing", lambda trial: None)
 
 
-def _line(yard: Yard, fault: Fault, times: int) -> bool:
+def _line(yard: FaultyCluster, fault: Fault, times: int) -> bool:
     """Prints one line of the table, and says whether all came out right."""
     right: list[Struck] = []
     for _ in range(times):
@@ -89,7 +89,7 @@ def _median_and_most(seconds: list[float]) -> str:
     return f"{statistics.median(seconds):.0f}, {max(seconds):.0f}" if seconds else ""
 
 
-def strike(yard: Yard, trial: Trial, fault: Fault) -> Struck:
+def strike(yard: FaultyCluster, trial: Trial, fault: Fault) -> Struck:
     """Runs the work, lets the fault happen to it, and checks that it hit and what the run came to."""
     cluster, proxy = yard.cluster, yard.cluster.proxy
     yard.expected(replace(fault.work, on_disk=False))

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 from tests.chaos.cluster import DESK, MERGE_TASK
-from tests.chaos.yard import EVALUATION, MERGE, MERGE_IN_PARTS, MERGE_TO_DISK, TRY_AGAIN, Later, Trial, Work, Wrong
+from tests.chaos.faulty_cluster import (
+    EVALUATION,
+    MERGE,
+    MERGE_IN_PARTS,
+    MERGE_TO_DISK,
+    TRY_AGAIN,
+    Later,
+    Trial,
+    Work,
+    Wrong,
+)
 
 HELD = "model-00005-of"
 EVALUATOR = "ray::_RemoteEva"

@@ -10,8 +10,8 @@ import pytest
 from tests.chaos.__main__ import strike
 from tests.chaos.cluster import started
 from tests.chaos.faults import FAULTS, Fault, requests
+from tests.chaos.faulty_cluster import FaultyCluster, Wrong
 from tests.chaos.network import why_not
-from tests.chaos.yard import Wrong, Yard
 
 pytestmark = [pytest.mark.heavy, pytest.mark.skipif(bool(why_not()), reason=why_not() or "there are namespaces")]
 
@@ -33,15 +33,15 @@ ALSO = (
 
 
 @pytest.fixture(scope="module")
-def yard() -> Iterator[Yard]:
+def yard() -> Iterator[FaultyCluster]:
     with started(2, megabits=10) as cluster:
-        yard = Yard(cluster, seed=0)
+        yard = FaultyCluster(cluster, seed=0)
         yield yard
         yard.close()
 
 
 @pytest.fixture(autouse=True)
-def repaired(yard: Yard) -> None:
+def repaired(yard: FaultyCluster) -> None:
     yard.cluster.repair()
 
 
@@ -53,21 +53,21 @@ def named(*names: str) -> list[Fault]:
 
 
 @pytest.mark.parametrize("fault", named(*LOST), ids=lambda fault: fault.name)
-def test_a_lost_node_costs_twenty_seconds_and_no_byte(yard: Yard, fault: Fault) -> None:
+def test_a_lost_node_costs_twenty_seconds_and_no_byte(yard: FaultyCluster, fault: Fault) -> None:
     assert strike(yard, yard.trial(fault.work), fault).again < REISSUED_SECONDS
 
 
 @pytest.mark.parametrize("fault", named(*ALSO), ids=lambda fault: fault.name)
-def test_a_fault_that_hits_changes_no_result(yard: Yard, fault: Fault) -> None:
+def test_a_fault_that_hits_changes_no_result(yard: FaultyCluster, fault: Fault) -> None:
     assert strike(yard, yard.trial(fault.work), fault).recovered > 0
 
 
-def test_a_fault_that_does_not_hit_is_told_of(yard: Yard) -> None:
+def test_a_fault_that_does_not_hit_is_told_of(yard: FaultyCluster) -> None:
     with pytest.raises(Wrong, match="0 requests were made to fail, not 1"):
         strike(yard, yard.trial(), Fault("nothing", requests("GET", "busy", 1, "no-such-key"), served=1))
 
 
-def test_a_job_that_asks_for_one_worker_is_given_one(yard: Yard) -> None:
+def test_a_job_that_asks_for_one_worker_is_given_one(yard: FaultyCluster) -> None:
     trial = yard.trial()
     trial.job.write_text(trial.job.read_text().replace("memory: 2GB", "memory: 2GB, count: 1"))
     command = trial.start()
@@ -79,7 +79,7 @@ def test_a_job_that_asks_for_one_worker_is_given_one(yard: Yard) -> None:
     assert seen - {()} and max(len(nodes) for nodes in seen) == 1
 
 
-def test_more_points_read_no_more_of_a_parent(yard: Yard) -> None:
+def test_more_points_read_no_more_of_a_parent(yard: FaultyCluster) -> None:
     read: list[dict[str, int]] = []
     for step in (0.5, 0.1):
         trial = yard.trial()

@@ -1,6 +1,6 @@
 """One schedule: a small run driven through crashes, and what must be true at every step and at the end.
 
-Real: planner, ledger, lease, driver, gatherer, what a worker writes (`PointWriter`: shard, then receipt), and the
+Real: planner, ledger, lease, driver, gatherer, what a worker writes (`ShardWriter`: shard, then receipt), and the
 store's semantics, and the queue of tasks: which is next, which again, and when. Not real: the arithmetic (a tensor's
 bytes are a hash of its name and its setting), the workers (as on Ray, they answer in order of arrival, and one that is
 given up may go on), threads and the clock.
@@ -42,10 +42,10 @@ from orchestrator.merging.driver import RunResult, drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from tests.simulation.faulty_store import FaultyStore
-from tests.simulation.world import Inline, Mailbox, Process, Threading, Time, World, Wrong
+from tests.simulation.world import Inline, Mailbox, Process, SimulatedWorld, Threading, Time, Wrong
 from workers.checkpoints.hashing import shard_sha256s
 from workers.checkpoints.safetensors import header_bytes
-from workers.merging.writing import PointWriter
+from workers.merging.writing import ShardWriter
 from workers.storage import ObjectInfo, open_store
 from workers.storage.memory import MemoryStore
 
@@ -148,7 +148,7 @@ class Schedule:
     """One run of a case, from an empty store to the end."""
 
     def __init__(self, seed: int, case: Case, *, disturbed: bool = True) -> None:
-        self.world = World(seed)
+        self.world = SimulatedWorld(seed)
         self.case = case
         self.disturbed = disturbed
         self.store = MemoryStore("memory://simulated/run")
@@ -445,7 +445,7 @@ def _merge(schedule: Schedule, process: Process, task: MergeTask, bad: bool) -> 
     """`workers.merging.merge_task` with simulated arithmetic."""
     store = FaultyStore(schedule.store, process, schedule.seen)
     with ExitStack() as stack:
-        writers = [stack.enter_context(PointWriter(store, point, task.tensors, _nothing)) for point in task.points]
+        writers = [stack.enter_context(ShardWriter(store, point, task.tensors, _nothing)) for point in task.points]
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in task.tensors])
         for writer in writers:
             writer.begin(header)

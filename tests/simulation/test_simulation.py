@@ -21,7 +21,7 @@ from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from tests.simulation.schedule import Case, Schedule, cases
 from tests.simulation.world import Wrong
-from workers.merging.writing import PointWriter
+from workers.merging.writing import ShardWriter
 
 QUICK, THOROUGH = 1_000, 10_000
 
@@ -118,7 +118,7 @@ def manifest_before_its_side_files(patch: pytest.MonkeyPatch) -> None:
 
 
 def receipt_before_shard(patch: pytest.MonkeyPatch) -> None:
-    publish = PointWriter.publish
+    publish = ShardWriter.publish
 
     def published(self: Any, *arguments: Any) -> Receipt:
         real, self._upload.commit = self._upload.commit, lambda: _Promised(self.point.key)
@@ -126,7 +126,7 @@ def receipt_before_shard(patch: pytest.MonkeyPatch) -> None:
         real()
         return receipt
 
-    patch.setattr(PointWriter, "publish", published)
+    patch.setattr(ShardWriter, "publish", published)
 
 
 class _Promised:
@@ -205,7 +205,7 @@ def manifest_of_a_replaced_driver(patch: pytest.MonkeyPatch) -> None:
 
 
 def disagreement_overwritten(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(PointWriter, "_earlier", lambda self: None)
+    patch.setattr(ShardWriter, "_earlier", lambda self: None)
 
 
 def upload_swept_away_ends_the_run(patch: pytest.MonkeyPatch) -> None:
@@ -235,11 +235,11 @@ def receipt_refused_when_it_is_there(patch: pytest.MonkeyPatch) -> None:
         self._store.write(self.point.receipt, receipt.to_json(), mode="create")
         return receipt
 
-    patch.setattr(PointWriter, "publish", publish)
+    patch.setattr(ShardWriter, "publish", publish)
 
 
 def half_a_shard_published(patch: pytest.MonkeyPatch) -> None:
-    leave = PointWriter.__exit__
+    leave = ShardWriter.__exit__
 
     def publish_what_there_is(self: Any, kind: Any, error: Any, trace: Any) -> None:
         if isinstance(error, (StorageError, ObjectExists)):
@@ -247,7 +247,7 @@ def half_a_shard_published(patch: pytest.MonkeyPatch) -> None:
             self._upload._inner.commit()
         leave(self, kind, error, trace)
 
-    patch.setattr(PointWriter, "__exit__", publish_what_there_is)
+    patch.setattr(ShardWriter, "__exit__", publish_what_there_is)
 
 
 PLANTED: dict[Callable[[pytest.MonkeyPatch], None], str] = {

@@ -28,7 +28,7 @@ class Wrong(AssertionError):
 class Process:
     """What dies at once: its threads, and nothing that it has written."""
 
-    def __init__(self, world: World, number: int, machine: str) -> None:
+    def __init__(self, world: SimulatedWorld, number: int, machine: str) -> None:
         self.world, self.number, self.machine = world, number, machine
         self.alive = True
         self.steps_left: int | None = None
@@ -60,7 +60,7 @@ class Process:
             raise Died
 
 
-class World:
+class SimulatedWorld:
     """Runs simulated threads in the order of their clock."""
 
     def __init__(self, seed: int) -> None:
@@ -161,7 +161,7 @@ class World:
 class Mailbox:
     """What one thread waits for and others send; in the order of arrival."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
         self._letters: list[Any] = []
         self._reader: greenlet | None = None
@@ -187,7 +187,7 @@ class Mailbox:
 class Time:
     """`time`, of which the code uses two functions."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
         self.sleep = world.sleep
 
@@ -199,7 +199,7 @@ class Time:
 class Threading:
     """`threading`, of which the code uses events, locks and threads."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         self.Event = lambda: Event(world)
         self.Lock = lambda: Lock(world)
         self.Thread = lambda target, name="", daemon=True: Thread(world, target)
@@ -208,7 +208,7 @@ class Threading:
 class Event:
     """`threading.Event`."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
         self._set = False
         self._waiting: list[greenlet] = []
@@ -239,7 +239,7 @@ class Event:
 class Lock:
     """`threading.Lock`, as `with` uses it."""
 
-    def __init__(self, world: World) -> None:
+    def __init__(self, world: SimulatedWorld) -> None:
         self._world = world
         self._free = Event(world)
         self._free.set()
@@ -256,7 +256,7 @@ class Lock:
 class Thread:
     """`threading.Thread`."""
 
-    def __init__(self, world: World, target: Callable[[], None]) -> None:
+    def __init__(self, world: SimulatedWorld, target: Callable[[], None]) -> None:
         self._world, self._target = world, target
         self._ended = Event(world)
 

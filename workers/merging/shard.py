@@ -31,7 +31,7 @@ from workers.checkpoints.safetensors import header_bytes
 from workers.merging.buffers import BufferPool, keep_freed_memory
 from workers.merging.reading import ParentReader, Slab, Stretch, plan_slabs
 from workers.merging.tiles import Facts, merge_tile, missing_facts
-from workers.merging.writing import PointWriter
+from workers.merging.writing import ShardWriter
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
 from workers.storage import open_store
 
@@ -63,7 +63,7 @@ def merge_task(
     keep_freed_memory()
     with ExitStack() as stack:
         store = open_store(task.run)
-        writers = [stack.enter_context(PointWriter(store, point, task.tensors, progress)) for point in task.points]
+        writers = [stack.enter_context(ShardWriter(store, point, task.tensors, progress)) for point in task.points]
         merge = _Merge(task, torch.device(device), writers, progress, stack)
         merge.run()
         seconds = time.perf_counter() - started
@@ -108,7 +108,7 @@ class _Merge:
         self,
         task: MergeTask,
         device: torch.device,
-        writers: Sequence[PointWriter],
+        writers: Sequence[ShardWriter],
         progress: Progress,
         stack: ExitStack,
     ) -> None:
@@ -124,7 +124,7 @@ class _Merge:
         self.lanes = min(len(writers), max(2, task.threads))
         self.drains = {
             does: [stack.enter_context(ThreadPoolExecutor(1, does.__name__)) for _ in range(self.lanes)]
-            for does in (PointWriter.hash, PointWriter.write)
+            for does in (ShardWriter.hash, ShardWriter.write)
         }
         self.writing: deque[Future[None]] = deque()
         self.checks: deque[Future[None]] = deque()
@@ -238,7 +238,7 @@ class _Merge:
 
     def _drain(
         self,
-        does: Callable[[PointWriter, Any], None],
+        does: Callable[[ShardWriter, Any], None],
         lane: int,
         merged: Future[None],
         rows: Tensor,

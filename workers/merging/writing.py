@@ -12,18 +12,18 @@ from typing import Any
 from typing_extensions import Buffer
 
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
-from jobs.merge_tasks import PointShard, Receipt, TensorMerge
+from jobs.merge_tasks import Receipt, ShardOfPoint, TensorMerge
 from workers.storage import Store
 from workers.storage.records import read_receipt
 
 
-class PointWriter:
+class ShardWriter:
     """Writes one unit. Bytes are hashed and written in the order of `tensors`; `publish` makes them visible."""
 
     def __init__(
         self,
         store: Store,
-        point: PointShard,
+        point: ShardOfPoint,
         tensors: Sequence[TensorMerge],
         progress: Callable[[int, int], None],
     ) -> None:
@@ -36,7 +36,7 @@ class PointWriter:
         self._hashed = 0
         self._upload = store.upload(point.key)
 
-    def __enter__(self) -> PointWriter:
+    def __enter__(self) -> ShardWriter:
         return self
 
     def __exit__(

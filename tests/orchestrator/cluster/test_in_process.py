@@ -9,7 +9,7 @@ import pytest
 import workers.merging.shard
 from jobs.errors import AccessDenied, BadInput, CorruptData, MergeyardError, StorageUnavailable, WorkerLost
 from jobs.evaluation_tasks import BlockScores, EvaluationTask, ItemSet
-from jobs.merge_tasks import MergeTask, PointShard, Receipt
+from jobs.merge_tasks import MergeTask, Receipt, ShardOfPoint
 from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries, placing
 from orchestrator.cluster.in_process import InProcessEvaluators, InProcessPool
 
@@ -106,7 +106,7 @@ def test_what_no_retry_mends_is_raised_at_once() -> None:
 
 
 def merge(name: str, *points: str) -> MergeTask:
-    shards = tuple(PointShard(point, name, name, name, ()) for point in points or ("p",))
+    shards = tuple(ShardOfPoint(point, name, name, name, ()) for point in points or ("p",))
     return MergeTask("memory://run", name, (), shards, {}, 0, "float32", 1, 1)
 
 

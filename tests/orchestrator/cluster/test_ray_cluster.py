@@ -20,7 +20,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, NodeDiedError,
 from jobs.errors import BadInput, MergeyardError, Unavailable, WorkerLost
 from jobs.evaluation_tasks import BlockScores, EvaluationTask, ItemSet
 from jobs.job import WorkerSpec
-from jobs.merge_tasks import MergeTask, PointShard
+from jobs.merge_tasks import MergeTask, ShardOfPoint
 from orchestrator.cluster import dispatching, ray_cluster, ray_evaluating, ray_merging
 from orchestrator.cluster.again import LOSSES, TRIES
 from orchestrator.cluster.dispatching import Pace, dispatch
@@ -161,7 +161,9 @@ def test_the_work_of_sixteen_slots_that_a_node_took_along_is_given_out_again_in_
 ) -> None:
     began = ray.clock.now
     tasks = [
-        MergeTask("memory://run", f"{number}", (), (PointShard("p", f"{number}", "", "", ()),), {}, 0, "float32", 1, 1)
+        MergeTask(
+            "memory://run", f"{number}", (), (ShardOfPoint("p", f"{number}", "", "", ()),), {}, 0, "float32", 1, 1
+        )
         for number in range(16)
     ]
 
@@ -200,7 +202,7 @@ def test_a_node_that_goes_is_told_from_a_worker_that_dies(error: Any, node_lost:
 
 def test_a_worker_that_dies_names_its_task_and_the_node_where_it_was(ray: Ray, monkeypatch: pytest.MonkeyPatch) -> None:
     """Merging, a task that told where it runs; evaluating, a block of an actor that did when it was opened."""
-    task = MergeTask("memory://run", "00007", (), (PointShard("ties", "u", "", "", ()),), {}, 0, "float32", 1, 1)
+    task = MergeTask("memory://run", "00007", (), (ShardOfPoint("ties", "u", "", "", ()),), {}, 0, "float32", 1, 1)
     told: set[Call] = set()
 
     def dies_after_its_first_word(call: Call) -> Any:

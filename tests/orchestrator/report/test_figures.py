@@ -15,13 +15,13 @@ from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.race import Standing
 from orchestrator.judging.samples import student_quantile
 from orchestrator.report import charts
-from orchestrator.report.against_baseline import Cell
+from orchestrator.report.against_baseline import ComparedCell
 from orchestrator.report.figures import (
-    Cost,
     Curve,
     Map,
+    MapTile,
     Metric,
-    Tile,
+    StageCost,
     answer_costs,
     front,
     grid_maps,
@@ -82,7 +82,7 @@ def test_without_the_job_every_name_is_a_row() -> None:
 def test_a_tile_is_hatched_only_where_a_difference_is_not_sure() -> None:
     points = [point("a", w=Fraction(0)), point("b", w=Fraction(1)), point("twin", w=Fraction(2))]
     scores = {"a": {"4K": 50.0}, "b": {"4K": 60.0}}
-    found = {("b", "4K"): Cell(10.0, 0.2, sure=False)}
+    found = {("b", "4K"): ComparedCell(10.0, 0.2, sure=False)}
     grid = grid_of(points, ["a", "b", "twin"])
     [shown_map] = grid_maps(grid, scores, ["4K"], "length", found, "a", {"twin": "b"})
     assert [shown_map.tiles[row, 0].sure for row in range(3)] == [None, False, False]
@@ -175,12 +175,12 @@ def test_an_interval_of_a_curve_does_not_collapse_where_all_is_right() -> None:
 
 def test_a_name_with_dollars_is_drawn_as_it_is() -> None:
     name = "$w^{0.5}$ for $5 \\frac"
-    drawn = charts.heatmap(Map(name, ("$x_$", "b"), ("$$",), "$", "^_$", {(0, 0): Tile(1, None, "")}), 0, 100)
+    drawn = charts.heatmap(Map(name, ("$x_$", "b"), ("$$",), "$", "^_$", {(0, 0): MapTile(1, None, "")}), 0, 100)
     assert "$x_$" in drawn and "$w^{0.5}$ for $5 \\frac" in drawn
     metric = Metric("$score_$", {"$a_$": 1.0, "b": 2.0})
     assert "$score_$ (more is better)" in charts.pareto(metric, metric, ["b"], {})
     assert "$a_$" in charts.curves([Curve("$a_$", (512, 1024), (1, 2), (), ())], "$", "$")
-    assert "$_$ at 4K" in charts.bars([Cost("$_$ at 4K", 1.0, 1, 1)])
+    assert "$_$ at 4K" in charts.bars([StageCost("$_$ at 4K", 1.0, 1, 1)])
 
 
 def test_no_words_are_read_as_mathematics_by_matplotlibs_own_formatters() -> None:

@@ -26,9 +26,9 @@ from jobs.merge_tasks import (
     Parent,
     ParentFile,
     ParentTensor,
-    PointShard,
     Receipt,
     Setting,
+    ShardOfPoint,
     TensorMerge,
 )
 from workers.checkpoints.dtypes import FLOATS
@@ -134,7 +134,7 @@ def task_of(
         shard="model.safetensors",
         tensors=tuple(sorted(tensors, key=lambda tensor: -DTYPE_BITS[tensor.dtype])),
         points=tuple(
-            PointShard(
+            ShardOfPoint(
                 point, f"unit-{point}", f"points/{point}/model.safetensors", f"receipts/{point}.json", (setting,)
             )
             for point, setting in points.items()

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput
-from workers.benchmarks.harness.asking import Asking, Cost, generation_settings, request_arguments
+from workers.benchmarks.harness.asking import Asking, RequestCost, generation_settings, request_arguments
 from workers.benchmarks.harness.loading import check_library, errors_of, first_items, in_folder_of, load_tasks, quiet
 from workers.benchmarks.harness.metrics import Rule, Sample, metric_remarks, metric_rules
 from workers.engines.engine import Engine
@@ -194,12 +194,12 @@ def _chat(tokenizer: Path, template: str) -> Callable[..., str]:
 
 
 def _scores_of(
-    name: str, samples: Sequence[Sample], rules: Mapping[str, Rule], costs: Mapping[int, Cost]
+    name: str, samples: Sequence[Sample], rules: Mapping[str, Rule], costs: Mapping[int, RequestCost]
 ) -> Iterator[SampleScore]:
     """The scores of one leaf task; two metrics that come to the same are given once."""
     several_filters = len({sample.filter for sample in samples}) > 1
     for sample in samples:
-        cost = costs.get(sample.number, Cost())
+        cost = costs.get(sample.number, RequestCost())
         found = {
             rules[metric].title: rules[metric].score(value)
             for metric, value in sample.metrics.items()

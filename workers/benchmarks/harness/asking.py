@@ -24,7 +24,7 @@ DEFAULT_NEW_TOKENS = 256
 
 
 @dataclass(slots=True)
-class Cost:
+class RequestCost:
     """What the requests of one item took."""
 
     tokens: int = 0
@@ -41,7 +41,7 @@ class Asking:
         self._front = engine.encode("")
         """What the tokenizer puts before every text."""
         self.over_long: set[int] = set()
-        self.costs: defaultdict[int, Cost] = defaultdict(Cost)
+        self.costs: defaultdict[int, RequestCost] = defaultdict(RequestCost)
 
     def ask(self, kind: str, requests: Sequence[Instance]) -> Sequence[Any]:
         """The answers to requests of one kind, in their order."""

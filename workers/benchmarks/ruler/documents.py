@@ -15,7 +15,7 @@ from workers.benchmarks.texts.draws import Draw
 
 
 @dataclass(frozen=True, slots=True)
-class Question:
+class QaQuestion:
     """A question, the aliases of its answer, and the numbers of the documents that hold it or come close to it."""
 
     query: str
@@ -29,7 +29,7 @@ class Library:
     """Documents and questions about them."""
 
     documents: tuple[str, ...]
-    questions: tuple[Question, ...]
+    questions: tuple[QaQuestion, ...]
 
     @cached_property
     def digest(self) -> str:
@@ -37,13 +37,13 @@ class Library:
         content = [self.documents, [(q.query, q.answers, q.gold, q.near) for q in self.questions]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
-    def question(self, index: int) -> Question:
+    def question(self, index: int) -> QaQuestion:
         """The index-th question."""
         if index >= len(self.questions):
             raise BadInput(f"qa: item {index} of only {len(self.questions)} questions; ask for fewer items")
         return self.questions[index]
 
-    def posed(self, index: int, draw: Draw) -> tuple[Question, Callable[[int, int], list[str]]]:
+    def posed(self, index: int, draw: Draw) -> tuple[QaQuestion, Callable[[int, int], list[str]]]:
         """The index-th question, and its documents in the order in which they join: gold, near, all others.
 
         All but the gold ones come again, in the same order, as often as they are asked for.
@@ -70,7 +70,7 @@ def read_squad(source: bytes | str | Path) -> Library:
         documents = sorted({context for article in articles for context in article})
         number = {document: at for at, document in enumerate(documents)}
         questions = [
-            Question(
+            QaQuestion(
                 query=asked["question"],
                 answers=tuple(dict.fromkeys(answer["text"] for answer in asked["answers"])),
                 gold=(number[paragraph["context"]],),
@@ -94,7 +94,7 @@ def read_hotpotqa(source: bytes | str | Path) -> Library:
         documents = sorted({document for context in contexts for document in context})
         number = {document: at for at, document in enumerate(documents)}
         questions = [
-            Question(asked["question"], (asked["answer"],), tuple(dict.fromkeys(number[text] for text in context)))
+            QaQuestion(asked["question"], (asked["answer"],), tuple(dict.fromkeys(number[text] for text in context)))
             for asked, context in zip(data, contexts, strict=True)
         ]
     except (KeyError, TypeError, ValueError) as error:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from workers.benchmarks.ruler.documents import Question
+from workers.benchmarks.ruler.documents import QaQuestion
 from workers.benchmarks.texts.draws import Draw
 
 _ONSETS = (
@@ -134,7 +134,7 @@ def _date(draw: Draw) -> tuple[str, str, str]:
     return f"{day} {name} {year}", f"{name} {day}, {year}", f"{year}-{month + 1:02}-{day:02}"
 
 
-def invented(index: int, draw: Draw) -> tuple[Question, Callable[[int, int], list[str]]]:
+def invented(index: int, draw: Draw) -> tuple[QaQuestion, Callable[[int, int], list[str]]]:
     """A question about an invented person, and endless documents of which the first two hold what it needs.
 
     By turns it asks for a date of birth, an occupation, and the river of the home town, which takes both documents.
@@ -161,9 +161,9 @@ def invented(index: int, draw: Draw) -> tuple[Question, Callable[[int, int], lis
 
     person, born, occupation, river = couple()
     question = (
-        Question(f"On what date was {person} born?", born, gold=(0,)),
-        Question(f"What is the occupation of {person}?", (occupation,), gold=(0,)),
-        Question(f"On which river is the town where {person} lives?", (river,), gold=(0, 1)),
+        QaQuestion(f"On what date was {person} born?", born, gold=(0,)),
+        QaQuestion(f"What is the occupation of {person}?", (occupation,), gold=(0,)),
+        QaQuestion(f"On which river is the town where {person} lives?", (river,), gold=(0, 1)),
     )[index % 3]
 
     def first(begin: int, end: int) -> list[str]:

@@ -98,7 +98,7 @@ class Trial:
     scores.
     """
 
-    yard: Yard
+    yard: FaultyCluster
     name: str
     work: Work
     job: Path
@@ -195,7 +195,7 @@ class Wrong(Exception):
     """What no fault may bring about."""
 
 
-class Yard:
+class FaultyCluster:
     """A cluster, the parents in its store, and what every run has to come to."""
 
     def __init__(self, cluster: Cluster, seed: int) -> None:
