@@ -57,7 +57,7 @@ class Told:
     seconds: float
 
 
-class FaultyCluster:
+class NightlyFolder:
     """A folder with the parents of each night, and a nightly job over them; `job` changes keys of JOB."""
 
     def __init__(self, folder: Path, **job: Any) -> None:
@@ -119,7 +119,7 @@ def _main() -> None:
     options.add_argument("--folder", type=Path, help="where to leave it all; default: a temporary folder, removed")
     asked = options.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        yard = FaultyCluster(asked.folder or Path(temporary))
+        yard = NightlyFolder(asked.folder or Path(temporary))
         print("night  exit  outcome        256    1024  against   items  blessed        seconds")
         quiet = range(5, asked.nights + 1, 5)
         for told in yard.nights(asked.nights, {asked.planted}, quiet):

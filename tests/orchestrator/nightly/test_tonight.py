@@ -25,7 +25,7 @@ from orchestrator.nightly.page import nights_page
 from orchestrator.nightly.tonight import _by_length, decide
 from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
-from tests.benchmarks.thirty_nights import FaultyCluster, Told
+from tests.benchmarks.thirty_nights import NightlyFolder, Told
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.nights import REASON, a_night
 from tests.orchestrator.scores import rows
@@ -86,15 +86,15 @@ def chat(monkeypatch: pytest.MonkeyPatch) -> Iterator[Chat]:
 
 
 @pytest.fixture(scope="module")
-def first_night(tmp_path_factory: pytest.TempPathFactory) -> tuple[FaultyCluster, Told]:
+def first_night(tmp_path_factory: pytest.TempPathFactory) -> tuple[NightlyFolder, Told]:
     """A yard after its first night, for tests to copy; nobody writes into it."""
-    yard = FaultyCluster(tmp_path_factory.mktemp("first"), **SMALL)
+    yard = NightlyFolder(tmp_path_factory.mktemp("first"), **SMALL)
     with scripted(turned_down):
         return yard, yard.night(1)
 
 
 @pytest.fixture
-def after_first(first_night: tuple[FaultyCluster, Told], tmp_path: Path) -> Path:
+def after_first(first_night: tuple[NightlyFolder, Told], tmp_path: Path) -> Path:
     """A copy of that yard's nights, as the output of the same job: `nightly JOB --output tmp_path/copy`."""
     shutil.copytree(first_night[0].run, tmp_path / "copy" / "soup")
     return tmp_path / "copy"
@@ -109,7 +109,7 @@ def book_at(output: Path) -> Book:
 
 @pytest.mark.usefixtures("real_model")
 def test_a_regression_is_caught_and_told_and_nothing_else_is(tmp_path: Path, chat: Chat) -> None:
-    yard = FaultyCluster(tmp_path, **LARGER)
+    yard = NightlyFolder(tmp_path, **LARGER)
     told = list(yard.nights(4, planted={3}, quiet={2}))
     assert [(night.code, night.facts["ending"]) for night in told] == [
         (0, "recorded"),
@@ -138,14 +138,14 @@ def test_a_regression_is_caught_and_told_and_nothing_else_is(tmp_path: Path, cha
 @pytest.mark.heavy
 @pytest.mark.usefixtures("real_model")
 def test_thirty_nights(tmp_path: Path) -> None:
-    told = list(FaultyCluster(tmp_path).nights(30, planted={17}, quiet=range(5, 31, 5)))
+    told = list(NightlyFolder(tmp_path).nights(30, planted={17}, quiet=range(5, 31, 5)))
     assert [night.night for night in told if night.code != 0] == [17]
     assert told[16].code == 1 and told[16].facts["night"]["outcome"] == "fail"
     assert [night.night for night in told if night.facts["ending"] == "unchanged"] == [5, 10, 15, 20, 25, 30]
     assert told[-1].facts["blessed"]["epoch"] == 23, "30 nights, six of them quiet, one failed"
 
 
-def test_the_first_night_is_judged_by_the_anchor(first_night: tuple[FaultyCluster, Told]) -> None:
+def test_the_first_night_is_judged_by_the_anchor(first_night: tuple[NightlyFolder, Told]) -> None:
     yard, told = first_night
     night, blessed = told.facts["night"], told.facts["blessed"]
     assert (told.code, night["outcome"], [*night["verdicts"]]) == (0, "pass", ["anchor"])
@@ -159,7 +159,7 @@ def test_the_first_night_is_judged_by_the_anchor(first_night: tuple[FaultyCluste
     assert "baseline: released" in (again / "job.yaml").read_text().replace('"', "")
 
 
-def with_another_margin(yard: FaultyCluster, output: Path) -> Path:
+def with_another_margin(yard: NightlyFolder, output: Path) -> Path:
     """The same job but for its margin, which is something new to judge over the same parents."""
     job = output.parent / "job.yaml"
     job.write_text(yard.job.read_text().replace('"margin": 30', '"margin": 31'))
@@ -167,7 +167,7 @@ def with_another_margin(yard: FaultyCluster, output: Path) -> Path:
 
 
 def test_the_same_weights_pass_without_being_compared(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard
 ) -> None:
     job = with_another_margin(first_night[0], after_first)
     ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
@@ -179,7 +179,7 @@ def test_the_same_weights_pass_without_being_compared(
 
 
 def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard, monkeypatch: pytest.MonkeyPatch
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = with_another_margin(first_night[0], after_first)
     pointer = after_first / "soup" / "blessed.json"
@@ -196,7 +196,7 @@ def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
 
 
 def test_a_pointer_that_moved_between_its_check_and_the_blessing_is_judged_against_by_the_next_call(
-    first_night: tuple[FaultyCluster, Told],
+    first_night: tuple[NightlyFolder, Told],
     after_first: Path,
     mergeyard: Mergeyard,
     chat: Chat,
@@ -222,7 +222,7 @@ def test_a_pointer_that_moved_between_its_check_and_the_blessing_is_judged_again
 
 
 def test_without_the_pointer_the_same_parents_are_judged_anew_from_the_anchor(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard
 ) -> None:
     (after_first / "soup" / "blessed.json").unlink()
     call = ("nightly", first_night[0].job, "--in-process", "--output", after_first)
@@ -237,7 +237,7 @@ def test_without_the_pointer_the_same_parents_are_judged_anew_from_the_anchor(
     "text", ["[]", "{", '{"point": "/p"}', '{"point": 1, "weights": "", "night": "", "epoch": 1, "nonce": ""}']
 )
 def test_a_pointer_that_is_none_is_one_line(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard, text: str
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, text: str
 ) -> None:
     (after_first / "soup" / "blessed.json").write_text(text)
     ended = mergeyard("nightly", first_night[0].job, "--in-process", "--output", after_first)
@@ -245,7 +245,7 @@ def test_a_pointer_that_is_none_is_one_line(
 
 
 def test_a_night_that_died_before_the_pointer_is_finished_first(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat, tmp_path: Path
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat, tmp_path: Path
 ) -> None:
     pointer = after_first / "soup" / "blessed.json"
     blessed = pointer.read_bytes()
@@ -265,7 +265,7 @@ def test_a_night_that_died_before_the_pointer_is_finished_first(
 
 
 def test_a_night_that_was_recorded_and_not_told_of_is_told_of_with_its_exit_code(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
 ) -> None:
     shutil.rmtree(after_first / "soup" / "concluded")
     record = after_first / "soup" / "history" / "000001.json"
@@ -277,14 +277,14 @@ def test_a_night_that_was_recorded_and_not_told_of_is_told_of_with_its_exit_code
     assert again.code == 0 and "that ended: fail" in again.out and len(chat.told) == 1
 
 
-def test_two_at_once_are_one(first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard) -> None:
+def test_two_at_once_are_one(first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard) -> None:
     with Lease(book_at(after_first).store, "lease.json", seconds=3, heartbeat=0.2):
         ended = mergeyard("nightly", first_night[0].job, "--in-process", "--output", after_first)
     assert ended.code == 75 and "already driven by process" in ended.err
 
 
 def test_a_blessed_point_that_is_gone_is_named_with_the_way_out(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard
 ) -> None:
     job = with_another_margin(first_night[0], after_first)
     pointer = after_first / "soup" / "blessed.json"
@@ -313,7 +313,7 @@ def test_a_blessed_point_that_is_gone_is_named_with_the_way_out(
 def test_a_job_that_is_none_for_every_night_is_refused(
     tmp_path: Path, mergeyard: Mergeyard, change: dict[str, Any], message: str
 ) -> None:
-    yard = FaultyCluster(tmp_path)
+    yard = NightlyFolder(tmp_path)
     lines = yard.job.read_text().splitlines()
     kept = [line for line in lines if line.split(":")[0] not in change]
     if "gate" in change:  # the anchor is a parent of the gate's alone
@@ -325,7 +325,7 @@ def test_a_job_that_is_none_for_every_night_is_refused(
 
 
 def test_a_parent_cannot_be_called_blessed(tmp_path: Path, mergeyard: Mergeyard) -> None:
-    yard = FaultyCluster(tmp_path)
+    yard = NightlyFolder(tmp_path)
     yard.job.write_text(yard.job.read_text().replace('"released"', '"blessed"'))
     ended = mergeyard("nightly", yard.job, "--in-process")
     assert ended.code == 2 and "nightly.yaml:6: blessed is what every night calls the last merge" in ended.err
@@ -333,7 +333,7 @@ def test_a_parent_cannot_be_called_blessed(tmp_path: Path, mergeyard: Mergeyard)
 
 
 def test_a_point_called_blessed_is_judged_against_the_merge_that_was_blessed(tmp_path: Path) -> None:
-    yard = FaultyCluster(tmp_path, point="blessed", **SMALL)
+    yard = NightlyFolder(tmp_path, point="blessed", **SMALL)
     first = yard.night(1).facts
     assert first["blessed"]["point"].endswith("/points/blessed")
     yard.train("fmt", 2)
@@ -498,7 +498,7 @@ def test_no_webhook_is_no_problem(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_chat_that_is_away_changes_no_exit_code_and_its_url_is_nowhere(
-    first_night: tuple[FaultyCluster, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
 ) -> None:
     (after_first / "soup" / "blessed.json").unlink()
     shutil.rmtree(after_first / "soup" / "concluded")
