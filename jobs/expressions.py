@@ -261,7 +261,7 @@ def _constant(token: str) -> Fraction:
 def _number_of(name: str, bindings: Bindings) -> Fraction:
     value = _value_of(name, bindings)
     if isinstance(value, str):
-        raise _Unusable(f"{quoted(name)} stands for the text {quoted(value)}, which is no number,")
+        raise _Unusable(f"{quoted(name)} stands for the text {quoted(value)}, which is not a number,")
     return value
 
 

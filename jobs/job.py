@@ -248,7 +248,7 @@ def _check(job: Job) -> None:
             )
     if job.config_from is not None and job.config_from not in job.parents:
         near = suggestion(job.config_from, job.parents)
-        raise BadInput(f"{job.place_of('config_from')}: {quoted(job.config_from)} is no parent{near}")
+        raise BadInput(f"{job.place_of('config_from')}: {quoted(job.config_from)} is not a parent{near}")
     if job.gate is not None:
         _check_gate(job, job.gate)
     if job.keep.kind == "best" and job.evaluate is None:

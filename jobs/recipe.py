@@ -369,7 +369,7 @@ def _check_tokenizer_source(recipe: Recipe, tokenizer_source: str, references: t
         )
     if tokenizer_source not in ("base", *references):
         near = suggestion(tokenizer_source, ("base", *references))
-        raise BadInput(f"{place}: tokenizer_source {quoted(tokenizer_source)} is no model of the recipe{near}")
+        raise BadInput(f"{place}: tokenizer_source {quoted(tokenizer_source)} is not a model of the recipe{near}")
 
 
 def _interpolated(gradient: Gradient, position: float | Fraction) -> Fraction:

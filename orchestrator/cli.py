@@ -1,4 +1,4 @@
-"""`mergeyard`: the command line. Each verb is a file of `orchestrator.commands`; here is only what it is given.
+"""`mergeyard`: the command line. Each verb is a file of `orchestrator.commands`; its options are here.
 
 Exit codes: 0 done, 1 failed (or, for `diff` and `verify`, different), 2 bad input, 3 inconclusive, 75 try again.
 """
@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb = import_module(f"orchestrator.commands.{options.command}")
         return int(getattr(verb, options.command)(options))
     except KeyboardInterrupt:
-        return _refuse(Interrupted("stopped; the same command goes on where it stopped"))
+        return _refuse(Interrupted("stopped; run the same command to continue"))
     except MergeyardError as error:
         if os.environ.get("MERGEYARD_TRACEBACK"):
             raise
@@ -57,100 +57,120 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"mergeyard {_version()}")
     verbs = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
 
-    plan = _verb(verbs, "plan", "what a job would do: bytes, tasks, memory, what is done already; reads headers only")
+    plan = _verb(verbs, "plan", "print the work of a job: bytes, tasks, memory, finished shards; reads headers only")
     _job(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
-    run = _verb(verbs, "run", "merge, evaluate and keep the points of a job; run it again to go on where it stopped")
+    run = _verb(verbs, "run", "merge, evaluate and keep the points of a job; run again, it continues")
     _job(run)
     _where(run)
 
-    evaluate = _verb(verbs, "evaluate", "score a job's points, or any checkpoints, without writing one")
+    evaluate = _verb(verbs, "evaluate", "score the points of a job, or any checkpoints, without writing them")
     evaluate.add_argument("models", nargs="+", metavar="JOB.yaml|MODEL", help="a job file, or models by URL")
-    evaluate.add_argument("--output", metavar="URL", help="where the run lies; default: the job's, or runs")
-    evaluate.add_argument("--name", help="of the run, for models; default: made of theirs")
     evaluate.add_argument(
-        "--lengths", type=_numbers, default=(4096,), metavar="N,N,…", help="RULER's, in tokens; default 4096"
+        "--output", metavar="URL", help="folder or bucket of the run; default: that of the job, or runs"
     )
-    evaluate.add_argument("--items", type=int, default=100, metavar="N", help="a task and length; default 100")
-    evaluate.add_argument("--tasks", type=_words, default=(), metavar="T,T,…", help="of RULER's; default all")
+    evaluate.add_argument("--name", help="name of the run, for models; default: made of their names")
     evaluate.add_argument(
-        "--server", metavar="URL", help="an OpenAI-compatible server of the MODEL, asked in its place"
+        "--lengths",
+        type=_numbers,
+        default=(4096,),
+        metavar="N,N,…",
+        help="context lengths of RULER in tokens; default 4096",
     )
-    evaluate.add_argument("--served", metavar="NAME", help="what the server calls the MODEL; default: its last part")
+    evaluate.add_argument("--items", type=int, default=100, metavar="N", help="items per task and length; default 100")
+    evaluate.add_argument("--tasks", type=_words, default=(), metavar="T,T,…", help="tasks of RULER; default: all")
+    evaluate.add_argument("--server", metavar="URL", help="ask this OpenAI-compatible server of the MODEL")
+    evaluate.add_argument(
+        "--served", metavar="NAME", help="name of the MODEL on the server; default: the last part of its URL"
+    )
     _where(evaluate)
 
-    merge = _verb(verbs, "merge", "one mergekit document into one folder, in this process: mergekit-yaml CONFIG OUT")
+    merge = _verb(
+        verbs, "merge", "merge one mergekit document into one folder, in this process, as mergekit-yaml CONFIG OUT"
+    )
     merge.add_argument("config", metavar="CONFIG", help="a mergekit document (YAML)")
     merge.add_argument("out", metavar="OUT", help="folder or URL of the merged checkpoint")
-    merge.add_argument("--out-shard-size", default=None, metavar="SIZE", help="such as 5GB; default 1GB")
-    merge.add_argument("--random-seed", type=int, default=0, metavar="N", help="for the dare methods; default 0")
-    merge.add_argument("--memory", default=None, metavar="SIZE", help="most memory to use; default 4GB")
-    merge.add_argument("--threads", type=int, default=None, metavar="N", help="default: one a processor")
-    merge.add_argument("--device", default="cpu", help="where to compute: cpu (default), cuda, cuda:1 …")
+    merge.add_argument(
+        "--out-shard-size", default=None, metavar="SIZE", help="size of an output file, such as 5GB; default 1GB"
+    )
+    merge.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of the dare methods; default 0")
+    merge.add_argument("--memory", default=None, metavar="SIZE", help="memory limit; default 4GB")
+    merge.add_argument("--threads", type=int, default=None, metavar="N", help="threads; default: one per processor")
+    merge.add_argument("--device", default="cpu", help="device that computes: cpu (default), cuda, cuda:1 …")
     merge.add_argument(
         "--numerics",
         choices=("float32", "mergekit"),
         default="float32",
         help="float32 rounded once (default), or mergekit's arithmetic in the document's dtype",
     )
-    merge.add_argument("--config-from", metavar="MODEL", help="whose config.json holds where the parents disagree")
+    merge.add_argument(
+        "--config-from", metavar="MODEL", help="take config.json from this model if the parents disagree"
+    )
     _quiet(merge)
 
-    report = _verb(verbs, "report", "the leaderboard of a run and the page that shows all of it, from what lies there")
+    report = _verb(verbs, "report", "print the leaderboard of a run and write its page")
     report.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
-    report.add_argument("--csv", metavar="FILE", help="write every score to FILE, a row an item; `-` prints it")
-    report.add_argument("--mlflow", metavar="URI", help="log the run to an MLflow tracking server or folder as well")
+    report.add_argument("--csv", metavar="FILE", help="write every score to FILE, one row per item; `-` prints it")
+    report.add_argument("--mlflow", metavar="URI", help="also log the run to an MLflow tracking server or folder")
     report.add_argument("--json", action="store_true", help="print the leaderboard as JSON")
 
-    compare = _verb(verbs, "compare", "paired differences of two models by task and length, and the items that flipped")
+    compare = _verb(
+        verbs, "compare", "print paired differences of two models by task and length, and the items that flipped"
+    )
     compare.add_argument(
         "a",
         metavar="A",
         help="RUN/POINT, RUN for its best point, RUN/PARENT (or RUN/parents/PARENT), or a checkpoint",
     )
-    compare.add_argument("b", metavar="B", help="the other, compared as B − A")
+    compare.add_argument("b", metavar="B", help="the other model; differences are B − A")
     compare.add_argument("--flips", type=int, default=10, metavar="N", help="items to show; default 10")
     compare.add_argument("--json", action="store_true", help="print it as JSON")
 
-    gate = _verb(verbs, "gate", "is a point surely not worse than the baseline? asks more items until it is known")
+    gate = _verb(
+        verbs, "gate", "test whether a point is not worse than the baseline; asks more items while the verdict is open"
+    )
     _job(gate)
     gate.add_argument("--point", help="the point to judge; default: the best of the run")
-    gate.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML as well")
+    gate.add_argument("--junit", metavar="FILE", help="also write the verdict as JUnit XML")
     _where(gate)
 
-    nightly = _verb(verbs, "nightly", "merge the newest parents, compare with the blessed merge, bless what passes")
+    nightly = _verb(
+        verbs, "nightly", "merge the newest parents, compare with the blessed merge, and bless a merge that passes"
+    )
     _job(nightly)
-    nightly.add_argument("--junit", metavar="FILE", help="write the verdict as JUnit XML as well")
+    nightly.add_argument("--junit", metavar="FILE", help="also write the verdict as JUnit XML")
     _where(nightly)
 
-    publish = _verb(verbs, "publish", "upload a finished point, verified, with its card and results")
+    publish = _verb(verbs, "publish", "verify a finished point and upload it with its card and results")
     publish.add_argument("point", metavar="RUN/POINT", help="folder or URL of the point")
     publish.add_argument("to", metavar="DESTINATION", help="hf://ORG/NAME, or the URL of a folder in a bucket")
-    publish.add_argument("--public", action="store_true", help="on the hub, for everyone to see; default: private")
-    publish.add_argument("--license", metavar="NAME", help="where those of the parents do not settle it")
-    publish.add_argument("--json", action="store_true", help="print what was uploaded as JSON")
+    publish.add_argument(
+        "--public", action="store_true", help="make the repository on the hub public; default: private"
+    )
+    publish.add_argument("--license", metavar="NAME", help="licence, if the licences of the parents do not settle it")
+    publish.add_argument("--json", action="store_true", help="print the result as JSON")
     _quiet(publish)
 
-    prune = _verb(verbs, "prune", "what a run holds, and removal of the points that lost: shown only, until --yes")
+    prune = _verb(verbs, "prune", "list the points of a run; --yes removes those that lost")
     prune.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
     prune.add_argument("--keep", type=int, default=3, metavar="N", help="best points to keep; default 3")
-    prune.add_argument("--yes", action="store_true", help="remove what is listed")
+    prune.add_argument("--yes", action="store_true", help="remove the listed points")
     prune.add_argument("--json", action="store_true", help="print it as JSON")
 
-    submit = _verb(verbs, "submit", "hand a job to a Ray cluster and follow it; the same job is never started twice")
+    submit = _verb(verbs, "submit", "send a job to a Ray cluster and follow it; the same job never starts twice")
     _job(submit)
     submit.add_argument("--address", required=True, help="the cluster's dashboard, such as http://127.0.0.1:8265")
-    submit.add_argument("--no-wait", action="store_true", help="return when it is submitted")
-    submit.add_argument("--cancel", action="store_true", help="stop the job in place of starting it")
+    submit.add_argument("--no-wait", action="store_true", help="return after the submission")
+    submit.add_argument("--cancel", action="store_true", help="stop the job")
     submit.add_argument("--json", action="store_true", help="print the result as JSON")
     _quiet(submit)
 
-    status = _verb(verbs, "status", "how far a run is, from its folder or bucket alone")
+    status = _verb(verbs, "status", "print the progress of a run, from its folder or bucket alone")
     status.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
     status.add_argument("--json", action="store_true", help="print it as JSON")
 
-    verify = _verb(verbs, "verify", "hash every file again and compare with the manifests")
+    verify = _verb(verbs, "verify", "hash every file and compare it with the manifests")
     verify.add_argument("run", metavar="RUN", help="folder or URL of a run, of one of its points, or of a merge")
     verify.add_argument("--json", action="store_true", help="print it as JSON")
 
@@ -169,11 +189,11 @@ def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
 
 def _job(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("job", metavar="JOB.yaml", help="the job file; `-` reads it from standard input")
-    verb.add_argument("--output", metavar="URL", help="in place of the job's `output:`")
+    verb.add_argument("--output", metavar="URL", help="use this in place of the job's `output:`")
 
 
 def _where(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--address", help="an existing Ray cluster, as ray.init takes it; default: one started here")
+    verb.add_argument("--address", help="a running Ray cluster, as for ray.init; default: start one here")
     verb.add_argument("--in-process", action="store_true", help="without Ray: one worker, in this process")
     verb.add_argument("--json", action="store_true", help="print the result as JSON")
     _quiet(verb)

@@ -183,7 +183,7 @@ class RayJobs:
             ) from None
         except (ConnectionError, OSError):  # requests' own are OSErrors
             raise Unavailable(
-                f"--address {self._address}: the cluster no longer answers; its runs go on from what they stored,"
+                f"--address {self._address}: the cluster no longer answers; its runs continue from stored results,"
                 " see `mergeyard status`"
             ) from None
         except (RuntimeError, ValueError) as error:

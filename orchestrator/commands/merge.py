@@ -55,4 +55,6 @@ def _check_device(name: str) -> None:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0]
-        raise BadInput(f"--device {name}: not to be had here ({reason}); leave it out to compute on the CPU") from None
+        raise BadInput(
+            f"--device {name}: this machine does not have it ({reason}); leave it out to compute on the CPU"
+        ) from None

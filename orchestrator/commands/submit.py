@@ -74,7 +74,7 @@ def _followed(options: argparse.Namespace, cluster: RayJobs, submission: Submiss
         return cluster.follow(submission, lambda text: _tell(options, text, end=""))
     except KeyboardInterrupt:
         raise Interrupted(
-            f"{submission.id} is no longer followed, and goes on; the same command follows it again, --cancel stops it"
+            f"{submission.id} continues, but is not followed; the same command follows it again, --cancel stops it"
         ) from None
 
 

@@ -19,5 +19,5 @@ def verify(options: argparse.Namespace) -> int:
         for check in broken:
             for problem in check.problems:
                 print(f"{check.point}: {problem}")
-        print(f"{len(checks) - len(broken)} of {len(checks)} points are what their manifests say")
+        print(f"{len(checks) - len(broken)} of {len(checks)} points agree with their manifests")
     return 1 if broken else 0

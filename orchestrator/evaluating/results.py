@@ -87,7 +87,7 @@ class EvaluationResult:
             return ""
         spec = self.race.spec
         rival = "the leader" if spec.keep == 1 else f"number {spec.keep}"
-        sure = "3 standard errors" if spec.alpha is None else f"what alpha {spec.alpha:g} allows"
+        sure = "3 standard errors" if spec.alpha is None else f"the bound for alpha {spec.alpha:g}"
         return (
             f"a point leaves when its paired gap to {rival} on the same items exceeds {sure}, as a Student quantile of"
             " the haystacks so far"

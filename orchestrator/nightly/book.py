@@ -209,8 +209,8 @@ class Book:
     def moved(self) -> RunBusy:
         """What there is to say where the pointer is no longer what the night was judged against."""
         return RunBusy(
-            f"{self.store.url}/{POINTER}: moved by somebody else during the night, so nothing is blessed;"
-            " run again to compare with what is blessed now"
+            f"{self.store.url}/{POINTER}: moved by another writer during the night, so nothing is blessed;"
+            " run again to compare with the merge that is blessed now"
         )
 
     def _pointer(self) -> tuple[Blessed, str] | None:

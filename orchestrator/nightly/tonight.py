@@ -181,7 +181,7 @@ def _check(job: Job) -> None:
         )
     if BLESSED in job.parents:
         raise BadInput(
-            f"{job.place_of(f'parents.{BLESSED}')}: {BLESSED} is what every night calls the last merge that passed;"
+            f"{job.place_of(f'parents.{BLESSED}')}: {BLESSED} is the reserved name of the last merge that passed;"
             " give this parent another name"
         )
     if job.gate.baseline == BLESSED:

@@ -159,7 +159,9 @@ def _parent_named(job: Job, key: str, name: str | None, parents: Mapping[str, Ch
     if name is None:
         return None
     if name not in parents:
-        raise BadInput(f"{job.place_of(key)}: {key} names {name}, which is no parent; there are {', '.join(parents)}")
+        raise BadInput(
+            f"{job.place_of(key)}: {key} names {name}, which is not a parent; the parents are {', '.join(parents)}"
+        )
     return parents[name]
 
 

@@ -86,15 +86,13 @@ def reconciled_licence(licences: list[Licence], chosen: str | None, *, public: b
     """
     for licence in licences:
         if public and licence.says(NO_DERIVATIVES):
-            raise BadInput(
-                f"{licence.parent} is under {licence.label}: what is made of it may not be shared; drop --public"
-            )
+            raise BadInput(f"{licence.parent} is under {licence.label}: derivatives may not be shared; drop --public")
     for licence in licences:
         if chosen is None or chosen == licence.label:
             continue
         if licence.says(SHARE_ALIKE) or (licence.says(NO_COMMERCE) and not NO_COMMERCE.search(chosen)):
             raise BadInput(
-                f"--license {chosen}: {licence.parent} is under {licence.label}, which holds for what is made of it"
+                f"--license {chosen}: {licence.parent} is under {licence.label}, which also holds for derivatives"
             )
     if chosen is not None:
         same = [licence.terms for licence in licences if licence.terms and chosen == licence.label]

@@ -138,7 +138,7 @@ def _line(
         beside_of={task: benchmark for task, (benchmark, _) in beside.items()},
         perplexity=perplexity_by_position(everything),
         items=len(ranked),
-        note=", ".join([*notes, *([f"{broken} answers are no numbers"] if broken else [])]),
+        note=", ".join([*notes, *([f"{broken} answers had NaN or infinite logits"] if broken else [])]),
     )
 
 

@@ -344,7 +344,7 @@ def _pareto_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
     ]
     return Section(
         "pareto",
-        "What one buys with what",
+        "Cost against score",
         "Every point by two metrics; the dashed line joins those that none beats in one without losing in the other.",
         (),
         "metrics",
@@ -454,6 +454,6 @@ def _provenance(report: Report) -> list[tuple[str, str]]:
             )
         )
     if result.race is not None:
-        cost = f"{100 * result.cost_share:.0f} % of what asking everyone everything would have cost"
+        cost = f"{100 * result.cost_share:.0f} % of the cost of asking every point every item"
         facts.append(("race", f"{result.rule}; {cost}"))
     return facts

@@ -112,8 +112,8 @@ def _label(name: str, result: EvaluationResult, run: str, kind: Kind | None = No
     points, parents = result.scored_points, result.parents
     known = {"point": points, "parent": parents, None: {**parents, **points}}[kind]
     if name not in known:
-        what = {"point": "point", "parent": "parent", None: "point and no parent"}[kind]
-        raise BadInput(f"{run}: no {what} {quoted(name)} was scored{suggestion(name, [*known])}")
+        sought = kind or "point or parent"
+        raise BadInput(f"{run}: no {sought} {quoted(name)} was scored{suggestion(name, [*known])}")
     return known[name]
 
 

@@ -278,7 +278,9 @@ def _nothing_in_common(a: ScoredModel, b: ScoredModel) -> str:
         return f"{start}their seeds differ ({a.seed} against {b.seed}); evaluate both with the same `seed:`"
     if settings := _settings_that_differ(a, b):
         return f"{start}the jobs' {_listed(settings)} differ; evaluate both with the same"
-    return f"{start}their tokenizers differ, so that every length has other items; compare what shares a tokenizer"
+    return (
+        f"{start}their tokenizers differ, so that every length has other items; compare models that share a tokenizer"
+    )
 
 
 def _settings_that_differ(a: ScoredModel, b: ScoredModel) -> list[str]:

@@ -140,7 +140,7 @@ def test_ctrl_c_stops_the_watching_and_cancel_the_job_which_then_goes_on(
     watching.process.send_signal(signal.SIGINT)
     left = watching.ended()
     assert left.code == 75
-    assert "is no longer followed, and goes on" in left.err
+    assert "continues, but is not followed" in left.err
     name = left.out.split(":")[0]
     found = submit(run.job, "--no-wait").ended()
     assert found.code == 0

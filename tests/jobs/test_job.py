@@ -247,7 +247,7 @@ def test_a_parent_may_be_an_axis() -> None:
         (with_line("seed: -1"), 'job.yaml:15: "seed" must be at least 0'),
         (with_line("seed: 1e30"), 'job.yaml:15: "seed" must be at most 18446744073709551615'),
         (with_line("numerics: bf16"), 'job.yaml:15: "numerics" cannot be "bf16"; choose from float32, mergekit'),
-        (with_line("config_from: csο"), 'job.yaml:15: "csο" is no parent; did you mean "cos"?'),
+        (with_line("config_from: csο"), 'job.yaml:15: "csο" is not a parent; did you mean "cos"?'),
         (with_line("name: again"), 'job.yaml:15: the key "name" stands here twice (first on line 1)'),
         ("just text", 'job.yaml:1: the document must be a mapping, not a string "just text"'),
     ],

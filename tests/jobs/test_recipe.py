@@ -162,7 +162,7 @@ def test_a_bare_filter_is_a_list_of_one() -> None:
         ),
         (
             two_models("tokenizer_source: c\n"),
-            'recipe.yml:5: tokenizer_source "c" is no model of the recipe; choose from',
+            'recipe.yml:5: tokenizer_source "c" is not a model of the recipe; choose from',
         ),
         (two_models(second="a"), 'recipe.yml:4: the model "a" is listed twice'),
         ("models: [{model: a}]\n", 'recipe.yml:1: the document needs the key "merge_method"'),

@@ -81,7 +81,7 @@ class Reader:
         try:
             return self.read(text, place).decode("utf-8")
         except UnicodeDecodeError:
-            raise BadInput(f"{place}: {text} is no text in UTF-8; give prose") from None
+            raise BadInput(f"{place}: {text} is not text in UTF-8; give prose") from None
 
 
 @contextmanager

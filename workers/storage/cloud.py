@@ -170,7 +170,7 @@ class CloudStore:
         if self._bucket.scheme == "gs":  # whose conditions are on generations
             meta = self._patiently(key, lambda: obstore.head(self._objects, self._path(key)))
             if meta["e_tag"] != etag:
-                raise ObjectChanged(f"{self._place(key)} was replaced by somebody else")
+                raise ObjectChanged(f"{self._place(key)} was replaced by another writer")
             replaced["version"] = meta["version"] or ""
         return self._put(key, memoryview(data).cast("B"), replaced)
 
@@ -288,7 +288,7 @@ class CloudStore:
                 if refused and tries > 1 and (ours := self._already_there(key, content)):
                     return ours
                 if isinstance(mode, dict) and refused and not isinstance(told, BucketMissing):
-                    told = ObjectChanged(f"{self._place(key)} was replaced by somebody else")
+                    told = ObjectChanged(f"{self._place(key)} was replaced by another writer")
                 raise told from None
             return ObjectInfo(key, content.nbytes, self._etag(key, result["e_tag"]))
 

@@ -160,7 +160,7 @@ class HubPublication:
                 " or HF_TOKEN"
             )
         if status in (409, 412):
-            return ObjectChanged(f"{self.url}: somebody else wrote there meanwhile ({status}); publish again")
+            return ObjectChanged(f"{self.url}: another writer committed meanwhile ({status}); publish again")
         if status in (408, 425, 429) or status >= 500:
             return StorageUnavailable(f"{self.url}: the hub answers {status}")
         return StorageError(f"{self.url}: the hub refused with {status}")

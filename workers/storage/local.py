@@ -216,7 +216,7 @@ class LocalUpload:
         with _locked(self._path):
             current = self._path.stat() if self._path.exists() else None
             if current is None or _etag(current) != etag:
-                raise ObjectChanged(f"{self._path} was replaced by somebody else")
+                raise ObjectChanged(f"{self._path} was replaced by another writer")
             # inodes are reused, so only a time that always rises keeps an old ETag from coming back
             self._stamp(max(time.time_ns(), current.st_mtime_ns + 1))
             self._partial.replace(self._path)

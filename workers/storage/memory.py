@@ -67,7 +67,7 @@ class MemoryStore:
         content = bytes(data)
         with self._lock:
             if key not in self._objects or self._objects[key][1] != etag:
-                raise ObjectChanged(f"{self._place(key)} was replaced by somebody else")
+                raise ObjectChanged(f"{self._place(key)} was replaced by another writer")
             return self._put(key, content)
 
     def upload(self, key: str) -> MemoryUpload:

@@ -205,7 +205,7 @@ class MultipartUpload:
 
     def _swept(self) -> StorageUnavailable:
         """Another driver's `sweep` took this upload for a dead one's: a new upload mends it."""
-        return StorageUnavailable(f"{self._place}: the upload was aborted by somebody else; run again")
+        return StorageUnavailable(f"{self._place}: the upload was aborted by another writer; run again")
 
     def _came_through(self) -> bool:
         try:

@@ -150,7 +150,9 @@ def _footnote(result: EvaluationResult) -> str:
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
     broken = Counter(row.point for row in result.common_rows() if not row.finite)
     if broken:  # said here as well: a narrow terminal has no room for the notes of the lines
-        notes.append("answers that are no numbers: " + ", ".join(f"{name} {n}" for name, n in broken.most_common(3)))
+        notes.append(
+            "answers with NaN or infinite logits: " + ", ".join(f"{name} {n}" for name, n in broken.most_common(3))
+        )
     notes += [
         f"{label} is the parent {name}" for name, label in result.parents.items() if label not in result.baselines
     ]

@@ -188,7 +188,7 @@ def test_equal_points_are_merged_once(mergeyard: Mergeyard, job_file: Callable[.
     assert facts["points"][second]["same_as"] == first
     assert facts["points"][second]["weights"] == facts["points"][first]["weights"]
     assert f"same merge as {first}" in mergeyard("run", path, "--in-process").out
-    assert mergeyard("verify", run_folder).out == "2 of 2 points are what their manifests say\n"
+    assert mergeyard("verify", run_folder).out == "2 of 2 points agree with their manifests\n"
 
 
 def test_nan_in_a_parent_is_told_with_the_tensors_name(
@@ -305,7 +305,7 @@ def test_verify_finds_nothing_wrong_with_a_fresh_run(
 ):
     assert mergeyard("run", job_file(shard_size=3000), "--in-process").code == 0
     ended = mergeyard("verify", run_folder)
-    assert (ended.code, ended.out) == (0, "2 of 2 points are what their manifests say\n")
+    assert (ended.code, ended.out) == (0, "2 of 2 points agree with their manifests\n")
     assert mergeyard("verify", run_folder / "points" / "w0.5", "--json").facts == [{"point": "w0.5", "problems": []}]
 
 
@@ -328,7 +328,7 @@ def test_verify_finds_one_flipped_bit_anywhere(mergeyard: Mergeyard, job_file: C
             else:
                 assert told.startswith(f"w0.5: {path.name}: ")
                 assert told.endswith("changed since it was written")
-            assert summary == "0 of 1 points are what their manifests say"
+            assert summary == "0 of 1 points agree with their manifests"
         path.write_bytes(whole)
     assert mergeyard("verify", run_folder).code == 0
 
@@ -349,7 +349,7 @@ def test_verify_names_what_is_missing_truncated_or_damaged(
         f"w0.5: model.safetensors: {shard.stat().st_size} bytes, {shard.stat().st_size + 1} were written",
         f"w0.75: {points}/w0.75/manifest.json: damaged, not JSON (Expecting property name enclosed in double quotes:"
         " line 1 column 2 (char 1)); remove it and run again",
-        "0 of 3 points are what their manifests say",
+        "0 of 3 points agree with their manifests",
     ]
 
 
@@ -521,7 +521,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "unknown key": ({"shardsize": "1GB"}, 'job.yaml:13: unknown key "shardsize"; did you mean "shard_size"?'),
     "unused axis": ({"grid": "{w: [1], v: [2]}"}, 'the axis "v" is used nowhere in the recipe'),
-    "unknown config_from": ({"config_from": "cso"}, 'job.yaml:13: "cso" is no parent; did you mean "cos"?'),
+    "unknown config_from": ({"config_from": "cso"}, 'job.yaml:13: "cso" is not a parent; did you mean "cos"?'),
 }
 
 
@@ -566,9 +566,9 @@ def test_a_wrong_parent_is_refused_before_anything_is_written(
         (("plan", "."), ".: a folder, not a YAML file"),
         (("merge", "CONFIG", "OUT", "--memory", "much"), "--memory: a size such as 500MB or 2GiB, not 'much'"),
         (("merge", "CONFIG", "OUT", "--out-shard-size", "0"), "--out-shard-size: a size such as"),
-        (("merge", "CONFIG", "OUT", "--device", "cuda:77"), "--device cuda:77: not to be had here ("),
-        (("merge", "CONFIG", "OUT", "--device", "abacus"), "--device abacus: not to be had here ("),
-        (("merge", "CONFIG", "OUT", "--config-from", "nobody"), "config_from names nobody, which is no parent"),
+        (("merge", "CONFIG", "OUT", "--device", "cuda:77"), "--device cuda:77: this machine does not have it ("),
+        (("merge", "CONFIG", "OUT", "--device", "abacus"), "--device abacus: this machine does not have it ("),
+        (("merge", "CONFIG", "OUT", "--config-from", "nobody"), "config_from names nobody, which is not a parent"),
         (("merge", "CONFIG", "ftp://host/out"), "ftp://host/out: unknown kind of storage ftp://"),
     ],
 )

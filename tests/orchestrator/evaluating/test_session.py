@@ -553,7 +553,7 @@ def test_a_parent_that_holds_a_nan_is_last_and_marked(mergeyard: Mergeyard, tmp_
     assert ended.code == 0, ended.err
     first, last = ended.facts["leaderboard"]
     assert (first["name"], last["name"], last["score"]) == ("long", "fmt", 0)
-    assert "4 answers are no numbers" in last["note"]
+    assert "4 answers had NaN or infinite logits" in last["note"]
 
 
 def test_evaluation_leaves_nothing_but_the_run(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:

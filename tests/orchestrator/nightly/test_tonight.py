@@ -190,7 +190,7 @@ def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
 
     monkeypatch.setattr(ScriptedEvaluators, "close", moving)
     ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
-    assert ended.code == 75 and "blessed.json: moved by somebody else during the night" in ended.err
+    assert ended.code == 75 and "blessed.json: moved by another writer during the night" in ended.err
     assert json.loads(pointer.read_text()) == moved
     assert len(book_at(after_first).nights()) == 1, "the next call compares with what is blessed now"
 
@@ -212,7 +212,7 @@ def test_a_pointer_that_moved_between_its_check_and_the_blessing_is_judged_again
 
     monkeypatch.setattr(Book, "record", recording)
     ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
-    assert ended.code == 75 and "blessed.json: moved by somebody else during the night" in ended.err
+    assert ended.code == 75 and "blessed.json: moved by another writer during the night" in ended.err
     assert json.loads(pointer.read_text()) == moved and chat.told == [] and "is blessed" not in ended.out
     monkeypatch.undo()
     again = mergeyard("nightly", job, "--in-process", "--output", after_first, "--json")
@@ -414,7 +414,7 @@ def test_the_pointer_moves_from_night_to_night_and_never_back(book: Book) -> Non
     assert book.blessed() == latest and not book.unfinished(second)
     for stale in (first, a_night(3, judged_against="nonce 1"), a_night(3)):
         assert not book.unfinished(stale) and book.overtaken(stale)
-        with pytest.raises(RunBusy, match="moved by somebody else"):
+        with pytest.raises(RunBusy, match="moved by another writer"):
             book.bless(stale)
     assert book.blessed() == latest
 

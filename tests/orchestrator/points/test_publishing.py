@@ -224,7 +224,7 @@ def test_what_somebody_else_commits_meanwhile_is_not_overwritten(
     mergeyard: Mergeyard, run: Path, hub: HubServer
 ) -> None:
     hub.write_faults = [("/commit/", 412)]
-    refused(mergeyard("publish", run / "w0.7", "hf://someone/soup"), "somebody else wrote there", 1)
+    refused(mergeyard("publish", run / "w0.7", "hf://someone/soup"), "another writer committed", 1)
 
 
 def test_a_token_is_needed_and_it_must_be_allowed_to_write(
@@ -341,7 +341,7 @@ def test_the_merge_has_the_licence_of_its_parents(parents: Any, chosen: str | No
         ((APACHE, {"license": "mit"}), None, "differ \\(p0 apache-2.0, p1 mit\\); say --license NAME"),
         ((APACHE, None), None, "the card of p1 names no licence; say --license NAME"),
         ((APACHE, OTHER), "apache-2.0", "p1 is under qwen-research, which holds"),
-        ((APACHE, FOR_FUN), "apache-2.0", "p1 is under cc-by-nc-4.0, which holds for what is made of it"),
+        ((APACHE, FOR_FUN), "apache-2.0", "p1 is under cc-by-nc-4.0, which also holds for derivatives"),
         (({"license": "cc-by-nd-4.0"},), None, "may not be shared; drop --public"),
         (
             ({"license": "other", "license_link": "https://a/L"}, {"license": "other", "license_link": "https://b/L"}),
@@ -352,7 +352,7 @@ def test_the_merge_has_the_licence_of_its_parents(parents: Any, chosen: str | No
         ((APACHE, {**FOR_FUN, "license_name": "ours"}), "mit", "p1 is under cc-by-nc-4.0, which holds"),
         (({**FOR_FUN, "license_name": "ours"}, {"license": "mit", "license_name": "ours"}), None, "licences differ"),
         *(
-            (({"license": own}, APACHE), "mit", f"--license mit: p0 is under {own}, which holds for what is made of it")
+            (({"license": own}, APACHE), "mit", f"--license mit: p0 is under {own}, which also holds for derivatives")
             for own in (
                 *("gpl-3.0", "agpl-3.0", "lgpl-3.0", "cc-by-sa-4.0", "cc-by-nc-sa-4.0", "bigscience-openrail-m"),
                 *("llama2", "llama3", "llama3.1", "llama3.2", "llama3.3", "gemma"),

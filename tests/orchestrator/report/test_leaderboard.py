@@ -166,10 +166,10 @@ def test_answers_that_are_no_numbers_are_counted(
     rows = cell("a", "vt", 512, [0, 0, 0], finite=False)
     evaluated = result(rows, [standing("a")])
     [line] = leaderboard(evaluated)
-    assert line.note == "3 answers are no numbers"
+    assert line.note == "3 answers had NaN or infinite logits"
     monkeypatch.setenv("COLUMNS", "30")
     print_leaderboard([line], evaluated)
-    assert "answers that are no numbers: a 3" in " ".join(capsys.readouterr().out.split())
+    assert "answers with NaN or infinite logits: a 3" in " ".join(capsys.readouterr().out.split())
 
 
 def test_an_interval_is_no_wider_than_scores_can_be(capsys: pytest.CaptureFixture[str]) -> None:

@@ -286,7 +286,7 @@ def test_the_same_weights_in_two_runs_are_noise(mergeyard: Mergeyard, written: C
 @pytest.mark.parametrize(
     ("a", "b", "message"),
     [
-        ("one/old", "one/nwe", 'no point and no parent "nwe" was scored; did you mean "new"?'),
+        ("one/old", "one/nwe", 'no point or parent "nwe" was scored; did you mean "new"?'),
         ("one/old", "one/old", "are the same model, old; name two"),
         ("one/old", "one/points/old", "are the same model, old; name two"),
         ("one/old", "nowhere/x", "scored no such point or checkpoint; `mergeyard evaluate` scores any"),

@@ -274,7 +274,7 @@ def test_two_tasks_of_one_name_are_refused(tokenizer: Tokenizer, tmp_path: Path)
         (replace(RULER, tasks=("qa_2",)), r"job.yaml:7: qa_2 needs its data; give `documents: \{qa_2: FILE\}`"),
         (replace(RULER, haystack="none.txt"), r"job.yaml:7: .*none.txt cannot be read \(No such file or directory\)"),
         (replace(RULER, haystack="memory://texts/no.txt"), r"job.yaml:7: memory://texts/no.txt"),
-        (replace(RULER, haystack="binary"), r"job.yaml:7: binary is no text in UTF-8; give prose"),
+        (replace(RULER, haystack="binary"), r"job.yaml:7: binary is not text in UTF-8; give prose"),
         (replace(RULER, haystack="blank"), r"job.yaml:7: the text is empty; give some prose"),
         (
             replace(RULER, chat=True),

@@ -238,7 +238,7 @@ def test_an_upload_that_another_driver_swept_away_is_to_be_begun_again(s3_url: s
         upload.write(bytes(17 * MIB))
         while not store.sweep():
             time.sleep(0.05)
-        with pytest.raises(StorageUnavailable, match="the upload was aborted by somebody else; run again"):
+        with pytest.raises(StorageUnavailable, match="the upload was aborted by another writer; run again"):
             if when == "between its parts":
                 upload.write(bytes(200 * MIB))
             upload.commit()

@@ -80,7 +80,7 @@ def _what_is_missing(error: ImportError) -> str:
     name = error.name or (error.__cause__.name if isinstance(error.__cause__, ImportError) else None) or ""
     if name.partition(".")[0] == "transformers":
         return f"it needs {name}, which transformers {version('transformers')} no longer has; take another task"
-    return f"it needs what is not installed ({_one_line(error)}); install it where workers run"
+    return f"it needs a package that is not installed ({_one_line(error)}); install it where workers run"
 
 
 def _is_path(task: str) -> bool:
