@@ -1,13 +1,13 @@
-"""What a job is: frozen data and strict parsing, without any I/O but reading YAML text. The nouns:
+"""Jobs: frozen data and strict parsing of YAML text, without other I/O. The nouns:
 
     parent     a checkpoint that goes in
     recipe     a mergekit document, possibly with ${axis} placeholders
     grid       a recipe and its axes
     point      one recipe with every placeholder bound, and a name
     shard      one output safetensors file of a point
-    task       one shard for a group of points: what a worker does in one go
+    task       one shard for a group of points: one worker's work
     receipt    the small record that a finished shard leaves
-    manifest   what a point is made of, written last: its presence means done
+    manifest   the parts of a point, written last: its presence means done
     item       one question of a benchmark, at a given length in tokens
     score      one item's result for one point, from 0 to 1
     gate       a rule that turns the scores of two models into a verdict

@@ -1,20 +1,20 @@
 """Every error mergeyard raises on purpose, and the exit code each one ends the command with.
 
     MergeyardError               1   something failed; the message says what, where and what to do
-    ├── BadInput                 2   what the user gave is wrong; nothing was written
+    ├── BadInput                 2   the user's input is wrong; nothing was written
     ├── FailedMidway             1   an error of exit code 2 that came after something was written
     ├── StorageError             1
     │   ├── ObjectMissing        2   no such object, repository or revision
     │   │   └── BucketMissing    2   no such bucket
     │   ├── AccessDenied         2   credentials are missing or not enough
-    │   ├── ObjectExists         1   a create-only write lost: somebody was first
+    │   ├── ObjectExists         1   a create-only write lost: another writer was first
     │   ├── ObjectChanged        1   the object is no longer the version that was pinned
     │   └── StorageUnavailable  75   a store failed for longer than we were ready to wait; also `Unavailable`
-    ├── CorruptData              1   bytes are not what their header, length or digest says
+    ├── CorruptData              1   bytes contradict their header, length or digest
     ├── RunBusy                 75   another driver holds this run
     ├── Unavailable             75   a service or a cluster does not answer, or has no room now; try again
     ├── WorkerLost              75   a worker died more often than it may; try again
-    └── Interrupted             75   stopped by a signal; the same command goes on where it stopped
+    └── Interrupted             75   stopped by a signal; the same command continues
 
 Exit code 3 is not an error: a gate ends with it when the scores allow no verdict.
 
@@ -49,7 +49,7 @@ class FailedMidway(MergeyardError):
 
 
 class StorageError(MergeyardError):
-    """A store could not do what it was asked."""
+    """A store could not carry out a request."""
 
 
 class ObjectMissing(StorageError):

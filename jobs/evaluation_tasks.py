@@ -1,4 +1,4 @@
-"""What crosses the wire when points are evaluated: the model a worker keeps, a block of items, and the scores.
+"""Messages of an evaluation: the model that a worker keeps, a block of items, and the scores.
 
 A block is one point's answers to some items of one set. Its file of scores is written once and is its receipt: the
 blocks whose files are listed are done, in this run or in one that was killed.
@@ -20,7 +20,7 @@ Kind = Literal["point", "parent"]
 class ItemSet:
     """The items of one benchmark task at one length, as they lie in the run's store.
 
-    `digest` names what they depend on, but not how many they are: more can be made later. `parts` are the files, each
+    `digest` covers all inputs of the items, but not their number: more can be made later. `parts` are the files, each
     (first item, one after the last, key). `share` neighbours belong together (one haystack, or one round of depths) and
     are never parted. A task of lm-evaluation-harness, which makes its own items, is a single one of length 0. `tokens`
     is what one costs.
@@ -37,7 +37,7 @@ class ItemSet:
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """What an evaluation worker needs to hold every point of a layout: parents' tensors, config, tokenizer files.
+    """The inputs of a worker for all points of a layout: parents' tensors, config, tokenizer files.
 
     `tokenizer` is (URL, {file: ETag}); `engine`, `url` and `options` as the job file gives them; `longest` is the
     longest context that will be asked, None where a benchmark does not say. `end_tokens` end an
@@ -60,7 +60,7 @@ class ModelSpec:
 
     @property
     def bytes(self) -> int:
-        """What a worker holds: every parent's tensors, and the point in the engine."""
+        """Memory of a worker: every parent's tensors, and the point in the engine."""
         parents = sum(at.end - at.start for tensor in self.tensors for at in tensor.sources.values())
         return parents + sum(tensor.bytes for tensor in self.tensors)
 
@@ -92,7 +92,7 @@ class EvaluationTask:
 
     @property
     def tokens(self) -> int:
-        """Context tokens of all its items: what it costs."""
+        """Context tokens of all its items: the cost of the task."""
         return self.items.tokens * (self.last - self.first)
 
 

@@ -1,4 +1,4 @@
-"""Arithmetic over axis names, exact: what stands between `${` and `}` in a recipe and `{` and `}` in a point's name.
+"""Exact arithmetic over axis names: the text between `${` and `}` in a recipe, and `{` and `}` in a point's name.
 
     sum     = product (("+" | "-") product)*
     product = sign (("*" | "/") sign)*
@@ -40,7 +40,7 @@ MAX_EXPONENT = 300
 
 
 class _Unusable(Exception):
-    """What is wrong with an expression, before anybody has said where it stands."""
+    """The fault of an expression, without its place."""
 
 
 Evaluator = Callable[[Bindings], Fraction]

@@ -102,7 +102,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expand(recipe: RecipeTemplate, grid: Grid, point_name: Template | None) -> tuple[Point, ...]:
-    """Every point of the grid; refused are axes nobody uses or nobody defines, and names that are bad or double."""
+    """Every point of the grid; refuses unused and undefined axes, and names that are invalid or double."""
     used = frozenset[str]().union(*(placeholder.names for placeholder in recipe.placeholders))
     for axis, place in grid.places.items():
         if axis not in used:

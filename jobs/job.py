@@ -1,4 +1,4 @@
-"""A job: parents, a recipe, the grid over it, and what to do with the points. `load_job` is the only door.
+"""A job: parents, a recipe, the grid over it, and the work on its points. `load_job` is the only door.
 
 Everything that can be known without looking at a parent is checked here, and every refusal names file and line.
 `jobs/README.md` is the reference of every key.
@@ -184,7 +184,7 @@ class Job:
 
 
 def load_job(text: str, name: str, output: str | None = None) -> Job:
-    """The job in `text`; `name` is what places call the file, `output` replaces the file's."""
+    """The job in `text`; `name` is the file's name in error messages, `output` replaces the file's."""
     return read_job(load_document(text, name), output)
 
 

@@ -1,4 +1,4 @@
-"""What a finished point is made of. The manifest is written last: where it lies, the point is whole.
+"""The parts of a finished point. The manifest is written last: if it exists, the point is whole.
 
 It holds nothing that changes from one run to the next (no time, no host), so equal jobs give equal manifests.
 """
@@ -24,7 +24,7 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a point: where it lies, what it is, and the sha256 of its bytes."""
+    """One tensor of a point: its place, dtype and shape, and the sha256 of its bytes."""
 
     file: str
     dtype: str
@@ -34,7 +34,7 @@ class TensorEntry:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`digest` names the merge (parents, recipe, numerics), `weights` what came out: sha256 over all tensor digests.
+    """`digest` names the merge (parents, recipe, numerics), `weights` the result: sha256 over all tensor digests.
 
     `same_as` names the point of the same run whose files these are; such a point has none of its own.
     """
@@ -58,7 +58,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, data: bytes) -> Manifest:
-        """Reads what `to_json` wrote; `CorruptData` for another format, or for what is no manifest."""
+        """Reads the text of `to_json`; `CorruptData` for another format, or for anything that is not a manifest."""
         try:
             document = unsealed(data)
             if document.pop("format", None) != FORMAT:

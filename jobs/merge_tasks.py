@@ -1,4 +1,4 @@
-"""What crosses the wire between the driver and a worker: JSON-able facts, URLs and a format version; never programs."""
+"""Messages between the driver and a worker: JSON-able facts, URLs and a format version; never programs."""
 
 from __future__ import annotations
 
@@ -132,7 +132,7 @@ class ShardOfPoint:
 
 @dataclass(frozen=True, slots=True)
 class MergeTask:
-    """One shard for a group of points: what a worker does in one go, reading each parent tensor once."""
+    """One shard for a group of points: one worker computes it, and reads each parent tensor once."""
 
     run: str
     shard: str
@@ -164,7 +164,7 @@ class MergeTask:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """What a finished unit leaves in the store: the shard's size, each tensor's sha256, and what the work cost."""
+    """The record of a finished unit in the store: the shard's size, each tensor's sha256, and the cost of the work."""
 
     unit: str
     point: str
@@ -183,7 +183,7 @@ class Receipt:
 
     @classmethod
     def from_json(cls, data: bytes) -> Receipt:
-        """Reads what `to_json` wrote; `CorruptData` for anything else."""
+        """Reads the text of `to_json`; `CorruptData` for anything else."""
         fields = unsealed(data)
         fields.pop("format")
         fields["nonfinite"] = tuple(fields["nonfinite"])

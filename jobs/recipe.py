@@ -1,7 +1,7 @@
 """A recipe: one mergekit document, strictly read; and its template, where `${…}` waits for a point of the grid.
 
 The document's grammar is mergekit's for whole models: `merge_method`, `models`, `base_model`, `parameters`, `dtype`,
-`out_dtype`, `tokenizer_source`, `chat_template`. What mergekit ignores without a word (unknown keys, the same model
+`out_dtype`, `tokenizer_source`, `chat_template`. Cases that mergekit ignores silently (unknown keys, the same model
 twice) is refused here. Which methods and parameters exist is not known in this package: every `Recipe` and `Source`
 carries its place, so that planning can still point at the line.
 """
@@ -162,7 +162,7 @@ _Slot = _ValueSlot | tuple[_FilteredTemplate, ...]
 
 
 def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction) -> Scalar | None:
-    """What `setting` says for one tensor, or None if no filter matches it and the next level is to be asked.
+    """The value of `setting` for one tensor; None if no filter matches, so that the next level applies.
 
     `position` is the layer's index / (layers − 1): 0 for embeddings, final norm and head, 1 for a one-layer model. A
     float is taken for the fraction it stands for, so gradients are exact. A gradient's n values lie at equal distances

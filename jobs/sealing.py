@@ -1,4 +1,4 @@
-"""What mergeyard writes for itself to read again: JSON with its own digest, so that no damage to it is believed."""
+"""JSON that mergeyard writes and reads again: it carries its own digest, so that damage is detected."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def _joined(value: str | list[str], separator: str) -> str:
 
 
 def unsealed(data: bytes) -> dict[str, Any]:
-    """What `sealed` was given; `CorruptData` for anything else."""
+    """The object that `sealed` wrote; `CorruptData` for anything else."""
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:

@@ -44,7 +44,7 @@ Kind = Literal["mapping", "list", "string", "number", "boolean", "nothing"]
 
 
 def quoted(text: str) -> str:
-    """`text` in double quotes on one line, cut at 80 characters; what cannot be seen is escaped."""
+    """`text` in double quotes on one line, cut at 80 characters; invisible characters are escaped."""
     shown = json.dumps(text if len(text) <= 80 else f"{text[:77]}...", ensure_ascii=False)
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
 
@@ -77,7 +77,7 @@ class Node:
 
     @property
     def kind(self) -> Kind:
-        """What YAML says this value is."""
+        """The kind of this value in YAML."""
         if isinstance(self.value, tuple):
             return "list"
         if not isinstance(self.value, str):
@@ -201,7 +201,7 @@ class Node:
 
 
 def load_document(text: str, name: str) -> Node:
-    """The root of the one document in `text`; `name` is what places call the file."""
+    """The root of the one document in `text`; `name` is the file's name in error messages."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise BadInput(f"{name}:1: the file is larger than 1 MiB")
     try:
@@ -269,7 +269,7 @@ def _plain_number(text: str) -> int | float | Decimal:
 
 
 class _Composer:
-    """Turns the parser's events into nodes, refusing what the module's docstring refuses, before it costs anything."""
+    """Turns the parser's events into nodes; refuses the cases of the module's docstring before they cost memory."""
 
     def __init__(self, text: str, name: str) -> None:
         loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML has it: 10 × faster

@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: points, bytes, GB/s, items, time left. Silent where nobody looks."""
+"""Progress of a run on stderr: points, bytes, GB/s, items, time left. Silent unless stderr is a terminal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Watcher:
     """Bars on stderr: merged bytes and finished points, then answered tokens; only there when `visible`.
 
-    With `tells`, what is decided on the way is printed even without bars.
+    With `tells`, decisions during the run are printed even without bars.
     """
 
     def __init__(self, *, visible: bool, tells: bool = False) -> None:
@@ -77,7 +77,7 @@ class Watcher:
         if self._bars is not None and self._merging is not None:
             self._bars.update(self._merging, description=self._title())
 
-    # what an evaluation tells
+    # progress of an evaluation
 
     def begin_stage(self, total_tokens: int, text: str) -> None:
         """A stage of an evaluation begins: this many context tokens are to be answered."""

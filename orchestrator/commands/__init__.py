@@ -1,1 +1,1 @@
-"""What each verb of the command line does, one file a verb: read the input, call the one who knows, tell."""
+"""The verbs of the command line, one file per verb: read the input, call a room, print the result."""

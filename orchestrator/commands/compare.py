@@ -9,7 +9,7 @@ from orchestrator.commands.inputs import print_json, run_url
 
 
 def compare(options: argparse.Namespace) -> int:
-    """`mergeyard compare A B`: what B wins and loses against A."""
+    """`mergeyard compare A B`: wins and losses of B against A."""
     from orchestrator.report.scored_models import find_models
     from orchestrator.report.terminal.comparison import print_comparison
     from orchestrator.report.two_models import compare_models, with_expected

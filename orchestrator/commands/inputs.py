@@ -1,4 +1,4 @@
-"""What several verbs read and print in the same way."""
+"""Inputs and outputs that several verbs share."""
 
 from __future__ import annotations
 

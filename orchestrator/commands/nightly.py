@@ -39,7 +39,7 @@ def nightly(options: argparse.Namespace) -> int:
 
 
 def _conclude(book: Book, night: Night, history: Sequence[Night]) -> None:
-    """Tells the webhook, then renews the page: a page that cannot be drawn is seen, a night nobody heard of is not."""
+    """Calls the webhook, then renews the page: a missing page is noticed, a missing message is not."""
     from orchestrator.nightly.page import PAGE, nights_page
     from orchestrator.nightly.webhook import tell
     from orchestrator.nightly.words import headline, reasons

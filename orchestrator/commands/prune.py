@@ -8,7 +8,7 @@ from orchestrator.commands.inputs import print_json, run_url
 
 
 def prune(options: argparse.Namespace) -> int:
-    """`mergeyard prune RUN`: what a run holds; with `--yes`, the points that lost are removed."""
+    """`mergeyard prune RUN`: lists a run's points; with `--yes`, removes those that lost."""
     from orchestrator.points import pruning
     from orchestrator.words import size
 

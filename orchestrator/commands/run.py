@@ -10,7 +10,7 @@ from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points
 
 
 def run(options: argparse.Namespace) -> int:
-    """`mergeyard run JOB.yaml`: merges, evaluates, judges and keeps what the job says."""
+    """`mergeyard run JOB.yaml`: merges, evaluates, judges and keeps the points of a job."""
     from orchestrator.merging.driver import drive
     from orchestrator.planning.plan import make_plan
     from orchestrator.report.terminal.run import print_result, result_facts

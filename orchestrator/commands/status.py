@@ -32,7 +32,7 @@ def status(options: argparse.Namespace) -> int:
 
 
 def _report(url: str) -> Report | None:
-    """What can be said so far; None before the first answers."""
+    """The report so far; None before the first answers."""
     from orchestrator.report.run import read_run, report_on
 
     try:

@@ -59,7 +59,7 @@ def _ending(submission: Submission) -> str:
 
 
 def _submitted(cluster: RayJobs, sent: Shipment, earlier: Submission | None) -> tuple[Submission, str]:
-    """The submission of this job that counts now, and what to say of it."""
+    """The current submission of this job, and a sentence about it."""
     if earlier is None:
         return cluster.submit(sent, 1), "submitted"
     if not earlier.ended:

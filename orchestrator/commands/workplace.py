@@ -1,4 +1,4 @@
-"""Where a command's work is done, and what is asked there."""
+"""The place of a command's work, and its evaluation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Workplace:
 
 
 def asked_of(plan: Plan, folder: Path) -> Questions | None:
-    """What the job's evaluation asks, if it has one; refused here if it cannot work."""
+    """The items of the job's evaluation, if it has one; refused here if it cannot work."""
     from orchestrator.evaluating.subjects import questions
 
     return None if plan.job.evaluate is None else questions(plan, folder)

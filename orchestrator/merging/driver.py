@@ -1,6 +1,6 @@
-"""The whole of a run on one screen: plan it, merge what no receipt covers, complete each point, stop when all are.
+"""A whole run on one screen: plan it, merge the units without a receipt, complete each point, stop when all are.
 
-Nothing here is remembered between two calls: what is done is what the store lists, so running again is resuming.
+Nothing is kept between two calls: the store lists the finished work, so running again is resuming.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from orchestrator.watching import Watcher
 
 @dataclass(frozen=True, slots=True)
 class WrittenPoint:
-    """What a driver remembers of a point's manifest, which of a large model is tens of megabytes."""
+    """The fields of a manifest that the driver keeps in memory; a whole one takes tens of megabytes."""
 
     digest: str
     weights: str
@@ -32,13 +32,13 @@ class WrittenPoint:
 
     @classmethod
     def of(cls, manifest: Manifest) -> WrittenPoint:
-        """What is worth it."""
+        """The fields of this manifest."""
         return cls(manifest.digest, manifest.weights, len(manifest.tensors), manifest.same_as)
 
 
 @dataclass(frozen=True, slots=True)
 class RunResult:
-    """What a finished run says: every point of it, and what this call had to do for them."""
+    """The result of a run: its points, and the work of this call."""
 
     url: str
     points: dict[str, WrittenPoint]
@@ -49,7 +49,7 @@ class RunResult:
 
 
 def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
-    """Merges every kept point of the plan and returns when each has its manifest; raises what no retry mended."""
+    """Merges every kept point of the plan and returns when each has its manifest; raises errors that no retry mends."""
     ledger = Ledger(plan.run_url, plan.places)
     with Lease(ledger.store, plan.places.record("lease.json")) as lease:
         ledger.claim(plan.job_text(), plan.document())

@@ -34,7 +34,7 @@ class Gatherer:
         self._side_file = lru_cache(maxsize=64)(self._read_side_file)
 
     def complete(self, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
-        """Writes what belongs beside the shards, then the manifest; nothing when the point has its manifest already."""
+        """Writes the files beside the shards, then the manifest; nothing if the point has its manifest already."""
         weights = weights_digest(
             {name: sha256 for unit in planned.units for name, sha256 in receipts[unit].tensors.items()}
         )
@@ -140,7 +140,7 @@ class Gatherer:
 
 @lru_cache(maxsize=1)
 def _versions() -> dict[str, str]:
-    """What wrote it; looked up once, because each look parses a file of the installation."""
+    """The program's name and version; looked up once, because each look parses a file of the installation."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
 

@@ -15,7 +15,7 @@ HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def context_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a config decides the context: the same names and values whichever transformers version wrote it.
+    """The fields of a config that decide the context, with equal names and values for every transformers version.
 
     A field that the config does not state is left out, and disagrees with nothing.
     """
@@ -88,7 +88,7 @@ def _check_context(parents: Sequence[Checkpoint], place: str) -> None:
 
 
 def _tying(parent: Checkpoint) -> dict[str, Any]:
-    """What the tensors say of `tie_word_embeddings`, where they use the names that tell."""
+    """`tie_word_embeddings` as the tensors show it, if their names allow that."""
     return {"tie_word_embeddings": HEAD not in parent.tensors} if EMBEDDINGS in parent.tensors else {}
 
 

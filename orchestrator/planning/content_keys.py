@@ -14,7 +14,7 @@ RANDOM_METHODS = ("dare_linear", "dare_ties")
 
 
 class ContentKeys:
-    """Names what shards and points hold: equal keys for equal bytes, however often they are planned."""
+    """Keys of the bytes of shards and points: equal keys for equal bytes, in every plan."""
 
     def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
         self._job, self._parents = job, parents
@@ -38,7 +38,7 @@ class ContentKeys:
         return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed])
 
     def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
-        """What the layout's shards, and the layout, take from the parents that these settings use."""
+        """The parts of the parents that the layout and its shards use under these settings."""
         used = frozenset(name for setting in settings for name in setting.parents)
         if (layout, used) not in self._layouts:
             shards = tuple(_shard_digest(shard, used, self._parents) for shard in layout.shards)
@@ -47,7 +47,7 @@ class ContentKeys:
 
 
 def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:
-    """What a shard of these parents depends on beside the settings: which bytes of which versions go where."""
+    """The inputs of a shard beside the settings: the bytes and versions of its parents, and their places."""
     return digest(
         [
             [

@@ -1,4 +1,4 @@
-"""What the points of one kind share: which tensors, read from which parents, computed how, cut into which files."""
+"""The common part of points of one kind: their tensors, sources, arithmetic and files."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Layout:
 
     @cached_property
     def beside(self) -> str:
-        """sha256 of what lies beside the weights: the config, and whose tokenizer and generation settings."""
+        """sha256 of the files beside the weights: the config, and the owner of tokenizer and generation settings."""
         return digest([self.config, self.donor, self.tokenizer_from])
 
     @cached_property

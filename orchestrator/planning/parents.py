@@ -14,7 +14,7 @@ from workers.methods.binding import resolve
 
 
 def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
-    """Each parent of a layout as the merge of itself alone: what the grid's points are compared with."""
+    """Each parent of a layout as the merge of itself alone, so that points can be compared with it."""
     keys = ContentKeys(plan.job, plan.parents)
     recipe = plan.points[0].point.recipe
     found: list[PlannedPoint] = []

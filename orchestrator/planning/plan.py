@@ -1,4 +1,4 @@
-"""From a job to everything that will be done, by reading headers alone; what cannot work is refused here."""
+"""From a job to all of its work, by reading headers alone; a job that cannot work is refused here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from workers.storage import Store, open_store
 from workers.storage.records import read_record
 
 UPLOAD_BYTES = {"s3": 96 << 20, "gs": 96 << 20, "az": 96 << 20}
-"""What one upload in progress may hold in memory, by scheme; other stores hold about 1 MiB."""
+"""Memory of one upload in progress, by scheme; other stores hold about 1 MiB."""
 
 MOST_UPLOADS = 256
 """Points in one task: each has a file or an upload open, and systems allow a process about a thousand."""
@@ -64,7 +64,7 @@ class PlannedPoint:
 
     @cached_property
     def contents(self) -> tuple[str, ...]:
-        """What each shard holds."""
+        """The tensors of each shard."""
         return self.keys.of_shards(self.layout, self.settings)
 
     @cached_property
@@ -101,7 +101,7 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of what the run makes: the same job over the same parents has the same."""
+        """sha256 of the run's results: equal for the same job over the same parents."""
         return digest(
             [
                 [planned.name, planned.digest, planned.layout.beside, planned.point.recipe.chat_template]
@@ -212,7 +212,7 @@ class Plan:
         return yaml_text(self.pinned.document())
 
     def document(self) -> dict[str, Any]:
-        """plan.json: what was pinned and what will be made."""
+        """plan.json: the pinned parents and the points to make."""
         return {
             "format": FORMAT,
             "numerics_version": NUMERICS,
