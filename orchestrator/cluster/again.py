@@ -59,7 +59,7 @@ class Tries:
         self._failed = self._lost = 0
 
     def again(self, failure: Failure) -> float:
-        """Seconds to wait before the next try: 1, 2, 4 …, or none where a node is lost. Raises what no try mends."""
+        """Seconds to wait before the next try: 1, 2, 4 …, or none where a node is lost. Raises a permanent error."""
         if failure.node_lost:
             self._lost += 1
             enough, pause = self._lost == LOSSES, 0.0 if self._lost == 1 else LOSS_SECONDS

@@ -22,7 +22,7 @@ LATE = 3.0
 """A block is late that takes so many times as long as others took for as many tokens …"""
 
 LATE_SECONDS = 60.0
-"""… and longer than this: what a worker that starts takes to read the parents, say."""
+"""… and longer than this: a starting worker may need as long to read the parents."""
 
 
 class Pace:
@@ -35,7 +35,7 @@ class Pace:
         self._seconds: defaultdict[int, list[float]] = defaultdict(list)
 
     def took(self, task: EvaluationTask, seconds: float) -> None:
-        """Takes note of an answer. Nobody knows how much a whole task of the harness asks."""
+        """Records the time of an answer. The size of a whole task of the harness is unknown."""
         if task.items.length:
             self._seconds[task.items.length].append(seconds / task.tokens)
 
@@ -61,9 +61,9 @@ class _Running:
 def dispatch(
     tasks: Sequence[EvaluationTask], evaluators: Evaluators, pace: Pace
 ) -> Iterator[tuple[EvaluationTask, BlockScores]]:
-    """Every block's scores, once and as they come; raises what no retry mended.
+    """Every block's scores, once and as they come; raises errors that no retry mends.
 
-    What hangs on one worker is given to another as well, once nothing else waits; the first answer counts, and a worker
+    A hanging block also goes to another worker, once nothing else waits; the first answer counts, and a worker
     that is still at it when all is answered is not waited for. While one of the two has the block, the other's failure
     is nothing.
     """
@@ -125,7 +125,7 @@ def _late(running: Mapping[str, _Running], pace: Pace) -> EvaluationTask | None:
 def _next_merge(
     waiting: Mapping[Merge, Sequence[EvaluationTask]], held: Merge | None, taken: Collection[Merge]
 ) -> Merge:
-    """What a worker should hold next: what it holds; else, of its own model if it can, the costliest that is free.
+    """The merge for a worker: the one it holds; else the costliest free one, of its own model if possible.
 
     Becoming another point costs time, and another model's parents have to be read first.
     """

@@ -142,7 +142,7 @@ class _Nodes:
         self._looked: float | None = None
 
     def living(self) -> list[Mapping[str, float]]:
-        """What each living node has; none while the head is away, and `Unavailable` when it is for too long."""
+        """The resources of each living node; none while the head is away, `Unavailable` if that lasts too long."""
         if self._looked is None or time.monotonic() - self._looked > LOOK_SECONDS:
             away = self._head.is_away()
             self._living = [] if away else [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -176,7 +176,7 @@ class _Head:
 
 
 class Meters:
-    """What Prometheus sees of a run, as `ray_mergeyard_…`: counted where the driver hears of it, whoever did it."""
+    """Metrics of a run for Prometheus, as `ray_mergeyard_…`: the driver counts the work of all workers."""
 
     def __init__(self) -> None:
         self._bytes_read = metrics.Counter("mergeyard_bytes_read_total", "Bytes of parents read.")
@@ -270,7 +270,7 @@ def _init(**options: Any) -> Any:
 
 
 def on_node(what: str, address: str) -> str:
-    """How errors say what failed on which node."""
+    """The place of a failure in an error message."""
     return f"{what} on node {address}"
 
 
@@ -301,7 +301,7 @@ def _is_worker(has: Mapping[str, float]) -> bool:
 
 
 def failure(error: RayError | MergeyardError, what: str) -> Failure:
-    """Why `what` came to nothing: our own error if a worker raised one; else what became of the worker."""
+    """The failure of `what`: our own error if a worker raised one; else the fate of the worker."""
     cause = error.cause if isinstance(error, RayTaskError) else error  # its own text is a traceback
     if isinstance(cause, MergeyardError):
         return Failure(cause)
@@ -324,6 +324,6 @@ def _node_lost(error: BaseException) -> bool:
 
 
 def _because(cause: BaseException, error: MergeyardError) -> MergeyardError:
-    """The error, with what it came from."""
+    """The error with its cause."""
     error.__cause__ = cause
     return error

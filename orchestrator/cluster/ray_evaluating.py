@@ -20,7 +20,7 @@ from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_cod
 from workers.fingerprint import fingerprint
 
 WORKING_BYTES = 1 << 30
-"""What Python, torch and a context's keys and values take beside the weights."""
+"""Memory of Python, torch and a context's keys and values, beside the weights."""
 
 CLOSE_SECONDS = 5.0
 """How long an engine may take to close."""
@@ -74,7 +74,7 @@ class RayEvaluators:
             ray.kill(actor)
 
     def _grow(self) -> None:
-        """Starts what the cluster has room for, unless starting failed a moment ago."""
+        """Starts as many actors as the cluster has room for, unless a start failed a moment ago."""
         if time.monotonic() < self._not_before:
             return
         for _ in range(self._cluster.room(self._memory) - len(self._actors) - len(self._starting)):
@@ -111,7 +111,7 @@ class RayEvaluators:
 
 
 def _memory(models: Mapping[str, ModelSpec], cluster: RayCluster) -> int:
-    """What a worker on a CPU holds at once, whatever the job asks for; `BadInput` if no node has that much."""
+    """Memory of a worker on a CPU in bytes, whatever the job requests; `BadInput` if no node has that much."""
     if cluster.device != "cpu":
         return 0
     needed = max(model.bytes for model in models.values()) + WORKING_BYTES

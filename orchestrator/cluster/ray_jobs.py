@@ -1,6 +1,6 @@
 """Ray's Jobs API: the same job is one submission, whoever submits it and however often, and its log is followed.
 
-A submission that failed or was stopped is followed by one with a number: `…-2`. What it did is found by the ledger.
+A submission that failed or was stopped is followed by one with a number: `…-2`. The ledger finds its work.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Submission:
         return self.state in ("succeeded", "failed", "stopped")
 
     def outcome(self) -> int:
-        """The exit code of the job, when it has ended; raises what became of it where it has none of ours."""
+        """The exit code of the job, when it has ended; raises an error if the job ended without one of our codes."""
         if self.state == "succeeded":
             return 0
         if self.state == "stopped":
@@ -106,7 +106,7 @@ class RayJobs:
         return max(found, key=lambda submission: submission.number, default=None)
 
     def submit(self, shipment: Shipment, number: int) -> Submission:
-        """Submits the job; where somebody else did a moment ago, that is the submission."""
+        """Submits the job, or finds the submission that another client made a moment ago."""
         submission_id = shipment.name if number == 1 else f"{shipment.name}-{number}"
         with TemporaryDirectory(prefix="mergeyard-submit-") as folder:
             shipment.pack(Path(folder))

@@ -31,7 +31,7 @@ class RayPool:
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
-        # no retries by Ray: it would leave out what a task has told before, receipts or not
+        # no retries by Ray: a retried stream would leave out the items that it yielded before
         self._merge = ray.remote(_merge).options(**cluster.resources, max_retries=0, num_returns="streaming")
 
     @property
@@ -78,7 +78,7 @@ class RayPool:
 
 
 def _merge(task: MergeTask, device: str, code: str) -> Iterator[str | tuple[int, int] | list[Receipt]]:
-    """What runs on a node: its address, bytes read and written from time to time, and at last the receipts."""
+    """The task on a node; yields the node's address, then bytes read and written, and at last the receipts."""
     yield this_node()
     moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     with placing(on_node(task.name, this_node())), ThreadPoolExecutor(1, "task") as thread:

@@ -1,4 +1,4 @@
-"""What goes to a cluster for a job: a name that is the same for the same job, a command, and the files it needs there.
+"""The shipment of a job to a cluster: a name that is equal for equal jobs, a command, and the files it needs there.
 
 The code that is sent is these packages alone, never the user's folder. Credentials are not sent: the nodes have theirs.
 """
@@ -68,7 +68,7 @@ def shipment(job: Job, folder: Path, address: str) -> Shipment:
 
 
 def _name(job: Job, output: str, texts: Mapping[str, bytes]) -> str:
-    """The same for the same job and texts: it is what makes two submissions one."""
+    """Equal for equal jobs and texts, so that two submissions are one."""
     told = {path: hashlib.sha256(data).hexdigest() for path, data in texts.items()}
     return "mergeyard-" + digest([job.digest(), output, told])[:16]
 
@@ -79,7 +79,7 @@ def _command(job_file: str, output: str) -> str:
 
 
 def _only_here(job: Job, output: str) -> Iterator[str]:
-    """What of the job only this machine sees: a place and a path. A file:// URL is one that all nodes share."""
+    """The local paths of the job, each with its place. A file:// URL counts as shared by all nodes."""
     for name, url in job.parents.items():
         if "://" not in url:
             yield f"{job.place_of(f'parents.{name}')}: parent {name} is the local folder {url}"

@@ -1,12 +1,12 @@
-"""What a nightly job remembers under its prefix: one record a night, and which point is blessed.
+"""The records of a nightly job under its prefix: one per night, and the pointer to the blessed point.
 
-    history/000001.json   what a night found; written once
+    history/000001.json   the result of a night; written once
     blessed.json          the blessed point; moved by compare-and-swap, forward only
     concluded/000001      the night has been told of
 
-The record comes first, the pointer after it, then the webhook and the page; the next call does what is missing. A
+The record comes first, the pointer after it, then the webhook and the page; the next call does the missing steps. A
 record that passed while the pointer is still the one it was judged against is a night that died between the two: the
-next one moves the pointer for it, before anything else. Where somebody else has moved the pointer since, that night
+next one moves the pointer for it, before anything else. If another writer has moved the pointer since, that night
 counts for nothing, and the next call judges again.
 """
 
@@ -76,15 +76,15 @@ class Revision:
 
 
 Scores = Mapping[str, Mapping[str, Score]]
-"""By who (candidate, blessed, anchor), then by what: overall, or a length in tokens."""
+"""By model (candidate, blessed, anchor), then by part: overall, or a length in tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Night:
-    """What one night found.
+    """The result of one night.
 
     `verdicts` holds the gate's documents, by who the candidate was compared with: blessed, unless that is the same
-    model, and anchor. `alpha` is what each was judged at. `point` is the candidate's URL, None if it was not written;
+    model, and anchor. `alpha` is the level of each verdict. `point` is the candidate's URL, None if it was not written;
     `epoch` the one that the pointer moves to, None unless it passed. `judged_against` is the nonce of the pointer then,
     None while nothing was blessed. `changed` are the parents that are new since the night before. `seconds` counts the
     call that finished the night; `items` are answers, of all models together.
@@ -115,7 +115,7 @@ class Night:
 
     @classmethod
     def from_json(cls, data: bytes) -> Night:
-        """Reads what `to_json` wrote; `CorruptData` for anything else."""
+        """Reads the text of `to_json`; `CorruptData` for anything else."""
         try:
             document: dict[str, Any] = json.loads(data)
             if document.pop("format", None) != FORMAT:
@@ -152,7 +152,7 @@ class Book:
         return read_record(self.store, key, Night.from_json)
 
     def blessed(self) -> Blessed | None:
-        """What the pointer says now; None while nothing is blessed."""
+        """The pointer now; None while nothing is blessed."""
         found = self._pointer()
         return None if found is None else found[0]
 
@@ -181,11 +181,11 @@ class Book:
         return night.epoch is not None and _nonce(self.blessed()) == night.judged_against
 
     def overtaken(self, night: Night) -> bool:
-        """Whether the night passed and the pointer is neither what it was judged against nor what it moves to."""
+        """Whether the night passed, and the pointer is neither its reference nor its result."""
         return night.epoch is not None and _nonce(self.blessed()) not in (night.judged_against, night.nonce)
 
     def bless(self, night: Night) -> None:
-        """Moves the pointer to the night's point; `RunBusy`, and nothing moved, where it is not what was judged."""
+        """Moves the pointer to the night's point; `RunBusy` if the pointer is no longer the night's reference."""
         assert night.point is not None and night.epoch is not None, "only what passed is blessed"
         body = json.dumps(asdict(Blessed(night.point, night.weights, night.night, night.epoch, night.nonce)), indent=1)
         found = self._pointer()
@@ -207,7 +207,7 @@ class Book:
             raise self.moved()
 
     def moved(self) -> RunBusy:
-        """What there is to say where the pointer is no longer what the night was judged against."""
+        """The error if the pointer is no longer the night's reference."""
         return RunBusy(
             f"{self.store.url}/{POINTER}: moved by another writer during the night, so nothing is blessed;"
             " run again to compare with the merge that is blessed now"

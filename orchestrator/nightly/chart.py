@@ -24,7 +24,7 @@ OUTCOME_MARKS: Mapping[Outcome, tuple[str, str, str]] = {
 def trend(nights: Sequence[Night], what: str, low: float) -> Markup:
     """Candidate, blessed merge and anchor of every night, with 95 % intervals: overall, or at a length.
 
-    Scores are drawn from `low` to 100. What a night's verdict was is the shape of its candidate.
+    Scores are drawn from `low` to 100. The marker of a candidate shows the night's verdict.
     """
     told = [night for night in nights if what in night.scores["candidate"]]
     with new_figure(190, 44, 10, 92) as (figure, axes):

@@ -18,7 +18,7 @@ MOST_NIGHTS = 60
 
 
 def nights_page(name: str, history: Sequence[Night], blessed: Blessed | None) -> str:
-    """The page as one HTML file that refers to nothing outside the job's folder; at least one night is told of."""
+    """The page as one HTML file that refers to nothing outside the job's folder; needs at least one night."""
     from orchestrator.nightly.chart import trend
 
     shown = history[-MOST_NIGHTS:]
@@ -40,7 +40,7 @@ def _sentence(night: Night, blessed: Blessed | None) -> str:
 
 
 def _scores_of(nights: Sequence[Night]) -> list[str]:
-    """What there are scores of: overall, then every length, short ones first."""
+    """The scored parts: overall, then every length, short ones first."""
     found = {what for night in nights for what in night.scores["candidate"]} - {"overall"}
     return ["overall", *sorted(found, key=int)]
 
@@ -56,7 +56,7 @@ def _title(what: str) -> str:
 
 
 def _difference(verdict: Mapping[str, Any]) -> str:
-    """The difference of the whole score with its bounds, and what it was judged to be where that is no pass."""
+    """The difference of the whole score with its bounds, and the outcome if it is not a pass."""
     line = verdict["lines"][0]
     bounds = "" if line["low"] is None else f" ({line['low']:+.1f} to {line['high']:+.1f})"
     judged = "" if verdict["outcome"] == "pass" else f", {verdict['outcome']}"

@@ -99,9 +99,9 @@ class Nightly:
             return Tonight("recorded", night, book.blessed())
 
     def _end(self, book: Book, history: Sequence[Night]) -> None:
-        """What follows the last night's record: the pointer is moved if it passed, the world is told.
+        """The steps after a night's record: moves the pointer if the night passed, and reports.
 
-        `RunBusy` where somebody else has moved the pointer since the night was judged; the next call judges again.
+        `RunBusy` if another writer has moved the pointer since the night was judged; the next call judges again.
         """
         night = history[-1]
         if book.unfinished(night):
@@ -149,7 +149,7 @@ class Nightly:
         )
 
     def _write(self, tonight: Plan, standing: Sequence[str], found: _Found) -> frozenset[str]:
-        """Writes what the job keeps, and the candidate if it passed; the names of what is written now."""
+        """Writes the kept points, and the candidate if it passed; returns the names of the written points."""
         keep = self.job.keep
         names: set[str] = {found.candidate} if found.outcome == "pass" else set()
         if keep.kind == "all" and "keep" in self.job.places:
@@ -191,7 +191,7 @@ def _check(job: Job) -> None:
 
 
 def _taken_back(last: Night, blessed: Blessed | None) -> bool:
-    """Whether the pointer was there when the last night ended, and somebody removed it, to begin anew."""
+    """Whether the pointer was there when the last night ended, and was removed since, to begin anew."""
     return blessed is None and (last.epoch is not None or last.judged_against is not None)
 
 
@@ -212,7 +212,7 @@ def _revisions(parents: Mapping[str, Checkpoint]) -> dict[str, Revision]:
 
 
 def _changed(plan: Plan, history: Sequence[Night]) -> tuple[str, ...]:
-    """The parents that are not what they were the night before; all of them on the first."""
+    """The parents that changed since the night before; all of them on the first night."""
     before = history[-1].parents if history else {}
     return tuple(name for name, revision in _revisions(plan.parents).items() if before.get(name) != revision)
 
@@ -244,7 +244,7 @@ def _open_blessed(plan: Plan, blessed: Blessed) -> Checkpoint:
 
 @dataclass(frozen=True, slots=True)
 class _Found:
-    """What the session of a night found about its candidate."""
+    """The result of a night's session about its candidate."""
 
     candidate: str
     weights: str

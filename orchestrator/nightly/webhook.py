@@ -1,4 +1,4 @@
-"""Tells a chat what a night found: one POST in the form that Slack's incoming webhooks take.
+"""Reports a night to a chat: one POST in the form of Slack's incoming webhooks.
 
 The URL is a secret: it comes from the environment alone, and no message, file or error repeats it.
 """
@@ -24,7 +24,7 @@ MOST_CHARACTERS = 2900
 def tell(text: str, sections: Sequence[str]) -> str | None:
     """Posts a line and its sections to the webhook in the environment; why it was not taken, or None.
 
-    Without the variable nothing is told, and nothing is wrong.
+    Does nothing if the variable is unset.
     """
     url = os.environ.get(VARIABLE)
     if not url:
@@ -46,12 +46,12 @@ def _section(text: str) -> dict[str, object]:
 
 
 def _escaped(text: str) -> str:
-    """What Slack's mrkdwn takes as control characters, https://docs.slack.dev/messaging/formatting-message-text."""
+    """Escapes the control characters of Slack's mrkdwn, https://docs.slack.dev/messaging/formatting-message-text."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def _post(url: str, body: bytes) -> str:
-    """What went wrong in a few words, empty if nothing did; texts of exceptions may repeat the URL and are not used."""
+    """The fault in a few words, empty if there is none; texts of exceptions may repeat the URL and are not used."""
     try:
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"}, method="POST")
         with urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS):

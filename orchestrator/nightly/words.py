@@ -1,4 +1,4 @@
-"""What a night found, in words and as JUnit XML."""
+"""The result of a night, in words and as JUnit XML."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def headline(night: Night, blessed: Blessed | None) -> str:
 
 
 def reasons(night: Night) -> list[str]:
-    """A line for every line of the verdicts, and what was new."""
+    """A line for every line of the verdicts, and the changed parents."""
     found = [
         f"against {_named(who, verdict['old'])}: {line['reason']}"
         for who, verdict in night.verdicts.items()

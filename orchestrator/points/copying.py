@@ -50,7 +50,7 @@ def copy_point(point: FoundPoint, url: str, say: Callable[[str], None]) -> dict[
 
 
 def file_problem(store: Store, prefix: str, name: str, manifest: Manifest) -> str | None:
-    """What is wrong with a file, if anything."""
+    """The fault of a file; None if there is none."""
     try:
         return next(file_problems(store, prefix, name, manifest), None)
     except CorruptData as error:

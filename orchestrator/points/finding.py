@@ -19,7 +19,7 @@ MANIFEST, CARD, RECIPE = "manifest.json", "README.md", "mergekit_config.yml"
 class FoundPoint:
     """A finished point: its files lie in `store` under `prefix`, as `manifest` says; `run` is None for a lone merge.
 
-    `name` is what was asked for; `manifest.point` another where the two are the same merge.
+    `name` is the requested name; `manifest.point` differs if the two are the same merge.
     """
 
     name: str
@@ -58,7 +58,7 @@ def _manifest(store: Store, prefix: str) -> Manifest:
 
 
 def check_files(point: FoundPoint, say: Callable[[str], None]) -> None:
-    """`CorruptData` unless every file is what the manifest says."""
+    """`CorruptData` unless every file agrees with the manifest."""
     say(f"verifying {point.name}, {size(sum(entry.size for entry in point.manifest.files.values()))}")
     for problem in point_problems(point.store, point.prefix, point.manifest):
         raise CorruptData(f"{point.store.url}/{point.prefix}{problem}; nothing was published")

@@ -15,7 +15,7 @@ from workers.storage.records import read_record
 
 NO_COMMERCE = re.compile(r"(^|[-_. ])(nc|mrl|mnpl)([-_. ]|$)|non-?(commercial|production)|research", re.IGNORECASE)
 SHARE_ALIKE = re.compile(r"^([al]?gpl|osl|odbl|llama|gemma)|(^|[-_. ])sa([-_. ]|$)|openrail", re.IGNORECASE)
-"""Licences that what is made of a model has to keep: copyleft ones, and the makers' own with terms to pass on."""
+"""Licences that derivatives must keep: copyleft ones, and the makers' own with terms to pass on."""
 
 HUB = "https://huggingface.co"
 HUB_URL = re.compile(r"hf://(?P<name>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?")
@@ -27,7 +27,7 @@ NO_DERIVATIVES = re.compile(r"(^|[-_. ])nd([-_. ]|$)", re.IGNORECASE)
 
 @dataclass(frozen=True, slots=True)
 class Licence:
-    """What a parent's card says: `license`, and name and link where that is `other`; None where it says nothing."""
+    """The licence on a parent's card: `license`, and name and link if that is `other`; None without one."""
 
     parent: str
     terms: Mapping[str, str] | None
@@ -48,7 +48,7 @@ class Licence:
 
 
 def licences_of(parents: Mapping[str, str], seen: frozenset[str] = frozenset()) -> list[Licence]:
-    """What the parents' cards say; of a parent that is a merge and says nothing, what its own parents' say."""
+    """The licences of the parents; of a parent that is a merge without one, those of its own parents."""
     found: list[Licence] = []
     for name, url in parents.items():
         terms = _terms(url)

@@ -1,6 +1,6 @@
-"""What a run holds and costs, and the removal of the points that lost.
+"""The points of a run, and the removal of those that lost.
 
-A point's manifest goes first, so that what is half removed is not taken for whole, and its receipts last: a prune that
+A point's manifest goes first, so that no half-removed point looks whole, and its receipts last: a prune that
 was interrupted finds the rest. `mergeyard run` merges a removed point again, to the same bytes.
 """
 
@@ -32,7 +32,7 @@ PLACES = Places()
 
 @dataclass(frozen=True, slots=True)
 class Holding:
-    """A point of a run: what it takes, its score from 0 to 100 and its place, and why it stays or goes."""
+    """A point of a run: its bytes, its score from 0 to 100, its rank, and the reason why it stays or goes."""
 
     point: str
     bytes: int
@@ -44,7 +44,7 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class Holdings:
-    """Everything under a run's prefix. `beside` is bytes of what is no point, by folder; best points come first."""
+    """Everything under a run's prefix. `beside` has the bytes outside points, by folder; best points come first."""
 
     run: str
     points: tuple[Holding, ...]
@@ -72,7 +72,7 @@ class Holdings:
 
 
 def holdings(run: str, keep: int) -> Holdings:
-    """What lies under a run's prefix, and which points are not among the `keep` best. Nothing is changed.
+    """The contents of a run's prefix, and the points that are not among the `keep` best. Changes nothing.
 
     Without scores every point stays. `ObjectMissing` where there is no run.
     """
@@ -97,7 +97,7 @@ def holdings(run: str, keep: int) -> Holdings:
 
 @dataclass(frozen=True, slots=True)
 class _Standings:
-    """Who scored what: scores from 0 to 100 and places from 1, by point; nobody where there are no scores."""
+    """Scores from 0 to 100 and ranks from 1, by point; empty without scores."""
 
     scores: Mapping[str, float]
     places: Mapping[str, int]
@@ -127,7 +127,7 @@ class _Standings:
 
 
 def _taken(listed: Iterable[tuple[str, int]]) -> tuple[Counter[str], Counter[str]]:
-    """Bytes by point, and bytes of what is no point by folder."""
+    """Bytes by point, and bytes outside points by folder."""
     points, beside = Counter[str](), Counter[str]()
     for key, count in listed:
         folder, _, rest = key.partition("/")
@@ -201,7 +201,7 @@ def _blessed(place: str) -> str:
 
 
 def _text(store: Store, key: str, parse: Callable[[dict[str, Any]], str]) -> str:
-    """From a small JSON file; empty where there is none. What cannot be read might protect a point: `CorruptData`."""
+    """From a small JSON file; empty where there is none. `CorruptData` if unreadable: it might protect a point."""
     try:
         return read_document(store, key, parse, "mend or remove it")
     except ObjectMissing:
@@ -216,7 +216,7 @@ def _folders_above(url: str) -> list[str]:
 
 
 def prune(run: str, keep: int) -> tuple[Holdings, int]:
-    """Removes the points that lost, and what broken uploads left; what there was, and how many leftovers went.
+    """Removes the points that lost and leftovers of uploads; returns the holdings and the number of leftovers.
 
     Alone with the run: `RunBusy` while a driver holds its lease. `BadInput` where there are no scores to judge by.
     """
@@ -257,7 +257,7 @@ def _receipts(store: Store, points: set[str]) -> dict[str, list[str]]:
 
 
 def print_holdings(held: Holdings) -> None:
-    """The table of what a run holds."""
+    """The table of a run's points."""
     lines = [("point", "size", "score", "place", "")]
     for point in held.points:
         if point.bytes or point.place:

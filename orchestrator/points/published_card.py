@@ -1,6 +1,6 @@
-"""The README.md of a point: hub front matter, and what a reader of a merge's card looks for.
+"""The README.md of a published point: hub front matter, parents, licence and results.
 
-Front matter as https://huggingface.co/docs/hub/model-cards describes it; `published_card` is what the hub gets.
+Front matter as https://huggingface.co/docs/hub/model-cards describes it; `published_card` is the hub's version.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from orchestrator.words import short_length, token_count
 
 
 def front_matter(card: str) -> dict[str, Any]:
-    """What a model card says between its `---` lines; empty where it says nothing that is YAML."""
+    """The front matter of a model card; empty if it is not YAML."""
     found = FRONT.match(card)
     try:
         told = yaml.safe_load(found["yaml"]) if found else None
@@ -90,7 +90,7 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
 
 
 def _reach(effective: EffectiveLength) -> str:
-    """In words; what passed at the longest length might pass at longer ones, that nobody asked."""
+    """In words; a model that passed at the longest length might pass at longer ones, which were not asked."""
     longest, high = effective.asked, f"{effective.high:,}"
     if effective.high == longest:
         high += " or more"

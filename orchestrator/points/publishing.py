@@ -1,4 +1,4 @@
-"""Publishing a point: what leaves is what the manifest says, and what arrived is looked at again.
+"""Publishing a point: its files are checked against the manifest, and the arrived files are checked again.
 
 To the hub a point goes with its licence and its results on its card, and is seen all at once. To a folder or a bucket
 go the very bytes, the manifest last.
@@ -74,7 +74,7 @@ def publish_to_hub(
 
 
 def _commit(publication: HubPublication, point: FoundPoint, expected: Mapping[str, Content], stale: set[str]) -> None:
-    """Commits, and looks at what arrived. A commit whose answer was lost is found by what lies there."""
+    """Commits, and checks the arrived files. A commit whose answer was lost is found by its files."""
     refusal: ObjectChanged | None = None
     try:
         publication.commit(f"Merge {point.name} ({point.manifest.digest[:12]})", removed=stale)
@@ -142,7 +142,7 @@ def _results(point: FoundPoint) -> tuple[Line | None, tuple[str, ...]]:
 
 @contextmanager
 def _content(point: FoundPoint, name: str, ours: Mapping[str, bytes]) -> Generator[Content, None, None]:
-    """What the hub is to get under a name, checked; a large file of a bucket lies on the local disk meanwhile."""
+    """The content for the hub under a name, checked; a large file of a bucket lies on the local disk meanwhile."""
     from workers.storage.hub_publishing import SMALL_BYTES, Content
 
     if name in ours:

@@ -1,4 +1,4 @@
-"""Looking again: are the bytes what the manifest says, and what sets two checkpoints apart."""
+"""Verifying: every byte against the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workers.storage.records import read_record
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One point looked at again; no problems means it is what its manifest says."""
+    """The check of one point; without problems it agrees with its manifest."""
 
     point: str
     problems: tuple[str, ...]
@@ -40,7 +40,7 @@ def _verify(store: Store, prefix: str) -> Check:
 
 
 def point_problems(store: Store, prefix: str, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with the files under `prefix`, by this manifest; all of them are read."""
+    """The faults of the files under `prefix`, by this manifest; reads all of them."""
     for name in manifest.files:
         try:
             yield from file_problems(store, prefix, name, manifest)
@@ -53,7 +53,7 @@ def point_problems(store: Store, prefix: str, manifest: Manifest) -> Iterator[st
 
 
 def file_problems(store: Store, prefix: str, name: str, manifest: Manifest) -> Iterator[str]:
-    """What is wrong with one file, by the manifest; `ObjectMissing` when it is not there."""
+    """The faults of one file, by the manifest; `ObjectMissing` if it does not exist."""
     info, written = store.locate(prefix + name), manifest.files[name]
     if info.size != written.size:
         yield f"{name}: {info.size} bytes, {written.size} were written"
