@@ -33,7 +33,7 @@ class Request:
 class Blocks:
     """The files of scores: which items each has, and the rows that were wanted in this session.
 
-    A file is `PREFIX-FIRST-LAST.parquet`; what one prefix holds was answered under the same conditions.
+    A file is `PREFIX-FIRST-LAST.parquet`; all files of one prefix were answered under the same conditions.
     """
 
     def __init__(self, store: Store) -> None:

@@ -1,7 +1,7 @@
 """The gate at work: which point is judged, on which items, and how many of them are asked until the verdict is known.
 
-A point that was chosen as the best of several is judged on items that nobody was chosen by: the score it was chosen
-for is too high by what luck gave it (the winner's curse).
+A point that was chosen as the best of several is judged on fresh items: the score that chose it
+is too high by its luck (the winner's curse).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Gated:
 
     @property
     def verdict(self) -> Verdict:
-        """What the gate says."""
+        """The verdict of the gate."""
         return self.looks[-1]
 
     def document(self) -> dict[str, Any]:
@@ -122,7 +122,7 @@ class _Items:
         return any(self._most(planned) > len(self._range(planned, growth)) for planned in self.sets.values())
 
     def next(self, growth: float, verdict: Verdict) -> float:
-        """What the line that lacks most asks for, but at most twice as much; at least one more haystack of some set."""
+        """The items that the weakest line needs, at most twice those of now; at least one more haystack of some set."""
         open_lines = [line for line in verdict.lines if line.outcome == "inconclusive"]
         lacking = max((line.items_needed / line.items if line.items_needed else 2.0) for line in open_lines)
         grown = growth * min(2.0, max(1.0, lacking))

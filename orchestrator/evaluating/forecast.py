@@ -1,4 +1,4 @@
-"""What an evaluation will ask, and how small a difference it can show: known before the first question.
+"""The size of an evaluation, and the smallest difference that it can show: known before the first question.
 
 Two models are taken to differ in `DISCORDANCE` of their right-or-wrong answers, as often for better as for worse, and
 questions that share a haystack to be correlated by `CORRELATION`. Items of different haystacks, and of different
@@ -68,7 +68,7 @@ class _Score:
 def evaluation_facts(job: Job, asked: Questions) -> dict[str, Any]:
     """For `mergeyard plan`: items, tokens that are read at the most, and the smallest differences that show.
 
-    Tokens count the room for the answers. What a task of lm-evaluation-harness asks is not known here.
+    Tokens count the room for the answers. The size of a task of lm-evaluation-harness is not known here.
     """
     subjects = [*asked.points.values(), *asked.baselines]
     first = subjects[0].sets
@@ -97,7 +97,7 @@ def _tokens(sets: Sets) -> int:
 
 
 def _least_tokens(asked: Questions, race: RacePlan) -> int:
-    """What the race costs where all but those to be kept leave at its first look."""
+    """The cost of the race if all points but the kept ones leave at the first look."""
     look = min(race.items, -(-RUNGS[0] // race.share) * race.share)
     sets = next(iter(asked.points.values())).sets
     raced = [planned.length for planned in sets.values() if planned.benchmark == race.benchmark]

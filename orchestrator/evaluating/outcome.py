@@ -1,4 +1,4 @@
-"""How a job ended, by what its run left: a cluster remembers that it ran, not what has become of it since."""
+"""The outcome of a job, by the files of its run: a cluster knows that it ran, not the state of its run since."""
 
 from __future__ import annotations
 

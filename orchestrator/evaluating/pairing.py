@@ -16,7 +16,7 @@ Pairs = Sequence[tuple[ScoreRow, ScoreRow]]
 
 
 def question(row: ScoreRow) -> Question:
-    """What a row answers."""
+    """The question that a row answers."""
     return row.items, row.task, row.length, row.item
 
 

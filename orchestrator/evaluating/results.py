@@ -1,4 +1,4 @@
-"""What an evaluation found, and the two files it leaves under `report/` in a run: results.parquet, evaluation.json.
+"""The results of an evaluation, and its two files under `report/` in a run: results.parquet, evaluation.json.
 
 Both are renewed while an evaluation goes on, so that whoever looks sees the newest; `finished` says whether it ended.
 """
@@ -30,7 +30,7 @@ VERDICT = "gate/verdict.json"
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """All scores of a run, and what the race made of them; `standing` is best first, baselines apart.
+    """All scores of a run, and the result of the race; `standing` is best first, baselines apart.
 
     `ranked` names the benchmarks that points are ranked by; `race` is None where every point answers everything.
     Models go by the labels of `Subject`. `baselines` are the parents that are not the same merge as a point; `parents`
@@ -82,7 +82,7 @@ class EvaluationResult:
 
     @property
     def rule(self) -> str:
-        """By what rule points leave the race, in words; empty without one."""
+        """The rule by which points leave the race, in words; empty without a race."""
         if self.race is None:
             return ""
         spec = self.race.spec
@@ -121,7 +121,7 @@ class EvaluationResult:
 
 
 def ranked_rows(rows: Iterable[ScoreRow], benchmarks: Sequence[str]) -> list[ScoreRow]:
-    """The rows of these benchmarks, but for what only counts unasked items."""
+    """The rows of these benchmarks, without those that only count unasked items."""
     return [row for row in rows if row.benchmark in benchmarks and not row.task.endswith(f":{OVER_LONG}")]
 
 
@@ -132,7 +132,7 @@ def write_results(store: Store, result: EvaluationResult) -> None:
 
 
 def read_results(run_url: str, points: Collection[str] | None = None) -> EvaluationResult:
-    """What a run's evaluation found so far, with the rows of all points or of some; `BadInput` where there is none."""
+    """The results of a run so far, with the rows of all points or of some; `BadInput` without an evaluation."""
     store = open_store(run_url)
     try:
         result = read_document(store, EVALUATION, _result, "evaluate again")
@@ -150,7 +150,7 @@ def read_results(run_url: str, points: Collection[str] | None = None) -> Evaluat
 
 
 def read_verdict(store: Store) -> dict[str, Any] | None:
-    """What the gate left in a run, with all that is told of it; None where there is no verdict."""
+    """The gate's verdict in a run; None if there is none."""
     try:
         return read_document(store, VERDICT, _verdict, "judge again, or remove it")
     except ObjectMissing:
@@ -158,7 +158,7 @@ def read_verdict(store: Store) -> dict[str, Any] | None:
 
 
 def _verdict(document: dict[str, Any]) -> dict[str, Any]:
-    """The same, if it has what is told of it in the form that it is told in."""
+    """The verdict, if it has every field in the expected form."""
     lines, looks = document["lines"], document["looks"]
     for part, names in ((document, ("outcome", "new", "old")), *((line, ("outcome", "reason")) for line in lines)):
         for name in names:

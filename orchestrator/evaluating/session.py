@@ -40,7 +40,7 @@ NOISE_ITEMS = 25
 """Items of each set that the leader answers a second time, to see how often an answer flips by itself."""
 
 RENEW_SECONDS = 30.0
-"""How long what can be seen of a running evaluation may be behind."""
+"""The visible results of a running evaluation are at most this old."""
 
 
 class OpenEvaluators(Protocol):
@@ -50,7 +50,7 @@ class OpenEvaluators(Protocol):
 
 
 class Session:
-    """The right to ask the models of a run, and what they have answered so far; answers stay in the store."""
+    """An evaluation in progress: holds the run's lease and collects answers, which stay in the store."""
 
     def __init__(
         self,
@@ -104,11 +104,11 @@ class Session:
                 lease.check()
 
     def run(self) -> EvaluationResult:
-        """The race, then what the points that stayed and the parents have not answered yet, then the noise floor."""
+        """The race, then the open items of the parents and of the points that stayed, then the noise floor."""
         asked = self._asked
         self._running = True
         self._lease.confirm()
-        self._ledger.store.delete(VERDICT)  # what an earlier evaluation made of a gate holds no more
+        self._ledger.store.delete(VERDICT)  # the verdict of an earlier evaluation is no longer valid
         self.make([*asked.points.values(), *asked.baselines])
         if asked.race is not None:
             self._run_race(asked.race)
@@ -122,7 +122,7 @@ class Session:
         return result
 
     def conclude(self, verdict: Mapping[str, object]) -> None:
-        """Leaves what a gate says in the run, as `gate/verdict.json`."""
+        """Writes the gate's verdict into the run, as `gate/verdict.json`."""
         self._lease.confirm()
         self._ledger.store.write(VERDICT, json.dumps(verdict, indent=1).encode())
 
@@ -145,7 +145,7 @@ class Session:
             self._watcher.advance(planned.made * planned.length)
 
     def ask(self, subjects: Iterable[Subject], text: str, wanted: Mapping[Cell, range] | None = None) -> None:
-        """What these have not answered yet of what everyone is asked, or of the items that are wanted of each cell."""
+        """Asks these subjects their open items, of the common ones or of the wanted ones of each cell."""
         requests = [
             Request(subject, cell, range(planned.count) if wanted is None else wanted[cell])
             for subject in subjects
@@ -160,7 +160,7 @@ class Session:
         return self._blocks.rows()
 
     def _run_race(self, planned: RacePlan) -> None:
-        """The race, run to its end; departures are told as they happen."""
+        """The race, run to its end; prints departures as they happen."""
         points, share = self._asked.points, planned.share
         sets = next(iter(points.values())).sets
         race = self._race = Race(
@@ -197,7 +197,7 @@ class Session:
         return flip_rate([first[place] for place in places], [second[place] for place in places])
 
     def _answers(self, requests: Iterable[Request], text: str) -> Iterator[tuple[Request, list[ScoreRow]]]:
-        """The wanted rows of each request as they come: first what the store has, then what workers answer."""
+        """The wanted rows of each request as they come: first from the store, then from workers."""
         wanted = list(requests)
         prefixes = {request: self._prefix(request) for request in wanted}
         self._blocks.recall((prefixes[request], request.items) for request in wanted)
@@ -223,14 +223,14 @@ class Session:
             self._renew()
 
     def _tell_remarks(self, remarks: Iterable[str]) -> None:
-        """Tells those that were not told yet in this session."""
+        """Prints the remarks that are new in this session."""
         for remark in remarks:
             if remark not in self._told:
                 self._told.add(remark)
                 self._watcher.tell(remark)
 
     def _prefix(self, request: Request) -> str:
-        """What the files of these answers are called, but for their items: it names all that the answers depend on."""
+        """The name of the files of these answers, without their items: it covers all inputs of the answers."""
         subject, items = request.subject, request.subject.sets[request.cell]
         spec = self._asked.models[subject.model]
         asked_with = [spec.engine, spec.url, dict(spec.options), spec.end_tokens]
@@ -267,7 +267,7 @@ class Session:
     def _renew(self) -> None:
         """Lets who looks at the run see how it stands, now and then: a twentieth of the time at most.
 
-        Not while a gate asks: what is seen then is the evaluation that ended.
+        Not while a gate asks: the visible results are then those of the evaluation that ended.
         """
         if not self._running or time.monotonic() - self._renewed < self._pause:
             return

@@ -1,4 +1,4 @@
-"""What an evaluation asks, of whom, and on which model: known beforehand, and refused if it cannot work."""
+"""The items, subjects and models of an evaluation: known beforehand, and refused if they cannot work."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Subject:
 
 @dataclass(frozen=True, slots=True)
 class RacePlan:
-    """What is raced over: `items` of each set of one benchmark, then `fresh` ones for the winners.
+    """The items of a race: `items` of each set of one benchmark, then `fresh` ones for the winners.
 
     `share` neighbours are never parted. The other benchmarks are asked of those who stay.
     """
@@ -110,9 +110,9 @@ class _Asked:
 
 
 def questions(plan: Plan, folder: Path | None = None) -> Questions:
-    """What the plan's job asks; `folder` is what the paths of its texts are relative to.
+    """The evaluation of the plan's job; paths of its texts are relative to `folder`.
 
-    Reads tokenizers and texts, and builds an item or two of each task. Raises `BadInput` for what cannot be asked.
+    Reads tokenizers and texts, and builds an item or two of each task. Raises `BadInput` for impossible items.
     """
     evaluation = plan.job.evaluate
     if evaluation is None:
@@ -271,7 +271,7 @@ def _model_spec(plan: Plan, layout: Layout, sets: Sequence[PlannedSet]) -> Model
 
 
 def _end_tokens(plan: Plan, layout: Layout) -> tuple[int, ...]:
-    """What ends an answer by the generation_config.json that the written point is given."""
+    """The tokens that end an answer, by the generation_config.json of the written point."""
     donor = plan.parents[layout.donor]
     info = donor.side_files.get("generation_config.json")
     found: Any = None if info is None else read_json(open_store(donor.url), info, LARGEST_CONFIG).get("eos_token_id")

@@ -131,7 +131,7 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
 
 
 def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -> Markup:
-    """What the colours of a map mean."""
+    """The legend of a map's colours."""
     with new_figure(10, 14, 4, 38, width=260) as (figure, axes):
         edges = np.linspace(low, high, 49)  # rectangles: an image would be a picture in a page that holds none
         axes.bar(edges[:-1], 1, np.diff(edges) * 1.8, align="edge", color=SCALES[scale](np.linspace(0, 1, 48)))
@@ -181,7 +181,7 @@ def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: flo
 
 
 def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str]) -> Markup:
-    """Every point by two metrics, the front joined; `noted` says what a point is besides: a parent, or left."""
+    """Every point by two metrics, the front joined; `noted` marks a point as a parent, or as one that left the race."""
     names = [name for name in x.values if name in y.values]
     with new_figure(280, 58, 12, 80) as (figure, axes):
         shape = {"parent": ("s", OKABE_ITO[1], OKABE_ITO[1]), "left": ("o", "none", OKABE_ITO[7])}
@@ -234,7 +234,7 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
 
 
 def bars(costs: Sequence[StageCost]) -> Markup:
-    """Seconds of work by what it went into."""
+    """Seconds of work by stage."""
     labels = [shorten(cost.what, 24) for cost in costs]
     with new_figure(22 * len(costs), 14 + LETTER * max(map(len, labels)), 8, 46) as (figure, axes):
         axes.barh(range(len(costs)), [cost.seconds for cost in costs], color=OKABE_ITO[0], height=0.7)

@@ -1,4 +1,4 @@
-"""What each figure of the page shows, as numbers and words; `charts` draws them."""
+"""The numbers and words of each figure of the page; `charts` draws them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MOST_CURVES = 6
 MOST_NEEDLE_MAPS = 6
 MOST_METRICS = 6
 MOST_ROWS = 400
-"""Points in a map, the best of them; a page with more rows is one nobody reads."""
+"""Points in a map, the best of them; a page with more rows is not readable."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ class Metric:
 
 @dataclass(frozen=True, slots=True)
 class StageCost:
-    """What something took: seconds of work summed over workers, and tokens or bytes."""
+    """The cost of a stage: seconds of work summed over workers, and tokens or bytes."""
 
     what: str
     seconds: float
@@ -86,7 +86,7 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True)
 class MergeCost:
-    """What merging took, by the receipts: the parents' bytes are counted once a task."""
+    """The cost of merging, by the receipts: the parents' bytes are counted once per task."""
 
     shards: int
     seconds: float
@@ -112,7 +112,7 @@ class MapGrid:
 
 
 def grid_of(points: Sequence[Point], names: Sequence[str]) -> MapGrid:
-    """How these points are laid out: by one or two axes where that tells them apart, else one a row."""
+    """The layout of these points: by one or two axes if that separates them, else one per row."""
     known = [point for point in points if point.name in set(names)]
     if not known or len(known) < len(names):
         return MapGrid("point", tuple(names), "", (), {name: (index, 0) for index, name in enumerate(names)})
@@ -242,7 +242,7 @@ def shown(lines: Sequence[Line], parents: Sequence[str], most: int) -> list[Line
 
 
 def length_curves(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line], parents: Sequence[str]) -> list[Curve]:
-    """Of what tells how far a context reaches, the score by length; none where there are no two lengths."""
+    """The score by length of the tasks that measure the context; empty without two lengths."""
     curves: list[Curve] = []
     for line in shown(lines, parents, MOST_CURVES):
         by_length: dict[int, list[CellSample]] = defaultdict(list)
@@ -407,7 +407,7 @@ def _needle_map(title: str, lengths: Sequence[int], depths: _Depths, tiles: Mapp
 
 
 def metrics(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line]) -> list[Metric]:
-    """What points can be weighed by: the score, at the shortest and at the longest length, benchmarks, perplexity."""
+    """The metrics of points: the score, at the shortest and at the longest length, benchmarks, perplexity."""
     lengths = sorted({length for line in lines for length in line.by_length})
     found = [Metric("score", {line.name: line.score for line in lines})]
     for length in (lengths[0], lengths[-1]) if len(lengths) > 1 else ():
@@ -478,7 +478,7 @@ def answer_costs(rows: Iterable[ScoreRow]) -> list[StageCost]:
 
 
 def merge_cost(receipts: Sequence[Receipt]) -> MergeCost | None:
-    """What merging took; the receipts of one task carry that task's time and bytes, which count once."""
+    """The cost of merging; the receipts of one task carry that task's time and bytes, which count once."""
     if not receipts:
         return None
     tasks = {

@@ -31,7 +31,7 @@ LARGEST_EXPONENT = 700.0
 class Line:
     """One model's line: scores from 0 to 100, half width of the 95 % interval, effective lengths in tokens.
 
-    `name` is the model's label in the run, `title` what a table calls it: a parent by its own name, and as a parent.
+    `name` is the model's label in the run, `title` its name in a table: a parent's own name, marked as a parent.
     `by_benchmark` is the score over each benchmark that ranks, where several do. `weighted` is RULER's wAvg, with
     weights that increase with length and with weights that decrease. It and the effective lengths are of RULER, or of
     the needle where RULER is not asked; `relative` is by the name of a parent: by 85 % of its score at the shortest
@@ -57,7 +57,7 @@ class Line:
     note: str
 
     def document(self) -> dict[str, Any]:
-        """For `--json`; None for what is infinite."""
+        """For `--json`; infinite values as None."""
         return {
             "kind": self.kind,
             "name": self.name,

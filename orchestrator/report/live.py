@@ -36,7 +36,7 @@ def written_page(
 
 
 class LivePage:
-    """Draws the page of a run now and then, in a thread of its own, from what lies in the run."""
+    """Draws the page of a run now and then, in a thread of its own, from the files of the run."""
 
     def __init__(self, run_url: str) -> None:
         self._run_url = run_url

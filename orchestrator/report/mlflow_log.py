@@ -42,8 +42,8 @@ def _refusals(uri: str) -> Generator[None]:
 
 
 def _client(uri: str) -> Any:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # nobody asked for a message to someone else
-    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # a folder is what was asked for, when one is named
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # the user asked for no telemetry
+    os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")  # the user may name a folder
     os.environ.setdefault(
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2"
     )  # seven would keep a typing mistake waiting for minutes

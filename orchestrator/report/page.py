@@ -1,4 +1,4 @@
-"""The page itself: what lies in a run, gathered, and put into one HTML file."""
+"""The page: the contents of a run in one HTML file."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _context(report: Report) -> dict[str, Any]:
 
 
 def _scale(lines: Sequence[Line]) -> tuple[float, float]:
-    """What the intervals of the leaderboard are drawn on: round limits around all of them."""
+    """The scale of the leaderboard's intervals: round limits around all of them."""
     finite = [line for line in lines if math.isfinite(line.half_width)]
     ends = [line.score + side * line.half_width for line in finite for side in (-1, 1)]
     return _bounds([min(100.0, max(0.0, end)) for end in ends] or [0.0, 100.0])

@@ -17,7 +17,7 @@ from orchestrator.report.leaderboard import Line
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The leader, and what sets it apart from the best parent and from the runner-up; None where there is none.
+    """The leader, and its differences from the best parent and from the runner-up; None if there is none.
 
     Where the leader is a parent itself, `parent` is its label and `over_parent` None. `parent_name` is the best
     parent's name in sentences. `points` counts the points that took part. `gate` is the gate's verdict as it lies in
@@ -42,7 +42,7 @@ class Recommendation:
 
     @property
     def headline(self) -> str:
-        """What to keep, in one sentence."""
+        """The recommendation in one sentence."""
         return ("" if self.finished else "So far, with the evaluation unfinished: ") + self._keep()
 
     @property
@@ -111,7 +111,7 @@ def recommend(
     gate: Mapping[str, Any] | None,
     against_parent: Mapping[str, BaselineComparison] | None = None,
 ) -> Recommendation | None:
-    """What to keep, by the leaderboard's lines; None while nobody has a score.
+    """The recommendation, by the leaderboard's lines; None while there is no score.
 
     `against_parent` saves comparing all points with the best parent again.
     """

@@ -26,7 +26,7 @@ MOST_RECEIPTS = 5_000
 
 @dataclass(frozen=True)
 class Run:
-    """What lies in a run, read once: everything a page or a table of it needs.
+    """The contents of a run, read once: all that a page or a table needs.
 
     `job` is None where another version of mergeyard wrote it; `gate` where the run has no verdict.
     """
@@ -88,7 +88,7 @@ def _receipts(store: Store) -> tuple[Receipt, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """The leaderboard of a run and what can be said about it."""
+    """The leaderboard of a run, its comparisons and the recommendation."""
 
     run: Run
     lines: list[Line]
@@ -121,7 +121,7 @@ class Report:
 
 
 def report_on(run: Run, lines: list[Line] | None = None) -> Report:
-    """What can be said about a run."""
+    """The report of a run."""
     result = run.result
     lines = lines or leaderboard(result)
     rows = rows_by_point(result.ranked_rows())
@@ -134,7 +134,7 @@ def report_on(run: Run, lines: list[Line] | None = None) -> Report:
 
 
 def _gate_baseline(run: Run, rows: Mapping[str, Any]) -> str | None:
-    """The label of what the gate compares with."""
+    """The label of the gate's baseline."""
     if run.job is None or run.job.gate is None:
         return None
     known = {**run.result.scored_points, **run.result.parents}

@@ -1,4 +1,4 @@
-"""Models that a run has scored, by what a user calls them: RUN/POINT, RUN/PARENT, RUN, or where a checkpoint lies.
+"""Models that a run has scored, by the names that users give: RUN/POINT, RUN/PARENT, RUN, or a checkpoint's URL.
 
 RUN/points/NAME and RUN/parents/NAME say which of the two is meant.
 """
@@ -34,7 +34,7 @@ class ScoredModel:
 
     @property
     def weights(self) -> str:
-        """What answered."""
+        """The weights that answered."""
         return self.rows[0].weights
 
     def document(self) -> dict[str, Any]:
@@ -59,7 +59,7 @@ class _Named:
 def find_models(words: Sequence[str], run_of: RunOf) -> list[ScoredModel]:
     """The models that the words name. A checkpoint is looked for in the runs that the other words name.
 
-    `run_of` says where the run lies that a word names. `BadInput` for what is no model, or has no scores, or twice the
+    `run_of` gives the URL of the run that a word names. `BadInput` for what is no model, or has no scores, or twice the
     same.
     """
     named = [_in_a_run(word, run_of) for word in words]
@@ -108,7 +108,7 @@ def _lies(run: str, key: str) -> bool:
 
 
 def _label(name: str, result: EvaluationResult, run: str, kind: Kind | None = None) -> str:
-    """What the answers of a point or a parent go by, a point first; of that kind alone where one is given."""
+    """The label of a point or a parent, points first; only of `kind` if it is given."""
     points, parents = result.scored_points, result.parents
     known = {"point": points, "parent": parents, None: {**parents, **points}}[kind]
     if name not in known:
@@ -152,7 +152,7 @@ def _scored(named: _Named) -> ScoredModel:
 
 
 def right_answers(run: str, digest: str, benchmark: str) -> dict[int, tuple[str, ...]]:
-    """What the items of a benchmark's set want, by number, as far as they still lie in the run."""
+    """The expected answers of a set's items, by number, as far as the run still has them."""
     store, expected = open_store(run), BENCHMARKS[benchmark].expected
     found: dict[int, tuple[str, ...]] = {}
     if expected is None:
@@ -164,7 +164,7 @@ def right_answers(run: str, digest: str, benchmark: str) -> dict[int, tuple[str,
 
 
 def benchmark_settings(run: str, benchmark: str) -> dict[str, Any]:
-    """How the run's job asks a benchmark, but for what is asked of it: tasks, lengths and numbers of items."""
+    """The run's settings of a benchmark, without its tasks, lengths and numbers of items."""
     text = bytes(open_store(run).read("job.yaml")).decode("utf-8")
     evaluation = load_job(text, f"{run}/job.yaml").evaluate
     spec: Any = None if evaluation is None else evaluation.benchmarks.get(benchmark)

@@ -56,7 +56,7 @@ class Difference:
     detectable: float
 
     def document(self) -> dict[str, Any]:
-        """For `--json`; None for what is infinite."""
+        """For `--json`; infinite values as None."""
         found = asdict(self)
         return {key: None if isinstance(value, float) and math.isinf(value) else value for key, value in found.items()}
 
@@ -115,7 +115,7 @@ def _finite(value: float) -> float | None:
 
 
 def compare_models(a: ScoredModel, b: ScoredModel) -> Comparison:
-    """B against A on the questions that both answered; `BadInput` says what differs where there are none."""
+    """B against A on the questions that both answered; `BadInput` names the difference if there are none."""
     common = common_rows(b.rows, a.rows)
     if not common:
         raise BadInput(_nothing_in_common(a, b))
@@ -225,7 +225,7 @@ def _corrected(lines: Sequence[Difference]) -> tuple[Difference, ...]:
 
 
 def _flips(cells: Mapping[Cell, Pairs]) -> list[Flip]:
-    """What was lost or won by most first, losses before gains, long contexts before short ones."""
+    """Greatest changes first, losses before gains, long contexts before short ones."""
     found = [
         Flip(
             items=new.items,
@@ -261,7 +261,7 @@ def with_expected(comparison: Comparison, most: int | None = None) -> Comparison
 
 
 def _nothing_in_common(a: ScoredModel, b: ScoredModel) -> str:
-    """Why no question was answered by both, and what to do."""
+    """The reason why no question was answered by both, and the remedy."""
     cells_a, cells_b = ({Cell(row.task, row.length): row.items for row in model.rows} for model in (a, b))
     start = f"{a.name} and {b.name} answered no question in common: "
     if not cells_a.keys() & cells_b.keys():

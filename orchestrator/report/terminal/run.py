@@ -1,4 +1,4 @@
-"""Plans, results and the state of a run: first as plain facts (what `--json` prints), then as tables for a terminal."""
+"""Plans, results and the state of a run: first as plain facts (for `--json`), then as tables for a terminal."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
 
 
 def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What will be asked, and what that can show."""
+    """The items of the evaluation, and the smallest difference that they can show."""
     points = f"{asked['points']} point{'s' if asked['points'] > 1 else ''}"
     beside = f" and {asked['baselines']} parents" if asked["baselines"] else ""
     rows = [
@@ -128,7 +128,7 @@ def _gate(gate: Mapping[str, Any]) -> str:
 
 
 def result_facts(result: RunResult) -> dict[str, Any]:
-    """What a finished run says."""
+    """The facts of a finished run."""
     return {
         "run": result.url,
         "points": {name: {"weights": point.weights, "same_as": point.same_as} for name, point in result.points.items()},
@@ -169,7 +169,7 @@ def _warn_nonfinite(result: RunResult) -> None:
 
 
 def status_facts(run_url: str) -> dict[str, Any]:
-    """How far a run is, from what lies under its prefix."""
+    """The progress of a run, from the files under its prefix."""
     store, places = open_store(run_url), Places()
     try:
         plan = read_record(store, places.record("plan.json"))
