@@ -54,9 +54,9 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What all items of a set have in common.
+    """The common properties of all items of a set.
 
-    `frame` is put before and after what the user says (a chat template's doing); the answer prefix comes after it.
+    `frame` goes before and after the user's text (from a chat template); the answer prefix comes after it.
     """
 
     benchmark: str
@@ -72,7 +72,7 @@ class Asked:
         return self.length - self.max_new_tokens
 
     def named(self, *key: str | int) -> str:
-        """What a haystack or a pair of this task and seed is called."""
+        """The name of a haystack or a pair of this task and seed."""
         return "-".join(map(str, (self.task, self.seed, *key)))
 
     def item(

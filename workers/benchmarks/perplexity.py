@@ -1,4 +1,4 @@
-"""Windows of a text for log-likelihood by position: does a model make use of what is far behind?
+"""Windows of a text for log-likelihood by position: does a model use the distant part of its context?
 
 All lengths score the same last tokens: window i ends at the same token of the text at every length, so that a longer
 window differs from a shorter one in the context alone.

@@ -21,7 +21,7 @@ Frame = tuple[str, str]
 
 @dataclass(frozen=True, slots=True)
 class PlannedSet:
-    """A set that can be built: what it is, the digest of all that it depends on, and how to make a file of its items.
+    """A set that can be built: its identity, the digest of its inputs, and a function that makes a file of its items.
 
     `count` items are asked of everyone, `made` are made at first. `grows` where more can be made later, as every item
     depends on its own number alone. `check` builds as little as shows that it can be built, and raises `BadInput` if it
@@ -94,7 +94,7 @@ def located(place: str) -> Generator[None]:
 
 
 def probe(length: int, build: Callable[[int], object]) -> None:
-    """Builds at the length, or at a shorter one at which what fits shows what does."""
+    """Builds at the length, or at a shorter one that shows the same."""
     try:
         build(min(length, PROBED))
     except TooShort as error:

@@ -115,7 +115,7 @@ def planned_sets(
     """Every set of items that the job's benchmarks consist of; nothing is built yet.
 
     `least` items are made for a benchmark's sets even if fewer are asked of everyone: the rest are fresh ones, on which
-    the winners of a race are confirmed. `BadInput` with file and line for what cannot be asked.
+    the winners of a race are confirmed. `BadInput` with file and line for impossible items.
     """
     return [
         planned

@@ -1,4 +1,4 @@
-"""From what the job asks to sets of items, built once and stored under a digest of all that they depend on."""
+"""Sets of items for a job, built once and stored under a digest of all their inputs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from workers.benchmarks.planned import PlannedSet, located
 from workers.storage import Store
 
 LM_EVAL_TOKENS = 1 << 20
-"""What a whole task of lm-evaluation-harness is taken to cost, so that it is begun early."""
+"""The assumed cost of a whole task of lm-evaluation-harness, so that it starts early."""
 
 PART_NAME = re.compile(r"(?P<first>\d{6,})-(?P<last>\d{6,})\.(json|parquet)")
 PART_ITEMS = 64
@@ -36,7 +36,7 @@ def check_sets(sets: Iterable[PlannedSet]) -> None:
 
 
 def stored(planned: PlannedSet, store: Store, count: int | None = None) -> ItemSet:
-    """The set in the store, with `count` items or, without it, as many as are planned; what is missing is built now."""
+    """The set in the store, with `count` items or, without it, as many as are planned; builds the missing ones."""
     wanted = range(planned.made if count is None or not planned.grows else count)
     parts = _parts(planned, store)
     for missing in [part for gap in _missing(wanted, parts) for part in _cut(planned, gap)]:

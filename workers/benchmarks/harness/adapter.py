@@ -107,7 +107,7 @@ def _answered(
     chat: Callable[..., str] | None,
     ask: Callable[[str, Sequence[Instance]], Sequence[Any]],
 ) -> list[Sample]:
-    """The items `numbers`, with what `ask` answers to each kind of request, as lm-evaluation-harness scores them."""
+    """The items `numbers`, with the answers of `ask`, as lm-evaluation-harness scores them."""
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     with errors_of(task):
@@ -147,7 +147,7 @@ def _processed(leaf: Task, numbers: Sequence[int]) -> Iterator[Sample]:
 
 
 def _rehearsed(task: str, leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None) -> list[Sample]:
-    """The first items with their reference answers: what the metrics are, learnt without asking the model."""
+    """The first items with their reference answers: they show the metrics without asking the model."""
 
     def ask(kind: str, requests: Sequence[Instance]) -> list[Any]:
         if kind == "generate_until":
@@ -218,7 +218,7 @@ def _scores_of(
 
 
 def _answer(sample: Sample) -> str:
-    """What the model said; for a choice, the log-likelihood of each."""
+    """The model's answer; for a choice, the log-likelihood of each option."""
     if len(sample.responses) == 1 and isinstance(sample.responses[0], str):
         return sample.responses[0]
     return json.dumps(sample.responses, default=str)

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 DEFAULT_NEW_TOKENS = 256
-"""What lm-evaluation-harness generates at most where a task does not say."""
+"""The limit of generated tokens in lm-evaluation-harness for a task that sets none."""
 
 
 @dataclass(slots=True)
 class RequestCost:
-    """What the requests of one item took."""
+    """The cost of one item's requests."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -33,13 +33,13 @@ class RequestCost:
 
 
 class Asking:
-    """The three questions of lm-evaluation-harness, put to an engine; remembers what each item cost."""
+    """The three questions of lm-evaluation-harness, put to an engine; records the cost of each item."""
 
     def __init__(self, engine: Engine, beginning: str) -> None:
         self._engine = engine
         self._beginning = beginning
         self._front = engine.encode("")
-        """What the tokenizer puts before every text."""
+        """The token ids that the tokenizer puts before every text."""
         self.over_long: set[int] = set()
         self.costs: defaultdict[int, RequestCost] = defaultdict(RequestCost)
 
@@ -71,7 +71,7 @@ class Asking:
         """Token ids of both, and how many of them are context, by lm-evaluation-harness's own convention.
 
         White space at the end of the context belongs to the continuation, because tokenizers glue it to the next word;
-        what comes before is encoded by itself; a text without context stands after the beginning-of-text token.
+        the part before it is encoded by itself; a text without context stands after the beginning-of-text token.
         """
         if context:
             context = self._bare(context)
@@ -151,7 +151,7 @@ def _item(request: Instance) -> int:
 
 
 def request_arguments(request: Instance) -> tuple[Any, ...]:
-    """A request's text and what goes with it."""
+    """A request's text and its other arguments."""
     return tuple(request.args)
 
 

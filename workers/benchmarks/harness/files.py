@@ -13,7 +13,7 @@ import yaml
 def files_of(task: Path) -> dict[str, str]:
     """Path relative to the task's folder → sha256, of each file that its YAML names, and so on through its includes.
 
-    A file is named by a text anywhere in the YAML, or by `!function module.name`. Not covered: what that module reads.
+    A file is named by a text anywhere in the YAML, or by `!function module.name`. Not covered: that module's own files.
     Empty for a task in a bucket, where the harness finds no file beside it.
     """
     if not task.is_file():
@@ -48,7 +48,7 @@ def _scalars(source: Path) -> Iterator[tuple[str, yaml.ScalarNode]]:
     """Every scalar of a YAML file, with its key; no tag is built or run."""
     try:
         root = yaml.compose(source.read_text(encoding="utf-8"), yaml.SafeLoader)
-    except (yaml.YAMLError, UnicodeDecodeError):  # the harness says what is wrong with it
+    except (yaml.YAMLError, UnicodeDecodeError):  # the harness reports the fault
         return
     waiting = [("", root)]
     while waiting:

@@ -76,7 +76,7 @@ def load_tasks(task: str, metadata: str, num_fewshot: int | None) -> dict[str, T
 
 
 def _what_is_missing(error: ImportError) -> str:
-    """The module that a task needs, and what can be done about it."""
+    """The module that a task needs, and the remedy."""
     name = error.name or (error.__cause__.name if isinstance(error.__cause__, ImportError) else None) or ""
     if name.partition(".")[0] == "transformers":
         return f"it needs {name}, which transformers {version('transformers')} no longer has; take another task"

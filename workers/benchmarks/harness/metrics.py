@@ -20,7 +20,7 @@ INVERSE = {"perplexity": "{}", "weighted_perplexity": "{}", "bits_per_byte": "by
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """What the harness makes of one item's answers, after one of the task's filters."""
+    """The harness's metrics for one item, after one of the task's filters."""
 
     number: int
     filter: str
@@ -85,7 +85,7 @@ def _number(value: Any) -> float | None:
 
 
 def _alone(leaf: Task, aggregation: Any) -> Callable[[Any], float | None]:
-    """What a task's own aggregation, as of BLEU, makes of a single answer and its reference."""
+    """The task's aggregation (such as BLEU) applied to one answer and its reference."""
 
     def of_one(value: Any) -> float | None:
         if aggregation is None or leaf.OUTPUT_TYPE != "generate_until":  # of choices there is F1 over the set alone
@@ -99,6 +99,6 @@ def _alone(leaf: Task, aggregation: Any) -> Callable[[Any], float | None]:
 
 
 def metric_remarks(rules: Mapping[str, Mapping[str, Rule]]) -> str:
-    """What is not plain about the metrics of all leaf tasks, each once."""
+    """The remarks on the metrics of all leaf tasks, each once."""
     found = [f"{metric} {rule.remark}" for each in rules.values() for metric, rule in each.items() if rule.remark]
     return "; ".join(dict.fromkeys(found))

@@ -25,7 +25,7 @@ YAML = (".yaml", ".yml")
 
 
 def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
-    """One unit a task: lm-evaluation-harness makes the items itself, on the worker; here only what it is told lies."""
+    """One unit per task: lm-evaluation-harness makes the items itself, on the worker; the file has its arguments."""
     try:
         release = version("lm_eval")
     except PackageNotFoundError:

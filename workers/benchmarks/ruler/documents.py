@@ -33,7 +33,7 @@ class Library:
 
     @cached_property
     def digest(self) -> str:
-        """What the library is, for the address of the items made from it."""
+        """The identity of the library, for the address of its items."""
         content = [self.documents, [(q.query, q.answers, q.gold, q.near) for q in self.questions]]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -122,7 +122,7 @@ def _hotpotqa_of(rows: list[dict[str, Any]]) -> Any:
 
 
 def _load(source: bytes | str | Path, of_rows: Callable[[list[dict[str, Any]]], Any]) -> tuple[Any, str]:
-    """What the published file holds, from itself or from the hub's Parquet file, and what to call it."""
+    """The content and name of the published file, from itself or from the hub's Parquet file."""
     place = "documents" if isinstance(source, bytes) else str(source)
     try:
         content = source if isinstance(source, bytes) else Path(source).read_bytes()

@@ -135,7 +135,7 @@ def _date(draw: Draw) -> tuple[str, str, str]:
 
 
 def invented(index: int, draw: Draw) -> tuple[QaQuestion, Callable[[int, int], list[str]]]:
-    """A question about an invented person, and endless documents of which the first two hold what it needs.
+    """A question about an invented person, and endless documents, of which the first two contain the answer.
 
     By turns it asks for a date of birth, an occupation, and the river of the home town, which takes both documents.
     """

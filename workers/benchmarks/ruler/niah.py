@@ -1,7 +1,7 @@
 """Needles in a haystack: the eight `niah` tasks of RULER, and any number of questions on one haystack.
 
 RULER hides one group of needles in one haystack and asks once. Its m-question form here hides q keys of its own for
-each question and keeps the k − q keys nobody asks for; with m = 1 that is RULER's task. All m items then share the
+each question and keeps the k − q unasked keys; with m = 1 that is RULER's task. All m items then share the
 text up to the question, so that an engine reads the haystack once.
 """
 
@@ -34,7 +34,7 @@ DEPTHS = tuple(round(100 * step / 39) / 100 for step in range(40))
 
 @dataclass(frozen=True, slots=True)
 class Niah:
-    """One niah task: what the haystack is, how many needles, what keys and values look like."""
+    """One niah task: its haystack, its number of needles, the form of keys and values."""
 
     haystack: Literal["noise", "needle", "essay"]
     key: Literal["words", "uuids"] = "words"
@@ -102,7 +102,7 @@ def phrases(task: Niah, query: Sequence[str]) -> tuple[str, str, str]:
 
 
 def make_haystack(task: Niah, needles: Needles, essay: Essay, draw: Draw) -> Haystack:
-    """The haystack of one set of needles; needles nobody asks for never use a key or value that is asked for."""
+    """The haystack of one set of needles; needles that are not asked for never use a key or value that is asked for."""
     if task.haystack == "essay":
         return essay
     if task.haystack == "noise":

@@ -1,4 +1,4 @@
-"""What a chat template puts around a user's message, rendered as transformers renders it, but for the date."""
+"""A chat template around a user's message, rendered as in transformers, except for the date."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jobs.errors import BadInput
 
 TODAY = datetime(2024, 7, 26)
-"""The day on which every prompt is asked, so that it is the same tomorrow: what Llama's template falls back on."""
+"""The day on which every prompt is asked, so that it is the same tomorrow: the fallback of Llama's template."""
 
 _MESSAGE = "\x00message\x00"
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks what the assistant says, for training; here it changes nothing."""
+    """`{% generation %}` marks the assistant's text, for training; here it changes nothing."""
 
     tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
 
@@ -30,7 +30,7 @@ class _Generation(Extension):
 
 
 def chat_frame(template: str, special_tokens: Mapping[str, str], place: str) -> tuple[str, str]:
-    """What stands before and after a user's message, with the assistant's turn opened.
+    """The text before and after a user's message, with the assistant's turn opened.
 
     `BadInput` for a template that does not render, or does not show the message as it is.
     """

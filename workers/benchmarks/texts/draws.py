@@ -76,6 +76,6 @@ def words(kind: str) -> tuple[str, ...]:
 
 @lru_cache(maxsize=1)
 def words_digest() -> str:
-    """What the word lists are, for the address of the items drawn from them."""
+    """The identity of the word lists, for the address of the items drawn from them."""
     lists = "\n\n".join("\n".join(words(kind)) for kind in ("adjective", "noun", "verb"))
     return hashlib.sha256(lists.encode()).hexdigest()

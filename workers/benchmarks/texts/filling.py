@@ -34,7 +34,7 @@ def most_units(count: Callable[[int], int], forecast: NDArray[np.int64], budget:
     """The largest u with `count(u) <= budget`, and its count; (−1, 0) if there is none.
 
     `forecast[u]` guesses `count(u)` up to a constant and a small slope; it never falls, and its last entry bounds the
-    search. What is left of the budget is less than what the forecast gives the next unit.
+    search. The rest of the budget is smaller than the forecast of the next unit.
     """
     fits, fitting, fails = -1, 0, len(forecast)
     guess = _last_within(forecast, budget)
@@ -61,7 +61,7 @@ def fill(
     text: Callable[[int], str],
     forecast: Callable[[int], NDArray[np.int64]],
 ) -> tuple[int, int]:
-    """The most units with which `text(units)`, plus what will be generated, fits in the length; its exact count.
+    """The most units with which `text(units)`, plus the generated tokens, fits in the length; its exact count.
 
     `forecast(budget)` gives the tokens that 0, 1, 2 … units add, to beyond the budget or as far as there are units.
     `TooShort` if not even `text(0)` fits; `BadInput` if there are too few units to fill the length but for one unit.

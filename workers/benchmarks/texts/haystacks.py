@@ -1,4 +1,4 @@
-"""What needles are hidden in: lines (noise, or needles nobody asks for) and running text.
+"""Haystacks: lines (noise, or needles that are not asked for) and running text.
 
 A haystack of u units is a text that only grows with u. It takes needles at given fractions of itself, and forecasts
 its length in tokens, each distinct unit encoded once.
@@ -32,7 +32,7 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 _SENTENCE_END = re.compile(r"[.!?][\"'”’)\]]*(?= +[\"'“‘(\[]?[A-Z0-9])|[。！？]+[”’」』）]*(?=.)")
 _ABBREVIATION = re.compile(r"(?:\b(?:e\.g|i\.e|etc|cf|vs|Mr|Mrs|Ms|Dr|St|No|Fig|[A-Z]))\.$")
 
-# A text grows by words; what is longer than any word, or written without blanks, by a few characters.
+# A text grows by words; longer stretches, or text without blanks, by a few characters.
 _UNIT = re.compile(r"[^\s\u2e80-\U0010ffff]{1,64}|[\u2e80-\U0010ffff]{1,8}")
 
 LONGEST_SENTENCE = 1500
@@ -112,7 +112,7 @@ class Essay:
     A text without blanks grows by a few characters at a time, one without sentences takes needles between its lines,
     clauses or words.
 
-    The text is the same for every item, as in RULER: what changes are the needles and where they are.
+    The text is the same for every item, as in RULER: only the needles and their places change.
     """
 
     def __init__(self, text: str, *, place: str = "haystack") -> None:

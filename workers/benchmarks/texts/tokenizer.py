@@ -110,7 +110,7 @@ class Tokenizer:
         return np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
 
     def chat_frame(self) -> tuple[str, str]:
-        """What the chat template puts before and after a user's message, with the assistant's turn opened.
+        """The text that the chat template puts before and after a user's message, with the assistant's turn opened.
 
         A beginning-of-text token that encoding adds anyway is left out. `BadInput` if there is no template.
         """
