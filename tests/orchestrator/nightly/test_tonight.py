@@ -328,7 +328,7 @@ def test_a_parent_cannot_be_called_blessed(tmp_path: Path, mergeyard: Mergeyard)
     yard = NightlyFolder(tmp_path)
     yard.job.write_text(yard.job.read_text().replace('"released"', '"blessed"'))
     ended = mergeyard("nightly", yard.job, "--in-process")
-    assert ended.code == 2 and "nightly.yaml:6: blessed is what every night calls the last merge" in ended.err
+    assert ended.code == 2 and "nightly.yaml:6: blessed is the reserved name of the last merge" in ended.err
     assert not yard.run.exists()
 
 

@@ -340,7 +340,7 @@ def test_the_merge_has_the_licence_of_its_parents(parents: Any, chosen: str | No
     [
         ((APACHE, {"license": "mit"}), None, "differ \\(p0 apache-2.0, p1 mit\\); say --license NAME"),
         ((APACHE, None), None, "the card of p1 names no licence; say --license NAME"),
-        ((APACHE, OTHER), "apache-2.0", "p1 is under qwen-research, which holds"),
+        ((APACHE, OTHER), "apache-2.0", "p1 is under qwen-research, which also holds"),
         ((APACHE, FOR_FUN), "apache-2.0", "p1 is under cc-by-nc-4.0, which also holds for derivatives"),
         (({"license": "cc-by-nd-4.0"},), None, "may not be shared; drop --public"),
         (
@@ -349,7 +349,7 @@ def test_the_merge_has_the_licence_of_its_parents(parents: Any, chosen: str | No
             "differ \\(p0 other \\(https://a/L\\), p1 other \\(https://b/L\\)\\)",
         ),
         (({"license": "other", "license_link": "LICENSE"},) * 2, None, "differ \\(p0 other \\(of p0\\), p1 other"),
-        ((APACHE, {**FOR_FUN, "license_name": "ours"}), "mit", "p1 is under cc-by-nc-4.0, which holds"),
+        ((APACHE, {**FOR_FUN, "license_name": "ours"}), "mit", "p1 is under cc-by-nc-4.0, which also holds"),
         (({**FOR_FUN, "license_name": "ours"}, {"license": "mit", "license_name": "ours"}), None, "licences differ"),
         *(
             (({"license": own}, APACHE), "mit", f"--license mit: p0 is under {own}, which also holds for derivatives")
