@@ -1,4 +1,4 @@
-"""When a failed task is tried again, and when its error ends the run."""
+"""Retries: when a failed task runs again, and when its error ends the run."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Generic, TypeVar
 from jobs.errors import MergeyardError
 
 TRIES = 4
-"""How often a task is tried when its failure is of the kind that a retry can mend."""
+"""Tries of a task whose error may be temporary."""
 
 LOSSES = 12
-"""How often a task may be lost with its node, which is seldom its own fault.
+"""Losses of a task with its node before the task counts as the cause.
 
-Where every third task meets the end of its node, one in 3¹² = 531,441 meets it so often. A task that brings its node
-down has by then taken a dozen of them, and is given up as well.
+If a third of all tasks lose their node, one task in 3¹² = 531,441 loses it this often. A task that crashes its nodes
+has crashed a dozen of them by then, and the run ends with its error.
 """
 
 LOSS_SECONDS = 2.0
-"""The pause before a task that was lost with its node is given out for the third time, and so on.
+"""The pause before the third and each later try of a task that was lost with its node.
 
-There is none at first. A node that is gone may take more tasks until Ray misses it, 20 s at most: LOSSES take longer.
+The second try has no pause. A dead node may receive more tasks until Ray notices, at most 20 s: LOSSES take longer.
 """
 
 LONGEST_PAUSE = 60.0
@@ -35,7 +35,7 @@ Task = TypeVar("Task")
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """Why a task came to nothing, and whether its node went and took it along."""
+    """The error of a failed task, and whether its node was lost."""
 
     error: MergeyardError
     node_lost: bool = False
@@ -43,7 +43,7 @@ class Failure:
 
 @contextmanager
 def placing(place: str) -> Generator[None]:
-    """Errors from inside begin with `place`; a foreign one becomes a `MergeyardError` of one line."""
+    """Prefixes errors with `place`; an error from elsewhere becomes a `MergeyardError` of one line."""
     try:
         yield
     except MergeyardError as error:
@@ -53,13 +53,13 @@ def placing(place: str) -> Generator[None]:
 
 
 class Tries:
-    """How often one thing came to nothing."""
+    """Counts the failures and losses of one task."""
 
     def __init__(self) -> None:
         self._failed = self._lost = 0
 
     def again(self, failure: Failure) -> float:
-        """Seconds to wait before the next try: 1, 2, 4 …, or none where a node is lost. Raises a permanent error."""
+        """Seconds before the next try: 1, 2, 4 …; 0, then LOSS_SECONDS, for lost nodes. Raises a final error."""
         if failure.node_lost:
             self._lost += 1
             enough, pause = self._lost == LOSSES, 0.0 if self._lost == 1 else LOSS_SECONDS
@@ -72,9 +72,9 @@ class Tries:
 
 
 class Queue(Generic[Task]):
-    """Which task is next, which again, and not before when.
+    """Tasks in order, with failed tasks to be tried again after a pause.
 
-    It knows no clock: whoever asks says how late it is. `key` tells the tasks apart.
+    The caller passes the current time. `key` identifies a task.
     """
 
     def __init__(self, tasks: Iterable[Task], key: Callable[[Task], str]) -> None:
@@ -87,15 +87,15 @@ class Queue(Generic[Task]):
         return bool(self._tasks or self._again)
 
     def next(self, now: float) -> Task | None:
-        """Takes out the task that is to be tried now, one that failed before one that is new; None if there is none."""
+        """Removes and returns the task to run now, failed tasks before new ones; None if there is none."""
         if self._again and self._again[0][0] <= now:
             return self._again.pop(0)[1]
         return self._tasks.popleft() if self._tasks else None
 
     def again(self, task: Task, failure: Failure, now: float) -> None:
-        """Puts a task back that came to nothing; raises why, if no further try may mend it."""
+        """Puts a failed task back; raises its error if there is no further try."""
         insort(self._again, (now + self._tries[self._key(task)].again(failure), task), key=itemgetter(0))
 
     def pause(self, now: float, most: float = LONGEST_PAUSE) -> float:
-        """Seconds until a task may be tried that may not be now, `most` at most."""
+        """Seconds until the next pause of a task ends, `most` at most."""
         return min([most, *(not_before - now for not_before, _ in self._again if not_before > now)])

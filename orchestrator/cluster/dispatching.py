@@ -1,6 +1,6 @@
-"""Which worker answers which block next: longest first, and a worker stays with its point while that has blocks.
+"""Assigns blocks to workers: longest first, and a worker keeps its point while the point has blocks.
 
-Workers may come and go at any moment. A block that came to nothing, or whose worker is lost, is given out again.
+Workers may join and leave at any time. A block that failed, or whose worker is lost, is submitted again.
 """
 
 from __future__ import annotations
@@ -16,31 +16,31 @@ from orchestrator.cluster.again import Failure, Queue
 from orchestrator.cluster.pool import Evaluators
 
 Merge = tuple[str, str]
-"""A model, and a point that it can hold."""
+"""A model and one of its points."""
 
 LATE = 3.0
-"""A block is late that takes so many times as long as others took for as many tokens …"""
+"""A block is late if its time per token is this many times that of other blocks …"""
 
 LATE_SECONDS = 60.0
-"""… and longer than this: a starting worker may need as long to read the parents."""
+"""… and it takes longer than this, for example because a starting worker reads the parents."""
 
 
 class Pace:
-    """How long blocks take for their tokens, by length, over all that were answered so far.
+    """Seconds per token of the answered blocks, by context length.
 
-    A first block also waits for the parents, and long contexts cost more a token: so the middle one of a length counts.
+    Uses the median per length: first blocks also wait for the parents, and long contexts cost more per token.
     """
 
     def __init__(self) -> None:
         self._seconds: defaultdict[int, list[float]] = defaultdict(list)
 
     def took(self, task: EvaluationTask, seconds: float) -> None:
-        """Records the time of an answer. The size of a whole task of the harness is unknown."""
+        """Records the time of an answered block, except for whole harness tasks, whose token count is unknown."""
         if task.items.length:
             self._seconds[task.items.length].append(seconds / task.tokens)
 
     def late(self, task: EvaluationTask, seconds: float) -> bool:
-        """Whether a block that runs for so long takes far longer than others of its length, or than any if none is."""
+        """Whether a block takes far longer than others of its length, or than all others if its length has none."""
         if not task.items.length or not self._seconds:
             return False
         alike = self._seconds.get(task.items.length)
@@ -50,7 +50,7 @@ class Pace:
 
 @dataclass(slots=True)
 class _Running:
-    """A block, when it was given out first, how many workers have it, and whether it was given out twice."""
+    """A block in progress: its first start, its number of workers, and whether it was submitted twice."""
 
     task: EvaluationTask
     began: float
@@ -61,11 +61,10 @@ class _Running:
 def dispatch(
     tasks: Sequence[EvaluationTask], evaluators: Evaluators, pace: Pace
 ) -> Iterator[tuple[EvaluationTask, BlockScores]]:
-    """Every block's scores, once and as they come; raises errors that no retry mends.
+    """Yields the scores of every block once, in the order of completion; raises an error that retries did not fix.
 
-    A hanging block also goes to another worker, once nothing else waits; the first answer counts, and a worker
-    that is still at it when all is answered is not waited for. While one of the two has the block, the other's failure
-    is nothing.
+    When no other block waits, a late block is also submitted to a second worker. The first answer counts. A worker that
+    still runs when all blocks are answered is not waited for. If one of the two workers fails, the other one continues.
     """
     waiting: dict[Merge, list[EvaluationTask]] = defaultdict(list)
     for task in sorted(tasks, key=lambda task: task.tokens):
@@ -105,7 +104,7 @@ def dispatch(
 def _next(
     waiting: dict[Merge, list[EvaluationTask]], held: Merge | None, taken: Collection[Merge]
 ) -> EvaluationTask | None:
-    """Takes out the block that a worker should have next; None where none waits."""
+    """Removes and returns the next block for a worker; None if no block waits."""
     if not waiting:
         return None
     merge = _next_merge(waiting, held, taken)
@@ -116,7 +115,7 @@ def _next(
 
 
 def _late(running: Mapping[str, _Running], pace: Pace) -> EvaluationTask | None:
-    """The block that is late for longest and that no second worker was given."""
+    """The block that is late for longest and has no second worker."""
     now = time.monotonic()
     entries = (entry for entry in running.values() if not entry.helped and pace.late(entry.task, now - entry.began))
     return next((entry.task for entry in entries), None)
@@ -125,9 +124,9 @@ def _late(running: Mapping[str, _Running], pace: Pace) -> EvaluationTask | None:
 def _next_merge(
     waiting: Mapping[Merge, Sequence[EvaluationTask]], held: Merge | None, taken: Collection[Merge]
 ) -> Merge:
-    """The merge for a worker: the one it holds; else the costliest free one, of its own model if possible.
+    """The next point for a worker: the one it holds, else the costliest free one, of its own model if possible.
 
-    Becoming another point costs time, and another model's parents have to be read first.
+    Changing the point costs time, and changing the model also means reading other parents.
     """
     if held is not None and held in waiting:
         return held

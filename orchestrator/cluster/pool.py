@@ -10,7 +10,7 @@ from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.again import Failure
 
 Progress = Callable[[int, int], None]
-"""Called with bytes read and bytes written since the last call."""
+"""Receives the bytes read and the bytes written since the last call."""
 
 
 class Pool(Protocol):
@@ -22,17 +22,17 @@ class Pool(Protocol):
         ...
 
     def run(self, tasks: Sequence[MergeTask], progress: Progress) -> Iterator[list[Receipt]]:
-        """Each task's receipts, in the order of completion. The first failure that no retry mends ends it."""
+        """Yields the receipts of each task, in the order of completion; raises the first error that is final."""
         ...
 
 
 def unit(task: MergeTask) -> str:
-    """Tells merge tasks apart: no unit is in two."""
+    """A key for a merge task: each unit is in one task only."""
     return task.points[0].unit
 
 
 class Evaluators(Protocol):
-    """Workers that answer blocks; each has a number that no later worker is given."""
+    """Workers that answer blocks. Each worker has a number that is never reused."""
 
     def idle(self) -> Collection[int]:
         """The workers that wait for a block."""
@@ -43,9 +43,9 @@ class Evaluators(Protocol):
         ...
 
     def next_done(self) -> tuple[EvaluationTask, BlockScores | Failure] | None:
-        """Waits for a block: its scores, or why there are none. None alone: look again who is idle."""
+        """Waits for a block; returns its scores or its failure. None means that `idle` may have changed."""
         ...
 
     def close(self) -> None:
-        """Lets go of the workers."""
+        """Releases the workers."""
         ...

@@ -1,4 +1,4 @@
-"""The pool on Ray: one Ray task a merge task, receipts back, never a tensor."""
+"""The pool on Ray: one Ray task per merge task. It returns receipts, not tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_cod
 from workers.fingerprint import fingerprint
 
 TASKS_AHEAD = 2
-"""Tasks submitted for each worker slot: enough that none waits, few enough that stopping is immediate."""
+"""Tasks submitted per worker slot: enough to keep workers busy, few enough to stop at once."""
 
 REPORT_SECONDS = 0.5
 
@@ -31,7 +31,7 @@ class RayPool:
 
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
-        # no retries by Ray: a retried stream would leave out the items that it yielded before
+        # no retries by Ray: a retried generator would skip the values that it has yielded before, also receipts
         self._merge = ray.remote(_merge).options(**cluster.resources, max_retries=0, num_returns="streaming")
 
     @property
@@ -48,7 +48,7 @@ class RayPool:
             while len(running) < most and (task := queue.next(time.monotonic())) is not None:
                 running[self._merge.remote(task, self._cluster.device, fingerprint())] = task
             pause = queue.pause(time.monotonic(), LOOK_SECONDS)
-            if not running:  # Ray does not wait for nothing
+            if not running:  # ray.wait refuses an empty list
                 time.sleep(pause)
                 continue
             told: list[Any] = ray.wait(list(running), num_returns=1, timeout=pause, fetch_local=False)[0]
@@ -73,12 +73,12 @@ class RayPool:
                     yield news
 
     def _most_running(self) -> int:
-        """How many tasks to have given to Ray; it runs as many of them as it has room for, whatever the job says."""
+        """The number of tasks to submit to Ray, which runs as many at once as its resources allow."""
         return min(TASKS_AHEAD * max(1, self._cluster.room()), self._cluster.spec.count or sys.maxsize)
 
 
 def _merge(task: MergeTask, device: str, code: str) -> Iterator[str | tuple[int, int] | list[Receipt]]:
-    """The task on a node; yields the node's address, then bytes read and written, and at last the receipts."""
+    """The Ray task: yields the node's address, then bytes read and written, and last the receipts."""
     yield this_node()
     moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     with placing(on_node(task.name, this_node())), ThreadPoolExecutor(1, "task") as thread:

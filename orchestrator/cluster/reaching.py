@@ -1,4 +1,4 @@
-"""Whether anything listens at an address."""
+"""Checks whether a server listens at an address."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ REACH_SECONDS = 10.0
 
 
 def reach(place: str, seconds: float = REACH_SECONDS) -> None:
-    """Connects to host:port and hangs up; OSError where nothing answers."""
+    """Connects to host:port and disconnects; OSError if there is no answer."""
     host, _, port = place.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), seconds).close()
 
 
 def check_reachable(address: str, place: str, who: str, remedy: str) -> None:
-    """`Unavailable` where nothing answers at `place` (host:port) now, which Ray would try for minutes."""
+    """`Unavailable` if `place` (host:port) does not answer; Ray itself would retry for minutes."""
     try:
         reach(place)
     except OSError as error:

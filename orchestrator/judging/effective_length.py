@@ -1,8 +1,8 @@
 """RULER's summary of scores by length: weighted averages, and the effective context length with its uncertainty.
 
-A score at a length is the unweighted mean over tasks. The published threshold of 85.6 points is what Llama-2-7B-chat
-scores at 4K (Hsieh et al. 2024); a threshold relative to a parent follows NoLiMa (Modarressi et al. 2025), which asks
-for 85 % of the score at short lengths.
+A score at a length is the unweighted mean over tasks. The published threshold of 85.6 points is the score of
+Llama-2-7B-chat at 4K (Hsieh et al. 2024). A threshold relative to a parent follows NoLiMa (Modarressi et al. 2025),
+which requires 85 % of the score at short lengths.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def effective_length(scores: Mapping[int, float], threshold: float = RULER_THRES
 
 @dataclass(frozen=True, slots=True)
 class EffectiveLength:
-    """An effective length with the bounds of its confidence interval, and the longest length that was asked."""
+    """An effective length with the bounds of its confidence interval, and the longest evaluated length."""
 
     length: int
     low: int
@@ -61,10 +61,9 @@ def effective_length_interval(
     """The effective length of one model's scores, and its interval.
 
     `low` is the effective length of the lower bounds of the scores at each length, `high` that of the upper bounds. A
-    lower bound holds against the spread of scores at the threshold as well (Wilson 1927): few wrong answers show little
-    of it. To
-    be too long, `low` has to be wrong at the one length at which the model falls short; to be too short, `high` has to
-    be wrong at any before, for which its error is shared among the lengths (Bonferroni).
+    lower bound also uses the spread of scores at the threshold (Wilson 1927), because few wrong answers show little
+    spread. `low` is too long only if it is wrong at the one length at which the model falls short. `high` is too short
+    if it is wrong at any length before, so its error is split over the lengths (Bonferroni).
     """
     if not samples:
         raise BadInput("effective length: there are no scores; evaluate at least one item")
@@ -77,9 +76,9 @@ def effective_length_interval(
 def relative_length_interval(
     samples: Sequence[CellSample], parent: Sequence[CellSample], confidence: float = 0.95
 ) -> EffectiveLength | None:
-    """The same with 85 % of the parent's score at its shortest length for a threshold, as uncertain as that score.
+    """The same, with 85 % of the parent's score at its shortest length as the threshold, including its uncertainty.
 
-    The parent's answers on the same haystacks alone count: a hard one is hard for both. None where it has none.
+    Uses the parent's answers on the same haystacks only, as a hard haystack is hard for both. None if there are none.
     """
     asked = {sample.cell: set(sample.haystacks.tolist()) for sample in samples}
     answered = [
@@ -99,7 +98,7 @@ def relative_length_interval(
 def _interval(
     parts: Mapping[int, tuple[Sequence[CellSample], FloatArray]], threshold: float, confidence: float
 ) -> EffectiveLength:
-    """Of a weighted sum of cells at each length, that has to reach the threshold, a score or zero."""
+    """The interval for weighted sums of cells, one per length, that must reach `threshold` (a score, or zero)."""
     scores = {length: weighted_score(*part, confidence) for length, part in parts.items()}
     shared = 1 - (1 - confidence) / len(parts) / 2
     away = normal_quantile((1 + confidence) / 2) * math.sqrt(threshold * (1 - threshold))

@@ -24,7 +24,7 @@ from orchestrator.judging.samples import Cell, CellSample, FloatArray, Labels, c
 class Estimate:
     """A mean with its clustered standard error and two-sided t interval; the error is infinite with one cluster.
 
-    No test of "the mean is zero" may give less than `least_p`: so much explains losses too rare to be seen.
+    `least_p` is a lower limit for the p value of "the mean is zero", since losses may be too rare to be observed.
     """
 
     mean: float
@@ -41,7 +41,7 @@ class Estimate:
 
 
 def macro_weights(cells: Sequence[Cell]) -> FloatArray:
-    """Weight of each cell in the macro score, summing to 1: tasks count alike within a length, and lengths alike."""
+    """Weight of each cell in the macro score, summing to 1: equal for tasks within a length, and equal for lengths."""
     tasks_at = Counter(cell.length for cell in cells)
     return np.array([1 / len(tasks_at) / tasks_at[cell.length] for cell in cells])
 
@@ -69,10 +69,10 @@ def _weighted_mean(samples: Sequence[CellSample], weights: FloatArray, confidenc
 
 
 def macro_score(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:
-    """`macro_mean` of scores from 0 to 1, with an interval that does not collapse where all answers of a cell agree.
+    """`macro_mean` of scores from 0 to 1, with an interval that does not collapse if all answers of a cell agree.
 
-    Such a cell shows no variance; it is given that of two successes and two failures more among its haystacks (Agresti
-    & Coull 1998, "plus four").
+    Such a cell shows no variance. It gets the variance with two more successes and two more failures among its
+    haystacks (Agresti & Coull 1998, "plus four").
     """
     return weighted_score(samples, macro_weights([sample.cell for sample in samples]), confidence)
 
@@ -99,12 +99,12 @@ def _plus_four_variance(share: float, trials: int) -> float:
 
 
 def macro_difference(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:
-    """`macro_mean` of paired differences with an interval that does not collapse where few items or none differ.
+    """`macro_mean` of paired differences, with an interval that does not collapse if few items or none differ.
 
-    To the variance that was seen come one gain and one loss, in the cell where that moves the mean most and as large as
-    a haystack may differ there, wholly so where none does: what Bonett & Price 2012 do for one cell
-    of right-or-wrong scores, see `mcnemar_interval`. Where losses too rare to be seen explain the mean, the interval
-    holds zero, see `few_losses`.
+    The observed variance is increased by one gain and one loss, in the cell where they move the mean most. Their size is
+    the largest plausible difference of a haystack there, or 1 if no haystack differs. Bonett & Price 2012 do this for
+    one cell of right-or-wrong scores, see `mcnemar_interval`. If losses too rare to be observed explain the mean, the
+    interval contains zero, see `few_losses`.
     """
     estimate = macro_mean(samples, confidence)
     weights = macro_weights([sample.cell for sample in samples])
@@ -119,7 +119,7 @@ def macro_difference(samples: Sequence[CellSample], confidence: float = 0.95) ->
 
 
 def _unlikely(samples: Sequence[CellSample], weights: FloatArray, mean: float) -> float:
-    """Two-sided p value of a true mean of zero, of which too few losses (or gains, below zero) were seen."""
+    """Two-sided p value of a true mean of zero with so few observed losses (or gains, if the mean is negative)."""
     if not any(sample.losable for sample in samples):
         return 0.0
     haystacks = pooled(samples, weights)
@@ -130,8 +130,8 @@ def _unlikely(samples: Sequence[CellSample], weights: FloatArray, mean: float) -
 class Haystacks:
     """The haystacks of several cells: the share of each in the macro mean (their mean), and its bound.
 
-    `means` is of shape [haystacks]; `most` is the largest share of a haystack, 1 where all count alike, and `spread`
-    Σ share²/haystacks², by which the variance of one becomes that of the mean.
+    `means` has shape [haystacks]. `most` is the largest share of a haystack, 1 if all shares are equal. `spread` is
+    Σ share²/haystacks², the factor from the variance of one haystack to the variance of the mean.
     """
 
     means: FloatArray
@@ -140,7 +140,7 @@ class Haystacks:
 
 
 def pooled(samples: Sequence[CellSample], weights: FloatArray) -> Haystacks:
-    """A haystack that several cells ask about is one: it may be lost in all of them at once."""
+    """Merges the haystacks of all cells; one that several cells share counts once, as all can lose it together."""
     parts = [cluster_sums(sample.values, sample.haystacks) for sample in samples]
     scales = [float(weight) / sample.values.size for weight, sample in zip(weights, samples, strict=True)]
     names = np.concatenate([found for found, _, _ in parts])
@@ -152,19 +152,19 @@ def pooled(samples: Sequence[CellSample], weights: FloatArray) -> Haystacks:
 
 
 def few_losses(seen: Haystacks, claimed: float) -> float:
-    """The chance of no more losses than were seen, if losses of a size make the model worse by `claimed`.
+    """P(at most the observed number of losses) if the true mean difference is −claimed.
 
-    A model that gains a little on most haystacks and loses all on a few shows nothing of these few while there are not
-    many. With a mean of g on the others and losses of l, the claim means that a haystack is lost with the chance
-    q = (g + claimed) / (g + l); the number of losses is binomial. It is the largest chance over what may count as a
-    loss: a whole haystack, whether or not one was lost, or at least as much as any that was.
+    A small sample may hide a model that gains a little on most haystacks and loses a few haystacks completely. With a
+    mean of g on the others and losses of size l, the claim implies that a haystack is lost with probability
+    q = (g + claimed) / (g + l), so the number of losses is binomial. Returns the largest probability over the possible
+    sizes l: a whole haystack, even if none was lost, and the size of each observed loss.
     """
     from scipy.special import bdtr
 
     count, total = seen.means.size, float(seen.means.sum())
     losses = np.sort(-seen.means[seen.means < 0])[::-1]
     taken = np.arange(1, losses.size + 1)
-    whole = np.flatnonzero(np.append(losses[1:] < losses[:-1], losses.size > 0))  # the last of those that are alike
+    whole = np.flatnonzero(np.append(losses[1:] < losses[:-1], losses.size > 0))  # the last of each run of equal losses
     lost = np.cumsum(losses)[whole]
     numbers, sizes = taken[whole].astype(np.float64), lost / taken[whole]
     gains = np.divide(total + lost, count - numbers, out=np.zeros_like(lost), where=numbers < count)
@@ -175,10 +175,10 @@ def few_losses(seen: Haystacks, claimed: float) -> float:
 
 
 def _one_haystack_more(sample: CellSample) -> float:
-    """How far the cell's mean would move with one more haystack as different as any that was seen.
+    """The change of the cell's mean by one more haystack with the largest observed difference.
 
-    Half of its questions differ at the least: whole haystacks are lost more rarely than single questions, and the few
-    that were seen may have lost only these.
+    At least half of its questions differ: whole haystacks are lost more rarely than single questions, so a few observed
+    haystacks may show only losses of single questions.
     """
     _, sums, sizes = cluster_sums(sample.values, sample.haystacks)
     most = float(np.abs(sample.values).max())

@@ -1,7 +1,7 @@
-"""The gate: paired scores of a new and an old model in, a verdict of three outcomes out.
+"""The gate: turns paired scores of a new and an old model into a verdict with one of three outcomes.
 
-Non-inferiority with a margin. **pass**: the new model is surely not worse than the old one by the margin or more.
-**fail**: it surely is worse than that. **inconclusive**: the items allow neither; the verdict says how many would.
+A test of non-inferiority with a margin. **pass**: the new model is significantly better than "worse by the margin".
+**fail**: it is significantly worse than that. **inconclusive**: neither; the verdict gives the number of items needed.
 "No significant difference" is not a pass.
 """
 
@@ -22,17 +22,17 @@ from orchestrator.judging.significance import anytime_multiplier, anytime_p_valu
 Outcome = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 
-POWER = 0.8  # with which `items_needed` items reach a verdict, if the observed difference is the true one
+POWER = 0.8  # the probability that `items_needed` items reach a verdict, if the observed difference is the true one
 
 
 @dataclass(frozen=True, slots=True)
 class GateRule:
     """The rule of a gate. Margins are in points of a score from 0 to 100.
 
-    `margin` is the smallest loss of the macro score that fails; `length_margin` the same at each length, None
-    to judge the macro score alone; `alpha` the chance of a wrong pass, and of a wrong fail. `planned_haystacks` makes
-    the gate anytime-valid: one may look, buy more items and look again as often as one likes, and the bounds are
-    tightest when about that many haystacks (over all cells) are in. None fixes the number of items beforehand.
+    `margin` is the smallest loss of the macro score that fails. `length_margin` is the same at each length, None to judge
+    the macro score alone. `alpha` is the probability of a wrong pass, and of a wrong fail. `planned_haystacks` makes the
+    gate anytime-valid: verdicts stay valid if items are added and judged repeatedly, and the bounds are tightest near
+    that many haystacks (over all cells). None means that the number of items is fixed in advance.
     """
 
     margin: float = 1.0
@@ -52,7 +52,7 @@ class GateRule:
 
 @dataclass(frozen=True, slots=True)
 class VerdictLine:
-    """The judgement of one score, "overall" or that of a length. All scores in points, new − old.
+    """The judgement of one score, "overall" or of one length. All scores in points, new − old.
 
     `low` and `high` are one-sided bounds at the rule's alpha each. `p_pass` tests "worse by the margin or more";
     `p_fail` tests "not worse than the margin", adjusted by Holm over the verdict's lines.
@@ -77,8 +77,8 @@ class VerdictLine:
 class Verdict:
     """The verdict of a gate: one line for the macro score and one for each length, with reasons.
 
-    `items_needed` is the largest total of items that an inconclusive line asks for; None when every line is decided or
-    when the difference sits on the margin, where no number of items would do.
+    `items_needed` is the largest total of items that an inconclusive line needs; None if every line is decided or if the
+    difference is too close to the margin for any number of items.
     """
 
     outcome: Outcome
@@ -94,12 +94,12 @@ class Verdict:
         return EXIT_CODES[self.outcome]
 
     def to_json(self) -> str:
-        """The verdict as one JSON object; bounds that do not exist are null."""
+        """The verdict as one JSON object; missing bounds are null."""
         document = asdict(self) | {"exit_code": self.exit_code}
         return json.dumps(_without_infinities(document), indent=2, allow_nan=False)
 
     def to_junit_xml(self) -> str:
-        """The verdict as a JUnit test suite, a case a line; inconclusive is an error: no dashboard shows it green."""
+        """The verdict as a JUnit suite, one case per line; inconclusive is an error, so dashboards do not show a pass."""
         outcomes = [line.outcome for line in self.lines]
         suite = ElementTree.Element(
             "testsuite",
@@ -119,7 +119,7 @@ class Verdict:
 
 
 def same_merge(rule: GateRule, *, new: str, old: str) -> Verdict:
-    """The verdict on a model that is its baseline: it passes, and nothing is asked."""
+    """The verdict on a model that is its own baseline: a pass without evaluation."""
     reason = "overall: the same merge as the baseline"
     line = VerdictLine("overall", "pass", 0.0, 0.0, 0.0, 0.0, rule.margin, 0.0, 1.0, 0, 0, None, reason)
     return Verdict("pass", new, old, rule, (line,), None)
@@ -132,11 +132,11 @@ def judge(
     new: str = "new",
     old: str = "old",
 ) -> Verdict:
-    """The verdict on paired differences new − old, one `CellSample` a cell (see `statistics.paired_sample`).
+    """The verdict on paired differences new − old, one `CellSample` per cell (see `samples.paired_sample`).
 
-    Passes when every line passes, each at alpha: a wrong pass then needs an error in the very line that is worse, so
-    its chance is at most alpha without correction (intersection-union, Berger 1982). Fails when any line fails after
-    Holm over the lines (1979), so that the chance of a wrong fail is at most alpha too.
+    Passes if every line passes, each at alpha. A wrong pass then needs an error in the line that is worse, so its
+    probability is at most alpha without correction (intersection-union, Berger 1982). Fails if any line fails after
+    Holm's correction over the lines (1979), so that the probability of a wrong fail is at most alpha too.
     """
     if not samples:
         raise BadInput(f"gate: {new} and {old} have no items in common; evaluate both on the same benchmark and seed")
@@ -156,9 +156,9 @@ def judge(
 class _Scope:
     """One score under judgement: its estimate (0 to 1), its margin, and the inputs of its two tests.
 
-    A model that gains a little on most haystacks and loses all on a few shows nothing of these few while there are not
-    many: its spread says less than the margin needs. So each test takes for granted the spread that the claim which it
-    is to refute implies (`_unseen`), and `rare` is the chance, under that claim, of no more losses than were seen.
+    A small sample may hide a model that gains a little on most haystacks and loses a few completely: its observed spread
+    is too small. So each test uses at least the spread that its null hypothesis implies (`_unseen`). `rare` is
+    P(at most the observed number of losses) under that hypothesis.
     """
 
     name: str
@@ -186,7 +186,7 @@ class _Scope:
 
     @property
     def standard_error(self) -> float:
-        """The larger of the two tests'."""
+        """The larger standard error of the two tests."""
         return max(self.errors.values())
 
     def p_value(self, rule: GateRule, *, worse: bool) -> float:
@@ -213,7 +213,7 @@ class _Scope:
         return (max(-1.0, low), min(1.0, high)) if math.isfinite(factor * self.standard_error) else (low, high)
 
     def multiplier(self, rule: GateRule, clusters: float) -> float:
-        """Standard errors from the mean to a one-sided bound at the rule's alpha, with so many clusters."""
+        """Standard errors from the mean to a one-sided bound at the rule's alpha, with `clusters` clusters."""
         if rule.planned_haystacks is not None:
             return anytime_multiplier(math.ceil(clusters), rule.planned_haystacks, rule.alpha)
         return student_quantile(1 - rule.alpha, self.estimate.degrees_of_freedom)
@@ -222,9 +222,9 @@ class _Scope:
 def _unseen(mean: float, claimed: float) -> float:
     """The least variance of a model that is worse by `claimed` but looks better by `mean` on the observed items.
 
-    It loses a whole haystack with a chance q so far unseen and gains a steady g: (1 − q)g − q = −claimed, and its
-    variance is q(1 − q)(1 + g)². Without it, of models on the margin that gain 0.05 on most of 24 haystacks and lose
-    few of them whole, 24 % passed at 5 %.
+    It loses a whole haystack with probability q, not yet observed, and gains a constant g: (1 − q)g − q = −claimed. Its
+    variance is q(1 − q)(1 + g)². Without this variance, 24 % of models on the margin passed at 5 %, if they gain 0.05 on
+    most of 24 haystacks and lose a few completely.
     """
     gain = max(0.0, mean, -claimed)
     chance = (gain + claimed) / (1 + gain)
@@ -255,15 +255,15 @@ def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float) -> VerdictLine:
 
 
 def _items_needed(scope: _Scope, rule: GateRule) -> int | None:
-    """Items in all with which the observed difference, if true, reaches a verdict with probability `POWER`.
+    """The total of items with which the observed difference, if true, reaches a verdict with probability `POWER`.
 
-    None where the difference is within a hundredth of a point of the margin, or where there is no standard error yet.
+    None if the difference is within a hundredth of a point of the margin, or if there is no standard error yet.
     """
     distance = abs(scope.estimate.mean + scope.margin)
     if distance < 1e-4 or math.isinf(scope.standard_error):
         return None
     growth = 1.0
-    for _ in range(50):  # the anytime multiplier grows with the logarithm of the items, so this settles at once
+    for _ in range(50):  # the anytime multiplier grows with the logarithm of the items, so this converges quickly
         away = scope.multiplier(rule, scope.estimate.clusters * growth) + normal_quantile(POWER)
         growth = max(1.0, (away * scope.standard_error / distance) ** 2)
     return max(scope.estimate.items + 1, math.ceil(scope.estimate.items * growth))

@@ -1,8 +1,8 @@
-"""The race: all points answer the same items, rung by rung, and a point leaves when it is surely not among the best.
+"""The race: all points answer the same items, rung by rung; a point leaves when it is significantly below the best.
 
-A state machine without I/O. The driver evaluates `next_blocks`, hands the scores to `record`, and calls
-`eliminate`, which returns the departures, each with the figures that decided it. Decisions depend on
-the recorded scores alone, never on the order they came in: a race is resumed by recording its old scores again.
+A state machine without I/O. The driver evaluates `next_blocks`, passes the scores to `record`, and calls `eliminate`,
+which returns the departures with the figures of each decision. Decisions depend on the recorded scores only, not on
+their order, so a race resumes if its old scores are recorded again.
 
 Racing on common instances: Maron & Moore 1994 (Hoeffding races), Birattari et al. 2002 (F-Race). Rungs of growing
 budget: Jamieson & Talwalkar 2016 (successive halving), except that no fixed share leaves at a rung.
@@ -37,7 +37,7 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """Why a point left: at `items` items a cell it lay `gap` behind its rival, the `keep`-th best, more than `bound`.
+    """Why a point left: after `items` items per cell its `gap` to its rival, the `keep`-th best, exceeded `bound`.
 
     `gap`, `standard_error` and `bound` are shares of 1 of the macro score; `rung` counts from 0.
     """
@@ -54,7 +54,7 @@ class Departure:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A row of the table: macro score over the first `items` items of every cell, the most all cells share.
+    """A row of the table: macro score over the first `items` items of each cell, the most that all cells have.
 
     `confirmed` is the score on the fresh items only, free of the winner's curse; None for points that have none.
     """
@@ -70,21 +70,22 @@ class Race:
     """A race of points over the cells of a grid.
 
     Args:
-        points: names, all different.
+        points: unique names.
         cells: every point answers items 0, 1, 2, … of each; item i is the same question for every point.
-        rungs: items a cell at which departures are decided, growing; rounded up to whole haystacks.
-        keep: how many of the best are wanted; a point is compared with the `keep`-th best, with the leader for 1, and
-            never fewer points than this stay. Comparing with the leader would lose the second and third best.
-        z: a point leaves when its gap to that rival exceeds the clustered standard errors of the paired gap that a
-            Student quantile allows: the one whose tail is that of `z` normal ones, of as many degrees of freedom as
-            the haystacks give. With two haystacks the plain `z` would drop the best of 11 points in 13 % of races.
-        alpha: instead of `z`: the chance that a point which belongs to the best is ever dropped, shared out over points
-            and rungs (Bonferroni) and turned into a Student quantile too.
+        rungs: items per cell at which departures are decided, ascending; rounded up to whole haystacks.
+        keep: the number of best points to find. A point is compared with the `keep`-th best, which is the leader for 1,
+            and at least this many points stay. A comparison with the leader would lose the second and third best.
+        z: a point leaves when its gap to that rival exceeds a Student quantile times the clustered standard error of
+            the paired gap. The quantile has the tail probability of `z` standard normal errors, and its degrees of
+            freedom follow from the haystacks. With two haystacks, plain `z` would drop the best of 11 points in 13 % of
+            races.
+        alpha: instead of `z`: the probability that one of the best points is ever dropped, split over points and rungs
+            (Bonferroni) and converted to a Student quantile too.
         costs: cost of one item in each cell, by default its length in tokens; costly blocks are handed out first.
         items_per_haystack: items k·m … k·m + m − 1 share a haystack.
         items_shared_across_lengths: item i of a task is the same question at every length, so that lengths are
             dependent.
-        confirmation: fresh items a cell, numbered after the last rung's, for the `keep` winners at the end.
+        confirmation: fresh items per cell, numbered after the last rung's, for the `keep` winners at the end.
     """
 
     def __init__(
@@ -126,13 +127,13 @@ class Race:
 
     @property
     def finished(self) -> bool:
-        """Whether every rung is decided and the confirmation items are in."""
+        """Whether every rung is decided and the confirmation items are recorded."""
         return self._rung == len(self.rungs) and not self.next_blocks()
 
     def next_blocks(self) -> list[Block]:
-        """The blocks that the next decision still needs, costliest first; empty when all are recorded.
+        """The blocks that the next decision needs, costliest first; empty if all are recorded.
 
-        Blocks handed out but not yet recorded come again: the driver keeps the list of blocks in flight.
+        Includes blocks that were returned before but are not recorded yet: the driver tracks blocks in progress.
         """
         if self._rung < len(self.rungs):
             missing = self._missing(np.flatnonzero(self._live), 0, self.rungs[self._rung])
@@ -141,7 +142,7 @@ class Race:
         return sorted(missing, key=lambda block: (-block.cost, block.cell, block.items.start, block.point))
 
     def record(self, point: str, cell: Cell, items: Sequence[int], scores: ArrayLike) -> None:
-        """Take the scores, each in [0, 1], of these items; in any order, in any portions, twice if need be.
+        """Records the scores, each in [0, 1], of these items; in any order and any portions, also repeatedly.
 
         Raises `CorruptData` for a score out of range, or one that contradicts a recorded score.
         """
@@ -163,7 +164,7 @@ class Race:
         row[index] = values
 
     def eliminate(self) -> list[Departure]:
-        """Decide every rung whose scores are all in; the departures that are new, worst first."""
+        """Decides every rung whose scores are complete; returns the new departures, worst first."""
         already = len(self.departures)
         while self._rung < len(self.rungs) and self._complete(self.rungs[self._rung]):
             self.departures += self._decide(self.rungs[self._rung])
@@ -253,7 +254,7 @@ class Race:
         return error or self._least_error(haystacks)
 
     def _least_error(self, haystacks: int) -> float:
-        """The spread left when all haystacks agree: one of two more might have differed (the plus-four rule)."""
+        """A lower limit of the error if all haystacks agree: one of two more might differ (the plus-four rule)."""
         other = 1 / (haystacks * len(self._groups) + 2)
         shares = [float(self._weights[group].sum()) for group in self._groups]
         return math.sqrt(sum(share**2 for share in shares) * other * (1 - other) / haystacks)
@@ -302,7 +303,7 @@ def _whole_haystacks(items: int, items_per_haystack: int) -> int:
 
 
 def _dependent_cells(cells: Sequence[Cell]) -> list[list[int]]:
-    """Indices of the cells of each task: one group of dependent cells a task."""
+    """Indices of the cells of each task: one group of dependent cells per task."""
     groups: dict[str, list[int]] = {}
     for index, cell in enumerate(cells):
         groups.setdefault(cell.task, []).append(index)

@@ -22,9 +22,9 @@ OUTCOME_MARKS: Mapping[Outcome, tuple[str, str, str]] = {
 
 
 def trend(nights: Sequence[Night], what: str, low: float) -> Markup:
-    """Candidate, blessed merge and anchor of every night, with 95 % intervals: overall, or at a length.
+    """A chart of candidate, blessed merge and anchor by night, with 95 % intervals: overall, or at one length.
 
-    Scores are drawn from `low` to 100. The marker of a candidate shows the night's verdict.
+    The y axis runs from `low` to 100. The marker of a candidate shows the night's verdict.
     """
     told = [night for night in nights if what in night.scores["candidate"]]
     with new_figure(190, 44, 10, 92) as (figure, axes):
@@ -66,7 +66,7 @@ def trend(nights: Sequence[Night], what: str, low: float) -> Markup:
 
 
 def _scores(axes: Axes, found: Sequence[tuple[float, Score]], colour: str) -> None:
-    """The intervals of scores."""
+    """Draws the intervals of the scores."""
     sure = [(place, score.low, score.high) for place, score in found if score.low is not None]
     places, lows, highs = zip(*sure, strict=True) if sure else ((), (), ())
     axes.vlines(places, lows, highs, color=colour, linewidth=1.2, alpha=0.7)

@@ -1,4 +1,4 @@
-"""The page of a nightly job: index.html, how its candidate, the blessed merge and the anchor scored night by night."""
+"""The page of a nightly job, index.html: the scores of candidate, blessed merge and anchor by night."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from orchestrator.words import short_length
 
 PAGE = "index.html"
 MOST_NIGHTS = 60
-"""Nights that are shown, the last of them: two months are as much as a chart on a phone can tell apart."""
+"""The page shows this many of the latest nights: more than two months are unreadable in a chart on a phone."""
 
 
 def nights_page(name: str, history: Sequence[Night], blessed: Blessed | None) -> str:
-    """The page as one HTML file that refers to nothing outside the job's folder; needs at least one night."""
+    """The page as one HTML file without references outside the job's folder; `history` must not be empty."""
     from orchestrator.nightly.chart import trend
 
     shown = history[-MOST_NIGHTS:]
@@ -40,13 +40,13 @@ def _sentence(night: Night, blessed: Blessed | None) -> str:
 
 
 def _scores_of(nights: Sequence[Night]) -> list[str]:
-    """The scored parts: overall, then every length, short ones first."""
+    """The keys of the scores: overall, then every length, ascending."""
     found = {what for night in nights for what in night.scores["candidate"]} - {"overall"}
     return ["overall", *sorted(found, key=int)]
 
 
 def _lowest(nights: Sequence[Night]) -> float:
-    """Where all charts begin, so that they can be compared: a round number below everything, 90 at most."""
+    """The common lower end of all charts, so that they compare: a multiple of 10 below all scores, at most 90."""
     scores = [score for night in nights for of in night.scores.values() for score in of.values()]
     return min(90, 10 * math.floor(min(score.mean if score.low is None else score.low for score in scores) / 10))
 
@@ -56,7 +56,7 @@ def _title(what: str) -> str:
 
 
 def _difference(verdict: Mapping[str, Any]) -> str:
-    """The difference of the whole score with its bounds, and the outcome if it is not a pass."""
+    """The difference of the overall score with its bounds, and the outcome unless it is a pass."""
     line = verdict["lines"][0]
     bounds = "" if line["low"] is None else f" ({line['low']:+.1f} to {line['high']:+.1f})"
     judged = "" if verdict["outcome"] == "pass" else f", {verdict['outcome']}"

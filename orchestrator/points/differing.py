@@ -20,7 +20,7 @@ from workers.storage import Store, open_store
 
 @dataclass(frozen=True, slots=True)
 class TensorDifference:
-    """One tensor of two checkpoints. `only_in` is set when just one has it, `shapes` when they cannot be compared.
+    """One tensor of two checkpoints. `only_in` is set if only one has it, `shapes` if the shapes differ.
 
     `changed` counts elements whose values differ, `largest` is max |a − b|, `relative` is ‖a − b‖₂ / ‖a‖₂ and `cosine`
     the cosine between the flattened tensors; all in float64.
@@ -37,7 +37,7 @@ class TensorDifference:
 
     @property
     def differs(self) -> bool:
-        """Whether the tensors are not the same."""
+        """Whether the tensors differ."""
         return self.changed > 0 or self.only_in is not None or self.shapes is not None
 
     def document(self) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def _values(store: Store, checkpoint: Checkpoint, at: ParentTensor, start: int, 
 
 
 def print_differences(differences: Sequence[TensorDifference]) -> None:
-    """A table of the tensors that differ, and one line about the rest."""
+    """Prints a table of the tensors that differ, and one line with their number."""
     different = [difference for difference in differences if difference.differs]
     width = max((len(difference.tensor) for difference in different), default=6)
     if different:

@@ -17,9 +17,9 @@ MANIFEST, CARD, RECIPE = "manifest.json", "README.md", "mergekit_config.yml"
 
 @dataclass(frozen=True, slots=True)
 class FoundPoint:
-    """A finished point: its files lie in `store` under `prefix`, as `manifest` says; `run` is None for a lone merge.
+    """A finished point: `manifest` lists its files in `store` under `prefix`; `run` is None for a merge outside a run.
 
-    `name` is the requested name; `manifest.point` differs if the two are the same merge.
+    `name` is the requested name. `manifest.point` differs from it if the point repeats another point's merge.
     """
 
     name: str
@@ -40,7 +40,7 @@ def find_point(run: str, point: str) -> FoundPoint:
 
 
 def find_merge(url: str) -> FoundPoint:
-    """A point by the URL of its folder, in a run or alone."""
+    """A point by the URL of its folder, inside or outside a run."""
     store = open_store(url)
     run, inside, point = store.url.rpartition("/points/")
     if inside and "/" not in point:
@@ -58,7 +58,7 @@ def _manifest(store: Store, prefix: str) -> Manifest:
 
 
 def check_files(point: FoundPoint, say: Callable[[str], None]) -> None:
-    """`CorruptData` unless every file agrees with the manifest."""
+    """Raises `CorruptData` unless every file matches the manifest."""
     say(f"verifying {point.name}, {size(sum(entry.size for entry in point.manifest.files.values()))}")
     for problem in point_problems(point.store, point.prefix, point.manifest):
         raise CorruptData(f"{point.store.url}/{point.prefix}{problem}; nothing was published")

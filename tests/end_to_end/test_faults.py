@@ -71,7 +71,7 @@ def test_a_stopped_driver_leaves_no_process_and_running_again_does_nothing_twice
             command.process.terminate()
         else:
             os.killpg(command.process.pid, signal.SIGINT)
-        assert "the same command goes on" in command.ended(seconds=30).refused_with(75)
+        assert "run the same command to continue" in command.ended(seconds=30).refused_with(75)
         assert command.survivors(seconds=20) == []
 
     held.heal()
@@ -90,7 +90,7 @@ def test_a_driver_that_is_stopped_while_ray_starts_leaves_no_process(
     )
     command.process.terminate()
     assert {"RAY_health_check_period_ms", "RAY_grpc_client_keepalive_time_ms"} <= settings[0].keys()
-    assert "the same command goes on" in command.ended(seconds=30).refused_with(75)
+    assert "run the same command to continue" in command.ended(seconds=30).refused_with(75)
     assert command.survivors(seconds=20) == []
 
 
