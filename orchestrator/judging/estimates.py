@@ -101,7 +101,7 @@ def _plus_four_variance(share: float, trials: int) -> float:
 def macro_difference(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:
     """`macro_mean` of paired differences, with an interval that does not collapse if few items or none differ.
 
-    The observed variance is increased by one gain and one loss, in the cell where they move the mean most. Their size is
+    The observed variance grows by one gain and one loss, in the cell where they move the mean most. Their size is
     the largest plausible difference of a haystack there, or 1 if no haystack differs. Bonett & Price 2012 do this for
     one cell of right-or-wrong scores, see `mcnemar_interval`. If losses too rare to be observed explain the mean, the
     interval contains zero, see `few_losses`.
