@@ -29,10 +29,10 @@ POWER = 0.8  # the probability that `items_needed` items reach a verdict, if the
 class GateRule:
     """The rule of a gate. Margins are in points of a score from 0 to 100.
 
-    `margin` is the smallest loss of the macro score that fails. `length_margin` is the same at each length, None to judge
-    the macro score alone. `alpha` is the probability of a wrong pass, and of a wrong fail. `planned_haystacks` makes the
-    gate anytime-valid: verdicts stay valid if items are added and judged repeatedly, and the bounds are tightest near
-    that many haystacks (over all cells). None means that the number of items is fixed in advance.
+    `margin` is the smallest loss of the macro score that fails. `length_margin` is the same at each length, None to
+    judge the macro score alone. `alpha` is the probability of a wrong pass, and of a wrong fail. `planned_haystacks`
+    makes the gate anytime-valid: verdicts stay valid if items are added and judged repeatedly, and the bounds are
+    tightest near that many haystacks (over all cells). None means that the number of items is fixed in advance.
     """
 
     margin: float = 1.0
@@ -77,8 +77,8 @@ class VerdictLine:
 class Verdict:
     """The verdict of a gate: one line for the macro score and one for each length, with reasons.
 
-    `items_needed` is the largest total of items that an inconclusive line needs; None if every line is decided or if the
-    difference is too close to the margin for any number of items.
+    `items_needed` is the largest total of items that an inconclusive line needs; None if every line is decided or if
+    the difference is too close to the margin for any number of items.
     """
 
     outcome: Outcome
@@ -99,7 +99,7 @@ class Verdict:
         return json.dumps(_without_infinities(document), indent=2, allow_nan=False)
 
     def to_junit_xml(self) -> str:
-        """The verdict as a JUnit suite, one case per line; inconclusive is an error, so dashboards do not show a pass."""
+        """The verdict as a JUnit suite, one case per line; inconclusive is an error, not a pass."""
         outcomes = [line.outcome for line in self.lines]
         suite = ElementTree.Element(
             "testsuite",
@@ -156,8 +156,8 @@ def judge(
 class _Scope:
     """One score under judgement: its estimate (0 to 1), its margin, and the inputs of its two tests.
 
-    A small sample may hide a model that gains a little on most haystacks and loses a few completely: its observed spread
-    is too small. So each test uses at least the spread that its null hypothesis implies (`_unseen`). `rare` is
+    A small sample may hide a model that gains a little on most haystacks and loses a few completely: its observed
+    spread is too small. So each test uses at least the spread that its null hypothesis implies (`_unseen`). `rare` is
     P(at most the observed number of losses) under that hypothesis.
     """
 
@@ -223,8 +223,8 @@ def _unseen(mean: float, claimed: float) -> float:
     """The least variance of a model that is worse by `claimed` but looks better by `mean` on the observed items.
 
     It loses a whole haystack with probability q, not yet observed, and gains a constant g: (1 − q)g − q = −claimed. Its
-    variance is q(1 − q)(1 + g)². Without this variance, 24 % of models on the margin passed at 5 %, if they gain 0.05 on
-    most of 24 haystacks and lose a few completely.
+    variance is q(1 − q)(1 + g)². Without this variance, 24 % of models on the margin passed at 5 %, if they gain 0.05
+    on most of 24 haystacks and lose a few completely.
     """
     gain = max(0.0, mean, -claimed)
     chance = (gain + claimed) / (1 + gain)
