@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,11 +16,14 @@ from tests.conformance.oracle import MISSING, ORACLE_PYTHON, Answer, Merge, run_
 
 
 @pytest.fixture(scope="session")
-def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that PARENTS stands for in a case."""
-    root = tmp_path_factory.mktemp("parents")
+def parents() -> Iterator[Path]:
+    """The folder that PARENTS stands for in a case; always the same path, as random masks are keyed by it."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
+    root = Path(tempfile.gettempdir()) / f"mergeyard-conformance-{worker}"
+    shutil.rmtree(root, ignore_errors=True)
     write_parents(root)
-    return root
+    yield root
+    shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
