@@ -15,6 +15,13 @@ from jobs.merge_tasks import Parent, Setting, TensorMerge
 Kind = Literal["point", "parent"]
 """A model's part in its job. A checkpoint that is evaluated alone is a point; a night's blessed merge is a parent."""
 
+Status = Literal["answered", "empty", "cut", "filtered", "failed"]
+"""The end of one answer.
+
+`cut`: it reached its limit of new tokens. `filtered`: the server withheld it. `failed`: the server refused the prompt
+for good. `empty`: it ended by itself without text. `answered`: all others.
+"""
+
 
 @dataclass(frozen=True, slots=True)
 class ItemSet:
@@ -105,7 +112,7 @@ class ScoreRow:
     another point's; a server elsewhere shows no tensors, and `weights` names it. `items` is the digest of the set that
     `item` counts in: rows of two models are about the same question where `items`, `task` and `item` agree. `tokens`
     counts prompt and answer.
-    `finite` is False, and the score 0, where a logit was NaN or infinite.
+    `finite` is False, and the score 0, where a logit was NaN or infinite. `status` says how the answer ended.
     """
 
     point: str
@@ -126,6 +133,7 @@ class ScoreRow:
     weights: str
     repeat: int
     kind: Kind = "point"
+    status: Status = "answered"
 
 
 @dataclass(frozen=True, slots=True)

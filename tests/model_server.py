@@ -49,7 +49,8 @@ class Handler(BaseHTTPRequestHandler):
             return {"choices": [{"text": "", "logprobs": None}]}
         (answer,) = engine.generate([Prompt("", body["prompt"], body["max_tokens"])])
         usage = {"prompt_tokens": answer.tokens_in, "completion_tokens": answer.tokens_out}
-        return {"choices": [{"text": answer.text}], "usage": usage}
+        ended = "length" if answer.status == "cut" else "stop"
+        return {"choices": [{"text": answer.text, "finish_reason": ended}], "usage": usage}
 
     def reply(self, status, content):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()

@@ -38,6 +38,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/benchmarks/texts": ("jobs", "workers/benchmarks/items.py"),
     "workers/benchmarks/scorers.py": (),
     "workers/benchmarks/answering.py": (
+        "jobs",
         "workers/engines",
         "workers/benchmarks/items.py",
         "workers/benchmarks/scorers.py",

@@ -70,6 +70,7 @@ class ScriptedEvaluators:
             weights=self._weights_of(task),
             repeat=task.repeat,
             kind=task.kind,
+            status="empty" if isinstance(answer, str) and not answer.strip() else "answered",
         )
 
     def _weights_of(self, task: EvaluationTask) -> str:

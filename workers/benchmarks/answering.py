@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from jobs.evaluation_tasks import Status
 from workers.benchmarks.items import read_items
 from workers.benchmarks.scorers import SCORERS
 from workers.engines.engine import Engine, Prompt
@@ -40,25 +41,36 @@ class ItemScore:
     finite: bool
     tokens: int
     seconds: float
+    status: Status = "answered"
 
 
 def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
     """The engine's greedy answers to items of `workers.benchmarks.items`, each scored by the item's own scorer.
 
-    The score is 0 where a logit was NaN or infinite.
+    Scored and kept is the text after a model's thoughts. The score is 0 where a logit was NaN or infinite.
     """
     items = [item for data, first, last in block.parts for item in read_items(data, first, last)]
     prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
-    for item, answer in zip(items, engine.generate(prompts), strict=True):
+    answers = engine.generate(prompts)
+    if remark := next((answer.remark for answer in answers if answer.remark), ""):
+        block.remark(remark)
+    for item, answer in zip(items, answers, strict=True):
+        text = without_thoughts(answer.text)
         yield ItemScore(
             task=item.task,
             item=item.index,
             depth=item.depths[0] if item.depths else math.nan,
             haystack=item.haystack,
             pair=item.pair,
-            answer=answer.text,
-            score=SCORERS[item.scorer](answer.text, item.answers) if answer.finite else 0.0,
+            answer=text,
+            score=SCORERS[item.scorer](text, item.answers) if answer.finite else 0.0,
             finite=answer.finite,
             tokens=answer.tokens_in + answer.tokens_out,
             seconds=answer.seconds,
+            status="empty" if answer.status == "answered" and not text.strip() else answer.status,
         )
+
+
+def without_thoughts(text: str) -> str:
+    """The text after `<think>…</think>`, if it begins so; nothing where the thoughts never end."""
+    return text.partition("</think>")[2] if text.lstrip().startswith("<think>") else text

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from jobs.errors import BadInput
+from jobs.evaluation_tasks import Status
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,7 +44,8 @@ class Prompt:
 class Answer:
     """A greedy continuation: its text without the end token, token counts, and this prompt's share of the seconds.
 
-    `finite` is False when a logit was NaN or infinite: the merge is broken, and the text means nothing.
+    `finite` is False when a logit was NaN or infinite: the merge is broken, and the text means nothing. `status` says
+    how the answer ended, `remark` why, as one line for the user; it may be empty.
     """
 
     text: str
@@ -51,6 +53,13 @@ class Answer:
     tokens_out: int
     seconds: float
     finite: bool
+    status: Status = "answered"
+    remark: str = ""
+
+
+def status_of(text: str, *, cut: bool) -> Status:
+    """The status of a generated answer; `cut` where it reached its limit of new tokens before an end or a stop."""
+    return "cut" if cut else "answered" if text.strip() else "empty"
 
 
 def before_stops(text: str, stops: Sequence[str]) -> str:

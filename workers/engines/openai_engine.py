@@ -25,7 +25,16 @@ from urllib.parse import SplitResult, urlsplit
 import numpy as np
 
 from jobs.errors import AccessDenied, BadInput, Unavailable
-from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, check_window, longest_scored
+from workers.engines.engine import (
+    Answer,
+    Progress,
+    Prompt,
+    before_stops,
+    check_room,
+    check_window,
+    longest_scored,
+    status_of,
+)
 from workers.engines.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
@@ -34,6 +43,9 @@ if TYPE_CHECKING:
 
 Kind = TypeVar("Kind")
 RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+REFUSED_STATUS = {400, 413, 422}
+"""Refusals that may concern one prompt, and not the server or the model."""
+
 LONGEST_PAUSE_SECONDS = 30.0
 MOST_STOPS = 4
 """Stop texts that OpenAI's protocol allows in one request; the others are cut off here."""
@@ -46,6 +58,10 @@ KEYS_OWN_SERVER = "https://api.openai.com/v1"
 
 METADATA = tuple(map(ip_network, ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/128", "100.100.100.200/32")))
 """Where clouds tell a machine its credentials: link-local addresses, and two that AWS and Alibaba have beside them."""
+
+
+class PromptRefused(BadInput):
+    """The server refused a request for good, with a status of `REFUSED_STATUS`."""
 
 
 class OpenAIEngine:
@@ -100,10 +116,23 @@ class OpenAIEngine:
         return list(self.tokenizer(text, verbose=False)["input_ids"])
 
     def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
-        """One answer a prompt; `seconds` is the request's own time, retries included."""
+        """One answer a prompt; `seconds` is the request's own time, retries included.
+
+        A prompt that the server refuses for good gets an answer with the status `failed`. If it refuses all of them,
+        its refusal is raised: then the fault is not in a prompt.
+        """
         for prompt in prompts:
             check_room(len(self.encode(prompt.whole)), prompt.max_new_tokens, self.max_length)
-        return self._map(self._answer, prompts, progress)
+        answers = self._map(self._answer_or_refusal, prompts, progress)
+        refusals = [answer for answer in answers if isinstance(answer, PromptRefused)]
+        if refusals and len(refusals) == len(answers):
+            raise refusals[0]
+        return [
+            Answer("", len(self.encode(prompt.whole)), 0, 0.0, True, "failed", str(answer))
+            if isinstance(answer, PromptRefused)
+            else answer
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
 
     def score(self, windows: Sequence[Sequence[int]], *, progress: Progress | None = None) -> list[NDArray[np.float32]]:
         """Log-likelihood of every token but the first of each window, from the server's echo."""
@@ -130,13 +159,21 @@ class OpenAIEngine:
         for connection in self._opened:
             connection.close()
 
+    def _answer_or_refusal(self, prompt: Prompt) -> Answer | PromptRefused:
+        try:
+            return self._answer(prompt)
+        except PromptRefused as refusal:
+            return refusal
+
     def _answer(self, prompt: Prompt) -> Answer:
         started = time.perf_counter()
         settings: dict[str, Any] = {"prompt": prompt.whole, "max_tokens": prompt.max_new_tokens, "temperature": 0}
         if prompt.stops:
             settings["stop"] = list(prompt.stops[:MOST_STOPS])
         reply = self._request("POST", "/completions", {"model": self.model, **settings})
-        text = self._choice(reply, "text", str)
+        choice = self._text_choice(reply)
+        whole = str(choice["text"] or "")
+        text = before_stops(whole, prompt.stops)
         sent = len(self.encode(prompt.whole))
         read = self._count(reply, "prompt_tokens", sent)
         if read < sent - MARKS:
@@ -145,12 +182,28 @@ class OpenAIEngine:
                 f" serve {self.model} with a longer context, or lower max_length"
             )
         return Answer(
-            text=before_stops(text, prompt.stops),
+            text=text,
             tokens_in=read,
-            tokens_out=self._count(reply, "completion_tokens", len(self.encode(text))),
+            tokens_out=self._count(reply, "completion_tokens", len(self.encode(whole))),
             seconds=time.perf_counter() - started,
             finite=True,
+            status="filtered"
+            if choice.get("finish_reason") == "content_filter"
+            else status_of(text, cut=choice.get("finish_reason") == "length" and text == whole),
+            remark=self._reasoned() if _reasoning(choice) and not text.strip() else "",
         )
+
+    def _text_choice(self, reply: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The first choice in a reply; its text is None where a model ended, or was cut, while it reasoned."""
+        match reply:
+            case {"choices": [{"text": None, **choice}, *_]} if choice.get("finish_reason") or _reasoning(choice):
+                return {**choice, "text": None}
+            case _:
+                self._choice(reply, "text", str)
+                return reply["choices"][0]
+
+    def _reasoned(self) -> str:
+        return f"{self.url} gave reasoning in place of an answer; serve {self.model} with its reasoning off"
 
     def _echo(self, ids: Sequence[int]) -> dict[str, Any]:
         """The server's logprobs of a prompt given as token ids."""
@@ -233,7 +286,8 @@ class OpenAIEngine:
             if status in (401, 403):
                 raise AccessDenied(f"{self.url}{path}: {trouble}; {self._key_remedy()}")
             if status not in RETRIED_STATUS:
-                raise BadInput(f"{self.url}{path}: {trouble}; check the URL and the model's name {self.model}")
+                refusal = PromptRefused if status in REFUSED_STATUS else BadInput
+                raise refusal(f"{self.url}{path}: {trouble}; check the URL and the model's name {self.model}")
         raise Unavailable(f"{self.url}{path} failed {tries} times, at last with {trouble}; is the server up?")
 
     def _object(self, text: str) -> dict[str, Any]:
@@ -296,6 +350,13 @@ class OpenAIEngine:
         if self._key():
             return "is the key in OPENAI_API_KEY right?"
         return f"set OPENAI_BASE_URL={self.url} and OPENAI_API_KEY: the key goes there alone"
+
+
+def _reasoning(choice: Mapping[str, Any]) -> bool:
+    """Whether a server set a model's reasoning apart from its answer, under either of the names in use."""
+    return any(
+        isinstance(choice.get(name), str) and choice[name].strip() for name in ("reasoning_content", "reasoning")
+    )
 
 
 def _are_echoed(values: Any, tokens: int) -> bool:

@@ -30,7 +30,16 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from jobs.errors import BadInput, MergeyardError
 from workers.engines import attention
-from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, check_window, longest_scored
+from workers.engines.engine import (
+    Answer,
+    Progress,
+    Prompt,
+    before_stops,
+    check_room,
+    check_window,
+    longest_scored,
+    status_of,
+)
 from workers.engines.kv_cache import KeyValueBuffer, hidden
 from workers.engines.packing import Row, batches, columns, common_prefix, halves, make_rows
 from workers.engines.rope import RopeByLength
@@ -311,16 +320,19 @@ class TransformersEngine:
                 raise self._too_large(columns(batch))
             return self._answer(batch, prompts, chunk // 2)
         seconds = (time.perf_counter() - started) / len(outputs)
-        return {
-            member: Answer(
-                text=before_stops(self._text(output.tokens), prompts[member].stops),
-                tokens_in=output.tokens_in,
-                tokens_out=len(output.tokens),
-                seconds=seconds,
-                finite=output.finite,
-            )
-            for member, output in outputs.items()
-        }
+        return {member: self._answer_of(prompts[member], output, seconds) for member, output in outputs.items()}
+
+    def _answer_of(self, prompt: Prompt, output: _Output, seconds: float) -> Answer:
+        whole = self._text(output.tokens)
+        text = before_stops(whole, prompt.stops)
+        return Answer(
+            text=text,
+            tokens_in=output.tokens_in,
+            tokens_out=len(output.tokens),
+            seconds=seconds,
+            finite=output.finite,
+            status=status_of(text, cut=len(output.tokens) == output.limit and text == whole),
+        )
 
     def _text(self, tokens: list[int]) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=True))

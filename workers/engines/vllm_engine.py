@@ -28,7 +28,16 @@ from safetensors import safe_open
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_server
-from workers.engines.engine import Answer, Progress, Prompt, before_stops, check_room, check_window, longest_scored
+from workers.engines.engine import (
+    Answer,
+    Progress,
+    Prompt,
+    before_stops,
+    check_room,
+    check_window,
+    longest_scored,
+    status_of,
+)
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.vllm_server import NEXT, receive_bytes, receive_message, send_message
 
@@ -163,7 +172,8 @@ class VllmEngine:
     def _answer(self, prompt: Prompt, ids: Sequence[int], output: Mapping[str, Any], seconds: float) -> Answer:
         tokens = output["tokens"][: -1 if output["ended"] else None]
         text = before_stops(str(self.tokenizer.decode(tokens, skip_special_tokens=True)), prompt.stops)
-        return Answer(text, len(ids), len(tokens), seconds, output["finite"])
+        status = status_of(text, cut=output["cut"])
+        return Answer(text, len(ids), len(tokens), seconds, output["finite"], status)
 
     def _scored(self, windows: Sequence[Sequence[int]], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
         """The server's answer for each window, up to `SCORED_A_CALL` of them per call."""

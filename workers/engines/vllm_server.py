@@ -117,7 +117,10 @@ class Server:
     def generate(
         self, prompts: list[list[int]], max_new_tokens: list[int], stops: list[list[str]]
     ) -> list[dict[str, Any]]:
-        """Greedy token ids, whether the last is an end token, and whether every log-likelihood was a number."""
+        """Greedy token ids, how they ended, and whether every log-likelihood was a number.
+
+        `ended`: the last is an end token; `cut`: there are as many as `max_new_tokens` allows.
+        """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  # as above
 
         settings = [
@@ -130,6 +133,7 @@ class Server:
                 "tokens": list(output.outputs[0].token_ids),
                 "ended": output.outputs[0].finish_reason == "stop"
                 and not isinstance(output.outputs[0].stop_reason, str),
+                "cut": output.outputs[0].finish_reason == "length",
                 "finite": all(math.isfinite(v.logprob) for step in output.outputs[0].logprobs for v in step.values()),
             }
             for output in outputs

@@ -15,9 +15,13 @@ from jobs.evaluation_tasks import BlockScores, ScoreRow
 def _schema() -> Any:
     import pyarrow as pa
 
-    types = {"str": pa.string(), "int": pa.int64(), "float": pa.float64(), "bool": pa.bool_(), "Kind": pa.string()}
+    types = {"int": pa.int64(), "float": pa.float64(), "bool": pa.bool_()}
+    types |= dict.fromkeys(("str", "Kind", "Status"), pa.string())
     return pa.schema([pa.field(field.name, types[str(field.type)], nullable=False) for field in fields(ScoreRow)])
 
+
+LATER = ("kind", "status")
+"""Columns that older files lack; they then have the defaults of `ScoreRow`."""
 
 REMARKS = b"mergeyard.remarks"
 """The key of a block's remarks in the metadata of its file, as a JSON list; absent where there are none."""
@@ -39,7 +43,7 @@ def write_scores(rows: Iterable[ScoreRow], remarks: Sequence[str] = ()) -> bytes
 def read_scores(data: bytes, where: str, points: Collection[str] | None = None) -> list[ScoreRow]:
     """The rows of one file, or those of some points; `CorruptData` when it is not one of `write_scores`.
 
-    Without a column `kind`, as older versions wrote them, all rows are a point's.
+    Older versions wrote no column `kind`, as all rows were a point's, and no column `status`.
     """
     return read_block(data, where, points).rows
 
@@ -53,7 +57,9 @@ def read_block(data: bytes, where: str, points: Collection[str] | None = None) -
     try:
         wanted = None if points is None else pc.field("point").isin(pa.array(list(points), pa.string()))
         table = pq.read_table(pa.BufferReader(data), filters=wanted)
-        columns = [field.name for field in fields(ScoreRow) if field.name != "kind" or "kind" in table.column_names]
+        columns = [
+            field.name for field in fields(ScoreRow) if field.name not in LATER or field.name in table.column_names
+        ]
         rows = [ScoreRow(**row) for row in table.select(columns).to_pylist()]
         return BlockScores(rows, tuple(json.loads((table.schema.metadata or {}).get(REMARKS, b"[]"))))
     except (pa.ArrowInvalid, KeyError, json.JSONDecodeError) as error:

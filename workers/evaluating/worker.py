@@ -96,4 +96,5 @@ def _row(task: EvaluationTask, scored: ItemScore, weights: str) -> ScoreRow:
         weights=weights,
         repeat=task.repeat,
         kind=task.kind,
+        status=scored.status,
     )

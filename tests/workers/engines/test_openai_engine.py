@@ -101,6 +101,55 @@ def test_a_reply_that_is_no_completion_is_shown_in_one_line(served, server, need
     assert "\n" not in str(caught.value)
 
 
+def completion(text, finish_reason=None, **more):
+    return json.dumps({"choices": [{"text": text, "finish_reason": finish_reason, **more}]}).encode()
+
+
+@pytest.mark.parametrize(
+    ("reply", "status", "text"),
+    [
+        (completion(" 4815162.", "stop"), "answered", " 4815162."),
+        (completion(" 4815162."), "answered", " 4815162."),
+        (completion(" ", "stop"), "empty", " "),
+        (completion(" 48", "length"), "cut", " 48"),
+        (completion(None, "length"), "cut", ""),
+        (completion(None, "stop"), "empty", ""),
+        (completion("", "content_filter"), "filtered", ""),
+        (completion("", "length", reasoning_content="let me see"), "cut", ""),
+        (completion(None, None, reasoning="let me see"), "empty", ""),
+    ],
+)
+def test_an_answer_says_how_it_ended(served, server, needle_prompt, reply, status, text):
+    server.failures = [reply]
+    [answer] = served.generate([needle_prompt("quiet-river", 4815162, 2)])
+    assert (answer.status, answer.text) == (status, text)
+    assert ("gave reasoning in place of an answer" in answer.remark) == (b"let me see" in reply)
+
+
+def test_a_stop_text_in_an_answer_that_reached_its_limit_ended_it(served, server, needle_prompt):
+    server.failures = [completion(" 4815162. The grass", "length")]
+    [answer] = served.generate([replace(needle_prompt("quiet-river", 4815162, 2), stops=(".",))])
+    assert (answer.status, answer.text) == ("answered", " 4815162")
+
+
+def test_a_refused_prompt_fails_alone_and_a_server_that_refuses_all_of_them_is_an_error(server, parents, needle_prompt):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    served = OpenAIEngine(url, "long", parents / "long", concurrency=1, attempts=4, first_pause_seconds=0.01)
+    prompts = [needle_prompt("quiet-river", 4815162, lines) for lines in (2, 3)]
+    server.failures = [400]
+    refused, answered = served.generate(prompts)
+    assert (refused.status, refused.text, refused.tokens_out) == ("failed", "", 0)
+    assert "status 400" in refused.remark and "told to fail" in refused.remark
+    assert (answered.status, answered.text) == ("answered", " 4815162.")
+    server.failures = [400, 422]
+    with pytest.raises(BadInput, match="status 400"):
+        served.generate(prompts)
+    server.failures = [404]
+    with pytest.raises(BadInput, match="status 404"):
+        served.generate(prompts)
+    served.close()
+
+
 @pytest.mark.parametrize(
     "logprobs",
     [None, 7, {}, {"token_logprobs": [None, -1.0, -1.0]}, {"token_logprobs": [None] * 3, "top_logprobs": [None] * 3}],

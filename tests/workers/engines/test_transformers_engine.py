@@ -111,6 +111,16 @@ def test_the_first_stop_in_the_text_counts(text, stops, before):
     assert before_stops(text, stops) == before
 
 
+def test_an_answer_says_whether_it_reached_its_limit(engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 2)
+    cut = replace(prompt, max_new_tokens=2)
+    [ended, short] = engine.generate([prompt, cut])
+    assert (ended.status, short.status, short.tokens_out) == ("answered", "cut", 2)
+    [stopped, nothing] = engine.generate([replace(cut, stops=(short.text[1:],)), replace(cut, stops=(short.text,))])
+    assert (stopped.status, stopped.text) == ("answered" if short.text[:1].strip() else "empty", short.text[:1])
+    assert (nothing.status, nothing.text) == ("empty", "")
+
+
 def test_a_prompt_that_does_not_fit_is_refused_with_its_numbers(engine, needle_prompt):
     prompt = needle_prompt("quiet-river", 4815162, 200)
     tokens = len(engine.encode(prompt.whole))

@@ -210,7 +210,7 @@ def test_the_first_scores_of_a_block_hold(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 def test_remarks_stay_with_their_scores_and_a_file_without_any_is_the_one_of_earlier_versions() -> None:
-    example: dict[str, Any] = {"str": "a", "int": 1, "float": 0.5, "bool": True, "Kind": "parent"}
+    example: dict[str, Any] = {"str": "a", "int": 1, "float": 0.5, "bool": True, "Kind": "parent", "Status": "cut"}
     rows = [ScoreRow(**{field.name: example[str(field.type)] for field in fields(ScoreRow)})]
     with_remarks = write_scores(rows, ["em runs to 100", "… is left out"])
     assert read_block(with_remarks, "x") == BlockScores(rows, ("em runs to 100", "… is left out"))
@@ -219,6 +219,14 @@ def test_remarks_stay_with_their_scores_and_a_file_without_any_is_the_one_of_ear
     assert read_block(without, "x") == BlockScores(rows)
     assert set(parquet.read_schema(io.BytesIO(with_remarks)).metadata) == {b"mergeyard.remarks"}
     assert not parquet.read_schema(io.BytesIO(without)).metadata
+
+
+def test_a_file_of_an_older_version_has_neither_kinds_nor_statuses() -> None:
+    example: dict[str, Any] = {"str": "a", "int": 1, "float": 0.5, "bool": True, "Kind": "parent", "Status": "cut"}
+    row = ScoreRow(**{field.name: example[str(field.type)] for field in fields(ScoreRow)})
+    older = io.BytesIO()
+    parquet.write_table(parquet.read_table(io.BytesIO(write_scores([row]))).drop(["kind", "status"]), older)
+    assert read_scores(older.getvalue(), "x") == [replace(row, kind="point", status="answered")]
 
 
 def test_a_parent_that_holds_a_nan_scores_nothing_and_says_so(tmp_path: Path) -> None:

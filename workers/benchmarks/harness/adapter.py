@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput
+from jobs.evaluation_tasks import Status
 from workers.benchmarks.harness.asking import Asking, RequestCost, generation_settings, request_arguments
 from workers.benchmarks.harness.loading import check_library, errors_of, first_items, in_folder_of, load_tasks, quiet
 from workers.benchmarks.harness.metrics import Rule, Sample, metric_remarks, metric_rules
@@ -47,6 +48,7 @@ class SampleScore:
     finite: bool
     tokens: int
     seconds: float
+    status: Status = "answered"
 
 
 def sample_scores(
@@ -83,6 +85,8 @@ def sample_scores(
         for name, leaf in leaves.items():
             model = Asking(engine, beginning)
             samples = _answered(task, leaf, picked[name], chat, model.ask)
+            if model.remark:
+                remark(model.remark)
             over_long = {picked[name][at] for at in model.over_long}
             samples = [sample for sample in samples if sample.number not in over_long]
             known = rehearsed[name] if leaf.OUTPUT_TYPE == "generate_until" else []
@@ -214,6 +218,7 @@ def _scores_of(
                 finite=cost.finite,
                 tokens=cost.tokens,
                 seconds=cost.seconds,
+                status=cost.status,
             )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.errors import BadInput
+from jobs.evaluation_tasks import Status
 from workers.engines.engine import Engine, Prompt
 
 if TYPE_CHECKING:
@@ -30,6 +31,8 @@ class RequestCost:
     tokens: int = 0
     seconds: float = 0.0
     finite: bool = True
+    status: Status = "answered"
+    """That of a generated answer; of several, the last that is not `answered`."""
 
 
 class Asking:
@@ -41,6 +44,8 @@ class Asking:
         self._front = engine.encode("")
         """The token ids that the tokenizer puts before every text."""
         self.over_long: set[int] = set()
+        self.remark = ""
+        """The first remark that an answer came with."""
         self.costs: defaultdict[int, RequestCost] = defaultdict(RequestCost)
 
     def ask(self, kind: str, requests: Sequence[Instance]) -> Sequence[Any]:
@@ -131,6 +136,9 @@ class Asking:
         for (at, _), answer in zip(asked, self._engine.generate([prompt for _, prompt in asked]), strict=True):
             answers[at] = answer.text
             self._charge(requests[at], answer.tokens_in + answer.tokens_out, answer.seconds, finite=answer.finite)
+            if answer.status != "answered":
+                self.costs[_item(requests[at])].status = answer.status
+            self.remark = self.remark or answer.remark
         return answers
 
     def _too_long(self, request: Instance, tokens: int, most: int) -> bool:

@@ -97,6 +97,7 @@ def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
             finite=score.finite,
             tokens=score.tokens,
             seconds=score.seconds,
+            status=score.status,
         )
 
 
