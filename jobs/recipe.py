@@ -8,6 +8,7 @@ carries its place, so that planning can still point at the line.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -27,10 +28,12 @@ KEYS = {
     "dtype": "of the output; the default is that of the parents",
     "out_dtype": "of the output, in place of `dtype`",
     "tokenizer_source": "the model whose tokenizer is copied",
-    "chat_template": "Jinja text in place of the chat template of the tokenizer",
+    "chat_template": "a template in place of the tokenizer's: `auto`, a name or Jinja text",
 }
 """The keys of a recipe and their meanings."""
 DTYPES = ("float32", "float16", "bfloat16")
+CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
+"""mergekit's names of chat templates; `auto` is the commonest of the parents' own."""
 WHOLE_MODELS_ONLY = {
     "slices": "mergeyard merges whole models: list them under `models:` with the same parameters, "
     "and set a layer apart with a gradient or a `{filter, value}`",
@@ -230,6 +233,7 @@ def recipe_schema() -> dict[str, Any]:
         "parameters": parameters,
         "dtype": dtype,
         "out_dtype": dtype,
+        "chat_template": {"anyOf": [{"enum": [*CHAT_TEMPLATES, None]}, {"type": "string", "pattern": _JINJA.pattern}]},
     }
     text = {"type": ["string", "null"]}
     return {
@@ -240,6 +244,7 @@ def recipe_schema() -> dict[str, Any]:
     }
 
 
+_JINJA = re.compile(r"\{[{%]")
 _TEXT_KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source")
 
 
@@ -347,6 +352,10 @@ def _check(recipe: Recipe) -> None:
             raise BadInput(f"{recipe.place_of(key)}: {key} cannot be {quoted(dtype)}; choose from {', '.join(DTYPES)}")
     if recipe.tokenizer_source is not None:
         _check_tokenizer_source(recipe, recipe.tokenizer_source, references)
+    template = recipe.chat_template
+    if template is not None and template not in CHAT_TEMPLATES and not _JINJA.search(template):
+        place, near = recipe.place_of("chat_template"), suggestion(template.strip().lower(), CHAT_TEMPLATES)
+        raise BadInput(f"{place}: chat_template {quoted(template)} is neither a name nor Jinja text{near}")
 
 
 def _refuse_repeated_model(recipe: Recipe) -> None:

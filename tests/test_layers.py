@@ -35,7 +35,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/merging": ("jobs", "workers/storage", "workers/checkpoints", "workers/methods"),
     "workers/engines": ("jobs", "workers/checkpoints"),
     "workers/benchmarks/items.py": ("jobs",),
-    "workers/benchmarks/texts": ("jobs", "workers/benchmarks/items.py"),
+    "workers/benchmarks/texts": ("jobs", "workers/checkpoints", "workers/benchmarks/items.py"),
     "workers/benchmarks/scorers.py": (),
     "workers/benchmarks/answering.py": (
         "jobs",

@@ -213,7 +213,7 @@ def _merged_parents(plan: Plan) -> list[PlannedPoint]:
 
 
 def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:
-    """The tokenizer that a point is given, with the chat template of its recipe if that has one."""
+    """The tokenizer that a point is given, with the chat template that its recipe asks for."""
     parent = plan.parents[planned.layout.tokenizer_from]
     store = open_store(parent.url)
     files = {
@@ -221,7 +221,7 @@ def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:
         for name in TOKENIZER_FILES
         if (info := parent.side_files.get(name)) is not None
     }
-    return Tokenizer.from_files(files, place=parent.url, chat_template=planned.point.recipe.chat_template)
+    return Tokenizer.from_files(files, place=parent.url, chat_template=planned.layout.chat_template)
 
 
 def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[PlannedSet]) -> None:

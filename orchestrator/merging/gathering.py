@@ -100,10 +100,10 @@ class Gatherer:
         for name in parents[layout.tokenizer_from].side_files:
             if name != "generation_config.json":
                 files[name] = self._side_file(layout.tokenizer_from, name)
-        recipe = planned.point.recipe
-        if recipe.chat_template is not None:
-            files["chat_template.jinja"] = recipe.chat_template.encode()
-        text = yaml.safe_dump(recipe.document(), sort_keys=False)
+        if layout.chat_template is not None:
+            files.pop("chat_template.json", None)  # a processor's older form of the same
+            files["chat_template.jinja"] = layout.chat_template.encode()
+        text = yaml.safe_dump(planned.point.recipe.document(), sort_keys=False)
         files["mergekit_config.yml"] = text.encode()
         files["README.md"] = model_card(self._plan, planned, text).encode()
         return files

@@ -12,6 +12,7 @@ from jobs.errors import BadInput
 from jobs.job import Job
 from jobs.merge_tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
 from jobs.recipe import Filtered, Recipe
+from orchestrator.planning.beside import chat_template
 from orchestrator.planning.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint, layer_index
@@ -46,6 +47,7 @@ class Layout:
     config: Mapping[str, Any]
     donor: str
     tokenizer_from: str
+    chat_template: str | None
 
     @cached_property
     def bytes(self) -> int:
@@ -147,6 +149,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         config=merged_config(parents[donor_name], context_from, arithmetic_dtype),
         donor=donor_name,
         tokenizer_from=tokenizer_from,
+        chat_template=chat_template(recipe, members, tokenizer_from),
     )
 
 

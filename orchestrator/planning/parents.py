@@ -27,10 +27,10 @@ def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
 
 def parent_alone(plan: Plan, name: str) -> PlannedPoint:
     """A parent that no recipe uses, with a layout of its own: a baseline that is merged with nothing."""
-    first = plan.points[0].point.recipe
+    template = plan.points[0].layout.chat_template
     itself = Source(model=name, parameters={}, place=plan.job.place_of("gate"))
     place = plan.job.place_of("gate")
-    recipe = Recipe(merge_method="passthrough", models=(itself,), chat_template=first.chat_template, place=place)
+    recipe = Recipe(merge_method="passthrough", models=(itself,), chat_template=template, place=place)
     layout = layout_of(replace(plan.job, config_from=None), recipe, plan.parents, TensorClasses(plan.job))
     settings = tuple(
         resolve(recipe, tensor.name, position, exact=True)

@@ -104,7 +104,7 @@ class Plan:
         """sha256 of the run's results: equal for the same job over the same parents."""
         return digest(
             [
-                [planned.name, planned.digest, planned.layout.beside, planned.point.recipe.chat_template]
+                [planned.name, planned.digest, planned.layout.beside, planned.layout.chat_template]
                 for planned in self.points
             ]
         )
@@ -311,6 +311,6 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
             for tensor, position in zip(layout.representatives, layout.positions, strict=True)
         )
         planned = PlannedPoint(point, layout, settings, keys)
-        same_as = first_of.setdefault(digest([planned.digest, layout.beside]), point.name)
+        same_as = first_of.setdefault(digest([planned.digest, layout.beside, layout.chat_template]), point.name)
         planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
     return tuple(planned_points)

@@ -131,6 +131,26 @@ def test_chat_templates_keep_their_braces() -> None:
     assert read(two_models(f"chat_template: '{jinja}'\n")).chat_template == jinja
 
 
+@pytest.mark.parametrize("word", ["auto", "alpaca", "chatml", "exaone", "llama3", "mistral"])
+def test_the_names_of_chat_templates_are_mergekits(word: str) -> None:
+    assert read(two_models(f"chat_template: {word}\n")).chat_template == word
+
+
+@pytest.mark.parametrize(
+    ("word", "remedy"),
+    [
+        ("chatlm", 'did you mean "chatml"?'),
+        ("ChatML", 'did you mean "chatml"?'),
+        ("llama-3", 'did you mean "llama3"?'),
+        ("qwen", "choose from alpaca, auto, chatml, exaone, llama3, mistral"),
+        ("answer {question} briefly", "choose from alpaca, auto, chatml, exaone, llama3, mistral"),
+    ],
+)
+def test_any_other_word_for_a_chat_template_is_refused(word: str, remedy: str) -> None:
+    message = refusal(two_models(f"chat_template: '{word}'\n"))
+    assert f'chat_template "{word}" is neither a name nor Jinja text; {remedy}' in message
+
+
 def test_absent_and_null_are_the_same() -> None:
     nulls = "base_model:\ndtype: null\nparameters: ~\ntokenizer_source:\n"
     assert read(two_models(nulls)) == read(two_models())

@@ -22,8 +22,9 @@ from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.merging.driver import RunResult, drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
-from tests.orchestrator.conftest import files_under
+from tests.orchestrator.conftest import LINEAR, files_under
 from tests.orchestrator.models import CONFIG, HEAD, load_model, weights, write_model
+from workers.checkpoints.chat_templates import NAMED
 
 Planning = Callable[..., Plan]
 
@@ -155,6 +156,17 @@ def test_the_chosen_tokenizer_and_template_are_taken(plan: Planning, parents: Pa
     folder = tmp_path / "runs" / "soup" / "points" / "merge"
     assert json.loads((folder / "tokenizer.json").read_text()) == other
     assert (folder / "chat_template.jinja").read_text() == "{{ messages[0].content }} and no more"
+
+
+def test_a_named_chat_template_is_written_out_and_the_recipe_keeps_the_name(
+    plan: Planning, parents: Path, tmp_path: Path
+):
+    (parents / "cos" / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+    run(plan(recipe=LINEAR + "  chat_template: chatml\n", grid="{w: [0.5]}"))
+    folder = tmp_path / "runs" / "soup" / "points" / "w0.5"
+    assert (folder / "chat_template.jinja").read_text() == NAMED["chatml"]
+    assert not (folder / "chat_template.json").exists(), "it would say otherwise"
+    assert yaml.safe_load((folder / "mergekit_config.yml").read_text())["chat_template"] == "chatml"
 
 
 def test_the_head_of_an_untied_parent_meets_the_embeddings_of_a_tied_one(plan: Planning, parents: Path, tmp_path: Path):

@@ -355,3 +355,62 @@ def test_plan_json_pins_what_was_seen(plan: Planning, parents: Path):
         (file,) = document["parents"][who]["files"].values()
         assert file["size"] == (parents / who / "model.safetensors").stat().st_size
         assert file["etag"]
+
+
+# ---- chat templates
+
+PLAIN = "{% for m in messages %}{{ m.role }}: {{ m.content }}{% endfor %}"
+OTHER = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+THREE = """
+  merge_method: linear
+  base_model: base
+  models:
+  - {model: base, parameters: {weight: 1}}
+  - {model: cos, parameters: {weight: 1}}
+  - {model: fmt, parameters: {weight: 1}}
+  chat_template: auto
+"""
+
+
+def with_templates(parents: Path, **templates: str) -> None:
+    for who, template in templates.items():
+        (parents / who / "chat_template.jinja").write_text(template)
+
+
+@pytest.mark.parametrize(
+    ("templates", "chosen"),
+    [
+        ({"base": OTHER, "cos": PLAIN, "fmt": f"\n{PLAIN}\n"}, PLAIN),
+        ({"base": OTHER, "cos": PLAIN}, OTHER),
+        ({"cos": PLAIN, "fmt": OTHER}, PLAIN),
+        ({"fmt": OTHER}, OTHER),
+        ({}, None),
+    ],
+    ids=["the commonest", "a tie: the tokenizer's", "a tie: the first", "the only one", "none"],
+)
+def test_chat_template_auto_is_the_commonest_of_the_parents(
+    plan: Planning, parents: Path, templates: dict[str, str], chosen: str | None
+):
+    with_templates(parents, **templates)
+    assert plan(recipe=THREE, grid="").points[0].layout.chat_template == chosen
+
+
+def test_a_broken_template_of_a_parent_is_refused_by_the_parents_name(plan: Planning, parents: Path):
+    with_templates(parents, fmt="{% for m in messages %}{{ m.content }}")
+    said = refusal(plan, recipe=THREE, grid="")
+    assert said.startswith("job.yaml:13: parent fmt: the chat template is not Jinja (")
+    assert said.endswith("; name a template in place of `auto`")
+    plan(recipe=THREE.replace("auto", "chatml"), grid="")
+
+
+def test_a_chat_template_that_does_not_compile_is_refused_at_its_line(plan: Planning):
+    said = refusal(plan, recipe=EVEN + "  chat_template: '{% for m in messages %}'\n", grid="")
+    assert said.startswith("job.yaml:10: the chat template is not Jinja (")
+    plan(recipe=EVEN + "  chat_template: '{% for m in messages %}{{ m.content }}{% endfor %}'\n", grid="")
+
+
+def test_a_run_is_another_when_the_commonest_template_is(plan: Planning, parents: Path):
+    with_templates(parents, fmt=OTHER)
+    first = plan(recipe=THREE, grid="").digest
+    with_templates(parents, fmt=PLAIN)
+    assert plan(recipe=THREE, grid="").digest != first

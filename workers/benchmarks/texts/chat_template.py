@@ -6,12 +6,8 @@ from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-
 from jobs.errors import BadInput
+from workers.checkpoints.chat_templates import jinja
 
 TODAY = datetime(2024, 7, 26)
 """The day on which every prompt is asked, so that it is the same tomorrow: the fallback of Llama's template."""
@@ -19,24 +15,11 @@ TODAY = datetime(2024, 7, 26)
 _MESSAGE = "\x00message\x00"
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text, for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def chat_frame(template: str, special_tokens: Mapping[str, str], place: str) -> tuple[str, str]:
     """The text before and after a user's message, with the assistant's turn opened.
 
     `BadInput` for a template that does not render, or does not show the message as it is.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-    )
     conversation: dict[str, Any] = {
         "messages": [{"role": "user", "content": _MESSAGE}],
         "add_generation_prompt": True,
@@ -45,7 +28,7 @@ def chat_frame(template: str, special_tokens: Mapping[str, str], place: str) -> 
         **special_tokens,
     }
     try:
-        text = environment.from_string(template).render(conversation)
+        text = jinja().from_string(template).render(conversation)
     except BadInput:
         raise
     except Exception as error:  # a template is a program, and fails as one

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
 from workers.benchmarks.texts.pieces import SHORTEST, Pieces
+from workers.checkpoints.chat_templates import default_template
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -66,7 +67,7 @@ class Tokenizer:
             raise CorruptData(f"{place}: tokenizer_config.json or chat_template.jinja is broken ({error})") from error
         return cls(
             files["tokenizer.json"],
-            chat_template=chat_template if chat_template is not None else _default(config.get("chat_template")),
+            chat_template=chat_template if chat_template is not None else default_template(config),
             special_tokens={name: _text(token) for name, token in config.items() if name in ("bos_token", "eos_token")},
             place=f"{place}/tokenizer.json",
         )
@@ -119,14 +120,6 @@ class Tokenizer:
         if self.chat_template is None:
             raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly")
         return chat_frame(self.chat_template, self._special_tokens, self.place)
-
-
-def _default(templates: Any) -> str | None:
-    """The template that tokenizer_config.json has; of several, by name, the one called default."""
-    if isinstance(templates, list):
-        named: list[Any] = templates
-        templates = next((entry["template"] for entry in named if entry.get("name") == "default"), None)
-    return templates if isinstance(templates, str) else None
 
 
 def _text(token: Any) -> str:
