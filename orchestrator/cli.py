@@ -167,7 +167,8 @@ def parser() -> argparse.ArgumentParser:
     _quiet(submit)
 
     status = _verb(verbs, "status", "print the progress of a run, from its folder or bucket alone")
-    status.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
+    status.add_argument("run", metavar="RUN", help="job file, or folder or URL of a run, or of a folder of runs")
+    status.add_argument("--follow", action="store_true", help="print a line when the stage moves, until the run ends")
     status.add_argument("--json", action="store_true", help="print it as JSON")
 
     verify = _verb(verbs, "verify", "hash every file and compare it with the manifests")
@@ -208,7 +209,7 @@ def _words(text: str) -> tuple[str, ...]:
 
 
 def _quiet(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("-q", "--quiet", action="store_true", help="no progress bar, no closing lines")
+    verb.add_argument("-q", "--quiet", action="store_true", help="no progress; of a merge, no closing lines")
 
 
 def _version() -> str:

@@ -94,7 +94,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/registry.py",
     ),
     "orchestrator/words.py": (),
-    "orchestrator/watching.py": (),
+    "orchestrator/watching.py": ("orchestrator/words.py",),
     "orchestrator/judging": ("jobs",),
     "orchestrator/records": ("jobs", "workers/storage", "workers/checkpoints"),
     "orchestrator/planning": (

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -59,7 +59,10 @@ class _Running:
 
 
 def dispatch(
-    tasks: Sequence[EvaluationTask], evaluators: Evaluators, pace: Pace
+    tasks: Sequence[EvaluationTask],
+    evaluators: Evaluators,
+    pace: Pace,
+    on_failure: Callable[[Exception], None] = lambda error: None,
 ) -> Iterator[tuple[EvaluationTask, BlockScores]]:
     """Yields the scores of every block once, in the order of completion; raises an error that retries did not fix.
 
@@ -99,6 +102,7 @@ def dispatch(
         elif not entry.copies:
             del running[task.key]
             failed.again(task, scores, time.monotonic())
+            on_failure(scores.error)
 
 
 def _next(

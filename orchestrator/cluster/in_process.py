@@ -75,6 +75,7 @@ class InProcessPool:
                         receipts = future.result()
                     except MergeyardError as error:
                         queue.again(task, Failure(error), time.monotonic())
+                        progress.failed(error)
                     else:
                         yield receipts
         finally:
@@ -87,7 +88,7 @@ class InProcessPool:
         def advance(read: int, written: int) -> None:
             if self._stopping.is_set():
                 raise KeyboardInterrupt
-            progress(read, written)
+            progress.moved(read, written)
 
         with placing(task.name):
             return merge_task(task, device=self._device, progress=advance)

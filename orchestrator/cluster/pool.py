@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Protocol
 
 from jobs.evaluation_tasks import BlockScores, EvaluationTask
 from jobs.merge_tasks import MergeTask, Receipt
 from orchestrator.cluster.again import Failure
 
-Progress = Callable[[int, int], None]
-"""Receives the bytes read and the bytes written since the last call."""
+
+class Progress(Protocol):
+    """Follows the work of a pool; called from any thread."""
+
+    def moved(self, read: int, written: int) -> None:
+        """These many bytes more were read and written."""
+        ...
+
+    def failed(self, error: Exception) -> None:
+        """A task failed and will be tried again."""
+        ...
 
 
 class Pool(Protocol):

@@ -57,14 +57,16 @@ class RayPool:
                     news = ray.get(next(stream))
                 except (RayError, MergeyardError) as error:
                     task = running.pop(stream)
-                    queue.again(task, failure(error, places.pop(stream, task.name)), time.monotonic())
+                    failed = failure(error, places.pop(stream, task.name))
+                    queue.again(task, failed, time.monotonic())
+                    progress.failed(failed.error)
                     self._cluster.meters.retried("merge")
                     continue
                 if isinstance(news, str):
                     places[stream] = on_node(running[stream].name, news)
                 elif isinstance(news, tuple):
                     self._cluster.meters.moved(*news)
-                    progress(*news)
+                    progress.moved(*news)
                 else:
                     task = running.pop(stream)
                     places.pop(stream, None)

@@ -31,7 +31,7 @@ def evaluate(options: argparse.Namespace) -> int:
     assert asked is not None
     with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
         evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
-    facts = tell_evaluation(plan, evaluated, verdict, quiet=options.quiet or options.json)
+    facts = tell_evaluation(plan, evaluated, verdict, quiet=options.json)
     if options.json:
         print_json(facts)
     return 0 if verdict is None else verdict.verdict.exit_code

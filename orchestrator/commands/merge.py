@@ -37,7 +37,7 @@ def merge(options: argparse.Namespace) -> int:
     )
     plan = make_plan(job, relative_to=Path.cwd(), flat=True)
     plan.check_room()
-    with Watcher(visible=watched(options)) as watcher:
+    with Watcher(visible=watched(options), tells=not options.quiet) as watcher:
         result = drive(plan, InProcessPool(device=options.device), watcher)
     with writing():
         Ledger(plan.run_url, plan.places).forget()

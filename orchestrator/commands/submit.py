@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from jobs.errors import BadInput, Interrupted
+from jobs.errors import BadInput, Interrupted, Unavailable
 from jobs.job import Job
 from orchestrator.commands.inputs import print_json, read_job
 
@@ -23,7 +23,12 @@ def submit(options: argparse.Namespace) -> int:
 
     job, folder = read_job(options)
     sent = shipment(job, folder, options.address)
-    cluster = RayJobs(options.address)
+    try:
+        cluster = RayJobs(options.address)
+    except Unavailable as gone:
+        if options.cancel:
+            raise
+        return _without_cluster(options, job, folder, sent, gone)
     if options.cancel:
         return _cancel(options, cluster, sent)
     earlier = cluster.latest(sent.name)
@@ -38,6 +43,20 @@ def submit(options: argparse.Namespace) -> int:
     code = ended.outcome()
     if code and (options.quiet or options.json):
         print(*cluster.log(ended).splitlines()[-1:], file=sys.stderr)
+    return code
+
+
+def _without_cluster(options: argparse.Namespace, job: Job, folder: Path, sent: Shipment, gone: Unavailable) -> int:
+    """The exit code of the job by its run in the bucket; `Unavailable`, with its state, if it is not over."""
+    from orchestrator.evaluating.outcome import recorded_code
+    from orchestrator.report.terminal.status import run_state
+
+    code = recorded_code(job, folder)
+    if code is None:
+        raise Unavailable(f"{gone}; its run {sent.run}: {run_state(sent.run)}") from None
+    _tell(options, f"{gone}; but the job has ended, its run is {sent.run}")
+    if options.json:
+        print_json({"id": sent.name, "state": "ended", "exit_code": code, "run": sent.run})
     return code
 
 

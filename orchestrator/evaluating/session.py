@@ -93,7 +93,7 @@ class Session:
         `renewed` is called each time that the results in the store were renewed during `run`.
         """
         ledger = Ledger(plan.run_url, plan.places)
-        with Lease(ledger.store, plan.places.record("lease.json")) as lease:
+        with Lease(ledger.store, plan.places.record("lease.json"), watcher.facts) as lease:
             ledger.claim(plan.job_text(), plan.document())
             with writing():
                 session = cls(plan, asked, ledger, lease, open_evaluators, watcher, renewed)
@@ -213,7 +213,8 @@ class Session:
         self._watcher.begin_stage(sum(task.tokens for task, _ in waiting.values()), text)
         if self._evaluators is None:
             self._evaluators = self._open(self._asked.models)
-        for task, scores in dispatch([task for task, _ in waiting.values()], self._evaluators, self._pace):
+        tasks = [task for task, _ in waiting.values()]
+        for task, scores in dispatch(tasks, self._evaluators, self._pace, self._watcher.failed):
             self._lease.check()
             request = waiting[task.key][1]
             rows = self._blocks.add(task.key, scores, request)

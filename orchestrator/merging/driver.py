@@ -51,7 +51,7 @@ class RunResult:
 def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
     """Merges every kept point of the plan and returns when each has its manifest; raises errors that no retry mends."""
     ledger = Ledger(plan.run_url, plan.places)
-    with Lease(ledger.store, plan.places.record("lease.json")) as lease:
+    with Lease(ledger.store, plan.places.record("lease.json"), watcher.facts) as lease:
         ledger.claim(plan.job_text(), plan.document())
         with writing():
             ledger.store.sweep()
@@ -60,7 +60,7 @@ def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
             watcher.begin(len(plan.written), sum(task.bytes_written for task in tasks))
             points = _Points(plan, ledger, watcher)
             points.record(found.values())
-            for receipts in pool.run(tasks, watcher.moved):
+            for receipts in pool.run(tasks, watcher):
                 lease.check()
                 points.record(receipts)
             return points.result(len(found), sum(task.bytes_read for task in tasks))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import AccessDenied, BadInput, ObjectMissing, writing
+from jobs.sealing import sealed
 from orchestrator.evaluating.results import VERDICT, read_results
 from orchestrator.records.documents import read_document, text_of
 from orchestrator.records.lease import Lease
@@ -230,10 +231,21 @@ def prune(run: str, keep: int) -> tuple[Holdings, int]:
         twins_first = sorted(held.lost, key=lambda point: point.bytes)
         with writing():
             swept = store.sweep()
+            _note(store, [point.point for point in twins_first])
             for point in twins_first:
                 lease.check()
                 _remove(store, point.point, receipts.get(point.point, []))
         return held, swept
+
+
+def _note(store: Store, points: Iterable[str]) -> None:
+    """Writes the names of all points ever removed, before they are, so that `status` does not wait for them."""
+    key = PLACES.record("pruned.json")
+    try:
+        earlier = read_record(store, key)["points"]
+    except ObjectMissing:
+        earlier = []
+    store.write(key, sealed({"points": sorted({*earlier, *points})}, lines=True))
 
 
 def _remove(store: Store, point: str, receipts: Iterable[str]) -> None:

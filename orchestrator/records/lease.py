@@ -7,7 +7,7 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,6 +20,7 @@ from workers.storage.records import read_record
 
 LEASE_SECONDS = 30.0
 HEARTBEAT_SECONDS = 10.0
+WATCH_SECONDS = 1.5 * HEARTBEAT_SECONDS
 RELEASE_SECONDS = 5.0
 """How long an ending driver tries to give its lease back; if the store is away, the next one waits for it to expire."""
 
@@ -29,13 +30,21 @@ class Lease:
 
     A second driver is refused with `RunBusy`. A dead driver's lease is taken over: at once if it ran on this machine,
     else when its nonce has not changed for the length of a lease on our own clock, so clocks need not agree.
+    Each renewal carries the driver's `progress`, for `mergeyard status`.
     """
 
     def __init__(
-        self, store: Store, key: str, *, seconds: float = LEASE_SECONDS, heartbeat: float = HEARTBEAT_SECONDS
+        self,
+        store: Store,
+        key: str,
+        progress: Callable[[], Mapping[str, Any]] = dict,
+        *,
+        seconds: float = LEASE_SECONDS,
+        heartbeat: float = HEARTBEAT_SECONDS,
     ) -> None:
         self._store = store
         self._key = key
+        self._progress = progress
         self._seconds = seconds
         self._heartbeat = heartbeat
         self._etag = ""
@@ -149,9 +158,52 @@ class Lease:
                 "seconds": self._seconds,
                 "nonce": f"{self._name}-{self._moves}",
                 "released": released,
+                "renewed": time.time(),
+                "progress": dict(self._progress()),
             },
             lines=True,
         )
+
+
+def driver_of(store: Store, key: str) -> dict[str, Any] | None:
+    """The driver that holds the lease, with its `progress`; None if the lease was never taken or was given back.
+
+    `state` is "running", "dead" (its process on this machine has ended) or "silent" (it did not renew the lease while
+    we watched). `heard` is the number of seconds since the last renewal by the two machines' clocks, None for a driver
+    of an older version. Watches the lease for at most `WATCH_SECONDS`, and only if its last renewal is old.
+    """
+    try:
+        etag = store.locate(key).etag
+        holder = read_record(store, key)
+    except ObjectMissing:
+        return None
+    if holder["released"]:
+        return None
+    heard = time.time() - holder["renewed"] if "renewed" in holder else None
+    if holder["machine"] == _machine():
+        state = "dead" if _dead_here(holder) else "running"
+    elif heard is not None and abs(heard) < holder["seconds"]:
+        state = "running"
+    else:
+        state = "running" if _renewed(store, key, etag) else "silent"
+    return {
+        "host": holder["host"],
+        "process": holder["process"],
+        "epoch": holder["epoch"],
+        "state": state,
+        "heard": None if heard is None else round(heard, 1),
+        "progress": holder.get("progress", {}),
+    }
+
+
+def _renewed(store: Store, key: str, etag: str) -> bool:
+    """Whether the lease changes within `WATCH_SECONDS`."""
+    deadline = time.monotonic() + WATCH_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if store.locate(key).etag != etag:
+            return True
+    return False
 
 
 def _machine() -> str:

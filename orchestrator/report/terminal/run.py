@@ -1,21 +1,15 @@
-"""Plans, results and the state of a run: first as plain facts (for `--json`), then as tables for a terminal."""
+"""Plans and results of a run: first as plain facts (for `--json`), then as tables for a terminal."""
 
 from __future__ import annotations
 
-import shutil
-import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.errors import ObjectMissing
 from orchestrator.merging.driver import RunResult
 from orchestrator.planning.plan import READ_RATE, WRITE_RATE, Plan
 from orchestrator.records.ledger import Ledger
-from orchestrator.records.places import Places
 from orchestrator.words import count, duration, print_rows, short_length, shortlist, size
 from workers.merging.shard import FIXED_BYTES
-from workers.storage import open_store
-from workers.storage.records import read_record
 
 MOST_LINES = 12
 """Points that a terminal table names one by one."""
@@ -166,53 +160,3 @@ def print_merge(result: RunResult) -> None:
 def _warn_nonfinite(result: RunResult) -> None:
     if result.nonfinite:
         print(f"warning: NaN or infinity in a parent's {shortlist(result.nonfinite)}")
-
-
-def status_facts(run_url: str) -> dict[str, Any]:
-    """The progress of a run, from the files under its prefix."""
-    store, places = open_store(run_url), Places()
-    try:
-        plan = read_record(store, places.record("plan.json"))
-    except ObjectMissing:
-        raise ObjectMissing(f"{run_url}: no run there; `mergeyard run` starts one") from None
-    sizes = {info.key: info.size for info in store.list("points/")}
-    done = {key.split("/")[1] for key in sizes if key.endswith("/manifest.json")}
-    points = [entry["name"] for entry in plan["points"]]
-    return {
-        "run": run_url,
-        "points": len(points),
-        "points_done": sum(1 for name in points if name in done),
-        "waiting": [name for name in points if name not in done],
-        "shards_done": sum(1 for _ in store.list("receipts/")),
-        "bytes": sum(sizes.values()),
-        "driver": _driver(run_url),
-    }
-
-
-def _driver(run_url: str) -> dict[str, Any] | None:
-    store = open_store(run_url)
-    try:
-        lease = read_record(store, Places().record("lease.json"))
-    except ObjectMissing:
-        return None
-    if lease["released"]:
-        return None
-    return {"host": lease["host"], "process": lease["process"], "epoch": lease["epoch"]}
-
-
-def print_status(facts: Mapping[str, Any]) -> None:
-    """The state of a run as a person reads it."""
-    driver = facts["driver"]
-    rows = [
-        ("run", facts["run"]),
-        ("points", f"{facts['points_done']} of {facts['points']} complete"),
-        ("shards", f"{facts['shards_done']} done, {size(facts['bytes'])}"),
-        ("driver", f"process {driver['process']} on {driver['host']}" if driver else "none"),
-    ]
-    if facts["waiting"]:
-        room = shutil.get_terminal_size().columns - len("  waiting  ")
-        waiting = textwrap.wrap(
-            shortlist(facts["waiting"]), max(room, 20), break_long_words=False, break_on_hyphens=False
-        )
-        rows += [("" if number else "waiting", line) for number, line in enumerate(waiting)]
-    print_rows(rows)

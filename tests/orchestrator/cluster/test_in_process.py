@@ -12,6 +12,7 @@ from jobs.evaluation_tasks import BlockScores, EvaluationTask, ItemSet
 from jobs.merge_tasks import MergeTask, Receipt, ShardOfPoint
 from orchestrator.cluster.again import LOSSES, TRIES, Failure, Queue, Tries, placing
 from orchestrator.cluster.in_process import InProcessEvaluators, InProcessPool
+from orchestrator.watching import Watcher
 
 CRASH = Failure(WorkerLost("its worker died"))
 NODE_LOST = Failure(WorkerLost("lost with its node"), node_lost=True)
@@ -153,7 +154,7 @@ def test_a_merge_that_fails_in_this_process_names_its_shard_and_points(
 
     monkeypatch.setattr(workers.merging.shard, "merge_task", merged)
     with pytest.raises(MergeyardError) as refused:
-        list(InProcessPool().run([merge("00007", *points)], lambda read, written: None))
+        list(InProcessPool().run([merge("00007", *points)], Watcher(visible=False)))
     words = {BadInput: "no room", MergeyardError: "KeyError: 'x'"}
     assert str(refused.value) == f"{named}: {words[type(refused.value)]}"
 
@@ -196,6 +197,6 @@ def test_in_this_process_a_store_that_is_away_for_one_task_does_not_hold_up_the_
         return [Receipt(task.shard, "p", task.shard, 0, "", {}, (), 0, 0.0, "w")]
 
     monkeypatch.setattr(workers.merging.shard, "merge_task", merged)
-    receipts = InProcessPool().run([merge("a"), merge("b")], lambda read, written: None)
+    receipts = InProcessPool().run([merge("a"), merge("b")], Watcher(visible=False))
     assert [receipt.unit for [receipt] in receipts] == ["b", "a"]
     assert tried == ["a", "b", "a"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 import subprocess
@@ -16,14 +17,16 @@ import pytest
 import torch
 import yaml
 
-from jobs.errors import RunBusy, WorkerLost
+from jobs.errors import RunBusy, Unavailable, WorkerLost
 from jobs.job import load_job
 from jobs.manifest import Manifest
+from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.merging import driver
 from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import make_plan
 from orchestrator.records.lease import Lease
+from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.models import CONFIG, VOCABULARY, load_model, weights, write_model
@@ -67,9 +70,9 @@ def run_folder(tmp_path: Path) -> Path:
 
 def assert_refused(ended: Ended, line: str, *, code: int = 2) -> None:
     """One line on standard error, nothing on standard output."""
-    assert ended.err.startswith("mergeyard: ")
-    assert ended.err.count("\n") == 1, ended.err
-    assert line in ended.err
+    lines = ended.err.splitlines()
+    assert lines[-1].startswith("mergeyard: ") and line in lines[-1]
+    assert len(lines) == 1 or code != 2, "progress, although nothing was to be written"
     assert ended.out == ""
     assert ended.code == code
 
@@ -262,9 +265,79 @@ def test_status_follows_a_run_from_its_folder_alone(
     assert (facts["points"], facts["points_done"], facts["waiting"]) == (2, 0, ["w0.25", "w0.5"])
     assert 0 < facts["shards_done"] < len(plan.units)
     assert facts["driver"] is None
+    assert "none; `mergeyard run` continues" in mergeyard("status", run_folder).out
     assert mergeyard("run", path, "--in-process").code == 0
     assert mergeyard("status", run_folder, "--json").facts["points_done"] == 2
     assert "2 of 2 complete" in mergeyard("status", run_folder).out
+
+
+def test_status_shows_the_stage_of_a_living_driver_and_that_a_killed_one_is_dead(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
+):
+    assert mergeyard("run", job_file(), "--in-process").code == 0
+    progress = {"stage": "evaluating 2 models", "unit": "tokens", "done": 1000, "total": 4000, "seconds": 20.0}
+    failed = {"failed": 2, "failures": ["block 3 on node 10.0.0.7: no answer"]}
+    with Lease(open_store(run_folder), "lease.json", lambda: progress | failed):
+        shown = mergeyard("status", run_folder)
+        assert "evaluating 2 models: 1 k of 4 k tokens, 60 s left" in shown.out
+        assert "2 tasks" in shown.out and "block 3 on node 10.0.0.7: no answer" in shown.out
+        held = unsealed((run_folder / "lease.json").read_bytes())
+    (run_folder / "lease.json").write_bytes(sealed({**held, "process_started": "long ago"}))
+    shown = mergeyard("status", run_folder)
+    assert f"dead: process {held['process']} on {held['host']}, last heard of" in shown.out
+    assert "evaluating" not in shown.out
+    assert_refused(
+        mergeyard("status", run_folder, "--follow"), "is dead; `mergeyard run` continues", code=Unavailable.exit_code
+    )
+
+
+def test_status_follows_the_stages_of_a_run_until_its_end(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("orchestrator.commands.status.FOLLOW_SECONDS", 0.02)
+    assert mergeyard("run", job_file(), "--in-process").code == 0
+    done = itertools.count(1)
+
+    def progress() -> dict[str, Any]:
+        return {"stage": "merging 1/2 points", "unit": "bytes", "done": next(done), "total": 900, "seconds": 1.0}
+
+    lease = Lease(open_store(run_folder), "lease.json", progress, heartbeat=0.1)
+    lease.__enter__()
+    end = threading.Timer(1.0, lambda: lease.__exit__(None, None, None))
+    end.start()
+    lines = mergeyard("status", run_folder, "--follow").out.splitlines()
+    end.join()
+    assert sum(line.startswith("merging 1/2 points: ") for line in lines) >= 2
+    assert any("2 of 2 complete" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("keep", "said"), [("none", "2, none is written (keep: none)"), ("{best: 1}", "2, the best are not known yet")]
+)
+def test_status_waits_for_no_point_that_is_not_to_be_written(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, keep: str, said: str
+):
+    path = job_file()
+    path.write_text(f"{path.read_text()}\nkeep: {keep}\nevaluate: {{ruler: {{lengths: [512]}}}}\n")
+    plan = make_plan(load_job(path.read_text(), "job.yaml"))
+    Ledger(plan.run_url, plan.places).claim(plan.job_text(), plan.document())
+    shown = mergeyard("status", path)
+    assert said in shown.out
+    assert "waiting" not in shown.out
+    assert "evaluation  not finished, 0 items answered" in shown.out
+
+
+def test_status_of_a_folder_has_a_line_for_each_run(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, tmp_path: Path
+):
+    assert mergeyard("run", job_file(), "--in-process").code == 0
+    shutil.copytree(run_folder, tmp_path / "runs" / "other")
+    (tmp_path / "runs" / "other" / "points" / "w0.5" / "manifest.json").unlink()
+    shown = mergeyard("status", tmp_path / "runs").out.splitlines()
+    assert [line.split()[0] for line in shown] == ["other", "soup"]
+    assert "1 of 2 complete; none; `mergeyard run` continues" in shown[0]
+    assert "2 of 2 complete; complete" in shown[1]
+    assert [run["points_done"] for run in mergeyard("status", tmp_path / "runs", "--json").facts] == [1, 2]
 
 
 @pytest.fixture

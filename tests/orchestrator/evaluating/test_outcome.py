@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -120,6 +121,20 @@ def test_a_job_that_succeeded_is_not_submitted_again_while_its_run_is_there(
     assert (ended.code, ended.err) == (0, "")
     assert ended.out == f"{name}: succeeded already, its run is {merged.parent}/runs/soup\n"
     assert list(dashboard.jobs) == [name]
+
+
+def test_where_the_cluster_is_gone_the_bucket_says_how_the_job_ended(mergeyard: Mergeyard, merged: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        gone = f"http://127.0.0.1:{server.getsockname()[1]}"
+    ended = mergeyard("submit", merged, "--address", gone)
+    assert ended.code == 0
+    assert f"but the job has ended, its run is {merged.parent}/runs/soup" in ended.out
+    assert mergeyard("submit", merged, "--address", gone, "--json").facts["exit_code"] == 0
+    (merged.parent / "runs/soup/points/w0.5/manifest.json").unlink()
+    ended = mergeyard("submit", merged, "--address", gone)
+    assert (ended.code, ended.out) == (75, "")
+    assert f"its run {merged.parent}/runs/soup: 1 of 2 complete; none; `mergeyard run` continues" in ended.err
+    assert mergeyard("submit", merged, "--address", gone, "--cancel").code == 75
 
 
 def removed(job: Path) -> None:

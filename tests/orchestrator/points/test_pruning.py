@@ -237,3 +237,15 @@ def test_a_place_without_a_run_and_a_silly_number_are_refused(mergeyard: Mergeya
     refused(mergeyard("prune", tmp_path / "nowhere"), "no run there")
     refused(mergeyard("prune", run, "--keep", 0), "at least 1")
     assert holdings(str(run), 3).lost
+
+
+def test_status_does_not_wait_for_pruned_points_until_they_are_merged_again(
+    mergeyard: Mergeyard, job_file: Path, run: Path
+) -> None:
+    assert mergeyard("prune", run, "--keep", 2, "--yes").code == 0
+    facts = mergeyard("status", run, "--json").facts
+    assert (facts["points_done"], facts["waiting"]) == (2, [])
+    assert facts["pruned"] == ["w0.1", "w0.5", "w0.9"]
+    assert "2 of 5 complete, 3 pruned" in mergeyard("status", run).out
+    assert mergeyard("run", job_file, "--in-process", "-q").code == 0
+    assert mergeyard("status", run, "--json").facts["pruned"] == []

@@ -22,7 +22,7 @@ from safetensors.torch import save
 from jobs.errors import BadInput, CorruptData, RunBusy
 from jobs.merge_tasks import Receipt
 from jobs.sealing import sealed, unsealed
-from orchestrator.records.lease import Lease
+from orchestrator.records.lease import Lease, driver_of
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places
 from workers.storage import Store, open_store
@@ -181,6 +181,30 @@ def _is_lost(lease: Lease) -> bool:
     except RunBusy:
         return True
     return False
+
+
+def test_a_driver_elsewhere_that_no_longer_renews_is_silent_and_one_that_does_is_running(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("orchestrator.records.lease.WATCH_SECONDS", 0.6)
+    assert driver_of(store, KEY) is None
+    with Lease(store, KEY, lambda: {"stage": "merging"}):
+        assert (driver_of(store, KEY) or {})["state"] == "running"
+        assert (driver_of(store, KEY) or {})["progress"] == {"stage": "merging"}
+    assert driver_of(store, KEY) is None
+    lease_of(store, released=False, machine="elsewhere", host="other", process=4)
+    assert (driver_of(store, KEY) or {})["state"] == "running", "renewed a moment ago"
+    lease_of(store, renewed=time.time() - 300, nonce="2")
+    found = driver_of(store, KEY) or {}
+    assert (found["state"], found["host"], round(found["heard"])) == ("silent", "other", 300)
+    heart = threading.Timer(0.1, lambda: lease_of(store, nonce="3"))
+    heart.start()
+    assert (driver_of(store, KEY) or {})["state"] == "running", "its clock is behind, but it renews"
+    heart.join()
+
+
+def test_a_killed_driver_of_this_machine_is_dead(killed_driver: Store):
+    assert (driver_of(killed_driver, KEY) or {})["state"] == "dead"
 
 
 # ---- the records
