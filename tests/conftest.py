@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import HubServer
+from tests.quirky_s3 import QuirkyS3
 from tests.seaweedfs import SeaweedFS
 from tests.selection import (  # noqa: F401  pytest looks for its hooks here
     pytest_collection_modifyitems,
@@ -61,6 +63,26 @@ def fault_proxy(s3_environment: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield proxy
     proxy.stop()
+
+
+@pytest.fixture
+def quirky_s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[QuirkyS3]:
+    """An S3 in memory that refuses and ignores on order, with an environment that has nothing but it and two keys."""
+    for name in [name for name in os.environ if name.startswith("AWS_") or name.lower().endswith("_proxy")]:
+        monkeypatch.delenv(name)
+    server = QuirkyS3()
+    server.start()
+    for name, value in {
+        "AWS_ENDPOINT_URL": server.endpoint,
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "testsecret",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent",
+        "AWS_CONFIG_FILE": "/nonexistent",
+    }.items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.stop()
 
 
 @pytest.fixture

@@ -71,8 +71,8 @@ SLOW = (
 )
 """Tests that start a model, a process or a server, or that compute for long: how their names begin."""
 
-SLOW_FIXTURES = {"chat", "fault_proxy", "harness_task", "hub_server", "killed_driver", "mounted", "real_model"}
-SLOW_FIXTURES |= {"s3_server", "served_long"}
+SLOW_FIXTURES = {"chat", "fault_proxy", "harness_task", "hub_server", "killed_driver", "mounted", "quirky_s3"}
+SLOW_FIXTURES |= {"real_model", "s3_server", "served_long"}
 QUICK_SECONDS = 4.0
 """Of CPU time; a machine with other work on its cores takes up to twice that of a quiet one."""
 

@@ -52,7 +52,9 @@ LARGEST_SINGLE_PUT = 16 * MIB
 LIST_PAGE = 1000
 STREAMED_PART_BYTES = 32 * MIB  # GCS takes 10,000 parts: 312 GiB
 REQUEST_SECONDS = 900.0  # one range or part on the slowest link; a silent one is given up much earlier
-ENVIRONMENT = ("AWS_", "AZURE_", "GOOGLE_", "MERGEYARD_STORAGE_")
+ENVIRONMENT = re.compile(
+    "(AWS|AZURE|GOOGLE|MERGEYARD_STORAGE)_.*|REQUESTS_CA_BUNDLE|SSL_CERT_.*|.*_PROXY", re.IGNORECASE
+)
 BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 
 
@@ -78,7 +80,7 @@ def open_cloud_store(url: str) -> CloudStore:
         raise BadInput(f"a {scheme}:// URL has the form {scheme}://bucket/prefix, with a valid bucket name")
     if prefix:
         check_key(prefix)
-    environment = tuple(sorted(item for item in os.environ.items() if item[0].startswith(ENVIRONMENT)))
+    environment = tuple(sorted(item for item in os.environ.items() if ENVIRONMENT.fullmatch(item[0])))
     return CloudStore(_connected(scheme, name, environment), prefix)
 
 

@@ -1,8 +1,7 @@
-"""The parts that only S3 has: credentials from boto3's chain, the operator's endpoint, and multipart uploads."""
+"""The parts that only S3 has: two clients with one configuration, and multipart uploads."""
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -10,20 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-import boto3.session
-from botocore import UNSIGNED
-from botocore.client import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from obstore.auth.boto3 import Boto3CredentialProvider
-from obstore.store import S3Store
 from typing_extensions import Buffer
 
 from jobs.errors import AccessDenied, CorruptData, MergeyardError, ObjectMissing, StorageError, StorageUnavailable
-from workers.storage.retrying import CONNECT_SECONDS, patiently, stall_seconds
+from workers.storage.retrying import patiently
+from workers.storage.s3_settings import S3Settings
 from workers.storage.store import ObjectInfo
-from workers.storage.translation import denied, from_boto
+from workers.storage.translation import from_boto
 
 if TYPE_CHECKING:
     from obstore.store import ClientConfig
@@ -32,26 +26,18 @@ MIB = 1 << 20
 PART_BYTES = 16 * MIB
 PARTS_OF_ONE_SIZE = 320  # then 16 MiB more: 5 GiB in equal parts (R2 wants equal ones), 2.5 TiB in S3's 10,000 parts
 PARTS_IN_FLIGHT = 4
-CONNECTIONS = 32
 UPLOAD_MARK = "mergeyard-upload"
 
 
 class S3Bucket:
-    """One bucket as the environment describes it: an obstore store for bytes, a boto3 client for the rest."""
+    """One bucket as its settings describe it: an obstore store for bytes, a boto3 client for the rest."""
 
     def __init__(self, bucket: str, client_options: ClientConfig) -> None:
         self.name = bucket
         self._seen = False
-        unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true")
-        try:
-            session = boto3.session.Session()
-            region = session.region_name or os.environ.get("AWS_REGION") or "us-east-1"
-            self.client: Any = _client(session, region, unsigned)
-            self.objects = _object_store(
-                session, bucket, region, unsigned, str(self.client.meta.endpoint_url), client_options
-            )
-        except BotoCoreError as error:
-            raise from_boto(error, f"s3://{bucket}") from None
+        self.settings = S3Settings.resolved(bucket)
+        self.client: Any = self.settings.client
+        self.objects = self.settings.object_store(client_options)
 
     def exists(self) -> bool:
         """Whether the bucket is there, asked until it once was; a bucket that may not be listed counts as there."""
@@ -167,7 +153,10 @@ class MultipartUpload:
         created = self._bucket.call(
             self._place,
             lambda: self._bucket.client.create_multipart_upload(
-                Bucket=self._bucket.name, Key=self._path, Metadata={UPLOAD_MARK: self._mark}
+                Bucket=self._bucket.name,
+                Key=self._path,
+                Metadata={UPLOAD_MARK: self._mark},
+                **self._bucket.settings.encryption,
             ),
         )
         return str(created["UploadId"])
@@ -236,42 +225,3 @@ class MultipartUpload:
 
 def _part_bytes(number: int) -> int:
     return PART_BYTES * (1 + (number - 1) // PARTS_OF_ONE_SIZE)
-
-
-def _client(session: boto3.session.Session, region: str, unsigned: bool) -> Any:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    options = Config(
-        connect_timeout=CONNECT_SECONDS,
-        read_timeout=stall_seconds(),
-        retries={"total_max_attempts": 1, "mode": "standard"},
-        max_pool_connections=CONNECTIONS,
-        s3={"addressing_style": "path"} if endpoint else {},
-        **({"signature_version": UNSIGNED} if unsigned else {}),
-    )
-    return session.client("s3", region_name=region, config=options)
-
-
-def _object_store(
-    session: boto3.session.Session,
-    bucket: str,
-    region: str,
-    unsigned: bool,
-    endpoint: str,
-    client_options: ClientConfig,
-) -> S3Store:
-    address = urlsplit(endpoint)
-    amazon = (address.hostname or "").endswith((".amazonaws.com", ".amazonaws.com.cn"))
-    where: dict[str, Any] = {"virtual_hosted_style_request": "." not in bucket} if amazon else {"endpoint": endpoint}
-    if not unsigned and session.get_credentials() is None:
-        raise denied(f"s3://{bucket}", "no credentials found")
-    return S3Store(
-        bucket,
-        region=region,
-        disable_bulk_delete=True,
-        checksum_algorithm="SHA256",  # the service refuses damaged bytes; boto3 does the same for parts
-        skip_signature=unsigned,
-        client_options={**client_options, "allow_http": address.scheme == "http"},
-        retry_config={"max_retries": 0},
-        credential_provider=None if unsigned else Boto3CredentialProvider(session),
-        **where,
-    )
