@@ -11,6 +11,7 @@
     │   ├── ObjectChanged        1   the object is no longer the version that was pinned
     │   └── StorageUnavailable  75   a store failed for longer than we were ready to wait; also `Unavailable`
     ├── CorruptData              1   bytes contradict their header, length or digest
+    ├── NotFinite                1   a merge of finite numbers has NaN or infinity in it; it is written
     ├── RunBusy                 75   another driver holds this run
     ├── Unavailable             75   a service or a cluster does not answer, or has no room now; try again
     ├── WorkerLost              75   a worker died more often than it may; try again
@@ -89,6 +90,10 @@ class StorageUnavailable(StorageError, Unavailable):
 
 class CorruptData(MergeyardError):
     """Bytes contradict their header, their length or their digest."""
+
+
+class NotFinite(MergeyardError):
+    """A merge of finite numbers gave NaN or infinity; the weights are written as they are."""
 
 
 class RunBusy(MergeyardError):

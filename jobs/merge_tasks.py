@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.sealing import sealed, unsealed
@@ -164,7 +164,11 @@ class MergeTask:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The record of a finished unit in the store: the shard's size, each tensor's sha256, and the cost of the work."""
+    """The record of a finished unit in the store: the shard's size, each tensor's sha256, and the cost of the work.
+
+    `nonfinite` names the tensors with NaN or infinity in a parent. `overflowed` counts, by tensor, the elements that
+    are NaN or infinite in the shard and finite in every parent; older receipts do not have it.
+    """
 
     unit: str
     point: str
@@ -176,6 +180,7 @@ class Receipt:
     bytes_read: int
     seconds: float
     worker: str
+    overflowed: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def to_json(self) -> bytes:
         """The receipt's file."""

@@ -43,6 +43,7 @@ def merge(options: argparse.Namespace) -> int:
         Ledger(plan.run_url, plan.places).forget()
     if not options.quiet:
         print_merge(result)
+    result.check_finite()
     return 0
 
 

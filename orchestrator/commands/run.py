@@ -38,4 +38,6 @@ def run(options: argparse.Namespace) -> int:
     facts = tell_evaluation(plan, evaluated, verdict, quiet=quiet) if evaluated else {}
     if options.json:
         print_json((result_facts(result) if result is not None else {}) | facts)
+    if result is not None:
+        result.check_finite()
     return 0 if verdict is None else verdict.verdict.exit_code

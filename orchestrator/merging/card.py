@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import yaml
@@ -12,8 +13,11 @@ from orchestrator.words import token_count
 from workers.checkpoints.dtypes import FLOATS
 
 
-def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str) -> str:
-    """Markdown with YAML front matter."""
+def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: Mapping[str, int]) -> str:
+    """Markdown with YAML front matter.
+
+    `overflowed` counts by tensor the elements that the merge made NaN or infinite.
+    """
     layout, recipe = planned.layout, planned.point.recipe
     parents = {name: plan.parents[name].url for name in layout.parents}
     front: dict[str, Any] = {
@@ -37,6 +41,9 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str) -> str:
         "Arithmetic": "float32, rounded once" if plan.job.numerics == "float32" else "as mergekit, in the dtype",
         "Seed": str(plan.job.seed),
     }
+    if overflowed:
+        listed = ", ".join(f"`{name}` ({elements:,})" for name, elements in overflowed.items())
+        facts["NaN or infinite, finite in every parent"] = listed
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),

@@ -5,12 +5,12 @@ Nothing is kept between two calls: the store lists the finished work, so running
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from sys import intern
 
-from jobs.errors import writing
+from jobs.errors import NotFinite, writing
 from jobs.manifest import Manifest
 from jobs.merge_tasks import Receipt
 from orchestrator.cluster.pool import Pool
@@ -46,6 +46,20 @@ class RunResult:
     units_found: int
     bytes_read: int
     nonfinite: tuple[str, ...]
+    overflowed: Mapping[str, Mapping[str, int]]
+    wider_dtype_helps: bool
+
+    def check_finite(self) -> None:
+        """`NotFinite` if a merge of finite numbers has NaN or infinity in it."""
+        for point, tensors in self.overflowed.items():
+            name = max(tensors, key=lambda tensor: tensors[tensor])
+            others = f" (and {len(tensors) - 1} more tensors)" if len(tensors) > 1 else ""
+            points = f" and {len(self.overflowed) - 1} more points" if len(self.overflowed) > 1 else ""
+            remedy = "give `dtype: bfloat16`" if self.wider_dtype_helps else "give smaller weights"
+            raise NotFinite(
+                f"{self.url}: of {point}{points}, {sum(tensors.values()):,} numbers are NaN or infinite that are finite"
+                f" in the parents, in tensor {name}{others}; {remedy}, and merge into another folder"
+            )
 
 
 def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
@@ -76,6 +90,7 @@ class _Points:
         self._receipts: dict[str, Receipt] = {}
         self._recorded = 0
         self._nonfinite: set[str] = set()
+        self._overflowed: dict[str, Counter[str]] = defaultdict(Counter)
         self._merges = {planned.name: planned for planned in plan.written if planned.same_as is None}
         self._missing = {name: set(planned.units) for name, planned in self._merges.items()}
         self._twins: dict[str, list[PlannedPoint]] = defaultdict(list)
@@ -94,6 +109,8 @@ class _Points:
             self._receipts[receipt.unit] = _with_shared_names(receipt)
             self._recorded += 1
             self._nonfinite.update(receipt.nonfinite)
+            if receipt.overflowed:
+                self._overflowed[receipt.point].update(receipt.overflowed)
             if not missing:
                 self._complete(self._merges[receipt.point])
 
@@ -119,6 +136,14 @@ class _Points:
             units_found=units_found,
             bytes_read=bytes_read,
             nonfinite=tuple(sorted(self._nonfinite)),
+            overflowed=self._overflowed,
+            wider_dtype_helps=any(
+                "F16" in (tensor.dtype, tensor.arithmetic)
+                for name, names in self._overflowed.items()
+                for shard in self._merges[name].layout.shards
+                for tensor in shard.tensors
+                if tensor.name in names
+            ),
         )
 
 

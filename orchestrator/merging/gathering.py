@@ -41,7 +41,8 @@ class Gatherer:
         earlier = self._published(planned.name, weights)
         if earlier is not None:
             return earlier
-        files = self._files(planned)
+        overflowed = {name: count for unit in planned.units for name, count in receipts[unit].overflowed.items()}
+        files = self._files(planned, overflowed)
         for name, data in files.items():
             self._store.write(self._plan.places.file(planned.name, name), data)
         return self._publish(self._manifest(planned, receipts, files, weights))
@@ -89,7 +90,7 @@ class Gatherer:
             )
         return earlier
 
-    def _files(self, planned: PlannedPoint) -> dict[str, bytes]:
+    def _files(self, planned: PlannedPoint, overflowed: Mapping[str, int]) -> dict[str, bytes]:
         layout, parents = planned.layout, self._plan.parents
         files = {"config.json": _json(layout.config)}
         if layout.index is not None:
@@ -105,7 +106,7 @@ class Gatherer:
             files["chat_template.jinja"] = layout.chat_template.encode()
         text = yaml.safe_dump(planned.point.recipe.document(), sort_keys=False)
         files["mergekit_config.yml"] = text.encode()
-        files["README.md"] = model_card(self._plan, planned, text).encode()
+        files["README.md"] = model_card(self._plan, planned, text, overflowed).encode()
         return files
 
     def _read_side_file(self, parent: str, name: str) -> bytes:

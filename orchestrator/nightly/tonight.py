@@ -160,7 +160,10 @@ class Nightly:
             return frozenset()
         kept = tonight.keeping(names)
         kept.check_room()
-        points = drive(kept, self.pool(), self.watcher).points
+        result = drive(kept, self.pool(), self.watcher)
+        if found.candidate in result.overflowed:
+            result.check_finite()
+        points = result.points
         written = points.get(found.candidate)
         if written is not None and written.weights != found.weights:
             raise CorruptData(

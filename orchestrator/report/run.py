@@ -101,7 +101,13 @@ class Report:
         """Remarks that workers made while they answered and merged, one line each."""
         broken = sorted({name for receipt in self.run.receipts for name in receipt.nonfinite})
         merged = (f"NaN or infinity in a parent's {shortlist(broken)}",) if broken else ()
-        return (*self.run.result.remarks, *merged)
+        return (*self.run.result.remarks, *merged, *self._overflowed())
+
+    def _overflowed(self) -> tuple[str, ...]:
+        """Merges whose weights overflowed."""
+        counted = {receipt.point: sum(receipt.overflowed.values()) for receipt in self.run.receipts}
+        broken = sorted(point for point, elements in counted.items() if elements)
+        return (f"NaN or infinity in the weights of {shortlist(broken)}, in no parent",) if broken else ()
 
     def document(self) -> dict[str, Any]:
         """For `--json`."""

@@ -283,12 +283,17 @@ class _Merge:
             return
         position, arithmetic = 0, torch_dtype(tensor.arithmetic)
         for tile in self._tiles(stretch, raw, facts):
-            if any(_has_nonfinite(tile.parent(name, arithmetic)) for name in tile.raw):
+            if any(
+                _has_nonfinite(tile.parent(name, arithmetic)) and not _all_finite(stored)
+                for name, stored in tile.raw.items()
+            ):
                 self.nonfinite.add(tensor.name)
-            for row, setting in zip(output, settings, strict=True):
-                row[position : position + tile.elements].copy_(
-                    merge_tile(tile, setting, tensor.arithmetic, self.task.numerics)
-                )
+            for writer, row, setting in zip(self.writers, output, settings, strict=True):
+                written = row[position : position + tile.elements]
+                written.copy_(merge_tile(tile, setting, tensor.arithmetic, self.task.numerics))
+                if not _all_finite(written):
+                    parents = [tile.raw[name].to(written.device) for name in setting.parents]
+                    writer.count_overflowed(tensor.name, _overflowed(written, parents))
             position += tile.elements
 
 
@@ -327,6 +332,19 @@ def _common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Tenso
 def _has_nonfinite(elements: Tensor) -> bool:
     """Whether any element is NaN or infinite; the sum of squares tells at once that none is."""
     return not math.isfinite(torch.dot(elements, elements)) and not bool(torch.isfinite(elements).all())
+
+
+def _all_finite(elements: Tensor) -> bool:
+    """Whether no element is NaN or infinite. Of 16-bit elements the extremes are found much faster than `isfinite`."""
+    return bool(torch.isfinite(torch.stack(torch.aminmax(elements))).all())
+
+
+def _overflowed(written: Tensor, parents: Sequence[Tensor]) -> int:
+    """How many elements are NaN or infinite, and finite in every parent."""
+    broken = ~torch.isfinite(written)
+    for parent in parents:
+        broken &= torch.isfinite(parent)
+    return int(broken.sum())
 
 
 def _share_of(asked: Sequence[Reduction]) -> Callable[[Tile], list[tuple[Reduction, list[Any]]]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Any
@@ -32,6 +34,8 @@ class ShardWriter:
         self._progress = progress
         self._sizes = [(tensor.name, tensor.bytes) for tensor in tensors]
         self._digests: dict[str, str] = {}
+        self._overflowed: Counter[str] = Counter()
+        self._counting = threading.Lock()
         self._hash: Any = hashlib.sha256()
         self._hashed = 0
         self._upload = store.upload(point.key)
@@ -68,6 +72,11 @@ class ShardWriter:
             if self._hashed == size:
                 self._finish_tensor()
 
+    def count_overflowed(self, tensor: str, elements: int) -> None:
+        """Elements of a tensor that the merge made NaN or infinite. Several threads may call it."""
+        with self._counting:
+            self._overflowed[tensor] += elements
+
     def publish(self, nonfinite: Sequence[str], bytes_read: int, seconds: float) -> Receipt:
         """Makes the shard visible, then its receipt; or, where both are there, leaves them to whoever reads them.
 
@@ -90,6 +99,7 @@ class ShardWriter:
             bytes_read=bytes_read,
             seconds=round(seconds, 3),
             worker=_worker(),
+            overflowed=dict(sorted((+self._overflowed).items())),
         )
         try:
             self._store.write(self.point.receipt, receipt.to_json(), mode="create")

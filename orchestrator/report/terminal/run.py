@@ -130,6 +130,7 @@ def result_facts(result: RunResult) -> dict[str, Any]:
         "units_found": result.units_found,
         "bytes_read": result.bytes_read,
         "nonfinite": list(result.nonfinite),
+        "overflowed": {point: dict(tensors) for point, tensors in result.overflowed.items()},
     }
 
 

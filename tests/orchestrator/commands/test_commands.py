@@ -205,6 +205,44 @@ def test_nan_in_a_parent_is_told_with_the_tensors_name(
     assert "warning: NaN or infinity in a parent's model.norm.weight" in ended.out
 
 
+@pytest.fixture
+def large_norm(parents: Path) -> None:
+    """In both parents, three numbers of the final norm are above the largest number of float16, 65504."""
+    for name in ("cos", "fmt"):
+        tensors = weights(name)
+        tensors["model.norm.weight"][:3] = 1e5
+        write_model(parents / name, tensors)
+
+
+@pytest.mark.usefixtures("large_norm")
+def test_a_merge_beyond_float16_ends_with_1_and_its_remedy_helps(mergeyard: Mergeyard, config: Path, tmp_path: Path):
+    document = config.read_text()
+    config.write_text(document.replace("bfloat16", "float16"))
+    ended = mergeyard("merge", config, tmp_path / "half", "-q")
+    assert (ended.code, ended.out) == (1, "")
+    assert "3 numbers are NaN or infinite that are finite in the parents, in tensor model.norm.weight" in ended.err
+    assert "give `dtype: bfloat16`, and merge into another folder" in ended.err
+    assert torch.isinf(load_model(tmp_path / "half")["model.norm.weight"]).sum() == 3
+    card = (tmp_path / "half" / "README.md").read_text()
+    assert "| NaN or infinite, finite in every parent | `model.norm.weight` (3) |" in card
+    config.write_text(document)
+    assert mergeyard("merge", config, tmp_path / "whole", "-q").code == 0
+
+
+@pytest.mark.usefixtures("large_norm")
+def test_a_grid_beyond_float16_ends_with_1_each_time_it_is_run(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+):
+    path = job_file()
+    path.write_text(path.read_text().replace("bfloat16", "float16"))
+    for _ in range(2):
+        ended = mergeyard("run", path, "--in-process", "--json")
+        assert ended.code == 1
+        counted = json.loads(ended.out)["overflowed"]
+        assert set(counted) == set(json.loads(ended.out)["points"])
+        assert all(tensors == {"model.norm.weight": 3} for tensors in counted.values())
+
+
 def test_a_run_of_another_job_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
     assert mergeyard("run", job_file(), "--in-process").code == 0
     before = files_under(run_folder / "points")

@@ -98,13 +98,14 @@ def test_what_workers_remarked_is_a_list_and_older_runs_have_none(tmp_path: Path
     run = replace(
         run,
         result=replace(run.result, remarks=("lm_eval tiny: em is <left> out",)),
-        receipts=tuple(replace(receipt, nonfinite=("b", "a")) for receipt in run.receipts),
+        receipts=tuple(replace(receipt, nonfinite=("b", "a"), overflowed={"a": 2}) for receipt in run.receipts[:1]),
     )
     told = page(report_on(run))
     Elements(told)
     assert re.findall("<li>(.*)</li>", told.partition('id="remarks"')[2].partition("</section>")[0]) == [
         "lm_eval tiny: em is &lt;left&gt; out",
         "NaN or infinity in a parent&#39;s a, b",
+        f"NaN or infinity in the weights of {run.receipts[0].point}, in no parent",
     ]
 
 

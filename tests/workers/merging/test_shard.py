@@ -547,3 +547,31 @@ def test_a_shard_that_is_gone_or_cut_is_written_again_under_its_receipt():
 def test_all_floats_of_the_house_are_tested_here():
     stored = {tensor.dtype for tensor in task_of(family(EVERY_KIND)).tensors}
     assert set(FLOATS) <= stored
+
+
+@pytest.mark.parametrize("numerics", ["float32", "mergekit"])
+def test_numbers_that_float16_cannot_hold_are_counted(numerics: str):
+    parents = family({"good": ((70,), "bfloat16"), "large": ((5, 70), "bfloat16")})
+    for tensors in parents.values():
+        tensors["large"][0, :3] = 1e5  # 0.7 × 1e5 + 0.3 × 1e5 is above 65504
+    parents["b"]["large"][4, 0] = torch.inf
+    half = {name: replace(tensor, dtype="F16") for name, tensor in by_name(task_of(parents)).items()}
+    task = replace(task_of(parents, {"linear": LINEAR}), tensors=tuple(half.values()), numerics=numerics)
+    (receipt,) = merge_task(task)
+    assert receipt.overflowed == {"large": 3}
+    assert receipt.nonfinite == ("large",)
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("bfloat16", 3e38), ("float16", 6e4), ("float32", 3e38)])
+def test_a_sum_beyond_the_largest_number_of_its_dtype_is_counted(kind: str, largest: float):
+    parents = family({"x": ((4,), kind)})
+    for tensors in parents.values():
+        tensors["x"][1] = largest
+    total = Setting("linear", ("a", "b"), None, (("normalize", False), ("weight", (1.0, 1.0))))
+    (receipt,) = merge_task(task_of(parents, {"total": total}))
+    assert receipt.overflowed == {"x": 1}
+    assert receipt.nonfinite == ()
+
+
+def by_name(task: MergeTask) -> dict[str, TensorMerge]:
+    return {tensor.name: tensor for tensor in task.tensors}
