@@ -43,9 +43,9 @@ SIZE_UNITS = {"B": 1} | {
 Kind = Literal["mapping", "list", "string", "number", "boolean", "nothing"]
 
 
-def quoted(text: str) -> str:
-    """`text` in double quotes on one line, cut at 80 characters; invisible characters are escaped."""
-    shown = json.dumps(text if len(text) <= 80 else f"{text[:77]}...", ensure_ascii=False)
+def quoted(text: str, longest: int = 80) -> str:
+    """`text` in double quotes on one line, cut at `longest` characters; invisible characters are escaped."""
+    shown = json.dumps(text if len(text) <= longest else f"{text[: longest - 3]}...", ensure_ascii=False)
     return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
 
 

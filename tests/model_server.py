@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler
 
 import torch
@@ -29,8 +30,12 @@ class Handler(BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
         elif failure == "hang":
             self.server.released.wait(30)
+        elif failure == "trickle":
+            self.trickle()
         elif isinstance(failure, bytes):
             self.reply(200, failure)
+        elif isinstance(failure, tuple):
+            self.reply(*failure)
         elif failure:
             self.reply(failure, {"error": {"message": "told to fail"}})
         else:
@@ -52,9 +57,20 @@ class Handler(BaseHTTPRequestHandler):
         ended = "length" if answer.status == "cut" else "stop"
         return {"choices": [{"text": answer.text, "finish_reason": ended}], "usage": usage}
 
-    def reply(self, status, content):
+    def trickle(self):
+        """A byte now and then, without end."""
+        self.close_connection = True
+        self.send_response(200)
+        self.end_headers()
+        with suppress(OSError):
+            while not self.server.released.wait(0.1):
+                self.wfile.write(b" ")
+
+    def reply(self, status, content, retry_after=None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
+        if retry_after is not None:
+            self.send_header("Retry-After", retry_after)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

@@ -29,11 +29,12 @@ LIBRARIES = {
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "jobs": (),
     "workers/fingerprint.py": (),
+    "workers/services.py": ("jobs",),
     "workers/storage": ("jobs",),
     "workers/checkpoints": ("jobs", "workers/storage"),
     "workers/methods": ("jobs",),
     "workers/merging": ("jobs", "workers/storage", "workers/checkpoints", "workers/methods"),
-    "workers/engines": ("jobs", "workers/checkpoints"),
+    "workers/engines": ("jobs", "workers/services.py", "workers/checkpoints"),
     "workers/benchmarks/items.py": ("jobs",),
     "workers/benchmarks/texts": ("jobs", "workers/checkpoints", "workers/benchmarks/items.py"),
     "workers/benchmarks/scorers.py": (),

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.errors import CorruptData
+from jobs.foreign_json import is_text, load_json
 from jobs.merge_tasks import DTYPE_BITS
 from workers.storage import ObjectInfo, Store
 
@@ -88,7 +89,7 @@ def parse_header(text: bytes, *, data_start: int, file_size: int, where: str) ->
 
 def _check_metadata(metadata: Any, where: str) -> None:
     match metadata:
-        case dict() if all(_is_text(key) and _is_text(value) for key, value in metadata.items()):
+        case dict() if all(is_text(key) and is_text(value) for key, value in metadata.items()):
             return
         case _:
             raise CorruptData(f"{where}: __metadata__ must map words to words")
@@ -117,11 +118,6 @@ def check_name(name: str, where: str) -> None:
         raise CorruptData(f"{where}: the tensor name {name[:80]!a} holds characters that no name has")
 
 
-def _is_text(value: object) -> bool:
-    """Whether JSON gave a word that UTF-8 has; half a surrogate pair is a character to Python, and none there."""
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
-
-
 def _is_count(value: object) -> bool:
     """Whether JSON gave a whole number of bytes or elements; `true` is a number to Python, and none here."""
     return type(value) is int and 0 <= value < 1 << 63
@@ -138,8 +134,8 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
         raise ValueError(f"{constant} is not a JSON number")
 
     try:
-        value = json.loads(text.decode(), object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
+        value = load_json(text, object_pairs_hook=unique, parse_constant=refuse)
+    except ValueError as error:
         raise CorruptData(f"{where}: not readable as JSON ({error})") from None
     if not isinstance(value, dict):
         raise CorruptData(f"{where}: a JSON object was expected")

@@ -15,8 +15,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -25,6 +26,8 @@ from urllib.parse import SplitResult, urlsplit
 import numpy as np
 
 from jobs.errors import AccessDenied, BadInput, Unavailable
+from jobs.foreign_json import is_text, load_json
+from jobs.yaml_nodes import quoted
 from workers.engines.engine import (
     Answer,
     Progress,
@@ -36,13 +39,13 @@ from workers.engines.engine import (
     status_of,
 )
 from workers.engines.tokenizer import load_tokenizer
+from workers.services import passes, sentence, tls_refusal, wait_seconds
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-Kind = TypeVar("Kind")
-RETRIED_STATUS = {408, 409, 425, 429, 500, 502, 503, 504}
+Result = TypeVar("Result")
 REFUSED_STATUS = {400, 413, 422}
 """Refusals that may concern one prompt, and not the server or the model."""
 
@@ -52,6 +55,12 @@ MOST_STOPS = 4
 
 MARKS = 8
 """Special tokens by which a server's count of a prompt may be below ours; one that read fewer has cut it."""
+
+LARGEST_LIST_BYTES = 16 << 20
+"""Of a server's list of models; OpenRouter's has half a megabyte."""
+
+LARGEST_ANSWER_BYTES, BYTES_PER_TOKEN = 1 << 20, 1 << 10
+"""Of an answer, and more for each of its tokens: an echo has some 200 bytes of JSON per token."""
 
 KEYS_OWN_SERVER = "https://api.openai.com/v1"
 """Where OPENAI_API_KEY goes unless OPENAI_BASE_URL says otherwise; both are called as in OpenAI's own client."""
@@ -64,12 +73,22 @@ class PromptRefused(BadInput):
     """The server refused a request for good, with a status of `REFUSED_STATUS`."""
 
 
+class _BadAnswer(Exception):
+    """An answer of status 200 that holds no completion, or an error that says which other status it would have had."""
+
+    def __init__(self, trouble: str, status: int = 502) -> None:
+        super().__init__(trouble)
+        self.status = status
+
+
 class OpenAIEngine:
     """A served model; implements `Engine` without `swap`.
 
     `url` ends where `/completions` begins, as in `http://host:8000/v1`; `tokenizer` is the point's own folder. The key
-    in OPENAI_API_KEY is sent if `url` is OPENAI_BASE_URL. `max_length` None asks the server, which not every server
-    knows. An answer may take `timeout_seconds`; one that takes longer is not asked for again, for it would again.
+    in OPENAI_API_KEY is sent if `url` is OPENAI_BASE_URL. `max_length` None asks the server; where the server does not
+    say, it is `asked_length`, the tokens of the longest prompt with its answer that will be asked. An answer may take
+    `timeout_seconds`; one that takes longer is not asked for again, for it would again. Busy servers and answers that
+    hold no completion are asked again, up to `attempts` times; refusals are not.
     """
 
     def __init__(
@@ -79,6 +98,7 @@ class OpenAIEngine:
         tokenizer: str | Path,
         *,
         max_length: int | None = None,
+        asked_length: int | None = None,
         concurrency: int = 8,
         attempts: int = 6,
         timeout_seconds: float = 600.0,
@@ -94,7 +114,7 @@ class OpenAIEngine:
         self._own = threading.local()
         self._opened: list[http.client.HTTPConnection] = []
         self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="completions")
-        self._max_length = max_length or self._ask_max_length()
+        self._max_length = max_length or self._ask_max_length(asked_length)
 
     @property
     def version(self) -> str:
@@ -170,8 +190,8 @@ class OpenAIEngine:
         settings: dict[str, Any] = {"prompt": prompt.whole, "max_tokens": prompt.max_new_tokens, "temperature": 0}
         if prompt.stops:
             settings["stop"] = list(prompt.stops[:MOST_STOPS])
-        reply = self._request("POST", "/completions", {"model": self.model, **settings})
-        choice = self._text_choice(reply)
+        reply = self._completion(settings, prompt.max_new_tokens)
+        choice = reply["choices"][0]
         whole = str(choice["text"] or "")
         text = before_stops(whole, prompt.stops)
         sent = len(self.encode(prompt.whole))
@@ -193,15 +213,6 @@ class OpenAIEngine:
             remark=self._reasoned() if _reasoning(choice) and not text.strip() else "",
         )
 
-    def _text_choice(self, reply: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The first choice in a reply; its text is None where a model ended, or was cut, while it reasoned."""
-        match reply:
-            case {"choices": [{"text": None, **choice}, *_]} if choice.get("finish_reason") or _reasoning(choice):
-                return {**choice, "text": None}
-            case _:
-                self._choice(reply, "text", str)
-                return reply["choices"][0]
-
     def _reasoned(self) -> str:
         return f"{self.url} gave reasoning in place of an answer; serve {self.model} with its reasoning off"
 
@@ -209,22 +220,31 @@ class OpenAIEngine:
         """The server's logprobs of a prompt given as token ids."""
         check_window(len(ids), self.max_scored)
         settings = {"prompt": list(ids), "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
-        reply = self._request("POST", "/completions", {"model": self.model, **settings})
-        logprobs: Any = self._choice(reply, "logprobs", object)
-        names = ("token_logprobs", "top_logprobs")
-        if not isinstance(logprobs, dict) or not all(_are_echoed(logprobs.get(name), len(ids)) for name in names):
+        reply = self._completion(settings, len(ids))
+        logprobs: Any = reply["choices"][0].get("logprobs")
+        if not isinstance(logprobs, dict) or not _are_echoed(logprobs, len(ids)):
             raise BadInput(f"{self.url} does not echo logprobs of a prompt; score this point with transformers or vllm")
-        return {name: logprobs[name][: len(ids)] for name in names}
+        return {name: logprobs[name][: len(ids)] for name in ("token_logprobs", "top_logprobs")}
 
-    def _ask_max_length(self) -> int:
-        models: Any = self._request("GET", "/models", None).get("data")
+    def _ask_max_length(self, asked_length: int | None) -> int:
+        try:
+            reply = self._request("GET", "/models", None, LARGEST_LIST_BYTES, lambda reply: reply)
+        except BadInput:  # not every server lists its models
+            if asked_length is None:
+                raise
+            return asked_length
+        models: Any = reply.get("data")
         for model in models if isinstance(models, list) else ():
             match model:
                 case {"id": self.model, "max_model_len": int(longest)} if longest > 0:
                     return longest
                 case _:
                     continue
-        raise BadInput(f"{self.url} does not say how long a prompt {self.model} takes; give max_length")
+        if asked_length is None:
+            raise BadInput(
+                f"{self.url} does not say how long a prompt {self.model} takes; give the engine's option `max_length`"
+            )
+        return asked_length
 
     def _map(self, ask: Callable[[Any], Any], tasks: Sequence[Any], progress: Progress | None) -> list[Any]:
         answers: list[Any] = []
@@ -239,68 +259,91 @@ class OpenAIEngine:
                 future.cancel()
         return answers
 
-    def _choice(self, reply: Mapping[str, Any], name: str, kind: type[Kind]) -> Kind:
-        """A field of the first choice in a reply."""
-        match reply:
-            case {"choices": [{**choice}, *_]} if isinstance(choice.get(name), kind):
-                return choice[name]
-            case _:
-                raise self._no_completion(json.dumps(reply))
+    def _completion(self, settings: Mapping[str, Any], tokens: int) -> dict[str, Any]:
+        """A reply of so many tokens at most, whose first choice has a `text`, or says why it has none."""
+
+        def checked(reply: dict[str, Any]) -> dict[str, Any]:
+            match reply:
+                case {"choices": [{"text": text}, *_]} if is_text(text):
+                    return reply
+                case {"choices": [{"text": None, **choice}, *_]} if choice.get("finish_reason") or _reasoning(choice):
+                    return reply  # the model ended, or was cut, while it reasoned
+                case {"choices": [{"message": _}, *_]}:
+                    raise self._other_protocol("a chat completion")
+                case _:
+                    raise _BadAnswer(f"{sentence(json.dumps(reply).encode())}, which is not a completion")
+
+        most = LARGEST_ANSWER_BYTES + BYTES_PER_TOKEN * tokens
+        return self._request("POST", "/completions", {"model": self.model, **settings}, most, checked)
 
     def _count(self, reply: Mapping[str, Any], name: str, own: int) -> int:
         """A number of tokens as the server counts, or our own count where it does not say."""
         match reply:
-            case {"usage": {**usage}} if isinstance(usage.get(name), int) and usage[name] > 0:
+            case {"usage": {**usage}} if type(usage.get(name)) is int and 0 < usage[name] <= self.max_length:
                 return usage[name]
             case _:
                 return own
 
-    def _no_completion(self, text: str) -> BadInput:
-        return BadInput(
-            f"{self.url} answered {text[:100]!r}, which is not a completion; does it serve the completions API?"
-        )
-
-    def _request(self, method: str, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
-        """The reply to one request; busy and failing servers are asked again, after longer and longer pauses.
+    def _request(
+        self,
+        method: str,
+        path: str,
+        body: Mapping[str, Any] | None,
+        most_bytes: int,
+        checked: Callable[[dict[str, Any]], Result],
+    ) -> Result:
+        """The checked reply to one request; busy and failing servers are asked again, after longer and longer pauses.
 
         Tries are counted, as the job says (`attempts`): one may take minutes, which a store's patience does not allow.
+        A pause is at least as long as the server asks for.
         """
-        trouble, tries, begun = "", 0, time.monotonic()
-        while tries < self._attempts and time.monotonic() < begun + self._timeout:
+        trouble, asked, tries, last = "", 0.0, 0, time.monotonic() + self._timeout
+        while tries < self._attempts:
             if tries:
-                time.sleep(min(LONGEST_PAUSE_SECONDS, self._pause * 2 ** (tries - 1)))
-            tries += 1
+                pause = max(asked, min(LONGEST_PAUSE_SECONDS, self._pause * 2 ** (tries - 1)))
+                if time.monotonic() + pause > last:
+                    break
+                time.sleep(pause)
+            tries, asked = tries + 1, 0.0
             try:
-                status, text = self._exchange(method, path, body)
+                status, content, asked = self._exchange(method, path, body, most_bytes)
+                if status == 200:
+                    return checked(_object(content))
+                trouble = f"status {status}: {sentence(content)}"
+            except _BadAnswer as bad:
+                status, trouble = bad.status, f"the answer {bad}"
             except TimeoutError as error:
                 raise BadInput(
                     f"{self.url}{path} gave no answer in {self._timeout:g} seconds; "
                     "ask fewer at a time (`concurrency`), or give it longer (`timeout_seconds`)"
                 ) from error
             except (OSError, http.client.HTTPException) as error:
-                trouble = f"{type(error).__name__}: {error}"
+                if refusal := tls_refusal(error):
+                    raise BadInput(f"{self.url}: {refusal}") from error
+                trouble = f"{type(error).__name__}: {quoted(str(error))}"
                 continue
-            if status == 200:
-                return self._object(text)
-            trouble = f"status {status}: {text[:200]}"
+            trouble = self._without_key(trouble)
             if status in (401, 403):
                 raise AccessDenied(f"{self.url}{path}: {trouble}; {self._key_remedy()}")
-            if status not in RETRIED_STATUS:
+            if not passes(status):
                 refusal = PromptRefused if status in REFUSED_STATUS else BadInput
                 raise refusal(f"{self.url}{path}: {trouble}; check the URL and the model's name {self.model}")
-        raise Unavailable(f"{self.url}{path} failed {tries} times, at last with {trouble}; is the server up?")
+        waits = f", and asks to wait {asked:.0f} s" if asked else ""
+        raise Unavailable(
+            f"{self.url}{path} failed {tries} times, at last with {trouble}{waits}; run again when the server is well"
+        )
 
-    def _object(self, text: str) -> dict[str, Any]:
-        try:
-            reply = json.loads(text)
-        except ValueError:
-            raise self._no_completion(text) from None
-        if not isinstance(reply, dict):
-            raise self._no_completion(text)
-        return reply
+    def _other_protocol(self, found: str) -> BadInput:
+        return BadInput(f"{self.url} answers with {found}; give the URL of a completions API, which ends in /v1")
 
-    def _exchange(self, method: str, path: str, body: Mapping[str, Any] | None) -> tuple[int, str]:
-        """Status and text of one try, over this thread's own connection; a broken one is opened again."""
+    def _exchange(
+        self, method: str, path: str, body: Mapping[str, Any] | None, most_bytes: int
+    ) -> tuple[int, bytes, float]:
+        """Status, body and the seconds that the server asks to wait, of one try over this thread's own connection.
+
+        `TimeoutError` if the whole takes too long, `_BadAnswer` if it has too many bytes. A connection that broke is
+        opened again.
+        """
         connection: http.client.HTTPConnection | None = getattr(self._own, "connection", None)
         if connection is None:
             kind = http.client.HTTPSConnection if self._parts.scheme == "https" else http.client.HTTPConnection
@@ -315,9 +358,15 @@ class OpenAIEngine:
         try:
             if not connection.sock:
                 self._connect(connection)
-            connection.request(method, self._parts.path + path, json.dumps(body) if body else None, headers)
-            response = connection.getresponse()
-            return response.status, response.read().decode(errors="replace")
+            with _at_most(self._timeout, connection.sock):
+                connection.request(method, self._parts.path + path, json.dumps(body) if body else None, headers)
+                response = connection.getresponse()
+                content = response.read(most_bytes + 1)
+            if len(content) > most_bytes:
+                raise _BadAnswer(f"has more than {most_bytes} bytes")
+            if response.length:
+                raise http.client.IncompleteRead(content, response.length)
+            return response.status, content, wait_seconds(response.headers.get("Retry-After"))
         except BaseException:
             connection.close()
             raise
@@ -346,6 +395,11 @@ class OpenAIEngine:
         own = urlsplit(os.environ.get("OPENAI_BASE_URL") or KEYS_OWN_SERVER)
         return os.environ.get("OPENAI_API_KEY") if _endpoint(own) == _endpoint(self._parts) else None
 
+    def _without_key(self, text: str) -> str:
+        """A server may repeat the key that it refuses."""
+        key = self._key()
+        return text.replace(key, "…") if key else text
+
     def _key_remedy(self) -> str:
         if self._key():
             return "is the key in OPENAI_API_KEY right?"
@@ -359,9 +413,61 @@ def _reasoning(choice: Mapping[str, Any]) -> bool:
     )
 
 
-def _are_echoed(values: Any, tokens: int) -> bool:
-    """Whether a server said something of each of so many tokens but the first, before which there is nothing."""
-    return isinstance(values, list) and len(values) >= tokens and None not in values[1:tokens]
+@contextmanager
+def _at_most(seconds: float, connected: socket.socket) -> Generator[None]:
+    """Ends the work inside with `TimeoutError` after so many seconds; a socket's own timeout ends a silence alone."""
+    late = threading.Event()
+
+    def hang_up() -> None:
+        late.set()
+        with suppress(OSError):
+            socket.socket.shutdown(connected, socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, hang_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    except Exception as error:
+        if late.is_set():
+            raise TimeoutError from error
+        raise
+    finally:
+        timer.cancel()
+    if late.is_set():
+        raise TimeoutError
+
+
+def _object(content: bytes) -> dict[str, Any]:
+    """The JSON object of an answer; `_BadAnswer` for another text, and for an error in place of a result."""
+    try:
+        reply = load_json(content)
+    except ValueError:
+        reply = None
+    match reply:
+        case {"error": error} if error and "choices" not in reply:
+            code = error.get("code") if isinstance(error, dict) else None
+            status = code if type(code) is int and 400 <= code < 600 else 502
+            raise _BadAnswer(f"is an error: {sentence(content)}", status)
+        case dict():
+            return reply
+        case _:
+            raise _BadAnswer(f"{sentence(content)}, which is not a completion")
+
+
+def _are_echoed(logprobs: Mapping[str, Any], tokens: int) -> bool:
+    """Whether a server gave the numbers of so many tokens but the first, before which there is nothing."""
+    match logprobs:
+        case {"token_logprobs": [_, *chosen], "top_logprobs": [_, *tops]}:
+            chosen, tops = chosen[: tokens - 1], tops[: tokens - 1]
+            told = all(isinstance(top, dict) and top and all(map(_is_number, top.values())) for top in tops)
+            return len(tops) == len(chosen) == tokens - 1 and told and all(map(_is_number, chosen))
+        case _:
+            return False
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
 
 
 def _endpoint(parts: SplitResult) -> tuple[str, str, int, str]:

@@ -23,7 +23,8 @@ def open_engine(
         from workers.engines.openai_engine import OpenAIEngine
 
         served = str(options.pop("model", task.point))
-        return OpenAIEngine(str(model.url), served, folder, **options)
+        longest = None if model.longest is None else model.longest + 1  # a scored window needs room for one more
+        return OpenAIEngine(str(model.url), served, folder, asked_length=longest, **options)
     if model.engine == "vllm":
         return _open_vllm(model, folder, weights, task, options)
     from workers.engines.transformers_engine import Limits, TransformersEngine

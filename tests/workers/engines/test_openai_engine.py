@@ -7,6 +7,7 @@ engine meets a real vLLM server in `test_vllm_engine.py`.
 
 import json
 import threading
+import time
 from dataclasses import replace
 from http.server import ThreadingHTTPServer
 
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from jobs.errors import AccessDenied, BadInput, Unavailable
+from tests.certificates import encrypt
 from tests.model_server import Handler
 from workers.engines.openai_engine import OpenAIEngine
 
@@ -79,7 +81,9 @@ def test_a_server_that_keeps_failing_is_given_up_by_name(served, server, needle_
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
 
 
-@pytest.mark.parametrize(("status", "error"), [(401, AccessDenied), (404, BadInput), (400, BadInput)])
+@pytest.mark.parametrize(
+    ("status", "error"), [(401, AccessDenied), (403, AccessDenied), (404, BadInput), (400, BadInput), (501, BadInput)]
+)
 def test_a_refusal_is_not_repeated(served, server, needle_prompt, status, error):
     server.failures = [status]
     with pytest.raises(error, match="told to fail"):
@@ -88,17 +92,89 @@ def test_a_refusal_is_not_repeated(served, server, needle_prompt, status, error)
 
 
 NO_COMPLETION = [
-    b"<html>welcome</html>", b"[1]", b"null", b"{}", b'{"choices": []}', b'{"choices": [7]}',
-    b'{"choices": {"text": ""}}', b'{"choices": [{"text": null}]}', b'{"choices": [{"message": {"content": "x"}}]}',
+    b"<html><title>welcome</title></html>", b"[1]", b"null", b"{}", b'{"choices": []}', b'{"choices": [7]}',
+    b'{"choices": [{"te', b'{"choices": {"text": ""}}', b'{"choices": [{"text": null}]}', b"[" * 100_000,
+    b'{"choices": [{"text": "\\ud800"}]}', b'{"choices": [{"text": "' + b"a" * (2 << 20) + b'"}]}',
+    b'{"error": {"message": "provider failed", "code": 502}}',
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("reply", NO_COMPLETION)
-def test_a_reply_that_is_no_completion_is_shown_in_one_line(served, server, needle_prompt, reply):
-    server.failures = [reply]
-    with pytest.raises(BadInput, match="which is not a completion; does it serve the completions API") as caught:
+def test_a_reply_that_is_no_completion_is_asked_for_again(served, server, needle_prompt, reply):
+    server.failures = [reply] * 3
+    assert served.generate([needle_prompt("quiet-river", 4815162, 2)])[0].text == " 4815162."
+    server.failures = [reply] * 4
+    with pytest.raises(Unavailable, match=r"failed 4 times, at last with the answer .*; run again") as caught:
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
-    assert "\n" not in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 500
+
+
+def test_a_chat_completion_is_named_at_once(served, server, needle_prompt):
+    server.failures = [b'{"choices": [{"message": {"content": "x"}}]}']
+    with pytest.raises(BadInput, match="answers with a chat completion; give the URL of a completions API"):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+
+
+def test_an_error_of_status_200_counts_as_the_status_in_it(served, server, needle_prompt):
+    server.failures = [b'{"error": {"message": "no credit", "code": 403}}']
+    with pytest.raises(AccessDenied, match='is an error: "no credit"'):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+
+
+def test_a_server_is_given_the_pause_that_it_asks_for(served, server, needle_prompt):
+    server.failures = [(429, {}, "1")]
+    begun = time.monotonic()
+    assert served.generate([needle_prompt("quiet-river", 4815162, 2)])[0].text == " 4815162."
+    assert time.monotonic() - begun > 1
+    server.asked.clear()
+    server.failures = [(503, {"error": {"message": "model is loading"}}, "3600")]
+    told = 'failed 1 times, at last with status 503: "model is loading", and asks to wait 3600 s; run again'
+    with pytest.raises(Unavailable, match=told):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+
+
+def test_the_words_of_a_server_cannot_move_the_cursor_nor_repeat_the_key(served, server, needle_prompt, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "s3cret")
+    monkeypatch.setenv("OPENAI_BASE_URL", served.url)
+    server.failures = [(401, b"\x1b[2J\nwrong key s3cret", None)]
+    with pytest.raises(AccessDenied) as caught:
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+    assert 'status 401: "\\u001b[2J wrong key …"; is the key in OPENAI_API_KEY right?' in str(caught.value)
+
+
+@pytest.mark.parametrize("read", [10**23, -5, 0, True, 5000, "7", None])
+def test_a_count_that_cannot_be_is_ours(served, server, needle_prompt, read):
+    prompt = needle_prompt("quiet-river", 4815162, 2)
+    usage = {"prompt_tokens": read, "completion_tokens": read}
+    server.failures = [json.dumps({"choices": [{"text": "7"}], "usage": usage}).encode()]
+    (answer,) = served.generate([prompt])
+    assert (answer.tokens_in, answer.tokens_out) == (len(served.encode(prompt.whole)), len(served.encode("7")))
+
+
+def test_an_untrusted_certificate_is_refused_at_once_and_the_remedy_works(
+    server, parents, needle_prompt, tmp_path, monkeypatch
+):
+    certificate = encrypt(server, tmp_path)
+    url = f"https://127.0.0.1:{server.server_port}/v1"
+    prompt = needle_prompt("quiet-river", 4815162, 2)
+    served = OpenAIEngine(url, "long", parents / "long", max_length=4096)
+    with pytest.raises(BadInput, match=r"not trusted \(self.signed certificate\); .* SSL_CERT_FILE"):
+        served.generate([prompt])
+    served.close()
+    monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+    served = OpenAIEngine(url, "long", parents / "long", max_length=4096)
+    assert served.generate([prompt])[0].text == " 4815162."
+    served.close()
+
+
+def test_a_server_without_a_length_takes_the_length_that_will_be_asked(server, parents):
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    with pytest.raises(BadInput, match="does not say how long a prompt other takes; give the engine's option"):
+        OpenAIEngine(url, "other", parents / "long")
+    for name, options, length in [("other", {"asked_length": 99}, 99), ("other", {"max_length": 77}, 77)]:
+        served = OpenAIEngine(url, name, parents / "long", **options)
+        assert served.max_length == length
+        served.close()
 
 
 def completion(text, finish_reason=None, **more):
@@ -152,11 +228,19 @@ def test_a_refused_prompt_fails_alone_and_a_server_that_refuses_all_of_them_is_a
 
 @pytest.mark.parametrize(
     "logprobs",
-    [None, 7, {}, {"token_logprobs": [None, -1.0, -1.0]}, {"token_logprobs": [None] * 3, "top_logprobs": [None] * 3}],
+    [
+        None,
+        7,
+        {},
+        {"token_logprobs": [None, -1.0, -1.0]},
+        {"token_logprobs": [None] * 3, "top_logprobs": [None] * 3},
+        {"token_logprobs": [None, -1.0, "x"], "top_logprobs": [None, {"a": -1.0}, {"a": -1.0}]},
+        {"token_logprobs": [None, -1.0, -1.0], "top_logprobs": [None, {"a": -1.0}, {}]},
+    ],
 )
 def test_an_echo_that_lacks_something_is_no_echo(served, server, logprobs):
     server.failures = [json.dumps({"choices": [{"text": "", "logprobs": logprobs}]}).encode()]
-    with pytest.raises(BadInput, match=r"not a completion|does not echo logprobs"):
+    with pytest.raises(BadInput, match="does not echo logprobs"):
         served.loglikelihoods([([1, 2, 3], 1)])
 
 
@@ -174,10 +258,11 @@ def test_a_server_that_read_less_than_it_was_sent_is_refused(served, server, nee
     assert counted == [sent - 1, sent + 1, sent], "a special token more or less is none that was cut"
 
 
-def test_an_answer_that_takes_too_long_is_not_asked_for_again(server, parents, needle_prompt):
+@pytest.mark.parametrize("failure", ["hang", "trickle"])
+def test_an_answer_that_takes_too_long_is_not_asked_for_again(server, parents, needle_prompt, failure):
     url = f"http://127.0.0.1:{server.server_port}/v1"
     served = OpenAIEngine(url, "long", parents / "long", timeout_seconds=2, first_pause_seconds=0.01)
-    server.failures = ["hang"] * 6
+    server.failures = [failure] * 6
     with pytest.raises(BadInput, match=r"gave no answer in 2 seconds; ask fewer at a time \(`concurrency`\)"):
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
     served.close()

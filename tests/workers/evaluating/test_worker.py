@@ -292,7 +292,7 @@ def test_vllm_holds_points_that_were_never_written(tmp_path: Path, monkeypatch: 
 
 
 def test_the_options_that_a_job_may_give_are_those_that_the_engines_take() -> None:
-    asked = set(inspect.signature(OpenAIEngine).parameters) - {"url", "tokenizer"}
+    asked = set(inspect.signature(OpenAIEngine).parameters) - {"url", "tokenizer", "asked_length"}
     assert set(ENGINE_OPTIONS["openai"]) == asked
     assert set(ENGINE_OPTIONS["transformers"]) == set(inspect.signature(Limits).parameters)
 
