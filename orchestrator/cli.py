@@ -59,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
 
     plan = _verb(verbs, "plan", "print the work of a job: bytes, tasks, memory, finished shards; reads headers only")
     _job(plan)
+    plan.add_argument("--address", help="the Ray cluster that will run it, as for run or submit")
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
 
     run = _verb(verbs, "run", "merge, evaluate and keep the points of a job; run again, it continues")

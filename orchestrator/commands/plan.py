@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from orchestrator.commands.inputs import print_json, read_job
-from orchestrator.commands.workplace import asked_of
+from orchestrator.commands.workplace import asked_of, check_workers
 
 
 def plan(options: argparse.Namespace) -> int:
@@ -17,6 +17,8 @@ def plan(options: argparse.Namespace) -> int:
     job, folder = read_job(options)
     plan = make_plan(job, relative_to=folder)
     asked = asked_of(plan, folder)
+    plan.check_output()
+    check_workers(job, options.address)
     facts = {**plan_facts(plan), "evaluation": None if asked is None else evaluation_facts(plan.job, asked)}
     if options.json:
         print_json(facts)

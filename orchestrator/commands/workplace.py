@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jobs.errors import BadInput
 from jobs.job import Job
 
 if TYPE_CHECKING:
@@ -65,6 +66,26 @@ class Workplace:
         from orchestrator.cluster.ray_cluster import RayCluster
 
         return self._opened.enter_context(closing(RayCluster(self._job.workers, address=self._options.address)))
+
+
+def check_workers(job: Job, address: str | None) -> None:
+    """Refuses workers that the cluster at `address`, or a Ray started here, has no node for.
+
+    The address of a dashboard, as `submit` takes it, only says that the job does not run here.
+    """
+    if address is not None and "://" in address:
+        return
+    if address is not None:
+        from orchestrator.cluster.ray_cluster import RayCluster
+
+        RayCluster(job.workers, address=address).close()
+        return
+    from orchestrator.cluster.this_machine import lacking
+
+    if lack := lacking(job.workers):
+        raise BadInput(
+            f"{job.place_of('workers')}: {lack}; ask for less under `workers:`, or name a larger cluster with --address"
+        )
 
 
 def asked_of(plan: Plan, folder: Path) -> Questions | None:

@@ -149,6 +149,12 @@ class Plan:
         for_everyone = math.ceil(workers / shards)
         return min(pending, max(math.ceil(pending / self.most_points_a_task), for_everyone))
 
+    def check_output(self) -> None:
+        """Refuses an output that cannot be written or, if all points are kept, has no room; writes nothing."""
+        open_store(self.run_url).check_writable()
+        if self.job.keep.kind == "all":
+            self.check_room()
+
     def check_room(self) -> None:
         """Refuses an output that the store has no room for; shards that lie there already need none."""
         store = open_store(self.run_url)

@@ -194,6 +194,13 @@ class CloudStore:
         wanted = self._prefix + check_prefix(prefix)
         return self._bucket.s3.abort_uploads(wanted) if self._bucket.s3 else 0
 
+    def check_writable(self) -> None:
+        """By a conditional write that has nothing to replace."""
+        key = ".mergeyard-writable"
+        with suppress(ObjectChanged, ObjectMissing):
+            self.swap(key, b"", etag='"0"')
+            self.delete(key)  # a service that ignores conditions has written it
+
     def free_bytes(self) -> int | None:
         return None
 

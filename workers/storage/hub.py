@@ -127,6 +127,9 @@ class HubStore:
     def sweep(self, prefix: str = "") -> int:
         self._refuse()
 
+    def check_writable(self) -> None:
+        self._refuse()
+
     def free_bytes(self) -> int | None:
         return None
 

@@ -116,10 +116,19 @@ class LocalStore:
         partials = [path for path in self._walk(prefix, of_partials=True) if path.name.endswith(PARTIAL)]
         return sum(_remove_if_dead(path) for path in partials if _is_hidden(path.name))
 
+    def check_writable(self) -> None:
+        folder = self._existing()
+        if not folder.is_dir():
+            raise BadInput(f"{self.url}: {folder} is a file, not a folder; choose another path")
+        if not os.access(folder, os.W_OK | os.X_OK):
+            raise AccessDenied(f"{self.url}: the folder {folder} cannot be written; choose another path")
+
+    def _existing(self) -> Path:
+        """The folder, or the nearest one above it that exists."""
+        return next(folder for folder in (self._folder, *self._folder.parents) if folder.exists())
+
     def free_bytes(self) -> int | None:
-        folder = self._folder
-        while not folder.exists():
-            folder = folder.parent
+        folder = self._existing()
         with _readable_errors(folder):
             room = os.statvfs(folder)
         return room.f_bavail * room.f_frsize

@@ -88,6 +88,9 @@ class MemoryStore:
             self._uploads -= dead
         return len(dead)
 
+    def check_writable(self) -> None:
+        pass
+
     def free_bytes(self) -> int | None:
         return None
 

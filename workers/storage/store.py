@@ -114,6 +114,10 @@ class Store(Protocol):
         """
         ...
 
+    def check_writable(self) -> None:
+        """`AccessDenied` or `BadInput` if nothing can be written here; leaves nothing behind."""
+        ...
+
     def free_bytes(self) -> int | None:
         """Room left, where the store knows it (a local disk), else None."""
         ...

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,6 +103,46 @@ def test_plan_says_what_is_done_already(mergeyard: Mergeyard, job_file: Callable
     ended = mergeyard("plan", path)
     assert ended.code == 0
     assert "2 of 2 shards" in ended.out
+
+
+def test_plan_refuses_an_output_that_run_could_not_write(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "notes.txt").write_text("a file")
+    ended = mergeyard("plan", job_file(), "--output", tmp_path / "notes.txt" / "runs")
+    assert_refused(ended, f"{tmp_path}/notes.txt is a file, not a folder; choose another path")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)  # root may write all
+    ended = mergeyard("plan", job_file(), "--output", tmp_path / "runs")
+    assert_refused(ended, f"the folder {tmp_path} cannot be written; choose another path")
+
+
+@pytest.mark.parametrize(
+    ("workers", "lack"),
+    [
+        ("{cpus: 100000}", r"a worker takes 100000 CPUs and this machine has \d+"),
+        ("{memory: 900TB}", r"a worker takes 900000.0 GB and this machine has [\d.]+ GB"),
+        ("{gpus: 3}", "a worker takes 3 GPUs and this machine has 2"),
+    ],
+)
+def test_plan_refuses_workers_that_run_would_find_no_node_for(
+    mergeyard: Mergeyard,
+    job_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    workers: str,
+    lack: str,
+):
+    for gpu in ("0000:01:00.0", "0000:02:00.0"):  # the form of the NVIDIA driver's folder
+        (tmp_path / "gpus" / gpu).mkdir(parents=True)
+    monkeypatch.setattr("orchestrator.cluster.this_machine.NVIDIA", tmp_path / "gpus")
+    path = job_file()
+    path.write_text(f"{path.read_text()}\nworkers: {workers}\n")
+    ended = mergeyard("plan", path)
+    assert_refused(ended, "ask for less under `workers:`, or name a larger cluster with --address")
+    assert re.search(lack, ended.err)
+    assert mergeyard("plan", path, "--address", "http://10.0.0.7:8265").code == 0, "another machine's"
+    path.write_text(path.read_text().replace(workers, "{cpus: 1}"))
+    assert mergeyard("plan", path).code == 0
 
 
 # ---- run

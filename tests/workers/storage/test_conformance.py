@@ -54,6 +54,11 @@ def test_read_returns_what_was_written(store: Store) -> None:
     assert bytes(store.read("folder/name.json")) == b'{"a": 1}'
 
 
+def test_a_store_is_found_writable_without_a_trace(store: Store) -> None:
+    store.check_writable()
+    assert list(store.list()) == []
+
+
 def test_an_empty_object_is_an_object(store: Store) -> None:
     written = store.write("empty", b"")
     assert (written.size, bytes(store.read("empty")), store.locate("empty")) == (0, b"", written)
