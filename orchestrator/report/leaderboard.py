@@ -34,10 +34,10 @@ class Line:
     `name` is the model's label in the run, `title` its name in a table: a parent's own name, marked as a parent.
     `by_benchmark` is the score over each benchmark that ranks, where several do. `weighted` is RULER's wAvg, with
     weights that increase with length and with weights that decrease. It and the effective lengths are of RULER, or of
-    the needle where RULER is not asked; `relative` is by the name of a parent: by 85 % of its score at the shortest
-    length. `beside` has the scores that do not rank: means of other benchmarks' tasks from 0 to 100, `beside_of` the
-    benchmark of each. `perplexity` is by length and first position of a block. A half width is infinite with a single
-    haystack, a perplexity with NaN or infinite likelihoods.
+    the needle where RULER is not asked: `effective_of` names the tasks. `relative` is by the name of a parent: by 85 %
+    of its score at the shortest length. `beside` has the scores that do not rank: means of other benchmarks' tasks from
+    0 to 100, `beside_of` the benchmark of each. `perplexity` is by length and first position of a block. A half width
+    is infinite with a single haystack, a perplexity with NaN or infinite likelihoods.
     """
 
     kind: Kind
@@ -49,6 +49,7 @@ class Line:
     by_length: Mapping[int, float]
     weighted: tuple[float, float] | None
     effective: EffectiveLength | None
+    effective_of: str
     relative: Mapping[str, EffectiveLength]
     beside: Mapping[str, float]
     beside_of: Mapping[str, str]
@@ -68,6 +69,7 @@ class Line:
             "wavg_increasing": None if self.weighted is None else round(self.weighted[0], 2),
             "wavg_decreasing": None if self.weighted is None else round(self.weighted[1], 2),
             "effective_length": None if self.effective is None else _bounds(self.effective),
+            "effective_length_of": self.effective_of,
             "relative_effective_length": {name: _bounds(length) for name, length in self.relative.items()},
             "beside": {name: round(mean, 2) for name, mean in self.beside.items()},
             "perplexity": {
@@ -116,7 +118,8 @@ def _line(
     parents: Mapping[str, Sequence[CellSample]],
     notes: Sequence[str],
 ) -> Line:
-    answered = samples(context_rows(everything))
+    reaching = context_rows(everything)
+    answered = samples(reaching)
     reached = score_by_length(answered)
     scored = samples(ranked)
     macro = macro_score(scored)
@@ -133,6 +136,7 @@ def _line(
         by_length=score_by_length(scored) if by_length else {},
         weighted=_weighted(reached) if answered else None,
         effective=effective_length_interval(answered) if answered else None,
+        effective_of=_tasks_of(reaching)[0],
         relative=_relative(answered, parents),
         beside={task: mean for task, (_, mean) in beside.items()},
         beside_of={task: benchmark for task, (benchmark, _) in beside.items()},
@@ -205,14 +209,26 @@ def _exp(value: float) -> float:
 
 
 def context_note(result: EvaluationResult) -> str:
-    """Whose scores tell how far a context reaches; empty where none do."""
-    tasks = {(row.benchmark, row.task) for row in context_rows(result.rows)}
-    if not tasks:
-        return ""
-    benchmark = BENCHMARKS[next(iter(tasks))[0]]
-    if benchmark.tasks in (None, len(tasks)):
-        return f"{benchmark.title} is"
-    return f"{len(tasks)} of {benchmark.title}'s {benchmark.tasks} tasks {'is' if len(tasks) == 1 else 'are'}"
+    """Whose scores tell how far a context reaches, with their verb; empty where none do."""
+    tasks, verb = _tasks_of(context_rows(result.rows))
+    return f"{tasks} {verb}" if tasks else ""
+
+
+def _tasks_of(rows: Sequence[ScoreRow]) -> tuple[str, str]:
+    """The tasks of one benchmark that these rows answer, as a subject and its verb; empty without rows.
+
+    A task that the published benchmark has not is named: it counts, but not as one of its tasks.
+    """
+    if not rows:
+        return "", ""
+    benchmark = BENCHMARKS[rows[0].benchmark]
+    asked = {row.task for row in rows}
+    ours = sorted(asked - {*benchmark.tasks}) if benchmark.tasks else []
+    known = len(asked) - len(ours)
+    whole = known == len(benchmark.tasks) or not benchmark.tasks
+    published = benchmark.title if whole else f"{known} of {benchmark.title}'s {len(benchmark.tasks)} tasks"
+    subjects = [*([published] if known else []), *ours]
+    return " and ".join(subjects), "is" if len(subjects) == 1 and (whole or known < 2) else "are"
 
 
 def effective(length: EffectiveLength | None) -> str:

@@ -17,7 +17,8 @@ from typing import Any
 
 from jobs.errors import CorruptData
 
-# Raised by whoever changes a prompt, a draw or a budget: old items then no longer count as these items.
+# Raised by whoever changes all prompts; old items then no longer count as these items. Where only some sets change,
+# their `items_digest` gets a `generator` of its own, and `PlannedSet.superseded` is the digest that they had before.
 GENERATOR_VERSION = 2
 
 ROW_GROUP = 64
@@ -56,7 +57,8 @@ class Item:
 class Asked:
     """The common properties of all items of a set.
 
-    `frame` goes before and after the user's text (from a chat template); the answer prefix comes after it.
+    `frame` goes before and after the user's text (from a chat template); the answer prefix comes after it. `next_turn`
+    goes between the answer of a worked example and the text after it.
     """
 
     benchmark: str
@@ -65,6 +67,7 @@ class Asked:
     seed: int
     max_new_tokens: int
     frame: tuple[str, str] = ("", "")
+    next_turn: str = "\n"
 
     @property
     def budget(self) -> int:
@@ -109,14 +112,16 @@ class Asked:
         )
 
 
-def items_digest(spec: Mapping[str, Any], *, tokenizer: str, length: int, seed: int) -> str:
+def items_digest(
+    spec: Mapping[str, Any], *, tokenizer: str, length: int, seed: int, generator: int = GENERATOR_VERSION
+) -> str:
     """The content address of a set of items (64 hex digits).
 
     `spec` is everything else they depend on, as JSON values: benchmark, tasks, number of items, digests of the texts
-    they are cut from. `tokenizer` is the digest of tokenizer.json.
+    they are cut from. `tokenizer` is the digest of tokenizer.json, `generator` the version of the code that makes them.
     """
     identity = {
-        "generator": GENERATOR_VERSION,
+        "generator": generator,
         "spec": spec,
         "tokenizer": tokenizer,
         "length": length,

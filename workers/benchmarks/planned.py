@@ -25,8 +25,9 @@ class PlannedSet:
 
     `count` items are asked of everyone, `made` are made at first. `grows` where more can be made later, as every item
     depends on its own number alone. `check` builds as little as shows that it can be built, and raises `BadInput` if it
-    cannot. `place` is the line of the job file that asks for it. `share` neighbours are never parted; `questions` of
-    them ask about one haystack.
+    cannot. `superseded` is the digest that an earlier version gave other items of the same job; empty if it made these.
+    `place` is the line of the job file that asks for it. `share` neighbours are never parted; `questions` of them ask
+    about one haystack.
     """
 
     benchmark: str
@@ -42,6 +43,7 @@ class PlannedSet:
     grows: bool = False
     suffix: Literal["parquet", "json"] = "parquet"
     check: Callable[[], object] = lambda: None
+    superseded: str = ""
 
     @property
     def folder(self) -> str:
@@ -108,3 +110,8 @@ def frame_of(tokenizer: Tokenizer, *, chat: bool, place: str) -> Frame:
         return "", ""
     with located(place):
         return tokenizer.chat_frame()
+
+
+def next_turn_of(tokenizer: Tokenizer, *, place: str) -> str:
+    with located(place):
+        return tokenizer.next_turn()

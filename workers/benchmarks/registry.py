@@ -43,8 +43,8 @@ class Benchmark(Generic[Spec]):
 
     Such scores are shown by length, give the effective length, and are asked twice for the noise floor.
     """
-    tasks: int | None = None
-    """The number of tasks of the whole benchmark, where a job may ask fewer."""
+    tasks: tuple[str, ...] = ()
+    """The tasks of the whole benchmark as published, where a job may ask fewer, or others in their place."""
     raced: Callable[[Spec], tuple[int, int]] | None = None
     """(items of each set, neighbours that stay together) in a race; None if points cannot be raced on it."""
     depths: Callable[[Spec], int] | None = None
@@ -71,7 +71,7 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         files=lambda spec: (spec.haystack, *spec.documents.values()),
         rank=0,
         retrieval=True,
-        tasks=len(TASKS),
+        tasks=TASKS,
         raced=lambda spec: (spec.items, spec.questions),
         expected=read_answers,
     ),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
-from jobs.errors import ObjectExists
+from jobs.errors import BadInput, ObjectExists
 from jobs.evaluation_tasks import ItemSet
 from workers.benchmarks.planned import PlannedSet, located
 from workers.storage import Store
@@ -36,9 +37,17 @@ def check_sets(sets: Iterable[PlannedSet]) -> None:
 
 
 def stored(planned: PlannedSet, store: Store, count: int | None = None) -> ItemSet:
-    """The set in the store, with `count` items or, without it, as many as are planned; builds the missing ones."""
+    """The set in the store, with `count` items or, without it, as many as are planned; builds the missing ones.
+
+    `BadInput` if an earlier version made other items for this run.
+    """
     wanted = range(planned.made if count is None or not planned.grows else count)
     parts = _parts(planned, store)
+    if not parts and planned.superseded and _parts(replace(planned, digest=planned.superseded), store):
+        raise BadInput(
+            f"{planned.place}: this run asked {planned.task} at {planned.length} tokens in the words of an earlier"
+            " mergeyard; finish it with that version, or give the job another `name:`"
+        )
     for missing in [part for gap in _missing(wanted, parts) for part in _cut(planned, gap)]:
         key = planned.key(missing.start, missing.stop)
         with located(planned.place):

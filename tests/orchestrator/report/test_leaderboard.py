@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +19,7 @@ from orchestrator.report.leaderboard import context_note, leaderboard, perplexit
 from orchestrator.report.terminal.leaderboard import print_leaderboard
 from orchestrator.words import short_length
 from tests.orchestrator.scores import cell, result, row, standing
+from workers.benchmarks.ruler.tasks import TASKS
 
 POINT = [
     *cell("a", "vt", 512, [1, 1, 1, 0]),  # 75
@@ -118,6 +120,24 @@ def test_without_ruler_the_needle_says_how_far_a_context_reaches() -> None:
     [line] = leaderboard(evaluated)
     assert line.effective is not None and line.effective.length == 512
     assert context_note(evaluated) == "the needle is"
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (TASKS, "RULER is"),
+        ([*TASKS, "qa_generated"], "RULER and qa_generated are"),
+        ([*TASKS[:-1], "qa_generated"], "12 of RULER's 13 tasks and qa_generated are"),
+        (TASKS[:11], "11 of RULER's 13 tasks are"),
+        (["vt"], "1 of RULER's 13 tasks is"),
+        (["qa_generated"], "qa_generated is"),
+    ],
+)
+def test_effective_says_how_many_of_rulers_real_tasks_were_asked(tasks: Sequence[str], said: str) -> None:
+    evaluated = result([entry for task in tasks for entry in cell("a", task, 512, [1] * 4)], [standing("a")])
+    assert context_note(evaluated) == said
+    [line] = leaderboard(evaluated)
+    assert line.document()["effective_length_of"] == said.rpartition(" ")[0]
 
 
 def test_points_come_in_the_order_of_the_race_and_parents_after() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from workers.benchmarks.sets import check_sets, stored
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.storage import Store, open_store
 
-RULER = RulerSpec(lengths=(512, 640), tasks=("niah_single_2", "vt"), items=4, place="job.yaml:7")
+RULER = RulerSpec(lengths=(640, 768), tasks=("niah_single_2", "vt"), items=4, place="job.yaml:7")
 
 
 def plan_ruler(
@@ -72,10 +73,10 @@ def part(items: ItemSet, store: Store) -> bytes:
 def test_there_is_a_set_for_each_task_and_length(tokenizer: Tokenizer) -> None:
     planned = plan_ruler(tokenizer)
     assert [(entry.benchmark, entry.task, entry.length, entry.count, entry.share) for entry in planned] == [
-        ("ruler", "niah_single_2", 512, 4, 1),
         ("ruler", "niah_single_2", 640, 4, 1),
-        ("ruler", "vt", 512, 4, 1),
+        ("ruler", "niah_single_2", 768, 4, 1),
         ("ruler", "vt", 640, 4, 1),
+        ("ruler", "vt", 768, 4, 1),
     ]
 
 
@@ -93,6 +94,40 @@ def test_the_address_changes_with_what_the_items_depend_on(tokenizer: Tokenizer,
 @pytest.mark.parametrize("change", [{"least": 6}, {"spec": replace(RULER, items=5)}])
 def test_the_address_is_the_same_however_many_items_are_asked_for(tokenizer: Tokenizer, change) -> None:
     assert plan_ruler(tokenizer, **change)[0].digest == plan_ruler(tokenizer)[0].digest
+
+
+def test_a_run_with_the_prompts_of_an_earlier_version_is_refused_by_name(tokenizer: Tokenizer, store: Store) -> None:
+    kept, changed = plan_ruler(tokenizer, replace(RULER, lengths=(1024,)))
+    assert kept.superseded == ""
+    # the address that fae1b0e and every earlier version gave these items
+    assert changed.superseded == "11cd1bde9935d727aff436d599523d69c9caaf4609cd1231e54139bfd816b917"
+    store.write(replace(changed, digest=changed.superseded).key(0, 4), b"items")
+    told = (
+        "job.yaml:7: this run asked vt at 1024 tokens in the words of an earlier mergeyard;"
+        " finish it with that version, or give the job another `name:`"
+    )
+    with pytest.raises(BadInput, match=f"^{re.escape(told)}$"):
+        stored(changed, store)
+    assert stored(kept, store).parts
+    assert stored(changed, open_store("memory://another-name")).parts
+
+
+@pytest.mark.parametrize(
+    ("task", "more", "stays"),
+    [
+        ("niah_single_1", {}, True),
+        ("niah_single_1", {"questions": 2}, False),
+        ("niah_multivalue", {"questions": 2}, True),
+        ("cwe", {}, True),
+        ("cwe", {"chat": True}, False),
+        ("fwe", {}, True),
+        ("fwe", {"lengths": (1024,)}, False),
+        ("qa_generated", {"chat": True}, True),
+    ],
+)
+def test_only_sets_whose_prompts_changed_have_a_new_address(tokenizer: Tokenizer, task: str, more, stays: bool) -> None:
+    [planned] = plan_ruler(tokenizer, replace(RULER, **{"lengths": (2048,), "tasks": (task,), **more}))
+    assert (planned.superseded == "") == stays
 
 
 def test_more_items_are_made_beside_those_that_are_there(tokenizer: Tokenizer, store: Store) -> None:
@@ -176,6 +211,14 @@ def test_a_chat_template_frames_every_prompt_and_counts(tokenizer: Tokenizer, st
     for item in read_items(part(stored(plan_ruler(tokenizer, spec)[0], store), store)):
         assert item.text.startswith("<|im_start|>user\n") and "<|im_start|>assistant\n" in item.text[-200:]
         assert tokenizer.count(item.text) == item.tokens <= 512 - item.max_new_tokens
+
+
+def test_in_a_chat_common_words_are_asked_in_two_turns(tokenizer: Tokenizer, store: Store) -> None:
+    spec = replace(RULER, tasks=("cwe",), lengths=(2048,), chat=True)
+    for item in read_items(part(stored(plan_ruler(tokenizer, spec)[0], store), store)):
+        roles = re.findall(r"<\|im_start\|>(\w+)\n", item.text)
+        assert (roles, item.text.count("<|im_end|>\n")) == (["user", "assistant"] * 2, 3)
+        assert tokenizer.count(item.text) == item.tokens <= 2048 - item.max_new_tokens
 
 
 def plan_needle(tokenizer: Tokenizer, **more) -> list[PlannedSet]:

@@ -57,13 +57,14 @@ def word_order(draw: Draw, count: int) -> list[str]:
 
 
 def cwe_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
-    """One item, after one worked example; `TooShort` if it cannot fit in the length."""
+    """One item, after one worked example, in a chat a turn of its own; `TooShort` if it cannot fit in the length."""
     identity, length = ("cwe", asked.task, asked.seed, index), asked.length
     size, often, seldom = (20, 3, 1) if length < 4096 else (40, 10, 3)
     draw = Draw(*identity, "example")
     example_order = draw.sample(_all_words(), size)
     example = CWE_QUESTION.format(context=numbered(word_list(example_order, size, often, seldom, draw)))
-    head = asked.frame[0] + example + CWE_ANSWER_PREFIX + " " + numbered(example_order[:COMMON]) + "\n"
+    answered = asked.frame[1] + CWE_ANSWER_PREFIX + " " + numbered(example_order[:COMMON])
+    head = asked.frame[0] + example + answered + asked.next_turn
 
     often, seldom = (6, 1) if length < 4096 else (30, 3)
     order = word_order(Draw(*identity, "words"), COMMON + length // seldom)
@@ -117,7 +118,7 @@ def fwe_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
     identity = ("fwe", asked.task, asked.seed, index)
     draw = Draw(*identity, "vocabulary")
     found: dict[str, None] = {"...": None}
-    while len(found) < max(5, asked.length // 50):
+    while len(found) < max(5, asked.budget // 50):
         found[draw.letters(string.ascii_lowercase, CODED_LETTERS)] = None
     vocabulary = list(found)
 

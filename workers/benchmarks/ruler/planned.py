@@ -10,9 +10,9 @@ from jobs.errors import BadInput
 from jobs.evaluate import RulerSpec
 from jobs.yaml_nodes import quoted, suggestion
 from workers.benchmarks.items import Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, frame_of, probe
+from workers.benchmarks.planned import PlannedSet, Reader, frame_of, next_turn_of, probe
 from workers.benchmarks.ruler.documents import Library, read_hotpotqa, read_squad
-from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, QA, TASKS, ruler_items, ruler_spec
+from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, QA, TASKS, generator, ruler_items, ruler_spec
 from workers.benchmarks.texts.haystacks import Essay, bundled_essay
 from workers.benchmarks.texts.tokenizer import Tokenizer
 
@@ -30,7 +30,9 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
             )
     documents = {task: READERS[task](reader.read(path, spec.place)) for task, path in spec.documents.items()}
     essay = Essay(reader.prose(spec.haystack, spec.place), place=spec.place) if spec.haystack else bundled_essay()
+    tasks = spec.tasks or default_tasks(documents)
     frame = frame_of(tokenizer, chat=spec.chat, place=spec.place)
+    next_turn = next_turn_of(tokenizer, place=spec.place) if spec.chat and "cwe" in tasks else None
     made = max(spec.items, least)
 
     def planned(task: str, length: int) -> PlannedSet:
@@ -38,7 +40,7 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
         asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents, "frame": frame}
 
         def items(length: int, wanted: range) -> list[Item]:
-            return ruler_items(tokenizer, task, length, indices=wanted, seed=seed, **asked)
+            return ruler_items(tokenizer, task, length, indices=wanted, seed=seed, next_turn=next_turn, **asked)
 
         def check() -> None:
             if task in documents:
@@ -48,7 +50,10 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
         def build(wanted: range) -> bytes:
             return write_items(items(length, wanted))
 
-        address = items_digest(ruler_spec(task, **asked), tokenizer=tokenizer.digest, length=length, seed=seed)
+        common: dict[str, Any] = {"tokenizer": tokenizer.digest, "length": length, "seed": seed}
+        version = generator(task, length, questions=share, chat=spec.chat)
+        address = items_digest(ruler_spec(task, **asked, next_turn=next_turn), **common, generator=version)
+        before = items_digest(ruler_spec(task, **asked), **common)
         return PlannedSet(
             benchmark="ruler",
             task=task,
@@ -62,9 +67,10 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
             questions=share,
             grows=True,
             check=check,
+            superseded="" if before == address else before,
         )
 
-    return [planned(task, length) for task in spec.tasks or default_tasks(documents) for length in spec.lengths]
+    return [planned(task, length) for task in tasks for length in spec.lengths]
 
 
 def default_tasks(documents: Mapping[str, Library]) -> Sequence[str]:

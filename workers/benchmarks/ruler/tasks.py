@@ -3,15 +3,7 @@
 The same (seed, task, index) gives the same needles, questions and relative places at every length. Prompts are never
 truncated: the tokens of each are counted exactly, and `tokens + max_new_tokens <= length` holds for every item.
 
-Where it differs from the reference:
-
-- places are drawn once as fractions, so that items pair across lengths;
-- the keys of needles differ from each other, and so do their values; distractor needles have none of them;
-- `cwe`'s words are wonderwords' 8,166, then adjective-noun pairs, where the reference goes on with a list of its own;
-- `fwe`'s ranks that are asked for are never tied;
-- `qa`'s gold documents stand there once, where the reference repeats them with all the others in long contexts;
-- essays are the bundled text unless another is given, and come again with their paragraphs in another order;
-- below 1,000 tokens, where the reference never ends, `vt`'s worked example has no noise.
+README.md lists the differences from the reference.
 """
 
 from __future__ import annotations
@@ -20,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jobs.errors import BadInput
-from workers.benchmarks.items import Asked, Item
+from workers.benchmarks.items import GENERATOR_VERSION, Asked, Item
 from workers.benchmarks.ruler.cwe_fwe import cwe_item, fwe_item
 from workers.benchmarks.ruler.documents import Library, library_for
 from workers.benchmarks.ruler.niah import Niah, niah_items
@@ -66,19 +58,21 @@ def ruler_items(
     documents: Mapping[str, Library] | None = None,
     max_new_tokens: int | None = None,
     frame: tuple[str, str] = ("", ""),
+    next_turn: str | None = None,
 ) -> list[Item]:
     """The items with these indices; an item depends on its own index alone, so that more can be had later.
 
     `questions` is how many niah items share one haystack: items 0 … m−1, m … 2m−1 and so on; other tasks have one.
     `essay` replaces the bundled text, `documents` gives `qa_1` and `qa_2` theirs, `max_new_tokens` replaces RULER's
-    own. `frame` is `Tokenizer.chat_frame()` where the model is to be asked as in a chat.
+    own. `frame` is `Tokenizer.chat_frame()` where the model is to be asked as in a chat, and `next_turn` goes between
+    the turns of `cwe`; without it, as in the reference, a newline and the frame's beginning.
     `BadInput` names the smallest length at which all of these items fit, if they do not fit in this one.
     """
     if task not in MAX_NEW_TOKENS:
         raise BadInput(f"ruler: unknown task {task!r}; there are {', '.join(MAX_NEW_TOKENS)}")
     wanted = list(indices)
     most_new = MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens
-    asked = Asked("ruler", task, length, seed, most_new, frame)
+    asked = Asked("ruler", task, length, seed, most_new, frame, "\n" + frame[0] if next_turn is None else next_turn)
 
     def build(group: int) -> list[Item]:
         if task in NIAH:
@@ -100,6 +94,7 @@ def ruler_spec(
     documents: Mapping[str, Library] | None = None,
     max_new_tokens: int | None = None,
     frame: tuple[str, str] = ("", ""),
+    next_turn: str | None = None,
 ) -> dict[str, Any]:
     """All that items depend on besides tokenizer, length and seed: the `spec` of `items_digest`."""
     library = library_for(task, documents) if task in QA else None
@@ -111,5 +106,18 @@ def ruler_spec(
         "documents": library.digest if library else None,
         "words": words_digest(),
         "max_new_tokens": MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens,
-        "frame": list(frame),
+        "frame": [*frame, *([next_turn] if task == "cwe" and next_turn is not None else [])],
     }
+
+
+def generator(task: str, length: int, *, questions: int, chat: bool) -> int:
+    """The version of the code that makes a set: 3 where prompts are no longer those of version 2."""
+    changed = {
+        "vt": True,  # noise between any two assignments
+        "cwe": chat,  # the worked example is a turn
+        "fwe": length < 2048,  # one coded word less, which beyond is too rare to appear
+        "niah_single_1": questions > 1,  # lines between any two needles
+        "niah_multikey_2": questions > 1,
+        "niah_multikey_3": questions > 1,
+    }
+    return 3 if changed.get(task, False) else GENERATOR_VERSION

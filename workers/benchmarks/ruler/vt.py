@@ -40,6 +40,12 @@ def assignments(names: Sequence[str], value: str) -> list[str]:
     return [f"VAR {names[0]} = {value}", *steps]
 
 
+def at_places(chain: Sequence[str], places: Sequence[float]) -> list[str]:
+    """The line of the chain for each place: its order is that of the places."""
+    ranks = {place: rank for rank, place in enumerate(sorted(places))}
+    return [chain[ranks[place]] for place in places]
+
+
 def ask(context: str, value: str) -> tuple[str, str]:
     """The question about a context, and the beginning of its answer."""
     return QUESTION.format(context=context, value=value), ANSWER_PREFIX.format(count=HOPS + 1, value=value)
@@ -48,8 +54,8 @@ def ask(context: str, value: str) -> tuple[str, str]:
 def draw_example(tokenizer: Tokenizer, length: int, draw: Draw) -> str:
     """A worked example of at most 500 tokens before its answer; without any noise for lengths below 1,000."""
     names, value = draw_chain(3, draw)
-    places = sorted(draw.fraction() for _ in names)
-    lines = assignments(names, value)
+    places = [draw.fraction() for _ in names]
+    lines = at_places(assignments(names, value), places)
     noise = Noise()
 
     def example(units: int) -> str:
@@ -63,21 +69,23 @@ def draw_example(tokenizer: Tokenizer, length: int, draw: Draw) -> str:
 
 
 def vt_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
-    """One item; `TooShort` if it cannot fit in the length."""
+    """One item with noise between any two assignments; `TooShort` if it cannot fit in the length."""
     identity = ("vt", asked.task, asked.seed, index)
     draw = Draw(*identity, "chain")
     names, value = draw_chain(5, draw)
-    places = sorted(draw.fraction() for _ in names)
-    lines = assignments(names, value)
+    places = [draw.fraction() for _ in names]
+    chain = assignments(names, value)
     noise = Noise()
     head = asked.frame[0] + draw_example(tokenizer, asked.length, Draw(*identity, "example")) + "\n"
 
+    def context(units: int) -> str:
+        return noise.hide(len(chain) + units, at_places(chain, places), places)
+
     def text(units: int) -> str:
-        question, prefix = ask(noise.hide(units, lines, places), value)
+        question, prefix = ask(context(units), value)
         return head + question + asked.frame[1] + prefix
 
     units, tokens = fill(tokenizer, asked, text, lambda budget: noise.forecast(tokenizer, budget))
-    context = noise.hide(units, lines, places)
-    question, prefix = ask(context, value)
-    depths = depths_of(context, lines)
+    question, prefix = ask(context(units), value)
+    depths = depths_of(context(units), chain)
     return asked.item(index, head + question + asked.frame[1], prefix, answers=names, tokens=tokens, depths=depths)

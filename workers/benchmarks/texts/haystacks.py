@@ -77,8 +77,15 @@ class Lines:
         return running_total(tokenizer, lambda first, last: [line + "\n" for line in self._first(last)[first:]], budget)
 
     def hide(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
-        """The lines, each needle before line ⌊place · units⌋."""
-        return self._insert(units, [int(place * units) for place in places], needles)
+        """The lines, each needle before a line of its own while there are as many lines, in the order of the places.
+
+        As in RULER, no two needles are neighbours then. A place takes line ⌊place · free⌋ of the free ones, so that
+        uniform places give every choice of lines the same probability.
+        """
+        free = list(range(units))
+        numbers = sorted(free.pop(int(place * len(free))) if free else int(place * units) for place in places)
+        order = sorted(range(len(places)), key=places.__getitem__)
+        return self._insert(units, numbers, [needles[at] for at in order])
 
     def hide_nearest(self, units: int, needles: Sequence[str], places: Sequence[float]) -> str:
         """The lines, each needle between the two whose seam is nearest to its place."""

@@ -117,9 +117,21 @@ class Tokenizer:
         """
         from workers.benchmarks.texts.chat_template import chat_frame
 
+        return chat_frame(self._template(), self._special_tokens, self.place)
+
+    def next_turn(self) -> str:
+        """The text that the chat template puts between the assistant's answer and the user's next message.
+
+        `BadInput` if there is no template.
+        """
+        from workers.benchmarks.texts.chat_template import next_turn
+
+        return next_turn(self._template(), self._special_tokens, self.place)
+
+    def _template(self) -> str:
         if self.chat_template is None:
             raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly")
-        return chat_frame(self.chat_template, self._special_tokens, self.place)
+        return self.chat_template
 
 
 def _text(token: Any) -> str:

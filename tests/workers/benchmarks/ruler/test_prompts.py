@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import tokenizers
 
 from jobs.errors import BadInput
 from workers.benchmarks.items import Asked, Item
@@ -20,6 +21,7 @@ from workers.benchmarks.ruler.cwe_fwe import coded_counts
 from workers.benchmarks.ruler.documents import read_hotpotqa, read_squad
 from workers.benchmarks.ruler.niah import Needles, Niah, pose
 from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, TASKS, ruler_items
+from workers.benchmarks.texts.draws import Draw
 from workers.benchmarks.texts.haystacks import Essay, Lines, Noise
 from workers.benchmarks.texts.tokenizer import Tokenizer
 
@@ -174,6 +176,39 @@ def test_variable_tracking_with_its_worked_example(tokenizer: Tokenizer) -> None
     assert item.text.endswith(" in the text above." + item.answer_prefix)
 
 
+@pytest.mark.parametrize("length", [640, 1024, 2048, 4096])
+def test_noise_parts_any_two_assignments(tokenizer: Tokenizer, length: int) -> None:
+    for item in ruler_items(tokenizer, "vt", length, indices=range(30), seed=42):
+        context = item.text.rsplit("in the following text.\n\n", 1)[1]
+        assert re.fullmatch(rf"(({GRASS}\n)*VAR [A-Z]{{5}} = .*\n({GRASS}\n)+){{4}}[\s\S]*", context)
+        names = re.findall(r"VAR ([A-Z]{5}) =", context)
+        assert tuple(names) == item.answers, "the chain is told in its order"
+        assert list(item.depths) == sorted(item.depths)
+
+
+@pytest.mark.parametrize("task", ["niah_single_1", "niah_multikey_2"])
+def test_lines_part_the_needles_of_several_questions(tokenizer: Tokenizer, task: str) -> None:
+    for item in ruler_items(tokenizer, task, 2048, indices=range(0, 80, 8), seed=42, questions=8):
+        lines = item.prefix.split("\n")
+        answers = {
+            one.answers[0] for one in ruler_items(tokenizer, task, 2048, indices=range(80), seed=42, questions=8)
+        }
+        needles = [number for number, line in enumerate(lines) if line.split()[-1][:-1] in answers]
+        assert len(needles) == 8
+        assert min(later - earlier for earlier, later in itertools.pairwise(needles)) > 1
+
+
+def test_every_choice_of_lines_is_as_likely_as_any_other() -> None:
+    found: Counter[str] = Counter()
+    for number in range(4000):
+        draw = Draw("lines", number)
+        text = Lines(lambda _: ".").hide(6, ["N"] * 3, [draw.fraction() for _ in range(3)])
+        found[text.replace("\n", "")] += 1
+    # 3 of 6 lines: 20 choices; chi-squared with 19 degrees of freedom exceeds 43.8 once in a thousand
+    assert len(found) == 20
+    assert sum((count - 200) ** 2 / 200 for count in found.values()) < 43.8
+
+
 @pytest.mark.parametrize(
     ("length", "often", "seldom", "example"), [(2048, 6, 1, (20, 3, 1)), (8192, 30, 3, (40, 10, 3))]
 )
@@ -204,6 +239,27 @@ def test_common_words_after_one_worked_example(
     assert set(counts.values()) == {often, seldom}
 
 
+def test_the_worked_example_of_common_words_is_a_turn_of_its_own(tokenizer: Tokenizer) -> None:
+    [plain] = ruler_items(tokenizer, "cwe", 2048, indices=[0], seed=3)
+    frame, turn = tokenizer.chat_frame(), tokenizer.next_turn()
+    assert frame == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
+    assert turn == "<|im_end|>\n<|im_start|>user\n"
+    [chat] = ruler_items(tokenizer, "cwe", 2048, indices=[0], seed=3, frame=frame, next_turn=turn)
+    [theirs] = ruler_items(tokenizer, "cwe", 2048, indices=[0], seed=3, frame=("<U>", "<A>"))
+    question = r"(Below [\s\S]+ most common words in the above list\?)"
+    answer = r"( Answer: The top 10 words that appear most often in the list are:)"
+    solution = r"( 1\. [^\n<]+10\. [\w-]+)"
+    parts = re.fullmatch(f"{question}{answer}{solution}\n{question}{answer}", plain.text)
+    assert parts is not None
+    start, end = re.escape(frame[0]), re.escape(frame[1])
+    in_chat = re.fullmatch(
+        f"{start}{question}{end}{answer}{solution}{re.escape(turn)}{question}{end}{answer}", chat.text
+    )
+    assert in_chat is not None and in_chat.groups()[:3] == parts.groups()[:3]
+    # RULER formats its example with the template of the model, and puts a newline before the question
+    assert re.fullmatch(f"<U>{question}<A>{answer}{solution}\n<U>{question}<A>{answer}", theirs.text)
+
+
 def test_coded_words_follow_zipf(tokenizer: Tokenizer) -> None:
     [item] = ruler_items(tokenizer, "fwe", 4096, indices=[4], seed=3)
     head = (
@@ -221,6 +277,18 @@ def test_coded_words_follow_zipf(tokenizer: Tokenizer) -> None:
     assert tuple(word for word, _ in counts[1:4]) == item.answers
     assert all(re.fullmatch("[a-z]{6}", word) for word, _ in counts[1:])
     assert counts[3][1] > counts[4][1]
+
+
+def test_the_coded_vocabulary_has_a_word_for_50_tokens_of_the_prompt() -> None:
+    thirds = tokenizers.Tokenizer(tokenizers.models.WordLevel({"?": 0}, unk_token="?"))
+    thirds.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [tokenizers.pre_tokenizers.WhitespaceSplit(), tokenizers.pre_tokenizers.FixedLength(3)]
+    )
+    [item] = ruler_items(Tokenizer(thirds.to_str().encode()), "fwe", 500, indices=[0], seed=3)
+    # RULER: (500 - 50) // 50 words, dots among them; of 165 words and more, the tenth would be one: 165 / (100 · π²/6)
+    context = item.text.split("coded words. ")[1].split("\nQuestion")[0].split()
+    assert len(context) >= 165
+    assert len(set(context)) == 9
 
 
 def test_zipf_counts_by_hand() -> None:

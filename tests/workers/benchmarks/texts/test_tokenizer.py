@@ -30,6 +30,25 @@ def test_chat_frame_is_what_transformers_puts_around_a_message(tokenizer: Tokeni
     assert before + TEXT + after == whole
 
 
+def test_the_next_turn_is_what_transformers_puts_after_an_answer(tokenizer: Tokenizer, parents: Path) -> None:
+    reference = AutoTokenizer.from_pretrained(parents / "base")
+    contents = [("user", TEXT), ("assistant", "4815162."), ("user", "And now?")]
+    whole = reference.apply_chat_template(
+        [{"role": role, "content": content} for role, content in contents], tokenize=False, add_generation_prompt=True
+    )
+    before, after = tokenizer.chat_frame()
+    assert before + TEXT + after + "4815162." + tokenizer.next_turn() + "And now?" + after == whole
+
+
+def test_a_template_of_a_single_message_has_no_next_turn(parents: Path) -> None:
+    files = {"tokenizer.json": (parents / "base" / "tokenizer.json").read_bytes()}
+    single = Tokenizer.from_files(files, place="here", chat_template="[{{ messages[0].content }}]")
+    assert single.chat_frame() == ("[", "]")
+    told = "here/tokenizer.json: the chat template does not show a second message; leave out cwe, or ask it plainly"
+    with pytest.raises(BadInput, match=f"^{told}$"):
+        single.next_turn()
+
+
 def test_beginning_of_text_is_written_once_whoever_writes_it() -> None:
     plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
