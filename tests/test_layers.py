@@ -162,7 +162,6 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "orchestrator/words.py",
         "orchestrator/judging",
         "orchestrator/records",
-        "orchestrator/planning",
         "orchestrator/evaluating",
         "orchestrator/report",
     ),

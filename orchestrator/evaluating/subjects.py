@@ -12,7 +12,6 @@ from jobs.evaluate import Evaluation, RaceSpec
 from jobs.evaluation_tasks import Kind, ModelSpec
 from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.judging.samples import Cell
-from orchestrator.planning.compatibility import context_fields
 from orchestrator.planning.layouts import Layout
 from orchestrator.planning.parents import parent_alone, parents_as_points
 from orchestrator.planning.plan import Plan, PlannedPoint
@@ -20,6 +19,7 @@ from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks, planned_sets
 from workers.benchmarks.sets import check_sets
 from workers.benchmarks.texts.tokenizer import TOKENIZER_FILES, Tokenizer
+from workers.checkpoints.configs import STRETCHED, context_length, rope, text_fields
 from workers.checkpoints.opening import LARGEST_CONFIG
 from workers.checkpoints.safetensors import read_json
 from workers.engines.engine import longest_scored
@@ -226,18 +226,19 @@ def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:
 
 def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[PlannedSet]) -> None:
     """Refuses lengths beyond the context, and tokens that the model has no embedding for."""
-    fields = context_fields(layout.config)
-    most, rows = fields.get("max_position_embeddings"), fields.get("vocab_size")
+    most, rows = context_length(layout.config), text_fields(layout.config).get("vocab_size")
     longest = max(sets, key=lambda entry: entry.length)
-    if isinstance(most, int) and longest.length > most:
+    if most is not None and longest.length > most:
+        scaling = rope(text_fields(layout.config))[1]
+        field = "the factor of the RoPE" if scaling and scaling["rope_type"] in STRETCHED else "max_position_embeddings"
         raise BadInput(
             f"{longest.place}: {longest.task} at {longest.length} tokens is beyond the model's {most};"
-            " take that length out, or raise max_position_embeddings in the parents' config"
+            f" take that length out, or raise {field} in the parents' config"
         )
     engine = plan.job.engine.name
     for entry in sets:
         scored = BENCHMARKS[entry.benchmark].is_likelihood
-        if isinstance(most, int) and scored and entry.length > longest_scored(engine, most):
+        if most is not None and scored and entry.length > longest_scored(engine, most):
             raise BadInput(
                 f"{entry.place}: {entry.task} at {entry.length} tokens leaves the engine {engine} no room for the one"
                 f" it always generates; ask at {most - 1}, or take transformers"

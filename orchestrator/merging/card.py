@@ -7,9 +7,9 @@ from typing import Any
 
 import yaml
 
-from orchestrator.planning.compatibility import context_fields
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import token_count
+from workers.checkpoints.configs import context_length, rope, text_fields
 from workers.checkpoints.dtypes import FLOATS
 
 
@@ -27,17 +27,15 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: 
         "pipeline_tag": "text-generation",
         "tags": ["mergeyard", "mergekit", "merge", recipe.merge_method],
     }
-    context = context_fields(layout.config)
+    theta, _ = rope(text_fields(layout.config))
     parameters = sum(tensor.elements for shard in layout.shards for tensor in shard.tensors if tensor.dtype in FLOATS)
     facts = {
         "Method": f"`{recipe.merge_method}`",
         "Parameters": f"{_count(parameters)} ({parameters:,})",
         "Stored as": f"{layout.config.get('dtype', layout.config.get('torch_dtype'))}, {layout.bytes / 1e9:.2f} GB",
         "Architecture": ", ".join(layout.config.get("architectures") or [str(layout.config.get("model_type"))]),
-        "Context length (claimed by the config)": token_count(context.get("max_position_embeddings")),
-        "RoPE": f"theta {context.get('rope_theta', 'default'):g}"
-        if isinstance(context.get("rope_theta"), float)
-        else "default",
+        "Context length (claimed by the config)": token_count(context_length(layout.config)),
+        "RoPE": "default" if theta is None else f"theta {theta:g}",
         "Arithmetic": "float32, rounded once" if plan.job.numerics == "float32" else "as mergekit, in the dtype",
         "Seed": str(plan.job.seed),
     }

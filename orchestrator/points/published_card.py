@@ -13,9 +13,9 @@ from typing import Any
 import yaml
 
 from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
-from orchestrator.planning.compatibility import context_fields
 from orchestrator.report.leaderboard import Line
 from orchestrator.words import short_length, token_count
+from workers.checkpoints.configs import context_length
 
 
 def front_matter(card: str) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def published_card(
         title = re.search(r"^# (.+)$", body, re.MULTILINE)
         head["model-index"] = [{"name": title[1] if title else line.name, "results": _index(line, ranked)}]
         before, mark, after = body.partition("## Parents\n")
-        body = before + _results(line, ranked, context_fields(config).get("max_position_embeddings")) + mark + after
+        body = before + _results(line, ranked, context_length(config)) + mark + after
     return f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---\n{body}"
 
 

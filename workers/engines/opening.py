@@ -48,6 +48,7 @@ def _open_vllm(
     options: dict[str, Any],
 ) -> Engine:
     """vLLM opens nothing but a checkpoint: it is given one full of zeros, a file that takes no room on the disk."""
+    from workers.checkpoints.configs import context_length
     from workers.checkpoints.safetensors import header_bytes
     from workers.engines.vllm_engine import VllmEngine
 
@@ -62,7 +63,7 @@ def _open_vllm(
     dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16")
     longest = options.pop("max_model_len", None)
     if longest is None and model.longest is not None:  # one more than it reads, if the model can: vLLM always generates
-        longest = min(model.longest + 1, int(model.config.get("max_position_embeddings", model.longest)))
+        longest = min(model.longest + 1, context_length(model.config) or model.longest)
     cache_gib = int(options.pop("cache_gib", 4))
     engine = VllmEngine(folder, dtype=dtype, max_length=longest, cache_gib=cache_gib, options=options)
     try:

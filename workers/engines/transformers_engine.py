@@ -29,6 +29,7 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from jobs.errors import BadInput, MergeyardError
+from workers.checkpoints.configs import rope, stretched
 from workers.engines import attention
 from workers.engines.engine import (
     Answer,
@@ -79,7 +80,7 @@ class TransformersEngine:
         self.config: PreTrainedConfig = model.config.get_text_config(decoder=True)
         self.limits = limits
         self._version: str | None = version
-        self._resident: tuple[Ids, KeyValueBuffer, bool] | None = None
+        self._resident: tuple[Ids, KeyValueBuffer, int] | None = None
         self._rope = RopeByLength(model, self.config.model_type)
         self._end_tokens = _end_tokens(model, tokenizer)
         # decided once: batches sized by the free memory of the moment would differ between compared points
@@ -161,8 +162,9 @@ class TransformersEngine:
 
     @property
     def max_length(self) -> int:
-        """`max_position_embeddings`, prompt and answer together."""
-        return int(self.config.max_position_embeddings)
+        """The context that the config states, stretched by its RoPE; prompt and answer together."""
+        stated = int(self.config.max_position_embeddings)
+        return stretched(stated, rope(self.config.to_dict())[1], self.config.model_type)
 
     @property
     def max_scored(self) -> int:
@@ -213,13 +215,12 @@ class TransformersEngine:
         for prompt, tokens in zip(prompts, ids, strict=True):
             check_room(len(tokens), prompt.max_new_tokens, self.max_length)
         answers: dict[int, Answer] = {}
-        for long in (True, False):
-            alike = [
-                index
-                for index, prompt in enumerate(prompts)
-                if self._rope.is_long(len(ids[index]) + prompt.max_new_tokens) is long
-            ]
-            self._rope.use(long=long)
+        stretches = [
+            self._rope.stretch(len(tokens) + prompt.max_new_tokens) for prompt, tokens in zip(prompts, ids, strict=True)
+        ]
+        for stretch in sorted(set(stretches), reverse=True):
+            alike = [index for index, own in enumerate(stretches) if own == stretch]
+            self._rope.use(stretch)
             found = self._generate([prompts[index] for index in alike], [ids[index] for index in alike], progress)
             answers.update({alike[at]: answer for at, answer in found.items()})
         return [answers[index] for index in range(len(prompts))]
@@ -231,7 +232,7 @@ class TransformersEngine:
         scores: list[NDArray[np.float32]] = []
         for window in windows:
             check_window(len(window), self.max_scored)
-            self._rope.use(long=self._rope.is_long(len(window)))
+            self._rope.use(self._rope.stretch(len(window)))
             scores.append(self._in_chunks(self._scored_alone, np.asarray(window, dtype=np.int64)))
             if progress:
                 progress(1)
@@ -253,16 +254,16 @@ class TransformersEngine:
 
     def _continued(self, chunk: int, ids: Ids, kept: int) -> tuple[float, bool]:
         """One of `loglikelihoods`; its cached keys and values serve the next one."""
-        long = self._rope.is_long(len(ids))
-        known, cache, known_long = self._resident or (ids[:0], self._buffer(1, 0), long)
+        stretch = self._rope.stretch(len(ids))
+        known, cache, known_stretch = self._resident or (ids[:0], self._buffer(1, 0), stretch)
         self._resident = None
-        shared = min(common_prefix(known, ids), kept - 1) if known_long is long else 0
+        shared = min(common_prefix(known, ids), kept - 1) if known_stretch == stretch else 0
         if cache.columns < len(ids):
             shared, cache = 0, self._buffer(1, min(self.max_length, 2 * len(ids)))
-        self._rope.use(long=long)
+        self._rope.use(stretch)
         self._prefill(cache, 0, 0, ids[: kept - 1], shared, chunk)
         scores, greedy = self._score_from(cache, ids, kept - 1, chunk)
-        self._resident = (ids[:-1], cache, long)
+        self._resident = (ids[:-1], cache, stretch)
         return float(scores.sum(dtype=np.float64)), greedy
 
     def _in_chunks(self, work: Callable[..., Any], ids: Ids, *more: Any) -> Any:

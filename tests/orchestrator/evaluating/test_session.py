@@ -498,6 +498,44 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("rope", "advice", "raised"),
+    [
+        ({}, "max_position_embeddings", {"max_position_embeddings": 8192}),
+        (
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 1.5}, "rope_parameters": None},
+            "the factor of the RoPE",
+            {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}, "rope_parameters": None},
+        ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 4096}},
+            "the factor of the RoPE",
+            {"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 4096}},
+        ),
+    ],
+    ids=["plain", "dynamic", "YaRN"],
+)
+def test_a_context_that_is_too_short_is_raised_as_advised(
+    mergeyard: Mergeyard,
+    job_file: Callable[..., Path],
+    tmp_path: Path,
+    rope: dict[str, Any],
+    advice: str,
+    raised: dict[str, Any],
+) -> None:
+    parents = copied(tmp_path)
+    job = job_file(parents=soup_parents(parents), evaluate={"ruler": {**RULER, "lengths": [8192]}})
+
+    def write(change: dict[str, Any]) -> None:
+        for path in parents.rglob("config.json"):
+            path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+
+    write(rope)
+    assert f"take that length out, or raise {advice} in the parents' config" in mergeyard("plan", job).err
+    write(raised)
+    assert mergeyard("plan", job).code == 0
+
+
 @pytest.mark.parametrize(("keys", "message"), REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_asked_is_refused_while_planning(
     mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path, keys: dict[str, Any], message: str

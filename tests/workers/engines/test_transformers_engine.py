@@ -290,6 +290,41 @@ def test_a_text_read_in_chunks_is_read_as_in_one_pass(parents, rope_type):
         assert value == pytest.approx(float(scores[-5:].sum()), abs=1e-4)
 
 
+def test_dynamic_rope_stretches_beyond_the_original_context(parents):
+    """By the formula of transformers for the whole text, without a trace of the texts before it."""
+    config = rope_config("dynamic") | {"max_position_embeddings": 128}
+    engine = random_engine(config, parents / "long", seed=5)
+    engine.limits = Limits(chunk=64)
+    assert engine.max_length == 4 * 128
+    ids = np.random.default_rng(0).integers(300, 1900, 512).tolist()
+    unstretched = random_engine(rope_config("default"), parents / "long", seed=5).score([ids])[0]
+    for length in (512, 100, 257, 128):
+        peer = AutoModelForCausalLM.from_config(engine.peer.config).eval()
+        peer.load_state_dict(engine.peer.state_dict())
+        (scores,) = engine.score([ids[:length]])
+        np.testing.assert_allclose(scores, reference_scores(peer, ids[:length]), atol=1e-4)
+        [(value, _)] = engine.loglikelihoods([(ids[:length], length - 5)])
+        assert value == pytest.approx(float(scores[-5:].sum()), abs=1e-4)
+        assert np.allclose(scores, unstretched[: length - 1], atol=1e-4) == (length <= 128)
+
+
+def test_dynamic_rope_takes_the_original_context_that_is_stated(parents):
+    """`max_position_embeddings` raised beside `original_max_position_embeddings`, as vLLM reads it."""
+    config = rope_config("dynamic")
+    config["rope_parameters"] = config["rope_parameters"] | {"original_max_position_embeddings": 128}
+    raised = random_engine(config, parents / "long", seed=5)
+    original = random_engine(rope_config("dynamic") | {"max_position_embeddings": 128}, parents / "long", seed=5)
+    ids = np.random.default_rng(0).integers(300, 1900, 400).tolist()
+    np.testing.assert_allclose(raised.score([ids])[0], original.score([ids])[0], atol=1e-5)
+
+
+def test_prompts_beyond_the_original_context_answer_side_by_side_as_alone(parents):
+    engine = random_engine(rope_config("dynamic") | {"max_position_embeddings": 128}, parents / "long", seed=5)
+    text = "The grass is green. The sky is blue. " * 44
+    prompts = [Prompt("", text[:characters], new) for characters, new in ((1500, 4), (200, 12), (900, 12), (899, 12))]
+    assert [answer.text for answer in engine.generate(prompts)] == [engine.generate([p])[0].text for p in prompts]
+
+
 @pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
 def test_prompts_of_all_lengths_answer_side_by_side_as_alone(parents, rope_type):
     engine = random_engine(rope_config(rope_type), parents / "long", seed=5)
