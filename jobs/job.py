@@ -182,6 +182,10 @@ class Job:
         """File and line of a top-level key, or of a parent as `parents.cos`."""
         return self.places.get(key, f"{self.source}:1")
 
+    def setting(self, key: str, value: str) -> str:
+        """The words that set a top-level key, for a remedy: in a job file, or as an option of `mergeyard merge`."""
+        return f"`{key}: {value}`" if "recipe" in self.places else f"`--{key.replace('_', '-')} {value}`"
+
 
 def load_job(text: str, name: str, output: str | None = None) -> Job:
     """The job in `text`; `name` is the file's name in error messages, `output` replaces the file's."""

@@ -34,10 +34,11 @@ KEYS = {
 DTYPES = ("float32", "float16", "bfloat16")
 CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 """mergekit's names of chat templates; `auto` is the commonest of the parents' own."""
-WHOLE_MODELS_ONLY = {
+REFUSED_KEYS = {
     "slices": "mergeyard merges whole models: list them under `models:` with the same parameters, "
     "and set a layer apart with a gradient or a `{filter, value}`",
     "modules": "mergeyard merges whole models: list them under `models:`; a `{filter, value}` sets a module apart",
+    "config_from": "it stands beside `recipe:` in a job; `mergeyard merge` has the option `--config-from`",
     "tokenizer": "mergeyard copies one parent's tokenizer as it is: write `tokenizer_source: base`, or name a model",
 }
 
@@ -185,7 +186,7 @@ def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction
 
 def recipe_template(node: Node) -> RecipeTemplate:
     """The recipe that stands at `node`, its form checked, its placeholders kept."""
-    for key, remedy in WHOLE_MODELS_ONLY.items():
+    for key, remedy in REFUSED_KEYS.items():
         if isinstance(node.value, Mapping) and key in node.value:
             raise node.value[key].error(f"`{key}:` is not accepted: {remedy}")
     keys = {

@@ -1,4 +1,4 @@
-"""Whether parents can be merged at all: same architecture, same shapes, same tokens, same idea of context length."""
+"""Whether parents can be merged at all: same architecture, same config, same tokens; and the config of the merge."""
 
 from __future__ import annotations
 
@@ -7,62 +7,62 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
-from workers.checkpoints.opening import LARGEST_TOKENIZER, Checkpoint
-from workers.checkpoints.safetensors import read_json
+from workers.checkpoints.configs import completed, is_section, rope, sections, text_fields, with_dtype
+from workers.checkpoints.opening import Checkpoint
+from workers.checkpoints.vocabularies import Vocabulary, read_vocabulary, vocabulary_files
 from workers.storage import open_store
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 
 
-def context_fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config that decide the context, with equal names and values for every transformers version.
+HARMLESS: Mapping[str, tuple[str, ...]] = {
+    "the place of the file and the program that wrote it": (
+        "_name_or_path", "_commit_hash", "transformers_version", "unsloth_version", "unsloth_fixed", "model_name",
+        "auto_map",
+    ),
+    "the dtype, which the merge states anew": ("dtype", "torch_dtype"),
+    "speed and memory, not values": (
+        "use_cache", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
+        "_experts_implementation", "_flash_attn_2_enabled", "use_flash_attn", "gradient_checkpointing",
+        "use_gradient_checkpointing", "pretraining_tp", "torchscript", "chunk_size_feed_forward", "use_bfloat16",
+    ),
+    "the form of the output of a forward pass": (
+        "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+    ),
+    "training": (
+        "initializer_range", "initializer_factor", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux",
+        "router_jitter_noise", "problem_type", "finetuning_task", "task_specific_params", "keys_to_ignore_at_inference",
+    ),
+    "the ends of answers and sampling; they belong to the tokenizer and to generation_config.json": (
+        "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
+        "max_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty",
+        "cache_implementation",
+    ),
+    "names of classes for people": ("id2label", "label2id"),
+}  # fmt: skip
+"""Fields of a config that parents may state differently, by the reason. Everything else must agree.
 
-    A field that the config does not state is left out, and disagrees with nothing.
-    """
-    rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
-    theta = rope.pop("rope_theta", config.get("rope_theta"))
-    kind = rope.pop("rope_type", rope.pop("type", "default"))
-    window = config.get("sliding_window") if config.get("use_sliding_window", True) else None
-    fields = {
-        "max_position_embeddings": config.get("max_position_embeddings"),
-        "rope_theta": None if theta is None else float(theta),
-        "rope_scaling": None if kind == "default" and not rope else {"rope_type": kind, **rope},
-        "sliding_window": window,
-        "tie_word_embeddings": config.get("tie_word_embeddings"),
-        "vocab_size": config.get("vocab_size"),
-    }
-    always_stated = ("rope_scaling", "sliding_window")
-    return {name: value for name, value in fields.items() if value is not None or name in always_stated}
+Each dropout is one of them too, for training.
+"""
 
-
-_SPELLINGS = {
-    "rope_theta": ("rope_theta", "rope_parameters"),
-    "rope_scaling": ("rope_scaling", "rope_parameters"),
-    "sliding_window": ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types"),
-}
+_HARMLESS = frozenset(field for fields in HARMLESS.values() for field in fields)
 
 
 def merged_config(donor: Checkpoint, context_from: Checkpoint, dtype: str) -> dict[str, Any]:
-    """The donor's config.json with the context fields of another parent and the merged weights' dtype."""
-    config = dict(donor.config)
-    for field in context_fields(donor.config) | context_fields(context_from.config):
-        for spelling in _SPELLINGS.get(field, (field,)):
-            config.pop(spelling, None)
-            if spelling in context_from.config:
-                config[spelling] = context_from.config[spelling]
-    for spelling in ("dtype", "torch_dtype"):
-        if spelling in config:
-            config[spelling] = dtype
-    if "dtype" not in config and "torch_dtype" not in config:
-        config["dtype"] = dtype
-    return config
+    """The config.json of a merge: `context_from` states everything that must agree, the donor the rest.
 
-
-def check_parents(parents: Sequence[Checkpoint], place: str, *, config_from: str | None, own_tokenizer: bool) -> None:
-    """Refuses parents that do not fit together, with the values side by side.
-
-    `config_from` and `own_tokenizer` say that the job decided itself whose config and whose tokenizer to take.
+    The dtype is that of the merged weights, in nested configs too.
     """
+    config = {
+        key: of[key]
+        for key in {**donor.config, **context_from.config}
+        if key in (of := donor.config if _is_harmless(key) else context_from.config)
+    }
+    return with_dtype(config if config.keys() & {"dtype", "torch_dtype"} else {**config, "dtype": dtype}, dtype)
+
+
+def check_architecture(parents: Sequence[Checkpoint], place: str) -> None:
+    """Refuses parents of different architectures."""
     first = parents[0]
     for other in parents[1:]:
         if first.config.get("model_type") != other.config.get("model_type"):
@@ -70,51 +70,82 @@ def check_parents(parents: Sequence[Checkpoint], place: str, *, config_from: str
                 f"{place}: {first.name} is a {first.config.get('model_type')}, {other.name} a"
                 f" {other.config.get('model_type')}; parents share one architecture"
             )
-    if config_from is None:
-        _check_context(parents, place)
-    if not own_tokenizer:
-        _check_tokenizers(parents, place)
 
 
-def _check_context(parents: Sequence[Checkpoint], place: str) -> None:
-    stated = [(parent.name, _tying(parent) | context_fields(parent.config)) for parent in parents]
-    for field in dict.fromkeys(name for _, fields in stated for name in fields):
-        values = [(name, fields[field]) for name, fields in stated if field in fields]
-        if any(value != values[0][1] for _, value in values):
-            side_by_side = ", ".join(f"{name} {json.dumps(value)}" for name, value in values)
+def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str) -> None:
+    """Refuses parents whose configs disagree on anything that is not `HARMLESS`, with the values side by side.
+
+    `remedy` is the setting that names the parent whose config holds.
+    """
+    tied = [{"tie_word_embeddings": _is_tied(parent)} for parent in parents]
+    stated = [_fields(parent.config) | own for parent, own in zip(parents, tied, strict=True)]
+    differing = _differing(stated)
+    if not differing:
+        return
+    meant = [_fields(completed(parent.config)) | own for parent, own in zip(parents, tied, strict=True)]
+    if found := _differing(meant):
+        field = next((name for name in differing if name in found), differing[0])
+        values = ", ".join(
+            f"{parent.name} {json.dumps(own[field] if own.get(field) is not None else full.get(field))}"
+            for parent, own, full in zip(parents, stated, meant, strict=True)
+        )
+        raise BadInput(f"{place}: the parents disagree on {field}: {values}; say whose holds with {remedy}")
+
+
+def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The fields that do not agree. No field, null, false and zero agree: each switches something off."""
+    names = dict.fromkeys(name for fields in configs for name in fields)
+    values = {name: [fields.get(name) or None for fields in configs] for name in names}
+    values["architectures"] = [stated for stated in values.get("architectures", ()) if stated is not None]
+    return [name for name, stated in values.items() if any(value != stated[0] for value in stated)]
+
+
+def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every field that matters, by its dotted path, with equal names and values for every transformers version."""
+    found: dict[str, Any] = {}
+    for path, section in sections(config):
+        fields = {key: section[key] for key in section if not _is_harmless(key) and not is_section(key, section[key])}
+        theta, scaling = rope(fields)
+        for spelling in ("rope_theta", "rope_parameters", "rope_scaling", "tie_word_embeddings"):
+            fields.pop(spelling, None)
+        fields |= {"rope_theta": theta, "rope_scaling": scaling}
+        if fields.pop("use_sliding_window", True) is False:
+            fields.pop("sliding_window", None)
+        if not fields.get("sliding_window"):
+            fields.pop("max_window_layers", None)
+        hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+        if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
+            fields.setdefault("head_dim", hidden // heads)  # not every class of transformers has it as a field
+        found |= {f"{path}{key}": value for key, value in fields.items()}
+    return found
+
+
+def _is_harmless(field: str) -> bool:
+    return field in _HARMLESS or "dropout" in field or "pdrop" in field
+
+
+def _is_tied(parent: Checkpoint) -> bool | None:
+    """Whether the head is the embeddings: as the config states it, else as the tensors show it."""
+    stated = text_fields(parent.config).get("tie_word_embeddings")
+    if stated is None and any(name.endswith("embed_tokens.weight") for name in parent.tensors):
+        return not any(name.endswith(HEAD) for name in parent.tensors)
+    return stated
+
+
+def check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:
+    """Refuses parents whose vocabularies differ; a parent without a tokenizer agrees with all."""
+    have = [(parent, files) for parent in parents if (files := vocabulary_files(parent.side_files))]
+    for other, files in have[1:]:
+        first, first_files = have[0]
+        shared = next((name for name in first_files if name in files), None)
+        vocabulary = _vocabulary(first, shared or first_files[0])
+        difference = vocabulary.difference(_vocabulary(other, shared or files[0]))
+        if difference is not None:
             raise BadInput(
-                f"{place}: the parents disagree on {field}: {side_by_side}; say whose holds with `config_from: PARENT`"
+                f"{place}: the tokenizers of {first.name} and {other.name} differ ({difference});"
+                " say whose to take with `tokenizer_source: PARENT` if you know that the rest agrees"
             )
 
 
-def _tying(parent: Checkpoint) -> dict[str, Any]:
-    """`tie_word_embeddings` as the tensors show it, if their names allow that."""
-    return {"tie_word_embeddings": HEAD not in parent.tensors} if EMBEDDINGS in parent.tensors else {}
-
-
-def _check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:
-    with_tokenizer = [parent for parent in parents if "tokenizer.json" in parent.side_files]
-    vocabularies = [(parent.name, _vocabulary(parent)) for parent in with_tokenizer]
-    for name, vocabulary in vocabularies[1:]:
-        first_name, first = vocabularies[0]
-        if vocabulary == first:
-            continue
-        token = next(
-            token
-            for token in sorted({**first, **vocabulary}, key=lambda token: first.get(token, 1 << 60))
-            if first.get(token) != vocabulary.get(token)
-        )
-        raise BadInput(
-            f"{place}: the tokenizers of {first_name} and {name} differ (token {token!r} is"
-            f" {first.get(token, 'missing')} and {vocabulary.get(token, 'missing')});"
-            " say whose to take with `tokenizer_source: PARENT` if you know that the rest agrees"
-        )
-
-
-def _vocabulary(parent: Checkpoint) -> dict[str, int]:
-    """Token to id, of a tokenizer.json (https://huggingface.co/docs/tokenizers)."""
-    tokenizer = read_json(open_store(parent.url), parent.side_files["tokenizer.json"], LARGEST_TOKENIZER)
-    vocabulary = tokenizer.get("model", {}).get("vocab", {})
-    if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
-        vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-    return {**vocabulary, **{token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}}
+def _vocabulary(parent: Checkpoint, name: str) -> Vocabulary:
+    return read_vocabulary(open_store(parent.url), parent.side_files, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,9 +14,18 @@ from jobs.job import Job
 from jobs.merge_tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
 from jobs.recipe import Filtered, Recipe
 from orchestrator.planning.beside import chat_template
-from orchestrator.planning.compatibility import EMBEDDINGS, HEAD, check_parents, context_fields, merged_config
+from orchestrator.planning.compatibility import (
+    EMBEDDINGS,
+    HEAD,
+    check_architecture,
+    check_configs,
+    check_tokenizers,
+    merged_config,
+)
+from workers.checkpoints.configs import text_fields
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
-from workers.checkpoints.opening import Checkpoint, layer_index
+from workers.checkpoints.opening import Checkpoint
+from workers.checkpoints.stacks import layer_counts, layer_of
 
 
 @dataclass(frozen=True)
@@ -93,21 +103,21 @@ class TensorClasses:
             else:
                 self._gradients = True
 
-    def of(self, tensor: str, layers: int) -> tuple[tuple[str, ...], float]:
+    def of(self, tensor: str, layers: Mapping[str, int]) -> tuple[tuple[str, ...], float]:
         """(the filters that match, the position that gradients use)."""
         matching = tuple(name for name in self._filters if name in tensor)
         return matching, _position(tensor, layers) if self._gradients else 0.0
 
 
-def _position(tensor: str, layers: int) -> float:
-    """Where a tensor's layer lies between the first (0) and the last (1), as mergekit's gradients count.
+def _position(tensor: str, layers: Mapping[str, int]) -> float:
+    """Where a tensor's layer lies between the first (0) and the last (1) of its stack, as mergekit's gradients count.
 
-    Embeddings, final norm and head count as 0; the only layer of a one-layer model as 1.
+    Embeddings, final norm and head count as 0; the only layer of a stack, and layers beyond the counted ones, as 1.
     """
-    layer = layer_index(tensor)
-    if layer is None:
+    stack, layer = layer_of(tensor) or ("", 0)
+    if stack not in layers:
         return 0.0
-    return layer / (layers - 1) if layers > 1 else 1.0
+    return min(1.0, layer / (layers[stack] - 1)) if layers[stack] > 1 else 1.0
 
 
 def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes: TensorClasses) -> Layout:
@@ -117,9 +127,9 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     tokenizer_from = recipe.tokenizer_source
     if tokenizer_from in (None, "base"):
         tokenizer_from = donor_name
-    check_parents(members, recipe.place, config_from=job.config_from, own_tokenizer=recipe.tokenizer_source is not None)
+    check_architecture(members, recipe.place)
     dtype = recipe.out_dtype or recipe.dtype
-    drops_head = job.config_from is not None and bool(context_fields(context_from.config).get("tie_word_embeddings"))
+    drops_head = job.config_from is not None and bool(text_fields(context_from.config).get("tie_word_embeddings"))
     tensors = [
         tensor
         for name in _tensor_names(members)
@@ -127,7 +137,12 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     ]
     if not any(_floats(tensor) for tensor in tensors):
         raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
-    layers = members[0].layers
+    # after the tensors: no setting helps parents of other shapes, and none is advised to them
+    if job.config_from is None:
+        check_configs(members, recipe.place, job.setting("config_from", "PARENT"))
+    if recipe.tokenizer_source is None:
+        check_tokenizers(members, recipe.place)
+    layers = layer_counts((tensor.name for tensor in tensors), context_from.config)
     class_of: dict[tuple[Any, ...], int] = {}
     numbered = [
         replace(tensor, setting=class_of.setdefault(classes.of(tensor.name, layers), len(class_of)))
@@ -140,13 +155,15 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         )
         for number in range(len(class_of))
     )
-    arithmetic_dtype = dtype or TORCH_NAMES[max(tensor.dtype for tensor in tensors if tensor.dtype in FLOATS)]
+    stored: Counter[str] = Counter()
+    for tensor in tensors:
+        stored[tensor.dtype] += _floats(tensor)
     return Layout(
         shards=_shards(numbered, job.shard_bytes),
         representatives=representatives,
         positions=tuple(_position(tensor.name, layers) for tensor in representatives),
         parents=recipe.references(),
-        config=merged_config(parents[donor_name], context_from, arithmetic_dtype),
+        config=merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[stored.most_common(1)[0][0]]),
         donor=donor_name,
         tokenizer_from=tokenizer_from,
         chat_template=chat_template(recipe, members, tokenizer_from),
@@ -210,8 +227,11 @@ def _dtypes(
     """(stored dtype, arithmetic dtype) of one output tensor; float32 results are computed in float64."""
     kinds = {source.dtype for source in sources.values()}
     if not kinds <= set(FLOATS):
-        if len(kinds) > 1 or any(kind.startswith("F8") for kind in kinds):
-            raise BadInput(f"{recipe.place}: tensor {name} is stored as {' and '.join(sorted(kinds))}; give one dtype")
+        if len(kinds) > 1:
+            raise BadInput(
+                f"{recipe.place}: tensor {name} is stored as {' and '.join(sorted(kinds))}; integers are copied, not"
+                " merged: store it in one dtype in all parents"
+            )
         return next(iter(kinds)), next(iter(kinds))
     native = next(iter(kinds)) if len(kinds) == 1 else "F64" if "F64" in kinds else "F32"
     output = DTYPE_NAMES[dtype] if dtype else native

@@ -47,7 +47,7 @@ class TensorDifference:
 
 def compare_checkpoints(a: str, b: str) -> list[TensorDifference]:
     """Every tensor of either checkpoint, in the order of their names."""
-    first, second = open_checkpoint(a, "A"), open_checkpoint(b, "B")
+    first, second = (open_checkpoint(url, name, quantised=True) for url, name in ((a, "A"), (b, "B")))
     stores = {"A": open_store(first.url), "B": open_store(second.url)}
     return [_compare(name, first, second, stores) for name in sorted(first.tensors.keys() | second.tensors.keys())]
 

@@ -16,7 +16,9 @@ from typing import Any
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
 from jobs.merge_tasks import Parent, ParentFile, ParentTensor
+from workers.checkpoints.configs import quantisation
 from workers.checkpoints.safetensors import LARGEST_HEADER, check_name, read_header, read_json
+from workers.checkpoints.vocabularies import vocabulary_files
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
 
@@ -24,8 +26,17 @@ LARGEST_INDEX = 25_000_000
 """Twice the bytes that 139,000 tensors need, as in a model of a trillion parameters in FP8."""
 
 LARGEST_CONFIG = 2_000_000
-LARGEST_TOKENIZER = 50_000_000
-"""Of vocabularies of 260,000 tokens, tokenizer.json has 35 MB."""
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+"""Of AutoGPTQ, AutoAWQ and ModelOpt, beside a config.json that may not state the quantisation."""
+
+QUANTISED_TENSOR = re.compile(
+    r"\.(qweight|qzeros|SCB|weight_packed|weight_scale(_inv|_2)?|weight_zero_point|weight_quantizer\..+)$"
+    r"|\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\..+)$"
+)
+"""Tensors of GPTQ and AWQ, of compressed-tensors and FP8, and of bitsandbytes."""
+
+_SCALE = re.compile(r"(scales?|scb|absmax|zeros?)[^.]*$", re.IGNORECASE)
+
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
 SIDE_FILES = (
@@ -53,24 +64,11 @@ class Checkpoint:
         """The part of it that a worker needs for reading."""
         return Parent(self.url, self.files)
 
-    @property
-    def layers(self) -> int:
-        """Number of decoder layers: from the config, else from the tensors' names."""
-        for field in ("num_hidden_layers", "n_layer", "num_layers"):
-            if isinstance(self.config.get(field), int):
-                return int(self.config[field])
-        return 1 + max((index for name in self.tensors if (index := layer_index(name)) is not None), default=0)
 
-
-def layer_index(tensor: str) -> int | None:
-    """The layer a tensor belongs to: the first number in its dotted name; None for embeddings, final norm and head."""
-    found = re.search(r"\.(\d+)\.", tensor)
-    return int(found[1]) if found else None
-
-
-def open_checkpoint(url: str, name: str) -> Checkpoint:
+def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoint:
     """Reads the config and the headers of the checkpoint at `url`, and pins their versions.
 
+    `quantised` opens quantised weights too, to compare and not to merge them.
     Raises `BadInput` if it is not a safetensors checkpoint, `CorruptData` if it contradicts itself.
     """
     store = open_store(url)
@@ -78,7 +76,10 @@ def open_checkpoint(url: str, name: str) -> Checkpoint:
     where = f"parent {name} ({store.pinned_url})"
     if not listed:
         raise ObjectMissing(f"{where}: nothing there; check the path")
+    config = _config(store, listed, where, quantised=quantised)
     shards, weight_map = _shards(store, listed, where)
+    if config is None:
+        raise BadInput(f"{where}: no config.json there; a Hugging Face checkpoint has one")
     with ThreadPoolExecutor(max_workers=16) as pool:
         headers = list(pool.map(partial(read_header, store), shards))
     digests = _digests(store, listed)
@@ -93,6 +94,8 @@ def open_checkpoint(url: str, name: str) -> Checkpoint:
                 continue
             sha256 = digests.get(entry.name, "")
             tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, sha256)
+    if not quantised:
+        _refuse_quantised_tensors(tensors, where)
     lost = sorted(set(weight_map or ()) - set(tensors))
     if lost:
         assert weight_map is not None
@@ -100,11 +103,11 @@ def open_checkpoint(url: str, name: str) -> Checkpoint:
     return Checkpoint(
         name=name,
         url=store.pinned_url,
-        config=_config(store, listed, where),
+        config=config,
         files=tuple(ParentFile(info.key, info.size, info.etag) for info in shards),
         tensors=tensors,
         shapes={name: shapes[name] for name in tensors},
-        side_files={key: listed[key] for key in SIDE_FILES if key in listed},
+        side_files={key: listed[key] for key in (*SIDE_FILES, *vocabulary_files(listed)) if key in listed},
     )
 
 
@@ -156,10 +159,25 @@ def _weight_map(store: Store, index: ObjectInfo, where: str) -> dict[str, str]:
     return weight_map
 
 
-def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str) -> Mapping[str, Any]:
+def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str, *, quantised: bool) -> Mapping[str, Any] | None:
+    """The config if there is one. Quantised weights are refused here, before anything else is read."""
     if "config.json" not in listed:
-        raise BadInput(f"{where}: no config.json there; a Hugging Face checkpoint has one")
+        return None
     config = read_json(store, listed["config.json"], LARGEST_CONFIG)
-    if config.get("quantization_config"):
-        raise BadInput(f"{where}: quantised weights cannot be merged; give the checkpoint they came from")
+    stated = quantisation(config) or next((name for name in QUANTISED_FILES if name in listed), None)
+    if stated is not None and not quantised:
+        raise BadInput(f"{where}: {_quantised(stated)}")
     return config
+
+
+def _refuse_quantised_tensors(tensors: Mapping[str, ParentTensor], where: str) -> None:
+    """Refuses quantised weights whose config does not state them, by their dtypes and by the scales beside them."""
+    scaled = {name.rpartition(".")[0] for name in tensors if _SCALE.search(name)}
+    for name, tensor in tensors.items():
+        packed = tensor.dtype in ("I8", "U8") and name.rpartition(".")[0] in scaled
+        if packed or tensor.dtype.startswith("F8") or QUANTISED_TENSOR.search(name):
+            raise BadInput(f"{where}: {_quantised(f'{name} is {tensor.dtype}')}")
+
+
+def _quantised(by: str) -> str:
+    return f"quantised weights ({by}) cannot be merged; give the checkpoint that they were made from"

@@ -538,6 +538,12 @@ def test_diff_reads_every_kind_of_number(mergeyard: Mergeyard, parents: Path, dt
     assert (different["tensor"], different["changed"], different["largest"]) == ("extra", 1, 1.0)
 
 
+def test_diff_compares_quantised_checkpoints_that_no_merge_takes(mergeyard: Mergeyard, parents: Path):
+    change = {"quantization_config": {"quant_method": "fp8"}}
+    write_model(parents / "one", weights("base"), config=change)
+    assert mergeyard("diff", parents / "one", parents / "base").code == 0
+
+
 def test_diff_tells_of_tensors_that_only_one_has(mergeyard: Mergeyard, parents: Path):
     more = {**weights("base"), "extra": torch.ones(2), "model.norm.weight": torch.ones(3)}
     write_model(parents / "more", more)
@@ -643,6 +649,7 @@ def test_every_method_merges_whole_models(method: str, mergeyard: Mergeyard, par
 def test_config_from_settles_a_disagreement(mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path):
     write_model(parents / "fmt", weights("fmt"), config={"max_position_embeddings": 4096})
     assert_refused(mergeyard("merge", config, tmp_path / "out"), "max_position_embeddings: ")
+    assert_refused(mergeyard("merge", config, tmp_path / "out"), "say whose holds with `--config-from PARENT`")
     assert not (tmp_path / "out").exists()
     ended = mergeyard("merge", config, tmp_path / "out", "--config-from", parents / "fmt")
     assert ended.code == 0, ended.err

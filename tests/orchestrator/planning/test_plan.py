@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import time
 from collections import Counter
@@ -15,8 +16,9 @@ import torch
 from jobs.errors import BadInput, ObjectMissing
 from jobs.job import Job, load_job
 from jobs.merge_tasks import DTYPE_BITS
+from orchestrator.planning.compatibility import HARMLESS
 from orchestrator.planning.plan import MOST_UPLOADS, Plan, make_plan
-from tests.orchestrator.models import CONFIG, EMBEDDINGS, HEAD, TOKENIZER, shapes, weights, write_model
+from tests.orchestrator.models import CONFIG, EMBEDDINGS, HEAD, HIDDEN, LAYERS, TOKENIZER, shapes, weights, write_model
 
 Planning = Callable[..., Plan]
 Jobs = Callable[..., Job]
@@ -208,11 +210,26 @@ DISAGREEMENTS: dict[str, tuple[dict[str, Any], str]] = {
         "sliding_window: cos null, fmt 128",
     ),
     "vocab_size": ({"vocab_size": 64}, "vocab_size: cos 48, fmt 64"),
+    "heads": ({"num_attention_heads": 4, "num_key_value_heads": 2}, "num_attention_heads: cos 2, fmt 4"),
+    "activation": ({"hidden_act": "gelu"}, 'hidden_act: cos "silu", fmt "gelu"'),
+    "norm epsilon": ({"rms_norm_eps": 1e-5}, "rms_norm_eps: cos 1e-06, fmt 1e-05"),
+    "softcap": ({"final_logit_softcapping": 30.0}, "final_logit_softcapping: cos null, fmt 30.0"),
+    "partial rotary": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: cos null, fmt 0.5"),
+    "attention multiplier": ({"attention_multiplier": 7.0}, "attention_multiplier: cos null, fmt 7.0"),
+    "head": (
+        {"architectures": ["Qwen2ForSequenceClassification"]},
+        'architectures: cos ["Qwen2ForCausalLM"], fmt ["Qwen2ForSequenceClassification"]',
+    ),
+    "a field of tomorrow": ({"mixing": {"kind": "b"}}, 'mixing: cos null, fmt {"kind": "b"}'),
+    "a nested RoPE": (
+        {"text_config": {"rope_theta": 1e6, "hidden_size": 16}},
+        "text_config.hidden_size: cos null, fmt 16",
+    ),
 }
 
 
 @pytest.mark.parametrize("field", DISAGREEMENTS)
-def test_parents_that_disagree_on_the_context_are_refused_side_by_side(field: str, plan: Planning, parents: Path):
+def test_parents_whose_configs_disagree_are_refused_side_by_side(field: str, plan: Planning, parents: Path):
     config, values = DISAGREEMENTS[field]
     write_model(parents / "fmt", weights("fmt"), config=config)
     line = refusal(plan)
@@ -234,6 +251,84 @@ def test_old_and_new_spellings_of_rope_agree(plan: Planning, parents: Path):
     plan()
 
 
+HARMLESS_CHANGES: dict[str, dict[str, Any]] = {
+    "where and by whom": {"_name_or_path": "someone/model", "transformers_version": "4.40.0"},
+    "dtype": {"torch_dtype": "float32", "dtype": "float32"},
+    "training": {"attention_dropout": 0.5, "initializer_range": 0.1},
+    "ends": {"eos_token_id": [1, 2], "bos_token_id": 7, "pad_token_id": 2},
+    "speed": {"use_cache": False},
+    "a default, stated": {
+        "head_dim": 8,
+        "pad_token_id": None,
+        "rope_scaling": None,
+        "layer_types": ["full_attention"] * 2,
+    },
+    "off, in other words": {"final_logit_softcapping": None, "mlp_bias": False, "quantization_config": None},
+    "no architectures": {"architectures": None},
+}
+
+
+@pytest.mark.parametrize("kind", HARMLESS_CHANGES)
+def test_fields_that_change_no_value_may_differ(kind: str, plan: Planning, parents: Path):
+    write_model(parents / "fmt", weights("fmt"), config=HARMLESS_CHANGES[kind])
+    plan()
+
+
+def test_every_harmless_field_has_one_reason():
+    fields = [field for of_one in HARMLESS.values() for field in of_one]
+    assert len(fields) == len(set(fields))
+
+
+def vision_language(**text: Any) -> dict[str, Any]:
+    """The config of a small Gemma 3, with changes of its text_config."""
+    own = {"model_type": "gemma3_text", "max_position_embeddings": 512, "rope_theta": 1e6, "dtype": "float32", **text}
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": LAYERS, "vocab_size": 48}
+    vision = {"model_type": "siglip_vision_model", "num_hidden_layers": 3, "dtype": "float32"}
+    plain: dict[str, Any] = dict.fromkeys(CONFIG, None)
+    return plain | {"model_type": "gemma3", "dtype": "float32", "text_config": own | sizes, "vision_config": vision}
+
+
+@pytest.mark.parametrize(
+    ("change", "values"),
+    [
+        ({"rope_theta": 1e4}, "text_config.rope_theta: cos 1000000.0, fmt 10000.0"),
+        ({"max_position_embeddings": 1024}, "text_config.max_position_embeddings: cos 512, fmt 1024"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings: cos true, fmt false"),
+        ({"final_logit_softcapping": 30.0}, "text_config.final_logit_softcapping: cos null, fmt 30.0"),
+    ],
+)
+def test_configs_inside_a_config_are_compared(change: dict[str, Any], values: str, plan: Planning, parents: Path):
+    write_model(parents / "cos", weights("cos"), config=vision_language())
+    write_model(parents / "fmt", weights("fmt"), config=vision_language(**change))
+    assert f"the parents disagree on {values}; say whose holds with `config_from: PARENT`" in refusal(plan)
+    config = plan(config_from="fmt").points[0].layout.config
+    assert config["text_config"] == {**vision_language(**change)["text_config"], "dtype": "bfloat16"}
+    assert (config["dtype"], config["vision_config"]["dtype"]) == ("bfloat16", "bfloat16")
+
+
+def test_each_stack_of_a_model_has_gradients_of_its_own(plan: Planning, parents: Path):
+    names = [f"language_model.model.layers.{number}.w" for number in range(5)]
+    names += [f"vision_tower.encoder.layers.{number}.w" for number in range(3)]
+    names += ["projector.mlp.0.w", "projector.mlp.2.w", "lm_head.w"]
+    for who in ("cos", "fmt"):
+        write_model(parents / who, {name: torch.ones(2).bfloat16() for name in names}, config=vision_language())
+    recipe = EVEN.replace("weight: 1}", "weight: [0, 1]}", 1)
+    layout = plan(recipe=recipe + "  dtype: bfloat16\n", grid="").points[0].layout
+    (shard,) = layout.shards
+    assert {tensor.name: layout.positions[tensor.setting] for tensor in shard.tensors} == dict(
+        zip(names, [0, 0.25, 0.5, 0.75, 1, 0, 0.5, 1, 0, 0, 0], strict=True)
+    )
+
+
+def test_the_config_states_the_dtype_of_most_numbers(plan: Planning, parents: Path):
+    for who in ("cos", "fmt"):
+        write_model(parents / who, {**weights(who), "model.norm.weight": torch.ones(16)})
+    layout = plan(recipe=EVEN, grid="").points[0].layout
+    (shard,) = layout.shards
+    assert layout.config["torch_dtype"] == "bfloat16"
+    assert {tensor.name for tensor in shard.tensors if tensor.dtype == "F32"} == {"model.norm.weight"}
+
+
 def test_a_window_that_is_not_used_does_not_matter(plan: Planning, parents: Path):
     write_model(parents / "fmt", weights("fmt"), config={"sliding_window": 4096, "use_sliding_window": False})
     plan()
@@ -248,6 +343,115 @@ def test_tokenizers_that_differ_are_refused_with_the_token(plan: Planning, paren
     )
     recipe = EVEN + "  tokenizer_source: fmt\n"
     assert plan(recipe=recipe, grid="").points[0].layout.tokenizer_from == "fmt"
+
+
+PIECES = ("<unk>", "▁the", "▁a")
+
+
+def sentencepiece(*pieces: str) -> bytes:
+    """A ModelProto: field 1, each a message whose field 1 is the piece."""
+    messages = [bytes([0x0A, len(piece.encode())]) + piece.encode() for piece in pieces]
+    return b"".join(bytes([0x0A, len(message)]) + message for message in messages)
+
+
+def tekken(*tokens: bytes) -> bytes:
+    vocabulary = [{"rank": at, "token_bytes": base64.b64encode(token).decode()} for at, token in enumerate(tokens)]
+    return json.dumps({"config": {"default_num_special_tokens": 3}, "vocab": vocabulary}).encode()
+
+
+def tiktoken(*tokens: bytes) -> bytes:
+    return b"".join(base64.b64encode(token) + b" %d\n" % at for at, token in enumerate(tokens))
+
+
+OTHER_TOKENIZERS: dict[str, tuple[dict[str, bytes], dict[str, bytes], str]] = {
+    "sentencepiece": (
+        {"tokenizer.model": sentencepiece(*PIECES)},
+        {"tokenizer.model": sentencepiece(*PIECES[::-1])},
+        "token '<unk>' is 0 and 2",
+    ),
+    "sentencepiece, not readable": (
+        {"spiece.model": b"\x0a\x05one"},
+        {"spiece.model": b"\x0a\x05two"},
+        "the bytes of spiece.model, which cannot be read as a vocabulary",
+    ),
+    "ids of vocab.json": ({"vocab.json": b'{"a":0,"b":1}'}, {"vocab.json": b'{"a":1,"b":0}'}, "token 'a' is 0 and 1"),
+    "merges.txt": (
+        {"vocab.json": b'{"a":0,"b":1}', "merges.txt": b"#version: 0.2\na b\nb a\n"},
+        {"vocab.json": b'{"a":0,"b":1}', "merges.txt": b"b a\na b\n"},
+        "merge 0 is 'a b' and 'b a'",
+    ),
+    "added tokens": (
+        {"vocab.json": b'{"a":0}', "added_tokens.json": b'{"<x>": 1}'},
+        {"vocab.json": b'{"a":0}', "tokenizer_config.json": b'{"added_tokens_decoder": {"2": {"content": "<x>"}}}'},
+        "token '<x>' is 1 and 2",
+    ),
+    "vocab.txt": ({"vocab.txt": b"a\nb\n"}, {"vocab.txt": b"a\nc\n"}, "token 'b' is 1 and missing"),
+    "tiktoken": (
+        {"qwen.tiktoken": tiktoken(b"a", b"b")},
+        {"qwen.tiktoken": tiktoken(b"b", b"a")},
+        "token 'a' is 0 and 1",
+    ),
+    "tiktoken of Llama 3": (
+        {"tokenizer.model": tiktoken(b"a", b" b")},
+        {"tokenizer.model": tiktoken(b"a", b" c")},
+        "'Ġb' is 1 and missing",
+    ),
+    "tekken": ({"tekken.json": tekken(b"a", b"b")}, {"tekken.json": tekken(b"b", b"a")}, "token 'a' is 3 and 4"),
+    "two kinds": (
+        {"tokenizer.json": b'{"model": {"vocab": {"<unk>": 0, "\\u2581a": 1, "\\u2581the": 2, "more": 3}}}'},
+        {"tokenizer.model": sentencepiece(*PIECES)},
+        "token '▁a' is 1 and 2",
+    ),
+    "merges of tokenizer.json": (
+        {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a b", "c d"]}}'},
+        {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": [["a", "b"], ["d", "c"]]}}'},
+        "merge 1 is 'c d' and 'd c'",
+    ),
+}
+
+
+def write_tokenizers(parents: Path, cos: dict[str, bytes], fmt: dict[str, bytes]) -> None:
+    for who, files in (("cos", cos), ("fmt", fmt)):
+        (parents / who / "tokenizer.json").unlink()
+        for name, data in files.items():
+            (parents / who / name).write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", OTHER_TOKENIZERS)
+def test_tokenizers_of_every_format_are_compared(kind: str, plan: Planning, parents: Path):
+    cos, fmt, difference = OTHER_TOKENIZERS[kind]
+    write_tokenizers(parents, cos, fmt)
+    line = refusal(plan)
+    assert "the tokenizers of cos and fmt differ" in line
+    assert f"{difference}); say whose to take with `tokenizer_source: PARENT`" in line
+    plan(recipe=EVEN + "  tokenizer_source: fmt\n", grid="")
+
+
+@pytest.mark.parametrize(
+    ("cos", "fmt"),
+    [
+        ({"spiece.model": b"\x0a\x05one"}, {"spiece.model": b"\x0a\x05one"}),
+        ({"tokenizer.model": sentencepiece(*PIECES)}, {"tokenizer.model": sentencepiece(*PIECES), "merges.txt": b"a"}),
+        (
+            {"tokenizer.json": b'{"model": {"vocab": {"<unk>": 0, "\\u2581the": 1, "\\u2581a": 2, "more": 3}}}'},
+            {"tokenizer.model": sentencepiece(*PIECES)},
+        ),
+        (
+            {"tokenizer.json": b'{"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": 1, "content": "<x>"}]}'},
+            {"vocab.json": b'{"a": 0}', "added_tokens.json": b'{"<x>": 1}'},
+        ),
+        (
+            {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}'},
+            {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": [["a", "b"]]}}'},
+        ),
+    ],
+    ids=["not readable, equal", "sentencepiece", "two kinds", "BPE of two kinds", "merges in two spellings"],
+)
+def test_vocabularies_that_agree_pass_in_whatever_format(
+    cos: dict[str, bytes], fmt: dict[str, bytes], plan: Planning, parents: Path
+):
+    write_tokenizers(parents, cos, fmt)
+    plan()
 
 
 def test_a_tokenizer_that_only_one_parent_has_disagrees_with_nobody(plan: Planning, parents: Path):
@@ -272,17 +476,25 @@ def test_shapes_that_differ_are_shown_side_by_side(plan: Planning, parents: Path
     )
 
 
+def test_shapes_are_refused_before_configs_because_no_setting_helps(plan: Planning, parents: Path):
+    tensors = {**weights("fmt"), EMBEDDINGS: torch.ones(64, HIDDEN).bfloat16()}
+    write_model(parents / "fmt", tensors, config={"vocab_size": 64})
+    assert f"tensor {EMBEDDINGS} is [48, 16] in cos and [64, 16] in fmt" in refusal(plan)
+    assert f"tensor {EMBEDDINGS} is [48, 16] in cos and [64, 16] in fmt" in refusal(plan, config_from="cos")
+
+
 def test_other_architectures_are_refused(plan: Planning, parents: Path):
     write_model(parents / "fmt", weights("fmt"), config={"model_type": "llama"})
     assert refusal(plan) == "job.yaml:5: cos is a qwen2, fmt a llama; parents share one architecture"
 
 
-@pytest.mark.parametrize("kind", ["float8_e4m3fn", "mixed"])
-def test_dtypes_that_cannot_be_merged_are_refused(kind: str, plan: Planning, parents: Path):
-    for who in ("cos", "fmt"):
-        dtype = torch.float8_e4m3fn if kind != "mixed" else torch.int8 if who == "cos" else torch.int16
+def test_integers_of_two_kinds_are_refused(plan: Planning, parents: Path):
+    for who, dtype in (("cos", torch.int8), ("fmt", torch.int16)):
         write_model(parents / who, {**weights(who), "table": torch.zeros(2).to(dtype)})
-    assert "job.yaml:5: tensor table is stored as " in refusal(plan)
+    assert refusal(plan) == (
+        "job.yaml:5: tensor table is stored as I16 and I8; integers are copied, not merged: store it in one dtype in"
+        " all parents"
+    )
 
 
 def test_parents_without_numbers_are_refused(plan: Planning, parents: Path):

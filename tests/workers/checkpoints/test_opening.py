@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from jobs.errors import BadInput, CorruptData, MergeyardError, ObjectMissing
 from workers.checkpoints.dtypes import TORCH_NAMES
-from workers.checkpoints.opening import LARGEST_CONFIG, LARGEST_INDEX, layer_index, open_checkpoint
+from workers.checkpoints.opening import LARGEST_CONFIG, LARGEST_INDEX, open_checkpoint
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
     TensorHeader,
@@ -320,27 +320,13 @@ def test_a_checkpoint_in_several_files_is_opened_through_its_index(folder: Folde
             ),
             "tokenizer.json": b"{}",
         },
-        {"model_type": "qwen2", "num_hidden_layers": 7},
+        {"model_type": "qwen2"},
     )
     checkpoint = open_checkpoint(str(path), "cos")
     assert checkpoint.shapes == {"x": (2,), "y": (3,)}
     assert [file.key for file in checkpoint.files] == [f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
     assert (checkpoint.tensors["x"].file, checkpoint.tensors["y"].file) == (0, 1)
-    assert checkpoint.layers == 7
     assert checkpoint.side_files.keys() == {"tokenizer.json"}
-
-
-def test_layers_are_counted_from_names_when_the_config_is_silent(folder: Folder):
-    tensors = {f"model.layers.{number}.w": torch.ones(1) for number in (0, 9, 10)}
-    assert open_checkpoint(str(folder({"model.safetensors": tensors})), "cos").layers == 11
-
-
-@pytest.mark.parametrize(
-    ("tensor", "layer"),
-    [("model.layers.12.mlp.up_proj.weight", 12), ("model.embed_tokens.weight", None), ("transformer.h.0.ln_1.bias", 0)],
-)
-def test_the_layer_is_the_first_number_in_a_name(tensor: str, layer: int | None):
-    assert layer_index(tensor) == layer
 
 
 BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], str]] = {
@@ -443,7 +429,31 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
         {"model.safetensors": ONE},
         {"model_type": "qwen2", "quantization_config": {"quant_method": "gptq"}},
         BadInput,
-        "quantised weights cannot be merged; give the checkpoint they came from",
+        "quantised weights (gptq) cannot be merged; give the checkpoint that they were made from",
+    ),
+    "quantised inside": (
+        {"model.safetensors": ONE},
+        {"thinker_config": {"text_config": {"quantization_config": {"quant_method": "fp8"}}}},
+        BadInput,
+        "quantised weights (fp8) cannot be merged",
+    ),
+    "quantised by compressed-tensors of old": (
+        {"model.safetensors": ONE},
+        {"compression_config": {"format": "pack-quantized"}},
+        BadInput,
+        "quantised weights (pack-quantized) cannot be merged",
+    ),
+    "quantised, and a shard is missing": (
+        {"model.safetensors.index.json": index(x="model-1.safetensors")},
+        {"quantization_config": {"quant_method": "awq"}},
+        BadInput,
+        "quantised weights (awq) cannot be merged",
+    ),
+    "quantised, by a file beside": (
+        {"model.safetensors": ONE, "quantize_config.json": b"{}"},
+        None,
+        BadInput,
+        "quantised weights (quantize_config.json) cannot be merged",
     ),
     "no config": ({"model.safetensors": ONE}, False, BadInput, "no config.json there"),
     "config that is a list": ({"model.safetensors": ONE}, [1], CorruptData, "a JSON object was expected"),
@@ -456,6 +466,37 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
         "it is truncated or has a tail",
     ),
 }
+
+
+UNSAID: dict[str, dict[str, torch.Tensor]] = {
+    "FP8": {"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)},
+    "FP8 with scales": {
+        "a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn),
+        "a.weight_scale_inv": torch.ones(1),
+    },
+    "GPTQ": {"a.qweight": torch.zeros(2, 2, dtype=torch.int32), "a.scales": torch.ones(2)},
+    "bitsandbytes in 8 bits": {"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.SCB": torch.ones(2)},
+    "bitsandbytes in 4 bits": {"a.weight": torch.zeros(2, 1, dtype=torch.uint8), "a.weight.absmax": torch.ones(2)},
+    "int8 of an own kind": {"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.weights_scale": torch.ones(2)},
+    "MXFP4": {"a.up_blocks": torch.zeros(2, 2, dtype=torch.uint8), "a.up_scales": torch.zeros(2, dtype=torch.uint8)},
+}
+
+
+@pytest.mark.parametrize("kind", UNSAID)
+def test_quantised_weights_are_named_where_no_config_states_them(kind: str, folder: Folder):
+    path = folder({"model.safetensors": ONE | UNSAID[kind]})
+    with pytest.raises(BadInput, match=r"parent cos \(.*\): quantised weights \(a\..* is .*\) cannot be merged; give"):
+        open_checkpoint(str(path), "cos")
+
+
+def test_masks_and_indices_of_plain_models_are_not_quantised(folder: Folder):
+    tensors = {
+        "h.0.attn.bias": torch.ones(1, 1, 4, 4, dtype=torch.uint8),
+        "h.0.attn.c_attn.weight": torch.ones(2, 2),
+        "block.0.attn.relative_position_index": torch.zeros(4, 4, dtype=torch.int64),
+        "block.0.attn.logit_scale": torch.ones(2),
+    }
+    assert open_checkpoint(str(folder({"model.safetensors": tensors})), "cos").tensors.keys() == tensors.keys()
 
 
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
