@@ -20,8 +20,20 @@ from jobs.evaluate import Alpha, Count, Evaluation, evaluation_schema, read_eval
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
 from jobs.merge_tasks import digest
-from jobs.recipe import Recipe, recipe_schema, recipe_template
-from jobs.specs import AtLeast, Between, Bytes, Key, NotNegative, Reads, document_of, keys_at, read_spec, schema_of
+from jobs.recipe import Recipe, plain_recipe, recipe_schema, recipe_template
+from jobs.specs import (
+    AtLeast,
+    Between,
+    Bytes,
+    Key,
+    NotNegative,
+    Reads,
+    document_of,
+    fields_of,
+    keys_at,
+    read_spec,
+    schema_of,
+)
 from jobs.yaml_nodes import Node, load_document, quoted, suggestion
 
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
@@ -120,7 +132,7 @@ class Job:
         "name and URL or path of each checkpoint",
     ]
     recipe: Annotated[
-        Mapping[str, Any], Reads(Node.plain, recipe_schema), "a mergekit document with ${axis} placeholders"
+        Mapping[str, Any], Reads(plain_recipe, recipe_schema), "a mergekit document with ${axis} placeholders"
     ] = field(compare=False, repr=False)
     grid: Annotated[Mapping[str, Any] | None, Reads(Node.plain, grid_schema), "values of the axes"] = field(
         default=None, compare=False, repr=False
@@ -194,6 +206,7 @@ def load_job(text: str, name: str, output: str | None = None) -> Job:
 
 def read_job(node: Node, output: str | None = None) -> Job:
     """The job at `node`, the root of a document."""
+    node = node.without_anchors([field.name for field in fields_of(Job)])
     given: dict[str, Any] = {} if output is None else {"output": output}
     keys = keys_at(Job, node, given)
     given |= {"points": _points(keys), "source": node.document, "places": _places(keys)}
@@ -213,7 +226,7 @@ def load_merge_document(text: str, name: str, output: str) -> Job:
         parents={reference: reference for reference in references},
         points=(point,),
         output=output,
-        recipe=node.plain(),
+        recipe=plain_recipe(node),
         source=name,
         places={f"parents.{name}": _place_of_reference(point.recipe, name) for name in references},
     )

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template, template
-from jobs.yaml_nodes import Node, quoted, suggestion
+from jobs.yaml_nodes import NUMBER, Node, quoted, suggestion
 
 Scalar = Fraction | bool | str
 Gradient = tuple[Fraction, ...]
@@ -29,6 +29,7 @@ KEYS = {
     "out_dtype": "of the output, in place of `dtype`",
     "tokenizer_source": "the model whose tokenizer is copied",
     "chat_template": "a template in place of the tokenizer's: `auto`, a name or Jinja text",
+    "name": "a label, which is not used",
 }
 """The keys of a recipe and their meanings."""
 DTYPES = ("float32", "float16", "bfloat16")
@@ -189,13 +190,20 @@ def recipe_template(node: Node) -> RecipeTemplate:
     for key, remedy in REFUSED_KEYS.items():
         if isinstance(node.value, Mapping) and key in node.value:
             raise node.value[key].error(f"`{key}:` is not accepted: {remedy}")
+    node = node.without_anchors(KEYS)
     keys = {
         key: value for key, value in node.mapping(KEYS, ("merge_method", "models")).items() if value.kind != "nothing"
     }
     reader = _Reader()
-    texts = {key: reader.text(keys[key]) for key in _TEXT_KEYS if key in keys}
+    texts = {
+        key: reader.text(_model_name(keys[key]) if key in _MODEL_KEYS else keys[key])
+        for key in _TEXT_KEYS
+        if key in keys
+    }
     if "merge_method" not in texts or "models" not in keys:
         raise node.error('"merge_method" and "models" must have a value')
+    if "name" in keys:
+        keys["name"].string()
     models = tuple(reader.source(model) for model in keys["models"].sequence())
     parameters, parameter_places = reader.parameters(keys.get("parameters"))
     return RecipeTemplate(
@@ -207,6 +215,11 @@ def recipe_template(node: Node) -> RecipeTemplate:
         places={key: value.place for key, value in keys.items()} | parameter_places,
         placeholders=tuple(reader.placeholders),
     )
+
+
+def plain_recipe(node: Node) -> Any:
+    """The recipe at `node` as plain data, without the keys that only hold anchors."""
+    return node.without_anchors(KEYS).plain()
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -221,9 +234,13 @@ def recipe_schema() -> dict[str, Any]:
     }
     setting = {"anyOf": [*value["anyOf"], filtered, {"type": "array", "items": filtered, "minItems": 1}]}
     parameters = {"type": ["object", "null"], "additionalProperties": setting}
+    named = {"type": "string", "minLength": 1}
+    path = {"type": "object", "properties": {"path": named, "revision": {"type": ["string", "null"]}}}
+    long = {"type": "object", "properties": {"model": {"anyOf": [named, path]}}, "required": ["model"]}
+    reference = {"anyOf": [named, long]}
     model = {
         "type": "object",
-        "properties": {"model": {"type": "string", "minLength": 1}, "parameters": parameters},
+        "properties": {"model": reference, "parameters": parameters},
         "required": ["model"],
         "additionalProperties": False,
     }
@@ -232,6 +249,7 @@ def recipe_schema() -> dict[str, Any]:
         "merge_method": {"type": "string", "minLength": 1},
         "models": {"type": "array", "items": model, "minItems": 1},
         "parameters": parameters,
+        "base_model": {"anyOf": [*reference["anyOf"], {"type": "null"}]},
         "dtype": dtype,
         "out_dtype": dtype,
         "chat_template": {"anyOf": [{"enum": [*CHAT_TEMPLATES, None]}, {"type": "string", "pattern": _JINJA.pattern}]},
@@ -247,6 +265,8 @@ def recipe_schema() -> dict[str, Any]:
 
 _JINJA = re.compile(r"\{[{%]")
 _TEXT_KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source")
+
+_MODEL_KEYS = ("base_model", "tokenizer_source")
 
 
 class _Reader:
@@ -266,13 +286,13 @@ class _Reader:
 
     def source(self, node: Node) -> _SourceTemplate:
         """One entry of `models:`."""
-        keys = node.mapping(("model", "parameters"), ("model",))
-        if keys["model"].kind == "mapping":
-            raise keys["model"].error(
-                "a model is named by a string; adapters and architecture overrides are not accepted"
+        if isinstance(node.value, Mapping) and "revision" in node.value:
+            raise node.value["revision"].error(
+                "`revision:` stands after the model's name: write `model: organisation/name@revision`"
             )
+        keys = node.mapping(("model", "parameters"), ("model",))
         parameters, places = self.parameters(keys.get("parameters"))
-        return _SourceTemplate(self.text(keys["model"]), parameters, keys["model"].place, places)
+        return _SourceTemplate(self.text(_model_name(keys["model"])), parameters, keys["model"].place, places)
 
     def parameters(self, node: Node | None) -> tuple[dict[str, _Slot], dict[str, str]]:
         """The settings by name, and where each stands."""
@@ -301,12 +321,41 @@ class _Reader:
             return tuple(self._gradient_value(entry) for entry in node.sequence())
         if node.kind == "number":
             return node.number()
-        return node.boolean() if node.kind == "boolean" else self.text(node)
+        if node.kind == "boolean":
+            return node.boolean()
+        number = _number_in_quotes(node)
+        return self.text(node) if number is None else number
 
     def _gradient_value(self, node: Node) -> Fraction | Template:
         if node.kind == "string" and isinstance(parsed := self.text(node), Template):
             return parsed
-        return node.number()
+        number = _number_in_quotes(node)
+        return node.number() if number is None else number
+
+
+def _model_name(node: Node) -> Node:
+    """The text of a model, also of mergekit's long form `{model: {path: NAME, revision: REVISION}}`."""
+    if node.kind != "mapping":
+        return node
+    refused = {"lora": "a LoRA adapter is not applied: merge it into its base first, and name the result"}
+    refused["override_architecture"] = "an architecture is not overridden: take the key out"
+    for key, remedy in refused.items():
+        value = node.mapping().get(key)
+        if value is not None and value.kind != "nothing":
+            raise value.error(f"`{key}:` is not accepted: {remedy}")
+    name = node.mapping(("model", *refused), ("model",))["model"]
+    if name.kind != "mapping":
+        return name
+    parts = name.mapping(("path", "revision"), ("path",))
+    if "revision" not in parts or parts["revision"].kind == "nothing":
+        return parts["path"]
+    return replace(parts["path"], value=f"{parts['path'].string()}@{parts['revision'].string()}")
+
+
+def _number_in_quotes(node: Node) -> Fraction | None:
+    """The number of `"0.5"`, which mergekit takes as well."""
+    text = node.string() if node.kind == "string" else ""
+    return replace(node, value=text.strip(), quoted=False).number() if NUMBER.fullmatch(text.strip()) else None
 
 
 def _bound_text(text: str | Template, bindings: Bindings) -> str:

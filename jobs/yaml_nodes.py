@@ -1,8 +1,9 @@
 """YAML text → `Node`: a cursor that knows its value, its path and the line it stands on.
 
-Strict where a slip would be costly: no anchors, aliases, merge keys, tags or second documents, no key twice, at most
-1 MiB and 32 levels. Numbers are read as YAML 1.2 reads them (`1e-6` is a number, `012` is 12, `1:30` is text) and stay
-exact: `0.7` is `Fraction(7, 10)`. Booleans are PyYAML's (`true/false`, `yes/no`, `on/off`). Dates are text.
+Strict where a slip would be costly: no tags or second documents, no key twice, at most 1 MiB and 32 levels. Anchors,
+aliases and merge keys are taken as YAML 1.1 has them; aliases repeat at most 100,000 values. Numbers are read as YAML
+1.2 reads them (`1e-6` is a number, `012` is 12, `1:30` is text) and stay exact: `0.7` is `Fraction(7, 10)`. Booleans
+are PyYAML's (`true/false`, `yes/no`, `on/off`). Dates are text.
 Every refusal is a `BadInput` that begins with `job.yaml:14: `.
 """
 
@@ -12,7 +13,7 @@ import difflib
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, Literal, NoReturn
@@ -23,6 +24,7 @@ from jobs.errors import BadInput
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
+MAX_REPEATED = 100_000
 NULLS = frozenset({"", "~", "null", "Null", "NULL"})
 BOOLEANS = {
     spelling: value
@@ -62,6 +64,7 @@ class Node:
     """One value of the document. `line` is the line of its key, or of the value itself inside a list.
 
     `value` is the scalar's text, the list's nodes or the mapping's nodes by key; `quoted` tells `"0.7"` from `0.7`.
+    An alias is the node of its anchor, with the anchor's path and line. `repeated` says that an alias repeats it.
     """
 
     value: str | tuple[Node, ...] | Mapping[str, Node]
@@ -69,6 +72,7 @@ class Node:
     document: str
     line: int
     path: str
+    repeated: bool = field(default=False, compare=False)
 
     @property
     def place(self) -> str:
@@ -106,6 +110,12 @@ class Node:
             if key not in self.value:
                 raise self.error(f"{self._subject()} needs the key {quoted(key)}")
         return self.value
+
+    def without_anchors(self, known: Collection[str]) -> Node:
+        """This mapping without unknown keys such as `x: &settings {…}`, whose value is there to be repeated."""
+        if not isinstance(self.value, Mapping):
+            return self
+        return replace(self, value={key: node for key, node in self.value.items() if key in known or not node.repeated})
 
     def sequence(self) -> tuple[Node, ...]:
         """The nodes of a list that is not empty."""
@@ -272,6 +282,10 @@ class _Composer:
     """Turns the parser's events into nodes; refuses the cases of the module's docstring before they cost memory."""
 
     def __init__(self, text: str, name: str) -> None:
+        self._text = text
+        self._anchors: dict[str, Node] = {}
+        self._sizes: dict[str, int] = {}
+        self._read = self._repeated = 0
         loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml where PyYAML has it: 10 × faster
         self._events: Iterator[Any] = yaml.parse(text, Loader=loader)
         self._name = name
@@ -290,12 +304,37 @@ class _Composer:
         return node
 
     def _node(self, event: Any, line: int, path: str, depth: int) -> Node:
+        if isinstance(event, yaml.AliasEvent):
+            return self._aliased(event, depth)
         self._check(event, depth)
+        before = self._read + self._repeated
+        self._read += 1
+        repeated = event.anchor is not None and f"*{event.anchor}" in self._text
+        value: str | tuple[Node, ...] | Mapping[str, Node]
         if isinstance(event, yaml.ScalarEvent):
-            return Node(str(event.value), bool(event.style), self._name, line, path)
-        if isinstance(event, yaml.SequenceStartEvent):
-            return Node(tuple(self._elements(path, depth)), False, self._name, line, path)
-        return Node(self._entries(path, depth), False, self._name, line, path)
+            value = str(event.value)
+        elif isinstance(event, yaml.SequenceStartEvent):
+            value = tuple(self._elements(path, depth))
+        else:
+            value = self._entries(path, depth)
+        quoted = isinstance(event, yaml.ScalarEvent) and bool(event.style)
+        node = Node(value, quoted, self._name, line, path, repeated)
+        if event.anchor is not None:
+            self._anchors[event.anchor] = node
+            self._sizes[event.anchor] = self._read + self._repeated - before
+        return node
+
+    def _aliased(self, event: Any, depth: int) -> Node:
+        place = f"{self._name}:{event.start_mark.line + 1}"
+        if event.anchor not in self._anchors:
+            raise BadInput(f"{place}: no value above is marked &{event.anchor}; mark it, or write the value out")
+        self._repeated += self._sizes[event.anchor]
+        if self._repeated > MAX_REPEATED:
+            raise BadInput(f"{place}: aliases repeat more than {MAX_REPEATED:,} values; write fewer")
+        node = self._anchors[event.anchor]
+        if depth + _height(node) > MAX_DEPTH:
+            raise BadInput(f"{place}: nested more than {MAX_DEPTH} levels deep")
+        return node
 
     def _elements(self, path: str, depth: int) -> Iterator[Node]:
         index = 0
@@ -305,32 +344,47 @@ class _Composer:
 
     def _entries(self, path: str, depth: int) -> dict[str, Node]:
         entries: dict[str, Node] = {}
+        merged: dict[str, Node] = {}
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             line = event.start_mark.line + 1
             key = self._key(event, line, depth)
+            if key == "<<" and not event.style:
+                merged = {**self._merged(line, path, depth), **merged}
+                continue
             if key in entries:
                 first = entries[key].line
                 raise BadInput(f"{self._name}:{line}: the key {quoted(key)} stands here twice (first on line {first})")
             entries[key] = self._node(next(self._events), line, f"{path}.{key}" if path else key, depth + 1)
-        return entries
+        return {**merged, **entries}
+
+    def _merged(self, line: int, path: str, depth: int) -> Mapping[str, Node]:
+        """The entries under a merge key: of one mapping, or of several, where the first with a key gives its value."""
+        node = self._node(next(self._events), line, f"{path}.<<" if path else "<<", depth + 1)
+        merged: dict[str, Node] = {}
+        for part in reversed(node.value) if isinstance(node.value, tuple) else (node,):
+            if not isinstance(part.value, Mapping):
+                raise BadInput(f"{self._name}:{line}: a merge key (<<) takes a mapping, or a list of mappings")
+            merged |= part.value
+        return merged
 
     def _key(self, event: Any, line: int, depth: int) -> str:
-        self._check(event, depth)
         if not isinstance(event, yaml.ScalarEvent):
             raise BadInput(f'{self._name}:{line}: a key must be a word; put placeholders such as "${{w}}" in quotes')
-        key = str(event.value)
-        if not event.style and key == "<<":
-            raise BadInput(f"{self._name}:{line}: merge keys (<<) are not accepted; write the keys out")
-        return key
+        self._check(event, depth)
+        return str(event.value)
 
     def _check(self, event: Any, depth: int) -> None:
         place = f"{self._name}:{event.start_mark.line + 1}"
-        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
-            raise BadInput(f"{place}: anchors and aliases (& and *) are not accepted; write the value out")
         if event.tag is not None:
             raise BadInput(f"{place}: the tag {quoted(event.tag)} is not accepted; take it out")
         if depth > MAX_DEPTH:
             raise BadInput(f"{place}: nested more than {MAX_DEPTH} levels deep")
+
+
+def _height(node: Node) -> int:
+    """Levels below a node."""
+    parts = () if isinstance(node.value, str) else node.value if isinstance(node.value, tuple) else node.value.values()
+    return max((1 + _height(part) for part in parts), default=0)
 
 
 def _hint(text: str, line: int) -> str:

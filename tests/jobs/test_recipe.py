@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from jobs.errors import BadInput
-from jobs.recipe import Filtered, Recipe, recipe_template, setting_at
+from jobs.recipe import Filtered, Recipe, plain_recipe, recipe_template, setting_at
 from jobs.yaml_nodes import load_document
 
 TIES = """\
@@ -191,7 +191,14 @@ def test_a_bare_filter_is_a_list_of_one() -> None:
         ("merge_method: linear\nmodels: []\n", 'recipe.yml:2: "models" is an empty list'),
         ("merge_method: linear\nmodels: [a]\n", 'recipe.yml:2: "models[0]" must be a mapping, not a string "a"'),
         ("merge_method: linear\nmodels:\n- {parameters: {}}\n", 'recipe.yml:3: "models[0]" needs the key "model"'),
-        ("merge_method: linear\nmodels:\n- model: {model: a}\n", "recipe.yml:3: a model is named by a string"),
+        (
+            "merge_method: linear\nmodels:\n- {model: a, revision: old}\n",
+            "recipe.yml:3: `revision:` stands after the model's name: write `model: organisation/name@revision`",
+        ),
+        (
+            "merge_method: linear\nmodels:\n- model: {model: a, lora: b}\n",
+            "recipe.yml:3: `lora:` is not accepted: a LoRA adapter is not applied: merge it into its base first",
+        ),
         ("merge_method: linear\nmodels:\n- {model: a, weight: 1}\n", 'recipe.yml:3: unknown key "weight"'),
         (two_models("parameters: [1]\n"), 'recipe.yml:5: "parameters" must be a mapping, not a list'),
         (two_models("parameters: {t: []}\n"), 'recipe.yml:5: "parameters.t" is an empty list'),
@@ -254,3 +261,32 @@ def test_a_gradient_of_one_value_a_layer_gives_each_layer_its_own(layers: int) -
     gradient = tuple(Fraction(index * index, 7) for index in range(layers))
     for index in range(layers):
         assert setting_at(gradient, tensor_name="x", position=index / (layers - 1)) == gradient[index]
+
+
+def test_numbers_in_quotes_are_numbers_as_in_mergekit() -> None:
+    quoted = read(two_models('parameters: {weight: "0.75", t: [" .5 ", 1], x: [{filter: a, value: "+3e-1"}]}\n'))
+    plain = read(two_models("parameters: {weight: 0.75, t: [.5, 1], x: [{filter: a, value: +3e-1}]}\n"))
+    assert quoted == plain
+    assert quoted.parameters["weight"] == Fraction(3, 4)
+
+
+def test_a_number_in_quotes_has_the_limits_of_a_number() -> None:
+    assert "out of range" in refusal(two_models('parameters: {weight: "1e999999999"}\n'))
+
+
+def test_a_name_is_taken_and_not_used() -> None:
+    assert read("name: soup\n" + two_models()) == read(two_models())
+
+
+def test_the_long_form_of_a_model_is_its_name_and_revision() -> None:
+    recipe = read(two_models(second="{model: {path: b/c, revision: v1}, lora: null}") + "base_model: {model: a}\n")
+    assert recipe.references() == ("a", "b/c@v1")
+    assert recipe.base_model == "a"
+
+
+def test_a_key_of_any_name_may_hold_what_an_alias_repeats() -> None:
+    repeated = "x: &half {weight: 0.5}\nmerge_method: linear\nmodels:\n- {model: a, parameters: *half}\n- model: b\n"
+    node = load_document(repeated, "recipe.yml")
+    assert recipe_template(node).bind({}).models[0].parameters == {"weight": Fraction(1, 2)}
+    assert "x" not in plain_recipe(node)
+    assert 'unknown key "x"' in refusal(repeated.replace("*half", "{weight: 0.5}"))

@@ -8,6 +8,7 @@ from fractions import Fraction
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -133,13 +134,14 @@ def test_missing_key_is_named() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: &x 1\nb: *x\n", "job.yaml:1: anchors and aliases"),
-        ("a: 1\nb: *x\n", "job.yaml:2: anchors and aliases"),
+        ("a: 1\nb: *x\n", "job.yaml:2: no value above is marked &x; mark it, or write the value out"),
+        ("a: &x [1, *x]\n", "job.yaml:1: no value above is marked &x"),
+        ("a: &x " + "[" * 20 + "]" * 20 + "\nb: " + "[" * 20 + "*x" + "]" * 20, "job.yaml:2: nested more than 32"),
         ("a: 1\na: 2\n", 'job.yaml:2: the key "a" stands here twice (first on line 1)'),
         ("a: !!python/object/apply:os.system [ls]\n", "job.yaml:1: the tag"),
         ("a: !x 1\n", "job.yaml:1: the tag"),
         ("a: 1\n---\nb: 2\n", "job.yaml:2: a second document"),
-        ("a:\n  <<: {b: 1}\n", "job.yaml:2: merge keys"),
+        ("a:\n  <<: 1\n", "job.yaml:2: a merge key (<<) takes a mapping, or a list of mappings"),
         ("a: 1\n? [1, 2]\n: 3\n", "job.yaml:2: a key must be a word"),
         ("a: 1\n b: 2\n", "job.yaml:2: not YAML: "),
         ("a: [1, 2\nb: 3\n", "job.yaml:2: not YAML: "),
@@ -168,8 +170,23 @@ def test_the_aliases_bomb_is_refused_before_it_grows() -> None:
     bomb = "a: &a [x, x]\n" + "".join(
         f"{chr(98 + i)}: &{chr(98 + i)} [*{chr(97 + i)}, *{chr(97 + i)}]\n" for i in range(20)
     )
-    with pytest.raises(BadInput, match=r"^job\.yaml:1: anchors"):
+    with pytest.raises(BadInput, match=r"^job\.yaml:15: aliases repeat more than 100,000 values"):
         load_document(bomb, "job.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &x {b: 1, c: [2, z]}\nd: *x\ne: [*x, 3]\n",
+        "a: &x {b: 1}\nd: {c: 2, <<: *x}\n",
+        "a: &x {b: 1}\nd: {<<: *x, b: 2}\n",
+        "a: {<<: [{b: 1}, {b: 2, c: 3}]}\n",
+        "a: &x {b: &y [1]}\nc: {<<: *x, d: *y}\n",
+        'a: {"<<": 1}\n',
+    ],
+)
+def test_anchors_and_merge_keys_are_read_as_pyyaml_reads_them(text: str) -> None:
+    assert load_document(text, "job.yaml").plain() == yaml.safe_load(text)
 
 
 @pytest.mark.parametrize(
