@@ -174,6 +174,7 @@ class Job:
     seed: Annotated[int, AtLeast(0, MAX_SEED), "seed of random methods and items"] = 0
     numerics: Annotated[Literal["float32", "mergekit"], "arithmetic of the merge"] = "float32"
     config_from: Annotated[str | None, "parent whose config.json holds where parents disagree"] = None
+    copy_code: Annotated[bool, "whether points get the parents' files of code"] = False
     source: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
@@ -184,6 +185,8 @@ class Job:
             for entry in dataclasses.fields(self)
             if entry.name not in NOT_IN_DIGEST
         }
+        if not self.copy_code:
+            del content["copy_code"]  # digests of jobs from before this key stay
         return digest(content)
 
     def document(self) -> dict[str, Any]:

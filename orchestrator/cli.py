@@ -108,6 +108,12 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument(
         "--config-from", metavar="MODEL", help="take config.json from this model if the parents disagree"
     )
+    merge.add_argument(
+        "--copy-code",
+        "--trust-remote-code",
+        action="store_true",
+        help="also copy the parents' files of code, such as modeling_*.py; none is run",
+    )
     _quiet(merge)
 
     report = _verb(verbs, "report", "print the leaderboard of a run and write its page")

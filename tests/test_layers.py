@@ -104,6 +104,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/checkpoints",
         "workers/methods",
         "workers/merging",
+        "orchestrator/words.py",
         "orchestrator/records",
     ),
     "orchestrator/cluster": (

@@ -32,6 +32,7 @@ def merge(options: argparse.Namespace) -> int:
         seed=options.random_seed,
         numerics=options.numerics,
         config_from=options.config_from,
+        copy_code=options.copy_code,
         shard_bytes=shard_bytes,
         workers=WorkerSpec(cpus=float(threads), memory_bytes=memory),
     )

@@ -22,6 +22,7 @@ from workers.benchmarks.texts.tokenizer import TOKENIZER_FILES, Tokenizer
 from workers.checkpoints.configs import STRETCHED, context_length, rope, text_fields
 from workers.checkpoints.opening import LARGEST_CONFIG
 from workers.checkpoints.safetensors import read_json
+from workers.checkpoints.side_files import is_code, is_of_tokenizer
 from workers.engines.engine import longest_scored
 from workers.storage import open_store
 
@@ -252,7 +253,7 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
 
 def _model_spec(plan: Plan, layout: Layout, sets: Sequence[PlannedSet]) -> ModelSpec:
     tokenizer = plan.parents[layout.tokenizer_from]
-    names = [name for name in tokenizer.side_files if name != "generation_config.json"]
+    names = [name for name in tokenizer.side_files if is_of_tokenizer(name) and "/" not in name and not is_code(name)]
     known = all(entry.length for entry in sets)
     return ModelSpec(
         run=plan.run_url,

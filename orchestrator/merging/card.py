@@ -42,6 +42,8 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: 
     if overflowed:
         listed = ", ".join(f"`{name}` ({elements:,})" for name, elements in overflowed.items())
         facts["NaN or infinite, finite in every parent"] = listed
+    if layout.left_out:
+        facts["Not copied from the parents"] = ", ".join(f"`{name}`" for name in layout.left_out)
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),

@@ -65,6 +65,8 @@ class RunResult:
 def drive(plan: Plan, pool: Pool, watcher: Watcher) -> RunResult:
     """Merges every kept point of the plan and returns when each has its manifest; raises errors that no retry mends."""
     ledger = Ledger(plan.run_url, plan.places)
+    for remark in plan.remarks:
+        watcher.tell(remark)
     with Lease(ledger.store, plan.places.record("lease.json"), watcher.facts) as lease:
         ledger.claim(plan.job_text(), plan.document())
         with writing():

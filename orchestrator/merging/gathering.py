@@ -18,6 +18,7 @@ from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
 from jobs.merge_tasks import Receipt
 from orchestrator.merging.card import model_card
+from orchestrator.planning.beside import side_file_without_absent_code
 from orchestrator.planning.plan import Plan, PlannedPoint
 from workers.storage import Store, open_store
 from workers.storage.records import read_record
@@ -91,16 +92,12 @@ class Gatherer:
         return earlier
 
     def _files(self, planned: PlannedPoint, overflowed: Mapping[str, int]) -> dict[str, bytes]:
-        layout, parents = planned.layout, self._plan.parents
+        layout = planned.layout
         files = {"config.json": _json(layout.config)}
         if layout.index is not None:
             files["model.safetensors.index.json"] = _json(layout.index)
-        for name in parents[layout.donor].side_files:
-            if name == "generation_config.json":
-                files[name] = self._side_file(layout.donor, name)
-        for name in parents[layout.tokenizer_from].side_files:
-            if name != "generation_config.json":
-                files[name] = self._side_file(layout.tokenizer_from, name)
+        for name, parent in layout.copied.items():
+            files[name] = side_file_without_absent_code(self._side_file(parent, name), layout.copied)
         if layout.chat_template is not None:
             files.pop("chat_template.json", None)  # a processor's older form of the same
             files["chat_template.jinja"] = layout.chat_template.encode()

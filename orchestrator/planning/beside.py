@@ -2,11 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
+from jobs.errors import BadInput
 from jobs.recipe import Recipe
 from workers.checkpoints.chat_templates import NAMED, check_template, template_of
 from workers.checkpoints.opening import Checkpoint
+from workers.checkpoints.side_files import LARGEST_SIDE_FILE, has_tokenizer, is_code, is_of_tokenizer
+
+
+def tokenizer_owner(recipe: Recipe, members: Sequence[Checkpoint], donor: str) -> str:
+    """The parent whose tokenizer the points get: the named one, else the donor, else the first that has one.
+
+    The donor if no parent has one. `BadInput` if the named one has none.
+    """
+    owners = [member.name for member in members if has_tokenizer(member.side_files)]
+    named = donor if recipe.tokenizer_source == "base" else recipe.tokenizer_source
+    if named is None:
+        return donor if donor in owners or not owners else owners[0]
+    if named not in owners:
+        remedy = f"name one that has: {', '.join(owners)}" if owners else "no parent has one, take tokenizer_source out"
+        raise BadInput(f"{recipe.place_of('tokenizer_source')}: {named} has no tokenizer; {remedy}")
+    return named
+
+
+def copied_files(
+    donor: Checkpoint, tokenizer: Checkpoint, *, code: bool
+) -> tuple[Mapping[str, Checkpoint], Mapping[str, Checkpoint]]:
+    """(the files that a point takes over, those that stay behind), each with its parent.
+
+    Files of the tokenizer come from its parent, all others from the donor. Code stays behind unless asked for, and so
+    does a file of more than `LARGEST_SIDE_FILE` bytes.
+    """
+    files = {name: donor for name in donor.side_files if not is_of_tokenizer(name)}
+    files |= {name: tokenizer for name in tokenizer.side_files if is_of_tokenizer(name)}
+    left = {
+        name: parent
+        for name, parent in files.items()
+        if (is_code(name) and not code) or parent.side_files[name].size > LARGEST_SIDE_FILE
+    }
+    return {name: parent for name, parent in files.items() if name not in left}, left
+
+
+def without_absent_code(config: Mapping[str, Any], files: Collection[str]) -> dict[str, Any]:
+    """The config without the classes of `auto_map` whose file is not among `files`.
+
+    A class of another repository, `org/name--module.Class`, stays.
+    """
+    stated = config.get("auto_map")
+    if not isinstance(stated, Mapping):
+        return {key: value for key, value in config.items() if key != "auto_map"}
+
+    def there(name: object) -> bool:
+        return isinstance(name, str) and ("--" in name or f"{name.rpartition('.')[0].replace('.', '/')}.py" in files)
+
+    kept: dict[str, Any] = {}
+    for use, names in stated.items():
+        if isinstance(names, list):  # of a tokenizer: [slow, fast], either may be null
+            names = [name if there(name) else None for name in names]
+            if any(names):
+                kept[use] = names
+        elif there(names):
+            kept[use] = names
+    return {key: kept if key == "auto_map" else value for key, value in config.items() if kept or key != "auto_map"}
+
+
+def side_file_without_absent_code(data: bytes, files: Collection[str]) -> bytes:
+    """A JSON file of a tokenizer or processor as `without_absent_code`; the same bytes if there is nothing to do."""
+    if b'"auto_map"' not in data:
+        return data
+    try:
+        config = json.loads(data)
+    except (ValueError, RecursionError):  # damaged: the libraries say so
+        return data
+    if not isinstance(config, dict) or (kept := without_absent_code(config, files)) == config:
+        return data
+    return (json.dumps(kept, indent=2) + "\n").encode()
 
 
 def chat_template(recipe: Recipe, members: Sequence[Checkpoint], tokenizer_from: str) -> str | None:

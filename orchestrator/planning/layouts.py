@@ -13,7 +13,7 @@ from jobs.errors import BadInput
 from jobs.job import Job
 from jobs.merge_tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
 from jobs.recipe import Filtered, Recipe
-from orchestrator.planning.beside import chat_template
+from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
 from orchestrator.planning.compatibility import (
     EMBEDDINGS,
     HEAD,
@@ -48,7 +48,11 @@ class Shard:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """How a checkpoint is cut into shards; all points with the same parents and dtypes share one."""
+    """How a checkpoint is cut into shards; all points with the same parents and dtypes share one.
+
+    `copied` and `left_out` are the files of the parents that a point gets, and that it does not get, by parent. With
+    `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`.
+    """
 
     shards: tuple[Shard, ...]
     representatives: tuple[TensorMerge, ...]
@@ -58,6 +62,10 @@ class Layout:
     donor: str
     tokenizer_from: str
     chat_template: str | None
+    copied: Mapping[str, str]
+    left_out: Mapping[str, str]
+    with_code: bool
+    tokenizer_stands_in: bool
 
     @cached_property
     def bytes(self) -> int:
@@ -67,7 +75,7 @@ class Layout:
     @cached_property
     def beside(self) -> str:
         """sha256 of the files beside the weights: the config, and the owner of tokenizer and generation settings."""
-        return digest([self.config, self.donor, self.tokenizer_from])
+        return digest([self.config, self.donor, self.tokenizer_from, *(["code"] if self.with_code else [])])
 
     @cached_property
     def index(self) -> dict[str, Any] | None:
@@ -124,9 +132,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     members = [parents[name] for name in recipe.references()]
     donor_name = recipe.base_model or recipe.models[0].model
     context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
-    tokenizer_from = recipe.tokenizer_source
-    if tokenizer_from in (None, "base"):
-        tokenizer_from = donor_name
+    tokenizer_from = tokenizer_owner(recipe, members, donor_name)
     check_architecture(members, recipe.place)
     dtype = recipe.out_dtype or recipe.dtype
     drops_head = job.config_from is not None and bool(text_fields(context_from.config).get("tie_word_embeddings"))
@@ -158,15 +164,21 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     stored: Counter[str] = Counter()
     for tensor in tensors:
         stored[tensor.dtype] += _floats(tensor)
+    copied, left_out = copied_files(parents[donor_name], parents[tokenizer_from], code=job.copy_code)
+    config = merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[stored.most_common(1)[0][0]])
     return Layout(
         shards=_shards(numbered, job.shard_bytes),
         representatives=representatives,
         positions=tuple(_position(tensor.name, layers) for tensor in representatives),
         parents=recipe.references(),
-        config=merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[stored.most_common(1)[0][0]]),
+        config=without_absent_code(config, copied),
         donor=donor_name,
         tokenizer_from=tokenizer_from,
         chat_template=chat_template(recipe, members, tokenizer_from),
+        copied={name: parent.name for name, parent in copied.items()},
+        left_out={name: parent.name for name, parent in left_out.items()},
+        with_code=job.copy_code,
+        tokenizer_stands_in=recipe.tokenizer_source is None and tokenizer_from != donor_name,
     )
 
 

@@ -19,7 +19,9 @@ from jobs.yaml_nodes import yaml_text
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places
+from orchestrator.words import shortlist
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
+from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
 from workers.methods import METHODS
 from workers.methods.binding import check_recipe, resolve
@@ -108,6 +110,24 @@ class Plan:
                 for planned in self.points
             ]
         )
+
+    @cached_property
+    def remarks(self) -> tuple[str, ...]:
+        """Sentences on the files beside the weights that a point does not get, or gets from another parent."""
+        asks = "--copy-code" if self.places == FLAT else "`copy_code: true`"
+        found: dict[str, None] = {}
+        for layout in dict.fromkeys(planned.layout for planned in self.points):
+            for parent in dict.fromkeys(layout.left_out.values()):
+                names = [name for name, owner in layout.left_out.items() if owner == parent]
+                if code := [name for name in names if is_code(name)]:
+                    found[f"not copied from {parent}, because it is code: {shortlist(code)}; {asks} copies it"] = None
+                if large := [name for name in names if not is_code(name)]:
+                    found[f"not copied from {parent}, because of its size: {shortlist(large)}; copy it by hand"] = None
+            if not has_tokenizer(self.parents[layout.tokenizer_from].side_files):
+                found["no parent has a tokenizer, so the points have none"] = None
+            elif layout.tokenizer_stands_in:
+                found[f"{layout.donor} has no tokenizer; the points get that of {layout.tokenizer_from}"] = None
+        return tuple(found)
 
     @cached_property
     def units(self) -> Mapping[str, str]:
@@ -270,16 +290,19 @@ def _check_free(plan: Plan) -> None:
     keys = {info.key for info in store.list()}
     if plan.places.record("plan.json") in keys:  # begun here: the ledger knows whether it is this merge
         return
-    if "manifest.json" in keys and _manifest_digest(store) == plan.points[0].digest:
+    merged = _manifest(store) if "manifest.json" in keys else None
+    if merged is not None and merged.digest == plan.points[0].digest:
+        if lacking := sorted(plan.points[0].layout.copied.keys() - merged.files.keys()):
+            raise BadInput(f"{plan.run_url}: merged already, without {lacking[0]}; give an empty folder")
         return
     model = sorted(key for key in keys if "/" not in key and (key.endswith(".safetensors") or key == "config.json"))
     if model:
         raise BadInput(f"{plan.run_url}: there is another model already ({model[0]}); give an empty folder")
 
 
-def _manifest_digest(store: Store) -> str | None:
+def _manifest(store: Store) -> Manifest | None:
     try:
-        return read_record(store, "manifest.json", Manifest.from_json).digest
+        return read_record(store, "manifest.json", Manifest.from_json)
     except CorruptData:
         return None
 

@@ -18,7 +18,7 @@ from jobs.manifest import Manifest
 from jobs.merge_tasks import Parent, ParentFile, ParentTensor
 from workers.checkpoints.configs import quantisation
 from workers.checkpoints.safetensors import LARGEST_HEADER, check_name, read_header, read_json
-from workers.checkpoints.vocabularies import vocabulary_files
+from workers.checkpoints.side_files import side_files
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
 
@@ -38,13 +38,6 @@ QUANTISED_TENSOR = re.compile(
 _SCALE = re.compile(r"(scales?|scb|absmax|zeros?)[^.]*$", re.IGNORECASE)
 
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
-
-SIDE_FILES = (
-    "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "merges.txt", "vocab.txt", "tokenizer.model", "spiece.model",
-    "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
-"""Files of a Hugging Face checkpoint that a merged one takes over unchanged."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,8 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
     Raises `BadInput` if it is not a safetensors checkpoint, `CorruptData` if it contradicts itself.
     """
     store = open_store(url)
-    listed = {info.key: info for info in store.list() if "/" not in info.key}
+    everything = {info.key: info for info in store.list()}
+    listed = {key: info for key, info in everything.items() if "/" not in key}
     where = f"parent {name} ({store.pinned_url})"
     if not listed:
         raise ObjectMissing(f"{where}: nothing there; check the path")
@@ -107,7 +101,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
         files=tuple(ParentFile(info.key, info.size, info.etag) for info in shards),
         tensors=tensors,
         shapes={name: shapes[name] for name in tensors},
-        side_files={key: listed[key] for key in (*SIDE_FILES, *vocabulary_files(listed)) if key in listed},
+        side_files={key: everything[key] for key in side_files(everything)},
     )
 
 

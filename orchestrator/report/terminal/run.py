@@ -34,6 +34,7 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             for name, checkpoint in plan.parents.items()
         },
         "points": [planned.name for planned in plan.points],
+        "remarks": list(plan.remarks),
         "same_merge": {planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
         "shards_a_point": max(len(planned.layout.shards) for planned in plan.merges),
         "units": len(plan.units),
@@ -70,6 +71,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     ]
     for name, same_as in list(facts["same_merge"].items())[:MOST_LINES]:
         rows.append(("same merge", f"{name} is {same_as}; merged once"))
+    rows += [("note", remark) for remark in facts["remarks"][:MOST_LINES]]
     if facts.get("evaluation") is not None:
         rows += _evaluation_rows(facts["evaluation"])
     print(f"{facts['job']}\n")

@@ -602,6 +602,24 @@ def test_merge_leaves_the_checkpoint_and_its_papers_alone(mergeyard: Mergeyard, 
     assert json.loads((tmp_path / "out" / "config.json").read_text()) == CONFIG
 
 
+@pytest.mark.parametrize("option", ["--copy-code", "--trust-remote-code"])
+def test_merge_says_how_to_copy_code_and_then_copies_it(
+    mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path, option: str
+):
+    auto_map = {"AutoModelForCausalLM": "modeling_x.X"}
+    write_model(parents / "cos", weights("cos"), config={"auto_map": auto_map})
+    (parents / "cos" / "modeling_x.py").write_text("class X: ...")
+    ended = mergeyard("merge", config, tmp_path / "out")
+    said = "because it is code: modeling_x.py; --copy-code copies it"
+    assert (ended.code, said in ended.err) == (0, True), ended.err
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    again = mergeyard("merge", config, tmp_path / "out", option)
+    assert (again.code, "merged already, without modeling_x.py; give an empty folder" in again.err) == (2, True)
+    assert mergeyard("merge", config, tmp_path / "other", option).code == 0
+    assert (tmp_path / "other" / "modeling_x.py").read_text() == "class X: ..."
+    assert json.loads((tmp_path / "other" / "config.json").read_text())["auto_map"] == auto_map
+
+
 def test_two_merges_of_a_document_are_the_same_files(mergeyard: Mergeyard, config: Path, tmp_path: Path):
     assert mergeyard("merge", config, tmp_path / "one").code == 0
     assert mergeyard("merge", config, tmp_path / "two", "--threads", 1, "--memory", "1GB").code == 0

@@ -169,6 +169,50 @@ def test_a_named_chat_template_is_written_out_and_the_recipe_keeps_the_name(
     assert yaml.safe_load((folder / "mergekit_config.yml").read_text())["chat_template"] == "chatml"
 
 
+def test_a_point_gets_what_its_donor_has_beside_the_weights(plan: Planning, parents: Path, tmp_path: Path):
+    beside = {
+        "preprocessor_config.json": b'{"size": 224}',
+        "qwen.tiktoken": b"YQ== 0",
+        "additional_chat_templates/rag.jinja": b"{{ messages }}",
+        "modules.json": b'[{"path": "1_Pooling"}]',
+        "1_Pooling/config.json": b"{}",
+        "LICENSE": b"as is",
+    }
+    left = {"training_args.bin": b"x", "logo.png": b"x", "checkpoint-5/vocab.txt": b"x", ".git/config": b"x"}
+    for name, data in (beside | left).items():
+        (parents / "cos" / name).parent.mkdir(exist_ok=True)
+        (parents / "cos" / name).write_bytes(data)
+    run(plan(grid="{w: [0.25]}"))
+    folder = tmp_path / "runs" / "soup" / "points" / "w0.25"
+    files = files_under(folder)
+    own = {"config.json", "generation_config.json", "tokenizer.json", "mergekit_config.yml", "README.md"}
+    assert files.keys() == own | beside.keys() | {"manifest.json", "model.safetensors"}
+    assert {name: files[name] for name in beside} == beside
+    assert Manifest.from_json(files["manifest.json"]).files.keys() == files.keys() - {"manifest.json"}
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_code_is_copied_when_asked_for_and_never_named_without_its_file(
+    plan: Planning, parents: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], asked: bool
+):
+    tokenizer = {"auto_map": {"AutoTokenizer": ["tokenization_x.X", None]}, "model_max_length": 512}
+    processor = {"auto_map": {"AutoProcessor": "gone_x.X"}, "size": 224}
+    (parents / "cos" / "tokenizer_config.json").write_text(json.dumps(tokenizer))
+    (parents / "cos" / "processor_config.json").write_text(json.dumps(processor))
+    (parents / "cos" / "tokenization_x.py").write_text("class X: ...")
+    with Watcher(visible=False, tells=True) as watcher:
+        drive(plan(grid="{w: [0.25]}", copy_code=str(asked).lower()), InProcessPool(), watcher)
+    folder = tmp_path / "runs" / "soup" / "points" / "w0.25"
+    said = "not copied from cos, because it is code: tokenization_x.py; `copy_code: true` copies it"
+    card = (folder / "README.md").read_text()
+    assert (folder / "tokenization_x.py").exists() == asked
+    assert (said in capfd.readouterr().err) == (not asked)
+    assert ("| Not copied from the parents | `tokenization_x.py` |" in card) == (not asked)
+    written = json.loads((folder / "tokenizer_config.json").read_text())
+    assert written == (tokenizer if asked else {"model_max_length": 512})
+    assert json.loads((folder / "processor_config.json").read_text()) == {"size": 224}
+
+
 def test_the_head_of_an_untied_parent_meets_the_embeddings_of_a_tied_one(plan: Planning, parents: Path, tmp_path: Path):
     untied = weights("fmt", tied=False)
     write_model(parents / "fmt", untied)

@@ -626,3 +626,78 @@ def test_a_run_is_another_when_the_commonest_template_is(plan: Planning, parents
     first = plan(recipe=THREE, grid="").digest
     with_templates(parents, fmt=PLAIN)
     assert plan(recipe=THREE, grid="").digest != first
+
+
+# ---- the files beside the weights
+
+BASED = """
+  merge_method: linear
+  base_model: base
+  models:
+  - {model: base, parameters: {weight: 1}}
+  - {model: cos, parameters: {weight: 1}}
+  - {model: fmt, parameters: {weight: 1}}
+"""
+
+
+def test_the_tokenizer_of_the_others_stands_in_for_a_first_parent_without_one(plan: Planning, parents: Path):
+    (parents / "base" / "tokenizer.json").unlink()
+    (parents / "base" / "chat_template.jinja").write_text(PLAIN)
+    (parents / "cos" / "chat_template.jinja").write_text(OTHER)
+    planned = plan(recipe=BASED, grid="")
+    layout = planned.points[0].layout
+    assert layout.copied == {"generation_config.json": "base", "tokenizer.json": "cos", "chat_template.jinja": "cos"}
+    assert planned.remarks == ("base has no tokenizer; the points get that of cos",)
+
+
+def test_others_that_do_not_agree_on_a_tokenizer_are_refused(plan: Planning, parents: Path):
+    (parents / "base" / "tokenizer.json").unlink()
+    (parents / "fmt" / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {"z": 0}}}))
+    assert "the tokenizers of cos and fmt differ" in refusal(plan, recipe=BASED, grid="")
+    assert plan(recipe=BASED + "  tokenizer_source: fmt\n", grid="").points[0].layout.tokenizer_from == "fmt"
+
+
+def test_a_merge_without_any_tokenizer_is_said(plan: Planning, parents: Path):
+    for who in ("base", "cos", "fmt"):
+        (parents / who / "tokenizer.json").unlink()
+    planned = plan(recipe=BASED, grid="")
+    assert planned.remarks == ("no parent has a tokenizer, so the points have none",)
+    said = refusal(plan, recipe=BASED + "  tokenizer_source: base\n", grid="")
+    assert said == "job.yaml:13: base has no tokenizer; no parent has one, take tokenizer_source out"
+
+
+def test_a_named_tokenizer_that_is_not_there_is_refused(plan: Planning, parents: Path):
+    (parents / "fmt" / "tokenizer.json").unlink()
+    said = refusal(plan, recipe=BASED + "  tokenizer_source: fmt\n", grid="")
+    assert said == "job.yaml:13: fmt has no tokenizer; name one that has: base, cos"
+    plan(recipe=BASED + "  tokenizer_source: cos\n", grid="")
+
+
+CODE = {"AutoConfig": "configuration_x.X", "AutoModel": "x/modeling_x.X", "AutoModelForCausalLM": "org/x--modeling_x.X"}
+
+
+def test_auto_map_names_only_code_that_is_there(plan: Planning, parents: Path):
+    (parents / "cos" / "configuration_x.py").write_text("X = 1")
+    write_model(parents / "cos", weights("cos"), config={"auto_map": CODE})
+    plain, asked = plan(recipe=EVEN, grid=""), plan(recipe=EVEN, grid="", copy_code="true")
+    assert plain.points[0].layout.config["auto_map"] == {"AutoModelForCausalLM": CODE["AutoModelForCausalLM"]}
+    assert asked.points[0].layout.config["auto_map"] == {name: CODE[name] for name in CODE if name != "AutoModel"}
+    assert plain.remarks == (
+        "not copied from cos, because it is code: configuration_x.py; `copy_code: true` copies it",
+    )
+    assert asked.remarks == ()
+    assert plain.digest != asked.digest
+
+
+def test_a_key_for_code_leaves_other_runs_as_they_are(plan: Planning):
+    assert plan(copy_code="no").digest == plan().digest
+    assert plan(copy_code="no").job.digest() == plan().job.digest()
+    assert plan(copy_code="yes").job.digest() != plan().job.digest()
+
+
+def test_a_side_file_too_large_for_a_drivers_memory_is_left_out_and_said(plan: Planning, parents: Path):
+    with (parents / "cos" / "more.json").open("wb") as file:
+        file.truncate(100_000_001)
+    planned = plan(recipe=EVEN, grid="")
+    assert "more.json" not in planned.points[0].layout.copied
+    assert planned.remarks == ("not copied from cos, because of its size: more.json; copy it by hand",)
