@@ -6,7 +6,8 @@
     ├── StorageError             1
     │   ├── ObjectMissing        2   no such object, repository or revision
     │   │   └── BucketMissing    2   no such bucket
-    │   ├── AccessDenied         2   credentials are missing or not enough
+    │   ├── StorageRefused       2   the store refuses a request for good: a wrong region, a request it does not have
+    │   │   └── AccessDenied     2   credentials are missing or not enough
     │   ├── ObjectExists         1   a create-only write lost: another writer was first
     │   ├── ObjectChanged        1   the object is no longer the version that was pinned
     │   └── StorageUnavailable  75   a store failed for longer than we were ready to wait; also `Unavailable`
@@ -63,10 +64,14 @@ class BucketMissing(ObjectMissing):
     """There is no such bucket."""
 
 
-class AccessDenied(StorageError):
-    """The store refuses these credentials."""
+class StorageRefused(StorageError):
+    """The store refuses a request, and will refuse it at every other try."""
 
     exit_code = 2
+
+
+class AccessDenied(StorageRefused):
+    """The store refuses these credentials."""
 
 
 class ObjectExists(StorageError):
@@ -82,6 +87,8 @@ class Unavailable(MergeyardError):
 
     exit_code = 75
     retry = True
+    pause = 0.0
+    """Seconds that the service asked to wait before the next try (`Retry-After`)."""
 
 
 class StorageUnavailable(StorageError, Unavailable):

@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -44,7 +45,8 @@ class HubServer:
     """`endpoint` is for HF_ENDPOINT; `served` counts the bytes of bodies, `requests` is what came to hub and CDN.
 
     `writer` is the token that may write; `objects` what LFS holds by sha256. Of `write_faults` each (part of a path,
-    status) is answered once in place of the work, or `-status` after the work was done.
+    status) is answered once in place of the work, or `-status` after the work was done. Of `read_faults` each
+    (part of a path, answer) is given once in place of the file or the JSON.
     """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
@@ -58,6 +60,7 @@ class HubServer:
     parts: dict[tuple[str, int], bytes] = field(default_factory=dict)
     commits: list[str] = field(default_factory=list)
     write_faults: list[tuple[str, int]] = field(default_factory=list)
+    read_faults: list[tuple[str, Callable[[_Server], None]]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def start(self) -> None:
@@ -137,6 +140,10 @@ class _Hub(_Server):
     def do_GET(self) -> None:
         self.note("hub")
         path = unquote(urlsplit(self.path).path)
+        for fault in self.hub.read_faults:
+            if fault[0] in path:
+                self.hub.read_faults.remove(fault)
+                return fault[1](self)
         name = r"((?:datasets/)?[\w.-]+/[\w.-]+)"  # a dataset is published by that name
         api = re.fullmatch(rf"/api/(?:models/)?{name}/(revision|tree)/(refs/pr/\d+|[^/]+)(?:/(.+))?", path)
         file = re.fullmatch(rf"/{name}/resolve/([^/]+)/(.+)", path)
@@ -320,6 +327,10 @@ class _Cdn(_Server):
             self.answer(403, {}, b"Request has expired")
         elif fault == "busy":
             self.answer(503, {})
+        elif fault == "refuse":
+            self.answer(403, {}, b"<Error><Message>not from this network</Message></Error>")
+        elif fault == "endless":
+            self.answer(206, {"Content-Range": self.headers["Range"].replace("=", " ") + f"/{len(content)}"}, content)
         else:
             self.answer_file(
                 content, {"ETag": '"the-cdn-has-its-own"'}, ranged=fault != "ignore_range", cut=fault == "truncate"

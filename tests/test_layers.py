@@ -30,7 +30,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "jobs": (),
     "workers/fingerprint.py": (),
     "workers/services.py": ("jobs",),
-    "workers/storage": ("jobs",),
+    "workers/storage": ("jobs", "workers/services.py"),
     "workers/checkpoints": ("jobs", "workers/storage"),
     "workers/methods": ("jobs",),
     "workers/merging": ("jobs", "workers/storage", "workers/checkpoints", "workers/methods"),

@@ -53,7 +53,7 @@ def tls_refusal(error: BaseException) -> str | None:
 def sentence(body: bytes) -> str:
     """The service's own sentence: one line in double quotes, cut at 300 characters, invisible characters escaped.
 
-    It is the message in the JSON of OpenAI, the hub, FastAPI or Slack, the title of a page, or else the text.
+    It is the message in the JSON of OpenAI, the hub or FastAPI, or in the XML of S3, the title of a page, or the text.
     """
     text = body[:LARGEST_SENTENCE_BYTES].decode(errors="replace")
     return quoted(" ".join(_message(text).split()), LONGEST_SENTENCE)
@@ -63,7 +63,7 @@ def _message(text: str) -> str:
     try:
         found: Any = json.loads(text)
     except (ValueError, RecursionError):
-        title = re.search(r"<title[^<>]{0,100}>([^<>]*)<", text, re.IGNORECASE)
+        title = re.search(r"<(?:title|message)\b[^<>]{0,100}>([^<>]*)<", text, re.IGNORECASE)
         return title[1] if title else text
     for _ in range(4):
         match found:

@@ -39,6 +39,7 @@ def test_a_pause_is_a_number_of_seconds_or_a_date(header: str | None, seconds: f
         (b'{"error": [{"message": "first"}, {"message": "second"}]}', '"first"'),
         (b'{"ok": false}', '"{\\"ok\\": false}"'),
         (b"<html><head><title>502 Bad Gateway</title></head><body><h1>x</h1></body></html>", '"502 Bad Gateway"'),
+        (b"<?xml version='1.0'?><Error><Code>X</Code><Message>it has expired</Message></Error>", '"it has expired"'),
         (b"no_service", '"no_service"'),
         (b"", '""'),
         (b"\x1b]0;title\x07\x1b[2J\nall is well", '"\\u001b]0;title\\u0007\\u001b[2J all is well"'),

@@ -10,14 +10,20 @@ import os
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NoReturn, TypeVar
-from urllib.parse import unquote, urlsplit
+from urllib.parse import quote, unquote, urlsplit
 
-from huggingface_hub import HfApi, errors, get_hf_file_metadata, hf_hub_url
-from huggingface_hub.hf_api import RepoFile
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+from huggingface_hub.utils import (
+    build_hf_headers,
+    get_session,
+    hf_raise_for_status,
+    parse_ratelimit_headers,
+    validate_repo_id,
+)
 from typing_extensions import Buffer
 
 from jobs.errors import (
@@ -27,15 +33,20 @@ from jobs.errors import (
     ObjectChanged,
     ObjectMissing,
     StorageError,
+    StorageRefused,
     StorageUnavailable,
 )
+from jobs.foreign_json import load_json
+from workers.services import passes, sentence, tls_refusal, wait_seconds
 from workers.storage.keys import check_key, check_prefix, length_within
 from workers.storage.ranges import RANGE_BYTES, read_in_ranges
-from workers.storage.retrying import patiently, stall_seconds
+from workers.storage.retrying import patience_seconds, patiently, stall_seconds
 from workers.storage.store import ObjectInfo, Upload
 
 DEFAULT_ENDPOINT = "https://huggingface.co"
 LOCATION_SECONDS = 300.0  # the hub's signed addresses live for an hour
+LARGEST_ANSWER_BYTES = 32 << 20  # of JSON: a page of a listing has a thousand files and half a megabyte
+MOST_PAGES = 10_000
 FIRST_CONTACT_SECONDS = 15.0  # a hub that never answered is more likely out of reach than busy
 COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = r"refs/(?:pr|convert)/[\w.-]+|[^/@]+"
@@ -73,6 +84,7 @@ class HubStore:
         self._lock = threading.Lock()
         self._commit = self._revision if COMMIT.fullmatch(self._revision) else ""
         self._located: dict[str, Located] = {}
+        self._refused: dict[str, Located] = {}
 
     @property
     def url(self) -> str:
@@ -106,11 +118,14 @@ class HubStore:
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         wanted = self._folder + check_prefix(prefix)
         self._pinned()
-        files = self._patiently("", lambda: self._tree(wanted.rpartition("/")[0]))
-        for file in files:
-            if file.path.startswith(wanted):
-                etag = file.lfs.sha256 if file.lfs else file.blob_id
-                yield ObjectInfo(file.path.removeprefix(self._folder), file.size, etag)
+        folder = wanted.rpartition("/")[0]
+        page = f"{self._api('tree', self._pinned())}{folder and '/' + quote(folder, safe='')}?recursive=true"
+        for _ in range(MOST_PAGES):
+            files, page = self._patiently("", partial(self._page, page))
+            yield from (info for path, info in files if path.startswith(wanted))
+            if page is None:
+                return
+        raise StorageRefused(f"{self._url}: the listing has no end; is {self._endpoint} a hub?")
 
     def write(self, key: str, data: Buffer, *, mode: Literal["create", "overwrite"] = "overwrite") -> ObjectInfo:
         self._refuse()
@@ -142,28 +157,50 @@ class HubStore:
     def _pinned(self) -> str:
         with self._lock:
             if not self._commit:
-                api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
-                told = self._patiently(
-                    "",
-                    lambda: api.repo_info(
-                        self._repository, repo_type=self._kind, revision=self._revision, timeout=stall_seconds()
-                    ),
-                    most=FIRST_CONTACT_SECONDS,
-                )
-                if not told.sha:
-                    raise StorageError(f"{self._url}: the hub names no commit for this revision")
-                self._commit = told.sha
+                self._commit = self._patiently("", self._ask_commit, most=FIRST_CONTACT_SECONDS)
             return self._commit
 
-    def _tree(self, folder: str) -> list[RepoFile]:
-        api = HfApi(endpoint=self._endpoint, library_name="mergeyard")
-        tree = api.list_repo_tree(
-            self._repository, folder or None, recursive=True, revision=self._pinned(), repo_type=self._kind
-        )
+    def _api(self, what: str, revision: str) -> str:
+        return f"{self._endpoint}/api/{self._kind}s/{self._repository}/{what}/{quote(revision, safe='')}"
+
+    def _ask_commit(self) -> str:
+        validate_repo_id(self._repository)
+        match self._ask(self._api("revision", self._revision))[0]:
+            case {"sha": str(commit)} if COMMIT.fullmatch(commit):
+                return commit
+            case _:
+                raise StorageUnavailable(f"{self._url}: the hub names no commit for this revision")
+
+    def _page(self, address: str) -> tuple[list[tuple[str, ObjectInfo]], str | None]:
+        """Files with their whole path, and the address of the next page."""
         try:
-            return [entry for entry in tree if isinstance(entry, RepoFile)]
+            told, following = self._ask(address)
         except errors.EntryNotFoundError:  # no such folder: nothing begins with this prefix
-            return []
+            return [], None
+        files: list[tuple[str, ObjectInfo]] = []
+        for entry in told if isinstance(told, list) else [told]:
+            match entry:
+                case {"type": "directory"}:
+                    continue
+                case {"type": "file", "path": str(path), "size": int(size), "oid": str(oid)} if size >= 0:
+                    large: Any = entry.get("lfs")
+                    etag = str(large.get("oid")) if isinstance(large, dict) else oid
+                    files.append((path, ObjectInfo(path.removeprefix(self._folder), size, etag)))
+                case _:
+                    raise StorageUnavailable(f"{self._url}: the hub's listing cannot be read")
+        return files, following
+
+    def _ask(self, address: str) -> tuple[Any, str | None]:
+        """The JSON at an address of the hub, and the address of its next page."""
+        with get_session().stream(
+            "GET", address, headers=self._headers(address), timeout=stall_seconds(), follow_redirects=True
+        ) as streamed:
+            answer = bounded(streamed, self._url)
+        check_status(answer)
+        try:
+            return load_json(answer.content), answer.links.get("next", {}).get("url")
+        except ValueError as error:
+            raise StorageUnavailable(f"{self._url}: the hub's answer cannot be read ({error})") from None
 
     def _locate(self, key: str) -> Located:
         """The file, from the hub or as the hub told us a moment ago."""
@@ -204,8 +241,11 @@ class HubStore:
             follow_redirects=True,
         ) as answer:
             skipped = self._checked_start(key, file, answer, start, stop)
-            filled = 0
+            filled, most = 0, target.nbytes if answer.status_code == 206 else file.info.size
             for chunk in answer.iter_raw():
+                most -= len(chunk)
+                if most < 0:
+                    raise StorageUnavailable(f"{self._place(key)}: more bytes came than were asked for")
                 useful = memoryview(chunk)[skipped : skipped + target.nbytes - filled]
                 skipped -= min(skipped, len(chunk))
                 target[filled : filled + len(useful)] = useful
@@ -219,6 +259,8 @@ class HubStore:
 
     def _checked_start(self, key: str, file: Located, answer: Any, start: int, stop: int) -> int:
         """How many bytes of the answer's body lie before `start`."""
+        if answer.status_code in (200, 206):
+            self._refused.pop(key, None)
         if answer.status_code == 206:
             span = f"bytes {start}-{stop - 1}/{file.info.size}"
             if answer.headers.get("Content-Range") != span:
@@ -231,7 +273,12 @@ class HubStore:
             raise StorageUnavailable(f"{self._place(key)}: the whole file came where a range was asked for")
         with self._lock:
             self._located.pop(key, None)  # a signed address that has run out: the hub will give another
-        raise StorageUnavailable(f"{self._place(key)}: {answer.status_code} from {urlsplit(file.address).hostname}")
+        status, host, content = answer.status_code, urlsplit(file.address).hostname, bounded(answer, self._url).content
+        trouble = f"{self._place(key)}: {status} from {host}{f': {sentence(content)}' if content else ''}"
+        with self._lock:
+            if passes(status) or self._refused.setdefault(key, file) is file:
+                raise asking_to_wait(StorageUnavailable(trouble), answer.headers)
+        raise AccessDenied(f"{trouble}; download the repository elsewhere and give its folder")
 
     def _patiently(self, key: str, request: Callable[[], Result], most: float | None = None) -> Result:
         return patiently(request, most, translated=lambda error: self._translated(error, key))
@@ -241,7 +288,11 @@ class HubStore:
         page = f"{self._endpoint}/{self._home}{self._repository}"
         match error:
             case errors.GatedRepoError():
-                return AccessDenied(f"{self._url} is gated; accept the terms at {page} and log in with `hf auth login`")
+                return AccessDenied(
+                    f"{self._url} is gated{said(error)}; accept the terms at {page} and log in with `hf auth login`"
+                )
+            case errors.DisabledRepoError():
+                return StorageRefused(f"{self._url}: the hub has disabled this repository; give another copy of it")
             case errors.RevisionNotFoundError():
                 return ObjectMissing(f"{self._url}: there is no revision {self._revision!r}; see {page}/refs")
             case errors.RepositoryNotFoundError():
@@ -254,22 +305,70 @@ class HubStore:
                 return BadInput(f"{place} cannot be read while HF_HUB_OFFLINE is set; unset it")
             case errors.HFValidationError():
                 return BadInput(f"{self._url}: not a repository name; use hf://organisation/name@revision")
+            case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
+                return AccessDenied(
+                    f"{place}: access denied ({response.status_code}{said(error)}); log in with `hf auth login` or set"
+                    " HF_TOKEN"
+                )
             case errors.HfHubHTTPError():
-                return _from_status(place, error.response.status_code)
-            case _ if type(error).__name__ == "ConnectError":
-                return StorageUnavailable(f"{self._url}: the hub at {self._endpoint} cannot be reached")
-            case _ if type(error).__module__.startswith("httpx"):
-                return StorageUnavailable(f"{place}: {type(error).__name__}")
+                return from_status(place, error)
             case _:
-                return StorageError(f"{place}: {type(error).__name__}: {error}")
+                return without_answer(place, self._endpoint, error)
 
 
-def _from_status(place: str, status: int) -> MergeyardError:
-    if status in (401, 403):
-        return AccessDenied(f"{place}: access denied ({status}); log in with `hf auth login` or set HF_TOKEN")
-    if status in (408, 425, 429) or status >= 500:
-        return StorageUnavailable(f"{place}: the hub answers {status}")
-    return StorageError(f"{place}: the hub refused with {status}")
+def bounded(answer: Any, place: str) -> Any:
+    """A streamed answer of httpx, read: `StorageUnavailable` if it has more than 32 MiB or takes longer than patience.
+
+    A timeout of httpx ends one silence, not the sum of all.
+    """
+    content, last = bytearray(), time.monotonic() + patience_seconds()
+    for chunk in answer.iter_raw():
+        content += chunk
+        if len(content) > LARGEST_ANSWER_BYTES or time.monotonic() > last:
+            raise StorageUnavailable(f"{place}: the answer is too long: {len(content)} bytes until now")
+    headers = [(name, value) for name, value in answer.headers.multi_items() if name.lower() != "content-encoding"]
+    return type(answer)(answer.status_code, headers=headers, content=bytes(content), request=answer.request)
+
+
+def check_status(answer: Any) -> None:
+    """The error of huggingface_hub for the status of an answer, whatever its body is."""
+    try:
+        hf_raise_for_status(answer)
+    except (AttributeError, TypeError, UnicodeDecodeError, RecursionError) as error:  # it expects an object in UTF-8
+        raise errors.HfHubHTTPError(str(answer.status_code), response=answer) from error
+
+
+def said(error: errors.HfHubHTTPError) -> str:
+    """The hub's own sentence, after a colon; nothing if it gave none."""
+    return f": {sentence(error.server_message.encode(errors='replace'))}" if error.server_message else ""
+
+
+def from_status(place: str, error: errors.HfHubHTTPError) -> MergeyardError:
+    """The error for a status that no other case has named."""
+    status = error.response.status_code
+    if passes(status):
+        trouble = StorageUnavailable(f"{place}: the hub answers {status}{said(error)}")
+        return asking_to_wait(trouble, error.response.headers)
+    return StorageRefused(f"{place}: the hub refused with {status}{said(error)}")
+
+
+def asking_to_wait(trouble: StorageUnavailable, headers: Mapping[str, str]) -> StorageUnavailable:
+    """The error with the pause that the headers of an answer ask for."""
+    limit = parse_ratelimit_headers(headers)
+    spent = float(limit.reset_in_seconds) if limit is not None and limit.remaining == 0 else 0.0
+    trouble.pause = max(wait_seconds(headers.get("Retry-After")), spent)
+    return trouble
+
+
+def without_answer(place: str, endpoint: str, error: BaseException) -> MergeyardError:
+    """The error for a request that got no answer from the hub."""
+    if refusal := tls_refusal(error):
+        return StorageRefused(f"{place}: {endpoint}: {refusal}")
+    if type(error).__name__ == "ConnectError":
+        return StorageUnavailable(f"{place}: the hub at {endpoint} cannot be reached")
+    if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
+        return StorageUnavailable(f"{place}: {type(error).__name__}")
+    return StorageError(f"{place}: {type(error).__name__}: {' '.join(str(error).split())}")
 
 
 def _origin(url: str) -> tuple[str, str, int | None]:

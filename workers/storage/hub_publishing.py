@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -16,7 +16,18 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, er
 from huggingface_hub.utils import build_hf_headers, disable_progress_bars, get_session
 
 from jobs.errors import AccessDenied, BadInput, MergeyardError, ObjectChanged, StorageError, StorageUnavailable
-from workers.storage.hub import DEFAULT_ENDPOINT, URL, HubStore
+from jobs.foreign_json import load_json
+from workers.services import sentence
+from workers.storage.hub import (
+    DEFAULT_ENDPOINT,
+    URL,
+    HubStore,
+    bounded,
+    check_status,
+    from_status,
+    said,
+    without_answer,
+)
 from workers.storage.retrying import patiently, stall_seconds
 from workers.storage.store import ObjectInfo
 
@@ -114,16 +125,21 @@ class HubPublication:
         )
 
     def _validate(self, card: str) -> list[str]:
-        answer = get_session().post(
+        with get_session().stream(
+            "POST",
             f"{self._endpoint}/api/validate-yaml",
             json={"content": card, "repoType": "model"},
             headers=build_hf_headers(library_name="mergeyard"),
             timeout=stall_seconds(),
-        )
-        if answer.status_code not in (200, 400):
-            raise self._from_status(answer.status_code)
-        told: Mapping[str, list[Mapping[str, str]]] = answer.json()
-        return [problem["message"] for problem in told.get("errors", [])]
+        ) as streamed:
+            answer = bounded(streamed, self.url)
+        if answer.status_code != 400:
+            check_status(answer)
+        match load_json(answer.content):
+            case {"errors": [*problems]}:
+                return [sentence(json.dumps(problem).encode()) for problem in problems]
+            case _:
+                return []
 
     def _patiently(self, request: Callable[[], Result]) -> Result:
         return patiently(request, translated=self._translated)
@@ -131,7 +147,7 @@ class HubPublication:
     def _translated(self, error: BaseException) -> MergeyardError:
         match error:
             case errors.HfHubHTTPError():
-                return self._from_status(error.response.status_code)
+                return self._from_status(error)
             case errors.HFValidationError():
                 return BadInput(f"{self.url}: not a name that the hub allows; use hf://organisation/name")
             case errors.OfflineModeIsEnabled():
@@ -139,11 +155,9 @@ class HubPublication:
             case RuntimeError() if error.__cause__ is not None:  # "Error while uploading …", with the reason below
                 return self._translated(error.__cause__)
             case _ if type(error).__name__ == "XetAuthenticationError":
-                return self._from_status(401)
+                return self._denied("401")
             case ConnectionError() | TimeoutError():  # Xet raises these, whatever the hub or the network answered
                 return StorageUnavailable(f"{self.url}: the upload broke off")
-            case _ if type(error).__module__.split(".")[0] in ("httpx", "httpx2", "httpcore", "httpcore2"):
-                return StorageUnavailable(f"{self.url}: {type(error).__name__}")
             case json.JSONDecodeError():
                 return StorageUnavailable(f"{self.url}: the hub's answer cannot be read")
             case ValueError():
@@ -151,16 +165,20 @@ class HubPublication:
             case OSError(strerror=str(reason)):
                 return StorageError(f"{self.url}: {reason}")
             case _:
-                return StorageError(f"{self.url}: {type(error).__name__}")
+                return without_answer(self.url, self._endpoint, error)
 
-    def _from_status(self, status: int) -> MergeyardError:
+    def _from_status(self, error: errors.HfHubHTTPError) -> MergeyardError:
+        status = error.response.status_code
         if status in (401, 403, 404):
-            return AccessDenied(
-                f"{self.url}: this token may not write there ({status}); log in with one that may, by `hf auth login`"
-                " or HF_TOKEN"
-            )
+            return self._denied(f"{status}{said(error)}")
         if status in (409, 412):
-            return ObjectChanged(f"{self.url}: another writer committed meanwhile ({status}); publish again")
-        if status in (408, 425, 429) or status >= 500:
-            return StorageUnavailable(f"{self.url}: the hub answers {status}")
-        return StorageError(f"{self.url}: the hub refused with {status}")
+            return ObjectChanged(
+                f"{self.url}: another writer committed meanwhile ({status}{said(error)}); publish again"
+            )
+        return from_status(self.url, error)
+
+    def _denied(self, reason: str) -> AccessDenied:
+        return AccessDenied(
+            f"{self.url}: this token may not write there ({reason}); log in with one that may, by `hf auth login` or"
+            " HF_TOKEN"
+        )

@@ -42,21 +42,23 @@ def patiently(
 ) -> Result:
     """The action's result, tried again with growing random pauses for as long as it raises `StorageUnavailable`.
 
-    It gives up after the seconds of `patience_seconds`, or after `most` if those are fewer. `translated` makes an error
+    A pause is as long as the service asks for, if it asks. It gives up after the seconds of `patience_seconds`; after
+    `most`, if those are fewer, unless the service asked for a pause: then it is there. `translated` makes an error
     of ours of what a library raises; the original, whose text may hold a signed address, is then dropped.
     """
     began = time.monotonic()
-    patience = patience_seconds() if most is None else min(most, patience_seconds())
     pause, tries = FIRST_PAUSE_SECONDS, 0
     while True:
         tries += 1
         try:
             return _attempted(action, translated)
         except StorageUnavailable as error:
-            wait = random.uniform(pause / 2, pause)
+            wait = max(random.uniform(pause / 2, pause), error.pause)
             spent = time.monotonic() - began
+            patience = patience_seconds() if most is None or error.pause else min(most, patience_seconds())
             if spent + wait > patience:
-                raise StorageUnavailable(f"{error} (tried {tries} times in {spent:.0f} s); run again later") from None
+                later = f"in {error.pause:.0f} s, as it asks" if error.pause > patience else "later"
+                raise StorageUnavailable(f"{error} (tried {tries} times in {spent:.0f} s); run again {later}") from None
             time.sleep(wait)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

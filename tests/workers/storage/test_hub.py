@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 import random
+import time
+from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 
-from jobs.errors import AccessDenied, BadInput, CorruptData, ObjectChanged, ObjectMissing, StorageUnavailable
+from jobs.errors import (
+    AccessDenied,
+    BadInput,
+    CorruptData,
+    ObjectChanged,
+    ObjectMissing,
+    StorageError,
+    StorageRefused,
+    StorageUnavailable,
+)
+from tests.certificates import encrypt
 from tests.hub_server import COMMIT, HubServer, etag_of
 from workers.storage import ObjectInfo, open_store
 
@@ -155,6 +171,137 @@ def test_a_hub_that_is_down_ends_in_one_line(hub_server: HubServer, monkeypatch:
     told = r"hf://someone/cos: the hub at http://127.0.0.1:9 cannot be reached \(tried"
     with pytest.raises(StorageUnavailable, match=told):
         open_store("hf://someone/cos").locate("config.json")
+
+
+BUSY = [
+    (429, {"Retry-After": "1"}),
+    (503, {"Retry-After": "1"}),
+    (429, {"RateLimit": '"api";r=0;t=1', "RateLimit-Policy": '"fixed window";"api";q=500;w=300'}),
+]
+
+
+@pytest.mark.parametrize(("status", "headers"), BUSY)
+@pytest.mark.parametrize("path", ["/revision/", "/tree/", "/resolve/"])
+def test_a_busy_hub_is_given_the_pause_that_it_asks_for(
+    hub_server: HubServer, path: str, status: int, headers: dict[str, str]
+) -> None:
+    hub_server.read_faults = [(path, lambda hub: hub.answer(status, headers))]
+    began = time.monotonic()
+    store = open_store("hf://someone/cos")
+    assert len(list(store.list())) == len(FILES) and bytes(store.read("config.json")) == FILES["config.json"]
+    assert 1 <= time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize("path", ["/revision/", "/tree/", "/resolve/"])
+def test_a_pause_beyond_patience_ends_the_command_and_is_named(hub_server: HubServer, path: str) -> None:
+    hub_server.read_faults = [(path, lambda hub: hub.answer(429, {"Retry-After": "300"}, b'{"error": "slow down"}'))]
+    with pytest.raises(StorageUnavailable, match=r"answers 429.* \(tried 1 times .*\); run again in 300 s, as it asks"):
+        store = open_store("hf://someone/cos")
+        list(store.list())
+        store.read("config.json")
+
+
+STRANGE: dict[str, bytes] = {
+    "cut": b'{"sha": "c0', "deep": b"[" * 200_000, "surrogate": b'{"sha": "\\ud800"}', "number": b"7", "null": b"null",
+    "another sha": b'{"sha": "../.."}', "no size": b'[{"type": "file", "path": "x"}]', "latin": b'{"\xff": 1}',
+    "below zero": b'[{"type": "file", "path": "x", "size": -1, "oid": "0"}]', "no path": b'[{"type": "file"}]',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.parametrize("path", ["/revision/", "/tree/"])
+def test_an_answer_that_is_not_the_hubs_is_asked_for_again(
+    hub_server: HubServer, monkeypatch: pytest.MonkeyPatch, path: str, kind: str
+) -> None:
+    def answer(hub: Any) -> None:
+        hub.answer(200, {}, STRANGE[kind])
+
+    hub_server.read_faults = [(path, answer)] * 2
+    assert len(list(open_store("hf://someone/cos").list())) == len(FILES)
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "0.2")
+    hub_server.read_faults = [(path, answer)] * 99
+    with pytest.raises(StorageUnavailable, match="run again later"):
+        list(open_store("hf://someone/cos").list())
+
+
+def test_an_answer_without_end_is_given_up(hub_server: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "1")
+
+    def trickle(hub: Any) -> None:
+        hub.send_response(200)
+        hub.end_headers()
+        with suppress(OSError):
+            while hub.hub.read_faults:
+                hub.wfile.write(b" ")
+                time.sleep(0.05)
+
+    def flood(hub: Any) -> None:
+        hub.send_response(200)
+        hub.end_headers()
+        with suppress(OSError):
+            while True:
+                hub.wfile.write(b" " * (1 << 20))
+
+    for answer in (trickle, flood):
+        hub_server.read_faults = [("/revision/", answer)] * 99
+        began = time.monotonic()
+        with pytest.raises(StorageUnavailable, match="the answer is too long"):
+            open_store("hf://someone/cos").locate("config.json")
+        assert time.monotonic() - began < 8
+        hub_server.read_faults.clear()
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "words"),
+    [
+        (401, AccessDenied, r'access denied \(401: "your plan .*"\); log in with `hf auth login` or set HF_TOKEN'),
+        (403, AccessDenied, r'access denied \(403: "your plan .*"\); log in with `hf auth login` or set HF_TOKEN'),
+        (501, StorageRefused, r'the hub refused with 501: "your plan \\u001b\[2J ends here"'),
+        (451, StorageRefused, r'the hub refused with 451: "your plan'),
+    ],
+)
+def test_a_refusal_is_passed_on_in_the_hubs_words_and_not_repeated(
+    hub_server: HubServer, status: int, error: type[StorageError], words: str
+) -> None:
+    body = b'{"error": "your plan \\u001b[2J\\nends here"}'
+    hub_server.read_faults = [("/revision/", lambda hub: hub.answer(status, {}, body))] * 9
+    with pytest.raises(error, match=words) as caught:
+        open_store("hf://someone/cos").locate("config.json")
+    assert len(hub_server.requests) == 1 and str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize("body", [b"[1]", b"7", b'{"error": \xff}', b"[" * 200_000, b"<title>gateway</title>"])
+def test_a_status_counts_whatever_the_body_is(hub_server: HubServer, body: bytes) -> None:
+    hub_server.read_faults = [("/revision/", lambda hub: hub.answer(500, {}, body))]
+    assert bytes(open_store("hf://someone/cos").read("config.json")) == FILES["config.json"]
+    hub_server.read_faults = [("/revision/", lambda hub: hub.answer(501, {}, body))]
+    with pytest.raises(StorageRefused, match="the hub refused with 501"):
+        open_store("hf://someone/cos").locate("config.json")
+
+
+def test_a_cdn_that_refuses_a_new_address_too_is_not_asked_for_a_minute(hub_server: HubServer) -> None:
+    hub_server.cdn_faults = ["refuse"] * 9
+    with pytest.raises(AccessDenied, match=r'403 from 127.0.0.1: "not from this network"; download the repository'):
+        open_store("hf://someone/cos").read("model.safetensors", length=100)
+    assert len(hub_server.cdn_faults) == 7
+
+
+def test_a_cdn_that_sends_more_than_was_asked_for_is_asked_again(hub_server: HubServer) -> None:
+    hub_server.cdn_faults = ["endless"]
+    assert bytes(open_store("hf://someone/cos").read("model.safetensors", start=5, length=10)) == WEIGHTS[5:15]
+
+
+def test_an_untrusted_certificate_is_refused_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)
+    encrypt(server, tmp_path)
+    Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"https://127.0.0.1:{server.server_port}")
+    began = time.monotonic()
+    with pytest.raises(StorageRefused, match=r"not trusted \(self.signed certificate\); .* SSL_CERT_FILE"):
+        open_store("hf://someone/cos").locate("config.json")
+    assert time.monotonic() - began < 2
+    server.shutdown()
+    server.server_close()
 
 
 def test_nothing_is_written_to_the_hub() -> None:
