@@ -50,7 +50,9 @@ def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
     Scored and kept is the text after a model's thoughts. The score is 0 where a logit was NaN or infinite.
     """
     items = [item for data, first, last in block.parts for item in read_items(data, first, last)]
-    prompts = [Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens) for item in items]
+    prompts = [
+        Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens, bare=item.bare) for item in items
+    ]
     answers = engine.generate(prompts)
     if remark := next((answer.remark for answer in answers if answer.remark), ""):
         block.remark(remark)

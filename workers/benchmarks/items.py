@@ -46,6 +46,8 @@ class Item:
     tokens: int
     """Tokens of `prefix + prompt + answer_prefix`, as one encoding of the whole gives them."""
     pair: str
+    bare: bool = False
+    """Whether the text has its special tokens written out, as out of a chat template, so that none are added."""
 
     @property
     def text(self) -> str:
@@ -118,7 +120,7 @@ def items_digest(
     """The content address of a set of items (64 hex digits).
 
     `spec` is everything else they depend on, as JSON values: benchmark, tasks, number of items, digests of the texts
-    they are cut from. `tokenizer` is the digest of tokenizer.json, `generator` the version of the code that makes them.
+    they are cut from. `tokenizer` is the tokenizer's digest, `generator` the version of the code that makes them.
     """
     identity = {
         "generator": generator,
@@ -136,6 +138,7 @@ def _schema() -> Any:
     types = {
         "str": pa.string(),
         "int": pa.int64(),
+        "bool": pa.bool_(),
         "tuple[float, ...]": pa.list_(pa.float64()),
         "tuple[str, ...]": pa.list_(pa.string()),
     }
@@ -168,8 +171,9 @@ def read_items(data: bytes, first: int = 0, last: int | None = None) -> list[Ite
         file = pq.ParquetFile(pa.BufferReader(data))
     except pa.ArrowInvalid as error:
         raise CorruptData(f"items: not a Parquet file ({error}); delete it and build the items again") from error
-    names = [field.name for field in fields(Item)]
-    if missing := sorted(set(names) - set(file.schema_arrow.names)):
+    present = file.schema_arrow.names
+    names = [field.name for field in fields(Item) if field.name != "bare" or "bare" in present]  # older files lack it
+    if missing := sorted(set(names) - set(present)):
         raise CorruptData(f"items: the file has no column {', '.join(missing)}; delete it and build the items again")
     last = file.metadata.num_rows if last is None else last
     groups = range(first // ROW_GROUP, -(-last // ROW_GROUP))

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jobs.errors import BadInput
 from jobs.evaluate import NeedleSpec
 from workers.benchmarks.items import Asked, Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, frame_of, probe
+from workers.benchmarks.planned import PlannedSet, Reader, framed, probe
 from workers.benchmarks.ruler.niah import Niah, draw_needles, pose
 from workers.benchmarks.texts.draws import Draw, words_digest
 from workers.benchmarks.texts.filling import build_groups
@@ -130,11 +130,12 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
     depths = even_depths(spec.depths)
     count = spec.items * spec.depths
     made = max(count, least)
+    tokenizer, frame = framed(tokenizer, chat=spec.chat, place=spec.place)
     asked: dict[str, Any] = {
         "depths": depths,
         "questions": spec.questions,
         "answer": spec.answer,
-        "frame": frame_of(tokenizer, chat=spec.chat, place=spec.place),
+        "frame": frame,
     }
     if spec.haystack == "noise":
         asked["haystack"] = "noise"

@@ -105,11 +105,15 @@ def probe(length: int, build: Callable[[int], object]) -> None:
             raise TooShort(task, length, smallest) from None
 
 
-def frame_of(tokenizer: Tokenizer, *, chat: bool, place: str) -> Frame:
+def framed(tokenizer: Tokenizer, *, chat: bool, place: str) -> tuple[Tokenizer, Frame]:
+    """The tokenizer and the frame of a benchmark's prompts, in a chat or plainly.
+
+    `BadInput` where the chat template cannot be used.
+    """
     if not chat:
-        return "", ""
+        return tokenizer, ("", "")
     with located(place):
-        return tokenizer.chat_frame()
+        return tokenizer.as_bare(), tokenizer.chat_frame()
 
 
 def next_turn_of(tokenizer: Tokenizer, *, place: str) -> str:

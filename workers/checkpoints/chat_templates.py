@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from jinja2 import TemplateSyntaxError, meta
@@ -73,8 +75,15 @@ class _Generation(Extension):
 
 
 def jinja() -> ImmutableSandboxedEnvironment:
-    """The environment in which transformers renders chat templates."""
-    return ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+    """The environment in which transformers renders chat templates.
+
+    It compiles without computing constants: a template may never end.
+    """
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], optimized=False
+    )
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    return environment
 
 
 def check_template(template: str, place: str, remedy: str = "correct it") -> None:

@@ -26,13 +26,15 @@ Progress = Callable[[int], None]
 class Prompt:
     """The model reads `prefix + text`; neighbours with an equal, non-empty `prefix` share one prefill of it.
 
-    The answer ends before the first of `stops` that it would have in it.
+    The answer ends before the first of `stops` that it would have in it. A `bare` prompt has its special tokens
+    written out in its text, as out of a chat template (`workers.special_tokens`).
     """
 
     prefix: str
     text: str
     max_new_tokens: int
     stops: tuple[str, ...] = ()
+    bare: bool = False
 
     @property
     def whole(self) -> str:
@@ -85,8 +87,8 @@ class Engine(Protocol):
         """Tokens of the longest window that can be scored; `longest_scored` of `max_length`."""
         ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text` as a prompt, with the special tokens that the tokenizer itself puts in front."""
+    def encode(self, text: str, *, bare: bool = False) -> list[int]:
+        """Token ids of `text` as a prompt, by the rule of `workers.special_tokens`."""
         ...
 
     def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:

@@ -1,6 +1,6 @@
 """The engine that lives elsewhere: any server that speaks OpenAI's completions API, for points that were written.
 
-Asks `/v1/completions` with the prompt's text, temperature 0, a few requests at a time. Log-likelihoods need a server
+Asks `/v1/completions` with the prompt, temperature 0, a few requests at a time. Log-likelihoods need a server
 that echoes the prompt with logprobs (vLLM and SGLang do); others are named as unable. A server does not say whether its
 logits were finite: a broken merge shows here only by its answers.
 
@@ -38,7 +38,7 @@ from workers.engines.engine import (
     longest_scored,
     status_of,
 )
-from workers.engines.tokenizer import load_tokenizer
+from workers.engines.tokenizer import encode_prompt, load_tokenizer
 from workers.services import passes, sentence, tls_refusal, wait_seconds
 
 if TYPE_CHECKING:
@@ -131,9 +131,9 @@ class OpenAIEngine:
         """One less than `max_length`."""
         return longest_scored("openai", self.max_length)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids by the point's own tokenizer; the server is sent text, and uses its own."""
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+    def encode(self, text: str, *, bare: bool = False) -> list[int]:
+        """Token ids of `text` as a prompt, by the point's own tokenizer; the server has its own."""
+        return encode_prompt(self.tokenizer, text, bare=bare)
 
     def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
         """One answer a prompt; `seconds` is the request's own time, retries included.
@@ -142,13 +142,13 @@ class OpenAIEngine:
         its refusal is raised: then the fault is not in a prompt.
         """
         for prompt in prompts:
-            check_room(len(self.encode(prompt.whole)), prompt.max_new_tokens, self.max_length)
+            check_room(len(self.encode(prompt.whole, bare=prompt.bare)), prompt.max_new_tokens, self.max_length)
         answers = self._map(self._answer_or_refusal, prompts, progress)
         refusals = [answer for answer in answers if isinstance(answer, PromptRefused)]
         if refusals and len(refusals) == len(answers):
             raise refusals[0]
         return [
-            Answer("", len(self.encode(prompt.whole)), 0, 0.0, True, "failed", str(answer))
+            Answer("", len(self.encode(prompt.whole, bare=prompt.bare)), 0, 0.0, True, "failed", str(answer))
             if isinstance(answer, PromptRefused)
             else answer
             for prompt, answer in zip(prompts, answers, strict=True)
@@ -187,14 +187,16 @@ class OpenAIEngine:
 
     def _answer(self, prompt: Prompt) -> Answer:
         started = time.perf_counter()
-        settings: dict[str, Any] = {"prompt": prompt.whole, "max_tokens": prompt.max_new_tokens, "temperature": 0}
+        ids = self.encode(prompt.whole, bare=prompt.bare)
+        shown = self._shown(prompt.whole, ids)
+        settings: dict[str, Any] = {"prompt": shown, "max_tokens": prompt.max_new_tokens, "temperature": 0}
         if prompt.stops:
             settings["stop"] = list(prompt.stops[:MOST_STOPS])
         reply = self._completion(settings, prompt.max_new_tokens)
         choice = reply["choices"][0]
         whole = str(choice["text"] or "")
         text = before_stops(whole, prompt.stops)
-        sent = len(self.encode(prompt.whole))
+        sent = len(ids)
         read = self._count(reply, "prompt_tokens", sent)
         if read < sent - MARKS:
             raise BadInput(
@@ -212,6 +214,16 @@ class OpenAIEngine:
             else status_of(text, cut=choice.get("finish_reason") == "length" and text == whole),
             remark=self._reasoned() if _reasoning(choice) and not text.strip() else "",
         )
+
+    def _shown(self, text: str, ids: list[int]) -> str | list[int]:
+        """A text that the server reads as `ids`, or `ids` themselves where there is none.
+
+        A server puts all special tokens of the tokenizer around a text: perhaps a first one twice, or an end token.
+        """
+        for shown in (text, text.removeprefix(str(self.tokenizer.bos_token or ""))):
+            if list(self.tokenizer(shown, verbose=False)["input_ids"]) == ids:
+                return shown
+        return ids
 
     def _reasoned(self) -> str:
         return f"{self.url} gave reasoning in place of an answer; serve {self.model} with its reasoning off"

@@ -44,7 +44,7 @@ from workers.engines.engine import (
 from workers.engines.kv_cache import KeyValueBuffer, hidden
 from workers.engines.packing import Row, batches, columns, common_prefix, halves, make_rows
 from workers.engines.rope import RopeByLength
-from workers.engines.tokenizer import load_tokenizer
+from workers.engines.tokenizer import encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -176,9 +176,9 @@ class TransformersEngine:
         """Where the model lives."""
         return self.model.device
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text` with the special tokens that the tokenizer puts in front by itself."""
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+    def encode(self, text: str, *, bare: bool = False) -> list[int]:
+        """Token ids of `text` as a prompt."""
+        return encode_prompt(self.tokenizer, text, bare=bare)
 
     def close(self) -> None:
         """Drop the model and its caches, and give a GPU's memory back."""
@@ -211,7 +211,7 @@ class TransformersEngine:
     def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
         """One greedy answer a prompt, in order; `seconds` is the batch's time over its prompts."""
         _ = self.version
-        ids = [np.asarray(self.encode(prompt.whole), dtype=np.int64) for prompt in prompts]
+        ids = [np.asarray(self.encode(prompt.whole, bare=prompt.bare), dtype=np.int64) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids, strict=True):
             check_room(len(tokens), prompt.max_new_tokens, self.max_length)
         answers: dict[int, Answer] = {}

@@ -38,7 +38,7 @@ from workers.engines.engine import (
     longest_scored,
     status_of,
 )
-from workers.engines.tokenizer import load_tokenizer
+from workers.engines.tokenizer import encode_prompt, load_tokenizer
 from workers.engines.vllm_server import NEXT, receive_bytes, receive_message, send_message
 
 if TYPE_CHECKING:
@@ -110,14 +110,14 @@ class VllmEngine:
         """One less than `max_length`."""
         return longest_scored("vllm", self.max_length)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of `text`; vLLM is given ids and never tokenizes."""
-        return list(self.tokenizer(text, verbose=False)["input_ids"])
+    def encode(self, text: str, *, bare: bool = False) -> list[int]:
+        """Token ids of `text` as a prompt; vLLM is given ids and never tokenizes."""
+        return encode_prompt(self.tokenizer, text, bare=bare)
 
     def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
         """One greedy answer a prompt; vLLM itself finds shared prefixes. `seconds` is a call's over its prompts."""
         _ = self.version
-        ids = [self.encode(prompt.whole) for prompt in prompts]
+        ids = [self.encode(prompt.whole, bare=prompt.bare) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids, strict=True):
             check_room(len(tokens), prompt.max_new_tokens, self.max_length)
         answers: list[Answer] = []

@@ -13,10 +13,12 @@ from http.server import ThreadingHTTPServer
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from jobs.errors import AccessDenied, BadInput, Unavailable
 from tests.certificates import encrypt
 from tests.model_server import Handler
+from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 
 
@@ -175,6 +177,32 @@ def test_a_server_without_a_length_takes_the_length_that_will_be_asked(server, p
         served = OpenAIEngine(url, name, parents / "long", **options)
         assert served.max_length == length
         served.close()
+
+
+@pytest.mark.parametrize(
+    ("adds", "bare", "text", "sent"),
+    [
+        ("$A", False, "The sky", "The sky"),
+        ("$A", True, "<|endoftext|>The sky", "<|endoftext|>The sky"),
+        ("<|endoftext|> $A", False, "The sky", "The sky"),
+        ("<|endoftext|> $A", True, "<|endoftext|>The sky", "The sky"),
+        ("<|endoftext|> $A", True, "The sky", "ids"),
+        ("$A <|endoftext|>", False, "The sky", "ids"),
+        ("<|endoftext|> $A <|endoftext|>", True, "<|endoftext|>The sky", "ids"),
+    ],
+)
+def test_a_server_that_adds_the_special_tokens_reads_the_prompt_of_the_other_engines(
+    served, server, adds, bare, text, sent
+):
+    mark = ("<|endoftext|>", served.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    served.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=adds, special_tokens=[mark])
+    served.tokenizer.bos_token = "<|endoftext|>"
+    server.failures = [completion(" blue", "stop")]
+    served.generate([Prompt("", text, 4, bare=bare)])
+    prompt = server.asked[-1][0]["prompt"]
+    assert prompt == (served.encode(text, bare=bare) if sent == "ids" else sent)
+    read = prompt if sent == "ids" else served.tokenizer(prompt)["input_ids"]
+    assert read == served.encode(text, bare=bare)
 
 
 def completion(text, finish_reason=None, **more):

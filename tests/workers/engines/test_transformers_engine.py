@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from jobs.errors import BadInput, MergeyardError
@@ -109,6 +110,17 @@ def test_an_answer_ends_before_its_first_stop_and_the_others_go_on(engine, needl
 )
 def test_the_first_stop_in_the_text_counts(text, stops, before):
     assert before_stops(text, stops) == before
+
+
+def test_a_tokenizer_that_closes_texts_changes_no_answer(engine, needle_prompt):
+    prompts = [needle_prompt("quiet-river", 4815162, lines) for lines in (2, 4)]
+    expected = engine.generate(prompts)
+    end = ("<|endoftext|>", engine.tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    processor = TemplateProcessing(single="$A <|endoftext|>", special_tokens=[end])
+    engine.tokenizer.backend_tokenizer.post_processor = processor
+    assert engine.tokenizer("a")["input_ids"][-1] == end[1]
+    closed = engine.generate(prompts)
+    assert [answer.text for answer in closed] == [answer.text for answer in expected] == [" 4815162."] * 2
 
 
 def test_an_answer_says_whether_it_reached_its_limit(engine, needle_prompt):

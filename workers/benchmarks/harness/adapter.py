@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,8 +23,9 @@ from jobs.evaluation_tasks import Status
 from workers.benchmarks.harness.asking import Asking, RequestCost, generation_settings, request_arguments
 from workers.benchmarks.harness.loading import check_library, errors_of, first_items, in_folder_of, load_tasks, quiet
 from workers.benchmarks.harness.metrics import Rule, Sample, metric_remarks, metric_rules
+from workers.benchmarks.texts.chat_template import ChatTemplate
+from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Engine
-from workers.engines.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -72,10 +74,13 @@ def sample_scores(
     exist, that samples, whose data are not there or of which no metric can be kept: before the model is asked.
     """
     check_library()
-    with in_folder_of(task), quiet():
+    with in_folder_of(task), quiet(), ExitStack() as until_then:
         told = {**({"tokenizer": str(tokenizer)} if tokenizer is not None else {}), **(metadata or {})}
         leaves = load_tasks(task, json.dumps(told), num_fewshot)
-        chat = None if chat_template is None or tokenizer is None else _chat(tokenizer, chat_template)
+        chat = None
+        if chat_template is not None and tokenizer is not None:
+            own = Tokenizer.from_folder(tokenizer)
+            chat = _chat(until_then.enter_context(ChatTemplate(chat_template, own.special_tokens, own.place)))
         picked = {name: first_items(leaf, limit) for name, leaf in leaves.items()}
         rehearsed = {name: _rehearsed(task, leaf, picked[name], chat) for name, leaf in leaves.items()}
         rules = {name: metric_rules(leaf, rehearsed[name]) for name, leaf in leaves.items()}
@@ -83,7 +88,7 @@ def sample_scores(
             raise BadInput(f"lm_eval {task}: no metric can be kept ({metric_remarks(rules)}); take another task")
         scores: list[SampleScore] = []
         for name, leaf in leaves.items():
-            model = Asking(engine, beginning)
+            model = Asking(engine, beginning, chat=chat is not None)
             samples = _answered(task, leaf, picked[name], chat, model.ask)
             if model.remark:
                 remark(model.remark)
@@ -179,20 +184,11 @@ def _reference(leaf: Task, request: Instance) -> str:
     return str(target)
 
 
-def _chat(tokenizer: Path, template: str) -> Callable[..., str]:
-    """A conversation in the chat template, up to where the model goes on."""
-    filled = load_tokenizer(tokenizer)
+def _chat(template: ChatTemplate) -> Callable[..., str]:
+    """Renders conversations as lm-evaluation-harness asks for them."""
 
     def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return str(
-            filled.apply_chat_template(
-                history,
-                chat_template=template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-        )
+        return template.render(history, open_turn=add_generation_prompt)
 
     return render
 

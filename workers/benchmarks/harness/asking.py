@@ -38,11 +38,11 @@ class RequestCost:
 class Asking:
     """The three questions of lm-evaluation-harness, put to an engine; records the cost of each item."""
 
-    def __init__(self, engine: Engine, beginning: str) -> None:
+    def __init__(self, engine: Engine, beginning: str, *, chat: bool = False) -> None:
+        """With `chat`, contexts come out of a chat template."""
         self._engine = engine
         self._beginning = beginning
-        self._front = engine.encode("")
-        """The token ids that the tokenizer puts before every text."""
+        self._chat = chat
         self.over_long: set[int] = set()
         self.remark = ""
         """The first remark that an answer came with."""
@@ -79,11 +79,10 @@ class Asking:
         the part before it is encoded by itself; a text without context stands after the beginning-of-text token.
         """
         if context:
-            context = self._bare(context)
-            before, ids = context_ids(context.rstrip()), self._engine.encode(context + continuation)
+            before, ids = context_ids(context.rstrip()), self._context(context + continuation)
             ids, kept = [*before, *ids[len(before) :]], max(1, len(before))
         else:
-            ids, kept = self._engine.encode(continuation)[len(self._front) :], 1
+            ids, kept = self._engine.encode(continuation, bare=True), 1
             beginning = self._beginning_ids()
             ids = ids if ids[:1] == beginning else [*beginning, *ids]
         if kept >= len(ids):
@@ -91,14 +90,10 @@ class Asking:
         return ids, kept
 
     def _context(self, text: str) -> list[int]:
-        return self._engine.encode(text)
+        return self._engine.encode(text, bare=self._chat)
 
     def _beginning_ids(self) -> list[int]:
-        return self._engine.encode(self._beginning)[-1:] if self._beginning else []
-
-    def _bare(self, text: str) -> str:
-        """A text without the beginning-of-text mark that a chat template wrote, where encoding writes it as well."""
-        return text.removeprefix(self._beginning) if self._front and self._front == self._beginning_ids() else text
+        return self._engine.encode(self._beginning, bare=True)[-1:] if self._beginning else []
 
     def loglikelihood_rolling(self, requests: Sequence[Instance]) -> list[float]:
         """Log-likelihood of a whole text, in windows as long as the model's context that do not overlap."""
@@ -110,7 +105,7 @@ class Asking:
         totals: list[float] = []
         for request in requests:
             started = time.perf_counter()
-            ids = self._engine.encode(request_arguments(request)[0])
+            ids = self._engine.encode(request_arguments(request)[0], bare=True)
             most = self._engine.max_scored - 1
             pairs = [make_disjoint_window(pair) for pair in get_rolling_token_windows(ids, beginning, most, 1)]
             scored = self._engine.score([[*before, *after] for before, after in pairs])
@@ -128,11 +123,10 @@ class Asking:
         asked: list[tuple[int, Prompt]] = []
         for at, request in enumerate(requests):
             context, settings = request_arguments(request)
-            context = self._bare(context)
             stops, new_tokens = generation_settings(request, settings)
-            tokens = len(self._engine.encode(context)) + new_tokens
+            tokens = len(self._context(context)) + new_tokens
             if not self._too_long(request, tokens, self._engine.max_length):
-                asked.append((at, Prompt("", context, new_tokens, tuple(stops))))
+                asked.append((at, Prompt("", context, new_tokens, tuple(stops), self._chat)))
         for (at, _), answer in zip(asked, self._engine.generate([prompt for _, prompt in asked]), strict=True):
             answers[at] = answer.text
             self._charge(requests[at], answer.tokens_in + answer.tokens_out, answer.seconds, finite=answer.finite)

@@ -17,7 +17,8 @@ from workers.benchmarks.answering import Block, ItemScore
 from workers.benchmarks.harness.adapter import sample_scores
 from workers.benchmarks.harness.files import files_of
 from workers.benchmarks.harness.task_names import trouble_with
-from workers.benchmarks.planned import PlannedSet, Reader, frame_of
+from workers.benchmarks.planned import PlannedSet, Reader, framed
+from workers.benchmarks.texts.chat_template import CLOSING
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Engine
 
@@ -31,7 +32,7 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
     except PackageNotFoundError:
         raise BadInput(f"{spec.place}: lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'") from None
 
-    frame_of(tokenizer, chat=spec.chat, place=spec.place)  # refuses a tokenizer without a template
+    tokenizer, frame = framed(tokenizer, chat=spec.chat, place=spec.place)
 
     def planned(task: str) -> PlannedSet:
         told: dict[str, Any] = {"task": task, "limit": spec.limit, "lm_eval": release, "num_fewshot": spec.num_fewshot}
@@ -39,6 +40,10 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
             told |= {"metadata": dict(spec.metadata), "tokenizer": tokenizer.digest}
         if spec.chat:
             told |= {"chat_template": tokenizer.chat_template}
+        if tokenizer.rule:
+            told |= {"special_tokens": tokenizer.rule}
+        if frame[1].endswith(CLOSING):
+            told |= {"thoughts": "closed"}
         if task.endswith(YAML):
             content = reader.read(task, spec.place)
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}

@@ -10,7 +10,7 @@ from jobs.errors import BadInput
 from jobs.evaluate import RulerSpec
 from jobs.yaml_nodes import quoted, suggestion
 from workers.benchmarks.items import Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, frame_of, next_turn_of, probe
+from workers.benchmarks.planned import PlannedSet, Reader, framed, next_turn_of, probe
 from workers.benchmarks.ruler.documents import Library, read_hotpotqa, read_squad
 from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, QA, TASKS, generator, ruler_items, ruler_spec
 from workers.benchmarks.texts.haystacks import Essay, bundled_essay
@@ -31,7 +31,7 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
     documents = {task: READERS[task](reader.read(path, spec.place)) for task, path in spec.documents.items()}
     essay = Essay(reader.prose(spec.haystack, spec.place), place=spec.place) if spec.haystack else bundled_essay()
     tasks = spec.tasks or default_tasks(documents)
-    frame = frame_of(tokenizer, chat=spec.chat, place=spec.place)
+    tokenizer, frame = framed(tokenizer, chat=spec.chat, place=spec.place)
     next_turn = next_turn_of(tokenizer, place=spec.place) if spec.chat and "cwe" in tasks else None
     made = max(spec.items, least)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 import numpy as np
@@ -122,7 +123,12 @@ def build_groups(
     too_short = [int(result.args[2]) for result in built if isinstance(result, TooShort)]
     if too_short:
         raise TooShort(asked.task, asked.length, max(too_short))
-    found = {item.index: item for result in built if not isinstance(result, TooShort) for item in result}
+    found = {
+        item.index: replace(item, bare=tokenizer.bare)
+        for result in built
+        if not isinstance(result, TooShort)
+        for item in result
+    }
     items = [found[index] for index in indices]
     if items and tokenizer.count_whole(items[-1].text) != items[-1].tokens:
         tokenizer.stop_counting_pieces()

@@ -34,13 +34,12 @@ class Pieces:
 
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._around = len(tokenizer.encode("").ids)
         self._known: dict[str, int | None] = {}
         self._seen: set[str] = set()
         self.usable = _works_by_words(tokenizer)
 
     def count(self, text: str) -> int | None:
-        """How many tokens the text has, special tokens included; None if only encoding it whole can tell."""
+        """How many tokens the text has, special tokens left out; None if only encoding it whole can tell."""
         if not self.usable or len(text) < SHORTEST:
             return None
         seam = LINE if text.count("\n") * LONGEST_LINES > len(text) else SENTENCE
@@ -57,7 +56,7 @@ class Pieces:
             again = unknown
         self._known.update({piece: self._tokens(piece, length) for piece, length in again.items()})
         counts = [self._known.get(piece) for piece, _ in pieces]
-        return None if None in counts else self._around + sum(tokens for tokens in counts if tokens is not None)
+        return None if None in counts else sum(tokens for tokens in counts if tokens is not None)
 
     def _tokens(self, piece: str, length: int) -> int | None:
         """Tokens of the first `length` characters, with what follows; None if words do not part there."""

@@ -5,6 +5,7 @@ It wraps `tokenizers` directly: no transformers, no torch, and counting releases
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -17,12 +18,16 @@ from numpy.typing import NDArray
 from jobs.errors import BadInput, CorruptData
 from workers.benchmarks.texts.pieces import SHORTEST, Pieces
 from workers.checkpoints.chat_templates import default_template
+from workers.special_tokens import prompt_ids, tokens_in_front
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
 class Tokenizer:
-    """The tokenizer of one tokenizer.json; special tokens are added as transformers adds them to a plain text."""
+    """The tokenizer of one tokenizer.json; special tokens are those of `workers.special_tokens`.
+
+    If it is `bare`, its texts come out of a chat template. `special_tokens` are the ones that a template may write.
+    """
 
     def __init__(
         self,
@@ -42,11 +47,31 @@ class Tokenizer:
         self._tokenizer.no_padding()
         self._pieces = Pieces(self._tokenizer)
         self.chat_template = chat_template
-        self._special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
-        if self._tokenizer.encode("").ids:
-            self._special_tokens["bos_token"] = ""
+        self.special_tokens = {"bos_token": "", "eos_token": "", **(special_tokens or {})}
         self.place = place
-        self.digest = hashlib.sha256(tokenizer_json).hexdigest()
+        self.bare = False
+        probe = self._tokenizer.encode("a")
+        self._front = tokens_in_front(probe.ids, probe.special_tokens_mask)
+        self._adds = sum(probe.special_tokens_mask)
+        self._sha256 = hashlib.sha256(tokenizer_json)
+
+    def as_bare(self) -> Tokenizer:
+        """The same tokenizer for texts out of its chat template."""
+        bare = copy.copy(self)
+        bare.bare, bare._front = True, []
+        return bare
+
+    @property
+    def rule(self) -> str:
+        """The special tokens in front of a text, where the tokenizer itself would add others; else empty."""
+        return "" if len(self._front) == self._adds else f"only {self._front}"
+
+    @property
+    def digest(self) -> str:
+        """That of tokenizer.json and of `rule`."""
+        digest = self._sha256.copy()
+        digest.update(self.rule.encode())
+        return digest.hexdigest()
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> Tokenizer:
@@ -68,7 +93,7 @@ class Tokenizer:
         return cls(
             files["tokenizer.json"],
             chat_template=chat_template if chat_template is not None else default_template(config),
-            special_tokens={name: _text(token) for name, token in config.items() if name in ("bos_token", "eos_token")},
+            special_tokens={name: _text(token) for name, token in config.items() if name.endswith("_token")},
             place=f"{place}/tokenizer.json",
         )
 
@@ -78,8 +103,8 @@ class Tokenizer:
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of a text."""
-        return self._tokenizer.encode(text).ids
+        """The token ids of a text as a prompt."""
+        return prompt_ids(self._tokenizer.encode(text, add_special_tokens=False).ids, self._front, bare=self.bare)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out."""
@@ -87,14 +112,14 @@ class Tokenizer:
 
     def count(self, text: str) -> int:
         """How many tokens a text has, special tokens included; by its pieces, where that is as exact."""
-        tokens = self._pieces.count(text)
-        return self.count_whole(text) if tokens is None else tokens
+        tokens = None if self._begins(text) else self._pieces.count(text)
+        return self.count_whole(text) if tokens is None else len(self._front) + tokens
 
     def count_whole(self, text: str) -> int:
         """The same by one encoding of the whole."""
         if len(text) < SHORTEST:
-            return len(self._tokenizer.encode(text))
-        return len(self._tokenizer.encode_batch_fast([text])[0])  # without offsets
+            return len(self.encode(text))
+        return self.count_each([text])[0]
 
     def stop_counting_pieces(self) -> None:
         """From now on every text is encoded whole."""
@@ -102,8 +127,17 @@ class Tokenizer:
 
     def count_each(self, texts: Sequence[str], *, special_tokens: bool = True) -> list[int]:
         """How many tokens each text has; the texts are encoded side by side on all cores."""
-        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special_tokens)
-        return [len(encoding) for encoding in encodings]
+        encodings = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)  # without offsets
+        front = len(self._front) if special_tokens else 0
+        return [
+            len(encoding) + (0 if self._begins(text) else front)
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
+
+    def _begins(self, text: str) -> bool:
+        """Whether a text begins with the special tokens that would stand in front of it."""
+        front = "".join(str(self._tokenizer.id_to_token(token)) for token in self._front)
+        return bool(front) and text.startswith(front)
 
     def token_ends(self, text: str) -> NDArray[np.int64]:
         """For each token of a text (special tokens left out), the number of characters read when it ends."""
@@ -113,11 +147,12 @@ class Tokenizer:
     def chat_frame(self) -> tuple[str, str]:
         """The text that the chat template puts before and after a user's message, with the assistant's turn opened.
 
-        A beginning-of-text token that encoding adds anyway is left out. `BadInput` if there is no template.
+        It has its special tokens written out, so that the whole is a text for `as_bare`. `BadInput` if there is no
+        template.
         """
         from workers.benchmarks.texts.chat_template import chat_frame
 
-        return chat_frame(self._template(), self._special_tokens, self.place)
+        return chat_frame(self._template(), self.special_tokens, self.place)
 
     def next_turn(self) -> str:
         """The text that the chat template puts between the assistant's answer and the user's next message.
@@ -126,11 +161,11 @@ class Tokenizer:
         """
         from workers.benchmarks.texts.chat_template import next_turn
 
-        return next_turn(self._template(), self._special_tokens, self.place)
+        return next_turn(self._template(), self.special_tokens, self.place)
 
     def _template(self) -> str:
         if self.chat_template is None:
-            raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly")
+            raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly, with `chat: false`")
         return self.chat_template
 
 

@@ -364,7 +364,7 @@ def test_a_context_is_encoded_once_for_all_of_its_choices(
 ) -> None:
     seen: list[str] = []
     encode = engine.encode
-    monkeypatch.setattr(engine, "encode", lambda text: seen.append(text) or encode(text))
+    monkeypatch.setattr(engine, "encode", lambda text, **how: seen.append(text) or encode(text, **how))
     sample_scores(engine, task(CHOICE), 1, beginning=END)
     for doc in (DOCS[0], DOCS[3]):
         assert seen.count(doc["prompt"]) == 1
@@ -388,7 +388,7 @@ def test_what_exceeds_the_context_is_counted_and_never_cut(
     monkeypatch.setattr(engine.config, "max_position_embeddings", lengths[3] + 20)
     seen: list[int] = []
     encode = engine.encode
-    monkeypatch.setattr(engine, "encode", lambda part: seen.append(len(encode(part))) or encode(part))
+    monkeypatch.setattr(engine, "encode", lambda part, **how: seen.append(len(encode(part))) or encode(part, **how))
     scores = by_metric(sample_scores(engine, task(text), None, beginning=END))
     [over] = [metric for metric in scores if metric.endswith(":over_long")]
     assert scores.pop(over) == {0: 0, 1: 0, 2: 0, 3: 0, 4: 1, 5: 1}

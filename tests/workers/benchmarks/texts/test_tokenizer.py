@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -8,7 +9,10 @@ import tokenizers
 from transformers import AutoTokenizer
 
 from jobs.errors import BadInput, CorruptData
+from workers.benchmarks.texts import chat_template
+from workers.benchmarks.texts.chat_template import ChatTemplate
 from workers.benchmarks.texts.tokenizer import Tokenizer
+from workers.engines.tokenizer import encode_prompt, load_tokenizer
 
 TEXT = "One of the special magic numbers for quiet-fox is: 4815162.\n„Größe“ 1234567 …\n\nEnd."
 
@@ -49,17 +53,58 @@ def test_a_template_of_a_single_message_has_no_next_turn(parents: Path) -> None:
         single.next_turn()
 
 
-def test_beginning_of_text_is_written_once_whoever_writes_it() -> None:
-    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+SPECIAL = [("<s>", 0), ("</s>", 1)]
+ADDING = {"nothing": None, "first": "<s> $A", "last": "$A </s>", "both": "<s> $A </s>"}
+WRITING = {
+    "nothing": "[{{ messages[0].content }}]",
+    "by name": "{{ bos_token }}[{{ messages[0].content }}]{{ eos_token }}a",
+    "as text": "<s>[{{ messages[0].content }}]",
+}
+
+
+@pytest.fixture(params=ADDING)
+def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A tokenizer that adds special tokens around a text."""
+    words = {"<s>": 0, "</s>": 1, "[UNK]": 2, "[": 3, "]": 4, "a": 5, "b": 6}
+    plain = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
     plain.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    plain.add_special_tokens(["<s>"])
-    template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    silent = Tokenizer(plain.to_str().encode(), chat_template=template, special_tokens={"bos_token": "<s>"})
-    assert silent.encode("".join(silent.chat_frame()) + "a") == [0, 1]
-    plain.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    adding = Tokenizer(plain.to_str().encode(), chat_template=template, special_tokens={"bos_token": "<s>"})
-    assert adding.encode("".join(adding.chat_frame()) + "a") == [0, 1]
-    assert adding.count_each(["a"], special_tokens=False) == [1]
+    plain.add_special_tokens(["<s>", "</s>"])
+    if ADDING[request.param]:
+        post = tokenizers.processors.TemplateProcessing(single=ADDING[request.param], special_tokens=SPECIAL)
+        plain.post_processor = post
+    plain.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    return tmp_path
+
+
+def test_a_plain_text_begins_as_in_transformers_and_never_ends_with_an_end_token(folder: Path) -> None:
+    tokenizer, reference = Tokenizer.from_folder(folder), load_tokenizer(folder)
+    front = [0] if reference("a b").input_ids[0] == 0 else []
+    for text, expected in (("a b", [*front, 5, 6]), ("<s>a b", [0, 5, 6]), ("", front)):
+        assert tokenizer.encode(text) == encode_prompt(reference, text, bare=False) == expected
+        assert tokenizer.count(text) == tokenizer.count_each([text])[0] == len(expected)
+    assert tokenizer.count_each(["a b"], special_tokens=False) == [2]
+    long = "a b " * 1000
+    assert tokenizer.count(long) == len(tokenizer.encode(long)) == len(front) + 2000
+
+
+@pytest.mark.parametrize("template", WRITING.values(), ids=WRITING)
+def test_a_text_in_a_chat_has_the_tokens_of_apply_chat_template(folder: Path, template: str) -> None:
+    (folder / "chat_template.jinja").write_text(template)
+    tokenizer, reference = Tokenizer.from_folder(folder), load_tokenizer(folder)
+    before, after = tokenizer.chat_frame()
+    text = f"{before}a b{after}"
+    expected = reference.apply_chat_template([{"role": "user", "content": "a b"}], return_dict=False)
+    assert tokenizer.as_bare().encode(text) == encode_prompt(reference, text, bare=True) == expected
+    assert tokenizer.as_bare().count(text) == len(expected)
+
+
+def test_items_of_another_rule_have_another_address(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    of_the_file = hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
+    added = load_tokenizer(folder)("a").input_ids
+    assert (tokenizer.digest == of_the_file) == (added[-1] != 1)
+    assert (tokenizer.as_bare().digest == of_the_file) == (added == [5])
 
 
 LOOP = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
@@ -72,6 +117,7 @@ LOOP = "{% for m in messages %}[{{ m.content }}]{% endfor %}"
         ("{% for m in messages %}[{{ m.content }}]{% break %}{% endfor %}", ("[", "]")),
         ("{% for m in messages %}{% generation %}[{{ m.content }}]{% endgeneration %}{% endfor %}", ("[", "]")),
         (LOOP + "{{ eos_token }}", ("[", "]<|endoftext|>")),
+        (LOOP + "{% if tools is not none %}tools{% endif %}{{ 'ß<' | tojson }}", ("[", ']"ß<"')),
         ([{"name": "tool_use", "template": "tools"}, {"name": "default", "template": LOOP}], ("[", "]")),
     ],
 )
@@ -98,8 +144,10 @@ def test_chat_templates_are_rendered_as_transformers_does_but_for_the_date(
             r"here/tokenizer.json: the chat template fails \('str object' has no",
         ),
         ("{{ 1 + messages[0].content }}", r"here/tokenizer.json: the chat template fails \(unsupported operand"),
-        ("{{ raise_exception('only\nsystem') }}", r"chat template: only system$"),
+        ("{{ raise_exception('only\nsystem') }}", r"chat template refuses the conversation \(only system\)"),
         ("{{ messages | length }}", "the chat template does not show the user's message"),
+        (2 * "{{ messages[0].content }}", "the chat template shows the user's message 2 times; ask it plainly, with"),
+        ("{{ 'x' * 10 ** 9 }}", r"the chat template fails \(MemoryError\)"),
     ],
 )
 def test_a_chat_template_that_cannot_ask_is_refused_in_one_line(parents: Path, template: str, message: str) -> None:
@@ -107,6 +155,43 @@ def test_a_chat_template_that_cannot_ask_is_refused_in_one_line(parents: Path, t
     with pytest.raises(BadInput, match=message) as refused:
         Tokenizer.from_files(files, place="here", chat_template=template).chat_frame()
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 9 ** (9 ** 9) }}",
+        "{{ messages[0].content }}{% macro m() %}{% for i in range(99999) %}{{ m() }}{% endfor %}{% endmacro %}"
+        "{% for i in range(99999) %}{% for j in range(99999) %}{{ i * j }}{% endfor %}{% endfor %}",
+    ],
+)
+def test_a_chat_template_that_does_not_end_is_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1.0)
+    with ChatTemplate(template, {}, "here") as chat:
+        with pytest.raises(BadInput, match="here: the chat template does not end within 1 seconds"):
+            chat.frame()
+        process = chat._process
+    assert process is not None and process.poll() is not None
+
+
+@pytest.mark.parametrize("opened", ["<think>", "<think>\n", "<think>\n\n"])
+def test_a_template_that_opens_thoughts_gets_them_closed(opened: str) -> None:
+    with ChatTemplate("[{{ messages[0].content }}]" + opened, {}, "here") as chat:
+        assert chat.frame() == ("[", "]<think>\n\n</think>\n\n")
+        assert chat.render([{"role": "user", "content": "a"}]) == "[a]<think>\n\n</think>\n\n"
+
+
+def test_a_conversation_may_go_on_in_its_last_message_as_in_transformers(parents: Path) -> None:
+    reference = AutoTokenizer.from_pretrained(parents / "base")
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "The answer is"}]
+    with ChatTemplate((parents / "base" / "chat_template.jinja").read_text(), {}, "here") as chat:
+        for shown in (messages[:1], messages):
+            assert chat.render(shown) == reference.apply_chat_template(
+                shown, tokenize=False, add_generation_prompt=True
+            )
+        goes_on = reference.apply_chat_template(messages, tokenize=False, continue_final_message=True)
+        assert chat.render(messages, open_turn=False) == goes_on
 
 
 def test_token_ends_cut_the_text_where_tokens_end(tokenizer: Tokenizer) -> None:
