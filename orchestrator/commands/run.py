@@ -7,10 +7,12 @@ import argparse
 from jobs.errors import writing
 from orchestrator.commands.inputs import print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
+from orchestrator.words import shortlist
 
 
 def run(options: argparse.Namespace) -> int:
     """`mergeyard run JOB.yaml`: merges, evaluates, judges and keeps the points of a job."""
+    from orchestrator.judging.race import left_by_name
     from orchestrator.merging.driver import drive
     from orchestrator.planning.plan import make_plan
     from orchestrator.report.terminal.run import print_result, result_facts
@@ -28,6 +30,8 @@ def run(options: argparse.Namespace) -> int:
             evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
         if job.keep.kind == "best" and evaluated is not None:
             best = [standing.point for standing in evaluated.standing[: job.keep.count]]
+            if left := left_by_name(evaluated.standing, len(best)):
+                watcher.tell(f"names decide which points are kept: {shortlist(left)} scored as much as {best[-1]}")
             plan = plan.keeping(best)
             with writing():  # the evaluation has written its scores
                 plan.check_room()

@@ -66,6 +66,16 @@ class Standing:
     confirmed: float | None
 
 
+def left_by_name(standing: Sequence[Standing], count: int) -> list[str]:
+    """The points after the first `count` that have the score of the last of these: only their names decided."""
+    last = standing[: max(count, 1)][-1:]
+    return [
+        entry.point
+        for entry in standing[count:]
+        if entry.departed_at_rung is None and math.isclose(entry.score, last[0].score, abs_tol=1e-9)
+    ]
+
+
 class Race:
     """A race of points over the cells of a grid.
 

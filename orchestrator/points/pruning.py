@@ -18,6 +18,7 @@ from typing import Any
 from jobs.errors import AccessDenied, BadInput, ObjectMissing, writing
 from jobs.sealing import sealed
 from orchestrator.evaluating.results import VERDICT, read_results
+from orchestrator.judging.race import left_by_name
 from orchestrator.records.documents import read_document, text_of
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import READS_AT_ONCE
@@ -85,7 +86,7 @@ def holdings(run: str, keep: int) -> Holdings:
     owners = {name: same_as or name for name, same_as in planned.points.items()}
     needed = _needed(store, planned)
     needed |= {owners[name]: why for name, why in needed.items() if name in owners}  # whose files the point's are
-    standings = _Standings.of(run)
+    standings = _Standings.of(run, keep)
     points: list[Holding] = []
     for name in planned.points.keys() | taken.keys():
         scored = name if name in standings.places else owners.get(name, name)
@@ -103,9 +104,10 @@ class _Standings:
     scores: Mapping[str, float]
     places: Mapping[str, int]
     finished: bool
+    left_by_name: frozenset[str] = frozenset()
 
     @classmethod
-    def of(cls, run: str) -> _Standings:
+    def of(cls, run: str, keep: int) -> _Standings:
         try:
             result = read_results(run)
         except BadInput:
@@ -114,6 +116,7 @@ class _Standings:
             {standing.point: 100 * standing.score for standing in result.standing},
             {standing.point: place for place, standing in enumerate(result.standing, 1)},
             result.finished,
+            frozenset(left_by_name(result.standing, keep)),
         )
 
     def judge(self, point: str, keep: int) -> tuple[bool, str]:
@@ -124,7 +127,8 @@ class _Standings:
             return True, "not scored"
         if self.places[point] <= keep:
             return True, f"among the best {keep}" if keep > 1 else "the best"
-        return False, f"not among the best {keep}"
+        by_name = ", by its name alone" if point in self.left_by_name else ""
+        return False, f"not among the best {keep}{by_name}"
 
 
 def _taken(listed: Iterable[tuple[str, int]]) -> tuple[Counter[str], Counter[str]]:

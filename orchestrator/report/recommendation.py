@@ -13,6 +13,10 @@ from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.significance import FlipRate
 from orchestrator.report.against_baseline import BaselineComparison, compare, compare_overall
 from orchestrator.report.leaderboard import Line
+from orchestrator.words import shortlist
+
+ROUNDING = 1e-9
+"""Points of 100 by which two equal scores may differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,11 +24,13 @@ class Recommendation:
     """The leader, and its differences from the best parent and from the runner-up; None if there is none.
 
     Where the leader is a parent itself, `parent` is its label and `over_parent` None. `parent_name` is the best
-    parent's name in sentences. `points` counts the points that took part. `gate` is the gate's verdict as it lies in
-    the run, if there is one.
+    parent's name in sentences. `points` counts the points that took part. `tied` are the points with the leader's
+    score on as many items; the leader is only the first of them by name. `gate` is the gate's verdict as it lies in the
+    run, if there is one.
     """
 
     best: Line
+    tied: tuple[str, ...]
     parent: str | None
     parent_name: str
     over_parent: BaselineComparison | None
@@ -52,19 +58,31 @@ class Recommendation:
 
     def _keep(self) -> str:
         score = f"{self.best.score:.1f} points{_spread(self.best)}"
+        tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 else ""
         if self.parent == self.best.name:
-            return f"Keep the parent {self.parent_name}: {score}, and no merge scores more."
+            others = f"; {tie}" if tie else ""
+            return f"Keep the parent {self.parent_name}: {score}, and no merge scores more{others}."
         if self.over_parent is None:
-            return f"Keep {self.best.name}: {score}."
+            return f"{tie or f'Keep {self.best.name}'}: {score}."
         found = self.over_parent
-        told = f"{_points(found.difference)} the best parent, {self.parent_name} ({_certainty(found, self.points)})"
+        certainty = _certainty(found, self.points)
+        told = f"{_points(found.difference)} the best parent, {self.parent_name} ({certainty})"
+        if math.isclose(found.difference, 0, abs_tol=ROUNDING):
+            if self.parent in self.tied:
+                return f"{tie}, the parent {self.parent_name} among them: {score} ({certainty})."
+            who = f"{len(self.tied)} points" if tie else self.best.name
+            return f"{who} and the best parent, {self.parent_name}, share the first place: {score} ({certainty})."
         if found.sure and found.difference < 0:
-            return f"Keep the parent {self.parent_name}: the best merge, {self.best.name}, has {score}, {told}."
+            merges = f"of the merges, {tie} with" if tie else f"the best merge, {self.best.name}, has"
+            return f"Keep the parent {self.parent_name}: {merges} {score}, {told}."
         if found.sure:
-            return f"Keep {self.best.name}: {score}, {told}."
-        return f"{self.best.name} leads with {score}, but is not surely better than its parents: {told}."
+            return f"{tie or f'Keep {self.best.name}'}: {score}, {told}."
+        leads = f"{tie} with {score}, but are" if tie else f"{self.best.name} leads with {score}, but is"
+        return f"{leads} not surely better than {'the' if tie else 'its'} parents: {told}."
 
     def _lead(self) -> str:
+        if len(self.tied) > 1:
+            return f"By name they are {shortlist(self.tied)}: any will do, or ask more items."
         found = self.over_runner_up
         if found is None:
             return ""
@@ -79,7 +97,8 @@ class Recommendation:
             line = self.gate["lines"][0]
             return f"The gate says {self.gate['outcome']}{where}: {line['difference']:+.1f} against {self.gate['old']}."
         if self.confirmed is not None:
-            return f"On fresh items, that no point was chosen by, it scores {100 * self.confirmed:.1f}."
+            who = self.best.name if len(self.tied) > 1 else "it"
+            return f"On fresh items, that no point was chosen by, {who} scores {100 * self.confirmed:.1f}."
         return ""
 
     def _floor(self) -> str:
@@ -92,6 +111,7 @@ class Recommendation:
         return {
             "sentence": self.sentence,
             "keep": self.best.name,
+            "tied": list(self.tied),
             "over_best_parent": None if self.over_parent is None else self.over_parent.document(),
             "over_runner_up": None if self.over_runner_up is None else self.over_runner_up.document(),
         }
@@ -125,8 +145,11 @@ def recommend(
         against_parent = compare_overall(rows, points, parent)
     runner_up = next((name for name in points if name not in (best.name, parent)), None)
     standing = next((entry for entry in result.standing if entry.point == best.name), None)
+    left = {departure.point for departure in result.departures}
+    level = [line for line in lines if line.items == best.items and line.name in points and line.name not in left]
     return Recommendation(
         best=best,
+        tied=tuple(line.name for line in level if math.isclose(line.score, best.score, abs_tol=ROUNDING)),
         parent=parent,
         parent_name="" if parent is None else result.parent_name(parent),
         over_parent=None if against_parent is None else against_parent.get(best.name),

@@ -102,6 +102,19 @@ def test_keep_best_writes_the_best_and_no_other(mergeyard: Mergeyard, job_file: 
     assert written == set(best) == {"w1", "w0.98"}
 
 
+def test_keep_best_says_that_names_decided_among_equal_scores(
+    mergeyard: Mergeyard, job_file: Callable[..., Path]
+) -> None:
+    job = job_file(**scaled_race(), keep={"best": 1})
+    ended = mergeyard("run", job, "--in-process")
+    assert ended.code == 0, ended.err
+    assert "2 points share the first place, the parent long (w1) among them: 100.0 points ± " in " ".join(
+        ended.out.split()
+    )
+    assert "names decide which points are kept: w1 scored as much as w0.98\n" in ended.err
+    assert [path.name for path in (job.parent / "runs/tiny/points").iterdir()] == ["w0.98"]
+
+
 def test_a_lack_of_room_that_is_seen_once_the_scores_are_there_is_no_bad_input(
     mergeyard: Mergeyard, job_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

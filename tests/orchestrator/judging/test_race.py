@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from jobs.errors import BadInput, CorruptData
 from orchestrator.judging.estimates import macro_mean
-from orchestrator.judging.race import Block, Race
+from orchestrator.judging.race import Block, Race, Standing, left_by_name
 from orchestrator.judging.samples import Cell, cell_sample
 
 CELLS = [Cell("vt", 4096), Cell("cwe", 4096), Cell("vt", 8192)]
@@ -267,6 +267,14 @@ def test_the_confirmed_score_is_free_of_the_winners_curse():
     assert np.mean(selected) > 0.57
     # sd of one macro score: √((½² + ¼² + ¼²)·¼/25) = 0.061
     assert np.mean(confirmed) == pytest.approx(0.5, abs=4 * 0.061 / math.sqrt(20))
+
+
+def test_points_left_out_by_their_names_alone():
+    scores = {"a": 0.75, "b": 0.5, "c": 0.5, "d": 0.5, "e": 0.25}
+    standing = [Standing(point, score, 4, None, None) for point, score in scores.items()]
+    standing.append(Standing("f", 0.5, 4, 0, None))  # left the race, with fewer items
+    assert [left_by_name(standing, count) for count in range(1, 7)] == [[], ["c", "d"], ["d"], [], [], []]
+    assert left_by_name([], 1) == []
 
 
 def test_contradictions_are_refused():

@@ -66,6 +66,16 @@ def test_a_dry_run_shows_sizes_scores_and_fates_and_changes_nothing(mergeyard: M
     assert "--yes removes 3 points" in table
 
 
+def test_points_that_only_their_names_parted_are_said_to_be(mergeyard: Mergeyard, run: Path) -> None:
+    leave_scores(
+        run, {"w0.9": {512: 1.0}, "w0.3": {512: 0.5}, "w0.5": {512: 0.5}, "w0.7": {512: 0.5}, "w0.1": {512: 0}}
+    )
+    shown = {point["point"]: point for point in mergeyard("prune", run, "--keep", 2, "--json").facts["points"]}
+    assert [name for name, point in shown.items() if point["kept"]] == ["w0.9", "w0.3"]
+    assert shown["w0.5"]["why"] == shown["w0.7"]["why"] == "not among the best 2, by its name alone"
+    assert shown["w0.1"]["why"] == "not among the best 2"
+
+
 def test_yes_removes_the_points_that_lost_and_run_merges_them_again(
     mergeyard: Mergeyard, run: Path, job_file: Path
 ) -> None:

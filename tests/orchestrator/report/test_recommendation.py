@@ -66,6 +66,44 @@ def test_a_lead_that_may_be_luck_is_not_sold_as_one() -> None:
     assert found.grounds[0].endswith("not sure, either will do, or ask more items.")
 
 
+def test_a_tie_is_called_a_tie() -> None:
+    sixty = {f"p{number:02d}": MOST for number in range(60)}
+    found = said({**sixty, "old": NONE, "z": HALF})
+    assert found.headline.startswith("60 points share the first place: 95.0 points ± ")
+    assert "95.0 above the best parent, old (95 % interval" in found.headline
+    assert found.grounds == ["By name they are p00, p01, p02 … p59: any will do, or ask more items."]
+    assert found.document()["tied"] == sorted(sixty)
+    two = said({"a": MOST, "b": MOST}, parents=())
+    assert two.sentence == (
+        f"2 points share the first place: 95.0 points ± {two.best.half_width:.1f}."
+        " By name they are a, b: any will do, or ask more items."
+    )
+    unsure = said({"a": MOST, "b": MOST, "old": [*MOST[1:], 0]})
+    assert unsure.headline.startswith("2 points share the first place with 95.0 points ± ")
+    assert ", but are not surely better than the parents: 5.0 above the best parent, old (" in unsure.headline
+    assert said({"a": MOST, "b": HALF, "old": NONE}).document()["tied"] == ["a"]
+
+
+def test_a_tie_with_a_parent_is_called_a_tie() -> None:
+    found = said({"a": MOST, "b": HALF, "old": MOST})
+    assert found.headline.startswith("a and the best parent, old, share the first place: 95.0 points ± ")
+    found = said({"a": MOST, "b": MOST, "old": MOST})
+    assert found.headline.startswith("2 points and the best parent, old, share the first place: 95.0 points ± ")
+    found = said({"a": MOST, "b": MOST}, parents=(), scored_as_parents={"old": "a"})
+    assert found.headline.endswith(", and no merge scores more; 2 points share the first place.")
+    found = said({"a": MOST, "b": MOST}, parents=(), scored_as_parents={"old": "b"}, confirmed=0.9)
+    assert found.headline.startswith("2 points share the first place, the parent old (b) among them: 95.0 points ± ")
+    assert "On fresh items, that no point was chosen by, a scores 90.0." in found.sentence
+    found = said({"a": NONE, "b": NONE, "old": MOST})
+    assert found.headline.startswith(
+        "Keep the parent old: of the merges, 2 points share the first place with 0.0 points"
+    )
+
+
+def test_fewer_items_are_no_tie() -> None:
+    assert said({"a": [1] * 20, "b": [1]}, parents=()).tied == ("a",)
+
+
 def test_a_merge_that_is_surely_worse_is_not_kept() -> None:
     found = said({"a": [*NONE[1:], 1], "old": MOST, "bad": NONE}, parents=("old", "bad"))
     assert found.headline.startswith("Keep the parent old: the best merge, a, has 5.0 points")
