@@ -70,6 +70,10 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
     where = f"parent {name} ({store.pinned_url})"
     if not listed:
         raise ObjectMissing(f"{where}: nothing there; check the path")
+    beside = {key: everything[key] for key in side_files(everything)}
+    for key, info in (beside | listed).items():
+        if info.outside is not None and (key in beside or key.endswith((".safetensors", ".json", ".md"))):
+            raise BadInput(f"{where}: {key} is a link to {info.outside}, outside the folder; put a copy in its place")
     config = _config(store, listed, where, quantised=quantised)
     shards, weight_map = _shards(store, listed, where)
     if config is None:
@@ -101,7 +105,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
         files=tuple(ParentFile(info.key, info.size, info.etag) for info in shards),
         tensors=tensors,
         shapes={name: shapes[name] for name in tensors},
-        side_files={key: everything[key] for key in side_files(everything)},
+        side_files=beside,
     )
 
 

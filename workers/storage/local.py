@@ -86,8 +86,8 @@ class LocalStore:
         for path in self._walk(prefix):
             if not _is_hidden(path.name):
                 with suppress(ObjectMissing), _readable_errors(path):
-                    found = path.stat()
-                    yield ObjectInfo(path.relative_to(self._folder).as_posix(), found.st_size, _etag(found))
+                    found, outside = path.stat(), _outside(path, self._folder)
+                    yield ObjectInfo(path.relative_to(self._folder).as_posix(), found.st_size, _etag(found), outside)
 
     def write(self, key: str, data: Buffer, *, mode: Literal["create", "overwrite"] = "overwrite") -> ObjectInfo:
         with self.upload(key) as upload:
@@ -321,6 +321,23 @@ class _OpenFiles:
             if len(self._files) > OPEN_FILES:
                 self._files.popitem(last=False)
         return file
+
+
+def _outside(path: Path, folder: Path) -> str | None:
+    """The end of a symbolic link, if it is neither in `folder` nor among the `blobs` of a cache of the hub."""
+    if not path.is_symlink():
+        return None
+    target = path.resolve()
+    if target.is_relative_to(folder.resolve()) or any(_is_hub_cache(above) for above in target.parents):
+        return None
+    return str(target)
+
+
+def _is_hub_cache(folder: Path) -> bool:
+    """Whether a folder holds the blobs of one repository, or those that repositories of a cache share."""
+    if folder.name != "blobs":
+        return False
+    return folder.parent.name.startswith("models--") or next(folder.parent.glob("models--*/"), None) is not None
 
 
 def _etag(found: os.stat_result) -> str:

@@ -15,11 +15,16 @@ from typing_extensions import Buffer
 
 @dataclass(frozen=True, slots=True)
 class ObjectInfo:
-    """One object: its key relative to the store, its size in bytes, and a tag that changes when its bytes may have."""
+    """One object: its key relative to the store, its size in bytes, and a tag that changes when its bytes may have.
+
+    `outside` is set in a listing of a folder: the file that a symbolic link leads to, if that is neither in the folder
+    nor in a cache of the hub.
+    """
 
     key: str
     size: int
     etag: str
+    outside: str | None = None
 
 
 class Upload(Protocol):

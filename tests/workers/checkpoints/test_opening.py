@@ -509,3 +509,90 @@ def test_a_bad_checkpoint_is_refused_in_one_line_that_names_it(kind: str, folder
     assert line in str(refusal.value)
     assert str(path) in str(refusal.value)
     assert len(str(refusal.value).splitlines()) == 1
+
+
+# ---- symbolic links
+
+
+@pytest.fixture
+def parent(tmp_path: Path) -> Path:
+    """A whole checkpoint in `parent`, beside files that are none of its own."""
+    (tmp_path / "parent").mkdir()
+    save_file(ONE, tmp_path / "parent" / "model.safetensors")
+    (tmp_path / "parent" / "config.json").write_text("{}")
+    (tmp_path / "credentials").write_text("{}")
+    save_file(TWO, tmp_path / "other.safetensors")
+    return tmp_path / "parent"
+
+
+@pytest.mark.parametrize("absolute", [True, False])
+@pytest.mark.parametrize(
+    "name",
+    ["vocab.txt", "config.json", "LICENSE", "1_Pooling/config.json", "model.safetensors.index.json", "manifest.json"],
+)
+def test_a_link_out_of_the_folder_is_refused_by_name(parent: Path, name: str, absolute: bool):
+    link = parent / name
+    link.parent.mkdir(exist_ok=True)
+    link.unlink(missing_ok=True)
+    up = "../" * len(Path(name).parts)
+    link.symlink_to(parent.parent / "credentials" if absolute else f"{up}credentials")
+    with pytest.raises(BadInput) as refused:
+        open_checkpoint(str(parent), "cos")
+    assert f": {name} is a link to {parent.parent}/credentials, outside the folder; put a copy" in str(refused.value)
+    link.unlink()
+    link.write_text("{}")
+    with suppress(CorruptData):  # an empty index is none
+        open_checkpoint(str(parent), "cos")
+
+
+def test_weights_behind_a_link_out_of_the_folder_are_refused(parent: Path):
+    (parent / "model.safetensors").unlink()
+    (parent / "model.safetensors").symlink_to(parent.parent / "other.safetensors")
+    with pytest.raises(BadInput, match=r"model\.safetensors is a link to .*other\.safetensors"):
+        open_checkpoint(str(parent), "cos")
+
+
+def test_a_link_through_a_link_is_followed_to_its_end(parent: Path):
+    (parent / "inner").symlink_to("../credentials")
+    (parent / "vocab.txt").symlink_to("inner")
+    with pytest.raises(BadInput, match="outside the folder"):
+        open_checkpoint(str(parent), "cos")
+
+
+def test_links_within_the_folder_and_links_that_nothing_reads_are_let_be(parent: Path):
+    (parent / "files").mkdir()
+    (parent / "files" / "vocab.txt").write_text("a")
+    (parent / "vocab.txt").symlink_to("files/vocab.txt")
+    (parent / "logo.png").symlink_to("../credentials")
+    linked = parent.parent / "linked"
+    linked.symlink_to(parent)
+    for folder in (parent, linked):
+        assert "vocab.txt" in open_checkpoint(str(folder), "cos").side_files
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["blobs of the repository", "blobs of the cache"])
+def test_a_snapshot_in_a_cache_of_the_hub_is_opened(parent: Path, tmp_path: Path, shared: bool):
+    repository = tmp_path / "hub" / "models--org--name"
+    snapshot, blobs, common = repository / "snapshots" / "abc", repository / "blobs", tmp_path / "hub" / "blobs" / "f5"
+    for folder in (snapshot, blobs, common):
+        folder.mkdir(parents=True)
+    for path in parent.iterdir():
+        (common if shared else blobs).joinpath(path.name).write_bytes(path.read_bytes())
+        if shared:
+            (blobs / path.name).symlink_to(f"../../blobs/f5/{path.name}")
+        (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
+    assert open_checkpoint(str(snapshot), "cos").shapes == {"x": (2,)}
+    (parent / "vocab.txt").symlink_to(blobs / "config.json")
+    assert "vocab.txt" in open_checkpoint(str(parent), "cos").side_files, "as the hub's client links into a folder"
+    (blobs / "config.json").unlink()
+    (blobs / "config.json").symlink_to(tmp_path / "credentials")
+    with pytest.raises(BadInput, match=r"config\.json is a link to .*credentials, outside the folder"):
+        open_checkpoint(str(snapshot), "cos")
+
+
+def test_blobs_of_another_program_are_not_those_of_the_hub(parent: Path, tmp_path: Path):
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs" / "secret").write_text("{}")
+    (parent / "vocab.txt").symlink_to("../blobs/secret")
+    with pytest.raises(BadInput, match="outside the folder"):
+        open_checkpoint(str(parent), "cos")
