@@ -35,6 +35,7 @@ from jobs.errors import (
     ObjectExists,
     ObjectMissing,
     StorageError,
+    StorageRefused,
     StorageUnavailable,
 )
 from workers.storage.keys import check_key, check_prefix, length_within
@@ -152,7 +153,16 @@ class CloudStore:
                 pages = None  # begin again behind the last key that came
                 raise
 
-        while page := self._patiently(prefix, next_page):
+        confirmed: str | None = None
+        while True:
+            page = self._patiently(prefix, next_page)
+            if page and confirmed is not None and page[0]["path"] <= confirmed:  # an order of the service's own
+                return
+            if not page:
+                if self._bucket.s3 is None or last == confirmed:
+                    return
+                pages, confirmed = None, last  # some services end a listing early: nothing may follow its last key
+                continue
             for meta in page:
                 if meta["path"].startswith(wanted):
                     yield self._info(meta["path"].removeprefix(self._prefix), meta)
@@ -225,10 +235,21 @@ class CloudStore:
         return patiently(request, translated=lambda error: self._translated(error, key))
 
     def _translated(self, error: Exception, key: str) -> MergeyardError:
-        told = from_obstore(error, self._place(key))
-        if isinstance(told, ObjectMissing) and self._bucket.s3 and not self._bucket.s3.exists():
-            return missing(self._place(key), "NoSuchBucket")
+        s3, place = self._bucket.s3, self._place(key)
+        told = from_obstore(error, place, s3.header) if s3 else from_obstore(error, place)
+        if isinstance(told, ObjectMissing) and s3 and not s3.exists():
+            return missing(place, "NoSuchBucket")
+        if isinstance(told, StorageRefused) and "performing HEAD" in str(error):
+            return self._refusal_of_get(key) or told  # the answer to a HEAD has no body, so no reason
         return told
+
+    def _refusal_of_get(self, key: str) -> StorageRefused | None:
+        try:
+            obstore.get(self._objects, self._path(key), options={"range": (0, 1)})
+        except Exception as error:
+            told = self._translated(error, key)
+            return told if isinstance(told, StorageRefused) else None
+        return None
 
     def _info(self, key: str, meta: ObjectMeta) -> ObjectInfo:
         return ObjectInfo(key, meta["size"], self._etag(key, meta["e_tag"]))
@@ -292,6 +313,11 @@ class CloudStore:
                 result = obstore.put(self._objects, self._path(key), content, mode=mode, use_multipart=False)
             except Exception as error:
                 told = self._translated(error, key)
+                if mode != "overwrite" and "status code: 501" in str(error):
+                    raise StorageRefused(
+                        f"{self._place(key)}: this service has no conditional writes (501 NotImplemented); give an"
+                        " `output:` on another, which `mergeyard check` tries"
+                    ) from None
                 refused = isinstance(told, (ObjectExists, ObjectChanged, ObjectMissing))
                 # an earlier try may have come through and only its answer been lost
                 if refused and tries > 1 and (ours := self._already_there(key, content)):

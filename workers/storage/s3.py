@@ -8,12 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from botocore.exceptions import BotoCoreError, ClientError
 from typing_extensions import Buffer
 
-from jobs.errors import AccessDenied, CorruptData, MergeyardError, ObjectMissing, StorageError, StorageUnavailable
+from jobs.errors import CorruptData, MergeyardError, ObjectMissing, StorageError, StorageRefused, StorageUnavailable
 from workers.storage.retrying import patiently
 from workers.storage.s3_settings import S3Settings
 from workers.storage.store import ObjectInfo
@@ -46,10 +46,20 @@ class S3Bucket:
                 self.call(f"s3://{self.name}", lambda: self.client.head_bucket(Bucket=self.name))
             except ObjectMissing:
                 return False
-            except AccessDenied:
+            except StorageRefused:
                 pass
             self._seen = True
         return True
+
+    def header(self, name: str) -> str:
+        """One header of the answer to the smallest request, refused or not; obstore gives none of its answers."""
+        try:
+            answer = self.client.head_bucket(Bucket=self.name)
+        except ClientError as error:
+            answer = cast("dict[str, Any]", error.response)
+        except BotoCoreError:
+            return ""
+        return str(answer["ResponseMetadata"]["HTTPHeaders"].get(name, ""))
 
     def call(self, place: str, request: Callable[[], Any]) -> Any:
         """The answer to one boto3 request, tried again while the service is unwell."""

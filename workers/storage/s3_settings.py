@@ -88,6 +88,7 @@ class S3Settings:
         checksums = str(core.get_config_variable("request_checksum_calculation")).lower() != "when_required"
         options = _options(unsigned, digests=not checksums)
         client = session.client("s3", region_name=region, config=options, verify=ca_bundle)
+        client.meta.events.register("before-call.s3", _stay_in_the_region)
         if payer:
             client.meta.events.register("before-call.s3", _offer_to_pay)
         endpoint = str(client.meta.endpoint_url)
@@ -197,6 +198,11 @@ def _is_virtual_hosted(client: Any, bucket: str) -> bool:
     address = client.generate_presigned_url("get_object", Params={"Bucket": bucket, "Key": "key"})
     client.meta.events.unregister("choose-signer.s3.GetObject", disable_signing)
     return (urlsplit(address).hostname or "").startswith(f"{bucket}.")
+
+
+def _stay_in_the_region(params: dict[str, Any], **_: Any) -> None:
+    """boto3 would follow a bucket into its region; obstore does not, and a redirection without a region never ends."""
+    params["context"].setdefault("s3_redirect", {})["redirected"] = True
 
 
 def _offer_to_pay(params: dict[str, Any], **_: Any) -> None:

@@ -55,7 +55,7 @@ class Upload(Protocol):
 class Store(Protocol):
     """A flat set of objects under one URL. Keys are relative, with `/`; `..`, `//` and a leading `/` are refused.
 
-    Every method raises the errors of `jobs.errors` only: `ObjectMissing`, `AccessDenied`, `ObjectChanged`,
+    Every method raises the errors of `jobs.errors` only: `ObjectMissing`, `StorageRefused`, `ObjectChanged`,
     `ObjectExists`, `StorageUnavailable` (after its own retries), `CorruptData`. All methods may be called from
     several threads at once.
     """

@@ -71,7 +71,7 @@ def test_the_bucket_in_the_host_name_and_the_proxy_are_obeyed_by_both(
 def test_what_no_proxy_names_is_asked_directly_by_both(
     quirky_s3: QuirkyS3, monkeypatch: pytest.MonkeyPatch, variable: str
 ) -> None:
-    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "1")
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "10")
     monkeypatch.setenv(variable, "http://127.0.0.1:9")
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     both_halves()
