@@ -182,6 +182,10 @@ def parser() -> argparse.ArgumentParser:
     verify.add_argument("run", metavar="RUN", help="folder or URL of a run, of one of its points, or of a merge")
     verify.add_argument("--json", action="store_true", help="print it as JSON")
 
+    check = _verb(verbs, "check", "print the settings of a store, and try every kind of request that a run sends")
+    check.add_argument("url", metavar="URL", help="folder or bucket, such as the `output:` of a job")
+    check.add_argument("--json", action="store_true", help="print it as JSON")
+
     _verb(verbs, "schema", "print the JSON Schema of a job file, for editors")
 
     diff = _verb(verbs, "diff", "compare two checkpoints, tensor by tensor")

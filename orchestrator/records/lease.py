@@ -13,9 +13,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError
+from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError, StorageRefused
 from jobs.sealing import sealed
 from workers.storage import Store
+from workers.storage.probing import broken_condition
 from workers.storage.records import read_record
 
 LEASE_SECONDS = 30.0
@@ -86,9 +87,11 @@ class Lease:
         try:
             self._epoch = 1
             self._etag = self._store.write(self._key, self._body(), mode="create").etag
-            return
         except ObjectExists:
-            pass
+            self._check_conditions()
+        else:
+            self._check_conditions()
+            return
         holder, etag = self._held()
         if not (holder["released"] or _dead_here(holder)):
             self._wait_for_expiry(holder, etag)
@@ -97,6 +100,16 @@ class Lease:
             self._etag = self._store.swap(self._key, self._body(), etag=etag).etag
         except ObjectChanged:
             raise RunBusy(f"{self._store.url}: another driver was faster; follow it with `mergeyard status`") from None
+
+    def _check_conditions(self) -> None:
+        """`StorageRefused` where a lease excludes nobody; asked once by every driver, before any other write."""
+        broken = broken_condition(self._store, self._key, self._body)
+        if broken is not None:
+            self._store.delete(self._key)
+            raise StorageRefused(
+                f"{self._store.url}: this store ignores {broken}, so two drivers could share the run;"
+                " give an `output:` on another, which `mergeyard check` tries"
+            )
 
     def _held(self) -> tuple[Mapping[str, Any], str]:
         """The lease and its version; it may be renewed during the read."""

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 
-from jobs.errors import BadInput, CorruptData, ObjectExists, writing
+from jobs.errors import BadInput, CorruptData, ObjectExists, ObjectMissing, StorageUnavailable, writing
 from jobs.merge_tasks import Receipt
 from jobs.sealing import sealed
 from orchestrator.records.places import Places
@@ -53,11 +53,16 @@ class Ledger:
         A receipt without its shard counts for nothing: the unit will be merged again, to the same bytes.
         """
         prefix = self._places.record("receipts/")
-        listed = {info.key.rsplit("/", 1)[1].removesuffix(".json") for info in self.store.list(prefix)}
-        shards = {info.key: info for info in self.store.list()} if listed else {}
+        there = {info.key: info for info in self.store.list()}
+        listed = {key.rsplit("/", 1)[1].removesuffix(".json") for key in there if key.startswith(prefix)}
+        plan = self._places.record("plan.json")
+        if listed and plan not in there:  # it is older than every receipt
+            with suppress(ObjectMissing):
+                self.store.locate(plan)
+                raise StorageUnavailable(f"{self.store.url}: the listing leaves out {plan}, which is there; run again")
         with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
             receipts = list(pool.map(self._receipt, [unit for unit in units if unit in listed]))
-        return {receipt.unit: receipt for receipt in receipts if self._is_whole(shards.get(receipt.key), receipt)}
+        return {receipt.unit: receipt for receipt in receipts if self._is_whole(there.get(receipt.key), receipt)}
 
     def _is_whole(self, shard: ObjectInfo | None, receipt: Receipt) -> bool:
         """Whether a shard is the one of this receipt; another version of it, a copy say, is hashed to know."""

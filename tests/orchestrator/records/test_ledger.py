@@ -19,13 +19,14 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from jobs.errors import BadInput, CorruptData, RunBusy
+from jobs.errors import BadInput, CorruptData, RunBusy, StorageRefused, StorageUnavailable
 from jobs.merge_tasks import Receipt
 from jobs.sealing import sealed, unsealed
 from orchestrator.records.lease import Lease, driver_of
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places
 from workers.storage import Store, open_store
+from workers.storage.memory import MemoryStore
 
 KEY = "lease.json"
 ROOT = Path(__file__).parents[3]
@@ -312,3 +313,41 @@ def test_a_record_that_is_damaged_is_said_to_be(store: Store, bit: int):
         store.write(key, damaged)
         with pytest.raises(CorruptData, match=r"receipts/aa/aa\.json: damaged.*; remove it and run again"):
             Ledger(store.url, Places()).trusted({"aa": "points/p/aa.safetensors"})
+
+
+# ---- stores that break their promises
+
+
+class Careless(MemoryStore):
+    """A store that reads no conditions."""
+
+    def write(self, key: str, data: Any, *, mode: str = "overwrite") -> Any:
+        return super().write(key, data)
+
+
+def test_a_store_without_conditional_writes_is_refused_and_left_empty():
+    store = Careless("memory://careless")
+    with pytest.raises(StorageRefused, match="this store ignores If-None-Match") as refusal, Lease(store, KEY):
+        pass
+    assert refusal.value.exit_code == 2
+    assert list(store.list()) == []
+
+
+def test_a_driver_that_is_refused_leaves_the_lease_of_the_other_as_it_is(store: Store):
+    with Lease(store, KEY, seconds=1.0, heartbeat=0.05):
+        held = lease_of(store)
+        with pytest.raises(RunBusy), Lease(store, KEY):
+            pass
+        assert lease_of(store)["nonce"].partition("-")[0] == held["nonce"].partition("-")[0]
+
+
+def test_a_listing_without_the_plan_is_not_believed(store: Store, monkeypatch: pytest.MonkeyPatch):
+    ledger = Ledger(store.url, Places())
+    ledger.claim("job", {"digest": "d", "parents": {}, "points": []})
+    unit = "ab" * 32
+    store.write(Places().receipt(unit), b"{}")
+    listed = [info for info in store.list() if info.key != "plan.json"]
+    monkeypatch.setattr(ledger, "store", store)
+    monkeypatch.setattr(type(store), "list", lambda self, prefix="": iter(listed))
+    with pytest.raises(StorageUnavailable, match="leaves out plan"):
+        ledger.trusted({unit: "points/a/model.safetensors"})
