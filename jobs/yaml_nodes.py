@@ -180,6 +180,8 @@ class Node:
             raise self.error(
                 f"{self._subject()} must be a size such as 1GB, 500MB or 2GiB, not {quoted(self.string())}"
             )
+        if match and match[2] == "B" and size < 1000:
+            raise self.error(f"{self._subject()}: {match[0]} is {size} bytes; write {match[1]}GB for gigabytes")
         return int(size)
 
     def plain(self) -> Any:

@@ -16,13 +16,14 @@ from types import FrameType
 from typing import Any
 
 from jobs.errors import Interrupted, MergeyardError
+from orchestrator.commands.mergekit_options import add_mergekit_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    options = parser().parse_args(arguments)
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
+        options = parser().parse_args(arguments)
         verb = import_module(f"orchestrator.commands.{options.command}")
         return int(getattr(verb, options.command)(options))
     except KeyboardInterrupt:
@@ -93,12 +94,27 @@ def parser() -> argparse.ArgumentParser:
     merge.add_argument("config", metavar="CONFIG", help="a mergekit document (YAML)")
     merge.add_argument("out", metavar="OUT", help="folder or URL of the merged checkpoint")
     merge.add_argument(
-        "--out-shard-size", default=None, metavar="SIZE", help="size of an output file, such as 5GB; default 1GB"
+        "--out-shard-size",
+        default=None,
+        metavar="SIZE",
+        help="size of an output file, such as 5GB, or as mergekit writes it: 5B, 500M; default 1GB",
     )
     merge.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of the dare methods; default 0")
     merge.add_argument("--memory", default=None, metavar="SIZE", help="memory limit; default 4GB")
-    merge.add_argument("--threads", type=int, default=None, metavar="N", help="threads; default: one per processor")
+    merge.add_argument(
+        *("-j", "--threads", "--num-threads"),
+        type=int,
+        default=None,
+        metavar="N",
+        help="threads; default: one per processor",
+    )
     merge.add_argument("--device", default="cpu", help="device that computes: cpu (default), cuda, cuda:1 …")
+    merge.add_argument(
+        *("--cuda", "--gpu-rich"), dest="device", action="store_const", const="cuda", help="the same as --device cuda"
+    )
+    merge.add_argument(
+        "--transformers-cache", metavar="FOLDER", help="cache of models from the hub, in place of HF_HUB_CACHE"
+    )
     merge.add_argument(
         "--numerics",
         choices=("float32", "mergekit"),
@@ -115,6 +131,7 @@ def parser() -> argparse.ArgumentParser:
         help="also copy the parents' files of code, such as modeling_*.py; none is run",
     )
     _quiet(merge)
+    add_mergekit_options(merge)
 
     report = _verb(verbs, "report", "print the leaderboard of a run and write its page")
     report.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")

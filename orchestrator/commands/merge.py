@@ -10,6 +10,7 @@ from pathlib import Path
 from jobs.errors import BadInput, writing
 from jobs.job import WorkerSpec, load_merge_document
 from orchestrator.commands.inputs import read_text, size_option, watched
+from orchestrator.commands.mergekit_options import print_reasons, shard_size
 
 
 def merge(options: argparse.Namespace) -> int:
@@ -21,11 +22,17 @@ def merge(options: argparse.Namespace) -> int:
     from orchestrator.report.terminal.run import print_merge
     from orchestrator.watching import Watcher
 
+    if options.transformers_cache:
+        os.environ["HF_HUB_CACHE"] = options.transformers_cache
     _check_device(options.device)
+    if not options.quiet:
+        print_reasons(options.changes_nothing)
     text = read_text(options.config)
     job = load_merge_document(text, options.config, options.out)
     threads = options.threads or os.cpu_count() or 1
-    shard_bytes = size_option("--out-shard-size", options.out_shard_size) if options.out_shard_size else job.shard_bytes
+    shard_bytes = job.shard_bytes
+    if size := options.out_shard_size:
+        shard_bytes = shard_size(size) or size_option("--out-shard-size", size)
     memory = size_option("--memory", options.memory) if options.memory else WorkerSpec().memory_bytes
     job = replace(
         job,

@@ -94,7 +94,7 @@ def test_booleans_are_pyyamls(text: str, boolean: bool) -> None:
         ("500MB", 5 * 10**8),
         ("2GiB", 2**31),
         ("1.5 KiB", 1536),
-        ("7B", 7),
+        ("7000B", 7000),
         ("1TB", 10**12),
         ("4096", 4096),
         ('"1 GB"', 10**9),
@@ -105,7 +105,7 @@ def test_sizes_know_decimal_and_binary_units(text: str, size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0", "-1", "1.5", "0GB", "1gb", "GB", "1 G B", "0.5B", "1e3GB", "9" * 80 + "GB", "[]"]
+    "text", ["0", "-1", "1.5", "0GB", "1gb", "GB", "1 G B", "0.5B", "5B", "1e3GB", "9" * 80 + "GB", "[]"]
 )
 def test_sizes_that_are_none_are_refused(text: str) -> None:
     with pytest.raises(BadInput, match=r"job\.yaml:1: "):

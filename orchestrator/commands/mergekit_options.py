@@ -1,0 +1,104 @@
+"""The options of `mergekit-yaml` (mergekit 0.1.5, `options.py`) that `merge` has no use for, each with the reason.
+
+The others are options of `merge` itself: --cuda, --device, --gpu-rich, --num-threads, --out-shard-size, --quiet,
+--random-seed, --transformers-cache, --trust-remote-code.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from jobs.errors import BadInput
+
+CHANGES_NOTHING = {
+    "--allow-crimes": "parents must fit together tensor by tensor, whatever their architecture is called",
+    "--async-write": "shards are always written while others are merged",
+    "--clone-tensors": "every tensor is written by itself",
+    "--copy-tokenizer": "the output always has a tokenizer if a parent has one",
+    "--lazy-unpickle": "tensors are always read piece by piece",
+    "--lora-merge-cache": "adapters are not merged",
+    "--lora-merge-dtype": "adapters are not merged",
+    "--low-cpu-memory": "the memory of a merge is bounded by --memory",
+    "--multi-gpu": "`merge` uses one GPU; `run` uses all",
+    "--no-allow-crimes": "",
+    "--no-async-write": "",
+    "--no-clone-tensors": "",
+    "--no-cuda": "",
+    "--no-lazy-unpickle": "",
+    "--no-low-cpu-memory": "",
+    "--no-multi-gpu": "",
+    "--no-quiet": "",
+    "--no-read-to-gpu": "",
+    "--no-trust-remote-code": "",
+    "--no-unsafe-truncate-embeddings": "",
+    "--read-to-gpu": "tensors always go straight to the device that computes",
+    "--safe-serialization": "the output is always safetensors",
+    "--write-model-card": "the output always has a model card",
+    "--write-threads": "--threads also sets the number of writing threads",
+    "-v": "errors have one line; MERGEYARD_TRACEBACK=1 prints the whole traceback",
+}
+"""Accepted; those that switch off what is off have no reason to give."""
+
+REFUSED = {
+    "--no-copy-tokenizer": "a merge keeps its tokenizer; leave the option out, and remove the files afterwards",
+    "--no-safe-serialization": "the output is always safetensors; leave the option out",
+    "--no-write-model-card": "a merge keeps its card; leave the option out, and remove README.md afterwards",
+    "--unsafe-truncate-embeddings": "no row of a vocabulary is dropped; leave the option out, and merge parents of one"
+    " vocabulary",
+}
+
+WITH_VALUE = {"--lora-merge-cache", "--lora-merge-dtype", "--write-threads"}
+SIZE_IN_MERGEKIT = re.compile(r"(\d+)([kKmMbB])", re.ASCII)
+THOUSANDS = {"k": 10**3, "m": 10**6, "b": 10**9}
+
+
+class _Taken(argparse.Action):
+    """Notes a reason to print, or refuses the option."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: str | Sequence[Any] | None,
+        option_string: str | None = None,
+    ) -> None:
+        option = option_string or ""
+        if option in REFUSED:
+            raise BadInput(f"{option}: {REFUSED[option]}")
+        namespace.changes_nothing = [*getattr(namespace, self.dest), option]
+
+
+def add_mergekit_options(verb: argparse.ArgumentParser) -> None:
+    """Adds the options above; `changes_nothing` of the parsed options lists those that were given."""
+    group = verb.add_argument_group("options of mergekit-yaml that change nothing here")
+    for option, reason in {**CHANGES_NOTHING, **REFUSED}.items():
+        shown = reason and option not in REFUSED
+        group.add_argument(
+            option,
+            action=_Taken,
+            nargs=None if option in WITH_VALUE else 0,
+            metavar="X" if option in WITH_VALUE else None,
+            dest="changes_nothing",
+            default=[],
+            help=reason if shown else argparse.SUPPRESS,
+        )
+
+
+def print_reasons(options: Sequence[str]) -> None:
+    """One line on stderr for each of these options that does something in mergekit and nothing here."""
+    for option in options:
+        if reason := CHANGES_NOTHING[option]:
+            print(f"{option} changes nothing: {reason}", file=sys.stderr)
+
+
+def shard_size(text: str) -> int | None:
+    """The bytes of a size as mergekit writes it, None for other forms: 5B is 5·10⁹, 500M is 500·10⁶.
+
+    mergekit's help calls them parameters; its writer compares them with bytes (`tensor_writer.py`).
+    """
+    match = SIZE_IN_MERGEKIT.fullmatch(text)
+    return int(match[1]) * THOUSANDS[match[2].lower()] if match else None
