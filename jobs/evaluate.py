@@ -173,6 +173,8 @@ def read_evaluation(node: Node) -> Evaluation:
 def _race(node: Node) -> RaceSpec | None:
     if node.kind == "boolean":
         return RaceSpec(place=node.place) if node.boolean() else None
+    if node.kind != "mapping":
+        raise node.error(f"race must be `true`, `false` or settings such as `{{keep: 2}}`, not {node.found}")
     return read_spec(RaceSpec, node)
 
 

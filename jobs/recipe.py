@@ -40,6 +40,10 @@ REFUSED_KEYS = {
     "and set a layer apart with a gradient or a `{filter, value}`",
     "modules": "mergeyard merges whole models: list them under `models:`; a `{filter, value}` sets a module apart",
     "config_from": "it stands beside `recipe:` in a job; `mergeyard merge` has the option `--config-from`",
+    **dict.fromkeys(
+        ("gate_mode", "experts", "experts_per_token", "shared_experts"),
+        "it belongs to mergekit-moe, which builds a mixture of experts; mergeyard merges models of one architecture",
+    ),
     "tokenizer": "mergeyard copies one parent's tokenizer as it is: write `tokenizer_source: base`, or name a model",
 }
 

@@ -45,6 +45,10 @@ SIZE_UNITS = {"B": 1} | {
 Kind = Literal["mapping", "list", "string", "number", "boolean", "nothing"]
 
 
+NEAR = 0.65
+"""difflib's ratio from which a word counts as misspelt; that of `cso` and `cos` is 0.67."""
+
+
 def quoted(text: str, longest: int = 80) -> str:
     """`text` in double quotes on one line, cut at `longest` characters; invisible characters are escaped."""
     shown = json.dumps(text if len(text) <= longest else f"{text[: longest - 3]}...", ensure_ascii=False)
@@ -53,7 +57,7 @@ def quoted(text: str, longest: int = 80) -> str:
 
 def suggestion(name: str, choices: Collection[str]) -> str:
     """`; did you mean "weight"?`, or the choices where none is near and they are few, or nothing."""
-    near = difflib.get_close_matches(name[:80], choices, 1)
+    near = difflib.get_close_matches(name[:80], choices, 1, cutoff=NEAR)
     if near:
         return f"; did you mean {quoted(near[0])}?"
     return f"; choose from {', '.join(sorted(choices))}" if 0 < len(choices) <= 24 else ""
@@ -206,10 +210,15 @@ class Node:
     def _looks_like_a_number(self) -> bool:
         return isinstance(self.value, str) and NUMBER.fullmatch(self.value) is not None
 
-    def _refuse(self, expected: str, remedy: str = "") -> NoReturn:
+    @property
+    def found(self) -> str:
+        """This value in an error: a list, a number 3, a string "yes"."""
         found = f"{self.kind} {self.value}" if self.kind in ("number", "boolean") else self.kind
         found = f"string {quoted(self.value)}" if isinstance(self.value, str) and self.kind == "string" else found
-        raise self.error(f"{self._subject()} must be {expected}, not {_with_article(found)}{remedy}")
+        return _with_article(found)
+
+    def _refuse(self, expected: str, remedy: str = "") -> NoReturn:
+        raise self.error(f"{self._subject()} must be {expected}, not {self.found}{remedy}")
 
 
 def load_document(text: str, name: str) -> Node:
@@ -391,6 +400,8 @@ def _height(node: Node) -> int:
 
 def _hint(text: str, line: int) -> str:
     lines = text.split("\n")
+    if re.match(r"\s*\t", "".join(lines[line - 1 : line])):
+        return "; the line begins with a tab: YAML indents by spaces"
     around = "\n".join(lines[max(0, line - 2) : line])
     return '; put what has braces in quotes: "${w}"' if re.search(r"\{[^{}:]*\}", around) else ""
 

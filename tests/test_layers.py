@@ -202,7 +202,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "orchestrator/points",
         "orchestrator/nightly",
     ),
-    "orchestrator/cli.py": ("jobs",),
+    "orchestrator/cli.py": ("jobs", "orchestrator/commands"),
 }
 """Every room from the ground up, a folder or a file, and the rooms that it uses."""
 

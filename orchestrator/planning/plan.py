@@ -15,7 +15,7 @@ from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest
-from jobs.yaml_nodes import yaml_text
+from jobs.yaml_nodes import quoted, yaml_text
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places
@@ -309,13 +309,19 @@ def _manifest(store: Store) -> Manifest | None:
 
 def _locate(url: str, relative_to: Path | None, place: str, *, bare_names: bool) -> str:
     """A URL as it is, a path made absolute, and, as mergekit documents have it, a bare `org/name` as a repository."""
-    if "://" in url:
+    adapter = ("://" not in url or url.startswith("hf://")) and re.search(r"^[^@]*\+|\+[\w.-]+/", url)
+    if "://" in url and not adapter:
         return url
     path = Path(url).expanduser()
     if relative_to is not None and not path.is_absolute():
         path = relative_to / path
     if path.is_dir():
         return str(path.resolve())
+    if adapter:
+        raise BadInput(
+            f"{place}: {quoted(url)}: the LoRA adapter after the + is not applied; merge it into its base first,"
+            " and name the result"
+        )
     if bare_names and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", url):
         return f"hf://{url}"
     raise BadInput(f"{place}: no folder {path}; give a path, or hf://, s3://, gs:// or az://")

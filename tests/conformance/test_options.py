@@ -1,4 +1,4 @@
-"""Every option in the help of the released mergekit is an option of `mergeyard merge`."""
+"""Every option and method of the released mergekit is one of mergeyard's, or has its answer."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 
 from orchestrator.cli import parser
 from tests.conformance.oracle import MISSING, ORACLE_PYTHON
+from workers.methods import METHODS, ONLY_IN_MERGEKIT
 
 
 @pytest.mark.skipif(not ORACLE_PYTHON.exists(), reason=MISSING)
@@ -17,8 +18,16 @@ def test_merge_takes_or_refuses_every_option_of_mergekit_yaml(tmp_path: Path):
     shown = subprocess.run(
         [ORACLE_PYTHON.with_name("mergekit-yaml"), "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout
+    shown = re.sub(r"-\n +", "-", shown)  # wrapped
     options = set(re.findall(r"(?<![\w-])--?[a-z](?:[\w-]*\w)?(?!-)", shown))
     assert {"--cuda", "--no-cuda", "--out-shard-size", "-j", "-v"} <= options
     verbs = next(action for action in parser()._actions if action.dest == "command")
     ours = verbs.choices["merge"]._option_string_actions
     assert options - ours.keys() == set()
+
+
+@pytest.mark.skipif(not ORACLE_PYTHON.exists(), reason=MISSING)
+def test_every_method_of_mergekit_is_known_by_name():
+    script = "from mergekit.merge_methods import registry; print(*(m.spec.name for m in registry.registered_methods()))"
+    names = subprocess.run([ORACLE_PYTHON, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert sorted(names) == sorted([*METHODS, *ONLY_IN_MERGEKIT])

@@ -208,8 +208,12 @@ def test_a_parent_may_be_an_axis() -> None:
             "job.yaml:15: alpha, the chance of a wrong",
         ),
         (
+            with_line("evaluate: {needle: {lengths: [64]}, race: yess}"),
+            'race must be `true`, `false` or settings such as `{keep: 2}`, not a string "yess"',
+        ),
+        (
             with_line("evaluate: {needle: {lengths: [64]}, race: 3}"),
-            '"evaluate.race" must be a mapping, not a number 3',
+            "race must be `true`, `false` or settings such as `{keep: 2}`, not a number 3",
         ),
         (
             with_line("evaluate:\n  needle: {lengths: [64], answer: ja}"),

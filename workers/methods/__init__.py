@@ -72,3 +72,20 @@ METHODS: Mapping[str, Method] = {
     "dare_ties": Method(dare_ties, base="required"),
     "passthrough": Method(passthrough, most=1),
 }
+
+ONLY_IN_MERGEKIT = (
+    "arcee_fusion",
+    "breadcrumbs",
+    "breadcrumbs_ties",
+    "della",
+    "della_linear",
+    "karcher",
+    "model_stock",
+    "multislerp",
+    "nearswap",
+    "nuslerp",
+    "ram",
+    "ramplus_tl",
+    "sce",
+)
+"""Methods of mergekit 0.1.5 that are not here; an error names them as such."""

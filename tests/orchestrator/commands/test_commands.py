@@ -697,6 +697,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"recipe": "\n  models: [{model: cos}]\n  merge_method: linaer\n", "grid": ""},
         'job.yaml:4: unknown method "linaer"; did you mean "linear"?',
     ),
+    "mixture of experts": (
+        {"recipe": "\n  base_model: cos\n  gate_mode: hidden\n  experts: [{source_model: fmt}]\n", "grid": ""},
+        "job.yaml:7: `gate_mode:` is not accepted: it belongs to mergekit-moe",
+    ),
+    "tab": ({"recipe": "\n  merge_method: linear\n  models:\n\t- {model: cos}\n", "grid": ""}, "begins with a tab"),
     "unknown key": ({"shardsize": "1GB"}, 'job.yaml:13: unknown key "shardsize"; did you mean "shard_size"?'),
     "unused axis": ({"grid": "{w: [1], v: [2]}"}, 'the axis "v" is used nowhere in the recipe'),
     "unknown config_from": ({"config_from": "cso"}, 'job.yaml:13: "cso" is not a parent; did you mean "cos"?'),

@@ -50,6 +50,20 @@ REFUSED = {
         """,
         'job.yaml:1: unknown method "xyzzy"; it has dare_linear, dare_ties, linear,',
     ),
+    "method of mergekit alone": (
+        """
+        models: [{model: a}]
+        merge_method: della_linear
+        """,
+        'job.yaml:1: unknown method "della_linear"; mergeyard does not have mergekit\'s della_linear, choose',
+    ),
+    "misspelt method of mergekit alone": (
+        """
+        models: [{model: a}]
+        merge_method: breadcrumb_tie
+        """,
+        'job.yaml:1: unknown method "breadcrumb_tie"; mergeyard does not have mergekit\'s breadcrumbs_ties,',
+    ),
     "misspelt parameter of a model": (
         """
         merge_method: linear
