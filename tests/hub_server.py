@@ -139,13 +139,13 @@ class _Server(BaseHTTPRequestHandler):
 class _Hub(_Server):
     def do_GET(self) -> None:
         self.note("hub")
-        path = unquote(urlsplit(self.path).path)
+        path = urlsplit(self.path).path
         for fault in self.hub.read_faults:
             if fault[0] in path:
                 self.hub.read_faults.remove(fault)
                 return fault[1](self)
         name = r"((?:datasets/)?[\w.-]+/[\w.-]+)"  # a dataset is published by that name
-        api = re.fullmatch(rf"/api/(?:models/)?{name}/(revision|tree)/(refs/pr/\d+|[^/]+)(?:/(.+))?", path)
+        api = re.fullmatch(rf"/api/(?:models/)?{name}/(revision|tree)/([^/]+)(?:/(.+))?", path)
         file = re.fullmatch(rf"/{name}/resolve/([^/]+)/(.+)", path)
         found = api or file
         if found is None:
@@ -157,17 +157,17 @@ class _Hub(_Server):
             return self.answer(
                 403 if repository.gated else 401, {"X-Error-Code": "GatedRepo" if repository.gated else "RepoNotFound"}
             )
-        revision = found[3] if api else found[2]
+        revision = unquote(found[3] if api else found[2])
         commit = repository.branches.get(revision, revision)
         if commit not in repository.files:
             return self.answer(404, {"X-Error-Code": "RevisionNotFound"})
         if file:
-            return self.resolve(repository.files[commit], commit, file[3])
+            return self.resolve(repository.files[commit], commit, unquote(file[3]))
         if found[2] == "revision":
             return self.answer(
                 200, {}, json.dumps({"id": found[1], "sha": commit, "private": repository.private}).encode()
             )
-        return self.tree(repository.files[commit], found[4] or "")
+        return self.tree(repository.files[commit], unquote(found[4] or ""))
 
     do_HEAD = do_GET
 

@@ -322,6 +322,8 @@ def _locate(url: str, relative_to: Path | None, place: str, *, bare_names: bool)
             f"{place}: {quoted(url)}: the LoRA adapter after the + is not applied; merge it into its base first,"
             " and name the result"
         )
+    if url.startswith(("huggingface.co/", "hf.co/")):
+        return f"https://{url}"
     if bare_names and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", url):
         return f"hf://{url}"
     raise BadInput(f"{place}: no folder {path}; give a path, or hf://, s3://, gs:// or az://")

@@ -22,11 +22,16 @@ def open_store(url: str | os.PathLike[str]) -> Store:
     """The store under a path or a URL; nothing is contacted yet, and a folder need not exist yet.
 
     `/folder`, `file:///folder`, `s3://bucket/prefix`, `gs://bucket/prefix`, `az://container/prefix`,
-    `hf://org/name@revision` (read only), `memory://name` (shared by the whole process). `BadInput` for others, and for
-    a URL with credentials in it, which would end up in plans, receipts and cards.
+    `hf://org/name@revision` or the address of its web page (read only), `memory://name` (shared by the whole process).
+    `BadInput` for others, and for a URL with credentials in it, which would end up in plans, receipts and cards.
     """
     text = os.fspath(url)
     scheme = _scheme(text)
+    if scheme in ("https", "http"):
+        from workers.storage.hub import HubStore, url_of_page
+
+        if (page := url_of_page(text)) is not None:
+            return HubStore(page)
     if scheme not in ("", "file"):
         _refuse_credentials(text)
     match scheme:

@@ -1,22 +1,25 @@
 """A repository of the Hugging Face hub as a store to read from: one commit of it, by ranges, never whole files.
 
 Sizes and ETags come from the hub; bytes come from wherever it sends us. The hub counts requests to itself, so the place
-that it named is asked again directly for some minutes, without the token unless it is the hub.
+that it named is asked again directly for some minutes, without the token unless it is the hub. If `HF_HUB_OFFLINE` is
+set, or the first request finds no hub, a snapshot in the cache of huggingface_hub is read in its place.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from huggingface_hub import errors, get_hf_file_metadata, hf_hub_url
+from huggingface_hub import constants, errors, get_hf_file_metadata, hf_hub_url
 from huggingface_hub.utils import (
     build_hf_headers,
     get_session,
@@ -38,6 +41,7 @@ from jobs.errors import (
 )
 from jobs.foreign_json import load_json
 from workers.services import passes, sentence, tls_refusal, wait_seconds
+from workers.storage.hub_cache import cached_info, cached_infos, cached_snapshot
 from workers.storage.keys import check_key, check_prefix, length_within
 from workers.storage.ranges import RANGE_BYTES, read_in_ranges
 from workers.storage.retrying import patience_seconds, patiently, stall_seconds
@@ -52,6 +56,11 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 REVISION = r"refs/(?:pr|convert)/[\w.-]+|[^/@]+"
 URL = re.compile(rf"hf://(?P<repository>[\w.-]+/[\w.-]+)(?:@(?P<revision>{REVISION}))?(?:/(?P<folder>.+))?")
 DATASET = "hf://datasets/"
+HOSTS = ("huggingface.co", "www.huggingface.co", "hf.co")
+PAGE = re.compile(
+    r"(?P<kind>datasets/)?(?P<repository>[\w.-]+/[\w.-]+)"
+    r"(?:/(?P<view>tree|blob|resolve|raw|commit|commits|discussions)(?:/(?P<at>.+))?)?"
+)
 Result = TypeVar("Result")
 
 
@@ -70,21 +79,27 @@ class HubStore:
     def __init__(self, url: str) -> None:
         self._url = url.rstrip("/")
         dataset = URL.fullmatch("hf://" + self._url.removeprefix(DATASET)) if self._url.startswith(DATASET) else None
-        parts = dataset or URL.fullmatch(self._url)
-        if parts is None:
+        parts = dataset or URL.fullmatch(self._url.replace("hf://models/", "hf://", 1))
+        if parts is None or self._url.startswith("hf://spaces/"):
             raise BadInput(
-                f"{url}: a hub URL has the form hf://organisation/name@revision, or hf://datasets/organisation/name"
+                f"{url}: a hub URL has the form hf://organisation/name@revision, or hf://datasets/organisation/name;"
+                " other kinds of repositories are not read"
             )
         self._kind = "dataset" if dataset else "model"
         self._home = "datasets/" if dataset else ""
         self._repository: str = parts["repository"]
-        self._revision = unquote(parts["revision"] or "main")
-        self._folder = f"{check_key(parts['folder'])}/" if parts["folder"] else ""
+        folder = check_key(parts["folder"]) if parts["folder"] else ""
+        self._readings = (
+            _readings(unquote(parts["revision"]), folder) if parts["revision"] else {"main": _behind(folder)}
+        )
+        self._revision, self._folder = next(iter(self._readings.items()))
         self._endpoint = (os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).rstrip("/")
         self._lock = threading.Lock()
         self._commit = self._revision if COMMIT.fullmatch(self._revision) else ""
         self._located: dict[str, Located] = {}
         self._refused: dict[str, Located] = {}
+        self._answered = False
+        self._snapshot: Path | None = None
 
     @property
     def url(self) -> str:
@@ -116,12 +131,13 @@ class HubStore:
         read_in_ranges(target.nbytes, read_range)
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
-        wanted = self._folder + check_prefix(prefix)
+        check_prefix(prefix)
         self._pinned()
+        wanted = self._folder + prefix
         folder = wanted.rpartition("/")[0]
         page = f"{self._api('tree', self._pinned())}{folder and '/' + quote(folder, safe='')}?recursive=true"
         for _ in range(MOST_PAGES):
-            files, page = self._patiently("", partial(self._page, page))
+            files, page = self._asked("", partial(self._page, page), self._cached_page)
             yield from (info for path, info in files if path.startswith(wanted))
             if page is None:
                 return
@@ -157,19 +173,69 @@ class HubStore:
     def _pinned(self) -> str:
         with self._lock:
             if not self._commit:
-                self._commit = self._patiently("", self._ask_commit, most=FIRST_CONTACT_SECONDS)
+                self._commit = self._asked(
+                    "", self._ask_commit, lambda snapshot: snapshot.name, most=FIRST_CONTACT_SECONDS
+                )
             return self._commit
 
     def _api(self, what: str, revision: str) -> str:
         return f"{self._endpoint}/api/{self._kind}s/{self._repository}/{what}/{quote(revision, safe='')}"
 
     def _ask_commit(self) -> str:
+        """The commit of the revision; `x/y` after an @ is the folder y of the revision x, or the branch x/y."""
         validate_repo_id(self._repository)
-        match self._ask(self._api("revision", self._revision))[0]:
-            case {"sha": str(commit)} if COMMIT.fullmatch(commit):
-                return commit
-            case _:
-                raise StorageUnavailable(f"{self._url}: the hub names no commit for this revision")
+        missing: Exception | None = None
+        for revision, folder in self._readings.items():
+            try:
+                told = self._ask(self._api("revision", revision))[0]
+            except errors.RevisionNotFoundError as error:
+                missing = missing or error
+                continue
+            self._revision, self._folder = revision, folder
+            match told:
+                case {"sha": str(commit)} if COMMIT.fullmatch(commit):
+                    return commit
+                case _:
+                    raise StorageUnavailable(f"{self._url}: the hub names no commit for this revision")
+        assert missing is not None
+        raise missing
+
+    def _asked(
+        self,
+        key: str,
+        request: Callable[[], Result],
+        cached: Callable[[Path], Result],
+        most: float | None = None,
+    ) -> Result:
+        """The hub's answer, or that of a snapshot in the cache where the first request finds no hub."""
+        if self._snapshot is None:
+            found = None if self._answered else cached_snapshot(self._repository, self._kind, [*self._readings])
+            if not constants.is_offline_mode():
+                try:
+                    answer = self._patiently(key, request, most if found is None else FIRST_CONTACT_SECONDS)
+                    self._answered = True
+                    return answer
+                except StorageUnavailable:
+                    if found is None:
+                        raise
+            if found is None:
+                raise BadInput(
+                    f"{self._url}: HF_HUB_OFFLINE is set, and {constants.HF_HUB_CACHE} does not have all of this"
+                    f" revision; unset it, or run `hf download {self._repository}` on a machine with a network"
+                )
+            self._snapshot, revision = found
+            self._revision, self._folder = revision, self._readings[revision]
+        return cached(self._snapshot)
+
+    def _cached_file(self, snapshot: Path, key: str) -> Located:
+        info = cached_info(snapshot, self._folder + key)
+        if info is None:
+            raise ObjectMissing(f"{self._place(key)} does not exist")
+        return Located(replace(info, key=key), str(snapshot / info.key), math.inf)
+
+    def _cached_page(self, snapshot: Path) -> tuple[list[tuple[str, ObjectInfo]], None]:
+        infos = cached_infos(snapshot)
+        return [(info.key, replace(info, key=info.key.removeprefix(self._folder))) for info in infos], None
 
     def _page(self, address: str) -> tuple[list[tuple[str, ObjectInfo]], str | None]:
         """Files with their whole path, and the address of the next page."""
@@ -205,7 +271,7 @@ class HubStore:
     def _locate(self, key: str) -> Located:
         """The file, from the hub or as the hub told us a moment ago."""
         self._pinned()
-        return self._patiently(key, lambda: self._locate_once(key))
+        return self._asked(key, lambda: self._locate_once(key), lambda snapshot: self._cached_file(snapshot, key))
 
     def _locate_once(self, key: str) -> Located:
         with self._lock:
@@ -230,7 +296,12 @@ class HubStore:
         return Located(ObjectInfo(key, told.size, told.etag), told.location, time.monotonic() + LOCATION_SECONDS)
 
     def _fetch(self, key: str, target: memoryview, start: int) -> None:
-        """Fill `target` by one request."""
+        """Fill `target` by one request, or from the cache."""
+        if self._snapshot is not None:
+            with Path(self._cached_file(self._snapshot, key).address).open("rb") as cached:
+                cached.seek(start)
+                cached.readinto(target)
+            return
         file = self._locate_once(key)
         stop = start + target.nbytes
         with get_session().stream(
@@ -301,8 +372,6 @@ class HubStore:
                 )
             case errors.EntryNotFoundError():
                 return ObjectMissing(f"{place} does not exist")
-            case errors.OfflineModeIsEnabled():
-                return BadInput(f"{place} cannot be read while HF_HUB_OFFLINE is set; unset it")
             case errors.HFValidationError():
                 return BadInput(f"{self._url}: not a repository name; use hf://organisation/name@revision")
             case errors.HfHubHTTPError(response=response) if response.status_code in (401, 403):
@@ -314,6 +383,36 @@ class HubStore:
                 return from_status(place, error)
             case _:
                 return without_answer(place, self._endpoint, error)
+
+
+def _readings(revision: str, path: str) -> dict[str, str]:
+    """Revision to folder for each way to read `revision/path`, where both may have slashes; longest folder first."""
+    parts = path.split("/") if path else []
+    longest = 0 if COMMIT.fullmatch(revision) or "/" in revision else len(parts)
+    return {"/".join([revision, *parts[:taken]]): _behind("/".join(parts[taken:])) for taken in range(longest + 1)}
+
+
+def url_of_page(address: str) -> str | None:
+    """The hf:// URL of a repository's page on the hub, such as https://huggingface.co/org/name/tree/main; else None.
+
+    The page of a file (`blob`, `resolve`) is taken for its folder.
+    """
+    parts = urlsplit(address)
+    endpoint = urlsplit(os.environ.get("HF_ENDPOINT") or DEFAULT_ENDPOINT).hostname
+    if parts.hostname not in (endpoint, *HOSTS):
+        return None
+    page = PAGE.fullmatch(unquote(parts.path).strip("/"))
+    if page is None:
+        return None
+    revision = (page["at"] or "") if page["view"] != "discussions" else ""
+    if page["view"] in ("blob", "resolve", "raw"):
+        revision = revision.rpartition("/")[0]
+    return f"hf://{page['kind'] or ''}{page['repository']}" + (f"@{revision}" if revision else "")
+
+
+def _behind(folder: str) -> str:
+    """The folder as the beginning of a key."""
+    return f"{folder}/" if folder else ""
 
 
 def bounded(answer: Any, place: str) -> Any:

@@ -11,6 +11,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
+from huggingface_hub import snapshot_download
 
 from jobs.errors import (
     AccessDenied,
@@ -321,3 +322,80 @@ def test_nothing_is_written_to_the_hub() -> None:
 def test_a_malformed_hub_url_is_refused(url: str) -> None:
     with pytest.raises(BadInput):
         open_store(url)
+
+
+@pytest.mark.parametrize("url", ["hf://someone/cos@feature/x/extra", "hf://someone/cos@feature%2Fx/extra"])
+def test_a_branch_may_have_slashes(hub_server: HubServer, url: str) -> None:
+    hub_server.publish("someone/cos", FILES, branch="feature/x", commit=OTHER_COMMIT)
+    store = open_store(url)
+    assert [info.key for info in store.list()] == ["notes.md"]
+    assert bytes(store.read("notes.md")) == b"notes"
+    assert store.pinned_url == f"hf://someone/cos@{OTHER_COMMIT}/extra"
+    with pytest.raises(ObjectMissing, match="there is no revision 'no'"):
+        list(open_store("hf://someone/cos@no/such/branch").list())
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("https://huggingface.co/org/name", "hf://org/name"),
+        ("https://hf.co/org/name/?library=transformers#usage", "hf://org/name"),
+        ("https://huggingface.co/org/name/tree/main", "hf://org/name@main"),
+        ("https://huggingface.co/org/name/tree/v1/folder", "hf://org/name@v1/folder"),
+        ("https://huggingface.co/org/name/tree/feature%2Fx", "hf://org/name@feature/x"),
+        ("https://huggingface.co/org/name/blob/main/model.safetensors", "hf://org/name@main"),
+        ("https://huggingface.co/org/name/discussions/3", "hf://org/name"),
+        (f"https://huggingface.co/org/name/commit/{COMMIT}", f"hf://org/name@{COMMIT}"),
+        ("https://huggingface.co/datasets/org/name/tree/main", "hf://datasets/org/name@main"),
+        ("hf://models/org/name", "hf://models/org/name"),
+    ],
+)
+def test_a_page_of_the_hub_is_its_repository(address: str, url: str) -> None:
+    assert open_store(address).url == url
+
+
+def test_other_pages_are_refused() -> None:
+    for page in ("https://huggingface.co/spaces/org/name", "https://huggingface.co/models", "https://example.com/a/b"):
+        with pytest.raises(BadInput, match="unknown kind of storage https://"):
+            open_store(page)
+    with pytest.raises(BadInput, match="other kinds of repositories"):
+        open_store("hf://spaces/org/name")
+
+
+@pytest.fixture
+def cached(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The cache of huggingface_hub with all of hf://someone/cos, downloaded from the stand-in."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    hub_server.publish("someone/cos", {**FILES, "model.safetensors": WEIGHTS[:50_000]})
+    snapshot_download("someone/cos", endpoint=hub_server.endpoint, cache_dir=tmp_path / "hub")
+    return tmp_path / "hub"
+
+
+@pytest.mark.usefixtures("cached")
+@pytest.mark.parametrize("how", ["variable", "no network"])
+@pytest.mark.parametrize("revision", ["", "@main", f"@{COMMIT}"])
+def test_a_whole_snapshot_in_the_cache_is_read_offline(
+    how: str, revision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    online = open_store(f"hf://someone/cos{revision}")
+    expected = {info.key: info for info in online.list()}
+    if how == "variable":
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "0.3")
+        monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    offline = open_store(f"hf://someone/cos{revision}")
+    assert bytes(offline.read("model.safetensors", start=7, length=9)) == WEIGHTS[7:16]
+    assert {info.key: info for info in offline.list()} == expected
+    assert offline.pinned_url == online.pinned_url
+    with pytest.raises(ObjectMissing, match=r"absent\.json does not exist"):
+        offline.locate("absent.json")
+    assert [info.key for info in open_store(f"hf://someone/cos{revision or '@main'}/extra").list()] == ["notes.md"]
+
+
+def test_a_snapshot_that_is_not_whole_is_refused_offline(cached: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    next(cached.glob("*/snapshots/*/tokenizer.json")).unlink()
+    for url in ("hf://someone/cos", "hf://someone/other"):
+        with pytest.raises(BadInput, match="does not have all of this revision; unset it, or run `hf download someone"):
+            open_store(url).locate("config.json")
