@@ -17,7 +17,14 @@ from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
 from jobs.merge_tasks import Parent, ParentFile, ParentTensor
 from workers.checkpoints.configs import quantisation
-from workers.checkpoints.safetensors import LARGEST_HEADER, check_name, read_header, read_json
+from workers.checkpoints.safetensors import (
+    LARGEST_HEADER,
+    POINTER_SIZES,
+    check_name,
+    check_no_pointer,
+    read_header,
+    read_json,
+)
 from workers.checkpoints.side_files import side_files
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
@@ -80,6 +87,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
         raise BadInput(f"{where}: no config.json there; a Hugging Face checkpoint has one")
     with ThreadPoolExecutor(max_workers=16) as pool:
         headers = list(pool.map(partial(read_header, store), shards))
+        list(pool.map(partial(_check_whole, store), beside.values()))
     digests = _digests(store, listed)
     tensors: dict[str, ParentTensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
@@ -107,6 +115,12 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
         shapes={name: shapes[name] for name in tensors},
         side_files=beside,
     )
+
+
+def _check_whole(store: Store, info: ObjectInfo) -> None:
+    """Refuses a file that Git LFS did not fetch; it reads only files of a pointer's size."""
+    if info.size in POINTER_SIZES:
+        check_no_pointer(bytes(store.read(info.key, etag=info.etag)), store, info)
 
 
 def _shards(

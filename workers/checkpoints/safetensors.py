@@ -17,6 +17,9 @@ from workers.storage import ObjectInfo, Store
 LARGEST_HEADER = 25_000_000
 """The limit of huggingface_hub. As Python objects a header can be 25 times as large."""
 
+POINTER_SIZES = range(120, 200)
+"""Bytes of a Git LFS pointer: three lines, of which the last has a number."""
+
 MOST_DIMENSIONS = 64
 LONGEST_NAME = 1000
 _FIRST_READ = 128 << 10  # holds the whole header of nearly every shard, so that most cost one request
@@ -40,13 +43,25 @@ def read_json(store: Store, info: ObjectInfo, most_bytes: int) -> dict[str, Any]
         raise CorruptData(
             f"{store.url}/{info.key}: has {info.size} bytes, at most {most_bytes} are read; is it the right file?"
         )
-    return _parse_json(bytes(store.read(info.key, etag=info.etag)), f"{store.url}/{info.key}")
+    text = bytes(store.read(info.key, etag=info.etag))
+    check_no_pointer(text, store, info)
+    return _parse_json(text, f"{store.url}/{info.key}")
+
+
+def check_no_pointer(content: bytes, store: Store, info: ObjectInfo) -> None:
+    """`CorruptData` for the text that Git LFS leaves in place of a file (https://git-lfs.com/spec)."""
+    if content.startswith(b"version https://git-lfs.github.com/spec/"):
+        raise CorruptData(
+            f"{store.url}/{info.key}: a Git LFS pointer, not the file itself; run `git lfs pull` in its repository,"
+            " or give the hf:// URL"
+        )
 
 
 def read_header(store: Store, info: ObjectInfo) -> list[TensorHeader]:
     """The checked header of one safetensors file, in file order."""
     where = f"{store.pinned_url}/{info.key}"
     first = bytes(store.read(info.key, length=min(info.size, _FIRST_READ), etag=info.etag))
+    check_no_pointer(first, store, info)
     if len(first) < 8:
         raise CorruptData(f"{where}: {info.size} bytes is too short for a safetensors file; fetch it again")
     length = int.from_bytes(first[:8], "little")

@@ -38,9 +38,10 @@ def cached_info(snapshot: Path, key: str) -> ObjectInfo | None:
     if not path.is_file():
         return None
     blob = path.resolve()
-    if not blob.is_relative_to(snapshot.resolve().parents[1]):
+    if not blob.is_relative_to(snapshot.resolve().parents[2]):
         raise StorageError(f"{path} leads outside the cache; remove it and download the repository again")
-    return ObjectInfo(key, blob.stat().st_size, blob.name)
+    etag = path.readlink().name if path.is_symlink() else path.name
+    return ObjectInfo(key, blob.stat().st_size, etag)
 
 
 def cached_infos(snapshot: Path) -> Iterator[ObjectInfo]:

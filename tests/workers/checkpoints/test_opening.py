@@ -596,3 +596,18 @@ def test_blobs_of_another_program_are_not_those_of_the_hub(parent: Path, tmp_pat
     (parent / "vocab.txt").symlink_to("../blobs/secret")
     with pytest.raises(BadInput, match="outside the folder"):
         open_checkpoint(str(parent), "cos")
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1806848\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer.model"])
+def test_a_pointer_of_git_lfs_is_called_that(name: str, tmp_path: Path):
+    save_file(TENSORS, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    (tmp_path / "generation_config.json").write_text(json.dumps({"text": "x" * 110}))
+    open_checkpoint(str(tmp_path), "a")
+    (tmp_path / name).write_text(POINTER)
+    with pytest.raises(CorruptData, match=rf"{name}: a Git LFS pointer, not the file itself; run `git lfs pull`"):
+        open_checkpoint(str(tmp_path), "a")
