@@ -5,13 +5,14 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import random
 import secrets
 import stat
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -37,13 +38,16 @@ WRITE_BUFFER_BYTES = 1 << 20
 WRITEBACK_BYTES = 64 << 20
 PARTIAL = ".partial"
 LOCK = ".lock"
+NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # of Lustre without `-o flock`, and of some NFS
+HELD_SECONDS = 10.0  # a lock by name is held for milliseconds: one that stays for so long was left by a dead process
 
 
 class LocalStore:
     """The files under one folder. An ETag is (inode, time of change in ns, size), checked on the open file.
 
     Unfinished files are named `.NAME.NONCE.partial` and are locked by their writer; together with the lock files of
-    `swap` (`.NAME.lock`) they are not objects.
+    `swap` (`.NAME.lock`) they are not objects. On a file system without `flock`, a lock is a file that only one
+    process can create (`.NAME.held.lock`), and `sweep` ends living uploads too, as on S3.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -168,8 +172,7 @@ class LocalUpload:
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(self._partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
             self._file = os.fdopen(descriptor, "wb", buffering=WRITE_BUFFER_BYTES)
-            with suppress(OSError):  # a file system without locks: sweep then takes the file for dead
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flocked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
     def write(self, data: Buffer) -> None:
         with _readable_errors(self._path):
@@ -194,7 +197,12 @@ class LocalUpload:
                 self._file.flush()
                 self._stamp(time.time_ns())
                 os.fsync(self._file.fileno())
-                appear()
+                try:
+                    appear()
+                except FileNotFoundError:  # swept away where there are no locks
+                    raise StorageUnavailable(
+                        f"{self._path}: the upload was aborted by another writer; run again"
+                    ) from None
                 found = os.fstat(self._file.fileno())
                 _flush_folder(self._path.parent)
         finally:
@@ -365,10 +373,47 @@ def _locked(path: Path) -> Generator[None, None, None]:
     """Alone with the object among all processes of this machine (and of an NFS share) that ask for it."""
     descriptor = os.open(_lock_path(path), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
+        by_name = not _flocked(descriptor, fcntl.LOCK_EX)
+        with _locked_by_name(path) if by_name else nullcontext():
+            yield
     finally:
         os.close(descriptor)
+
+
+def _flocked(descriptor: int, how: int) -> bool:
+    """Lock an open file; False where the file system has no locks."""
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        return False
+    return True
+
+
+@contextmanager
+def _locked_by_name(path: Path) -> Generator[None, None, None]:
+    """As `_locked`, without `flock`: the lock is a file that one process alone can create."""
+    lock = path.with_name(f".{path.name}.held{LOCK}")
+    seen, since = (0, 0), time.monotonic()
+    while True:
+        try:
+            os.close(os.open(lock, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666))
+            break
+        except FileExistsError:
+            pass
+        with suppress(FileNotFoundError):
+            found = lock.stat()
+            holder = (found.st_ino, found.st_mtime_ns)
+            if holder != seen:
+                seen, since = holder, time.monotonic()
+            elif time.monotonic() - since > HELD_SECONDS:
+                lock.unlink()
+        time.sleep(random.uniform(0.001, 0.01))
+    try:
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def _flush_folder(folder: Path) -> None:
@@ -387,7 +432,7 @@ def _remove_if_dead(partial: Path) -> bool:
     with suppress(ObjectMissing, BlockingIOError), _readable_errors(partial):
         descriptor = os.open(partial, os.O_RDWR | os.O_CLOEXEC)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _flocked(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # without locks nobody knows: as on S3, its writer ends
             partial.unlink()
             return True
         finally:

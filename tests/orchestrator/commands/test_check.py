@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from jobs.sealing import unsealed
 from tests.orchestrator.conftest import Ended
 from tests.quirky_s3 import BUCKET, QuirkyS3
 
@@ -62,3 +65,20 @@ def test_a_run_on_a_service_without_conditions_is_refused_and_leaves_nothing(
     assert ended.code == 2, ended.err
     assert "this store ignores If-None-Match, so two drivers could share the run" in ended.err
     assert quirky_s3.objects == {}
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_every_run_on_a_file_system_without_flock_holds_a_lease_and_gives_it_back(
+    mergeyard: Callable[..., Ended], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    (tmp_path / "job.yaml").write_text(JOB.partition("evaluate:")[0])
+    for epoch in (1, 2, 3):
+        ended = mergeyard("run", tmp_path / "job.yaml", "--output", tmp_path / "runs", "--in-process")
+        assert ended.code == 0, ended.err
+        lease = unsealed((tmp_path / "runs/small/lease.json").read_bytes())
+        assert (lease["epoch"], lease["released"]) == (epoch, True)
+    assert mergeyard("check", tmp_path / "runs").code == 0

@@ -1,7 +1,9 @@
-"""What every writable store promises, on a folder, in memory and on a real S3 server."""
+"""What every writable store promises, on a folder with and without locks, in memory and on a real S3 server."""
 
 from __future__ import annotations
 
+import errno
+import os
 import random
 import uuid
 from collections.abc import Callable
@@ -18,9 +20,15 @@ MIB = 1 << 20
 RACERS = 12
 
 
-@pytest.fixture(params=["local", "memory", "s3"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
-    if request.param == "local":
+def without_locks(*_: object) -> None:
+    raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+
+
+@pytest.fixture(params=["local", "local without flock", "memory", "s3"])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Store:
+    if request.param.startswith("local"):
+        if request.param != "local":
+            monkeypatch.setattr("fcntl.flock", without_locks)
         return open_store(tmp_path / "store")
     if request.param == "memory":
         return open_store(f"memory://{uuid.uuid4().hex}")

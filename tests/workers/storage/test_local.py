@@ -2,18 +2,39 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 import threading
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from jobs.errors import AccessDenied, BadInput, ObjectChanged, ObjectExists, ObjectMissing, StorageError
+from jobs.errors import (
+    AccessDenied,
+    BadInput,
+    ObjectChanged,
+    ObjectExists,
+    ObjectMissing,
+    StorageError,
+    StorageUnavailable,
+)
 from workers.storage import open_store
 
 MIB = 1 << 20
+
+NO_FLOCK = """
+import errno, fcntl
+def flock(*_): raise OSError(errno.ENOSYS, "Function not implemented")
+fcntl.flock = flock
+"""
+
+
+def without_flock(*_: object, number: int = errno.ENOSYS) -> None:
+    raise OSError(number, os.strerror(number))
 
 
 def test_a_file_changed_in_place_is_noticed(tmp_path: Path) -> None:
@@ -74,9 +95,9 @@ def test_an_upload_lies_hidden_beside_its_name_and_survives_a_sweep_while_it_liv
     store = open_store(tmp_path)
     with store.upload("folder/shard") as upload:
         upload.write(bytes(2 * MIB))
-        (partial,) = (tmp_path / "folder").iterdir()
-        assert partial.name.startswith(".shard.")
-        assert partial.name.endswith(".partial")
+        (unfinished,) = (tmp_path / "folder").iterdir()
+        assert unfinished.name.startswith(".shard.")
+        assert unfinished.name.endswith(".partial")
         assert store.sweep() == 0
         upload.commit()
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["shard"]
@@ -97,8 +118,9 @@ def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_of_racing_processes_exactly_one_creates_and_one_swaps(tmp_path: Path) -> None:
-    program = (
+@pytest.mark.parametrize("first", ["", NO_FLOCK], ids=["flock", "without flock"])
+def test_of_racing_processes_exactly_one_creates_and_one_swaps(tmp_path: Path, first: str) -> None:
+    program = first + (
         "import sys; from jobs.errors import StorageError; from workers.storage import open_store\n"
         "folder, etag, racer = sys.argv[1:]; store = open_store(folder); won = []\n"
         "sys.stdin.read(1)\n"
@@ -121,6 +143,36 @@ def test_of_racing_processes_exactly_one_creates_and_one_swaps(tmp_path: Path) -
     assert sorted(word for words in won for word in words) == ["create", "swap"]
     creator = next(number for number, words in enumerate(won) if "create" in words)
     assert bytes(store.read("new")) == b"%d" % creator
+
+
+def test_a_lock_that_a_killed_process_left_is_broken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fcntl.flock", without_flock)
+    monkeypatch.setattr("workers.storage.local.HELD_SECONDS", 0.3)
+    store = open_store(tmp_path)
+    etag = store.write("pointer", b"first").etag
+    (tmp_path / ".pointer.held.lock").touch()
+    began = time.monotonic()
+    assert bytes(store.read("pointer", etag=store.swap("pointer", b"second", etag=etag).etag)) == b"second"
+    assert time.monotonic() - began >= 0.3
+    assert [info.key for info in store.list()] == ["pointer"]
+    assert not (tmp_path / ".pointer.held.lock").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_without_locks_a_living_upload_that_is_swept_has_to_begin_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr("fcntl.flock", partial(without_flock, number=number))
+    store = open_store(tmp_path)
+    with store.upload("shard") as upload:
+        upload.write(bytes(MIB))
+        assert store.sweep() == 1
+        with pytest.raises(StorageUnavailable, match="the upload was aborted by another writer; run again"):
+            upload.commit()
+    with store.upload("shard") as upload:
+        upload.write(bytes(MIB))
+        upload.commit()
+    assert [info.size for info in store.list()] == [MIB]
 
 
 def test_create_works_where_there_are_no_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
