@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
@@ -13,6 +13,7 @@ from workers.checkpoints.vocabularies import Vocabulary, read_vocabulary, vocabu
 from workers.storage import open_store
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+TIED = "tie_word_embeddings"
 
 
 HARMLESS: Mapping[str, tuple[str, ...]] = {
@@ -77,17 +78,17 @@ def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str) -> Non
 
     `remedy` is the setting that names the parent whose config holds.
     """
-    tied = [{"tie_word_embeddings": _is_tied(parent)} for parent in parents]
-    stated = [_fields(parent.config) | own for parent, own in zip(parents, tied, strict=True)]
+    stated = [_fields(parent.config) | {TIED: is_tied(parent, parent.config)} for parent in parents]
     differing = _differing(stated)
     if not differing:
         return
-    meant = [_fields(completed(parent.config)) | own for parent, own in zip(parents, tied, strict=True)]
+    full = [(parent, completed(parent.config)) for parent in parents]
+    meant = [_fields(config) | {TIED: is_tied(parent, config)} for parent, config in full]
     if found := _differing(meant):
         field = next((name for name in differing if name in found), differing[0])
         values = ", ".join(
-            f"{parent.name} {json.dumps(own[field] if own.get(field) is not None else full.get(field))}"
-            for parent, own, full in zip(parents, stated, meant, strict=True)
+            f"{parent.name} {json.dumps(own[field] if own.get(field) is not None else all_of_it.get(field))}"
+            for parent, own, all_of_it in zip(parents, stated, meant, strict=True)
         )
         raise BadInput(f"{place}: the parents disagree on {field}: {values}; say whose holds with {remedy}")
 
@@ -106,7 +107,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
     for path, section in sections(config):
         fields = {key: section[key] for key in section if not _is_harmless(key) and not is_section(key, section[key])}
         theta, scaling = rope(fields)
-        for spelling in ("rope_theta", "rope_parameters", "rope_scaling", "tie_word_embeddings"):
+        for spelling in ("rope_theta", "rope_parameters", "rope_scaling", TIED):
             fields.pop(spelling, None)
         fields |= {"rope_theta": theta, "rope_scaling": scaling}
         if fields.pop("use_sliding_window", True) is False:
@@ -124,12 +125,18 @@ def _is_harmless(field: str) -> bool:
     return field in _HARMLESS or "dropout" in field or "pdrop" in field
 
 
-def _is_tied(parent: Checkpoint) -> bool | None:
-    """Whether the head is the embeddings: as the config states it, else as the tensors show it."""
-    stated = text_fields(parent.config).get("tie_word_embeddings")
-    if stated is None and any(name.endswith("embed_tokens.weight") for name in parent.tensors):
+def is_tied(parent: Checkpoint, config: Mapping[str, Any]) -> bool:
+    """Whether the head is the embeddings: as the parent's config states it, else its tensors, else `config`."""
+    stated = text_fields(parent.config).get(TIED)
+    if stated is None and embeddings_in(parent.tensors) is not None:
         return not any(name.endswith(HEAD) for name in parent.tensors)
-    return stated
+    return bool(text_fields(config).get(TIED) if stated is None else stated)
+
+
+def embeddings_in(tensors: Collection[str]) -> str | None:
+    """The input embeddings of the language model, whose name has a prefix in multimodal models."""
+    found = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    return EMBEDDINGS if EMBEDDINGS in found else found[0] if len(found) == 1 else None
 
 
 def check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:

@@ -15,14 +15,14 @@ from jobs.merge_tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
 from jobs.recipe import Filtered, Recipe
 from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
 from orchestrator.planning.compatibility import (
-    EMBEDDINGS,
     HEAD,
     check_architecture,
     check_configs,
     check_tokenizers,
+    embeddings_in,
+    is_tied,
     merged_config,
 )
-from workers.checkpoints.configs import text_fields
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_counts, layer_of
@@ -135,7 +135,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     tokenizer_from = tokenizer_owner(recipe, members, donor_name)
     check_architecture(members, recipe.place)
     dtype = recipe.out_dtype or recipe.dtype
-    drops_head = job.config_from is not None and bool(text_fields(context_from.config).get("tie_word_embeddings"))
+    drops_head = job.config_from is not None and is_tied(context_from, context_from.config)
     tensors = [
         tensor
         for name in _tensor_names(members)
@@ -210,13 +210,14 @@ def _tensor(
     name: str, members: Sequence[Checkpoint], recipe: Recipe, dtype: str | None, numerics: str, *, drops_head: bool
 ) -> TensorMerge | None:
     """One output tensor, or None for a head that the chosen config ties to the embeddings."""
-    if name == HEAD and drops_head:
+    is_head = name.endswith(HEAD)
+    if is_head and drops_head:
         return None
     sources: dict[str, ParentTensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for member in members:
-        stored = name if name in member.tensors else EMBEDDINGS if name == HEAD else name
-        if stored not in member.tensors:
+        stored = name if name in member.tensors or not is_head else embeddings_in(member.tensors)
+        if stored is None or stored not in member.tensors:
             holder = next(other.name for other in members if name in other.tensors)
             raise BadInput(
                 f"{recipe.place}: tensor {name} is in {holder} but not in {member.name}; parents hold the same tensors"

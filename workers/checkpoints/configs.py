@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -44,13 +45,15 @@ def rope(fields: Mapping[str, Any]) -> tuple[float | None, Mapping[str, Any] | N
     theta = scaling.pop("rope_theta", fields.get("rope_theta"))
     old, kind = scaling.pop("type", "default"), scaling.pop("rope_type", None)
     kind = kind or old
-    number = float(theta) if isinstance(theta, int | float) else None
+    number = float(theta) if isinstance(theta, int | float) and abs(theta) < 1e300 else None
     return number, None if kind == "default" and not scaling else {"rope_type": kind, **scaling}
 
 
 def context_length(config: Mapping[str, Any]) -> int | None:
-    """The most tokens that the model is made for, or None if the config does not state it."""
+    """The most tokens that the model is made for, or None if neither the config nor its class states it."""
     fields = text_fields(config)
+    if not {"max_position_embeddings", "n_positions"} & fields.keys():
+        fields = text_fields(completed(config))
     stated = next((fields[key] for key in ("max_position_embeddings", "n_positions") if key in fields), None)
     return stretched(stated, rope(fields)[1], str(fields.get("model_type"))) if isinstance(stated, int) else None
 
@@ -61,12 +64,12 @@ def stretched(stated: int, scaling: Mapping[str, Any] | None, model_type: str) -
     The `factor` multiplies the original context, as in vLLM (`_get_and_verify_max_len`) and on the model card of
     Qwen2.5. Gemma 3 states the product.
     """
-    factor = (scaling or {}).get("factor")
-    if scaling is None or scaling["rope_type"] not in STRETCHED or not isinstance(factor, int | float):
+    if scaling is None or scaling["rope_type"] not in STRETCHED or model_type.startswith("gemma3"):
         return stated
-    if model_type.startswith("gemma3"):
+    factor, original = scaling.get("factor"), scaling.get("original_max_position_embeddings") or stated
+    if not isinstance(factor, int | float) or not isinstance(original, int) or not math.isfinite(factor):
         return stated
-    return max(stated, int(factor * (scaling.get("original_max_position_embeddings") or stated)))
+    return max(stated, int(factor * original))
 
 
 def quantisation(config: Mapping[str, Any]) -> str | None:

@@ -22,8 +22,8 @@ def layer_of(tensor: str) -> tuple[str, int] | None:
 def layer_counts(tensors: Iterable[str], config: Mapping[str, Any]) -> Mapping[str, int]:
     """Stack to number of layers, as mergekit counts them: each module of a multimodal model has its own.
 
-    A stack has all numbers from 0, or the name of one. Others are no layers, as the `mlp.0` and `mlp.2` of a projector.
-    The layers for multi-token prediction, which follow the last layer of a stack, are not counted.
+    A stack has all numbers from 0, or the name of one. Others are one layer, as `mlp.0` and `mlp.2` in the projector of
+    Qwen2-VL. The layers for multi-token prediction, which follow the last layer of a stack, are not counted.
     """
     found: dict[str, set[int]] = defaultdict(set)
     for tensor in tensors:
@@ -36,7 +36,6 @@ def layer_counts(tensors: Iterable[str], config: Mapping[str, Any]) -> Mapping[s
     }
     counts = {stack: 1 + max(layers) for stack, layers in found.items()}
     return {
-        stack: predicting.get(count, count)
+        stack: predicting.get(count, count) if count == len(found[stack]) or stack.rpartition(".")[2] in _STACKS else 1
         for stack, count in counts.items()
-        if count == len(found[stack]) or stack.rpartition(".")[2] in _STACKS
     }

@@ -51,7 +51,7 @@ class Vocabulary:
 def vocabulary_files(names: Collection[str]) -> list[str]:
     """The files among `names` that hold a vocabulary, the most exact first."""
     fixed = [name for name in ("tokenizer.json", "tekken.json", "vocab.json", "vocab.txt") if name in names]
-    return fixed + sorted(name for name in names if name.endswith((".tiktoken", ".spm", ".model")))
+    return fixed + sorted(name for name in names if "/" not in name and name.endswith((".tiktoken", ".spm", ".model")))
 
 
 def read_vocabulary(store: Store, files: Mapping[str, ObjectInfo], name: str) -> Vocabulary:

@@ -328,7 +328,7 @@ def test_each_stack_of_a_model_has_gradients_of_its_own(plan: Planning, parents:
     layout = plan(recipe=recipe + "  dtype: bfloat16\n", grid="").points[0].layout
     (shard,) = layout.shards
     assert {tensor.name: layout.positions[tensor.setting] for tensor in shard.tensors} == dict(
-        zip(names, [0, 0.25, 0.5, 0.75, 1, 0, 0.5, 1, 0, 0, 0], strict=True)
+        zip(names, [0, 0.25, 0.5, 0.75, 1, 0, 0.5, 1, 1, 1, 0], strict=True)
     )
 
 
@@ -540,6 +540,20 @@ def test_the_tied_config_drops_the_head_and_the_untied_one_keeps_it(plan: Planni
     opened = plan(config_from="fmt").parents
     assert head.sources == {"cos": opened["cos"].tensors[EMBEDDINGS], "fmt": opened["fmt"].tensors[HEAD]}
     assert layout.config["tie_word_embeddings"] is False
+
+
+def test_the_head_of_a_multimodal_model_is_untied_as_the_config_says(plan: Planning, parents: Path):
+    named = {f"language_model.{name}": tensor for name, tensor in weights("cos", tied=False).items()}
+    head, embeddings = f"language_model.{HEAD}", f"language_model.{EMBEDDINGS}"
+    write_model(parents / "fmt", named, config=vision_language(tie_word_embeddings=False))
+    del named[head]
+    write_model(parents / "cos", named, config=vision_language(tie_word_embeddings=True))
+    assert "the parents disagree on tie_word_embeddings: cos true, fmt false" in refusal(plan)
+    (tied,) = plan(config_from="cos").points[0].layout.shards
+    assert {tensor.name for tensor in tied.tensors} == named.keys()
+    untied = plan(config_from="fmt")
+    (kept,) = [tensor for tensor in untied.points[0].layout.shards[0].tensors if tensor.name == head]
+    assert kept.sources["cos"] == untied.parents["cos"].tensors[embeddings]
 
 
 # ---- parents that cannot be read

@@ -13,6 +13,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 CONTEXTS: dict[str, tuple[dict[str, Any], int | None]] = {
     "plain": ({"max_position_embeddings": 4096}, 4096),
     "no field": ({"vocab_size": 7}, None),
+    "the default of a class": ({"model_type": "gemma3", "text_config": {"vocab_size": 7}}, 131072),
     "GPT-2": ({"n_positions": 1024}, 1024),
     "YaRN as the card of Qwen2.5 has it": ({"max_position_embeddings": 32768, "rope_scaling": YARN}, 131072),
     "YaRN as the card of Qwen3 has it": ({"max_position_embeddings": 40960, "rope_scaling": YARN}, 131072),
@@ -82,6 +83,22 @@ def test_rope_is_the_same_in_every_spelling(fields: dict[str, Any]):
 def test_no_scaling_has_one_meaning():
     for scaling in (None, {}, {"type": "default"}, {"rope_type": "default", "rope_theta": None}, "a word"):
         assert rope({"rope_scaling": scaling}) == (None, None)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": ["yarn"], "factor": 2},
+        {"rope_type": "yarn", "factor": "2"},
+        {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": "x"},
+        {"rope_type": "linear", "factor": float("inf")},
+        [1],
+    ],
+)
+def test_fields_of_no_sense_stretch_nothing(scaling: Any):
+    fields = {"max_position_embeddings": 128, "rope_scaling": scaling, "rope_theta": 10**400, "text_config": [1]}
+    assert context_length(fields) == 128
+    assert rope(fields)[0] is None
 
 
 def test_a_config_is_completed_by_its_class_and_not_changed():

@@ -26,7 +26,7 @@ STACKS: dict[str, tuple[list[tuple[str, list[int]]], dict[str, Any], dict[str, i
     "Qwen2-VL": (
         [("model.layers", [0, 1]), ("visual.blocks", [0, 1, 2, 3]), ("visual.merger.mlp", [0, 2])],
         {},
-        {"model.layers": 2, "visual.blocks": 4},
+        {"model.layers": 2, "visual.blocks": 4, "visual.merger.mlp": 1},
     ),
     "T5": ([("encoder.block", [0, 1]), ("decoder.block", [0, 1, 2])], {}, {"encoder.block": 2, "decoder.block": 3}),
     "layers without weights": ([("model.layers", [0, 1, 5])], {}, {"model.layers": 6}),
