@@ -205,6 +205,10 @@ def parser() -> argparse.ArgumentParser:
 
     _verb(verbs, "schema", "print the JSON Schema of a job file, for editors")
 
+    completion = _verb(verbs, "completion", "print a script with which a shell completes commands, options and files")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
+    completion.set_defaults(command_line=parser)
+
     diff = _verb(verbs, "diff", "compare two checkpoints, tensor by tensor")
     diff.add_argument("a", metavar="A", help="folder or URL of a checkpoint")
     diff.add_argument("b", metavar="B", help="folder or URL of another")
