@@ -47,8 +47,9 @@ class ModelSpec:
     """The inputs of a worker for all points of a layout: parents' tensors, config, tokenizer files.
 
     `tokenizer` is (URL, {file: ETag}); `engine`, `url` and `options` as the job file gives them; `longest` is the
-    longest context that will be asked, None where a benchmark does not say. `end_tokens` end an
-    answer, beside those of the config and the tokenizer, as the point's generation_config.json says.
+    longest context that will be asked, None where a benchmark does not say. `end_tokens` end an answer, beside those of
+    the config and the tokenizer, as the point's generation_config.json says. `as_it_is` is a checkpoint that the engine
+    reads itself: nothing is merged into it.
     """
 
     run: str
@@ -64,10 +65,13 @@ class ModelSpec:
     longest: int | None
     threads: int
     end_tokens: tuple[int, ...] = ()
+    as_it_is: Parent | None = None
 
     @property
     def bytes(self) -> int:
         """Memory of a worker: every parent's tensors, and the point in the engine."""
+        if self.as_it_is is not None and self.engine != "openai":
+            return sum(file.size for file in self.as_it_is.files)
         parents = sum(at.end - at.start for tensor in self.tensors for at in tensor.sources.values())
         return parents + sum(tensor.bytes for tensor in self.tensors)
 

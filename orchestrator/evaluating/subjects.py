@@ -269,6 +269,7 @@ def _model_spec(plan: Plan, layout: Layout, sets: Sequence[PlannedSet]) -> Model
         longest=max(entry.length for entry in sets) if known else None,
         threads=max(1, int(plan.job.workers.cpus)),
         end_tokens=_end_tokens(plan, layout),
+        as_it_is=plan.parents[layout.donor].parent if layout.as_it_is else None,
     )
 
 

@@ -42,7 +42,8 @@ class ContentKeys:
         used = frozenset(name for setting in settings for name in setting.parents)
         if (layout, used) not in self._layouts:
             shards = tuple(_shard_digest(shard, used, self._parents) for shard in layout.shards)
-            self._layouts[layout, used] = shards, digest(shards)
+            files = [[file.key, file.size, file.etag] for file in layout.as_it_is]
+            self._layouts[layout, used] = shards, digest([*shards, *files])
         return self._layouts[layout, used]
 
 

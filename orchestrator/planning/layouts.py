@@ -11,7 +11,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.job import Job
-from jobs.merge_tasks import DTYPE_BITS, ParentTensor, TensorMerge, digest
+from jobs.merge_tasks import DTYPE_BITS, ParentFile, ParentTensor, TensorMerge, digest
 from jobs.recipe import Filtered, Recipe
 from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
 from orchestrator.planning.compatibility import (
@@ -51,7 +51,8 @@ class Layout:
     """How a checkpoint is cut into shards; all points with the same parents and dtypes share one.
 
     `copied` and `left_out` are the files of the parents that a point gets, and that it does not get, by parent. With
-    `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`.
+    `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`. `as_it_is` are
+    the files of a checkpoint that is evaluated and not merged; it has no shards.
     """
 
     shards: tuple[Shard, ...]
@@ -66,6 +67,7 @@ class Layout:
     left_out: Mapping[str, str]
     with_code: bool
     tokenizer_stands_in: bool
+    as_it_is: tuple[ParentFile, ...] = ()
 
     @cached_property
     def bytes(self) -> int:
@@ -133,6 +135,8 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     donor_name = recipe.base_model or recipe.models[0].model
     context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
     tokenizer_from = tokenizer_owner(recipe, members, donor_name)
+    if any(member.unmergeable for member in members):
+        return _as_it_is(job, recipe, members)
     check_architecture(members, recipe.place)
     dtype = recipe.out_dtype or recipe.dtype
     drops_head = job.config_from is not None and is_tied(context_from, context_from.config)
@@ -179,6 +183,39 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         left_out={name: parent.name for name, parent in left_out.items()},
         with_code=job.copy_code,
         tokenizer_stands_in=recipe.tokenizer_source is None and tokenizer_from != donor_name,
+    )
+
+
+def _as_it_is(job: Job, recipe: Recipe, members: Sequence[Checkpoint]) -> Layout:
+    """The layout of a checkpoint that an engine runs as it is; `BadInput` where it would be merged or written."""
+    refused = next(member for member in members if member.unmergeable)
+    plain = not recipe.parameters and not recipe.models[0].parameters and recipe.dtype is recipe.out_dtype is None
+    if recipe.merge_method != "passthrough" or len(members) > 1 or not plain or job.keep.kind != "none":
+        raise BadInput(refused.unmergeable)
+    on_command_line = job.source == "mergeyard evaluate"
+    server = "a server (`--server URL`)" if on_command_line else "a server (`engine: openai`)"
+    weights = [file for file in refused.files if file.key.endswith((".safetensors", ".gguf"))]
+    if job.engine.name == "vllm" and len([file for file in weights if file.key.endswith(".gguf")]) > 1:
+        raise BadInput(f"{refused.unmergeable}; to score it with vllm, give a folder with one GGUF file")
+    if job.engine.name == "vllm" and not weights:
+        raise BadInput(f"{refused.unmergeable}; to score it as it is, take {server}")
+    if job.engine.name == "transformers":
+        ways = server if on_command_line else f"`engine: vllm` or {server}"
+        raise BadInput(f"{refused.unmergeable}; to score it as it is, take {ways}")
+    return Layout(
+        shards=(),
+        representatives=(),
+        positions=(),
+        parents=(refused.name,),
+        config=refused.config,
+        donor=refused.name,
+        tokenizer_from=refused.name,
+        chat_template=chat_template(recipe, members, refused.name),
+        copied={},
+        left_out={},
+        with_code=False,
+        tokenizer_stands_in=False,
+        as_it_is=refused.files,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from jobs.grid import Point
+from jobs.job import Keep
 from jobs.merge_tasks import Setting
 from jobs.recipe import Recipe, Source
 from orchestrator.planning.content_keys import ContentKeys
@@ -31,7 +32,8 @@ def parent_alone(plan: Plan, name: str) -> PlannedPoint:
     itself = Source(model=name, parameters={}, place=plan.job.place_of("gate"))
     place = plan.job.place_of("gate")
     recipe = Recipe(merge_method="passthrough", models=(itself,), chat_template=template, place=place)
-    layout = layout_of(replace(plan.job, config_from=None), recipe, plan.parents, TensorClasses(plan.job))
+    unwritten = replace(plan.job, config_from=None, keep=Keep(kind="none"))
+    layout = layout_of(unwritten, recipe, plan.parents, TensorClasses(plan.job))
     settings = tuple(
         resolve(recipe, tensor.name, position, exact=True)
         for tensor, position in zip(layout.representatives, layout.positions, strict=True)

@@ -20,7 +20,7 @@ from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places
 from orchestrator.words import shortlist
-from workers.checkpoints.opening import Checkpoint, open_checkpoint
+from workers.checkpoints.opening import Checkpoint, Unmergeable, open_as_it_is, open_checkpoint
 from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
 from workers.methods import METHODS
@@ -196,7 +196,7 @@ class Plan:
         threads = max(1, int(self.job.workers.cpus))
         scheme = self.run_url.split("://")[0] if "://" in self.run_url else ""
         layouts = {planned.layout for planned in self.merges}
-        largest_shard = max(shard.bytes for layout in layouts for shard in layout.shards)
+        largest_shard = max((shard.bytes for layout in layouts for shard in layout.shards), default=0)
         an_upload = min(UPLOAD_BYTES.get(scheme, 2 << 20), largest_shard)
         a_point = an_upload + (threads + 2) * TILE_ELEMENTS * 4
         return max(1, min(MOST_UPLOADS, room // 2 // a_point))
@@ -279,7 +279,10 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
 
 def _open_parent(url: str, name: str) -> Checkpoint:
     try:
-        return open_checkpoint(url, name)
+        try:
+            return open_checkpoint(url, name)
+        except Unmergeable as refusal:  # refused where a recipe merges it
+            return open_as_it_is(url, name, refusal)
     except CorruptData as error:  # to whoever plans a merge, a damaged parent is a wrong input
         raise BadInput(f"parent {name}: {error}") from error
 

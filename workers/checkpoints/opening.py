@@ -47,9 +47,17 @@ _SCALE = re.compile(r"(scales?|scb|absmax|zeros?)[^.]*$", re.IGNORECASE)
 _SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 
 
+class Unmergeable(BadInput):
+    """There is a model, and its weights are in a form that cannot be merged; an engine may run it as it is."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
-    """A parent as planning sees it: pinned files, config, and the place of every tensor."""
+    """A parent as planning sees it: pinned files, config, and the place of every tensor.
+
+    One of `open_as_it_is` has no tensors, all files that an engine needs beside the tokenizer, and in `unmergeable` the
+    error for whoever would merge it.
+    """
 
     name: str
     url: str
@@ -58,6 +66,7 @@ class Checkpoint:
     tensors: Mapping[str, ParentTensor]
     shapes: Mapping[str, tuple[int, ...]]
     side_files: Mapping[str, ObjectInfo]
+    unmergeable: str = ""
 
     @property
     def parent(self) -> Parent:
@@ -69,7 +78,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
     """Reads the config and the headers of the checkpoint at `url`, and pins their versions.
 
     `quantised` opens quantised weights too, to compare and not to merge them.
-    Raises `BadInput` if it is not a safetensors checkpoint, `CorruptData` if it contradicts itself.
+    Raises `Unmergeable` if it is no safetensors checkpoint of plain weights, `CorruptData` if it contradicts itself.
     """
     store = open_store(url)
     everything = {info.key: info for info in store.list()}
@@ -84,7 +93,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
     config = _config(store, listed, where, quantised=quantised)
     shards, weight_map = _shards(store, listed, where)
     if config is None:
-        raise BadInput(f"{where}: no config.json there; a Hugging Face checkpoint has one")
+        raise Unmergeable(f"{where}: no config.json there; a Hugging Face checkpoint has one")
     with ThreadPoolExecutor(max_workers=16) as pool:
         headers = list(pool.map(partial(read_header, store), shards))
         list(pool.map(partial(_check_whole, store), beside.values()))
@@ -123,6 +132,28 @@ def _check_whole(store: Store, info: ObjectInfo) -> None:
         check_no_pointer(bytes(store.read(info.key, etag=info.etag)), store, info)
 
 
+def open_as_it_is(url: str, name: str, refusal: Unmergeable) -> Checkpoint:
+    """The checkpoint at `url` without its tensors, for an engine that reads its files itself."""
+    store = open_store(url)
+    everything = {info.key: info for info in store.list()}
+    weights = [key for key in everything if "/" not in key and key.endswith(".safetensors")]
+    weights = weights or [key for key in everything if "/" not in key and key.endswith(".gguf")]
+    beside = {"config.json", "generation_config.json", "model.safetensors.index.json", *QUANTISED_FILES}
+    return Checkpoint(
+        name=name,
+        url=store.pinned_url,
+        config=read_json(store, everything["config.json"], LARGEST_CONFIG) if "config.json" in everything else {},
+        files=tuple(
+            ParentFile(key, everything[key].size, everything[key].etag)
+            for key in sorted({*weights, *(beside & everything.keys())})
+        ),
+        tensors={},
+        shapes={},
+        side_files={key: everything[key] for key in side_files(everything)},
+        unmergeable=str(refusal),
+    )
+
+
 def _shards(
     store: Store, listed: Mapping[str, ObjectInfo], where: str
 ) -> tuple[Sequence[ObjectInfo], Mapping[str, str] | None]:
@@ -139,12 +170,12 @@ def _shards(
     if "model.safetensors" in listed:
         return [listed["model.safetensors"]], None
     if any(name.startswith("adapter_model") for name in listed):
-        raise BadInput(f"{where}: a LoRA adapter, not a whole model; merge it into its base first")
+        raise Unmergeable(f"{where}: a LoRA adapter, not a whole model; merge it into its base first")
     if any(name.startswith("pytorch_model") for name in listed):
-        raise BadInput(f"{where}: pickled weights (pytorch_model*.bin) are not opened; convert them to safetensors")
+        raise Unmergeable(f"{where}: pickled weights (pytorch_model*.bin) are not opened; convert them to safetensors")
     if any(name.endswith(".gguf") for name in listed):
-        raise BadInput(f"{where}: GGUF weights are quantised; give the safetensors checkpoint they came from")
-    raise BadInput(f"{where}: neither model.safetensors nor model.safetensors.index.json there")
+        raise Unmergeable(f"{where}: GGUF weights are quantised; give the safetensors checkpoint they came from")
+    raise Unmergeable(f"{where}: neither model.safetensors nor model.safetensors.index.json there")
 
 
 def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str]:
@@ -178,7 +209,7 @@ def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str, *, quant
     config = read_json(store, listed["config.json"], LARGEST_CONFIG)
     stated = quantisation(config) or next((name for name in QUANTISED_FILES if name in listed), None)
     if stated is not None and not quantised:
-        raise BadInput(f"{where}: {_quantised(stated)}")
+        raise Unmergeable(f"{where}: {_quantised(stated)}")
     return config
 
 
@@ -188,7 +219,7 @@ def _refuse_quantised_tensors(tensors: Mapping[str, ParentTensor], where: str) -
     for name, tensor in tensors.items():
         packed = tensor.dtype in ("I8", "U8") and name.rpartition(".")[0] in scaled
         if packed or tensor.dtype.startswith("F8") or QUANTISED_TENSOR.search(name):
-            raise BadInput(f"{where}: {_quantised(f'{name} is {tensor.dtype}')}")
+            raise Unmergeable(f"{where}: {_quantised(f'{name} is {tensor.dtype}')}")
 
 
 def _quantised(by: str) -> str:

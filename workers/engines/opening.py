@@ -52,6 +52,20 @@ def _open_vllm(
     from workers.checkpoints.safetensors import header_bytes
     from workers.engines.vllm_engine import VllmEngine
 
+    longest = options.pop("max_model_len", None)
+    if longest is None and model.longest is not None:  # one more than it reads, if the model can: vLLM always generates
+        longest = min(model.longest + 1, context_length(model.config) or model.longest)
+    cache_gib = int(options.pop("cache_gib", 4))
+    if model.as_it_is is not None:  # it lies in `folder` already
+        return VllmEngine(
+            folder,
+            version=task.digest,
+            max_length=longest,
+            dtype="auto",
+            cache_gib=cache_gib,
+            options=options,
+            fixed=True,
+        )
     header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in model.tensors])
     with (folder / "model.safetensors").open("wb") as file:
         file.write(header)
@@ -61,10 +75,6 @@ def _open_vllm(
         json.dumps({"eos_token_id": model.end_tokens} if model.end_tokens else {})
     )
     dtype = str(model.config.get("dtype") or model.config.get("torch_dtype") or "bfloat16")
-    longest = options.pop("max_model_len", None)
-    if longest is None and model.longest is not None:  # one more than it reads, if the model can: vLLM always generates
-        longest = min(model.longest + 1, context_length(model.config) or model.longest)
-    cache_gib = int(options.pop("cache_gib", 4))
     engine = VllmEngine(folder, dtype=dtype, max_length=longest, cache_gib=cache_gib, options=options)
     try:
         engine.swap(weights, task.digest)

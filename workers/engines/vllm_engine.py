@@ -57,7 +57,8 @@ class VllmEngine:
 
     `folder` holds the checkpoint whose shapes and names every later swap must match. `python` is the interpreter of an
     environment with vLLM, else $MERGEYARD_VLLM_PYTHON. `cache_gib` is room for keys and values on a CPU; on a GPU say
-    `gpu_memory_utilization` in `options`, which go to `vllm.LLM` as they are.
+    `gpu_memory_utilization` in `options`, which go to `vllm.LLM` as they are. A `fixed` model is never
+    swapped: its weights may be quantised, or in a GGUF file.
     """
 
     def __init__(
@@ -70,15 +71,16 @@ class VllmEngine:
         dtype: str = "bfloat16",
         cache_gib: int = 4,
         options: Mapping[str, Any] | None = None,
+        fixed: bool = False,
     ) -> None:
         interpreter = python or os.environ.get(PYTHON_VARIABLE)
         if not interpreter or not Path(interpreter).is_file():
             raise BadInput(f"no interpreter with vLLM at {interpreter}; set {PYTHON_VARIABLE} to one")
         self.tokenizer = load_tokenizer(folder)
-        self._expected = _shapes(Path(folder))
+        self._expected = {} if fixed else _shapes(Path(folder))
         self._version: str | None = version or str(folder)
         settings: dict[str, Any] = {
-            "model": str(folder),
+            **_model(Path(folder)),
             "dtype": dtype,
             "max_model_len": max_length,
             **(options or {}),
@@ -312,6 +314,15 @@ def _in_memory(tensor: Tensor) -> int:
     while written < len(content):
         written += os.write(descriptor, content[written:])
     return descriptor
+
+
+def _model(folder: Path) -> dict[str, str]:
+    """vLLM's names for the model in a folder; a GGUF file is named itself, with the folder of its tokenizer."""
+    gguf = next(folder.glob("*.gguf"), None)
+    if gguf is None:
+        return {"model": str(folder)}
+    config = {"hf_config_path": str(folder)} if (folder / "config.json").is_file() else {}
+    return {"model": str(gguf), "tokenizer": str(folder), **config}
 
 
 def _shapes(folder: Path) -> dict[str, list[int]]:

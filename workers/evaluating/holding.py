@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec
 from jobs.manifest import weights_digest
+from jobs.merge_tasks import Parent
 from workers.engines.engine import Engine
 from workers.engines.opening import open_engine
 from workers.engines.tokenizer import load_tokenizer
@@ -18,6 +19,10 @@ from workers.storage import open_store
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FETCHED_BYTES = 256 << 20
+"""Memory of a download; a store reads parts of it side by side."""
 
 
 class Resident:
@@ -45,6 +50,10 @@ class Resident:
         if self._model.engine == "openai":
             self._engine = self._open(iter(()), task)
             self.weights = f"{self._model.url}#{self._engine.version}"
+        elif self._model.as_it_is is not None:
+            fetch(self._model.as_it_is, self.tokenizer)
+            self._engine = self._open(iter(()), task)
+            self.weights = task.digest
         else:
             digests: dict[str, str] = {}
             known = self._known.get(task.digest)
@@ -85,6 +94,20 @@ class Resident:
         tokenizer = load_tokenizer(self.tokenizer)
         self.beginning = str(tokenizer.bos_token or tokenizer.eos_token or "")
         return open_engine(self._model, self.tokenizer, weights, task, self._device)
+
+
+def fetch(checkpoint: Parent, folder: Path) -> None:
+    """The files of a checkpoint in a folder: links to those of a local one, downloads of the pinned versions else."""
+    store = open_store(checkpoint.url)
+    for file in checkpoint.files:
+        local = Path(checkpoint.url, file.key)
+        if local.is_file():
+            (folder / file.key).symlink_to(local.resolve())
+            continue
+        with (folder / file.key).open("wb") as target:
+            for start in range(0, file.size, FETCHED_BYTES):
+                length = min(FETCHED_BYTES, file.size - start)
+                target.write(store.read(file.key, start=start, length=length, etag=file.etag))
 
 
 def _without_code(tokenizer_config: bytes) -> bytes:

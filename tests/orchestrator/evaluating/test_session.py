@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import RunBusy
+from jobs.errors import BadInput, RunBusy
 from jobs.evaluation_tasks import EvaluationTask, ScoreRow
-from jobs.job import load_job
+from jobs.job import load_job, read_job
 from jobs.manifest import Manifest
 from jobs.sealing import sealed, unsealed
+from jobs.yaml_nodes import node_of
 from orchestrator.cluster import in_process
 from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, read_results
 from orchestrator.evaluating.session import Session
@@ -30,6 +31,7 @@ from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.evaluating.asking import evaluated
 from tests.orchestrator.tiny_jobs import PARENTS, RULER, SCALED, job_text, soup_parents
 from workers.engines.transformers_engine import TransformersEngine
+from workers.evaluating.holding import fetch
 from workers.evaluating.scores import read_scores
 
 Mergeyard = Callable[..., Ended]
@@ -413,6 +415,98 @@ def test_a_served_checkpoint_is_asked_in_place_of_its_files(
         assert ("http" in rows[0].weights) == (where[0] == "--server")
     assert answers[0] == answers[1]
     assert rows[0].recipe, "a merge by its digest"
+
+
+def unmergeable(folder: Path, kind: str) -> Path:
+    """The parent `long` as somebody serves it, in a form that nothing is merged from."""
+    shutil.copytree(PARENTS / "long", folder / kind)
+    config = json.loads((folder / kind / "config.json").read_text())
+    weights = folder / kind / "model.safetensors"
+    match kind:
+        case "gptq" | "awq" | "fp8":
+            config["quantization_config"] = {"quant_method": kind}
+            (folder / kind / "config.json").write_text(json.dumps(config))
+        case "gguf":
+            weights.rename(weights.with_name("model-q4_k_m.gguf"))
+            (folder / kind / "config.json").unlink()
+        case "bin":
+            weights.rename(weights.with_name("pytorch_model.bin"))
+        case _:
+            weights.unlink()
+    return folder / kind
+
+
+UNMERGEABLE = ("gptq", "awq", "fp8", "gguf", "bin", "tokenizer")
+
+
+def test_a_model_that_cannot_be_merged_is_scored_through_a_server_as_its_refusal_advises(
+    mergeyard: Mergeyard, tmp_path: Path, served_long: ThreadingHTTPServer
+) -> None:
+    url = f"http://127.0.0.1:{served_long.server_port}/v1"
+    options = ["--lengths", "256", "--items", "2", "--tasks", "niah_single_1", "--in-process", "--json"]
+    merges: set[str] = set()
+    for kind in UNMERGEABLE:
+        model = unmergeable(tmp_path, kind)
+        where = ["--output", tmp_path / "runs"]
+        refused = mergeyard("evaluate", model, *options, *where)
+        assert refused.code == 2
+        assert refused.err.endswith("; to score it as it is, take a server (`--server URL`)\n"), refused.err
+        ended = mergeyard("evaluate", model, *options, *where, "--server", url, "--served", "long")
+        assert ended.code == 0, ended.err
+        rows = read_scores(Path(ended.facts["results"]).read_bytes(), "results")
+        assert {(row.point, row.weights) for row in rows} == {(kind, f"{url}#long")}
+        merges.add(rows[0].recipe)
+    assert len(merges) == len(UNMERGEABLE), "other files, another model"
+
+
+def production(tmp_path: Path, kind: str, **more: Any) -> Any:
+    """The plan of a soup with a production model beside it, as the baseline of a gate."""
+    parents = {"prod": str(unmergeable(tmp_path, kind)), "a": str(PARENTS / "long"), "b": str(PARENTS / "fmt")}
+    models = [{"model": name, "parameters": {"weight": 0.5}} for name in ("a", "b")]
+    job: dict[str, Any] = {
+        "name": "beside",
+        "parents": parents,
+        "recipe": {"merge_method": "linear", "models": models},
+        "evaluate": {"ruler": {"lengths": [256], "items": 4, "tasks": ["niah_single_1"]}},
+        "gate": {"baseline": "prod"},
+        "output": str(tmp_path / "runs"),
+    }
+    return make_plan(read_job(node_of(job | more, "job.yaml")))
+
+
+@pytest.mark.parametrize("kind", ["gptq", "awq", "fp8", "gguf"])
+def test_a_production_model_that_cannot_be_merged_is_a_baseline(tmp_path: Path, kind: str) -> None:
+    with pytest.raises(BadInput, match=r"; to score it as it is, take `engine: vllm` or a server \(`engine: openai`\)"):
+        questions(production(tmp_path / "1", kind))
+    asked = questions(production(tmp_path / "2", kind, engine={"name": "vllm"}))
+    prod, soup = asked.parents["prod"], next(iter(asked.points.values()))
+    assert prod.kind == "parent" and prod.model != soup.model
+    assert {cell: entry.digest for cell, entry in prod.sets.items()} == {
+        cell: entry.digest for cell, entry in soup.sets.items()
+    }, "the same questions"
+    spec = asked.models[prod.model]
+    assert spec.tensors == () and spec.as_it_is is not None
+    weights = "model-q4_k_m.gguf" if kind == "gguf" else "model.safetensors"
+    fetched = tmp_path / "fetched"
+    fetched.mkdir()
+    fetch(spec.as_it_is, fetched)
+    assert (fetched / weights).read_bytes() == (PARENTS / "long" / "model.safetensors").read_bytes()
+    assert spec.bytes >= (fetched / weights).stat().st_size and asked.models[soup.model].as_it_is is None
+
+
+def test_what_cannot_be_merged_is_refused_in_a_merge_and_where_it_would_be_written(tmp_path: Path) -> None:
+    for number, recipe in enumerate(
+        (
+            {"merge_method": "linear", "models": [{"model": "prod", "parameters": {"weight": 1}}]},
+            {"merge_method": "passthrough", "models": [{"model": "prod"}]},
+        )
+    ):
+        with pytest.raises(
+            BadInput, match=r"quantised weights \(gptq\) cannot be merged; give the checkpoint"
+        ) as caught:
+            only = {"parents": {"prod": str(unmergeable(tmp_path / str(number), "gptq"))}, "gate": {"baseline": "prod"}}
+            production(tmp_path / f"other{number}", "awq", engine={"name": "vllm"}, recipe=recipe, **only)
+        assert "score it" not in str(caught.value)
 
 
 def test_a_server_is_asked_for_one_model_alone(mergeyard: Mergeyard, tmp_path: Path) -> None:

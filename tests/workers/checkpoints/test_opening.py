@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from jobs.errors import BadInput, CorruptData, MergeyardError, ObjectMissing
 from workers.checkpoints.dtypes import TORCH_NAMES
-from workers.checkpoints.opening import LARGEST_CONFIG, LARGEST_INDEX, open_checkpoint
+from workers.checkpoints.opening import LARGEST_CONFIG, LARGEST_INDEX, Unmergeable, open_checkpoint
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
     TensorHeader,
@@ -409,55 +409,55 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
     "LoRA": (
         {"adapter_model.safetensors": ONE, "adapter_config.json": b"{}"},
         None,
-        BadInput,
+        Unmergeable,
         "a LoRA adapter, not a whole model; merge it into its base first",
     ),
     "pickles": (
         {"pytorch_model.bin": b"\x80\x02."},
         None,
-        BadInput,
+        Unmergeable,
         "pickled weights (pytorch_model*.bin) are not opened; convert them to safetensors",
     ),
     "pickles in shards": (
         {"pytorch_model-00001-of-00002.bin": b"", "pytorch_model.bin.index.json": b"{}"},
         None,
-        BadInput,
+        Unmergeable,
         "convert them to safetensors",
     ),
-    "GGUF": ({"model-q4.gguf": b"GGUF"}, False, BadInput, "GGUF weights are quantised; give the safetensors"),
+    "GGUF": ({"model-q4.gguf": b"GGUF"}, False, Unmergeable, "GGUF weights are quantised; give the safetensors"),
     "quantised": (
         {"model.safetensors": ONE},
         {"model_type": "qwen2", "quantization_config": {"quant_method": "gptq"}},
-        BadInput,
+        Unmergeable,
         "quantised weights (gptq) cannot be merged; give the checkpoint that they were made from",
     ),
     "quantised inside": (
         {"model.safetensors": ONE},
         {"thinker_config": {"text_config": {"quantization_config": {"quant_method": "fp8"}}}},
-        BadInput,
+        Unmergeable,
         "quantised weights (fp8) cannot be merged",
     ),
     "quantised by compressed-tensors of old": (
         {"model.safetensors": ONE},
         {"compression_config": {"format": "pack-quantized"}},
-        BadInput,
+        Unmergeable,
         "quantised weights (pack-quantized) cannot be merged",
     ),
     "quantised, and a shard is missing": (
         {"model.safetensors.index.json": index(x="model-1.safetensors")},
         {"quantization_config": {"quant_method": "awq"}},
-        BadInput,
+        Unmergeable,
         "quantised weights (awq) cannot be merged",
     ),
     "quantised, by a file beside": (
         {"model.safetensors": ONE, "quantize_config.json": b"{}"},
         None,
-        BadInput,
+        Unmergeable,
         "quantised weights (quantize_config.json) cannot be merged",
     ),
-    "no config": ({"model.safetensors": ONE}, False, BadInput, "no config.json there"),
+    "no config": ({"model.safetensors": ONE}, False, Unmergeable, "no config.json there"),
     "config that is a list": ({"model.safetensors": ONE}, [1], CorruptData, "a JSON object was expected"),
-    "no weights": ({}, None, BadInput, "neither model.safetensors nor model.safetensors.index.json there"),
+    "no weights": ({}, None, Unmergeable, "neither model.safetensors nor model.safetensors.index.json there"),
     "nothing": ({}, False, ObjectMissing, "nothing there; check the path"),
     "cut in the middle": (
         {"model.safetensors": safetensors_file({"x": entry(0, 4)}, bytes(3))},
