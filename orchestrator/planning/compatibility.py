@@ -29,14 +29,19 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     ),
     "the form of the output of a forward pass": (
         "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
+        "output_scores", "return_dict_in_generate",
     ),
     "training": (
         "initializer_range", "initializer_factor", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux",
         "router_jitter_noise", "problem_type", "finetuning_task", "task_specific_params", "keys_to_ignore_at_inference",
     ),
-    "the ends of answers and sampling; they belong to the tokenizer and to generation_config.json": (
+    "the ends of answers and generation; they belong to the tokenizer and to generation_config.json": (
         "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
-        "max_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty",
+        "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
+        "tokenizer_class", "prefix", "max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_p",
+        "top_k", "typical_p", "num_beams", "num_beam_groups", "num_return_sequences", "early_stopping",
+        "length_penalty", "diversity_penalty", "repetition_penalty", "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "remove_invalid_values",
         "cache_implementation",
     ),
     "names of classes for people": ("id2label", "label2id"),
@@ -87,10 +92,15 @@ def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str) -> Non
     if found := _differing(meant):
         field = next((name for name in differing if name in found), differing[0])
         values = ", ".join(
-            f"{parent.name} {json.dumps(own[field] if own.get(field) is not None else all_of_it.get(field))}"
+            f"{parent.name} {_clipped(own[field] if own.get(field) is not None else all_of_it.get(field))}"
             for parent, own, all_of_it in zip(parents, stated, meant, strict=True)
         )
         raise BadInput(f"{place}: the parents disagree on {field}: {values}; say whose holds with {remedy}")
+
+
+def _clipped(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 200 else f"{text[:200]} …"
 
 
 def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:

@@ -269,6 +269,7 @@ HARMLESS_CHANGES: dict[str, dict[str, Any]] = {
     "training": {"attention_dropout": 0.5, "initializer_range": 0.1},
     "ends": {"eos_token_id": [1, 2], "bos_token_id": 7, "pad_token_id": 2},
     "speed": {"use_cache": False},
+    "generation, as older versions of transformers state it": {"num_beams": 1, "top_k": 50, "max_length": 20},
     "a default, stated": {
         "head_dim": 8,
         "pad_token_id": None,
@@ -289,6 +290,13 @@ def test_fields_that_change_no_value_may_differ(kind: str, plan: Planning, paren
 def test_every_harmless_field_has_one_reason():
     fields = [field for of_one in HARMLESS.values() for field in of_one]
     assert len(fields) == len(set(fields))
+
+
+def test_a_long_list_that_differs_is_cut(plan: Planning, parents: Path):
+    write_model(parents / "fmt", weights("fmt"), config={"long_factor": [1.5] * 500})
+    line = refusal(plan)
+    assert "the parents disagree on long_factor: cos null, fmt [1.5, 1.5, " in line
+    assert " …; say whose holds" in line and len(line) < 400
 
 
 def vision_language(**text: Any) -> dict[str, Any]:
