@@ -10,7 +10,7 @@ import json
 import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from jobs.errors import BadInput
@@ -21,9 +21,10 @@ from orchestrator.evaluating.results import ranked_rows
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, Subject
 from orchestrator.judging.estimates import macro_mean
-from orchestrator.judging.gate import GateRule, Verdict, judge, same_merge
+from orchestrator.judging.gate import GateRule, Verdict, doubted, judge, same_merge
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate
+from orchestrator.judging.unanswered import Unanswered, unanswered
 from workers.benchmarks.planned import PlannedSet
 
 BUDGET = 4
@@ -35,13 +36,15 @@ class Gated:
     """The verdicts of every look, the last one valid; `fresh` where no item was one that the point was chosen by.
 
     `chosen` where the point is the best of several by these very items, which cannot grow: luck is part of its score.
-    `noise` is how often the leader of the evaluation answered otherwise when asked the same again.
+    `noise` is how often the leader of the evaluation answered otherwise when asked the same again. `unanswered` counts
+    the questions without an answer, by the label of the model.
     """
 
     looks: tuple[Verdict, ...]
     fresh: bool
     chosen: bool
     noise: FlipRate | None = None
+    unanswered: Mapping[str, Unanswered] = field(default_factory=dict[str, Unanswered])
 
     @property
     def verdict(self) -> Verdict:
@@ -56,7 +59,10 @@ class Gated:
         ]
         said = json.loads(self.verdict.to_json())
         noise = None if self.noise is None else asdict(self.noise)
-        return {**said, "fresh": self.fresh, "chosen": self.chosen, "noise": noise, "looks": looks}
+        lost = {name: found.document() for name, found in self.unanswered.items()}
+        return {
+            **said, "fresh": self.fresh, "chosen": self.chosen, "noise": noise, "looks": looks, "unanswered": lost
+        }  # fmt: skip
 
 
 def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chosen: bool) -> Gated:
@@ -75,13 +81,15 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
         wanted = items.ranges(growth)
         session.make((new, old), {cell: asked_for.stop for cell, asked_for in wanted.items()})
         session.ask((new, old), f"judging {new.label}", wanted)
-        samples = pairs(*(_rows(session, subject.label, asked.ranked, wanted) for subject in (new, old)))
+        answered = {subject.label: _rows(session, subject.label, asked.ranked, wanted) for subject in (new, old)}
+        samples = pairs(answered[new.label], answered[old.label])
         if not looks and items.can_grow(growth):
             rule = replace(rule, planned_haystacks=macro_mean(samples).clusters)
+        lost = {label: unanswered(rows) for label, rows in answered.items()}
         verdict = judge(samples, rule, new=new.label, old=old.label)
-        looks.append(verdict)
+        looks.append(doubted(verdict, lost[new.label], lost[old.label]))
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
-            return Gated(tuple(looks), fresh=items.fresh, chosen=chosen and not items.fresh, noise=session.noise)
+            return Gated(tuple(looks), items.fresh, chosen and not items.fresh, session.noise, lost)
         growth = items.next(growth, verdict)
 
 

@@ -18,6 +18,7 @@ from jobs.errors import BadInput
 from orchestrator.judging.estimates import Estimate, few_losses, macro_mean, macro_weights, pooled
 from orchestrator.judging.samples import CellSample, normal_quantile, student_quantile, student_tail
 from orchestrator.judging.significance import anytime_multiplier, anytime_p_value, holm
+from orchestrator.judging.unanswered import DOUBTED, Unanswered
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
@@ -116,6 +117,24 @@ class Verdict:
                 tag = "failure" if line.outcome == "fail" else "error"
                 ElementTree.SubElement(case, tag, type=line.outcome, message=line.reason)
         return ElementTree.tostring(suite, encoding="unicode", xml_declaration=True)
+
+
+def doubted(verdict: Verdict, new: Unanswered, old: Unanswered) -> Verdict:
+    """The verdict with the questions that the two models did not answer.
+
+    Above `DOUBTED` of them, the reason of the first line says so. Above `REFUSED`, no line passes; a line that fails
+    still does, as a model that gives no answers is not as good.
+    """
+    sides = [(verdict.new, new), (verdict.old, old)]
+    told = "; ".join(found.words(name) for name, found in sides if found.share > DOUBTED)
+    if not told:
+        return verdict
+    first, *others = verdict.lines
+    lines = (replace(first, reason=f"{first.reason}; but {told}"), *others)
+    if not (new.refused or old.refused):
+        return replace(verdict, lines=lines)
+    lines = tuple(replace(line, outcome="inconclusive") if line.outcome == "pass" else line for line in lines)
+    return replace(verdict, outcome=_joint_outcome(lines), lines=lines)
 
 
 def same_merge(rule: GateRule, *, new: str, old: str) -> Verdict:

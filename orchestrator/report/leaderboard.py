@@ -20,6 +20,7 @@ from orchestrator.judging.effective_length import (
 )
 from orchestrator.judging.estimates import macro_mean, macro_score
 from orchestrator.judging.samples import CellSample
+from orchestrator.judging.unanswered import Unanswered, unanswered, unanswered_cells
 from orchestrator.words import finite_or_none, short_length
 from workers.benchmarks.registry import BENCHMARKS
 
@@ -56,6 +57,8 @@ class Line:
     perplexity: Mapping[int, Mapping[int, float]]
     items: int
     note: str
+    unanswered: Unanswered
+    unanswered_cells: Sequence[Mapping[str, str | int]]
 
     def document(self) -> dict[str, Any]:
         """For `--json`; infinite values as None."""
@@ -78,6 +81,7 @@ class Line:
             },
             "items": self.items,
             "note": self.note,
+            "unanswered": {**self.unanswered.document(), "cells": [*self.unanswered_cells]},
         }
 
 
@@ -142,6 +146,8 @@ def _line(
         beside_of={task: benchmark for task, (benchmark, _) in beside.items()},
         perplexity=perplexity_by_position(everything),
         items=len(ranked),
+        unanswered=unanswered(everything),
+        unanswered_cells=unanswered_cells(everything),
         note=", ".join([*notes, *([f"{broken} answers had NaN or infinite logits"] if broken else [])]),
     )
 

@@ -11,12 +11,16 @@ from typing import Any
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.significance import FlipRate
+from orchestrator.judging.unanswered import DOUBTED, Unanswered, unanswered
 from orchestrator.report.against_baseline import BaselineComparison, compare, compare_overall
 from orchestrator.report.leaderboard import Line
 from orchestrator.words import shortlist
 
 ROUNDING = 1e-9
 """Points of 100 by which two equal scores may differ."""
+
+REMEDY = "Mend the cause, such as a model that reasons first, and evaluate under another `name:`."
+"""Scores are kept, so that the same run would not ask again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +30,8 @@ class Recommendation:
     Where the leader is a parent itself, `parent` is its label and `over_parent` None. `parent_name` is the best
     parent's name in sentences. `points` counts the points that took part. `tied` are the points with the leader's
     score on as many items; the leader is only the first of them by name. `gate` is the gate's verdict as it lies in the
-    run, if there is one.
+    run, if there is one. `unanswered` counts the questions that each of these models did not answer; where the leader
+    has too many of them, there is nothing to recommend.
     """
 
     best: Line
@@ -40,6 +45,7 @@ class Recommendation:
     confirmed: float | None
     gate: Mapping[str, Any] | None
     noise: FlipRate | None
+    unanswered: Mapping[str, Unanswered]
 
     @property
     def sentence(self) -> str:
@@ -54,9 +60,21 @@ class Recommendation:
     @property
     def grounds(self) -> list[str]:
         """The sentences after the first."""
-        return [*filter(None, (self._lead(), self._elsewhere(), self._floor()))]
+        if self._refused:
+            return [REMEDY]
+        return [*filter(None, (self._doubts(), self._lead(), self._elsewhere(), self._floor()))]
+
+    @property
+    def _refused(self) -> bool:
+        return self.unanswered[self.best.name].refused
+
+    def _doubts(self) -> str:
+        told = [found.words(name) for name, found in self.unanswered.items() if found.share > DOUBTED]
+        return f"But {'; '.join(told)}. {REMEDY}" if told else ""
 
     def _keep(self) -> str:
+        if self._refused:
+            return f"No recommendation: {self.unanswered[self.best.name].words(self.best.name)}."
         score = f"{self.best.score:.1f} points{_spread(self.best)}"
         tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 else ""
         if self.parent == self.best.name:
@@ -110,7 +128,7 @@ class Recommendation:
         """For `--json`."""
         return {
             "sentence": self.sentence,
-            "keep": self.best.name,
+            "keep": None if self._refused else self.best.name,
             "tied": list(self.tied),
             "over_best_parent": None if self.over_parent is None else self.over_parent.document(),
             "over_runner_up": None if self.over_runner_up is None else self.over_runner_up.document(),
@@ -159,6 +177,9 @@ def recommend(
         confirmed=None if standing is None else standing.confirmed,
         gate=gate,
         noise=result.noise,
+        unanswered={
+            name: unanswered(rows[name]) for name in dict.fromkeys((best.name, parent, runner_up)) if name is not None
+        },
     )
 
 

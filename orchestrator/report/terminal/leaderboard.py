@@ -32,7 +32,7 @@ def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
         console.print(f"… and {len(lines) - len(shown)} more points", highlight=False)
     if any(line.perplexity for line in lines):
         console.print(_perplexity_table(shown))
-    console.print(_footnote(result), highlight=False, style="dim")
+    console.print(_footnote(lines, result), highlight=False, style="dim")
 
 
 def print_sentence(sentence: str) -> None:
@@ -78,6 +78,9 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
         columns.append(_Column(f"by {parent}", cells, spare=4))
     for name in beside:
         columns.append(_Column(name, tuple(_rounded(line.beside.get(name)) for line in lines), spare=4))
+    if any(line.unanswered.count for line in lines):
+        cells = tuple(f"{line.unanswered.count}/{line.unanswered.asked}" for line in lines)
+        columns.append(_Column("unanswered", cells, spare=1))
     columns.append(_Column("", tuple(line.note for line in lines), spare=5, left=True))
     return columns
 
@@ -144,7 +147,7 @@ def _perplexity_table(lines: Sequence[Line]) -> Any:
     return table
 
 
-def _footnote(result: EvaluationResult) -> str:
+def _footnote(lines: Sequence[Line], result: EvaluationResult) -> str:
     notes = [f"score: mean over {' and '.join(result.ranked)}, tasks and lengths alike, with its 95 % interval"]
     if reach := context_note(result):
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
@@ -153,6 +156,10 @@ def _footnote(result: EvaluationResult) -> str:
         notes.append(
             "answers with NaN or infinite logits: " + ", ".join(f"{name} {n}" for name, n in broken.most_common(3))
         )
+    lost = [(line.title, line.unanswered) for line in lines if line.unanswered.count]
+    if lost:
+        worst = sorted(lost, key=lambda entry: -entry[1].share)[:3]
+        notes.append("unanswered: " + "; ".join(found.words(title) for title, found in worst))
     notes += [
         f"{label} is the parent {name}" for name, label in result.parents.items() if label not in result.baselines
     ]

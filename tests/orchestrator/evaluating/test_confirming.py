@@ -16,6 +16,7 @@ import pytest
 from orchestrator.evaluating.confirming import first_fresh
 from orchestrator.evaluating.results import read_results
 from tests.orchestrator.conftest import Ended
+from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import PARENTS, RULER, SCALED, SOUP, scaled
 from workers.benchmarks.planned import PlannedSet
 from workers.evaluating.scores import read_scores
@@ -82,6 +83,20 @@ def test_equal_models_are_asked_more_until_they_pass(mergeyard: Mergeyard, job_f
     assert looks[0] == 6 and len(looks) > 1 and all(after <= 2 * before for before, after in pairwise(looks))
     assert ended.facts["rule"]["planned_haystacks"] == 6
     assert [look["outcome"] for look in ended.facts["looks"]] == ["inconclusive"] * (len(looks) - 1) + ["pass"]
+
+
+def test_models_that_say_nothing_are_not_equal(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    job = job_file(**scaled([0.99], margin=20, budget=60))
+    with scripted(lambda task, item: ""):
+        ended = mergeyard("gate", job, "--in-process")
+    assert ended.code == 3, ended.err
+    verdict = verdict_of(job)
+    [line] = verdict["lines"]
+    assert (verdict["outcome"], line["outcome"], line["p_pass"] < 0.05) == ("inconclusive", "inconclusive", True)
+    items = line["items"]
+    silent = "; ".join(f"of {name}, {items} of {items} answers are empty" for name in ("w0.99", "long"))
+    assert f"not worse by 20 or more; but {silent}" in ended.out
+    assert {name: found["empty"] for name, found in verdict["unanswered"].items()} == {"w0.99": items, "long": items}
 
 
 def test_a_point_that_is_its_baseline_passes_unasked(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:

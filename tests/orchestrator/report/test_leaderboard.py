@@ -192,6 +192,26 @@ def test_answers_that_are_no_numbers_are_counted(
     assert "answers with NaN or infinite logits: a 3" in " ".join(capsys.readouterr().out.split())
 
 
+def test_unanswered_questions_are_counted_in_a_column_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    silent = [*cell("a", "vt", 512, [0, 0, 0], status="empty"), *cell("a", "cwe", 512, [1, 1], answer="x")]
+    for rows, shown in ((silent, True), (POINT, False)):
+        evaluated = result([*rows, *cell("b", "vt", 512, [1, 1, 1])], [standing("a"), standing("b")])
+        lines = leaderboard(evaluated)
+        print_leaderboard(lines, evaluated)
+        out = " ".join(capsys.readouterr().out.split())
+        assert ("unanswered" in out) == shown
+    assert lines[0].document()["unanswered"]["cells"] == []
+    lines = leaderboard(result([*silent, *cell("b", "vt", 512, [1])], [standing("a"), standing("b")]))
+    print_leaderboard(lines, evaluated)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "3/5" in out and "0/1" in out and "unanswered: of a, 3 of 5 answers are empty" in out
+    found = lines[0].document()["unanswered"]
+    assert (found["asked"], found["empty"], found["failed"]) == (5, 3, 0)
+    assert [(cell["task"], cell["length"], cell["asked"], cell["empty"]) for cell in found["cells"]] == [
+        ("vt", 512, 3, 3)
+    ]
+
+
 def test_an_interval_is_no_wider_than_scores_can_be(capsys: pytest.CaptureFixture[str]) -> None:
     # two haystacks, one right: standard error 1/2, t(0.975; 1) = 12.7
     evaluated = result(cell("a", "vt", 512, [1, 0]), [standing("a")])

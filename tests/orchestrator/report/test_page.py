@@ -109,6 +109,16 @@ def test_what_workers_remarked_is_a_list_and_older_runs_have_none(tmp_path: Path
     ]
 
 
+def test_unanswered_questions_have_a_column_where_there_are_any(tmp_path: Path, text: str) -> None:
+    assert "unanswered" not in text
+    run = read_run(write_run(tmp_path))
+    silent = [replace(row, status="empty", score=0.0) for row in run.result.rows]
+    told = page(report_on(replace(run, result=replace(run.result, rows=silent))))
+    Elements(told)
+    assert '<th scope="col">unanswered</th>' in told and "answers are empty" in told
+    assert "<h1>No recommendation: of " in told
+
+
 def test_two_hundred_points_thirteen_tasks_six_lengths(tmp_path: Path) -> None:
     lengths = [4096 << step for step in range(6)]
     url = write_run(tmp_path, grid=(20, 10), tasks=TASKS, lengths=lengths, items=4, answer="42")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from orchestrator.judging.race import Standing
 from orchestrator.judging.significance import FlipRate
 from orchestrator.report.leaderboard import leaderboard
 from orchestrator.report.recommendation import Recommendation, recommend
-from tests.orchestrator.scores import rows
+from tests.orchestrator.scores import result, rows, standing
 
 
 def said(
@@ -48,6 +50,46 @@ def said(
 
 
 MOST, HALF, NONE = [1] * 19 + [0], [1, 0] * 10, [0] * 20
+
+
+def with_status(result: EvaluationResult, point: str, status: Any, count: int) -> Recommendation:
+    """What is said where a point's first answers ended so."""
+    seen = 0
+    rows = [*result.rows]
+    for at, row in enumerate(rows):
+        if row.point == point and seen < count:
+            rows[at] = replace(row, status=status)
+            seen += 1
+    changed = replace(result, rows=rows)
+    found = recommend(changed, leaderboard(changed), None)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        ("empty", "empty"),
+        ("cut", r"empty \(20 cut at their limit of new tokens\)"),
+        ("filtered", "filtered by the server"),
+        ("failed", "refused by the server"),
+    ],
+)
+def test_nothing_is_recommended_where_most_answers_say_nothing(status: str, words: str) -> None:
+    evaluated = result(rows("a", NONE), [standing("a")])
+    found = with_status(evaluated, "a", status, 20)
+    assert re.match(rf"^No recommendation: of a, 20 of 20 answers are {words}\. Mend the cause", found.sentence)
+    assert found.document()["keep"] is None and "Keep" not in found.sentence and "0.0 points" not in found.sentence
+
+
+def test_above_a_tenth_of_unanswered_questions_the_recommendation_warns() -> None:
+    evaluated = result([*rows("a", MOST), *rows("b", HALF)], [standing("a"), standing("b")])
+    assert "answers are" not in with_status(evaluated, "a", "filtered", 2).sentence
+    warned = with_status(evaluated, "a", "filtered", 3)
+    assert warned.headline.startswith("Keep a: 95.0 points")
+    assert warned.grounds[0].startswith("But of a, 3 of 20 answers are filtered by the server. Mend the cause")
+    rival = with_status(evaluated, "b", "failed", 20)
+    assert rival.headline.startswith("Keep a") and "of b, 20 of 20 answers are refused" in rival.grounds[0]
 
 
 def test_a_sure_lead_over_the_parents_is_a_merge_to_keep() -> None:
