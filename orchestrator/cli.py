@@ -195,7 +195,7 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--follow", action="store_true", help="print a line when the stage moves, until the run ends")
     status.add_argument("--json", action="store_true", help="print it as JSON")
 
-    verify = _verb(verbs, "verify", "hash every file and compare it with the manifests")
+    verify = _verb(verbs, "verify", "hash every file of a run or a point and compare it with its digest")
     verify.add_argument("run", metavar="RUN", help="folder or URL of a run, of one of its points, or of a merge")
     verify.add_argument("--json", action="store_true", help="print it as JSON")
 

@@ -31,12 +31,13 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/fingerprint.py": (),
     "workers/services.py": ("jobs",),
     "workers/special_tokens.py": (),
+    "workers/parquet.py": ("jobs",),
     "workers/storage": ("jobs", "workers/services.py"),
     "workers/checkpoints": ("jobs", "workers/storage"),
     "workers/methods": ("jobs",),
     "workers/merging": ("jobs", "workers/storage", "workers/checkpoints", "workers/methods"),
     "workers/engines": ("jobs", "workers/services.py", "workers/special_tokens.py", "workers/checkpoints"),
-    "workers/benchmarks/items.py": ("jobs",),
+    "workers/benchmarks/items.py": ("jobs", "workers/parquet.py"),
     "workers/benchmarks/texts": (
         "jobs",
         "workers/special_tokens.py",
@@ -66,6 +67,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "workers/benchmarks/perplexity.py": (
         "jobs",
+        "workers/parquet.py",
         "workers/engines",
         "workers/benchmarks/items.py",
         "workers/benchmarks/answering.py",
@@ -94,6 +96,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),
     "workers/evaluating": (
         "jobs",
+        "workers/parquet.py",
         "workers/storage",
         "workers/merging",
         "workers/engines",

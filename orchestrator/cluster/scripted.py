@@ -12,6 +12,7 @@ from workers.benchmarks.scorers import SCORERS
 from workers.evaluating.scores import write_scores
 from workers.merging.resident import ResidentParents
 from workers.storage import open_store
+from workers.storage.records import read_sealed
 
 Answer = Callable[[EvaluationTask, Item], float | str]
 """The answer of a task's point to an item: a text, which the item's scorer rates, or the score itself."""
@@ -39,7 +40,7 @@ class ScriptedEvaluators:
     def next_done(self) -> tuple[EvaluationTask, BlockScores]:
         task, self._task = self._task, None
         assert task is not None, "asked for a result before there was a task"
-        files = (bytes(self._store.read(key)) for _, _, key in task.items.parts)
+        files = (read_sealed(self._store, key) for _, _, key in task.items.parts)
         items = [item for data in files for item in read_items(data) if task.first <= item.index < task.last]
         rows = [self._row(task, item) for item in items]
         self._store.write(task.key, write_scores(rows), mode="create")

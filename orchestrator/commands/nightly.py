@@ -40,6 +40,7 @@ def nightly(options: argparse.Namespace) -> int:
 
 def _conclude(book: Book, night: Night, history: Sequence[Night]) -> None:
     """Calls the webhook, then renews the page: a missing page is noticed, a missing message is not."""
+    from jobs.sealing import stamped_text
     from orchestrator.nightly.page import PAGE, nights_page
     from orchestrator.nightly.webhook import tell
     from orchestrator.nightly.words import headline, reasons
@@ -49,7 +50,7 @@ def _conclude(book: Book, night: Night, history: Sequence[Night]) -> None:
     warning = tell(f"{name}: {headline(night, blessed)}", ["\n".join([*reasons(night), f"{book.store.url}/{PAGE}"])])
     if warning is not None:
         print(f"mergeyard: warning: {warning}", file=sys.stderr)
-    book.store.write(PAGE, nights_page(name, history, blessed).encode())
+    book.store.write(PAGE, stamped_text(nights_page(name, history, blessed), "<!-- {} -->"))
 
 
 def _facts(tonight: Tonight) -> dict[str, object]:

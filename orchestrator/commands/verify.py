@@ -9,15 +9,25 @@ from orchestrator.commands.inputs import print_json, run_url
 
 def verify(options: argparse.Namespace) -> int:
     """`mergeyard verify RUN`."""
-    from orchestrator.points.verifying import verify_points
+    from orchestrator.points import verifying
 
-    checks = verify_points(run_url(options.run))
-    broken = [check for check in checks if check.problems]
+    points, records = verifying.verify(run_url(options.run))
+    broken = [check for check in points if check.problems]
+    damaged = [check for check in records if check.problems]
     if options.json:
-        print_json([{"point": check.point, "problems": list(check.problems)} for check in checks])
-    else:
-        for check in broken:
-            for problem in check.problems:
-                print(f"{check.point}: {problem}")
-        print(f"{len(checks) - len(broken)} of {len(checks)} points agree with their manifests")
-    return 1 if broken else 0
+        found = [{"point": check.point, "problems": list(check.problems)} for check in points]
+        print_json(found + [{"record": check.record, "problems": list(check.problems)} for check in records])
+        return 1 if broken or damaged else 0
+    for check in broken:
+        for problem in check.problems:
+            print(f"{check.point}: {problem}")
+    for check in damaged:
+        print(*check.problems)
+    sealed = sum(check.sealed for check in records)
+    summary = {
+        f"{len(points) - len(broken)} of {len(points)} points agree with their manifests": len(points),
+        f"{sealed - len(damaged)} of {sealed} records agree with their digests": sealed,
+        f"{len(records) - sealed} records of an older version have no digest": len(records) - sealed,
+    }
+    print("; ".join(text for text, count in summary.items() if count))
+    return 1 if broken or damaged else 0

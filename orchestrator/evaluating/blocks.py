@@ -8,12 +8,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from jobs.errors import CorruptData
 from jobs.evaluation_tasks import BlockScores, ScoreRow
 from orchestrator.evaluating.subjects import Subject
 from orchestrator.judging.samples import Cell
 from workers.benchmarks.planned import PlannedSet
 from workers.evaluating.scores import read_block
 from workers.storage import Store
+from workers.storage.records import read_sealed
 
 BLOCK_KEY = re.compile(r"(?P<prefix>.+)-(?P<first>\d{6,})-(?P<last>\d{6,})\.parquet")
 
@@ -58,15 +60,28 @@ class Blocks:
         """The remarks in all files that were read or added, each once, in the order of the files' names."""
         return list(dict.fromkeys(remark for key in sorted(self._blocks) for remark in self._blocks[key].remarks))
 
-    def recall(self, wanted: Iterable[tuple[str, range]]) -> None:
-        """Reads the files that have any of these items; a resumed run may have a hundred thousand."""
+    def recall(self, wanted: Iterable[tuple[str, range]]) -> list[str]:
+        """Reads the files that have any of these items; a resumed run may have a hundred thousand.
+
+        Returns the keys of damaged files, which count as missing.
+        """
         found = {key for prefix, items in wanted for key in self._overlapping(prefix, items)}
         keys = sorted(found - self._blocks.keys())
         with ThreadPoolExecutor(READS_AT_ONCE, "scores") as pool:
-            self._blocks.update(zip(keys, pool.map(self._read, keys), strict=True))
+            read = dict(zip(keys, pool.map(self._read, keys), strict=True))
+        self._blocks |= {key: block for key, block in read.items() if block is not None}
+        damaged = {key for key, block in read.items() if block is None}
+        for files in self._files.values():
+            for key in files.keys() & damaged:
+                del files[key]
+        return sorted(damaged)
 
-    def _read(self, key: str) -> BlockScores:
-        return read_block(bytes(self._store.read(key)), key)
+    def _read(self, key: str) -> BlockScores | None:
+        """The scores in a file; None if it is damaged."""
+        try:
+            return read_block(read_sealed(self._store, key), key)
+        except CorruptData:
+            return None
 
     def _overlapping(self, prefix: str, items: range) -> list[str]:
         files = self._files.get(prefix, {})

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from jobs.errors import MergeyardError
 from jobs.job import Job, load_job
-from orchestrator.evaluating.results import VERDICT, read_results
+from orchestrator.evaluating.results import read_results, read_verdict
 from orchestrator.judging.gate import EXIT_CODES
 from orchestrator.planning.plan import Plan, make_plan
 from workers.storage import Store, open_store
-from workers.storage.records import read_record
+from workers.storage.records import read_record, read_sealed
 
 
 def recorded_code(job: Job, folder: Path) -> int | None:
@@ -21,7 +20,7 @@ def recorded_code(job: Job, folder: Path) -> int | None:
     """
     try:
         store = open_store(f"{open_store(job.output).url}/{job.name}")
-        left = load_job(bytes(store.read("job.yaml")).decode(), "job.yaml", job.output)
+        left = load_job(read_sealed(store, "job.yaml").decode(), "job.yaml", job.output)
         plan = make_plan(job, relative_to=folder)
         if left.digest() not in (plan.pinned.digest(), job.digest()):  # older versions left the parents as written
             return None
@@ -44,4 +43,7 @@ def _code(plan: Plan, store: Store) -> int | None:
     written = {info.key for info in store.list("points/")}
     if not all(f"points/{name}/manifest.json" in written for name in kept):
         return None
-    return 0 if plan.job.gate is None else EXIT_CODES[json.loads(bytes(store.read(VERDICT)))["outcome"]]
+    if plan.job.gate is None:
+        return 0
+    verdict = read_verdict(store)
+    return None if verdict is None else EXIT_CODES[verdict["outcome"]]

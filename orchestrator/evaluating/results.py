@@ -5,7 +5,6 @@ Both are renewed while an evaluation goes on, so that whoever looks sees the new
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -14,6 +13,7 @@ from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.evaluate import RaceSpec
 from jobs.evaluation_tasks import ScoreRow
 from jobs.merge_tasks import FORMAT
+from jobs.sealing import sealed
 from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.race import Departure, Standing
 from orchestrator.judging.significance import FlipRate
@@ -22,10 +22,12 @@ from workers.benchmarks.harness.adapter import OVER_LONG
 from workers.benchmarks.registry import BENCHMARKS
 from workers.evaluating.scores import read_scores, write_scores
 from workers.storage import Store, open_store
+from workers.storage.records import read_sealed
 
 RESULTS = "report/results.parquet"
 EVALUATION = "report/evaluation.json"
 VERDICT = "gate/verdict.json"
+AGAIN = "`mergeyard evaluate` makes it again from the scores"
 
 
 @dataclass(frozen=True)
@@ -128,15 +130,15 @@ def ranked_rows(rows: Iterable[ScoreRow], benchmarks: Sequence[str]) -> list[Sco
 def write_results(store: Store, result: EvaluationResult) -> None:
     """Renews both files; a reader between the two sees rows that are newer than the rest."""
     store.write(RESULTS, write_scores(result.rows))
-    store.write(EVALUATION, json.dumps(result.document(), indent=1).encode())
+    store.write(EVALUATION, sealed(result.document(), lines=True))
 
 
 def read_results(run_url: str, points: Collection[str] | None = None) -> EvaluationResult:
     """The results of a run so far, with the rows of all points or of some; `BadInput` without an evaluation."""
     store = open_store(run_url)
     try:
-        result = read_document(store, EVALUATION, _result, "evaluate again")
-        rows = read_scores(bytes(store.read(RESULTS)), f"{run_url}/{RESULTS}", points)
+        result = read_document(store, EVALUATION, _result, AGAIN)
+        rows = read_scores(read_sealed(store, RESULTS, AGAIN), f"{run_url}/{RESULTS}", points)
     except ObjectMissing:
         raise BadInput(f"{run_url}: no scores there; `mergeyard evaluate` makes them") from None
     if unknown := {row.benchmark for row in rows} - BENCHMARKS.keys():
@@ -152,7 +154,7 @@ def read_results(run_url: str, points: Collection[str] | None = None) -> Evaluat
 def read_verdict(store: Store) -> dict[str, Any] | None:
     """The gate's verdict in a run; None if there is none."""
     try:
-        return read_document(store, VERDICT, _verdict, "judge again, or remove it")
+        return read_document(store, VERDICT, _verdict, "`mergeyard gate` makes it again from the scores, or remove it")
     except ObjectMissing:
         return None
 

@@ -5,7 +5,6 @@ A block that has its file of scores is done: nothing is asked twice, in this run
 
 from __future__ import annotations
 
-import json
 import time
 from collections import defaultdict
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from typing import Protocol
 from jobs.errors import writing
 from jobs.evaluation_tasks import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.merge_tasks import FORMAT, digest
+from jobs.sealing import sealed
 from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
 from orchestrator.evaluating.blocks import Blocks, Request, first_items
@@ -124,7 +124,7 @@ class Session:
     def conclude(self, verdict: Mapping[str, object]) -> None:
         """Writes the gate's verdict into the run, as `gate/verdict.json`."""
         self._lease.confirm()
-        self._ledger.store.write(VERDICT, json.dumps(verdict, indent=1).encode())
+        self._ledger.store.write(VERDICT, sealed(verdict, lines=True))
 
     def close(self) -> None:
         """Lets go of the workers."""
@@ -140,7 +140,8 @@ class Session:
         }
         self._watcher.begin_stage(sum(planned.made * planned.length for planned in wanted.values()), "making items")
         for (name, count), planned in wanted.items():
-            self._sets[name] = stored(planned, self._ledger.store, count)
+            made = self._sets[name].parts if name in self._sets else ()
+            self._sets[name] = stored(planned, self._ledger.store, count, made)
             self._lease.check()
             self._watcher.advance(planned.made * planned.length)
 
@@ -200,7 +201,7 @@ class Session:
         """The wanted rows of each request as they come: first from the store, then from workers."""
         wanted = list(requests)
         prefixes = {request: self._prefix(request) for request in wanted}
-        self._blocks.recall((prefixes[request], request.items) for request in wanted)
+        self._remove(self._blocks.recall((prefixes[request], request.items) for request in wanted))
         self._tell_remarks(self._blocks.remarks())
         waiting: dict[str, tuple[EvaluationTask, Request]] = {}
         for request in wanted:
@@ -222,6 +223,13 @@ class Session:
             self._tell_remarks(scores.remarks)
             yield request, rows
             self._renew()
+
+    def _remove(self, damaged: Sequence[str]) -> None:
+        """Removes damaged files of scores: a worker does not replace a file that exists."""
+        for key in damaged:
+            self._lease.confirm()
+            self._ledger.store.delete(key)
+            self._watcher.tell(f"{key}: damaged; its items are asked again")
 
     def _tell_remarks(self, remarks: Iterable[str]) -> None:
         """Prints the remarks that are new in this session."""

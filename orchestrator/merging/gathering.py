@@ -20,7 +20,7 @@ from jobs.merge_tasks import Receipt
 from orchestrator.merging.card import model_card
 from orchestrator.planning.beside import side_file_without_absent_code
 from orchestrator.planning.plan import Plan, PlannedPoint
-from workers.storage import Store, open_store
+from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
 
 VERSIONED = ("mergeyard", "torch", "numpy", "safetensors")
@@ -32,16 +32,19 @@ class Gatherer:
     def __init__(self, plan: Plan, store: Store) -> None:
         self._plan = plan
         self._store = store
+        self._hashed: dict[str, str] = {}
         self._side_file = lru_cache(maxsize=64)(self._read_side_file)
 
     def complete(self, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
-        """Writes the files beside the shards, then the manifest; nothing if the point has its manifest already."""
+        """Writes the files beside the shards, then the manifest; nothing if the point is complete and undamaged."""
         weights = weights_digest(
             {name: sha256 for unit in planned.units for name, sha256 in receipts[unit].tensors.items()}
         )
         earlier = self._published(planned.name, weights)
         if earlier is not None:
-            return earlier
+            if self._is_whole(earlier):
+                return earlier
+            self._store.delete(self._key(planned.name))  # first, so that the point is not complete meanwhile
         overflowed = {name: count for unit in planned.units for name, count in receipts[unit].overflowed.items()}
         files = self._files(planned, overflowed)
         for name, data in files.items():
@@ -80,16 +83,44 @@ class Gatherer:
         return self._plan.places.file(point, "manifest.json")
 
     def _published(self, point: str, weights: str) -> Manifest | None:
-        """The manifest that the point has already; `CorruptData` when it tells of other weights."""
+        """The manifest that the point has already; a damaged one is removed. `CorruptData` if it has other weights."""
         try:
             earlier = read_record(self._store, self._key(point), Manifest.from_json)
         except ObjectMissing:
+            return None
+        except CorruptData:
+            if self._is_sealed(point):  # another version wrote it so
+                raise
+            self._store.delete(self._key(point))
             return None
         if earlier.weights != weights:
             raise CorruptData(
                 f"{self._store.url}/{self._key(point)}: complete already, with other weights; run `mergeyard verify`"
             )
         return earlier
+
+    def _is_sealed(self, point: str) -> bool:
+        """Whether the digest of the manifest is right."""
+        try:
+            return bool(read_record(self._store, self._key(point)))
+        except CorruptData:
+            return False
+
+    def _is_whole(self, manifest: Manifest) -> bool:
+        """Whether the files beside the shards are those of the manifest; of files with one ETag, one is read."""
+        there = {info.key: info for info in self._store.list(self._plan.places.file(manifest.point, ""))}
+        return all(
+            self._is_file(there.get(self._plan.places.file(manifest.point, name)), entry)
+            for name, entry in manifest.files.items()
+            if entry.sha256 is not None
+        )
+
+    def _is_file(self, info: ObjectInfo | None, entry: FileEntry) -> bool:
+        if info is None or info.size != entry.size:
+            return False
+        if self._hashed.get(info.etag) != entry.sha256:
+            self._hashed[info.etag] = hashlib.sha256(self._store.read(info.key, etag=info.etag)).hexdigest()
+        return self._hashed[info.etag] == entry.sha256
 
     def _files(self, planned: PlannedPoint, overflowed: Mapping[str, int]) -> dict[str, bytes]:
         layout = planned.layout

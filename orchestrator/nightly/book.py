@@ -12,7 +12,6 @@ counts for nothing, and the next call judges again.
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +21,7 @@ from typing import Any
 
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy
 from jobs.merge_tasks import FORMAT
+from jobs.sealing import sealed, unsealed
 from orchestrator.judging.gate import Outcome
 from workers.storage import Store
 from workers.storage.records import read_record
@@ -31,6 +31,7 @@ HISTORY = "history/"
 CONCLUDED = "concluded/"
 READS_AT_ONCE = 32
 REMEDY = "restore it, or remove it to begin anew from the gate's baseline"
+LOST_NIGHT = "restore it, or remove it to do without this night"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,13 +49,13 @@ class Blessed:
 
     @classmethod
     def from_json(cls, data: bytes) -> Blessed:
-        """Reads the pointer, which people put back by hand; `CorruptData` for anything else."""
+        """Reads the pointer; `CorruptData` for anything else. Older versions wrote no digest."""
+        document = unsealed(data, REMEDY, older=True)
         try:
-            document: dict[str, Any] = json.loads(data)
             if any(isinstance(entry, str) is (name == "epoch") for name, entry in document.items()):
                 raise TypeError("epoch is a number, all else is text")
             return cls(**document)
-        except (ValueError, TypeError, AttributeError) as error:
+        except TypeError as error:
             raise CorruptData(f"not a pointer to a blessed point ({error}); {REMEDY}") from None
 
 
@@ -111,13 +112,13 @@ class Night:
 
     def to_json(self) -> bytes:
         """The record's file."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1).encode()
+        return sealed({"format": FORMAT, **asdict(self)}, lines=True)
 
     @classmethod
     def from_json(cls, data: bytes) -> Night:
-        """Reads the text of `to_json`; `CorruptData` for anything else."""
+        """Reads the text of `to_json`; `CorruptData` for anything else. Older versions wrote no digest."""
+        document = unsealed(data, LOST_NIGHT, older=True)
         try:
-            document: dict[str, Any] = json.loads(data)
             if document.pop("format", None) != FORMAT:
                 raise CorruptData("written by another version of mergeyard; use that one, or another name")
             document["parents"] = {name: Revision(**entry) for name, entry in document["parents"].items()}
@@ -128,7 +129,7 @@ class Night:
             }
             return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptData(f"damaged, not the record of a night ({error}); restore it") from None
+            raise CorruptData(f"damaged, not the record of a night ({error}); {LOST_NIGHT}") from None
 
 
 def new_nonce() -> str:
@@ -187,7 +188,7 @@ class Book:
     def bless(self, night: Night) -> None:
         """Moves the pointer to the night's point; `RunBusy` if the pointer is no longer the night's reference."""
         assert night.point is not None and night.epoch is not None, "only what passed is blessed"
-        body = json.dumps(asdict(Blessed(night.point, night.weights, night.night, night.epoch, night.nonce)), indent=1)
+        body = sealed(asdict(Blessed(night.point, night.weights, night.night, night.epoch, night.nonce)), lines=True)
         found = self._pointer()
         if found is not None and found[0].nonce == night.nonce:
             return
@@ -195,9 +196,9 @@ class Book:
             raise self.moved()
         try:
             if found is None:
-                self.store.write(POINTER, body.encode(), mode="create")
+                self.store.write(POINTER, body, mode="create")
             else:
-                self.store.swap(POINTER, body.encode(), etag=found[1])
+                self.store.swap(POINTER, body, etag=found[1])
         except (ObjectExists, ObjectChanged):
             raise self.moved() from None
 

@@ -8,7 +8,6 @@ verdict is no likelier than the job says.
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from jobs.evaluation_tasks import ScoreRow
 from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.merge_tasks import digest
+from jobs.sealing import sealed
 from orchestrator.cluster.pool import Pool
 from orchestrator.evaluating.confirming import Gated, first_fresh, gate
 from orchestrator.evaluating.pairing import question, samples
@@ -122,7 +122,7 @@ class Nightly:
         with writing():  # the evaluation has written its scores
             for who, verdict in found.verdicts.items():
                 name = "verdict" if verdict is next(iter(found.verdicts.values())) else who
-                open_store(tonight.run_url).write(f"gate/{name}.json", json.dumps(verdict, indent=1).encode())
+                open_store(tonight.run_url).write(f"gate/{name}.json", sealed(verdict, lines=True))
             written = self._write(tonight, [entry.point for entry in standing], found)
         written_page(tonight.run_url)
         passed = found.outcome == "pass"

@@ -1,17 +1,33 @@
-"""Verifying: every byte against the manifest."""
+"""Verifying: every byte of a point against its manifest, every record of a run against its own digest."""
 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from jobs.errors import CorruptData, MergeyardError, ObjectMissing
 from jobs.manifest import Manifest, weights_digest
+from jobs.sealing import is_sealed, unsealed
 from workers.checkpoints.hashing import tensor_sha256s
 from workers.checkpoints.safetensors import header_bytes, read_header
 from workers.storage import Store, open_store
 from workers.storage.records import read_record
+
+RECORD = re.compile(
+    r"(?!(.*/)?points/)(.*/)?(plan\.json|lease\.json|job\.yaml|blessed\.json|index\.html|history/\d{6}\.json|receipts/../\w+\.json"
+    r"|items/\w+/\d{6,}-\d{6,}\.(json|parquet)|scores/[^/]+/[^/]+-\d{6,}-\d{6,}\.parquet|gate/[^/]+\.json"
+    r"|report/(results\.parquet|evaluation\.json|index\.html))"
+)
+"""The files that carry their own digest, in a run or in the folder of a nightly job."""
+
+ALWAYS_SEALED = re.compile(r"(.*/)?(plan\.json|lease\.json|receipts/.+)")
+"""Those that have a digest in every version."""
+
+READS_AT_ONCE = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +38,45 @@ class Check:
     problems: tuple[str, ...]
 
 
-def verify_points(url: str) -> list[Check]:
-    """Hashes every file of every point under `url` (a run, a point, or a merged folder) again."""
+@dataclass(frozen=True, slots=True)
+class RecordCheck:
+    """The check of one record of a run; `sealed` is False where an older version wrote it without a digest."""
+
+    record: str
+    sealed: bool
+    problems: tuple[str, ...] = ()
+
+
+def verify(url: str) -> tuple[list[Check], list[RecordCheck]]:
+    """Hashes every file of every point under `url` (a run, a point, or a merged folder) again, and every record there.
+
+    `ObjectMissing` where there is neither.
+    """
     store = open_store(url)
-    keys = sorted(info.key for info in store.list() if info.key.split("/")[-1] == "manifest.json")
-    if not keys:
+    listed = sorted(info.key for info in store.list())
+    prefixes = [key.removesuffix("manifest.json") for key in listed if key.split("/")[-1] == "manifest.json"]
+    records = [key for key in listed if RECORD.fullmatch(key) and "" not in prefixes]
+    if not prefixes and not records:
         raise ObjectMissing(f"{url}: no manifest.json there; is the run complete? see `mergeyard status`")
-    return [_verify(store, key.removesuffix("manifest.json")) for key in keys]
+    with ThreadPoolExecutor(READS_AT_ONCE, "records") as pool:
+        checks = [check for check in pool.map(partial(_verify_record, store), records) if check is not None]
+    return [_verify(store, prefix) for prefix in prefixes], checks
+
+
+def _verify_record(store: Store, key: str) -> RecordCheck | None:
+    """The check of a record; None where a running evaluation has removed it meanwhile."""
+
+    def sealed(data: bytes) -> bool:
+        if ALWAYS_SEALED.fullmatch(key):
+            unsealed(data)
+        return is_sealed(data, key)
+
+    try:
+        return RecordCheck(key, read_record(store, key, sealed))
+    except ObjectMissing:
+        return None
+    except CorruptData as error:
+        return RecordCheck(key, sealed=True, problems=(str(error),))
 
 
 def _verify(store: Store, prefix: str) -> Check:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from jobs.errors import CorruptData
+from jobs.sealing import unsealed
 from workers.storage import Store
 from workers.storage.records import read_record
 
@@ -14,15 +14,10 @@ Read = TypeVar("Read")
 
 
 def read_document(store: Store, key: str, parse: Callable[[dict[str, Any]], Read], remedy: str) -> Read:
-    """`parse` of a JSON object without a digest; `CorruptData` if it is not one or lacks a part."""
+    """`parse` of a JSON object; `CorruptData` if it is damaged or lacks a part. Older versions wrote no digest."""
 
     def checked(data: bytes) -> Read:
-        try:
-            document = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise CorruptData(f"not JSON ({error}); {remedy}") from None
-        if not isinstance(document, dict):
-            raise CorruptData(f"damaged, not a JSON object; {remedy}")
+        document = unsealed(data, remedy, older=True)
         try:
             return parse(document)
         except KeyError as error:

@@ -14,7 +14,7 @@ from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectExists, ObjectMissing, StorageUnavailable, writing
 from jobs.merge_tasks import Receipt
-from jobs.sealing import sealed
+from jobs.sealing import sealed, stamped_text
 from orchestrator.records.places import Places
 from workers.checkpoints.hashing import shard_sha256s
 from workers.storage import ObjectInfo, Store, open_store
@@ -45,12 +45,13 @@ class Ledger:
                     " give the job another name, or remove that run"
                 ) from None
         with writing():
-            self.store.write(self._places.record("job.yaml"), job_text.encode())
+            self.store.write(self._places.record("job.yaml"), stamped_text(job_text, "# {}"))
 
     def trusted(self, units: Mapping[str, str]) -> dict[str, Receipt]:
         """The receipts of those of these units (unit to shard key) whose shard lies there whole, by unit.
 
-        A receipt without its shard counts for nothing: the unit will be merged again, to the same bytes.
+        A receipt without its shard counts for nothing: the unit will be merged again, to the same bytes. So will the
+        unit of a damaged receipt, which is removed.
         """
         prefix = self._places.record("receipts/")
         there = {info.key: info for info in self.store.list()}
@@ -62,7 +63,11 @@ class Ledger:
                 raise StorageUnavailable(f"{self.store.url}: the listing leaves out {plan}, which is there; run again")
         with ThreadPoolExecutor(READS_AT_ONCE, "receipts") as pool:
             receipts = list(pool.map(self._receipt, [unit for unit in units if unit in listed]))
-        return {receipt.unit: receipt for receipt in receipts if self._is_whole(there.get(receipt.key), receipt)}
+        return {
+            receipt.unit: receipt
+            for receipt in receipts
+            if receipt is not None and self._is_whole(there.get(receipt.key), receipt)
+        }
 
     def _is_whole(self, shard: ObjectInfo | None, receipt: Receipt) -> bool:
         """Whether a shard is the one of this receipt; another version of it, a copy say, is hashed to know."""
@@ -74,8 +79,13 @@ class Ledger:
             return shard_sha256s(self.store, shard) == receipt.tensors
         return False
 
-    def _receipt(self, unit: str) -> Receipt:
-        return read_receipt(self.store, self._places.receipt(unit))
+    def _receipt(self, unit: str) -> Receipt | None:
+        key = self._places.receipt(unit)
+        try:
+            return read_receipt(self.store, key)
+        except CorruptData:
+            self.store.delete(key)
+            return None
 
     def forget(self) -> None:
         """Removes the records of a finished run whose output stands by itself."""

@@ -15,6 +15,7 @@ from typing import Any
 
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import Job
+from jobs.sealing import stamped_text
 from orchestrator.evaluating.pairing import question
 from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD
@@ -42,7 +43,7 @@ def write_page(report: Report) -> str:
 
 def put_page(run_url: str, text: str) -> str:
     """Puts a page into a run and returns where it lies."""
-    open_store(run_url).write(PAGE, text.encode())
+    open_store(run_url).write(PAGE, stamped_text(text, "<!-- {} -->"))
     return f"{run_url}/{PAGE}"
 
 

@@ -17,7 +17,7 @@ from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.report.recommendation import Recommendation, best_parent, recommend, rows_by_point
 from orchestrator.words import shortlist
 from workers.storage import Store, open_store
-from workers.storage.records import read_receipt, read_record
+from workers.storage.records import read_receipt, read_record, read_sealed
 
 PAGE = "report/index.html"
 READS_AT_ONCE = 32
@@ -68,7 +68,7 @@ def read_run(url: str, result: EvaluationResult | None = None, *, costs: bool = 
 
 def _text(store: Store, key: str) -> str:
     try:
-        return bytes(store.read(key)).decode(errors="replace")
+        return read_sealed(store, key).decode(errors="replace")
     except ObjectMissing:
         return ""
 

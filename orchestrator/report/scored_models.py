@@ -18,7 +18,7 @@ from orchestrator.evaluating.results import EVALUATION, EvaluationResult, read_r
 from orchestrator.judging.significance import FlipRate
 from workers.benchmarks.registry import BENCHMARKS
 from workers.storage import open_store
-from workers.storage.records import read_record
+from workers.storage.records import read_record, read_sealed
 
 
 @dataclass(frozen=True)
@@ -159,13 +159,13 @@ def right_answers(run: str, digest: str, benchmark: str) -> dict[int, tuple[str,
         return found
     for info in store.list(f"items/{digest}/"):
         if info.key.endswith(".parquet"):
-            found |= expected(bytes(store.read(info.key)))
+            found |= expected(read_sealed(store, info.key))
     return found
 
 
 def benchmark_settings(run: str, benchmark: str) -> dict[str, Any]:
     """The run's settings of a benchmark, without its tasks, lengths and numbers of items."""
-    text = bytes(open_store(run).read("job.yaml")).decode("utf-8")
+    text = read_sealed(open_store(run), "job.yaml").decode("utf-8")
     evaluation = load_job(text, f"{run}/job.yaml").evaluate
     spec: Any = None if evaluation is None else evaluation.benchmarks.get(benchmark)
     return {} if spec is None else {key: value for key, value in asdict(spec).items() if key not in WHAT_IS_ASKED}

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.job import Job, load_job
+from jobs.sealing import sealed, unsealed
 from orchestrator.cli import main
 from orchestrator.planning.plan import Plan, make_plan
 from tests.orchestrator.models import weights, write_model
@@ -109,6 +110,13 @@ def answers(request: pytest.FixtureRequest) -> Iterator[None]:
     else:
         with scripted(turned_down):
             yield
+
+
+def edit(path: Path, **changes: Any) -> dict[str, Any]:
+    """Changes entries of a JSON file as another writer would, with its digest; returns the new document."""
+    document = {**unsealed(path.read_bytes(), older=True), **changes}
+    path.write_bytes(sealed(document))
+    return document
 
 
 def files_under(folder: Path) -> dict[str, bytes]:

@@ -9,13 +9,13 @@ Engines share work by `prefix`, the text itself, never by these ids.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.errors import CorruptData
+from workers.parquet import parquet_bytes
 
 # Raised by whoever changes all prompts; old items then no longer count as these items. Where only some sets change,
 # their `items_digest` gets a `generator` of its own, and `PlannedSet.superseded` is the digest that they had before.
@@ -148,15 +148,12 @@ def _schema() -> Any:
 def write_items(items: Iterable[Item]) -> bytes:
     """The items as one Parquet file; the same items give the same bytes."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     rows = list(items)
     schema = _schema()
     columns = [[getattr(item, name) for item in rows] for name in schema.names]
     table = pa.table([pa.array(column, field.type) for column, field in zip(columns, schema, strict=True)], schema)
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP)
-    return sink.getvalue()
+    return parquet_bytes(table, ROW_GROUP)
 
 
 def read_items(data: bytes, first: int = 0, last: int | None = None) -> list[Item]:
@@ -169,7 +166,7 @@ def read_items(data: bytes, first: int = 0, last: int | None = None) -> list[Ite
 
     try:
         file = pq.ParquetFile(pa.BufferReader(data))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptData(f"items: not a Parquet file ({error}); delete it and build the items again") from error
     present = file.schema_arrow.names
     names = [field.name for field in fields(Item) if field.name != "bare" or "bare" in present]  # older files lack it
@@ -191,6 +188,6 @@ def read_answers(data: bytes) -> dict[int, tuple[str, ...]]:
 
     try:
         table = pq.read_table(pa.BufferReader(data), columns=["index", "answers"])
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptData(f"items: not a Parquet file ({error}); delete it and build the items again") from error
     return {row["index"]: tuple(row["answers"]) for row in table.to_pylist()}

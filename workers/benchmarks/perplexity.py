@@ -7,7 +7,6 @@ window differs from a shorter one in the context alone.
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.texts.haystacks import bundled_text
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Engine
+from workers.parquet import parquet_bytes
 
 FIRST_BLOCK = 256
 
@@ -97,7 +97,6 @@ def windows(tokenizer: Tokenizer, text: str, lengths: Sequence[int], *, items: i
 def write_windows(found: Sequence[Window]) -> bytes:
     """The windows as one Parquet file; the same windows give the same bytes."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     table = pa.table(
         {
@@ -108,9 +107,7 @@ def write_windows(found: Sequence[Window]) -> bytes:
             "pair": pa.array([window.pair for window in found], pa.string()),
         }
     )
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+    return parquet_bytes(table)
 
 
 def read_windows(data: bytes, first: int = 0, last: int | None = None) -> list[Window]:
@@ -131,7 +128,7 @@ def read_windows(data: bytes, first: int = 0, last: int | None = None) -> list[W
             )
             for row in range(part.num_rows)
         ]
-    except (pa.ArrowInvalid, KeyError) as error:
+    except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise CorruptData(f"windows: not a file of windows ({error}); delete it and build them again") from error
 
 

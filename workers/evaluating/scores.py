@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import fields
 from typing import Any
 
-from jobs.errors import CorruptData
+from jobs.errors import BadInput, CorruptData
 from jobs.evaluation_tasks import BlockScores, ScoreRow
+from workers.parquet import parquet_bytes
 
 
 def _schema() -> Any:
@@ -30,18 +30,17 @@ REMARKS = b"mergeyard.remarks"
 def write_scores(rows: Iterable[ScoreRow], remarks: Sequence[str] = ()) -> bytes:
     """The rows as one Parquet file, with the remarks of a block in its metadata."""
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     kept = list(rows)
     schema = _schema().with_metadata({REMARKS: json.dumps(remarks)} if remarks else None)
     columns = [pa.array([getattr(row, field.name) for row in kept], field.type) for field in schema]
-    sink = io.BytesIO()
-    pq.write_table(pa.table(columns, schema), sink, compression="zstd")
-    return sink.getvalue()
+    return parquet_bytes(pa.table(columns, schema))
 
 
 def read_scores(data: bytes, where: str, points: Collection[str] | None = None) -> list[ScoreRow]:
-    """The rows of one file, or those of some points; `CorruptData` when it is not one of `write_scores`.
+    """The rows of one file, or those of some points; `CorruptData` when it is not Parquet.
+
+    `BadInput` when it has other columns, as another version may have written it.
 
     Older versions wrote no column `kind`, as all rows were a point's, and no column `status`.
     """
@@ -64,5 +63,7 @@ def read_block(data: bytes, where: str, points: Collection[str] | None = None) -
         ]
         rows = [ScoreRow(**row) for row in table.select(columns).to_pylist()]
         return BlockScores(rows, tuple(json.loads((table.schema.metadata or {}).get(REMARKS, b"[]"))))
-    except (pa.ArrowInvalid, KeyError, json.JSONDecodeError) as error:
+    except KeyError as error:
+        raise BadInput(f"{where}: of another version of mergeyard ({error}); use that one, or delete it") from None
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise CorruptData(f"{where}: no file of scores ({error}); delete it and evaluate again") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from jobs.errors import ObjectExists, ObjectMissing, WorkerLost
 from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
@@ -14,6 +14,7 @@ from workers.engines.engine import Engine
 from workers.evaluating.holding import Resident
 from workers.evaluating.scores import read_block, write_scores
 from workers.storage import open_store
+from workers.storage.records import read_sealed
 
 SETS_AT_HAND = 8
 """Files of items that a worker keeps, compressed."""
@@ -27,12 +28,12 @@ class Evaluator:
         self._device = device
         self._store = open_store(next(iter(models.values())).run)
         self._resident: tuple[str, Resident] | None = None
-        self._items = lru_cache(SETS_AT_HAND)(self._read)
+        self._items = lru_cache(SETS_AT_HAND)(partial(read_sealed, self._store))
 
     def evaluate(self, task: EvaluationTask) -> BlockScores:
         """The block's scores, and its file in the store; what a block already has is read, not asked again."""
         with suppress(ObjectMissing):
-            return read_block(bytes(self._store.read(task.key)), task.key)
+            return read_block(read_sealed(self._store, task.key), task.key)
         resident = self._holding(task.model)
         self._remarks: list[str] = []
         try:
@@ -43,7 +44,7 @@ class Evaluator:
         try:
             self._store.write(task.key, write_scores(rows, self._remarks), mode="create")
         except ObjectExists:
-            return read_block(bytes(self._store.read(task.key)), task.key)  # the first attempt's scores hold
+            return read_block(read_sealed(self._store, task.key), task.key)  # the first attempt's scores hold
         return BlockScores(rows, tuple(self._remarks))
 
     def close(self) -> None:
@@ -71,9 +72,6 @@ class Evaluator:
             if first <= at < min(last, task.last):
                 yield self._items(key), at - first, min(last, task.last) - first
                 at = min(last, task.last)
-
-    def _read(self, key: str) -> bytes:
-        return bytes(self._store.read(key))
 
 
 def _row(task: EvaluationTask, scored: ItemScore, weights: str) -> ScoreRow:

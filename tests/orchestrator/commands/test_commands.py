@@ -233,7 +233,7 @@ def test_equal_points_are_merged_once(mergeyard: Mergeyard, job_file: Callable[.
     assert facts["points"][second]["same_as"] == first
     assert facts["points"][second]["weights"] == facts["points"][first]["weights"]
     assert f"same merge as {first}" in mergeyard("run", path, "--in-process").out
-    assert mergeyard("verify", run_folder).out == "2 of 2 points agree with their manifests\n"
+    assert mergeyard("verify", run_folder).out.startswith("2 of 2 points agree with their manifests; ")
 
 
 def test_nan_in_a_parent_is_told_with_the_tensors_name(
@@ -458,7 +458,9 @@ def test_verify_finds_nothing_wrong_with_a_fresh_run(
 ):
     assert mergeyard("run", job_file(shard_size=3000), "--in-process").code == 0
     ended = mergeyard("verify", run_folder)
-    assert (ended.code, ended.out) == (0, "2 of 2 points agree with their manifests\n")
+    records = len([*run_folder.glob("[a-z]*.*"), *run_folder.glob("receipts/*/*")])
+    summary = f"2 of 2 points agree with their manifests; {records} of {records} records agree with their digests\n"
+    assert (ended.code, ended.out) == (0, summary)
     assert mergeyard("verify", run_folder / "points" / "w0.5", "--json").facts == [{"point": "w0.5", "problems": []}]
 
 
@@ -481,7 +483,7 @@ def test_verify_finds_one_flipped_bit_anywhere(mergeyard: Mergeyard, job_file: C
             else:
                 assert told.startswith(f"w0.5: {path.name}: ")
                 assert told.endswith("changed since it was written")
-            assert summary == "0 of 1 points agree with their manifests"
+            assert summary.startswith("0 of 1 points agree with their manifests; ")
         path.write_bytes(whole)
     assert mergeyard("verify", run_folder).code == 0
 
@@ -497,12 +499,13 @@ def test_verify_names_what_is_missing_truncated_or_damaged(
     (points / "w0.75" / "manifest.json").write_text("{")
     ended = mergeyard("verify", run_folder)
     assert ended.code == 1
-    assert ended.out.splitlines() == [
+    *told, summary = ended.out.splitlines()
+    assert summary.startswith("0 of 3 points agree with their manifests; ")
+    assert told == [
         f"w0.25: {points}/w0.25/config.json does not exist",
         f"w0.5: model.safetensors: {shard.stat().st_size} bytes, {shard.stat().st_size + 1} were written",
         f"w0.75: {points}/w0.75/manifest.json: damaged, not JSON (Expecting property name enclosed in double quotes:"
         " line 1 column 2 (char 1)); remove it and run again",
-        "0 of 3 points agree with their manifests",
     ]
 
 

@@ -22,7 +22,7 @@ from jobs.job import load_job
 from orchestrator.cluster import ray_jobs as ray_submission
 from orchestrator.cluster.ray_jobs import RayJobs
 from orchestrator.cluster.shipment import shipment
-from tests.orchestrator.conftest import Ended
+from tests.orchestrator.conftest import Ended, edit
 from tests.orchestrator.models import weights, write_model
 from tests.orchestrator.tiny_jobs import job_text as evaluation_text
 from tests.orchestrator.tiny_jobs import scaled
@@ -193,8 +193,7 @@ def test_a_verdict_ends_a_job_and_is_its_exit_code(mergeyard: Mergeyard, dashboa
     assert (told.code, told.err) == (1, "")
     assert told.out == f"{name}: ended already, the gate says fail, its run is {tmp_path}/runs/tiny\n"
     assert mergeyard("submit", job, "--address", dashboard.address, "--no-wait").code == 0
-    document = json.loads(verdict.read_text())
-    verdict.write_text(json.dumps({**document, "outcome": "inconclusive"}))
+    edit(verdict, outcome="inconclusive")
     dashboard.remember(name, 3)
     told = mergeyard("submit", job, "--address", dashboard.address, "--json")
     assert (told.code, told.facts["id"], told.facts["exit_code"]) == (3, name, 3)

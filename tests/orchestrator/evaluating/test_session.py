@@ -160,7 +160,7 @@ def test_a_driver_that_slept_through_a_takeover_replaces_neither_scores_nor_verd
     ):
         session.run()
         session.conclude({"outcome": "pass"})
-        assert json.loads(files[0].read_text()) == {"outcome": "pass"}
+        assert unsealed(files[0].read_bytes()) == {"outcome": "pass"}
         lease = unsealed((run / "lease.json").read_bytes())
         (run / "lease.json").write_bytes(sealed({**lease, "nonce": "another driver's", "epoch": 2}))
         for path in files:

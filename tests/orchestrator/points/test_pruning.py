@@ -111,7 +111,7 @@ def test_a_point_that_the_gate_failed_may_go(mergeyard: Mergeyard, run: Path) ->
 
 def test_a_pointer_that_cannot_be_read_stops_everything(mergeyard: Mergeyard, run: Path) -> None:
     (run / "blessed.json").write_text("{")
-    refused(mergeyard("prune", run, "--yes"), "blessed.json: not JSON", 1)
+    refused(mergeyard("prune", run, "--yes"), "blessed.json: damaged, not JSON", 1)
     assert points(run) == set(SCORES)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs.sealing import unsealed
 from orchestrator.cli import main
 from orchestrator.evaluating.results import RESULTS, read_results
 from orchestrator.report.run import PAGE, read_run, report_on
@@ -98,7 +99,7 @@ def one_line(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 def test_an_evaluation_that_lacks_something_is_one_line(run: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path(run) / "report" / "evaluation.json"
-    document = json.loads(path.read_text())
+    document = unsealed(path.read_bytes())
     first, second = (f"{run}/{entry['point']}" for entry in document["standing"][:2])
     lacking = [
         {key: entry for key, entry in document.items() if key != name} for name in ("ranked", "race", "finished")

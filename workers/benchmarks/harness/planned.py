@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +11,8 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.evaluate import LmEvalSpec
-from jobs.merge_tasks import canonical_json, digest
+from jobs.merge_tasks import digest
+from jobs.sealing import sealed, unsealed
 from workers.benchmarks.answering import Block, ItemScore
 from workers.benchmarks.harness.adapter import sample_scores
 from workers.benchmarks.harness.files import files_of
@@ -49,7 +49,7 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
             told |= {"beside": files_of(Path(reader.path(task)))}
         name = Path(task).stem if "content" in told else task
-        told_as_bytes = canonical_json(told).encode()
+        told_as_bytes = sealed(told)
 
         def check() -> None:
             if "content" not in told and (trouble := trouble_with(task)):
@@ -78,7 +78,7 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
 def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
     """One score for each item and metric of a task of lm-evaluation-harness."""
     [(data, _, _)] = block.parts
-    told = json.loads(data)
+    told = unsealed(data, older=True)
     for score in sample_scores(
         engine,
         told["task"],
