@@ -163,7 +163,9 @@ def parser() -> argparse.ArgumentParser:
         verbs, "nightly", "merge the newest parents, compare with the blessed merge, and bless a merge that passes"
     )
     _job(nightly)
-    nightly.add_argument("--junit", metavar="FILE", help="also write the verdict as JUnit XML")
+    either = nightly.add_mutually_exclusive_group()
+    either.add_argument("--junit", metavar="FILE", help="also write the verdict as JUnit XML")
+    either.add_argument("--bless", metavar="NIGHT", help="only go back to the point of this night, which passed")
     _where(nightly)
 
     publish = _verb(verbs, "publish", "verify a finished point and upload it with its card and results")

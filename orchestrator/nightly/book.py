@@ -1,7 +1,8 @@
 """The records of a nightly job under its prefix: one per night, and the pointer to the blessed point.
 
     history/000001.json   the result of a night; written once
-    blessed.json          the blessed point; moved by compare-and-swap, forward only
+    blessed.json          the blessed point; moved by compare-and-swap, its epoch only rises
+    blessings/000004.json a former pointer that a person had moved, by its epoch
     concluded/000001      the night has been told of
 
 The record comes first, the pointer after it, then the webhook and the page; the next call does the missing steps. A
@@ -17,6 +18,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy
@@ -28,9 +30,10 @@ from workers.storage.records import read_record
 
 POINTER = "blessed.json"
 HISTORY = "history/"
+BLESSINGS = "blessings/"
 CONCLUDED = "concluded/"
 READS_AT_ONCE = 32
-REMEDY = "restore it, or remove it to begin anew from the gate's baseline"
+REMEDY = "remove it, then bless a night with `--bless NIGHT`, or begin anew from the gate's baseline"
 LOST_NIGHT = "restore it, or remove it to do without this night"
 
 
@@ -38,7 +41,8 @@ LOST_NIGHT = "restore it, or remove it to do without this night"
 class Blessed:
     """The blessed point: its URL, the digest of its weights and the night that made it.
 
-    `epoch` only rises; `nonce` tells this version from every other, and is that of the night's record.
+    `epoch` only rises. `nonce` differs in every version; it is that of the night's record, if the night moved the
+    pointer. If a person moved it to an earlier night, `by` and `at` say who and when (UTC).
     """
 
     point: str
@@ -46,6 +50,13 @@ class Blessed:
     night: str
     epoch: int
     nonce: str
+    by: str = ""
+    at: str = ""
+
+    @property
+    def words(self) -> str:
+        """The point, and who moved the pointer to it, for people."""
+        return f"{self.point} (night {self.night}, by {self.by} at {self.at})" if self.by else self.point
 
     @classmethod
     def from_json(cls, data: bytes) -> Blessed:
@@ -188,17 +199,40 @@ class Book:
     def bless(self, night: Night) -> None:
         """Moves the pointer to the night's point; `RunBusy` if the pointer is no longer the night's reference."""
         assert night.point is not None and night.epoch is not None, "only what passed is blessed"
-        body = sealed(asdict(Blessed(night.point, night.weights, night.night, night.epoch, night.nonce)), lines=True)
         found = self._pointer()
         if found is not None and found[0].nonce == night.nonce:
             return
         if _nonce(None if found is None else found[0]) != night.judged_against:
             raise self.moved()
+        self._move(found, Blessed(night.point, night.weights, night.night, night.epoch, night.nonce))
+
+    def bless_again(self, night: Night, by: str) -> Blessed:
+        """Moves the pointer to the point of an earlier night, for the person `by`; `RunBusy` if it moved meanwhile.
+
+        Returns the pointer, which is unchanged if it names this point already.
+        """
+        assert night.point is not None, "only what was written is blessed"
+        found = self._pointer()
+        if found is not None and (found[0].point, found[0].weights) == (night.point, night.weights):
+            return found[0]
+        epochs = [recorded.epoch or 0 for recorded in self.nights()]
+        epoch = 1 + max(epochs if found is None else [*epochs, found[0].epoch])
+        at = datetime.now(UTC).isoformat(timespec="seconds")
+        blessed = Blessed(night.point, night.weights, night.night, epoch, new_nonce(), by, at)
+        self._move(found, blessed)
+        return blessed
+
+    def _move(self, found: tuple[Blessed, str] | None, blessed: Blessed) -> None:
+        """Replaces the pointer that was found; one that a person had moved is kept first."""
+        body = sealed(asdict(blessed), lines=True)
         try:
             if found is None:
                 self.store.write(POINTER, body, mode="create")
-            else:
-                self.store.swap(POINTER, body, etag=found[1])
+                return
+            former, etag = found
+            if former.by:
+                self.store.write(f"{BLESSINGS}{former.epoch:06d}.json", sealed(asdict(former), lines=True))
+            self.store.swap(POINTER, body, etag=etag)
         except (ObjectExists, ObjectChanged):
             raise self.moved() from None
 

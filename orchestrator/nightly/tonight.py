@@ -88,7 +88,7 @@ class Nightly:
                     if same:
                         return Tonight("finished", last, book.blessed())
             blessed = book.blessed()
-            if last is not None and same and not _taken_back(last, blessed):
+            if last is not None and same and not _moved_since(last, blessed):
                 return Tonight("unchanged", last, blessed)
             night = self._judged(plan, history, blessed, began)
             with writing():  # the evaluation has written its scores
@@ -193,9 +193,37 @@ def _check(job: Job) -> None:
         )
 
 
-def _taken_back(last: Night, blessed: Blessed | None) -> bool:
-    """Whether the pointer was there when the last night ended, and was removed since, to begin anew."""
-    return blessed is None and (last.epoch is not None or last.judged_against is not None)
+def bless(job: Job, name: str, by: str) -> tuple[Book, Blessed]:
+    """Moves the pointer to the point of an earlier night, by its name or number, for the person `by`.
+
+    `BadInput` if no such night is recorded, if it did not pass, or if its point is gone; `RunBusy` during a night.
+    """
+    book = Book(open_store(f"{open_store(job.output).url}/{job.name}"))
+    nights = book.nights()
+    passed = ", ".join(night.night for night in nights if night.point is not None and night.outcome == "pass")
+    remedy = f"bless a night that passed: {passed}" if passed else "no night has passed yet"
+    night = next((night for night in nights if name in (night.night, str(night.number))), None)
+    if night is None:
+        raise BadInput(f"{book.store.url}: there is no night {name}; {remedy}")
+    if night.outcome != "pass" or night.point is None:
+        raise BadInput(f"{book.store.url}: night {night.night} ended: {night.outcome}; {remedy}")
+    try:
+        _open_point(night.point, night.weights)
+    except BadInput as error:
+        raise BadInput(f"{book.store.url}: night {night.night}: {error}; {remedy}") from None
+    with Lease(book.store, "lease.json"):
+        return book, book.bless_again(night, by)
+
+
+def _moved_since(last: Night, blessed: Blessed | None) -> bool:
+    """Whether the last night has to be judged again, because its reference is another one now.
+
+    The pointer was removed since, to begin anew; or the night did not pass, and a person moved the pointer since. If
+    the night passed and a person moved the pointer back, that decision stands.
+    """
+    if blessed is None:
+        return last.epoch is not None or last.judged_against is not None
+    return last.epoch is None and blessed.nonce != last.judged_against
 
 
 def _fingerprint(plan: Plan) -> str:
@@ -233,15 +261,24 @@ def _plan_of_night(plan: Plan, name: str, blessed: Blessed | None) -> Plan:
 
 def _open_blessed(plan: Plan, blessed: Blessed) -> Checkpoint:
     """The blessed point, if it is there and has the weights that were blessed."""
-    place = f"{plan.run_url}/blessed.json"
-    remedy = "put it back, or remove blessed.json to begin anew from the gate's baseline"
     try:
-        manifest = read_record(open_store(blessed.point), "manifest.json", Manifest.from_json)
-        checkpoint = open_checkpoint(blessed.point, BLESSED)
+        return _open_point(blessed.point, blessed.weights)
+    except BadInput as error:
+        raise BadInput(
+            f"{plan.run_url}/blessed.json: {error}; put it back, bless another night with `--bless NIGHT`, or remove"
+            " blessed.json to begin anew from the gate's baseline"
+        ) from error
+
+
+def _open_point(url: str, weights: str) -> Checkpoint:
+    """A point of an earlier night; `BadInput` if it is gone, damaged or another one."""
+    try:
+        manifest = read_record(open_store(url), "manifest.json", Manifest.from_json)
+        checkpoint = open_checkpoint(url, BLESSED)
     except (ObjectMissing, BadInput, CorruptData) as error:
-        raise BadInput(f"{place}: the blessed point {blessed.point} cannot be read ({error}); {remedy}") from error
-    if manifest.weights != blessed.weights:
-        raise BadInput(f"{place}: {blessed.point} has other weights than were blessed; {remedy}")
+        raise BadInput(f"its point {url} cannot be read ({error})") from error
+    if manifest.weights != weights:
+        raise BadInput(f"its point {url} has other weights than that night")
     return checkpoint
 
 

@@ -33,10 +33,10 @@ def reasons(night: Night) -> list[str]:
     return [*found, f"new since the night before: {', '.join(night.changed) or 'the job'}"]
 
 
-def junit(night: Night | None) -> str:
-    """A test suite for each verdict of the night; none where nothing had changed."""
+def junit(night: Night) -> str:
+    """A test suite for each verdict of the night."""
     suites = ElementTree.Element("testsuites", name=SUITE)
-    for verdict in () if night is None else night.verdicts.values():
+    for verdict in night.verdicts.values():
         suites.append(ElementTree.fromstring(_verdict(verdict).to_junit_xml()))
     return ElementTree.tostring(suites, encoding="unicode", xml_declaration=True)
 

@@ -18,7 +18,7 @@ from workers.storage import Store, open_store
 from workers.storage.records import read_record
 
 RECORD = re.compile(
-    r"(?!(.*/)?points/)(.*/)?(plan\.json|lease\.json|job\.yaml|blessed\.json|index\.html|history/\d{6}\.json|receipts/../\w+\.json"
+    r"(?!(.*/)?points/)(.*/)?(plan\.json|lease\.json|job\.yaml|blessed\.json|index\.html|(history|blessings)/\d{6}\.json|receipts/../\w+\.json"
     r"|items/\w+/\d{6,}-\d{6,}\.(json|parquet)|scores/[^/]+/[^/]+-\d{6,}-\d{6,}\.parquet|gate/[^/]+\.json"
     r"|report/(results\.parquet|evaluation\.json|index\.html))"
 )

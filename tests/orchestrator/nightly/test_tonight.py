@@ -8,6 +8,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from orchestrator.judging.samples import student_quantile
 from orchestrator.nightly import webhook
 from orchestrator.nightly.book import Blessed, Book, Night
 from orchestrator.nightly.page import nights_page
-from orchestrator.nightly.tonight import _by_length, decide
+from orchestrator.nightly.tonight import _by_length, _moved_since, decide
 from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
 from tests.benchmarks.thirty_nights import NightlyFolder, Told
@@ -263,20 +264,111 @@ def test_a_night_that_died_before_the_pointer_is_finished_first(
     again = mergeyard(*call, "--junit", tmp_path / "again.xml")
     assert again.code == 0 and again.out.startswith("nothing has changed since night 0001-"), again.err
     assert len(chat.told) == 1 and pointer.read_bytes() == blessed, "never twice"
-    assert [*ElementTree.parse(tmp_path / "again.xml").getroot()] == []
+    assert (tmp_path / "again.xml").read_text() == (tmp_path / "night.xml").read_text()
     assert files_under(after_first / "soup" / "nights") == files, "nothing was asked or merged"
+
+
+def failed(run: Path) -> None:
+    """Turns the first night into one that failed, so that nothing is blessed."""
+    edit(run / "history" / "000001.json", outcome="fail", epoch=None, point=None)
+    (run / "blessed.json").unlink()
+
+
+@pytest.mark.parametrize(("outcome", "code"), [("fail", 1), ("inconclusive", 3)])
+def test_a_night_that_did_not_pass_keeps_its_exit_code_until_something_changes(
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, outcome: str, code: int
+) -> None:
+    failed(after_first / "soup")
+    edit(after_first / "soup" / "history" / "000001.json", outcome=outcome)
+    call = ("nightly", first_night[0].job, "--in-process", "--output", after_first)
+    for _ in range(2):
+        ended = mergeyard(*call)
+        assert ended.code == code, ended.err
+        assert ended.out.startswith("nothing has changed since night 0001-") and f"(that ended: {outcome})" in ended.out
+
+
+def test_going_back_to_a_night_is_kept_with_who_and_when_and_stands(
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("getpass.getuser", lambda: "ada")
+    job, book = with_another_margin(first_night[0], after_first), book_at(after_first)
+    call = ("nightly", job, "--in-process", "--output", after_first)
+    assert mergeyard(*call).code == 0
+    first, second = book.nights()
+    assert first.point != second.point
+    ended = mergeyard(*call, "--bless", first.night)
+    assert ended.code == 0, ended.err
+    back = book.blessed()
+    assert back is not None and (back.point, back.weights, back.epoch) == (first.point, first.weights, 3)
+    assert back.by.startswith("ada@") and datetime.fromisoformat(back.at) <= datetime.now(UTC)
+    assert ended.out == f"blessed: {first.point} (night {first.night}, by {back.by} at {back.at})\n"
+    assert f"moved back by {back.by} at {back.at}" in (after_first / "soup" / "index.html").read_text()
+    assert mergeyard(*call, "--bless", 1).code == 0 and book.blessed() == back, "it is there already"
+    again = mergeyard(*call)
+    assert again.code == 0 and again.out.startswith(f"nothing has changed since night {second.night}")
+    assert book.blessed() == back, "the night that a person turned down is not blessed again"
+    job.write_text(job.read_text().replace('"margin": 31', '"margin": 32'))
+    assert mergeyard(*call).code == 0
+    third, now = book.nights()[-1], book.blessed()
+    assert third.judged_against == back.nonce and now is not None and (now.epoch, now.nonce) == (4, third.nonce)
+    kept = unsealed((after_first / "soup" / "blessings" / "000003.json").read_bytes())
+    assert (kept["by"], kept["at"], kept["night"]) == (back.by, back.at, first.night)
+
+
+def test_a_night_that_cannot_be_blessed_is_refused_and_the_remedy_works(
+    first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard
+) -> None:
+    book, run = book_at(after_first), after_first / "soup"
+    [night] = book.nights()
+    call = ("nightly", first_night[0].job, "--output", after_first, "--bless")
+    ended = mergeyard(*call, "0009-abcdef01")
+    assert ended.code == 2
+    assert ended.err == f"mergeyard: {run}: there is no night 0009-abcdef01; bless a night that passed: {night.night}\n"
+    assert mergeyard(*call, ended.err.split()[-1]).code == 0
+    (run / "blessed.json").write_text("{")
+    damaged = mergeyard(*call, night.night)
+    assert damaged.code == 1 and "remove it, then bless a night with `--bless NIGHT`" in damaged.err
+    (run / "blessed.json").unlink()
+    assert mergeyard(*call, night.night).code == 0
+    assert night.point is not None
+    shutil.move(night.point, after_first / "away")
+    gone = mergeyard(*call, night.night)
+    shutil.move(after_first / "away", night.point)
+    assert gone.code == 2 and f"night {night.night}: its point {night.point} cannot be read (" in gone.err
+    failed(run)
+    ended = mergeyard(*call, night.night)
+    assert ended.code == 2
+    assert ended.err == f"mergeyard: {run}: night {night.night} ended: fail; no night has passed yet\n"
+    assert not (run / "blessed.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("last", "nonce", "moved"),
+    [
+        (a_night(2, "fail", "nonce 1"), "nonce 1", False),
+        (a_night(2, "fail", "nonce 1"), "by hand", True),
+        (a_night(2, "pass", "nonce 1"), "nonce 2", False),
+        (a_night(2, "pass", "nonce 1"), "by hand", False),
+        (a_night(2, "pass", "nonce 1"), None, True),
+        (a_night(1, "fail"), None, False),
+    ],
+)
+def test_a_night_is_judged_again_if_its_reference_moved_and_nobody_turned_it_down(
+    last: Night, nonce: str | None, moved: bool
+) -> None:
+    blessed = None if nonce is None else Blessed("/p", "w", "0001-abcdef01", 1, nonce)
+    assert _moved_since(last, blessed) is moved
 
 
 def test_a_night_that_was_recorded_and_not_told_of_is_told_of_with_its_exit_code(
     first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard, chat: Chat
 ) -> None:
     shutil.rmtree(after_first / "soup" / "concluded")
-    record = after_first / "soup" / "history" / "000001.json"
-    edit(record, outcome="fail", epoch=None)
+    failed(after_first / "soup")
     call = ("nightly", first_night[0].job, "--in-process", "--output", after_first)
     assert mergeyard(*call).code == 1 and len(chat.told) == 1
     again = mergeyard(*call)
-    assert again.code == 0 and "that ended: fail" in again.out and len(chat.told) == 1
+    assert again.code == 1 and "that ended: fail" in again.out and len(chat.told) == 1
 
 
 def test_two_at_once_are_one(first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard) -> None:
@@ -293,12 +385,12 @@ def test_a_blessed_point_that_is_gone_is_named_with_the_way_out(
     found = unsealed(pointer.read_bytes())
     for change, said in (
         ({"point": f"{after_first}/gone"}, "cannot be read"),
-        ({"weights": "0" * 64}, "has other weights than were blessed"),
+        ({"weights": "0" * 64}, "has other weights than that night"),
     ):
         edit(pointer, **{**found, **change})
         ended = mergeyard("nightly", job, "--in-process", "--output", after_first)
         assert ended.code == 2 and said in ended.err and len(ended.err.splitlines()) == 1, ended.err
-        assert "put it back, or remove blessed.json to begin anew" in ended.err
+        assert "put it back, bless another night with `--bless NIGHT`, or remove blessed.json" in ended.err
 
 
 @pytest.mark.parametrize(
