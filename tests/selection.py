@@ -81,7 +81,8 @@ SLOW = (
 """Tests that start a model, a process or a server, or that compute for long: how their names begin."""
 
 SLOW_FIXTURES = {"chat", "fault_proxy", "harness_task", "hub_server", "killed_driver", "mounted", "quirky_s3"}
-SLOW_FIXTURES |= {"real_model", "s3_server", "served_long"}
+SLOW_FIXTURES |= {"azurite", "real_model", "s3_server", "served_long"}
+SERVERS = {"s3": "s3_server", "azure": "azurite"}
 QUICK_SECONDS = 4.0
 """Of CPU time; a machine with other work on its cores takes up to twice that of a quiet one."""
 
@@ -120,10 +121,10 @@ class Groups(LoadScopeScheduling):
 
 
 def _needs(item: pytest.Item) -> set[str]:
-    """Its fixtures, with the server that a store named s3 asks for."""
+    """Its fixtures, with the server that a store named s3 or azure asks for."""
     assert isinstance(item, pytest.Function)
-    on_s3 = hasattr(item, "callspec") and "s3" in item.callspec.params.values()
-    return {*item.fixturenames, *(["s3_server"] if on_s3 else [])}
+    named = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return {*item.fixturenames, *(server for name, server in SERVERS.items() if name in named)}
 
 
 @pytest.hookimpl(wrapper=True, tryfirst=True)

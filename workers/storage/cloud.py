@@ -259,7 +259,7 @@ class CloudStore:
             raise StorageError(
                 f"{self._place(key)}: this service gives no ETags, so a changed object would go unnoticed"
             )
-        return etag
+        return etag if etag.endswith('"') else f'"{etag}"'  # Azure gives quotes, but not in listings
 
     def _length(self, key: str, start: int, length: int | None, etag: str | None) -> tuple[int, str]:
         """How long the read will be and of which version, by asking for the object's size."""
@@ -283,7 +283,7 @@ class CloudStore:
         try:
             result = obstore.get(self._objects, self._path(key), options=options)
         except Exception as error:
-            if "416 Range Not Satisfiable" in str(error):
+            if re.search("416 Range Not Satisfiable|Wanted range starting at", str(error)):
                 self._length(key, start, length, etag)
             raise
         return self._checked(key, result, (start, start + length), etag)
@@ -427,6 +427,7 @@ def _connected(scheme: str, name: str, environment: tuple[tuple[str, str], ...])
     if scheme == "s3":
         s3 = S3Bucket(name, options)
         return Bucket(scheme, name, s3.objects, s3)
+    options["allow_http"] = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
     patience = timedelta(seconds=patience_seconds())
     try:
         # uploads to these are obstore's own from end to end, so its own retries must carry them
