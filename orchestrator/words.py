@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from os.path import commonprefix
 from typing import Any
 
 
@@ -47,6 +48,37 @@ def duration(seconds: float) -> str:
 
 def shortlist(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (f" … {names[-1]}" if len(names) > 3 else "")
+
+
+def shortened(names: Sequence[str], most: int) -> list[str]:
+    """The names in at most `most` characters, or as many more as keep different names different.
+
+    From the long names go the parts that all of them share, and then the middle.
+    """
+    long = [name for name in names if len(name) > most]
+    head = len(_shared(long))
+    tail = len(_shared([name[head:][::-1] for name in long]))
+    found = [
+        "…" * bool(head) + name[head : len(name) - tail] + "…" * bool(tail) if len(name) > most else name
+        for name in names
+    ]
+    while len({*(cut := [_without_middle(name, most) for name in found])}) < len({*names}):
+        most += 1
+    return cut
+
+
+def _shared(names: Sequence[str]) -> str:
+    """The beginning that different names share, up to a separator; empty where it is too short to leave out."""
+    begun = commonprefix(names) if len({*names}) > 1 else ""  # noqa: RUF071 - these are no paths
+    end = 1 + max(begun.rfind(separator) for separator in "_-, /")
+    return begun[:end] if end > 2 else ""
+
+
+def _without_middle(name: str, most: int) -> str:
+    if len(name) <= most:
+        return name
+    head = (most - 1) // 2
+    return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
 
 
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:

@@ -27,7 +27,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from orchestrator.report.figures import Curve, Map, Metric, StageCost
-from orchestrator.words import short_length
+from orchestrator.words import short_length, shortened
 
 WIDTH = 420
 """Pixels; a chart is never drawn wider, and shrinks a little on a narrow phone."""
@@ -90,7 +90,7 @@ SCALES: Mapping[Scale, Colormap] = {"score": _cut("cividis", 0.08, 1.0), "differ
 
 def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> Markup:
     """A map with one rectangle a tile, hatched where its difference is not sure; the tile's text is its tooltip."""
-    rows, columns = [shorten(row, 26) for row in shown.rows], [shorten(column, 16) for column in shown.columns]
+    rows, columns = shortened(shown.rows, 26), shortened(shown.columns, 16)
     left = 24 + LETTER * max(map(len, rows))
     wide = max(map(len, columns)) * LETTER > (WIDTH - left - 12) / len(columns) - 4
     bottom = 26 + (0.72 * LETTER * max(map(len, columns)) + 10 if wide else 16)
@@ -146,6 +146,7 @@ def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: flo
     with new_figure(240, 54, 10, 54 + 16 * len(found)) as (figure, axes):
         spread = np.linspace(-1, 1, len(found)) * 0.02 if len(found) > 1 else [0.0]
         texts: list[str] = []
+        names = shortened([curve.name for curve in found], 40)
         for number, (curve, shift) in enumerate(zip(found, spread, strict=True)):
             colour = OKABE_ITO[number % len(OKABE_ITO)]
             x = np.array(curve.x) * 2 ** float(shift) if curve.low else np.array(curve.x)
@@ -157,7 +158,7 @@ def curves(found: Sequence[Curve], x_title: str, y_title: str, *, threshold: flo
                 marker=MARKERS[number % len(MARKERS)],
                 markersize=5,
                 linewidth=1.6,
-                label=shorten(curve.name, 40) + (" (parent)" if curve.parent else ""),
+                label=names[number] + (" (parent)" if curve.parent else ""),
             )
             if curve.low:
                 axes.vlines(x, curve.low, curve.high, color=colour, linewidth=1.2, alpha=0.8)
@@ -235,7 +236,7 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
 
 def bars(costs: Sequence[StageCost]) -> Markup:
     """Seconds of work by stage."""
-    labels = [shorten(cost.what, 24) for cost in costs]
+    labels = shortened([cost.what for cost in costs], 24)
     with new_figure(22 * len(costs), 14 + LETTER * max(map(len, labels)), 8, 46) as (figure, axes):
         axes.barh(range(len(costs)), [cost.seconds for cost in costs], color=OKABE_ITO[0], height=0.7)
         axes.set_yticks(range(len(costs)), labels)
@@ -250,14 +251,6 @@ def bars(costs: Sequence[StageCost]) -> Markup:
         )
 
 
-def shorten(text: str, most: int) -> str:
-    """At most so many characters; the middle goes, since names of points differ at their ends."""
-    if len(text) <= most:
-        return text
-    head = (most - 1) // 2
-    return f"{text[:head]}…{text[len(text) - (most - 1 - head) :]}"
-
-
 def _better(metric: Metric) -> str:
     return f"{metric.name} ({'more' if metric.more_is_better else 'less'} is better)"
 
@@ -267,13 +260,14 @@ def _name_front(axes: Axes, x: Metric, y: Metric, front: Sequence[str]) -> None:
     chosen = front if len(front) <= 4 else [front[index * (len(front) - 1) // 3] for index in range(4)]
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     placed: list[float] = []
-    for name in dict.fromkeys(chosen):
+    names = list(dict.fromkeys(chosen))
+    for name, label in zip(names, shortened(names, 26), strict=True):
         across, up = (x.values[name] - left) / (right - left), (y.values[name] - low) / (high - low)
         if any(abs(up - other) < 0.06 for other in placed):
             continue
         placed.append(up)
         axes.annotate(
-            shorten(name, 26),
+            label,
             (x.values[name], y.values[name]),
             xytext=(-7 if across > 0.5 else 7, -3),
             textcoords="offset points",

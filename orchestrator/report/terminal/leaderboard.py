@@ -13,7 +13,7 @@ from orchestrator.judging.effective_length import (
     RULER_THRESHOLD,
 )
 from orchestrator.report.leaderboard import MOST_ROWS, Line, context_note, effective
-from orchestrator.words import short_length
+from orchestrator.words import short_length, shortened
 
 
 def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
@@ -110,17 +110,10 @@ def _table(columns: Sequence[_Column], width: int) -> Any:
         justify = "left" if column.left else "right"
         least = None if column.left else column.width - 2  # where it is tight, notes are cut and never numbers
         table.add_column(column.title, no_wrap=True, justify=justify, overflow="ellipsis", min_width=least)
-    for name, *cells in zip(*(column.cells for column in columns), strict=True):
-        table.add_row(Text(_cut(name, max(8, room - 2))), *map(Text, cells))
+    names = shortened(columns[0].cells, max(8, room - 2))
+    for name, *cells in zip(names, *(column.cells for column in columns[1:]), strict=True):
+        table.add_row(Text(name), *map(Text, cells))
     return table
-
-
-def _cut(name: str, most: int) -> str:
-    """The middle goes: names of points differ at their ends."""
-    if len(name) <= most:
-        return name
-    head = (most - 1) // 2
-    return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
 
 
 def _score(line: Line) -> str:
