@@ -30,6 +30,11 @@ from collections.abc import Generator
 from contextlib import contextmanager
 
 
+def printable(text: str) -> str:
+    """Text from a file or a server on one line, with an escape for each character that a terminal would obey."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
 class MergeyardError(Exception):
     """Base of all; `exit_code` ends the command, `retry` says whether the same call may succeed later."""
 

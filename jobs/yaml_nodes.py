@@ -20,7 +20,7 @@ from typing import Any, Literal, NoReturn
 
 import yaml
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, printable
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
@@ -52,7 +52,7 @@ NEAR = 0.65
 def quoted(text: str, longest: int = 80) -> str:
     """`text` in double quotes on one line, cut at `longest` characters; invisible characters are escaped."""
     shown = json.dumps(text if len(text) <= longest else f"{text[: longest - 3]}...", ensure_ascii=False)
-    return "".join(character if character.isprintable() else ascii(character)[1:-1] for character in shown)
+    return printable(shown)
 
 
 def suggestion(name: str, choices: Collection[str]) -> str:

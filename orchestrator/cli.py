@@ -15,7 +15,7 @@ from importlib.metadata import version
 from types import FrameType
 from typing import Any
 
-from jobs.errors import Interrupted, MergeyardError
+from jobs.errors import Interrupted, MergeyardError, printable
 from orchestrator.commands.mergekit_options import add_mergekit_options
 
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(error: MergeyardError) -> int:
-    print("mergeyard:", *str(error).splitlines(), file=sys.stderr)  # one line, whatever a file's name or text holds
+    print("mergeyard:", *map(printable, str(error).splitlines()), file=sys.stderr)  # a file's text may be in it
     return error.exit_code
 
 

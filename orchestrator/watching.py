@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from jobs.errors import printable
 from orchestrator.words import count, duration, size
 
 if TYPE_CHECKING:
@@ -121,9 +122,9 @@ class Watcher:
     def tell(self, text: str) -> None:
         """Prints a decision, also where no bar is drawn."""
         if self._bars is not None:
-            self._bars.console.print(text, highlight=False)
+            self._bars.console.print(printable(text), highlight=False, markup=False)
         elif self._tells:
-            print(text, file=sys.stderr, flush=True)
+            print(printable(text), file=sys.stderr, flush=True)
 
     def facts(self) -> dict[str, Any]:
         """The present stage, its work and its rate, and the failed tasks; for `mergeyard status`."""

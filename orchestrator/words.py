@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Sequence
 from os.path import commonprefix
 from typing import Any
+
+from jobs.errors import printable
 
 
 def finite_or_none(value: float) -> float | None:
@@ -81,7 +84,15 @@ def _without_middle(name: str, most: int) -> str:
     return f"{name[:head]}…{name[len(name) - (most - 1 - head) :]}"
 
 
+def code(text: str) -> str:
+    """Text from a file as a span of code in Markdown, in a table too: no markup, HTML or link of its own."""
+    shown = printable(text).replace("|", r"\x7c")  # a table would take \| for the end of a cell where a \ precedes
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    blank = " " if len(fence) > 1 else ""
+    return f"{fence}{blank}{shown}{blank}{fence}" if shown.strip() else "–"
+
+
 def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        print(f"  {name:<{width}}  {value}")
+        print(f"  {printable(name):<{width}}  {printable(value)}")

@@ -103,8 +103,8 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/answering.py",
         "workers/benchmarks/registry.py",
     ),
-    "orchestrator/words.py": (),
-    "orchestrator/watching.py": ("orchestrator/words.py",),
+    "orchestrator/words.py": ("jobs",),
+    "orchestrator/watching.py": ("jobs", "orchestrator/words.py"),
     "orchestrator/judging": ("jobs",),
     "orchestrator/records": ("jobs", "workers/storage", "workers/checkpoints"),
     "orchestrator/planning": (

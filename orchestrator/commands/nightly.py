@@ -12,6 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jobs.errors import printable
 from orchestrator.commands.inputs import check_file, print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace
 
@@ -73,7 +74,7 @@ def _conclude(book: Book, night: Night, history: Sequence[Night]) -> None:
     blessed = book.blessed()
     warning = tell(f"{name}: {headline(night, blessed)}", ["\n".join([*reasons(night), f"{book.store.url}/{PAGE}"])])
     if warning is not None:
-        print(f"mergeyard: warning: {warning}", file=sys.stderr)
+        print(printable(f"mergeyard: warning: {warning}"), file=sys.stderr)
     _write_page(book, history, blessed)
 
 

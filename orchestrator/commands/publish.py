@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, printable
 from orchestrator.commands.inputs import print_json, run_url, watched
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def publish(options: argparse.Namespace) -> int:
 
     def say(news: str) -> None:
         if visible:
-            print(news, file=sys.stderr, flush=True)
+            print(printable(news), file=sys.stderr, flush=True)
 
     if options.to.startswith("hf://"):
         facts = publish_to_hub(point, options.to, say, public=options.public, licence=options.license, visible=visible)
@@ -35,9 +35,8 @@ def publish(options: argparse.Namespace) -> int:
     elif not options.quiet:
         same = f" (the same merge as {facts['same_as']})" if facts["same_as"] else ""
         news = "published" if facts["bytes_sent"] else "already there"
-        print(
-            f"{facts['point']}{same}: {facts['files']} files {news} at {facts['url']}, weights {facts['weights'][:12]}"
-        )
+        weights = facts["weights"][:12]
+        print(printable(f"{facts['point']}{same}: {facts['files']} files {news} at {facts['url']}, weights {weights}"))
         if options.public and facts["private"]:
             print(f"{facts['url']} was private before and stays so; its settings on the hub change that")
     return 0

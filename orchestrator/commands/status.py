@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import TYPE_CHECKING
 
-from jobs.errors import BadInput, Unavailable
+from jobs.errors import BadInput, Unavailable, printable
 from orchestrator.commands.inputs import print_json, run_url
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _follow(url: str) -> None:
                 " `mergeyard run` continues"
             )
         if (line := stage_line(facts)) is not None and line != shown:
-            print(line, flush=True)
+            print(printable(line), flush=True)
             shown = line
         time.sleep(FOLLOW_SECONDS)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from jobs.errors import printable
 from orchestrator.commands.inputs import print_json, run_url
 
 
@@ -20,9 +21,9 @@ def verify(options: argparse.Namespace) -> int:
         return 1 if broken or damaged else 0
     for check in broken:
         for problem in check.problems:
-            print(f"{check.point}: {problem}")
+            print(printable(f"{check.point}: {problem}"))
     for check in damaged:
-        print(*check.problems)
+        print(*map(printable, check.problems))
     sealed = sum(check.sealed for check in records)
     summary = {
         f"{len(points) - len(broken)} of {len(points)} points agree with their manifests": len(points),

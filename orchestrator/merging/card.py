@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import yaml
 
 from orchestrator.planning.plan import Plan, PlannedPoint
-from orchestrator.words import token_count
+from orchestrator.words import code, token_count
 from workers.checkpoints.configs import context_length, rope, text_fields
 from workers.checkpoints.dtypes import FLOATS
 
@@ -33,17 +34,20 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: 
         "Method": f"`{recipe.merge_method}`",
         "Parameters": f"{_count(parameters)} ({parameters:,})",
         "Stored as": f"{layout.config.get('dtype', layout.config.get('torch_dtype'))}, {layout.bytes / 1e9:.2f} GB",
-        "Architecture": ", ".join(layout.config.get("architectures") or [str(layout.config.get("model_type"))]),
+        "Architecture": ", ".join(
+            map(code, layout.config.get("architectures") or [str(layout.config.get("model_type"))])
+        ),
         "Context length (claimed by the config)": token_count(context_length(layout.config)),
         "RoPE": "default" if theta is None else f"theta {theta:g}",
         "Arithmetic": "float32, rounded once" if plan.job.numerics == "float32" else "as mergekit, in the dtype",
         "Seed": str(plan.job.seed),
     }
     if overflowed:
-        listed = ", ".join(f"`{name}` ({elements:,})" for name, elements in overflowed.items())
+        listed = ", ".join(f"{code(name)} ({elements:,})" for name, elements in overflowed.items())
         facts["NaN or infinite, finite in every parent"] = listed
     if layout.left_out:
-        facts["Not copied from the parents"] = ", ".join(f"`{name}`" for name in layout.left_out)
+        facts["Not copied from the parents"] = ", ".join(map(code, layout.left_out))
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_text)), default=0))
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -61,13 +65,13 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: 
         "",
         "| parent | where | weight |",
         "|---|---|---|",
-        *(f"| {name} | {url} | {_weight(plan, planned, name)} |" for name, url in parents.items()),
+        *(f"| {code(name)} | {code(url)} | {_weight(plan, planned, name)} |" for name, url in parents.items()),
         "",
         "## Recipe",
         "",
-        "```yaml",
+        f"{fence}yaml",
         recipe_text.strip(),
-        "```",
+        fence,
         "",
         "`manifest.json` holds the pinned parents and the sha256 of every tensor; `mergeyard verify` checks them.",
         "",
@@ -80,7 +84,7 @@ def _weight(plan: Plan, planned: PlannedPoint, name: str) -> str:
         if source.model == name and "weight" in source.parameters:
             document = planned.point.recipe.document()
             entry = next(model for model in document["models"] if model["model"] == name)
-            return f"`{entry['parameters']['weight']}`"
+            return code(str(entry["parameters"]["weight"]))
     return "base" if planned.point.recipe.base_model == name else "–"
 
 
@@ -97,5 +101,5 @@ def _count(parameters: int) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    quoted = [f"`{name}`" for name in names]
+    quoted = [*map(code, names)]
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

@@ -14,7 +14,7 @@ import yaml
 
 from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
 from orchestrator.report.leaderboard import Line
-from orchestrator.words import short_length, token_count
+from orchestrator.words import code, short_length, token_count
 from workers.checkpoints.configs import context_length
 
 
@@ -81,7 +81,7 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
     spread = f" ± {line.half_width:.1f}" if math.isfinite(line.half_width) else ""
     rows = [(f"Score (0 to 100): {' and '.join(ranked)}, {line.items:,} items", f"{line.score:.1f}{spread}")]
     rows += [(f"at {short_length(length)}", f"{score:.1f}") for length, score in sorted(line.by_length.items())]
-    rows += [(task, f"{score:.1f}") for task, score in line.beside.items()]
+    rows += [(code(task), f"{score:.1f}") for task, score in line.beside.items()]
     if line.effective is not None:
         title = f"Effective context length ({line.effective_of}: longest with a score of {RULER_THRESHOLD} or more)"
         rows.append((title, f"{_reach(line.effective)}; the config claims {token_count(claimed)}"))

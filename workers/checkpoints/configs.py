@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+from jobs.errors import BadInput
 
 TEXT_SECTIONS = ("text_config", "language_config", "llm_config", "thinker_config", "decoder")
 """Names of the section that describes the language model of a multimodal checkpoint."""
@@ -23,6 +26,35 @@ def sections(config: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, M
     for key, value in config.items():
         if is_section(key, value):
             yield from sections(value, f"{path}{key}.")
+
+
+def check_types(config: Mapping[str, Any], where: str) -> None:
+    """`BadInput` if a field that a merge reads, in any section, has a value of another type; null is no value."""
+    for path, fields in sections(config):
+        for key, (kind, name) in _TYPES.items():
+            value = fields.get(key)
+            right = value is None or (isinstance(value, kind) and (kind is bool or not isinstance(value, bool)))
+            if key == "architectures" and isinstance(value, list):
+                right = all(isinstance(entry, str) and entry for entry in value)
+            if not right:
+                shown = json.dumps(value)[:80]
+                raise BadInput(
+                    f"{where}: config.json: {path}{key} is {shown}, not {name}; fetch it again, or correct it"
+                )
+
+
+_TYPES: Mapping[str, tuple[type, str]] = {
+    "architectures": (list, "a list of names"),
+    "auto_map": (dict, "a mapping"),
+    "dtype": (str, "a name"),
+    "max_position_embeddings": (int, "a whole number"),
+    "model_type": (str, "a name"),
+    "n_positions": (int, "a whole number"),
+    "rope_parameters": (dict, "a mapping"),
+    "rope_scaling": (dict, "a mapping"),
+    "tie_word_embeddings": (bool, "true or false"),
+    "torch_dtype": (str, "a name"),
+}
 
 
 def is_section(key: str, value: Any) -> bool:

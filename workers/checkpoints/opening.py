@@ -16,7 +16,7 @@ from typing import Any
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
 from jobs.merge_tasks import Parent, ParentFile, ParentTensor
-from workers.checkpoints.configs import quantisation
+from workers.checkpoints.configs import check_types, quantisation
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
     POINTER_SIZES,
@@ -207,6 +207,7 @@ def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str, *, quant
     if "config.json" not in listed:
         return None
     config = read_json(store, listed["config.json"], LARGEST_CONFIG)
+    check_types(config, where)
     stated = quantisation(config) or next((name for name in QUANTISED_FILES if name in listed), None)
     if stated is not None and not quantised:
         raise Unmergeable(f"{where}: {_quantised(stated)}")

@@ -623,6 +623,14 @@ def test_merge_says_how_to_copy_code_and_then_copies_it(
     assert json.loads((tmp_path / "other" / "config.json").read_text())["auto_map"] == auto_map
 
 
+def test_a_config_gives_a_terminal_nothing_to_obey(mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path):
+    write_model(parents / "cos", weights("cos"), config={"model_type": "\x1b]0;taken\x07\u202e"})
+    ended = mergeyard("merge", config, tmp_path / "out")
+    assert ended.code == 2
+    assert r"cos is a \x1b]0;taken\x07\u202e" in ended.err
+    assert len(ended.err.splitlines()) == 1
+
+
 def test_two_merges_of_a_document_are_the_same_files(mergeyard: Mergeyard, config: Path, tmp_path: Path):
     assert mergeyard("merge", config, tmp_path / "one").code == 0
     assert mergeyard("merge", config, tmp_path / "two", "--threads", 1, "--memory", "1GB").code == 0

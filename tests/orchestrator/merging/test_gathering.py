@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import html
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -112,7 +114,7 @@ def test_the_card_says_what_the_hub_looks_for(finished: Path, parents: Path):
     assert front["library_name"] == "transformers"
     assert "512 tokens" in card
     assert "theta 10000" in card
-    assert "| fmt |" in card
+    assert "| `fmt` |" in card
     assert "`0.75`" in card
 
 
@@ -167,6 +169,27 @@ def test_a_named_chat_template_is_written_out_and_the_recipe_keeps_the_name(
     assert (folder / "chat_template.jinja").read_text() == NAMED["chatml"]
     assert not (folder / "chat_template.json").exists(), "it would say otherwise"
     assert yaml.safe_load((folder / "mergekit_config.yml").read_text())["chat_template"] == "chatml"
+
+
+HOSTILE = "Qwen2 |\n\n# Licence: MIT\n<img src=x onerror=alert(1)> [a](https://evil.example) `x` \x1b[2J\u202e"
+
+
+def test_a_config_that_speaks_in_markdown_is_text_on_the_card(plan: Planning, parents: Path, tmp_path: Path):
+    import markdown_it  # of rich, in GitHub's dialect
+
+    for who in ("cos", "fmt"):
+        write_model(parents / who, weights(who), config={"architectures": [HOSTILE]})
+    (parents / "cos" / "<b>`x`.py").write_text("")
+    run(plan(grid="{w: [0.25]}"))
+    card = (tmp_path / "runs" / "soup" / "points" / "w0.25" / "README.md").read_text()
+    assert not [letter for letter in card if not (letter.isprintable() or letter == "\n")]
+    page = markdown_it.MarkdownIt("gfm-like", {"linkify": False}).render(card.split("---\n", 2)[2])
+    assert not re.search(r"<(img|a|b|h1)\b(?!>w0\.25)", page)
+    row = next(line for line in page.splitlines() if "Qwen2 " in line)
+    assert row == f"<td><code>{html.escape(SHOWN)}</code></td>"
+
+
+SHOWN = r"Qwen2 \x7c\n\n# Licence: MIT\n<img src=x onerror=alert(1)> [a](https://evil.example) `x` \x1b[2J\u202e"
 
 
 def test_a_point_gets_what_its_donor_has_beside_the_weights(plan: Planning, parents: Path, tmp_path: Path):

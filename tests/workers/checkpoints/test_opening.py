@@ -598,6 +598,38 @@ def test_blobs_of_another_program_are_not_those_of_the_hub(parent: Path, tmp_pat
         open_checkpoint(str(parent), "cos")
 
 
+# ---- types of config.json
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"architectures": [None]}, "architectures is [null], not a list of names"),
+        ({"architectures": "Qwen2ForCausalLM"}, 'architectures is "Qwen2ForCausalLM", not a list of names'),
+        ({"architectures": [""]}, 'architectures is [""], not a list of names'),
+        ({"model_type": ["qwen2"]}, 'model_type is ["qwen2"], not a name'),
+        ({"max_position_embeddings": "32768"}, 'max_position_embeddings is "32768", not a whole number'),
+        ({"max_position_embeddings": True}, "max_position_embeddings is true, not a whole number"),
+        ({"rope_scaling": "yarn"}, 'rope_scaling is "yarn", not a mapping'),
+        ({"tie_word_embeddings": "false"}, 'tie_word_embeddings is "false", not true or false'),
+        ({"text_config": {"torch_dtype": 16}}, "text_config.torch_dtype is 16, not a name"),
+    ],
+)
+def test_a_field_of_another_type_is_refused_before_anything_is_merged(parent: Path, config: Any, said: str):
+    (parent / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput) as refused:
+        open_checkpoint(str(parent), "cos")
+    assert str(refused.value) == f"parent cos ({parent}): config.json: {said}; fetch it again, or correct it"
+
+
+def test_null_is_no_value(parent: Path):
+    nothing = {"architectures": None, "model_type": None, "rope_scaling": None, "torch_dtype": None, "auto_map": None}
+    (parent / "config.json").write_text(json.dumps({**nothing, "text_config": nothing}))
+    assert open_checkpoint(str(parent), "cos").config["architectures"] is None
+
+
+# ---- pointers of Git LFS
+
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 1806848\n"
 
 
