@@ -59,6 +59,10 @@ class GateSpec:
     place: str = field(default="", compare=False)
 
 
+COMMAND_LINE = "mergeyard evaluate"
+"""The source of a job that was made of a command's arguments, for errors whose remedy is an option there."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Keep:
     """The points that are written: all of them, the `count` best by score, or none."""

@@ -177,6 +177,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator/nightly": (
         "jobs",
+        "workers/services.py",
         "workers/storage",
         "workers/checkpoints",
         "orchestrator/words.py",

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.job import Job
+from jobs.job import COMMAND_LINE, Job
 from jobs.job import read_job as job_at
 from jobs.merge_tasks import digest
 from jobs.yaml_nodes import node_of
@@ -62,7 +62,7 @@ def _read_evaluation(options: argparse.Namespace) -> tuple[Job, Path]:
             "url": options.server,
             "options": {"model": options.served or next(iter(names))},
         }
-    return job_at(node_of(job, "mergeyard evaluate")), Path.cwd()
+    return job_at(node_of(job, COMMAND_LINE)), Path.cwd()
 
 
 def _evaluation_name(names: Mapping[str, str]) -> str:

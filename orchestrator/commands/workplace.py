@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, CorruptData
 from jobs.job import Job
 
 if TYPE_CHECKING:
@@ -92,7 +92,10 @@ def asked_of(plan: Plan, folder: Path) -> Questions | None:
     """The items of the job's evaluation, if it has one; refused here if it cannot work."""
     from orchestrator.evaluating.subjects import questions
 
-    return None if plan.job.evaluate is None else questions(plan, folder)
+    try:
+        return None if plan.job.evaluate is None else questions(plan, folder)
+    except CorruptData as error:  # nothing is written yet: a damaged tokenizer is a wrong input
+        raise BadInput(str(error)) from error
 
 
 def evaluate_points(

@@ -10,6 +10,7 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.evaluate import Evaluation, RaceSpec
 from jobs.evaluation_tasks import Kind, ModelSpec
+from jobs.job import COMMAND_LINE
 from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.judging.samples import Cell
 from orchestrator.planning.layouts import Layout
@@ -150,12 +151,15 @@ def _check_server(plan: Plan) -> None:
     if plan.job.gate is not None:
         raise BadInput(
             f"{plan.job.place_of('gate')}: the server at {plan.job.engine.url} serves one model, a gate compares two;"
-            " take transformers or vllm, or evaluate both and see `mergeyard compare`"
+            " take transformers or vllm, or leave the gate out and see `mergeyard compare` of two runs"
         )
     if len(plan.merges) > 1:
+        remedy = "write them, serve one, and give a job of that one, or take transformers"
+        if plan.job.source == COMMAND_LINE:
+            remedy = "name one MODEL, or leave --server out"
         raise BadInput(
             f"{plan.job.engine.place}: the server at {plan.job.engine.url} serves one model, the job has"
-            f" {len(plan.merges)} points; write them, serve one, and give a job of that one, or take transformers"
+            f" {len(plan.merges)} points; {remedy}"
         )
 
 

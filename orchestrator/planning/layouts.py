@@ -10,7 +10,7 @@ from functools import cached_property
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.job import Job
+from jobs.job import COMMAND_LINE, Job
 from jobs.merge_tasks import DTYPE_BITS, ParentFile, ParentTensor, TensorMerge, digest
 from jobs.recipe import Filtered, Recipe
 from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
@@ -192,7 +192,7 @@ def _as_it_is(job: Job, recipe: Recipe, members: Sequence[Checkpoint]) -> Layout
     plain = not recipe.parameters and not recipe.models[0].parameters and recipe.dtype is recipe.out_dtype is None
     if recipe.merge_method != "passthrough" or len(members) > 1 or not plain or job.keep.kind != "none":
         raise BadInput(refused.unmergeable)
-    on_command_line = job.source == "mergeyard evaluate"
+    on_command_line = job.source == COMMAND_LINE
     server = "a server (`--server URL`)" if on_command_line else "a server (`engine: openai`)"
     weights = [file for file in refused.files if file.key.endswith((".safetensors", ".gguf"))]
     if job.engine.name == "vllm" and len([file for file in weights if file.key.endswith(".gguf")]) > 1:

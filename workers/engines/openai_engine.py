@@ -201,7 +201,7 @@ class OpenAIEngine:
         if read < sent - MARKS:
             raise BadInput(
                 f"{self.url} read {read} of a prompt's {sent} tokens: it cuts long prompts, or has another tokenizer;"
-                f" serve {self.model} with a longer context, or lower max_length"
+                f" serve {self.model} with a longer context, or ask at shorter lengths"
             )
         return Answer(
             text=text,
@@ -327,7 +327,7 @@ class OpenAIEngine:
             except TimeoutError as error:
                 raise BadInput(
                     f"{self.url}{path} gave no answer in {self._timeout:g} seconds; "
-                    "ask fewer at a time (`concurrency`), or give it longer (`timeout_seconds`)"
+                    "ask fewer at a time (`concurrency`), or give it longer (`timeout_seconds`), in the job's `engine:`"
                 ) from error
             except (OSError, http.client.HTTPException) as error:
                 if refusal := tls_refusal(error):

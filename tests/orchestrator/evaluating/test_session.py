@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections import Counter
@@ -513,7 +514,7 @@ def test_a_server_is_asked_for_one_model_alone(mergeyard: Mergeyard, tmp_path: P
     models = [PARENTS / "long", PARENTS / "fmt"]
     ended = mergeyard("evaluate", *models, "--server", "http://127.0.0.1:1/v1", "--output", tmp_path / "runs")
     assert ended.code == 2
-    assert "the server at http://127.0.0.1:1/v1 serves one model, the job has 2 points" in ended.err
+    assert "the server at http://127.0.0.1:1/v1 serves one model, the job has 2 points; name one MODEL" in ended.err
 
 
 def test_checkpoints_of_one_name_get_numbers(mergeyard: Mergeyard, tmp_path: Path) -> None:
@@ -655,6 +656,90 @@ def test_what_cannot_be_asked_is_refused_while_planning(
         assert (ended.code, ended.out) == (2, "")
         assert ended.err.count("\n") == 1 and message in ended.err
     assert not (tmp_path / "runs").exists()
+
+
+OPENAI = {"name": "openai", "url": "http://127.0.0.1:1/v1"}
+FOLLOWED: dict[str, list[dict[str, Any]]] = {
+    "a length beyond the context": [{"evaluate": {"ruler": {**RULER, "lengths": [256]}}}],
+    "an unknown task": [{"evaluate": {"ruler": RULER}}],
+    "no tokenizer": [{"parents": soup_parents(PARENTS)}],
+    "a text that is not there": [
+        {"evaluate": {"ruler": {**RULER, "tasks": ["niah_single_2"], "haystack": "prose.txt"}}}
+    ],
+    "data of a task missing": [{"evaluate": {"ruler": {**RULER, "tasks": ["qa_generated"], "lengths": [1024]}}}],
+    "a text that is shorter than a window": [
+        {"evaluate": {"perplexity": {"lengths": [512], "text": "prose.txt", "blocks": 2}}}
+    ],
+    "a race with nothing to race over": [
+        {"evaluate": {"perplexity": {"lengths": [256]}, "ruler": {**RULER, "items": 60}, "race": {"keep": 1}}},
+        {"evaluate": {"perplexity": {"lengths": [256]}}},
+    ],
+    "a race of less than a haystack": [
+        {"evaluate": {"ruler": {**RULER, "lengths": [512], "questions": 8, "items": 8}, "race": True}}
+    ],
+    "a server and a grid": [
+        {"engine": OPENAI, "grid": {"w": [0.2]}},
+        {"engine": {"name": "transformers"}},
+    ],
+    "a server and a gate": [
+        {"engine": OPENAI, "grid": {"w": [0.2]}},
+        {"engine": {"name": "transformers"}, "gate": {"baseline": "fmt"}},
+    ],
+}
+"""The jobs that the remedies of `REFUSED` advise, and that of a gate on a server."""
+
+
+@pytest.mark.parametrize("kind", FOLLOWED)
+def test_the_remedies_of_refused_jobs_work(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    for keys in FOLLOWED[kind]:
+        job = job_file(**keys)
+        (job.parent / "prose.txt").write_text("The grass is green and the sky is blue today.\n" * 2000)
+        ended = mergeyard("plan", job)
+        assert ended.code == 0, ended.err
+
+
+def test_a_length_that_no_prompt_fits_in_is_raised_as_advised(
+    mergeyard: Mergeyard, job_file: Callable[..., Path]
+) -> None:
+    def plan(length: int) -> Ended:
+        return mergeyard("plan", job_file(evaluate={"ruler": {**RULER, "tasks": ["vt"], "lengths": [length]}}))
+
+    advised = re.search(r"the smallest length that does is (\d+)", plan(128).err)
+    assert advised is not None
+    assert plan(int(advised[1])).code == 0 and plan(int(advised[1]) - 1).code == 2
+
+
+def test_a_gate_on_a_server_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
+    ended = mergeyard("plan", job_file(engine=OPENAI, grid={"w": [0.2]}, gate={"baseline": "fmt"}))
+    assert ended.code == 2
+    assert "serves one model, a gate compares two; take transformers or vllm, or leave the gate out" in ended.err
+
+
+DAMAGED: dict[str, tuple[str, bytes]] = {
+    "deep settings": ("tokenizer_config.json", b'{"bos_token": ' + b"[" * 9000 + b"]" * 9000 + b"}"),
+    "half a character": ("tokenizer_config.json", b'{"bos_token": "\\ud800"}'),
+    "a list of settings": ("tokenizer_config.json", b"[1]"),
+    "a deep end": ("generation_config.json", b'{"eos_token_id": ' + b"[" * 9000 + b"]" * 9000 + b"}"),
+    "a deep config": ("config.json", b'{"a": ' + b"[" * 9000 + b"]" * 9000 + b"}"),
+    "half a character in a config": ("config.json", b'{"model_type": "\\udfff"}'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_file_of_a_parent_is_one_line_and_fetching_it_again_mends_it(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path, kind: str
+) -> None:
+    name, data = DAMAGED[kind]
+    parents = copied(tmp_path)
+    whole = (parents / "long" / name).read_bytes()
+    job = job_file(parents=soup_parents(parents))
+    (parents / "long" / name).write_bytes(data)
+    ended = mergeyard("plan", job)
+    assert (ended.code, ended.out) == (2, "") and ended.err.count("\n") == 1 and name in ended.err, ended.err
+    (parents / "long" / name).write_bytes(whole)
+    assert mergeyard("plan", job).code == 0
 
 
 def test_the_harness_that_is_not_installed_is_named(

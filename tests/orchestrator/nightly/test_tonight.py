@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -55,7 +56,7 @@ class Chat:
 
     def __init__(self) -> None:
         self.told: list[dict[str, Any]] = []
-        self.answers: list[int] = []
+        self.answers: list[int | tuple[int, bytes, str]] = []
         chat = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,8 +64,12 @@ class Chat:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 assert self.headers["Content-Type"] == "application/json"
                 chat.told.append(json.loads(body))
-                self.send_response(chat.answers.pop(0) if chat.answers else 200)
+                answer = chat.answers.pop(0) if chat.answers else 200
+                status, said, wait = (answer, b"", "0") if isinstance(answer, int) else answer
+                self.send_response(status)
+                self.send_header("Retry-After", wait)
                 self.end_headers()
+                self.wfile.write(said)
 
             def log_message(self, format: str, *args: object) -> None:
                 del format, args
@@ -568,6 +573,21 @@ def test_a_chat_is_told_in_slacks_form(chat: Chat) -> None:
 def test_a_chat_that_is_busy_is_told_at_the_third_try(chat: Chat) -> None:
     chat.answers = [500, 503, 200]
     assert webhook.tell("text", []) is None and len(chat.told) == 3
+
+
+def test_a_chat_is_given_its_pause_and_its_refusal_is_passed_on_at_once(chat: Chat) -> None:
+    chat.answers = [(429, b"", "1")]
+    began = time.monotonic()
+    assert webhook.tell("text", []) is None and len(chat.told) == 2 and time.monotonic() - began > 1
+    for answer, words in (
+        ((410, b"channel_is_archived\x1b[2J", "0"), 'it answers 410: "channel_is_archived\\u001b[2J", 1 times'),
+        ((404, b"no hook at /services/T0/secret", "0"), "it answers 404, 1 times"),
+        ((429, b"busy", "3600"), 'it answers 429: "busy", 1 times'),
+    ):
+        chat.answers = [answer] * 3
+        chat.told.clear()
+        assert webhook.tell("text", []) == f"the webhook in MERGEYARD_WEBHOOK was not told: {words}"
+        assert len(chat.told) == 1
 
 
 @pytest.mark.parametrize("broken", ["500", "down", "file:///etc/secret", "http://[secret", "http://host:secret/"])

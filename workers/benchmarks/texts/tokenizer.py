@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
+from jobs.foreign_json import load_json
 from workers.benchmarks.texts.pieces import SHORTEST, Pieces
 from workers.checkpoints.chat_templates import default_template
 from workers.special_tokens import prompt_ids, tokens_in_front
@@ -85,11 +85,15 @@ class Tokenizer:
         if "tokenizer.json" not in files:
             raise BadInput(f"{place}/tokenizer.json: no such file; give a checkpoint with a fast tokenizer")
         try:
-            config: dict[str, Any] = json.loads(files.get("tokenizer_config.json", b"{}"))
+            config: Any = load_json(files.get("tokenizer_config.json", b"{}"))
+            if not isinstance(config, dict):
+                raise ValueError("not a JSON object")
             if chat_template is None and "chat_template.jinja" in files:
                 chat_template = files["chat_template.jinja"].decode("utf-8")
         except ValueError as error:
-            raise CorruptData(f"{place}: tokenizer_config.json or chat_template.jinja is broken ({error})") from error
+            raise CorruptData(
+                f"{place}: tokenizer_config.json or chat_template.jinja is broken ({error}); fetch them again"
+            ) from error
         return cls(
             files["tokenizer.json"],
             chat_template=chat_template if chat_template is not None else default_template(config),
