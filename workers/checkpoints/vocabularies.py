@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from jobs.errors import CorruptData
@@ -63,7 +64,7 @@ def read_vocabulary(store: Store, files: Mapping[str, ObjectInfo], name: str) ->
             return _of_tokenizer_json(json.loads(data), sha256)
         tokens = _tokens(name, data) | _added(store, files)
         merges = _read(store, files["merges.txt"]).decode() if name == "vocab.json" and "merges.txt" in files else ""
-        lines = [line for line in merges.splitlines() if line.strip() and not line.startswith("#version")]
+        lines = [line for line in merges.split("\n") if line.strip() and not line.startswith("#version")]
         return Vocabulary(name, sha256, tokens, lines)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):  # any content of the file
         return Vocabulary(name, sha256, {})
@@ -94,11 +95,12 @@ def _tokens(name: str, data: bytes) -> dict[str, int]:
     if name == "vocab.json":
         return dict(json.loads(data))
     if name == "vocab.txt":
-        return {line: number for number, line in enumerate(data.decode().splitlines())}
+        return {line: number for number, line in enumerate(data.decode().rstrip("\n").split("\n"))}
     if name == "tekken.json":
         tekken = json.loads(data)
-        special = tekken["config"]["default_num_special_tokens"]
-        return {_bytes(entry["token_bytes"]): special + entry["rank"] for entry in tekken["vocab"]}
+        special, size = (tekken["config"][f"default_{name}"] for name in ("num_special_tokens", "vocab_size"))
+        used = tekken["vocab"][: size - special]
+        return {_bytes(entry["token_bytes"]): special + entry["rank"] for entry in used}
     try:
         pairs = [line.split() for line in data.decode("ascii").splitlines() if line]
         return {_bytes(token): int(rank) for token, rank in pairs}  # tiktoken, as Llama 3 has it in tokenizer.model
@@ -120,10 +122,14 @@ def _pieces(data: bytes) -> dict[str, int]:
 
 
 def _bytes(encoded: str) -> str:
+    return "".join(_letters()[byte] for byte in base64.b64decode(encoded, validate=True))
+
+
+@cache
+def _letters() -> Mapping[int, str]:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-    letters = bytes_to_unicode()
-    return "".join(letters[byte] for byte in base64.b64decode(encoded, validate=True))
+    return bytes_to_unicode()
 
 
 def _added(store: Store, files: Mapping[str, ObjectInfo]) -> dict[str, int]:

@@ -376,7 +376,8 @@ def sentencepiece(*pieces: str) -> bytes:
 
 def tekken(*tokens: bytes) -> bytes:
     vocabulary = [{"rank": at, "token_bytes": base64.b64encode(token).decode()} for at, token in enumerate(tokens)]
-    return json.dumps({"config": {"default_num_special_tokens": 3}, "vocab": vocabulary}).encode()
+    sizes = {"default_num_special_tokens": 3, "default_vocab_size": 5}
+    return json.dumps({"config": sizes, "vocab": vocabulary}).encode()
 
 
 def tiktoken(*tokens: bytes) -> bytes:
@@ -464,8 +465,26 @@ def test_tokenizers_of_every_format_are_compared(kind: str, plan: Planning, pare
             {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a b"]}}'},
             {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": [["a", "b"]]}}'},
         ),
+        ({"tekken.json": tekken(b"a", b"b", b"c")}, {"tekken.json": tekken(b"a", b"b", b"not used")}),
+        (
+            {"tokenizer.json": b'{"model": {"vocab": {"a": 0, "\\u2028": 1, "\\u0120b": 2}}}'},
+            {"vocab.txt": "a\n\u2028\nĠb\n".encode()},
+        ),
+        (
+            {"tokenizer.json": b'{"model": {"vocab": {"a": 0, "\\u0120b": 1}}, "added_tokens": []}'},
+            {"tokenizer.model": tiktoken(b"a", b" b")},
+        ),
     ],
-    ids=["not readable, equal", "sentencepiece", "two kinds", "BPE of two kinds", "merges in two spellings"],
+    ids=[
+        "not readable, equal",
+        "sentencepiece",
+        "two kinds",
+        "BPE of two kinds",
+        "merges in two spellings",
+        "tekken beyond its size",
+        "lines of vocab.txt",
+        "tiktoken and tokenizer.json",
+    ],
 )
 def test_vocabularies_that_agree_pass_in_whatever_format(
     cos: dict[str, bytes], fmt: dict[str, bytes], plan: Planning, parents: Path
