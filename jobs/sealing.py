@@ -28,9 +28,6 @@ BLANK = "0" * 64
 PARQUET = b"PAR1"
 """The first and the last four bytes of a Parquet file."""
 
-LEAST = 80
-"""Bytes that every file has, of any version."""
-
 REMEDY = "remove it and run again"
 
 _STAMP = re.compile(MARK.replace(".", r"\.").encode() + rb"(?:\x18@|: )([0-9a-f]{64})")
@@ -101,7 +98,10 @@ def is_sealed(data: bytes, name: str, remedy: str = REMEDY) -> bool:
     if name.endswith(".json"):
         return len(unsealed(data, remedy, older=True)) < len(json.loads(data))
     place = _stamp(data)
-    cut = len(data) < LEAST or (name.endswith(".parquet") and not data[:4] == data[-4:] == PARQUET)
+    if name.endswith(".parquet"):
+        cut = len(data) < 3 * len(PARQUET) or not data[:4] == data[-4:] == PARQUET
+    else:
+        cut = any(f"{comment}{MARK}".encode().startswith(data) for comment in ("# ", "<!-- "))
     if cut or (place is None and MARK.encode() in data):
         raise CorruptData(f"damaged, not a whole file; {remedy}")
     if place is None:
