@@ -114,7 +114,7 @@ def expand(recipe: RecipeTemplate, grid: Grid, point_name: Template | None) -> t
     points: dict[str, Point] = {}
     for values, given_name in zip(grid.combinations, grid.names, strict=True):
         bindings = dict(zip(grid.places, values, strict=True))
-        name = given_name or naming.render(bindings)
+        name = given_name or naming.render(bindings if point_name else _nameable(bindings))
         if not POINT_NAME.fullmatch(name):
             raise BadInput(
                 f"{naming.place}: {quoted(name)} cannot name a point; "
@@ -124,7 +124,7 @@ def expand(recipe: RecipeTemplate, grid: Grid, point_name: Template | None) -> t
             first = described(points[name].bindings)
             raise BadInput(
                 f"{naming.place}: the points {first} and {described(bindings)} are both called {quoted(name)}; "
-                "name every axis in `point:`"
+                "name every axis in `point:`, or give each point its `name` under `grid: points:`"
             )
         points[name] = Point(name, bindings, recipe.bind(bindings))
     return tuple(points.values())
@@ -135,6 +135,16 @@ def described(bindings: Bindings) -> str:
     return ", ".join(
         f"{axis}={value if isinstance(value, str) else format_number(value)}" for axis, value in bindings.items()
     )
+
+
+def _nameable(bindings: Bindings) -> dict[str, Value]:
+    """The values for a default name: of a word that cannot stand in a name, its last part, with hyphens in it."""
+    return {
+        axis: value
+        if not isinstance(value, str) or POINT_NAME.fullmatch(axis + value)
+        else re.sub(r"[^A-Za-z0-9._+=,-]+", "-", value.rstrip("/").rpartition("/")[2]).strip("-")
+        for axis, value in bindings.items()
+    }
 
 
 def _default_name(grid: Grid) -> Template:

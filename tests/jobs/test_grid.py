@@ -155,6 +155,19 @@ def test_two_points_of_one_name_are_both_told() -> None:
     assert message.startswith('job.yaml:9: the points w=1, v=x and w=2, v=x are both called "merge-x"')
 
 
+def test_a_default_name_has_the_last_part_of_a_path() -> None:
+    found = points("m: [org/Qwen3-8B, s3://bucket/merges/a b/, plain]\nw: [0.5]", axes="m w")
+    assert [point.name for point in found] == ["mQwen3-8B_w0.5", "ma-b_w0.5", "mplain_w0.5"]
+    assert [point.bindings["m"] for point in found] == ["org/Qwen3-8B", "s3://bucket/merges/a b/", "plain"]
+
+
+def test_paths_that_end_alike_are_told_apart_by_the_names_that_the_refusal_asks_for() -> None:
+    told = "name every axis in `point:`, or give each point its `name` under `grid: points:`"
+    assert refusal("m: [a/x, b/x]", axes="m").endswith(told)
+    found = points("points: [{m: a/x, name: ax}, {m: b/x, name: bx}]", axes="m")
+    assert [point.name for point in found] == ["ax", "bx"]
+
+
 def test_points_that_differ_only_after_rounding_are_refused() -> None:
     assert "are both called" in refusal("w: {from: 0, to: 1, num: 70001}")
 
