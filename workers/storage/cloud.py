@@ -239,6 +239,11 @@ class CloudStore:
         told = from_obstore(error, place, s3.header) if s3 else from_obstore(error, place)
         if isinstance(told, ObjectMissing) and s3 and not s3.exists():
             return missing(place, "NoSuchBucket")
+        if s3 and "failed to lookup address" in str(error) and s3.bucket_has_no_host():
+            return StorageRefused(
+                f"{place}: the bucket has no host name of its own at {s3.settings.endpoint};"
+                " set AWS_VIRTUAL_HOSTED_STYLE_REQUEST=false"
+            )
         if isinstance(told, StorageRefused) and "performing HEAD" in str(error):
             return self._refusal_of_get(key) or told  # the answer to a HEAD has no body, so no reason
         return told

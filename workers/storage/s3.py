@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import secrets
+import socket
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 from typing_extensions import Buffer
@@ -50,6 +52,11 @@ class S3Bucket:
                 pass
             self._seen = True
         return True
+
+    def bucket_has_no_host(self) -> bool:
+        """Whether the service has an address and the bucket's host name has none; False if the network is away."""
+        host = urlsplit(self.settings.endpoint).hostname or ""
+        return self.settings.virtual_hosted and _has_address(host) and not _has_address(f"{self.name}.{host}")
 
     def header(self, name: str) -> str:
         """One header of the answer to the smallest request, refused or not; obstore gives none of its answers."""
@@ -231,6 +238,14 @@ class MultipartUpload:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.abort()
+
+
+def _has_address(host: str) -> bool:
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 def _part_bytes(number: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import ssl
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, S3Config
 
 CONNECTIONS = 32
+KEYS_LAST = timedelta(minutes=6)  # in obstore; boto3 renews keys 10 minutes before they expire
 ENCRYPTIONS = ("AES256", "aws:kms", "aws:kms:dsse")
 VARIABLES = (
     "AWS_REGION",
@@ -126,7 +128,7 @@ class S3Settings:
                 config=self._of_obstore(),
                 client_options=options,
                 retry_config={"max_retries": 0},
-                credential_provider=None if self.unsigned else Boto3CredentialProvider(self._session),
+                credential_provider=None if self.unsigned else Boto3CredentialProvider(self._session, ttl=KEYS_LAST),
             )
         except (BaseError, ValueError) as error:
             raise BadInput(f"s3://{self.bucket}: {str(error).splitlines()[0]}; correct the AWS_ variable") from None

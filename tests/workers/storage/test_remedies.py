@@ -6,8 +6,10 @@ import ast
 import errno
 import os
 import re
+import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -135,6 +137,18 @@ def test_a_service_that_wants_the_bucket_in_the_host_name(quirky_s3: QuirkyS3, m
     )
     refused(StorageRefused, "Please use virtual hosted", "set AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true")
     monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
+    use()
+
+
+def test_a_bucket_without_a_host_name_of_its_own(quirky_s3: QuirkyS3, monkeypatch: Setenv) -> None:
+    port = quirky_s3.endpoint.rpartition(":")[2]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://localhost:{port}")
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
+    with suppress(OSError):
+        socket.getaddrinfo(f"{BUCKET}.localhost", None)
+        pytest.skip("this machine finds every host below localhost")
+    refused(StorageRefused, "the bucket has no host name of its own", "set AWS_VIRTUAL_HOSTED_STYLE_REQUEST=false")
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "false")
     use()
 
 
@@ -350,13 +364,29 @@ def test_a_file_in_place_of_a_folder(tmp_path: Path) -> None:
 
 FOLLOWED = (
     *CREDENTIALS.values(),
-    *("log in again", "timedatectl", "unset AWS_SESSION_TOKEN"),
-    *("AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true", "AWS_REQUEST_CHECKSUM_CALCULATION=when_required"),
-    *("AWS_REQUEST_PAYER=requester", "set AWS_REGION", "tries each kind of request", "`mergeyard check` tries"),
-    *("to the PEM file of the authority", "or the host name of the endpoint", "write http:// in AWS_ENDPOINT_URL"),
-    *("create it or correct the URL", "run again to pin the new version", "give this user access to it"),
-    *("choose another output folder", "free some and run again", "choose another path", "choose a shorter one"),
-    *("run again", "name the folder that holds it", "or AWS_ENDPOINT_URL to its own service"),
+    "log in again",
+    "timedatectl",
+    "unset AWS_SESSION_TOKEN",
+    "AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true",
+    "AWS_VIRTUAL_HOSTED_STYLE_REQUEST=false",
+    "AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
+    "AWS_REQUEST_PAYER=requester",
+    "set AWS_REGION",
+    "tries each kind of request",
+    "`mergeyard check` tries",
+    "to the PEM file of the authority",
+    "or the host name of the endpoint",
+    "write http:// in AWS_ENDPOINT_URL",
+    "create it or correct the URL",
+    "run again to pin the new version",
+    "give this user access to it",
+    "choose another output folder",
+    "free some and run again",
+    "choose another path",
+    "choose a shorter one",
+    "run again",
+    "name the folder that holds it",
+    "or AWS_ENDPOINT_URL to its own service",
 )
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any, cast
 
 import obstore
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from jobs.errors import AccessDenied, BadInput
 from tests.quirky_s3 import BUCKET, Asked, QuirkyS3, company_certificates
 from workers.storage import open_store
+from workers.storage.s3_settings import S3Settings
 
 MIB = 1 << 20
 URL = f"s3://{BUCKET}/runs/one"
@@ -204,3 +207,11 @@ def test_an_unknown_profile_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_PROFILE", "no-such-profile")
     with pytest.raises(AccessDenied, match="ProfileNotFound"):
         open_store(URL)
+
+
+def test_keys_stay_in_obstore_for_less_than_boto3_renews_them_ahead(quirky_s3: QuirkyS3) -> None:
+    """boto3 renews keys 10 minutes before they expire, so keys that it gives last at least so long."""
+    objects = S3Settings.resolved(BUCKET).object_store({})
+    keys = cast("Any", objects).credential_provider()
+    assert keys["access_key_id"] == "test"
+    assert keys["expires_at"] - datetime.now(UTC) < timedelta(minutes=10)
