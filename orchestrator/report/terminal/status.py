@@ -152,12 +152,10 @@ def print_status(facts: Mapping[str, Any]) -> None:
         rows.append(("tried again", f"{progress['failed']} tasks"))
         rows += [("", failure) for failure in progress["failures"]]
     if facts["waiting"]:
-        room = shutil.get_terminal_size().columns - len("  waiting  ")
-        waiting = textwrap.wrap(
-            shortlist(facts["waiting"]), max(room, 20), break_long_words=False, break_on_hyphens=False
-        )
-        rows += [("" if number else "waiting", line) for number, line in enumerate(waiting)]
-    print_rows(rows)
+        rows.append(("waiting", shortlist(facts["waiting"])))
+    room = max(shutil.get_terminal_size().columns - max(len(name) for name, _ in rows) - 4, 20)
+    wrapped = ((name, textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)) for name, text in rows)
+    print_rows([(name if number == 0 else "", line) for name, lines in wrapped for number, line in enumerate(lines)])
 
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
