@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
+from workers.checkpoints.canonical import HEAD, embeddings_in
 from workers.checkpoints.configs import completed, is_section, rope, sections, text_fields, with_dtype
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.vocabularies import Vocabulary, read_vocabulary, vocabulary_files
 from workers.storage import open_store
 
-HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
 TIED = "tie_word_embeddings"
 
 
@@ -141,12 +141,6 @@ def is_tied(parent: Checkpoint, config: Mapping[str, Any]) -> bool:
     if stated is None and embeddings_in(parent.tensors) is not None:
         return not any(name.endswith(HEAD) for name in parent.tensors)
     return bool(text_fields(config).get(TIED) if stated is None else stated)
-
-
-def embeddings_in(tensors: Collection[str]) -> str | None:
-    """The input embeddings of the language model, whose name has a prefix in multimodal models."""
-    found = [name for name in tensors if name.endswith("embed_tokens.weight")]
-    return EMBEDDINGS if EMBEDDINGS in found else found[0] if len(found) == 1 else None
 
 
 def check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:

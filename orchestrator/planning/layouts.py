@@ -15,14 +15,13 @@ from jobs.merge_tasks import DTYPE_BITS, ParentFile, ParentTensor, TensorMerge, 
 from jobs.recipe import Filtered, Recipe
 from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
 from orchestrator.planning.compatibility import (
-    HEAD,
     check_architecture,
     check_configs,
     check_tokenizers,
-    embeddings_in,
     is_tied,
     merged_config,
 )
+from workers.checkpoints.canonical import aligned, is_head, stored_name
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_counts, layer_of
@@ -50,6 +49,8 @@ class Shard:
 class Layout:
     """How a checkpoint is cut into shards; all points with the same parents and dtypes share one.
 
+    There is one representative, owner and position for each class of tensors. An owner is the parent that the tensors
+    are copied from, because others do not have them.
     `copied` and `left_out` are the files of the parents that a point gets, and that it does not get, by parent. With
     `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`. `as_it_is` are
     the files of a checkpoint that is evaluated and not merged; it has no shards.
@@ -57,6 +58,7 @@ class Layout:
 
     shards: tuple[Shard, ...]
     representatives: tuple[TensorMerge, ...]
+    owners: tuple[str | None, ...]
     positions: tuple[float, ...]
     parents: tuple[str, ...]
     config: Mapping[str, Any]
@@ -138,12 +140,22 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     if any(member.unmergeable for member in members):
         return _as_it_is(job, recipe, members)
     check_architecture(members, recipe.place)
+    members, tied = aligned(members, context_from)
     dtype = recipe.out_dtype or recipe.dtype
     drops_head = job.config_from is not None and is_tied(context_from, context_from.config)
+    names = [name for name in _tensor_names(members) if not (drops_head and is_head(name, tied))]
+    owned = _owned(names, members, tied, context_from.name, recipe.place, job)
     tensors = [
-        tensor
-        for name in _tensor_names(members)
-        if (tensor := _tensor(name, members, recipe, dtype, job.numerics, drops_head=drops_head)) is not None
+        _tensor(
+            name,
+            [member for member in members if name not in owned or member.name == owned[name]],
+            recipe,
+            dtype,
+            job.numerics,
+            tied,
+        )
+        for name in names
+        if owned.get(name, "") is not None
     ]
     if not any(_floats(tensor) for tensor in tensors):
         raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
@@ -155,7 +167,10 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     layers = layer_counts((tensor.name for tensor in tensors), context_from.config)
     class_of: dict[tuple[Any, ...], int] = {}
     numbered = [
-        replace(tensor, setting=class_of.setdefault(classes.of(tensor.name, layers), len(class_of)))
+        replace(
+            tensor,
+            setting=class_of.setdefault((owned.get(tensor.name), *classes.of(tensor.name, layers)), len(class_of)),
+        )
         for tensor in tensors
     ]
     representatives = tuple(
@@ -173,6 +188,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     return Layout(
         shards=_shards(numbered, job.shard_bytes),
         representatives=representatives,
+        owners=tuple(owner for owner, *_ in class_of),
         positions=tuple(_position(tensor.name, layers) for tensor in representatives),
         parents=recipe.references(),
         config=without_absent_code(config, copied),
@@ -205,6 +221,7 @@ def _as_it_is(job: Job, recipe: Recipe, members: Sequence[Checkpoint]) -> Layout
     return Layout(
         shards=(),
         representatives=(),
+        owners=(),
         positions=(),
         parents=(refused.name,),
         config=refused.config,
@@ -243,32 +260,67 @@ def _tensor_names(members: Sequence[Checkpoint]) -> list[str]:
     return sorted({name for member in members for name in member.tensors}, key=natural)
 
 
+def _owned(
+    names: Sequence[str],
+    members: Sequence[Checkpoint],
+    tied: Mapping[str, str],
+    owner: str,
+    place: str,
+    job: Job,
+) -> Mapping[str, str | None]:
+    """Tensors outside the layers that some parents lack, and the parent of `config_from`; None if it lacks them too.
+
+    Other differences are refused.
+    """
+    lacking = {name: [member.name for member in members if stored_name(name, member, tied) is None] for name in names}
+    lacking = {name: without for name, without in lacking.items() if without}
+    if not lacking:
+        return {}
+    in_layers = any(layer_of(name) is not None for name in lacking)
+    if not in_layers and job.config_from in {member.name for member in members}:
+        return {name: None if owner in without else owner for name, without in lacking.items()}
+    listed = "; ".join(f"{name} is not in {' and '.join(without)}" for name, without in [*lacking.items()][:3])
+    more = f"; and {len(lacking) - 3} more" if len(lacking) > 3 else ""
+    remedy = (
+        "take parents with the same layers and parts"
+        if in_layers
+        else f"say whose to copy with {job.setting('config_from', 'PARENT')}; those that it lacks are left out"
+    )
+    raise BadInput(f"{place}: {len(lacking)} of {len(names)} tensors are not in all parents ({listed}{more}); {remedy}")
+
+
 def _tensor(
-    name: str, members: Sequence[Checkpoint], recipe: Recipe, dtype: str | None, numerics: str, *, drops_head: bool
-) -> TensorMerge | None:
-    """One output tensor, or None for a head that the chosen config ties to the embeddings."""
-    is_head = name.endswith(HEAD)
-    if is_head and drops_head:
-        return None
+    name: str,
+    members: Sequence[Checkpoint],
+    recipe: Recipe,
+    dtype: str | None,
+    numerics: str,
+    tied: Mapping[str, str],
+) -> TensorMerge:
+    """One output tensor. The head of a parent without one is its embeddings."""
     sources: dict[str, ParentTensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for member in members:
-        stored = name if name in member.tensors or not is_head else embeddings_in(member.tensors)
-        if stored is None or stored not in member.tensors:
-            holder = next(other.name for other in members if name in other.tensors)
-            raise BadInput(
-                f"{recipe.place}: tensor {name} is in {holder} but not in {member.name}; parents hold the same tensors"
-            )
+        stored = stored_name(name, member, tied)
+        assert stored is not None, f"{name} is neither in {member.name} nor owned by another"
         sources[member.name], shapes[member.name] = member.tensors[stored], member.shapes[stored]
     first = members[0].name
     for other, shape in shapes.items():
         if shape != shapes[first]:
             raise BadInput(
                 f"{recipe.place}: tensor {name} is {list(shapes[first])} in {first} and {list(shape)} in {other};"
-                " only equal shapes can be merged"
+                f" only equal shapes can be merged{_resizing(name, shapes[first], shape, tied)}"
             )
     output, arithmetic = _dtypes(name, sources, recipe, dtype, numerics)
     return TensorMerge(name, output, shapes[first], sources, 0, arithmetic)
+
+
+def _resizing(name: str, shape: tuple[int, ...], other: tuple[int, ...], tied: Mapping[str, str]) -> str:
+    """The remedy for embeddings and heads of different vocabularies."""
+    if name not in {*tied, *tied.values()} or shape[1:] != other[1:]:
+        return ""
+    rows = max(shape[0], other[0])
+    return f": give the smaller {rows} rows with `model.resize_token_embeddings({rows})` of transformers, and save it"
 
 
 def _dtypes(

@@ -348,7 +348,9 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
             layout = layouts[key] = layout_of(job, recipe, parents, classes)
         settings = tuple(
             resolve(recipe, tensor.name, position, exact=job.numerics == "float32")
-            for tensor, position in zip(layout.representatives, layout.positions, strict=True)
+            if owner is None
+            else Setting("passthrough", (owner,), None, (("scale", (1.0,)),))
+            for tensor, owner, position in zip(layout.representatives, layout.owners, layout.positions, strict=True)
         )
         planned = PlannedPoint(point, layout, settings, keys)
         same_as = first_of.setdefault(digest([planned.digest, layout.beside, layout.chat_template]), point.name)

@@ -31,7 +31,7 @@ from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
-from tests.orchestrator.models import CONFIG, VOCABULARY, load_model, weights, write_model
+from tests.orchestrator.models import CONFIG, HIDDEN, VOCABULARY, load_model, weights, write_model
 from workers.storage import open_store
 
 Mergeyard = Callable[..., Ended]
@@ -684,6 +684,28 @@ def test_config_from_settles_a_disagreement(mergeyard: Mergeyard, config: Path, 
     assert ended.code == 0, ended.err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["max_position_embeddings"] == 4096
     assert "4,096 tokens" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_heads_that_some_parents_lack_are_copied_from_the_one_that_config_from_names(
+    mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path
+):
+    score = torch.ones(2, HIDDEN).bfloat16()
+    as_classifier = {"architectures": ["Qwen2ForSequenceClassification"], "tie_word_embeddings": False}
+    write_model(parents / "cos", {**weights("cos"), "score.weight": score}, config=as_classifier)
+    write_model(parents / "fmt", weights("fmt", tied=False))
+    ended = mergeyard("merge", config, tmp_path / "out")
+    assert_refused(
+        ended,
+        f"2 of 28 tensors are not in all parents (lm_head.weight is not in {parents}/cos; score.weight is not in"
+        f" {parents}/fmt); say whose to copy with `--config-from PARENT`; those that it lacks are left out",
+    )
+    ended = mergeyard("merge", config, tmp_path / "out", "--config-from", f"{parents}/cos")
+    assert ended.code == 0, ended.err
+    merged = load_model(tmp_path / "out")
+    assert merged.keys() == {*weights("cos"), "score.weight"}
+    assert torch.equal(merged["score.weight"], score)
+    norm = 0.7 * weights("cos")["model.norm.weight"].double() + 0.3 * weights("fmt")["model.norm.weight"].double()
+    assert torch.equal(merged["model.norm.weight"], norm.bfloat16())
 
 
 def test_a_merge_never_replaces_another_model(mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path):

@@ -503,9 +503,76 @@ def test_a_missing_tensor_is_named_with_both_parents(plan: Planning, parents: Pa
     del tensors["model.layers.1.self_attn.q_proj.bias"]
     write_model(parents / "fmt", tensors)
     assert refusal(plan) == (
-        "job.yaml:5: tensor model.layers.1.self_attn.q_proj.bias is in cos but not in fmt;"
-        " parents hold the same tensors"
+        "job.yaml:5: 1 of 26 tensors are not in all parents (model.layers.1.self_attn.q_proj.bias is not in fmt);"
+        " take parents with the same layers and parts"
     )
+
+
+def merged_names(plan: Plan) -> set[str]:
+    return {tensor.name for shard in plan.points[0].layout.shards for tensor in shard.tensors}
+
+
+def test_buffers_that_transformers_computes_are_left_out(plan: Planning, parents: Path):
+    buffers = {
+        "model.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+    }
+    write_model(parents / "fmt", {**weights("fmt"), **buffers})
+    assert merged_names(plan()) == set(shapes())
+
+
+@pytest.mark.parametrize("architecture", ["Qwen2ForCausalLM", "OfItsOwnCode"])
+@pytest.mark.parametrize("who", [["cos"], ["fmt"], ["cos", "fmt"]])
+def test_a_head_that_repeats_the_embeddings_is_left_out(
+    plan: Planning, parents: Path, who: list[str], architecture: str
+):
+    for name in ("cos", "fmt"):
+        tensors = weights(name)
+        extra = {HEAD: tensors[EMBEDDINGS].clone()} if name in who else {}
+        config = {"tie_word_embeddings": True, "architectures": [architecture]}
+        write_model(parents / name, {**tensors, **extra}, config=config)
+    assert merged_names(plan()) == set(shapes())
+
+
+def test_a_head_of_its_own_beside_tied_embeddings_stays(plan: Planning, parents: Path):
+    for name in ("cos", "fmt"):
+        write_model(parents / name, weights(name, tied=False), config={"tie_word_embeddings": True})
+    assert HEAD in merged_names(plan())
+
+
+@pytest.mark.parametrize("donor_has_prefix", [True, False])
+def test_a_tensor_is_found_with_and_without_the_prefix_of_its_class(
+    plan: Planning, parents: Path, donor_has_prefix: bool
+):
+    bare = {name.removeprefix("model."): tensor for name, tensor in weights("fmt").items()}
+    who = "fmt" if donor_has_prefix else "cos"
+    write_model(parents / who, bare)
+    planned = plan()
+    assert merged_names(planned) == (set(shapes()) if donor_has_prefix else set(bare))
+    tensor = next(
+        t for shard in planned.points[0].layout.shards for t in shard.tensors if t.name.endswith("norm.weight")
+    )
+    assert set(tensor.sources) == {"cos", "fmt"}
+
+
+def test_a_class_that_transformers_does_not_have_needs_equal_names(plan: Planning, parents: Path):
+    for name in ("cos", "fmt"):
+        tensors = weights(name)
+        bare = {key.removeprefix("model."): tensor for key, tensor in tensors.items()}
+        write_model(parents / name, bare if name == "fmt" else tensors, config={"architectures": ["OfItsOwnCode"]})
+    assert "52 of 52 tensors are not in all parents (embed_tokens.weight is not in cos" in refusal(plan)
+
+
+def test_the_remedy_for_vocabularies_of_other_sizes_helps(plan: Planning, parents: Path):
+    from transformers import AutoModelForCausalLM
+
+    tensors = {**weights("fmt"), EMBEDDINGS: torch.ones(64, HIDDEN).bfloat16()}
+    write_model(parents / "fmt", tensors, config={"vocab_size": 64})
+    assert "give the smaller 64 rows with `model.resize_token_embeddings(64)`" in refusal(plan)
+    model = AutoModelForCausalLM.from_pretrained(parents / "cos", dtype="auto")
+    model.resize_token_embeddings(64)
+    model.save_pretrained(parents / "cos")
+    assert merged_names(plan()) == set(shapes())
 
 
 def test_shapes_that_differ_are_shown_side_by_side(plan: Planning, parents: Path):
