@@ -15,5 +15,5 @@ def completion(options: argparse.Namespace) -> int:
         for action in verb._actions:
             if action.choices is None and (not action.option_strings or action.metavar == "FILE"):
                 action.complete = shtab.FILE
-    print(shtab.complete(whole, shell=options.shell))
+    print(shtab.complete(whole, options.shell))
     return 0
