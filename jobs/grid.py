@@ -148,7 +148,14 @@ def _nameable(bindings: Bindings) -> dict[str, Value]:
 
 
 def _default_name(grid: Grid) -> Template:
-    return name_template("_".join(f"{axis}{{{axis}}}" for axis in grid.places) or "merge", grid.place)
+    """`w{w}_k1={k1}_method={method}`: the axes that vary, with = where a name and a value would run together."""
+    values = dict(zip(grid.places, zip(*grid.combinations, strict=True), strict=True))
+    varying = {axis: of for axis, of in values.items() if len(set(of)) > 1} or values
+    mark = {
+        axis: "=" if axis[-1].isdigit() or any(isinstance(value, str) for value in of) else ""
+        for axis, of in varying.items()
+    }
+    return name_template("_".join(f"{axis}{mark[axis]}{{{axis}}}" for axis in varying) or "merge", grid.place)
 
 
 def _product(node: Node, axes: list[_Axis]) -> Grid:

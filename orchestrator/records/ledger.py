@@ -41,7 +41,7 @@ class Ledger:
             earlier = read_record(self.store, self._places.record("plan.json"))
             if earlier.get("digest") != plan["digest"]:
                 raise BadInput(
-                    f"{self.store.url}: this run belongs to another job, {_difference(earlier, plan)};"
+                    f"{self.store.url}: this run belongs to another job, {_difference(earlier, plan)}"
                     " give the job another name, or remove that run"
                 ) from None
         with writing():
@@ -93,14 +93,21 @@ class Ledger:
             self.store.delete(info.key)
 
 
+def _merges(plan: Mapping[str, Any]) -> list[str]:
+    return sorted(entry["digest"] for entry in plan["points"])
+
+
 def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """The difference of two plans, in a few words."""
     for name, parent in now["parents"].items():
         before = earlier["parents"].get(name)
         if before is not None and before != parent:
-            return f"or its parent {name} has changed since"
+            return f"or its parent {name} has changed since;"
     before_points = {entry["name"] for entry in earlier["points"]}
     points = {entry["name"] for entry in now["points"]}
+    if before_points != points and _merges(earlier) == _merges(now):
+        example = next(entry["name"] for entry in earlier["points"] if entry["name"] not in points)
+        return f"whose points have other names, such as {example}: name them so by `point:`, or"
     if before_points != points:
-        return f"with {len(before_points)} points, {len(points - before_points)} of yours not among them"
-    return "whose points of the same names are other merges"
+        return f"with {len(before_points)} points, {len(points - before_points)} of yours not among them;"
+    return "whose points of the same names are other merges;"

@@ -50,7 +50,12 @@ def test_an_axis_holds_its_values_exactly_both_ends_included(axis: str, expected
 
 
 def test_axes_multiply_in_document_order_the_last_one_fastest() -> None:
-    assert [point.name for point in points("b: [1, 2]\na: [x, y]", axes="a b")] == ["b1_ax", "b1_ay", "b2_ax", "b2_ay"]
+    assert [point.name for point in points("b: [1, 2]\na: [x, y]", axes="a b")] == [
+        "b1_a=x",
+        "b1_a=y",
+        "b2_a=x",
+        "b2_a=y",
+    ]
 
 
 @pytest.mark.parametrize(("size", "parts"), [(2, 10), (3, 4), (4, 5)])
@@ -157,7 +162,7 @@ def test_two_points_of_one_name_are_both_told() -> None:
 
 def test_a_default_name_has_the_last_part_of_a_path() -> None:
     found = points("m: [org/Qwen3-8B, s3://bucket/merges/a b/, plain]\nw: [0.5]", axes="m w")
-    assert [point.name for point in found] == ["mQwen3-8B_w0.5", "ma-b_w0.5", "mplain_w0.5"]
+    assert [point.name for point in found] == ["m=Qwen3-8B", "m=a-b", "m=plain"]
     assert [point.bindings["m"] for point in found] == ["org/Qwen3-8B", "s3://bucket/merges/a b/", "plain"]
 
 
@@ -181,3 +186,14 @@ def test_a_name_that_cannot_be_a_folder_is_refused(point: str) -> None:
 def test_without_a_grid_there_is_one_point() -> None:
     recipe = recipe_template(load_document("merge_method: x\nmodels: [{model: a}]\n", "r.yml"))
     assert [point.name for point in expand(recipe, parse_grid(None, "r.yml:1"), None)] == ["merge"]
+
+
+def test_a_default_name_keeps_names_and_values_apart_and_leaves_out_what_does_not_vary() -> None:
+    grid = "w1: [0, 0.5]\nw: [1]\nmethod: [ties, linear]"
+    assert [point.name for point in points(grid, axes="w1 w method")] == [
+        "w1=0_method=ties",
+        "w1=0_method=linear",
+        "w1=0.5_method=ties",
+        "w1=0.5_method=linear",
+    ]
+    assert [point.name for point in points("w: [0.5]\nv: [1]", axes="w v")] == ["w0.5_v1"]

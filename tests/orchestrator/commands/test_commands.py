@@ -293,6 +293,20 @@ def test_a_run_of_another_job_is_refused(mergeyard: Mergeyard, job_file: Callabl
     assert files_under(run_folder / "points") == before
 
 
+def test_a_run_whose_points_had_other_names_is_refused_with_the_key_that_names_them_so(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path
+):
+    path = job_file()
+    named = path.read_text() + "point: weight-{w}\n"
+    path.write_text(named)
+    assert mergeyard("run", path, "--in-process").code == 0
+    path.write_text(named.replace("point: weight-{w}\n", ""))
+    ended = mergeyard("run", path, "--in-process")
+    assert_refused(ended, "points have other names, such as weight-0.25: name them so by `point:`, or give the job")
+    path.write_text(named)
+    assert mergeyard("run", path, "--in-process", "--json").facts["units_merged"] == 0
+
+
 def test_a_run_whose_parent_changed_is_refused(
     mergeyard: Mergeyard, job_file: Callable[..., Path], parents: Path, run_folder: Path
 ):

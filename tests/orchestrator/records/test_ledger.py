@@ -216,7 +216,7 @@ def plan(digest: str = "d", points: tuple[str, ...] = ("p",), **parents: str) ->
     return {
         "digest": digest,
         "parents": {name: {"url": url} for name, url in parents.items()},
-        "points": [{"name": name} for name in points],
+        "points": [{"name": name, "digest": f"{digest} {name}"} for name in points],
     }
 
 
@@ -231,9 +231,9 @@ def test_a_run_is_claimed_by_its_first_job_and_again_by_the_same(store: Store):
 @pytest.mark.parametrize(
     ("other", "difference"),
     [
-        (plan("e", ("p", "q")), "with 1 points, 1 of yours not among them"),
-        (plan("e", ("p",), a="s3://moved"), "or its parent a has changed since"),
-        (plan("e", ("p",), a="s3://here"), "whose points of the same names are other merges"),
+        (plan("e", ("p", "q")), "with 1 points, 1 of yours not among them;"),
+        (plan("e", ("p",), a="s3://moved"), "or its parent a has changed since;"),
+        (plan("e", ("p",), a="s3://here"), "whose points of the same names are other merges;"),
     ],
 )
 def test_a_run_of_another_job_is_refused_with_the_difference(store: Store, other: dict[str, Any], difference: str):
@@ -243,7 +243,7 @@ def test_a_run_of_another_job_is_refused_with_the_difference(store: Store, other
     with pytest.raises(BadInput) as refused:
         ledger.claim("other text", other)
     assert str(refused.value) == (
-        f"{store.url}: this run belongs to another job, {difference}; give the job another name, or remove that run"
+        f"{store.url}: this run belongs to another job, {difference} give the job another name, or remove that run"
     )
     assert {info.key: info.etag for info in store.list()} == before
 
