@@ -34,9 +34,9 @@ class Ended:
         return json.loads(self.out)
 
     def refused_with(self, code: int) -> str:
-        """The one line it ended with, and with this exit code."""
+        """The one line it ended with, after those of its progress, and with this exit code."""
         assert self.code == code, (self.code, self.err)
-        lines = self.err.splitlines()
+        lines = [line for line in self.err.splitlines() if not line.startswith(("merging ", "making ", "evaluating "))]
         assert len(lines) == 1, self.err
         assert self.out == ""
         return lines[0]

@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.errors import BadInput, ObjectMissing
+from jobs.errors import BadInput, MergeyardError, ObjectMissing
 from jobs.job import Job, load_job
 from orchestrator.evaluating.results import EvaluationResult, read_results, read_verdict
 from orchestrator.records.lease import driver_of
@@ -120,11 +120,13 @@ def stage_line(facts: Mapping[str, Any]) -> str | None:
 
 
 def run_state(run_url: str) -> str:
-    """The state of a run in one line, also if there is none yet."""
+    """The state of a run in one line, also if there is none yet or the bucket cannot be read from here."""
     try:
         return _short(status_facts(run_url))
     except ObjectMissing:
         return "not begun"
+    except MergeyardError as error:
+        return f"not to be seen from here ({error})"
 
 
 def _result(run_url: str) -> EvaluationResult | None:

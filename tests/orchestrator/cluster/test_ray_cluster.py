@@ -27,6 +27,7 @@ from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.ray_cluster import HEAD_TIMEOUT, RayCluster, failure
 from orchestrator.cluster.ray_evaluating import RayEvaluators
 from orchestrator.cluster.ray_merging import RayPool
+from orchestrator.watching import Watcher
 
 LARGE = {"CPU": 16.0, "memory": 64e9}
 SMALL = {"CPU": 16.0, "memory": 1e9}
@@ -173,7 +174,7 @@ def test_the_work_of_sixteen_slots_that_a_node_took_along_is_given_out_again_in_
         return Call([], ray.clock.now + 1)
 
     monkeypatch.setattr(ray, "end", end)
-    assert len([*pool(ray).run(tasks, lambda read, written: None)]) == 16
+    assert len([*pool(ray).run(tasks, Watcher(visible=False))]) == 16
     again = [at - began for at, _ in ray.given_out[16:]]
     assert again == [13.0] * 16
 
@@ -215,7 +216,7 @@ def test_a_worker_that_dies_names_its_task_and_the_node_where_it_was(ray: Ray, m
 
     monkeypatch.setattr(ray, "get", dies_after_its_first_word)
     with pytest.raises(WorkerLost, match=r"^00007 of ties on node 10\.0\.0\.7: its worker died 4 times"):
-        list(pool(ray).run([task], lambda read, written: None))
+        list(pool(ray).run([task], Watcher(visible=False)))
     with pytest.raises(
         WorkerLost, match=r"^vt at 4096 tokens, items 0 to 63, of p on node 10\.0\.0\.8: its worker died"
     ):

@@ -169,7 +169,9 @@ def test_a_chat_template_that_cannot_ask_is_refused_in_one_line(parents: Path, t
 def test_a_chat_template_that_does_not_end_is_stopped(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "RENDER_SECONDS", 1.0)
     with ChatTemplate(template, {}, "here") as chat:
-        with pytest.raises(BadInput, match="here: the chat template does not end within 1 seconds"):
+        # of a template that also fills its memory, the memory may be the first to run out
+        ended = r"here: the chat template (does not end within 1 seconds|fails \(MemoryError\))"
+        with pytest.raises(BadInput, match=ended):
             chat.frame()
         process = chat._process
     assert process is not None and process.poll() is not None
