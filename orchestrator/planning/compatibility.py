@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
@@ -84,7 +84,7 @@ def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str) -> Non
     `remedy` is the setting that names the parent whose config holds.
     """
     stated = [_fields(parent.config) | {TIED: is_tied(parent, parent.config)} for parent in parents]
-    differing = _differing(stated)
+    differing = _differing(stated, lambda value: value)  # an unstated field may have a default that is not off
     if not differing:
         return
     full = [(parent, completed(parent.config)) for parent in parents]
@@ -103,10 +103,12 @@ def _clipped(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]} …"
 
 
-def _differing(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+def _differing(
+    configs: Sequence[Mapping[str, Any]], reading: Callable[[Any], Any] = lambda value: value or None
+) -> list[str]:
     """The fields that do not agree. No field, null, false and zero agree: each switches something off."""
     names = dict.fromkeys(name for fields in configs for name in fields)
-    values = {name: [fields.get(name) or None for fields in configs] for name in names}
+    values = {name: [reading(fields.get(name)) for fields in configs] for name in names}
     values["architectures"] = [stated for stated in values.get("architectures", ()) if stated is not None]
     return [name for name, stated in values.items() if any(value != stated[0] for value in stated)]
 

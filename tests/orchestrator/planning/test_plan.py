@@ -287,6 +287,19 @@ def test_fields_that_change_no_value_may_differ(kind: str, plan: Planning, paren
     plan()
 
 
+@pytest.mark.parametrize(("model_type", "agree"), [("gpt_neox", False), ("qwen2", True)])
+def test_a_field_that_is_off_agrees_with_none_only_if_off_is_its_default(
+    model_type: str, agree: bool, plan: Planning, parents: Path
+):
+    """`use_parallel_residual` is on in a GPTNeoXConfig that does not state it, and unknown to a Qwen2Config."""
+    for who, config in (("cos", {}), ("fmt", {"use_parallel_residual": False})):
+        write_model(parents / who, weights(who), config={"model_type": model_type, "architectures": None, **config})
+    if agree:
+        plan()
+    else:
+        assert "the parents disagree on use_parallel_residual: cos true, fmt false; say whose" in refusal(plan)
+
+
 def test_every_harmless_field_has_one_reason():
     fields = [field for of_one in HARMLESS.values() for field in of_one]
     assert len(fields) == len(set(fields))
