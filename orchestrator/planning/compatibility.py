@@ -18,31 +18,34 @@ TIED = "tie_word_embeddings"
 
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "the place of the file and the program that wrote it": (
-        "_name_or_path", "_commit_hash", "transformers_version", "unsloth_version", "unsloth_fixed", "model_name",
-        "auto_map",
+        "_name_or_path", "_commit_hash", "name_or_path", "transformers_version", "trl_version", "unsloth_version",
+        "unsloth_fixed", "unsloth_training", "model_name", "auto_map",
     ),
     "the dtype, which the merge states anew": ("dtype", "torch_dtype"),
     "speed and memory, not values": (
         "use_cache", "_attn_implementation", "attn_implementation", "_attn_implementation_autoset",
-        "_experts_implementation", "_flash_attn_2_enabled", "use_flash_attn", "gradient_checkpointing",
-        "use_gradient_checkpointing", "pretraining_tp", "torchscript", "chunk_size_feed_forward", "use_bfloat16",
+        "_experts_implementation", "_flash_attn_2_enabled", "use_flash_attn", "use_flash_attn_2",
+        "use_flash_attention", "use_flash_attention_2", "gradient_checkpointing", "use_gradient_checkpointing",
+        "low_cpu_mem_usage", "unsloth_tiled_mlp", "pretraining_tp", "ep_size", "torchscript", "chunk_size_feed_forward",
+        "use_bfloat16",
     ),
     "the form of the output of a forward pass": (
         "return_dict", "use_return_dict", "output_attentions", "output_hidden_states", "output_router_logits",
-        "output_scores", "return_dict_in_generate",
+        "output_scores", "output_past", "return_dict_in_generate",
     ),
     "training": (
         "initializer_range", "initializer_factor", "router_aux_loss_coef", "aux_loss_alpha", "seq_aux",
-        "router_jitter_noise", "problem_type", "finetuning_task", "task_specific_params", "keys_to_ignore_at_inference",
+        "router_jitter_noise", "loss_type", "ignore_index", "problem_type", "finetuning_task", "task_specific_params",
+        "keys_to_ignore_at_inference",
     ),
     "the ends of answers and generation; they belong to the tokenizer and to generation_config.json": (
         "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
         "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
-        "tokenizer_class", "prefix", "max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_p",
-        "top_k", "typical_p", "num_beams", "num_beam_groups", "num_return_sequences", "early_stopping",
-        "length_penalty", "diversity_penalty", "repetition_penalty", "no_repeat_ngram_size",
-        "encoder_no_repeat_ngram_size", "exponential_decay_length_penalty", "remove_invalid_values",
-        "cache_implementation",
+        "tokenizer_class", "tokenizer_padding_side", "tokenizer_model_max_length", "padding_side", "prefix",
+        "max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "typical_p",
+        "num_beams", "num_beam_groups", "num_return_sequences", "early_stopping", "length_penalty",
+        "diversity_penalty", "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
+        "exponential_decay_length_penalty", "remove_invalid_values", "cache_implementation",
     ),
     "names of classes for people": ("id2label", "label2id"),
 }  # fmt: skip
@@ -128,7 +131,7 @@ def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
             fields.pop("max_window_layers", None)
         hidden, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
         if isinstance(hidden, int) and isinstance(heads, int) and heads > 0:
-            fields.setdefault("head_dim", hidden // heads)  # not every class of transformers has it as a field
+            fields["head_dim"] = fields.get("head_dim") or hidden // heads  # not every class has it as a field
         found |= {f"{path}{key}": value for key, value in fields.items()}
     return found
 
@@ -150,14 +153,15 @@ def check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:
     have = [(parent, files) for parent in parents if (files := vocabulary_files(parent.side_files))]
     for other, files in have[1:]:
         first, first_files = have[0]
-        shared = next((name for name in first_files if name in files), None)
-        vocabulary = _vocabulary(first, shared or first_files[0])
-        difference = vocabulary.difference(_vocabulary(other, shared or files[0]))
-        if difference is not None:
-            raise BadInput(
-                f"{place}: the tokenizers of {first.name} and {other.name} differ ({difference});"
-                " say whose to take with `tokenizer_source: PARENT` if you know that the rest agrees"
-            )
+        shared = [name for name in first_files if name in files]
+        shared = shared[:1] if "tokenizer.json" in shared else shared
+        for one, another in [(name, name) for name in shared] or [(first_files[0], files[0])]:
+            difference = _vocabulary(first, one).difference(_vocabulary(other, another))
+            if difference is not None:
+                raise BadInput(
+                    f"{place}: the tokenizers of {first.name} and {other.name} differ ({difference});"
+                    " say whose to take with `tokenizer_source: PARENT` if you know that the rest agrees"
+                )
 
 
 def _vocabulary(parent: Checkpoint, name: str) -> Vocabulary:

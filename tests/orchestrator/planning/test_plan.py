@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import struct
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -268,7 +269,9 @@ HARMLESS_CHANGES: dict[str, dict[str, Any]] = {
     "dtype": {"torch_dtype": "float32", "dtype": "float32"},
     "training": {"attention_dropout": 0.5, "initializer_range": 0.1},
     "ends": {"eos_token_id": [1, 2], "bos_token_id": 7, "pad_token_id": 2},
-    "speed": {"use_cache": False},
+    "speed": {"use_cache": False, "use_flash_attention_2": True, "low_cpu_mem_usage": True},
+    "programs of training": {"trl_version": "0.19", "tokenizer_padding_side": "right", "loss_type": "ForCausalLM"},
+    "a default, as null": {"head_dim": None},
     "generation, as older versions of transformers state it": {"num_beams": 1, "top_k": 50, "max_length": 20},
     "a default, stated": {
         "head_dim": 8,
@@ -381,9 +384,11 @@ def test_tokenizers_that_differ_are_refused_with_the_token(plan: Planning, paren
 PIECES = ("<unk>", "▁the", "▁a")
 
 
-def sentencepiece(*pieces: str) -> bytes:
-    """A ModelProto: field 1, each a message whose field 1 is the piece."""
+def sentencepiece(*pieces: str, scores: bool = False) -> bytes:
+    """A ModelProto: field 1, each a message whose field 1 is the piece, and field 2 its score: 0, -1, …"""
     messages = [bytes([0x0A, len(piece.encode())]) + piece.encode() for piece in pieces]
+    if scores:
+        messages = [message + b"\x15" + struct.pack("<f", -at) for at, message in enumerate(messages)]
     return b"".join(bytes([0x0A, len(message)]) + message for message in messages)
 
 
@@ -436,6 +441,36 @@ OTHER_TOKENIZERS: dict[str, tuple[dict[str, bytes], dict[str, bytes], str]] = {
         {"tokenizer.model": sentencepiece(*PIECES)},
         "token '▁a' is 1 and 2",
     ),
+    "scores of sentencepiece": (
+        {"spiece.model": sentencepiece("a", "b", scores=True)},
+        {"spiece.model": sentencepiece("a", "b")},
+        "the score of 'b' is -1 and 0",
+    ),
+    "scores of tokenizer.json": (
+        {"tokenizer.json": b'{"model": {"vocab": [["a", -1], ["b", -2]]}}'},
+        {"tokenizer.json": b'{"model": {"vocab": [["a", -1], ["b", -3]]}}'},
+        "the score of 'b' is -2 and -3",
+    ),
+    "the type of the model": (
+        {"tokenizer.json": b'{"model": {"type": "BPE", "vocab": {"a": 0}}}'},
+        {"tokenizer.json": b'{"model": {"type": "WordPiece", "vocab": {"a": 0}}}'},
+        "the model is BPE and WordPiece",
+    ),
+    "the second of two files": (
+        {"source.spm": sentencepiece("a", "b"), "target.spm": sentencepiece("c", "d")},
+        {"source.spm": sentencepiece("a", "b"), "target.spm": sentencepiece("d", "c")},
+        "token 'c' is 0 and 1",
+    ),
+    "codes beside vocab.txt": (
+        {"vocab.txt": b"a\nb\n", "bpe.codes": b"a b 7\n"},
+        {"vocab.txt": b"a\nb\n", "bpe.codes": b"b a 7\n"},
+        "the bytes of bpe.codes, which cannot be read as a vocabulary",
+    ),
+    "ids that are no numbers": (
+        {"tokenizer.json": b'{"model": {"vocab": {"a": "0"}}}'},
+        {"tokenizer.json": b'{"model": {"vocab": {"a": [0]}}}'},
+        "the bytes of tokenizer.json, which cannot be read as a vocabulary",
+    ),
     "merges of tokenizer.json": (
         {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": ["a b", "c d"]}}'},
         {"tokenizer.json": b'{"model": {"vocab": {"a": 0}, "merges": [["a", "b"], ["d", "c"]]}}'},
@@ -480,6 +515,10 @@ def test_tokenizers_of_every_format_are_compared(kind: str, plan: Planning, pare
         ),
         ({"tekken.json": tekken(b"a", b"b", b"c")}, {"tekken.json": tekken(b"a", b"b", b"not used")}),
         (
+            {"vocab.json": b'{"a": 0, "b": 1}', "merges.txt": b"#version: 0.2\r\na b\r\n"},
+            {"vocab.json": b'{"a": 0, "b": 1}', "merges.txt": b"#version: 0.2\na b\n"},
+        ),
+        (
             {"tokenizer.json": b'{"model": {"vocab": {"a": 0, "\\u2028": 1, "\\u0120b": 2}}}'},
             {"vocab.txt": "a\n\u2028\nĠb\n".encode()},
         ),
@@ -495,6 +534,7 @@ def test_tokenizers_of_every_format_are_compared(kind: str, plan: Planning, pare
         "BPE of two kinds",
         "merges in two spellings",
         "tekken beyond its size",
+        "line ends of Windows",
         "lines of vocab.txt",
         "tiktoken and tokenizer.json",
     ],
