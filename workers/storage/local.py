@@ -345,7 +345,7 @@ def _is_hub_cache(folder: Path) -> bool:
     """Whether a folder holds the blobs of one repository, or those that repositories of a cache share."""
     if folder.name != "blobs":
         return False
-    return folder.parent.name.startswith("models--") or next(folder.parent.glob("models--*/"), None) is not None
+    return (folder.parent / "snapshots").is_dir() or next(folder.parent.glob("models--*/"), None) is not None
 
 
 def _etag(found: os.stat_result) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 from collections.abc import Callable
 from contextlib import suppress
@@ -582,6 +583,8 @@ def test_a_snapshot_in_a_cache_of_the_hub_is_opened(parent: Path, tmp_path: Path
             (blobs / path.name).symlink_to(f"../../blobs/f5/{path.name}")
         (snapshot / path.name).symlink_to(f"../../blobs/{path.name}")
     assert open_checkpoint(str(snapshot), "cos").shapes == {"x": (2,)}
+    renamed = shutil.copytree(repository, tmp_path / "hub" / "renamed", symlinks=True)
+    assert open_checkpoint(str(renamed / "snapshots" / "abc"), "cos").shapes == {"x": (2,)}
     (parent / "vocab.txt").symlink_to(blobs / "config.json")
     assert "vocab.txt" in open_checkpoint(str(parent), "cos").side_files, "as the hub's client links into a folder"
     (blobs / "config.json").unlink()
