@@ -174,12 +174,15 @@ def _refused(place: str, answer: Answer) -> StorageRefused:
         thing, remedy = "the service does not have this access key", f"{remedy}, or AWS_ENDPOINT_URL to its own service"
     elif HOST_NAMES.search(f"{code} {answer.sentence}"):
         thing, refusal = "the service wants the bucket in the host name", StorageRefused
-        remedy = "set AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true"
+        remedy = "set AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true, and a host name, not an IP address, in AWS_ENDPOINT_URL"
     elif scheme == "s3" and answer.status in (400, 501) and CHECKSUMS.search(f"{code} {answer.sentence}"):
         thing, refusal = "the service does not take checksums of this form", StorageRefused
         remedy = "set AWS_REQUEST_CHECKSUM_CALCULATION=when_required"
     elif answer.status in (401, 403) and scheme == "s3" and code in ("AccessDenied", ""):
-        remedy = f"give these keys the permission, or {remedy}, or AWS_REQUEST_PAYER=requester where the reader pays"
+        remedy = (
+            f"give these keys the permission, or {remedy}, or AWS_REQUEST_PAYER=requester where the reader pays,"
+            " or AWS_SERVER_SIDE_ENCRYPTION=aws:kms where the bucket wants encryption"
+        )
     elif answer.status not in (401, 403):
         thing, refusal = "the service refuses this request", StorageRefused
         folder = place.rpartition("/")[0] if place.count("/") > 2 else place

@@ -129,12 +129,15 @@ def test_a_service_that_does_not_name_its_region(quirky_s3: QuirkyS3, monkeypatc
 
 
 def test_a_service_that_wants_the_bucket_in_the_host_name(quirky_s3: QuirkyS3, monkeypatch: Setenv) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage.invalid")
-    monkeypatch.setenv("http_proxy", quirky_s3.endpoint)  # which resolves the names
     quirky_s3.refuse = unless(
         lambda asked: asked.headers["host"].startswith(f"{BUCKET}."),
         *(403, "SecondLevelDomainForbidden", "Please use virtual hosted style to access."),
     )
+    monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
+    refused(StorageRefused, "a host name, not an IP address, in AWS_ENDPOINT_URL")
+    monkeypatch.delenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://storage.invalid")
+    monkeypatch.setenv("http_proxy", quirky_s3.endpoint)  # which resolves the names
     refused(StorageRefused, "Please use virtual hosted", "set AWS_VIRTUAL_HOSTED_STYLE_REQUEST=true")
     monkeypatch.setenv("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "true")
     use()
@@ -188,6 +191,17 @@ def test_a_bucket_whose_reader_pays(quirky_s3: QuirkyS3, monkeypatch: Setenv) ->
     quirky_s3.refuse = unless(has("x-amz-request-payer", "requester"), 403, "AccessDenied", "")
     refused(AccessDenied, "give these keys the permission", "AWS_REQUEST_PAYER=requester")
     monkeypatch.setenv("AWS_REQUEST_PAYER", "requester")
+    use()
+
+
+def test_a_bucket_that_takes_only_encrypted_objects(quirky_s3: QuirkyS3, monkeypatch: Setenv) -> None:
+    quirky_s3.refuse = unless(
+        lambda asked: asked.method != "PUT" or has("x-amz-server-side-encryption", "aws:kms")(asked),
+        *(403, "AccessDenied", "explicit deny in a resource-based policy"),
+    )
+    with pytest.raises(AccessDenied, match="or AWS_SERVER_SIDE_ENCRYPTION=aws:kms where the bucket wants encryption"):
+        open_store(URL).write("name", b"x")
+    monkeypatch.setenv("AWS_SERVER_SIDE_ENCRYPTION", "aws:kms")
     use()
 
 
@@ -371,6 +385,7 @@ FOLLOWED = (
     "AWS_VIRTUAL_HOSTED_STYLE_REQUEST=false",
     "AWS_REQUEST_CHECKSUM_CALCULATION=when_required",
     "AWS_REQUEST_PAYER=requester",
+    "AWS_SERVER_SIDE_ENCRYPTION=aws:kms",
     "set AWS_REGION",
     "tries each kind of request",
     "`mergeyard check` tries",
