@@ -13,15 +13,16 @@ def check(options: argparse.Namespace) -> int:
     from workers.storage import open_store
     from workers.storage.probing import probe, settings
 
-    found = settings(options.url)
+    store = open_store(options.url).url
+    found = settings(store)
     if not options.json:
-        for name, value in {"store": open_store(options.url).url, **found}.items():
+        for name, value in {"store": store, **found}.items():
             print(f"{name:<15} {value}", flush=True)
     findings = probe(options.url)
     broken = [finding for finding in findings if finding.trouble]
     if options.json:
         checks = [{"promise": finding.promise, "trouble": finding.trouble} for finding in findings]
-        print_json({"store": open_store(options.url).url, "settings": found, "checks": checks, "good": not broken})
+        print_json({"store": store, "settings": found, "checks": checks, "good": not broken})
     else:
         for finding in findings:
             print(f"{'no ' if finding.trouble else 'yes'}  {finding.promise}")

@@ -78,7 +78,7 @@ def open_cloud_store(url: str) -> CloudStore:
     name, _, prefix = rest.partition("/")
     scheme, prefix = scheme.lower(), prefix.strip("/")
     if not BUCKET_NAME.fullmatch(name):
-        raise BadInput(f"a {scheme}:// URL has the form {scheme}://bucket/prefix, with a valid bucket name")
+        raise BadInput(f"{url}: the URL of a bucket has the form {scheme}://bucket/prefix, with a valid bucket name")
     if prefix:
         check_key(prefix)
     environment = tuple(sorted(item for item in os.environ.items() if ENVIRONMENT.fullmatch(item[0])))

@@ -7,7 +7,15 @@ import secrets
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
-from jobs.errors import CorruptData, MergeyardError, ObjectChanged, ObjectExists, ObjectMissing, StorageUnavailable
+from jobs.errors import (
+    BucketMissing,
+    CorruptData,
+    MergeyardError,
+    ObjectChanged,
+    ObjectExists,
+    ObjectMissing,
+    StorageUnavailable,
+)
 from workers.storage import Store, open_store
 
 NO_VERSION = f'"{"0" * 32}"'
@@ -68,8 +76,8 @@ def probe(url: str) -> list[Finding]:
                 raise
             except MergeyardError as error:
                 findings.append(Finding(promise, str(error)))
-                if promise == WRITES:
-                    break
+                if promise == WRITES or isinstance(error, BucketMissing):
+                    break  # some services make a missing bucket at the first write
             else:
                 findings.append(Finding(promise, None))
     finally:

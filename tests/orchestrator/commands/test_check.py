@@ -47,6 +47,22 @@ def test_a_service_that_ignores_conditions_is_told_apart(mergeyard: Callable[...
     assert quirky_s3.objects == {}
 
 
+def test_a_missing_bucket_is_not_written_to(mergeyard: Callable[..., Ended], quirky_s3: QuirkyS3) -> None:
+    """Some services make a bucket at the first write."""
+    quirky_s3.refuse = lambda asked: (404, "NoSuchBucket", "", {}) if asked.method == "GET" else None
+    told = mergeyard("check", URL)
+    assert (told.code, told.out.splitlines()[-1]) == (2, "a run cannot have its output here")
+    assert f"s3://{BUCKET}: there is no such bucket; create it or correct the URL" in told.out
+    assert not any(asked.method == "PUT" for asked in quirky_s3.seen)
+
+
+@pytest.mark.parametrize("url", ["s3://", "s3:///runs", "s3://a b/runs", "gs://"])
+def test_a_url_without_a_bucket_is_refused_as_everywhere(mergeyard: Callable[..., Ended], url: str) -> None:
+    told = mergeyard("check", url)
+    assert told.code == 2
+    assert "://bucket/prefix, with a valid bucket name" in told.err
+
+
 def test_a_service_that_is_away_is_to_be_tried_again(
     mergeyard: Callable[..., Ended], quirky_s3: QuirkyS3, monkeypatch: pytest.MonkeyPatch
 ) -> None:
