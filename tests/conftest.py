@@ -11,6 +11,7 @@ import pytest
 
 from tests.azurite import ACCOUNT, KEY, Azurite, azurite_binary
 from tests.fault_proxy import FaultProxy
+from tests.gcs_server import GcsServer, gcs_binary
 from tests.hub_server import HubServer
 from tests.quirky_s3 import QuirkyS3
 from tests.seaweedfs import SeaweedFS
@@ -86,6 +87,26 @@ def az_url(azurite: Azurite, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", ACCOUNT)
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", KEY)
     return f"az://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture(scope="session")
+def gcs_server() -> Iterator[GcsServer]:
+    """A running GCS server with the bucket `BUCKET`."""
+    binary = gcs_binary()
+    if binary is None:
+        pytest.skip("fake-gcs-server has no program for this machine")
+    server = GcsServer(binary)
+    server.start()
+    server.create_bucket(BUCKET)
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def gs_url(gcs_server: GcsServer, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A fresh, empty `gs://bucket/prefix`, with the environment pointing to its server."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", gcs_server.endpoint)
+    return f"gs://{BUCKET}/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

@@ -81,8 +81,8 @@ SLOW = (
 """Tests that start a model, a process or a server, or that compute for long: how their names begin."""
 
 SLOW_FIXTURES = {"chat", "fault_proxy", "harness_task", "hub_server", "killed_driver", "mounted", "quirky_s3"}
-SLOW_FIXTURES |= {"azurite", "real_model", "s3_server", "served_long"}
-SERVERS = {"s3": "s3_server", "azure": "azurite"}
+SLOW_FIXTURES |= {"azurite", "gcs_server", "real_model", "s3_server", "served_long"}
+SERVERS = {"s3": "s3_server", "azure": "azurite", "gcs": "gcs_server"}
 QUICK_SECONDS = 4.0
 """Of CPU time; a machine with other work on its cores takes up to twice that of a quiet one."""
 
@@ -121,7 +121,7 @@ class Groups(LoadScopeScheduling):
 
 
 def _needs(item: pytest.Item) -> set[str]:
-    """Its fixtures, with the server that a store named s3 or azure asks for."""
+    """Its fixtures, with the server that a store named s3, azure or gcs asks for."""
     assert isinstance(item, pytest.Function)
     named = item.callspec.params.values() if hasattr(item, "callspec") else ()
     return {*item.fixturenames, *(server for name, server in SERVERS.items() if name in named)}

@@ -43,18 +43,19 @@ from workers.storage.ranges import RANGE_BYTES, read_in_ranges
 from workers.storage.retrying import CONNECT_SECONDS, patience_seconds, patiently, stall_seconds
 from workers.storage.s3 import MIB, PARTS_IN_FLIGHT, MultipartUpload, S3Bucket
 from workers.storage.store import ObjectInfo, Upload
-from workers.storage.translation import denied, from_obstore, missing
+from workers.storage.translation import ENDPOINTS, denied, from_obstore, missing
 
 if TYPE_CHECKING:
     from obstore import GetOptions, GetResult, ObjectMeta
-    from obstore.store import ClientConfig, ObjectStore
+    from obstore.store import ClientConfig, GCSConfig, ObjectStore
 
 LARGEST_SINGLE_PUT = 16 * MIB
 LIST_PAGE = 1000
 STREAMED_PART_BYTES = 32 * MIB  # GCS takes 10,000 parts: 312 GiB
 REQUEST_SECONDS = 900.0  # one range or part on the slowest link; a silent one is given up much earlier
 ENVIRONMENT = re.compile(
-    "(AWS|AZURE|GOOGLE|MERGEYARD_STORAGE)_.*|REQUESTS_CA_BUNDLE|SSL_CERT_.*|.*_PROXY", re.IGNORECASE
+    "(AWS|AZURE|GOOGLE|MERGEYARD_STORAGE)_.*|STORAGE_EMULATOR_HOST|REQUESTS_CA_BUNDLE|SSL_CERT_.*|.*_PROXY",
+    re.IGNORECASE,
 )
 BUCKET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{1,221}")
 
@@ -432,12 +433,17 @@ def _connected(scheme: str, name: str, environment: tuple[tuple[str, str], ...])
     if scheme == "s3":
         s3 = S3Bucket(name, options)
         return Bucket(scheme, name, s3.objects, s3)
-    options["allow_http"] = os.environ.get("AZURE_STORAGE_ENDPOINT", "").startswith("http://")
+    endpoint = os.environ.get(ENDPOINTS[scheme], "")
+    if scheme == "gs" and endpoint and "://" not in endpoint:
+        endpoint = f"http://{endpoint}"  # Google's libraries take both forms of STORAGE_EMULATOR_HOST
+    options["allow_http"] = endpoint.startswith("http://")
     patience = timedelta(seconds=patience_seconds())
     try:
         # uploads to these are obstore's own from end to end, so its own retries must carry them
         if scheme == "gs":
-            objects = GCSStore(name, client_options=options, retry_config={"retry_timeout": patience})
+            # a token of its own, so that no real one goes to an emulator, and none is asked for
+            config: GCSConfig = {"base_url": endpoint, "bearer_token": "emulator"} if endpoint else {}
+            objects = GCSStore(name, config=config, client_options=options, retry_config={"retry_timeout": patience})
         else:
             objects = AzureStore(name, client_options=options, retry_config={"retry_timeout": patience})
     except obstore.exceptions.BaseError:

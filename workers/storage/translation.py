@@ -33,6 +33,7 @@ CREDENTIALS = {
     "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or run `gcloud auth application-default login`",
     "az": "set AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY, or log in with a workload identity",
 }
+ENDPOINTS = {"s3": "AWS_ENDPOINT_URL", "gs": "STORAGE_EMULATOR_HOST", "az": "AZURE_STORAGE_ENDPOINT"}
 LOG_IN_AGAIN = (
     "log in again, such as with `aws sso login`, or set new AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and"
     " AWS_SESSION_TOKEN"
@@ -200,7 +201,8 @@ def _without_answer(place: str, details: str, reason: str) -> StorageError:
             remedy = "correct the certificate, or the host name of the endpoint"
         return StorageRefused(f"{place}: the certificate of the service is not trusted ({why}); {remedy}")
     if re.search(r"InvalidContentType|WRONG_VERSION_NUMBER", details):
-        return StorageRefused(f"{place}: the service does not speak TLS; write http:// in AWS_ENDPOINT_URL")
+        variable = ENDPOINTS[place.partition("://")[0]]
+        return StorageRefused(f"{place}: the service does not speak TLS; write http:// in {variable}")
     return StorageUnavailable(f"{place}: {reason}")
 
 

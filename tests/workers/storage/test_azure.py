@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import AccessDenied, BucketMissing, ObjectChanged, ObjectExists
+from jobs.errors import AccessDenied, BucketMissing, ObjectChanged, ObjectExists, StorageRefused
 from orchestrator.cli import main
 from tests.azurite import ACCOUNT, KEY, Azurite
 from tests.fault_proxy import FaultProxy
@@ -91,6 +91,15 @@ def test_the_remedies_of_a_missing_container_and_of_a_wrong_key(az_url: str, mon
     with pytest.raises(AccessDenied, match=r"AuthorizationFailure: .*; set AZURE_STORAGE_ACCOUNT_NAME"):
         open_store(az_url).write("name", b"x")
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_KEY", KEY)
+    open_store(az_url).write("name", b"x")
+
+
+def test_the_remedy_of_an_endpoint_without_tls(azurite: Azurite, az_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "1")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", azurite.endpoint.replace("http://", "https://"))
+    with pytest.raises(StorageRefused, match="does not speak TLS; write http:// in AZURE_STORAGE_ENDPOINT"):
+        open_store(az_url).write("name", b"x")
+    monkeypatch.setenv("AZURE_STORAGE_ENDPOINT", azurite.endpoint)
     open_store(az_url).write("name", b"x")
 
 

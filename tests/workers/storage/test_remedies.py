@@ -391,7 +391,7 @@ FOLLOWED = (
     "`mergeyard check` tries",
     "to the PEM file of the authority",
     "or the host name of the endpoint",
-    "write http:// in AWS_ENDPOINT_URL",
+    "write http:// in ",
     "create it or correct the URL",
     "run again to pin the new version",
     "give this user access to it",
