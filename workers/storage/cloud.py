@@ -12,6 +12,7 @@ import mmap
 import os
 import queue
 import re
+import secrets
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 LARGEST_SINGLE_PUT = 16 * MIB
 LIST_PAGE = 1000
+STREAM_MARK = "mergeyard_upload"  # Azure takes no hyphen
 STREAMED_PART_BYTES = 32 * MIB  # GCS takes 10,000 parts: 312 GiB
 REQUEST_SECONDS = 900.0  # one range or part on the slowest link; a silent one is given up much earlier
 ENVIRONMENT = re.compile(
@@ -181,8 +183,10 @@ class CloudStore:
         check_key(key)
         replaced = {"e_tag": etag}
         if self._bucket.scheme == "gs":  # whose conditions are on generations
-            meta = self._patiently(key, lambda: obstore.head(self._objects, self._path(key)))
-            if meta["e_tag"] != etag:
+            meta: ObjectMeta | None = None
+            with suppress(ObjectMissing):
+                meta = self._patiently(key, lambda: obstore.head(self._objects, self._path(key)))
+            if meta is None or meta["e_tag"] != etag:
                 raise ObjectChanged(f"{self._place(key)} was replaced by another writer")
             replaced["version"] = meta["version"] or ""
         return self._put(key, memoryview(data).cast("B"), replaced)
@@ -209,7 +213,7 @@ class CloudStore:
         """By a conditional write that has nothing to replace."""
         key = ".mergeyard-writable"
         with suppress(ObjectChanged, ObjectMissing):
-            self.swap(key, b"", etag='"0"')
+            self._put(key, memoryview(b""), {"e_tag": '"0"', "version": "1"})  # GCS compares the version
             self.delete(key)  # a service that ignores conditions has written it
 
     def free_bytes(self) -> int | None:
@@ -217,14 +221,32 @@ class CloudStore:
 
     def put_stream(self, key: str, parts: Iterator[bytes]) -> None:
         """Write the object from parts as they come; an exception out of `parts` leaves nothing behind."""
+        mark = secrets.token_hex(16)
         try:
             obstore.put(
-                self._objects, self._path(key), parts, chunk_size=STREAMED_PART_BYTES, max_concurrency=PARTS_IN_FLIGHT
+                self._objects,
+                self._path(key),
+                parts,
+                attributes={STREAM_MARK: mark},
+                chunk_size=STREAMED_PART_BYTES,
+                max_concurrency=PARTS_IN_FLIGHT,
             )
         except UploadAborted:
             raise
         except Exception as error:
-            raise self._translated(error, key) from None
+            told = self._translated(error, key)
+            if not isinstance(told, ObjectMissing) or isinstance(told, BucketMissing):
+                raise told from None
+            # GCS has no such upload: an earlier commit may have come through and only its answer been lost
+            if not self._is_marked(key, mark):
+                raise StorageUnavailable(f"{self._place(key)}: the upload was aborted by another; run again") from None
+
+    def _is_marked(self, key: str, mark: str) -> bool:
+        path, first = self._path(key), (0, 1)
+        with suppress(ObjectMissing):
+            found = self._patiently(key, lambda: obstore.get(self._objects, path, options={"range": first}))
+            return found.attributes.get(STREAM_MARK) == mark
+        return False
 
     def _path(self, key: str) -> str:
         return self._prefix + key

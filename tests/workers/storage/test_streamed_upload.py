@@ -1,4 +1,4 @@
-"""The upload of GCS and Azure, whose servers cannot run here: the same code over a real S3 server."""
+"""The upload of GCS and Azure, over a real S3 server: sizes around those of parts, and what is left behind."""
 
 from __future__ import annotations
 
