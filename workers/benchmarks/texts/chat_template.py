@@ -17,6 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from jobs.errors import BadInput
+from jobs.foreign_json import is_text
 from workers.benchmarks.texts import rendering
 
 RENDER_SECONDS = 10.0
@@ -74,11 +75,10 @@ class ChatTemplate:
         roles = (("user", _MESSAGE), ("assistant", _ANSWER), ("user", _MESSAGE))
         conversation = [{"role": role, "content": content} for role, content in roles]
         text = self._rendered(conversation, add_generation_prompt=True)
-        between, found, _ = text.partition(_ANSWER)[2].partition(_MESSAGE)
-        if not found:
-            raise BadInput(
-                f"{self._place}: the chat template does not show a second message; leave out cwe, or ask it plainly"
-            )
+        between, found, after = text.partition(_ANSWER)[2].partition(_MESSAGE)
+        if not found or _MESSAGE in after or _ANSWER in after:
+            shows = "shows a message twice" if found else "does not show a second message"
+            raise BadInput(f"{self._place}: the chat template {shows}; leave out cwe, or {REMEDY}")
         return between
 
     def close(self) -> None:
@@ -98,8 +98,10 @@ class ChatTemplate:
     def _rendered(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
         conversation = {"messages": [*messages], "add_generation_prompt": add_generation_prompt}
         match self._reply(json.dumps(conversation)):
-            case {"text": str(text)}:
+            case {"text": str(text)} if is_text(text):
                 return text
+            case {"text": _}:
+                raise BadInput(f"{self._place}: the chat template writes half of a surrogate pair; {REMEDY}")
             case {"refused": str(told)}:
                 raise BadInput(f"{self._place}: the chat template refuses the conversation ({_line(told)}); {REMEDY}")
             case {"failed": str(told)}:

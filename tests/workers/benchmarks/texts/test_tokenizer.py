@@ -49,8 +49,18 @@ def test_a_template_of_a_single_message_has_no_next_turn(parents: Path) -> None:
     single = Tokenizer.from_files(files, place="here", chat_template="[{{ messages[0].content }}]")
     assert single.chat_frame() == ("[", "]")
     told = "here/tokenizer.json: the chat template does not show a second message; leave out cwe, or ask it plainly"
-    with pytest.raises(BadInput, match=f"^{told}$"):
+    with pytest.raises(BadInput, match=f"^{told}"):
         single.next_turn()
+
+
+def test_a_template_that_shows_the_last_of_three_messages_twice_has_no_next_turn() -> None:
+    template = (
+        "{% for m in messages %}{{ m.content }}|{% endfor %}{% if messages[1:] %}{{ messages[-1].content }}{% endif %}"
+    )
+    with ChatTemplate(template, {}, "here") as chat:
+        assert chat.frame() == ("", "|")
+        with pytest.raises(BadInput, match="here: the chat template shows a message twice; leave out cwe, or ask it"):
+            chat.next_turn()
 
 
 SPECIAL = [("<s>", 0), ("</s>", 1)]
@@ -147,6 +157,7 @@ def test_chat_templates_are_rendered_as_transformers_does_but_for_the_date(
         ("{{ raise_exception('only\nsystem') }}", r"chat template refuses the conversation \(only system\)"),
         ("{{ messages | length }}", "the chat template does not show the user's message"),
         (2 * "{{ messages[0].content }}", "the chat template shows the user's message 2 times; ask it plainly, with"),
+        (r"{{ '\ud800' ~ messages[0].content }}", "the chat template writes half of a surrogate pair; ask it plainly"),
         ("{{ 'x' * 10 ** 9 }}", r"the chat template fails \(MemoryError\)"),
     ],
 )
