@@ -66,11 +66,13 @@ class Handler(BaseHTTPRequestHandler):
             while not self.server.released.wait(0.1):
                 self.wfile.write(b" ")
 
-    def reply(self, status, content, retry_after=None):
+    def reply(self, status, content, retry_after=None, location=None):
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
         self.send_response(status)
         if retry_after is not None:
             self.send_header("Retry-After", retry_after)
+        if location is not None:
+            self.send_header("Location", location)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)

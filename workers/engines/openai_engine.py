@@ -318,10 +318,10 @@ class OpenAIEngine:
                 time.sleep(pause)
             tries, asked = tries + 1, 0.0
             try:
-                status, content, asked = self._exchange(method, path, body, most_bytes)
+                status, content, asked, moved = self._exchange(method, path, body, most_bytes)
                 if status == 200:
                     return checked(_object(content))
-                trouble = f"status {status}: {sentence(content)}"
+                trouble = f"status {status}: {sentence(content)}" + (f", moved to {quoted(moved)}" if moved else "")
             except _BadAnswer as bad:
                 status, trouble = bad.status, f"the answer {bad}"
             except TimeoutError as error:
@@ -350,8 +350,8 @@ class OpenAIEngine:
 
     def _exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None, most_bytes: int
-    ) -> tuple[int, bytes, float]:
-        """Status, body and the seconds that the server asks to wait, of one try over this thread's own connection.
+    ) -> tuple[int, bytes, float, str | None]:
+        """Status, body, seconds that the server asks to wait, and `Location`, of one try over this thread's connection.
 
         `TimeoutError` if the whole takes too long, `_BadAnswer` if it has too many bytes. A connection that broke is
         opened again.
@@ -378,7 +378,8 @@ class OpenAIEngine:
                 raise _BadAnswer(f"has more than {most_bytes} bytes")
             if response.length:
                 raise http.client.IncompleteRead(content, response.length)
-            return response.status, content, wait_seconds(response.headers.get("Retry-After"))
+            told = response.headers
+            return response.status, content, wait_seconds(told.get("Retry-After")), told.get("Location")
         except BaseException:
             connection.close()
             raise
@@ -464,7 +465,7 @@ def _object(content: bytes) -> dict[str, Any]:
         case dict():
             return reply
         case _:
-            raise _BadAnswer(f"{sentence(content)}, which is not a completion")
+            raise _BadAnswer(f"{sentence(content)}, which is not a completion; is the URL right?")
 
 
 def _are_echoed(logprobs: Mapping[str, Any], tokens: int) -> bool:

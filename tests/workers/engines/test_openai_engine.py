@@ -111,6 +111,18 @@ def test_a_reply_that_is_no_completion_is_asked_for_again(served, server, needle
     assert str(caught.value).isprintable() and len(str(caught.value)) < 500
 
 
+def test_a_moved_server_is_named_with_its_new_place(served, server, needle_prompt):
+    server.failures = [(307, b"", None, "https://elsewhere.example/v1/completions")]
+    with pytest.raises(BadInput, match=r'status 307: "", moved to "https://elsewhere\.example/v1/completions"; check'):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+
+
+def test_a_web_page_in_place_of_answers_asks_for_the_url(served, server, needle_prompt):
+    server.failures = [b"<html><title>Chat</title></html>"] * 4
+    with pytest.raises(Unavailable, match=r'the answer "Chat", which is not a completion; is the URL right\?'):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+
+
 def test_a_chat_completion_is_named_at_once(served, server, needle_prompt):
     server.failures = [b'{"choices": [{"message": {"content": "x"}}]}']
     with pytest.raises(BadInput, match="answers with a chat completion; give the URL of a completions API"):
