@@ -18,7 +18,7 @@ from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
 from jobs.merge_tasks import Receipt
 from orchestrator.merging.card import model_card
-from orchestrator.planning.beside import side_file_without_absent_code
+from orchestrator.planning.beside import side_file_without_absent_code, with_chat_template
 from orchestrator.planning.plan import Plan, PlannedPoint
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
@@ -131,6 +131,8 @@ class Gatherer:
             files[name] = side_file_without_absent_code(self._side_file(parent, name), layout.copied)
         if layout.chat_template is not None:
             files.pop("chat_template.json", None)  # a processor's older form of the same
+            for name in files.keys() & {"tokenizer_config.json", "processor_config.json"}:
+                files[name] = with_chat_template(files[name], layout.chat_template)
             files["chat_template.jinja"] = layout.chat_template.encode()
         text = yaml.safe_dump(planned.point.recipe.document(), sort_keys=False)
         files["mergekit_config.yml"] = text.encode()

@@ -71,15 +71,29 @@ def without_absent_code(config: Mapping[str, Any], files: Collection[str]) -> di
 
 def side_file_without_absent_code(data: bytes, files: Collection[str]) -> bytes:
     """A JSON file of a tokenizer or processor as `without_absent_code`; the same bytes if there is nothing to do."""
-    if b'"auto_map"' not in data:
-        return data
+    config = _fields_with("auto_map", data)
+    kept = without_absent_code(config, files)
+    return data if kept == config else (json.dumps(kept, indent=2) + "\n").encode()
+
+
+def with_chat_template(data: bytes, template: str) -> bytes:
+    """The config of a tokenizer or processor with this template in place of its own; the same bytes if it has none.
+
+    Programs that read no chat_template.jinja, as older versions of transformers, take it from there.
+    """
+    config = _fields_with("chat_template", data)
+    return (json.dumps({**config, "chat_template": template}, indent=2) + "\n").encode() if config else data
+
+
+def _fields_with(key: str, data: bytes) -> Mapping[str, Any]:
+    """The fields of a JSON file that has this key; none of another file."""
+    if f'"{key}"'.encode() not in data:
+        return {}
     try:
         config = json.loads(data)
     except (ValueError, RecursionError):  # damaged: the libraries say so
-        return data
-    if not isinstance(config, dict) or (kept := without_absent_code(config, files)) == config:
-        return data
-    return (json.dumps(kept, indent=2) + "\n").encode()
+        return {}
+    return config if isinstance(config, dict) and key in config else {}
 
 
 def chat_template(recipe: Recipe, members: Sequence[Checkpoint], tokenizer_from: str) -> str | None:

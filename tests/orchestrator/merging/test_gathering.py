@@ -164,10 +164,16 @@ def test_a_named_chat_template_is_written_out_and_the_recipe_keeps_the_name(
     plan: Planning, parents: Path, tmp_path: Path
 ):
     (parents / "cos" / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
+    old = [{"name": "default", "template": "{{ messages }}"}, {"name": "tool_use", "template": "{{ messages }}"}]
+    (parents / "cos" / "tokenizer_config.json").write_text(json.dumps({"padding_side": "left", "chat_template": old}))
+    (parents / "cos" / "processor_config.json").write_text('{"patch_size": 14}')
     run(plan(recipe=LINEAR + "  chat_template: chatml\n", grid="{w: [0.5]}"))
     folder = tmp_path / "runs" / "soup" / "points" / "w0.5"
     assert (folder / "chat_template.jinja").read_text() == NAMED["chatml"]
     assert not (folder / "chat_template.json").exists(), "it would say otherwise"
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config == {"padding_side": "left", "chat_template": NAMED["chatml"]}
+    assert (folder / "processor_config.json").read_text() == '{"patch_size": 14}'
     assert yaml.safe_load((folder / "mergekit_config.yml").read_text())["chat_template"] == "chatml"
 
 
