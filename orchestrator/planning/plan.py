@@ -270,11 +270,15 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
         for name, url in job.parents.items()
     }
     output = open_store(job.output).url
+    try:
+        points = _plan_points(job, parents)
+    except CorruptData as error:  # to whoever plans a merge, a damaged tokenizer is a wrong input
+        raise BadInput(str(error)) from error
     if flat:
-        plan = Plan(job, output, parents, _plan_points(job, parents), FLAT)
+        plan = Plan(job, output, parents, points, FLAT)
         _check_free(plan)
         return plan
-    return Plan(job, f"{output}/{job.name}", parents, _plan_points(job, parents))
+    return Plan(job, f"{output}/{job.name}", parents, points)
 
 
 def _open_parent(url: str, name: str) -> Checkpoint:

@@ -20,6 +20,8 @@ from workers.checkpoints.opening import Checkpoint
 from workers.storage import open_store
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
+OLD_BUFFERS = {"masked_bias", "position_ids"}
+"""Stored by older versions of transformers, and in newer ones not even computed for every class that had them."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class ModelNames:
         for spelling in self._spellings(name):
             if spelling in self.stored:
                 return spelling
-        last = {buffer.rpartition(".")[2] for buffer in self.computed}
+        last = {buffer.rpartition(".")[2] for buffer in self.computed} | OLD_BUFFERS
         last -= {stored.rpartition(".")[2] for stored in self.stored}
         if name.rpartition(".")[2] in last or any(spelling in self.computed for spelling in self._spellings(name)):
             return None

@@ -124,7 +124,8 @@ def default_template(config: Mapping[str, Any]) -> str | None:
     found = config.get("chat_template")
     if isinstance(found, list):
         named: list[Any] = found
-        found = {entry.get("name"): entry.get("template") for entry in named if isinstance(entry, dict)}
+        defaults = [entry for entry in named if isinstance(entry, dict) and entry.get("name") == "default"]
+        found = defaults[-1].get("template") if defaults else None
     if isinstance(found, dict):
         found = found.get("default")
     return found if isinstance(found, str) else None

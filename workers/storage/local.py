@@ -91,7 +91,9 @@ class LocalStore:
             if not _is_hidden(path.name):
                 with suppress(ObjectMissing), _readable_errors(path):
                     found, outside = path.stat(), _outside(path, self._folder)
-                    yield ObjectInfo(path.relative_to(self._folder).as_posix(), found.st_size, _etag(found), outside)
+                    if stat.S_ISREG(found.st_mode):  # neither a pipe nor a device
+                        key = path.relative_to(self._folder).as_posix()
+                        yield ObjectInfo(key, found.st_size, _etag(found), outside)
 
     def write(self, key: str, data: Buffer, *, mode: Literal["create", "overwrite"] = "overwrite") -> ObjectInfo:
         with self.upload(key) as upload:
@@ -453,7 +455,7 @@ def _readable_errors(path: Path) -> Generator[None, None, None]:
 
 def _readable(error: OSError, path: Path) -> MergeyardError:
     match error.errno:
-        case errno.ENOENT:
+        case errno.ENOENT | errno.ELOOP:  # a link that leads nowhere, or to itself
             return ObjectMissing(f"{path} does not exist")
         case errno.EACCES | errno.EPERM:
             return AccessDenied(f"{path}: permission denied; give this user access to it")

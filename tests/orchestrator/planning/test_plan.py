@@ -569,6 +569,7 @@ def test_buffers_that_transformers_computes_are_left_out(plan: Planning, parents
     buffers = {
         "model.rotary_emb.inv_freq": torch.ones(4),
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.masked_bias": torch.tensor(-1e9),  # of GPT-2 before transformers 4.30
     }
     write_model(parents / "fmt", {**weights("fmt"), **buffers})
     assert merged_names(plan()) == set(shapes())
@@ -778,6 +779,12 @@ def test_chat_template_auto_is_the_commonest_of_the_parents(
 ):
     with_templates(parents, **templates)
     assert plan(recipe=THREE, grid="").points[0].layout.chat_template == chosen
+
+
+def test_a_damaged_config_of_a_tokenizer_is_bad_input(plan: Planning, parents: Path):
+    (parents / "cos" / "tokenizer_config.json").write_text("[]")
+    line = refusal(plan, recipe=THREE, grid="")
+    assert line == f"{parents}/cos/tokenizer_config.json: a JSON object was expected"
 
 
 def test_a_broken_template_of_a_parent_is_refused_by_the_parents_name(plan: Planning, parents: Path):

@@ -123,6 +123,7 @@ def test_templates_with_generation_marks_and_loop_controls_are_chat_templates():
             },
             "d",
         ),
+        ({"tokenizer_config.json": {"chat_template": [7, {"name": [], "template": 7}]}}, None),
         ({"tokenizer_config.json": {"chat_template": None}, "chat_template.json": {"chat_template": "c"}}, "c"),
         ({"tokenizer_config.json": {}}, None),
         ({}, None),

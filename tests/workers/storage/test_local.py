@@ -244,6 +244,15 @@ def test_links_to_files_are_read_as_files(tmp_path: Path) -> None:
     assert bytes(store.read("model.safetensors")) == b"weights"
 
 
+def test_pipes_and_links_in_a_circle_are_no_files(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "one").symlink_to("two")
+    (tmp_path / "two").symlink_to("one")
+    (tmp_path / "lost").symlink_to("nowhere")
+    (tmp_path / "file").write_bytes(b"x")
+    assert [info.key for info in open_store(tmp_path).list()] == ["file"]
+
+
 def test_names_of_unfinished_files_are_kept_for_them(tmp_path: Path) -> None:
     for key in ("folder/.name.123.partial", ".name.lock"):
         with pytest.raises(BadInput, match="kept for unfinished files"):
