@@ -180,7 +180,8 @@ def _point_of(store: Store, url: str) -> str | None:
     """The name of the point of this run that a URL names, by whatever path."""
     if not url:
         return None
-    points, place = f"{store.url}/points", open_store(url).url
+    remote = "://" in url and not url.startswith("file://")  # opening it would ask for its credentials
+    points, place = f"{store.url}/points", url if remote else open_store(url).url
     for inside, name in ((points, place), (_real(points), _real(place))):
         if name.startswith(f"{inside}/"):
             return name.removeprefix(f"{inside}/").split("/")[0]

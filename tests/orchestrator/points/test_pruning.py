@@ -186,6 +186,20 @@ def test_the_files_of_a_blessed_twin_stay(mergeyard: Mergeyard, run: Path) -> No
     assert points(run) == {"w0.7", "w0.1", "twin"}
 
 
+def test_the_store_of_the_parents_is_not_asked(
+    mergeyard: Mergeyard, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", "/nowhere")
+    plan = unsealed((run / "plan.json").read_bytes())
+    for parent in plan["parents"].values():
+        parent["url"] = "s3://elsewhere/parent"
+    (run / "plan.json").write_bytes(sealed(plan))
+    assert "--yes removes 3 points" in mergeyard("prune", run, "--keep", 2).out
+
+
 def test_nothing_goes_without_scores_or_before_the_evaluation_is_finished(mergeyard: Mergeyard, run: Path) -> None:
     scores = {point: {512: score} for point, score in SCORES.items()}
     leave_scores(run, scores, finished=False)
