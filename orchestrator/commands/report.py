@@ -31,17 +31,18 @@ def report(options: argparse.Namespace) -> int:
         from orchestrator.report.mlflow_log import log_run
 
         log_run(found, options.mlflow)
-    page = write_page(found)
+    if options.json:
+        print_json(found.document())
+    else:
+        print_leaderboard(found.lines, run.result)
+        if found.recommendation is not None:
+            print_sentence(found.recommendation.sentence)
+    page = write_page(found)  # last: a run on a read-only disk can be read
     if options.csv:
         with writing():
             _write_csv(run.result.rows, options.csv)
-    if options.json:
-        print_json(found.document())
-        return 0
-    print_leaderboard(found.lines, run.result)
-    if found.recommendation is not None:
-        print_sentence(found.recommendation.sentence)
-    print(page)
+    if not options.json:
+        print(page)
     return 0
 
 

@@ -64,6 +64,16 @@ def test_a_csv_that_cannot_be_written_is_bad_input(run: str, capsys: pytest.Capt
     assert "--csv /nowhere/at/all.csv: there is no folder /nowhere/at" in capsys.readouterr().err
 
 
+def test_a_run_that_cannot_be_written_is_read(run: str, capsys: pytest.CaptureFixture[str]) -> None:
+    Path(run, PAGE).unlink(missing_ok=True)
+    Path(run, PAGE, "in the way").mkdir(parents=True)
+    for options in ([], ["--json"]):
+        assert main(["report", run, *options]) == 2
+        told = capsys.readouterr()
+        assert read_results(run).standing[0].point in told.out
+        assert PAGE in told.err
+
+
 def test_a_run_without_scores_is_told_what_to_do(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "`mergeyard evaluate`" in capsys.readouterr().err
