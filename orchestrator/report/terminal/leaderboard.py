@@ -79,7 +79,8 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
     for name in beside:
         columns.append(_Column(name, tuple(_rounded(line.beside.get(name)) for line in lines), spare=4))
     if any(line.unanswered.count for line in lines):
-        cells = tuple(f"{line.unanswered.count}/{line.unanswered.asked}" for line in lines)
+        counts = [line.unanswered for line in lines]
+        cells = tuple(f"{found.count}/{found.asked}" if found.count else "" for found in counts)
         columns.append(_Column("unanswered", cells, spare=1))
     columns.append(_Column("", tuple(line.note for line in lines), spare=5, left=True))
     return columns
