@@ -38,6 +38,9 @@ from jobs.yaml_nodes import Node, load_document, quoted, suggestion
 
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 MAX_SEED = 2**64 - 1
+BLESSED = "blessed"
+"""The gate's baseline in the job of a night; the baseline of the user's job stays among its parents, in no recipe."""
+
 # these decide no byte and no score: where the job runs and writes, and where `points` come from
 NOT_IN_DIGEST = frozenset({"output", "workers", "recipe", "grid", "point", "source", "places"})
 
@@ -265,7 +268,7 @@ def _check(job: Job) -> None:
     used = _check_references(job)
     baseline = job.gate.baseline if job.gate else None
     for parent in job.parents:
-        if parent not in used and parent != baseline:
+        if parent not in used and baseline not in (parent, BLESSED):
             place = job.place_of(f"parents.{parent}")
             raise BadInput(
                 f"{place}: the parent {quoted(parent)} is used nowhere; use it in the recipe, or take it out"

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing, writing
 from jobs.evaluation_tasks import ScoreRow
-from jobs.job import Job
+from jobs.job import BLESSED, Job
 from jobs.manifest import Manifest
 from jobs.merge_tasks import digest
 from jobs.sealing import sealed
@@ -40,8 +40,6 @@ from orchestrator.watching import Watcher
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.storage import open_store
 from workers.storage.records import read_record
-
-BLESSED = "blessed"
 
 Ending = Literal["recorded", "finished", "unchanged"]
 

@@ -41,6 +41,14 @@ def replaced(old: str, new: str) -> str:
     return SEED.replace(old, new)
 
 
+def test_the_job_of_a_night_keeps_the_anchor_beside_the_blessed_point() -> None:
+    text = replaced("  fmt: s3", "  anchor: x\n  blessed: y\n  fmt: s3")
+    text += "evaluate: {ruler: {lengths: [64]}}\ngate: {baseline: blessed}\n"
+    assert set(load_job(text, "job.yaml").parents) == {"anchor", "blessed", "cos", "fmt"}
+    with pytest.raises(BadInput, match='the parent "anchor" is used nowhere'):
+        load_job(text.replace("blessed", "old"), "job.yaml")
+
+
 def load(text: str) -> Job:
     return load_job(text, "job.yaml")
 
