@@ -30,7 +30,7 @@ def nightly(options: argparse.Namespace) -> int:
     from orchestrator.watching import Watcher
 
     job, folder = read_job(options)
-    if options.bless:
+    if options.bless is not None:
         return _bless(job, options)
     check_file("--junit", options.junit)
     with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
@@ -39,7 +39,7 @@ def nightly(options: argparse.Namespace) -> int:
         Path(options.junit).write_text(junit(tonight.night), encoding="utf-8")
     if options.json:
         print_json(_facts(tonight))
-    elif not options.quiet:
+    else:
         _print(tonight)
     return EXIT_CODES[tonight.night.outcome]
 
