@@ -59,7 +59,7 @@ def _follow(url: str) -> None:
         if driver["state"] != "running":
             raise Unavailable(
                 f"{url}: its driver, process {driver['process']} on {driver['host']}, is {driver['state']};"
-                " `mergeyard run` continues"
+                " the same command continues"
             )
         if (line := stage_line(facts)) is not None and line != shown:
             print(printable(line), flush=True)

@@ -35,7 +35,8 @@ def runs_below(url: str) -> list[str]:
 def status_facts(run_url: str) -> dict[str, Any]:
     """The progress of a run, from the files under its prefix.
 
-    `waiting` are the points that are still to be written: neither those that `keep:` leaves out nor pruned ones.
+    `waiting` are the points that are still to be written: neither those that `keep:` leaves out, nor pruned ones, nor
+    those of a night that did not pass.
     """
     store, places = open_store(run_url), Places()
     plan = read_record(store, places.record("plan.json"))
@@ -44,7 +45,7 @@ def status_facts(run_url: str) -> dict[str, Any]:
     points = [entry["name"] for entry in plan["points"]]
     pruned = set(_pruned(store)) - done
     job, result = _job(store), _result(run_url)
-    wanted = _wanted(points, job, result)
+    wanted = sorted(done, key=points.index) if _is_concluded_night(store) else _wanted(points, job, result)
     driver = driver_of(store, places.record("lease.json"))
     return {
         "run": run_url,
@@ -66,6 +67,16 @@ def _pruned(store: Store) -> list[str]:
         return list(read_record(store, Places().record("pruned.json"))["points"])
     except ObjectMissing:
         return []
+
+
+def _is_concluded_night(store: Store) -> bool:
+    """Whether the run is one of `mergeyard nightly`, which writes nothing more after its verdict."""
+    book, _, night = store.url.rpartition("/nights/")
+    number = night.partition("-")[0]
+    if not book or not number.isdecimal():
+        return False
+    told = f"concluded/{int(number):06d}"
+    return any(info.key == told for info in open_store(book).list(told))
 
 
 def _job(store: Store) -> Job | None:
@@ -155,14 +166,18 @@ def print_status(facts: Mapping[str, Any]) -> None:
         rows += [("", failure) for failure in progress["failures"]]
     if facts["waiting"]:
         rows.append(("waiting", shortlist(facts["waiting"])))
-    room = max(shutil.get_terminal_size().columns - max(len(name) for name, _ in rows) - 4, 20)
-    wrapped = ((name, textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)) for name, text in rows)
-    print_rows([(name if number == 0 else "", line) for name, lines in wrapped for number, line in enumerate(lines)])
+    _print_wrapped(rows)
 
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
     """A line a run."""
-    print_rows([(facts["run"].rsplit("/", 1)[-1], _short(facts)) for facts in runs])
+    _print_wrapped([(facts["run"].rsplit("/", 1)[-1], _short(facts)) for facts in runs])
+
+
+def _print_wrapped(rows: list[tuple[str, str]]) -> None:
+    room = max(shutil.get_terminal_size().columns - max(len(name) for name, _ in rows) - 4, 20)
+    wrapped = ((name, textwrap.wrap(text, room, break_long_words=False, break_on_hyphens=False)) for name, text in rows)
+    print_rows([(name if number == 0 else "", line) for name, lines in wrapped for number, line in enumerate(lines)])
 
 
 def _short(facts: Mapping[str, Any]) -> str:
@@ -174,6 +189,8 @@ def _short(facts: Mapping[str, Any]) -> str:
 def _points(facts: Mapping[str, Any]) -> str:
     if facts["keep"] == "none":
         return f"{facts['points']}, none is written (keep: none)"
+    if facts["keep"] == "all" and not facts["points_wanted"]:
+        return f"{facts['points']}, none is written (the night did not pass)"
     kept = f"{facts['points_done']} of {facts['points_wanted']} complete"
     if facts["keep"] == "best":
         undecided = "the best are not known yet" if not facts["points_wanted"] else f"the best of {facts['points']}"
@@ -190,9 +207,9 @@ def _evaluation_words(evaluation: Mapping[str, Any]) -> str:
 def _driver_words(facts: Mapping[str, Any]) -> str:
     driver = facts["driver"]
     if driver is None:
-        return "none" if is_complete(facts) else "none; `mergeyard run` continues"
+        return "none" if is_complete(facts) else "none; the same command continues"
     who = f"process {driver['process']} on {driver['host']}"
     if driver["state"] == "running":
         return who
     ago = "" if driver["heard"] is None else f", last heard of {duration(driver['heard'])} ago"
-    return f"{driver['state']}: {who}{ago}; `mergeyard run` continues"
+    return f"{driver['state']}: {who}{ago}; the same command continues"

@@ -359,7 +359,7 @@ def test_status_follows_a_run_from_its_folder_alone(
     assert (facts["points"], facts["points_done"], facts["waiting"]) == (2, 0, ["w0.25", "w0.5"])
     assert 0 < facts["shards_done"] < len(plan.units)
     assert facts["driver"] is None
-    assert "none; `mergeyard run` continues" in mergeyard("status", run_folder).out
+    assert "none; the same command continues" in mergeyard("status", run_folder).out
     assert mergeyard("run", path, "--in-process").code == 0
     assert mergeyard("status", run_folder, "--json").facts["points_done"] == 2
     assert "2 of 2 complete" in mergeyard("status", run_folder).out
@@ -381,7 +381,7 @@ def test_status_shows_the_stage_of_a_living_driver_and_that_a_killed_one_is_dead
     assert f"dead: process {held['process']} on {held['host']}, last heard of" in shown.out
     assert "evaluating" not in shown.out
     assert_refused(
-        mergeyard("status", run_folder, "--follow"), "is dead; `mergeyard run` continues", code=Unavailable.exit_code
+        mergeyard("status", run_folder, "--follow"), "is dead; the same command continues", code=Unavailable.exit_code
     )
 
 
@@ -421,6 +421,23 @@ def test_status_waits_for_no_point_that_is_not_to_be_written(
     assert "evaluation  not finished, 0 items answered" in shown.out
 
 
+def test_status_waits_for_no_point_of_a_night_that_did_not_pass(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, tmp_path: Path
+):
+    path = job_file()
+    plan = make_plan(load_job(path.read_text(), "job.yaml"))
+    Ledger(plan.run_url, plan.places).claim(plan.job_text(), plan.document())
+    night = tmp_path / "book" / "nights" / "0001-0123abcd"
+    shutil.copytree(run_folder, night)
+    assert "waiting" in mergeyard("status", night).out
+    (tmp_path / "book" / "concluded").mkdir()
+    (tmp_path / "book" / "concluded" / "000001").touch()
+    shown = mergeyard("status", night).out
+    assert "2, none is written (the night did not pass)" in shown
+    assert "waiting" not in shown
+    assert "continues" not in shown
+
+
 def test_status_of_a_folder_has_a_line_for_each_run(
     mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, tmp_path: Path
 ):
@@ -429,7 +446,7 @@ def test_status_of_a_folder_has_a_line_for_each_run(
     (tmp_path / "runs" / "other" / "points" / "w0.5" / "manifest.json").unlink()
     shown = mergeyard("status", tmp_path / "runs").out.splitlines()
     assert [line.split()[0] for line in shown] == ["other", "soup"]
-    assert "1 of 2 complete; none; `mergeyard run` continues" in shown[0]
+    assert "1 of 2 complete; none; the same command continues" in shown[0]
     assert "2 of 2 complete; complete" in shown[1]
     assert [run["points_done"] for run in mergeyard("status", tmp_path / "runs", "--json").facts] == [1, 2]
 

@@ -133,7 +133,7 @@ def test_where_the_cluster_is_gone_the_bucket_says_how_the_job_ended(mergeyard: 
     (merged.parent / "runs/soup/points/w0.5/manifest.json").unlink()
     ended = mergeyard("submit", merged, "--address", gone)
     assert (ended.code, ended.out) == (75, "")
-    assert f"its run {merged.parent}/runs/soup: 1 of 2 complete; none; `mergeyard run` continues" in ended.err
+    assert f"its run {merged.parent}/runs/soup: 1 of 2 complete; none; the same command continues" in ended.err
     assert mergeyard("submit", merged, "--address", gone, "--cancel").code == 75
 
 
