@@ -14,12 +14,14 @@ from workers.checkpoints.vocabularies import Vocabulary, read_vocabulary, vocabu
 from workers.storage import open_store
 
 TIED = "tie_word_embeddings"
+PARTIAL = "partial_rotary_factor"
+OTHER_NAMES_OF_THE_CONTEXT = ("n_ctx", "max_sequence_length", "max_seq_len", "seq_length", "model_max_length")
 
 
 HARMLESS: Mapping[str, tuple[str, ...]] = {
     "the place of the file and the program that wrote it": (
         "_name_or_path", "_commit_hash", "name_or_path", "transformers_version", "trl_version", "unsloth_version",
-        "unsloth_fixed", "unsloth_training", "model_name", "auto_map",
+        "unsloth_fixed", "unsloth_training", "model_name", "license", "auto_map",
     ),
     "the dtype, which the merge states anew": ("dtype", "torch_dtype"),
     "speed and memory, not values": (
@@ -40,12 +42,13 @@ HARMLESS: Mapping[str, tuple[str, ...]] = {
     ),
     "the ends of answers and generation; they belong to the tokenizer and to generation_config.json": (
         "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "unk_token_id", "decoder_start_token_id",
-        "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens", "begin_suppress_tokens", "bad_words_ids",
-        "tokenizer_class", "tokenizer_padding_side", "tokenizer_model_max_length", "padding_side", "prefix",
-        "max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "typical_p",
-        "num_beams", "num_beam_groups", "num_return_sequences", "early_stopping", "length_penalty",
+        "forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "suppress_tokens", "begin_suppress_tokens",
+        "bad_words_ids", "tokenizer_class", "tokenizer_padding_side", "tokenizer_model_max_length", "padding_side",
+        "prefix", "max_length", "min_length", "max_new_tokens", "do_sample", "temperature", "top_p", "top_k",
+        "typical_p", "num_beams", "num_beam_groups", "num_return_sequences", "early_stopping", "length_penalty",
         "diversity_penalty", "repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size",
-        "exponential_decay_length_penalty", "remove_invalid_values", "cache_implementation",
+        "exponential_decay_length_penalty", "remove_invalid_values", "cache_implementation", "min_p", "penalty_alpha",
+        "epsilon_cutoff", "eta_cutoff", "renormalize_logits", "guidance_scale",
     ),
     "names of classes for people": ("id2label", "label2id"),
 }  # fmt: skip
@@ -91,7 +94,10 @@ def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str) -> Non
     if not differing:
         return
     full = [(parent, completed(parent.config)) for parent in parents]
-    meant = [_fields(config) | {TIED: is_tied(parent, config)} for parent, config in full]
+    meant = [
+        _fields(config, all_stated=config is not parent.config) | {TIED: is_tied(parent, config)}
+        for parent, config in full
+    ]
     if found := _differing(meant):
         field = next((name for name in differing if name in found), differing[0])
         values = ", ".join(
@@ -116,15 +122,32 @@ def _differing(
     return [name for name, stated in values.items() if any(value != stated[0] for value in stated)]
 
 
-def _fields(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Every field that matters, by its dotted path, with equal names and values for every transformers version."""
+def _fields(config: Mapping[str, Any], *, all_stated: bool = False) -> dict[str, Any]:
+    """Every field that matters, by its dotted path, with equal names and values for every transformers version.
+
+    With `all_stated` the config has the defaults of its class, so that a missing field means no field.
+    """
     found: dict[str, Any] = {}
     for path, section in sections(config):
         fields = {key: section[key] for key in section if not _is_harmless(key) and not is_section(key, section[key])}
         theta, scaling = rope(fields)
         for spelling in ("rope_theta", "rope_parameters", "rope_scaling", TIED):
             fields.pop(spelling, None)
-        fields |= {"rope_theta": theta, "rope_scaling": scaling}
+        part = (scaling or {}).get(PARTIAL, fields.get(PARTIAL))
+        scaling = {key: value for key, value in (scaling or {}).items() if key != PARTIAL}
+        fields |= {
+            "rope_theta": theta,
+            "rope_scaling": None if scaling in ({}, {"rope_type": "default"}) else scaling,
+            PARTIAL: None if all_stated and part == 1 else part,
+        }
+        if fields.get("layer_types"):  # made from the pattern
+            fields.pop("sliding_window_pattern", None)
+            fields.pop("_sliding_window_pattern", None)
+        if fields.get("hidden_activation"):
+            fields.setdefault("hidden_act", fields["hidden_activation"])
+        for name in OTHER_NAMES_OF_THE_CONTEXT:
+            if fields.get(name) in (fields.get("max_position_embeddings"), fields.get("n_positions")):
+                fields.pop(name, None)
         if fields.pop("use_sliding_window", True) is False:
             fields.pop("sliding_window", None)
         if not fields.get("sliding_window"):

@@ -77,6 +77,7 @@ def rope(fields: Mapping[str, Any]) -> tuple[float | None, Mapping[str, Any] | N
     theta = scaling.pop("rope_theta", fields.get("rope_theta"))
     old, kind = scaling.pop("type", "default"), scaling.pop("rope_type", None)
     kind = kind or old
+    kind = "longrope" if kind == "su" else kind  # its first name, in Phi-3
     number = float(theta) if isinstance(theta, int | float) and abs(theta) < 1e300 else None
     return number, None if kind == "default" and not scaling else {"rope_type": kind, **scaling}
 

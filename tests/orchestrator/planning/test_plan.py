@@ -303,6 +303,47 @@ def test_a_field_that_is_off_agrees_with_none_only_if_off_is_its_default(
         assert "the parents disagree on use_parallel_residual: cos true, fmt false; say whose" in refusal(plan)
 
 
+SIBLINGS: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "Gemma 3 of transformers 4.50": (
+        {"model_type": "gemma3_text", "num_hidden_layers": 6},
+        {},
+        {"sliding_window_pattern": 6},
+    ),
+    "Gemma 2 with one activation": (
+        {"model_type": "gemma2", "hidden_activation": "gelu_pytorch_tanh"},
+        {"hidden_act": None},
+        {"hidden_act": "gelu_pytorch_tanh"},
+    ),
+    "Phi-3 of transformers 4.49": ({"model_type": "phi3", "pad_token_id": 0}, {}, {"partial_rotary_factor": 1.0}),
+    "the first name of longrope": (
+        {"model_type": "phi3", "pad_token_id": 0},
+        {"rope_scaling": {"type": "su", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+        {"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}},
+    ),
+    "GPT-NeoX of transformers 4.45": (
+        {"model_type": "gpt_neox"},
+        {"rotary_pct": 0.25, "rotary_emb_base": 10000},
+        {"partial_rotary_factor": 0.25, "rope_theta": 10000.0},
+    ),
+    "GPT-2 of old": ({"model_type": "gpt2", "n_positions": 512}, {"n_ctx": 512}, {}),
+    "Llama of old": ({"model_type": "llama"}, {"max_sequence_length": 512}, {}),
+}
+
+
+@pytest.mark.parametrize("kind", SIBLINGS)
+def test_siblings_of_several_transformers_versions_agree(kind: str, plan: Planning, parents: Path):
+    common, cos, fmt = SIBLINGS[kind]
+    for who, own in (("cos", cos), ("fmt", fmt)):
+        write_model(parents / who, weights(who), config={"architectures": None, "rope_theta": None, **common, **own})
+    plan()
+
+
+def test_a_part_of_rope_that_only_one_class_has_by_default_is_compared(plan: Planning, parents: Path):
+    for who, part in (("cos", {}), ("fmt", {"partial_rotary_factor": 1.0})):  # the default of Phi is 0.5
+        write_model(parents / who, weights(who), config={"model_type": "phi", "architectures": None, **part})
+    assert "the parents disagree on partial_rotary_factor: cos 0.5, fmt 1.0;" in refusal(plan)
+
+
 def test_every_harmless_field_has_one_reason():
     fields = [field for of_one in HARMLESS.values() for field in of_one]
     assert len(fields) == len(set(fields))
