@@ -108,7 +108,11 @@ def parser() -> argparse.ArgumentParser:
         metavar="N",
         help="threads; default: one per processor",
     )
-    merge.add_argument("--device", default="cpu", help="device that computes: cpu (default), cuda, cuda:1 …")
+    merge.add_argument(
+        "--device",
+        default="cpu",
+        help="device that computes: cpu (default), cuda, cuda:1 …; auto: a GPU if there is one",
+    )
     merge.add_argument(
         *("--cuda", "--gpu-rich"), dest="device", action="store_const", const="cuda", help="the same as --device cuda"
     )

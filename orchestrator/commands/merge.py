@@ -24,7 +24,7 @@ def merge(options: argparse.Namespace) -> int:
 
     if options.transformers_cache:
         os.environ["HF_HUB_CACHE"] = options.transformers_cache
-    _check_device(options.device)
+    device = _device(options.device)
     if not options.quiet:
         print_reasons(options.changes_nothing)
     text = read_text(options.config)
@@ -46,7 +46,7 @@ def merge(options: argparse.Namespace) -> int:
     plan = make_plan(job, relative_to=Path.cwd(), flat=True)
     plan.check_room()
     with Watcher(visible=watched(options), tells=not options.quiet) as watcher:
-        result = drive(plan, InProcessPool(device=options.device), watcher)
+        result = drive(plan, InProcessPool(device=device), watcher)
     with writing():
         Ledger(plan.run_url, plan.places).forget()
     if not options.quiet:
@@ -55,11 +55,14 @@ def merge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _check_device(name: str) -> None:
+def _device(name: str) -> str:
+    """The device of that name; `auto` is the GPU if this machine has one, as in mergekit."""
     if name == "cpu":
-        return
+        return name
     import torch
 
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:
@@ -67,3 +70,4 @@ def _check_device(name: str) -> None:
         raise BadInput(
             f"--device {name}: this machine does not have it ({reason}); leave it out to compute on the CPU"
         ) from None
+    return name

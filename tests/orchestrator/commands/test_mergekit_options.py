@@ -60,3 +60,10 @@ def test_a_billion_is_not_a_byte(mergeyard: Mergeyard, config: Path, tmp_path: P
     assert mergeyard("merge", config, tmp_path / "many", "--out-shard-size", "3K", "-q").code == 0
     sizes = [path.stat().st_size for path in (tmp_path / "many").glob("*.safetensors")]
     assert len(sizes) > 1
+
+
+def test_a_device_is_found_on_request(mergeyard: Mergeyard, config: Path, tmp_path: Path):
+    assert mergeyard("merge", config, tmp_path / "plain", "-q").code == 0
+    assert mergeyard("merge", config, tmp_path / "found", "-q", "--device", "auto").code == 0
+    files = [(tmp_path / out / "manifest.json").read_bytes() for out in ("plain", "found")]
+    assert files[0] == files[1]
