@@ -276,6 +276,8 @@ class OpenAIEngine:
 
         def checked(reply: dict[str, Any]) -> dict[str, Any]:
             match reply:
+                case {"choices": [{"finish_reason": "error"}, *_]}:
+                    raise _BadAnswer("ended with an error of the model's server")
                 case {"choices": [{"text": text}, *_]} if is_text(text):
                     return reply
                 case {"choices": [{"text": None, **choice}, *_]} if choice.get("finish_reason") or _reasoning(choice):
@@ -465,7 +467,7 @@ def _object(content: bytes) -> dict[str, Any]:
         case dict():
             return reply
         case _:
-            raise _BadAnswer(f"{sentence(content)}, which is not a completion; is the URL right?")
+            raise _BadAnswer(f"{sentence(content)}, which is not a completion (is the URL right?)")
 
 
 def _are_echoed(logprobs: Mapping[str, Any], tokens: int) -> bool:

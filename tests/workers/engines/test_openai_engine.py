@@ -98,6 +98,7 @@ NO_COMPLETION = [
     b'{"choices": [{"te', b'{"choices": {"text": ""}}', b'{"choices": [{"text": null}]}', b"[" * 100_000,
     b'{"choices": [{"text": "\\ud800"}]}', b'{"choices": [{"text": "' + b"a" * (2 << 20) + b'"}]}',
     b'{"error": {"message": "provider failed", "code": 502}}',
+    b'{"choices": [{"text": "", "finish_reason": "error"}]}',
 ]  # fmt: skip
 
 
@@ -119,7 +120,7 @@ def test_a_moved_server_is_named_with_its_new_place(served, server, needle_promp
 
 def test_a_web_page_in_place_of_answers_asks_for_the_url(served, server, needle_prompt):
     server.failures = [b"<html><title>Chat</title></html>"] * 4
-    with pytest.raises(Unavailable, match=r'the answer "Chat", which is not a completion; is the URL right\?'):
+    with pytest.raises(Unavailable, match=r'the answer "Chat", which is not a completion \(is the URL right\?\); run'):
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
 
 
