@@ -198,9 +198,9 @@ def bless(job: Job, name: str, by: str) -> tuple[Book, Blessed]:
     """
     book = Book(open_store(f"{open_store(job.output).url}/{job.name}"))
     nights = book.nights()
-    passed = ", ".join(night.night for night in nights if night.point is not None and night.outcome == "pass")
-    remedy = f"bless a night that passed: {passed}" if passed else "no night has passed yet"
     night = next((night for night in nights if name in (night.night, str(night.number))), None)
+    passed = [other.night for other in nights if other.outcome == "pass" and other.point and other is not night]
+    remedy = f"bless a night that passed: {', '.join(passed)}" if passed else "no other night has passed"
     if night is None:
         raise BadInput(f"{book.store.url}: there is no night {name}; {remedy}")
     if night.outcome != "pass" or night.point is None:

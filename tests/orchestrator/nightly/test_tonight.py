@@ -330,6 +330,7 @@ def test_a_night_that_cannot_be_blessed_is_refused_and_the_remedy_works(
     assert ended.code == 2
     assert ended.err == f"mergeyard: {run}: there is no night 0009-abcdef01; bless a night that passed: {night.night}\n"
     assert mergeyard(*call, ended.err.split()[-1]).code == 0
+    assert mergeyard(*call, "").code == 2
     (run / "blessed.json").write_text("{")
     damaged = mergeyard(*call, night.night)
     assert damaged.code == 1 and "remove it, then bless a night with `--bless NIGHT`" in damaged.err
@@ -340,10 +341,11 @@ def test_a_night_that_cannot_be_blessed_is_refused_and_the_remedy_works(
     gone = mergeyard(*call, night.night)
     shutil.move(after_first / "away", night.point)
     assert gone.code == 2 and f"night {night.night}: its point {night.point} cannot be read (" in gone.err
+    assert gone.err.endswith("; no other night has passed\n")
     failed(run)
     ended = mergeyard(*call, night.night)
     assert ended.code == 2
-    assert ended.err == f"mergeyard: {run}: night {night.night} ended: fail; no night has passed yet\n"
+    assert ended.err == f"mergeyard: {run}: night {night.night} ended: fail; no other night has passed\n"
     assert not (run / "blessed.json").exists()
 
 
