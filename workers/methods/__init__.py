@@ -6,9 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal
 
 from workers.methods.dare import dare_linear, dare_ties
 from workers.methods.linear import linear
@@ -16,6 +14,9 @@ from workers.methods.passthrough import passthrough
 from workers.methods.slerp import slerp
 from workers.methods.task_arithmetic import task_arithmetic
 from workers.methods.ties import ties
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 __all__ = ["METHODS", "Method", "Parameter"]
 

@@ -6,10 +6,13 @@ has the same expectation.
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from workers.methods.task_vectors import add_consensus, add_sum, trimmed
 from workers.methods.tile import Inputs, PerModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def dare_linear(

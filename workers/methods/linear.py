@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from workers.methods.tile import Inputs, PerModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def linear(inputs: Inputs, *, weight: PerModel, normalize: bool = True) -> Tensor:
     """Σ wᵢ·xᵢ, divided by Σ wᵢ with `normalize`. A model of weight 0 is not looked at."""
+    import torch
+
     if inputs.as_mergekit:
         return _in_mergekits_order(inputs, weight, normalize)
     total_weight = sum(weight) if normalize else 1.0
@@ -21,6 +25,8 @@ def linear(inputs: Inputs, *, weight: PerModel, normalize: bool = True) -> Tenso
 
 def _in_mergekits_order(inputs: Inputs, weight: PerModel, normalize: bool) -> Tensor:
     """mergekit 0.1.5 adds up in float32 whatever the document's dtype, divides last, and rounds once."""
+    import torch
+
     total = torch.zeros_like(inputs.model(0), dtype=torch.float32)
     weights = torch.tensor(weight, dtype=torch.float32, device=total.device)
     for index, value in enumerate(weights):

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from workers.methods.tile import Inputs, PerModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def passthrough(inputs: Inputs, *, scale: PerModel = (1.0,)) -> Tensor:

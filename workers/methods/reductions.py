@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 IntArray = NDArray[Any]
 
@@ -26,6 +28,8 @@ _MARGINS = (5.0, 50.0, None)
 
 def unit_sums(values: Tensor) -> list[float]:
     """Σ values in float64 for each `TILE_ELEMENTS` unit, always added in the same order."""
+    import torch
+
     units = -(-values.numel() // TILE_ELEMENTS)
     folded = torch.zeros(units * TILE_ELEMENTS, dtype=torch.float64, device=values.device)
     folded[: values.numel()] = values
@@ -44,6 +48,8 @@ class Dot(Reduction):
     b: str
 
     def of(self, tile: Tile) -> list[float]:
+        import torch
+
         return unit_sums(tile.parent(self.a, torch.float64) * tile.parent(self.b, torch.float64))
 
     def combine(self, shares: Sequence[float]) -> float:
@@ -67,6 +73,8 @@ class L1(Reduction):
 
 def magnitude_bits(tile: Tile, model: str, base: str) -> Tensor:
     """|δ| as int32 whose order is the order of magnitudes (float32, positive, so the sign bit is clear)."""
+    import torch
+
     return tile.remember(
         ("magnitude", model, base), lambda: tile.delta(model, base, torch.float32).abs().view(torch.int32)
     )
@@ -83,11 +91,15 @@ class MagnitudeSample(Reduction):
     base: str
 
     def of(self, tile: Tile) -> list[Tensor]:
+        import torch
+
         first = -tile.start % _SAMPLED
         model, base = (tile.raw[name][first::_SAMPLED].to(torch.float32) for name in (self.model, self.base))
         return [(model - base).abs().view(torch.int32)]
 
     def combine(self, shares: Sequence[Tensor]) -> IntArray:
+        import torch
+
         return np.sort(torch.cat(list(shares)).cpu().numpy())
 
 
@@ -157,6 +169,8 @@ class Cutoff(Reduction):
 def largest(tile: Tile, model: str, base: str, density: float) -> Tensor:
     """1 for the ⌊density · elements⌋ largest |δ| of the whole tensor (of equals, the first), 0 for the rest."""
 
+    import torch
+
     def decide() -> Tensor:
         threshold = _threshold(tile, model, base, density)
         first, end = tile.units
@@ -182,6 +196,8 @@ def _threshold(tile: Tile, model: str, base: str, density: float) -> Threshold:
 
 def drawn(tile: Tile, method: str, model: str, density: float) -> Tensor:
     """Which elements a coin of probability `density` keeps, element by element: 1 or 0."""
+
+    import torch
 
     def decide() -> Tensor:
         threshold = round(density * (1 << 32))

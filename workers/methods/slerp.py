@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from workers.methods.reductions import Dot
 from workers.methods.tile import Inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NEARLY_PARALLEL = 0.9995
 """Beyond this |cosine| mergekit interpolates linearly; fine-tunes of one parent nearly always are."""

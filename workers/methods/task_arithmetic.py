@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from workers.methods.task_vectors import add_sum
 from workers.methods.tile import Inputs, PerModel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def task_arithmetic(

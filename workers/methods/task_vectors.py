@@ -6,12 +6,13 @@ The order of operations is mergekit's: trim δ, weight it, combine, divide (`nor
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from workers.methods.reductions import L1, L1Kept, drawn, largest
 from workers.methods.tile import Inputs, PerModel, ones_where
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _NO_MASS = 1e-7
 """Below this L1 norm a task vector is not rescaled."""
@@ -64,6 +65,8 @@ def add_consensus(
     TIES (Yadav et al. 2023, arXiv 2306.01708): the sign of Σ wᵢδᵢ is elected element by element, zero counts as
     positive, and a zero δᵢ agrees with no sign.
     """
+    import torch
+
     weights = [inputs.number(value) for value in weight]
     votes = [delta * value for delta, value in zip(deltas, weights, strict=True)]
     elected = (

@@ -11,11 +11,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
-import torch
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 TILE_ELEMENTS = 1 << 17
 """Elements a tile: half a MiB of float32, so that a formula's intermediate results stay in a core's cache.
@@ -116,6 +118,8 @@ def ones_where(holds: Callable[..., Tensor], values: Tensor) -> Tensor:
 
     Many times faster than `torch.where`, which takes a branch an element.
     """
+    import torch
+
     return holds(values, 0.0, out=torch.empty_like(values))
 
 
@@ -150,11 +154,15 @@ class Inputs:
 
     def number(self, value: float) -> float:
         """A parameter as the arithmetic dtype holds it."""
+        import torch
+
         return float(torch.tensor(value, dtype=self.dtype))
 
     def sum(self, terms: Sequence[Tensor]) -> Tensor:
         """Σ terms, from left to right; mergekit sums a stack, which rounds once for half-precision dtypes."""
         if self.as_mergekit:
+            import torch
+
             return torch.stack(list(terms)).sum(dim=0)
         total = terms[0]
         for count, term in enumerate(terms[1:]):
