@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ from workers.checkpoints.canonical import aligned, is_head, stored_name
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_counts, layer_of
+
+_EXPERT = re.compile(r"\.experts\.\d")
+"""One expert of a mixture that is stored expert by expert."""
 
 
 @dataclass(frozen=True)
@@ -281,11 +285,14 @@ def _owned(
         return {name: None if owner in without else owner for name, without in lacking.items()}
     listed = "; ".join(f"{name} is not in {' and '.join(without)}" for name, without in [*lacking.items()][:3])
     more = f"; and {len(lacking) - 3} more" if len(lacking) > 3 else ""
-    remedy = (
-        "take parents with the same layers and parts"
-        if in_layers
-        else f"say whose to copy with {job.setting('config_from', 'PARENT')}; those that it lacks are left out"
-    )
+    remedy = f"say whose to copy with {job.setting('config_from', 'PARENT')}; those that it lacks are left out"
+    if in_layers:
+        remedy = "take parents with the same layers and parts"
+    if len({_EXPERT.search(name) is None for name in lacking if ".experts." in name}) == 2:
+        remedy = (
+            "some parents store each expert by itself, others all of a layer in one tensor: load each parent in"
+            " transformers and save it with `model.save_pretrained(FOLDER, save_original_format=False)`"
+        )
     raise BadInput(f"{place}: {len(lacking)} of {len(names)} tensors are not in all parents ({listed}{more}); {remedy}")
 
 
