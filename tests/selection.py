@@ -34,6 +34,7 @@ ORACLE = "tests/conformance/test_against"
 SLOW = (
     *RAY,
     "tests/chaos",
+    "tests/conformance/test_architectures.py",
     "tests/conformance/test_options.py",
     ORACLE,
     "tests/infra",

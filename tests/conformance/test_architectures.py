@@ -1,0 +1,227 @@
+"""transformers loads the merges of fifteen architectures, and every weight is the formula's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedModel
+
+from orchestrator.cli import main
+from tests.conformance.architectures import ARCHITECTURES, write_family
+from tests.conformance.measures import explained, find_masks
+from tests.conformance.reference import Array, Exact, TaskVectors, checkpoint, linear, slerp
+from tests.conformance.verdicts import SIGMAS, assert_scaled_by_norms, assert_trimmed_to_count
+from workers.methods import METHODS
+
+METHODS_SHOWN = [name for name in ("linear", "slerp", "ties", "della", "model_stock") if name in METHODS]
+WEIGHTS = (0.7, 0.4)
+DENSITY, EPSILON = 0.6, 0.2
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Writes the parents of an architecture at its first use; returns their folder."""
+    root = tmp_path_factory.mktemp("architectures")
+
+    def family(architecture: str) -> Path:
+        folder = root / architecture.replace(" ", "-")
+        if not folder.exists():
+            write_family(folder, architecture)
+        return folder
+
+    return family
+
+
+@pytest.mark.parametrize("method", METHODS_SHOWN)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_transformers_loads_the_merge_and_every_weight_is_the_formula_s(
+    architecture: str, method: str, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    parents = families(architecture)
+    merge, again = tmp_path / "merge", tmp_path / "again"
+    run_merge(document(method, parents), merge)
+    base, one, two = (doubles(parents / who) for who in ("base", "one", "two"))
+    merged = checkpoint(str(merge))
+    assert merged.keys() == base.keys()
+    kept = Kept()
+    for name, tensor in merged.items():
+        assert tensor.dtype == (torch.float32 if method == "della" else torch.bfloat16)
+        check(method, name, tensor, base[name], [one[name], two[name]], kept)
+    kept.check()
+    loaded(architecture, merge).save_pretrained(again)
+    saved = checkpoint(str(again))
+    assert saved.keys() == merged.keys()
+    assert all(torch.equal(saved[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize("method", METHODS_SHOWN)
+def test_one_wrong_element_is_noticed(method: str, families: Callable[[str], Path], tmp_path: Path) -> None:
+    parents = families("qwen2")
+    run_merge(document(method, parents), tmp_path / "merge")
+    name = "model.layers.0.mlp.up_proj.weight"
+    base, *others = (doubles(parents / who)[name] for who in ("base", "one", "two"))
+    wrong = checkpoint(str(tmp_path / "merge"))[name].clone()
+    wrong[24, 7] += 0.01
+    with pytest.raises(AssertionError):
+        check(method, name, wrong, base, others, Kept())
+
+
+VLMS, MIXTURES = ("gemma3 VLM", "qwen2-vl", "llava"), ("mixtral", "qwen3 MoE")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "own_names"),
+    [(vlm, names) for vlm in VLMS for names in ((), ("one",), ("two",))] + [(mixture, ()) for mixture in MIXTURES],
+)
+def test_parents_by_the_names_of_transformers_5_give_the_same_model(
+    architecture: str, own_names: Sequence[str], families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """`own_names` keep the names under which the architecture was published."""
+    published = families(architecture)
+    renamed = {who: tmp_path / who if who not in own_names else published / who for who in ("one", "two")}
+    for who, folder in renamed.items():
+        if folder.parent == tmp_path:
+            save_by_new_names(architecture, published / who, folder)
+            assert checkpoint(str(folder)).keys() != checkpoint(str(published / who)).keys()
+    expected, merge = tmp_path / "expected", tmp_path / "merge"
+    merge_linear([published / who for who in ("one", "two")], expected)
+    merge_linear([*renamed.values()], merge)
+    states = [loaded(architecture, folder).state_dict() for folder in (expected, merge)]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_experts_stored_in_two_ways_are_refused_with_a_remedy_that_works(
+    architecture: str, families: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (families(architecture) / who for who in ("one", "two"))
+    save_by_new_names(architecture, two, tmp_path / "two")
+    with pytest.raises(AssertionError):
+        merge_linear([one, tmp_path / "two"], tmp_path / "merge")
+    assert "save_pretrained(FOLDER, save_original_format=False)" in capsys.readouterr().err
+    save_by_new_names(architecture, one, tmp_path / "one")
+    merge_linear([tmp_path / "one", tmp_path / "two"], tmp_path / "merge")
+    loaded(architecture, tmp_path / "merge")
+
+
+def save_by_new_names(architecture: str, parent: Path, folder: Path) -> None:
+    """Writes the parent again, by the names that its class has in transformers 5."""
+    loaded(architecture, parent).save_pretrained(folder, save_original_format=False)
+
+
+def loaded(architecture: str, folder: Path) -> PreTrainedModel:
+    """The model of that folder, which transformers loads without a word."""
+    cls = getattr(transformers, ARCHITECTURES[architecture][0])
+    model, report = cls.from_pretrained(folder, output_loading_info=True)
+    assert not any(report.values()), report
+    return model
+
+
+def merge_linear(parents: Sequence[Path], out: Path) -> None:
+    """Merges them by `mergeyard merge`."""
+    models = [{"model": str(parent), "parameters": {"weight": w}} for parent, w in zip(parents, WEIGHTS, strict=True)]
+    run_merge({"merge_method": "linear", "models": models, "dtype": "bfloat16"}, out)
+
+
+def run_merge(document: Mapping[str, Any], out: Path) -> None:
+    """`mergeyard merge` of the document, in this process."""
+    config = out.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(document))
+    assert main(["merge", str(config), str(out), "--quiet"]) == 0
+
+
+def document(method: str, parents: Path) -> dict[str, Any]:
+    """A mergekit document of the method."""
+    per_model = {"linear": {}, "ties": {"density": DENSITY}, "della": {"density": DENSITY, "epsilon": EPSILON}}
+    models: list[dict[str, Any]] = [{"model": str(parents / who)} for who in ("one", "two")]
+    if method in per_model:
+        for model, weight in zip(models, WEIGHTS, strict=True):
+            model["parameters"] = {"weight": weight, **per_model[method]}
+    if method == "slerp":
+        models = [{"model": str(parents / "base")}, models[1]]
+    return {
+        "merge_method": method,
+        "models": models,
+        **({} if method == "linear" else {"base_model": str(parents / "base")}),
+        **({"parameters": {"t": 0.3}} if method == "slerp" else {}),
+        "dtype": "float32" if method == "della" else "bfloat16",  # the mask can be read off exact steps only
+    }
+
+
+def doubles(folder: Path) -> dict[str, Array]:
+    """Every tensor of a checkpoint in float64."""
+    return {name: tensor.double().numpy() for name, tensor in checkpoint(str(folder)).items()}
+
+
+class Kept:
+    """The elements that della kept over a whole model, and their expectation."""
+
+    def __init__(self) -> None:
+        self.least = self.most = self.expected = self.variance = 0.0
+
+    def add(self, least: int, most: int, chances: Array) -> None:
+        self.least += least
+        self.most += most
+        self.expected += chances.sum()
+        self.variance += (chances * (1 - chances)).sum()
+
+    def check(self) -> None:
+        slack = SIGMAS * self.variance**0.5
+        assert self.least - slack <= self.expected <= self.most + slack
+
+
+def check(method: str, name: str, actual: torch.Tensor, base: Array, others: Sequence[Array], kept: Kept) -> None:
+    """Asserts that one tensor of the merge is the formula's, for some mask where dice or equal magnitudes choose."""
+    if method in ("ties", "della"):
+        vectors = TaskVectors(
+            base=base,
+            deltas=tuple(other - base for other in others),
+            weights=WEIGHTS,
+            densities=(DENSITY, DENSITY),
+            trim="magnitude" if method == "ties" else "random",
+            consensus=True,
+            normalize=True,
+            rescale=method == "della",
+            strength=1.0,
+        )
+        masks = find_masks(actual, vectors)
+        assert masks.unexplained == 0, f"{name}: {masks.unexplained} of {base.size} elements fit no mask"
+        if method == "ties":
+            return assert_trimmed_to_count(name, masks, vectors)
+        assert_scaled_by_norms(name, masks, vectors)
+        for index, delta in enumerate(vectors.deltas):
+            kept.add(*masks.bounds(index), della_chances(delta)[delta != 0])
+        return None
+    exact = {
+        "linear": lambda: linear(others, WEIGHTS, normalize=True),
+        "slerp": lambda: slerp(base, others[1], 0.3),
+        "model_stock": lambda: model_stock(base, others),
+    }[method]()
+    wrong = ~explained(actual, exact)
+    assert not wrong.any(), f"{name}: {wrong.sum()} of {base.size} elements"
+    return None
+
+
+def della_chances(delta: Array) -> Array:
+    """The probability of keeping each element (Deep et al. 2024, arXiv 2406.11617): linear in its rank in its row."""
+    rows = abs(delta).reshape(delta.shape[0] if delta.ndim > 1 else 1, -1)
+    ranks = rows.argsort(axis=1, kind="stable").argsort(axis=1, kind="stable")
+    return (DENSITY - EPSILON + 2 * EPSILON * ranks / max(1, rows.shape[1] - 1)).reshape(delta.shape)
+
+
+def model_stock(base: Array, others: Sequence[Array]) -> Exact:
+    """t · mean(xᵢ) + (1 − t) · base with t = 2c / (1 + c), c the cosine of both task vectors (arXiv 2403.19522)."""
+    one, two = (other - base for other in others)
+    norms = np.linalg.norm(one) * np.linalg.norm(two)
+    cosine = np.vdot(one, two) / max(norms, 1e-6)
+    t = 2 * cosine / (1 + cosine)
+    mean = sum(others) / 2
+    return Exact(t * mean + (1 - t) * base, abs(t * mean) + abs((1 - t) * base), operations=64)
