@@ -123,7 +123,8 @@ class ResidentParents:
         step = TILE_ELEMENTS if self._device.type == "cpu" else max(1, tensor.elements)
         for start in range(0, tensor.elements, step):
             part = {name: elements[start : start + step] for name, elements in self._raw[tensor.name].items()}
-            yield Tile(tensor.name, start, part, self._facts[tensor.name], self._seed)
+            whole = self._raw[tensor.name]
+            yield Tile(tensor.name, start, part, self._facts[tensor.name], self._seed, tensor.shape, whole)
 
 
 def _next(ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[str, str] | None) -> tuple[str, Tensor]:

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from jobs.errors import BadInput
 from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, Setting, TensorMerge
-from workers.checkpoints.dtypes import FLOATS, torch_dtype
+from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, torch_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.merging.buffers import BufferPool, keep_freed_memory
 from workers.merging.reading import ParentReader, Slab, Stretch, plan_slabs
 from workers.merging.tiles import Facts, merge_tile, missing_facts
 from workers.merging.writing import ShardWriter
-from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
+from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile, as_tensor
 from workers.storage import open_store
 
 FIXED_BYTES = 1 << 30
@@ -214,7 +214,16 @@ class _Merge:
     def _tiles(self, stretch: Stretch, raw: Mapping[str, Tensor], facts: Facts) -> Iterator[Tile]:
         for start in range(0, stretch.stop - stretch.start, TILE_ELEMENTS):
             part = {name: elements[start : start + TILE_ELEMENTS] for name, elements in raw.items()}
-            yield Tile(stretch.tensor.name, stretch.start + start, part, facts, self.task.seed)
+            yield Tile(
+                stretch.tensor.name,
+                stretch.start + start,
+                part,
+                facts,
+                self.task.seed,
+                stretch.tensor.shape,
+                raw,
+                stretch.start,
+            )
 
     # merging and writing
 
@@ -281,10 +290,10 @@ class _Merge:
             for row, setting in zip(output, settings, strict=True):
                 row.copy_(_common_value(tensor, setting, raw))
             return
-        position, arithmetic = 0, torch_dtype(tensor.arithmetic)
+        position, arithmetic = 0, TORCH_NAMES[tensor.arithmetic]
         for tile in self._tiles(stretch, raw, facts):
             if any(
-                _has_nonfinite(tile.parent(name, arithmetic)) and not _all_finite(stored)
+                _has_nonfinite(tile.parent(name, arithmetic)) and not _all_finite(as_tensor(stored))
                 for name, stored in tile.raw.items()
             ):
                 self.nonfinite.add(tensor.name)
@@ -292,7 +301,7 @@ class _Merge:
                 written = row[position : position + tile.elements]
                 written.copy_(merge_tile(tile, setting, tensor.arithmetic, self.task.numerics))
                 if not _all_finite(written):
-                    parents = [tile.raw[name].to(written.device) for name in setting.parents]
+                    parents = [as_tensor(tile.raw[name]).to(written.device) for name in setting.parents]
                     writer.count_overflowed(tensor.name, _overflowed(written, parents))
             position += tile.elements
 

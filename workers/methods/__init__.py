@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
-from workers.methods.dare import dare_linear, dare_ties
-from workers.methods.linear import linear
-from workers.methods.passthrough import passthrough
-from workers.methods.slerp import slerp
-from workers.methods.task_arithmetic import task_arithmetic
-from workers.methods.ties import ties
+from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
+from workers.methods.linear import linear, linear_pass
+from workers.methods.passes import Pass
+from workers.methods.passthrough import passthrough, passthrough_pass
+from workers.methods.slerp import slerp, slerp_pass
+from workers.methods.task_arithmetic import task_arithmetic, task_arithmetic_pass
+from workers.methods.ties import ties, ties_pass
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,10 +36,14 @@ class Parameter:
 class Method:
     """A merge method: its formula, its rule for `base_model`, and the number of models it takes.
 
-    `base` is "required" (a model to subtract, not one to merge), "one of the models", or "unused".
+    `base` is "required" (a model to subtract, not one to merge), "one of the models", or "unused". `fused` gives the
+    formula as one pass over memory, from settings that `simplified` has made. `whole_rows`: the method asks for whole
+    rows of its tensors, `Tile.around`.
     """
 
     merge: Callable[..., Tensor]
+    fused: Callable[..., Pass] | None = None
+    whole_rows: bool = False
     base: Literal["required", "one of the models", "unused"] = "unused"
     fewest: int = 1
     most: int | None = None
@@ -65,13 +70,13 @@ def _parameter(parameter: inspect.Parameter) -> Parameter:
 
 
 METHODS: Mapping[str, Method] = {
-    "linear": Method(linear),
-    "slerp": Method(slerp, base="one of the models", fewest=2, most=2),
-    "task_arithmetic": Method(task_arithmetic, base="required"),
-    "ties": Method(ties, base="required"),
-    "dare_linear": Method(dare_linear, base="required"),
-    "dare_ties": Method(dare_ties, base="required"),
-    "passthrough": Method(passthrough, most=1),
+    "linear": Method(linear, linear_pass),
+    "slerp": Method(slerp, slerp_pass, base="one of the models", fewest=2, most=2),
+    "task_arithmetic": Method(task_arithmetic, task_arithmetic_pass, base="required"),
+    "ties": Method(ties, ties_pass, base="required"),
+    "dare_linear": Method(dare_linear, dare_linear_pass, base="required"),
+    "dare_ties": Method(dare_ties, dare_ties_pass, base="required"),
+    "passthrough": Method(passthrough, passthrough_pass, most=1),
 }
 
 ONLY_IN_MERGEKIT = (

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workers.methods.tile import Inputs, PerModel
+from workers.methods.passes import WeightedSum
+from workers.methods.tile import Inputs, PerModel, torch_named
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -12,14 +16,13 @@ if TYPE_CHECKING:
 
 def linear(inputs: Inputs, *, weight: PerModel, normalize: bool = True) -> Tensor:
     """Σ wᵢ·xᵢ, divided by Σ wᵢ with `normalize`. A model of weight 0 is not looked at."""
-    import torch
 
     if inputs.as_mergekit:
         return _in_mergekits_order(inputs, weight, normalize)
     total_weight = sum(weight) if normalize else 1.0
     shares = [(index, inputs.number(value / total_weight)) for index, value in enumerate(weight) if value != 0]
     if not shares:
-        return torch.zeros_like(inputs.model(0))
+        return inputs.model(0).new_zeros(inputs.tile.elements)
     return inputs.sum([inputs.model(index) * share if share != 1 else inputs.model(index) for index, share in shares])
 
 
@@ -33,4 +36,10 @@ def _in_mergekits_order(inputs: Inputs, weight: PerModel, normalize: bool) -> Te
         total.addcmul_(inputs.model(index).float(), value)
     if normalize:
         total.div_(weights.sum())
-    return total.to(inputs.dtype)
+    return total.to(torch_named(inputs.dtype))
+
+
+def linear_pass(inputs: Inputs, *, weight: PerModel, normalize: bool) -> WeightedSum:
+    """The same as a pass, from a simplified setting: no weight is zero, and the weights are divided by their sum."""
+    assert not normalize, "simplified settings have nothing to divide by"
+    return WeightedSum(inputs.models, tuple(inputs.number(value) for value in weight))

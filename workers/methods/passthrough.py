@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from workers.methods.passes import WeightedSum
 from workers.methods.tile import Inputs, PerModel
 
 if TYPE_CHECKING:
@@ -14,3 +15,8 @@ def passthrough(inputs: Inputs, *, scale: PerModel = (1.0,)) -> Tensor:
     """scale · x."""
     factor = inputs.number(scale[0])
     return inputs.model(0) if factor == 1 else inputs.model(0) * factor
+
+
+def passthrough_pass(inputs: Inputs, *, scale: PerModel) -> WeightedSum:
+    """The same as a pass."""
+    return WeightedSum(inputs.models, (inputs.number(scale[0]),))

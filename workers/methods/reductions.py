@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
+from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile, as_tensor
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
 IntArray = NDArray[Any]
@@ -48,9 +47,7 @@ class Dot(Reduction):
     b: str
 
     def of(self, tile: Tile) -> list[float]:
-        import torch
-
-        return unit_sums(tile.parent(self.a, torch.float64) * tile.parent(self.b, torch.float64))
+        return unit_sums(tile.parent(self.a, "float64") * tile.parent(self.b, "float64"))
 
     def combine(self, shares: Sequence[float]) -> float:
         return math.fsum(shares)
@@ -62,7 +59,7 @@ class L1(Reduction):
 
     model: str
     base: str
-    dtype: torch.dtype
+    dtype: str
 
     def of(self, tile: Tile) -> list[float]:
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs())
@@ -75,9 +72,7 @@ def magnitude_bits(tile: Tile, model: str, base: str) -> Tensor:
     """|δ| as int32 whose order is the order of magnitudes (float32, positive, so the sign bit is clear)."""
     import torch
 
-    return tile.remember(
-        ("magnitude", model, base), lambda: tile.delta(model, base, torch.float32).abs().view(torch.int32)
-    )
+    return tile.remember(("magnitude", model, base), lambda: tile.delta(model, base, "float32").abs().view(torch.int32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +89,7 @@ class MagnitudeSample(Reduction):
         import torch
 
         first = -tile.start % _SAMPLED
-        model, base = (tile.raw[name][first::_SAMPLED].to(torch.float32) for name in (self.model, self.base))
+        model, base = (as_tensor(tile.raw[name][first::_SAMPLED]).to(torch.float32) for name in (self.model, self.base))
         return [(model - base).abs().view(torch.int32)]
 
     def combine(self, shares: Sequence[Tensor]) -> IntArray:
@@ -127,6 +122,9 @@ class Cutoff(Reduction):
     base: str
     density: float
     margin: float | None
+
+    def ask(self, tile: Tile) -> None:
+        tile.known(MagnitudeSample(self.model, self.base))
 
     def of(self, tile: Tile) -> list[tuple[int, int, IntArray, IntArray]]:
         low, high = self._bracket(tile.known(MagnitudeSample(self.model, self.base)))
@@ -172,7 +170,7 @@ def largest(tile: Tile, model: str, base: str, density: float) -> Tensor:
     import torch
 
     def decide() -> Tensor:
-        threshold = _threshold(tile, model, base, density)
+        threshold = threshold_of(tile, model, base, density)
         first, end = tile.units
         room = threshold.equals - threshold.equal_before[first]
         equal_here = threshold.equal_before[end] - threshold.equal_before[first]
@@ -186,7 +184,8 @@ def largest(tile: Tile, model: str, base: str, density: float) -> Tensor:
     return tile.remember(("largest", model, base, density), decide)
 
 
-def _threshold(tile: Tile, model: str, base: str, density: float) -> Threshold:
+def threshold_of(tile: Tile, model: str, base: str, density: float) -> Threshold:
+    """Which elements of |δ| a density keeps, or `NotYetKnown`."""
     for margin in _MARGINS:
         threshold: Threshold | None = tile.known(Cutoff(model, base, density, margin))
         if threshold is not None:
@@ -202,7 +201,7 @@ def drawn(tile: Tile, method: str, model: str, density: float) -> Tensor:
     def decide() -> Tensor:
         threshold = round(density * (1 << 32))
         kept = torch.from_numpy(tile.random_bits(method, model) < np.uint64(threshold))
-        return kept.to(tile.raw[model].device, torch.float32)
+        return kept.to(as_tensor(tile.raw[model]).device, torch.float32)
 
     return tile.remember(("drawn", method, model, density), decide)
 
@@ -214,8 +213,12 @@ class L1Kept(Reduction):
     model: str
     base: str
     density: float
-    dtype: torch.dtype
+    dtype: str
     method: str | None = None
+
+    def ask(self, tile: Tile) -> None:
+        if self.method is None:
+            threshold_of(tile, self.model, self.base, self.density)
 
     def of(self, tile: Tile) -> list[float]:
         kept = (

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from workers.methods.passes import WeightedSum
 from workers.methods.reductions import Dot
 from workers.methods.tile import Inputs
 
@@ -19,23 +21,29 @@ _ZERO_NORM = 1e-8
 
 def slerp(inputs: Inputs, *, t: float) -> Tensor:
     """From the base model (t = 0) to the other (t = 1) along the arc; the angle is that of the flattened tensors."""
+    shares = _shares(inputs, t)
+    return inputs.sum([inputs.tile.parent(model, inputs.dtype) * share for model, share in shares.items()])
+
+
+def slerp_pass(inputs: Inputs, *, t: float) -> WeightedSum:
+    """The same as a pass."""
+    shares = _shares(inputs, t)
+    return WeightedSum(tuple(shares), tuple(shares.values()))
+
+
+def _shares(inputs: Inputs, t: float) -> Mapping[str, float]:
     assert inputs.base_name is not None, "planned without the base_model that slerp requires"
     others = [name for name in inputs.models if name != inputs.base_name]
     if not others:
-        return inputs.base
+        return {inputs.base_name: 1.0}
     start, end = inputs.base_name, others[0]
-    from_start, to_end = _coefficients(
+    shares = _coefficients(
         t,
         dot=inputs.tile.known(Dot(start, end)),
         norm_start=math.sqrt(inputs.tile.known(Dot(start, start))),
         norm_end=math.sqrt(inputs.tile.known(Dot(end, end))),
     )
-    return inputs.sum(
-        [
-            inputs.base * inputs.number(from_start),
-            inputs.tile.parent(end, inputs.dtype) * inputs.number(to_end),
-        ]
-    )
+    return {start: inputs.number(shares[0]), end: inputs.number(shares[1])}
 
 
 def _coefficients(t: float, *, dot: float, norm_start: float, norm_end: float) -> tuple[float, float]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workers.methods.task_vectors import add_consensus, trimmed
+from workers.methods.passes import Consensus
+from workers.methods.task_vectors import add_consensus, kept, trimmed
 from workers.methods.tile import Inputs, PerModel
 
 if TYPE_CHECKING:
@@ -27,3 +28,18 @@ def ties(
     """
     deltas = [trimmed(inputs, index, share, rescale=rescale) for index, share in enumerate(density)]
     return add_consensus(inputs, deltas, weight, normalize=normalize, lambda_=lambda_)
+
+
+def ties_pass(
+    inputs: Inputs,
+    *,
+    weight: PerModel,
+    density: PerModel,
+    normalize: bool,
+    rescale: bool = False,
+    lambda_: float,
+) -> Consensus:
+    """The same as a pass."""
+    assert inputs.base_name is not None, "planned without the base_model that this method requires"
+    found = kept(inputs, weight, density, rescale=rescale)
+    return Consensus(inputs.base_name, found, elect=True, normalize=normalize, scale=lambda_)

@@ -11,9 +11,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
+import ml_dtypes
 import numpy as np
+from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +32,28 @@ PerModel = tuple[float, ...]
 
 Value = TypeVar("Value")
 
+Array = NDArray[Any]
+"""Elements in the memory of the host: a NumPy array, of bfloat16 by ml_dtypes."""
+
+
+def as_tensor(elements: Array | Tensor) -> Tensor:
+    """The elements as torch has them: the same memory, no copy."""
+    import torch
+
+    if isinstance(elements, torch.Tensor):
+        return elements
+    name = elements.dtype.name
+    if name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"):  # torch does not read the dtypes of ml_dtypes
+        return torch.from_numpy(elements.view(f"u{elements.itemsize}")).view(getattr(torch, name))
+    return torch.from_numpy(elements)
+
+
+def torch_named(dtype: str) -> torch.dtype:
+    """torch's dtype of that name, such as "float32"."""
+    import torch
+
+    return getattr(torch, dtype)
+
 
 class NotYetKnown(Exception):
     """A method asked for a fact about the whole tensor that is not computed yet."""
@@ -42,8 +66,11 @@ class NotYetKnown(Exception):
 class Reduction:
     """A fact about a whole tensor, put together from its tiles' shares. Subclasses are frozen dataclasses."""
 
+    def ask(self, tile: Tile) -> None:
+        """Asks `tile.known` for the facts that must be known before this one."""
+
     def of(self, tile: Tile) -> list[Any]:
-        """This tile's share, an entry for each unit it spans; may ask `tile.known` for other reductions."""
+        """This tile's share, an entry for each unit it spans."""
         raise NotImplementedError
 
     def combine(self, shares: Sequence[Any]) -> Any:
@@ -55,20 +82,30 @@ class Reduction:
 class Tile:
     """Elements `[start, start + len)` of one tensor, flattened, of every parent that holds it.
 
-    `raw` maps parent to a 1-D tensor in the parent's own dtype. `facts` is shared by all tiles of the tensor.
+    `raw` maps parent to 1-D elements in the parent's own dtype, in the memory of the host or of a GPU. `facts` is
+    shared by all tiles of the tensor. `shape` is that of the whole tensor. `around` is what `raw` was cut from, the
+    elements from `around_start` on; they hold whole rows wherever a method asks for `whole_rows`.
     """
 
     tensor: str
     start: int
-    raw: Mapping[str, Tensor]
+    raw: Mapping[str, Array | Tensor]
     facts: Mapping[Reduction, Any]
     seed: int = 0
+    shape: tuple[int, ...] = ()
+    around: Mapping[str, Array | Tensor] = field(default_factory=dict[str, "Array | Tensor"])
+    around_start: int = 0
     _memory: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any])
 
     @property
     def elements(self) -> int:
         """How many elements this tile spans."""
-        return next(iter(self.raw.values())).numel()
+        return len(next(iter(self.raw.values())))
+
+    @property
+    def row(self) -> int:
+        """How many elements a row of the tensor has: the last axis; a vector is one row."""
+        return self.shape[-1] if self.shape else self.elements
 
     @property
     def units(self) -> tuple[int, int]:
@@ -88,11 +125,11 @@ class Tile:
             self._memory[key] = compute()
         return cast(Value, self._memory[key])
 
-    def parent(self, name: str, dtype: torch.dtype) -> Tensor:
+    def parent(self, name: str, dtype: str) -> Tensor:
         """One parent's elements in the arithmetic dtype."""
-        return self.remember((name, dtype), lambda: self.raw[name].to(dtype))
+        return self.remember((name, dtype), lambda: as_tensor(self.raw[name]).to(torch_named(dtype)))
 
-    def delta(self, model: str, base: str, dtype: torch.dtype) -> Tensor:
+    def delta(self, model: str, base: str, dtype: str) -> Tensor:
         """The task vector: model − base."""
         return self.remember(
             ("delta", model, base, dtype), lambda: self.parent(model, dtype) - self.parent(base, dtype)
@@ -113,28 +150,28 @@ class Tile:
         return generator.random_raw((self.elements + 1) // 2).view(np.uint32)[: self.elements]
 
 
-def ones_where(holds: Callable[..., Tensor], values: Tensor) -> Tensor:
+def ones_where(holds: Literal["ge", "gt", "eq"], values: Tensor) -> Tensor:
     """1 where a value compares with 0 as asked, else 0, in the values' dtype.
 
     Many times faster than `torch.where`, which takes a branch an element.
     """
     import torch
 
-    return holds(values, 0.0, out=torch.empty_like(values))
+    return getattr(torch, holds)(values, 0.0, out=torch.empty_like(values))
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """One point's view of a tile: its models in the recipe's order, and its arithmetic.
 
-    `dtype` is the arithmetic dtype (float32, or float64 for float32 outputs; the recipe's own under
+    `dtype` names the arithmetic dtype ("float32", or "float64" for float32 outputs; the recipe's own under
     `--numerics mergekit`, which `as_mergekit` says).
     """
 
     tile: Tile
     models: tuple[str, ...]
     base_name: str | None
-    dtype: torch.dtype
+    dtype: str
     as_mergekit: bool = False
 
     @property
@@ -154,9 +191,10 @@ class Inputs:
 
     def number(self, value: float) -> float:
         """A parameter as the arithmetic dtype holds it."""
-        import torch
-
-        return float(torch.tensor(value, dtype=self.dtype))
+        if self.dtype == "float64":
+            return value
+        narrow = ml_dtypes.bfloat16 if self.dtype == "bfloat16" else self.dtype
+        return float(np.float32(value).astype(narrow))
 
     def sum(self, terms: Sequence[Tensor]) -> Tensor:
         """Σ terms, from left to right; mergekit sums a stack, which rounds once for half-precision dtypes."""

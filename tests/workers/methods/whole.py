@@ -19,7 +19,7 @@ def tiles_of(
     """The tiles of one tensor, `units` of `TILE_ELEMENTS` in each."""
     elements, step = next(iter(parents.values())).numel(), units * tile.TILE_ELEMENTS
     return [
-        Tile(name, start, {parent: t[start : start + step] for parent, t in parents.items()}, facts, seed)
+        Tile(name, start, {parent: t[start : start + step] for parent, t in parents.items()}, facts, seed, (elements,))
         for start in range(0, elements, step)
     ]
 
@@ -31,4 +31,5 @@ def answered(tiles: Sequence[Tile], facts: dict[Reduction, Any], ask: Callable[[
             return [ask(tile) for tile in tiles]
         except NotYetKnown as question:
             fact = question.reduction
+            answered(tiles, facts, fact.ask)
             facts[fact] = fact.combine([entry for share in answered(tiles, facts, fact.of) for entry in share])

@@ -1,0 +1,69 @@
+"""One pass over memory: how one point's elements follow from its parents', once the facts about the tensor are known.
+
+Most methods end in one of these few passes. They are data: `workers/methods/kernels/` computes them on CPUs, for all
+points of a grid at once. The torch formula of a method remains its definition.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from workers.methods.reductions import Threshold
+from workers.methods.tile import Array
+
+
+@dataclass(frozen=True, slots=True)
+class WeightedSum:
+    """Σ cᵢ·xᵢ, or base + Σ cᵢ·(xᵢ − base) with a base; summed from left to right in the arithmetic dtype.
+
+    A coefficient is a number, or an array of one number for each row or column of the tensor, as `along` says. A term
+    whose coefficient is exactly 1 is not multiplied.
+    """
+
+    models: tuple[str, ...]
+    coefficients: tuple[float | Array, ...]
+    base: str | None = None
+    along: Literal["tensor", "rows", "columns"] = "tensor"
+
+
+@dataclass(frozen=True, slots=True)
+class Coin:
+    """Keeps an element with probability `density`, by the random bits of (method, model): see `Tile.random_bits`."""
+
+    method: str
+    density: float
+
+
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """One task vector δ of a consensus: factor · δ where it is kept, else zero; then times its weight.
+
+    `among` keeps the elements that a threshold on |δ| keeps, `beyond` drops those that another keeps, `coin` decides
+    element by element; None keeps all. `factor` is not multiplied if it is None.
+    """
+
+    model: str
+    weight: float
+    among: Threshold | None = None
+    beyond: Threshold | None = None
+    coin: Coin | None = None
+    factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Consensus:
+    """base + scale · (Σ of the kept, weighted task vectors), as `task_vectors.add_consensus` defines it.
+
+    With `elect`, only those take part whose sign is that of the sum, element by element; with `normalize` as well, the
+    sum is divided by the weights of those that take part.
+    """
+
+    base: str
+    kept: tuple[Kept, ...]
+    elect: bool
+    normalize: bool = False
+    scale: float = 1.0
+
+
+Pass = WeightedSum | Consensus
