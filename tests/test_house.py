@@ -25,6 +25,7 @@ from tests.markdown import Block, commands, fenced_blocks
 
 ROOT = Path(__file__).parents[1]
 IMPORT_EFFECTS = ROOT / "tests" / "import_effects.py"
+PARENTS = ROOT / "jobs" / "examples" / "parents"
 COMMAND = Path(sys.executable).with_name("mergeyard")
 HEAVY = {"torch", "ray", "transformers", "pyarrow", "scipy", "boto3", "obstore", "huggingface_hub", "vllm"}
 
@@ -70,6 +71,20 @@ def test_help_loads_no_heavy_library():
     script = "import orchestrator.cli, sys; orchestrator.cli.parser().format_help(); print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert HEAVY & set(loaded.stdout.split()) == set()
+
+
+@pytest.mark.parametrize("method", ["passthrough"])
+def test_a_merge_on_cpus_loads_no_torch(tmp_path: Path, method: str):
+    models = [{"model": str(PARENTS / "fmt"), "parameters": {"scale": 1}}]
+    (tmp_path / "config.yaml").write_text(json.dumps({"merge_method": method, "models": models, "dtype": "bfloat16"}))
+    script = (
+        "import orchestrator.cli, sys;"
+        " code = orchestrator.cli.main(['merge', sys.argv[1], sys.argv[2], '--quiet']);"
+        " print(code, *sorted({'torch', 'transformers', 'numba'} & sys.modules.keys()))"
+    )
+    merge = [sys.executable, "-c", script, str(tmp_path / "config.yaml"), str(tmp_path / "merge")]
+    done = subprocess.run(merge, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("0\n", "")
 
 
 @pytest.mark.serial

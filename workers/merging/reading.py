@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, TensorMerge
-from workers.checkpoints.dtypes import torch_dtype
+from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_sha256
+from workers.merging.buffers import Bytes, memory
+from workers.merging.tiles import Elements
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
 
@@ -48,8 +49,8 @@ class Slab:
     """Stretches that follow each other in the output, with every parent's elements for each, in the parent's dtype."""
 
     stretches: Sequence[Stretch]
-    raw: Sequence[Mapping[str, Tensor]]
-    buffers: Sequence[Tensor]
+    raw: Sequence[Mapping[str, Elements]]
+    buffers: Sequence[Bytes]
     checks: list[Future[None]] = field(default_factory=list[Future[None]])
 
 
@@ -96,7 +97,7 @@ class ParentReader:
         self._slab_bytes = slab_bytes
         self._pinned = pinned
         self._progress = progress
-        self._free: list[Tensor] = []
+        self._free: list[Bytes] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READS_AT_ONCE, "read")
         self._checkers = {name: ThreadPoolExecutor(1, "check") for name in parents}
@@ -140,10 +141,10 @@ class ParentReader:
         slab.checks.extend(begun)
         return begun
 
-    def _check(self, name: str, stretch: Stretch, part: Tensor, passing: dict[tuple[str, str], Any]) -> None:
+    def _check(self, name: str, stretch: Stretch, part: Any, passing: dict[tuple[str, str], Any]) -> None:
         tensor = stretch.tensor
         so_far = passing.setdefault((name, tensor.name), hashlib.sha256())
-        so_far.update(cast(Any, part.view(torch.uint8).numpy()))
+        so_far.update(part.view(np.uint8))
         if stretch.stop == tensor.elements:
             del passing[name, tensor.name]
             source = tensor.sources[name]
@@ -155,30 +156,30 @@ class ParentReader:
         with self._lock:
             self._free.extend(slab.buffers)
 
-    def _read(self, name: str, stretches: Sequence[Stretch]) -> tuple[Tensor, dict[int, Tensor]]:
+    def _read(self, name: str, stretches: Sequence[Stretch]) -> tuple[Bytes, dict[int, Elements]]:
         """One parent's part of a slab: the buffer, and a typed 1-D view of it for each stretch the parent has."""
         buffer = self._buffer()
-        memory = memoryview(cast(Any, buffer.numpy()))
-        views: dict[int, Tensor] = {}
+        whole = buffer.data
+        views: dict[int, Elements] = {}
         files, store = self._parents[name].files, self._stores[name]
         for run in _runs(name, stretches):
             if run.size:  # a bucket cannot be asked for an empty range
                 store.read_into(
-                    files[run.file].key, memory[run.at : run.at + run.size], start=run.start, etag=files[run.file].etag
+                    files[run.file].key, whole[run.at : run.at + run.size], start=run.start, etag=files[run.file].etag
                 )
             for index, at, size in run.parts:
-                dtype = torch_dtype(stretches[index].tensor.sources[name].dtype)
+                dtype = numpy_dtype(stretches[index].tensor.sources[name].dtype)
                 views[index] = buffer[at : at + size].view(dtype)
             with self._lock:
                 self.bytes_read += run.size
             self._progress(run.size, 0)
         return buffer, views
 
-    def _buffer(self) -> Tensor:
+    def _buffer(self) -> Bytes:
         with self._lock:
             if self._free:
                 return self._free.pop()
-        return torch.empty(self._slab_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+        return memory(self._slab_bytes, pinned=self._pinned)
 
 
 @dataclass(slots=True)

@@ -9,18 +9,29 @@ import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from jobs.errors import BadInput
 from jobs.merge_tasks import Parent, Setting, TensorMerge
-from workers.checkpoints.dtypes import FLOATS, torch_dtype
+from workers.checkpoints.dtypes import FLOATS, numpy_dtype
 from workers.checkpoints.hashing import check_sha256
-from workers.merging.tiles import Facts, merge_tile, missing_facts
-from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile
+from workers.merging.buffers import memory
+from workers.merging.tiles import (
+    Elements,
+    Facts,
+    bytes_of,
+    common_value,
+    copied,
+    merge_tile,
+    missing_facts,
+    one_torch_thread,
+)
+from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile, as_tensor
 from workers.storage import open_store
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 READS_AT_ONCE = 8
 
@@ -44,22 +55,21 @@ class ResidentParents:
         self._tensors = tensors
         self._seed = seed
         self._numerics = numerics
-        self._device = torch.device(device)
+        self._device = device
         self._threads = max(1, threads)
         self._facts: dict[str, Facts] = {tensor.name: {} for tensor in tensors}
         stores = {name: open_store(parent.url) for name, parent in parents.items()}
 
-        def read(tensor: TensorMerge) -> dict[str, Tensor]:
-            found: dict[str, Tensor] = {}
+        def read(tensor: TensorMerge) -> dict[str, Elements]:
+            found: dict[str, Elements] = {}
             for name, at in tensor.sources.items():
                 file = parents[name].files[at.file]
-                data = torch.empty(at.end - at.start, dtype=torch.uint8)
+                data = memory(at.end - at.start)
                 if at.end > at.start:
-                    memory = memoryview(cast(Any, data.numpy()))
-                    stores[name].read_into(file.key, memory, start=at.start, etag=file.etag)
+                    stores[name].read_into(file.key, data.data, start=at.start, etag=file.etag)
                     if at.sha256:
-                        check_sha256(hashlib.sha256(memory).hexdigest(), stores[name], file, tensor, at)
-                found[name] = data.view(torch_dtype(at.dtype)).to(self._device)
+                        check_sha256(hashlib.sha256(data.data).hexdigest(), stores[name], file, tensor, at)
+                found[name] = self._placed(data.view(numpy_dtype(at.dtype)))
             return found
 
         with ThreadPoolExecutor(READS_AT_ONCE, "read") as pool:
@@ -73,7 +83,7 @@ class ResidentParents:
         `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests`, if given, receives
         the sha256 of each tensor's bytes, as a manifest has them.
         """
-        with ThreadPoolExecutor(self._threads, "merge", _one_torch_thread) as pool:
+        with ThreadPoolExecutor(self._threads, "merge") as pool:
             ahead: deque[tuple[str, Future[tuple[Tensor, str]]]] = deque()
             for tensor in self._tensors:
                 setting = settings[tensor.setting]
@@ -83,30 +93,34 @@ class ResidentParents:
             while ahead:
                 yield _next(ahead, digests)
 
-    @torch.inference_mode()
     def _merged(self, tensor: TensorMerge, setting: Setting, *, hashed: bool) -> tuple[Tensor, str]:
         merged = self._merge(tensor, setting)
-        data: Any = merged.cpu().contiguous().view(torch.uint8).numpy() if hashed else b""
-        return merged.view(tensor.shape), hashlib.sha256(data).hexdigest()
+        digest = hashlib.sha256(bytes_of(merged) if hashed else b"").hexdigest()
+        return as_tensor(merged).view(tensor.shape), digest
 
-    def _merge(self, tensor: TensorMerge, setting: Setting) -> Tensor:
+    def _merge(self, tensor: TensorMerge, setting: Setting) -> Elements:
         raw = self._raw[tensor.name]
         if tensor.dtype not in FLOATS:
-            first, *others = setting.parents
-            if any(not torch.equal(raw[first], raw[other]) for other in others):
-                raise BadInput(
-                    f"tensor {tensor.name} ({tensor.dtype}) differs between {' and '.join(setting.parents)};"
-                    " integers cannot be merged, take it from one parent"
-                )
-            return raw[first]
-        output = torch.empty(tensor.elements, dtype=torch_dtype(tensor.dtype), device=self._device)
-        if tensor.elements == 0:
-            return output
-        self._learn(tensor, setting)
-        for tile in self._tiles(tensor):
-            part = output[tile.start : tile.start + tile.elements]
-            part.copy_(merge_tile(tile, setting, tensor.arithmetic, self._numerics))
+            return common_value(tensor, setting, raw)
+        if (parent := copied(tensor, setting)) is not None:
+            return raw[parent]
+        output = self._placed(np.empty(tensor.elements, numpy_dtype(tensor.dtype)))
+        if tensor.elements:
+            self._merge_by_formula(tensor, setting, as_tensor(output))
         return output
+
+    def _merge_by_formula(self, tensor: TensorMerge, setting: Setting, output: Tensor) -> None:
+        import torch
+
+        one_torch_thread()
+        with torch.inference_mode():
+            self._learn(tensor, setting)
+            for tile in self._tiles(tensor):
+                part = output[tile.start : tile.start + tile.elements]
+                part.copy_(merge_tile(tile, setting, tensor.arithmetic, self._numerics))
+
+    def _placed(self, elements: Elements) -> Elements:
+        return elements if self._device == "cpu" else as_tensor(elements).to(self._device)
 
     def _learn(self, tensor: TensorMerge, setting: Setting) -> None:
         facts = self._facts[tensor.name]
@@ -120,7 +134,7 @@ class ResidentParents:
 
     def _tiles(self, tensor: TensorMerge) -> Iterator[Tile]:
         """Cache-sized tiles on a CPU; on a GPU, which wants few large launches, the whole tensor."""
-        step = TILE_ELEMENTS if self._device.type == "cpu" else max(1, tensor.elements)
+        step = TILE_ELEMENTS if self._device == "cpu" else max(1, tensor.elements)
         for start in range(0, tensor.elements, step):
             part = {name: elements[start : start + step] for name, elements in self._raw[tensor.name].items()}
             whole = self._raw[tensor.name]
@@ -134,8 +148,3 @@ def _next(ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[st
     if digests is not None:
         digests[name] = digest
     return name, tensor
-
-
-def _one_torch_thread() -> None:
-    """Tensors run in parallel; torch's own threads would only wait for each other."""
-    torch.set_num_threads(1)

@@ -11,7 +11,6 @@ again: in memory when they fit in the task's budget, else by reading them anew.
 
 from __future__ import annotations
 
-import math
 import threading
 import time
 from collections import deque
@@ -21,16 +20,24 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
-from jobs.errors import BadInput
 from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, Setting, TensorMerge
-from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, torch_dtype
+from workers.checkpoints.dtypes import FLOATS, any_nonfinite, nonfinite, numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
-from workers.merging.buffers import BufferPool, keep_freed_memory
+from workers.merging.buffers import BufferPool, Bytes, keep_freed_memory
 from workers.merging.reading import ParentReader, Slab, Stretch, plan_slabs
-from workers.merging.tiles import Facts, merge_tile, missing_facts
+from workers.merging.tiles import (
+    Elements,
+    Facts,
+    common_value,
+    copied,
+    merge_tile,
+    missing_facts,
+    one_torch_thread,
+    put,
+)
 from workers.merging.writing import ShardWriter
 from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile, as_tensor
 from workers.storage import open_store
@@ -64,7 +71,7 @@ def merge_task(
     with ExitStack() as stack:
         store = open_store(task.run)
         writers = [stack.enter_context(ShardWriter(store, point, task.tensors, progress)) for point in task.points]
-        merge = _Merge(task, torch.device(device), writers, progress, stack)
+        merge = _Merge(task, device, writers, progress, stack)
         merge.run()
         seconds = time.perf_counter() - started
         return [writer.publish(sorted(merge.nonfinite), merge.reader.bytes_read, seconds) for writer in writers]
@@ -107,7 +114,7 @@ class _Merge:
     def __init__(
         self,
         task: MergeTask,
-        device: torch.device,
+        device: str,
         writers: Sequence[ShardWriter],
         progress: Progress,
         stack: ExitStack,
@@ -115,12 +122,12 @@ class _Merge:
         self.task, self.device, self.writers = task, device, writers
         self.budget = Budget.of(task)
         self.nonfinite: set[str] = set()
-        pinned = device.type == "cuda"
+        pinned = device.startswith("cuda")
         self.reader = stack.enter_context(
             ParentReader(task.parents, self.budget.slab, pinned=pinned, progress=progress)
         )
         self.outputs = BufferPool(self.budget.piece * len(writers), self.budget.pieces, pinned=pinned)
-        self.compute = stack.enter_context(ThreadPoolExecutor(task.threads, "merge", _one_torch_thread))
+        self.compute = stack.enter_context(ThreadPoolExecutor(task.threads, "merge"))
         self.lanes = min(len(writers), max(2, task.threads))
         self.drains = {
             does: [stack.enter_context(ThreadPoolExecutor(1, does.__name__)) for _ in range(self.lanes)]
@@ -171,9 +178,12 @@ class _Merge:
         self.checks.extend(self.reader.check(slab, passing))
         while self.checks and self.checks[0].done():
             self.checks.popleft().result()
-        if self.device.type == "cpu":
+        if self.device == "cpu":
             return slab
-        raw = [{name: part.to(self.device, non_blocking=True) for name, part in parts.items()} for parts in slab.raw]
+        raw = [
+            {name: as_tensor(part).to(self.device, non_blocking=True) for name, part in parts.items()}
+            for parts in slab.raw
+        ]
         return Slab(slab.stretches, raw, slab.buffers, slab.checks)
 
     # the facts about whole tensors that a method needs before it can merge the first element
@@ -211,7 +221,7 @@ class _Merge:
                 facts[name][question] = question.combine(of_units)
         return facts
 
-    def _tiles(self, stretch: Stretch, raw: Mapping[str, Tensor], facts: Facts) -> Iterator[Tile]:
+    def _tiles(self, stretch: Stretch, raw: Mapping[str, Elements], facts: Facts) -> Iterator[Tile]:
         for start in range(0, stretch.stop - stretch.start, TILE_ELEMENTS):
             part = {name: elements[start : start + TILE_ELEMENTS] for name, elements in raw.items()}
             yield Tile(
@@ -236,7 +246,7 @@ class _Merge:
         for piece in pieces:
             output = self.outputs.acquire()  # here, in order: a later piece must never hold what an earlier one needs
             row_bytes = -(-piece.bytes // WIDEST_ELEMENT) * WIDEST_ELEMENT  # every row aligned for every dtype
-            rows = output[: row_bytes * len(self.writers)].view(len(self.writers), row_bytes)[:, : piece.bytes]
+            rows = output[: row_bytes * len(self.writers)].reshape(len(self.writers), row_bytes)[:, : piece.bytes]
             merged = self.compute.submit(self._merge_piece, slab, piece, rows, facts, left)
             used = _Countdown(2 * self.lanes, lambda output=output: self.outputs.release(output))
             for does, drains in self.drains.items():
@@ -250,60 +260,72 @@ class _Merge:
         does: Callable[[ShardWriter, Any], None],
         lane: int,
         merged: Future[None],
-        rows: Tensor,
+        rows: Bytes,
         used: _Countdown,
     ) -> None:
         """Hashes or writes one piece for every point of a lane: each in a thread of its own, each in order."""
         try:
             merged.result()
-            data = rows.numpy()
             for index in range(lane, len(self.writers), self.lanes):
-                does(self.writers[index], data[index])
+                does(self.writers[index], rows[index].data)
         finally:
             used.one()
 
     def _merge_piece(
-        self, slab: Slab, piece: _Piece, rows: Tensor, facts: Mapping[str, Facts], left: _Countdown
+        self, slab: Slab, piece: _Piece, rows: Bytes, facts: Mapping[str, Facts], left: _Countdown
     ) -> None:
         try:
-            with torch.inference_mode():
-                at = 0
-                for index, start, stop in piece.parts:
-                    stretch = slab.stretches[index]
-                    size = (stop - start) * DTYPE_BITS[stretch.tensor.dtype] // 8
-                    part = {name: elements[start:stop] for name, elements in slab.raw[index].items()}
-                    self._merge_part(
-                        Stretch(stretch.tensor, stretch.start + start, stretch.start + stop),
-                        part,
-                        rows[:, at : at + size],
-                        facts.get(stretch.tensor.name, {}),
-                    )
-                    at += size
+            at = 0
+            for index, start, stop in piece.parts:
+                stretch = slab.stretches[index]
+                size = (stop - start) * DTYPE_BITS[stretch.tensor.dtype] // 8
+                self._merge_part(
+                    Stretch(stretch.tensor, stretch.start + start, stretch.start + stop),
+                    {name: elements[start:stop] for name, elements in slab.raw[index].items()},
+                    rows[:, at : at + size].view(numpy_dtype(stretch.tensor.dtype)),
+                    facts.get(stretch.tensor.name, {}),
+                )
+                at += size
         finally:
             left.one()
 
-    def _merge_part(self, stretch: Stretch, raw: Mapping[str, Tensor], rows: Tensor, facts: Facts) -> None:
+    def _merge_part(self, stretch: Stretch, raw: Mapping[str, Elements], rows: NDArray[Any], facts: Facts) -> None:
         tensor = stretch.tensor
         settings = [point.settings[tensor.setting] for point in self.task.points]
-        output = rows.view(torch_dtype(tensor.dtype))
         if tensor.dtype not in FLOATS:
-            for row, setting in zip(output, settings, strict=True):
-                row.copy_(_common_value(tensor, setting, raw))
+            for row, setting in zip(rows, settings, strict=True):
+                put(row, common_value(tensor, setting, raw))
             return
-        position, arithmetic = 0, TORCH_NAMES[tensor.arithmetic]
-        for tile in self._tiles(stretch, raw, facts):
-            if any(
-                _has_nonfinite(tile.parent(name, arithmetic)) and not _all_finite(as_tensor(stored))
-                for name, stored in tile.raw.items()
-            ):
-                self.nonfinite.add(tensor.name)
-            for writer, row, setting in zip(self.writers, output, settings, strict=True):
-                written = row[position : position + tile.elements]
-                written.copy_(merge_tile(tile, setting, tensor.arithmetic, self.task.numerics))
-                if not _all_finite(written):
-                    parents = [as_tensor(tile.raw[name]).to(written.device) for name in setting.parents]
-                    writer.count_overflowed(tensor.name, _overflowed(written, parents))
-            position += tile.elements
+        if any(_any_nonfinite(elements) for elements in raw.values()):
+            self.nonfinite.add(tensor.name)
+        formulas: list[tuple[NDArray[Any], Setting]] = []
+        for row, setting in zip(rows, settings, strict=True):
+            if (parent := copied(tensor, setting)) is not None:
+                put(row, raw[parent])
+            else:
+                formulas.append((row, setting))
+        if formulas:
+            self._merge_by_formula(stretch, raw, formulas, facts)
+        for writer, row, setting in zip(self.writers, rows, settings, strict=True):
+            if any_nonfinite(row):
+                writer.count_overflowed(tensor.name, _overflowed(row, [raw[name] for name in setting.parents]))
+
+    def _merge_by_formula(
+        self,
+        stretch: Stretch,
+        raw: Mapping[str, Elements],
+        rows: Sequence[tuple[NDArray[Any], Setting]],
+        facts: Facts,
+    ) -> None:
+        import torch
+
+        one_torch_thread()
+        outputs = [(as_tensor(row), setting) for row, setting in rows]
+        with torch.inference_mode():
+            for position, tile in enumerate(self._tiles(stretch, raw, facts)):
+                written = slice(position * TILE_ELEMENTS, position * TILE_ELEMENTS + tile.elements)
+                for output, setting in outputs:
+                    output[written].copy_(merge_tile(tile, setting, stretch.tensor.arithmetic, self.task.numerics))
 
 
 def _pieces(stretches: Sequence[Stretch], most_bytes: int) -> Iterator[_Piece]:
@@ -326,44 +348,28 @@ def _pieces(stretches: Sequence[Stretch], most_bytes: int) -> Iterator[_Piece]:
         yield piece
 
 
-def _common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Tensor]) -> Tensor:
-    """Integers and booleans are not averaged: the value that all of the point's parents share."""
-    first, *others = setting.parents
-    for other in others:
-        if not torch.equal(raw[first], raw[other]):
-            raise BadInput(
-                f"tensor {tensor.name} ({tensor.dtype}) differs between {first} and {other};"
-                " integers cannot be merged, take it from one parent"
-            )
-    return raw[first]
+def _any_nonfinite(elements: Elements) -> bool:
+    if isinstance(elements, np.ndarray):
+        return any_nonfinite(elements)
+    return not bool(elements.isfinite().all())
 
 
-def _has_nonfinite(elements: Tensor) -> bool:
-    """Whether any element is NaN or infinite; the sum of squares tells at once that none is."""
-    return not math.isfinite(torch.dot(elements, elements)) and not bool(torch.isfinite(elements).all())
-
-
-def _all_finite(elements: Tensor) -> bool:
-    """Whether no element is NaN or infinite. Of 16-bit elements the extremes are found much faster than `isfinite`."""
-    return bool(torch.isfinite(torch.stack(torch.aminmax(elements))).all())
-
-
-def _overflowed(written: Tensor, parents: Sequence[Tensor]) -> int:
+def _overflowed(written: NDArray[Any], parents: Sequence[Elements]) -> int:
     """How many elements are NaN or infinite, and finite in every parent."""
-    broken = ~torch.isfinite(written)
+    broken = nonfinite(written)
     for parent in parents:
-        broken &= torch.isfinite(parent)
+        broken &= ~(nonfinite(parent) if isinstance(parent, np.ndarray) else (~parent.isfinite()).cpu().numpy())
     return int(broken.sum())
 
 
 def _share_of(asked: Sequence[Reduction]) -> Callable[[Tile], list[tuple[Reduction, list[Any]]]]:
     """Answers every question for one tile, unit by unit."""
-    return lambda tile: [(question, question.of(tile)) for question in asked]
 
+    def answer(tile: Tile) -> list[tuple[Reduction, list[Any]]]:
+        one_torch_thread()
+        return [(question, question.of(tile)) for question in asked]
 
-def _one_torch_thread() -> None:
-    """Pieces run in parallel; torch's own threads would only wait for each other."""
-    torch.set_num_threads(1)
+    return answer
 
 
 class _Countdown:
