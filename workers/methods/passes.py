@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.methods.reductions import Threshold
+from workers.methods.reductions import Coin, Threshold
 from workers.methods.tile import Array
 
 
@@ -25,14 +25,6 @@ class WeightedSum:
     coefficients: tuple[float | Array, ...]
     base: str | None = None
     along: Literal["tensor", "rows", "columns"] = "tensor"
-
-
-@dataclass(frozen=True, slots=True)
-class Coin:
-    """Keeps an element with probability `density`, by the random bits of (method, model): see `Tile.random_bits`."""
-
-    method: str
-    density: float
 
 
 @dataclass(frozen=True, slots=True)

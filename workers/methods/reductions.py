@@ -68,29 +68,47 @@ class L1(Reduction):
         return math.fsum(shares)
 
 
-def magnitude_bits(tile: Tile, model: str, base: str) -> Tensor:
-    """|δ| as int32 whose order is the order of magnitudes (float32, positive, so the sign bit is clear)."""
-    import torch
+class Score:
+    """A float32 number, not negative, for each element: the elements of a tensor are ranked by it.
 
-    return tile.remember(("magnitude", model, base), lambda: tile.delta(model, base, "float32").abs().view(torch.int32))
+    Subclasses are frozen dataclasses; `alone` says that an element's score follows from that element of the parents.
+    """
+
+    alone = True
+
+    def bits(self, tile: Tile) -> Tensor:
+        """The scores as int32, whose order is the order of the scores: the sign bit is clear. A NaN is the greatest."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
-class MagnitudeSample(Reduction):
-    """Every 61st |δᵢ| as bits, sorted: the one sort of a tensor, which tells every density where to look.
-
-    61 is prime, so that a sample of a matrix does not come from the same few columns.
-    """
+class Magnitude(Score):
+    """|δ| of one task vector."""
 
     model: str
     base: str
 
-    def of(self, tile: Tile) -> list[Tensor]:
+    def bits(self, tile: Tile) -> Tensor:
         import torch
 
+        return tile.remember(self, lambda: tile.delta(self.model, self.base, "float32").abs().view(torch.int32))
+
+
+@dataclass(frozen=True, slots=True)
+class Sample(Reduction):
+    """Every 61st score as bits, sorted: the one sort of a tensor, which tells every rank where to look.
+
+    61 is prime, so that a sample of a matrix does not come from the same few columns.
+    """
+
+    score: Score
+
+    def of(self, tile: Tile) -> list[Tensor]:
         first = -tile.start % _SAMPLED
-        model, base = (as_tensor(tile.raw[name][first::_SAMPLED]).to(torch.float32) for name in (self.model, self.base))
-        return [(model - base).abs().view(torch.int32)]
+        if not self.score.alone:
+            return [self.score.bits(tile)[first::_SAMPLED]]
+        thinned = {name: elements[first::_SAMPLED] for name, elements in tile.raw.items()}
+        return [self.score.bits(Tile(tile.tensor, tile.start, thinned, {}))]
 
     def combine(self, shares: Sequence[Tensor]) -> IntArray:
         import torch
@@ -100,7 +118,7 @@ class MagnitudeSample(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Threshold:
-    """The elements of a tensor that a density keeps: all |δ| above `bits`, and the first `equals` of those equal to it.
+    """The k greatest scores of a tensor: all above `bits`, and the first `equals` of those equal to it.
 
     `equal_before[u]` counts the equal ones in the units before unit u.
     """
@@ -112,121 +130,148 @@ class Threshold:
 
 @dataclass(frozen=True, slots=True)
 class Cutoff(Reduction):
-    """The k-th largest |δᵢ| exactly, k = max(1, ⌊density · elements⌋): a `Threshold`, or None if it was not found.
+    """The `count`-th greatest score exactly, 1 ≤ count ≤ elements: a `Threshold`, or None if it was not found.
 
     Only what lies between two quantiles of the sample, `margin` standard errors around the wanted one, is looked at
     closely. That this misses is possible and noticed; then a greater margin is asked for, and None means everything.
     """
 
-    model: str
-    base: str
-    density: float
+    score: Score
+    count: int
     margin: float | None
 
     def ask(self, tile: Tile) -> None:
-        tile.known(MagnitudeSample(self.model, self.base))
+        tile.known(Sample(self.score))
 
-    def of(self, tile: Tile) -> list[tuple[int, int, IntArray, IntArray]]:
-        low, high = self._bracket(tile.known(MagnitudeSample(self.model, self.base)))
-        shares: list[tuple[int, int, IntArray, IntArray]] = []
-        for unit in magnitude_bits(tile, self.model, self.base).split(TILE_ELEMENTS):
+    def of(self, tile: Tile) -> list[tuple[int, IntArray, IntArray]]:
+        low, high = self._bracket(tile.known(Sample(self.score)), self.count / math.prod(tile.shape))
+        shares: list[tuple[int, IntArray, IntArray]] = []
+        for unit in self.score.bits(tile).split(TILE_ELEMENTS):
             bits = unit.cpu().numpy()  # NumPy counts and selects several times faster than torch does
             inside = bits[(bits - low).view(np.uint32) <= high - low]
             values, counts = np.unique(inside, return_counts=True)
-            shares.append((bits.size, int(np.count_nonzero(bits > high)), values, counts))
+            shares.append((int(np.count_nonzero(bits > high)), values, counts))
         return shares
 
-    def _bracket(self, sample: IntArray) -> tuple[int, int]:
+    def _bracket(self, sample: IntArray, density: float) -> tuple[int, int]:
         lowest, highest = 0, int(np.iinfo(np.int32).max)
         if self.margin is None or not sample.size:
             return lowest, highest
-        rank = self.density * sample.size
-        slack = self.margin * math.sqrt(rank * (1 - self.density)) + 2
+        rank = density * sample.size
+        slack = self.margin * math.sqrt(rank * (1 - density)) + 2
         below, above = math.ceil(sample.size - rank + slack), math.floor(sample.size - rank - slack)
         return (
             int(sample[above]) if above >= 0 else lowest,
             int(sample[below]) if below < sample.size else highest,
         )
 
-    def combine(self, shares: Sequence[tuple[int, int, IntArray, IntArray]]) -> Threshold | None:
-        elements = sum(count for count, _, _, _ in shares)
-        wanted = max(1, int(self.density * elements)) - sum(above for _, above, _, _ in shares)
-        values, place = np.unique(np.concatenate([values for _, _, values, _ in shares]), return_inverse=True)
+    def combine(self, shares: Sequence[tuple[int, IntArray, IntArray]]) -> Threshold | None:
+        wanted = self.count - sum(above for above, _, _ in shares)
+        values, place = np.unique(np.concatenate([values for _, values, _ in shares]), return_inverse=True)
         totals = np.zeros(values.size, dtype=np.int64)
-        np.add.at(totals, place, np.concatenate([counts for _, _, _, counts in shares]))
-        from_largest = np.cumsum(totals[::-1])
-        index = int(np.searchsorted(from_largest, wanted))
+        np.add.at(totals, place, np.concatenate([counts for _, _, counts in shares]))
+        from_greatest = np.cumsum(totals[::-1])
+        index = int(np.searchsorted(from_greatest, wanted))
         if wanted < 1 or index == values.size:
             return None
         bits = int(values[::-1][index])
-        equal = [int(counts[values == bits].sum()) for _, _, values, counts in shares]
-        greater = int(from_largest[index - 1]) if index else 0
+        equal = [int(counts[values == bits].sum()) for _, values, counts in shares]
+        greater = int(from_greatest[index - 1]) if index else 0
         return Threshold(bits, wanted - greater, [0, *np.cumsum(equal).tolist()])
 
 
-def largest(tile: Tile, model: str, base: str, density: float) -> Tensor:
-    """1 for the ⌊density · elements⌋ largest |δ| of the whole tensor (of equals, the first), 0 for the rest."""
-
+def largest(tile: Tile, score: Score, count: int) -> Tensor:
+    """1 for the `count` greatest scores of the whole tensor (of equals, the first), 0 for the rest."""
     import torch
 
     def decide() -> Tensor:
-        threshold = threshold_of(tile, model, base, density)
+        threshold = threshold_of(tile, score, count)
         first, end = tile.units
         room = threshold.equals - threshold.equal_before[first]
         equal_here = threshold.equal_before[end] - threshold.equal_before[first]
-        bits = magnitude_bits(tile, model, base)
+        bits = score.bits(tile)
         if room >= equal_here or room <= 0:
             mask = torch.empty(bits.shape, dtype=torch.float32, device=bits.device)
-            return torch.ge(bits, threshold.bits + (room <= 0), out=mask)
+            return torch.gt(bits, threshold.bits - (room > 0), out=mask)
         equal = bits == threshold.bits
         return ((bits > threshold.bits) | (equal & (torch.cumsum(equal, dim=0) <= room))).to(torch.float32)
 
-    return tile.remember(("largest", model, base, density), decide)
+    return tile.remember(("largest", score, count), decide)
 
 
-def threshold_of(tile: Tile, model: str, base: str, density: float) -> Threshold:
-    """Which elements of |δ| a density keeps, or `NotYetKnown`."""
+def threshold_of(tile: Tile, score: Score, count: int) -> Threshold:
+    """Which elements the `count` greatest scores keep (0: none), or `NotYetKnown`."""
+    if count <= 0:
+        units = -(-math.prod(tile.shape) // TILE_ELEMENTS)
+        return Threshold(int(np.iinfo(np.int32).max), 0, [0] * (units + 1))
     for margin in _MARGINS:
-        threshold: Threshold | None = tile.known(Cutoff(model, base, density, margin))
+        threshold: Threshold | None = tile.known(Cutoff(score, count, margin))
         if threshold is not None:
             return threshold
     raise AssertionError("the whole range holds every rank")
 
 
-def drawn(tile: Tile, method: str, model: str, density: float) -> Tensor:
-    """Which elements a coin of probability `density` keeps, element by element: 1 or 0."""
+def share_of(tile: Tile, density: float) -> int:
+    """How many elements of the whole tensor a density keeps: at least one."""
+    return max(1, int(density * math.prod(tile.shape)))
 
+
+@dataclass(frozen=True, slots=True)
+class Coin:
+    """Keeps an element with probability `density`, by the random bits of (method, model): see `Tile.random_bits`."""
+
+    method: str
+    density: float
+
+
+@dataclass(frozen=True, slots=True)
+class Selection:
+    """The elements of a task vector that are kept: the `most` with the largest |δ|, or those that a coin keeps."""
+
+    most: int | None = None
+    coin: Coin | None = None
+
+    def ask(self, tile: Tile, model: str, base: str) -> None:
+        """Asks for what must be known of the whole tensor."""
+        if self.most is not None:
+            threshold_of(tile, Magnitude(model, base), self.most)
+
+    def mask(self, tile: Tile, model: str, base: str) -> Tensor:
+        """1 where an element is kept, else 0."""
+        if self.coin is not None:
+            return drawn(tile, self.coin, model)
+        assert self.most is not None, "a selection has one of its kinds"
+        return largest(tile, Magnitude(model, base), self.most)
+
+
+def drawn(tile: Tile, coin: Coin, model: str) -> Tensor:
+    """Which elements a coin keeps, element by element: 1 or 0."""
     import torch
 
     def decide() -> Tensor:
-        threshold = round(density * (1 << 32))
-        kept = torch.from_numpy(tile.random_bits(method, model) < np.uint64(threshold))
+        threshold = round(coin.density * (1 << 32))
+        kept = torch.from_numpy(tile.random_bits(coin.method, model) < np.uint64(threshold))
         return kept.to(as_tensor(tile.raw[model]).device, torch.float32)
 
-    return tile.remember(("drawn", method, model, density), decide)
+    return tile.remember((coin, model), decide)
 
 
 @dataclass(frozen=True, slots=True)
 class L1Kept(Reduction):
-    """Σ |δᵢ| over the elements that a density keeps: by magnitude, or by the coin of `method` when it is named."""
+    """Σ |δᵢ| over the elements of one task vector that are kept."""
 
     model: str
     base: str
-    density: float
+    kept: Selection
     dtype: str
-    method: str | None = None
 
     def ask(self, tile: Tile) -> None:
-        if self.method is None:
-            threshold_of(tile, self.model, self.base, self.density)
+        self.kept.ask(tile, self.model, self.base)
 
     def of(self, tile: Tile) -> list[float]:
-        kept = (
-            largest(tile, self.model, self.base, self.density)
-            if self.method is None
-            else drawn(tile, self.method, self.model, self.density)
+        return unit_sums(
+            tile.delta(self.model, self.base, self.dtype).abs() * self.kept.mask(tile, self.model, self.base)
         )
-        return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * kept)
 
     def combine(self, shares: Sequence[float]) -> float:
         return math.fsum(shares)

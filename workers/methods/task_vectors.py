@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from workers.methods.passes import Coin, Kept
-from workers.methods.reductions import L1, L1Kept, drawn, largest, threshold_of
+from workers.methods.passes import Consensus, Kept
+from workers.methods.reductions import L1, L1Kept, Magnitude, Selection, threshold_of
 from workers.methods.tile import Inputs, PerModel, ones_where
 
 if TYPE_CHECKING:
@@ -22,53 +22,73 @@ _NO_WEIGHT = 1e-8
 """Below this |Σ weights| the sum of task vectors is not divided."""
 
 
-def trimmed(inputs: Inputs, index: int, density: float, *, rescale: bool, method: str | None = None) -> Tensor:
-    """δ with all but a `density` share of its elements set to zero; keeps the largest, or by `method`'s coin.
+def merged(
+    inputs: Inputs,
+    weight: PerModel,
+    selections: Sequence[Selection | None],
+    *,
+    rescale: bool,
+    elect: bool,
+    normalize: bool,
+    lambda_: float,
+) -> Tensor:
+    """Keeps of every δ the elements that its selection keeps, all for None; then `add_consensus`, or else `add_sum`.
 
-    `rescale` multiplies by ‖δ‖₁ / ‖kept δ‖₁ over the whole tensor, so that its L1 norm is as before.
+    `rescale` multiplies a trimmed δ by ‖δ‖₁ / ‖kept δ‖₁ over the whole tensor, so that its L1 norm is as before.
     """
-    delta = inputs.delta(index)
-    if density >= 1:
-        return delta
-    model, base = inputs.models[index], inputs.base_name
-    assert base is not None, "planned without the base_model that task vectors require"
+    deltas = [
+        inputs.delta(index) if selection is None else _trimmed(inputs, index, selection, rescale)
+        for index, selection in enumerate(selections)
+    ]
+    add = add_consensus if elect else add_sum
+    return add(inputs, deltas, weight, normalize=normalize, lambda_=lambda_)
+
+
+def merged_pass(
+    inputs: Inputs,
+    weight: PerModel,
+    selections: Sequence[Selection | None],
+    *,
+    rescale: bool,
+    elect: bool,
+    normalize: bool,
+    lambda_: float,
+) -> Consensus:
+    """`merged` as a pass, from a simplified setting: without an election the weights hold the divisor and λ."""
+    assert elect or (not normalize and lambda_ == 1), "simplified sums have nothing to divide by or to scale"
+    kept = tuple(
+        _kept(inputs, model, inputs.number(value), selection, rescale)
+        for model, value, selection in zip(inputs.models, weight, selections, strict=True)
+    )
+    return Consensus(inputs.base_model, kept, elect=elect, normalize=normalize, scale=lambda_)
+
+
+def _trimmed(inputs: Inputs, index: int, selection: Selection, rescale: bool) -> Tensor:
+    model, base = inputs.models[index], inputs.base_model
 
     def compute() -> Tensor:
-        kept = (
-            largest(inputs.tile, model, base, density) if method is None else drawn(inputs.tile, method, model, density)
-        )
-        result = delta * kept
-        if rescale and (factor := _rescaling(inputs, model, density, method)) is not None:
+        result = inputs.delta(index) * selection.mask(inputs.tile, model, base)
+        if rescale and (factor := _rescaling(inputs, model, selection)) is not None:
             result = result * factor
         return result
 
-    return inputs.tile.remember(("trimmed", method, model, base, density, rescale, inputs.dtype), compute)
+    return inputs.tile.remember(("trimmed", model, base, selection, rescale, inputs.dtype), compute)
 
 
-def _rescaling(inputs: Inputs, model: str, density: float, method: str | None) -> float | None:
+def _kept(inputs: Inputs, model: str, weight: float, selection: Selection | None, rescale: bool) -> Kept:
+    if selection is None:
+        return Kept(model, weight)
+    score = Magnitude(model, inputs.base_model)
+    among = None if selection.most is None else threshold_of(inputs.tile, score, selection.most)
+    factor = _rescaling(inputs, model, selection) if rescale else None
+    return Kept(model, weight, among=among, coin=selection.coin, factor=factor)
+
+
+def _rescaling(inputs: Inputs, model: str, selection: Selection) -> float | None:
     """‖δ‖₁ / ‖kept δ‖₁ as the arithmetic dtype holds it; None where one of them is nearly zero."""
-    assert inputs.base_name is not None, "planned without the base_model that task vectors require"
-    before = inputs.tile.known(L1(model, inputs.base_name, inputs.dtype))
-    after = inputs.tile.known(L1Kept(model, inputs.base_name, density, inputs.dtype, method))
+    before = inputs.tile.known(L1(model, inputs.base_model, inputs.dtype))
+    after = inputs.tile.known(L1Kept(model, inputs.base_model, selection, inputs.dtype))
     return inputs.number(before / after) if before >= _NO_MASS and after >= _NO_MASS else None
-
-
-def kept(
-    inputs: Inputs, weight: PerModel, density: PerModel, *, rescale: bool, method: str | None = None
-) -> tuple[Kept, ...]:
-    """The task vectors as `trimmed` trims them, for a pass."""
-    assert inputs.base_name is not None, "planned without the base_model that task vectors require"
-    found: list[Kept] = []
-    for model, value, share in zip(inputs.models, weight, density, strict=True):
-        among = coin = factor = None
-        if share < 1:
-            if method is None:
-                among = threshold_of(inputs.tile, model, inputs.base_name, share)
-            else:
-                coin = Coin(method, share)
-            factor = _rescaling(inputs, model, share, method) if rescale else None
-        found.append(Kept(model, inputs.number(value), among=among, coin=coin, factor=factor))
-    return tuple(found)
 
 
 def add_sum(inputs: Inputs, deltas: Sequence[Tensor], weight: PerModel, *, normalize: bool, lambda_: float) -> Tensor:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import Consensus
-from workers.methods.task_vectors import add_consensus, kept, trimmed
+from workers.methods.reductions import Selection, share_of
+from workers.methods.task_vectors import merged, merged_pass
 from workers.methods.tile import Inputs, PerModel
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ def ties(
 
     `int8_mask` changes no number and is accepted for old documents.
     """
-    deltas = [trimmed(inputs, index, share, rescale=rescale) for index, share in enumerate(density)]
-    return add_consensus(inputs, deltas, weight, normalize=normalize, lambda_=lambda_)
+    kept = _kept(inputs, density)
+    return merged(inputs, weight, kept, rescale=rescale, elect=True, normalize=normalize, lambda_=lambda_)
 
 
 def ties_pass(
@@ -40,6 +41,9 @@ def ties_pass(
     lambda_: float,
 ) -> Consensus:
     """The same as a pass."""
-    assert inputs.base_name is not None, "planned without the base_model that this method requires"
-    found = kept(inputs, weight, density, rescale=rescale)
-    return Consensus(inputs.base_name, found, elect=True, normalize=normalize, scale=lambda_)
+    kept = _kept(inputs, density)
+    return merged_pass(inputs, weight, kept, rescale=rescale, elect=True, normalize=normalize, lambda_=lambda_)
+
+
+def _kept(inputs: Inputs, density: PerModel) -> list[Selection | None]:
+    return [Selection(most=share_of(inputs.tile, share)) if share < 1 else None for share in density]

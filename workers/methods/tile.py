@@ -175,10 +175,15 @@ class Inputs:
     as_mergekit: bool = False
 
     @property
+    def base_model(self) -> str:
+        """The name of the base model, of a method that requires one."""
+        assert self.base_name is not None, "planned without the base_model that this method requires"
+        return self.base_name
+
+    @property
     def base(self) -> Tensor:
         """The base model's elements."""
-        assert self.base_name is not None, "planned without the base_model that this method requires"
-        return self.tile.parent(self.base_name, self.dtype)
+        return self.tile.parent(self.base_model, self.dtype)
 
     def model(self, index: int) -> Tensor:
         """One model's elements."""
@@ -186,8 +191,7 @@ class Inputs:
 
     def delta(self, index: int) -> Tensor:
         """One model's task vector."""
-        assert self.base_name is not None, "planned without the base_model that this method requires"
-        return self.tile.delta(self.models[index], self.base_name, self.dtype)
+        return self.tile.delta(self.models[index], self.base_model, self.dtype)
 
     def number(self, value: float) -> float:
         """A parameter as the arithmetic dtype holds it."""

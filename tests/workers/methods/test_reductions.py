@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.workers.methods.whole import answered, tiles_of
 from workers.methods import tile
-from workers.methods.reductions import L1, Dot, L1Kept, largest, unit_sums
+from workers.methods.reductions import L1, Dot, L1Kept, Magnitude, Sample, Selection, largest, share_of, unit_sums
 from workers.methods.tile import Reduction, Tile
 
 
@@ -25,7 +25,9 @@ def tiles_and_facts(deltas: Tensor, units: int = 1) -> tuple[list[Tile], dict[Re
 def kept_by_us(deltas: Tensor, density: float, units: int = 1) -> Tensor:
     """The mask over the whole tensor."""
     tiles, facts = tiles_and_facts(deltas, units)
-    return torch.cat(answered(tiles, facts, lambda tile: largest(tile, "model", "base", density))).bool()
+    return torch.cat(
+        answered(tiles, facts, lambda tile: largest(tile, Magnitude("model", "base"), share_of(tile, density)))
+    ).bool()
 
 
 def known(deltas: Tensor, fact: Reduction, units: int = 1) -> Any:
@@ -119,7 +121,7 @@ def test_dot_products_and_norms_are_those_of_the_whole_tensor(units: int, small_
 
 def test_the_kept_mass_is_that_of_the_largest(small_tiles: int):
     deltas = noise(100, 8)
-    kept = known(deltas, L1Kept("model", "base", 0.3, "float32"))
+    kept = known(deltas, L1Kept("model", "base", Selection(most=30), "float32"))
     assert kept == pytest.approx(math.fsum(sorted(deltas.abs().double().tolist())[-30:]), rel=1e-14)
 
 
@@ -130,3 +132,13 @@ def test_a_magnitude_is_looked_for_again_where_a_sample_misled():
         deltas[::step] = 0
         for density in (0.001, 1 - 1 / step):
             assert torch.equal(kept_by_us(deltas, density), kept_by_numpy(deltas, density))
+
+
+def test_ranks_of_one_tensor_share_one_sample_and_none_keeps_nothing(small_tiles: int):
+    deltas = ADVERSARIAL["steps of bfloat16"]
+    tiles, facts = tiles_and_facts(deltas)
+    score = Magnitude("model", "base")
+    for count in (400, 399, 37, 1, 0):
+        mask = torch.cat(answered(tiles, facts, lambda tile, count=count: largest(tile, score, count)))
+        assert torch.equal(mask.bool(), kept_by_numpy(deltas, count / 400) if count else torch.zeros(400).bool())
+    assert [fact for fact in facts if isinstance(fact, Sample)] == [Sample(score)]
