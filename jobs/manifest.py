@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from jobs.errors import CorruptData
-from jobs.merge_tasks import FORMAT, digest
+from jobs.merge_tasks import FORMAT
 from jobs.sealing import sealed, unsealed
 
 
@@ -24,17 +24,17 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a point: its place, dtype and shape, and the sha256 of its bytes."""
+    """One tensor of a point: its place, dtype and shape, and the digest of its bytes."""
 
     file: str
     dtype: str
     shape: tuple[int, ...]
-    sha256: str
+    digest: str
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """`digest` names the merge (parents, recipe, numerics), `weights` the result: sha256 over all tensor digests.
+    """`digest` names the merge (parents, recipe, numerics), `weights` the result: the digest over those of all tensors.
 
     `same_as` names the point of the same run whose files these are; such a point has none of its own.
     """
@@ -70,10 +70,6 @@ class Manifest:
             raise CorruptData("damaged, not a manifest of mergeyard; merge again") from None
 
 
-def _tensor_entry(*, file: str, dtype: str, shape: list[int], sha256: str) -> TensorEntry:
-    return TensorEntry(file, dtype, tuple(shape), sha256)
-
-
-def weights_digest(tensors: Mapping[str, str]) -> str:
-    """sha256 over every tensor's name and sha256: equal for equal weights, however they are cut into files."""
-    return digest(sorted(tensors.items()))
+def _tensor_entry(*, file: str, dtype: str, shape: list[int], digest: str = "", sha256: str = "") -> TensorEntry:
+    """Older manifests have the digest under `sha256`."""
+    return TensorEntry(file, dtype, tuple(shape), digest or sha256)

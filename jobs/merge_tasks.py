@@ -73,14 +73,14 @@ class ParentFile:
 class ParentTensor:
     """Where one parent keeps one tensor: file, dtype (safetensors name) and absolute byte range.
 
-    `sha256` is that of its bytes where the parent has a manifest of mergeyard, else empty.
+    `digest` is that of its bytes where the parent has a manifest of mergeyard, else empty.
     """
 
     file: int
     dtype: str
     start: int
     end: int
-    sha256: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +164,7 @@ class MergeTask:
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """The record of a finished unit in the store: the shard's size, each tensor's sha256, and the cost of the work.
+    """The record of a finished unit in the store: the shard's size, each tensor's digest, and the cost of the work.
 
     `nonfinite` names the tensors with NaN or infinity in a parent. `overflowed` counts, by tensor, the elements that
     are NaN or infinite in the shard and finite in every parent; older receipts do not have it.

@@ -29,13 +29,14 @@ LIBRARIES = {
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "jobs": (),
     "workers/fingerprint.py": (),
+    "workers/digests.py": ("jobs",),
     "workers/services.py": ("jobs",),
     "workers/special_tokens.py": (),
     "workers/parquet.py": ("jobs",),
     "workers/storage": ("jobs", "workers/services.py"),
-    "workers/checkpoints": ("jobs", "workers/storage"),
+    "workers/checkpoints": ("jobs", "workers/digests.py", "workers/storage"),
     "workers/methods": ("jobs",),
-    "workers/merging": ("jobs", "workers/storage", "workers/checkpoints", "workers/methods"),
+    "workers/merging": ("jobs", "workers/digests.py", "workers/storage", "workers/checkpoints", "workers/methods"),
     "workers/engines": ("jobs", "workers/services.py", "workers/special_tokens.py", "workers/checkpoints"),
     "workers/benchmarks/items.py": ("jobs", "workers/parquet.py"),
     "workers/benchmarks/texts": (
@@ -96,6 +97,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),
     "workers/evaluating": (
         "jobs",
+        "workers/digests.py",
         "workers/parquet.py",
         "workers/storage",
         "workers/merging",
@@ -118,6 +120,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator/cluster": (
         "jobs",
+        "workers/digests.py",
         "workers/fingerprint.py",
         "workers/storage",
         "workers/benchmarks/items.py",
@@ -128,6 +131,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator/merging": (
         "jobs",
+        "workers/digests.py",
         "workers/storage",
         "workers/checkpoints",
         "orchestrator/words.py",
@@ -155,6 +159,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator/report": (
         "jobs",
+        "workers/digests.py",
         "workers/storage",
         "workers/merging",
         "workers/benchmarks/registry.py",
@@ -167,6 +172,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator/points": (
         "jobs",
+        "workers/digests.py",
         "workers/storage",
         "workers/checkpoints",
         "orchestrator/words.py",
@@ -177,6 +183,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator/nightly": (
         "jobs",
+        "workers/digests.py",
         "workers/services.py",
         "workers/storage",
         "workers/checkpoints",

@@ -6,9 +6,9 @@ from collections import deque
 from collections.abc import Callable, Collection, Mapping
 
 from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
-from jobs.manifest import weights_digest
 from workers.benchmarks.items import Item, read_items
 from workers.benchmarks.scorers import SCORERS
+from workers.digests import weights_digest
 from workers.evaluating.scores import write_scores
 from workers.merging.resident import ResidentParents
 from workers.storage import open_store

@@ -73,7 +73,7 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: 
         recipe_text.strip(),
         fence,
         "",
-        "`manifest.json` holds the pinned parents and the sha256 of every tensor; `mergeyard verify` checks them.",
+        "`manifest.json` holds the pinned parents and the digest of every tensor; `mergeyard verify` checks them.",
         "",
     ]
     return "\n".join(lines)

@@ -151,4 +151,4 @@ class _Points:
 
 def _with_shared_names(receipt: Receipt) -> Receipt:
     """The same receipt; of a large grid, each tensor's name would else be in memory once a point."""
-    return replace(receipt, tensors={intern(name): sha256 for name, sha256 in receipt.tensors.items()})
+    return replace(receipt, tensors={intern(name): digest for name, digest in receipt.tensors.items()})

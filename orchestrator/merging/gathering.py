@@ -15,11 +15,12 @@ from importlib.metadata import version
 import yaml
 
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
-from jobs.manifest import FileEntry, Manifest, TensorEntry, weights_digest
+from jobs.manifest import FileEntry, Manifest, TensorEntry
 from jobs.merge_tasks import Receipt
 from orchestrator.merging.card import model_card
 from orchestrator.planning.beside import side_file_without_absent_code, with_chat_template
 from orchestrator.planning.plan import Plan, PlannedPoint
+from workers.digests import contradict, weights_digest
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
 
@@ -38,7 +39,7 @@ class Gatherer:
     def complete(self, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
         """Writes the files beside the shards, then the manifest; nothing if the point is complete and undamaged."""
         weights = weights_digest(
-            {name: sha256 for unit in planned.units for name, sha256 in receipts[unit].tensors.items()}
+            {name: digest for unit in planned.units for name, digest in receipts[unit].tensors.items()}
         )
         earlier = self._published(planned.name, weights)
         if earlier is not None:
@@ -93,7 +94,7 @@ class Gatherer:
                 raise
             self._store.delete(self._key(point))
             return None
-        if earlier.weights != weights:
+        if contradict(earlier.weights, weights):
             raise CorruptData(
                 f"{self._store.url}/{self._key(point)}: complete already, with other weights; run `mergeyard verify`"
             )

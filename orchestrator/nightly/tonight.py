@@ -38,6 +38,7 @@ from orchestrator.records.lease import Lease
 from orchestrator.report.live import written_page
 from orchestrator.watching import Watcher
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
+from workers.digests import algorithm_of, contradict, short
 from workers.storage import open_store
 from workers.storage.records import read_record
 
@@ -163,10 +164,11 @@ class Nightly:
             result.check_finite()
         points = result.points
         written = points.get(found.candidate)
-        if written is not None and written.weights != found.weights:
+        if written is not None and contradict(written.weights, found.weights):
             raise CorruptData(
                 f"{tonight.run_url}/points/{found.candidate}: written with other weights than were scored"
-                f" ({written.weights[:12]}, not {found.weights[:12]}); nothing is blessed, run `mergeyard verify` on it"
+                f" ({short(written.weights)}, not {short(found.weights)}); nothing is blessed,"
+                " run `mergeyard verify` on it"
             )
         return frozenset(points)
 
@@ -275,7 +277,7 @@ def _open_point(url: str, weights: str) -> Checkpoint:
         checkpoint = open_checkpoint(url, BLESSED)
     except (ObjectMissing, BadInput, CorruptData) as error:
         raise BadInput(f"its point {url} cannot be read ({error})") from error
-    if manifest.weights != weights:
+    if contradict(manifest.weights, weights):
         raise BadInput(f"its point {url} has other weights than that night")
     return checkpoint
 
@@ -344,9 +346,9 @@ def decide(verdicts: Mapping[str, Gated], *, first: bool) -> Outcome:
 def _weights(rows: Sequence[ScoreRow], point: str) -> str:
     """The digest of the weights that answered; `CorruptData` where they were not always the same."""
     found = {row.weights for row in rows if row.point == point}
-    if len(found) != 1:
+    if not found or any(contradict(one, other) for one in found for other in found):
         raise CorruptData(f"the answers of {point} come from {len(found)} different weights; remove its run's scores/")
-    return found.pop()
+    return min(found, key=algorithm_of)  # an older version scored some: this one's digest
 
 
 def _scores(rows: Sequence[ScoreRow], subjects: Mapping[str, Subject], *, fresh: bool) -> Scores:

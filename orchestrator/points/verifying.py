@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from jobs.errors import CorruptData, MergeyardError, ObjectMissing
-from jobs.manifest import Manifest, weights_digest
+from jobs.manifest import Manifest
 from jobs.sealing import is_sealed, unsealed
-from workers.checkpoints.hashing import tensor_sha256s
+from workers.checkpoints.hashing import changed_tensors
 from workers.checkpoints.safetensors import header_bytes, read_header
+from workers.digests import weights_digest
 from workers.storage import Store, open_store
 from workers.storage.records import read_record
 
@@ -95,7 +96,7 @@ def point_problems(store: Store, prefix: str, manifest: Manifest) -> Iterator[st
         except MergeyardError as error:
             yield str(error)
     if manifest.same_as is None:
-        recorded = weights_digest({name: entry.sha256 for name, entry in manifest.tensors.items()})
+        recorded = weights_digest({name: entry.digest for name, entry in manifest.tensors.items()})
         if recorded != manifest.weights:
             yield "manifest.json: its weights digest is not that of its tensors"
 
@@ -123,6 +124,6 @@ def file_problems(store: Store, prefix: str, name: str, manifest: Manifest) -> I
     }
     for tensor in expected.keys() - same.keys():
         yield f"{name}: tensor {tensor} is not the one that was written"
-    for tensor, sha256 in tensor_sha256s(store, info.key, same.values()).items():
-        if sha256 != expected[tensor].sha256:
-            yield f"{name}: tensor {tensor} changed since it was written"
+    digests = {tensor: entry.digest for tensor, entry in expected.items()}
+    for tensor in changed_tensors(store, info.key, same.values(), digests):
+        yield f"{name}: tensor {tensor} changed since it was written"

@@ -80,6 +80,39 @@ def test_a_merged_run_is_found_whole_and_verifies(older: Any, tmp_path: Path) ->
     assert (verified.code, verified.err) == (0, "")
 
 
+def test_a_run_that_an_older_version_left_half_merged_goes_on(older: Any, tmp_path: Path) -> None:
+    lost = "points/density0.5/model-00002-of-00003.safetensors"
+    before = kept(older, "merged")
+    receipts = {json.loads(data)["key"]: name for name, data in before.items() if name.startswith("receipts/")}
+    gone = {lost, receipts[lost], "points/density0.5/manifest.json"}
+    for name in gone:
+        older.delete_object(Bucket=BUCKET, Key=f"{PREFIX}runs/merged/{name}")
+    facts = resumed("merged", tmp_path, 0)
+    assert (facts["units_merged"], facts["units_found"]) == (1, 8)
+    after = kept(older, "merged")
+    assert after.keys() == before.keys()
+    changed = {name for name in before if before[name] != after[name]} - gone
+    assert changed == {"points/density0.5/README.md", "points/density0.5/config.json"}, "those beside the weights"
+    assert after[lost] == before[lost]
+    tensors = json.loads(after["points/density0.5/manifest.json"])["tensors"].values()
+    renewed = {entry["file"] for entry in tensors if entry["digest"].startswith("blake3:")}
+    assert renewed == {lost.rsplit("/", 1)[1]} < {entry["file"] for entry in tensors}
+    verified = mergeyard(tmp_path, "verify", f"s3://{BUCKET}/{PREFIX}runs/merged")
+    assert (verified.code, verified.err) == (0, "")
+
+
+def test_a_point_of_an_older_version_is_checked_as_a_parent(older: Any, tmp_path: Path) -> None:
+    point = f"{PREFIX}runs/merged/points/density0.5"
+    (tmp_path / "copy.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: 's3://{BUCKET}/{point}'}}]\n")
+    assert mergeyard(tmp_path, "merge", "copy.yml", "whole", "--quiet").code == 0
+    key = f"{point}/model-00002-of-00003.safetensors"
+    data = bytearray(older.get_object(Bucket=BUCKET, Key=key)["Body"].read())
+    data[-1] ^= 1
+    older.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
+    ended = mergeyard(tmp_path, "merge", "copy.yml", "damaged", "--quiet")
+    assert ended.code == 1 and "is not the one of manifest.json there" in ended.err, ended.err
+
+
 def test_an_evaluated_run_asks_nothing_again_and_says_the_same(older: Any, tmp_path: Path) -> None:
     then = json.loads((OLDER / "evaluated.json").read_text())
     before = kept(older, "evaluated")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import ObjectChanged, ObjectExists, ObjectMissing, StorageError
-from jobs.manifest import Manifest, weights_digest
+from jobs.manifest import Manifest
 from jobs.merge_tasks import Receipt
 from orchestrator.merging.driver import _Points
 from orchestrator.merging.gathering import Gatherer
@@ -21,6 +21,7 @@ from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from tests.simulation.schedule import Case, Schedule, cases
 from tests.simulation.world import Wrong
+from workers.digests import weights_digest
 from workers.merging.writing import ShardWriter
 
 QUICK, THOROUGH = 1_000, 10_000
@@ -108,7 +109,7 @@ def _foreseen(unit: str) -> dict[str, Any]:
 def manifest_before_its_side_files(patch: pytest.MonkeyPatch) -> None:
     def complete(self: Any, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
         files = self._files(planned, {})
-        told = {name: sha256 for unit in planned.units for name, sha256 in receipts[unit].tensors.items()}
+        told = {name: digest for unit in planned.units for name, digest in receipts[unit].tensors.items()}
         manifest = self._publish(self._manifest(planned, receipts, files, weights_digest(told)))
         for name, data in files.items():
             self._store.write(self._plan.places.file(planned.name, name), data)

@@ -15,8 +15,9 @@ from functools import lru_cache
 from typing import Any
 
 from workers.checkpoints.configs import completed, text_fields
-from workers.checkpoints.hashing import range_sha256
+from workers.checkpoints.hashing import range_digest
 from workers.checkpoints.opening import Checkpoint
+from workers.digests import algorithm_of
 from workers.storage import open_store
 
 HEAD, EMBEDDINGS = "lm_head.weight", "model.embed_tokens.weight"
@@ -148,7 +149,7 @@ def _renamed(member: Checkpoint, model: ModelNames, names: Mapping[str, str], ti
         stored_as[stored if name in stored_as else name] = stored
     for head, source in tied.items():
         both = {head, source} <= stored_as.keys()
-        if both and _ties(member) and len({_sha256(member, stored_as[name]) for name in (head, source)}) == 1:
+        if both and _ties(member) and _are_same(member, stored_as[head], stored_as[source]):
             del stored_as[head]
     return replace(
         member,
@@ -168,12 +169,21 @@ def _may_repeat(member: Checkpoint) -> bool:
     return {HEAD, EMBEDDINGS} <= member.tensors.keys() and _ties(member)
 
 
-def _sha256(member: Checkpoint, name: str) -> str:
-    at = member.tensors[name]
-    file = member.files[at.file]
-    return at.sha256 or _range_sha256(member.url, file.key, at.start, at.end, file.etag)
+def _are_same(member: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors have the same bytes."""
+    places = [member.tensors[name] for name in (one, other)]
+    if len({at.end - at.start for at in places}) > 1:
+        return False
+    digests = [at.digest for at in places]
+    if not all(digests) or len({algorithm_of(digest) for digest in digests}) > 1:
+        files = [member.files[at.file] for at in places]
+        digests = [
+            _range_digest(member.url, file.key, at.start, at.end, file.etag)
+            for at, file in zip(places, files, strict=True)
+        ]
+    return digests[0] == digests[1]
 
 
 @lru_cache(maxsize=256)
-def _range_sha256(url: str, key: str, start: int, end: int, etag: str) -> str:
-    return range_sha256(open_store(url), key, start, end, etag=etag)
+def _range_digest(url: str, key: str, start: int, end: int, etag: str) -> str:
+    return range_digest(open_store(url), key, start, end, etag=etag)

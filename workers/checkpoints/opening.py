@@ -107,8 +107,8 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
             shapes[entry.name] = entry.shape
             if weight_map is not None and weight_map.get(entry.name) != info.key:
                 continue
-            sha256 = digests.get(entry.name, "")
-            tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, sha256)
+            digest = digests.get(entry.name, "")
+            tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, digest)
     if not quantised:
         _refuse_quantised_tensors(tensors, where)
     lost = sorted(set(weight_map or ()) - set(tensors))
@@ -179,7 +179,7 @@ def _shards(
 
 
 def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str]:
-    """The sha256 of each tensor if the checkpoint has a manifest of mergeyard; a reader compares bytes with them."""
+    """The digest of each tensor if the checkpoint has a manifest of mergeyard; a reader compares bytes with them."""
     info = listed.get("manifest.json")
     if info is None or info.size > LARGEST_HEADER:
         return {}
@@ -187,7 +187,7 @@ def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str
         manifest = read_record(store, info.key, Manifest.from_json, etag=info.etag)
     except CorruptData:  # somebody else's file of that name
         return {}
-    return {name: entry.sha256 for name, entry in manifest.tensors.items()}
+    return {name: entry.digest for name, entry in manifest.tensors.items()}
 
 
 def _weight_map(store: Store, index: ObjectInfo, where: str) -> dict[str, str]:

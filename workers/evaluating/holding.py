@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec
-from jobs.manifest import weights_digest
 from jobs.merge_tasks import Parent
+from workers.digests import weights_digest
 from workers.engines.engine import Engine
 from workers.engines.opening import open_engine
 from workers.engines.tokenizer import load_tokenizer

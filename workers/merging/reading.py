@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -14,7 +13,8 @@ import numpy as np
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, TensorMerge
 from workers.checkpoints.dtypes import numpy_dtype
-from workers.checkpoints.hashing import check_sha256
+from workers.checkpoints.hashing import check_digest
+from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, memory
 from workers.merging.tiles import Elements
 from workers.methods.tile import TILE_ELEMENTS
@@ -127,8 +127,8 @@ class ParentReader:
 
         return wait
 
-    def check(self, slab: Slab, passing: dict[tuple[str, str], Any]) -> list[Future[None]]:
-        """Begins to hold a slab against the parents' digests; the results raise as `check_sha256` does.
+    def check(self, slab: Slab, passing: dict[tuple[str, str], TensorHash]) -> list[Future[None]]:
+        """Begins to hold a slab against the parents' digests; the results raise as `check_digest` does.
 
         `passing` belongs to one pass over the slabs of whole tensors, in order: the hashes of the unfinished ones.
         """
@@ -136,19 +136,19 @@ class ParentReader:
             self._checkers[name].submit(self._check, name, stretch, raw[name], passing)
             for stretch, raw in zip(slab.stretches, slab.raw, strict=True)
             for name, source in stretch.tensor.sources.items()
-            if source.sha256
+            if source.digest
         ]
         slab.checks.extend(begun)
         return begun
 
-    def _check(self, name: str, stretch: Stretch, part: Any, passing: dict[tuple[str, str], Any]) -> None:
+    def _check(self, name: str, stretch: Stretch, part: Any, passing: dict[tuple[str, str], TensorHash]) -> None:
         tensor = stretch.tensor
-        so_far = passing.setdefault((name, tensor.name), hashlib.sha256())
+        source = tensor.sources[name]
+        so_far = passing.setdefault((name, tensor.name), TensorHash(source.digest))
         so_far.update(part.view(np.uint8))
         if stretch.stop == tensor.elements:
             del passing[name, tensor.name]
-            source = tensor.sources[name]
-            check_sha256(so_far.hexdigest(), self._stores[name], self._parents[name].files[source.file], tensor, source)
+            check_digest(so_far.digest(), self._stores[name], self._parents[name].files[source.file], tensor, source)
 
     def release(self, slab: Slab) -> None:
         """Gives a slab's memory back; its tensors must not be looked at any more."""

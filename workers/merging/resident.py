@@ -5,7 +5,6 @@ The result equals the written point bit for bit: the same tiles, the same settin
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +14,8 @@ import numpy as np
 
 from jobs.merge_tasks import Parent, Setting, TensorMerge
 from workers.checkpoints.dtypes import FLOATS, numpy_dtype
-from workers.checkpoints.hashing import check_sha256
+from workers.checkpoints.hashing import check_digest
+from workers.digests import digest_of
 from workers.merging.buffers import memory
 from workers.merging.tiles import (
     Elements,
@@ -67,8 +67,8 @@ class ResidentParents:
                 data = memory(at.end - at.start)
                 if at.end > at.start:
                     stores[name].read_into(file.key, data.data, start=at.start, etag=file.etag)
-                    if at.sha256:
-                        check_sha256(hashlib.sha256(data.data).hexdigest(), stores[name], file, tensor, at)
+                    if at.digest:
+                        check_digest(digest_of(data.data, like=at.digest), stores[name], file, tensor, at)
                 found[name] = self._placed(data.view(numpy_dtype(at.dtype)))
             return found
 
@@ -81,7 +81,7 @@ class ResidentParents:
         """Every tensor of one point by name, in its stored dtype and shape, on the device.
 
         `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests`, if given, receives
-        the sha256 of each tensor's bytes, as a manifest has them.
+        the digest of each tensor's bytes, as a manifest has them.
         """
         with ThreadPoolExecutor(self._threads, "merge") as pool:
             ahead: deque[tuple[str, Future[tuple[Tensor, str]]]] = deque()
@@ -95,7 +95,7 @@ class ResidentParents:
 
     def _merged(self, tensor: TensorMerge, setting: Setting, *, hashed: bool) -> tuple[Tensor, str]:
         merged = self._merge(tensor, setting)
-        digest = hashlib.sha256(bytes_of(merged) if hashed else b"").hexdigest()
+        digest = digest_of(bytes_of(merged)) if hashed else ""
         return as_tensor(merged).view(tensor.shape), digest
 
     def _merge(self, tensor: TensorMerge, setting: Setting) -> Elements:

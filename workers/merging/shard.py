@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, Setting, TensorMerge
 from workers.checkpoints.dtypes import FLOATS, any_nonfinite, nonfinite, numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
+from workers.digests import TensorHash
 from workers.merging.buffers import BufferPool, Bytes, keep_freed_memory
 from workers.merging.reading import ParentReader, Slab, Stretch, plan_slabs
 from workers.merging.tiles import (
@@ -165,7 +166,7 @@ class _Merge:
     def _read(self, plan: Iterable[Sequence[Stretch]]) -> Iterator[Slab]:
         """The slabs of a plan in order, a few of them read ahead."""
         ahead: deque[Callable[[], Slab]] = deque()
-        passing: dict[tuple[str, str], Any] = {}
+        passing: dict[tuple[str, str], TensorHash] = {}
         for stretches in plan:
             ahead.append(self.reader.submit(stretches))
             if len(ahead) > self.budget.slabs_ahead:
@@ -173,7 +174,7 @@ class _Merge:
         while ahead:
             yield self._arrived(ahead.popleft()(), passing)
 
-    def _arrived(self, slab: Slab, passing: dict[tuple[str, str], Any]) -> Slab:
+    def _arrived(self, slab: Slab, passing: dict[tuple[str, str], TensorHash]) -> Slab:
         """The slab on the device. Its bytes are checked meanwhile; nothing is published before the check has passed."""
         self.checks.extend(self.reader.check(slab, passing))
         while self.checks and self.checks[0].done():

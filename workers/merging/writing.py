@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from types import TracebackType
-from typing import Any
 
 from typing_extensions import Buffer
 
 from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.merge_tasks import Receipt, ShardOfPoint, TensorMerge
+from workers.digests import TensorHash, contradict
 from workers.storage import Store
 from workers.storage.records import read_receipt
 
@@ -36,7 +35,7 @@ class ShardWriter:
         self._digests: dict[str, str] = {}
         self._overflowed: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._hash: Any = hashlib.sha256()
+        self._hash = TensorHash()
         self._hashed = 0
         self._upload = store.upload(point.key)
 
@@ -113,12 +112,18 @@ class ShardWriter:
             earlier = read_receipt(self._store, self.point.receipt)
         except ObjectMissing:
             return None
-        if earlier.tensors != self._digests:
+        if self._contradicts(earlier):
             raise CorruptData(
                 f"{self.point.key}: two workers merged it to different bytes ({earlier.worker}, {_worker()});"
                 " check the memory of these machines and run `mergeyard verify`"
             )
         return earlier
+
+    def _contradicts(self, earlier: Receipt) -> bool:
+        digests = earlier.tensors
+        return digests.keys() != self._digests.keys() or any(
+            contradict(digests[name], digest) for name, digest in self._digests.items()
+        )
 
     def _lies_there(self, receipt: Receipt) -> bool:
         try:
@@ -131,8 +136,8 @@ class ShardWriter:
             self._finish_tensor()
 
     def _finish_tensor(self) -> None:
-        self._digests[self._sizes[len(self._digests)][0]] = self._hash.hexdigest()
-        self._hash, self._hashed = hashlib.sha256(), 0
+        self._digests[self._sizes[len(self._digests)][0]] = self._hash.digest()
+        self._hash, self._hashed = TensorHash(), 0
 
 
 def _worker() -> str:

@@ -9,6 +9,7 @@ from orchestrator.merging.driver import RunResult
 from orchestrator.planning.plan import READ_RATE, WRITE_RATE, Plan
 from orchestrator.records.ledger import Ledger
 from orchestrator.words import count, duration, print_rows, short_length, shortlist, size
+from workers.digests import short
 from workers.merging.shard import FIXED_BYTES
 
 MOST_LINES = 12
@@ -143,7 +144,7 @@ def print_result(result: RunResult) -> None:
     for name in names[:MOST_LINES]:
         point = result.points[name]
         same = f"  same merge as {point.same_as}" if point.same_as else ""
-        print(f"{name:<{width}}  {point.weights[:12]}{same}")
+        print(f"{name:<{width}}  {short(point.weights)}{same}")
     if len(names) > MOST_LINES:
         print(f"… and {len(names) - MOST_LINES} more")
     _warn_nonfinite(result)
@@ -157,7 +158,7 @@ def print_merge(result: RunResult) -> None:
     """The closing line of `mergeyard merge`."""
     _warn_nonfinite(result)
     point = next(iter(result.points.values()))
-    print(f"{result.url}: {point.tensors} tensors, weights {point.weights[:12]}")
+    print(f"{result.url}: {point.tensors} tensors, weights {short(point.weights)}")
 
 
 def _warn_nonfinite(result: RunResult) -> None:

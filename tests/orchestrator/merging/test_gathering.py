@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from blake3 import blake3
 from safetensors.torch import load_file
 
 from jobs.errors import CorruptData
-from jobs.manifest import Manifest, weights_digest
+from jobs.manifest import Manifest
 from jobs.recipe import recipe_template
 from jobs.yaml_nodes import load_document
 from orchestrator.cluster.in_process import InProcessPool
@@ -27,6 +28,7 @@ from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import LINEAR, files_under
 from tests.orchestrator.models import CONFIG, HEAD, load_model, weights, write_model
 from workers.checkpoints.chat_templates import NAMED
+from workers.digests import weights_digest
 
 Planning = Callable[..., Plan]
 
@@ -88,9 +90,9 @@ def test_the_manifest_holds_every_file_and_every_tensor(finished: Path):
         assert entry.sha256 in (None, hashlib.sha256(content).hexdigest())
         assert (entry.sha256 is None) == name.endswith(".safetensors")
     for name, tensor in load_model(folder).items():
-        digest = hashlib.sha256(bytes(tensor.reshape(-1).view(torch.uint8).numpy())).hexdigest()
-        assert manifest.tensors[name].sha256 == digest
-    assert manifest.weights == weights_digest({name: entry.sha256 for name, entry in manifest.tensors.items()})
+        digest = f"blake3:{blake3(bytes(tensor.reshape(-1).view(torch.uint8).numpy())).hexdigest()}"
+        assert manifest.tensors[name].digest == digest
+    assert manifest.weights == weights_digest({name: entry.digest for name, entry in manifest.tensors.items()})
 
 
 def test_the_manifest_is_the_last_file(finished: Path):
@@ -264,7 +266,7 @@ def test_a_manifest_of_other_weights_is_a_contradiction(plan: Planning, tmp_path
     planned = plan(grid="{w: [0.25]}")
     run(planned)
     path = tmp_path / "runs" / "soup" / "points" / "w0.25" / "manifest.json"
-    path.write_bytes(replace(Manifest.from_json(path.read_bytes()), weights="0" * 64).to_json())
+    path.write_bytes(replace(Manifest.from_json(path.read_bytes()), weights=f"blake3:{0:064}").to_json())
     with pytest.raises(CorruptData) as contradiction:
         run(planned)
     assert str(contradiction.value).endswith("complete already, with other weights; run `mergeyard verify`")

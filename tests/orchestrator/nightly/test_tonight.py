@@ -17,7 +17,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from jobs.errors import RunBusy
+from jobs.errors import CorruptData, RunBusy
+from jobs.evaluation_tasks import ScoreRow
 from jobs.sealing import unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
 from orchestrator.evaluating.confirming import Gated
@@ -26,13 +27,13 @@ from orchestrator.judging.samples import student_quantile
 from orchestrator.nightly import webhook
 from orchestrator.nightly.book import Blessed, Book, Night
 from orchestrator.nightly.page import nights_page
-from orchestrator.nightly.tonight import _by_length, _moved_since, decide
+from orchestrator.nightly.tonight import _by_length, _moved_since, _weights, decide
 from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
 from tests.benchmarks.thirty_nights import NightlyFolder, Told
 from tests.orchestrator.conftest import Ended, edit, files_under
 from tests.orchestrator.nights import REASON, a_night
-from tests.orchestrator.scores import rows
+from tests.orchestrator.scores import row, rows
 from tests.orchestrator.scripts import scripted, turned_down
 from workers.storage import open_store
 
@@ -184,6 +185,16 @@ def test_the_same_weights_pass_without_being_compared(
     (first, second), blessed = book_at(after_first).nights(), book_at(after_first).blessed()
     assert blessed is not None and (blessed.epoch, blessed.nonce) == (2, second.nonce)
     assert second.weights == first.weights and [*second.verdicts] == ["anchor"]
+
+
+def test_answers_of_one_point_come_from_one_model_also_where_an_older_version_asked_some() -> None:
+    def answers(*weights: str) -> list[ScoreRow]:
+        return [row("p", "vt", 512, number, 1.0, weights=it) for number, it in enumerate(weights)]
+
+    assert _weights(answers("cc", "blake3:aa", "cc", "blake3:aa"), "p") == "blake3:aa"
+    for several in (("cc", "cd"), ("cc", "blake3:aa", "blake3:ab")):
+        with pytest.raises(CorruptData, match=rf"^the answers of p come from {len(several)} different weights"):
+            _weights(answers(*several), "p")
 
 
 def test_a_pointer_that_somebody_else_moved_stays_where_it_is(
@@ -392,7 +403,7 @@ def test_a_blessed_point_that_is_gone_is_named_with_the_way_out(
     found = unsealed(pointer.read_bytes())
     for change, said in (
         ({"point": f"{after_first}/gone"}, "cannot be read"),
-        ({"weights": "0" * 64}, "has other weights than that night"),
+        ({"weights": f"blake3:{0:064}"}, "has other weights than that night"),
     ):
         edit(pointer, **{**found, **change})
         ended = mergeyard("nightly", job, "--in-process", "--output", after_first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import signal
@@ -25,6 +24,7 @@ from jobs.sealing import sealed, unsealed
 from orchestrator.records.lease import Lease, driver_of
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places
+from workers.digests import digest_of
 from workers.storage import Store, open_store
 from workers.storage.memory import MemoryStore
 from workers.storage.records import read_receipt
@@ -248,11 +248,11 @@ def test_a_run_of_another_job_is_refused_with_the_difference(store: Store, other
     assert {info.key: info.etag for info in store.list()} == before
 
 
-def shard(store: Store, unit: str, value: float = 1.0, *, told: float | None = None) -> str:
+def shard(store: Store, unit: str, value: float = 1.0, *, told: float | None = None, like: str = "blake3:") -> str:
     """Writes a shard of one tensor and a receipt that tells of it, or of a tensor of another value; the shard's key."""
     key = f"points/p/{unit}.safetensors"
     info = store.write(key, save({"x": torch.full((2,), value)}))
-    digest = hashlib.sha256(struct.pack("<2f", *[value if told is None else told] * 2)).hexdigest()
+    digest = digest_of(struct.pack("<2f", *[value if told is None else told] * 2), like=like)
     receipt = Receipt(unit, "p", key, info.size, info.etag, {"x": digest}, (), 1, 0.1, "host:1")
     store.write(Places().receipt(unit), receipt.to_json())
     return key
@@ -269,8 +269,9 @@ def test_receipts_are_trusted_when_their_shard_lies_there_whole(store: Store):
     assert {info.key for info in store.list()} == before, "looking changes nothing"
 
 
-def test_another_version_of_a_shard_is_trusted_only_if_it_has_the_receipts_bytes(store: Store):
-    units = {unit: shard(store, unit) for unit in ("aa", "ab", "ac")}
+@pytest.mark.parametrize("like", ["", "blake3:"], ids=["of an older version", "of this version"])
+def test_another_version_of_a_shard_is_trusted_only_if_it_has_the_receipts_bytes(store: Store, like: str):
+    units = {unit: shard(store, unit, like=like) for unit in ("aa", "ab", "ac")}
     store.write(units["aa"], bytes(store.read(units["aa"])))  # a copy, say
     store.write(units["ab"], save({"x": torch.full((2,), 5.0)}))  # a worker of bad memory came late
     store.write(units["ac"], bytes(info_size := store.locate(units["ac"]).size))

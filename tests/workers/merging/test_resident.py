@@ -118,7 +118,7 @@ def test_unwritten_tensors_are_the_written_ones_bit_for_bit(
         digests: dict[str, str] = {}
         merged = dict(resident(plan, threads).merged(plan.points[0].settings, digests))
         assert {name: same_bytes(merged[name], expected[name]) for name in expected} == dict.fromkeys(expected, True)
-        assert digests == {name: entry.sha256 for name, entry in manifest.tensors.items()}
+        assert digests == {name: entry.digest for name, entry in manifest.tensors.items()}
 
 
 def _without(setting: Setting, name: str) -> list[tuple[str, Any]]:
@@ -184,9 +184,9 @@ def again(tmp_path: Path) -> Callable[[], Plan]:
 def test_a_parent_with_a_manifest_is_held_against_it(again: Callable[[], Plan]):
     plan = again()
     manifest = Manifest.from_json((Path(plan.parents["first"].url) / "manifest.json").read_bytes())
-    told = {name: place.sha256 for name, place in plan.parents["first"].tensors.items()}
-    assert told == {name: entry.sha256 for name, entry in manifest.tensors.items()}
-    assert {place.sha256 for place in plan.parents["b"].tensors.values()} == {""}
+    told = {name: place.digest for name, place in plan.parents["first"].tensors.items()}
+    assert told == {name: entry.digest for name, entry in manifest.tensors.items()}
+    assert {place.digest for place in plan.parents["b"].tensors.values()} == {""}
     assert drive(plan, InProcessPool(), Watcher(visible=False)).units_merged == 1
     assert dict(resident(plan, 1).merged(plan.points[0].settings)).keys() == told.keys()
 

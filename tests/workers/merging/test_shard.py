@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from blake3 import blake3
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load, save
@@ -33,6 +34,7 @@ from jobs.merge_tasks import (
 )
 from workers.checkpoints.dtypes import FLOATS
 from workers.checkpoints.safetensors import read_header
+from workers.digests import digest_of
 from workers.merging.shard import Budget, merge_task
 from workers.storage import open_store
 
@@ -272,7 +274,7 @@ def test_shards_are_read_by_the_library_and_receipts_hold_their_digests():
         }
         for name, tensor in loaded.items():
             raw = bytes(tensor.reshape(-1).view(torch.uint8).numpy()) if tensor.numel() else b""
-            assert receipt.tensors[name] == hashlib.sha256(raw).hexdigest()
+            assert receipt.tensors[name] == f"blake3:{blake3(raw).hexdigest()}"
         stored = open_store(task.run).read(f"receipts/{point}.json")
         assert Receipt.from_json(bytes(stored)) == receipt
 
@@ -425,13 +427,13 @@ def test_a_parent_that_changed_is_refused_and_nothing_is_written():
     assert list(open_store(task.run).list()) == []
 
 
-def with_digests(task: MergeTask, parents: Mapping[str, dict[str, Tensor]]) -> MergeTask:
+def with_digests(task: MergeTask, parents: Mapping[str, dict[str, Tensor]], like: str = "blake3:") -> MergeTask:
     """The task, of parents that have manifests."""
     tensors = tuple(
         replace(
             tensor,
             sources={
-                name: replace(at, sha256=hashlib.sha256(bytes_of(parents[name][tensor.name])).hexdigest())
+                name: replace(at, digest=digest_of(bytes_of(parents[name][tensor.name]), like=like))
                 for name, at in tensor.sources.items()
             },
         )
@@ -491,9 +493,11 @@ def test_a_bit_of_a_parent_that_flips_on_its_way_is_noticed_whichever_read_it_st
             assert list(open_store(flipped.run).list()) == []
 
 
-def test_a_parent_that_is_not_what_its_manifest_says_is_refused():
+@pytest.mark.parametrize("like", ["", "blake3:"], ids=["of an older version", "of this version"])
+def test_a_parent_that_is_not_what_its_manifest_says_is_refused(like: str):
     parents = family({"x": ((9,), "bfloat16")})
-    task = with_digests(task_of(parents), {**parents, "b": parents["a"]})
+    assert merge_task(with_digests(task_of(parents), parents, like))
+    task = with_digests(task_of(parents), {**parents, "b": parents["a"]}, like)
     with threads_all_end(), pytest.raises(CorruptData) as refused:
         merge_task(task)
     assert str(refused.value) == (
@@ -511,11 +515,28 @@ def test_a_second_worker_that_merges_the_same_agrees():
     assert Receipt.from_json(bytes(stored)) in first
 
 
+def test_a_receipt_of_an_older_version_is_no_contradiction():
+    task = task_of(family({"x": ((9,), "bfloat16")}), {"linear": LINEAR})
+    (receipt,) = merge_task(task)
+    whole = shard(task, "linear")
+    earlier = replace(receipt, tensors={"x": hashlib.sha256(whole[-18:]).hexdigest()}, worker="elsewhere:1")
+    store = open_store(task.run)
+    store.write("receipts/linear.json", earlier.to_json())
+    assert merge_task(task) == [earlier]
+    store.write("points/linear/model.safetensors", b"damaged meanwhile")
+    (again,) = merge_task(task)
+    assert again.tensors == receipt.tensors, "merged anew"
+    assert shard(task, "linear") == whole
+    assert Receipt.from_json(bytes(store.read("receipts/linear.json"))) == earlier
+
+
 def test_a_receipt_that_tells_of_other_bytes_is_a_contradiction():
     task = task_of(family({"x": ((9,), "bfloat16")}), {"linear": LINEAR})
     (receipt,) = merge_task(task)
     store = open_store(task.run)
-    store.write("receipts/linear.json", replace(receipt, tensors={"x": "0" * 64}, worker="elsewhere:1").to_json())
+    store.write(
+        "receipts/linear.json", replace(receipt, tensors={"x": f"blake3:{0:064}"}, worker="elsewhere:1").to_json()
+    )
     with pytest.raises(CorruptData) as contradiction:
         merge_task(task)
     line = str(contradiction.value)
