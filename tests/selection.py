@@ -73,6 +73,7 @@ SLOW = (
     "tests/workers/checkpoints/test_opening.py::test_any_header",
     "tests/workers/engines",
     "tests/workers/evaluating",
+    "tests/workers/methods/kernels/test_compiling.py",
     "tests/workers/merging/test_shard.py::test_bytes_do_not_depend_on_memory_threads_or_grouping",
     "tests/workers/storage/test_local.py::test_a_full_disk",
     "tests/workers/storage/test_local.py::test_of_racing_processes",

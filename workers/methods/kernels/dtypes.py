@@ -1,0 +1,102 @@
+"""Numbers of any float dtype to and from the dtype of the arithmetic, a block at a time.
+
+The bits are those of torch: the nearest number, of two equally near the even one. A tensor in memory is given as its
+address three times, as 16-, 32- and 64-bit words; the loop of its dtype uses one of these.
+"""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from workers.methods.kernels.compiling import Pointer
+
+BF16, F16, F32, F64 = range(4)
+CODES = {np.dtype(name): code for code, name in enumerate((ml_dtypes.bfloat16, np.float16, np.float32, np.float64))}
+"""The number of each dtype in a kernel."""
+
+
+def widened(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int, into: Pointer) -> None:
+    """Writes elements [start, start + count) of a tensor to `into`, in its dtype: exact unless that is narrower."""
+    if code == BF16:
+        for i in range(count):
+            into[i] = np.uint32(np.uint32(halves[start + i]) << np.uint32(16)).view(np.float32)
+    elif code == F16:
+        for i in range(count):
+            into[i] = _of_half(halves[start + i])
+    elif code == F32:
+        for i in range(count):
+            into[i] = np.uint32(words[start + i]).view(np.float32)
+    else:
+        for i in range(count):
+            into[i] = np.uint64(longs[start + i]).view(np.float64)
+
+
+def rounded(
+    code: int, values: Pointer, count: int, halves: Pointer, words: Pointer, longs: Pointer, start: int
+) -> None:
+    """Writes `count` values to elements from `start` on of a tensor."""
+    if code == BF16:
+        for i in range(count):
+            halves[start + i] = _to_bfloat16(np.float32(values[i]))
+    elif code == F16:
+        for i in range(count):
+            halves[start + i] = _to_half(np.float32(values[i]))
+    elif code == F32:
+        for i in range(count):
+            words[start + i] = np.float32(values[i]).view(np.uint32)
+    else:
+        for i in range(count):
+            longs[start + i] = np.float64(values[i]).view(np.uint64)
+
+
+def any_nonfinite(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int) -> np.bool_:
+    """Whether any of `count` elements from `start` on is NaN or infinite."""
+    largest = np.uint16(0)
+    if code in (BF16, F16):
+        for i in range(count):
+            largest = max(largest, np.uint16(halves[start + i] & np.uint16(0x7FFF)))
+        return largest >= (0x7F80 if code == BF16 else 0x7C00)
+    if code == F32:
+        most = np.uint32(0)
+        for i in range(count):
+            most = max(most, np.uint32(words[start + i] & np.uint32(0x7FFFFFFF)))
+        return most >= np.uint32(0x7F800000)
+    top = np.uint64(0)
+    for i in range(count):
+        top = max(top, np.uint64(longs[start + i] & np.uint64(0x7FFFFFFFFFFFFFFF)))
+    return top >= np.uint64(0x7FF0000000000000)
+
+
+def _of_half(half: np.uint16) -> np.float32:
+    """float32 of a float16: its exponent is moved, and the multiplication corrects it, subnormals included."""
+    magnitude = np.uint32(half & np.uint16(0x7FFF))
+    sign = np.uint32(np.uint32(half & np.uint16(0x8000)) << np.uint32(16))
+    moved = np.uint32(magnitude << np.uint32(13))
+    scaled = np.float32(np.uint32(moved).view(np.float32) * np.float32(2.0**112)).view(np.uint32)
+    bits = np.uint32(moved | np.uint32(0x7F800000)) if magnitude >= np.uint32(0x7C00) else scaled
+    return np.uint32(bits | sign).view(np.float32)
+
+
+def _to_half(value: np.float32) -> np.uint16:
+    """float16 of a float32. Adding 0.5 to a magnitude below 2⁻¹⁴ rounds it to float16's subnormals."""
+    bits = np.float32(value).view(np.uint32)
+    magnitude = np.uint32(bits & np.uint32(0x7FFFFFFF))
+    odd = np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(1))
+    normal = np.uint32(np.uint32(magnitude + np.uint32(0xC8000FFF) + odd) >> np.uint32(13))
+    small = np.uint32(
+        np.float32(np.uint32(magnitude).view(np.float32) + np.float32(0.5)).view(np.uint32) - np.uint32(0x3F000000)
+    )
+    payload = np.uint32(np.uint32(0x7E00) | np.uint32(np.uint32(magnitude >> np.uint32(13)) & np.uint32(0x3FF)))
+    half = small if magnitude < np.uint32(0x38800000) else normal
+    half = np.uint32(0x7C00) if magnitude >= np.uint32(0x47800000) else half
+    half = payload if magnitude > np.uint32(0x7F800000) else half
+    return np.uint16(half | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
+
+
+def _to_bfloat16(value: np.float32) -> np.uint16:
+    """bfloat16 of a float32. Of NaN it has all bits set, as torch writes it on x86."""
+    bits = np.float32(value).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    nearest = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    return np.uint16(nearest if value == value else np.uint32(0xFFFF))

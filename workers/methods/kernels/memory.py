@@ -1,0 +1,34 @@
+"""Addresses of arrays for kernels, and the small buffers that they work in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+BLOCK = 1024
+"""Elements at a time: a few parents and a sum of so many stay in a core's fastest cache."""
+
+_CACHE_LINE = 64
+
+
+def address(array: Array) -> int:
+    """Where an array begins. Keep the array for as long as the address is used."""
+    return array.__array_interface__["data"][0]
+
+
+def addresses(arrays: Sequence[Array]) -> NDArray[np.uint64]:
+    """Where each array begins."""
+    return np.array([address(each) for each in arrays], np.uint64)
+
+
+def aligned_lines(count: int, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint64], Array]:
+    """The addresses of `count` buffers of `BLOCK` numbers, each at the start of a cache line, and their memory."""
+    size = BLOCK * dtype.itemsize
+    memory = np.empty(count * size + _CACHE_LINE, np.uint8)
+    begin = -(-address(memory) // _CACHE_LINE) * _CACHE_LINE
+    return np.arange(begin, begin + count * size, size, dtype=np.uint64), memory
