@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from workers.methods.breadcrumbs import breadcrumbs, breadcrumbs_pass, breadcrumbs_ties, breadcrumbs_ties_pass
 from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
 from workers.methods.linear import linear, linear_pass
 from workers.methods.passes import Pass
@@ -76,13 +77,13 @@ METHODS: Mapping[str, Method] = {
     "ties": Method(ties, ties_pass, base="required"),
     "dare_linear": Method(dare_linear, dare_linear_pass, base="required"),
     "dare_ties": Method(dare_ties, dare_ties_pass, base="required"),
+    "breadcrumbs": Method(breadcrumbs, breadcrumbs_pass, base="required"),
+    "breadcrumbs_ties": Method(breadcrumbs_ties, breadcrumbs_ties_pass, base="required"),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }
 
 ONLY_IN_MERGEKIT = (
     "arcee_fusion",
-    "breadcrumbs",
-    "breadcrumbs_ties",
     "della",
     "della_linear",
     "karcher",

@@ -83,7 +83,7 @@ def resolve(recipe: Recipe, tensor: str, position: float, *, exact: bool) -> Set
             )
         else:
             values[parameter.name] = _value(parameter, None, recipe, tensor=tensor, position=position)
-    _check_density(recipe, values, tensor)
+    _check_shares(recipe, values, tensor)
     bound = Bound(recipe.merge_method, tuple(source.model for source in models), recipe.base_model, values)
     return rounded(simplified(bound, place=f"{recipe.place}: tensor {tensor}") if exact else bound)
 
@@ -136,14 +136,15 @@ def _check_name(method_name: str, method: Method, name: str, place: str) -> None
         raise BadInput(f'{place}: {method_name} has no parameter "{name}"{_nearest(name, method.parameters)}')
 
 
-def _check_density(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str) -> None:
+def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str) -> None:
     if recipe.merge_method == "task_arithmetic":  # accepted and unused
         return
-    densities = values.get("density")
-    for density in densities if isinstance(densities, tuple) else ():
-        place = recipe.place_of("density")
-        if not 0 < density <= 1:
-            raise BadInput(f"{place}: density {float(density):g} at tensor {tensor} is outside (0, 1]")
+    for name, least in (("density", "(0"), ("gamma", "[0")):
+        shares = values.get(name)
+        for share in shares if isinstance(shares, tuple) else ():
+            if not 0 <= share <= 1 or (share == 0 and least == "(0"):
+                place = recipe.place_of(name)
+                raise BadInput(f"{place}: {name} {float(share):g} at tensor {tensor} is outside {least}, 1]")
 
 
 def _other_method(name: str) -> str:
@@ -214,11 +215,11 @@ def _simplified_slerp(bound: Bound) -> Bound:
 def _simplified_task_vectors(bound: Bound) -> Bound:
     """Weight 0 leaves, density 1 trims nothing, and a plain sum takes its divisor and λ into the weights."""
     assert bound.base is not None
-    consensus = bound.method in ("ties", "dare_ties")
+    elects = bound.method in ("ties", "dare_ties", "breadcrumbs_ties")
     weights, scale = bound.per_model("weight"), bound.number("lambda")
     total = sum(weights)
     normalize = bool(bound.values["normalize"])
-    if not consensus:
+    if not elects:
         divisor = total if normalize and abs(total) >= Fraction(1, 10**8) else Fraction(1)
         weights, scale, normalize = tuple(weight * scale / divisor for weight in weights), Fraction(1), False
     models, kept_weights = _without_zeros(bound.models, weights)
@@ -227,11 +228,16 @@ def _simplified_task_vectors(bound: Bound) -> Bound:
     values: dict[str, Exact | tuple[Exact, ...]] = {"weight": kept_weights, "normalize": normalize, "lambda": scale}
     densities, _ = _without_zeros(bound.per_model("density"), weights)
     if bound.method == "task_arithmetic" or all(density == 1 for density in densities):
-        if consensus:
+        if elects:
             values["density"] = densities
-        return Bound("ties" if consensus else "task_arithmetic", models, bound.base, values)
+        return Bound("ties" if elects else "task_arithmetic", models, bound.base, values)
     values["density"] = densities
     values["rescale"] = bound.values["rescale"]
+    if "gamma" in bound.values:
+        gammas, _ = _without_zeros(bound.per_model("gamma"), weights)
+        values["gamma"] = tuple(
+            gamma if density < 1 else Fraction(0) for gamma, density in zip(gammas, densities, strict=True)
+        )
     return Bound(bound.method, models, bound.base, values)
 
 

@@ -226,22 +226,30 @@ class Coin:
 
 @dataclass(frozen=True, slots=True)
 class Selection:
-    """The elements of a task vector that are kept: the `most` with the largest |δ|, or those that a coin keeps."""
+    """The elements of a task vector that are kept: by a coin, or by |δ| the `most` largest (None: all) `but` so many.
+
+    `but` counts the very largest, which are dropped; 0 ≤ but ≤ most.
+    """
 
     most: int | None = None
+    but: int = 0
     coin: Coin | None = None
 
-    def ask(self, tile: Tile, model: str, base: str) -> None:
-        """Asks for what must be known of the whole tensor."""
-        if self.most is not None:
-            threshold_of(tile, Magnitude(model, base), self.most)
+    def among(self, tile: Tile, model: str, base: str) -> Threshold | None:
+        """What keeps the `most` largest."""
+        return None if self.most is None else threshold_of(tile, Magnitude(model, base), self.most)
+
+    def beyond(self, tile: Tile, model: str, base: str) -> Threshold | None:
+        """What drops the largest."""
+        return threshold_of(tile, Magnitude(model, base), self.but) if self.but else None
 
     def mask(self, tile: Tile, model: str, base: str) -> Tensor:
         """1 where an element is kept, else 0."""
         if self.coin is not None:
             return drawn(tile, self.coin, model)
-        assert self.most is not None, "a selection has one of its kinds"
-        return largest(tile, Magnitude(model, base), self.most)
+        score = Magnitude(model, base)
+        most = 1 if self.most is None else largest(tile, score, self.most)
+        return most - largest(tile, score, self.but)
 
 
 def drawn(tile: Tile, coin: Coin, model: str) -> Tensor:
@@ -266,7 +274,8 @@ class L1Kept(Reduction):
     dtype: str
 
     def ask(self, tile: Tile) -> None:
-        self.kept.ask(tile, self.model, self.base)
+        self.kept.among(tile, self.model, self.base)
+        self.kept.beyond(tile, self.model, self.base)
 
     def of(self, tile: Tile) -> list[float]:
         return unit_sums(

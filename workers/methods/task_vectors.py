@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import Consensus, Kept
-from workers.methods.reductions import L1, L1Kept, Magnitude, Selection, threshold_of
+from workers.methods.reductions import L1, L1Kept, Selection
 from workers.methods.tile import Inputs, PerModel, ones_where
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def _trimmed(inputs: Inputs, index: int, selection: Selection, rescale: bool) ->
 def _kept(inputs: Inputs, model: str, weight: float, selection: Selection | None, rescale: bool) -> Kept:
     if selection is None:
         return Kept(model, weight)
-    score = Magnitude(model, inputs.base_model)
-    among = None if selection.most is None else threshold_of(inputs.tile, score, selection.most)
+    among = selection.among(inputs.tile, model, inputs.base_model)
+    beyond = selection.beyond(inputs.tile, model, inputs.base_model)
     factor = _rescaling(inputs, model, selection) if rescale else None
-    return Kept(model, weight, among=among, coin=selection.coin, factor=factor)
+    return Kept(model, weight, among, beyond, selection.coin, factor)
 
 
 def _rescaling(inputs: Inputs, model: str, selection: Selection) -> float | None:

@@ -50,8 +50,9 @@ def merge() -> Merge:
             name: values if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float32)
             for name, values in {**models, **(base or {})}.items()
         }
-        if "density" in METHODS[method].parameters:
-            parameters.setdefault("density", (1.0,) * len(models))
+        for parameter in METHODS[method].parameters.values():
+            if parameter.per_model and parameter.default is not None:
+                parameters.setdefault(parameter.name, (parameter.default,) * len(models))
         setting = Setting(method, tuple(models), next(iter(base), None) if base else None, tuple(parameters.items()))
         facts: dict[Reduction, Any] = {}
         tiles = tiles_of(parents, facts, units=units, seed=seed, name=tensor)

@@ -48,7 +48,7 @@ REFUSED = {
         models: [{model: a}]
         merge_method: xyzzy
         """,
-        'job.yaml:1: unknown method "xyzzy"; it has dare_linear, dare_ties, linear,',
+        'job.yaml:1: unknown method "xyzzy"; it has ',
     ),
     "method of mergekit alone": (
         """
@@ -60,9 +60,9 @@ REFUSED = {
     "misspelt method of mergekit alone": (
         """
         models: [{model: a}]
-        merge_method: breadcrumb_tie
+        merge_method: arcee_fussion
         """,
-        'job.yaml:1: unknown method "breadcrumb_tie"; mergeyard does not have mergekit\'s breadcrumbs_ties,',
+        'job.yaml:1: unknown method "arcee_fussion"; mergeyard does not have mergekit\'s arcee_fusion,',
     ),
     "misspelt parameter of a model": (
         """
@@ -149,6 +149,15 @@ REFUSED = {
         parameters: {weight: 1, density: 0}
         """,
         "job.yaml:4: density 0 at tensor x is outside (0, 1]",
+    ),
+    "gamma above one": (
+        """
+        merge_method: breadcrumbs
+        base_model: base
+        models:
+        - {model: a, parameters: {weight: 1, gamma: 1.5}}
+        """,
+        "job.yaml:4: gamma 1.5 at tensor x is outside [0, 1]",
     ),
     "word for a number": (
         """
@@ -304,6 +313,18 @@ SAME = {
         weighted("dare_ties", (0.5, 1), 1),
         weighted("ties", 0.5, (1, 1), normalize=False),
     ),
+    "breadcrumbs of density one is task arithmetic": (
+        weighted("breadcrumbs", (0.5, 1), gamma=0.3),
+        weighted("task_arithmetic", 0.5),
+    ),
+    "breadcrumbs_ties of density one is ties": (
+        weighted("breadcrumbs_ties", 1, 2),
+        weighted("ties", 1, 2, normalize=False),
+    ),
+    "the gamma of a density of one": (
+        weighted("breadcrumbs_ties", (1, 1), (1, 0.5), gamma=[0.2, 0.2]),
+        weighted("breadcrumbs_ties", ("1, gamma: 0.9", 1), ("1, gamma: 0.2", 0.5)),
+    ),
     "rescale means nothing where nothing is trimmed": (weighted("ties", 0.5, rescale=True), weighted("ties", 0.5)),
     "the density of a model that left": (weighted("ties", 0.5, (0, 0.3)), weighted("ties", 0.5)),
     "a base among the models": ("""
@@ -334,6 +355,7 @@ def test_equal_merges_have_equal_settings(kind: str):
 DIFFERENT = {
     "densities": (weighted("ties", (1, 0.5)), weighted("ties", (1, 0.4))),
     "methods": (weighted("dare_ties", (1, 0.5)), weighted("ties", (1, 0.5), normalize=False)),
+    "gammas": (weighted("breadcrumbs", (1, 0.5), gamma=0.1), weighted("breadcrumbs", (1, 0.5), gamma=0.2)),
     "normalize in ties": (weighted("ties", 1, 2), weighted("ties", 1, 2, normalize=False)),
     "lambda in ties": (weighted("ties", 1, 2, lambda_=2), weighted("ties", 2, 4)),
     "rescale": (weighted("ties", (1, 0.5), rescale=True), weighted("ties", (1, 0.5))),
