@@ -306,7 +306,7 @@ def test_the_method_shown_works_as_shown() -> None:
     parameters = Method(names["nearest"]).parameters
     assert {name: entry.per_model for name, entry in parameters.items()} == {"weight": True, "lambda": False}
     tile = Tile("w", 0, {"b": torch.tensor([1.0, 2.0]), "x": torch.tensor([3.0, 2.0])}, {})
-    merged = names["nearest"](Inputs(tile, ("x",), "b", torch.float32), weight=(0.5,), lambda_=3.0)
+    merged = names["nearest"](Inputs(tile, ("x",), "b", "float32"), weight=(0.5,), lambda_=3.0)
     assert merged.tolist() == [4.0, 2.0]
 
 
