@@ -67,7 +67,8 @@ def _trimmed(inputs: Inputs, index: int, selection: Selection, rescale: bool) ->
     model, base = inputs.models[index], inputs.base_model
 
     def compute() -> Tensor:
-        result = inputs.delta(index) * selection.mask(inputs.tile, model, base)
+        delta = inputs.delta(index)
+        result = delta * selection.mask(inputs.tile, model, base).to(delta.dtype)
         if rescale and (factor := _rescaling(inputs, model, selection)) is not None:
             result = result * factor
         return result

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import torch
 
+from jobs.merge_tasks import Setting
+from tests.workers.methods.whole import answered, tiles_of
+from workers.merging.tiles import merge_tile
+
 ZERO = {"base": [0.0, 0.0, 0.0, 0.0]}
 X, Y = [4.0, -3.0, 2.0, 1.0], [-1.0, -5.0, 3.0, 0.0]
 
@@ -217,3 +221,15 @@ def test_dare_ties_elects_among_what_was_kept(merge: Any):
     expected = x_kept * 0.5 * (x_kept.sign() == sign) + y_kept * 0.25 * (y_kept.sign() == sign)
     merged = merge("dare_ties", {"x": x, "y": y}, base=FLAT, weight=(0.5, 0.25), density=(0.5, 0.5), rescale=False)
     assert torch.equal(merged, expected)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_linear", "breadcrumbs"])
+def test_mergekits_numerics_round_every_step_of_a_trimmed_task_vector(method: str):
+    # in bfloat16 0.7 is 0.69921875, and 0.69921875 · 1.1015625 = 0.7702… is rounded to 0.76953125
+    parents = {"base": torch.zeros(8).bfloat16(), "x": torch.full((8,), 1.1015625).bfloat16()}
+    values = {"weight": (0.7,), "density": (0.5,), "normalize": False, "rescale": False, "lambda": 1.0}
+    facts: dict[Any, Any] = {}
+    setting = Setting(method, ("x",), "base", tuple(values.items()))
+    [merged] = answered(tiles_of(parents, facts), facts, lambda tile: merge_tile(tile, setting, "BF16", "mergekit"))
+    assert merged.dtype == torch.bfloat16
+    assert set(merged.tolist()) == {0.0, 0.76953125}
