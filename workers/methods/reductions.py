@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile, as_tensor
+from workers.methods.kernels.dtypes import ARITHMETIC, CODES
+from workers.methods.kernels.unit_sums import Product
+from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
+from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,6 +43,12 @@ def unit_sums(values: Tensor) -> list[float]:
     return folded[:, 0].tolist()
 
 
+def host_arrays(tile: Tile, *names: str) -> list[Array] | None:
+    """The elements of parents, if compiled loops can read them: in the memory of the host, in a dtype of theirs."""
+    arrays = [each for name in names if isinstance(each := tile.raw[name], np.ndarray) and each.dtype in CODES]
+    return arrays if len(arrays) == len(names) else None
+
+
 @dataclass(frozen=True, slots=True)
 class Dot(Reduction):
     """Σ aᵢ·bᵢ in float64; the products of two float32 numbers are exact there."""
@@ -47,10 +57,44 @@ class Dot(Reduction):
     b: str
 
     def of(self, tile: Tile) -> list[float]:
+        if arrays := host_arrays(tile, self.a, self.b):
+            return sums_of_products(arrays, [Product(0, 1)], unit=TILE_ELEMENTS, dtype="float64")[:, 0].tolist()
         return unit_sums(tile.parent(self.a, "float64") * tile.parent(self.b, "float64"))
 
     def combine(self, shares: Sequence[float]) -> float:
         return math.fsum(shares)
+
+
+@dataclass(frozen=True, slots=True)
+class Gram(Reduction):
+    """Σ aᵢ·bᵢ in float64 for all pairs of models, or of their task vectors with a base: a symmetric matrix.
+
+    Models and task vectors are taken in `dtype`, "float32" or "float64".
+    """
+
+    models: tuple[str, ...]
+    base: str | None
+    dtype: str
+
+    def of(self, tile: Tile) -> list[NDArray[np.float64]]:
+        pairs = [*combinations_with_replacement(range(len(self.models)), 2)]
+        names = self.models if self.base is None else (*self.models, self.base)
+        if arrays := host_arrays(tile, *names):
+            lines = [place if self.base is None else (place, len(self.models)) for place in range(len(self.models))]
+            products = [Product(lines[a], lines[b]) for a, b in pairs]
+            return [*sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)]
+        vectors = [
+            (tile.parent(model, self.dtype) if self.base is None else tile.delta(model, self.base, self.dtype)).double()
+            for model in self.models
+        ]
+        return [*np.array([unit_sums(vectors[a] * vectors[b]) for a, b in pairs]).T]
+
+    def combine(self, shares: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+        matrix = np.empty((len(self.models), len(self.models)))
+        upper = np.triu_indices(len(self.models))
+        matrix[upper] = [math.fsum(of_pair) for of_pair in zip(*shares, strict=True)]
+        matrix.T[upper] = matrix[upper]
+        return matrix
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +106,9 @@ class L1(Reduction):
     dtype: str
 
     def of(self, tile: Tile) -> list[float]:
+        if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
+            products = [Product((0, 1), magnitude=True)]
+            return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs())
 
     def combine(self, shares: Sequence[float]) -> float:
@@ -278,9 +325,13 @@ class L1Kept(Reduction):
         self.kept.beyond(tile, self.model, self.base)
 
     def of(self, tile: Tile) -> list[float]:
-        return unit_sums(
-            tile.delta(self.model, self.base, self.dtype).abs() * self.kept.mask(tile, self.model, self.base)
-        )
+        mask = self.kept.mask(tile, self.model, self.base)
+        if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
+            products = [Product((0, 1), 2, magnitude=True)]
+            return sums_of_products([*arrays, mask.numpy()], products, unit=TILE_ELEMENTS, dtype=self.dtype)[
+                :, 0
+            ].tolist()
+        return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * mask)
 
     def combine(self, shares: Sequence[float]) -> float:
         return math.fsum(shares)

@@ -15,6 +15,9 @@ BF16, F16, F32, F64 = range(4)
 CODES = {np.dtype(name): code for code, name in enumerate((ml_dtypes.bfloat16, np.float16, np.float32, np.float64))}
 """The number of each dtype in a kernel."""
 
+ARITHMETIC = ("float32", "float64")
+"""The dtypes that kernels compute in."""
+
 
 def widened(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int, into: Pointer) -> None:
     """Writes elements [start, start + count) of a tensor to `into`, in its dtype: exact unless that is narrower."""

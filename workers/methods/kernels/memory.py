@@ -26,9 +26,9 @@ def addresses(arrays: Sequence[Array]) -> NDArray[np.uint64]:
     return np.array([address(each) for each in arrays], np.uint64)
 
 
-def aligned_lines(count: int, dtype: np.dtype[Any]) -> tuple[NDArray[np.uint64], Array]:
-    """The addresses of `count` buffers of `BLOCK` numbers, each at the start of a cache line, and their memory."""
-    size = BLOCK * dtype.itemsize
+def aligned_lines(count: int, size: int) -> tuple[NDArray[np.uint64], Array]:
+    """The addresses of `count` buffers of `size` bytes, each at the start of a cache line, and their memory."""
+    size = -(-size // _CACHE_LINE) * _CACHE_LINE
     memory = np.empty(count * size + _CACHE_LINE, np.uint8)
     begin = -(-address(memory) // _CACHE_LINE) * _CACHE_LINE
     return np.arange(begin, begin + count * size, size, dtype=np.uint64), memory

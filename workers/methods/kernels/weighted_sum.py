@@ -183,7 +183,7 @@ class WeightedSums:
         assert len(parents) == self._parents and len(outputs) == len(self._bases)
         assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
         broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
-        lines, _memory = aligned_lines(self._lines + 2, self._arithmetic)
+        lines, _memory = aligned_lines(self._lines + 2, BLOCK * self._arithmetic.itemsize)
         dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
         raw, out = addresses(parents), addresses(outputs)
         raw_at, out_at = address(raw), address(out)

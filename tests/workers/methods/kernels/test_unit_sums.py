@@ -1,0 +1,83 @@
+"""The compiled sums follow the tree of `reductions.unit_sums` to the last bit."""
+
+from __future__ import annotations
+
+import math
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from workers.methods.kernels.unit_sums import Product, unit_sums
+from workers.methods.reductions import L1, Dot, Gram
+from workers.methods.tile import TILE_ELEMENTS, Array, Tile, as_tensor, torch_named
+
+DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
+
+
+def by_tree(values: torch.Tensor, unit: int) -> list[float]:
+    """The definition: the second half of a unit is added to the first until one number is left."""
+    rest = np.zeros((-(-values.numel() // unit), unit))
+    rest.flat[: values.numel()] = values.double().numpy()
+    while rest.shape[1] > 1:
+        rest = rest[:, : rest.shape[1] // 2] + rest[:, rest.shape[1] // 2 :]
+    return rest[:, 0].tolist()
+
+
+def bits(sums: NDArray[np.float64] | list[float]) -> list[int]:
+    return np.asarray(sums, np.float64).view(np.int64).tolist()
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "float64"])
+@pytest.mark.parametrize(
+    ("elements", "unit"),
+    [(1, 4), (16, 16), (117, 16), (1000, 32), (5000, 1024), (9001, 4096), (300_001, TILE_ELEMENTS)],
+)
+def test_sums_have_the_bits_of_the_tree(elements: int, unit: int, arithmetic: str):
+    rng = np.random.default_rng(elements)
+    values = [rng.standard_normal(elements) * 10.0 ** rng.integers(-20, 4, elements) for _ in DTYPES]
+    parents: list[Array] = [each.astype(dtype) for each, dtype in zip(values, DTYPES, strict=True)]
+    for parent in parents:
+        parent[rng.random(elements) < 0.1] = -0.0
+    kept = (rng.random(elements) < 0.5).astype(np.float32)
+    products = [Product(0, 1), Product(2, 2), Product((3, 2), (1, 2)), Product((2, 0), magnitude=True)]
+    products += [Product((3, 1), 4, magnitude=True), Product(3)]
+    a, b, c, d = (as_tensor(each).to(torch_named(arithmetic)) for each in parents)
+    mask = torch.from_numpy(kept)
+    values = [a.double() * b.double(), c.double() ** 2, (d - c).double() * (b - c).double(), (c - a).abs()]
+    values += [(d - b).abs() * mask, d.abs()]
+    sums = unit_sums([*parents, kept], products, unit=unit, dtype=arithmetic)
+    for of_product, expected in zip(sums.T, values, strict=True):
+        assert bits(of_product) == bits(by_tree(expected, unit))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_spoils_its_unit_alone(value: float):
+    parent = np.ones(48, np.float32)
+    parent[20] = value
+    sums = unit_sums([parent], [Product(0, 0), Product(0, magnitude=True)], unit=16, dtype="float32")
+    assert np.isfinite(sums).tolist() == [[True, True], [False, False], [True, True]]
+
+
+def test_facts_are_equal_on_arrays_and_on_tensors():
+    """Tensors take the path of a GPU."""
+    rng = np.random.default_rng(3)
+    arrays = {name: rng.standard_normal(200_000).astype(ml_dtypes.bfloat16) for name in "abc"}
+    on_host = Tile("x", 0, arrays, {})
+    elsewhere = Tile("x", 0, {name: as_tensor(each) for name, each in arrays.items()}, {})
+    for fact in (Dot("a", "b"), L1("a", "b", "float32"), L1("a", "b", "float64"), Gram((*"abc",), None, "float32")):
+        assert bits(np.array(fact.of(on_host))) == bits(np.array(fact.of(elsewhere)))
+    deltas = Gram(("a", "b"), "c", "float32")
+    assert bits(np.array(deltas.of(on_host))) == bits(np.array(deltas.of(elsewhere)))
+
+
+def test_a_gram_matrix_is_that_of_numpy():
+    rng = np.random.default_rng(4)
+    arrays = {name: rng.integers(-9, 10, 1000).astype(np.float32) for name in "abcd"}
+    tile = Tile("x", 0, arrays, {})
+    for base in (None, "d"):
+        vectors = np.array([arrays[name] - (arrays[base] if base else 0) for name in "abc"])
+        fact = Gram((*"abc",), base, "float32")
+        assert (fact.combine(fact.of(tile)) == vectors @ vectors.T).all()  # integers: every sum is exact

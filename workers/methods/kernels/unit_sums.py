@@ -1,0 +1,195 @@
+"""Sums of products and of magnitudes over units of a tensor, in float64, by one fixed tree of additions.
+
+The tree adds the second half of a unit to its first, element by element, until one number is left. The kernel takes the
+rows of that first half in an order in which few sums are open at a time: a row joins its partner as soon as both are
+there, as carries do in a binary counter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.methods.kernels.compiling import Pointer, kernel
+from workers.methods.kernels.dtypes import CODES, F64, any_nonfinite, widened
+from workers.methods.kernels.memory import Array, address, addresses, aligned_lines
+
+WIDTH = 256
+"""Elements of a row at most: the open sums of one product stay in a core's second cache."""
+
+Operand = int | tuple[int, int]
+"""A parent, or (a parent, the base that is subtracted from it), as places in a list."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """a · b, or |a| · b with `magnitude`; |a| without b."""
+
+    a: Operand
+    b: Operand | None = None
+    magnitude: bool = False
+
+
+@kernel(
+    *("u16**", "u32**", "u64**", "i64*", "i64", "i64*", "i64", "i64", "i64*", "i64"),
+    *("i64", "i64", "i64", "f64**", "f64*", "f64*"),
+)
+def _unit_sums(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    parents: int,
+    pairs: Pointer,
+    deltas: int,
+    narrow: int,
+    products: Pointer,
+    count: int,
+    elements: int,
+    unit: int,
+    width: int,
+    lines: Pointer,
+    sums: Pointer,
+    results: Pointer,
+) -> None:
+    """For each unit and each product (a line, another or −1, whether the first enters as its magnitude): the sum.
+
+    A unit is a matrix of rows of `width` elements. The first two additions of the tree join four rows; these are in
+    memory together, as four parts of each parent's and each delta's line. `narrow` takes parents and deltas to the
+    nearest float32. `sums` has a row for what joins now, and one for each open sum, for each product.
+    """
+    groups = unit // width // 4
+    bits = 0
+    while 1 << bits < groups:
+        bits += 1
+    for first in range(0, elements, unit):
+        for parent in range(parents):  # a look at the unit in its order brings it into a cache at the speed of memory
+            size = min(unit, elements - first)
+            if any_nonfinite(dtypes[parent], halves[parent], words[parent], longs[parent], first, size):
+                results[first // unit * count] = np.nan
+        for group in range(groups):
+            row = _reversed(group, bits)
+            for part in range(4):
+                start = first + (row + (2 * (part % 2) + part // 2) * groups) * width
+                size = max(0, min(width, elements - start))
+                for parent in range(parents):
+                    line = lines[4 * parent + part]
+                    widened(dtypes[parent], halves[parent], words[parent], longs[parent], start, size, line)
+                    for i in range(size, width):
+                        line[i] = 0.0
+                    if narrow and dtypes[parent] == F64:
+                        _narrowed(line, width)
+                for delta in range(deltas):
+                    a, b = 4 * pairs[2 * delta] + part, 4 * pairs[2 * delta + 1] + part
+                    line = lines[4 * (parents + delta) + part]
+                    _subtracted(lines[a], lines[b], line, width)
+                    if narrow:
+                        _narrowed(line, width)
+            carries = 0
+            while (group >> carries) & 1:
+                carries += 1
+            for product in range(count):
+                a, b = 4 * products[3 * product], 4 * products[3 * product + 1]
+                joining = product * (bits + 2) * width
+                leaf = joining if carries else joining + width
+                if b < 0:
+                    _magnitudes(lines[a], lines[a + 1], lines[a + 2], lines[a + 3], sums, leaf, width)
+                else:
+                    c, d = lines[b], lines[b + 1]
+                    e, f = lines[b + 2], lines[b + 3]
+                    if products[3 * product + 2]:
+                        _kept_magnitudes(
+                            lines[a], lines[a + 1], lines[a + 2], lines[a + 3], c, d, e, f, sums, leaf, width
+                        )
+                    else:
+                        _products(lines[a], lines[a + 1], lines[a + 2], lines[a + 3], c, d, e, f, sums, leaf, width)
+                for level in range(carries):
+                    into = joining + (carries + 1) * width if level == carries - 1 else joining
+                    _added(sums, joining + (level + 1) * width, joining, into, width)
+        for product in range(count):
+            last = (product * (bits + 2) + bits + 1) * width
+            half = width // 2
+            while half:
+                for i in range(half):
+                    sums[last + i] = sums[last + i] + sums[last + half + i]
+                half //= 2
+            results[first // unit * count + product] = sums[last]
+
+
+def _reversed(number: int, bits: int) -> int:
+    """The number whose lowest `bits` bits are in the opposite order."""
+    result = 0
+    for bit in range(bits):
+        result |= ((number >> bit) & 1) << (bits - 1 - bit)
+    return result
+
+
+def _narrowed(line: Pointer, count: int) -> None:
+    """Rounding a difference of two float32 numbers from float64 gives their difference in float32: 53 ≥ 2 · 24 + 2."""
+    for i in range(count):
+        line[i] = np.float64(np.float32(line[i]))
+
+
+def _subtracted(a: Pointer, b: Pointer, into: Pointer, count: int) -> None:
+    for i in range(count):
+        into[i] = a[i] - b[i]
+
+
+def _products(
+    a: Pointer, b: Pointer, c: Pointer, d: Pointer, e: Pointer, f: Pointer, g: Pointer, h: Pointer,
+    sums: Pointer, at: int, count: int,
+) -> None:  # fmt: skip
+    for i in range(count):
+        sums[at + i] = (a[i] * e[i] + b[i] * f[i]) + (c[i] * g[i] + d[i] * h[i])
+
+
+def _kept_magnitudes(
+    a: Pointer, b: Pointer, c: Pointer, d: Pointer, e: Pointer, f: Pointer, g: Pointer, h: Pointer,
+    sums: Pointer, at: int, count: int,
+) -> None:  # fmt: skip
+    for i in range(count):
+        sums[at + i] = (abs(a[i]) * e[i] + abs(b[i]) * f[i]) + (abs(c[i]) * g[i] + abs(d[i]) * h[i])
+
+
+def _magnitudes(a: Pointer, b: Pointer, c: Pointer, d: Pointer, sums: Pointer, at: int, count: int) -> None:
+    for i in range(count):
+        sums[at + i] = (abs(a[i]) + abs(b[i])) + (abs(c[i]) + abs(d[i]))
+
+
+def _added(sums: Pointer, a: int, b: int, into: int, count: int) -> None:
+    for i in range(count):
+        sums[into + i] = sums[a + i] + sums[b + i]
+
+
+def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: int, dtype: str) -> NDArray[np.float64]:
+    """The sums of each unit (first axis) of the products (second axis).
+
+    `unit` is a power of two, at least 4; zeros fill the last unit. Parents and differences are numbers of `dtype`,
+    "float32" or "float64"; the products and the sums are float64.
+    """
+    places: dict[tuple[int, int], int] = {}
+
+    def line(operand: Operand) -> int:
+        return operand if isinstance(operand, int) else len(parents) + places.setdefault(operand, len(places))
+
+    of_products = np.array(
+        [(line(each.a), -1 if each.b is None else line(each.b), each.magnitude) for each in products], np.int64
+    )
+    pairs = np.array([*places], np.int64)
+    elements, width = parents[0].size, min(WIDTH, unit // 4)
+    assert all(each.size == elements and each.flags.c_contiguous for each in parents)
+    levels = (unit // width // 4).bit_length() + 1
+    lines, _memory = aligned_lines(4 * (len(parents) + len(places)), 8 * width)
+    sums, _more_memory = aligned_lines(1, 8 * width * levels * len(products))
+    results = np.empty((-(-elements // unit), len(products)))
+    dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
+    raw = addresses(parents)
+    at = address(raw)
+    _unit_sums(
+        *(at, at, at, address(dtypes), len(parents), address(pairs), len(places), dtype == "float32"),
+        *(address(of_products), len(products), elements, unit, width, address(lines), int(sums[0]), address(results)),
+    )
+    return results
