@@ -1,41 +1,13 @@
-"""Reused memory: a fresh page costs more to map than to fill, and the buffers in use bound the memory of a task."""
+"""Memory for bytes that come and go: a fresh page costs more to map than to fill."""
 
 from __future__ import annotations
 
 import ctypes
-import threading
 
 import numpy as np
 from numpy.typing import NDArray
 
 Bytes = NDArray[np.uint8]
-
-
-class BufferPool:
-    """At most `count` byte arrays of one size, page-locked for a GPU; `acquire` waits for one to come back."""
-
-    def __init__(self, size: int, count: int, *, pinned: bool = False) -> None:
-        self.size = size
-        self._pinned = pinned
-        self._free: list[Bytes] = []
-        self._unborn = max(1, count)
-        self._change = threading.Condition()
-
-    def acquire(self) -> Bytes:
-        """`size` bytes with whatever is in it."""
-        with self._change:
-            while not self._free and not self._unborn:
-                self._change.wait()
-            if self._free:
-                return self._free.pop()
-            self._unborn -= 1
-        return memory(self.size, pinned=self._pinned)
-
-    def release(self, buffer: Bytes) -> None:
-        """Lends it to the next who asks."""
-        with self._change:
-            self._free.append(buffer)
-            self._change.notify()
 
 
 def memory(size: int, *, pinned: bool = False) -> Bytes:

@@ -5,23 +5,23 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
-from typing import Any
-
-import numpy as np
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, TensorMerge
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, memory
-from workers.merging.tiles import Elements
-from workers.methods.tile import TILE_ELEMENTS
+from workers.merging.tiles import Elements, bytes_of
+from workers.methods.tile import TILE_ELEMENTS, as_tensor
 from workers.storage import open_store
 
 ALIGNMENT = 64
 READS_AT_ONCE = 16
+
+_Parts = Sequence[Mapping[str, Elements]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,14 +44,25 @@ class Stretch:
         return end - start
 
 
-@dataclass(slots=True)
 class Slab:
     """Stretches that follow each other in the output, with every parent's elements for each, in the parent's dtype."""
 
-    stretches: Sequence[Stretch]
-    raw: Sequence[Mapping[str, Elements]]
-    buffers: Sequence[Bytes]
-    checks: list[Future[None]] = field(default_factory=list[Future[None]])
+    def __init__(self, stretches: Sequence[Stretch], read: Callable[[], tuple[_Parts, Sequence[Bytes]]]) -> None:
+        self.stretches = stretches
+        self.buffers: Sequence[Bytes] = ()
+        self.checks: list[Future[None]] = []
+        self._read: Callable[[], tuple[_Parts, Sequence[Bytes]]] | None = read
+        self._raw: _Parts = ()
+        self._lock = threading.Lock()
+
+    @property
+    def raw(self) -> _Parts:
+        """The elements of each stretch by parent; waits until they are read, or reads them."""
+        with self._lock:
+            if self._read is not None:
+                self._raw, self.buffers = self._read()
+                self._read = None
+        return self._raw
 
 
 def plan_slabs(tensors: Sequence[TensorMerge], slab_bytes: int) -> Iterator[list[list[Stretch]]]:
@@ -83,19 +94,26 @@ def _cut(tensor: TensorMerge, slab_bytes: int) -> Iterator[Stretch]:
         yield Stretch(tensor, start, min(start + step, tensor.elements))
 
 
-class ParentReader:
-    """Reads slabs of pinned parents, several at once. `bytes_read` counts the bytes requested from the stores.
+def all_near(parents: Mapping[str, Parent]) -> bool:
+    """Whether every parent is in memory or in a folder, where a read takes no longer than a copy."""
+    return all("://" not in parent.url or parent.url.startswith("memory://") for parent in parents.values())
 
-    Of a parent that has a manifest, `check` holds every tensor against its digest.
+
+class ParentReader:
+    """Reads slabs of pinned parents. `bytes_read` counts the bytes requested from the stores.
+
+    Several slabs are read at once and ahead, unless all parents are near: then whoever needs a slab reads it, into the
+    cache of its core. Of a parent that has a manifest, `check` holds every tensor against its digest.
     """
 
     def __init__(
-        self, parents: Mapping[str, Parent], slab_bytes: int, *, pinned: bool, progress: Callable[[int, int], None]
+        self, parents: Mapping[str, Parent], slab_bytes: int, *, device: str, progress: Callable[[int, int], None]
     ) -> None:
+        self._near = all_near(parents)
         self._parents = parents
         self._stores = {name: open_store(parent.url) for name, parent in parents.items()}
         self._slab_bytes = slab_bytes
-        self._pinned = pinned
+        self._device = device
         self._progress = progress
         self._free: list[Bytes] = []
         self._lock = threading.Lock()
@@ -112,20 +130,23 @@ class ParentReader:
         for pool in (self._pool, *self._checkers.values()):
             pool.shutdown(cancel_futures=True)
 
-    def submit(self, stretches: Sequence[Stretch]) -> Callable[[], Slab]:
-        """Begins to read one slab; call the result to wait for it."""
+    def submit(self, stretches: Sequence[Stretch]) -> Slab:
+        """A slab that will be read; `raw` waits for it."""
         parents = list(dict.fromkeys(name for stretch in stretches for name in stretch.tensor.sources))
-        reads = {name: self._pool.submit(self._read, name, stretches) for name in parents}
+        if self._near:
+            reads = {name: partial(self._read, name, stretches) for name in parents}
+        else:
+            reads = {name: self._pool.submit(self._read, name, stretches).result for name in parents}
 
-        def wait() -> Slab:
-            parts = {name: read.result() for name, read in reads.items()}
-            raw = [
-                {name: parts[name][1][index] for name in stretch.tensor.sources}
+        def read() -> tuple[_Parts, Sequence[Bytes]]:
+            found = {name: read() for name, read in reads.items()}
+            parts = [
+                {name: self._placed(found[name][1][index]) for name in stretch.tensor.sources}
                 for index, stretch in enumerate(stretches)
             ]
-            return Slab(stretches, raw, [buffer for buffer, _ in parts.values()])
+            return parts, [buffer for buffer, _ in found.values()]
 
-        return wait
+        return Slab(stretches, read)
 
     def check(self, slab: Slab, passing: dict[tuple[str, str], TensorHash]) -> list[Future[None]]:
         """Begins to hold a slab against the parents' digests; the results raise as `check_digest` does.
@@ -133,19 +154,19 @@ class ParentReader:
         `passing` belongs to one pass over the slabs of whole tensors, in order: the hashes of the unfinished ones.
         """
         begun = [
-            self._checkers[name].submit(self._check, name, stretch, raw[name], passing)
-            for stretch, raw in zip(slab.stretches, slab.raw, strict=True)
+            self._checkers[name].submit(self._check, name, slab, index, passing)
+            for index, stretch in enumerate(slab.stretches)
             for name, source in stretch.tensor.sources.items()
             if source.digest
         ]
         slab.checks.extend(begun)
         return begun
 
-    def _check(self, name: str, stretch: Stretch, part: Any, passing: dict[tuple[str, str], TensorHash]) -> None:
-        tensor = stretch.tensor
-        source = tensor.sources[name]
+    def _check(self, name: str, slab: Slab, index: int, passing: dict[tuple[str, str], TensorHash]) -> None:
+        stretch, part = slab.stretches[index], slab.raw[index][name]
+        tensor, source = stretch.tensor, stretch.tensor.sources[name]
         so_far = passing.setdefault((name, tensor.name), TensorHash(source.digest))
-        so_far.update(part.view(np.uint8))
+        so_far.update(bytes_of(part))
         if stretch.stop == tensor.elements:
             del passing[name, tensor.name]
             check_digest(so_far.digest(), self._stores[name], self._parents[name].files[source.file], tensor, source)
@@ -175,11 +196,14 @@ class ParentReader:
             self._progress(run.size, 0)
         return buffer, views
 
+    def _placed(self, elements: Elements) -> Elements:
+        return elements if self._device == "cpu" else as_tensor(elements).to(self._device, non_blocking=True)
+
     def _buffer(self) -> Bytes:
         with self._lock:
             if self._free:
                 return self._free.pop()
-        return memory(self._slab_bytes, pinned=self._pinned)
+        return memory(self._slab_bytes, pinned=self._device != "cpu")
 
 
 @dataclass(slots=True)

@@ -13,21 +13,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.merge_tasks import Parent, Setting, TensorMerge
-from workers.checkpoints.dtypes import FLOATS, numpy_dtype
+from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import digest_of
 from workers.merging.buffers import memory
-from workers.merging.tiles import (
-    Elements,
-    Facts,
-    bytes_of,
-    common_value,
-    copied,
-    merge_tile,
-    missing_facts,
-    one_torch_thread,
-)
-from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile, as_tensor
+from workers.merging.tiles import Elements, Facts, TensorMerger, bytes_of, missing_facts, one_torch_thread, tiles
+from workers.methods.tile import Reduction, as_tensor
 from workers.storage import open_store
 
 if TYPE_CHECKING:
@@ -99,46 +90,22 @@ class ResidentParents:
         return as_tensor(merged).view(tensor.shape), digest
 
     def _merge(self, tensor: TensorMerge, setting: Setting) -> Elements:
-        raw = self._raw[tensor.name]
-        if tensor.dtype not in FLOATS:
-            return common_value(tensor, setting, raw)
-        if (parent := copied(tensor, setting)) is not None:
-            return raw[parent]
-        output = self._placed(np.empty(tensor.elements, numpy_dtype(tensor.dtype)))
-        if tensor.elements:
-            self._merge_by_formula(tensor, setting, as_tensor(output))
-        return output
-
-    def _merge_by_formula(self, tensor: TensorMerge, setting: Setting, output: Tensor) -> None:
-        import torch
-
-        one_torch_thread()
-        with torch.inference_mode():
-            self._learn(tensor, setting)
-            for tile in self._tiles(tensor):
-                part = output[tile.start : tile.start + tile.elements]
-                part.copy_(merge_tile(tile, setting, tensor.arithmetic, self._numerics))
-
-    def _placed(self, elements: Elements) -> Elements:
-        return elements if self._device == "cpu" else as_tensor(elements).to(self._device)
-
-    def _learn(self, tensor: TensorMerge, setting: Setting) -> None:
-        facts = self._facts[tensor.name]
+        raw, facts = self._raw[tensor.name], self._facts[tensor.name]
         while asked := missing_facts(tensor, [setting], facts, seed=self._seed, numerics=self._numerics):
+            one_torch_thread()
             shares: dict[Reduction, list[Any]] = {question: [] for question in asked}
-            for tile in self._tiles(tensor):
+            for tile in tiles(tensor, 0, raw, facts, self._seed, whole=self._device != "cpu"):
                 for question in asked:
                     shares[question].extend(question.of(tile))
             for question, of_units in shares.items():
                 facts[question] = question.combine(of_units)
+        output = self._placed(np.empty(tensor.elements, numpy_dtype(tensor.dtype)))
+        merger = TensorMerger(tensor, [setting], facts, seed=self._seed, numerics=self._numerics)
+        merger.run(0, raw, [output], whole=self._device != "cpu")
+        return output
 
-    def _tiles(self, tensor: TensorMerge) -> Iterator[Tile]:
-        """Cache-sized tiles on a CPU; on a GPU, which wants few large launches, the whole tensor."""
-        step = TILE_ELEMENTS if self._device == "cpu" else max(1, tensor.elements)
-        for start in range(0, tensor.elements, step):
-            part = {name: elements[start : start + step] for name, elements in self._raw[tensor.name].items()}
-            whole = self._raw[tensor.name]
-            yield Tile(tensor.name, start, part, self._facts[tensor.name], self._seed, tensor.shape, whole)
+    def _placed(self, elements: Elements) -> Elements:
+        return elements if self._device == "cpu" else as_tensor(elements).to(self._device)
 
 
 def _next(ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[str, str] | None) -> tuple[str, Tensor]:

@@ -1,39 +1,90 @@
-"""One tile, one setting, one result: the door to the methods, and how their questions about whole tensors are found.
+"""The door to the methods: how one tensor is merged for several points, and which facts about it they need before.
 
-Elsewhere in this room, elements on a CPU are numpy arrays. Torch is imported here, when a formula needs it.
+Elements on a CPU are numpy arrays. Torch is imported here, when a formula needs it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from jobs.errors import BadInput
 from jobs.merge_tasks import Setting, TensorMerge
-from workers.checkpoints.dtypes import TORCH_NAMES
+from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, any_nonfinite
 from workers.methods import METHODS
 from workers.methods.passes import Pass
-from workers.methods.tile import Inputs, NotYetKnown, Reduction, Tile, as_tensor
+from workers.methods.tile import TILE_ELEMENTS, Inputs, NotYetKnown, Reduction, Tile, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Elements = Any
-"""Elements of a parent, 1-D, in its own dtype: a numpy array, or a tensor on a GPU."""
+"""1-D elements of a tensor in its own dtype: a numpy array, or a torch tensor on a GPU."""
 
 Facts = dict[Reduction, Any]
 
 
-def bytes_of(elements: Elements) -> memoryview:
-    """The bytes of elements, on the CPU."""
-    if not isinstance(elements, np.ndarray):
+class TensorMerger:
+    """One tensor for the settings of several points, by the cheapest way each allows; its facts are known."""
+
+    def __init__(
+        self, tensor: TensorMerge, settings: Sequence[Setting], facts: Facts, *, seed: int, numerics: str
+    ) -> None:
+        self._tensor, self._settings, self._facts = tensor, settings, facts
+        self._seed, self._numerics = seed, numerics
+        self._copies: list[tuple[int, str]] = []
+        self._formulas: list[tuple[int, Setting]] = []
+        for place, setting in enumerate(settings):
+            if (parent := _copied(tensor, setting)) is not None:
+                self._copies.append((place, parent))
+            else:
+                self._formulas.append((place, setting))
+
+    def run(self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements], *, whole: bool = False) -> None:
+        """Writes the elements from `start` on, a multiple of `TILE_ELEMENTS`, of each point to its output.
+
+        `raw` has those of every parent; all are equally long. `whole`: as one tile, which suits a GPU.
+        """
+        if self._tensor.dtype not in FLOATS:
+            for output, setting in zip(outputs, self._settings, strict=True):
+                _put(output, _common_value(self._tensor, setting, raw))
+            return
+        for place, parent in self._copies:
+            _put(outputs[place], raw[parent])
+        if self._formulas:
+            self._run_formulas(start, raw, outputs, whole=whole)
+
+    def _run_formulas(
+        self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements], *, whole: bool
+    ) -> None:
         import torch
 
-        elements = elements.cpu().view(torch.uint8).numpy()
-    return elements.view(np.uint8).data
+        one_torch_thread()
+        with torch.inference_mode():
+            into = [as_tensor(output) for output in outputs]
+            for tile in tiles(self._tensor, start, raw, self._facts, self._seed, whole=whole):
+                place = slice(tile.start - start, tile.start - start + tile.elements)
+                for index, setting in self._formulas:
+                    into[index][place].copy_(merge_tile(tile, setting, self._tensor.arithmetic, self._numerics))
+
+
+def tiles(
+    tensor: TensorMerge,
+    start: int,
+    raw: Mapping[str, Elements],
+    facts: Facts,
+    seed: int,
+    *,
+    whole: bool = False,
+) -> Iterator[Tile]:
+    """The elements from `start` on, cut into tiles for a core's cache, or whole."""
+    elements = len(next(iter(raw.values())))
+    step = max(1, elements) if whole else TILE_ELEMENTS
+    for first in range(0, elements, step):
+        part = {name: found[first : first + step] for name, found in raw.items()}
+        yield Tile(tensor.name, start + first, part, facts, seed, tensor.shape, raw, start)
 
 
 def merge_tile(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Tensor:
@@ -57,7 +108,7 @@ def _keywords(setting: Setting) -> dict[str, Any]:
     return {"lambda_" if name == "lambda" else name: value for name, value in setting.parameters}
 
 
-def copied(tensor: TensorMerge, setting: Setting) -> str | None:
+def _copied(tensor: TensorMerge, setting: Setting) -> str | None:
     """The parent whose bytes are the merged ones, if the setting is a plain copy in the parent's dtype."""
     if setting.method == "passthrough" and setting.parameters == (("scale", (1.0,)),):
         (parent,) = setting.models
@@ -65,7 +116,7 @@ def copied(tensor: TensorMerge, setting: Setting) -> str | None:
     return None
 
 
-def common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Elements]) -> Elements:
+def _common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Elements]) -> Elements:
     """Integers and booleans are not averaged: the value that all of the point's parents share, else `BadInput`."""
     first, *others = setting.parents
     for other in others:
@@ -78,22 +129,24 @@ def common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Elemen
     return raw[first]
 
 
-def put(row: NDArray[Any], elements: Elements) -> None:
-    """Stores elements in a row of output, in its dtype."""
-    if isinstance(elements, np.ndarray):
-        row[:] = elements
+def _put(output: Elements, elements: Elements) -> None:
+    """Stores elements in an output, in its dtype."""
+    if isinstance(elements, np.ndarray) and isinstance(output, np.ndarray):
+        output[:] = elements
     else:
-        as_tensor(row).copy_(elements)
+        as_tensor(output).copy_(as_tensor(elements))
 
 
 def missing_facts(
     tensor: TensorMerge, settings: Iterable[Setting], facts: Facts, *, seed: int, numerics: str
 ) -> list[Reduction]:
     """The facts about a tensor that these settings need before they merge it: found by merging one zero per parent."""
+    if tensor.dtype not in FLOATS or tensor.elements == 0:
+        return []
     zeros = {name: np.zeros(1, np.float32) for name in tensor.sources}
     tile = Tile(tensor.name, 0, zeros, facts, seed, tensor.shape, zeros)
     missing: dict[Reduction, None] = {}
-    for setting in settings:
+    for setting in dict.fromkeys(settings):
         try:
             if pass_of(tile, setting, tensor.arithmetic, numerics) is None:
                 merge_tile(tile, setting, tensor.arithmetic, numerics)
@@ -109,6 +162,22 @@ def _first_unknown(reduction: Reduction, tile: Tile) -> Reduction:
     except NotYetKnown as question:
         return _first_unknown(question.reduction, tile)
     return reduction
+
+
+def has_nonfinite(elements: Elements) -> bool:
+    """Whether an element is NaN or infinite."""
+    if isinstance(elements, np.ndarray):
+        return any_nonfinite(elements)
+    return not bool(elements.isfinite().all())
+
+
+def bytes_of(elements: Elements) -> memoryview:
+    """The bytes of elements, on the CPU."""
+    if not isinstance(elements, np.ndarray):
+        import torch
+
+        elements = elements.cpu().view(torch.uint8).numpy()
+    return elements.view(np.uint8).data
 
 
 def one_torch_thread() -> None:

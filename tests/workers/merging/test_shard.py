@@ -178,6 +178,7 @@ def small_tiles(budget: Budget | None = None) -> Iterator[None]:
             "workers.methods.tile",
             "workers.methods.reductions",
             "workers.merging.shard",
+            "workers.merging.tiles",
             "workers.merging.reading",
         ):
             patch.setattr(f"{module}.TILE_ELEMENTS", TILE)
@@ -219,7 +220,7 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
     order: list[str],
 ):
     smallest_slab = TILE * 8 + 64  # a tile of float64, and room to align it
-    budget = Budget(smallest_slab + slab, slabs_ahead, piece_tiles * TILE * 8, threads + 2, held)
+    budget = Budget(smallest_slab + slab, slabs_ahead, piece_tiles * TILE * 8, held)
     for group in range(groups):
         points = {point: POINTS[point] for point in order[group::groups]}
         task = task_of(family(EVERY_KIND), points, threads=threads)
@@ -473,7 +474,7 @@ def a_bit_flips_on_its_way(url: str, struck: int | None) -> Iterator[list[str]]:
 @pytest.mark.parametrize("setting", [LINEAR, TIES], ids=["one pass", "several passes"])
 def test_a_bit_of_a_parent_that_flips_on_its_way_is_noticed_whichever_read_it_strikes(setting: Setting, held: int):
     parents = family({"large": ((11, 67), "float32"), "odd": ((7,), "bfloat16"), "empty": ((0,), "float32")})
-    budget = Budget(TILE * 8 + 64, 2, TILE * 8, 4, held)
+    budget = Budget(TILE * 8 + 64, 2, TILE * 8, held)
 
     def task() -> MergeTask:
         return with_digests(task_of(parents, {"point": setting}), parents)
