@@ -100,8 +100,8 @@ class ResidentParents:
             for question, of_units in shares.items():
                 facts[question] = question.combine(of_units)
         output = self._placed(np.empty(tensor.elements, numpy_dtype(tensor.dtype)))
-        merger = TensorMerger(tensor, [setting], facts, seed=self._seed, numerics=self._numerics)
-        merger.run(0, raw, [output], whole=self._device != "cpu")
+        merger = TensorMerger(tensor, [setting], facts, seed=self._seed, numerics=self._numerics, device=self._device)
+        merger.run(0, raw, [output])
         return output
 
     def _placed(self, elements: Elements) -> Elements:

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 
 from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, TensorMerge
-from workers.checkpoints.dtypes import FLOATS, nonfinite, numpy_dtype
+from workers.checkpoints.dtypes import nonfinite, numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, keep_freed_memory, memory
 from workers.merging.reading import ParentReader, Slab, Stretch, all_near, plan_slabs
-from workers.merging.tiles import Elements, Facts, TensorMerger, has_nonfinite, missing_facts, one_torch_thread, tiles
+from workers.merging.tiles import Elements, Facts, TensorMerger, missing_facts, one_torch_thread, tiles
 from workers.merging.writing import ShardWriter
 from workers.methods.tile import TILE_ELEMENTS, Reduction
 from workers.storage import open_store
@@ -223,7 +223,9 @@ class _Merge:
 
     def _merger(self, tensor: TensorMerge, facts: Mapping[str, Facts]) -> TensorMerger:
         settings = [point.settings[tensor.setting] for point in self.task.points]
-        return TensorMerger(tensor, settings, facts[tensor.name], seed=self.task.seed, numerics=self.task.numerics)
+        return TensorMerger(
+            tensor, settings, facts[tensor.name], seed=self.task.seed, numerics=self.task.numerics, device=self.device
+        )
 
     def _merge(self, slab: Slab, mergers: Mapping[str, TensorMerger]) -> None:
         """Cuts a slab into pieces and sends each on its way."""
@@ -273,15 +275,13 @@ class _Merge:
         self, merger: TensorMerger, stretch: Stretch, raw: Mapping[str, Elements], rows: Sequence[Elements]
     ) -> None:
         tensor = stretch.tensor
-        merger.run(stretch.start, raw, rows, whole=self.device != "cpu")
-        if tensor.dtype not in FLOATS:
-            return
-        if any(has_nonfinite(elements) for elements in raw.values()):
+        parents_broken, broken = merger.run(stretch.start, raw, rows)
+        if parents_broken:
             self.nonfinite.add(tensor.name)
-        for writer, row in zip(self.writers, rows, strict=True):
-            if has_nonfinite(row):
-                parents = writer.point.settings[tensor.setting].parents
-                writer.count_overflowed(tensor.name, _overflowed(row, [raw[name] for name in parents]))
+        for place in broken:
+            writer = self.writers[place]
+            parents = writer.point.settings[tensor.setting].parents
+            writer.count_overflowed(tensor.name, _overflowed(rows[place], [raw[name] for name in parents]))
 
 
 _Shares = dict[tuple[str, Reduction], list[Any]]

@@ -13,8 +13,8 @@ import numpy as np
 from jobs.errors import BadInput
 from jobs.merge_tasks import Setting, TensorMerge
 from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, any_nonfinite
-from workers.methods import METHODS
-from workers.methods.passes import Pass
+from workers.methods import METHODS, running
+from workers.methods.passes import Pass, WeightedSum
 from workers.methods.tile import TILE_ELEMENTS, Inputs, NotYetKnown, Reduction, Tile, as_tensor
 
 if TYPE_CHECKING:
@@ -27,44 +27,75 @@ Facts = dict[Reduction, Any]
 
 
 class TensorMerger:
-    """One tensor for the settings of several points, by the cheapest way each allows; its facts are known."""
+    """One tensor for the settings of several points, each by the cheapest way that it allows; its facts are known.
+
+    On a CPU that is a copy of bytes, or one pass by compiled loops for all points together, or the torch formula.
+    """
 
     def __init__(
-        self, tensor: TensorMerge, settings: Sequence[Setting], facts: Facts, *, seed: int, numerics: str
+        self,
+        tensor: TensorMerge,
+        settings: Sequence[Setting],
+        facts: Facts,
+        *,
+        seed: int,
+        numerics: str,
+        device: str = "cpu",
     ) -> None:
         self._tensor, self._settings, self._facts = tensor, settings, facts
-        self._seed, self._numerics = seed, numerics
+        self._seed, self._numerics, self._on_cpu = seed, numerics, device == "cpu"
         self._copies: list[tuple[int, str]] = []
+        self._sums: list[tuple[int, WeightedSum]] = []
         self._formulas: list[tuple[int, Setting]] = []
+        if tensor.dtype not in FLOATS or not tensor.elements:
+            return
+        tile = _probe(tensor, facts, seed)
         for place, setting in enumerate(settings):
             if (parent := _copied(tensor, setting)) is not None:
                 self._copies.append((place, parent))
+                continue
+            found = pass_of(tile, setting, tensor.arithmetic, numerics) if self._on_cpu else None
+            if isinstance(found, WeightedSum):
+                self._sums.append((place, found))
             else:
                 self._formulas.append((place, setting))
 
-    def run(self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements], *, whole: bool = False) -> None:
+    def run(self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements]) -> tuple[bool, list[int]]:
         """Writes the elements from `start` on, a multiple of `TILE_ELEMENTS`, of each point to its output.
 
-        `raw` has those of every parent; all are equally long. `whole`: as one tile, which suits a GPU.
+        `raw` has those of every parent; all are equally long. Returns whether an element of a parent is NaN or
+        infinite, and the places of the outputs that have such an element.
         """
         if self._tensor.dtype not in FLOATS:
             for output, setting in zip(outputs, self._settings, strict=True):
                 _put(output, _common_value(self._tensor, setting, raw))
-            return
+            return False, []
         for place, parent in self._copies:
             _put(outputs[place], raw[parent])
+        finite: set[str] = set()
+        broken: dict[int, bool] = {}
+        if self._sums:
+            places, sums = zip(*self._sums, strict=True)
+            (tile,) = tiles(self._tensor, start, raw, self._facts, self._seed, whole=True)
+            into = [outputs[place] for place in places]
+            of_parents, of_outputs = running.run(sums, tile, into, TORCH_NAMES[self._tensor.arithmetic])
+            finite = {name for each in sums for name in (*each.models, each.base) if name not in of_parents}
+            broken = dict(zip(places, of_outputs, strict=True))
         if self._formulas:
-            self._run_formulas(start, raw, outputs, whole=whole)
+            self._run_formulas(start, raw, outputs)
+        for place in range(len(outputs)):
+            if place not in broken:
+                broken[place] = _has_nonfinite(outputs[place])
+        of_any_parent = any(_has_nonfinite(raw[name]) for name in raw.keys() - finite)
+        return of_any_parent, [place for place, found in broken.items() if found]
 
-    def _run_formulas(
-        self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements], *, whole: bool
-    ) -> None:
+    def _run_formulas(self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements]) -> None:
         import torch
 
         one_torch_thread()
         with torch.inference_mode():
             into = [as_tensor(output) for output in outputs]
-            for tile in tiles(self._tensor, start, raw, self._facts, self._seed, whole=whole):
+            for tile in tiles(self._tensor, start, raw, self._facts, self._seed, whole=not self._on_cpu):
                 place = slice(tile.start - start, tile.start - start + tile.elements)
                 for index, setting in self._formulas:
                     into[index][place].copy_(merge_tile(tile, setting, self._tensor.arithmetic, self._numerics))
@@ -143,8 +174,7 @@ def missing_facts(
     """The facts about a tensor that these settings need before they merge it: found by merging one zero per parent."""
     if tensor.dtype not in FLOATS or tensor.elements == 0:
         return []
-    zeros = {name: np.zeros(1, np.float32) for name in tensor.sources}
-    tile = Tile(tensor.name, 0, zeros, facts, seed, tensor.shape, zeros)
+    tile = _probe(tensor, facts, seed)
     missing: dict[Reduction, None] = {}
     for setting in dict.fromkeys(settings):
         try:
@@ -153,6 +183,12 @@ def missing_facts(
         except NotYetKnown as question:
             missing[_first_unknown(question.reduction, tile)] = None
     return [*missing]
+
+
+def _probe(tensor: TensorMerge, facts: Facts, seed: int) -> Tile:
+    """A tile to ask for facts and passes: one zero of each parent."""
+    zeros = {name: np.zeros(1, np.float32) for name in tensor.sources}
+    return Tile(tensor.name, 0, zeros, facts, seed, tensor.shape, zeros)
 
 
 def _first_unknown(reduction: Reduction, tile: Tile) -> Reduction:
@@ -164,7 +200,7 @@ def _first_unknown(reduction: Reduction, tile: Tile) -> Reduction:
     return reduction
 
 
-def has_nonfinite(elements: Elements) -> bool:
+def _has_nonfinite(elements: Elements) -> bool:
     """Whether an element is NaN or infinite."""
     if isinstance(elements, np.ndarray):
         return any_nonfinite(elements)
