@@ -275,25 +275,22 @@ LINK = re.compile(r"\[`[^`]+`\]\(([^)]+)\)")
 # ---- the reference of the methods
 
 
-def test_the_tables_of_the_methods_are_the_schema() -> None:
-    text = page("workers/methods/README.md")
-    [head] = re.findall(r"^\| parameter \| of \| (.+) \|$", text, re.MULTILINE)
-    columns = {name.strip("`"): at for at, name in enumerate(head.split(" | "))}
+def test_the_table_of_the_methods_is_the_schema() -> None:
     documented: dict[str, tuple[Any, ...]] = {}
-    for method, base, models in rows_below(text, "method"):
+    for method, base, models, *cells in rows_below(page("workers/methods/README.md"), "method"):
         name, file = re.fullmatch(r"\[`(\w+)`\]\((\w+\.py)\)", method).groups()  # type: ignore[union-attr] # as above
         assert METHODS[name].merge.__module__ == f"workers.methods.{file.removesuffix('.py')}"
         parameters = {
-            parameter.strip("`"): (of == "each model", None if cell == "required" else json.loads(cell))
-            for parameter, of, *cells in rows_below(text, "parameter")
-            if (cell := cells[columns[name]])
+            parameter: (per_model, None if default == "required" else json.loads(default))
+            for per_model, cell in zip((True, False), cells, strict=True)
+            for parameter, default in re.findall(r"`(\w+)` ([^,]+)", cell)
         }
         documented[name] = (parameters, base, models)
     assert documented == {name: described(method) for name, method in METHODS.items()}
 
 
 def described(method: Method) -> tuple[Any, ...]:
-    """What the tables have to say of a method."""
+    """What the table has to say of a method."""
     parameters = {entry.name: (entry.per_model, entry.default) for entry in method.parameters.values()}
     models = f"{method.fewest} or more" if method.most is None else str(method.most)
     return parameters, method.base, models

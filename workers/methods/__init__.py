@@ -13,6 +13,8 @@ from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_
 from workers.methods.linear import linear, linear_pass
 from workers.methods.passes import Pass
 from workers.methods.passthrough import passthrough, passthrough_pass
+from workers.methods.ram import ram, ram_pass, ramplus_tl, ramplus_tl_pass
+from workers.methods.sce import sce, sce_pass
 from workers.methods.slerp import slerp, slerp_pass
 from workers.methods.task_arithmetic import task_arithmetic, task_arithmetic_pass
 from workers.methods.ties import ties, ties_pass
@@ -79,6 +81,9 @@ METHODS: Mapping[str, Method] = {
     "dare_ties": Method(dare_ties, dare_ties_pass, base="required"),
     "breadcrumbs": Method(breadcrumbs, breadcrumbs_pass, base="required"),
     "breadcrumbs_ties": Method(breadcrumbs_ties, breadcrumbs_ties_pass, base="required"),
+    "sce": Method(sce, sce_pass, base="required"),
+    "ram": Method(ram, ram_pass, base="required"),
+    "ramplus_tl": Method(ramplus_tl, ramplus_tl_pass, base="required"),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }
 
@@ -91,8 +96,5 @@ ONLY_IN_MERGEKIT = (
     "multislerp",
     "nearswap",
     "nuslerp",
-    "ram",
-    "ramplus_tl",
-    "sce",
 )
 """Methods of mergekit 0.1.5 that are not here; an error names them as such."""

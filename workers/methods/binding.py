@@ -139,9 +139,9 @@ def _check_name(method_name: str, method: Method, name: str, place: str) -> None
 def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str) -> None:
     if recipe.merge_method == "task_arithmetic":  # accepted and unused
         return
-    for name, least in (("density", "(0"), ("gamma", "[0")):
-        shares = values.get(name)
-        for share in shares if isinstance(shares, tuple) else ():
+    for name, least in (("density", "(0"), ("gamma", "[0"), ("select_topk", "(0")):
+        shares = values.get(name, ())
+        for share in shares if isinstance(shares, tuple) else (shares,):
             if not 0 <= share <= 1 or (share == 0 and least == "(0"):
                 place = recipe.place_of(name)
                 raise BadInput(f"{place}: {name} {float(share):g} at tensor {tensor} is outside {least}, 1]")
@@ -183,6 +183,12 @@ def simplified(bound: Bound, *, place: str) -> Bound:
             return _simplified_slerp(bound)
         case "passthrough":
             return bound
+        case "sce":
+            return _simplified_sce(bound)
+        case "ram":
+            return bound
+        case "ramplus_tl":
+            return _simplified_ramplus(bound)
         case _:
             return _simplified_task_vectors(bound)
 
@@ -239,6 +245,25 @@ def _simplified_task_vectors(bound: Bound) -> Bound:
             gamma if density < 1 else Fraction(0) for gamma, density in zip(gammas, densities, strict=True)
         )
     return Bound(bound.method, models, bound.base, values)
+
+
+def _simplified_sce(bound: Bound) -> Bound:
+    """The variance of one model is zero: all of its task vector is selected, or nothing."""
+    assert bound.base is not None
+    share = bound.number("select_topk")
+    if len(bound.models) > 1:
+        return Bound("sce", bound.models, bound.base, {"select_topk": share})
+    if share < 1:
+        return _copy_of(bound.base)
+    values: dict[str, Exact | tuple[Exact, ...]] = {"weight": (Fraction(1),), "normalize": False, "lambda": Fraction(1)}
+    return Bound("task_arithmetic", bound.models, bound.base, values)
+
+
+def _simplified_ramplus(bound: Bound) -> Bound:
+    """Where λᵢ is 1 for every count, it is ram."""
+    if len(bound.models) > 1 and bound.number("r") != 0 and bound.number("alpha") != 0:
+        return bound
+    return Bound("ram", bound.models, bound.base, {"epsilon": bound.values["epsilon"]})
 
 
 def _copy_of(model: str) -> Bound:

@@ -58,4 +58,35 @@ class Consensus:
     scale: float = 1.0
 
 
-Pass = WeightedSum | Consensus
+@dataclass(frozen=True, slots=True)
+class SelectedConsensus:
+    """base + m / max(d, 10⁻⁶), element by element in the arithmetic dtype; see `sce`.
+
+    δᵢ = xᵢ − base, or zero where the threshold `among` on `reductions.Variance(models, base)` does not keep it;
+    s = +1 where δ₁ + δ₂ + … ≥ 0, else −1;
+    m = Σ δᵢ·wᵢ and d = Σ wᵢ over the models with sign(δᵢ) = s.
+    All sums run from left to right.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    weights: tuple[float, ...]
+    among: Threshold | None
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """base + what the models have changed, element by element in the arithmetic dtype; see `ram`.
+
+    δᵢ = xᵢ − base takes part where |δᵢ| > epsilon; n counts those that do.
+    Where n = 1, adds factorᵢ·δᵢ; else adds (Σ δᵢ)/n, summed from left to right, or zero where n = 0.
+    `factors` of None are all 1.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    factors: tuple[float, ...] | None
+    epsilon: float
+
+
+Pass = WeightedSum | Consensus | SelectedConsensus | Overlap

@@ -142,6 +142,38 @@ class Magnitude(Score):
 
 
 @dataclass(frozen=True, slots=True)
+class Variance(Score):
+    """n times the variance of δ over n models, in float32: Σ (δᵢ − m)² with m = Σ δᵢ · (1/n), from left to right."""
+
+    models: tuple[str, ...]
+    base: str
+
+    def bits(self, tile: Tile) -> Tensor:
+        import torch
+
+        def compute() -> Tensor:
+            deltas = [tile.delta(model, self.base, "float32") for model in self.models]
+            mean = sum(deltas[1:], deltas[0]) * (1 / len(deltas))
+            squares = [(delta - mean).square_() for delta in deltas]
+            return sum(squares[1:], squares[0]).abs().view(torch.int32)  # without abs, a NaN may have a sign
+
+        return tile.remember(self, compute)
+
+
+@dataclass(frozen=True, slots=True)
+class Nonzero(Reduction):
+    """How many scores are not zero."""
+
+    score: Score
+
+    def of(self, tile: Tile) -> list[int]:
+        return [int(unit.count_nonzero()) for unit in self.score.bits(tile).split(TILE_ELEMENTS)]
+
+    def combine(self, shares: Sequence[int]) -> int:
+        return sum(shares)
+
+
+@dataclass(frozen=True, slots=True)
 class Sample(Reduction):
     """Every 61st score as bits, sorted: the one sort of a tensor, which tells every rank where to look.
 
@@ -335,3 +367,69 @@ class L1Kept(Reduction):
 
     def combine(self, shares: Sequence[float]) -> float:
         return math.fsum(shares)
+
+
+@dataclass(frozen=True, slots=True)
+class SquaresSelected(Reduction):
+    """Σ δᵢ² of one task vector, in float64, over the `count` elements of the largest variance; None: over all."""
+
+    model: str
+    models: tuple[str, ...]
+    base: str
+    count: int | None
+    dtype: str
+
+    def ask(self, tile: Tile) -> None:
+        if self.count is not None:
+            threshold_of(tile, Variance(self.models, self.base), self.count)
+
+    def of(self, tile: Tile) -> list[float]:
+        squares = tile.delta(self.model, self.base, self.dtype).double().square()
+        if self.count is not None:
+            squares = squares * largest(tile, Variance(self.models, self.base), self.count)
+        return unit_sums(squares)
+
+    def combine(self, shares: Sequence[float]) -> float:
+        return math.fsum(shares)
+
+
+def overlap(
+    tile: Tile, models: tuple[str, ...], base: str, epsilon: float, dtype: str
+) -> tuple[Sequence[Tensor], Tensor]:
+    """For each model 1 where |δᵢ| > epsilon, else 0, and for how many models that holds; in the arithmetic dtype."""
+    import torch
+
+    def compute() -> tuple[Sequence[Tensor], Tensor]:
+        deltas = [tile.delta(model, base, dtype) for model in models]
+        active = [torch.gt(delta.abs(), epsilon, out=torch.empty_like(delta)) for delta in deltas]
+        return active, sum(active[1:], active[0])
+
+    return tile.remember(("overlap", models, base, epsilon, dtype), compute)
+
+
+@dataclass(frozen=True, slots=True)
+class Overlaps(Reduction):
+    """For each model, how many elements have |δᵢ| > epsilon in it and in another model, and in it alone."""
+
+    models: tuple[str, ...]
+    base: str
+    epsilon: float
+    dtype: str
+
+    def of(self, tile: Tile) -> list[list[tuple[int, int]]]:
+        active, count = overlap(tile, self.models, self.base, self.epsilon, self.dtype)
+        return [
+            [
+                (int((changed & (of > 1)).count_nonzero()), int((changed & (of == 1)).count_nonzero()))
+                for changed in unit
+            ]
+            for *unit, of in zip(
+                *(changed.bool().split(TILE_ELEMENTS) for changed in active), count.split(TILE_ELEMENTS), strict=True
+            )
+        ]
+
+    def combine(self, shares: Sequence[Sequence[tuple[int, int]]]) -> list[tuple[int, int]]:
+        return [
+            (sum(shared for shared, _ in units), sum(alone for _, alone in units))
+            for units in zip(*shares, strict=True)
+        ]

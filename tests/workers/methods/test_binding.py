@@ -33,6 +33,12 @@ def weighted(method: str, *weights: object, base: bool = True, **parameters: obj
     return "\n".join([*lines, f"parameters: {{{shared}}}"] if parameters else lines)
 
 
+def plain(method: str, *models: str, **parameters: object) -> str:
+    """A recipe of a base and models without parameters of their own."""
+    lines = [f"merge_method: {method}", "base_model: base", f"models: [{', '.join(f'{{model: {m}}}' for m in models)}]"]
+    return "\n".join([*lines, "parameters:", *(f"  {name}: {value}" for name, value in parameters.items())])
+
+
 # ---- refusals
 
 REFUSED = {
@@ -158,6 +164,23 @@ REFUSED = {
         - {model: a, parameters: {weight: 1, gamma: 1.5}}
         """,
         "job.yaml:4: gamma 1.5 at tensor x is outside [0, 1]",
+    ),
+    "select_topk of zero": (
+        """
+        merge_method: sce
+        base_model: base
+        models: [{model: a}, {model: b}]
+        parameters: {select_topk: 0}
+        """,
+        "job.yaml:4: select_topk 0 at tensor x is outside (0, 1]",
+    ),
+    "weight of a method without weights": (
+        """
+        merge_method: ram
+        base_model: base
+        models: [{model: a, parameters: {weight: 1}}]
+        """,
+        'job.yaml:3: ram has no parameter "weight"; it has epsilon',
     ),
     "word for a number": (
         """
@@ -325,6 +348,9 @@ SAME = {
         weighted("breadcrumbs_ties", (1, 1), (1, 0.5), gamma=[0.2, 0.2]),
         weighted("breadcrumbs_ties", ("1, gamma: 0.9", 1), ("1, gamma: 0.2", 0.5)),
     ),
+    "sce of one model is task arithmetic": (plain("sce", "a"), weighted("task_arithmetic", 1)),
+    "ramplus_tl of one model is ram": (plain("ramplus_tl", "a", r=0.3), plain("ram", "a")),
+    "ramplus_tl without growth is ram": (plain("ramplus_tl", "a", "b", alpha=0), plain("ram", "a", "b")),
     "rescale means nothing where nothing is trimmed": (weighted("ties", 0.5, rescale=True), weighted("ties", 0.5)),
     "the density of a model that left": (weighted("ties", 0.5, (0, 0.3)), weighted("ties", 0.5)),
     "a base among the models": ("""
@@ -359,6 +385,8 @@ DIFFERENT = {
     "normalize in ties": (weighted("ties", 1, 2), weighted("ties", 1, 2, normalize=False)),
     "lambda in ties": (weighted("ties", 1, 2, lambda_=2), weighted("ties", 2, 4)),
     "rescale": (weighted("ties", (1, 0.5), rescale=True), weighted("ties", (1, 0.5))),
+    "shares that are selected": (plain("sce", "a", "b", select_topk=0.5), plain("sce", "a", "b")),
+    "epsilons": (plain("ram", "a", "b", epsilon=0), plain("ram", "a", "b")),
     "models": (weighted("linear", 1, 0, base=False), weighted("linear", 0, 1, base=False)),
 }
 
@@ -377,6 +405,7 @@ COPIES = {
     "slerp at 0": (SLERP.format(t=0), COPY_OF_BASE),
     "slerp at 1": (SLERP.format(t=1), COPY_OF_A),
     "task arithmetic without weight": (weighted("task_arithmetic", 0), COPY_OF_BASE),
+    "sce of a part of one model": (plain("sce", "a", select_topk=0.9), COPY_OF_BASE),
     "lambda of zero": (weighted("ties", 1, lambda_=0), COPY_OF_BASE),
     "ties without weight": (weighted("ties", (0, 0.5)), COPY_OF_BASE),
 }

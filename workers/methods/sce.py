@@ -1,0 +1,69 @@
+"""sce: select, calculate, erase (Wan et al. 2024, *FuseChat*, arXiv 2408.07990).
+
+Selects the elements in which the task vectors differ most, calculates a weight for each model from the size of its task
+vector, and erases what does not agree with the elected sign.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from workers.methods.passes import SelectedConsensus
+from workers.methods.reductions import Nonzero, SquaresSelected, Variance, largest, threshold_of
+from workers.methods.tile import Inputs, ones_where
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NO_SIZE = 1e-6
+"""Below this Σ mean(δᵢ²), the models weigh the same. It always is for models trained by reinforcement learning."""
+
+LEAST_DIVISOR = 1e-6
+"""The sum of agreeing weights is not divided by a smaller number than this."""
+
+
+def sce(inputs: Inputs, *, select_topk: float = 1.0, int8_mask: bool = False) -> Tensor:
+    """base + Σ wᵢδᵢ / Σ wᵢ over the models whose δᵢ has the sign of Σ δᵢ; wᵢ is mean(δᵢ²) over the tensor.
+
+    Of the elements whose variance over the models is not zero, the ⌊`select_topk` · their number⌋ of the largest
+    variance take part; of equals, the first. `int8_mask` changes no number and is accepted for old documents.
+    """
+    count = _count(inputs, select_topk)
+    weights = _weights(inputs, count)
+    deltas = [inputs.delta(index) for index in range(len(inputs.models))]
+    if count is not None:
+        mask = largest(inputs.tile, Variance(inputs.models, inputs.base_model), count).to(deltas[0].dtype)
+        deltas = [delta * mask for delta in deltas]
+    elected = ones_where("ge", inputs.sum(deltas)).mul_(2).sub_(1)
+    agreeing = [ones_where("gt", delta * elected) * weight for delta, weight in zip(deltas, weights, strict=True)]
+    mixed = inputs.sum([delta * share for delta, share in zip(deltas, agreeing, strict=True)])
+    return inputs.base + mixed / inputs.sum(agreeing).clamp(min=LEAST_DIVISOR)
+
+
+def sce_pass(inputs: Inputs, *, select_topk: float) -> SelectedConsensus:
+    """The same as a pass."""
+    count = _count(inputs, select_topk)
+    weights = _weights(inputs, count)
+    score = Variance(inputs.models, inputs.base_model)
+    among = None if count is None else threshold_of(inputs.tile, score, count)
+    return SelectedConsensus(inputs.base_model, inputs.models, tuple(weights), among)
+
+
+def _count(inputs: Inputs, select_topk: float) -> int | None:
+    """How many elements take part; None: all."""
+    if select_topk >= 1:
+        return None
+    return int(inputs.tile.known(Nonzero(Variance(inputs.models, inputs.base_model))) * select_topk)
+
+
+def _weights(inputs: Inputs, count: int | None) -> Sequence[float]:
+    squares = [
+        inputs.tile.known(SquaresSelected(model, inputs.models, inputs.base_model, count, inputs.dtype))
+        for model in inputs.models
+    ]
+    total = sum(squares)
+    if total / math.prod(inputs.tile.shape) < _NO_SIZE:
+        return [inputs.number(1 / len(squares))] * len(squares)
+    return [inputs.number(square / total) for square in squares]
