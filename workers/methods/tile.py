@@ -17,6 +17,8 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.methods.kernels.random import random_bits
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -135,19 +137,20 @@ class Tile:
             ("delta", model, base, dtype), lambda: self.parent(model, dtype) - self.parent(base, dtype)
         )
 
-    def random_bits(self, method: str, model: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    def random_bits(self, method: str, model: str) -> NDArray[np.uint32]:
         """32 random bits an element, from Philox4x64-10 (Salmon et al. 2011) keyed by seed, method, model and tensor.
 
         The generator is indexed by the element's place in the tensor: no tiling, order or device changes a bit.
         """
-        return self.remember(("bits", method, model), lambda: self._draw(method, model))
+        return self.remember(
+            ("bits", method, model), lambda: random_bits(self.random_key(method, model), self.start, self.elements)
+        )
 
-    def _draw(self, method: str, model: str) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    def random_key(self, method: str, model: str) -> tuple[int, int]:
+        """The key of the generator of `random_bits`: two 64-bit numbers."""
         name = "\0".join((str(self.seed), method, model, self.tensor)).encode()
-        key = np.frombuffer(hashlib.sha256(name).digest()[:16], dtype="<u8")
-        words_a_block = 8  # one Philox counter step yields four 64-bit words
-        generator = np.random.Philox(key=key, counter=self.start // words_a_block)
-        return generator.random_raw((self.elements + 1) // 2).view(np.uint32)[: self.elements]
+        digest = hashlib.sha256(name).digest()
+        return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
 
 
 def ones_where(holds: Literal["ge", "gt", "eq"], values: Tensor) -> Tensor:
