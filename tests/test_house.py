@@ -20,6 +20,7 @@ import pytest
 import jobs.errors
 from jobs.errors import BadInput, MergeyardError
 from jobs.job import load_job
+from orchestrator.commands.devices import has_driver
 from orchestrator.judging.gate import EXIT_CODES
 from tests.markdown import Block, commands, fenced_blocks
 
@@ -73,20 +74,45 @@ def test_help_loads_no_heavy_library():
     assert HEAVY & set(loaded.stdout.split()) == set()
 
 
+OLDER = ROOT / "tests" / "end_to_end" / "older_run"
+LIGHT = {
+    "plan": ["plan", ROOT / "jobs" / "examples" / "demo.yaml"],
+    "status": ["status", OLDER],
+    "check": ["check", OLDER],
+    "verify": ["verify", OLDER / "evaluated"],
+    "diff": ["diff", PARENTS / "fmt", PARENTS / "fmt"],
+}
+"""Commands that read headers, records or little tensors."""
+
+
+def loaded_by(*command: str | Path) -> set[str]:
+    """The heavy libraries that a command loads in a process of its own; it must end well."""
+    script = (
+        "import contextlib, io, orchestrator.cli, sys\n"
+        "with contextlib.redirect_stdout(io.StringIO()): code = orchestrator.cli.main(sys.argv[1:])\n"
+        "print(code, *sys.modules)"
+    )
+    run = [sys.executable, "-c", script, *command]
+    code, *modules = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    assert code == "0"
+    return (HEAVY | {"numba", "matplotlib", "jinja2", "pandas", "rich"}) & set(modules)
+
+
+@pytest.mark.parametrize("command", LIGHT)
+def test_a_command_loads_no_library_that_it_does_not_use(command: str):
+    assert loaded_by(*LIGHT[command]) == set()
+
+
 @pytest.mark.parametrize(
     ("method", "models"), [("passthrough", {"fmt": {}}), ("linear", {"fmt": {"weight": 0.7}, "long": {"weight": 0.3}})]
 )
 def test_a_merge_on_cpus_loads_no_torch(tmp_path: Path, method: str, models: dict[str, dict[str, float]]):
     listed = [{"model": str(PARENTS / name), "parameters": parameters} for name, parameters in models.items()]
     (tmp_path / "config.yaml").write_text(json.dumps({"merge_method": method, "models": listed, "dtype": "bfloat16"}))
-    script = (
-        "import orchestrator.cli, sys;"
-        " code = orchestrator.cli.main(['merge', sys.argv[1], sys.argv[2], '--quiet']);"
-        " print(code, *sorted({'torch', 'transformers'} & sys.modules.keys()))"
-    )
-    merge = [sys.executable, "-c", script, str(tmp_path / "config.yaml"), str(tmp_path / "merge")]
-    done = subprocess.run(merge, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert (done.stdout, done.stderr) == ("0\n", "")
+    first = loaded_by("merge", tmp_path / "config.yaml", tmp_path / "merge", "--quiet")
+    assert first <= {"numba"}, "which compiles the loops once"
+    auto = loaded_by("merge", tmp_path / "config.yaml", tmp_path / "auto", "--quiet", "--device", "auto")
+    assert auto == ({"torch"} if has_driver() else set())
 
 
 @pytest.mark.serial

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from jobs.errors import BadInput, writing
 from jobs.job import WorkerSpec, load_merge_document
+from orchestrator.commands.devices import best_device
 from orchestrator.commands.inputs import read_text, size_option, watched
 from orchestrator.commands.mergekit_options import print_reasons, shard_size
 
@@ -59,10 +60,10 @@ def _device(name: str) -> str:
     """The device of that name; `auto` is the GPU if this machine has one, as in mergekit."""
     if name == "cpu":
         return name
+    if name == "auto":
+        return best_device()
     import torch
 
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
     except (RuntimeError, AssertionError) as error:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput, CorruptData
 from jobs.job import Job
+from orchestrator.commands.devices import best_device
 
 if TYPE_CHECKING:
     from jobs.evaluation_tasks import ModelSpec
@@ -51,12 +52,9 @@ class Workplace:
     def evaluators(self, models: Mapping[str, ModelSpec]) -> Evaluators:
         """The workers that answer items."""
         if self._options.in_process:
-            import torch
-
             from orchestrator.cluster.in_process import InProcessEvaluators
 
-            gpu = self._job.workers.gpus > 0 and torch.cuda.is_available()
-            return InProcessEvaluators(models, device="cuda" if gpu else "cpu")
+            return InProcessEvaluators(models, device=best_device() if self._job.workers.gpus > 0 else "cpu")
         from orchestrator.cluster.ray_evaluating import RayEvaluators
 
         return RayEvaluators(models, self._cluster)

@@ -138,7 +138,9 @@ def read_results(run_url: str, points: Collection[str] | None = None) -> Evaluat
     store = open_store(run_url)
     try:
         result = read_document(store, EVALUATION, _result, AGAIN)
-        rows = read_scores(read_sealed(store, RESULTS, AGAIN), f"{run_url}/{RESULTS}", points)
+        rows: list[ScoreRow] = []
+        if points is None or points:
+            rows = read_scores(read_sealed(store, RESULTS, AGAIN), f"{run_url}/{RESULTS}", points)
     except ObjectMissing:
         raise BadInput(f"{run_url}: no scores there; `mergeyard evaluate` makes them") from None
     if unknown := {row.benchmark for row in rows} - BENCHMARKS.keys():

@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
 from jobs.errors import CorruptData
 from jobs.merge_tasks import ParentTensor
-from workers.checkpoints.dtypes import TORCH_NAMES, torch_dtype
+from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
 from workers.checkpoints.hashing import CHUNK_BYTES
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.storage import Store, open_store
@@ -87,13 +86,11 @@ def _compare(name: str, first: Checkpoint, second: Checkpoint, stores: Mapping[s
 
 
 def _values(store: Store, checkpoint: Checkpoint, at: ParentTensor, start: int, stop: int) -> Any:
-    dtype = torch_dtype(at.dtype)
+    dtype = numpy_dtype(at.dtype)
     width = dtype.itemsize
     file = checkpoint.files[at.file]
-    data = bytearray(
-        store.read(file.key, start=at.start + start * width, length=(stop - start) * width, etag=file.etag)
-    )
-    return torch.frombuffer(data, dtype=dtype).double().numpy()
+    data = store.read(file.key, start=at.start + start * width, length=(stop - start) * width, etag=file.etag)
+    return np.frombuffer(memoryview(data), dtype).astype(np.float64)
 
 
 def print_differences(differences: Sequence[TensorDifference]) -> None:

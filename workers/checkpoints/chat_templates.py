@@ -5,18 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
-
-from jinja2 import TemplateSyntaxError, meta
-from jinja2.ext import Extension, loopcontrols
-from jinja2.nodes import Node
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput, CorruptData
 from workers.checkpoints.opening import LARGEST_CONFIG, Checkpoint
 from workers.checkpoints.safetensors import read_json
 from workers.storage import open_store
+
+if TYPE_CHECKING:
+    from jinja2.nodes import Node
+    from jinja2.parser import Parser
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 NAMED: Mapping[str, str] = {
     # Taori et al. 2023, https://github.com/tatsu-lab/stanford_alpaca#data-release
@@ -64,23 +63,25 @@ Below is an instruction that describes a task. Write a response that appropriate
 """The formats that a recipe can name, written from their public descriptions; see `jobs.recipe.CHAT_TEMPLATES`."""
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's text, for training; here it changes nothing."""
-
-    tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
-
-    def parse(self, parser: Parser) -> list[Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
 def jinja() -> ImmutableSandboxedEnvironment:
     """The environment in which transformers renders chat templates.
 
     It compiles without computing constants: a template may never end.
     """
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's text, for training; here it changes nothing."""
+
+        tags = {"generation"}  # noqa: RUF012 - as jinja2 declares it
+
+        def parse(self, parser: Parser) -> list[Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
     environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation], optimized=False
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, Generation], optimized=False
     )
     environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
     return environment
@@ -88,6 +89,8 @@ def jinja() -> ImmutableSandboxedEnvironment:
 
 def check_template(template: str, place: str, remedy: str = "correct it") -> None:
     """`BadInput` for a text that is not Jinja, or that never names the messages of a chat."""
+    from jinja2 import TemplateSyntaxError, meta
+
     try:
         jinja().from_string(template)
         names = meta.find_undeclared_variables(jinja().parse(template))
