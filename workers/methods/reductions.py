@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
+from workers.methods.kernels.ranks import bracketed, magnitudes
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor
@@ -115,6 +116,10 @@ class L1(Reduction):
         return math.fsum(shares)
 
 
+def _units(elements: Array) -> list[Array]:
+    return [elements[start : start + TILE_ELEMENTS] for start in range(0, len(elements), TILE_ELEMENTS)]
+
+
 class Score:
     """A float32 number, not negative, for each element: the elements of a tensor are ranked by it.
 
@@ -126,6 +131,10 @@ class Score:
     def bits(self, tile: Tile) -> Tensor:
         """The scores as int32, whose order is the order of the scores: the sign bit is clear. A NaN is the greatest."""
         raise NotImplementedError
+
+    def on_host(self, tile: Tile) -> NDArray[np.int32]:
+        """The same in the memory of the host."""
+        return self.bits(tile).cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +148,11 @@ class Magnitude(Score):
         import torch
 
         return tile.remember(self, lambda: tile.delta(self.model, self.base, "float32").abs().view(torch.int32))
+
+    def on_host(self, tile: Tile) -> NDArray[np.int32]:
+        if arrays := host_arrays(tile, self.model, self.base):
+            return tile.remember(("on host", self), lambda: magnitudes(*arrays))
+        return self.bits(tile).cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +181,7 @@ class Nonzero(Reduction):
     score: Score
 
     def of(self, tile: Tile) -> list[int]:
-        return [int(unit.count_nonzero()) for unit in self.score.bits(tile).split(TILE_ELEMENTS)]
+        return [int(np.count_nonzero(unit)) for unit in _units(self.score.on_host(tile))]
 
     def combine(self, shares: Sequence[int]) -> int:
         return sum(shares)
@@ -182,17 +196,15 @@ class Sample(Reduction):
 
     score: Score
 
-    def of(self, tile: Tile) -> list[Tensor]:
+    def of(self, tile: Tile) -> list[IntArray]:
         first = -tile.start % _SAMPLED
         if not self.score.alone:
-            return [self.score.bits(tile)[first::_SAMPLED]]
+            return [self.score.on_host(tile)[first::_SAMPLED]]
         thinned = {name: elements[first::_SAMPLED] for name, elements in tile.raw.items()}
-        return [self.score.bits(Tile(tile.tensor, tile.start, thinned, {}))]
+        return [self.score.on_host(Tile(tile.tensor, tile.start, thinned, {}))]
 
-    def combine(self, shares: Sequence[Tensor]) -> IntArray:
-        import torch
-
-        return np.sort(torch.cat(list(shares)).cpu().numpy())
+    def combine(self, shares: Sequence[IntArray]) -> IntArray:
+        return np.sort(np.concatenate(shares))
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,11 +237,9 @@ class Cutoff(Reduction):
     def of(self, tile: Tile) -> list[tuple[int, IntArray, IntArray]]:
         low, high = self._bracket(tile.known(Sample(self.score)), self.count / math.prod(tile.shape))
         shares: list[tuple[int, IntArray, IntArray]] = []
-        for unit in self.score.bits(tile).split(TILE_ELEMENTS):
-            bits = unit.cpu().numpy()  # NumPy counts and selects several times faster than torch does
-            inside = bits[(bits - low).view(np.uint32) <= high - low]
-            values, counts = np.unique(inside, return_counts=True)
-            shares.append((int(np.count_nonzero(bits > high)), values, counts))
+        for unit in _units(self.score.on_host(tile)):
+            above, inside = bracketed(unit, low, high)
+            shares.append((above, *np.unique(inside, return_counts=True)))
         return shares
 
     def _bracket(self, sample: IntArray, density: float) -> tuple[int, int]:
@@ -276,6 +286,18 @@ def largest(tile: Tile, score: Score, count: int) -> Tensor:
         return ((bits > threshold.bits) | (equal & (torch.cumsum(equal, dim=0) <= room))).to(torch.float32)
 
     return tile.remember(("largest", score, count), decide)
+
+
+def _largest_on_host(tile: Tile, score: Score, count: int) -> NDArray[np.bool_]:
+    """The same on the host."""
+    threshold, bits = threshold_of(tile, score, count), score.on_host(tile)
+    first, end = tile.units
+    room = threshold.equals - threshold.equal_before[first]
+    equal_here = threshold.equal_before[end] - threshold.equal_before[first]
+    kept = bits > threshold.bits - (0 < equal_here <= room)
+    if 0 < room < equal_here:
+        kept[np.flatnonzero(bits == threshold.bits)[:room]] = True
+    return kept
 
 
 def threshold_of(tile: Tile, score: Score, count: int) -> Threshold:
@@ -330,17 +352,32 @@ class Selection:
         most = 1 if self.most is None else largest(tile, score, self.most)
         return most - largest(tile, score, self.but)
 
+    def on_host(self, tile: Tile, model: str, base: str) -> NDArray[np.float32]:
+        """The same in the memory of the host."""
+        if self.coin is not None:
+            return _drawn_on_host(tile, self.coin, model).astype(np.float32)
+        score = Magnitude(model, base)
+        kept = np.ones(tile.elements, np.bool_) if self.most is None else _largest_on_host(tile, score, self.most)
+        if self.but:
+            kept &= ~_largest_on_host(tile, score, self.but)
+        return kept.astype(np.float32)
+
 
 def drawn(tile: Tile, coin: Coin, model: str) -> Tensor:
     """Which elements a coin keeps, element by element: 1 or 0."""
     import torch
 
     def decide() -> Tensor:
-        threshold = round(coin.density * (1 << 32))
-        kept = torch.from_numpy(tile.random_bits(coin.method, model) < np.uint64(threshold))
+        kept = torch.from_numpy(_drawn_on_host(tile, coin, model))
         return kept.to(as_tensor(tile.raw[model]).device, torch.float32)
 
     return tile.remember((coin, model), decide)
+
+
+def _drawn_on_host(tile: Tile, coin: Coin, model: str) -> NDArray[np.bool_]:
+    threshold = round(coin.density * (1 << 32))
+    bits = tile.random_bits(coin.method, model)
+    return bits < np.uint32(threshold) if threshold < 1 << 32 else np.ones(bits.size, np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -357,12 +394,11 @@ class L1Kept(Reduction):
         self.kept.beyond(tile, self.model, self.base)
 
     def of(self, tile: Tile) -> list[float]:
-        mask = self.kept.mask(tile, self.model, self.base)
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
+            arrays.append(self.kept.on_host(tile, self.model, self.base))
             products = [Product((0, 1), 2, magnitude=True)]
-            return sums_of_products([*arrays, mask.numpy()], products, unit=TILE_ELEMENTS, dtype=self.dtype)[
-                :, 0
-            ].tolist()
+            return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
+        mask = self.kept.mask(tile, self.model, self.base)
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * mask)
 
     def combine(self, shares: Sequence[float]) -> float:

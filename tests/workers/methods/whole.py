@@ -8,16 +8,21 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from workers.methods import tile
-from workers.methods.tile import NotYetKnown, Reduction, Tile
+from workers.methods.tile import Array, NotYetKnown, Reduction, Tile
 
 Answer = TypeVar("Answer")
 
 
 def tiles_of(
-    parents: Mapping[str, Tensor], facts: Mapping[Reduction, Any], *, units: int = 1, seed: int = 0, name: str = "x"
+    parents: Mapping[str, Tensor | Array],
+    facts: Mapping[Reduction, Any],
+    *,
+    units: int = 1,
+    seed: int = 0,
+    name: str = "x",
 ) -> list[Tile]:
     """The tiles of one tensor, `units` of `TILE_ELEMENTS` in each."""
-    elements, step = next(iter(parents.values())).numel(), units * tile.TILE_ELEMENTS
+    elements, step = len(next(iter(parents.values()))), units * tile.TILE_ELEMENTS
     return [
         Tile(name, start, {parent: t[start : start + step] for parent, t in parents.items()}, facts, seed, (elements,))
         for start in range(0, elements, step)

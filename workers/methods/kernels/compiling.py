@@ -41,7 +41,13 @@ _NAMES = {
     "f32": "float32",
     "f64": "float64",
 }
-_SCALARS = {"i64": ctypes.c_int64, "u64": ctypes.c_uint64, "f32": ctypes.c_float, "f64": ctypes.c_double}
+_SCALARS = {
+    "i64": ctypes.c_int64,
+    "u32": ctypes.c_uint32,
+    "u64": ctypes.c_uint64,
+    "f32": ctypes.c_float,
+    "f64": ctypes.c_double,
+}
 _DIGEST_BYTES = 32
 _lock = threading.Lock()
 _unused = ctypes.create_string_buffer(16)  # a numba function stores None and no exception here

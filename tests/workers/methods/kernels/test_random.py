@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 
 from workers.methods.kernels.random import random_bits
+from workers.methods.tile import Tile
 
 
 @pytest.mark.parametrize("key", [(0, 0), (0x0123456789ABCDEF, 0xFEDCBA9876543210), (2**64 - 1, 2**64 - 1)])
@@ -15,3 +18,10 @@ def test_bits_are_those_of_numpy(key: tuple[int, int], start: int, elements: int
     generator = np.random.Philox(key=np.array(key, np.uint64), counter=start // 8)
     expected = generator.random_raw(elements).view(np.uint32)[:elements]
     assert (random_bits(key, start, elements) == expected).all()
+
+
+def test_the_key_of_a_tile_is_a_digest_of_what_it_merges():
+    tile = Tile("layer.weight", 16, {"model": np.zeros(20, np.float32)}, {}, seed=7)
+    key = np.frombuffer(hashlib.sha256(b"7\0dare_ties\0model\0layer.weight").digest()[:16], "<u8")
+    expected = np.random.Philox(key=key, counter=2).random_raw(10).view(np.uint32)
+    assert (tile.random_bits("dare_ties", "model") == expected).all()

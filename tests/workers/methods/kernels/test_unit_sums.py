@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -10,9 +11,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from tests.workers.methods.whole import answered, tiles_of
 from workers.methods.kernels.unit_sums import Product, unit_sums
-from workers.methods.reductions import L1, Dot, Gram
-from workers.methods.tile import TILE_ELEMENTS, Array, Tile, as_tensor, torch_named
+from workers.methods.reductions import L1, Coin, Dot, Gram, L1Kept, Selection
+from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, torch_named
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
 
@@ -81,3 +83,20 @@ def test_a_gram_matrix_is_that_of_numpy():
         vectors = np.array([arrays[name] - (arrays[base] if base else 0) for name in "abc"])
         fact = Gram((*"abc",), base, "float32")
         assert (fact.combine(fact.of(tile)) == vectors @ vectors.T).all()  # integers: every sum is exact
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [Selection(most=90_000), Selection(most=50_000, but=7000), Selection(but=1), Selection(coin=Coin("dare_ties", 0.3)),
+     Selection(most=3), Selection(coin=Coin("dare_ties", 1.0))],
+)  # fmt: skip
+def test_the_sum_of_what_is_kept_is_equal_on_arrays_and_on_tensors(kept: Selection):
+    rng = np.random.default_rng(5)
+    arrays = {name: rng.standard_normal(200_000).astype(ml_dtypes.bfloat16) for name in "ab"}  # with many equal |δ|
+    fact = L1Kept("a", "b", kept, "float32")
+    known: list[list[int]] = []
+    for raw in (arrays, {name: as_tensor(each) for name, each in arrays.items()}):
+        facts: dict[Reduction, Any] = {}
+        tiles = tiles_of(raw, facts)
+        known.append(bits([entry for share in answered(tiles, facts, fact.of) for entry in share]))
+    assert known[0] == known[1]
