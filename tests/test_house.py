@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import io
 import json
+import os
 import pickle
 import re
 import subprocess
@@ -125,6 +126,29 @@ def test_help_answers_within_half_a_second():
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.startswith("usage: mergeyard")
     assert min(seconds) < 0.5, seconds
+
+
+def cpu_seconds(*command: str | Path) -> float:
+    """The CPU time of one process, which other work on the machine hardly changes."""
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    assert process.returncode == 0
+    return used.ru_utime + used.ru_stime
+
+
+@pytest.mark.serial
+@pytest.mark.parametrize("command", ["merge", "plan", "status"])
+def test_a_little_command_takes_little_more_than_the_start_of_python(tmp_path: Path, command: str):
+    models = [{"model": str(PARENTS / name), "parameters": {"weight": 0.5}} for name in ("fmt", "long")]
+    (tmp_path / "config.yaml").write_text(json.dumps({"merge_method": "linear", "models": models}))
+    merges = [["merge", tmp_path / "config.yaml", tmp_path / f"merge{number}", "--quiet"] for number in range(4)]
+    first, *others = merges if command == "merge" else [LIGHT[command]] * 4
+    cpu_seconds(COMMAND, *first)  # compiles the loops
+    start = min(cpu_seconds(sys.executable, "-c", "import numpy, yaml") for _ in others)
+    assert min(cpu_seconds(COMMAND, *other) for other in others) < 12 * start, (
+        "to import torch takes twenty times as long"
+    )
 
 
 # ---- what the files say
