@@ -14,7 +14,7 @@ from jobs.errors import BadInput
 from jobs.merge_tasks import Setting, TensorMerge
 from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, any_nonfinite
 from workers.methods import METHODS, running
-from workers.methods.passes import Pass, WeightedSum
+from workers.methods.passes import Pass
 from workers.methods.tile import TILE_ELEMENTS, Inputs, NotYetKnown, Reduction, Tile, as_tensor
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class TensorMerger:
         self._tensor, self._settings, self._facts = tensor, settings, facts
         self._seed, self._numerics, self._on_cpu = seed, numerics, device == "cpu"
         self._copies: list[tuple[int, str]] = []
-        self._sums: list[tuple[int, WeightedSum]] = []
+        self._passes: list[tuple[int, Pass]] = []
         self._formulas: list[tuple[int, Setting]] = []
         if tensor.dtype not in FLOATS or not tensor.elements:
             return
@@ -55,8 +55,8 @@ class TensorMerger:
                 self._copies.append((place, parent))
                 continue
             found = pass_of(tile, setting, tensor.arithmetic, numerics) if self._on_cpu else None
-            if isinstance(found, WeightedSum):
-                self._sums.append((place, found))
+            if found is not None and type(found) in running.RUNNERS:
+                self._passes.append((place, found))
             else:
                 self._formulas.append((place, setting))
 
@@ -74,12 +74,12 @@ class TensorMerger:
             _put(outputs[place], raw[parent])
         finite: set[str] = set()
         broken: dict[int, bool] = {}
-        if self._sums:
-            places, sums = zip(*self._sums, strict=True)
+        if self._passes:
+            places, passes = zip(*self._passes, strict=True)
             (tile,) = tiles(self._tensor, start, raw, self._facts, self._seed, whole=True)
             into = [outputs[place] for place in places]
-            of_parents, of_outputs = running.run(sums, tile, into, TORCH_NAMES[self._tensor.arithmetic])
-            finite = {name for each in sums for name in (*each.models, each.base) if name not in of_parents}
+            of_parents, of_outputs = running.run(passes, tile, into, TORCH_NAMES[self._tensor.arithmetic])
+            finite = {name for name, found in of_parents.items() if not found}
             broken = dict(zip(places, of_outputs, strict=True))
         if self._formulas:
             self._run_formulas(start, raw, outputs)

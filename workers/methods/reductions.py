@@ -355,7 +355,7 @@ class Selection:
     def on_host(self, tile: Tile, model: str, base: str) -> NDArray[np.float32]:
         """The same in the memory of the host."""
         if self.coin is not None:
-            return _drawn_on_host(tile, self.coin, model).astype(np.float32)
+            return drawn_on_host(tile, self.coin, model).astype(np.float32)
         score = Magnitude(model, base)
         kept = np.ones(tile.elements, np.bool_) if self.most is None else _largest_on_host(tile, score, self.most)
         if self.but:
@@ -364,20 +364,21 @@ class Selection:
 
 
 def drawn(tile: Tile, coin: Coin, model: str) -> Tensor:
-    """Which elements a coin keeps, element by element: 1 or 0."""
+    """Which elements a coin keeps, element by element: 1 or 0, where the model's elements are."""
     import torch
 
-    def decide() -> Tensor:
-        kept = torch.from_numpy(_drawn_on_host(tile, coin, model))
-        return kept.to(as_tensor(tile.raw[model]).device, torch.float32)
+    return torch.from_numpy(drawn_on_host(tile, coin, model)).to(as_tensor(tile.raw[model]).device, torch.float32)
+
+
+def drawn_on_host(tile: Tile, coin: Coin, model: str) -> NDArray[np.bool_]:
+    """The same in the memory of the host."""
+
+    def decide() -> NDArray[np.bool_]:
+        threshold = round(coin.density * (1 << 32))
+        bits = tile.random_bits(coin.method, model)
+        return bits < np.uint32(threshold) if threshold < 1 << 32 else np.ones(bits.size, np.bool_)
 
     return tile.remember((coin, model), decide)
-
-
-def _drawn_on_host(tile: Tile, coin: Coin, model: str) -> NDArray[np.bool_]:
-    threshold = round(coin.density * (1 << 32))
-    bits = tile.random_bits(coin.method, model)
-    return bits < np.uint32(threshold) if threshold < 1 << 32 else np.ones(bits.size, np.bool_)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,33 +2,117 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Callable, Sequence
+from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
-from workers.methods.passes import WeightedSum
+from workers.methods.passes import Consensus, Kept, Pass, WeightedSum
+from workers.methods.reductions import Threshold, drawn_on_host
 from workers.methods.tile import Array, Tile
+
+Flags = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 
 def run(
-    passes: Sequence[WeightedSum], tile: Tile, outputs: Sequence[Array], arithmetic: str
-) -> tuple[set[str], list[bool]]:
+    passes: Sequence[Pass], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> tuple[dict[str, bool], list[bool]]:
     """Writes each pass's elements to its output, rounded once from the arithmetic dtype; outputs share one dtype.
 
-    Returns the parents that have an element that is NaN or infinite, and for each output whether it has one.
+    Returns for each parent that was read, and for each output, whether it has an element that is NaN or infinite.
     """
-    places: dict[str, int] = {}
-    sums = [_sum(each, places) for each in passes]
-    parents = [cast(Array, tile.raw[name]) for name in places]
-    broken, overflowed = WeightedSums(len(parents), sums, arithmetic).run(
-        parents, outputs, start=tile.start, row=tile.row
-    )
-    return {name for name, place in places.items() if broken[place]}, overflowed.tolist()
+    broken: dict[str, bool] = {}
+    overflowed = [False] * len(passes)
+    for kind, runner in RUNNERS.items():
+        chosen = [index for index, each in enumerate(passes) if type(each) is kind]
+        if not chosen:
+            continue
+        places: dict[str, int] = {}
+        of_parents, of_outputs = runner(
+            [passes[index] for index in chosen], places, tile, [outputs[index] for index in chosen], arithmetic
+        )
+        broken.update((name, bool(of_parents[place])) for name, place in places.items())
+        for index, flag in zip(chosen, of_outputs.tolist(), strict=True):
+            overflowed[index] = flag
+    return broken, overflowed
 
 
-def _sum(each: WeightedSum, places: dict[str, int]) -> Sum:
-    terms = tuple(
-        (places.setdefault(model, len(places)), coefficient)
-        for model, coefficient in zip(each.models, each.coefficients, strict=True)
+def _weighted_sums(
+    passes: Sequence[WeightedSum], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    sums = [
+        Sum(
+            tuple(
+                (_place(model, places), number) for model, number in zip(each.models, each.coefficients, strict=True)
+            ),
+            None if each.base is None else _place(each.base, places),
+            each.along,
+        )
+        for each in passes
+    ]
+    return WeightedSums(len(places), sums, arithmetic).run(
+        _parents(places, tile), outputs, start=tile.start, row=tile.row
     )
-    return Sum(terms, None if each.base is None else places.setdefault(each.base, len(places)), each.along)
+
+
+def _consensus(
+    passes: Sequence[Consensus], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    vectors: dict[tuple[Any, ...], int] = {}  # a task vector that several points trim alike is trimmed once
+    trimmed: list[Trimmed] = []
+
+    def place(kept: Kept, base: str) -> int:
+        key = (kept.model, base, id(kept.among), id(kept.beyond), kept.coin, kept.factor)
+        if key not in vectors:
+            vectors[key] = len(trimmed)
+            trimmed.append(_trimmed(kept, base, places, tile))
+        return vectors[key]
+
+    mixtures = [
+        Mixture(
+            _place(each.base, places),
+            tuple((place(kept, each.base), kept.weight) for kept in each.kept),
+            each.elect,
+            each.normalize,
+            each.scale,
+        )
+        for each in passes
+    ]
+    return run_mixtures(_parents(places, tile), trimmed, mixtures, outputs, arithmetic)
+
+
+def _trimmed(kept: Kept, base: str, places: dict[str, int], tile: Tile) -> Trimmed:
+    return Trimmed(
+        _place(kept.model, places),
+        _place(base, places),
+        None if kept.among is None else _limit(kept.among, tile),
+        None if kept.beyond is None else _limit(kept.beyond, tile),
+        None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model),
+        kept.factor,
+    )
+
+
+def _limit(threshold: Threshold, tile: Tile) -> Limit:
+    """A threshold as it holds for this tile: some of the elements equal to it may have been counted before."""
+    first, end = tile.units
+    room = threshold.equals - threshold.equal_before[first]
+    if room <= 0:
+        return Limit(threshold.bits)
+    if room >= threshold.equal_before[end] - threshold.equal_before[first]:
+        return Limit(threshold.bits - 1)
+    return Limit(threshold.bits, room)
+
+
+def _place(name: str, places: dict[str, int]) -> int:
+    return places.setdefault(name, len(places))
+
+
+def _parents(places: dict[str, int], tile: Tile) -> list[Array]:
+    return [cast(Array, tile.raw[name]) for name in places]
+
+
+RUNNERS: dict[type, Callable[..., Flags]] = {WeightedSum: _weighted_sums, Consensus: _consensus}
+"""The passes that have a compiled loop."""

@@ -140,7 +140,7 @@ def test_random_passes_have_the_bits_of_torch(seed: int):
     outputs = [np.empty(count, DTYPES[dtype]) for _ in passes]
     broken, overflowed = run(passes, tile, outputs, arithmetic)
     used = {name for each in passes for name in (*each.models, *([each.base] if each.base else []))}
-    assert broken == {name for name in used if not np.isfinite(raw[name]).all()}
+    assert broken == {name: not np.isfinite(raw[name]).all() for name in used}
     assert overflowed == [not np.isfinite(output).all() for output in outputs]
     for each, output in zip(passes, outputs, strict=True):
         assert same(output, by_torch(each, tile, arithmetic).to(torch_named(dtype)))

@@ -1,0 +1,117 @@
+"""A method's pass, run by compiled loops for several points at once, has the bits of its formula in torch."""
+
+from __future__ import annotations
+
+import inspect
+import zlib
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+
+from jobs.merge_tasks import Setting
+from tests.workers.methods.whole import answered, tiles_of
+from workers.merging.tiles import merge_tile, pass_of
+from workers.methods import METHODS
+from workers.methods.running import run
+from workers.methods.tile import Array, Reduction
+
+MODELS = ("a", "b", "c")
+STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+COMPILED = [name for name, method in METHODS.items() if method.fused and name not in ("sce", "ram", "ramplus_tl")]
+SUMS = ("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear")
+"""Methods whose simplified settings have neither a divisor nor a λ."""
+
+
+def parents(rng: np.random.Generator, elements: int, dtype: str) -> dict[str, Array]:
+    """A base and siblings so near to it that many task vectors are equal, or zero; with zeros of both signs."""
+    base = rng.standard_normal(elements) * 0.02
+    base[rng.random(elements) < 0.05] = rng.choice([0.0, -0.0])
+    found = {"base": base}
+    for name in MODELS:
+        steps = rng.integers(-3, 4, elements) * 2.0**-10 * (rng.random(elements) < 0.7)
+        found[name] = base + steps
+        found[name][rng.random(elements) < 0.03] = rng.choice([0.0, -0.0])
+    return {name: values.astype(STORED[dtype]) for name, values in found.items()}
+
+
+def parameters(rng: np.random.Generator, method: str, models: int) -> tuple[tuple[str, Any], ...]:
+    """Numbers that a simplified setting may have."""
+    chosen: dict[str, Any] = {
+        "weight": tuple(float(rng.choice([0.7, 0.3, 1.0, -0.4, 0.5])) for _ in range(models)),
+        "density": tuple(float(rng.choice([0.05, 0.3, 0.5, 0.81])) for _ in range(models)),
+        "gamma": tuple(float(rng.choice([0.0, 0.01, 0.2])) for _ in range(models)),
+        "epsilon": tuple(0.04 for _ in range(models)),
+        "scale": tuple(float(rng.choice([1.0, 0.3])) for _ in range(models)),
+        "t": float(rng.choice([0.3, 0.9])),
+        "normalize": method not in ("linear", *SUMS) and bool(rng.random() < 0.5),
+        "rescale": bool(rng.random() < 0.5),
+        "lambda": 1.0 if method in SUMS else float(rng.choice([1.0, 0.7])),
+    }
+    fused = METHODS[method].fused
+    assert fused is not None
+    taken = [name.rstrip("_") for name in inspect.signature(fused).parameters]
+    return tuple((name, chosen[name]) for name in taken if name in chosen)
+
+
+def setting(rng: np.random.Generator, method: str) -> Setting:
+    rule = METHODS[method]
+    base = None if rule.base == "unused" else "base"
+    most = min(rule.most or 3, 3)
+    others = list(rng.permutation(MODELS)[: int(rng.integers(max(1, rule.fewest - (base is not None)), most + 1))])
+    models = ("base", others[0]) if rule.base == "one of the models" else tuple(str(name) for name in others)
+    return Setting(method, models, base, parameters(rng, method, len(models)))
+
+
+@pytest.mark.parametrize("units", [1, 3])
+@pytest.mark.parametrize(("arithmetic", "stored"), [("F32", "BF16"), ("F32", "F16"), ("F64", "F32")])
+@pytest.mark.parametrize("method", COMPILED)
+def test_a_pass_has_the_bits_of_the_formula(method: str, arithmetic: str, stored: str, units: int, small_tiles: int):
+    rng = np.random.default_rng(zlib.crc32(f"{method} {arithmetic} {stored} {units}".encode()))
+    raw: Any = parents(rng, int(rng.integers(20, 500)), stored)
+    settings = [setting(rng, method) for _ in range(6)]
+    facts: dict[Reduction, Any] = {}
+    for tile in tiles_of(raw, facts, units=units, seed=3):
+        formulas = [
+            answered(
+                tiles_of(raw, facts, units=1, seed=3), facts, lambda each, s=s: merge_tile(each, s, arithmetic, "")
+            )
+            for s in settings
+        ]
+        passes = [pass_of(tile, each, arithmetic, "") for each in settings]
+        outputs = [np.zeros(tile.elements, STORED[stored]) for _ in settings]
+        run(
+            [each for each in passes if each is not None],
+            tile,
+            outputs,
+            {"F32": "float32", "F64": "float64"}[arithmetic],
+        )
+        for formula, output, each in zip(formulas, outputs, settings, strict=True):
+            expected = torch.cat(formula)[tile.start : tile.start + tile.elements]
+            expected = expected.to({"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored])
+            width = f"int{8 * output.itemsize}"
+            assert (expected.view(getattr(torch, width)).numpy() == output.view(width)).all(), each
+
+
+def test_bits_do_not_depend_on_tiles_or_on_other_points(small_tiles: int):
+    rng = np.random.default_rng(8)
+    raw: Any = parents(rng, 333, "BF16")
+    settings = [setting(rng, name) for name in ("ties", "dare_ties", "breadcrumbs", "ties", "linear", "ties")]
+
+    def merged(chosen: list[Setting], units: int) -> list[bytes]:
+        facts: dict[Reduction, Any] = {}
+        parts: list[bytes] = [b""] * len(chosen)
+        tiles = tiles_of(raw, facts, units=units, seed=3)
+        for tile, passes in zip(
+            tiles, answered(tiles, facts, lambda t: [pass_of(t, s, "F32", "") for s in chosen]), strict=True
+        ):
+            outputs = [np.empty(tile.elements, STORED["BF16"]) for _ in chosen]
+            run([each for each in passes if each is not None], tile, outputs, "float32")
+            parts = [part + output.tobytes() for part, output in zip(parts, outputs, strict=True)]
+        return parts
+
+    together = merged(settings, 100)
+    assert merged(settings, 1) == merged(settings, 4) == together
+    assert [merged([each], 2)[0] for each in settings] == together

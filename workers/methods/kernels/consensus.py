@@ -1,0 +1,283 @@
+"""base + a consensus of trimmed task vectors, for all points at once: each task vector is trimmed once for them all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.methods.kernels.compiling import Pointer, kernel
+from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
+from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+
+EVERY, NONE = -1, 0x7FFFFFFF
+"""Bits of a magnitude above which every element lies, or none."""
+
+_ELECTS, _NORMALIZES = 1, 2
+_FIELDS = 9  # of a trimmed task vector, see `_consensus`
+
+
+def _consensus(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    parents: int,
+    vectors: Pointer,
+    trimmed: int,
+    factors: Pointer,
+    masks: Pointer,
+    points: int,
+    bases: Pointer,
+    ends: Pointer,
+    terms: Pointer,
+    weights: Pointer,
+    modes: Pointer,
+    scales: Pointer,
+    count: int,
+    out_halves: Pointer,
+    out_words: Pointer,
+    out_longs: Pointer,
+    out_dtype: int,
+    broken_parents: Pointer,
+    broken_points: Pointer,
+    lines: Pointer,
+    total: Pointer,
+    mass: Pointer,
+) -> None:
+    """For each block: every parent as a line of numbers, then every trimmed task vector, then every point.
+
+    `vectors` holds of each task vector (line of the model, line of the base, keep above, equals to keep, drop above,
+    equals to drop, has a mask, is multiplied, 0). "Equals" counts those left of the elements that are exactly as large
+    as the limit; −1 means that nothing has to be counted. Point p has the terms up to `ends[p]`: the first indexes
+    `vectors`, the second `weights`.
+    """
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        for parent in range(parents):
+            code, half, word, long = dtypes[parent], halves[parent], words[parent], longs[parent]
+            widened(code, half, word, long, first, size, lines[parent])
+            if any_nonfinite(code, half, word, long, first, size):
+                broken_parents[parent] = 1
+        for vector in range(trimmed):
+            at = _FIELDS * vector
+            model, base, into = lines[vectors[at]], lines[vectors[at + 1]], lines[parents + vector]
+            for i in range(size):
+                into[i] = model[i] - base[i]
+            if vectors[at + 3] >= 0 or vectors[at + 5] >= 0:
+                _trim_counting(model, base, vectors, at, into, size)
+            elif vectors[at + 2] != EVERY or vectors[at + 4] != NONE:
+                _trim(model, base, np.int32(vectors[at + 2]), np.int32(vectors[at + 4]), into, size)
+            if vectors[at + 6]:
+                _mask(masks[vector], first, into, size)
+            if vectors[at + 7]:
+                factor = factors[vector]
+                for i in range(size):
+                    into[i] = into[i] * factor
+        begin = 0
+        for point in range(points):
+            end = ends[point]
+            _sum(lines, parents, terms, weights, begin, end, total, size)
+            if modes[point] & _ELECTS:
+                _elect(lines, parents, terms, weights, begin, end, total, mass, size, modes[point] & _NORMALIZES)
+            scale = scales[point]
+            if scale != 1:
+                for i in range(size):
+                    total[i] = total[i] * scale
+            base = lines[bases[point]]
+            for i in range(size):
+                total[i] = base[i] + total[i]
+            half, word, long = out_halves[point], out_words[point], out_longs[point]
+            rounded(out_dtype, total, size, half, word, long, first)
+            if any_nonfinite(out_dtype, half, word, long, first, size):
+                broken_points[point] = 1
+            begin = end
+
+
+def magnitude_bits(model: float, base: float) -> np.int32:
+    """|model − base| in float32, as an integer of the same order."""
+    delta = np.float32(np.float32(model) - np.float32(base))
+    return np.int32(np.uint32(delta.view(np.uint32) & np.uint32(0x7FFFFFFF)))
+
+
+def _trim(model: Pointer, base: Pointer, above: np.int32, beyond: np.int32, delta: Pointer, count: int) -> None:
+    """Multiplies by 1 what is kept and by 0 the rest."""
+    for i in range(count):
+        bits = magnitude_bits(model[i], base[i])
+        delta[i] = delta[i] * np.float32((bits > above) & (bits <= beyond))
+
+
+def _trim_counting(model: Pointer, base: Pointer, vectors: Pointer, at: int, delta: Pointer, count: int) -> None:
+    """The same where only the first of the elements that equal a limit are kept, or dropped."""
+    above, beyond = vectors[at + 2], vectors[at + 4]
+    for i in range(count):
+        bits = np.int64(magnitude_bits(model[i], base[i]))
+        kept = bits > above
+        if bits == above and vectors[at + 3] > 0:
+            vectors[at + 3] -= 1
+            kept = True
+        if bits > beyond:
+            kept = False
+        elif bits == beyond and vectors[at + 5] > 0:
+            vectors[at + 5] -= 1
+            kept = False
+        delta[i] = delta[i] * np.float32(kept)
+
+
+def _mask(mask: Pointer, start: int, delta: Pointer, count: int) -> None:
+    for i in range(count):
+        delta[i] = delta[i] * np.float32(mask[start + i])
+
+
+def _sum(
+    lines: Pointer, parents: int, terms: Pointer, weights: Pointer, begin: int, end: int, total: Pointer, count: int
+) -> None:
+    for term in range(begin, end):
+        delta, weight = lines[parents + terms[term]], weights[term]
+        if term == begin:
+            for i in range(count):
+                total[i] = delta[i] * weight
+        else:
+            for i in range(count):
+                total[i] = total[i] + delta[i] * weight
+
+
+def _elect(
+    lines: Pointer,
+    parents: int,
+    terms: Pointer,
+    weights: Pointer,
+    begin: int,
+    end: int,
+    total: Pointer,
+    mass: Pointer,
+    count: int,
+    normalizes: int,
+) -> None:
+    """In place of the sum: the sum of those terms that have its sign, divided by their weights if `normalizes`.
+
+    `mass` is scratch for two lines: the signs and the divisors.
+    """
+    for i in range(count):
+        mass[i] = 1 if total[i] >= 0 else -1
+    for term in range(begin, end):
+        delta, weight = lines[parents + terms[term]], weights[term]
+        nothing = weight - weight  # a zero of the right dtype
+        if term == begin:
+            for i in range(count):
+                turned = delta[i] * weight * mass[i]
+                total[i] = nothing if turned < 0 else turned
+                mass[BLOCK + i] = weight if turned > 0 else nothing
+        else:
+            for i in range(count):
+                turned = delta[i] * weight * mass[i]
+                total[i] += nothing if turned < 0 else turned
+                mass[BLOCK + i] += weight if turned > 0 else nothing
+    if normalizes:
+        for i in range(count):
+            divisor, one = mass[BLOCK + i], mass[i] * mass[i]
+            total[i] = total[i] * mass[i] / (one if divisor == 0 else divisor)
+    else:
+        for i in range(count):
+            total[i] = total[i] * mass[i]
+
+
+_TENSORS = ("u16**", "u32**", "u64**")
+_KERNELS = {
+    name: kernel(
+        *(*_TENSORS, "i64*", "i64"),
+        *("i64*", "i64", f"{short}*", "u8**"),
+        *("i64", "i64*", "i64*", "i64*", f"{short}*", "i64*", f"{short}*", "i64"),
+        *(*_TENSORS, "i64", "u8*", "u8*", f"{short}**", f"{short}*", f"{short}*"),
+    )(_consensus)
+    for name, short in (("float32", "f32"), ("float64", "f64"))
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Elements above `bits` of magnitude; of those equal to it the first `equals`, counted from the first element.
+
+    `equals` of None keeps none of them.
+    """
+
+    bits: int
+    equals: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Trimmed:
+    """model − base, kept where it is above one limit and not above the other and its mask is 1; then times `factor`.
+
+    Parents are places in a list. A limit of None keeps all, or drops none. The mask has one byte an element.
+    """
+
+    model: int
+    base: int
+    among: Limit | None = None
+    beyond: Limit | None = None
+    mask: NDArray[np.bool_] | None = None
+    factor: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """One point: base + scale · Σ weight · trimmed, over (place of the trimmed task vector, weight).
+
+    With `elects`, the sum is that of the terms with its own sign; with `normalizes` it is divided by their weights.
+    """
+
+    base: int
+    terms: tuple[tuple[int, float], ...]
+    elects: bool
+    normalizes: bool
+    scale: float
+
+
+def run_mixtures(
+    parents: Sequence[Array],
+    trimmed: Sequence[Trimmed],
+    mixtures: Sequence[Mixture],
+    outputs: Sequence[Array],
+    arithmetic: str,
+) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """Writes every point's elements, each rounded once: `outputs` are of one dtype and as long as each parent.
+
+    Returns for each parent, and for each output, whether any element is NaN or infinite.
+    """
+    elements, dtype = len(parents[0]), np.dtype(arithmetic)
+    assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
+    vectors = np.array([_fields(each) for each in trimmed], np.int64)
+    factors = np.array([1.0 if each.factor is None else each.factor for each in trimmed], dtype)
+    masks = addresses([np.zeros(1, np.bool_) if each.mask is None else each.mask for each in trimmed])
+    ends = np.cumsum([len(each.terms) for each in mixtures])
+    terms = np.array([place for each in mixtures for place, _ in each.terms], np.int64)
+    weights = np.array([weight for each in mixtures for _, weight in each.terms], dtype)
+    modes = np.array([_ELECTS * each.elects + _NORMALIZES * each.normalizes for each in mixtures], np.int64)
+    bases = np.array([each.base for each in mixtures], np.int64)
+    scales = np.array([each.scale for each in mixtures], dtype)
+    broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
+    lines, _memory = aligned_lines(len(parents) + len(trimmed) + 3, BLOCK * dtype.itemsize)
+    dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
+    raw, out = addresses(parents), addresses(outputs)
+    raw_at, out_at = address(raw), address(out)
+    _KERNELS[arithmetic](
+        *(raw_at, raw_at, raw_at, address(dtypes), len(parents)),
+        *(address(vectors), len(trimmed), address(factors), address(masks)),
+        *(len(mixtures), address(bases), address(ends), address(terms), address(weights), address(modes)),
+        *(address(scales), elements),
+        *(out_at, out_at, out_at, CODES[outputs[0].dtype]),
+        *(address(broken[0]), address(broken[1]), address(lines), int(lines[-3]), int(lines[-2])),
+    )
+    return broken
+
+
+def _fields(each: Trimmed) -> tuple[int, ...]:
+    among, beyond = each.among or Limit(EVERY), each.beyond or Limit(NONE)
+    equals = tuple(-1 if limit.equals is None else limit.equals for limit in (among, beyond))
+    return (
+        *(each.model, each.base, among.bits, equals[0], beyond.bits, equals[1]),
+        *(each.mask is not None, each.factor is not None, 0),
+    )
