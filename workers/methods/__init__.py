@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from workers.methods.breadcrumbs import breadcrumbs, breadcrumbs_pass, breadcrumbs_ties, breadcrumbs_ties_pass
 from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
+from workers.methods.della import della, della_linear, della_linear_pass, della_pass
 from workers.methods.linear import linear, linear_pass
 from workers.methods.passes import Pass
 from workers.methods.passthrough import passthrough, passthrough_pass
@@ -81,6 +82,8 @@ METHODS: Mapping[str, Method] = {
     "dare_ties": Method(dare_ties, dare_ties_pass, base="required"),
     "breadcrumbs": Method(breadcrumbs, breadcrumbs_pass, base="required"),
     "breadcrumbs_ties": Method(breadcrumbs_ties, breadcrumbs_ties_pass, base="required"),
+    "della": Method(della, della_pass, whole_rows=True, base="required"),
+    "della_linear": Method(della_linear, della_linear_pass, whole_rows=True, base="required"),
     "sce": Method(sce, sce_pass, base="required"),
     "ram": Method(ram, ram_pass, base="required"),
     "ramplus_tl": Method(ramplus_tl, ramplus_tl_pass, base="required"),
@@ -89,8 +92,6 @@ METHODS: Mapping[str, Method] = {
 
 ONLY_IN_MERGEKIT = (
     "arcee_fusion",
-    "della",
-    "della_linear",
     "karcher",
     "model_stock",
     "multislerp",

@@ -145,6 +145,16 @@ def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]
             if not 0 <= share <= 1 or (share == 0 and least == "(0"):
                 place = recipe.place_of(name)
                 raise BadInput(f"{place}: {name} {float(share):g} at tensor {tensor} is outside {least}, 1]")
+    if recipe.merge_method in ("della", "della_linear"):
+        densities, spreads = (cast(tuple[Fraction, ...], values[name]) for name in ("density", "epsilon"))
+        for density, spread in zip(densities, spreads, strict=True):
+            most = min(density, 1 - density)
+            if density < 1 and abs(spread) >= most:
+                raise BadInput(
+                    f"{recipe.place_of('epsilon')}: the probabilities density ± epsilon ="
+                    f" {float(density):g} ± {float(spread):g} at tensor {tensor} are not all inside (0, 1);"
+                    f" give an epsilon below {float(most):g}"
+                )
 
 
 def _other_method(name: str) -> str:
@@ -221,7 +231,7 @@ def _simplified_slerp(bound: Bound) -> Bound:
 def _simplified_task_vectors(bound: Bound) -> Bound:
     """Weight 0 leaves, density 1 trims nothing, and a plain sum takes its divisor and λ into the weights."""
     assert bound.base is not None
-    elects = bound.method in ("ties", "dare_ties", "breadcrumbs_ties")
+    elects = bound.method in ("ties", "dare_ties", "breadcrumbs_ties", "della")
     weights, scale = bound.per_model("weight"), bound.number("lambda")
     total = sum(weights)
     normalize = bool(bound.values["normalize"])
@@ -239,10 +249,10 @@ def _simplified_task_vectors(bound: Bound) -> Bound:
         return Bound("ties" if elects else "task_arithmetic", models, bound.base, values)
     values["density"] = densities
     values["rescale"] = bound.values["rescale"]
-    if "gamma" in bound.values:
-        gammas, _ = _without_zeros(bound.per_model("gamma"), weights)
-        values["gamma"] = tuple(
-            gamma if density < 1 else Fraction(0) for gamma, density in zip(gammas, densities, strict=True)
+    for name in {"gamma", "epsilon"} & bound.values.keys():
+        shares, _ = _without_zeros(bound.per_model(name), weights)
+        values[name] = tuple(
+            share if density < 1 else Fraction(0) for share, density in zip(shares, densities, strict=True)
         )
     return Bound(bound.method, models, bound.base, values)
 

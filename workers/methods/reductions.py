@@ -319,10 +319,46 @@ def share_of(tile: Tile, density: float) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Coin:
-    """Keeps an element with probability `density`, by the random bits of (method, model): see `Tile.random_bits`."""
+    """Keeps an element with probability `density`, by the random bits of (method, model): see `Tile.random_bits`.
+
+    With a `spread`, the probability of the smallest |δ| of a row is density − spread, that of the largest is
+    density + spread, and it grows by equal steps between them; of equal ones the first counts as the smaller.
+    """
 
     method: str
     density: float
+    spread: float = 0.0
+
+    def limits(self, tile: Tile, model: str, base: str) -> NDArray[np.uint32] | np.unsignedinteger[Any]:
+        """An element is kept if its random bits are below this: one number, or one for each element of the tile."""
+        if self.spread == 0 or tile.row == 1:
+            limit = round(self.density * (1 << 32))
+            return np.uint32(limit) if limit < 1 << 32 else np.uint64(limit)
+        ranks = ranks_in_rows(tile, model, base)
+        chances = self.density - self.spread + 2 * self.spread * (np.arange(tile.row) / (tile.row - 1))
+        return np.rint(chances * (1 << 32)).clip(0, (1 << 32) - 1).astype(np.uint32)[ranks]
+
+
+def ranks_in_rows(tile: Tile, model: str, base: str) -> IntArray:
+    """For each element of the tile, how many elements of its row have a smaller |δ|, or the same and come before it."""
+
+    def compute() -> IntArray:
+        row = tile.row
+        first, end = tile.start // row * row, -(-(tile.start + tile.elements) // row) * row
+        inside = slice(first - tile.around_start, end - tile.around_start)
+        assert inside.start >= 0 and inside.stop <= len(tile.around[model]), "read without the whole rows of a tile"
+        rows = Tile(tile.tensor, first, {name: tile.around[name][inside] for name in (model, base)}, {})
+        # the magnitude of an element and its place in one number: no two are equal, so any sort gives the same order
+        keys = (Magnitude(model, base).on_host(rows).astype(np.int64) << 32).reshape(-1, row)
+        keys |= np.arange(row)
+        keys.sort(axis=1)
+        order = keys.astype(np.uint32)  # the lower half: the place
+        ranks = np.empty(keys.shape, np.int32)
+        for of_row, by_rank in zip(ranks, order, strict=True):
+            of_row[by_rank] = np.arange(row, dtype=np.int32)
+        return ranks.reshape(-1)[tile.start - first : tile.start - first + tile.elements]
+
+    return tile.remember(("ranks", model, base), compute)
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,15 +383,17 @@ class Selection:
     def mask(self, tile: Tile, model: str, base: str) -> Tensor:
         """1 where an element is kept, else 0."""
         if self.coin is not None:
-            return drawn(tile, self.coin, model)
+            return drawn(tile, self.coin, model, base)
         score = Magnitude(model, base)
-        most = 1 if self.most is None else largest(tile, score, self.most)
-        return most - largest(tile, score, self.but)
+        if self.most is None:
+            return 1 - largest(tile, score, self.but)
+        most = largest(tile, score, self.most)
+        return most - largest(tile, score, self.but) if self.but else most
 
     def on_host(self, tile: Tile, model: str, base: str) -> NDArray[np.float32]:
         """The same in the memory of the host."""
         if self.coin is not None:
-            return drawn_on_host(tile, self.coin, model).astype(np.float32)
+            return drawn_on_host(tile, self.coin, model, base).astype(np.float32)
         score = Magnitude(model, base)
         kept = np.ones(tile.elements, np.bool_) if self.most is None else _largest_on_host(tile, score, self.most)
         if self.but:
@@ -363,22 +401,18 @@ class Selection:
         return kept.astype(np.float32)
 
 
-def drawn(tile: Tile, coin: Coin, model: str) -> Tensor:
+def drawn(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
     """Which elements a coin keeps, element by element: 1 or 0, where the model's elements are."""
     import torch
 
-    return torch.from_numpy(drawn_on_host(tile, coin, model)).to(as_tensor(tile.raw[model]).device, torch.float32)
+    return torch.from_numpy(drawn_on_host(tile, coin, model, base)).to(as_tensor(tile.raw[model]).device, torch.float32)
 
 
-def drawn_on_host(tile: Tile, coin: Coin, model: str) -> NDArray[np.bool_]:
+def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
     """The same in the memory of the host."""
-
-    def decide() -> NDArray[np.bool_]:
-        threshold = round(coin.density * (1 << 32))
-        bits = tile.random_bits(coin.method, model)
-        return bits < np.uint32(threshold) if threshold < 1 << 32 else np.ones(bits.size, np.bool_)
-
-    return tile.remember((coin, model), decide)
+    return tile.remember(
+        (coin, model, base), lambda: tile.random_bits(coin.method, model) < coin.limits(tile, model, base)
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,7 +90,7 @@ def _trimmed(kept: Kept, base: str, places: dict[str, int], tile: Tile) -> Trimm
         _place(base, places),
         None if kept.among is None else _limit(kept.among, tile),
         None if kept.beyond is None else _limit(kept.beyond, tile),
-        None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model),
+        None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model, base),
         kept.factor,
     )
 

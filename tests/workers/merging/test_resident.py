@@ -36,6 +36,15 @@ RECIPES = {
     "models: [{model: a, parameters: {density: 0.3}}, {model: b, parameters: {density: 0.6}}]",
     "dare_linear": "base_model: base, parameters: {weight: 0.5, density: 0.4}, models: [{model: a}, {model: b}]",
     "dare_ties": "base_model: base, parameters: {weight: 0.5, density: 0.4}, models: [{model: a}, {model: b}]",
+    "breadcrumbs": "base_model: base, parameters: {weight: 0.5, density: 0.4}, models: [{model: a}, {model: b}]",
+    "breadcrumbs_ties": "base_model: base, parameters: {weight: 0.5, density: 0.4, gamma: 0.1}, "
+    "models: [{model: a}, {model: b}]",
+    "della": "base_model: base, parameters: {weight: 0.5, density: 0.4}, models: [{model: a}, {model: b}]",
+    "della_linear": "base_model: base, parameters: {weight: 0.5, density: 0.4, rescale: false}, "
+    "models: [{model: a}, {model: b}]",
+    "sce": "base_model: base, parameters: {select_topk: 0.3}, models: [{model: a}, {model: b}]",
+    "ram": "base_model: base, models: [{model: a}, {model: b}]",
+    "ramplus_tl": "base_model: base, parameters: {epsilon: 1}, models: [{model: a}, {model: b}]",
     "passthrough": "models: [{model: b, parameters: {scale: 0.5}}]",
 }
 

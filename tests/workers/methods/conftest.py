@@ -29,10 +29,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def merge() -> Merge:
-    """merge(method, models, base=…, arithmetic="F32", seed=0, tensor="x", units=1, **parameters): the merged tensor.
+    """merge(method, models, base=…, arithmetic="F32", seed=0, tensor="x", units=1, shape=None, **parameters).
 
-    `models` and `base` map names to tensors (lists become float32); parameters are as a method's keywords, those per
-    model as tuples.
+    Returns the merged elements. `models` and `base` map names to tensors (lists become float32); parameters are as a
+    method's keywords, those per model as tuples.
     """
 
     def run(
@@ -44,6 +44,7 @@ def merge() -> Merge:
         seed: int = 0,
         tensor: str = "x",
         units: int = 1,
+        shape: tuple[int, ...] | None = None,
         **parameters: Any,
     ) -> Tensor:
         parents = {
@@ -55,7 +56,7 @@ def merge() -> Merge:
                 parameters.setdefault(parameter.name, (parameter.default,) * len(models))
         setting = Setting(method, tuple(models), next(iter(base), None) if base else None, tuple(parameters.items()))
         facts: dict[Reduction, Any] = {}
-        tiles = tiles_of(parents, facts, units=units, seed=seed, name=tensor)
+        tiles = tiles_of(parents, facts, units=units, seed=seed, name=tensor, shape=shape)
         return torch.cat(answered(tiles, facts, lambda tile: merge_tile(tile, setting, arithmetic, "float32")))
 
     return run

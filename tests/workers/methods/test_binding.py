@@ -59,9 +59,9 @@ REFUSED = {
     "method of mergekit alone": (
         """
         models: [{model: a}]
-        merge_method: della_linear
+        merge_method: arcee_fusion
         """,
-        'job.yaml:1: unknown method "della_linear"; mergeyard does not have mergekit\'s della_linear, choose',
+        'job.yaml:1: unknown method "arcee_fusion"; mergeyard does not have mergekit\'s arcee_fusion, choose',
     ),
     "misspelt method of mergekit alone": (
         """
@@ -164,6 +164,28 @@ REFUSED = {
         - {model: a, parameters: {weight: 1, gamma: 1.5}}
         """,
         "job.yaml:4: gamma 1.5 at tensor x is outside [0, 1]",
+    ),
+    "della's probabilities above one": (
+        """
+        merge_method: della
+        base_model: base
+        models: [{model: a}]
+        parameters:
+          weight: 1
+          density: 0.9
+        """,
+        "job.yaml:1: the probabilities density ± epsilon = 0.9 ± 0.15 at tensor x are not all inside (0, 1);"
+        " give an epsilon below 0.1",
+    ),
+    "della's probability of zero": (
+        """
+        merge_method: della_linear
+        base_model: base
+        models: [{model: a, parameters: {weight: 1, density: 0.25}}]
+        parameters: {epsilon: 0.25}
+        """,
+        "job.yaml:4: the probabilities density ± epsilon = 0.25 ± 0.25 at tensor x are not all inside (0, 1);"
+        " give an epsilon below 0.25",
     ),
     "select_topk of zero": (
         """
@@ -348,6 +370,8 @@ SAME = {
         weighted("breadcrumbs_ties", (1, 1), (1, 0.5), gamma=[0.2, 0.2]),
         weighted("breadcrumbs_ties", ("1, gamma: 0.9", 1), ("1, gamma: 0.2", 0.5)),
     ),
+    "della of density one is ties": (weighted("della", 1, 2, epsilon=0.9), weighted("ties", 1, 2)),
+    "della_linear of density one is task arithmetic": (weighted("della_linear", 1), weighted("task_arithmetic", 1)),
     "sce of one model is task arithmetic": (plain("sce", "a"), weighted("task_arithmetic", 1)),
     "ramplus_tl of one model is ram": (plain("ramplus_tl", "a", r=0.3), plain("ram", "a")),
     "ramplus_tl without growth is ram": (plain("ramplus_tl", "a", "b", alpha=0), plain("ram", "a", "b")),
@@ -382,6 +406,7 @@ DIFFERENT = {
     "densities": (weighted("ties", (1, 0.5)), weighted("ties", (1, 0.4))),
     "methods": (weighted("dare_ties", (1, 0.5)), weighted("ties", (1, 0.5), normalize=False)),
     "gammas": (weighted("breadcrumbs", (1, 0.5), gamma=0.1), weighted("breadcrumbs", (1, 0.5), gamma=0.2)),
+    "epsilons of della": (weighted("della", (1, 0.5), epsilon=0.1), weighted("della", (1, 0.5))),
     "normalize in ties": (weighted("ties", 1, 2), weighted("ties", 1, 2, normalize=False)),
     "lambda in ties": (weighted("ties", 1, 2, lambda_=2), weighted("ties", 2, 4)),
     "rescale": (weighted("ties", (1, 0.5), rescale=True), weighted("ties", (1, 0.5))),

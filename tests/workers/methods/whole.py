@@ -20,12 +20,15 @@ def tiles_of(
     units: int = 1,
     seed: int = 0,
     name: str = "x",
+    shape: tuple[int, ...] | None = None,
 ) -> list[Tile]:
-    """The tiles of one tensor, `units` of `TILE_ELEMENTS` in each."""
+    """The tiles of one tensor, `units` of `TILE_ELEMENTS` in each; a vector if `shape` is not given."""
     elements, step = len(next(iter(parents.values()))), units * tile.TILE_ELEMENTS
+    shape = (elements,) if shape is None else shape
+    cuts = (slice(start, start + step) for start in range(0, elements, step))
     return [
-        Tile(name, start, {parent: t[start : start + step] for parent, t in parents.items()}, facts, seed, (elements,))
-        for start in range(0, elements, step)
+        Tile(name, cut.start, {parent: t[cut] for parent, t in parents.items()}, facts, seed, shape, parents)
+        for cut in cuts
     ]
 
 

@@ -1,0 +1,98 @@
+"""della and della_linear: probabilities by rank against arithmetic on paper, and how often they hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.workers.methods.whole import tiles_of
+from workers.methods.reductions import Coin
+
+
+def chances(deltas: list[float], shape: tuple[int, ...], coin: Coin, units: int = 1) -> list[float]:
+    """The probability with which each element is kept."""
+    parents = {"x": torch.tensor(deltas) + 1, "base": torch.ones(len(deltas))}
+    found: list[float] = []
+    for tile in tiles_of(parents, {}, shape=shape, units=units):
+        limits = torch.as_tensor(coin.limits(tile, "x", "base").astype("f8")) / 2**32
+        found += limits.broadcast_to(tile.elements).tolist()
+    return found
+
+
+HALF = Coin("della", 0.5, 0.25)
+
+
+def test_the_probability_grows_by_equal_steps_with_the_rank_in_the_row():
+    assert chances([3, -1, 2], (3,), HALF) == pytest.approx([0.75, 0.25, 0.5])
+    assert chances([3, -1, 2, 8, 9, 7], (2, 3), HALF) == pytest.approx([0.75, 0.25, 0.5, 0.5, 0.75, 0.25])
+
+
+def test_of_equal_magnitudes_the_first_counts_as_the_smaller():
+    assert chances([2, -2, 2, 0, 0], (5,), HALF) == pytest.approx([0.5, 0.625, 0.75, 0.25, 0.375])
+
+
+def test_the_rows_of_more_axes_are_along_the_last():
+    assert chances([1, 2, 2, 1, 4, 3, 1, 9], (2, 2, 2), HALF) == [0.25, 0.75, 0.75, 0.25, 0.75, 0.25, 0.25, 0.75]
+
+
+def test_a_row_of_one_element_is_kept_with_the_density():
+    assert chances([3, 0], (2, 1), HALF) == [0.5, 0.5]
+
+
+def test_without_epsilon_every_element_has_the_density():
+    assert chances([3, 0, 1], (3,), Coin("della", 0.5)) == [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("units", [1, 3])
+def test_rows_that_tiles_cut_are_ranked_whole(small_tiles: int, units: int):
+    deltas = torch.randn(7 * 11, generator=torch.Generator().manual_seed(3))
+    ranks = deltas.abs().view(7, 11).argsort(dim=1).argsort(dim=1)
+    expected = 0.25 + 0.5 * ranks.flatten() / 10
+    assert chances(deltas.tolist(), (7, 11), HALF, units) == pytest.approx(expected.tolist())
+
+
+def kept(merge: Any, deltas: Tensor, **more: Any) -> Tensor:
+    """What is left of the task vector of one model."""
+    parameters = {"weight": (1.0,), "density": (0.5,), "epsilon": (0.25,), "rescale": False, **more}
+    merged = merge("della_linear", {"x": deltas.flatten()}, base={"b": torch.zeros(deltas.numel())}, **parameters)
+    return merged.view(deltas.shape)
+
+
+def test_large_elements_are_kept_more_often(merge: Any):
+    deltas = torch.arange(1.0, 6.0).repeat(4000, 1)  # p = ¼, ⅜, ½, ⅝, ¾; three standard deviations are 0.024
+    left = kept(merge, deltas, shape=(4000, 5))
+    assert set(left[:, 4].tolist()) == {0.0, 5.0}
+    shares = left.count_nonzero(dim=0) / 4000
+    assert shares.tolist() == pytest.approx([0.25, 0.375, 0.5, 0.625, 0.75], abs=0.024)
+
+
+def test_no_tiling_changes_an_element(merge: Any, monkeypatch: pytest.MonkeyPatch):
+    deltas = torch.randn(40, 13, generator=torch.Generator().manual_seed(1))
+    whole = kept(merge, deltas, shape=(40, 13), rescale=True)
+    for room in ("tile", "reductions"):
+        monkeypatch.setattr(f"workers.methods.{room}.TILE_ELEMENTS", 16)
+    for units in (1, 3):
+        assert torch.equal(kept(merge, deltas, shape=(40, 13), rescale=True, units=units), whole)
+
+
+def test_rescale_restores_the_sum_of_magnitudes(merge: Any):
+    deltas = torch.randn(40, 13, generator=torch.Generator().manual_seed(1))
+    left = kept(merge, deltas, shape=(40, 13), rescale=True)
+    assert float(left.abs().sum()) == pytest.approx(float(deltas.abs().sum()), rel=1e-6)
+
+
+def test_the_seed_decides(merge: Any):
+    deltas = torch.ones(8, 8)
+    assert torch.equal(kept(merge, deltas, shape=(8, 8)), kept(merge, deltas, shape=(8, 8), seed=0))
+    assert not torch.equal(kept(merge, deltas, shape=(8, 8)), kept(merge, deltas, shape=(8, 8), seed=1))
+
+
+def test_della_elects_a_sign_and_averages(merge: Any):
+    # every element of x is 3 and of y −1: where both are kept, x alone agrees; where y alone is kept, y is elected
+    models = {"x": torch.full((64,), 3.0), "y": torch.full((64,), -1.0)}
+    parameters = {"weight": (1.0, 2.0), "density": (0.5, 0.5), "epsilon": (0.1, 0.1), "rescale": False, "seed": 4}
+    merged = merge("della", models, base={"b": torch.zeros(64)}, **parameters)
+    assert set(merged.tolist()) == {3.0, -1.0, 0.0}
