@@ -19,6 +19,10 @@ from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
+from workers.checkpoints.dtypes import TORCH_NAMES
+
+RANGES = ("F16", "BF16", "F32", "F64")
+"""The dtypes by their largest number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +51,7 @@ class RunResult:
     bytes_read: int
     nonfinite: tuple[str, ...]
     overflowed: Mapping[str, Mapping[str, int]]
-    wider_dtype_helps: bool
+    remedy: str
 
     def check_finite(self) -> None:
         """`NotFinite` if a merge of finite numbers has NaN or infinity in it."""
@@ -55,10 +59,9 @@ class RunResult:
             name = max(tensors, key=lambda tensor: tensors[tensor])
             others = f" (and {len(tensors) - 1} more tensors)" if len(tensors) > 1 else ""
             points = f" and {len(self.overflowed) - 1} more points" if len(self.overflowed) > 1 else ""
-            remedy = "give `dtype: bfloat16`" if self.wider_dtype_helps else "give smaller weights"
             raise NotFinite(
                 f"{self.url}: of {point}{points}, {sum(tensors.values()):,} numbers are NaN or infinite that are finite"
-                f" in the parents, in tensor {name}{others}; {remedy}, and merge into another folder"
+                f" in the parents, in tensor {name}{others}; {self.remedy}, and merge into another folder"
             )
 
 
@@ -139,14 +142,25 @@ class _Points:
             bytes_read=bytes_read,
             nonfinite=tuple(sorted(self._nonfinite)),
             overflowed=self._overflowed,
-            wider_dtype_helps=any(
-                "F16" in (tensor.dtype, tensor.arithmetic)
-                for name, names in self._overflowed.items()
-                for shard in self._merges[name].layout.shards
-                for tensor in shard.tensors
-                if tensor.name in names
-            ),
+            remedy=self._remedy(),
         )
+
+    def _remedy(self) -> str:
+        """How a merge of the same parents overflows no longer: in a dtype of their range, or with smaller weights."""
+        for name, names in self._overflowed.items():
+            planned = self._merges[name]
+            recipe = planned.point.recipe
+            output = "dtype" if recipe.out_dtype is None else "out_dtype"
+            for tensor in (tensor for shard in planned.layout.shards for tensor in shard.tensors):
+                if tensor.name not in names:
+                    continue
+                narrow = {output: tensor.dtype, **({"dtype": tensor.arithmetic} if tensor.arithmetic == "F16" else {})}
+                if keys := [key for key in ("dtype", "out_dtype") if narrow.get(key) == "F16"]:
+                    return f"give {' and '.join(f'`{key}: bfloat16`' for key in keys)}"
+                widest = max((at.dtype for at in tensor.sources.values()), key=RANGES.index)
+                if RANGES.index(widest) > RANGES.index(tensor.dtype):
+                    return f"give `{output}: {TORCH_NAMES[widest]}` or smaller weights"
+        return "give smaller weights"
 
 
 def _with_shared_names(receipt: Receipt) -> Receipt:

@@ -271,6 +271,43 @@ def test_a_merge_beyond_float16_ends_with_1_and_its_remedy_helps(mergeyard: Merg
     assert mergeyard("merge", config, tmp_path / "whole", "-q").code == 0
 
 
+@pytest.mark.parametrize(
+    ("numerics", "keys", "remedy"),
+    [
+        ("float32", {"dtype": "float16"}, ["dtype"]),
+        ("float32", {"dtype": "bfloat16", "out_dtype": "float16"}, ["out_dtype"]),
+        ("mergekit", {"dtype": "float16", "out_dtype": "float16"}, ["dtype", "out_dtype"]),
+        ("mergekit", {"dtype": "float16", "out_dtype": "bfloat16"}, ["dtype"]),
+    ],
+)
+@pytest.mark.usefixtures("large_norm")
+def test_the_remedy_of_an_overflow_names_the_keys_that_are_too_narrow(
+    mergeyard: Mergeyard, config: Path, tmp_path: Path, numerics: str, keys: dict[str, str], remedy: list[str]
+):
+    def merge(keys: dict[str, str], folder: str) -> Ended:
+        config.write_text(yaml.safe_dump({**document, **keys}))
+        return mergeyard("merge", config, tmp_path / folder, "-q", "--numerics", numerics)
+
+    document = yaml.safe_load(config.read_text())
+    ended = merge(keys, "narrow")
+    told = " and ".join(f"`{key}: bfloat16`" for key in remedy)
+    assert ended.code == 1 and f"; give {told}, and merge into another folder" in ended.err
+    assert merge({**keys, **dict.fromkeys(remedy, "bfloat16")}, "whole").code == 0
+
+
+def test_a_merge_of_float32_beyond_bfloat16_ends_with_1_and_its_remedy_helps(
+    mergeyard: Mergeyard, config: Path, parents: Path, tmp_path: Path
+):
+    for name in ("cos", "fmt"):
+        tensors = weights(name, dtype=torch.float32)
+        tensors["model.norm.weight"][:3] = 3.4e38  # the largest numbers are 3.3895e38 and 3.4028e38
+        write_model(parents / name, tensors)
+    ended = mergeyard("merge", config, tmp_path / "narrow", "-q")
+    assert ended.code == 1 and "; give `dtype: float32` or smaller weights, and merge into" in ended.err
+    config.write_text(config.read_text().replace("bfloat16", "float32"))
+    assert mergeyard("merge", config, tmp_path / "whole", "-q").code == 0
+
+
 @pytest.mark.usefixtures("large_norm")
 def test_a_grid_beyond_float16_ends_with_1_each_time_it_is_run(
     mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
