@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
 from workers.methods.kernels.ranks import bracketed, magnitudes
 from workers.methods.kernels.unit_sums import Product
@@ -173,6 +174,11 @@ class Variance(Score):
 
         return tile.remember(self, compute)
 
+    def on_host(self, tile: Tile) -> NDArray[np.int32]:
+        if arrays := host_arrays(tile, *self.models, self.base):
+            return tile.remember(("on host", self), lambda: variance_bits(arrays))
+        return self.bits(tile).cpu().numpy()
+
 
 @dataclass(frozen=True, slots=True)
 class Nonzero(Reduction):
@@ -288,9 +294,14 @@ def largest(tile: Tile, score: Score, count: int) -> Tensor:
     return tile.remember(("largest", score, count), decide)
 
 
-def _largest_on_host(tile: Tile, score: Score, count: int) -> NDArray[np.bool_]:
+def largest_on_host(tile: Tile, score: Score, count: int) -> NDArray[np.bool_]:
     """The same on the host."""
-    threshold, bits = threshold_of(tile, score, count), score.on_host(tile)
+    return among_on_host(tile, threshold_of(tile, score, count), score)
+
+
+def among_on_host(tile: Tile, threshold: Threshold, score: Score) -> NDArray[np.bool_]:
+    """Which elements of a tile a threshold on their scores keeps."""
+    bits = score.on_host(tile)
     first, end = tile.units
     room = threshold.equals - threshold.equal_before[first]
     equal_here = threshold.equal_before[end] - threshold.equal_before[first]
@@ -395,9 +406,9 @@ class Selection:
         if self.coin is not None:
             return drawn_on_host(tile, self.coin, model, base).astype(np.float32)
         score = Magnitude(model, base)
-        kept = np.ones(tile.elements, np.bool_) if self.most is None else _largest_on_host(tile, score, self.most)
+        kept = np.ones(tile.elements, np.bool_) if self.most is None else largest_on_host(tile, score, self.most)
         if self.but:
-            kept &= ~_largest_on_host(tile, score, self.but)
+            kept &= ~largest_on_host(tile, score, self.but)
         return kept.astype(np.float32)
 
 
@@ -455,6 +466,12 @@ class SquaresSelected(Reduction):
             threshold_of(tile, Variance(self.models, self.base), self.count)
 
     def of(self, tile: Tile) -> list[float]:
+        if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
+            if self.count is not None:
+                kept = largest_on_host(tile, Variance(self.models, self.base), self.count)
+                arrays = [np.where(kept, each, np.zeros_like(each)) for each in arrays]
+            products = [Product((0, 1), (0, 1))]
+            return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
         squares = tile.delta(self.model, self.base, self.dtype).double().square()
         if self.count is not None:
             squares = squares * largest(tile, Variance(self.models, self.base), self.count)
@@ -488,6 +505,9 @@ class Overlaps(Reduction):
     dtype: str
 
     def of(self, tile: Tile) -> list[list[tuple[int, int]]]:
+        if (arrays := host_arrays(tile, *self.models, self.base)) and self.dtype in ARITHMETIC:
+            units = zip(*(_units(each) for each in arrays), strict=True)
+            return [overlap_counts(unit, self.epsilon, self.dtype) for unit in units]
         active, count = overlap(tile, self.models, self.base, self.epsilon, self.dtype)
         return [
             [

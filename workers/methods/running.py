@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.methods.kernels.agreement import run_overlap, run_selected
 from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
-from workers.methods.passes import Consensus, Kept, Pass, WeightedSum
-from workers.methods.reductions import Threshold, drawn_on_host
+from workers.methods.passes import Consensus, Kept, Overlap, Pass, SelectedConsensus, WeightedSum
+from workers.methods.reductions import Threshold, Variance, among_on_host, drawn_on_host
+from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import Array, Tile
 
+Agreement = TypeVar("Agreement", SelectedConsensus, Overlap)
 Flags = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 
@@ -84,6 +87,51 @@ def _consensus(
     return run_mixtures(_parents(places, tile), trimmed, mixtures, outputs, arithmetic)
 
 
+def _selected(
+    passes: Sequence[SelectedConsensus],
+    places: dict[str, int],
+    tile: Tile,
+    outputs: Sequence[Array],
+    arithmetic: str,
+) -> Flags:
+    def one(each: SelectedConsensus, parents: Sequence[Array], output: Array) -> tuple[NDArray[np.bool_], bool]:
+        mask = None
+        if each.among is not None:
+            mask = among_on_host(tile, each.among, Variance(each.models, each.base))
+        return run_selected(parents, each.weights, LEAST_DIVISOR, mask, output, arithmetic)
+
+    return _each_alone(passes, places, tile, outputs, one)
+
+
+def _overlap(
+    passes: Sequence[Overlap], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    def one(each: Overlap, parents: Sequence[Array], output: Array) -> tuple[NDArray[np.bool_], bool]:
+        return run_overlap(parents, each.factors, each.epsilon, output, arithmetic)
+
+    return _each_alone(passes, places, tile, outputs, one)
+
+
+def _each_alone(
+    passes: Sequence[Agreement],
+    places: dict[str, int],
+    tile: Tile,
+    outputs: Sequence[Array],
+    one: Callable[[Agreement, Sequence[Array], Array], tuple[NDArray[np.bool_], bool]],
+) -> Flags:
+    """Point by point, from the models' elements and then the base's."""
+    flags: dict[str, bool] = {}
+    overflowed: list[bool] = []
+    for each, output in zip(passes, outputs, strict=True):
+        names = (*each.models, each.base)
+        of_parents, of_output = one(each, [cast(Array, tile.raw[name]) for name in names], output)
+        for name, flag in zip(names, of_parents, strict=True):
+            _place(name, places)
+            flags[name] = flags.get(name, False) or bool(flag)
+        overflowed.append(of_output)
+    return np.array([flags[name] for name in places], np.bool_), np.array(overflowed, np.bool_)
+
+
 def _trimmed(kept: Kept, base: str, places: dict[str, int], tile: Tile) -> Trimmed:
     return Trimmed(
         _place(kept.model, places),
@@ -114,5 +162,10 @@ def _parents(places: dict[str, int], tile: Tile) -> list[Array]:
     return [cast(Array, tile.raw[name]) for name in places]
 
 
-RUNNERS: dict[type, Callable[..., Flags]] = {WeightedSum: _weighted_sums, Consensus: _consensus}
+RUNNERS: dict[type, Callable[..., Flags]] = {
+    WeightedSum: _weighted_sums,
+    Consensus: _consensus,
+    SelectedConsensus: _selected,
+    Overlap: _overlap,
+}
 """The passes that have a compiled loop."""

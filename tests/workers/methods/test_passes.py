@@ -20,7 +20,7 @@ from workers.methods.tile import Array, Reduction
 
 MODELS = ("a", "b", "c")
 STORED = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-COMPILED = [name for name, method in METHODS.items() if method.fused and name not in ("sce", "ram", "ramplus_tl")]
+COMPILED = [name for name, method in METHODS.items() if method.fused]
 SUMS = ("task_arithmetic", "dare_linear", "breadcrumbs", "della_linear")
 """Methods whose simplified settings have neither a divisor nor a λ."""
 
@@ -43,7 +43,10 @@ def parameters(rng: np.random.Generator, method: str, models: int) -> tuple[tupl
         "weight": tuple(float(rng.choice([0.7, 0.3, 1.0, -0.4, 0.5])) for _ in range(models)),
         "density": tuple(float(rng.choice([0.05, 0.3, 0.5, 0.81])) for _ in range(models)),
         "gamma": tuple(float(rng.choice([0.0, 0.01, 0.2])) for _ in range(models)),
-        "epsilon": tuple(0.04 for _ in range(models)),
+        "epsilon": 1e-3 if method.startswith("ram") else (0.04,) * models,
+        "select_topk": float(rng.choice([0.3, 0.8, 1.0])),
+        "r": 0.1,
+        "alpha": 0.2,
         "scale": tuple(float(rng.choice([1.0, 0.3])) for _ in range(models)),
         "t": float(rng.choice([0.3, 0.9])),
         "normalize": method not in ("linear", *SUMS) and bool(rng.random() < 0.5),

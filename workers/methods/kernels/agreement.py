@@ -1,0 +1,323 @@
+"""base + what the task vectors of one point have in common, by the rules of `sce` and of `ram`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from workers.methods.kernels.compiling import Pointer, kernel
+from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
+from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+
+Flags = tuple[NDArray[np.bool_], bool]
+"""For each parent, and for the output, whether any element is NaN or infinite."""
+
+
+def _deltas(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    models: int,
+    first: int,
+    size: int,
+    lines: Pointer,
+    broken: Pointer,
+) -> None:
+    """Fills the lines of the models with their task vectors; the base is the parent after them."""
+    for parent in range(models + 1):
+        code, half, word, long = dtypes[parent], halves[parent], words[parent], longs[parent]
+        widened(code, half, word, long, first, size, lines[parent])
+        if any_nonfinite(code, half, word, long, first, size):
+            broken[parent] = 1
+    base = lines[models]
+    for model in range(models):
+        line = lines[model]
+        for i in range(size):
+            line[i] = line[i] - base[i]
+
+
+def _stored(
+    base: Pointer,
+    total: Pointer,
+    first: int,
+    size: int,
+    code: int,
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    broken: Pointer,
+) -> None:
+    """Writes base + total."""
+    for i in range(size):
+        total[i] = base[i] + total[i]
+    rounded(code, total, size, halves[0], words[0], longs[0], first)
+    if any_nonfinite(code, halves[0], words[0], longs[0], first, size):
+        broken[0] = 1
+
+
+def _selected(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    models: int,
+    weights: Pointer,
+    least: float,
+    has_mask: int,
+    mask: Pointer,
+    count: int,
+    out_halves: Pointer,
+    out_words: Pointer,
+    out_longs: Pointer,
+    out_dtype: int,
+    broken_parents: Pointer,
+    broken_output: Pointer,
+    lines: Pointer,
+    total: Pointer,
+    signs: Pointer,
+    divisor: Pointer,
+) -> None:
+    """See `passes.SelectedConsensus`; the mask has a byte for each element."""
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        _deltas(halves, words, longs, dtypes, models, first, size, lines, broken_parents)
+        for model in range(models):
+            delta = lines[model]
+            if has_mask:
+                for i in range(size):
+                    delta[i] = delta[i] * np.float32(mask[first + i])
+            if model == 0:
+                for i in range(size):
+                    total[i] = delta[i]
+            else:
+                for i in range(size):
+                    total[i] = total[i] + delta[i]
+        for i in range(size):
+            signs[i] = 1 if total[i] >= 0 else -1
+        for model in range(models):
+            delta, weight = lines[model], weights[model]
+            nothing = weight - weight  # a zero of the right dtype
+            if model == 0:
+                for i in range(size):
+                    share = weight if delta[i] * signs[i] > 0 else nothing
+                    total[i] = delta[i] * share
+                    divisor[i] = share
+            else:
+                for i in range(size):
+                    share = weight if delta[i] * signs[i] > 0 else nothing
+                    total[i] = total[i] + delta[i] * share
+                    divisor[i] = divisor[i] + share
+        for i in range(size):
+            total[i] = total[i] / (least if divisor[i] < least else divisor[i])
+        _stored(lines[models], total, first, size, out_dtype, out_halves, out_words, out_longs, broken_output)
+
+
+def _overlapping(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    models: int,
+    factors: Pointer,
+    has_factors: int,
+    epsilon: float,
+    count: int,
+    out_halves: Pointer,
+    out_words: Pointer,
+    out_longs: Pointer,
+    out_dtype: int,
+    broken_parents: Pointer,
+    broken_output: Pointer,
+    lines: Pointer,
+    total: Pointer,
+    active: Pointer,
+    alone: Pointer,
+) -> None:
+    """See `passes.Overlap`."""
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        _deltas(halves, words, longs, dtypes, models, first, size, lines, broken_parents)
+        for model in range(models):
+            delta, factor = lines[model], factors[model]
+            if model == 0:
+                for i in range(size):
+                    changed = np.float32(abs(delta[i]) > epsilon)
+                    total[i] = delta[i] * changed
+                    alone[i] = total[i] * factor
+                    active[i] = changed
+            else:
+                for i in range(size):
+                    changed = np.float32(abs(delta[i]) > epsilon)
+                    change = delta[i] * changed
+                    total[i] = total[i] + change
+                    alone[i] = alone[i] + change * factor
+                    active[i] = active[i] + changed
+        one = epsilon - epsilon + np.float32(1)
+        for i in range(size):
+            mean = total[i] / (one if active[i] < one else active[i])
+            total[i] = alone[i] if has_factors and active[i] == one else mean
+        _stored(lines[models], total, first, size, out_dtype, out_halves, out_words, out_longs, broken_output)
+
+
+def _overlaps(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    models: int,
+    epsilon: float,
+    count: int,
+    counts: Pointer,
+    broken: Pointer,
+    lines: Pointer,
+    active: Pointer,
+) -> None:
+    """Counts for each model the elements that are active in it and in another, and in it alone."""
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        _deltas(halves, words, longs, dtypes, models, first, size, lines, broken)
+        for i in range(size):
+            active[i] = 0
+        for model in range(models):
+            delta = lines[model]
+            for i in range(size):
+                delta[i] = np.float32(abs(delta[i]) > epsilon)
+                active[i] = active[i] + delta[i]
+        for model in range(models):
+            delta = lines[model]
+            shared = only = 0
+            for i in range(size):
+                shared += np.int64((delta[i] > 0) & (active[i] > 1))
+                only += np.int64((delta[i] > 0) & (active[i] == 1))
+            counts[2 * model] += shared
+            counts[2 * model + 1] += only
+
+
+@kernel("u16**", "u32**", "u64**", "i64*", "i64", "f32", "i64", "u32*", "u8*", "f32**", "f32*")
+def _variances(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    models: int,
+    share: float,
+    count: int,
+    bits: Pointer,
+    broken: Pointer,
+    lines: Pointer,
+    mean: Pointer,
+) -> None:
+    """Σ (δᵢ − m)² in float32, m = Σ δᵢ · share, as the bits of a number without a sign."""
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        _deltas(halves, words, longs, dtypes, models, first, size, lines, broken)
+        for model in range(models):
+            delta = lines[model]
+            for i in range(size):
+                mean[i] = delta[i] if model == 0 else mean[i] + delta[i]
+        for i in range(size):
+            mean[i] = mean[i] * share
+        total = lines[models]  # the base is not needed any more
+        for model in range(models):
+            delta = lines[model]
+            for i in range(size):
+                off = delta[i] - mean[i]
+                total[i] = off * off if model == 0 else total[i] + off * off
+        for i in range(size):
+            bits[first + i] = np.uint32(np.float32(total[i]).view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
+_TENSORS = ("u16**", "u32**", "u64**")
+_SHORT = {"float32": "f32", "float64": "f64"}
+_SELECTED = {
+    name: kernel(
+        *(*_TENSORS, "i64*", "i64", f"{short}*", short, "i64", "u8*", "i64", *_TENSORS, "i64", "u8*", "u8*"),
+        *(f"{short}**", f"{short}*", f"{short}*", f"{short}*"),
+    )(_selected)
+    for name, short in _SHORT.items()
+}
+_OVERLAPPING = {
+    name: kernel(
+        *(*_TENSORS, "i64*", "i64", f"{short}*", "i64", short, "i64", *_TENSORS, "i64", "u8*", "u8*"),
+        *(f"{short}**", f"{short}*", f"{short}*", f"{short}*"),
+    )(_overlapping)
+    for name, short in _SHORT.items()
+}
+_OVERLAPS = {
+    name: kernel(*_TENSORS, "i64*", "i64", short, "i64", "i64*", "u8*", f"{short}**", f"{short}*")(_overlaps)
+    for name, short in _SHORT.items()
+}
+
+
+class _Memory:
+    """The parents (models, then the base), flags and scratch lines of one call."""
+
+    def __init__(self, parents: Sequence[Array], arithmetic: str, scratch: int) -> None:
+        dtype = np.dtype(arithmetic)
+        self.elements, self.models = parents[0].size, len(parents) - 1
+        assert all(each.size == self.elements and each.flags.c_contiguous for each in parents)
+        self._raw = addresses(parents)
+        self._dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
+        self._lines, self._memory = aligned_lines(len(parents) + scratch, BLOCK * dtype.itemsize)
+        self.broken = np.zeros(len(parents), np.bool_)
+        self.parents = (*3 * (address(self._raw),), address(self._dtypes), self.models)
+        self.lines = (address(self._lines), *map(int, self._lines[len(parents) :]))
+
+
+def run_selected(
+    parents: Sequence[Array],
+    weights: Sequence[float],
+    least: float,
+    mask: NDArray[np.bool_] | None,
+    output: Array,
+    arithmetic: str,
+) -> Flags:
+    """Writes one point of `passes.SelectedConsensus`: parents are the models, then the base; `least` is 10⁻⁶."""
+    memory, numbers = _Memory(parents, arithmetic, 3), np.array(weights, arithmetic)
+    out, broken = addresses([output]), np.zeros(1, np.bool_)
+    _SELECTED[arithmetic](
+        *(*memory.parents, address(numbers), least, mask is not None, 0 if mask is None else address(mask)),
+        *(memory.elements, *3 * (address(out),), CODES[output.dtype]),
+        *(address(memory.broken), address(broken), *memory.lines),
+    )
+    return memory.broken, bool(broken[0])
+
+
+def run_overlap(
+    parents: Sequence[Array], factors: Sequence[float] | None, epsilon: float, output: Array, arithmetic: str
+) -> Flags:
+    """Writes one point of `passes.Overlap`: parents are the models, then the base."""
+    memory = _Memory(parents, arithmetic, 3)
+    numbers = np.array([1.0] * memory.models if factors is None else factors, arithmetic)
+    out, broken = addresses([output]), np.zeros(1, np.bool_)
+    _OVERLAPPING[arithmetic](
+        *(*memory.parents, address(numbers), factors is not None, epsilon),
+        *(memory.elements, *3 * (address(out),), CODES[output.dtype]),
+        *(address(memory.broken), address(broken), *memory.lines),
+    )
+    return memory.broken, bool(broken[0])
+
+
+def overlap_counts(parents: Sequence[Array], epsilon: float, arithmetic: str) -> list[tuple[int, int]]:
+    """For each model (the base is the last parent): active elements shared with another model, and its own alone."""
+    memory = _Memory(parents, arithmetic, 1)
+    counts = np.zeros((memory.models, 2), np.int64)
+    _OVERLAPS[arithmetic](
+        *(*memory.parents, epsilon, memory.elements, address(counts)),
+        *(address(memory.broken), *memory.lines),
+    )
+    return [(int(shared), int(alone)) for shared, alone in counts]
+
+
+def variance_bits(parents: Sequence[Array]) -> NDArray[np.int32]:
+    """`reductions.Variance` of the models (the base is the last parent), as integers of the same order."""
+    memory = _Memory(parents, "float32", 1)
+    bits = np.empty(memory.elements, np.int32)
+    _variances(
+        *(*memory.parents, 1 / memory.models, memory.elements, address(bits)),
+        *(address(memory.broken), *memory.lines),
+    )
+    return bits
