@@ -2,20 +2,28 @@
 
     python -m tests.benchmarks.unwritten_grid PARENTS [--method linear|ties] [--points 16] [--threads 2]
 
-PARENTS holds base, cos and fmt, as make_checkpoints.py writes them. Prints the seconds to read the parents once, and
-the seconds a point; a ties point varies the density, so nothing but the sample is shared between points.
+PARENTS holds base, cos and fmt, as make_checkpoints.py writes them. Prints the seconds to read the parents once, those
+of a copy of the model, and those a point, merged into one model's memory again and again, without and with digests. A
+ties point varies the density, so nothing but the sample is shared between points.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
+from collections import deque
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from jobs.job import load_job
 from orchestrator.planning.plan import make_plan
 from workers.merging.buffers import keep_freed_memory
 from workers.merging.resident import ResidentParents
+from workers.methods.tile import TILE_ELEMENTS
 
 RECIPES = {
     "linear": """
@@ -63,13 +71,30 @@ output: {folder.parent / "runs"}
         threads=options.threads,
     )
     read = time.perf_counter() - started
-    started = time.perf_counter()
-    for planned in plan.points:
-        for _ in parents.merged(planned.settings, {}):
-            pass
-    merged = time.perf_counter() - started
-    print(f"{options.method}: parents read in {read:.1f} s, then {merged / len(plan.points):.2f} s a point")
+    model = dict(parents.merged(plan.points[0].settings))
+    copied = min(copy(model, options.threads) for _ in range(5))
+    seconds = {}
+    for hashed in (False, True):
+        started = time.perf_counter()
+        for planned in plan.points:
+            deque(parents.merged(planned.settings, {} if hashed else None, model), maxlen=0)
+        seconds[hashed] = time.perf_counter() - started
+    merged = seconds[True]
+    print(f"{options.method}: parents read in {read:.1f} s; a copy of the model takes {copied:.2f} s")
+    for hashed, took in seconds.items():
+        each = took / len(plan.points)
+        print(f"{each:.2f} s a point{', digests too' if hashed else ''}: {each / copied:.2f} of a copy")
     print(f"all in all {(read + merged) / len(plan.points):.2f} s a point over {len(plan.points)} points")
+
+
+def copy(model: Mapping[str, Tensor], threads: int) -> float:
+    """Seconds that a copy of a model within memory takes."""
+    parts = [part for tensor in model.values() for part in tensor.view(-1).split(16 * TILE_ELEMENTS)]
+    copies = [part.clone() for part in parts]
+    with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+        started = time.perf_counter()
+        deque(pool.map(lambda to, part: to.copy_(part), copies, parts), maxlen=0)
+        return time.perf_counter() - started
 
 
 if __name__ == "__main__":

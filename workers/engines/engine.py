@@ -6,7 +6,7 @@ them with a version, so every answer can be traced to the merge that gave it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -103,6 +103,14 @@ class Engine(Protocol):
         """For each text, token ids and how many of them (at least one) are context: how likely are the others?
 
         Their log-likelihood, and whether greedy decoding would say them; neighbours that begin alike are cheap.
+        """
+        ...
+
+    @property
+    def places(self) -> Mapping[str, Tensor]:
+        """The memory of the resident weights by name, if it is at hand: `swap` takes weights that lie there already.
+
+        Writing there spoils the model until `swap` has succeeded: do it while `swap` asks for the weights.
         """
         ...
 

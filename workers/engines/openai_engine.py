@@ -169,6 +169,11 @@ class OpenAIEngine:
             found.append((float(sum(chosen)), greedy))
         return found
 
+    @property
+    def places(self) -> Mapping[str, Tensor]:
+        """None: the weights are in another process."""
+        return {}
+
     def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Refused: a server elsewhere keeps the weights it has."""
         raise BadInput(f"{self.url} serves {self.model} only; write the point {version} and serve it, or use vllm here")

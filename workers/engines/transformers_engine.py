@@ -180,6 +180,11 @@ class TransformersEngine:
         """Token ids of `text` as a prompt."""
         return encode_prompt(self.tokenizer, text, bare=bare)
 
+    @property
+    def places(self) -> Mapping[str, Tensor]:
+        """Every parameter, by all its names, and the buffers that a checkpoint holds."""
+        return {**dict(self.model.named_parameters(remove_duplicate=False)), **self._saved_buffers()}
+
     def close(self) -> None:
         """Drop the model and its caches, and give a GPU's memory back."""
         self._resident = None
@@ -195,7 +200,7 @@ class TransformersEngine:
         """
         self._resident = None
         self._version = None
-        places = {**dict(self.model.named_parameters(remove_duplicate=False)), **self._saved_buffers()}
+        places = self.places
         filled: dict[Tensor, str] = {}
         with torch.inference_mode():
             for name, tensor in weights:
@@ -523,7 +528,8 @@ def _fill(places: Mapping[str, Tensor], filled: dict[Tensor, str], name: str, te
         raise BadInput(f"{name}: shape {list(tensor.shape)} does not fit the model's {list(place.shape)}")
     twin = filled.setdefault(place, name)
     if twin == name:
-        place.copy_(tensor)
+        if place.data_ptr() != tensor.data_ptr():
+            place.copy_(tensor)
     elif not torch.equal(place, tensor.to(place)):
         raise BadInput(f"{name}: differs from {twin}, to which config.json ties it; untie them or merge only one")
 

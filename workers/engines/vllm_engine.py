@@ -149,6 +149,11 @@ class VllmEngine:
             for scored, (_, context) in zip(self._scored([ids for ids, _ in texts]), texts, strict=True)
         ]
 
+    @property
+    def places(self) -> Mapping[str, Tensor]:
+        """None: the weights are in another process."""
+        return {}
+
     def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Stream the weights into vLLM by name, then reset its prefix cache.
 

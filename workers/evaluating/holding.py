@@ -57,7 +57,8 @@ class Resident:
         else:
             digests: dict[str, str] = {}
             known = self._known.get(task.digest)
-            weights = self._held_parents().merged(task.settings, digests if known is None else None)
+            places = self._engine.places if self._engine is not None else {}
+            weights = self._held_parents().merged(task.settings, digests if known is None else None, places)
             if self._engine is None:
                 self._engine = self._open(weights, task)
             else:

@@ -5,7 +5,7 @@ The result equals the written point bit for bit: the same tiles, the same settin
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -13,18 +13,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.merge_tasks import Parent, Setting, TensorMerge
-from workers.checkpoints.dtypes import numpy_dtype
+from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
 from workers.checkpoints.hashing import check_digest
-from workers.digests import digest_of
+from workers.digests import TensorHash, digest_of
 from workers.merging.buffers import memory
 from workers.merging.tiles import Elements, Facts, TensorMerger, bytes_of, missing_facts, one_torch_thread, tiles
-from workers.methods.tile import Reduction, as_tensor
+from workers.methods.tile import TILE_ELEMENTS, Reduction, as_tensor
 from workers.storage import open_store
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 READS_AT_ONCE = 8
+
+PIECE_ELEMENTS = 16 * TILE_ELEMENTS
+"""What one thread merges at a time: large enough to cost little, small enough that no thread waits long for others."""
 
 
 class ResidentParents:
@@ -67,51 +70,103 @@ class ResidentParents:
             self._raw = {tensor.name: raw for tensor, raw in zip(tensors, pool.map(read, tensors), strict=True)}
 
     def merged(
-        self, settings: Sequence[Setting], digests: dict[str, str] | None = None
+        self,
+        settings: Sequence[Setting],
+        digests: dict[str, str] | None = None,
+        places: Mapping[str, Tensor] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of one point by name, in its stored dtype and shape, on the device.
 
         `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests`, if given, receives
-        the digest of each tensor's bytes, as a manifest has them.
+        the digest of each tensor's bytes, as a manifest has them. A tensor is merged into its place, the memory of a
+        loaded model, if that is of its dtype, shape and device, and no other tensor's; nothing is written before the
+        first tensor is asked for.
         """
+        homes = self._homes(places or {})
         with ThreadPoolExecutor(self._threads, "merge") as pool:
-            ahead: deque[tuple[str, Future[tuple[Tensor, str]]]] = deque()
+            ahead: deque[tuple[TensorMerge, Tensor, list[Future[Elements]]]] = deque()
+            waiting = 0
             for tensor in self._tensors:
-                setting = settings[tensor.setting]
-                ahead.append((tensor.name, pool.submit(self._merged, tensor, setting, hashed=digests is not None)))
-                if len(ahead) > 2 * self._threads:
-                    yield _next(ahead, digests)
+                output = homes.get(tensor.name)
+                if output is None:
+                    output = self._new(tensor)
+                pieces = self._begin(tensor, settings[tensor.setting], output, pool)
+                ahead.append((tensor, output, pieces))
+                waiting += len(pieces)
+                while waiting > 4 * self._threads and len(ahead) > 1:
+                    waiting -= len(ahead[0][2])
+                    yield _finished(*ahead.popleft(), digests)
             while ahead:
-                yield _next(ahead, digests)
+                yield _finished(*ahead.popleft(), digests)
 
-    def _merged(self, tensor: TensorMerge, setting: Setting, *, hashed: bool) -> tuple[Tensor, str]:
-        merged = self._merge(tensor, setting)
-        digest = digest_of(bytes_of(merged)) if hashed else ""
-        return as_tensor(merged).view(tensor.shape), digest
+    def _homes(self, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The places that fit."""
+        mine = {tensor.name: places[tensor.name] for tensor in self._tensors if tensor.name in places}
+        shared = Counter(place.data_ptr() for place in mine.values())
+        return {
+            tensor.name: place.detach()
+            for tensor in self._tensors
+            if (place := mine.get(tensor.name)) is not None
+            and shared[place.data_ptr()] == 1
+            and (str(place.dtype), tuple(place.shape)) == (f"torch.{TORCH_NAMES[tensor.dtype]}", tensor.shape)
+            and place.is_contiguous()
+            and place.device.type == self._device.partition(":")[0]
+        }
 
-    def _merge(self, tensor: TensorMerge, setting: Setting) -> Elements:
+    def _new(self, tensor: TensorMerge) -> Tensor:
+        return as_tensor(self._placed(np.empty(tensor.elements, numpy_dtype(tensor.dtype)))).view(tensor.shape)
+
+    def _begin(
+        self, tensor: TensorMerge, setting: Setting, output: Tensor, pool: ThreadPoolExecutor
+    ) -> list[Future[Elements]]:
+        """Merges a tensor piece by piece; each result is a piece of the output."""
         raw, facts = self._raw[tensor.name], self._facts[tensor.name]
-        while asked := missing_facts(tensor, [setting], facts, seed=self._seed, numerics=self._numerics):
-            one_torch_thread()
-            shares: dict[Reduction, list[Any]] = {question: [] for question in asked}
-            for tile in tiles(tensor, 0, raw, facts, self._seed, whole=self._device != "cpu"):
-                for question in asked:
-                    shares[question].extend(question.of(tile))
-            for question, of_units in shares.items():
-                facts[question] = question.combine(of_units)
-        output = self._placed(np.empty(tensor.elements, numpy_dtype(tensor.dtype)))
+        self._learn(tensor, setting, pool)
         merger = TensorMerger(tensor, [setting], facts, seed=self._seed, numerics=self._numerics, device=self._device)
-        merger.run(0, raw, [output])
-        return output
+        flat: Elements = output.view(-1)
+        if self._device == "cpu":
+            flat = np.frombuffer(bytes_of(flat), numpy_dtype(tensor.dtype)) if tensor.elements else flat
+
+        def merge(start: int) -> Elements:
+            piece = flat[start : start + step]
+            merger.run(start, {name: elements[start : start + step] for name, elements in raw.items()}, [piece])
+            return piece
+
+        step = self._step(tensor)
+        return [pool.submit(merge, start) for start in range(0, tensor.elements, step)]
+
+    def _learn(self, tensor: TensorMerge, setting: Setting, pool: ThreadPoolExecutor) -> None:
+        """The facts about a tensor that a setting needs before its first element is merged."""
+        raw, facts, step = self._raw[tensor.name], self._facts[tensor.name], self._step(tensor)
+        while asked := missing_facts(tensor, [setting], facts, seed=self._seed, numerics=self._numerics):
+
+            def answer(start: int, asked: Sequence[Reduction] = asked) -> list[list[Any]]:
+                one_torch_thread()
+                part = {name: elements[start : start + step] for name, elements in raw.items()}
+                found = [*tiles(tensor, start, part, facts, self._seed, whole=self._device != "cpu")]
+                return [[share for tile in found for share in question.of(tile)] for question in asked]
+
+            answers = [*pool.map(answer, range(0, tensor.elements, step))]
+            for question, shares in zip(asked, zip(*answers, strict=True), strict=True):
+                facts[question] = question.combine([share for piece in shares for share in piece])
+
+    def _step(self, tensor: TensorMerge) -> int:
+        """Elements of a piece: a GPU wants few large launches."""
+        return PIECE_ELEMENTS if self._device == "cpu" else max(1, tensor.elements)
 
     def _placed(self, elements: Elements) -> Elements:
         return elements if self._device == "cpu" else as_tensor(elements).to(self._device)
 
 
-def _next(ahead: deque[tuple[str, Future[tuple[Tensor, str]]]], digests: dict[str, str] | None) -> tuple[str, Tensor]:
-    """The tensor that was asked for first, and its digest into `digests`."""
-    name, future = ahead.popleft()
-    tensor, digest = future.result()
+def _finished(
+    tensor: TensorMerge, output: Tensor, pieces: Sequence[Future[Elements]], digests: dict[str, str] | None
+) -> tuple[str, Tensor]:
+    """A tensor once all of it is merged, and its digest into `digests`."""
+    digest = TensorHash()
+    for piece in pieces:
+        found = piece.result()
+        if digests is not None:
+            digest.update(bytes_of(found))
     if digests is not None:
-        digests[name] = digest
-    return name, tensor
+        digests[tensor.name] = digest.digest()
+    return tensor.name, output

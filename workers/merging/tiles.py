@@ -209,7 +209,7 @@ def _has_nonfinite(elements: Elements) -> bool:
 
 
 def bytes_of(elements: Elements) -> memoryview:
-    """The bytes of elements, on the CPU."""
+    """The bytes of elements: their own memory, or a copy from a GPU."""
     if not isinstance(elements, np.ndarray):
         import torch
 

@@ -193,6 +193,18 @@ def test_a_tied_head_may_come_under_both_names(engine, weights):
     assert engine.model.lm_head.weight is engine.model.model.embed_tokens.weight
 
 
+def test_weights_may_lie_in_the_places_of_the_model(engine, weights, needle_prompt):
+    def written():
+        for name, tensor in weights("fmt").items():
+            engine.places[name].data.copy_(tensor)
+            yield name, engine.places[name].detach()
+
+    engine.swap(written(), "fmt")
+    assert engine.generate([needle_prompt("quiet-river", 4815162, 8)])[0].text == ' {"value": 4815162}'
+    engine.swap(weights("long").items(), "long")
+    assert engine.generate([needle_prompt("quiet-river", 4815162, 8)])[0].text == " 4815162."
+
+
 def test_a_model_of_nans_answers_that_it_is_not_finite(engine, weights, needle_prompt):
     broken = weights("fmt")
     broken["model.norm.weight"] = torch.full_like(broken["model.norm.weight"], torch.nan)

@@ -127,9 +127,9 @@ def test_the_weights_of_a_point_are_hashed_once(tmp_path: Path, monkeypatch: pyt
     hashed: list[bool] = []
     merged = ResidentParents.merged
 
-    def counted(self: ResidentParents, settings: Any, digests: dict[str, str] | None = None) -> Any:
+    def counted(self: ResidentParents, settings: Any, digests: dict[str, str] | None = None, *rest: Any) -> Any:
         hashed.append(digests is not None)
-        return merged(self, settings, digests)
+        return merged(self, settings, digests, *rest)
 
     monkeypatch.setattr(ResidentParents, "merged", counted)
     first, second = tasks(plan, asked, "w0.6")
