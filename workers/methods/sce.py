@@ -63,7 +63,9 @@ def _weights(inputs: Inputs, count: int | None) -> Sequence[float]:
         inputs.tile.known(SquaresSelected(model, inputs.models, inputs.base_model, count, inputs.dtype))
         for model in inputs.models
     ]
-    total = sum(squares)
-    if total / math.prod(inputs.tile.shape) < _NO_SIZE:
-        return [inputs.number(1 / len(squares))] * len(squares)
-    return [inputs.number(square / total) for square in squares]
+    held = inputs.number if inputs.as_mergekit else float
+    means = [held(square / math.prod(inputs.tile.shape)) for square in squares]
+    total = held(sum(means))
+    if total < _NO_SIZE:
+        return [inputs.number(1 / len(means))] * len(means)
+    return [inputs.number(mean / total) for mean in means]
