@@ -17,7 +17,16 @@ from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import TensorHash, digest_of
 from workers.merging.buffers import memory
-from workers.merging.tiles import Elements, Facts, TensorMerger, bytes_of, missing_facts, one_torch_thread, tiles
+from workers.merging.tiles import (
+    FACT_UNITS,
+    Elements,
+    Facts,
+    TensorMerger,
+    bytes_of,
+    missing_facts,
+    one_torch_thread,
+    tiles,
+)
 from workers.methods.tile import TILE_ELEMENTS, Reduction, as_tensor
 from workers.storage import open_store
 
@@ -143,7 +152,7 @@ class ResidentParents:
             def answer(start: int, asked: Sequence[Reduction] = asked) -> list[list[Any]]:
                 one_torch_thread()
                 part = {name: elements[start : start + step] for name, elements in raw.items()}
-                found = [*tiles(tensor, start, part, facts, self._seed, whole=self._device != "cpu")]
+                found = [*tiles(tensor, start, part, facts, self._seed, whole=self._device != "cpu", units=FACT_UNITS)]
                 return [[share for tile in found for share in question.of(tile)] for question in asked]
 
             answers = [*pool.map(answer, range(0, tensor.elements, step))]

@@ -28,7 +28,15 @@ from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, keep_freed_memory, memory
 from workers.merging.reading import ParentReader, Slab, Stretch, all_near, plan_slabs
-from workers.merging.tiles import Elements, Facts, TensorMerger, missing_facts, one_torch_thread, tiles
+from workers.merging.tiles import (
+    FACT_UNITS,
+    Elements,
+    Facts,
+    TensorMerger,
+    missing_facts,
+    one_torch_thread,
+    tiles,
+)
 from workers.merging.writing import ShardWriter
 from workers.methods.tile import TILE_ELEMENTS, Reduction
 from workers.storage import open_store
@@ -212,7 +220,7 @@ class _Merge:
         shares: _Shares = {}
         for stretch, raw in zip(slab.stretches, slab.raw, strict=True):
             name = stretch.tensor.name
-            for tile in tiles(stretch.tensor, stretch.start, raw, facts[name], self.task.seed):
+            for tile in tiles(stretch.tensor, stretch.start, raw, facts[name], self.task.seed, units=FACT_UNITS):
                 for question in missing.get(name, ()):
                     shares.setdefault((name, question), []).extend(question.of(tile))
         if not keep:

@@ -5,6 +5,7 @@ Elements on a CPU are numpy arrays. Torch is imported here, when a formula needs
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,9 @@ Elements = Any
 """1-D elements of a tensor in its own dtype: a numpy array, or a torch tensor on a GPU."""
 
 Facts = dict[Reduction, Any]
+
+FACT_UNITS = 4
+"""`TILE_ELEMENTS` of a tile that answers questions: to ask takes Python as long as the compiled loop needs for one."""
 
 
 class TensorMerger:
@@ -109,10 +113,11 @@ def tiles(
     seed: int,
     *,
     whole: bool = False,
+    units: int = 1,
 ) -> Iterator[Tile]:
-    """The elements from `start` on, cut into tiles for a core's cache, or whole."""
+    """The elements from `start` on, cut into tiles of so many `TILE_ELEMENTS` for a core's cache, or whole."""
     elements = len(next(iter(raw.values())))
-    step = max(1, elements) if whole else TILE_ELEMENTS
+    step = max(1, elements) if whole else units * TILE_ELEMENTS
     for first in range(0, elements, step):
         part = {name: found[first : first + step] for name, found in raw.items()}
         yield Tile(tensor.name, start + first, part, facts, seed, tensor.shape, raw, start)
@@ -218,7 +223,9 @@ def bytes_of(elements: Elements) -> memoryview:
 
 
 def one_torch_thread() -> None:
-    """For a thread that merges: others do so beside it, and torch's own threads would only wait for each other."""
-    import torch
+    """For a thread that merges: others do so beside it, and torch's own threads would only wait for each other.
 
-    torch.set_num_threads(1)
+    Torch is not imported for this: most questions are answered without it.
+    """
+    if (torch := sys.modules.get("torch")) is not None:
+        torch.set_num_threads(1)
