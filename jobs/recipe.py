@@ -19,7 +19,7 @@ from jobs.expressions import Bindings, Template, template
 from jobs.yaml_nodes import NUMBER, Node, quoted, suggestion
 
 Scalar = Fraction | bool | str
-Gradient = tuple[Fraction, ...]
+Gradient = tuple[Fraction, ...] | tuple[bool, ...]
 KEYS = {
     "merge_method": "`linear`, `ties`, …",
     "models": "the parents to merge, each once",
@@ -166,7 +166,7 @@ class _SourceTemplate:
         )
 
 
-_ValueSlot = Scalar | Template | tuple[Fraction | Template, ...]
+_ValueSlot = Scalar | Template | tuple[Fraction | Template, ...] | tuple[bool, ...]
 _Slot = _ValueSlot | tuple[_FilteredTemplate, ...]
 
 
@@ -175,7 +175,8 @@ def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction
 
     `position` is the layer's index / (layers − 1): 0 for embeddings, final norm and head, 1 for a one-layer model. A
     float is taken for the fraction it stands for, so gradients are exact. A gradient's n values lie at equal distances
-    over 0…1, with straight lines between. Of a filter list, the first entry whose text the tensor's name contains wins.
+    over 0…1, with straight lines between; booleans hold up to the next one. Of a filter list, the first entry whose
+    text the tensor's name contains wins.
     """
     if not isinstance(setting, tuple):
         return setting
@@ -186,7 +187,7 @@ def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction
             return _interpolated(part.value, position) if isinstance(part.value, tuple) else part.value
     else:
         return None
-    return _interpolated(tuple(part for part in setting if isinstance(part, Fraction)), position)
+    return _interpolated(setting, position)  # pyright: ignore[reportArgumentType]  (a tuple is of one kind throughout)
 
 
 def recipe_template(node: Node) -> RecipeTemplate:
@@ -229,7 +230,7 @@ def plain_recipe(node: Node) -> Any:
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe; its methods and their parameters are not known here."""
     scalar = {"type": ["number", "boolean", "string"]}
-    value = {"anyOf": [scalar, {"type": "array", "items": {"type": ["number", "string"]}, "minItems": 1}]}
+    value = {"anyOf": [scalar, {"type": "array", "items": {"type": ["number", "boolean", "string"]}, "minItems": 1}]}
     filtered = {
         "type": "object",
         "properties": {"filter": {"type": ["string", "null"]}, "value": value},
@@ -322,6 +323,8 @@ class _Reader:
 
     def _value(self, node: Node) -> _ValueSlot:
         if node.kind == "list":
+            if all(entry.kind == "boolean" for entry in node.sequence()):
+                return tuple(entry.boolean() for entry in node.sequence())
             return tuple(self._gradient_value(entry) for entry in node.sequence())
         if node.kind == "number":
             return node.number()
@@ -385,12 +388,12 @@ def _bound_value(slot: _ValueSlot, bindings: Bindings) -> Scalar | Gradient:
     if isinstance(slot, Template):
         return slot.bind(bindings)
     if isinstance(slot, tuple):
-        return tuple(_bound_number(part, bindings) for part in slot)
+        return tuple(_bound_number(part, bindings) for part in slot)  # pyright: ignore[reportReturnType]
     return slot
 
 
-def _bound_number(slot: Fraction | Template, bindings: Bindings) -> Fraction:
-    value = slot if isinstance(slot, Fraction) else slot.bind(bindings)
+def _bound_number(slot: Fraction | bool | Template, bindings: Bindings) -> Fraction | bool:
+    value = slot.bind(bindings) if isinstance(slot, Template) else slot
     if isinstance(value, str):
         place = slot.place if isinstance(slot, Template) else ""
         raise BadInput(f"{place}: a gradient holds numbers, not {quoted(value)}")
@@ -435,11 +438,13 @@ def _check_tokenizer_source(recipe: Recipe, tokenizer_source: str, references: t
         raise BadInput(f"{place}: tokenizer_source {quoted(tokenizer_source)} is not a model of the recipe{near}")
 
 
-def _interpolated(gradient: Gradient, position: float | Fraction) -> Fraction:
+def _interpolated(gradient: Gradient, position: float | Fraction) -> Fraction | bool:
     # idx / (layers − 1) arrives as a float; the nearest fraction with a small denominator is the one that was meant
     exact = position if isinstance(position, Fraction) else Fraction(position).limit_denominator(1_000_000)
     scaled = exact * (len(gradient) - 1)
     left = min(int(scaled), len(gradient) - 1)
+    if isinstance(gradient[left], bool):
+        return gradient[left]
     right = min(left + 1, len(gradient) - 1)
     return gradient[left] + (gradient[right] - gradient[left]) * (scaled - left)
 

@@ -211,6 +211,7 @@ def test_a_bare_filter_is_a_list_of_one() -> None:
         (two_models("parameters: {t: {fliter: x, value: 1}}\n"), 'unknown key "fliter"; did you mean "filter"?'),
         (two_models("parameters: {t: }\n"), 'recipe.yml:5: "parameters.t" must be a string, not nothing'),
         (two_models("parameters: {t: .nan}\n"), 'recipe.yml:5: "parameters.t" must be finite'),
+        (two_models("parameters: {t: [1, true]}\n"), 'recipe.yml:5: "parameters.t[1]" must be a number, not a boolean'),
         (two_models("parameters:\n  t: ${w +}\n"), "recipe.yml:6: an operand is missing"),
         (two_models("parameters:\n  t: ${v}\n"), 'recipe.yml:6: unknown axis "v"'),
         (two_models('parameters:\n  t: [0, "${s}"]\n'), 'recipe.yml:6: a gradient holds numbers, not "word"'),
@@ -235,6 +236,11 @@ def test_what_mergekit_lets_pass_or_cannot_be_done_is_refused(text: str, message
         ((Fraction(0), Fraction(1), Fraction(3)), "any", 0.75, Fraction(2)),
         ((Fraction(0), Fraction(1), Fraction(3)), "any", 1.0, Fraction(3)),
         ((Fraction(4),), "any", 0.6, Fraction(4)),
+        # booleans hold up to the next one, as mergekit 0.1.5 has it
+        ((True, False, True), "any", 0.49, True),
+        ((True, False, True), "any", 0.5, False),
+        ((True, False, True), "any", 1.0, True),
+        ((Filtered("mlp", (False, True)),), "mlp", 1.0, True),
         # layer 9 of 28: the float 9/27 means a third, exactly
         ((Fraction(0), Fraction(1)), "any", 9 / 27, Fraction(1, 3)),
         ((Fraction(0), Fraction(1)), "any", Fraction(9, 27), Fraction(1, 3)),
