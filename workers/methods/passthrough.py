@@ -13,8 +13,7 @@ if TYPE_CHECKING:
 
 def passthrough(inputs: Inputs, *, scale: PerModel = (1.0,)) -> Tensor:
     """scale · x."""
-    factor = inputs.number(scale[0])
-    return inputs.model(0) if factor == 1 else inputs.model(0) * factor
+    return inputs.model(0) if scale[0] == 1 else inputs.model(0) * scale[0]  # mergekit does not round it to the dtype
 
 
 def passthrough_pass(inputs: Inputs, *, scale: PerModel) -> WeightedSum:

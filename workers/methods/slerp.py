@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import WeightedSum
 from workers.methods.reductions import Dot
-from workers.methods.tile import Inputs
+from workers.methods.tile import Inputs, torch_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,6 +22,8 @@ _ZERO_NORM = 1e-8
 
 def slerp(inputs: Inputs, *, t: float) -> Tensor:
     """From the base model (t = 0) to the other (t = 1) along the arc; the angle is that of the flattened tensors."""
+    if inputs.as_mergekit:  # mergekit works in float32 here, whatever the document's dtype
+        return slerp(replace(inputs, dtype="float32", as_mergekit=False), t=t).to(torch_named(inputs.dtype))
     shares = _shares(inputs, t)
     return inputs.sum([inputs.tile.parent(model, inputs.dtype) * share for model, share in shares.items()])
 

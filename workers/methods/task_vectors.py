@@ -89,6 +89,8 @@ def _rescaling(inputs: Inputs, model: str, selection: Selection) -> float | None
     """‖δ‖₁ / ‖kept δ‖₁ as the arithmetic dtype holds it; None where one of them is nearly zero."""
     before = inputs.tile.known(L1(model, inputs.base_model, inputs.dtype))
     after = inputs.tile.known(L1Kept(model, inputs.base_model, selection, inputs.dtype))
+    if inputs.as_mergekit:  # mergekit rounds both norms before it divides
+        before, after = inputs.number(before), inputs.number(after)
     return inputs.number(before / after) if before >= _NO_MASS and after >= _NO_MASS else None
 
 
