@@ -21,7 +21,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy newest chaos check audit pins
+.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance newest chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -67,6 +67,9 @@ quick: setup ## tests without a model, a process, a server or Ray: a minute; PYT
 
 test: setup oracle ## every test but the minutes-long ones; PYTEST_ADDOPTS is passed on
 	@OMP_NUM_THREADS=1 .venv/bin/pytest -n 2 --durations=15
+
+conformance: setup oracle ## every method against mergekit and the formulas, and a table; PYTEST_ADDOPTS is passed on
+	@OMP_NUM_THREADS=1 .venv/bin/pytest tests/conformance --documents 20
 
 azurite: .venv/azurite/node_modules/.bin/azurite-blob ## an Azure Blob server for the tests of stores: needs npm, 360 MB
 

@@ -3,10 +3,14 @@ stands for the folder of checkpoints.py's families."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
+
+from tests.conformance.further_cases import DELLA, FURTHER, FURTHER_REFUSED
+from workers.methods import METHODS
 
 LINEAR = {
     "linear-bf16": """
@@ -500,9 +504,11 @@ for _method in ("dare_linear", "dare_ties"):
         ),
     }
 
-CASES: dict[str, str] = {**LINEAR, **SLERP, **PASSTHROUGH, **TASK_ARITHMETIC, **TIES, **DARE}
+CASES: dict[str, str] = {**LINEAR, **SLERP, **PASSTHROUGH, **TASK_ARITHMETIC, **TIES, **DARE, **FURTHER}
+WITH_DICE = {**DARE, **DELLA}
 
 REFUSED: dict[str, str] = {
+    **FURTHER_REFUSED,
     "linear-without-a-weight": """
 merge_method: linear
 models:
@@ -570,19 +576,24 @@ dtype: bfloat16
 """,
 }
 
-# Compared bit by bit: `--numerics mergekit` against mergekit computing in bfloat16.
+BFLOAT16 = "\ndtype: bfloat16\nout_dtype: bfloat16\n"
+# Compared bit by bit: `--numerics mergekit` against mergekit computing in bfloat16. Stored in it, too: mergekit 0.1.5
+# stores float32 where arcee_fusion or ramplus_tl multiplies with a tensor of float32.
 BIT_EXACT = {
-    name: document.replace("dtype: float32\nout_dtype: float16", "dtype: bfloat16").replace(
-        "dtype: float32", "dtype: bfloat16"
-    )
-    for name, document in {**LINEAR, **TASK_ARITHMETIC}.items()
-    if "dtype: bfloat16" in document or "dtype: float32" in document
+    name: re.sub(r"\b(out_)?dtype: \w+\n", "", text.replace("PARENTS/fp32", "PARENTS/bf16")) + BFLOAT16
+    for name, text in CASES.items()
+    if "dtype:" in text and "PARENTS/crossed" not in text and "PARENTS/fp16" not in text
 }
 
 
 def parsed(document: str, parents: Path) -> dict[str, Any]:
     """The document with the parents' folder filled in."""
     return yaml.safe_load(document.replace("PARENTS", str(parents)))
+
+
+def ours(documents: dict[str, str]) -> dict[str, str]:
+    """The documents of the methods that mergeyard has."""
+    return {name: text for name, text in documents.items() if yaml.safe_load(text)["merge_method"] in METHODS}
 
 
 def parents_disagree(text: str) -> bool:

@@ -5,14 +5,35 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
 from pathlib import Path
 
 import pytest
+import yaml
 
-from tests.conformance import cases
+from tests.conformance import cases, tally
 from tests.conformance.checkpoints import write_parents
+from tests.conformance.generated import GENERATED_METHODS, documents, in_bf16, write_odd_parents
 from tests.conformance.oracle import MISSING, ORACLE_PYTHON, Answer, Merge, run_mergekit
+
+Ours = Callable[..., Path]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--documents", type=int, default=2, help="documents drawn at random for each method")
+    parser.addoption("--documents-seed", type=int, default=1, help="another seed draws other documents")
+
+
+def drawn_documents(config: pytest.Config) -> dict[str, str]:
+    """The documents that the options ask for, by name."""
+    count, seed = config.getoption("--documents", 2), config.getoption("--documents-seed", 1)
+    return {f"{m}-{i}": text for m in GENERATED_METHODS for i, text in enumerate(documents(m, count, seed))}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in tally.table():
+        terminalreporter.write_line(line)
 
 
 @pytest.fixture(scope="session")
@@ -22,19 +43,58 @@ def parents() -> Iterator[Path]:
     root = Path(tempfile.gettempdir()) / f"mergeyard-conformance-{worker}"
     shutil.rmtree(root, ignore_errors=True)
     write_parents(root)
+    write_odd_parents(root)
     yield root
     shutil.rmtree(root, ignore_errors=True)
 
 
 @pytest.fixture(scope="session")
-def mergekit(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Answer]:
-    """mergekit's answers, by name: to every case, computed in float32; `bit exact NAME` in bfloat16; `refused NAME`;
-    `sharded output` in files of at most 30 kB."""
+def drawn(request: pytest.FixtureRequest) -> Mapping[str, str]:
+    """The documents drawn at random, by name."""
+    return drawn_documents(request.config)
+
+
+@pytest.fixture(scope="session")
+def mergekit(parents: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Answer]:
+    """mergekit's answers, by name: to every case and every drawn document, computed in float32; `bit exact NAME` in
+    bfloat16; `refused NAME`; `sharded output` in files of at most 30 kB."""
     if not ORACLE_PYTHON.exists():
         pytest.skip(MISSING)
-    merges = [Merge(name, cases.in_float32(cases.parsed(text, parents))) for name, text in cases.CASES.items()]
-    merges += [Merge(f"bit exact {name}", cases.parsed(text, parents)) for name, text in cases.BIT_EXACT.items()]
+    merges = [
+        Merge(name, cases.in_float32(cases.parsed(text, parents))) for name, text in (cases.CASES | drawn).items()
+    ]
+    narrow = cases.BIT_EXACT | {name: in_bf16(text) for name, text in drawn.items()}
+    merges += [Merge(f"bit exact {name}", cases.parsed(text, parents)) for name, text in narrow.items()]
     merges += [Merge(f"refused {name}", cases.parsed(text, parents)) for name, text in cases.REFUSED.items()]
     sharded = cases.parsed(cases.CASES["linear-bf16"], parents)
     merges.append(Merge("sharded output", sharded, shard_bytes=30_000))
     return run_mergekit(merges, tmp_path_factory.mktemp("mergekit"))
+
+
+def merge_ours(config_text: str, out: Path, numerics: str = "float32", *options: str) -> int:
+    """The exit code of `mergeyard merge`."""
+    from orchestrator.cli import main
+
+    config = out.parent / f"{out.name}.yml"
+    config.write_text(config_text)
+    choice = [] if numerics == "float32" else ["--numerics", numerics]
+    return main(["merge", str(config), str(out), "--quiet", *choice, *options])
+
+
+@pytest.fixture(scope="session")
+def ours(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
+    """ours(text, numerics): the folder mergeyard wrote for a case's document, merged once a session."""
+    root = tmp_path_factory.mktemp("ours")
+    folders: dict[tuple[str, str], Path] = {}
+    numbers = count()
+
+    def merge(text: str, numerics: str = "float32") -> Path:
+        if (text, numerics) not in folders:
+            out = root / f"merge-{next(numbers):03d}"
+            document = cases.parsed(text, parents)
+            options = ["--config-from", document["base_model"]] if cases.parents_disagree(text) else []
+            assert merge_ours(yaml.safe_dump(document, sort_keys=False), out, numerics, *options) == 0
+            folders[text, numerics] = out
+        return folders[text, numerics]
+
+    return merge

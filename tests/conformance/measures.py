@@ -10,9 +10,9 @@ from itertools import product
 import numpy as np
 import torch
 
-from tests.conformance.reference import Array, Exact, TaskVectors, elected_sign, l1_scale, largest, trimmed_count
+from tests.conformance.exact import FLOAT32_STEP, Array, Choice, Exact
+from tests.conformance.reference import TaskVectors, elected_sign, l1_scale
 
-FLOAT32_STEP = 2.0**-24  # the relative error of one float32 rounding
 _PRECISION = {torch.float32: (24, -126), torch.float16: (11, -14), torch.bfloat16: (8, -126)}  # bits, smallest exponent
 _INTEGER = {2: torch.int16, 4: torch.int32}
 
@@ -44,8 +44,9 @@ def rounded(value: Array, dtype: torch.dtype) -> Array:
 
 
 def noise(exact: Exact) -> Array:
-    """How far float32 arithmetic in any order may stray: one rounding for each operation, of all that was added up."""
-    return exact.operations * FLOAT32_STEP * exact.magnitude
+    """How far float32 arithmetic in any order may stray: one rounding for each operation, of all that was added up, and
+    what blurred coefficients add."""
+    return exact.operations * FLOAT32_STEP * exact.magnitude + exact.astray
 
 
 def explained(actual: torch.Tensor, exact: Exact) -> Array:
@@ -54,6 +55,17 @@ def explained(actual: torch.Tensor, exact: Exact) -> Array:
     low, high = (rounded(exact.value + side * noise(exact), actual.dtype) for side in (-1, 1))
     seen = actual.double().numpy()
     return (low <= seen) & (seen <= high)
+
+
+def explained_by_choice(actual: torch.Tensor, choice: Choice) -> tuple[Array, tuple[int, int]]:
+    """(where some possible option explains `actual`; at least and at most so many elements that an option kept)."""
+    fits = [where & explained(actual, exact) for where, exact in choice.options]
+    nothing = np.zeros(choice.value.shape, bool)
+    kept = np.logical_or.reduce([fit for fit, keeps in zip(fits, choice.kept, strict=True) if keeps] or [nothing])
+    dropped = np.logical_or.reduce(
+        [fit for fit, keeps in zip(fits, choice.kept, strict=True) if not keeps] or [nothing]
+    )
+    return kept | dropped, (int((kept & ~dropped).sum()), int(kept.sum()))
 
 
 def correctly_rounded(actual: torch.Tensor, value: Array) -> Array:
@@ -83,12 +95,16 @@ def find_masks(actual: torch.Tensor, vectors: TaskVectors, signs_exact: bool = F
     """Tries, at every element, each way of keeping or dropping each task vector's step and of electing the sign
     (either one where float32 may see the sum on either side of zero), and keeps the ways that explain the value.
 
-    ties: a step surely above the trimming threshold must be kept, one below dropped; equal ones are free. dare: every
+    Without dice: a step surely within the trim must be kept, one outside dropped; equal ones are free. With dice: every
     step is free; the L1 scale is read off the elements that only one task vector moves, then computed from the mask
     found. `signs_exact`: the weighted sums are exact in float32, so that a sum of zero is no matter of noise."""
-    if not (vectors.rescale and vectors.trim == "random"):
+    if not (vectors.rescale and vectors.dice):
         return _explanations(actual, vectors, _trimmed_scales(vectors), signs_exact)
-    masks = _explanations(actual, vectors, _scales_seen(actual, vectors), signs_exact)
+    seen = _scales_seen(actual, vectors)
+    if seen is None:  # a tensor of a few elements that shows nothing: every mask may be
+        moved = tuple(delta != 0 for delta in vectors.deltas)
+        return Masks(tuple(np.zeros_like(m) for m in moved), moved, (1.0,) * len(moved), 0)
+    masks = _explanations(actual, vectors, seen, signs_exact)
     scales = tuple(
         l1_scale(delta, sure) if density < 1 and np.array_equal(sure, possible) else scale
         for delta, density, sure, possible, scale in zip(
@@ -101,7 +117,7 @@ def find_masks(actual: torch.Tensor, vectors: TaskVectors, signs_exact: bool = F
 def decided(vectors: TaskVectors) -> tuple[Array, Exact]:
     """For a method without dice: the elements where neither equal magnitudes nor a sum near zero leave a choice, and
     the value there."""
-    fates = [_fate(vectors, delta, density) for delta, density in zip(vectors.deltas, vectors.densities, strict=True)]
+    fates = [fate(vectors, i) for i in range(len(vectors.deltas))]
     kept = [must for must, _ in fates]
     certain = np.logical_and.reduce([must == may for must, may in fates])
     scales = _trimmed_scales(vectors)
@@ -111,33 +127,38 @@ def decided(vectors: TaskVectors) -> tuple[Array, Exact]:
     return certain, vectors.combined(kept, scales)
 
 
-def _fate(vectors: TaskVectors, delta: Array, density: float) -> tuple[Array, Array]:
-    """(must be kept, may be kept) for each element, zero steps left out."""
+def fate(vectors: TaskVectors, i: int) -> tuple[Array, Array]:
+    """(must be kept, may be kept) for each element of task vector i, zero steps left out."""
+    delta, density = vectors.deltas[i], vectors.densities[i]
     moved, nothing = delta != 0, np.zeros(delta.shape, bool)
     if density >= 1:
         return moved, moved
-    if vectors.trim == "random":
+    if vectors.dice:
         return nothing, moved
-    count = trimmed_count(delta, density)
-    if count == 0:
+    kept = abs(delta)[vectors.trimmed(i)]
+    dropped = abs(delta)[~vectors.trimmed(i)]
+    if not kept.size:
         return nothing, nothing
-    threshold = np.sort(abs(delta).ravel())[-count]
     slack = 4 * FLOAT32_STEP * abs(delta)  # the rounding of x - base, and its inputs are exact
-    return moved & (abs(delta) > threshold + slack), moved & (abs(delta) >= threshold - slack)
+    lowest, highest = kept.min(), kept.max()
+    must, may = moved & (abs(delta) > lowest + slack), moved & (abs(delta) >= lowest - slack)
+    if (dropped >= highest).any():
+        must, may = must & (abs(delta) < highest - slack), may & (abs(delta) <= highest + slack)
+    return must, may
 
 
 def _trimmed_scales(vectors: TaskVectors) -> tuple[float, ...]:
     if not vectors.rescale:
         return (1.0,) * len(vectors.deltas)
-    return tuple(
-        l1_scale(delta, largest(delta, density)) if density < 1 else 1.0  # equal magnitudes: whichever stays, one norm
-        for delta, density in zip(vectors.deltas, vectors.densities, strict=True)
+    return tuple(  # whichever of equal magnitudes stays, one norm
+        l1_scale(delta, vectors.trimmed(i)) if density < 1 else 1.0
+        for i, (delta, density) in enumerate(zip(vectors.deltas, vectors.densities, strict=True))
     )
 
 
-def _scales_seen(actual: torch.Tensor, vectors: TaskVectors) -> tuple[float, ...]:
-    """By how much the steps of each task vector were multiplied, where no other moves and the step was kept: the
-    median."""
+def _scales_seen(actual: torch.Tensor, vectors: TaskVectors) -> tuple[float, ...] | None:
+    """By how much the steps of each task vector were multiplied: read off the largest step that was kept where no other
+    task vector moves, because there the base's rounding weighs least. None if one of several shows no such step."""
     everything = [np.ones(vectors.base.shape, bool)] * len(vectors.deltas)
     unscaled = vectors.combined(everything).value - vectors.base
     change = actual.double().numpy() - vectors.base
@@ -145,13 +166,16 @@ def _scales_seen(actual: torch.Tensor, vectors: TaskVectors) -> tuple[float, ...
     for i, density in enumerate(vectors.densities):
         others = [delta for j, delta in enumerate(vectors.deltas) if j != i]
         alone = np.logical_and.reduce([vectors.deltas[i] != 0, change != 0, *(delta == 0 for delta in others)])
-        scales.append(float(np.median(change[alone] / unscaled[alone])) if density < 1 and alone.any() else 1.0)
+        if density < 1 and not alone.any() and others:
+            return None
+        place = np.argmax(abs(unscaled) * alone)
+        scales.append(float(change.flat[place] / unscaled.flat[place]) if density < 1 and alone.any() else 1.0)
     return tuple(scales)
 
 
 def _explanations(actual: torch.Tensor, vectors: TaskVectors, scales: tuple[float, ...], signs_exact: bool) -> Masks:
     shape = vectors.base.shape
-    fates = [_fate(vectors, delta, density) for delta, density in zip(vectors.deltas, vectors.densities, strict=True)]
+    fates = [fate(vectors, i) for i in range(len(vectors.deltas))]
     found = np.zeros(shape, bool)
     sure = [np.ones(shape, bool) for _ in fates]
     possible = [np.zeros(shape, bool) for _ in fates]

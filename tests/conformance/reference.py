@@ -1,23 +1,25 @@
-"""Seven merge methods in float64 on whole tensors, written from the papers' formulas: slow, plain, and kin to
-nobody's code.
+"""Every merge method in float64 on whole tensors, written from the papers' formulas: slow, plain, and kin to nobody's
+code.
 
 `merged(document)` reads a mergekit document and its parents from disk and says what every output tensor must be:
 
     Exact         a value, and the sum of the magnitudes that went into it (what bounds the rounding noise of float32)
-    TaskVectors   a base and its task vectors, when a choice stands between them and the value (ties: which of several
-                  equal magnitudes stay, what sign a sum within the noise has; dare: which elements the dice keep);
-                  `combined(kept, scales)` gives the Exact of a choice
+    Choice        the values that an element may have where float32 or equal values leave a choice
+    TaskVectors   a base and its task vectors, when a choice stands between them and the value (ties, breadcrumbs: which
+                  of several equal magnitudes stay, what sign a sum within the noise has; dare, della: which elements
+                  the dice keep); `combined(kept, scales)` gives the Exact of a choice
 
 Sources: linear, "Model soups" (arXiv 2203.05482); task arithmetic (2212.04089); TIES (2306.01708); DARE (2311.03099),
-rescaled as mergekit does it, by the ratio of L1 norms; slerp, Shoemake 1985. Parameter resolution follows mergekit
-0.1.5's behaviour.
+Model Breadcrumbs (2312.06795) and DELLA (2406.11617), rescaled as mergekit does it, by the ratio of L1 norms; slerp,
+Shoemake 1985; the others in directions.py and selections.py. Parameter resolution follows mergekit 0.1.5's behaviour.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache, reduce
+from functools import cache, lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +27,21 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-Array = np.ndarray
+from tests.conformance.directions import karcher, model_stock, multislerp, nuslerp
+from tests.conformance.exact import Array, Choice, Exact
+from tests.conformance.selections import arcee_fusion, nearswap, ram, sce
+
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-TASK_VECTOR_METHODS = ("task_arithmetic", "ties", "dare_ties", "dare_linear")
-
-
-@dataclass(frozen=True)
-class Exact:
-    """`value` in float64; `magnitude` ≥ |value|: the sum of the absolute values of its terms, amplified by the
-    divisor's own cancellation, so that float32 arithmetic in any order errs by at most `operations` · 2⁻²⁴ ·
-    magnitude."""
-
-    value: Array
-    magnitude: Array
-    operations: int
+TRIMS = {
+    "task_arithmetic": None,
+    "ties": "magnitude",
+    "dare_ties": "random",
+    "dare_linear": "random",
+    "breadcrumbs": "outliers",
+    "breadcrumbs_ties": "outliers",
+    "della": "ranks",
+    "della_linear": "ranks",
+}
 
 
 @dataclass(frozen=True)
@@ -49,11 +52,36 @@ class TaskVectors:
     deltas: tuple[Array, ...]
     weights: tuple[float, ...]
     densities: tuple[float, ...]
-    trim: str | None  # "magnitude" (ties), "random" (dare) or None (task arithmetic)
+    trim: str | None  # "magnitude" (ties), "outliers" (breadcrumbs), "random" (dare), "ranks" (della) or None
     consensus: bool
     normalize: bool
     rescale: bool
     strength: float  # the document's `lambda`
+    extra: tuple[float, ...] = ()  # gamma of breadcrumbs or epsilon of della, per task vector
+
+    @property
+    def dice(self) -> bool:
+        """Whether random numbers decide which elements are kept."""
+        return self.trim in ("random", "ranks")
+
+    def kept_count(self, i: int) -> int:
+        """How many elements of task vector i a trim without dice keeps."""
+        return int(self.trimmed(i).sum())
+
+    def trimmed(self, i: int) -> Array:
+        """The mask of a trim without dice; among equals those that a stable sort puts first."""
+        delta, density = self.deltas[i], self.densities[i]
+        return largest(delta, density) if self.trim == "magnitude" else between(delta, density, self.extra[i])
+
+    def chances(self, i: int) -> Array:
+        """For each element of task vector i, the probability that the dice keep it."""
+        delta, density = self.deltas[i], self.densities[i]
+        if self.trim == "random" or density >= 1:
+            return np.full(delta.shape, min(density, 1.0))
+        rows = delta.reshape(1, -1) if delta.ndim < 2 else delta
+        order = np.argsort(np.argsort(abs(rows), axis=1, kind="stable"), axis=1)
+        share = order / (rows.shape[1] - 1)
+        return (density - self.extra[i] + 2 * self.extra[i] * share).reshape(delta.shape)
 
     def terms(self, kept: Sequence[Array], scales: Sequence[float]) -> list[Array]:
         """The weighted, scaled, masked task vectors."""
@@ -109,6 +137,18 @@ def largest(delta: Array, density: float) -> Array:
     return kept.reshape(delta.shape)
 
 
+def between(delta: Array, density: float, gamma: float) -> Array:
+    """Model Breadcrumbs' mask: without the ⌊γ · n⌋ largest, and of the rest the ⌊density · n⌋ largest; fewer outliers
+    go where fewer than ⌊density · n⌋ would be left."""
+    if density >= 1:
+        return np.ones(delta.shape, bool)
+    count, outliers = int(density * delta.size), int(gamma * delta.size)
+    first = max(0, delta.size - count - outliers)
+    kept = np.zeros(delta.size, bool)
+    kept[np.argsort(abs(delta).ravel(), kind="stable")[first : first + count]] = True
+    return kept.reshape(delta.shape)
+
+
 def l1_scale(delta: Array, kept: Array) -> float:
     """What makes the kept elements weigh, in L1 norm, as much as the whole task vector did; 1 where either is
     nothing."""
@@ -160,8 +200,14 @@ class Output:
     depth: float
 
 
-def merged(document: dict[str, Any]) -> dict[str, Exact | TaskVectors]:
+def merged(document: dict[str, Any]) -> dict[str, Exact | Choice | TaskVectors]:
     """What each tensor of the document's merge must be. Covers Qwen2 checkpoints on local disk."""
+    return _merged(json.dumps(document))
+
+
+@lru_cache(maxsize=4)  # several verdicts ask in turn
+def _merged(text: str) -> dict[str, Exact | Choice | TaskVectors]:
+    document = json.loads(text)
     return {output.name: _merge_one(document, output) for output in outputs(document)}
 
 
@@ -223,10 +269,14 @@ def resolved(setting: Any, tensor: str, depth: float) -> Any:
     return None
 
 
-def _merge_one(document: dict[str, Any], output: Output) -> Exact | TaskVectors:
+def _merge_one(document: dict[str, Any], output: Output) -> Exact | Choice | TaskVectors:
     method = document["merge_method"]
     tensors = [tensor.double().numpy() for tensor in inputs(document, output.name)]
     models = sources(document)
+    names = [model["model"] for model in models]
+    base = names.index(document["base_model"]) if document.get("base_model") else None
+    everyone = range(len(tensors))
+    others = [i for i in everyone if i != base]
 
     def shared(parameter: str, default: Any = None) -> Any:
         return _look_up(parameter, [document], output, default)
@@ -234,27 +284,52 @@ def _merge_one(document: dict[str, Any], output: Output) -> Exact | TaskVectors:
     def each(parameter: str, which: Sequence[int], default: Any = None) -> list[Any]:
         return [_look_up(parameter, [models[i], document], output, default) for i in which]
 
-    everyone = range(len(tensors))
-    if method == "linear":
-        return linear(tensors, each("weight", everyone), shared("normalize", True))
-    if method == "passthrough":
-        return passthrough(tensors[0], each("scale", everyone)[0])
-    base = [model["model"] for model in models].index(document["base_model"])
-    others = [i for i in everyone if i != base]
-    if method == "slerp":
-        return slerp(tensors[base], tensors[others[0]], shared("t"))
-    if method not in TASK_VECTOR_METHODS:
-        raise NotImplementedError(method)
+    match method:
+        case "linear":
+            return linear(tensors, each("weight", everyone), shared("normalize", True))
+        case "passthrough":
+            return passthrough(tensors[0], each("scale", everyone)[0])
+        case "karcher":
+            return karcher(tensors, int(shared("max_iter", 10)), shared("tol", 1e-5))
+    origin = None if base is None else tensors[base]
+    moved = [tensors[i] for i in others]
+    match method:
+        case "nuslerp":
+            row_wise, flatten = shared("nuslerp_row_wise", False), shared("nuslerp_flatten", True)
+            first, second = each("weight", others)
+            return nuslerp(*moved, (first, second), origin, row_wise, flatten)
+        case "multislerp":
+            return multislerp(
+                moved, each("weight", others), origin, shared("normalize_weights", True), shared("eps", 1e-8)
+            )
+    assert origin is not None
+    match method:
+        case "slerp":
+            return slerp(origin, moved[0], shared("t"))
+        case "model_stock":
+            return model_stock(origin, moved, shared("filter_wise", False))
+        case "nearswap":
+            return nearswap(origin, moved[0], shared("t"))
+        case "arcee_fusion":
+            return arcee_fusion(origin, moved[0])
+        case "sce":
+            return sce(origin, moved, shared("select_topk", 1.0))
+        case "ram":
+            return ram(origin, moved, shared("epsilon", 1e-5))
+        case "ramplus_tl":
+            return ram(origin, moved, shared("epsilon", 1e-5), shared("r", 0.1), shared("alpha", 0.2))
+    extra = {"outliers": ("gamma", 0.01), "ranks": ("epsilon", 0.15)}.get(TRIMS[method] or "")
     vectors = TaskVectors(
-        base=tensors[base],
-        deltas=tuple(tensors[i] - tensors[base] for i in others),
+        base=origin,
+        deltas=tuple(tensor - origin for tensor in moved),
         weights=tuple(each("weight", others)),
         densities=tuple(each("density", others, 1.0)),
-        trim={"ties": "magnitude", "dare_ties": "random", "dare_linear": "random"}.get(method),
-        consensus=method.endswith("ties"),
-        normalize=shared("normalize", method == "ties"),
-        rescale=shared("rescale", method.startswith("dare")),
+        trim=TRIMS[method],
+        consensus=method in ("ties", "dare_ties", "breadcrumbs_ties", "della"),
+        normalize=shared("normalize", method in ("ties", "della")),
+        rescale=shared("rescale", method.startswith(("dare", "della"))),
         strength=shared("lambda", 1.0),
+        extra=tuple(each(extra[0], others, extra[1])) if extra else (),
     )
     if vectors.consensus or (vectors.trim and any(density < 1 for density in vectors.densities)):
         return vectors

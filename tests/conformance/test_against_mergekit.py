@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
-from tests.conformance import cases
+from tests.conformance import cases, tally
+from tests.conformance.conftest import Ours, merge_ours
 from tests.conformance.measures import find_masks
 from tests.conformance.oracle import Answer
 from tests.conformance.reference import TaskVectors, checkpoint, merged
 from tests.conformance.verdicts import (
+    NOT_REPEATED,
     SIGMAS,
+    against_formulas,
     assert_follows_formulas,
+    assert_repeated,
     assert_within_one_ulp,
     share_correctly_rounded,
 )
 
 pytestmark = pytest.mark.oracle
 
-Ours = Callable[..., Path]
-WITHOUT_DICE = {name: text for name, text in cases.CASES.items() if name not in cases.DARE}
+CASES = cases.ours(cases.CASES)
+BIT_EXACT = {name: text for name, text in cases.ours(cases.BIT_EXACT).items() if not name.startswith(NOT_REPEATED)}
 ONE_ROUNDING = {**cases.LINEAR, **cases.TASK_ARITHMETIC}
-
-
-def merge_ours(config_text: str, out: Path, numerics: str = "float32", *options: str) -> int:
-    """The exit code of `mergeyard merge`."""
-    from orchestrator.cli import main
-
-    config = out.parent / f"{out.name}.yml"
-    config.write_text(config_text)
-    choice = [] if numerics == "float32" else ["--numerics", numerics]
-    return main(["merge", str(config), str(out), "--quiet", *choice, *options])
 
 
 def model_fields(folder: Path) -> dict[str, Any]:
@@ -48,38 +40,22 @@ def model_fields(folder: Path) -> dict[str, Any]:
     return {field: value for field, value in config.items() if field != "transformers_version"}
 
 
-@pytest.fixture(scope="session")
-def ours(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Ours:
-    """ours(text, numerics): the folder mergeyard wrote for a case's document, merged once a session."""
-    root = tmp_path_factory.mktemp("ours")
-    folders: dict[tuple[str, str], Path] = {}
-    numbers = count()
-
-    def merge(text: str, numerics: str = "float32") -> Path:
-        if (text, numerics) not in folders:
-            out = root / f"merge-{next(numbers):03d}"
-            document = cases.parsed(text, parents)
-            options = ["--config-from", document["base_model"]] if cases.parents_disagree(text) else []
-            assert merge_ours(yaml.safe_dump(document, sort_keys=False), out, numerics, *options) == 0
-            folders[text, numerics] = out
-        return folders[text, numerics]
-
-    return merge
-
-
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", CASES)
 def test_every_merge_follows_the_formulas(name: str, ours: Ours, parents: Path) -> None:
     text = cases.CASES[name]
-    assert_follows_formulas(ours(text), cases.parsed(text, parents))
+    document = cases.parsed(text, parents)
+    assert_follows_formulas(ours(text), document)
+    tally.add(document["merge_method"], "formula", against_formulas(ours(text), document))
 
 
-@pytest.mark.parametrize("name", WITHOUT_DICE)
+@pytest.mark.parametrize("name", CASES)
 def test_every_merge_is_within_one_ulp_of_mergekit_in_float32(
     name: str, ours: Ours, mergekit: Mapping[str, Answer], parents: Path
 ) -> None:
-    text = WITHOUT_DICE[name]
+    document = cases.parsed(CASES[name], parents)
     assert mergekit[name].error is None
-    assert_within_one_ulp(ours(text), mergekit[name].folder, cases.parsed(text, parents))
+    counts = assert_within_one_ulp(ours(CASES[name]), mergekit[name].folder, document)
+    tally.add(document["merge_method"], "float32", counts)
 
 
 @pytest.mark.parametrize("name", ONE_ROUNDING)
@@ -88,15 +64,15 @@ def test_linear_and_task_arithmetic_are_rounded_once(name: str, ours: Ours, pare
     assert share_correctly_rounded(ours(text), cases.parsed(text, parents)) >= 0.999
 
 
-@pytest.mark.parametrize("name", cases.BIT_EXACT)
-def test_mergekit_numerics_repeat_mergekit_bit_for_bit(name: str, ours: Ours, mergekit: Mapping[str, Answer]) -> None:
+@pytest.mark.parametrize("name", BIT_EXACT)
+def test_mergekit_numerics_repeat_mergekit_bit_for_bit(
+    name: str, ours: Ours, mergekit: Mapping[str, Answer], parents: Path
+) -> None:
     answer = mergekit[f"bit exact {name}"]
     assert answer.error is None
-    mine, theirs = checkpoint(str(ours(cases.BIT_EXACT[name], "mergekit"))), checkpoint(str(answer.folder))
-    assert mine.keys() == theirs.keys()
-    for tensor in theirs:
-        assert mine[tensor].dtype == theirs[tensor].dtype == torch.bfloat16, tensor
-        assert torch.equal(mine[tensor], theirs[tensor]), tensor
+    document = cases.parsed(BIT_EXACT[name], parents)
+    counts = assert_repeated(ours(BIT_EXACT[name], "mergekit"), answer.folder, document)
+    tally.add(document["merge_method"], "bf16", counts)
 
 
 @pytest.mark.parametrize("name", ["ties-zero-sums-elect-the-positive"])

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conformance.measures import FLOAT32_STEP, correctly_rounded, explained, find_masks, rounded, ulp_distance
-from tests.conformance.reference import Exact, TaskVectors, largest, resolved
+from tests.conformance.exact import FLOAT32_STEP, Exact
+from tests.conformance.measures import correctly_rounded, explained, find_masks, rounded, ulp_distance
+from tests.conformance.reference import TaskVectors, largest, resolved
 
 SMALLEST = {torch.float32: 2.0**-149, torch.float16: 2.0**-24, torch.bfloat16: 2.0**-133}
 DTYPES = list(SMALLEST)
