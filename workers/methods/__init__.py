@@ -12,6 +12,7 @@ from workers.methods.breadcrumbs import breadcrumbs, breadcrumbs_pass, breadcrum
 from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
 from workers.methods.della import della, della_linear, della_linear_pass, della_pass
 from workers.methods.linear import linear, linear_pass
+from workers.methods.model_stock import model_stock, model_stock_pass
 from workers.methods.passes import Pass
 from workers.methods.passthrough import passthrough, passthrough_pass
 from workers.methods.ram import ram, ram_pass, ramplus_tl, ramplus_tl_pass
@@ -40,15 +41,15 @@ class Parameter:
 class Method:
     """A merge method: its formula, its rule for `base_model`, and the number of models it takes.
 
-    `base` is "required" (a model to subtract, not one to merge), "one of the models", or "unused". `fused` gives the
-    formula as one pass over memory, from settings that `simplified` has made. `whole_rows`: the method asks for whole
-    rows of its tensors, `Tile.around`.
+    `base` is "required" (a model to subtract, not one to merge), "optional" (the same if it is given), "one of the
+    models", or "unused". `fused` gives the formula as one pass over memory, from settings that `simplified` has made.
+    `whole_rows`: the method asks for whole rows of its tensors, `Tile.around`.
     """
 
     merge: Callable[..., Tensor]
     fused: Callable[..., Pass] | None = None
     whole_rows: bool = False
-    base: Literal["required", "one of the models", "unused"] = "unused"
+    base: Literal["required", "optional", "one of the models", "unused"] = "unused"
     fewest: int = 1
     most: int | None = None
 
@@ -87,13 +88,13 @@ METHODS: Mapping[str, Method] = {
     "sce": Method(sce, sce_pass, base="required"),
     "ram": Method(ram, ram_pass, base="required"),
     "ramplus_tl": Method(ramplus_tl, ramplus_tl_pass, base="required"),
+    "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }
 
 ONLY_IN_MERGEKIT = (
     "arcee_fusion",
     "karcher",
-    "model_stock",
     "multislerp",
     "nearswap",
     "nuslerp",

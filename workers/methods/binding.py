@@ -54,16 +54,18 @@ def check_recipe(recipe: Recipe) -> None:
                     f'{source.place_of(name)}: "{name}" belongs to the whole merge, not to one model;'
                     " move it to the top-level parameters"
                 )
-    if method.base != "unused" and recipe.base_model is None:
+    if method.base in ("required", "one of the models") and recipe.base_model is None:
         raise BadInput(f"{recipe.place}: {recipe.merge_method} needs a base_model")
     models = _merged_models(recipe, method)
     if len(models) < method.fewest or (method.most is not None and len(models) > method.most):
         wanted = f"{method.fewest}" if method.fewest == method.most else f"at least {method.fewest}"
         if method.most is not None and method.fewest != method.most:
             wanted = f"at most {method.most}"
+        of_base = ""
+        if recipe.base_model is not None and method.base != "unused":
+            of_base = " counting the base" if method.base == "one of the models" else " beside the base"
         raise BadInput(
-            f"{recipe.place}: {recipe.merge_method} merges {wanted} model(s)"
-            f"{' counting the base' if method.base == 'one of the models' else ''}, the recipe names {len(models)}"
+            f"{recipe.place}: {recipe.merge_method} merges {wanted} model(s){of_base}, the recipe names {len(models)}"
         )
 
 
@@ -93,7 +95,7 @@ def _merged_models(recipe: Recipe, method: Method) -> Sequence[Source]:
 
     A base that is not listed is the first end of a slerp and the last model elsewhere, as in mergekit 0.1.5.
     """
-    if method.base == "required":
+    if method.base in ("required", "optional"):
         return [source for source in recipe.models if source.model != recipe.base_model]
     if recipe.base_model is None or any(source.model == recipe.base_model for source in recipe.models):
         return recipe.models
@@ -191,7 +193,7 @@ def simplified(bound: Bound, *, place: str) -> Bound:
             return _simplified_linear(bound, place)
         case "slerp":
             return _simplified_slerp(bound)
-        case "passthrough":
+        case "passthrough" | "model_stock":
             return bound
         case "sce":
             return _simplified_sce(bound)

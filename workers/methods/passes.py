@@ -12,19 +12,22 @@ from typing import Literal
 from workers.methods.reductions import Coin, Threshold
 from workers.methods.tile import Array
 
+Along = Literal["tensor", "rows", "columns"]
+"""The lines of a tensor that have a number each: all of it, the vectors of its last axis, or those of its first."""
+
 
 @dataclass(frozen=True, slots=True)
 class WeightedSum:
     """Σ cᵢ·xᵢ, or base + Σ cᵢ·(xᵢ − base) with a base; summed from left to right in the arithmetic dtype.
 
-    A coefficient is a number, or an array of one number for each row or column of the tensor, as `along` says. A term
-    whose coefficient is exactly 1 is not multiplied.
+    A coefficient is a number, or an array of one number for each line `along` the tensor. A term whose coefficient is
+    exactly 1 is not multiplied.
     """
 
     models: tuple[str, ...]
     coefficients: tuple[float | Array, ...]
     base: str | None = None
-    along: Literal["tensor", "rows", "columns"] = "tensor"
+    along: Along = "tensor"
 
 
 @dataclass(frozen=True, slots=True)

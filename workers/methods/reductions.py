@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,6 +97,57 @@ class Gram(Reduction):
         matrix[upper] = [math.fsum(of_pair) for of_pair in zip(*shares, strict=True)]
         matrix.T[upper] = matrix[upper]
         return matrix
+
+
+@dataclass(frozen=True, slots=True)
+class GramOfLines(Reduction):
+    """`Gram` in float64 for each vector of the last axis ("rows") or of the first ("columns"): models × models × lines.
+
+    Additions join the elements of a line within a unit by a fixed tree, then the units in their order.
+    """
+
+    models: tuple[str, ...]
+    base: str | None
+    along: Literal["rows", "columns"]
+
+    def of(self, tile: Tile) -> list[tuple[int, NDArray[np.float64]]]:
+        vectors = [
+            tile.parent(model, "float64") if self.base is None else tile.delta(model, self.base, "float64")
+            for model in self.models
+        ]
+        pairs = [*combinations_with_replacement(vectors, 2)]
+        width = tile.row if self.along == "rows" else math.prod(tile.shape[1:])
+        shares: list[tuple[int, NDArray[np.float64]]] = []
+        for first in range(0, tile.elements, TILE_ELEMENTS):
+            unit = slice(first, first + TILE_ELEMENTS)
+            sums = [_line_sums(a[unit] * b[unit], (tile.start + first) % width, width, self.along) for a, b in pairs]
+            shares.append(((tile.start + first) // width if self.along == "rows" else 0, np.array(sums)))
+        return shares
+
+    def combine(self, shares: Sequence[tuple[int, NDArray[np.float64]]]) -> NDArray[np.float64]:
+        lines = max(first + sums.shape[1] for first, sums in shares)
+        totals = np.zeros((shares[0][1].shape[0], lines))
+        for first, sums in shares:
+            totals[:, first : first + sums.shape[1]] += sums
+        matrix = np.empty((len(self.models), len(self.models), lines))
+        upper = np.triu_indices(len(self.models))
+        matrix[upper] = totals
+        matrix.swapaxes(0, 1)[upper] = totals
+        return matrix
+
+
+def _line_sums(values: Tensor, column: int, width: int, along: Literal["rows", "columns"]) -> Array:
+    """Σ for each row, or each column, of elements that begin in a column of a matrix `width` wide; zeros fill it."""
+    rows = -(-(column + len(values)) // width)
+    matrix = values.new_zeros(rows * width)
+    matrix[column : column + len(values)] = values
+    matrix, axis = matrix.view(rows, width), int(along == "rows")
+    while (left := matrix.shape[axis]) > 1:
+        half = (left + 1) // 2
+        first, second = matrix.split(half, axis)
+        first.narrow(axis, 0, left - half).add_(second)
+        matrix = first
+    return matrix.flatten().cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,10 +29,10 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
 
 @pytest.fixture
 def merge() -> Merge:
-    """merge(method, models, base=…, arithmetic="F32", seed=0, tensor="x", units=1, shape=None, **parameters).
+    """merge(method, models, base=…, arithmetic="F32", seed=0, tensor="x", units=1, shape=…, numerics=…, **parameters).
 
-    Returns the merged elements. `models` and `base` map names to tensors (lists become float32); parameters are as a
-    method's keywords, those per model as tuples.
+    Returns the merged elements. `models` and `base` map names to tensors (lists become float32), whose shape holds if
+    no other is given; parameters are as a method's keywords, those per model as tuples.
     """
 
     def run(
@@ -45,6 +45,7 @@ def merge() -> Merge:
         tensor: str = "x",
         units: int = 1,
         shape: tuple[int, ...] | None = None,
+        numerics: str = "float32",
         **parameters: Any,
     ) -> Tensor:
         parents = {
@@ -56,7 +57,9 @@ def merge() -> Merge:
                 parameters.setdefault(parameter.name, (parameter.default,) * len(models))
         setting = Setting(method, tuple(models), next(iter(base), None) if base else None, tuple(parameters.items()))
         facts: dict[Reduction, Any] = {}
-        tiles = tiles_of(parents, facts, units=units, seed=seed, name=tensor, shape=shape)
-        return torch.cat(answered(tiles, facts, lambda tile: merge_tile(tile, setting, arithmetic, "float32")))
+        shape = shape or tuple(next(iter(parents.values())).shape)
+        flat = {name: values.flatten() for name, values in parents.items()}
+        tiles = tiles_of(flat, facts, units=units, seed=seed, name=tensor, shape=shape)
+        return torch.cat(answered(tiles, facts, lambda tile: merge_tile(tile, setting, arithmetic, numerics)))
 
     return run

@@ -252,7 +252,15 @@ REFUSED = {
         models: [{model: a}]
         parameters: {weight: 1}
         """,
-        "job.yaml:1: ties merges at least 1 model(s), the recipe names 0",
+        "job.yaml:1: ties merges at least 1 model(s) beside the base, the recipe names 0",
+    ),
+    "model_stock of one": (
+        """
+        merge_method: model_stock
+        base_model: a
+        models: [{model: a}, {model: b}]
+        """,
+        "job.yaml:1: model_stock merges at least 2 model(s) beside the base, the recipe names 1",
     ),
     "slerp of three": (
         """

@@ -49,6 +49,7 @@ def parameters(rng: np.random.Generator, method: str, models: int) -> tuple[tupl
         "alpha": 0.2,
         "scale": tuple(float(rng.choice([1.0, 0.3])) for _ in range(models)),
         "t": float(rng.choice([0.3, 0.9])),
+        "filter_wise": bool(rng.random() < 0.5),
         "normalize": method not in ("linear", *SUMS) and bool(rng.random() < 0.5),
         "rescale": bool(rng.random() < 0.5),
         "lambda": 1.0 if method in SUMS else float(rng.choice([1.0, 0.7])),
@@ -63,7 +64,8 @@ def setting(rng: np.random.Generator, method: str) -> Setting:
     rule = METHODS[method]
     base = None if rule.base == "unused" else "base"
     most = min(rule.most or 3, 3)
-    others = list(rng.permutation(MODELS)[: int(rng.integers(max(1, rule.fewest - (base is not None)), most + 1))])
+    fewest = max(1, rule.fewest - (rule.base == "one of the models"))
+    others = list(rng.permutation(MODELS)[: int(rng.integers(fewest, most + 1))])
     models = ("base", others[0]) if rule.base == "one of the models" else tuple(str(name) for name in others)
     return Setting(method, models, base, parameters(rng, method, len(models)))
 
@@ -73,13 +75,16 @@ def setting(rng: np.random.Generator, method: str) -> Setting:
 @pytest.mark.parametrize("method", COMPILED)
 def test_a_pass_has_the_bits_of_the_formula(method: str, arithmetic: str, stored: str, units: int, small_tiles: int):
     rng = np.random.default_rng(zlib.crc32(f"{method} {arithmetic} {stored} {units}".encode()))
-    raw: Any = parents(rng, int(rng.integers(20, 500)), stored)
+    shape = int(rng.integers(2, 20)), int(rng.integers(5, 40))
+    raw: Any = parents(rng, shape[0] * shape[1], stored)
     settings = [setting(rng, method) for _ in range(6)]
     facts: dict[Reduction, Any] = {}
-    for tile in tiles_of(raw, facts, units=units, seed=3):
+    for tile in tiles_of(raw, facts, units=units, seed=3, shape=shape):
         formulas = [
             answered(
-                tiles_of(raw, facts, units=1, seed=3), facts, lambda each, s=s: merge_tile(each, s, arithmetic, "")
+                tiles_of(raw, facts, units=1, seed=3, shape=shape),
+                facts,
+                lambda each, s=s: merge_tile(each, s, arithmetic, ""),
             )
             for s in settings
         ]

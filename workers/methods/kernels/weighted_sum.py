@@ -45,8 +45,9 @@ def _weighted_sums(
 ) -> None:
     """For each block: every parent as a line of numbers, then every delta, then every point's sum, rounded once.
 
-    `pairs` holds (line, line of the base) of each delta, and `terms` (line, kind of coefficient, its index) of each
-    term of all points; point p has those up to `ends[p]`, and adds line `bases[p]` at last unless that is −1.
+    `pairs` holds (line, line of the base) of each delta, and `terms` (line, kind of coefficients, index of the first,
+    their number) of each term of all points; point p has those up to `ends[p]`, and adds line `bases[p]` at last unless
+    that is −1.
     """
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
@@ -61,11 +62,12 @@ def _weighted_sums(
         for point in range(points):
             opening = True
             while term < ends[point]:
-                line, kind, index = lines[terms[3 * term]], terms[3 * term + 1], terms[3 * term + 2]
+                line, kind, index = lines[terms[4 * term]], terms[4 * term + 1], terms[4 * term + 2]
                 if kind == SCALAR:
                     _add_scaled(opening, line, coefficients[index], total, size)
                 else:
-                    _spread(kind, coefficients, index, row, start + first, size, factors)
+                    width = row if kind == OF_ROW else terms[4 * term + 3]
+                    _spread(kind, coefficients, index, width, start + first, size, factors)
                     _add_product(opening, line, factors, total, size)
                 opening = False
                 term += 1
@@ -149,7 +151,7 @@ class WeightedSums:
 
     def __init__(self, parents: int, sums: Sequence[Sum], arithmetic: str) -> None:
         pairs: dict[tuple[int, int], int] = {}
-        terms: list[tuple[int, int, int]] = []
+        terms: list[tuple[int, int, int, int]] = []
         numbers: list[Array] = [np.zeros(0)]
         ends: list[int] = []
         index = 0
@@ -159,7 +161,7 @@ class WeightedSums:
                 if each.base is not None:
                     line = parents + pairs.setdefault((parent, each.base), len(pairs))
                 of_term = np.atleast_1d(np.asarray(coefficient, np.float64))
-                terms.append((line, SCALAR if of_term.size == 1 else _KINDS[each.along], index))
+                terms.append((line, SCALAR if of_term.size == 1 else _KINDS[each.along], index, of_term.size))
                 numbers.append(of_term)
                 index += of_term.size
             ends.append(len(terms))
