@@ -21,7 +21,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance newest chaos check audit pins
+.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance bench newest chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -81,6 +81,9 @@ smollm2: setup ## a real small model for one of the minutes-long tests
 
 test-heavy: setup oracle $(if $(filter Linux-x86_64,$(shell uname -sm | tr " " -)),vllm) ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
+
+bench: setup oracle ## merges of 1.5 B parameters against mergekit and a plain copy: an hour, 60 GB; BENCH is passed on
+	@.venv/bin/python -m tests.benchmarks.merges $(BENCH)
 
 newest: setup ## tests of the engine with the newest transformers that there is, in .venv-newest over .venv
 	@.venv/bin/uv venv --quiet --clear --python .venv/bin/python .venv-newest

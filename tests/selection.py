@@ -33,6 +33,7 @@ ORACLE = "tests/conformance/test_against"
 
 SLOW = (
     *RAY,
+    "tests/benchmarks",
     "tests/chaos",
     "tests/conformance/test_architectures.py",
     "tests/conformance/test_options.py",

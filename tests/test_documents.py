@@ -235,6 +235,7 @@ def test_a_broken_link_is_found() -> None:
 def test_the_page_of_the_programs_that_measure_lists_every_one() -> None:
     folder = ROOT / "tests" / "benchmarks"
     programs = {path.stem for path in folder.glob("*.py") if not path.name.startswith("test_")}
+    programs |= {path.parent.name for path in folder.glob("*/__main__.py")}
     assert {row[0].strip("`") for row in rows_below(page("tests/benchmarks/README.md"), "program")} == programs
 
 

@@ -15,7 +15,7 @@ import json
 import math
 import shutil
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -41,6 +41,7 @@ class Size:
 
 SIZES = {
     "tiny": Size(2, 64, 160, 4, 2, 512, True),
+    "0.1b": Size(8, 512, 2048, 8, 2, 151936, True),
     "0.5b": Size(24, 896, 4864, 14, 2, 151936, True),
     "1.5b": Size(28, 1536, 8960, 12, 2, 151936, True),
     "7b": Size(28, 3584, 18944, 28, 4, 152064, False),
@@ -76,15 +77,32 @@ def main() -> None:
     parser.add_argument("--delta", type=float, default=0.001)
     parser.add_argument("--shard-gb", type=float, default=5)
     options = parser.parse_args()
-    size = SIZES[options.size]
-    folders = {who: options.out / who for who in ("base", *options.siblings.split(","))}
+    write_family(
+        options.out,
+        SIZES[options.size],
+        siblings=options.siblings.split(","),
+        delta=options.delta,
+        shard_bytes=int(options.shard_gb * 1e9),
+    )
+
+
+def write_family(
+    out: Path,
+    size: Size,
+    *,
+    siblings: Sequence[str] = ("cos", "fmt"),
+    delta: float = 0.001,
+    shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes a base and its siblings, each in a folder of its name in `out`."""
+    folders = {who: out / who for who in ("base", *siblings)}
     for folder in folders.values():
         folder.mkdir(parents=True)
         write_small_files(folder, size)
-    shards = split(list(shapes(size)), int(options.shard_gb * 1e9))
+    shards = split(list(shapes(size)), shard_bytes)
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        write_shard({who: folder / name for who, folder in folders.items()}, shard, options.delta)
+        write_shard({who: folder / name for who, folder in folders.items()}, shard, delta)
         weight_map = dict.fromkeys((tensor for tensor, _ in shard), name)
         if len(shards) > 1:
             for folder in folders.values():
