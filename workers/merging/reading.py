@@ -26,26 +26,28 @@ _Parts = Sequence[Mapping[str, Elements]]
 
 @dataclass(frozen=True, slots=True)
 class Stretch:
-    """Elements `[start, stop)` of one tensor."""
+    """Elements `[start, stop)` of one tensor, read together with those around it from `first` to `end`."""
 
     tensor: TensorMerge
     start: int
     stop: int
+    first: int
+    end: int
 
     def source(self, parent: str) -> tuple[int, int, int]:
-        """(file, first byte, end) of this stretch in one parent."""
+        """(file, first byte, end) of what is read of one parent."""
         source = self.tensor.sources[parent]
         width = DTYPE_BITS[source.dtype] // 8
-        return source.file, source.start + self.start * width, source.start + self.stop * width
+        return source.file, source.start + self.first * width, source.start + self.end * width
 
     def bytes_of(self, parent: str) -> int:
-        """Its size in one parent."""
+        """The bytes that are read of one parent."""
         _, start, end = self.source(parent)
         return end - start
 
 
 class Slab:
-    """Stretches that follow each other in the output, with every parent's elements for each, in the parent's dtype."""
+    """Stretches that follow each other in the output, with what is read of every parent for each, in its dtype."""
 
     def __init__(self, stretches: Sequence[Stretch], read: Callable[[], tuple[_Parts, Sequence[Bytes]]]) -> None:
         self.stretches = stretches
@@ -65,15 +67,18 @@ class Slab:
         return self._raw
 
 
-def plan_slabs(tensors: Sequence[TensorMerge], slab_bytes: int) -> Iterator[list[list[Stretch]]]:
+def plan_slabs(
+    tensors: Sequence[TensorMerge], slab_bytes: int, in_rows: Callable[[TensorMerge], bool] = lambda tensor: False
+) -> Iterator[list[list[Stretch]]]:
     """Groups of slabs, in the tensors' order: small tensors share one slab, a large one has a group of several.
 
-    No slab asks more than `slab_bytes` of a parent, and every tensor lies within one group.
+    No slab asks more than `slab_bytes` of a parent, and every tensor lies within one group. A stretch of a tensor
+    `in_rows` is read with the rest of its first and last row; a slab of rows that are wider than it is larger.
     """
     together: list[Stretch] = []
     size = 0
     for tensor in tensors:
-        whole = Stretch(tensor, 0, tensor.elements)
+        whole = Stretch(tensor, 0, tensor.elements, 0, tensor.elements)
         widest = max(whole.bytes_of(parent) for parent in tensor.sources) + ALIGNMENT
         if together and size + widest > slab_bytes:
             yield [together]
@@ -82,16 +87,21 @@ def plan_slabs(tensors: Sequence[TensorMerge], slab_bytes: int) -> Iterator[list
             together.append(whole)
             size += widest
         else:
-            yield [[stretch] for stretch in _cut(tensor, slab_bytes - ALIGNMENT)]
+            yield [
+                [stretch]
+                for stretch in _cut(tensor, slab_bytes - ALIGNMENT, tensor.shape[-1] if in_rows(tensor) else 1)
+            ]
     if together:
         yield [together]
 
 
-def _cut(tensor: TensorMerge, slab_bytes: int) -> Iterator[Stretch]:
+def _cut(tensor: TensorMerge, slab_bytes: int, row: int) -> Iterator[Stretch]:
     width = max(DTYPE_BITS[source.dtype] // 8 for source in tensor.sources.values())
-    step = max(1, slab_bytes // width // TILE_ELEMENTS) * TILE_ELEMENTS
+    room = slab_bytes // width - 2 * (row - 1)
+    step = max(room // TILE_ELEMENTS, -(-row // TILE_ELEMENTS)) * TILE_ELEMENTS
     for start in range(0, tensor.elements, step):
-        yield Stretch(tensor, start, min(start + step, tensor.elements))
+        stop = min(start + step, tensor.elements)
+        yield Stretch(tensor, start, stop, start // row * row, -(-stop // row) * row)
 
 
 def all_near(parents: Mapping[str, Parent]) -> bool:
@@ -163,7 +173,8 @@ class ParentReader:
         return begun
 
     def _check(self, name: str, slab: Slab, index: int, passing: dict[tuple[str, str], TensorHash]) -> None:
-        stretch, part = slab.stretches[index], slab.raw[index][name]
+        stretch = slab.stretches[index]
+        part = slab.raw[index][name][stretch.start - stretch.first : stretch.stop - stretch.first]
         tensor, source = stretch.tensor, stretch.tensor.sources[name]
         so_far = passing.setdefault((name, tensor.name), TensorHash(source.digest))
         so_far.update(bytes_of(part))
@@ -175,15 +186,16 @@ class ParentReader:
         """Gives a slab's memory back; its tensors must not be looked at any more."""
         wait(slab.checks)
         with self._lock:
-            self._free.extend(slab.buffers)
+            self._free.extend(buffer for buffer in slab.buffers if buffer.size == self._slab_bytes)
 
     def _read(self, name: str, stretches: Sequence[Stretch]) -> tuple[Bytes, dict[int, Elements]]:
         """One parent's part of a slab: the buffer, and a typed 1-D view of it for each stretch the parent has."""
-        buffer = self._buffer()
+        runs = _runs(name, stretches)
+        buffer = self._buffer(runs[-1].at + runs[-1].size)
         whole = buffer.data
         views: dict[int, Elements] = {}
         files, store = self._parents[name].files, self._stores[name]
-        for run in _runs(name, stretches):
+        for run in runs:
             if run.size:  # a bucket cannot be asked for an empty range
                 store.read_into(
                     files[run.file].key, whole[run.at : run.at + run.size], start=run.start, etag=files[run.file].etag
@@ -199,11 +211,11 @@ class ParentReader:
     def _placed(self, elements: Elements) -> Elements:
         return elements if self._device == "cpu" else as_tensor(elements).to(self._device, non_blocking=True)
 
-    def _buffer(self) -> Bytes:
+    def _buffer(self, size: int) -> Bytes:
         with self._lock:
-            if self._free:
+            if self._free and size <= self._slab_bytes:
                 return self._free.pop()
-        return memory(self._slab_bytes, pinned=self._device != "cpu")
+        return memory(max(size, self._slab_bytes), pinned=self._device != "cpu")
 
 
 @dataclass(slots=True)

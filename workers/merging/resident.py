@@ -138,7 +138,7 @@ class ResidentParents:
 
         def merge(start: int) -> Elements:
             piece = flat[start : start + step]
-            merger.run(start, {name: elements[start : start + step] for name, elements in raw.items()}, [piece])
+            merger.run(start, raw, 0, [piece])
             return piece
 
         step = self._step(tensor)
@@ -151,8 +151,8 @@ class ResidentParents:
 
             def answer(start: int, asked: Sequence[Reduction] = asked) -> list[list[Any]]:
                 one_torch_thread()
-                part = {name: elements[start : start + step] for name, elements in raw.items()}
-                found = [*tiles(tensor, start, part, facts, self._seed, whole=self._device != "cpu", units=FACT_UNITS)]
+                stop, units = min(start + step, tensor.elements), FACT_UNITS if self._device == "cpu" else None
+                found = [*tiles(tensor, start, stop, raw, 0, facts, self._seed, units=units)]
                 return [[share for tile in found for share in question.of(tile)] for question in asked]
 
             answers = [*pool.map(answer, range(0, tensor.elements, step))]

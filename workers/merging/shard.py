@@ -33,6 +33,7 @@ from workers.merging.tiles import (
     Elements,
     Facts,
     TensorMerger,
+    in_rows,
     missing_facts,
     one_torch_thread,
     tiles,
@@ -138,7 +139,7 @@ class _Merge:
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in self.task.tensors])
         for writer in self.writers:
             writer.begin(header)
-        groups = list(plan_slabs(self.task.tensors, self.budget.slab))
+        groups = list(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows))
         fits = [self._bytes(group) <= self.budget.held or not self._asks(group) for group in groups]
         ahead = self._read(slab for group, fit in zip(groups, fits, strict=True) if fit for slab in group)
         for group, fit in zip(groups, fits, strict=True):
@@ -156,6 +157,9 @@ class _Merge:
                 self._merge(slab, mergers)
         for future in (*self.merging, *self.checks):
             future.result()
+
+    def _in_rows(self, tensor: TensorMerge) -> bool:
+        return in_rows(point.settings[tensor.setting] for point in self.task.points)
 
     def _bytes(self, group: Sequence[Sequence[Stretch]]) -> int:
         return sum(stretch.bytes_of(name) for slab in group for stretch in slab for name in stretch.tensor.sources)
@@ -219,9 +223,12 @@ class _Merge:
         one_torch_thread()
         shares: _Shares = {}
         for stretch, raw in zip(slab.stretches, slab.raw, strict=True):
-            name = stretch.tensor.name
-            for tile in tiles(stretch.tensor, stretch.start, raw, facts[name], self.task.seed, units=FACT_UNITS):
-                for question in missing.get(name, ()):
+            tensor, name = stretch.tensor, stretch.tensor.name
+            if name not in missing:
+                continue
+            place = (stretch.start, stretch.stop, raw, stretch.first)
+            for tile in tiles(tensor, *place, facts[name], self.task.seed, units=FACT_UNITS):
+                for question in missing[name]:
                     shares.setdefault((name, question), []).extend(question.of(tile))
         if not keep:
             self.reader.release(slab)
@@ -255,14 +262,10 @@ class _Merge:
             rows = self._rows(piece.bytes)
             at = 0
             for index, start, stop in piece.parts:
-                stretch = slab.stretches[index]
-                size = (stop - start) * DTYPE_BITS[stretch.tensor.dtype] // 8
-                self._merge_part(
-                    mergers[stretch.tensor.name],
-                    Stretch(stretch.tensor, stretch.start + start, stretch.start + stop),
-                    {name: elements[start:stop] for name, elements in slab.raw[index].items()},
-                    [row[at : at + size].view(numpy_dtype(stretch.tensor.dtype)) for row in rows],
-                )
+                tensor = slab.stretches[index].tensor
+                size = (stop - start) * DTYPE_BITS[tensor.dtype] // 8
+                outputs = [row[at : at + size].view(numpy_dtype(tensor.dtype)) for row in rows]
+                self._merge_part(mergers[tensor.name], slab, index, start, outputs)
                 at += size
             left.one()
             for writer, row in zip(self.writers, rows, strict=True):
@@ -280,16 +283,19 @@ class _Merge:
         return list(self.own.rows[:, :size])
 
     def _merge_part(
-        self, merger: TensorMerger, stretch: Stretch, raw: Mapping[str, Elements], rows: Sequence[Elements]
+        self, merger: TensorMerger, slab: Slab, index: int, start: int, outputs: Sequence[Elements]
     ) -> None:
-        tensor = stretch.tensor
-        parents_broken, broken = merger.run(stretch.start, raw, rows)
+        stretch, around = slab.stretches[index], slab.raw[index]
+        begin = stretch.start + start
+        parents_broken, broken = merger.run(begin, around, stretch.first, outputs)
         if parents_broken:
-            self.nonfinite.add(tensor.name)
+            self.nonfinite.add(stretch.tensor.name)
+        inside = slice(begin - stretch.first, begin - stretch.first + len(outputs[0]))
         for place in broken:
             writer = self.writers[place]
-            parents = writer.point.settings[tensor.setting].parents
-            writer.count_overflowed(tensor.name, _overflowed(rows[place], [raw[name] for name in parents]))
+            parents = writer.point.settings[stretch.tensor.setting].parents
+            overflowed = _overflowed(outputs[place], [around[name][inside] for name in parents])
+            writer.count_overflowed(stretch.tensor.name, overflowed)
 
 
 _Shares = dict[tuple[str, Reduction], list[Any]]

@@ -64,12 +64,16 @@ class TensorMerger:
             else:
                 self._formulas.append((place, setting))
 
-    def run(self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements]) -> tuple[bool, list[int]]:
+    def run(
+        self, start: int, around: Mapping[str, Elements], first: int, outputs: Sequence[Elements]
+    ) -> tuple[bool, list[int]]:
         """Writes the elements from `start` on, a multiple of `TILE_ELEMENTS`, of each point to its output.
 
-        `raw` has those of every parent; all are equally long. Returns whether an element of a parent is NaN or
-        infinite, and the places of the outputs that have such an element.
+        `around` has every parent's elements from `first` on; the outputs are equally long. Returns whether an element
+        of a parent is NaN or infinite, and the places of the outputs that have such an element.
         """
+        stop = start + len(outputs[0])
+        raw = {name: elements[start - first : stop - first] for name, elements in around.items()}
         if self._tensor.dtype not in FLOATS:
             for output, setting in zip(outputs, self._settings, strict=True):
                 _put(output, _common_value(self._tensor, setting, raw))
@@ -80,26 +84,29 @@ class TensorMerger:
         broken: dict[int, bool] = {}
         if self._passes:
             places, passes = zip(*self._passes, strict=True)
-            (tile,) = tiles(self._tensor, start, raw, self._facts, self._seed, whole=True)
+            tile = Tile(self._tensor.name, start, raw, self._facts, self._seed, self._tensor.shape, around, first)
             into = [outputs[place] for place in places]
             of_parents, of_outputs = running.run(passes, tile, into, TORCH_NAMES[self._tensor.arithmetic])
             finite = {name for name, found in of_parents.items() if not found}
             broken = dict(zip(places, of_outputs, strict=True))
         if self._formulas:
-            self._run_formulas(start, raw, outputs)
+            self._run_formulas(start, around, first, outputs)
         for place in range(len(outputs)):
             if place not in broken:
                 broken[place] = _has_nonfinite(outputs[place])
         of_any_parent = any(_has_nonfinite(raw[name]) for name in raw.keys() - finite)
         return of_any_parent, [place for place, found in broken.items() if found]
 
-    def _run_formulas(self, start: int, raw: Mapping[str, Elements], outputs: Sequence[Elements]) -> None:
+    def _run_formulas(
+        self, start: int, around: Mapping[str, Elements], first: int, outputs: Sequence[Elements]
+    ) -> None:
         import torch
 
         one_torch_thread()
         with torch.inference_mode():
             into = [as_tensor(output) for output in outputs]
-            for tile in tiles(self._tensor, start, raw, self._facts, self._seed, whole=not self._on_cpu):
+            stop, units = start + len(outputs[0]), 1 if self._on_cpu else None
+            for tile in tiles(self._tensor, start, stop, around, first, self._facts, self._seed, units=units):
                 place = slice(tile.start - start, tile.start - start + tile.elements)
                 for index, setting in self._formulas:
                     into[index][place].copy_(merge_tile(tile, setting, self._tensor.arithmetic, self._numerics))
@@ -108,19 +115,28 @@ class TensorMerger:
 def tiles(
     tensor: TensorMerge,
     start: int,
-    raw: Mapping[str, Elements],
+    stop: int,
+    around: Mapping[str, Elements],
+    first: int,
     facts: Facts,
     seed: int,
     *,
-    whole: bool = False,
-    units: int = 1,
+    units: int | None = 1,
 ) -> Iterator[Tile]:
-    """The elements from `start` on, cut into tiles of so many `TILE_ELEMENTS` for a core's cache, or whole."""
-    elements = len(next(iter(raw.values())))
-    step = max(1, elements) if whole else units * TILE_ELEMENTS
-    for first in range(0, elements, step):
-        part = {name: found[first : first + step] for name, found in raw.items()}
-        yield Tile(tensor.name, start + first, part, facts, seed, tensor.shape, raw, start)
+    """The elements `[start, stop)` cut into tiles of so many `TILE_ELEMENTS`; None leaves them whole.
+
+    `around` has those from `first` on.
+    """
+    step = max(1, stop - start) if units is None else units * TILE_ELEMENTS
+    for at in range(start, stop, step):
+        inside = slice(at - first, min(at + step, stop) - first)
+        raw = {name: elements[inside] for name, elements in around.items()}
+        yield Tile(tensor.name, at, raw, facts, seed, tensor.shape, around, first)
+
+
+def in_rows(settings: Iterable[Setting]) -> bool:
+    """Whether a setting asks for the whole rows of which a tile has a part."""
+    return any(METHODS[setting.method].whole_rows for setting in settings)
 
 
 def merge_tile(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Tensor:
@@ -223,9 +239,8 @@ def bytes_of(elements: Elements) -> memoryview:
 
 
 def one_torch_thread() -> None:
-    """For a thread that merges: others do so beside it, and torch's own threads would only wait for each other.
+    """For a thread that merges: others do so beside it, and torch's own threads would only wait for each other."""
+    if "torch" in sys.modules:
+        import torch
 
-    Torch is not imported for this: most questions are answered without it.
-    """
-    if (torch := sys.modules.get("torch")) is not None:
         torch.set_num_threads(1)

@@ -257,7 +257,10 @@ class Sample(Reduction):
         first = -tile.start % _SAMPLED
         if not self.score.alone:
             return [self.score.on_host(tile)[first::_SAMPLED]]
-        thinned = {name: elements[first::_SAMPLED] for name, elements in tile.raw.items()}
+        thinned = {
+            name: elements[first::_SAMPLED].copy() if isinstance(elements, np.ndarray) else elements[first::_SAMPLED]
+            for name, elements in tile.raw.items()
+        }
         return [self.score.on_host(Tile(tile.tensor, tile.start, thinned, {}))]
 
     def combine(self, shares: Sequence[IntArray]) -> IntArray:

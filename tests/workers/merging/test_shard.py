@@ -55,7 +55,20 @@ DARE = Setting(
 )
 SLERP = Setting("slerp", ("a", "b"), "a", (("t", 0.3),))
 COPY = Setting("passthrough", ("b",), None, (("scale", (1.0,)),))
-POINTS = {"linear": LINEAR, "ties": TIES, "dare": DARE, "slerp": SLERP, "copy": COPY}
+DELLA = Setting(
+    "della",
+    ("a", "b"),
+    "base",
+    (
+        ("density", (0.5, 0.7)),
+        ("epsilon", (0.1, 0.2)),
+        ("lambda", 1.0),
+        ("normalize", True),
+        ("rescale", True),
+        ("weight", (0.5, 0.5)),
+    ),
+)
+POINTS = {"linear": LINEAR, "ties": TIES, "dare": DARE, "slerp": SLERP, "copy": COPY, "della": DELLA}
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
 """Tensor name to shape and torch dtype."""
