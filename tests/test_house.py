@@ -111,7 +111,7 @@ def test_a_merge_on_cpus_loads_no_torch(tmp_path: Path, method: str, models: dic
     listed = [{"model": str(PARENTS / name), "parameters": parameters} for name, parameters in models.items()]
     (tmp_path / "config.yaml").write_text(json.dumps({"merge_method": method, "models": listed, "dtype": "bfloat16"}))
     first = loaded_by("merge", tmp_path / "config.yaml", tmp_path / "merge", "--quiet")
-    assert first <= {"numba"}, "which compiles the loops once"
+    assert "torch" not in first  # numba may be there, which compiles the loops once, and what it imports
     auto = loaded_by("merge", tmp_path / "config.yaml", tmp_path / "auto", "--quiet", "--device", "auto")
     assert auto == ({"torch"} if has_driver() else set())
 

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from workers.methods.breadcrumbs import breadcrumbs, breadcrumbs_pass, breadcrumbs_ties, breadcrumbs_ties_pass
+from workers.methods.consensus_ta import consensus_ta, consensus_ta_pass
 from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
 from workers.methods.della import della, della_linear, della_linear_pass, della_pass
 from workers.methods.linear import linear, linear_pass
@@ -89,6 +90,7 @@ METHODS: Mapping[str, Method] = {
     "ram": Method(ram, ram_pass, base="required"),
     "ramplus_tl": Method(ramplus_tl, ramplus_tl_pass, base="required"),
     "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2),
+    "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }
 

@@ -147,6 +147,14 @@ def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]
             if not 0 <= share <= 1 or (share == 0 and least == "(0"):
                 place = recipe.place_of(name)
                 raise BadInput(f"{place}: {name} {float(share):g} at tensor {tensor} is outside {least}, 1]")
+    if recipe.merge_method == "consensus_ta":
+        k, place = cast(Fraction, values["k"]), recipe.place_of("k")
+        if k < 1 or k.denominator != 1:
+            raise BadInput(f"{place}: k {float(k):g} at tensor {tensor} is not a whole number from 1 on")
+        for ratio in cast(tuple[Fraction, ...], values["tall_lambda"]):
+            if ratio < 0:
+                place = recipe.place_of("tall_lambda")
+                raise BadInput(f"{place}: tall_lambda {float(ratio):g} at tensor {tensor} is negative")
     if recipe.merge_method in ("della", "della_linear"):
         densities, spreads = (cast(tuple[Fraction, ...], values[name]) for name in ("density", "epsilon"))
         for density, spread in zip(densities, spreads, strict=True):
@@ -197,6 +205,8 @@ def simplified(bound: Bound, *, place: str) -> Bound:
             return bound
         case "sce":
             return _simplified_sce(bound)
+        case "consensus_ta":
+            return _simplified_consensus_ta(bound)
         case "ram":
             return bound
         case "ramplus_tl":
@@ -269,6 +279,18 @@ def _simplified_sce(bound: Bound) -> Bound:
         return _copy_of(bound.base)
     values: dict[str, Exact | tuple[Exact, ...]] = {"weight": (Fraction(1),), "normalize": False, "lambda": Fraction(1)}
     return Bound("task_arithmetic", bound.models, bound.base, values)
+
+
+def _simplified_consensus_ta(bound: Bound) -> Bound:
+    """Weight 0 leaves; fewer than k models never agree."""
+    assert bound.base is not None
+    weights = bound.per_model("weight")
+    models, kept_weights = _without_zeros(bound.models, weights)
+    if bound.number("lambda") == 0 or len(models) < bound.number("k"):
+        return _copy_of(bound.base)
+    ratios, _ = _without_zeros(bound.per_model("tall_lambda"), weights)
+    values = {**bound.values, "weight": kept_weights, "tall_lambda": ratios}
+    return Bound("consensus_ta", models, bound.base, values)
 
 
 def _simplified_ramplus(bound: Bound) -> Bound:

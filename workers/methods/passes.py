@@ -92,4 +92,19 @@ class Overlap:
     epsilon: float
 
 
-Pass = WeightedSum | Consensus | SelectedConsensus | Overlap
+@dataclass(frozen=True, slots=True)
+class TallConsensus:
+    """base + scale · Σ vᵢ where at least `k` models use the element, else the base; see `consensus_ta`.
+
+    vᵢ = weightᵢ · (xᵢ − base), summed from left to right; model i uses an element where |vᵢ| > ratioᵢ · |Σ vⱼ − vᵢ|.
+    """
+
+    base: str
+    models: tuple[str, ...]
+    weights: tuple[float, ...]
+    ratios: tuple[float, ...]
+    k: float
+    scale: float
+
+
+Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus

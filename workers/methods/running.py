@@ -8,15 +8,15 @@ from typing import Any, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.kernels.agreement import run_overlap, run_selected
+from workers.methods.kernels.agreement import run_overlap, run_selected, run_tall
 from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
-from workers.methods.passes import Consensus, Kept, Overlap, Pass, SelectedConsensus, WeightedSum
+from workers.methods.passes import Consensus, Kept, Overlap, Pass, SelectedConsensus, TallConsensus, WeightedSum
 from workers.methods.reductions import Threshold, Variance, among_on_host, drawn_on_host
 from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import Array, Tile
 
-Agreement = TypeVar("Agreement", SelectedConsensus, Overlap)
+Agreement = TypeVar("Agreement", SelectedConsensus, Overlap, TallConsensus)
 Flags = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 
@@ -112,6 +112,15 @@ def _overlap(
     return _each_alone(passes, places, tile, outputs, one)
 
 
+def _tall(
+    passes: Sequence[TallConsensus], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    def one(each: TallConsensus, parents: Sequence[Array], output: Array) -> tuple[NDArray[np.bool_], bool]:
+        return run_tall(parents, each.weights, each.ratios, each.k, each.scale, output, arithmetic)
+
+    return _each_alone(passes, places, tile, outputs, one)
+
+
 def _each_alone(
     passes: Sequence[Agreement],
     places: dict[str, int],
@@ -167,5 +176,6 @@ RUNNERS: dict[type, Callable[..., Flags]] = {
     Consensus: _consensus,
     SelectedConsensus: _selected,
     Overlap: _overlap,
+    TallConsensus: _tall,
 }
 """The passes that have a compiled loop."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from fractions import Fraction
 
 import pytest
 
@@ -129,6 +130,24 @@ REFUSED = {
         - {model: a, parameters: {weight: [{filter: mlp, value: 1}]}}
         """,
         'job.yaml:1: no "weight" of model a for tensor x; give it or a filter "*"',
+    ),
+    "a number of users that is no number": (
+        """
+        merge_method: consensus_ta
+        base_model: base
+        models: [{model: a}, {model: b}]
+        parameters: {k: 1.5}
+        """,
+        "job.yaml:4: k 1.5 at tensor x is not a whole number from 1 on",
+    ),
+    "a negative ratio": (
+        """
+        merge_method: consensus_ta
+        base_model: base
+        models: [{model: a}, {model: b}]
+        parameters: {tall_lambda: -0.1}
+        """,
+        "job.yaml:4: tall_lambda -0.1 at tensor x is negative",
     ),
     "missing t": (
         """
@@ -311,6 +330,18 @@ def test_gradients_are_read_at_the_layers_position():
     assert setting(text, position=0.25).parameters == (("normalize", False), ("weight", (0.25, 0.75)))
 
 
+@pytest.mark.parametrize("layers", [2, 5, 28])
+def test_a_gradient_of_lambda_is_lines(layers: int):
+    alpha, beta = Fraction("0.3"), Fraction("0.5")
+    for layer in range(layers):
+        position = layer / (layers - 1)
+        expected = alpha + beta * Fraction(layer, layers - 1)  # arXiv 2410.17146, equation 3
+        sums = setting(weighted("task_arithmetic", 0.5, 0.25, lambda_=[0.3, 0.8]), position=position)
+        assert dict(sums.parameters)["weight"] == pytest.approx((float(expected / 2), float(expected / 4)), rel=1e-15)
+        elects = setting(weighted("ties", 0.5, 0.25, lambda_=[0.3, 0.8]), position=position)
+        assert dict(elects.parameters)["lambda"] == pytest.approx(float(expected), rel=1e-15)
+
+
 def test_filters_are_matched_against_the_tensors_name():
     text = weighted("linear", "[{filter: mlp, value: 3}, {value: 1}]", 1, base=False)
     assert dict(setting(text, tensor="layers.0.mlp.up").parameters)["weight"] == (0.75, 0.25)
@@ -366,6 +397,7 @@ SAME = {
         weighted("dare_ties", (0.5, 1), 1),
         weighted("ties", 0.5, (1, 1), normalize=False),
     ),
+    "fewer models than must agree is the base": (plain("consensus_ta", "a"), plain("consensus_ta", "b", k=2)),
     "breadcrumbs of density one is task arithmetic": (
         weighted("breadcrumbs", (0.5, 1), gamma=0.3),
         weighted("task_arithmetic", 0.5),

@@ -45,6 +45,8 @@ def parameters(rng: np.random.Generator, method: str, models: int) -> tuple[tupl
         "gamma": tuple(float(rng.choice([0.0, 0.01, 0.2])) for _ in range(models)),
         "epsilon": 1e-3 if method.startswith("ram") else (0.04,) * models,
         "select_topk": float(rng.choice([0.3, 0.8, 1.0])),
+        "tall_lambda": tuple(float(rng.choice([0.2, 0.4, 1.0])) for _ in range(models)),
+        "k": float(rng.choice([1, 2])),
         "r": 0.1,
         "alpha": 0.2,
         "scale": tuple(float(rng.choice([1.0, 0.3])) for _ in range(models)),

@@ -1,4 +1,4 @@
-"""base + what the task vectors of one point have in common, by the rules of `sce` and of `ram`."""
+"""base + what the task vectors of one point have in common, by the rules of `sce`, `ram` and `consensus_ta`."""
 
 from __future__ import annotations
 
@@ -162,6 +162,46 @@ def _overlapping(
         _stored(lines[models], total, first, size, out_dtype, out_halves, out_words, out_longs, broken_output)
 
 
+def _tall(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    models: int,
+    weights: Pointer,
+    ratios: Pointer,
+    least: float,
+    scale: float,
+    count: int,
+    out_halves: Pointer,
+    out_words: Pointer,
+    out_longs: Pointer,
+    out_dtype: int,
+    broken_parents: Pointer,
+    broken_output: Pointer,
+    lines: Pointer,
+    total: Pointer,
+    users: Pointer,
+) -> None:
+    """See `passes.TallConsensus`."""
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        _deltas(halves, words, longs, dtypes, models, first, size, lines, broken_parents)
+        for model in range(models):
+            vote, weight = lines[model], weights[model]
+            for i in range(size):
+                vote[i] = vote[i] * weight
+                total[i] = vote[i] if model == 0 else total[i] + vote[i]
+        for model in range(models):
+            vote, ratio = lines[model], ratios[model]
+            for i in range(size):
+                uses = np.float32(abs(vote[i]) > abs(total[i] - vote[i]) * ratio)
+                users[i] = uses if model == 0 else users[i] + uses
+        for i in range(size):
+            total[i] = total[i] * np.float32(users[i] >= least) * scale
+        _stored(lines[models], total, first, size, out_dtype, out_halves, out_words, out_longs, broken_output)
+
+
 def _overlaps(
     halves: Pointer,
     words: Pointer,
@@ -246,6 +286,13 @@ _OVERLAPPING = {
     )(_overlapping)
     for name, short in _SHORT.items()
 }
+_TALL = {
+    name: kernel(
+        *(*_TENSORS, "i64*", "i64", f"{short}*", f"{short}*", short, short, "i64", *_TENSORS, "i64", "u8*", "u8*"),
+        *(f"{short}**", f"{short}*", f"{short}*"),
+    )(_tall)
+    for name, short in _SHORT.items()
+}
 _OVERLAPS = {
     name: kernel(*_TENSORS, "i64*", "i64", short, "i64", "i64*", "u8*", f"{short}**", f"{short}*")(_overlaps)
     for name, short in _SHORT.items()
@@ -259,7 +306,7 @@ class _Memory:
         dtype = np.dtype(arithmetic)
         self.elements, self.models = parents[0].size, len(parents) - 1
         assert all(each.size == self.elements and each.flags.c_contiguous for each in parents)
-        self._raw = addresses(parents)
+        self._kept, self._raw = parents, addresses(parents)
         self._dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
         self._lines, self._memory = aligned_lines(len(parents) + scratch, BLOCK * dtype.itemsize)
         self.broken = np.zeros(len(parents), np.bool_)
@@ -301,6 +348,27 @@ def run_overlap(
     return memory.broken, bool(broken[0])
 
 
+def run_tall(
+    parents: Sequence[Array],
+    weights: Sequence[float],
+    ratios: Sequence[float],
+    k: float,
+    scale: float,
+    output: Array,
+    arithmetic: str,
+) -> Flags:
+    """Writes one point of `passes.TallConsensus`: parents are the models, then the base."""
+    memory = _Memory(parents, arithmetic, 2)
+    numbers = np.array([weights, ratios], arithmetic)
+    out, broken = addresses([output]), np.zeros(1, np.bool_)
+    _TALL[arithmetic](
+        *(*memory.parents, address(numbers[0]), address(numbers[1]), k, scale),
+        *(memory.elements, *3 * (address(out),), CODES[output.dtype]),
+        *(address(memory.broken), address(broken), *memory.lines),
+    )
+    return memory.broken, bool(broken[0])
+
+
 def overlap_counts(parents: Sequence[Array], epsilon: float, arithmetic: str) -> list[tuple[int, int]]:
     """For each model (the base is the last parent): active elements shared with another model, and its own alone."""
     memory = _Memory(parents, arithmetic, 1)
@@ -314,7 +382,7 @@ def overlap_counts(parents: Sequence[Array], epsilon: float, arithmetic: str) ->
 
 def variance_bits(parents: Sequence[Array]) -> NDArray[np.int32]:
     """`reductions.Variance` of the models (the base is the last parent), as integers of the same order."""
-    memory = _Memory(parents, "float32", 1)
+    memory = _Memory([np.ascontiguousarray(each) for each in parents], "float32", 1)
     bits = np.empty(memory.elements, np.int32)
     _variances(
         *(*memory.parents, 1 / memory.models, memory.elements, address(bits)),
