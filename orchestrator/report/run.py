@@ -101,7 +101,7 @@ class Report:
         """Remarks that workers made while they answered and merged, one line each."""
         broken = sorted({name for receipt in self.run.receipts for name in receipt.nonfinite})
         merged = (f"NaN or infinity in a parent's {shortlist(broken)}",) if broken else ()
-        return (*self.run.result.remarks, *merged, *self._overflowed())
+        return tuple(dict.fromkeys((*self.run.result.remarks, *merged, *self._overflowed())))
 
     def _overflowed(self) -> tuple[str, ...]:
         """Merges whose weights overflowed."""

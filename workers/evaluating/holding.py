@@ -40,13 +40,15 @@ class Resident:
         self.tokenizer = Path(self._room.name)
         """The folder of the point's tokenizer, once there is an engine."""
         self.weights = ""
+        self.overflows: dict[str, int] = {}
+        """Of the point's weights, by tensor: the elements that are NaN or infinite, and finite in every parent."""
         self.beginning = ""
 
     def become(self, task: EvaluationTask) -> Engine:
         """The engine with the task's point in it, and `weights` its digest."""
         if self._engine is not None and self._point == task.digest:
             return self._engine
-        self._point = ""
+        self._point, self.overflows = "", {}
         if self._model.engine == "openai":
             self._engine = self._open(iter(()), task)
             self.weights = f"{self._model.url}#{self._engine.version}"
@@ -58,7 +60,8 @@ class Resident:
             digests: dict[str, str] = {}
             known = self._known.get(task.digest)
             places = self._engine.places if self._engine is not None else {}
-            weights = self._held_parents().merged(task.settings, digests if known is None else None, places)
+            asked = digests if known is None else None
+            weights = self._held_parents().merged(task.settings, asked, places, self.overflows)
             if self._engine is None:
                 self._engine = self._open(weights, task)
             else:

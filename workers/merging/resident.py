@@ -25,6 +25,7 @@ from workers.merging.tiles import (
     bytes_of,
     missing_facts,
     one_torch_thread,
+    overflowed,
     tiles,
 )
 from workers.methods.tile import TILE_ELEMENTS, Reduction, as_tensor
@@ -37,6 +38,9 @@ READS_AT_ONCE = 8
 
 PIECE_ELEMENTS = 16 * TILE_ELEMENTS
 """What one thread merges at a time: large enough to cost little, small enough that no thread waits long for others."""
+
+_Piece = tuple[Elements, int]
+"""A piece of the output, and how many of its elements overflowed."""
 
 
 class ResidentParents:
@@ -83,17 +87,19 @@ class ResidentParents:
         settings: Sequence[Setting],
         digests: dict[str, str] | None = None,
         places: Mapping[str, Tensor] | None = None,
+        overflows: dict[str, int] | None = None,
     ) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of one point by name, in its stored dtype and shape, on the device.
 
         `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests`, if given, receives
         the digest of each tensor's bytes, as a manifest has them. A tensor is merged into its place, the memory of a
         loaded model, if that is of its dtype, shape and device, and no other tensor's; nothing is written before the
-        first tensor is asked for.
+        first tensor is asked for. `overflows`, if given, receives of each tensor the number of elements that are NaN or
+        infinite, and finite in every parent; tensors without any are left out.
         """
         homes = self._homes(places or {})
         with ThreadPoolExecutor(self._threads, "merge") as pool:
-            ahead: deque[tuple[TensorMerge, Tensor, list[Future[Elements]]]] = deque()
+            ahead: deque[tuple[TensorMerge, Tensor, list[Future[_Piece]]]] = deque()
             waiting = 0
             for tensor in self._tensors:
                 output = homes.get(tensor.name)
@@ -104,9 +110,9 @@ class ResidentParents:
                 waiting += len(pieces)
                 while waiting > 4 * self._threads and len(ahead) > 1:
                     waiting -= len(ahead[0][2])
-                    yield _finished(*ahead.popleft(), digests)
+                    yield _finished(*ahead.popleft(), digests, overflows)
             while ahead:
-                yield _finished(*ahead.popleft(), digests)
+                yield _finished(*ahead.popleft(), digests, overflows)
 
     def _homes(self, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The places that fit."""
@@ -127,8 +133,8 @@ class ResidentParents:
 
     def _begin(
         self, tensor: TensorMerge, setting: Setting, output: Tensor, pool: ThreadPoolExecutor
-    ) -> list[Future[Elements]]:
-        """Merges a tensor piece by piece; each result is a piece of the output."""
+    ) -> list[Future[_Piece]]:
+        """Merges a tensor piece by piece."""
         raw, facts = self._raw[tensor.name], self._facts[tensor.name]
         self._learn(tensor, setting, pool)
         merger = TensorMerger(tensor, [setting], facts, seed=self._seed, numerics=self._numerics, device=self._device)
@@ -136,10 +142,11 @@ class ResidentParents:
         if self._device == "cpu":
             flat = np.frombuffer(bytes_of(flat), numpy_dtype(tensor.dtype)) if tensor.elements else flat
 
-        def merge(start: int) -> Elements:
+        def merge(start: int) -> _Piece:
             piece = flat[start : start + step]
-            merger.run(start, raw, 0, [piece])
-            return piece
+            _, broken = merger.run(start, raw, 0, [piece])
+            parents = [raw[name][start : start + step] for name in setting.parents]
+            return piece, overflowed(piece, parents) if broken else 0
 
         step = self._step(tensor)
         return [pool.submit(merge, start) for start in range(0, tensor.elements, step)]
@@ -168,14 +175,21 @@ class ResidentParents:
 
 
 def _finished(
-    tensor: TensorMerge, output: Tensor, pieces: Sequence[Future[Elements]], digests: dict[str, str] | None
+    tensor: TensorMerge,
+    output: Tensor,
+    pieces: Sequence[Future[_Piece]],
+    digests: dict[str, str] | None,
+    overflows: dict[str, int] | None,
 ) -> tuple[str, Tensor]:
-    """A tensor once all of it is merged, and its digest into `digests`."""
-    digest = TensorHash()
+    """A tensor once all of it is merged; its digest goes into `digests`, its overflowed elements into `overflows`."""
+    digest, overflow = TensorHash(), 0
     for piece in pieces:
-        found = piece.result()
+        found, broken = piece.result()
+        overflow += broken
         if digests is not None:
             digest.update(bytes_of(found))
     if digests is not None:
         digests[tensor.name] = digest.digest()
+    if overflow and overflows is not None:
+        overflows[tensor.name] = overflow
     return tensor.name, output

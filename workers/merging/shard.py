@@ -20,10 +20,8 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, TensorMerge
-from workers.checkpoints.dtypes import nonfinite, numpy_dtype
+from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, keep_freed_memory, memory
@@ -36,6 +34,7 @@ from workers.merging.tiles import (
     in_rows,
     missing_facts,
     one_torch_thread,
+    overflowed,
     tiles,
 )
 from workers.merging.writing import ShardWriter
@@ -294,8 +293,8 @@ class _Merge:
         for place in broken:
             writer = self.writers[place]
             parents = writer.point.settings[stretch.tensor.setting].parents
-            overflowed = _overflowed(outputs[place], [around[name][inside] for name in parents])
-            writer.count_overflowed(stretch.tensor.name, overflowed)
+            elements = overflowed(outputs[place], [around[name][inside] for name in parents])
+            writer.count_overflowed(stretch.tensor.name, elements)
 
 
 _Shares = dict[tuple[str, Reduction], list[Any]]
@@ -324,14 +323,6 @@ def _pieces(stretches: Sequence[Stretch], most_bytes: int) -> Iterator[_Piece]:
             start = stop
     if piece.parts:
         yield piece
-
-
-def _overflowed(written: Elements, parents: Sequence[Elements]) -> int:
-    """How many elements are NaN or infinite, and finite in every parent."""
-    broken = nonfinite(written)
-    for parent in parents:
-        broken &= ~(nonfinite(parent) if isinstance(parent, np.ndarray) else (~parent.isfinite()).cpu().numpy())
-    return int(broken.sum())
 
 
 class _Countdown:

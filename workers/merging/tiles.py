@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from jobs.errors import BadInput
 from jobs.merge_tasks import Setting, TensorMerge
-from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, any_nonfinite
+from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, any_nonfinite, nonfinite
 from workers.methods import METHODS, running
 from workers.methods.passes import Pass
 from workers.methods.tile import TILE_ELEMENTS, Inputs, NotYetKnown, Reduction, Tile, as_tensor
@@ -227,6 +228,18 @@ def _has_nonfinite(elements: Elements) -> bool:
     if isinstance(elements, np.ndarray):
         return any_nonfinite(elements)
     return not bool(elements.isfinite().all())
+
+
+def overflowed(merged: Elements, parents: Iterable[Elements]) -> int:
+    """How many elements are NaN or infinite, and finite in every parent."""
+    broken = _nonfinite(merged)
+    for parent in parents:
+        broken &= ~_nonfinite(parent)
+    return int(broken.sum())
+
+
+def _nonfinite(elements: Elements) -> NDArray[np.bool_]:
+    return nonfinite(elements) if isinstance(elements, np.ndarray) else (~elements.isfinite()).cpu().numpy()
 
 
 def bytes_of(elements: Elements) -> memoryview:

@@ -141,6 +141,26 @@ def test_the_weights_of_a_point_are_hashed_once(tmp_path: Path, monkeypatch: pyt
     assert len({row.weights for row in of(rows, "w0.6")}) == 1 and len({row.weights for row in rows}) == 2
 
 
+def test_a_point_whose_weights_overflow_has_a_remark_beside_its_scores(tmp_path: Path) -> None:
+    parents = tmp_path / "parents"
+    shutil.copytree(PARENTS, parents)
+    for who in ("long", "fmt"):
+        path = parents / who / "model.safetensors"
+        tensors = load_file(path)
+        tensors["model.norm.weight"][0] = 1e5  # the largest number of float16 is 65504
+        save_file(tensors, path, {"format": "pt"})
+    recipe = linear(long='"${w}"', fmt='"${1 - w}"').replace("bfloat16", "float16")
+    sets = {"ruler": {"tasks": ["niah_single_1"], "lengths": [320], "items": 1}}
+    plan = make(tmp_path, parents=parents, recipe=recipe, grid={"w": [0.5, 0.1]}, evaluate=sets)
+    asked = questions(plan)
+    evaluator = Evaluator(asked.models)
+    (task,), (other,) = (tasks(plan, asked, point) for point in ("w0.5", "w0.1"))
+    for again, block in (("", task), ("", other), ("again", task)):
+        told = evaluator.evaluate(replace(block, key=f"{block.key}{again}")).remarks
+        assert told == (f"NaN or infinity in the weights of {block.point}, in no parent",)
+    evaluator.close()
+
+
 def test_an_answer_ends_where_the_written_point_says_that_it_does(tmp_path: Path) -> None:
     parents = tmp_path / "parents"
     shutil.copytree(PARENTS, parents)

@@ -63,14 +63,14 @@ def write_parent(folder: Path, who: str, dtype: torch.dtype, **more: Tensor) -> 
     write_model(folder / who, {**weights(who, dtype=dtype), **odd, **more})
 
 
-def planned(folder: Path, method: str, **more: str) -> Plan:
+def planned(folder: Path, method: str, dtype: str = "bfloat16", **more: str) -> Plan:
     recipe = recipe_of(method)
     parents = [name for name in ("a", "b", "base") if f"model: {name}" in recipe]
     text = "".join(
         [
             f"name: {method}-{more.get('numerics', 'float32')}\n",
             f"parents: {json.dumps({name: str(folder / name) for name in parents})}\n",
-            f"recipe: {{merge_method: {method}, {recipe}, dtype: bfloat16}}\n",
+            f"recipe: {{merge_method: {method}, {recipe}, dtype: {dtype}}}\n",
             f"output: {folder / 'runs'}\n",
             *(f"{key}: {value}\n" for key, value in more.items()),
         ]
@@ -166,6 +166,19 @@ def test_what_was_merged_before_changes_nothing(siblings: Path, method: str) -> 
     again = dict(parents.merged(settings))
     assert all(same_bytes(first[name], again[name]) for name in first)
     assert not torch.equal(first["wide"], between["wide"])
+
+
+def test_overflows_are_counted_as_in_the_written_point(tmp_path: Path) -> None:
+    """10⁵ is above 65504, the largest number of float16; a parent's own infinity is no overflow."""
+    large = torch.ones(7, dtype=torch.bfloat16)
+    large[:3] = 1e5
+    for who in ("a", "b"):
+        write_parent(tmp_path, who, torch.bfloat16, large=large, broken=torch.full((2,), torch.inf).bfloat16())
+    plan = planned(tmp_path, "linear", dtype="float16")
+    counted: dict[str, int] = {}
+    assert dict(resident(plan, 2).merged(plan.points[0].settings, overflows=counted)).keys() > {"large", "broken"}
+    assert counted == {"large": 3}
+    assert drive(plan, InProcessPool(), Watcher(visible=False)).overflowed == {"merge": counted}
 
 
 def test_a_parent_as_a_merge_of_itself_is_the_parent(siblings: Path) -> None:
