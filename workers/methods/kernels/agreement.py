@@ -53,8 +53,7 @@ def _stored(
     """Writes base + total."""
     for i in range(size):
         total[i] = base[i] + total[i]
-    rounded(code, total, size, halves[0], words[0], longs[0], first)
-    if any_nonfinite(code, halves[0], words[0], longs[0], first, size):
+    if rounded(code, total, size, halves[0], words[0], longs[0], first):
         broken[0] = 1
 
 

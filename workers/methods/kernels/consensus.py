@@ -90,8 +90,7 @@ def _consensus(
             for i in range(size):
                 total[i] = base[i] + total[i]
             half, word, long = out_halves[point], out_words[point], out_longs[point]
-            rounded(out_dtype, total, size, half, word, long, first)
-            if any_nonfinite(out_dtype, half, word, long, first, size):
+            if rounded(out_dtype, total, size, half, word, long, first):
                 broken_points[point] = 1
             begin = end
 

@@ -37,20 +37,33 @@ def widened(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: i
 
 def rounded(
     code: int, values: Pointer, count: int, halves: Pointer, words: Pointer, longs: Pointer, start: int
-) -> None:
-    """Writes `count` values to elements from `start` on of a tensor."""
+) -> np.bool_:
+    """Writes `count` values to elements from `start` on of a tensor. Returns whether one is NaN or infinite then."""
+    most = np.uint32(0)
     if code == BF16:
         for i in range(count):
-            halves[start + i] = _to_bfloat16(np.float32(values[i]))
-    elif code == F16:
+            half = to_bfloat16(np.float32(values[i]))
+            most = max(most, np.uint32(half & np.uint16(0x7FFF)))
+            halves[start + i] = half
+        return most >= np.uint32(0x7F80)
+    if code == F16:
         for i in range(count):
-            halves[start + i] = _to_half(np.float32(values[i]))
-    elif code == F32:
+            half = _to_half(np.float32(values[i]))
+            most = max(most, np.uint32(half & np.uint16(0x7FFF)))
+            halves[start + i] = half
+        return most >= np.uint32(0x7C00)
+    if code == F32:
         for i in range(count):
-            words[start + i] = np.float32(values[i]).view(np.uint32)
-    else:
-        for i in range(count):
-            longs[start + i] = np.float64(values[i]).view(np.uint64)
+            word = np.float32(values[i]).view(np.uint32)
+            most = max(most, np.uint32(word & np.uint32(0x7FFFFFFF)))
+            words[start + i] = word
+        return most >= np.uint32(0x7F800000)
+    top = np.uint64(0)
+    for i in range(count):
+        long = np.float64(values[i]).view(np.uint64)
+        top = max(top, np.uint64(long & np.uint64(0x7FFFFFFFFFFFFFFF)))
+        longs[start + i] = long
+    return top >= np.uint64(0x7FF0000000000000)
 
 
 def any_nonfinite(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int) -> np.bool_:
@@ -97,7 +110,7 @@ def _to_half(value: np.float32) -> np.uint16:
     return np.uint16(half | np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(0x8000)))
 
 
-def _to_bfloat16(value: np.float32) -> np.uint16:
+def to_bfloat16(value: np.float32) -> np.uint16:
     """bfloat16 of a float32. Of NaN it has all bits set, as torch writes it on x86."""
     bits = np.float32(value).view(np.uint32)
     odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+from workers.methods.kernels.short_sum import short_sums
 
 SCALAR, OF_ROW, OF_COLUMN = range(3)
 _KINDS = {"tensor": SCALAR, "rows": OF_ROW, "columns": OF_COLUMN}
@@ -54,11 +56,10 @@ def _weighted_sums(
         for parent in range(parents):
             code, half, word, long = dtypes[parent], halves[parent], words[parent], longs[parent]
             widened(code, half, word, long, first, size, lines[parent])
-            if any_nonfinite(code, half, word, long, first, size):
-                broken_parents[parent] = 1
         for delta in range(deltas):
             _subtract(lines[pairs[2 * delta]], lines[pairs[2 * delta + 1]], lines[parents + delta], size)
         term = 0
+        broken = False
         for point in range(points):
             opening = True
             while term < ends[point]:
@@ -74,9 +75,13 @@ def _weighted_sums(
             if bases[point] >= 0:
                 _add(lines[bases[point]], total, size)
             half, word, long = out_halves[point], out_words[point], out_longs[point]
-            rounded(out_dtype, total, size, half, word, long, first)
-            if any_nonfinite(out_dtype, half, word, long, first, size):
+            if rounded(out_dtype, total, size, half, word, long, first):
                 broken_points[point] = 1
+                broken = True
+        if broken:  # an element of a parent that is NaN or infinite makes the sums so in which it takes part
+            for parent in range(parents):
+                if any_nonfinite(dtypes[parent], halves[parent], words[parent], longs[parent], first, size):
+                    broken_parents[parent] = 1
 
 
 def _subtract(a: Pointer, b: Pointer, into: Pointer, count: int) -> None:
@@ -146,6 +151,12 @@ class Sum:
     along: Literal["tensor", "rows", "columns"] = "tensor"
 
 
+def _is_short(each: Sum) -> bool:
+    """Whether `short_sums` has a loop for it."""
+    numbers = all(np.ndim(coefficient) == 0 for _, coefficient in each.terms)
+    return numbers and (len(each.terms) == 2 or (len(each.terms) == 1 and each.base is not None))
+
+
 class WeightedSums:
     """The sums of all points over the same parents, in float32 or float64 arithmetic, from left to right."""
 
@@ -172,6 +183,8 @@ class WeightedSums:
         self._bases = np.array([-1 if each.base is None else each.base for each in sums], np.int64)
         self._ends, self._terms = np.array(ends, np.int64), np.array(terms, np.int64)
         self._numbers = np.concatenate(numbers).astype(self._arithmetic)
+        self._short = arithmetic == "float32" and all(_is_short(each) for each in sums)
+        self._models = np.array([parent for each in sums for parent, _ in each.terms], np.int64)
 
     def run(
         self, parents: Sequence[Array], outputs: Sequence[Array], *, start: int = 0, row: int = 1
@@ -185,10 +198,17 @@ class WeightedSums:
         assert len(parents) == self._parents and len(outputs) == len(self._bases)
         assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
         broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
-        lines, _memory = aligned_lines(self._lines + 2, BLOCK * self._arithmetic.itemsize)
-        dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
         raw, out = addresses(parents), addresses(outputs)
         raw_at, out_at = address(raw), address(out)
+        if self._short and all(each.dtype == ml_dtypes.bfloat16 for each in (*parents, *outputs)):
+            short_sums(
+                *(raw_at, self._parents, len(outputs), address(self._bases), address(self._ends)),
+                *(address(self._models), address(self._numbers), elements, out_at),
+                *(address(broken[0]), address(broken[1])),
+            )
+            return broken
+        lines, _memory = aligned_lines(self._lines + 2, BLOCK * self._arithmetic.itemsize)
+        dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
         self._kernel(
             *(raw_at, raw_at, raw_at, address(dtypes), self._parents),
             *(address(self._pairs), len(self._pairs), len(self._bases), address(self._bases)),

@@ -146,6 +146,29 @@ def test_random_passes_have_the_bits_of_torch(seed: int):
         assert same(output, by_torch(each, tile, arithmetic).to(torch_named(dtype)))
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_random_passes_of_bfloat16_have_the_bits_of_torch(seed: int):
+    """Most of them have a loop of their own."""
+    rng = np.random.default_rng(seed)
+    count, names = int(rng.integers(1, 10_000)), "abcd"
+    raw = {name: numbers(rng, count, "bfloat16") for name in names}
+    passes: list[WeightedSum] = []
+    for _ in range(rng.integers(1, 5)):
+        base, *models = rng.permutation([*names])[: rng.integers(2, 4 + seed % 2)].tolist()
+        if len(models) > 1 and rng.random() < 0.5:
+            base = None
+        factors = tuple(rng.choice([1.0, 0.0, rng.normal()]) for _ in models)
+        passes.append(WeightedSum(tuple(models), factors, base))
+    tile = Tile("x", 0, raw, {}, shape=(count,))
+    outputs = [np.empty(count, DTYPES["bfloat16"]) for _ in passes]
+    broken, overflowed = run(passes, tile, outputs, "float32")
+    used = {name for each in passes for name in (*each.models, *([each.base] if each.base else []))}
+    assert broken == {name: not np.isfinite(raw[name]).all() for name in used}
+    assert overflowed == [not np.isfinite(output).all() for output in outputs]
+    for each, output in zip(passes, outputs, strict=True):
+        assert same(output, by_torch(each, tile, "float32").bfloat16())
+
+
 def test_bits_do_not_depend_on_the_cut_or_on_the_other_points():
     rng = np.random.default_rng(9)
     raw = {name: rng.standard_normal(5000).astype(np.float32) for name in "abc"}
