@@ -25,7 +25,7 @@ from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, keep_freed_memory, memory
-from workers.merging.reading import ParentReader, Slab, Stretch, all_near, plan_slabs
+from workers.merging.reading import ALIGNMENT, ParentReader, Slab, Stretch, all_near, plan_slabs
 from workers.merging.tiles import (
     FACT_UNITS,
     Elements,
@@ -50,11 +50,11 @@ LARGEST_SLAB = 8 << 20
 WIDEST_ELEMENT = 8
 """Bytes of the widest dtype."""
 
-LARGEST_NEAR_SLAB = 1 << 20
-"""The same where a read is a copy of memory, which stays in the cache of a core."""
+LARGEST_PIECE = 2 << 20
+"""The most bytes of one point that are merged and written in one go: Python takes as long for a piece of any size."""
 
-LARGEST_PIECE = 1 << 20
-"""The most bytes of one point that are merged and written in one go."""
+LARGEST_NEAR_SLAB = LARGEST_PIECE + ALIGNMENT
+"""The most that one read of a parent fetches where a read is a copy of memory: one piece, for the cache of a core."""
 
 Progress = Callable[[int, int], None]
 """Called from any thread with the bytes read and the bytes written since its last call."""
