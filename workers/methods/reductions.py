@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
-from workers.methods.kernels.ranks import bracketed, magnitudes
+from workers.methods.kernels.ranks import below_limits, bracketed, magnitudes, row_ranks
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor
@@ -387,41 +387,31 @@ class Coin:
     """Keeps an element with probability `density`, by the random bits of (method, model): see `Tile.random_bits`.
 
     With a `spread`, the probability of the smallest |δ| of a row is density − spread, that of the largest is
-    density + spread, and it grows by equal steps between them; of equal ones the first counts as the smaller.
+    density + spread, and it grows by equal steps between them; of equal ones the first counts as the smaller. A row of
+    one element has the density.
     """
 
     method: str
     density: float
     spread: float = 0.0
 
-    def limits(self, tile: Tile, model: str, base: str) -> NDArray[np.uint32] | np.unsignedinteger[Any]:
-        """An element is kept if its random bits are below this: one number, or one for each element of the tile."""
-        if self.spread == 0 or tile.row == 1:
-            limit = round(self.density * (1 << 32))
-            return np.uint32(limit) if limit < 1 << 32 else np.uint64(limit)
-        ranks = ranks_in_rows(tile, model, base)
-        chances = self.density - self.spread + 2 * self.spread * (np.arange(tile.row) / (tile.row - 1))
-        return np.rint(chances * (1 << 32)).clip(0, (1 << 32) - 1).astype(np.uint32)[ranks]
+    def limits(self, row: int) -> NDArray[np.uint32]:
+        """By the rank in a row of so many elements: an element is kept if its random bits are below this."""
+        steps = np.arange(row) / (row - 1)
+        chances = self.density - self.spread + 2 * self.spread * steps
+        return np.rint(chances * (1 << 32)).clip(0, (1 << 32) - 1).astype(np.uint32)
 
 
-def ranks_in_rows(tile: Tile, model: str, base: str) -> IntArray:
+def ranks_in_rows(tile: Tile, model: str, base: str) -> NDArray[np.uint32]:
     """For each element of the tile, how many elements of its row have a smaller |δ|, or the same and come before it."""
 
-    def compute() -> IntArray:
-        row = tile.row
-        first, end = tile.start // row * row, -(-(tile.start + tile.elements) // row) * row
+    def compute() -> NDArray[np.uint32]:
+        first, end = tile.start // tile.row * tile.row, -(-(tile.start + tile.elements) // tile.row) * tile.row
         inside = slice(first - tile.around_start, end - tile.around_start)
         assert inside.start >= 0 and inside.stop <= len(tile.around[model]), "read without the whole rows of a tile"
         rows = Tile(tile.tensor, first, {name: tile.around[name][inside] for name in (model, base)}, {})
-        # the magnitude of an element and its place in one number: no two are equal, so any sort gives the same order
-        keys = (Magnitude(model, base).on_host(rows).astype(np.int64) << 32).reshape(-1, row)
-        keys |= np.arange(row)
-        keys.sort(axis=1)
-        order = keys.astype(np.uint32)  # the lower half: the place
-        ranks = np.empty(keys.shape, np.int32)
-        for of_row, by_rank in zip(ranks, order, strict=True):
-            of_row[by_rank] = np.arange(row, dtype=np.int32)
-        return ranks.reshape(-1)[tile.start - first : tile.start - first + tile.elements]
+        ranks = row_ranks(Magnitude(model, base).on_host(rows), tile.row)
+        return ranks[tile.start - first : tile.start - first + tile.elements]
 
     return tile.remember(("ranks", model, base), compute)
 
@@ -475,9 +465,15 @@ def drawn(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
 
 def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
     """The same in the memory of the host."""
-    return tile.remember(
-        (coin, model, base), lambda: tile.random_bits(coin.method, model) < coin.limits(tile, model, base)
-    )
+
+    def decide() -> NDArray[np.bool_]:
+        bits = tile.random_bits(coin.method, model)
+        if coin.spread and tile.row > 1:
+            return below_limits(bits, ranks_in_rows(tile, model, base), coin.limits(tile.row))
+        limit = round(coin.density * (1 << 32))
+        return bits < np.uint32(limit) if limit < 1 << 32 else np.ones(bits.size, np.bool_)
+
+    return tile.remember((coin, model, base), decide)
 
 
 @dataclass(frozen=True, slots=True)

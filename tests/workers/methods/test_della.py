@@ -9,17 +9,18 @@ import torch
 from torch import Tensor
 
 from tests.workers.methods.whole import tiles_of
-from workers.methods.reductions import Coin
+from workers.methods.reductions import Coin, ranks_in_rows
 
 
 def chances(deltas: list[float], shape: tuple[int, ...], coin: Coin, units: int = 1) -> list[float]:
     """The probability with which each element is kept."""
     parents = {"x": torch.tensor(deltas) + 1, "base": torch.ones(len(deltas))}
-    found: list[float] = []
-    for tile in tiles_of(parents, {}, shape=shape, units=units):
-        limits = torch.as_tensor(coin.limits(tile, "x", "base").astype("f8")) / 2**32
-        found += limits.broadcast_to(tile.elements).tolist()
-    return found
+    limits = coin.limits(shape[-1]) / 2**32
+    return [
+        float(limits[rank])
+        for tile in tiles_of(parents, {}, shape=shape, units=units)
+        for rank in ranks_in_rows(tile, "x", "base")
+    ]
 
 
 HALF = Coin("della", 0.5, 0.25)
@@ -36,14 +37,6 @@ def test_of_equal_magnitudes_the_first_counts_as_the_smaller():
 
 def test_the_rows_of_more_axes_are_along_the_last():
     assert chances([1, 2, 2, 1, 4, 3, 1, 9], (2, 2, 2), HALF) == [0.25, 0.75, 0.75, 0.25, 0.75, 0.25, 0.25, 0.75]
-
-
-def test_a_row_of_one_element_is_kept_with_the_density():
-    assert chances([3, 0], (2, 1), HALF) == [0.5, 0.5]
-
-
-def test_without_epsilon_every_element_has_the_density():
-    assert chances([3, 0, 1], (3,), Coin("della", 0.5)) == [0.5, 0.5, 0.5]
 
 
 @pytest.mark.parametrize("units", [1, 3])
@@ -67,6 +60,14 @@ def test_large_elements_are_kept_more_often(merge: Any):
     assert set(left[:, 4].tolist()) == {0.0, 5.0}
     shares = left.count_nonzero(dim=0) / 4000
     assert shares.tolist() == pytest.approx([0.25, 0.375, 0.5, 0.625, 0.75], abs=0.024)
+
+
+@pytest.mark.parametrize(("shape", "epsilon"), [((4000, 1), 0.25), ((1000, 4), 0.0)])
+def test_rows_of_one_element_and_an_epsilon_of_zero_leave_the_density(
+    merge: Any, shape: tuple[int, int], epsilon: float
+):
+    left = kept(merge, torch.ones(shape), shape=shape, density=(0.3,), epsilon=(epsilon,))
+    assert int(left.count_nonzero()) / 4000 == pytest.approx(0.3, abs=0.022)
 
 
 def test_no_tiling_changes_an_element(merge: Any, monkeypatch: pytest.MonkeyPatch):

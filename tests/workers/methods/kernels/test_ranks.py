@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from workers.methods.kernels.ranks import bracketed, magnitudes
+from workers.methods.kernels.ranks import below_limits, bracketed, magnitudes, row_ranks
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
 
@@ -38,3 +38,16 @@ def test_the_greatest_number_can_be_an_end():
     bits = np.array([2**31 - 1, 0, 2**31 - 2, 5], np.int32)
     assert bracketed(bits, 5, 2**31 - 2)[0] == 1
     assert bracketed(bits, 5, 2**31 - 1)[1].tolist() == [2**31 - 1, 2**31 - 2, 5]
+
+
+@pytest.mark.parametrize(("rows", "row"), [(0, 3), (1, 1), (5, 1), (7, 3), (3, 1000), (1, 70_000)])
+@pytest.mark.parametrize("most", [1, 200, 2**31 - 1])
+def test_ranks_are_those_of_a_stable_sort_of_each_row(rows: int, row: int, most: int):
+    bits = np.random.default_rng(row).integers(0, most, (rows, row), np.int32, endpoint=True)
+    expected = np.argsort(np.argsort(bits, axis=1, kind="stable"), axis=1, kind="stable")
+    assert (row_ranks(bits.ravel(), row) == expected.ravel()).all()
+
+
+def test_a_number_is_held_against_the_limit_of_its_rank():
+    numbers, ranks = np.array([4, 5, 6, 2**32 - 1], np.uint32), np.array([1, 1, 0, 2], np.uint32)
+    assert below_limits(numbers, ranks, np.array([7, 5, 2**32 - 1], np.uint32)).tolist() == [True, False, True, False]
