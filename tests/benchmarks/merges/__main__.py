@@ -305,7 +305,7 @@ def run(command: Sequence[str], folder: Path) -> tuple[Sample, str]:
         raise SystemExit(f"{' '.join(command[:4])} … failed with exit code {process.returncode}:\n{text[-2000:]}")
     # wait4 counts the children that were waited for; a daemon's CPU time is seen only by the samples
     cpu = max(usage.ru_utime + usage.ru_stime, sum(watch.cpu_by_process.values()))
-    return Sample(wall, cpu, max(watch.peak_rss, usage.ru_maxrss * 1024), watch.peak_anonymous), text
+    return Sample(wall, cpu, watch.peak_rss, watch.peak_anonymous), text
 
 
 def reported(arguments: Sequence[str], folder: Path) -> Sample:

@@ -125,13 +125,15 @@ def with_table(text: str, results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Seconds of floor, mergeyard and mergekit, a line per row, on one logarithmic axis."""
+    """Seconds of floor, mergeyard and mergekit, a line per row, on one logarithmic axis; no plot without such rows."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
     timed = [result for result in results if result["limit_bytes"] is None]
+    if not timed:
+        return
     with pyplot.rc_context({"svg.hashsalt": "merges", "svg.fonttype": "none", "font.size": 9}):
         figure, axes = pyplot.subplots(figsize=(8, 1.2 + 0.24 * len(timed)), layout="constrained")
         for place, result in enumerate(timed):
@@ -140,14 +142,16 @@ def plot(results: Sequence[Result], path: Path) -> None:
             axes.plot([min(known), max(known)], [place, place], color="#dddddd", linewidth=1.5, zorder=1)
             for who, value in seconds.items():
                 if value:
-                    axes.scatter(value, place, color=COLOURS[who], s=26, zorder=2, label=who if place == 0 else None)
+                    axes.scatter(value, place, color=COLOURS[who], s=26, zorder=2)
             faster = ratio(result, "mergekit", "mergeyard")
             if faster:
                 axes.annotate(
                     f"{faster:.3g} ×", (max(known), place), (6, 0), textcoords="offset points", va="center", fontsize=8
                 )
+        for who, colour in COLOURS.items():
+            axes.scatter([], [], color=colour, s=26, label=who)
         axes.set_yticks(range(len(timed)), [name_of(result).replace("`", "") for result in timed])
-        axes.invert_yaxis()
+        axes.set_ylim(len(timed) - 0.4, -0.6)
         axes.set_xscale("log")
         axes.set_xlabel("seconds, logarithmic; × is mergekit over mergeyard")
         axes.grid(axis="x", color="#eeeeee")
