@@ -12,8 +12,11 @@ from workers.methods.breadcrumbs import breadcrumbs, breadcrumbs_pass, breadcrum
 from workers.methods.consensus_ta import consensus_ta, consensus_ta_pass
 from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
 from workers.methods.della import della, della_linear, della_linear_pass, della_pass
+from workers.methods.karcher import karcher, karcher_pass
 from workers.methods.linear import linear, linear_pass
 from workers.methods.model_stock import model_stock, model_stock_pass
+from workers.methods.multislerp import multislerp, multislerp_pass
+from workers.methods.nuslerp import nuslerp, nuslerp_pass
 from workers.methods.passes import Pass
 from workers.methods.passthrough import passthrough, passthrough_pass
 from workers.methods.ram import ram, ram_pass, ramplus_tl, ramplus_tl_pass
@@ -34,7 +37,7 @@ class Parameter:
 
     name: str
     per_model: bool
-    kind: Literal["number", "boolean"]
+    kind: Literal["number", "integer", "boolean"]
     default: float | bool | None
 
 
@@ -64,13 +67,16 @@ class Method:
         }
 
 
+_KINDS: Mapping[str, Literal["integer", "boolean"]] = {"int": "integer", "bool": "boolean"}
+
+
 def _parameter(parameter: inspect.Parameter) -> Parameter:
     per_model = parameter.annotation == "PerModel"
     default = None if parameter.default is inspect.Parameter.empty else parameter.default
     return Parameter(
         name=parameter.name.rstrip("_"),
         per_model=per_model,
-        kind="boolean" if parameter.annotation == "bool" else "number",
+        kind=_KINDS.get(parameter.annotation, "number"),
         default=default[0] if per_model and default is not None else default,
     )
 
@@ -89,6 +95,9 @@ METHODS: Mapping[str, Method] = {
     "sce": Method(sce, sce_pass, base="required"),
     "ram": Method(ram, ram_pass, base="required"),
     "ramplus_tl": Method(ramplus_tl, ramplus_tl_pass, base="required"),
+    "nuslerp": Method(nuslerp, nuslerp_pass, base="optional", fewest=2, most=2),
+    "multislerp": Method(multislerp, multislerp_pass, base="optional"),
+    "karcher": Method(karcher, karcher_pass),
     "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2),
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
@@ -96,9 +105,6 @@ METHODS: Mapping[str, Method] = {
 
 ONLY_IN_MERGEKIT = (
     "arcee_fusion",
-    "karcher",
-    "multislerp",
     "nearswap",
-    "nuslerp",
 )
 """Methods of mergekit 0.1.5 that are not here; an error names them as such."""

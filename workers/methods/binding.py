@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TypeVar, cast
 
@@ -130,6 +130,8 @@ def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Ex
         raise BadInput(f'{place}: "{parameter.name}" is true or false, not {value}')
     if isinstance(value, bool) or not isinstance(value, Fraction):
         raise BadInput(f'{place}: "{parameter.name}" is a number, not {value}')
+    if parameter.kind == "integer" and value.denominator != 1:
+        raise BadInput(f'{place}: "{parameter.name}" is a whole number, not {float(value):g}')
     return value
 
 
@@ -201,6 +203,12 @@ def simplified(bound: Bound, *, place: str) -> Bound:
             return _simplified_linear(bound, place)
         case "slerp":
             return _simplified_slerp(bound)
+        case "nuslerp":
+            return _simplified_nuslerp(bound)
+        case "multislerp":
+            return _simplified_multislerp(bound, place)
+        case "karcher":
+            return _copy_of(bound.models[0]) if len(bound.models) == 1 else bound
         case "passthrough" | "model_stock":
             return bound
         case "sce":
@@ -238,6 +246,34 @@ def _simplified_slerp(bound: Bound) -> Bound:
     if bound.number("t") == 1:
         return _copy_of(others[0])
     return Bound("slerp", (bound.base, others[0]), bound.base, {"t": bound.number("t")})
+
+
+def _simplified_nuslerp(bound: Bound) -> Bound:
+    weights, values = bound.per_model("weight"), bound.values
+    total = sum(weights)
+    part = Fraction(1, 2) if abs(total) < Fraction(1, 10**6) else weights[1] / total
+    if part in (0, 1):
+        return _copy_of(bound.models[int(part)])
+    row_wise = values["nuslerp_row_wise"] and not values["nuslerp_flatten"]
+    return replace(bound, values={**values, "weight": (1 - part, part), "nuslerp_row_wise": bool(row_wise)})
+
+
+def _simplified_multislerp(bound: Bound, place: str) -> Bound:
+    models, weights = bound.models, bound.per_model("weight")
+    if len(models) == 1:
+        return _copy_of(models[0])
+    if bound.values["normalize_weights"]:
+        total = sum(weights)
+        if total == 0:
+            remedy = "set normalize_weights: false"
+            raise BadInput(f"{place}: the weights sum to zero and normalize_weights divides by the sum; {remedy}")
+        weights = tuple(weight / total for weight in weights)
+    taken, of_taken = _without_zeros(models, weights)
+    if of_taken == (1,) and abs(bound.number("eps")) <= Fraction(1, 10**8):  # its cosine is 1 in float64
+        return _copy_of(taken[0])
+    if len(taken) > 1:
+        models, weights = taken, of_taken
+    return replace(bound, models=models, values={**bound.values, "weight": weights, "normalize_weights": False})
 
 
 def _simplified_task_vectors(bound: Bound) -> Bound:

@@ -7,7 +7,7 @@ vector width, on a GPU's block order or on how many tiles were in memory at once
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,6 +45,14 @@ def unit_sums(values: Tensor) -> list[float]:
     return folded[:, 0].tolist()
 
 
+def _total(shares: Iterable[float]) -> float:
+    """Σ of the units, rounded once. Infinities of both signs, and sums too large for float64, give NaN."""
+    try:
+        return math.fsum(shares)
+    except (ValueError, OverflowError):
+        return math.nan
+
+
 def host_arrays(tile: Tile, *names: str) -> list[Array] | None:
     """The elements of parents, if compiled loops can read them: in the memory of the host, in a dtype of theirs."""
     arrays = [each for name in names if isinstance(each := tile.raw[name], np.ndarray) and each.dtype in CODES]
@@ -64,7 +72,7 @@ class Dot(Reduction):
         return unit_sums(tile.parent(self.a, "float64") * tile.parent(self.b, "float64"))
 
     def combine(self, shares: Sequence[float]) -> float:
-        return math.fsum(shares)
+        return _total(shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +102,7 @@ class Gram(Reduction):
     def combine(self, shares: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
         matrix = np.empty((len(self.models), len(self.models)))
         upper = np.triu_indices(len(self.models))
-        matrix[upper] = [math.fsum(of_pair) for of_pair in zip(*shares, strict=True)]
+        matrix[upper] = [_total(of_pair) for of_pair in zip(*shares, strict=True)]
         matrix.T[upper] = matrix[upper]
         return matrix
 
@@ -165,7 +173,7 @@ class L1(Reduction):
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs())
 
     def combine(self, shares: Sequence[float]) -> float:
-        return math.fsum(shares)
+        return _total(shares)
 
 
 def _units(elements: Array) -> list[Array]:
@@ -498,7 +506,7 @@ class L1Kept(Reduction):
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * mask)
 
     def combine(self, shares: Sequence[float]) -> float:
-        return math.fsum(shares)
+        return _total(shares)
 
 
 @dataclass(frozen=True, slots=True)
@@ -528,7 +536,7 @@ class SquaresSelected(Reduction):
         return unit_sums(squares)
 
     def combine(self, shares: Sequence[float]) -> float:
-        return math.fsum(shares)
+        return _total(shares)
 
 
 def overlap(

@@ -6,6 +6,8 @@ and its products are those of the Gram matrix, in float64.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -34,6 +36,25 @@ def gram(inputs: Inputs, along: Along) -> NDArray[np.float64]:
 def lines_along(tile: Tile, along: Along) -> Along:
     """ "tensor" for a tensor that is one line anyway."""
     return along if len(tile.shape) > 1 else "tensor"
+
+
+def snapped(cosines: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Cosines between −1 and 1, exactly ±1 where they differ from it by no more than the noise of the products."""
+    bounded = cosines.clip(-1, 1)
+    return np.where(1 - np.abs(bounded) < _NOISE, np.sign(bounded), bounded)
+
+
+_NOISE = 1e-15
+
+
+def length(products: Sequence[Sequence[float]], coefficients: Sequence[float]) -> float:
+    """‖Σ cᵢxᵢ‖ from the products of the x."""
+    square = sum(
+        a * b * product
+        for a, row in zip(coefficients, products, strict=True)
+        for b, product in zip(coefficients, row, strict=True)
+    )
+    return 0.0 if square < 0 else math.sqrt(square)
 
 
 def weighted_sum(inputs: Inputs, each: WeightedSum) -> Tensor:

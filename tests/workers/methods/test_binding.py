@@ -273,6 +273,38 @@ REFUSED = {
         """,
         "job.yaml:1: ties merges at least 1 model(s) beside the base, the recipe names 0",
     ),
+    "half a step": (
+        """
+        merge_method: karcher
+        models: [{model: a}, {model: b}]
+        parameters: {max_iter: 2.5}
+        """,
+        'job.yaml:3: "max_iter" is a whole number, not 2.5',
+    ),
+    "nuslerp of three": (
+        """
+        merge_method: nuslerp
+        models: [{model: a}, {model: b}, {model: c}]
+        parameters: {weight: 1}
+        """,
+        "job.yaml:1: nuslerp merges 2 model(s), the recipe names 3",
+    ),
+    "nuslerp with one of its models as the base": (
+        """
+        merge_method: nuslerp
+        base_model: a
+        models: [{model: a}, {model: b}]
+        parameters: {weight: 1}
+        """,
+        "job.yaml:1: nuslerp merges 2 model(s) beside the base, the recipe names 1",
+    ),
+    "weights of multislerp that sum to zero": (
+        """
+        merge_method: multislerp
+        models: [{model: a, parameters: {weight: 1}}, {model: b, parameters: {weight: -1}}]
+        """,
+        "job.yaml:1: tensor x: the weights sum to zero and normalize_weights divides by the sum; set normalize_weights",
+    ),
     "model_stock of one": (
         """
         merge_method: model_stock
@@ -422,6 +454,19 @@ SAME = {
         base_model: base
         models: [{model: base, parameters: {weight: 7}}, {model: a, parameters: {weight: 1}}]
         """, weighted("ties", 1)),
+    "nuslerp with weights in proportion": (
+        weighted("nuslerp", 3, 1, base=False),
+        weighted("nuslerp", 0.75, 0.25, base=False),
+    ),
+    "nuslerp with weights that cancel": (weighted("nuslerp", 1, -1), weighted("nuslerp", 5, 5)),
+    "nuslerp of flattened tensors has no rows": (
+        weighted("nuslerp", 1, 2, nuslerp_row_wise=True),
+        weighted("nuslerp", 1, 2),
+    ),
+    "multislerp with weights in proportion": (
+        weighted("multislerp", 2, 0, 6),
+        weighted("multislerp", 0.25, 0, 0.75, normalize_weights=False),
+    ),
     "slerp with its base listed last, or not at all": ("""
         merge_method: slerp
         base_model: base
@@ -443,6 +488,13 @@ def test_equal_merges_have_equal_settings(kind: str):
 
 
 DIFFERENT = {
+    "rows of nuslerp": (
+        weighted("nuslerp", 1, 2, nuslerp_flatten=False),
+        weighted("nuslerp", 1, 2, nuslerp_flatten=False, nuslerp_row_wise=True),
+    ),
+    "bases that are optional": (weighted("multislerp", 1, 2), weighted("multislerp", 1, 2, base=False)),
+    "rows of model_stock": (plain("model_stock", "a", "b"), plain("model_stock", "a", "b", filter_wise=True)),
+    "steps of karcher": (plain("karcher", "a", "b", max_iter=3), plain("karcher", "a", "b")),
     "densities": (weighted("ties", (1, 0.5)), weighted("ties", (1, 0.4))),
     "methods": (weighted("dare_ties", (1, 0.5)), weighted("ties", (1, 0.5), normalize=False)),
     "gammas": (weighted("breadcrumbs", (1, 0.5), gamma=0.1), weighted("breadcrumbs", (1, 0.5), gamma=0.2)),
@@ -469,6 +521,10 @@ COPIES = {
     "linear with one weight left": (weighted("linear", 1, 0, base=False), COPY_OF_A),
     "slerp at 0": (SLERP.format(t=0), COPY_OF_BASE),
     "slerp at 1": (SLERP.format(t=1), COPY_OF_A),
+    "nuslerp at its start": (weighted("nuslerp", 0.5, 0), COPY_OF_A),
+    "multislerp of one": (weighted("multislerp", 0.5), COPY_OF_A),
+    "multislerp with one weight left": (weighted("multislerp", 0.5, 0, base=False), COPY_OF_A),
+    "karcher of one": ("merge_method: karcher\nmodels: [{model: a}]", COPY_OF_A),
     "task arithmetic without weight": (weighted("task_arithmetic", 0), COPY_OF_BASE),
     "sce of a part of one model": (plain("sce", "a", select_topk=0.9), COPY_OF_BASE),
     "lambda of zero": (weighted("ties", 1, lambda_=0), COPY_OF_BASE),

@@ -51,7 +51,11 @@ def parameters(rng: np.random.Generator, method: str, models: int) -> tuple[tupl
         "alpha": 0.2,
         "scale": tuple(float(rng.choice([1.0, 0.3])) for _ in range(models)),
         "t": float(rng.choice([0.3, 0.9])),
-        "filter_wise": bool(rng.random() < 0.5),
+        **{name: bool(rng.random() < 0.5) for name in ("filter_wise", "nuslerp_row_wise", "nuslerp_flatten")},
+        "normalize_weights": False,
+        "eps": 1e-8,
+        "max_iter": 10.0,
+        "tol": 1e-5,
         "normalize": method not in ("linear", *SUMS) and bool(rng.random() < 0.5),
         "rescale": bool(rng.random() < 0.5),
         "lambda": 1.0 if method in SUMS else float(rng.choice([1.0, 0.7])),
@@ -64,9 +68,9 @@ def parameters(rng: np.random.Generator, method: str, models: int) -> tuple[tupl
 
 def setting(rng: np.random.Generator, method: str) -> Setting:
     rule = METHODS[method]
-    base = None if rule.base == "unused" else "base"
+    base = None if rule.base == "unused" or (rule.base == "optional" and rng.random() < 0.5) else "base"
     most = min(rule.most or 3, 3)
-    fewest = max(1, rule.fewest - (rule.base == "one of the models"))
+    fewest = max(1 + (method in ("multislerp", "karcher")), rule.fewest - (rule.base == "one of the models"))
     others = list(rng.permutation(MODELS)[: int(rng.integers(fewest, most + 1))])
     models = ("base", others[0]) if rule.base == "one of the models" else tuple(str(name) for name in others)
     return Setting(method, models, base, parameters(rng, method, len(models)))

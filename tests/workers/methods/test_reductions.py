@@ -119,6 +119,13 @@ def test_dot_products_and_norms_are_those_of_the_whole_tensor(units: int, small_
         assert known(deltas, fact, units) == pytest.approx(float(expected), rel=1e-14)
 
 
+def test_infinities_of_both_signs_sum_to_nan(small_tiles: int):
+    parents = {"a": torch.tensor([math.inf] * small_tiles + [-math.inf] * small_tiles), "b": torch.ones(32)}
+    facts: dict[Reduction, Any] = {}
+    (dot, *_) = answered(tiles_of(parents, facts), facts, lambda tile: tile.known(Dot("a", "b")))
+    assert math.isnan(dot)
+
+
 def test_the_kept_mass_is_that_of_the_largest(small_tiles: int):
     deltas = noise(100, 8)
     kept = known(deltas, L1Kept("model", "base", Selection(most=30), "float32"))
