@@ -16,6 +16,7 @@ from workers.methods.karcher import karcher, karcher_pass
 from workers.methods.linear import linear, linear_pass
 from workers.methods.model_stock import model_stock, model_stock_pass
 from workers.methods.multislerp import multislerp, multislerp_pass
+from workers.methods.nearswap import nearswap, nearswap_pass
 from workers.methods.nuslerp import nuslerp, nuslerp_pass
 from workers.methods.passes import Pass
 from workers.methods.passthrough import passthrough, passthrough_pass
@@ -100,11 +101,9 @@ METHODS: Mapping[str, Method] = {
     "karcher": Method(karcher, karcher_pass),
     "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2),
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
+    "nearswap": Method(nearswap, nearswap_pass, base="required", most=1),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }
 
-ONLY_IN_MERGEKIT = (
-    "arcee_fusion",
-    "nearswap",
-)
+ONLY_IN_MERGEKIT = ("arcee_fusion",)
 """Methods of mergekit 0.1.5 that are not here; an error names them as such."""

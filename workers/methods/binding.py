@@ -215,6 +215,9 @@ def simplified(bound: Bound, *, place: str) -> Bound:
             return _simplified_sce(bound)
         case "consensus_ta":
             return _simplified_consensus_ta(bound)
+        case "nearswap":
+            assert bound.base is not None
+            return bound if bound.number("t") > 0 else _copy_of(bound.base)
         case "ram":
             return bound
         case "ramplus_tl":

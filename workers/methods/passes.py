@@ -107,4 +107,16 @@ class TallConsensus:
     scale: float
 
 
-Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """w·x + (1 − w)·base, element by element in the arithmetic dtype; see `nearswap`.
+
+    w = t / max(|base − x|, 10⁻⁶), at least 0 and at most 1.
+    """
+
+    base: str
+    model: str
+    t: float
+
+
+Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap

@@ -55,7 +55,11 @@ def _total(shares: Iterable[float]) -> float:
 
 def host_arrays(tile: Tile, *names: str) -> list[Array] | None:
     """The elements of parents, if compiled loops can read them: in the memory of the host, in a dtype of theirs."""
-    arrays = [each for name in names if isinstance(each := tile.raw[name], np.ndarray) and each.dtype in CODES]
+    arrays = [
+        np.ascontiguousarray(each)
+        for name in names
+        if isinstance(each := tile.raw[name], np.ndarray) and each.dtype in CODES
+    ]
     return arrays if len(arrays) == len(names) else None
 
 

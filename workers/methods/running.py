@@ -10,8 +10,10 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import run_overlap, run_selected, run_tall
 from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.swap import run_swaps
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
-from workers.methods.passes import Consensus, Kept, Overlap, Pass, SelectedConsensus, TallConsensus, WeightedSum
+from workers.methods.nearswap import NO_DISTANCE
+from workers.methods.passes import Consensus, Kept, Overlap, Pass, SelectedConsensus, Swap, TallConsensus, WeightedSum
 from workers.methods.reductions import Threshold, Variance, among_on_host, drawn_on_host
 from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import Array, Tile
@@ -121,6 +123,22 @@ def _tall(
     return _each_alone(passes, places, tile, outputs, one)
 
 
+def _swaps(
+    passes: Sequence[Swap], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    flags: dict[str, bool] = {}
+    overflowed = np.zeros(len(passes), np.bool_)
+    for names in dict.fromkeys((each.base, each.model) for each in passes):
+        points = [index for index, each in enumerate(passes) if (each.base, each.model) == names]
+        base, other = (cast(Array, tile.raw[name]) for name in names)
+        shares, into = [passes[index].t for index in points], [outputs[index] for index in points]
+        of_parents, overflowed[points] = run_swaps(base, other, shares, NO_DISTANCE, into, arithmetic)
+        for name, flag in zip(names, of_parents.tolist(), strict=True):
+            _place(name, places)
+            flags[name] = flags.get(name, False) or flag
+    return np.array([flags[name] for name in places], np.bool_), overflowed
+
+
 def _each_alone(
     passes: Sequence[Agreement],
     places: dict[str, int],
@@ -177,5 +195,6 @@ RUNNERS: dict[type, Callable[..., Flags]] = {
     SelectedConsensus: _selected,
     Overlap: _overlap,
     TallConsensus: _tall,
+    Swap: _swaps,
 }
 """The passes that have a compiled loop."""

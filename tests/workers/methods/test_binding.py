@@ -322,6 +322,15 @@ REFUSED = {
         """,
         "job.yaml:1: slerp merges 2 model(s) counting the base, the recipe names 3",
     ),
+    "nearswap of three": (
+        """
+        merge_method: nearswap
+        base_model: a
+        models: [{model: b}, {model: c}]
+        parameters: {t: 0.1}
+        """,
+        "job.yaml:1: nearswap merges 1 model(s) beside the base, the recipe names 2",
+    ),
     "passthrough of two": (
         """
         merge_method: passthrough
@@ -515,6 +524,7 @@ def test_different_merges_have_different_settings(kind: str):
 
 
 SLERP = "merge_method: slerp\nbase_model: base\nmodels: [{{model: a}}]\nparameters: {{t: {t}}}"
+NEARSWAP = "merge_method: nearswap\nbase_model: base\nmodels: [{{model: a}}]\nparameters: {{t: {t}}}"
 
 COPIES = {
     "linear of one": (weighted("linear", 3, base=False), COPY_OF_A),
@@ -527,6 +537,8 @@ COPIES = {
     "karcher of one": ("merge_method: karcher\nmodels: [{model: a}]", COPY_OF_A),
     "task arithmetic without weight": (weighted("task_arithmetic", 0), COPY_OF_BASE),
     "sce of a part of one model": (plain("sce", "a", select_topk=0.9), COPY_OF_BASE),
+    "nearswap with a t of zero": (NEARSWAP.format(t=0), COPY_OF_BASE),
+    "nearswap with a t below zero": (NEARSWAP.format(t=-1), COPY_OF_BASE),
     "lambda of zero": (weighted("ties", 1, lambda_=0), COPY_OF_BASE),
     "ties without weight": (weighted("ties", (0, 0.5)), COPY_OF_BASE),
 }
