@@ -136,8 +136,13 @@ def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Ex
 
 
 def _check_name(method_name: str, method: Method, name: str, place: str) -> None:
-    if name not in method.parameters:
-        raise BadInput(f'{place}: {method_name} has no parameter "{name}"{_nearest(name, method.parameters)}')
+    if name in method.parameters:
+        return
+    remedy = _nearest(name, method.parameters)
+    if any(name in other.parameters for other in METHODS.values()):  # cards carry it from method to method
+        has = ", ".join(sorted(method.parameters)) or "none"
+        remedy = f"; it has {has}: take {name} out, mergekit ignores it here"
+    raise BadInput(f'{place}: {method_name} has no parameter "{name}"{remedy}')
 
 
 def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str) -> None:

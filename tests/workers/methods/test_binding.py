@@ -101,7 +101,7 @@ REFUSED = {
         models: [{model: a}]
         parameters: {weight: 1, t: 0.5}
         """,
-        'job.yaml:3: linear has no parameter "t"; it has normalize, weight',
+        'job.yaml:3: linear has no parameter "t"; it has normalize, weight: take t out, mergekit ignores it here',
     ),
     "parameter of the whole merge at a model": (
         """
@@ -221,7 +221,7 @@ REFUSED = {
         base_model: base
         models: [{model: a, parameters: {weight: 1}}]
         """,
-        'job.yaml:3: ram has no parameter "weight"; it has epsilon',
+        'job.yaml:3: ram has no parameter "weight"; it has epsilon: take weight out, mergekit ignores it here',
     ),
     "word for a number": (
         """
@@ -351,6 +351,12 @@ def test_a_recipe_that_cannot_work_is_refused_on_its_line(kind: str):
 
 
 # ---- look-up
+
+
+def test_a_parameter_of_other_methods_can_be_taken_out():
+    with pytest.raises(BadInput, match=r'no parameter "normalize"; it has filter_wise: take normalize out'):
+        setting(plain("model_stock", "a", "b", normalize="false"))
+    assert setting(plain("model_stock", "a", "b")).method == "model_stock"
 
 
 def test_a_models_own_parameter_comes_before_the_top_level_and_that_before_the_default():
