@@ -221,15 +221,22 @@ class Magnitude(Score):
 
 @dataclass(frozen=True, slots=True)
 class Variance(Score):
-    """n times the variance of δ over n models, in float32: Σ (δᵢ − m)² with m = Σ δᵢ · (1/n), from left to right."""
+    """n times the variance of δ over n models, in float32: Σ (δᵢ − m)² with m = Σ δᵢ · (1/n), from left to right.
+
+    With a `dtype`, it is torch's variance in that dtype, which mergekit takes.
+    """
 
     models: tuple[str, ...]
     base: str
+    dtype: str | None = None
 
     def bits(self, tile: Tile) -> Tensor:
         import torch
 
         def compute() -> Tensor:
+            if self.dtype is not None:
+                stacked = torch.stack([tile.delta(model, self.base, self.dtype) for model in self.models])
+                return stacked.var(dim=0, unbiased=False).float().abs().view(torch.int32)
             deltas = [tile.delta(model, self.base, "float32") for model in self.models]
             mean = sum(deltas[1:], deltas[0]) * (1 / len(deltas))
             squares = [(delta - mean).square_() for delta in deltas]
@@ -238,7 +245,7 @@ class Variance(Score):
         return tile.remember(self, compute)
 
     def on_host(self, tile: Tile) -> NDArray[np.int32]:
-        if arrays := host_arrays(tile, *self.models, self.base):
+        if self.dtype is None and (arrays := host_arrays(tile, *self.models, self.base)):
             return tile.remember(("on host", self), lambda: variance_bits(arrays))
         return self.bits(tile).cpu().numpy()
 
@@ -518,25 +525,25 @@ class SquaresSelected(Reduction):
     """Σ δᵢ² of one task vector, in float64, over the `count` elements of the largest variance; None: over all."""
 
     model: str
-    models: tuple[str, ...]
     base: str
+    score: Variance
     count: int | None
     dtype: str
 
     def ask(self, tile: Tile) -> None:
         if self.count is not None:
-            threshold_of(tile, Variance(self.models, self.base), self.count)
+            threshold_of(tile, self.score, self.count)
 
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
             if self.count is not None:
-                kept = largest_on_host(tile, Variance(self.models, self.base), self.count)
+                kept = largest_on_host(tile, self.score, self.count)
                 arrays = [np.where(kept, each, np.zeros_like(each)) for each in arrays]
             products = [Product((0, 1), (0, 1))]
             return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
         squares = tile.delta(self.model, self.base, self.dtype).double().square()
         if self.count is not None:
-            squares = squares * largest(tile, Variance(self.models, self.base), self.count)
+            squares = squares * largest(tile, self.score, self.count)
         return unit_sums(squares)
 
     def combine(self, shares: Sequence[float]) -> float:

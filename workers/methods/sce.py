@@ -34,7 +34,7 @@ def sce(inputs: Inputs, *, select_topk: float = 1.0, int8_mask: bool = False) ->
     weights = _weights(inputs, count)
     deltas = [inputs.delta(index) for index in range(len(inputs.models))]
     if count is not None:
-        mask = largest(inputs.tile, Variance(inputs.models, inputs.base_model), count).to(deltas[0].dtype)
+        mask = largest(inputs.tile, _variance(inputs), count).to(deltas[0].dtype)
         deltas = [delta * mask for delta in deltas]
     elected = ones_where("ge", inputs.sum(deltas)).mul_(2).sub_(1)
     agreeing = [ones_where("gt", delta * elected) * weight for delta, weight in zip(deltas, weights, strict=True)]
@@ -46,21 +46,24 @@ def sce_pass(inputs: Inputs, *, select_topk: float) -> SelectedConsensus:
     """The same as a pass."""
     count = _count(inputs, select_topk)
     weights = _weights(inputs, count)
-    score = Variance(inputs.models, inputs.base_model)
-    among = None if count is None else threshold_of(inputs.tile, score, count)
+    among = None if count is None else threshold_of(inputs.tile, _variance(inputs), count)
     return SelectedConsensus(inputs.base_model, inputs.models, tuple(weights), among)
+
+
+def _variance(inputs: Inputs) -> Variance:
+    return Variance(inputs.models, inputs.base_model, inputs.dtype if inputs.as_mergekit else None)
 
 
 def _count(inputs: Inputs, select_topk: float) -> int | None:
     """How many elements take part; None: all."""
     if select_topk >= 1:
         return None
-    return int(inputs.tile.known(Nonzero(Variance(inputs.models, inputs.base_model))) * select_topk)
+    return int(inputs.tile.known(Nonzero(_variance(inputs))) * select_topk)
 
 
 def _weights(inputs: Inputs, count: int | None) -> Sequence[float]:
     squares = [
-        inputs.tile.known(SquaresSelected(model, inputs.models, inputs.base_model, count, inputs.dtype))
+        inputs.tile.known(SquaresSelected(model, inputs.base_model, _variance(inputs), count, inputs.dtype))
         for model in inputs.models
     ]
     held = inputs.number if inputs.as_mergekit else float

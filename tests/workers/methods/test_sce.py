@@ -5,6 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+from jobs.merge_tasks import Setting
+from tests.workers.methods.whole import answered, tiles_of
+from workers.merging.tiles import merge_tile
 
 ZERO = {"base": [0.0] * 4}
 X, Y = [4.0, -2.0, 1.0, 0.0], [2.0, 2.0, -1.0, 0.0]  # variances 1, 4, 1, 0; squares sum to 21 and 9
@@ -62,3 +67,15 @@ def test_the_whole_tensor_is_looked_at_not_a_tile(merge: Any, small_tiles: int, 
     x = [0.0] * 10 + [2.0] * 60
     merged = sce(merge, x, [0.0] * 70, select_topk=0.5, units=units)
     assert merged == [0.0] * 10 + [2.0] * 30 + [0.0] * 30
+
+
+@pytest.mark.parametrize(("numerics", "selected"), [("float32", 1), ("mergekit", 0)])
+def test_mergekits_numerics_rank_the_variance_of_the_documents_dtype(numerics: str, selected: int):
+    # the variances are (1 − 0.0005)²/4 = 0.24975 and ¼; in bfloat16 both are ¼, and the first is taken
+    parents = {"x": torch.ones(2), "y": torch.tensor([0.0005, 0.0]), "base": torch.zeros(2)}
+    parents = {name: values.bfloat16() for name, values in parents.items()}
+    facts: dict[Any, Any] = {}
+    setting = Setting("sce", ("x", "y"), "base", (("select_topk", 0.5),))
+    arithmetic = "BF16" if numerics == "mergekit" else "F32"
+    [merged] = answered(tiles_of(parents, facts), facts, lambda tile: merge_tile(tile, setting, arithmetic, numerics))
+    assert merged.count_nonzero() == 1 and merged[selected] > 0
