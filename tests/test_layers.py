@@ -25,6 +25,8 @@ LIBRARIES = {
     "obstore": "workers/storage/",
     "huggingface_hub": "workers/storage/",
     "vllm": "workers/engines/vllm_server.py",
+    "numba": "workers/methods/kernels/compiling.py",
+    "llvmlite": "workers/methods/kernels/compiling.py",
 }
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "jobs": (),

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
-import pkgutil
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from workers.methods import kernels
+from tests.workers.methods.kernels.room import of_room
 from workers.methods.kernels.compiling import Kernel, Pointer, kernel
 from workers.methods.kernels.memory import address
 
@@ -144,16 +141,6 @@ def test_the_methods_import_no_compiler():
     script = "import workers.methods, workers.methods.running, sys; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert {"numba", "llvmlite", "torch"} & set(loaded.stdout.split()) == set()
-
-
-def of_room() -> Iterator[Kernel]:
-    """Every kernel of the room."""
-    for found in pkgutil.iter_modules(kernels.__path__):
-        module = importlib.import_module(f"{kernels.__name__}.{found.name}")
-        for value in vars(module).values():
-            yield from (
-                each for each in (value.values() if isinstance(value, dict) else [value]) if isinstance(each, Kernel)
-            )
 
 
 @pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm of binutils")
