@@ -35,6 +35,9 @@ RECIPES = {
     "models: [{model: a}, {model: b}]",
     "della_linear": "base_model: base, parameters: {weight: 0.5, density: 0.4, rescale: false}, "
     "models: [{model: a}, {model: b}]",
+    "nuslerp": "base_model: base, parameters: {weight: 0.5, nuslerp_flatten: false, nuslerp_row_wise: true}, "
+    "models: [{model: a}, {model: b}]",
+    "model_stock": "base_model: base, parameters: {filter_wise: true}, models: [{model: a}, {model: b}]",
     "sce": "base_model: base, parameters: {select_topk: 0.3}, models: [{model: a}, {model: b}]",
     "ramplus_tl": "base_model: base, parameters: {epsilon: 1}, models: [{model: a}, {model: b}]",
     "consensus_ta": "base_model: base, parameters: {tall_lambda: 0.3}, models: [{model: a}, {model: b}]",
@@ -47,7 +50,7 @@ VALUES = {"weight": 0.5, "density": 0.4, "t": 0.3, "lambda": 0.8, "select_topk":
 
 
 def recipe_of(method: str) -> str:
-    base = {"required": "base_model: base,", "one of the models": "base_model: a,", "unused": ""}[METHODS[method].base]
+    base = {"required": "base_model: base,", "one of the models": "base_model: a,"}.get(METHODS[method].base, "")
     given = {name: VALUES[name] for name in METHODS[method].parameters if name in VALUES}
     return RECIPES.get(method) or f"{base} parameters: {json.dumps(given)}, models: [{{model: a}}, {{model: b}}]"
 
