@@ -105,11 +105,19 @@ def test_a_command_loads_no_library_that_it_does_not_use(command: str):
 
 
 @pytest.mark.parametrize(
-    ("method", "models"), [("passthrough", {"fmt": {}}), ("linear", {"fmt": {"weight": 0.7}, "long": {"weight": 0.3}})]
+    ("method", "models"),
+    [
+        ("passthrough", {"fmt": {}}),
+        ("linear", {"fmt": {"weight": 0.7}, "long": {"weight": 0.3}}),
+        ("ties", {"fmt": {"weight": 1, "density": 0.5}, "long": {"weight": 1, "density": 0.5}}),
+        ("dare_ties", {"fmt": {"weight": 1, "density": 0.5}, "long": {"weight": 1, "density": 0.5}}),
+    ],
 )
 def test_a_merge_on_cpus_loads_no_torch(tmp_path: Path, method: str, models: dict[str, dict[str, float]]):
     listed = [{"model": str(PARENTS / name), "parameters": parameters} for name, parameters in models.items()]
-    (tmp_path / "config.yaml").write_text(json.dumps({"merge_method": method, "models": listed, "dtype": "bfloat16"}))
+    base = {"base_model": str(PARENTS / "base")} if "ties" in method else {}
+    document = {"merge_method": method, **base, "models": listed, "dtype": "bfloat16"}
+    (tmp_path / "config.yaml").write_text(json.dumps(document))
     first = loaded_by("merge", tmp_path / "config.yaml", tmp_path / "merge", "--quiet")
     assert "torch" not in first  # numba may be there, which compiles the loops once, and what it imports
     auto = loaded_by("merge", tmp_path / "config.yaml", tmp_path / "auto", "--quiet", "--device", "auto")
