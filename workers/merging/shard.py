@@ -139,14 +139,15 @@ class _Merge:
         for writer in self.writers:
             writer.begin(header)
         groups = list(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows))
-        fits = [self._bytes(group) <= self.budget.held or not self._asks(group) for group in groups]
+        asks = [self._asks(group) for group in groups]
+        fits = [not ask or self._bytes(group) <= self.budget.held for group, ask in zip(groups, asks, strict=True)]
         ahead = self._read(slab for group, fit in zip(groups, fits, strict=True) if fit for slab in group)
-        for group, fit in zip(groups, fits, strict=True):
+        for group, ask, fit in zip(groups, asks, fits, strict=True):
             facts: dict[str, Facts] = {stretch.tensor.name: {} for stretch in group[0]}
             if not fit:
                 self._learn(group, facts, lambda group=group: self._read(group), keep=False)
                 slabs: Iterable[Slab] = self._read(group)
-            elif self._asks(group):
+            elif ask:
                 slabs = held = [next(ahead) for _ in group]
                 self._learn(group, facts, lambda held=held: held, keep=True)
             else:
