@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from itertools import count
 from pathlib import Path
@@ -38,9 +39,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(scope="session")
 def parents() -> Iterator[Path]:
-    """The folder that PARENTS stands for in a case; always the same path, as random masks are keyed by it."""
-    worker = os.environ.get("PYTEST_XDIST_WORKER", "alone")
-    root = Path(tempfile.gettempdir()) / f"mergeyard-conformance-{worker}"
+    """The folder that PARENTS stands for in a case; always the same path in a checkout, as random masks are keyed by
+    it."""
+    worker, checkout = os.environ.get("PYTEST_XDIST_WORKER", "alone"), zlib.crc32(__file__.encode())
+    root = Path(tempfile.gettempdir()) / f"mergeyard-conformance-{checkout:08x}-{worker}"
     shutil.rmtree(root, ignore_errors=True)
     write_parents(root)
     write_odd_parents(root)

@@ -38,11 +38,16 @@ def narrowed(vectors: TaskVectors) -> TaskVectors:
 def replayed(actual: torch.Tensor, vectors: TaskVectors) -> Replay:
     """The masks that explain a merge in bfloat16. `vectors` are those of `narrowed`.
 
-    The scale of a random mask is looked for among the bfloat16 numbers near 1 / density."""
+    The scale of a random mask is looked for among the bfloat16 numbers near that of the largest step that was kept."""
     if not (vectors.dice and vectors.rescale and vectors.densities[0] < 1):
         return _replayed(actual, vectors, [_scale(vectors, i) for i in range(len(vectors.deltas))])
     assert len(vectors.deltas) == 1, "of two rescaled task vectors, bfloat16 does not show the scales"
-    near = torch.linspace(0.5, 1.75, 1000, dtype=torch.float64) / vectors.densities[0]
+    step = vectors.combined([np.ones(vectors.base.shape, bool)]).value - vectors.base
+    change = actual.double().numpy() - vectors.base
+    place = np.argmax(abs(step) * (change != 0))
+    scale, size = change.flat[place] / step.flat[place], abs(vectors.base.flat[place]) + abs(change.flat[place])
+    slack = 0.04 * scale + size / abs(step.flat[place]) / 256
+    near = torch.linspace(scale - slack, scale + slack, 500, dtype=torch.float64)
     found = (_replayed(actual, vectors, [float(scale)]) for scale in near.bfloat16().unique())
     return max(found, key=lambda replay: int(replay.fits.sum()))
 
