@@ -17,11 +17,10 @@ from tests.conformance.measures import find_masks
 from tests.conformance.oracle import Answer
 from tests.conformance.reference import TaskVectors, checkpoint, merged
 from tests.conformance.verdicts import (
-    NOT_REPEATED,
     SIGMAS,
     against_formulas,
+    assert_as_mergekit,
     assert_follows_formulas,
-    assert_repeated,
     assert_within_one_ulp,
     share_correctly_rounded,
 )
@@ -29,7 +28,7 @@ from tests.conformance.verdicts import (
 pytestmark = pytest.mark.oracle
 
 CASES = cases.ours(cases.CASES)
-BIT_EXACT = {name: text for name, text in cases.ours(cases.BIT_EXACT).items() if not name.startswith(NOT_REPEATED)}
+BIT_EXACT = cases.ours(cases.BIT_EXACT)
 ONE_ROUNDING = {**cases.LINEAR, **cases.TASK_ARITHMETIC}
 
 
@@ -77,7 +76,7 @@ def test_mergekit_numerics_repeat_mergekit_bit_for_bit(
     answer = mergekit[f"bit exact {exact_case}"]
     assert answer.error is None
     document = cases.parsed(BIT_EXACT[exact_case], parents)
-    counts = assert_repeated(ours(BIT_EXACT[exact_case], "mergekit"), answer.folder, document)
+    counts = assert_as_mergekit(ours(BIT_EXACT[exact_case], "mergekit"), answer.folder, document)
     tally.add(document["merge_method"], "bf16", counts)
 
 
