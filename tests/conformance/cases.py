@@ -577,6 +577,9 @@ dtype: bfloat16
 }
 
 BFLOAT16 = "\ndtype: bfloat16\nout_dtype: bfloat16\n"
+REFUSED_BY_NUMBERS = ("multislerp-three-that-cancel",)
+"""Refused while merging, because the parents' numbers give the reason."""
+
 # Compared bit by bit: `--numerics mergekit` against mergekit computing in bfloat16. Stored in it, too: mergekit 0.1.5
 # stores float32 where arcee_fusion or ramplus_tl multiplies with a tensor of float32.
 BIT_EXACT = {
