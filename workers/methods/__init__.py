@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
+from workers.methods.arcee_fusion import arcee_fusion, arcee_fusion_pass
 from workers.methods.breadcrumbs import breadcrumbs, breadcrumbs_pass, breadcrumbs_ties, breadcrumbs_ties_pass
 from workers.methods.consensus_ta import consensus_ta, consensus_ta_pass
 from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
@@ -101,9 +102,7 @@ METHODS: Mapping[str, Method] = {
     "karcher": Method(karcher, karcher_pass),
     "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2),
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
+    "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, base="required", most=1),
     "nearswap": Method(nearswap, nearswap_pass, base="required", most=1),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }
-
-ONLY_IN_MERGEKIT = ("arcee_fusion",)
-"""Methods of mergekit 0.1.5 that are not here; an error names them as such."""

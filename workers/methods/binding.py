@@ -16,7 +16,7 @@ from jobs.errors import BadInput
 from jobs.merge_tasks import Setting
 from jobs.recipe import Recipe, Source, setting_at
 from jobs.yaml_nodes import NEAR
-from workers.methods import METHODS, ONLY_IN_MERGEKIT, Method, Parameter
+from workers.methods import METHODS, Method, Parameter
 
 Exact = Fraction | bool
 
@@ -43,7 +43,9 @@ def check_recipe(recipe: Recipe) -> None:
     """Refuses an unknown method or parameter, one at the wrong level, and models or a base the method cannot take."""
     method = METHODS.get(recipe.merge_method)
     if method is None:
-        raise BadInput(f'{recipe.place}: unknown method "{recipe.merge_method}"{_other_method(recipe.merge_method)}')
+        raise BadInput(
+            f'{recipe.place}: unknown method "{recipe.merge_method}"{_nearest(recipe.merge_method, METHODS)}'
+        )
     for name in recipe.parameters:
         _check_name(recipe.merge_method, method, name, recipe.place_of(name))
     for source in recipe.models:
@@ -174,14 +176,6 @@ def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]
                 )
 
 
-def _other_method(name: str) -> str:
-    """The remedy for an unknown method; the name of another algorithm is not taken for a misspelt one."""
-    near = difflib.get_close_matches(name, (*METHODS, *ONLY_IN_MERGEKIT), n=1, cutoff=NEAR)
-    if near and near[0] in ONLY_IN_MERGEKIT:
-        return f"; mergeyard does not have mergekit's {near[0]}, choose from {', '.join(sorted(METHODS))}"
-    return _nearest(name, METHODS)
-
-
 def _nearest(name: str, known: Mapping[str, object]) -> str:
     found = difflib.get_close_matches(name, known, n=1, cutoff=NEAR)
     return f'; did you mean "{found[0]}"?' if found else f"; it has {', '.join(sorted(known))}"
@@ -223,7 +217,7 @@ def simplified(bound: Bound, *, place: str) -> Bound:
         case "nearswap":
             assert bound.base is not None
             return bound if bound.number("t") > 0 else _copy_of(bound.base)
-        case "ram":
+        case "ram" | "arcee_fusion":
             return bound
         case "ramplus_tl":
             return _simplified_ramplus(bound)

@@ -192,6 +192,9 @@ class Score:
 
     alone = True
 
+    def ask(self, tile: Tile) -> None:
+        """Asks `tile.known` for the facts that must be known before this score."""
+
     def bits(self, tile: Tile) -> Tensor:
         """The scores as int32, whose order is the order of the scores: the sign bit is clear. A NaN is the greatest."""
         raise NotImplementedError
@@ -271,6 +274,9 @@ class Sample(Reduction):
     """
 
     score: Score
+
+    def ask(self, tile: Tile) -> None:
+        self.score.ask(tile)
 
     def of(self, tile: Tile) -> list[IntArray]:
         first = -tile.start % _SAMPLED

@@ -70,7 +70,7 @@ def _consensus(
     trimmed: list[Trimmed] = []
 
     def place(kept: Kept, base: str) -> int:
-        key = (kept.model, base, id(kept.among), id(kept.beyond), kept.coin, kept.factor)
+        key = (kept.model, base, id(kept.among), id(kept.beyond), kept.coin, kept.factor, kept.score)
         if key not in vectors:
             vectors[key] = len(trimmed)
             trimmed.append(_trimmed(kept, base, places, tile))
@@ -160,12 +160,15 @@ def _each_alone(
 
 
 def _trimmed(kept: Kept, base: str, places: dict[str, int], tile: Tile) -> Trimmed:
+    mask = None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model, base)
+    if kept.among is not None and kept.score is not None:
+        mask = among_on_host(tile, kept.among, kept.score)
     return Trimmed(
         _place(kept.model, places),
         _place(base, places),
-        None if kept.among is None else _limit(kept.among, tile),
+        None if kept.among is None or kept.score is not None else _limit(kept.among, tile),
         None if kept.beyond is None else _limit(kept.beyond, tile),
-        None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model, base),
+        mask,
         kept.factor,
     )
 

@@ -41,6 +41,7 @@ RECIPES = {
     "sce": "base_model: base, parameters: {select_topk: 0.3}, models: [{model: a}, {model: b}]",
     "ramplus_tl": "base_model: base, parameters: {epsilon: 1}, models: [{model: a}, {model: b}]",
     "consensus_ta": "base_model: base, parameters: {tall_lambda: 0.3}, models: [{model: a}, {model: b}]",
+    "arcee_fusion": "base_model: base, models: [{model: b}]",
     "nearswap": "base_model: base, parameters: {t: 0.01}, models: [{model: b}]",
     "passthrough": "models: [{model: b, parameters: {scale: 0.5}}]",
 }

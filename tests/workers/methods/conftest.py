@@ -24,6 +24,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of so few elements that a tensor of a hundred has several; how many."""
     monkeypatch.setattr("workers.methods.tile.TILE_ELEMENTS", SMALL)
     monkeypatch.setattr("workers.methods.reductions.TILE_ELEMENTS", SMALL)
+    monkeypatch.setattr("workers.methods.importance.TILE_ELEMENTS", SMALL)
     return SMALL
 
 

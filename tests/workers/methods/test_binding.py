@@ -57,20 +57,6 @@ REFUSED = {
         """,
         'job.yaml:1: unknown method "xyzzy"; it has ',
     ),
-    "method of mergekit alone": (
-        """
-        models: [{model: a}]
-        merge_method: arcee_fusion
-        """,
-        'job.yaml:1: unknown method "arcee_fusion"; mergeyard does not have mergekit\'s arcee_fusion, choose',
-    ),
-    "misspelt method of mergekit alone": (
-        """
-        models: [{model: a}]
-        merge_method: arcee_fussion
-        """,
-        'job.yaml:1: unknown method "arcee_fussion"; mergeyard does not have mergekit\'s arcee_fusion,',
-    ),
     "misspelt parameter of a model": (
         """
         merge_method: linear
