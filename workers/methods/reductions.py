@@ -123,10 +123,16 @@ class GramOfLines(Reduction):
     along: Literal["rows", "columns"]
 
     def of(self, tile: Tile) -> list[tuple[int, NDArray[np.float64]]]:
-        vectors = [
-            tile.parent(model, "float64") if self.base is None else tile.delta(model, self.base, "float64")
-            for model in self.models
-        ]
+        vectors: list[Any]
+        names = self.models if self.base is None else (*self.models, self.base)
+        if arrays := host_arrays(tile, *names):
+            wide = [each.astype(np.float64) for each in arrays]
+            vectors = wide if self.base is None else [each - wide[-1] for each in wide[:-1]]
+        else:
+            vectors = [
+                tile.parent(model, "float64") if self.base is None else tile.delta(model, self.base, "float64")
+                for model in self.models
+            ]
         pairs = [*combinations_with_replacement(vectors, 2)]
         width = tile.row if self.along == "rows" else math.prod(tile.shape[1:])
         shares: list[tuple[int, NDArray[np.float64]]] = []
@@ -148,18 +154,19 @@ class GramOfLines(Reduction):
         return matrix
 
 
-def _line_sums(values: Tensor, column: int, width: int, along: Literal["rows", "columns"]) -> Array:
+def _line_sums(values: Any, column: int, width: int, along: Literal["rows", "columns"]) -> Array:
     """Σ for each row, or each column, of elements that begin in a column of a matrix `width` wide; zeros fill it."""
     rows = -(-(column + len(values)) // width)
-    matrix = values.new_zeros(rows * width)
+    on_host = isinstance(values, np.ndarray)
+    matrix = np.zeros(rows * width) if on_host else values.new_zeros(rows * width)
     matrix[column : column + len(values)] = values
-    matrix, axis = matrix.view(rows, width), int(along == "rows")
-    while (left := matrix.shape[axis]) > 1:
+    lines = matrix.reshape(rows, width)
+    lines = lines.T if along == "rows" else lines
+    while (left := len(lines)) > 1:
         half = (left + 1) // 2
-        first, second = matrix.split(half, axis)
-        first.narrow(axis, 0, left - half).add_(second)
-        matrix = first
-    return matrix.flatten().cpu().numpy()
+        lines[: left - half] += lines[half:]
+        lines = lines[:half]
+    return lines[0] if on_host else lines[0].cpu().numpy()
 
 
 @dataclass(frozen=True, slots=True)

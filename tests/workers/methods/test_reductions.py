@@ -12,7 +12,18 @@ from torch import Tensor
 
 from tests.workers.methods.whole import answered, tiles_of
 from workers.methods import tile
-from workers.methods.reductions import L1, Dot, L1Kept, Magnitude, Sample, Selection, largest, share_of, unit_sums
+from workers.methods.reductions import (
+    L1,
+    Dot,
+    GramOfLines,
+    L1Kept,
+    Magnitude,
+    Sample,
+    Selection,
+    largest,
+    share_of,
+    unit_sums,
+)
 from workers.methods.tile import Reduction, Tile
 
 
@@ -117,6 +128,28 @@ def test_dot_products_and_norms_are_those_of_the_whole_tensor(units: int, small_
         (L1("model", "base", "float32"), exact.abs().sum()),
     ):
         assert known(deltas, fact, units) == pytest.approx(float(expected), rel=1e-14)
+
+
+@pytest.mark.parametrize("along", ["rows", "columns"])
+@pytest.mark.parametrize("base", [None, "c"])
+@pytest.mark.parametrize("shape", [(7, 11), (3, 5, 4), (2, 40)])
+def test_products_of_lines_are_those_of_each_line(
+    along: Any, base: str | None, shape: tuple[int, ...], small_tiles: int
+):
+    parents = {name: noise(math.prod(shape), seed) for seed, name in enumerate("abc")}
+    facts: dict[Reduction, Any] = {}
+    fact = GramOfLines(("a", "b"), base, along)
+    by_torch = answered(tiles_of(parents, facts, shape=shape), facts, lambda tile: tile.known(fact))[0]
+    vectors = [(parents[name].double() - (parents["c"].double() if base else 0)).view(shape) for name in "ab"]
+    matrices = [each.reshape(-1, shape[-1]) if along == "rows" else each.reshape(shape[0], -1).T for each in vectors]
+    for a, b in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        expected = (matrices[a] * matrices[b]).sum(dim=1)
+        assert by_torch[a, b].tolist() == pytest.approx(expected.tolist(), rel=1e-13, abs=1e-13)
+    arrays, of_arrays = {name: values.numpy() for name, values in parents.items()}, {}
+    for units in (1, 3):
+        tiles = tiles_of(arrays, of_arrays, units=units, shape=shape)
+        assert (answered(tiles, of_arrays, lambda tile: tile.known(fact))[0] == by_torch).all()
+        of_arrays.clear()
 
 
 def test_infinities_of_both_signs_sum_to_nan(small_tiles: int):
