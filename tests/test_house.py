@@ -24,6 +24,7 @@ from jobs.job import load_job
 from orchestrator.commands.devices import has_driver
 from orchestrator.judging.gate import EXIT_CODES
 from tests.markdown import Block, commands, fenced_blocks
+from workers.methods import METHODS
 
 ROOT = Path(__file__).parents[1]
 IMPORT_EFFECTS = ROOT / "tests" / "import_effects.py"
@@ -111,11 +112,13 @@ def test_a_command_loads_no_library_that_it_does_not_use(command: str):
         ("linear", {"fmt": {"weight": 0.7}, "long": {"weight": 0.3}}),
         ("ties", {"fmt": {"weight": 1, "density": 0.5}, "long": {"weight": 1, "density": 0.5}}),
         ("dare_ties", {"fmt": {"weight": 1, "density": 0.5}, "long": {"weight": 1, "density": 0.5}}),
+        ("della", {"fmt": {"weight": 1, "density": 0.5}, "long": {"weight": 1, "density": 0.5}}),
+        ("ramplus_tl", {"fmt": {}, "long": {}}),
     ],
 )
 def test_a_merge_on_cpus_loads_no_torch(tmp_path: Path, method: str, models: dict[str, dict[str, float]]):
     listed = [{"model": str(PARENTS / name), "parameters": parameters} for name, parameters in models.items()]
-    base = {"base_model": str(PARENTS / "base")} if "ties" in method else {}
+    base = {"base_model": str(PARENTS / "base")} if METHODS[method].base == "required" else {}
     document = {"merge_method": method, **base, "models": listed, "dtype": "bfloat16"}
     (tmp_path / "config.yaml").write_text(json.dumps(document))
     first = loaded_by("merge", tmp_path / "config.yaml", tmp_path / "merge", "--quiet")
