@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -151,3 +152,28 @@ def test_every_object_file_needs_nothing_but_the_c_library(tmp_path: Path):
         (tmp_path / "kernel.o").write_bytes(each.object_code())
         done = subprocess.run(["nm", "-u", tmp_path / "kernel.o"], capture_output=True, text=True, check=True)
         assert {line.split()[-1] for line in done.stdout.splitlines()} <= OF_C, each.name
+
+
+MERGED = """
+import hashlib, ml_dtypes, numpy as np
+from workers.methods.kernels.unit_sums import Product, unit_sums
+from workers.methods.kernels.weighted_sum import Sum, WeightedSums
+bits = np.random.default_rng(0).integers(0, 1 << 16, (3, 70_000), np.uint16)
+parents = [*np.where(bits & 0x7F80 == 0x7F80, 0, bits).astype(np.uint16).view(ml_dtypes.bfloat16)]
+outputs = [np.empty(70_000, np.float16) for _ in range(2)]
+WeightedSums(3, [Sum(((0, 0.3), (1, 0.7))), Sum(((0, 0.3), (1, 1.1)), base=2)], "float32").run(parents, outputs)
+sums = unit_sums(parents, [Product(0, 1), Product((0, 2), magnitude=True)], unit=1 << 13, dtype="float32")
+print(hashlib.sha256(b"".join(each.tobytes() for each in (*outputs, sums))).hexdigest())
+"""
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names a processor of x86")
+def test_bits_do_not_depend_on_the_processor(tmp_path: Path):
+    """The oldest processor has vectors of 16 bytes, and no fused multiply-add to tempt a compiler."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    oldest = {**environment, "XDG_CACHE_HOME": str(tmp_path), "NUMBA_CPU_NAME": "x86-64", "NUMBA_CPU_FEATURES": ""}
+    said = [
+        subprocess.run([sys.executable, "-c", MERGED], env=each, capture_output=True, text=True, check=True).stdout
+        for each in (environment, oldest)
+    ]
+    assert said[0] == said[1] and len({*tmp_path.rglob("*.o")}) == 2
