@@ -36,6 +36,7 @@ from workers.checkpoints.dtypes import FLOATS
 from workers.checkpoints.safetensors import read_header
 from workers.digests import digest_of
 from workers.merging.shard import Budget, merge_task
+from workers.merging.writing import ShardWriter
 from workers.storage import open_store
 
 numbers = itertools.count()
@@ -430,6 +431,25 @@ def test_a_disk_that_fails_while_a_shard_is_written_leaves_neither_shard_nor_rec
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+@pytest.mark.parametrize("struck", [0, 1, 5])
+@pytest.mark.parametrize("point", ["linear", "copy"])
+def test_the_error_of_one_piece_ends_the_waiting_of_all_others(point: str, struck: int):
+    task = task_of(family({"large": ((11, 67), "float32")}), threads=4)
+    put = ShardWriter.put
+
+    def failing(self: ShardWriter, number: int, data: memoryview) -> None:
+        if (self.point.point, number) == (point, struck):
+            raise StorageUnavailable("this piece is lost")
+        put(self, number, data)
+
+    budget = Budget(TILE * 8 + 64, 2, TILE * 8, 0)
+    with pytest.MonkeyPatch.context() as patch, small_tiles(budget), threads_all_end():
+        patch.setattr(ShardWriter, "put", failing)
+        with pytest.raises(StorageUnavailable, match="this piece is lost"):
+            merge_task(task)
+    assert list(open_store(task.run).list()) == []
 
 
 def test_a_parent_that_changed_is_refused_and_nothing_is_written():
