@@ -82,7 +82,7 @@ smollm2: setup ## a real small model for one of the minutes-long tests
 test-heavy: setup oracle $(if $(filter Linux-x86_64,$(shell uname -sm | tr " " -)),vllm) ## the minutes-long tests
 	@.venv/bin/pytest -m heavy
 
-bench: setup oracle ## merges of 1.5 B parameters against mergekit and a plain copy: an hour, 60 GB; BENCH is passed on
+bench: setup oracle ## merges of 1.5 B parameters against mergekit and a plain copy: hours, 60 GB; BENCH is passed on
 	@.venv/bin/python -m tests.benchmarks.merges $(BENCH)
 
 newest: setup ## tests of the engine with the newest transformers that there is, in .venv-newest over .venv
