@@ -449,11 +449,10 @@ def _merge(schedule: Schedule, process: Process, task: MergeTask, bad: bool) -> 
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in task.tensors])
         for writer in writers:
             writer.begin(header)
-            for tensor in task.tensors:
+            for number, tensor in enumerate(task.tensors):
                 data = merged_bytes(writer.point.settings[tensor.setting], tensor)
                 data = bytes([data[0] ^ 1]) + data[1:] if bad else data
-                writer.write(data)
-                writer.hash(data)
+                writer.put(number, data)
         schedule.world.sleep(schedule.world.random.uniform(0.1, 3.0))
         receipts: list[Receipt] = []
         for writer in writers:
