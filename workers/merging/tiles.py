@@ -210,7 +210,7 @@ def missing_facts(
 def _probe(tensor: TensorMerge, facts: Facts, seed: int) -> Tile:
     """A tile to ask for facts and passes: one zero of each parent, in a row of zeros."""
     zeros = {name: np.zeros(1, np.float32) for name in tensor.sources}
-    row = {name: np.broadcast_to(zero, tensor.shape[-1:] or (1,)) for name, zero in zeros.items()}
+    row = {name: np.zeros(tensor.shape[-1:] or (1,), np.float32) for name in zeros}
     return Tile(tensor.name, 0, zeros, facts, seed, tensor.shape, row)
 
 

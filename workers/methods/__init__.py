@@ -102,7 +102,7 @@ METHODS: Mapping[str, Method] = {
     "karcher": Method(karcher, karcher_pass),
     "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2),
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
-    "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, base="required", most=1),
+    "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, whole_rows=True, base="required", most=1),
     "nearswap": Method(nearswap, nearswap_pass, base="required", most=1),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }

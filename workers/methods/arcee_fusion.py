@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from workers.methods.importance import Importance, cutoff
+from workers.methods.importance import Importance, cutoff, kept_by_mergekit
 from workers.methods.passes import Consensus, Kept
 from workers.methods.reductions import among_on_host
 from workers.methods.tile import Inputs
@@ -20,6 +20,8 @@ def arcee_fusion(inputs: Inputs) -> Tensor:
     """
     import torch
 
+    if inputs.as_mergekit:
+        return inputs.base + inputs.delta(0) * kept_by_mergekit(inputs)  # float32 from here on, as the mask is
     score = Importance(inputs.models[0], inputs.base_model)
     kept = torch.from_numpy(among_on_host(inputs.tile, cutoff(inputs.tile, score), score))
     delta = inputs.delta(0)

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.reductions import Magnitude, Score, Threshold, threshold_of
-from workers.methods.tile import TILE_ELEMENTS, Reduction, Tile, as_tensor
+from workers.methods.tile import TILE_ELEMENTS, Inputs, Reduction, Tile, as_tensor, torch_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -147,3 +147,47 @@ def cutoff(tile: Tile, score: Score) -> Threshold:
         least = np.nextafter(least, np.float32(np.inf))
     bits = int(np.iinfo(np.int32).max) if math.isnan(limit) else int(least.view(np.int32)) - 1
     return Threshold(bits, 0, [0] * (-(-elements // TILE_ELEMENTS) + 1))
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedQuartiles(Reduction):
+    """The quartiles of the importances as mergekit computes them in `dtype`; keeps a float32 for each element."""
+
+    model: str
+    base: str
+    dtype: str
+
+    def of(self, tile: Tile) -> list[NDArray[np.float32]]:
+        return [_rounded_importances(tile, self.model, self.base, self.dtype).float().cpu().numpy()]
+
+    def combine(self, shares: Sequence[NDArray[np.float32]]) -> tuple[float, float, float]:
+        ranked = np.sort(np.concatenate(shares))
+        lower, median, upper = (float(ranked[fourths * (ranked.size - 1) // 4]) for fourths in (1, 2, 3))
+        return lower, median, upper
+
+
+def kept_by_mergekit(inputs: Inputs) -> Tensor:
+    """1 in float32 where the importance reaches the cutoff, both in the document's dtype, else 0."""
+    import torch
+
+    model, base = inputs.models[0], inputs.base_model
+    quartiles = inputs.tile.known(RoundedQuartiles(model, base, inputs.dtype))
+    lower, median, upper = torch.tensor(quartiles, dtype=torch_named(inputs.dtype))
+    importances = _rounded_importances(inputs.tile, model, base, inputs.dtype)
+    return (importances >= (median + 1.5 * (upper - lower)).to(importances.device)).float()
+
+
+def _rounded_importances(tile: Tile, model: str, base: str, dtype: str) -> Tensor:
+    """|δ| · KL, every step rounded to `dtype`."""
+    import torch
+
+    row = tile.row
+    first, stop = tile.start // row * row, -(-(tile.start + tile.elements) // row) * row
+    inside = slice(first - tile.around_start, stop - tile.around_start)
+    assert inside.start >= 0 and inside.stop <= len(tile.around[model]), "read without the whole rows of a tile"
+    other, origin = (
+        as_tensor(tile.around[name][inside]).to(torch_named(dtype)).view(-1, row) for name in (model, base)
+    )
+    p, q = (torch.softmax(values, dim=-1) + _SMOOTHING for values in (other, origin))
+    importances = (other - origin).abs() * torch.sum(p * torch.log(p / q), dim=-1, keepdim=True)
+    return importances.flatten()[tile.start - first :][: tile.elements]
