@@ -2,7 +2,7 @@
 
 A document follows from its method, its number and the seed. Parents are Qwen2 checkpoints by their names alone: vectors
 of two to 300 elements, single rows, and one matrix of more than a tile. The narrow families add single columns and
-single elements; della and mergekit cannot take those.
+single elements: della of mergekit cannot take those, and in multislerp single elements of opposite sign cancel.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def in_bf16(text: str) -> str:
 
 
 def _drawn(method: str, dice: random.Random) -> str:
-    shapes = "odd" if method.startswith("della") else dice.choice(("odd", "odd", "narrow"))
+    shapes = "odd" if method in ("della", "della_linear", "multislerp") else dice.choice(("odd", "odd", "narrow"))
     precision = dice.choice(tuple(DTYPES))
     choices = [("float32", None), ("float32", "bfloat16")]
     if method.startswith(("dare", "della")):
