@@ -167,7 +167,8 @@ class Receipt:
     """The record of a finished unit in the store: the shard's size, each tensor's digest, and the cost of the work.
 
     `nonfinite` names the tensors with NaN or infinity in a parent. `overflowed` counts, by tensor, the elements that
-    are NaN or infinite in the shard and finite in every parent; older receipts do not have it.
+    are NaN or infinite in the shard and finite in every parent. `equals` names the parent whose bytes a tensor has,
+    where another parent has other bytes and the recipe does not copy. Older receipts do not have these two.
     """
 
     unit: str
@@ -181,6 +182,7 @@ class Receipt:
     seconds: float
     worker: str
     overflowed: Mapping[str, int] = field(default_factory=dict[str, int])
+    equals: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def to_json(self) -> bytes:
         """The receipt's file."""

@@ -51,6 +51,7 @@ class RunResult:
     bytes_read: int
     nonfinite: tuple[str, ...]
     overflowed: Mapping[str, Mapping[str, int]]
+    equals: Mapping[str, Mapping[str, int]]
     remedy: str
 
     def check_finite(self) -> None:
@@ -96,6 +97,7 @@ class _Points:
         self._recorded = 0
         self._nonfinite: set[str] = set()
         self._overflowed: dict[str, Counter[str]] = defaultdict(Counter)
+        self._equals: dict[str, Counter[str]] = defaultdict(Counter)
         self._merges = {planned.name: planned for planned in plan.written if planned.same_as is None}
         self._missing = {name: set(planned.units) for name, planned in self._merges.items()}
         self._twins: dict[str, list[PlannedPoint]] = defaultdict(list)
@@ -116,6 +118,8 @@ class _Points:
             self._nonfinite.update(receipt.nonfinite)
             if receipt.overflowed:
                 self._overflowed[receipt.point].update(receipt.overflowed)
+            if receipt.equals:
+                self._equals[receipt.point].update(receipt.equals.values())
             if not missing:
                 self._complete(self._merges[receipt.point])
 
@@ -142,6 +146,7 @@ class _Points:
             bytes_read=bytes_read,
             nonfinite=tuple(sorted(self._nonfinite)),
             overflowed=self._overflowed,
+            equals=self._equals,
             remedy=self._remedy(),
         )
 

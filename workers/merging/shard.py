@@ -35,6 +35,7 @@ from workers.merging.tiles import (
     missing_facts,
     one_torch_thread,
     overflowed,
+    same_bytes,
     tiles,
 )
 from workers.merging.writing import ShardWriter
@@ -296,6 +297,10 @@ class _Merge:
             parents = writer.point.settings[stretch.tensor.setting].parents
             elements = overflowed(outputs[place], [around[name][inside] for name in parents])
             writer.count_overflowed(stretch.tensor.name, elements)
+        for writer, output in zip(self.writers, outputs, strict=True):
+            for name in writer.point.settings[stretch.tensor.setting].parents:
+                if not writer.differs(stretch.tensor.name, name) and not same_bytes(output, around[name][inside]):
+                    writer.note_difference(stretch.tensor.name, name)
 
 
 _Shares = dict[tuple[str, Reduction], list[Any]]

@@ -134,6 +134,7 @@ def result_facts(result: RunResult) -> dict[str, Any]:
         "bytes_read": result.bytes_read,
         "nonfinite": list(result.nonfinite),
         "overflowed": {point: dict(tensors) for point, tensors in result.overflowed.items()},
+        "tensors_equal_to_a_parent": {point: dict(parents) for point, parents in result.equals.items()},
     }
 
 
@@ -162,5 +163,11 @@ def print_merge(result: RunResult) -> None:
 
 
 def _warn_nonfinite(result: RunResult) -> None:
+    if equal := [
+        f"{tensors} of {result.points[point].tensors} tensors of {point} are those of {parent}"
+        for point, parents in result.equals.items()
+        for parent, tensors in parents.items()
+    ]:
+        print(f"note: {shortlist(equal)}, bit for bit")
     if result.nonfinite:
         print(f"warning: NaN or infinity in a parent's {shortlist(result.nonfinite)}")
