@@ -533,6 +533,11 @@ class L1Kept(Reduction):
         return _total(shares)
 
 
+def _zero_but(kept: NDArray[np.bool_], elements: Array) -> Array:
+    """The elements that are kept, +0 for the rest: of bfloat16, `np.where` takes 40 times as long."""
+    return (elements.view(f"u{elements.itemsize}") * kept).view(elements.dtype)
+
+
 @dataclass(frozen=True, slots=True)
 class SquaresSelected(Reduction):
     """Σ δᵢ² of one task vector, in float64, over the `count` elements of the largest variance; None: over all."""
@@ -551,7 +556,7 @@ class SquaresSelected(Reduction):
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
             if self.count is not None:
                 kept = largest_on_host(tile, self.score, self.count)
-                arrays = [np.where(kept, each, np.zeros_like(each)) for each in arrays]
+                arrays = [_zero_but(kept, each) for each in arrays]
             products = [Product((0, 1), (0, 1))]
             return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
         squares = tile.delta(self.model, self.base, self.dtype).double().square()
