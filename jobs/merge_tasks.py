@@ -167,8 +167,9 @@ class Receipt:
     """The record of a finished unit in the store: the shard's size, each tensor's digest, and the cost of the work.
 
     `nonfinite` names the tensors with NaN or infinity in a parent. `overflowed` counts, by tensor, the elements that
-    are NaN or infinite in the shard and finite in every parent. `equals` names the parent whose bytes a tensor has,
-    where another parent has other bytes and the recipe does not copy. Older receipts do not have these two.
+    are NaN or infinite in the shard and finite in every parent. `merged` counts the tensors of numbers that are not
+    plain copies; `collapsed` counts those whose merge is not one, by the reason in words, and `alike` those with the
+    bytes of a parent, by parent. Older receipts have none of these.
     """
 
     unit: str
@@ -182,7 +183,9 @@ class Receipt:
     seconds: float
     worker: str
     overflowed: Mapping[str, int] = field(default_factory=dict[str, int])
-    equals: Mapping[str, str] = field(default_factory=dict[str, str])
+    merged: int = 0
+    collapsed: Mapping[str, int] = field(default_factory=dict[str, int])
+    alike: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def to_json(self) -> bytes:
         """The receipt's file."""

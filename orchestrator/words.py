@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 import time
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from os.path import commonprefix
 from typing import Any
 
 from jobs.errors import printable
+from jobs.merge_tasks import Receipt
 
 
 def finite_or_none(value: float) -> float | None:
@@ -96,3 +98,32 @@ def print_rows(rows: Sequence[tuple[str, str]]) -> None:
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         print(f"  {printable(name):<{width}}  {printable(value)}")
+
+
+class Collapses:
+    """Merges that are not: those that their method gave up, and those that equal a parent, from receipts."""
+
+    def __init__(self) -> None:
+        self._merged: Counter[str] = Counter()
+        self._collapsed: dict[str, Counter[str]] = defaultdict(Counter)
+        self._alike: dict[str, Counter[str]] = defaultdict(Counter)
+
+    def add(self, receipt: Receipt) -> None:
+        """Counts the tensors of one shard of a point."""
+        self._merged[receipt.point] += receipt.merged
+        for reason, tensors in receipt.collapsed.items():
+            self._collapsed[reason][receipt.point] += tensors
+        for parent, tensors in receipt.alike.items():
+            self._alike[parent][receipt.point] += tensors
+
+    def lines(self) -> tuple[str, ...]:
+        """One line for each reason, with its points: `w0.5: model_stock returned the base … (28 of 290 tensors)`."""
+        lines: list[str] = []
+        for reason, points in self._collapsed.items():
+            most = max(points, key=lambda point: points[point])
+            tensors = f"{'up to ' if len(points) > 1 else ''}{points[most]:,} of {self._merged[most]:,} tensors"
+            lines.append(f"{shortlist(sorted(points))}: {reason} ({tensors})")
+        for parent, points in self._alike.items():
+            if whole := sorted(point for point, tensors in points.items() if tensors == self._merged[point]):
+                lines.append(f"{shortlist(whole)}: the merge equals {parent}, bit for bit")
+        return tuple(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -14,10 +14,17 @@ from workers.checkpoints.configs import context_length, rope, text_fields
 from workers.checkpoints.dtypes import FLOATS
 
 
-def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: Mapping[str, int]) -> str:
+def model_card(
+    plan: Plan,
+    planned: PlannedPoint,
+    recipe_text: str,
+    overflowed: Mapping[str, int],
+    collapses: Sequence[str],
+) -> str:
     """Markdown with YAML front matter.
 
-    `overflowed` counts by tensor the elements that the merge made NaN or infinite.
+    `overflowed` counts by tensor the elements that the merge made NaN or infinite. `collapses` are the lines about
+    merges that are not.
     """
     layout, recipe = planned.layout, planned.point.recipe
     parents = {name: plan.parents[name].url for name in layout.parents}
@@ -45,6 +52,8 @@ def model_card(plan: Plan, planned: PlannedPoint, recipe_text: str, overflowed: 
     if overflowed:
         listed = ", ".join(f"{code(name)} ({elements:,})" for name, elements in overflowed.items())
         facts["NaN or infinite, finite in every parent"] = listed
+    if collapses:
+        facts["No merge"] = "; ".join(line.partition(": ")[2] for line in collapses)
     if layout.left_out:
         facts["Not copied from the parents"] = ", ".join(map(code, layout.left_out))
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", recipe_text)), default=0))

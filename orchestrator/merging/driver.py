@@ -19,6 +19,7 @@ from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
+from orchestrator.words import Collapses
 from workers.checkpoints.dtypes import TORCH_NAMES
 
 RANGES = ("F16", "BF16", "F32", "F64")
@@ -51,7 +52,7 @@ class RunResult:
     bytes_read: int
     nonfinite: tuple[str, ...]
     overflowed: Mapping[str, Mapping[str, int]]
-    equals: Mapping[str, Mapping[str, int]]
+    collapses: tuple[str, ...]
     remedy: str
 
     def check_finite(self) -> None:
@@ -97,7 +98,7 @@ class _Points:
         self._recorded = 0
         self._nonfinite: set[str] = set()
         self._overflowed: dict[str, Counter[str]] = defaultdict(Counter)
-        self._equals: dict[str, Counter[str]] = defaultdict(Counter)
+        self._collapses = Collapses()
         self._merges = {planned.name: planned for planned in plan.written if planned.same_as is None}
         self._missing = {name: set(planned.units) for name, planned in self._merges.items()}
         self._twins: dict[str, list[PlannedPoint]] = defaultdict(list)
@@ -118,8 +119,7 @@ class _Points:
             self._nonfinite.update(receipt.nonfinite)
             if receipt.overflowed:
                 self._overflowed[receipt.point].update(receipt.overflowed)
-            if receipt.equals:
-                self._equals[receipt.point].update(receipt.equals.values())
+            self._collapses.add(receipt)
             if not missing:
                 self._complete(self._merges[receipt.point])
 
@@ -146,7 +146,7 @@ class _Points:
             bytes_read=bytes_read,
             nonfinite=tuple(sorted(self._nonfinite)),
             overflowed=self._overflowed,
-            equals=self._equals,
+            collapses=self._collapses.lines(),
             remedy=self._remedy(),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 
@@ -20,6 +20,7 @@ from jobs.merge_tasks import Receipt
 from orchestrator.merging.card import model_card
 from orchestrator.planning.beside import side_file_without_absent_code, with_chat_template
 from orchestrator.planning.plan import Plan, PlannedPoint
+from orchestrator.words import Collapses
 from workers.digests import contradict, weights_digest
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
@@ -47,7 +48,10 @@ class Gatherer:
                 return earlier
             self._store.delete(self._key(planned.name))  # first, so that the point is not complete meanwhile
         overflowed = {name: count for unit in planned.units for name, count in receipts[unit].overflowed.items()}
-        files = self._files(planned, overflowed)
+        collapses = Collapses()
+        for unit in planned.units:
+            collapses.add(receipts[unit])
+        files = self._files(planned, overflowed, collapses.lines())
         for name, data in files.items():
             self._store.write(self._plan.places.file(planned.name, name), data)
         return self._publish(self._manifest(planned, receipts, files, weights))
@@ -123,7 +127,9 @@ class Gatherer:
             self._hashed[info.etag] = hashlib.sha256(self._store.read(info.key, etag=info.etag)).hexdigest()
         return self._hashed[info.etag] == entry.sha256
 
-    def _files(self, planned: PlannedPoint, overflowed: Mapping[str, int]) -> dict[str, bytes]:
+    def _files(
+        self, planned: PlannedPoint, overflowed: Mapping[str, int], collapses: Sequence[str]
+    ) -> dict[str, bytes]:
         layout = planned.layout
         files = {"config.json": _json(layout.config)}
         if layout.index is not None:
@@ -137,7 +143,7 @@ class Gatherer:
             files["chat_template.jinja"] = layout.chat_template.encode()
         text = yaml.safe_dump(planned.point.recipe.document(), sort_keys=False)
         files["mergekit_config.yml"] = text.encode()
-        files["README.md"] = model_card(self._plan, planned, text, overflowed).encode()
+        files["README.md"] = model_card(self._plan, planned, text, overflowed, collapses).encode()
         return files
 
     def _read_side_file(self, parent: str, name: str) -> bytes:

@@ -15,7 +15,7 @@ from orchestrator.evaluating.results import EvaluationResult, read_results, read
 from orchestrator.report.against_baseline import BaselineComparisons, compare_all
 from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.report.recommendation import Recommendation, best_parent, recommend, rows_by_point
-from orchestrator.words import shortlist
+from orchestrator.words import Collapses, shortlist
 from workers.storage import Store, open_store
 from workers.storage.records import read_receipt, read_record, read_sealed
 
@@ -101,13 +101,20 @@ class Report:
         """Remarks that workers made while they answered and merged, one line each."""
         broken = sorted({name for receipt in self.run.receipts for name in receipt.nonfinite})
         merged = (f"NaN or infinity in a parent's {shortlist(broken)}",) if broken else ()
-        return tuple(dict.fromkeys((*self.run.result.remarks, *merged, *self._overflowed())))
+        return tuple(dict.fromkeys((*self.run.result.remarks, *merged, *self._overflowed(), *self._collapses())))
 
     def _overflowed(self) -> tuple[str, ...]:
         """Merges whose weights overflowed."""
         counted = {receipt.point: sum(receipt.overflowed.values()) for receipt in self.run.receipts}
         broken = sorted(point for point, elements in counted.items() if elements)
         return (f"NaN or infinity in the weights of {shortlist(broken)}, in no parent",) if broken else ()
+
+    def _collapses(self) -> tuple[str, ...]:
+        """Merges that are not."""
+        collapses = Collapses()
+        for receipt in self.run.receipts:
+            collapses.add(receipt)
+        return collapses.lines()
 
     def document(self) -> dict[str, Any]:
         """For `--json`."""

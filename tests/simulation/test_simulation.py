@@ -108,7 +108,7 @@ def _foreseen(unit: str) -> dict[str, Any]:
 
 def manifest_before_its_side_files(patch: pytest.MonkeyPatch) -> None:
     def complete(self: Any, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
-        files = self._files(planned, {})
+        files = self._files(planned, {}, ())
         told = {name: digest for unit in planned.units for name, digest in receipts[unit].tensors.items()}
         manifest = self._publish(self._manifest(planned, receipts, files, weights_digest(told)))
         for name, data in files.items():

@@ -35,7 +35,6 @@ from workers.merging.tiles import (
     missing_facts,
     one_torch_thread,
     overflowed,
-    same_bytes,
     tiles,
 )
 from workers.merging.writing import ShardWriter
@@ -131,6 +130,7 @@ class _Merge:
         self.own = threading.local()
         """Each thread's memory for the output of one piece."""
         self.pieces = 0
+        self.alike: list[Mapping[tuple[int, str], bool]] = []
         self.merging: deque[Future[None]] = deque()
         self.checks: deque[Future[None]] = deque()
 
@@ -156,8 +156,19 @@ class _Merge:
             mergers = {stretch.tensor.name: self._merger(stretch.tensor, facts) for stretch in group[0]}
             for slab in slabs:
                 self._merge(slab, mergers)
+            self._note(mergers.values())
         for future in (*self.merging, *self.checks):
             future.result()
+        for alike in self.alike:
+            for (place, parent), holds in alike.items():
+                self.writers[place].count_alike(parent, int(holds))
+
+    def _note(self, mergers: Iterable[TensorMerger]) -> None:
+        """Merges that are not, as far as facts show; whether any equals a parent is seen when all of it is merged."""
+        for merger in mergers:
+            self.alike.append(merger.alike)
+            for place in {place for place, _ in merger.alike}:
+                self.writers[place].count_merged(merger.collapses[place])
 
     def _in_rows(self, tensor: TensorMerge) -> bool:
         return in_rows(point.settings[tensor.setting] for point in self.task.points)
@@ -297,10 +308,6 @@ class _Merge:
             parents = writer.point.settings[stretch.tensor.setting].parents
             elements = overflowed(outputs[place], [around[name][inside] for name in parents])
             writer.count_overflowed(stretch.tensor.name, elements)
-        for writer, output in zip(self.writers, outputs, strict=True):
-            for name in writer.point.settings[stretch.tensor.setting].parents:
-                if not writer.differs(stretch.tensor.name, name) and not same_bytes(output, around[name][inside]):
-                    writer.note_difference(stretch.tensor.name, name)
 
 
 _Shares = dict[tuple[str, Reduction], list[Any]]

@@ -5,6 +5,7 @@ Elements on a CPU are numpy arrays. Torch is imported here, when a formula needs
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -52,6 +53,10 @@ class TensorMerger:
         self._copies: list[tuple[int, str]] = []
         self._passes: list[tuple[int, Pass]] = []
         self._formulas: list[tuple[int, Setting]] = []
+        self.collapses: list[str | None] = [None] * len(settings)
+        """For each setting, the reason why its merge is not one, in words."""
+        self.alike: dict[tuple[int, str], bool] = {}
+        """Whether all that was merged so far of (place, parent) has the parent's bytes; without plain copies."""
         if tensor.dtype not in FLOATS or not tensor.elements:
             return
         tile = _probe(tensor, facts, seed)
@@ -59,6 +64,9 @@ class TensorMerger:
             if (parent := _copied(tensor, setting)) is not None:
                 self._copies.append((place, parent))
                 continue
+            self.collapses[place] = _collapse_of(tile, setting, tensor.arithmetic, numerics)
+            for parent in setting.parents:
+                self.alike[place, parent] = tensor.sources[parent].dtype == tensor.dtype
             found = pass_of(tile, setting, tensor.arithmetic, numerics) if self._on_cpu else None
             if found is not None and type(found) in running.RUNNERS:
                 self._passes.append((place, found))
@@ -92,6 +100,9 @@ class TensorMerger:
             broken = dict(zip(places, of_outputs, strict=True))
         if self._formulas:
             self._run_formulas(start, around, first, outputs)
+        for (place, parent), alike in self.alike.items():
+            if alike and not _equal(outputs[place], raw[parent]):
+                self.alike[place, parent] = False
         for place in range(len(outputs)):
             if place not in broken:
                 broken[place] = _has_nonfinite(outputs[place])
@@ -151,6 +162,16 @@ def pass_of(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Pas
     if fused is None or numerics == "mergekit":
         return None
     return fused(_inputs(tile, setting, arithmetic, numerics), **_keywords(setting))
+
+
+def _collapse_of(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> str | None:
+    """The reason why a merge of these models is not one, in words."""
+    collapse = METHODS[setting.method].collapse
+    if collapse is None:
+        return None
+    taken = inspect.signature(collapse).parameters
+    keywords = {name: value for name, value in _keywords(setting).items() if name in taken}
+    return collapse(_inputs(tile, setting, arithmetic, numerics), **keywords)
 
 
 def _inputs(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Inputs:
@@ -230,20 +251,20 @@ def _has_nonfinite(elements: Elements) -> bool:
     return not bool(elements.isfinite().all())
 
 
+def _equal(a: Elements, b: Elements) -> bool:
+    """Whether two stretches have the same bytes; nearly always their first elements differ already."""
+    few = 64
+    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
+        return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in ((a[:few], b[:few]), (a, b)))
+    return all(as_tensor(x).equal(as_tensor(y)) for x, y in ((a[:few], b[:few]), (a, b)))
+
+
 def overflowed(merged: Elements, parents: Iterable[Elements]) -> int:
     """How many elements are NaN or infinite, and finite in every parent."""
     broken = _nonfinite(merged)
     for parent in parents:
         broken &= ~_nonfinite(parent)
     return int(broken.sum())
-
-
-def same_bytes(merged: Elements, parent: Elements) -> bool:
-    """Whether a parent has the same elements in the same dtype; found quickly where the first ones differ."""
-    if not isinstance(merged, np.ndarray) or not isinstance(parent, np.ndarray) or merged.dtype != parent.dtype:
-        return False
-    ours, theirs = merged.view(np.uint8), parent.view(np.uint8)
-    return np.array_equal(ours[:4096], theirs[:4096]) and np.array_equal(ours, theirs)
 
 
 def _nonfinite(elements: Elements) -> NDArray[np.bool_]:

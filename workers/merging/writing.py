@@ -35,8 +35,9 @@ class ShardWriter:
         self._sizes = [(tensor.name, tensor.bytes) for tensor in tensors]
         self._digests: dict[str, str] = {}
         self._overflowed: Counter[str] = Counter()
-        self._unequal: dict[str, set[str]] = {}
-        self._settings = {tensor.name: point.settings[tensor.setting] for tensor in tensors}
+        self._merged = 0
+        self._collapsed: Counter[str] = Counter()
+        self._alike: Counter[str] = Counter()
         self._counting = threading.Lock()
         self._hashing, self._writing = Turns(), Turns()
         self._hash = TensorHash()
@@ -89,24 +90,15 @@ class ShardWriter:
         with self._counting:
             self._overflowed[tensor] += elements
 
-    def differs(self, tensor: str, parent: str) -> bool:
-        """Whether it was noted that a tensor has other bytes than this parent's."""
-        return parent in self._unequal.get(tensor, ())
+    def count_merged(self, collapse: str | None) -> None:
+        """One more tensor that is no plain copy, and the reason why its merge is not one."""
+        self._merged += 1
+        if collapse is not None:
+            self._collapsed[collapse] += 1
 
-    def note_difference(self, tensor: str, parent: str) -> None:
-        """A tensor has other bytes than this parent's. Several threads may call it."""
-        with self._counting:
-            self._unequal.setdefault(tensor, set()).add(parent)
-
-    def _equals(self) -> dict[str, str]:
-        """The tensors that the method made equal to one parent and not to all."""
-        found: dict[str, str] = {}
-        for tensor, unequal in sorted(self._unequal.items()):
-            setting = self._settings[tensor]
-            equal = [name for name in setting.parents if name not in unequal]
-            if equal and setting.method != "passthrough":
-                found[tensor] = equal[0]
-        return found
+    def count_alike(self, parent: str, tensors: int) -> None:
+        """Tensors that are no plain copies and have the bytes of a parent."""
+        self._alike[parent] += tensors
 
     def publish(self, nonfinite: Sequence[str], bytes_read: int, seconds: float) -> Receipt:
         """Makes the shard visible, then its receipt; or, where both are there, leaves them to whoever reads them.
@@ -131,7 +123,9 @@ class ShardWriter:
             seconds=round(seconds, 3),
             worker=_worker(),
             overflowed=dict(sorted((+self._overflowed).items())),
-            equals=self._equals(),
+            merged=self._merged,
+            collapsed=dict(sorted(self._collapsed.items())),
+            alike=dict(sorted((+self._alike).items())),
         )
         try:
             self._store.write(self.point.receipt, receipt.to_json(), mode="create")

@@ -15,14 +15,14 @@ from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_
 from workers.methods.della import della, della_linear, della_linear_pass, della_pass
 from workers.methods.karcher import karcher, karcher_pass
 from workers.methods.linear import linear, linear_pass
-from workers.methods.model_stock import model_stock, model_stock_pass
+from workers.methods.model_stock import model_stock, model_stock_collapse, model_stock_pass
 from workers.methods.multislerp import multislerp, multislerp_pass
 from workers.methods.nearswap import nearswap, nearswap_pass
 from workers.methods.nuslerp import nuslerp, nuslerp_pass
 from workers.methods.passes import Pass
 from workers.methods.passthrough import passthrough, passthrough_pass
 from workers.methods.ram import ram, ram_pass, ramplus_tl, ramplus_tl_pass
-from workers.methods.sce import sce, sce_pass
+from workers.methods.sce import sce, sce_collapse, sce_pass
 from workers.methods.slerp import slerp, slerp_pass
 from workers.methods.task_arithmetic import task_arithmetic, task_arithmetic_pass
 from workers.methods.ties import ties, ties_pass
@@ -50,11 +50,13 @@ class Method:
     `base` is "required" (a model to subtract, not one to merge), "optional" (the same if it is given), "one of the
     models", or "unused". `fused` gives the formula as one pass over memory, from settings that `simplified` has made.
     `whole_rows`: the method asks for whole rows of its tensors, `Tile.around`.
+    `collapse` says in words, from the facts of a tensor, that its merge is not one.
     """
 
     merge: Callable[..., Tensor]
     fused: Callable[..., Pass] | None = None
     whole_rows: bool = False
+    collapse: Callable[..., str | None] | None = None
     base: Literal["required", "optional", "one of the models", "unused"] = "unused"
     fewest: int = 1
     most: int | None = None
@@ -94,13 +96,13 @@ METHODS: Mapping[str, Method] = {
     "breadcrumbs_ties": Method(breadcrumbs_ties, breadcrumbs_ties_pass, base="required"),
     "della": Method(della, della_pass, whole_rows=True, base="required"),
     "della_linear": Method(della_linear, della_linear_pass, whole_rows=True, base="required"),
-    "sce": Method(sce, sce_pass, base="required"),
+    "sce": Method(sce, sce_pass, base="required", collapse=sce_collapse),
     "ram": Method(ram, ram_pass, base="required"),
     "ramplus_tl": Method(ramplus_tl, ramplus_tl_pass, base="required"),
     "nuslerp": Method(nuslerp, nuslerp_pass, base="optional", fewest=2, most=2),
     "multislerp": Method(multislerp, multislerp_pass, base="optional"),
     "karcher": Method(karcher, karcher_pass),
-    "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2),
+    "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2, collapse=model_stock_collapse),
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
     "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, whole_rows=True, base="required", most=1),
     "nearswap": Method(nearswap, nearswap_pass, base="required", most=1),

@@ -46,11 +46,9 @@ def model_stock_pass(inputs: Inputs, *, filter_wise: bool) -> WeightedSum:
 
 
 def model_stock_collapse(inputs: Inputs, *, filter_wise: bool) -> str | None:
-    """The base that the merge is equal to, nearly, in words; None where it is not."""
-    ratio = float(np.abs(_ratios(inputs, filter_wise)).max())
-    if ratio >= _NEARLY_NOTHING:
-        return None
-    return f"model_stock returns {inputs.base_model}: the task vectors have nothing in common, t is {ratio:.2g} at most"
+    """That every t is nearly zero, in words."""
+    nearly_all_of_base = np.abs(_ratios(inputs, filter_wise)).max() < _NEARLY_NOTHING
+    return "model_stock returned the base, since task vectors are nearly orthogonal" if nearly_all_of_base else None
 
 
 _NEARLY_NOTHING = 0.01

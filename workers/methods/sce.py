@@ -54,6 +54,13 @@ def _variance(inputs: Inputs) -> Variance:
     return Variance(inputs.models, inputs.base_model, inputs.dtype if inputs.as_mergekit else None)
 
 
+def sce_collapse(inputs: Inputs, *, select_topk: float) -> str | None:
+    """That the sizes of the task vectors do not decide the weights, in words."""
+    weights = _weights(inputs, _count(inputs, select_topk))
+    equal = len(weights) > 1 and len(set(weights)) == 1
+    return "sce gave all models the same weight, since task vectors are short" if equal else None
+
+
 def _count(inputs: Inputs, select_topk: float) -> int | None:
     """How many elements take part; None: all."""
     if select_topk >= 1:

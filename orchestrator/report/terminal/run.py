@@ -133,8 +133,8 @@ def result_facts(result: RunResult) -> dict[str, Any]:
         "units_found": result.units_found,
         "bytes_read": result.bytes_read,
         "nonfinite": list(result.nonfinite),
+        "collapses": list(result.collapses),
         "overflowed": {point: dict(tensors) for point, tensors in result.overflowed.items()},
-        "tensors_equal_to_a_parent": {point: dict(parents) for point, parents in result.equals.items()},
     }
 
 
@@ -148,7 +148,7 @@ def print_result(result: RunResult) -> None:
         print(f"{name:<{width}}  {short(point.weights)}{same}")
     if len(names) > MOST_LINES:
         print(f"… and {len(names) - MOST_LINES} more")
-    _warn_nonfinite(result)
+    _warn(result)
     merged = f"{result.units_merged} shards merged" + (
         f", {result.units_found} found done" if result.units_found else ""
     )
@@ -157,17 +157,13 @@ def print_result(result: RunResult) -> None:
 
 def print_merge(result: RunResult) -> None:
     """The closing line of `mergeyard merge`."""
-    _warn_nonfinite(result)
+    _warn(result)
     point = next(iter(result.points.values()))
     print(f"{result.url}: {point.tensors} tensors, weights {short(point.weights)}")
 
 
-def _warn_nonfinite(result: RunResult) -> None:
-    if equal := [
-        f"{tensors} of {result.points[point].tensors} tensors of {point} are those of {parent}"
-        for point, parents in result.equals.items()
-        for parent, tensors in parents.items()
-    ]:
-        print(f"note: {shortlist(equal)}, bit for bit")
+def _warn(result: RunResult) -> None:
     if result.nonfinite:
         print(f"warning: NaN or infinity in a parent's {shortlist(result.nonfinite)}")
+    for line in result.collapses:
+        print(f"warning: {line}")

@@ -630,14 +630,3 @@ def test_a_sum_beyond_the_largest_number_of_its_dtype_is_counted(kind: str, larg
 
 def by_name(task: MergeTask) -> dict[str, TensorMerge]:
     return {tensor.name: tensor for tensor in task.tensors}
-
-
-def test_tensors_that_a_method_makes_equal_to_one_parent_are_named():
-    parents = family({"moved": ((300, 7), "bfloat16"), "shared": ((9,), "bfloat16")})
-    for tensors in parents.values():
-        tensors["shared"] = parents["a"]["shared"]
-    lost = Setting("linear", ("a", "b"), None, (("normalize", False), ("weight", (1.0, 1e-9))))
-    half = Setting("linear", ("a", "b"), None, (("normalize", False), ("weight", (0.5, 0.5))))
-    copy = Setting("passthrough", ("a",), None, (("scale", (1.0,)),))
-    receipts = merge_task(task_of(parents, {"lost": lost, "half": half, "copy": copy}))
-    assert [dict(receipt.equals) for receipt in receipts] == [{"moved": "a"}, {}, {}]
