@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
-from workers.methods.kernels.ranks import below_limits, bracketed, magnitudes, row_ranks
+from workers.methods.kernels.ranks import below_by_rank, bracketed, magnitudes
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor
@@ -434,18 +434,14 @@ class Coin:
         return np.rint(chances * (1 << 32)).clip(0, (1 << 32) - 1).astype(np.uint32)
 
 
-def ranks_in_rows(tile: Tile, model: str, base: str) -> NDArray[np.uint32]:
-    """For each element of the tile, how many elements of its row have a smaller |δ|, or the same and come before it."""
-
-    def compute() -> NDArray[np.uint32]:
-        first, end = tile.start // tile.row * tile.row, -(-(tile.start + tile.elements) // tile.row) * tile.row
-        inside = slice(first - tile.around_start, end - tile.around_start)
-        assert inside.start >= 0 and inside.stop <= len(tile.around[model]), "read without the whole rows of a tile"
-        rows = Tile(tile.tensor, first, {name: tile.around[name][inside] for name in (model, base)}, {})
-        ranks = row_ranks(Magnitude(model, base).on_host(rows), tile.row)
-        return ranks[tile.start - first : tile.start - first + tile.elements]
-
-    return tile.remember(("ranks", model, base), compute)
+def _drawn_by_rank(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
+    """Which elements a coin with a spread keeps."""
+    first, end = tile.start // tile.row * tile.row, -(-(tile.start + tile.elements) // tile.row) * tile.row
+    inside = slice(first - tile.around_start, end - tile.around_start)
+    assert inside.start >= 0 and inside.stop <= len(tile.around[model]), "read without the whole rows of a tile"
+    rows = Tile(tile.tensor, first, {name: tile.around[name][inside] for name in (model, base)}, {})
+    sizes, numbers = Magnitude(model, base).on_host(rows), tile.random_bits(coin.method, model)
+    return below_by_rank(sizes, tile.row, numbers, coin.limits(tile.row), tile.start - first)
 
 
 @dataclass(frozen=True, slots=True)
@@ -499,9 +495,9 @@ def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.b
     """The same in the memory of the host."""
 
     def decide() -> NDArray[np.bool_]:
-        bits = tile.random_bits(coin.method, model)
         if coin.spread and tile.row > 1:
-            return below_limits(bits, ranks_in_rows(tile, model, base), coin.limits(tile.row))
+            return _drawn_by_rank(tile, coin, model, base)
+        bits = tile.random_bits(coin.method, model)
         limit = round(coin.density * (1 << 32))
         return bits < np.uint32(limit) if limit < 1 << 32 else np.ones(bits.size, np.bool_)
 

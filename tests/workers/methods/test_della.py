@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from tests.workers.methods.whole import tiles_of
-from workers.methods.reductions import Coin, ranks_in_rows
+from workers.methods.reductions import Coin, drawn_on_host
 
 
 def chances(deltas: list[float], shape: tuple[int, ...], coin: Coin, units: int = 1) -> list[float]:
-    """The probability with which each element is kept."""
+    """The probability with which each element is kept: the greatest number below which random bits keep it."""
     parents = {"x": torch.tensor(deltas) + 1, "base": torch.ones(len(deltas))}
-    limits = coin.limits(shape[-1]) / 2**32
-    return [
-        float(limits[rank])
-        for tile in tiles_of(parents, {}, shape=shape, units=units)
-        for rank in ranks_in_rows(tile, "x", "base")
-    ]
+    limits = np.sort(coin.limits(shape[-1]))
+    found: list[float] = []
+    for tile in tiles_of(parents, {}, shape=shape, units=units):
+        kept = 0
+        for limit in limits:
+            drawn = replace(tile, _memory={("bits", coin.method, "x"): np.full(tile.elements, limit - 1, np.uint32)})
+            kept += drawn_on_host(drawn, coin, "x", "base").astype(int)
+        found.extend(limits[kept - 1] / 2**32)
+    return found
 
 
 HALF = Coin("della", 0.5, 0.25)

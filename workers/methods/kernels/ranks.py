@@ -1,4 +1,4 @@
-"""Magnitudes of task vectors as integers in the same order: those in a bracket, and their ranks in the rows."""
+"""Magnitudes of task vectors as integers in the same order: those in a bracket, and decisions by rank in a row."""
 
 from __future__ import annotations
 
@@ -62,71 +62,167 @@ def bracketed(bits: NDArray[np.int32], low: int, high: int) -> tuple[int, NDArra
 
 
 _DIGITS, _VALUES = 4, 256
+_SPAN = 26
+"""Buckets divide 2²⁶ numbers: float32 magnitudes from the largest of a row down to 2⁻⁸ of it."""
+_LOOKS = 32
+"""To look through a row more often than this takes longer than to sort it."""
 
 
-@kernel("u32*", "i64", "i64", "u32*", "u64*", "u64*", "i64*")
-def _row_ranks(
-    bits: Pointer, rows: int, row: int, ranks: Pointer, one: Pointer, other: Pointer, counts: Pointer
+@kernel(
+    *("u32*", "u32*", "u32*", "i64", "i64", "i64", "i64", "i64", "u8*"),
+    *("u32*", "u32*", "u32*", "i64*", "u64*", "u64*", "i64*"),
+)
+def _below_by_rank(
+    bits: Pointer,
+    numbers: Pointer,
+    limits: Pointer,
+    rows: int,
+    row: int,
+    skipped: int,
+    count: int,
+    shift: int,
+    mask: Pointer,
+    keys: Pointer,
+    order: Pointer,
+    tables: Pointer,
+    doubtful: Pointer,
+    one: Pointer,
+    other: Pointer,
+    counts: Pointer,
 ) -> None:
-    """Sorts each row by its bytes from the lowest to the highest, each time keeping the order of equals.
+    """Counts each row into buckets, which bound the rank of an element; few numbers lie between the limits of both.
+
+    A bucket of equal magnitudes gives the rank itself. `tables` has for each bucket how many are in it, the bits that
+    any of them has, those that all have, the least limit, how far it is to the greatest, and how many are in the
+    buckets before.
+    """
+    span = np.uint32(1 << _SPAN)
+    buckets = (1 << (_SPAN - shift)) + 1
+    anywhere, everywhere, lower, width, before = buckets, 2 * buckets, 3 * buckets, 4 * buckets, 5 * buckets
+    for first in range(0, rows * row, row):
+        top = np.uint32(0)
+        for i in range(row):
+            top = max(top, bits[first + i])
+        lowest = top - span + np.uint32(1) if top >= span else np.uint32(0)
+        for i in range(row):
+            number = bits[first + i]
+            place = np.uint32(max(number, lowest) - lowest) >> np.uint32(shift)
+            keys[i] = place + np.uint32(number != np.uint32(0))
+        for bucket in range(buckets):
+            tables[bucket] = 0
+            tables[anywhere + bucket] = 0
+            tables[everywhere + bucket] = np.uint32(0xFFFFFFFF)
+        for i in range(row):
+            bucket, number = keys[i], bits[first + i]
+            order[i] = tables[bucket]
+            tables[bucket] += np.uint32(1)
+            tables[anywhere + bucket] |= number
+            tables[everywhere + bucket] &= number
+        start = np.int64(0)
+        for bucket in range(buckets):
+            inside = np.int64(tables[bucket])
+            tables[before + bucket] = start
+            if inside:
+                a, b = limits[start], limits[start + inside - 1]
+                tables[lower + bucket] = min(a, b)
+                tables[width + bucket] = max(a, b) - min(a, b)
+            start += inside
+        begin, end = max(0, skipped - first), min(row, skipped + count - first)
+        at = first - skipped
+        found = 0
+        for i in range(begin, end):  # no branch has to be guessed
+            bucket, number = keys[i], numbers[at + i]
+            mask[at + i] = number < tables[lower + bucket]
+            doubtful[found] = i
+            found += np.uint32(number - tables[lower + bucket]) < tables[width + bucket]
+        looks = 0
+        for place in range(found):
+            i = doubtful[place]
+            bucket = keys[i]
+            if tables[anywhere + bucket] == tables[everywhere + bucket]:
+                mask[at + i] = numbers[at + i] < limits[tables[before + bucket] + order[i]]
+            else:
+                doubtful[looks] = i
+                looks += 1
+        if looks <= _LOOKS:
+            for look in range(looks):
+                i = doubtful[look]
+                mask[at + i] = numbers[at + i] < limits[_rank(bits, first, row, i)]
+        else:
+            _sorted_ranks(bits, first, row, keys, one, other, counts)
+            for look in range(looks):
+                i = doubtful[look]
+                mask[at + i] = numbers[at + i] < limits[keys[i]]
+
+
+def _rank(bits: Pointer, first: int, row: int, i: int) -> int:
+    """How many of a row are smaller than its element i, or equal and before it."""
+    number = bits[first + i]
+    rank = 0
+    for j in range(first, first + i):
+        rank += bits[j] <= number
+    for j in range(first + i, first + row):
+        rank += bits[j] < number
+    return rank
+
+
+def _sorted_ranks(
+    bits: Pointer, first: int, row: int, ranks: Pointer, one: Pointer, other: Pointer, counts: Pointer
+) -> None:
+    """Sorts a row by its bytes from the lowest to the highest, each time keeping the order of equals.
 
     A number to sort has the magnitude in its upper half and the place in the row in its lower. A byte that is the same
     in the whole row is skipped.
     """
-    for first in range(0, rows * row, row):
-        for value in range(_DIGITS * _VALUES):
-            counts[value] = 0
+    for value in range(_DIGITS * _VALUES):
+        counts[value] = 0
+    for i in range(row):
+        number = bits[first + i]
+        counts[number & np.uint32(0xFF)] += 1
+        counts[_VALUES + ((number >> np.uint32(8)) & np.uint32(0xFF))] += 1
+        counts[2 * _VALUES + ((number >> np.uint32(16)) & np.uint32(0xFF))] += 1
+        counts[3 * _VALUES + (number >> np.uint32(24))] += 1
+        one[i] = (np.uint64(number) << np.uint64(32)) | np.uint64(i)
+    for digit in range(_DIGITS):
+        shift = np.uint64(32 + 8 * digit)
+        of_digit = digit * _VALUES
+        if counts[of_digit + ((one[0] >> shift) & np.uint64(0xFF))] == row:
+            continue
+        before = 0
+        for value in range(of_digit, of_digit + _VALUES):
+            count = counts[value]
+            counts[value] = before
+            before += count
         for i in range(row):
-            number = bits[first + i]
-            counts[number & np.uint32(0xFF)] += 1
-            counts[_VALUES + ((number >> np.uint32(8)) & np.uint32(0xFF))] += 1
-            counts[2 * _VALUES + ((number >> np.uint32(16)) & np.uint32(0xFF))] += 1
-            counts[3 * _VALUES + (number >> np.uint32(24))] += 1
-            one[i] = (np.uint64(number) << np.uint64(32)) | np.uint64(i)
-        for digit in range(_DIGITS):
-            shift = np.uint64(32 + 8 * digit)
-            of_digit = digit * _VALUES
-            if counts[of_digit + ((one[0] >> shift) & np.uint64(0xFF))] == row:
-                continue
-            before = 0
-            for value in range(of_digit, of_digit + _VALUES):
-                count = counts[value]
-                counts[value] = before
-                before += count
-            for i in range(row):
-                number = one[i]
-                value = of_digit + ((number >> shift) & np.uint64(0xFF))
-                other[counts[value]] = number
-                counts[value] += 1
-            one, other = other, one
-        for i in range(row):
-            ranks[first + (one[i] & np.uint64(0xFFFFFFFF))] = i
+            number = one[i]
+            value = of_digit + ((number >> shift) & np.uint64(0xFF))
+            other[counts[value]] = number
+            counts[value] += 1
+        one, other = other, one
+    for i in range(row):
+        ranks[one[i] & np.uint64(0xFFFFFFFF)] = i
 
 
-def row_ranks(bits: NDArray[np.int32], row: int) -> NDArray[np.uint32]:
-    """For each element of whole rows: how many of its row are smaller, or equal and before it. None is negative."""
-    assert bits.flags.c_contiguous and bits.itemsize == 4 and bits.size % row == 0
-    ranks = np.empty(bits.size, np.uint32)
+def below_by_rank(
+    bits: NDArray[np.int32], row: int, numbers: NDArray[np.uint32], limits: NDArray[np.uint32], skipped: int = 0
+) -> NDArray[np.bool_]:
+    """Which numbers are below the limit of their element's rank in its row, `limits[rank]`.
+
+    The rank counts the elements of the row that are smaller, or equal and before it. `bits` are whole rows, none
+    negative; the numbers are those of the elements from `skipped` on. Limits nowhere fall, or nowhere rise.
+    """
+    assert all(each.flags.c_contiguous and each.itemsize == 4 for each in (bits, numbers, limits))
+    assert bits.size % row == 0 and limits.size == row and skipped + numbers.size <= bits.size
+    digits = max(4, min(8, row.bit_length() - 3))  # an eighth to a quarter as many buckets as elements, 16 to 256
+    mask = np.empty(numbers.size, np.bool_)
+    keys, order = np.empty((2, row), np.uint32)
+    doubtful = np.empty(row + 1, np.int64)
+    tables = np.empty(6 * ((1 << digits) + 1), np.uint32)
     one, other = np.empty((2, row), np.uint64)
     counts = np.empty(_DIGITS * _VALUES, np.int64)
-    _row_ranks(
-        *(address(bits), bits.size // row, row, address(ranks)), *(address(one), address(other), address(counts))
+    _below_by_rank(
+        *(address(bits), address(numbers), address(limits), bits.size // row, row, skipped, numbers.size),
+        *(_SPAN - digits, address(mask), address(keys), address(order), address(tables)),
+        *(address(doubtful), address(one), address(other), address(counts)),
     )
-    return ranks
-
-
-@kernel("u32*", "u32*", "u32*", "i64", "u8*")
-def _below(numbers: Pointer, ranks: Pointer, limits: Pointer, count: int, mask: Pointer) -> None:
-    for i in range(count):
-        mask[i] = numbers[i] < limits[ranks[i]]
-
-
-def below_limits(
-    numbers: NDArray[np.uint32], ranks: NDArray[np.uint32], limits: NDArray[np.uint32]
-) -> NDArray[np.bool_]:
-    """Which numbers are below the limit of their rank."""
-    assert all(each.flags.c_contiguous and each.itemsize == 4 for each in (numbers, ranks, limits))
-    assert numbers.size == ranks.size
-    mask = np.empty(numbers.size, np.bool_)
-    _below(address(numbers), address(ranks), address(limits), numbers.size, address(mask))
     return mask

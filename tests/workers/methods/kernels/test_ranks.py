@@ -1,4 +1,4 @@
-"""Magnitudes and brackets against numpy."""
+"""Magnitudes, brackets and ranks against numpy."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from workers.methods.kernels.ranks import below_limits, bracketed, magnitudes, row_ranks
+from workers.methods.kernels.ranks import below_by_rank, bracketed, magnitudes
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
 
@@ -40,14 +40,20 @@ def test_the_greatest_number_can_be_an_end():
     assert bracketed(bits, 5, 2**31 - 1)[1].tolist() == [2**31 - 1, 2**31 - 2, 5]
 
 
-@pytest.mark.parametrize(("rows", "row"), [(0, 3), (1, 1), (5, 1), (7, 3), (3, 1000), (1, 70_000)])
-@pytest.mark.parametrize("most", [1, 200, 2**31 - 1])
-def test_ranks_are_those_of_a_stable_sort_of_each_row(rows: int, row: int, most: int):
-    bits = np.random.default_rng(row).integers(0, most, (rows, row), np.int32, endpoint=True)
-    expected = np.argsort(np.argsort(bits, axis=1, kind="stable"), axis=1, kind="stable")
-    assert (row_ranks(bits.ravel(), row) == expected.ravel()).all()
-
-
-def test_a_number_is_held_against_the_limit_of_its_rank():
-    numbers, ranks = np.array([4, 5, 6, 2**32 - 1], np.uint32), np.array([1, 1, 0, 2], np.uint32)
-    assert below_limits(numbers, ranks, np.array([7, 5, 2**32 - 1], np.uint32)).tolist() == [True, False, True, False]
+@pytest.mark.parametrize(("rows", "row"), [(1, 2), (7, 3), (5, 600), (3, 5000), (1, 70_000)])
+@pytest.mark.parametrize("most", [0, 200, 2**24, 2**31 - 1])
+@pytest.mark.parametrize("falling", [False, True])
+@pytest.mark.parametrize("near", [0.01, 1])
+def test_a_number_is_held_against_the_limit_of_the_rank_that_a_stable_sort_gives(
+    rows: int, row: int, most: int, falling: bool, near: float
+):
+    rng = np.random.default_rng(row)
+    bits = rng.integers(0, most, (rows, row), np.int32, endpoint=True)
+    ranks = np.argsort(np.argsort(bits, axis=1, kind="stable"), axis=1, kind="stable").ravel()
+    limits = np.sort(rng.integers(1, 2**32, row, np.uint32))[:: -1 if falling else 1].copy()
+    exactly = limits[ranks] - rng.integers(0, 2, ranks.size, np.uint32)  # not below the limit, or just below it
+    numbers = np.where(rng.random(ranks.size) < near, exactly, rng.integers(0, 2**32, ranks.size, np.uint32))
+    mask = below_by_rank(bits.ravel(), row, numbers, limits)
+    assert (mask == (numbers < limits[ranks])).all()
+    part = slice(row // 3, bits.size - row // 2)
+    assert (below_by_rank(bits.ravel(), row, numbers[part].copy(), limits, row // 3) == mask[part]).all()
