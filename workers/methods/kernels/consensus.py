@@ -109,8 +109,19 @@ def _trim(model: Pointer, base: Pointer, above: np.int32, beyond: np.int32, delt
 
 
 def _trim_counting(model: Pointer, base: Pointer, vectors: Pointer, at: int, delta: Pointer, count: int) -> None:
-    """The same where only the first of the elements that equal a limit are kept, or dropped."""
-    above, beyond = vectors[at + 2], vectors[at + 4]
+    """The same where only the first of the elements that equal a limit are kept, or dropped.
+
+    A block where that holds for all of its equals, or for none, is trimmed at once.
+    """
+    above, to_keep = vectors[at + 2], vectors[at + 3]
+    beyond, to_drop = vectors[at + 4], vectors[at + 5]
+    at_above = _equals(model, base, np.int32(above), count) if to_keep > 0 else 0
+    at_beyond = _equals(model, base, np.int32(beyond), count) if to_drop > 0 else 0
+    if at_above <= max(to_keep, 0) and at_beyond <= max(to_drop, 0):
+        vectors[at + 3] = to_keep - at_above
+        vectors[at + 5] = to_drop - at_beyond
+        _trim(model, base, np.int32(above - (to_keep > 0)), np.int32(beyond - (to_drop > 0)), delta, count)
+        return
     for i in range(count):
         bits = np.int64(magnitude_bits(model[i], base[i]))
         kept = bits > above
@@ -123,6 +134,13 @@ def _trim_counting(model: Pointer, base: Pointer, vectors: Pointer, at: int, del
             vectors[at + 5] -= 1
             kept = False
         delta[i] = delta[i] * np.float32(kept)
+
+
+def _equals(model: Pointer, base: Pointer, limit: np.int32, count: int) -> int:
+    found = 0
+    for i in range(count):
+        found += magnitude_bits(model[i], base[i]) == limit
+    return found
 
 
 def _mask(mask: Pointer, start: int, delta: Pointer, count: int) -> None:

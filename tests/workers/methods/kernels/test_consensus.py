@@ -1,0 +1,38 @@
+"""Which of the elements that equal a limit are kept: against a count of them in their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.memory import BLOCK
+
+ELEMENTS = 3 * BLOCK + 100
+
+
+@pytest.mark.parametrize("keep", [0, 1, 500, 900, 1500, ELEMENTS])
+@pytest.mark.parametrize("drop", [None, 0, 1, 900, 1500, ELEMENTS])
+@pytest.mark.parametrize("limits", [(1, 3), (2, 2), (0, 1)])
+def test_only_the_first_of_equals_are_kept_and_only_the_first_dropped(
+    keep: int, drop: int | None, limits: tuple[int, int]
+):
+    model = np.random.default_rng(0).integers(-3, 4, ELEMENTS).astype(np.float32)
+    lower, upper = (int(np.float32(limit).view(np.int32)) for limit in limits)
+    beyond = None if drop is None else Limit(upper, drop)
+    trimmed = Trimmed(0, 1, Limit(lower, keep), beyond)
+    out = np.empty(ELEMENTS, np.float32)
+    mixture = Mixture(1, ((0, 1.0),), False, False, 1.0)
+    run_mixtures([model, np.zeros_like(model)], [trimmed], [mixture], [out], "float32")
+    expected: list[float] = []
+    left, gone = keep, drop or 0
+    for value in model.tolist():
+        kept = abs(value) > limits[0]
+        if abs(value) == limits[0] and left:
+            kept, left = True, left - 1
+        if drop is not None and abs(value) > limits[1]:
+            kept = False
+        if drop is not None and abs(value) == limits[1] and gone:
+            kept, gone = False, gone - 1
+        expected.append(value if kept else 0.0)
+    assert out.tolist() == expected
