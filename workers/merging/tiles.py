@@ -224,7 +224,7 @@ def missing_facts(
             if pass_of(tile, setting, tensor.arithmetic, numerics) is None:
                 merge_tile(tile, setting, tensor.arithmetic, numerics)
         except NotYetKnown as question:
-            missing[_first_unknown(question.reduction, tile)] = None
+            missing.update(dict.fromkeys(first for each in question.reductions for first in _first_unknown(each, tile)))
     return [*missing]
 
 
@@ -235,13 +235,13 @@ def _probe(tensor: TensorMerge, facts: Facts, seed: int) -> Tile:
     return Tile(tensor.name, 0, zeros, facts, seed, tensor.shape, row)
 
 
-def _first_unknown(reduction: Reduction, tile: Tile) -> Reduction:
+def _first_unknown(reduction: Reduction, tile: Tile) -> list[Reduction]:
     """The reduction, or whatever must be known before it."""
     try:
         reduction.ask(tile)
     except NotYetKnown as question:
-        return _first_unknown(question.reduction, tile)
-    return reduction
+        return [first for each in question.reductions for first in _first_unknown(each, tile)]
+    return [reduction]
 
 
 def _has_nonfinite(elements: Elements) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import combinations_with_replacement
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,7 +21,7 @@ from workers.methods.kernels.dtypes import ARITHMETIC, CODES
 from workers.methods.kernels.ranks import below_by_rank, bracketed, magnitudes
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
-from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor
+from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -514,8 +515,7 @@ class L1Kept(Reduction):
     dtype: str
 
     def ask(self, tile: Tile) -> None:
-        self.kept.among(tile, self.model, self.base)
-        self.kept.beyond(tile, self.model, self.base)
+        together(partial(limit, tile, self.model, self.base) for limit in (self.kept.among, self.kept.beyond))
 
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import SelectedConsensus
 from workers.methods.reductions import Nonzero, SquaresSelected, Variance, largest, threshold_of
-from workers.methods.tile import Inputs, ones_where
+from workers.methods.tile import Inputs, ones_where, together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -69,10 +70,9 @@ def _count(inputs: Inputs, select_topk: float) -> int | None:
 
 
 def _weights(inputs: Inputs, count: int | None) -> Sequence[float]:
-    squares = [
-        inputs.tile.known(SquaresSelected(model, inputs.base_model, _variance(inputs), count, inputs.dtype))
-        for model in inputs.models
-    ]
+    variance = _variance(inputs)
+    facts = [SquaresSelected(model, inputs.base_model, variance, count, inputs.dtype) for model in inputs.models]
+    squares: list[float] = together(partial(inputs.tile.known, fact) for fact in facts)
     held = inputs.number if inputs.as_mergekit else float
     means = [held(square / math.prod(inputs.tile.shape)) for square in squares]
     total = held(sum(means))

@@ -6,11 +6,12 @@ The order of operations is mergekit's: trim δ, weight it, combine, divide (`nor
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import Consensus, Kept
 from workers.methods.reductions import L1, L1Kept, Selection
-from workers.methods.tile import Inputs, PerModel, ones_where
+from workers.methods.tile import Inputs, PerModel, ones_where, together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,11 +57,11 @@ def merged_pass(
 ) -> Consensus:
     """`merged` as a pass, from a simplified setting: without an election the weights hold the divisor and λ."""
     assert elect or (not normalize and lambda_ == 1), "simplified sums have nothing to divide by or to scale"
-    kept = tuple(
-        _kept(inputs, model, inputs.number(value), selection, rescale)
+    kept = together(
+        partial(_kept, inputs, model, inputs.number(value), selection, rescale)
         for model, value, selection in zip(inputs.models, weight, selections, strict=True)
     )
-    return Consensus(inputs.base_model, kept, elect=elect, normalize=normalize, scale=lambda_)
+    return Consensus(inputs.base_model, tuple(kept), elect=elect, normalize=normalize, scale=lambda_)
 
 
 def _trimmed(inputs: Inputs, index: int, selection: Selection, rescale: bool) -> Tensor:
@@ -79,16 +80,16 @@ def _trimmed(inputs: Inputs, index: int, selection: Selection, rescale: bool) ->
 def _kept(inputs: Inputs, model: str, weight: float, selection: Selection | None, rescale: bool) -> Kept:
     if selection is None:
         return Kept(model, weight)
-    among = selection.among(inputs.tile, model, inputs.base_model)
-    beyond = selection.beyond(inputs.tile, model, inputs.base_model)
+    limits = selection.among, selection.beyond
+    among, beyond = together(partial(limit, inputs.tile, model, inputs.base_model) for limit in limits)
     factor = _rescaling(inputs, model, selection) if rescale else None
     return Kept(model, weight, among, beyond, selection.coin, factor)
 
 
 def _rescaling(inputs: Inputs, model: str, selection: Selection) -> float | None:
     """‖δ‖₁ / ‖kept δ‖₁ as the arithmetic dtype holds it; None where one of them is nearly zero."""
-    before = inputs.tile.known(L1(model, inputs.base_model, inputs.dtype))
-    after = inputs.tile.known(L1Kept(model, inputs.base_model, selection, inputs.dtype))
+    norms = L1(model, inputs.base_model, inputs.dtype), L1Kept(model, inputs.base_model, selection, inputs.dtype)
+    before, after = together(partial(inputs.tile.known, norm) for norm in norms)
     if inputs.as_mergekit:  # mergekit rounds both norms before it divides
         before, after = inputs.number(before), inputs.number(after)
     return inputs.number(before / after) if before >= _NO_MASS and after >= _NO_MASS else None

@@ -9,7 +9,7 @@ asking raises `NotYetKnown`; the merge loop then streams the tensor once for eve
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
@@ -58,11 +58,25 @@ def torch_named(dtype: str) -> torch.dtype:
 
 
 class NotYetKnown(Exception):
-    """A method asked for a fact about the whole tensor that is not computed yet."""
+    """A method asked for facts about the whole tensor that are not computed yet."""
 
-    def __init__(self, reduction: Reduction) -> None:
-        super().__init__(reduction)
-        self.reduction = reduction
+    def __init__(self, *reductions: Reduction) -> None:
+        super().__init__(*reductions)
+        self.reductions = reductions
+
+
+def together(questions: Iterable[Callable[[], Value]]) -> list[Value]:
+    """The answers; `NotYetKnown` with the missing facts of all questions, so that one look at the tensor finds them."""
+    answers: list[Value] = []
+    missing: list[Reduction] = []
+    for question in questions:
+        try:
+            answers.append(question())
+        except NotYetKnown as unknown:
+            missing.extend(unknown.reductions)
+    if missing:
+        raise NotYetKnown(*missing)
+    return answers
 
 
 class Reduction:

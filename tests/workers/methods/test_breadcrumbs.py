@@ -5,6 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+
+from tests.workers.methods.whole import tiles_of
+from workers.methods.breadcrumbs import breadcrumbs_pass
+from workers.methods.reductions import Cutoff, Magnitude
+from workers.methods.tile import Inputs, NotYetKnown
 
 DELTA = [5.0, -1.0, 4.0, -3.0, 2.0, -6.0, 0.5, 7.0, 8.0, -9.0]  # by magnitude: −9, 8, 7, −6, 5, 4, −3, 2, −1, ½
 
@@ -63,3 +69,12 @@ def test_the_other_elects_a_sign(merge: Any):
     against = {"x": X, "y": [-value for value in Y]}  # y leaves [0, 0, −3, −2], twice: the sum is [0, −3, −4, −4]
     assert merge("breadcrumbs_ties", against, base=ZERO, **HALVES).tolist() == [0, -3, -6, -4]
     assert merge("breadcrumbs_ties", against, base=ZERO, **HALVES, normalize=True).tolist() == [0, -3, -3, -2]
+
+
+def test_the_cutoffs_of_all_models_are_asked_for_at_once():
+    (tile,) = tiles_of(dict.fromkeys(("x", "y", "base"), torch.ones(100)), {})
+    settings: dict[str, Any] = {"weight": (1.0, 1.0), "density": (0.5, 0.5), "gamma": (0.1, 0.1), "lambda_": 1.0}
+    with pytest.raises(NotYetKnown) as unknown:
+        breadcrumbs_pass(Inputs(tile, ("x", "y"), "base", "float32"), normalize=False, rescale=False, **settings)
+    expected = [Cutoff(Magnitude(model, "base"), count, 5.0) for model in ("x", "y") for count in (60, 10)]
+    assert list(unknown.value.reductions) == expected

@@ -38,6 +38,6 @@ def answered(tiles: Sequence[Tile], facts: dict[Reduction, Any], ask: Callable[[
         try:
             return [ask(tile) for tile in tiles]
         except NotYetKnown as question:
-            fact = question.reduction
-            answered(tiles, facts, fact.ask)
-            facts[fact] = fact.combine([entry for share in answered(tiles, facts, fact.of) for entry in share])
+            for fact in question.reductions:
+                answered(tiles, facts, fact.ask)
+                facts[fact] = fact.combine([entry for share in answered(tiles, facts, fact.of) for entry in share])
