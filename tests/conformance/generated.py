@@ -1,4 +1,4 @@
-"""Documents drawn at random for every method, over parents of odd shapes: the cases that nobody thought of.
+"""Documents drawn at random for every method, over parents of odd shapes: cases beyond the written ones.
 
 A document follows from its method, its number and the seed. Parents are Qwen2 checkpoints by their names alone: vectors
 of two to 300 elements, single rows, and one matrix of more than a tile. The narrow families add single columns and

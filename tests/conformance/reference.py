@@ -1,5 +1,5 @@
-"""Every merge method in float64 on whole tensors, written from the papers' formulas: slow, plain, and kin to nobody's
-code.
+"""Every merge method in float64 on whole tensors, written from the papers' formulas: slow, plain, and
+independent of the code of both programs.
 
 `merged(document)` reads a mergekit document and its parents from disk and says what every output tensor must be:
 

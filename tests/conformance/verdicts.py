@@ -65,7 +65,7 @@ def assert_follows_formulas(folder: Path, document: dict[str, Any]) -> None:
 
 
 def assert_trimmed_to_count(name: str, masks: Masks | Replay, vectors: TaskVectors) -> None:
-    """Each task vector lost all but k elements, zero steps not counted (they may be kept and nobody can tell)."""
+    """Each task vector lost all but k elements, zero steps not counted: a merge does not show these."""
     for i, delta in enumerate(vectors.deltas):
         count = vectors.kept_count(i)
         least, most = int(masks.sure[i].sum()), int(masks.possible[i].sum())

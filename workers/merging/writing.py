@@ -91,7 +91,7 @@ class ShardWriter:
             self._overflowed[tensor] += elements
 
     def count_merged(self, collapse: str | None) -> None:
-        """One more tensor that is no plain copy, and the reason why its merge is not one."""
+        """Counts a tensor that is not a plain copy. `collapse` is the reason why the merge is none, or None."""
         self._merged += 1
         if collapse is not None:
             self._collapsed[collapse] += 1

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.kernels.compiling import Pointer, kernel
+from workers.methods.kernels.compiling import Kernel, Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
@@ -312,6 +312,15 @@ class _Memory:
         self.parents = (*3 * (address(self._raw),), address(self._dtypes), self.models)
         self.lines = (address(self._lines), *map(int, self._lines[len(parents) :]))
 
+    def run(self, kernel: Kernel, output: Array, *arguments: float) -> Flags:
+        """Writes one point by a kernel with these arguments of its own."""
+        out, broken = addresses([output]), np.zeros(1, np.bool_)
+        kernel(
+            *(*self.parents, *arguments, self.elements, *3 * (address(out),), CODES[output.dtype]),
+            *(address(self.broken), address(broken), *self.lines),
+        )
+        return self.broken, bool(broken[0])
+
 
 def run_selected(
     parents: Sequence[Array],
@@ -323,13 +332,8 @@ def run_selected(
 ) -> Flags:
     """Writes one point of `passes.SelectedConsensus`: parents are the models, then the base; `least` is 10⁻⁶."""
     memory, numbers = _Memory(parents, arithmetic, 3), np.array(weights, arithmetic)
-    out, broken = addresses([output]), np.zeros(1, np.bool_)
-    _SELECTED[arithmetic](
-        *(*memory.parents, address(numbers), least, mask is not None, 0 if mask is None else address(mask)),
-        *(memory.elements, *3 * (address(out),), CODES[output.dtype]),
-        *(address(memory.broken), address(broken), *memory.lines),
-    )
-    return memory.broken, bool(broken[0])
+    chosen = mask is not None, 0 if mask is None else address(mask)
+    return memory.run(_SELECTED[arithmetic], output, address(numbers), least, *chosen)
 
 
 def run_overlap(
@@ -338,13 +342,7 @@ def run_overlap(
     """Writes one point of `passes.Overlap`: parents are the models, then the base."""
     memory = _Memory(parents, arithmetic, 3)
     numbers = np.array([1.0] * memory.models if factors is None else factors, arithmetic)
-    out, broken = addresses([output]), np.zeros(1, np.bool_)
-    _OVERLAPPING[arithmetic](
-        *(*memory.parents, address(numbers), factors is not None, epsilon),
-        *(memory.elements, *3 * (address(out),), CODES[output.dtype]),
-        *(address(memory.broken), address(broken), *memory.lines),
-    )
-    return memory.broken, bool(broken[0])
+    return memory.run(_OVERLAPPING[arithmetic], output, address(numbers), factors is not None, epsilon)
 
 
 def run_tall(
@@ -359,13 +357,7 @@ def run_tall(
     """Writes one point of `passes.TallConsensus`: parents are the models, then the base."""
     memory = _Memory(parents, arithmetic, 2)
     numbers = np.array([weights, ratios], arithmetic)
-    out, broken = addresses([output]), np.zeros(1, np.bool_)
-    _TALL[arithmetic](
-        *(*memory.parents, address(numbers[0]), address(numbers[1]), k, scale),
-        *(memory.elements, *3 * (address(out),), CODES[output.dtype]),
-        *(address(memory.broken), address(broken), *memory.lines),
-    )
-    return memory.broken, bool(broken[0])
+    return memory.run(_TALL[arithmetic], output, address(numbers[0]), address(numbers[1]), k, scale)
 
 
 def overlap_counts(parents: Sequence[Array], epsilon: float, arithmetic: str) -> list[tuple[int, int]]:
