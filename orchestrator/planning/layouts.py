@@ -13,7 +13,8 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.job import COMMAND_LINE, Job
 from jobs.merge_tasks import DTYPE_BITS, ParentFile, ParentTensor, TensorMerge, digest
-from jobs.recipe import Filtered, Recipe
+from jobs.recipe import Recipe
+from jobs.sources import Filtered
 from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
 from orchestrator.planning.compatibility import (
     check_architecture,

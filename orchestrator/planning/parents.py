@@ -7,7 +7,8 @@ from dataclasses import replace
 from jobs.grid import Point
 from jobs.job import Keep
 from jobs.merge_tasks import Setting
-from jobs.recipe import Recipe, Source
+from jobs.recipe import Recipe
+from jobs.sources import Source
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
 from orchestrator.planning.plan import Plan, PlannedPoint

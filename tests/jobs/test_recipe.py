@@ -10,7 +10,8 @@ import pytest
 import yaml
 
 from jobs.errors import BadInput
-from jobs.recipe import Filtered, Recipe, plain_recipe, recipe_template, setting_at
+from jobs.recipe import Recipe, plain_recipe, recipe_template
+from jobs.sources import Filtered, setting_at
 from jobs.yaml_nodes import load_document
 
 TIES = """\

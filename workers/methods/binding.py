@@ -14,7 +14,8 @@ from typing import TypeVar, cast
 
 from jobs.errors import BadInput
 from jobs.merge_tasks import Setting
-from jobs.recipe import Recipe, Source, setting_at
+from jobs.recipe import Recipe
+from jobs.sources import Source, setting_at
 from jobs.yaml_nodes import NEAR
 from workers.methods import METHODS, Method, Parameter
 

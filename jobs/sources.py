@@ -1,0 +1,286 @@
+"""The models that go into a merge, each with its parameters; and their templates, where `${…}` waits for a point.
+
+A parameter is a value, a gradient over the layers, or a list of both by the names of tensors. Which parameters exist is
+not known in this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fractions import Fraction
+from typing import Any
+
+from jobs.errors import BadInput
+from jobs.expressions import Bindings, Template, template
+from jobs.yaml_nodes import NUMBER, Node, quoted
+
+Scalar = Fraction | bool | str
+Gradient = tuple[Fraction, ...] | tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Filtered:
+    """A value for the tensors whose name contains `filter`; None or `*` is every tensor."""
+
+    filter: str | None
+    value: Scalar | Gradient
+
+
+Setting = Scalar | Gradient | tuple[Filtered, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One model that goes in, and the parameters that are its own."""
+
+    model: str
+    parameters: Mapping[str, Setting]
+    place: str = field(compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+
+    def place_of(self, parameter_name: str) -> str:
+        """Where that parameter is set, or where this model is named."""
+        return self.places.get(parameter_name, self.place)
+
+
+@dataclass(frozen=True, slots=True)
+class _FilteredTemplate:
+    filter: str | Template | None
+    value: _ValueSlot
+
+
+@dataclass(frozen=True, slots=True)
+class SourceTemplate:
+    """A source whose placeholders wait for values."""
+
+    model: str | Template
+    parameters: Mapping[str, Slot]
+    place: str
+    places: Mapping[str, str]
+
+    def bind(self, bindings: Bindings) -> Source:
+        """The source at one point."""
+        return Source(
+            model=bound_text(self.model, bindings),
+            parameters=bound_parameters(self.parameters, bindings),
+            place=self.place,
+            places=self.places,
+        )
+
+
+_ValueSlot = Scalar | Template | tuple[Fraction | Template, ...] | tuple[bool, ...]
+Slot = _ValueSlot | tuple[_FilteredTemplate, ...]
+
+
+def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction) -> Scalar | None:
+    """The value of `setting` for one tensor; None if no filter matches, so that the next level applies.
+
+    `position` is the layer's index / (layers − 1): 0 for embeddings, final norm and head, 1 for a one-layer model. A
+    float is taken for the fraction it stands for, so gradients are exact. A gradient's n values lie at equal distances
+    over 0…1, with straight lines between; booleans hold up to the next one. Of a filter list, the first entry whose
+    text the tensor's name contains wins.
+    """
+    if not isinstance(setting, tuple):
+        return setting
+    for part in setting:
+        if not isinstance(part, Filtered):
+            break
+        if part.filter in (None, "*") or part.filter in tensor_name:
+            return _interpolated(part.value, position) if isinstance(part.value, tuple) else part.value
+    else:
+        return None
+    return _interpolated(setting, position)  # pyright: ignore[reportArgumentType]  (a tuple is of one kind throughout)
+
+
+class Reader:
+    """Reads the parts of a recipe and remembers every placeholder it met."""
+
+    def __init__(self) -> None:
+        self.placeholders: list[Template] = []
+
+    def text(self, node: Node) -> str | Template:
+        """Text, or a template of text."""
+        text = node.string()
+        parsed = template(text, node.place)
+        if parsed is None:
+            return text
+        self.placeholders.append(parsed)
+        return parsed
+
+    def source(self, node: Node) -> SourceTemplate:
+        """One entry of `models:`."""
+        if isinstance(node.value, Mapping) and "revision" in node.value:
+            raise node.value["revision"].error(
+                "`revision:` stands after the model's name: write `model: organisation/name@revision`"
+            )
+        keys = node.mapping(("model", "parameters"), ("model",))
+        parameters, places = self.parameters(keys.get("parameters"))
+        return SourceTemplate(self.text(model_name(keys["model"])), parameters, keys["model"].place, places)
+
+    def parameters(self, node: Node | None) -> tuple[dict[str, Slot], dict[str, str]]:
+        """The settings by name, and where each stands."""
+        if node is None or node.kind == "nothing":
+            return {}, {}
+        settings = node.mapping()
+        return (
+            {name: self._setting(setting) for name, setting in settings.items()},
+            {name: setting.place for name, setting in settings.items()},
+        )
+
+    def _setting(self, node: Node) -> Slot:
+        if node.kind == "mapping":
+            return (self._filtered(node),)
+        if node.kind == "list" and node.sequence()[0].kind == "mapping":
+            return tuple(self._filtered(entry) for entry in node.sequence())
+        return self._value(node)
+
+    def _filtered(self, node: Node) -> _FilteredTemplate:
+        keys = node.mapping(("filter", "value"), ("value",))
+        unfiltered = "filter" not in keys or keys["filter"].kind == "nothing"
+        return _FilteredTemplate(None if unfiltered else self.text(keys["filter"]), self._value(keys["value"]))
+
+    def _value(self, node: Node) -> _ValueSlot:
+        if node.kind == "list":
+            if all(entry.kind == "boolean" for entry in node.sequence()):
+                return tuple(entry.boolean() for entry in node.sequence())
+            return tuple(self._gradient_value(entry) for entry in node.sequence())
+        if node.kind == "number":
+            return node.number()
+        if node.kind == "boolean":
+            return node.boolean()
+        number = _number_in_quotes(node)
+        return self.text(node) if number is None else number
+
+    def _gradient_value(self, node: Node) -> Fraction | Template:
+        if node.kind == "string" and isinstance(parsed := self.text(node), Template):
+            return parsed
+        number = _number_in_quotes(node)
+        return node.number() if number is None else number
+
+
+def model_name(node: Node) -> Node:
+    """The text of a model, also of mergekit's long form `{model: {path: NAME, revision: REVISION}}`."""
+    if node.kind != "mapping":
+        return node
+    refused = {"lora": "a LoRA adapter is not applied: merge it into its base first, and name the result"}
+    refused["override_architecture"] = "an architecture is not overridden: take the key out"
+    for key, remedy in refused.items():
+        value = node.mapping().get(key)
+        if value is not None and value.kind != "nothing":
+            raise value.error(f"`{key}:` is not accepted: {remedy}")
+    name = node.mapping(("model", *refused), ("model",))["model"]
+    if name.kind != "mapping":
+        return name
+    parts = name.mapping(("path", "revision"), ("path",))
+    if "revision" not in parts or parts["revision"].kind == "nothing":
+        return parts["path"]
+    return replace(parts["path"], value=f"{parts['path'].string()}@{parts['revision'].string()}")
+
+
+def _number_in_quotes(node: Node) -> Fraction | None:
+    """The number of `"0.5"`, which mergekit takes as well."""
+    text = node.string() if node.kind == "string" else ""
+    return replace(node, value=text.strip(), quoted=False).number() if NUMBER.fullmatch(text.strip()) else None
+
+
+def bound_text(text: str | Template, bindings: Bindings) -> str:
+    """A text at one point."""
+    return text if isinstance(text, str) else text.render(bindings)
+
+
+def bound_parameters(parameters: Mapping[str, Slot], bindings: Bindings) -> dict[str, Setting]:
+    """Parameters at one point."""
+    return {name: _bound(slot, bindings) for name, slot in parameters.items()}
+
+
+def _bound(slot: Slot, bindings: Bindings) -> Setting:
+    if isinstance(slot, tuple) and isinstance(slot[0], _FilteredTemplate):
+        return tuple(_bound_filtered(part, bindings) for part in slot if isinstance(part, _FilteredTemplate))
+    return _bound_value(slot, bindings)  # pyright: ignore[reportArgumentType]  (a tuple is of one kind throughout)
+
+
+def _bound_filtered(part: _FilteredTemplate, bindings: Bindings) -> Filtered:
+    text = None if part.filter is None else bound_text(part.filter, bindings)
+    return Filtered(text, _bound_value(part.value, bindings))
+
+
+def _bound_value(slot: _ValueSlot, bindings: Bindings) -> Scalar | Gradient:
+    if isinstance(slot, Template):
+        return slot.bind(bindings)
+    if isinstance(slot, tuple):
+        return tuple(_bound_number(part, bindings) for part in slot)  # pyright: ignore[reportReturnType]
+    return slot
+
+
+def _bound_number(slot: Fraction | bool | Template, bindings: Bindings) -> Fraction | bool:
+    value = slot.bind(bindings) if isinstance(slot, Template) else slot
+    if isinstance(value, str):
+        place = slot.place if isinstance(slot, Template) else ""
+        raise BadInput(f"{place}: a gradient holds numbers, not {quoted(value)}")
+    return value
+
+
+def _interpolated(gradient: Gradient, position: float | Fraction) -> Fraction | bool:
+    # idx / (layers − 1) arrives as a float; the nearest fraction with a small denominator is the one that was meant
+    exact = position if isinstance(position, Fraction) else Fraction(position).limit_denominator(1_000_000)
+    scaled = exact * (len(gradient) - 1)
+    left = min(int(scaled), len(gradient) - 1)
+    if isinstance(gradient[left], bool):
+        return gradient[left]
+    right = min(left + 1, len(gradient) - 1)
+    return gradient[left] + (gradient[right] - gradient[left]) * (scaled - left)
+
+
+def source_document(source: Source) -> dict[str, Any]:
+    """The source as an entry of `models:`."""
+    parameters = {"parameters": plain_parameters(source.parameters)} if source.parameters else {}
+    return {"model": source.model, **parameters}
+
+
+def plain_parameters(parameters: Mapping[str, Setting]) -> dict[str, Any]:
+    """Parameters as plain data: whole numbers as int, others as float."""
+    return {name: _plain(setting) for name, setting in parameters.items()}
+
+
+def parameters_schema() -> dict[str, Any]:
+    """The JSON Schema of parameters."""
+    scalar = {"type": ["number", "boolean", "string"]}
+    value = {"anyOf": [scalar, {"type": "array", "items": {"type": ["number", "boolean", "string"]}, "minItems": 1}]}
+    filtered = {
+        "type": "object",
+        "properties": {"filter": {"type": ["string", "null"]}, "value": value},
+        "required": ["value"],
+        "additionalProperties": False,
+    }
+    setting = {"anyOf": [*value["anyOf"], filtered, {"type": "array", "items": filtered, "minItems": 1}]}
+    return {"type": ["object", "null"], "additionalProperties": setting}
+
+
+def reference_schema() -> dict[str, Any]:
+    """The JSON Schema of a model's name."""
+    named = {"type": "string", "minLength": 1}
+    path = {"type": "object", "properties": {"path": named, "revision": {"type": ["string", "null"]}}}
+    long = {"type": "object", "properties": {"model": {"anyOf": [named, path]}}, "required": ["model"]}
+    return {"anyOf": [named, long]}
+
+
+def source_schema() -> dict[str, Any]:
+    """The JSON Schema of an entry of `models:`."""
+    return {
+        "type": "object",
+        "properties": {"model": reference_schema(), "parameters": parameters_schema()},
+        "required": ["model"],
+        "additionalProperties": False,
+    }
+
+
+def _plain(setting: Setting | Filtered) -> Any:
+    if isinstance(setting, Fraction):
+        return setting.numerator if setting.denominator == 1 else float(setting)
+    if isinstance(setting, tuple):
+        return [_plain(part) for part in setting]
+    if isinstance(setting, Filtered):
+        named = {} if setting.filter is None else {"filter": setting.filter}
+        return named | {"value": _plain(setting.value)}
+    return setting
