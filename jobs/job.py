@@ -21,6 +21,7 @@ from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
 from jobs.merge_tasks import digest
 from jobs.recipe import Recipe, plain_recipe, recipe_schema, recipe_template
+from jobs.sources import LATER
 from jobs.specs import (
     AtLeast,
     Between,
@@ -181,20 +182,14 @@ class Job:
     seed: Annotated[int, AtLeast(0, MAX_SEED), "seed of random methods and items"] = 0
     numerics: Annotated[Literal["float32", "mergekit"], "arithmetic of the merge"] = "float32"
     config_from: Annotated[str | None, "parent whose config.json holds where parents disagree"] = None
-    copy_code: Annotated[bool, "whether points get the parents' files of code"] = False
+    copy_code: Annotated[bool, "whether points get the parents' files of code"] = field(default=False, metadata=LATER)
     source: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
 
     def digest(self) -> str:
         """sha256 (hex) of all that decides bytes and scores: not `output`, `workers`, comments or layout."""
-        content = {
-            entry.name: _canonical(getattr(self, entry.name))
-            for entry in dataclasses.fields(self)
-            if entry.name not in NOT_IN_DIGEST
-        }
-        if not self.copy_code:
-            del content["copy_code"]  # digests of jobs from before this key stay
-        return digest(content)
+        content = _canonical(self)
+        return digest({key: content[key] for key in content if key not in NOT_IN_DIGEST})
 
     def document(self) -> dict[str, Any]:
         """The resolved job as plain data, every default filled in; it reads back as the same job."""
@@ -320,8 +315,12 @@ def _canonical(value: Any) -> Any:
     if isinstance(value, Evaluation):
         return _canonical(value.digested())
     if dataclasses.is_dataclass(value):
-        fields = (entry for entry in dataclasses.fields(value) if entry.compare)
-        return {entry.name: _canonical(getattr(value, entry.name)) for entry in fields}
+        fields = {entry: getattr(value, entry.name) for entry in dataclasses.fields(value) if entry.compare}
+        return {
+            entry.name: _canonical(own)
+            for entry, own in fields.items()
+            if not (entry.metadata == LATER and own == entry.default)
+        }
     if isinstance(value, Fraction):
         return {"exactly": f"{value.numerator}/{value.denominator}"}
     if isinstance(value, Mapping):

@@ -15,6 +15,9 @@ from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template, template
 from jobs.yaml_nodes import NUMBER, Node, quoted
 
+LATER: Mapping[str, bool] = {"later": True}
+"""Metadata of a field that is newer than the first jobs: at its default it is not in digests, so that those stay."""
+
 Scalar = Fraction | bool | str
 Gradient = tuple[Fraction, ...] | tuple[bool, ...]
 
