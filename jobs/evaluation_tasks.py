@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from jobs.merge_tasks import Parent, Setting, TensorMerge
+from jobs.merge_tasks import DTYPE_BITS, Parent, Setting, TensorMerge
 
 Kind = Literal["point", "parent"]
 """A model's part in its job. A checkpoint that is evaluated alone is a point; a night's blessed merge is a parent."""
@@ -72,7 +72,11 @@ class ModelSpec:
         """Memory of a worker: every parent's tensors, and the point in the engine."""
         if self.as_it_is is not None and self.engine != "openai":
             return sum(file.size for file in self.as_it_is.files)
-        parents = sum(at.end - at.start for tensor in self.tensors for at in tensor.sources.values())
+        parents = sum(
+            tensor.elements * DTYPE_BITS[source.dtype] // 8
+            for tensor in self.tensors
+            for source in tensor.sources.values()
+        )
         return parents + sum(tensor.bytes for tensor in self.tensors)
 
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -84,6 +84,55 @@ class ParentTensor:
 
 
 @dataclass(frozen=True, slots=True)
+class Merged:
+    """The rule of a tensor that is itself a merge, of the inputs by their names; it is stored in its dtype in between.
+
+    `name` is the tensor's in that merge, which random draws depend on; `seed` is 0 for methods that draw none.
+    """
+
+    name: str
+    arithmetic: str
+    numerics: str
+    seed: int
+    setting: Setting
+
+
+Rule = Merged
+"""How a tensor is computed from its inputs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Derived:
+    """A tensor that a worker computes from others while it reads them.
+
+    An input is (name of the parent in whose files it lies, place); of one that is derived too, the name is a label.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    rule: Rule
+    inputs: tuple[tuple[str, Source], ...]
+
+
+Source = ParentTensor | Derived
+"""Where one parent has one tensor."""
+
+
+def stored_parts(name: str, source: Source) -> Iterator[tuple[str, ParentTensor]]:
+    """Every stored tensor that a source is read from, with the parent whose files it lies in."""
+    if isinstance(source, ParentTensor):
+        yield name, source
+    else:
+        for label, part in source.inputs:
+            yield from stored_parts(label, part)
+
+
+def stored_bytes(source: Source) -> int:
+    """The bytes that are read for one tensor."""
+    return sum(at.end - at.start for _, at in stored_parts("", source))
+
+
+@dataclass(frozen=True, slots=True)
 class Parent:
     """A pinned parent as a worker opens it."""
 
@@ -101,7 +150,7 @@ class TensorMerge:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sources: Mapping[str, ParentTensor]
+    sources: Mapping[str, Source]
     setting: int
     arithmetic: str
 
@@ -114,6 +163,16 @@ class TensorMerge:
     def bytes(self) -> int:
         """Stored size."""
         return self.elements * DTYPE_BITS[self.dtype] // 8
+
+
+def places_read(tensors: Iterable[TensorMerge]) -> dict[str, None]:
+    """The names of the parents whose files these tensors are read from, each once."""
+    return {
+        place: None
+        for tensor in tensors
+        for name, source in tensor.sources.items()
+        for place, _ in stored_parts(name, source)
+    }
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +213,7 @@ class MergeTask:
     @property
     def bytes_read(self) -> int:
         """Parent bytes this task reads when every tensor fits in memory."""
-        return sum(source.end - source.start for tensor in self.tensors for source in tensor.sources.values())
+        return sum(stored_bytes(source) for tensor in self.tensors for source in tensor.sources.values())
 
     @property
     def bytes_written(self) -> int:

@@ -11,6 +11,7 @@ from jobs.errors import BadInput
 from jobs.evaluate import Evaluation, RaceSpec
 from jobs.evaluation_tasks import Kind, ModelSpec
 from jobs.job import COMMAND_LINE
+from jobs.merge_tasks import places_read
 from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.judging.samples import Cell
 from orchestrator.planning.layouts import Layout
@@ -21,7 +22,7 @@ from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks, planned_se
 from workers.benchmarks.sets import check_sets
 from workers.benchmarks.texts.tokenizer import TOKENIZER_FILES, Tokenizer
 from workers.checkpoints.configs import STRETCHED, context_length, rope, text_fields
-from workers.checkpoints.opening import LARGEST_CONFIG
+from workers.checkpoints.opening import LARGEST_CONFIG, all_places
 from workers.checkpoints.safetensors import read_json
 from workers.checkpoints.side_files import is_code, is_of_tokenizer
 from workers.engines.engine import longest_scored
@@ -259,10 +260,12 @@ def _model_spec(plan: Plan, layout: Layout, sets: Sequence[PlannedSet]) -> Model
     tokenizer = plan.parents[layout.tokenizer_from]
     names = [name for name in tokenizer.side_files if is_of_tokenizer(name) and "/" not in name and not is_code(name)]
     known = all(entry.length for entry in sets)
+    tensors = tuple(tensor for shard in layout.shards for tensor in shard.tensors)
+    places = all_places(plan.parents)
     return ModelSpec(
         run=plan.run_url,
-        tensors=tuple(tensor for shard in layout.shards for tensor in shard.tensors),
-        parents={name: plan.parents[name].parent for name in layout.parents},
+        tensors=tensors,
+        parents={name: places[name] for name in (*layout.parents, *places_read(tensors)) if name in places},
         seed=plan.job.seed,
         numerics=plan.job.numerics,
         config=layout.config,

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.job import Job
-from jobs.merge_tasks import FORMAT, NUMERICS, Setting, digest
+from jobs.merge_tasks import FORMAT, NUMERICS, ParentTensor, Setting, Source, digest
 from orchestrator.planning.layouts import Layout, Shard
-from workers.checkpoints.opening import Checkpoint
-
-RANDOM_METHODS = ("dare_linear", "dare_ties")
+from workers.checkpoints.opening import Checkpoint, all_places
+from workers.methods import METHODS
 
 
 class ContentKeys:
     """Keys of the bytes of shards and points: equal keys for equal bytes, in every plan."""
 
     def __init__(self, job: Job, parents: Mapping[str, Checkpoint]) -> None:
-        self._job, self._parents = job, parents
+        self._job, self._parents = job, all_places(parents)
         self._layouts: dict[tuple[Layout, frozenset[str]], tuple[tuple[str, ...], str]] = {}
 
     def of_point(self, layout: Layout, settings: Sequence[Setting]) -> str:
@@ -34,31 +34,35 @@ class ContentKeys:
         )
 
     def _bound(self, key: str, bound: Sequence[Any], settings: Sequence[Setting]) -> str:
-        seed = self._job.seed if any(setting.method in RANDOM_METHODS for setting in settings) else None
+        seed = self._job.seed if any(METHODS[setting.method].random for setting in settings) else None
         return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed])
 
     def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
         """The parts of the parents that the layout and its shards use under these settings."""
         used = frozenset(name for setting in settings for name in setting.parents)
         if (layout, used) not in self._layouts:
-            shards = tuple(_shard_digest(shard, used, self._parents) for shard in layout.shards)
+            shards = tuple(self._of_shard(shard, used) for shard in layout.shards)
             files = [[file.key, file.size, file.etag] for file in layout.as_it_is]
             self._layouts[layout, used] = shards, digest([*shards, *files])
         return self._layouts[layout, used]
 
-
-def _shard_digest(shard: Shard, used: frozenset[str], parents: Mapping[str, Checkpoint]) -> str:
-    """The inputs of a shard beside the settings: the bytes and versions of its parents, and their places."""
-    return digest(
-        [
+    def _of_shard(self, shard: Shard, used: frozenset[str]) -> str:
+        """The inputs of a shard beside the settings: the bytes and versions of its parents, and their places."""
+        return digest(
             [
-                [tensor.name, tensor.dtype, list(tensor.shape), tensor.arithmetic, tensor.setting],
-                {
-                    name: [parents[name].files[at.file].etag, parents[name].files[at.file].size, at.dtype, at.start]
-                    for name, at in tensor.sources.items()
-                    if name in used
-                },
+                [
+                    [tensor.name, tensor.dtype, list(tensor.shape), tensor.arithmetic, tensor.setting],
+                    {name: self._source(name, source) for name, source in tensor.sources.items() if name in used},
+                ]
+                for tensor in shard.tensors
             ]
-            for tensor in shard.tensors
-        ]
-    )
+        )
+
+    def _source(self, name: str, source: Source) -> list[Any]:
+        """All that decides the elements of one source: version and place of what is read, and the rules."""
+        if isinstance(source, ParentTensor):
+            file = self._parents[name].files[source.file]
+            return [file.etag, file.size, source.dtype, source.start]
+        rule = [type(source.rule).__name__, dataclasses.asdict(source.rule)]
+        inputs = [[label, self._source(label, part)] for label, part in source.inputs]
+        return [source.dtype, list(source.shape), rule, inputs]

@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.job import COMMAND_LINE, Job
-from jobs.merge_tasks import DTYPE_BITS, ParentFile, ParentTensor, TensorMerge, digest
+from jobs.merge_tasks import DTYPE_BITS, ParentFile, Source, TensorMerge, digest
 from jobs.recipe import Recipe
 from jobs.sources import Filtered
 from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
@@ -306,7 +306,7 @@ def _tensor(
     tied: Mapping[str, str],
 ) -> TensorMerge:
     """One output tensor. The head of a parent without one is its embeddings."""
-    sources: dict[str, ParentTensor] = {}
+    sources: dict[str, Source] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for member in members:
         stored = stored_name(name, member, tied)
@@ -332,7 +332,7 @@ def _resizing(name: str, shape: tuple[int, ...], other: tuple[int, ...], tied: M
 
 
 def _dtypes(
-    name: str, sources: Mapping[str, ParentTensor], recipe: Recipe, dtype: str | None, numerics: str
+    name: str, sources: Mapping[str, Source], recipe: Recipe, dtype: str | None, numerics: str
 ) -> tuple[str, str]:
     """(stored dtype, arithmetic dtype) of one output tensor; float32 results are computed in float64."""
     kinds = {source.dtype for source in sources.values()}

@@ -14,13 +14,13 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest
+from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest, places_read
 from jobs.yaml_nodes import quoted, yaml_text
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.records.places import FLAT, Places
 from orchestrator.words import shortlist
-from workers.checkpoints.opening import Checkpoint, Unmergeable, open_as_it_is, open_checkpoint
+from workers.checkpoints.opening import Checkpoint, Unmergeable, all_places, open_as_it_is, open_checkpoint
 from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
 from workers.methods import METHODS
@@ -213,15 +213,17 @@ class Plan:
             for planned in members
         )
         used = {name for planned in members for setting in planned.settings for name in setting.parents}
+        tensors = tuple(
+            replace(tensor, sources={name: at for name, at in tensor.sources.items() if name in used})
+            for tensor in shard.tensors
+        )
+        read = places_read(tensors)
         return MergeTask(
             run=self.run_url,
             shard=shard.name,
-            tensors=tuple(
-                replace(tensor, sources={name: at for name, at in tensor.sources.items() if name in used})
-                for tensor in shard.tensors
-            ),
+            tensors=tensors,
             points=points,
-            parents={name: checkpoint.parent for name, checkpoint in self.parents.items() if name in used},
+            parents={name: place for name, place in all_places(self.parents).items() if name in read},
             seed=self.job.seed,
             numerics=self.job.numerics,
             memory_bytes=self.job.workers.memory_bytes,

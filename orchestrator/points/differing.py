@@ -59,6 +59,7 @@ def _compare(name: str, first: Checkpoint, second: Checkpoint, stores: Mapping[s
     if first.shapes[name] != second.shapes[name]:
         return TensorDifference(name, elements, shapes=f"{list(first.shapes[name])} and {list(second.shapes[name])}")
     a_at, b_at = first.tensors[name], second.tensors[name]
+    assert isinstance(a_at, ParentTensor) and isinstance(b_at, ParentTensor), "only merging derives tensors"
     if not {a_at.dtype, b_at.dtype} <= TORCH_NAMES.keys():
         raise CorruptData(f"tensor {name}: {a_at.dtype} and {b_at.dtype} cannot be compared")
     changed, largest, squares, dot, a_squares, b_squares = 0, 0.0, 0.0, 0.0, 0.0, 0.0

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from jobs.merge_tasks import ParentTensor
 from workers.checkpoints.configs import completed, text_fields
 from workers.checkpoints.hashing import range_digest
 from workers.checkpoints.opening import Checkpoint
@@ -171,7 +172,10 @@ def _may_repeat(member: Checkpoint) -> bool:
 
 def _are_same(member: Checkpoint, one: str, other: str) -> bool:
     """Whether two tensors have the same bytes."""
-    places = [member.tensors[name] for name in (one, other)]
+    first, second = member.tensors[one], member.tensors[other]
+    if not isinstance(first, ParentTensor) or not isinstance(second, ParentTensor):
+        return first == second
+    places = (first, second)
     if len({at.end - at.start for at in places}) > 1:
         return False
     digests = [at.digest for at in places]

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.errors import CorruptData, StorageUnavailable
-from jobs.merge_tasks import ParentFile, ParentTensor, TensorMerge
+from jobs.merge_tasks import ParentFile, ParentTensor
 from workers.checkpoints.safetensors import TensorHeader, read_header
 from workers.digests import TensorHash
 from workers.storage import ObjectInfo, Store
@@ -45,14 +45,14 @@ def has_digests(store: Store, info: ObjectInfo, digests: Mapping[str, str]) -> b
     return names == set(digests) and not changed_tensors(store, info.key, tensors, digests)
 
 
-def check_digest(found: str, store: Store, file: ParentFile, tensor: TensorMerge, source: ParentTensor) -> None:
+def check_digest(found: str, store: Store, file: ParentFile, tensor: str, source: ParentTensor) -> None:
     """Whether a parent's tensor came as its manifest has it.
 
     If not, it is read again: `StorageUnavailable` when it was damaged on its way, `CorruptData` when where it lies.
     """
     if found == source.digest:
         return
-    where = f"{store.url}/{file.key}: tensor {tensor.name}"
+    where = f"{store.url}/{file.key}: tensor {tensor}"
     again = range_digest(store, file.key, source.start, source.end, etag=file.etag, like=source.digest)
     if again == source.digest:
         raise StorageUnavailable(f"{where} was damaged on its way; use https://, which notices, and run again")

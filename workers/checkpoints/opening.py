@@ -9,13 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
-from jobs.merge_tasks import Parent, ParentFile, ParentTensor
+from jobs.merge_tasks import Parent, ParentFile, ParentTensor, Source
 from workers.checkpoints.configs import check_types, quantisation
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
@@ -61,22 +61,29 @@ class Checkpoint:
     """A parent as planning sees it: pinned files, config, and the place of every tensor.
 
     One of `open_as_it_is` has no tensors, all files that an engine needs beside the tokenizer, and in `unmergeable` the
-    error for whoever would merge it.
+    error for whoever would merge it. `others` are further places that its derived tensors are read from, by name.
     """
 
     name: str
     url: str
     config: Mapping[str, Any]
     files: tuple[ParentFile, ...]
-    tensors: Mapping[str, ParentTensor]
+    tensors: Mapping[str, Source]
     shapes: Mapping[str, tuple[int, ...]]
     side_files: Mapping[str, ObjectInfo]
     unmergeable: str = ""
+    others: Mapping[str, Parent] = field(default_factory=dict[str, Parent])
 
     @property
     def parent(self) -> Parent:
         """The part of it that a worker needs for reading."""
         return Parent(self.url, self.files)
+
+
+def all_places(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Parent]:
+    """Every place that tensors of these checkpoints are read from, by name."""
+    own = {name: checkpoint.parent for name, checkpoint in checkpoints.items()}
+    return own | {name: place for checkpoint in checkpoints.values() for name, place in checkpoint.others.items()}
 
 
 def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoint:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
 
-from jobs.merge_tasks import DTYPE_BITS, Parent, TensorMerge
+from jobs.merge_tasks import DTYPE_BITS, Parent, ParentTensor, TensorMerge, stored_bytes
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, memory
+from workers.merging.deriving import Deriving
 from workers.merging.tiles import Elements, bytes_of
 from workers.methods.tile import TILE_ELEMENTS, as_tensor
 from workers.storage import open_store
@@ -34,16 +35,9 @@ class Stretch:
     first: int
     end: int
 
-    def source(self, parent: str) -> tuple[int, int, int]:
-        """(file, first byte, end) of what is read of one parent."""
-        source = self.tensor.sources[parent]
-        width = DTYPE_BITS[source.dtype] // 8
-        return source.file, source.start + self.first * width, source.start + self.end * width
-
     def bytes_of(self, parent: str) -> int:
-        """The bytes that are read of one parent."""
-        _, start, end = self.source(parent)
-        return end - start
+        """The bytes of one parent's elements."""
+        return (self.end - self.first) * DTYPE_BITS[self.tensor.sources[parent].dtype] // 8
 
 
 class Slab:
@@ -113,7 +107,8 @@ class ParentReader:
     """Reads slabs of pinned parents. `bytes_read` counts the bytes requested from the stores.
 
     Several slabs are read at once and ahead, unless all parents are near: then whoever needs a slab reads it, into the
-    cache of its core. Of a parent that has a manifest, `check` holds every tensor against its digest.
+    cache of its core. Of a parent that has a manifest, `check` holds every tensor against its digest. A derived tensor
+    is in memory as a whole until the last part of it is read.
     """
 
     def __init__(
@@ -125,6 +120,8 @@ class ParentReader:
         self._slab_bytes = slab_bytes
         self._device = device
         self._progress = progress
+        self._deriving = Deriving(parents)
+        self._wholes: dict[tuple[str, str], _Whole] = {}
         self._free: list[Bytes] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READS_AT_ONCE, "read")
@@ -167,7 +164,7 @@ class ParentReader:
             self._checkers[name].submit(self._check, name, slab, index, passing)
             for index, stretch in enumerate(slab.stretches)
             for name, source in stretch.tensor.sources.items()
-            if source.digest
+            if isinstance(source, ParentTensor) and source.digest
         ]
         slab.checks.extend(begun)
         return begun
@@ -176,11 +173,14 @@ class ParentReader:
         stretch = slab.stretches[index]
         part = slab.raw[index][name][stretch.start - stretch.first : stretch.stop - stretch.first]
         tensor, source = stretch.tensor, stretch.tensor.sources[name]
+        assert isinstance(source, ParentTensor), "inputs of a derived tensor are checked when they are read"
         so_far = passing.setdefault((name, tensor.name), TensorHash(source.digest))
         so_far.update(bytes_of(part))
         if stretch.stop == tensor.elements:
             del passing[name, tensor.name]
-            check_digest(so_far.digest(), self._stores[name], self._parents[name].files[source.file], tensor, source)
+            check_digest(
+                so_far.digest(), self._stores[name], self._parents[name].files[source.file], tensor.name, source
+            )
 
     def release(self, slab: Slab) -> None:
         """Gives a slab's memory back; its tensors must not be looked at any more."""
@@ -191,14 +191,14 @@ class ParentReader:
     def _read(self, name: str, stretches: Sequence[Stretch]) -> tuple[Bytes, dict[int, Elements]]:
         """One parent's part of a slab: the buffer, and a typed 1-D view of it for each stretch the parent has."""
         runs = _runs(name, stretches)
-        buffer = self._buffer(runs[-1].at + runs[-1].size)
+        buffer = self._buffer(runs[-1].at + runs[-1].size) if runs else memory(0)
         whole = buffer.data
         views: dict[int, Elements] = {}
-        files, store = self._parents[name].files, self._stores[name]
         for run in runs:
             if run.size:  # a bucket cannot be asked for an empty range
-                store.read_into(
-                    files[run.file].key, whole[run.at : run.at + run.size], start=run.start, etag=files[run.file].etag
+                file = self._parents[name].files[run.file]
+                self._stores[name].read_into(
+                    file.key, whole[run.at : run.at + run.size], start=run.start, etag=file.etag
                 )
             for index, at, size in run.parts:
                 dtype = numpy_dtype(stretches[index].tensor.sources[name].dtype)
@@ -206,7 +206,27 @@ class ParentReader:
             with self._lock:
                 self.bytes_read += run.size
             self._progress(run.size, 0)
+        for index, stretch in enumerate(stretches):
+            if name in stretch.tensor.sources and index not in views:
+                views[index] = self._whole(name, stretch)[stretch.first : stretch.end]
         return buffer, views
+
+    def _whole(self, name: str, stretch: Stretch) -> Elements:
+        """All elements of a parent's derived tensor, computed once for all its stretches."""
+        tensor, source = stretch.tensor, stretch.tensor.sources[name]
+        with self._lock:
+            whole = self._wholes.setdefault((name, tensor.name), _Whole(left=tensor.elements))
+        with whole.lock:
+            if whole.elements is None:
+                whole.elements = self._deriving.whole(name, source, tensor.name)
+                with self._lock:
+                    self.bytes_read += stored_bytes(source)
+                self._progress(stored_bytes(source), 0)
+        with self._lock:
+            whole.left -= stretch.stop - stretch.start
+            if whole.left == 0:
+                del self._wholes[name, tensor.name]
+        return whole.elements
 
     def _placed(self, elements: Elements) -> Elements:
         return elements if self._device == "cpu" else as_tensor(elements).to(self._device, non_blocking=True)
@@ -216,6 +236,15 @@ class ParentReader:
             if self._free and size <= self._slab_bytes:
                 return self._free.pop()
         return memory(max(size, self._slab_bytes), pinned=self._device != "cpu")
+
+
+@dataclass(slots=True)
+class _Whole:
+    """A derived tensor, and how many of its elements are not read yet."""
+
+    left: int
+    elements: Elements | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(slots=True)
@@ -233,10 +262,11 @@ def _runs(parent: str, stretches: Sequence[Stretch]) -> list[_Run]:
     """Neighbours in a file make one run where every tensor of it ends up aligned."""
     runs: list[_Run] = []
     for index, stretch in enumerate(stretches):
-        if parent not in stretch.tensor.sources:
+        source = stretch.tensor.sources.get(parent)
+        if not isinstance(source, ParentTensor):
             continue
-        file, start, end = stretch.source(parent)
-        width = DTYPE_BITS[stretch.tensor.sources[parent].dtype] // 8
+        width = DTYPE_BITS[source.dtype] // 8
+        file, start, end = source.file, source.start + stretch.first * width, source.start + stretch.end * width
         last = runs[-1] if runs else None
         if last and last.file == file and last.start + last.size == start and (last.at + last.size) % width == 0:
             last.parts.append((index, last.at + last.size, end - start))

@@ -8,36 +8,29 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jobs.merge_tasks import Parent, Setting, TensorMerge
 from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
-from workers.checkpoints.hashing import check_digest
-from workers.digests import TensorHash, digest_of
-from workers.merging.buffers import memory
+from workers.digests import TensorHash
+from workers.merging.deriving import PIECE_ELEMENTS, Deriving
 from workers.merging.tiles import (
     FACT_UNITS,
     Elements,
     Facts,
     TensorMerger,
     bytes_of,
-    missing_facts,
-    one_torch_thread,
+    learn,
     overflowed,
-    tiles,
 )
-from workers.methods.tile import TILE_ELEMENTS, Reduction, as_tensor
-from workers.storage import open_store
+from workers.methods.tile import as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 READS_AT_ONCE = 8
-
-PIECE_ELEMENTS = 16 * TILE_ELEMENTS
-"""What one thread merges at a time: large enough to cost little, small enough that no thread waits long for others."""
 
 _Piece = tuple[Elements, int]
 """A piece of the output, and how many of its elements overflowed."""
@@ -65,19 +58,12 @@ class ResidentParents:
         self._device = device
         self._threads = max(1, threads)
         self._facts: dict[str, Facts] = {tensor.name: {} for tensor in tensors}
-        stores = {name: open_store(parent.url) for name, parent in parents.items()}
+        deriving = Deriving(parents)
 
         def read(tensor: TensorMerge) -> dict[str, Elements]:
-            found: dict[str, Elements] = {}
-            for name, at in tensor.sources.items():
-                file = parents[name].files[at.file]
-                data = memory(at.end - at.start)
-                if at.end > at.start:
-                    stores[name].read_into(file.key, data.data, start=at.start, etag=file.etag)
-                    if at.digest:
-                        check_digest(digest_of(data.data, like=at.digest), stores[name], file, tensor, at)
-                found[name] = self._placed(data.view(numpy_dtype(at.dtype)))
-            return found
+            return {
+                name: self._placed(deriving.whole(name, source, tensor.name)) for name, source in tensor.sources.items()
+            }
 
         with ThreadPoolExecutor(READS_AT_ONCE, "read") as pool:
             self._raw = {tensor.name: raw for tensor, raw in zip(tensors, pool.map(read, tensors), strict=True)}
@@ -153,18 +139,17 @@ class ResidentParents:
 
     def _learn(self, tensor: TensorMerge, setting: Setting, pool: ThreadPoolExecutor) -> None:
         """The facts about a tensor that a setting needs before its first element is merged."""
-        raw, facts, step = self._raw[tensor.name], self._facts[tensor.name], self._step(tensor)
-        while asked := missing_facts(tensor, [setting], facts, seed=self._seed, numerics=self._numerics):
-
-            def answer(start: int, asked: Sequence[Reduction] = asked) -> list[list[Any]]:
-                one_torch_thread()
-                stop, units = min(start + step, tensor.elements), FACT_UNITS if self._device == "cpu" else None
-                found = [*tiles(tensor, start, stop, raw, 0, facts, self._seed, units=units)]
-                return [[share for tile in found for share in question.of(tile)] for question in asked]
-
-            answers = [*pool.map(answer, range(0, tensor.elements, step))]
-            for question, shares in zip(asked, zip(*answers, strict=True), strict=True):
-                facts[question] = question.combine([share for piece in shares for share in piece])
+        learn(
+            tensor,
+            setting,
+            self._raw[tensor.name],
+            self._facts[tensor.name],
+            self._step(tensor),
+            seed=self._seed,
+            numerics=self._numerics,
+            units=FACT_UNITS if self._device == "cpu" else None,
+            each=pool.map,
+        )
 
     def _step(self, tensor: TensorMerge) -> int:
         """Elements of a piece: a GPU wants few large launches."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -226,6 +226,35 @@ def missing_facts(
         except NotYetKnown as question:
             missing.update(dict.fromkeys(first for each in question.reductions for first in _first_unknown(each, tile)))
     return [*missing]
+
+
+def learn(
+    tensor: TensorMerge,
+    setting: Setting,
+    raw: Mapping[str, Elements],
+    facts: Facts,
+    step: int,
+    *,
+    seed: int,
+    numerics: str,
+    units: int | None = FACT_UNITS,
+    each: Callable[[Callable[[int], _Shares], Iterable[int]], Iterable[_Shares]] = map,
+) -> None:
+    """Adds the facts about a whole tensor that a setting needs, from pieces of `step` elements that `each` maps."""
+    while asked := missing_facts(tensor, [setting], facts, seed=seed, numerics=numerics):
+
+        def answer(start: int, asked: Sequence[Reduction] = asked) -> _Shares:
+            one_torch_thread()
+            found = [*tiles(tensor, start, min(start + step, tensor.elements), raw, 0, facts, seed, units=units)]
+            return [[share for tile in found for share in question.of(tile)] for question in asked]
+
+        answers = [*each(answer, range(0, tensor.elements, step))]
+        for question, shares in zip(asked, zip(*answers, strict=True), strict=True):
+            facts[question] = question.combine([share for piece in shares for share in piece])
+
+
+_Shares = list[list[Any]]
+"""The shares of one piece in the answer to each question."""
 
 
 def _probe(tensor: TensorMerge, facts: Facts, seed: int) -> Tile:

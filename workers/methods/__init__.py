@@ -49,13 +49,14 @@ class Method:
 
     `base` is "required" (a model to subtract, not one to merge), "optional" (the same if it is given), "one of the
     models", or "unused". `fused` gives the formula as one pass over memory, from settings that `simplified` has made.
-    `whole_rows`: the method asks for whole rows of its tensors, `Tile.around`.
+    `whole_rows`: the method asks for whole rows of its tensors, `Tile.around`. `random`: its draws depend on the seed.
     `collapse` says in words, from the facts of a tensor, that its merge is not one.
     """
 
     merge: Callable[..., Tensor]
     fused: Callable[..., Pass] | None = None
     whole_rows: bool = False
+    random: bool = False
     collapse: Callable[..., str | None] | None = None
     base: Literal["required", "optional", "one of the models", "unused"] = "unused"
     fewest: int = 1
@@ -90,12 +91,12 @@ METHODS: Mapping[str, Method] = {
     "slerp": Method(slerp, slerp_pass, base="one of the models", fewest=2, most=2),
     "task_arithmetic": Method(task_arithmetic, task_arithmetic_pass, base="required"),
     "ties": Method(ties, ties_pass, base="required"),
-    "dare_linear": Method(dare_linear, dare_linear_pass, base="required"),
-    "dare_ties": Method(dare_ties, dare_ties_pass, base="required"),
+    "dare_linear": Method(dare_linear, dare_linear_pass, random=True, base="required"),
+    "dare_ties": Method(dare_ties, dare_ties_pass, random=True, base="required"),
     "breadcrumbs": Method(breadcrumbs, breadcrumbs_pass, base="required"),
     "breadcrumbs_ties": Method(breadcrumbs_ties, breadcrumbs_ties_pass, base="required"),
-    "della": Method(della, della_pass, whole_rows=True, base="required"),
-    "della_linear": Method(della_linear, della_linear_pass, whole_rows=True, base="required"),
+    "della": Method(della, della_pass, whole_rows=True, random=True, base="required"),
+    "della_linear": Method(della_linear, della_linear_pass, whole_rows=True, random=True, base="required"),
     "sce": Method(sce, sce_pass, base="required", collapse=sce_collapse),
     "ram": Method(ram, ram_pass, base="required"),
     "ramplus_tl": Method(ramplus_tl, ramplus_tl_pass, base="required"),

@@ -23,6 +23,8 @@ from torch import Tensor
 from jobs.errors import BadInput, CorruptData, ObjectChanged, StorageError, StorageUnavailable
 from jobs.merge_tasks import (
     DTYPE_BITS,
+    Derived,
+    Merged,
     MergeTask,
     Parent,
     ParentFile,
@@ -194,6 +196,7 @@ def small_tiles(budget: Budget | None = None) -> Iterator[None]:
             "workers.merging.shard",
             "workers.merging.tiles",
             "workers.merging.reading",
+            "workers.merging.deriving",
         ):
             patch.setattr(f"{module}.TILE_ELEMENTS", TILE)
         if budget is not None:
@@ -244,6 +247,43 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
             content, tensors = reference[receipt.point]
             assert shard(task, receipt.point) == content
             assert dict(receipt.tensors) == tensors
+
+
+@pytest.mark.parametrize("first", ["linear", "ties", "dare", "della"])
+@pytest.mark.parametrize("budget", [None, Budget(slab=300, slabs_ahead=2, piece=64 * 8, held=0)])
+def test_a_merge_that_is_computed_while_it_is_read_gives_the_bytes_of_one_that_was_written(
+    first: str, budget: Budget | None
+):
+    parents = family(EVERY_KIND)
+    points = {name: replace(POINTS[name], models=("a", "first")) for name in ("linear", "ties")}
+    with small_tiles(budget):
+        written = task_of(parents, {"first": POINTS[first]})
+        merge_task(written)
+        stored = task_of({**parents, "first": shard(written, "first")}, points)
+        merge_task(stored)
+        computed = task_of(parents, points)
+        computed = replace(
+            computed,
+            tensors=tuple(
+                replace(
+                    tensor,
+                    sources={
+                        **tensor.sources,
+                        "first": Derived(
+                            tensor.dtype,
+                            tensor.shape,
+                            Merged(tensor.name, tensor.arithmetic, "float32", computed.seed, POINTS[first]),
+                            tuple(tensor.sources.items()),
+                        ),
+                    },
+                )
+                for tensor in computed.tensors
+            ),
+        )
+        (receipt, _) = merge_task(computed)
+    assert [shard(computed, point) for point in points] == [shard(stored, point) for point in points]
+    read = sum(at.end - at.start for tensor in written.tensors for at in tensor.sources.values())
+    assert receipt.bytes_read >= 2 * read
 
 
 def test_bytes_do_not_depend_on_how_shards_are_cut(reference: dict[str, tuple[bytes, dict[str, str]]]):

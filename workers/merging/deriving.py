@@ -1,0 +1,64 @@
+"""Whole tensors of parents, read as they are stored or computed by their rule while they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jobs.merge_tasks import Derived, Merged, Parent, ParentTensor, Source, TensorMerge
+from workers.checkpoints.dtypes import numpy_dtype
+from workers.checkpoints.hashing import check_digest
+from workers.digests import digest_of
+from workers.merging.buffers import memory
+from workers.merging.tiles import Elements, Facts, TensorMerger, learn
+from workers.methods.tile import TILE_ELEMENTS
+from workers.storage import open_store
+
+PIECE_ELEMENTS = 16 * TILE_ELEMENTS
+"""What one thread merges at a time: large enough to cost little, small enough that no thread waits long for others."""
+
+
+Compute = Callable[[Any, Derived, Sequence[Elements]], Elements]
+"""From (rule, tensor, inputs) to the elements of the tensor; all elements are 1-D, each in its dtype."""
+
+
+class Deriving:
+    """Reads whole tensors of pinned parents."""
+
+    def __init__(self, parents: Mapping[str, Parent]) -> None:
+        self._parents = parents
+        self._stores = {name: open_store(parent.url) for name, parent in parents.items()}
+
+    def whole(self, parent: str, source: Source, tensor: str) -> Elements:
+        """The elements of a tensor, 1-D and in the source's dtype; errors as of the stores and of `check_digest`."""
+        if isinstance(source, ParentTensor):
+            return self._stored(parent, source, tensor)
+        inputs = [self.whole(name, part, tensor) for name, part in source.inputs]
+        return RULES[type(source.rule)](source.rule, source, inputs)
+
+    def _stored(self, parent: str, at: ParentTensor, tensor: str) -> Elements:
+        store, file = self._stores[parent], self._parents[parent].files[at.file]
+        data = memory(at.end - at.start)
+        if at.end > at.start:  # a bucket cannot be asked for an empty range
+            store.read_into(file.key, data.data, start=at.start, etag=file.etag)
+            if at.digest:
+                check_digest(digest_of(data.data, like=at.digest), store, file, tensor, at)
+        return data.view(numpy_dtype(at.dtype))
+
+
+def _merged(rule: Merged, derived: Derived, inputs: Sequence[Elements]) -> Elements:
+    raw = {name: elements for (name, _), elements in zip(derived.inputs, inputs, strict=True)}
+    tensor = TensorMerge(rule.name, derived.dtype, derived.shape, dict(derived.inputs), 0, rule.arithmetic)
+    facts: Facts = {}
+    learn(tensor, rule.setting, raw, facts, PIECE_ELEMENTS, seed=rule.seed, numerics=rule.numerics)
+    merger = TensorMerger(tensor, [rule.setting], facts, seed=rule.seed, numerics=rule.numerics)
+    output = np.empty(tensor.elements, numpy_dtype(tensor.dtype))
+    for start in range(0, tensor.elements, PIECE_ELEMENTS):
+        merger.run(start, raw, 0, [output[start : start + PIECE_ELEMENTS]])
+    return output
+
+
+RULES: Mapping[type, Compute] = {Merged: _merged}
+"""The computation of each rule."""
