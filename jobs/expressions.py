@@ -71,11 +71,13 @@ class Template:
 
     parts: tuple[str | Expression, ...]
     place: str
+    given: frozenset[str] = frozenset()
 
     @property
     def names(self) -> frozenset[str]:
-        """The axes the placeholders speak of."""
-        return frozenset[str]().union(*(part.names for part in self.parts if isinstance(part, Expression)))
+        """The axes in the placeholders: all names but the `given` ones."""
+        used = frozenset[str]().union(*(part.names for part in self.parts if isinstance(part, Expression)))
+        return used - self.given
 
     def bind(self, bindings: Bindings) -> Value:
         """The value itself where the text is exactly one placeholder, else the text with its values written in."""
@@ -101,11 +103,11 @@ def names(text: str) -> set[str]:
     return set(_parsed(text, "expression").names)
 
 
-def template(text: str, place: str) -> Template | None:
-    """`text` with its `${…}` parsed, or None if there are none."""
+def template(text: str, place: str, given: frozenset[str] = frozenset()) -> Template | None:
+    """`text` with its `${…}` parsed, or None if there are none; `given` are names that are no axes."""
     if "${" not in text:
         return None
-    return Template(_parts(text, PLACEHOLDER, place), place)
+    return Template(_parts(text, PLACEHOLDER, place), place, given)
 
 
 def name_template(text: str, place: str) -> Template:

@@ -17,13 +17,14 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from fractions import Fraction
 from math import prod
 from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import AXIS_NAME, Bindings, Template, Value, format_number, name_template
+from jobs.ranges import range_schema, read_range
 from jobs.recipe import Recipe, RecipeTemplate
+from jobs.trajectories import NO_TRAJECTORIES, Trajectories
 from jobs.yaml_nodes import Node, quoted, suggestion
 
 MAX_POINTS = 100_000
@@ -80,8 +81,6 @@ def grid_schema() -> dict[str, Any]:
     """The JSON Schema of a grid."""
     number = {"type": "number"}
     values = {"type": "array", "items": {"type": ["number", "string"]}, "minItems": 1}
-    steps = _object({"from": number, "to": number, "step": number, "num": {"type": "integer", "minimum": 1}})
-    span = steps | {"required": ["from", "to"], "oneOf": [{"required": ["step"]}, {"required": ["num"]}]}
     names = {"type": "array", "items": {"type": "string"}, "minItems": 2, "uniqueItems": True}
     step = number | {"exclusiveMinimum": 0, "maximum": 1}
     simplex = _object({"axes": names, "step": step}) | {"required": ["axes", "step"]}
@@ -92,7 +91,7 @@ def grid_schema() -> dict[str, Any]:
         "minProperties": 1,
         "properties": {"simplex": simplex, "points": False, "name": False},
         "propertyNames": {"pattern": f"^{AXIS_NAME.pattern}$", "maxLength": 80},
-        "additionalProperties": {"anyOf": [values | {"uniqueItems": True}, span]},
+        "additionalProperties": {"anyOf": [values | {"uniqueItems": True}, range_schema()]},
     }
     return {"anyOf": [axes, points]}
 
@@ -101,7 +100,9 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
-def expand(recipe: RecipeTemplate, grid: Grid, point_name: Template | None) -> tuple[Point, ...]:
+def expand(
+    recipe: RecipeTemplate, grid: Grid, point_name: Template | None, trajectories: Trajectories = NO_TRAJECTORIES
+) -> tuple[Point, ...]:
     """Every point of the grid; refuses unused and undefined axes, and names that are invalid or double."""
     used = frozenset[str]().union(*(placeholder.names for placeholder in recipe.placeholders))
     for axis, place in grid.places.items():
@@ -126,7 +127,7 @@ def expand(recipe: RecipeTemplate, grid: Grid, point_name: Template | None) -> t
                 f"{naming.place}: the points {first} and {described(bindings)} are both called {quoted(name)}; "
                 "name every axis in `point:`, or give each point its `name` under `grid: points:`"
             )
-        points[name] = Point(name, bindings, recipe.bind(bindings))
+        points[name] = Point(name, bindings, recipe.bind(bindings, trajectories))
     return tuple(points.values())
 
 
@@ -195,41 +196,13 @@ def _axis(name: str, node: Node) -> _Axis:
     if node.kind == "list":
         values = tuple(_axis_value(entry) for entry in node.sequence())
     elif node.kind == "mapping":
-        values = tuple(_range(node))
+        count, numbers = read_range(node)
+        _check_count(node, count)
+        values = tuple(numbers)
     else:
         raise node.error(f"the axis {quoted(name)} must be a list, or {{from, to, step}}, or {{from, to, num}}")
     _check_distinct(name, values, node)
     return _Axis((name,), tuple((value,) for value in values), node.place)
-
-
-def _range(node: Node) -> Iterator[Fraction]:
-    keys = node.mapping(("from", "to", "step", "num"), ("from", "to"))
-    if ("step" in keys) == ("num" in keys):
-        raise node.error("a range needs `step` or `num`, one of the two")
-    start, end = keys["from"].number(), keys["to"].number()
-    count = _steps(keys["step"], start, end) + 1 if "step" in keys else keys["num"].integer(minimum=1)
-    if count == 1 and start != end:
-        raise node.error("a range of one value needs `from` and `to` to be equal; or write a list")
-    if count > 1 and start == end:
-        raise node.error("`from` and `to` are equal; a range of several values needs them to differ")
-    _check_count(node, count)
-    return (start + (end - start) * index / max(count - 1, 1) for index in range(count))
-
-
-def _steps(node: Node, start: Fraction, end: Fraction) -> int:
-    step = node.number()
-    if not step:
-        raise node.error("a step cannot be 0")
-    steps = (end - start) / step
-    if steps < 0:
-        raise node.error(f"steps of {format_number(step)} lead away from `to`; turn the sign")
-    if steps.denominator != 1:
-        reached = format_number(start + int(steps) * step)
-        raise node.error(
-            f"steps of {format_number(step)} from {format_number(start)} miss {format_number(end)}; "
-            f"end at {reached}, or give `num` in place of `step`"
-        )
-    return steps.numerator
 
 
 def _simplex(node: Node) -> _Axis:

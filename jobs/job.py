@@ -35,6 +35,7 @@ from jobs.specs import (
     read_spec,
     schema_of,
 )
+from jobs.trajectories import Trajectories, one_of, parents_document, parents_schema, read_parents
 from jobs.yaml_nodes import Node, load_document, quoted, suggestion
 
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
@@ -43,7 +44,7 @@ BLESSED = "blessed"
 """The gate's baseline in the job of a night; the baseline of the user's job stays among its parents, in no recipe."""
 
 # these decide no byte and no score: where the job runs and writes, and where `points` come from
-NOT_IN_DIGEST = frozenset({"output", "workers", "recipe", "grid", "point", "source", "places"})
+NOT_IN_DIGEST = frozenset({"output", "workers", "recipe", "grid", "point", "source", "places", "trajectories"})
 
 
 Margin = Annotated[float, Between(100, "a margin is a number of points between 0 and 100, such as 1.0")]
@@ -99,13 +100,7 @@ def _name(node: Node) -> str:
 
 
 def _parents(node: Node) -> dict[str, str]:
-    entries = node.mapping()
-    if not entries:
-        raise node.error("the job has no parents; name at least one")
-    for name, entry in entries.items():
-        if not PARENT_NAME.fullmatch(name):
-            raise entry.error(f"{quoted(name)} cannot name a parent; letters, digits and . _ -")
-    return {name: entry.string() for name, entry in entries.items()}
+    return read_parents(node, PARENT_NAME)[0]
 
 
 def _gate(node: Node) -> GateSpec:
@@ -130,12 +125,7 @@ class Job:
         Mapping[str, str],
         Reads(
             _parents,
-            {
-                "type": "object",
-                "minProperties": 1,
-                "propertyNames": {"pattern": f"^{PARENT_NAME.pattern}$"},
-                "additionalProperties": {"type": "string", "minLength": 1},
-            },
+            partial(parents_schema, PARENT_NAME),
         ),
         "name and URL or path of each checkpoint",
     ]
@@ -185,6 +175,7 @@ class Job:
     copy_code: Annotated[bool, "whether points get the parents' files of code"] = field(default=False, metadata=LATER)
     source: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
+    trajectories: Trajectories = field(default_factory=dict[str, tuple[str, ...]], compare=False, repr=False)
 
     def digest(self) -> str:
         """sha256 (hex) of all that decides bytes and scores: not `output`, `workers`, comments or layout."""
@@ -193,7 +184,14 @@ class Job:
 
     def document(self) -> dict[str, Any]:
         """The resolved job as plain data, every default filled in; it reads back as the same job."""
-        return document_of(self)
+        return document_of(self) | {"parents": parents_document(self.parents, self.trajectories)}
+
+    def used_parents(self) -> tuple[str, ...]:
+        """The parents, without those of a trajectory that no point is merged from or compared with."""
+        used = {reference for point in self.points for reference in point.recipe.references()}
+        used |= {self.config_from or "", self.gate.baseline if self.gate else ""}
+        of_trajectories = {parent for of in self.trajectories.values() for parent in of}
+        return tuple(parent for parent in self.parents if parent in used or parent not in of_trajectories)
 
     def place_of(self, key: str) -> str:
         """File and line of a top-level key, or of a parent as `parents.cos`."""
@@ -214,8 +212,10 @@ def read_job(node: Node, output: str | None = None) -> Job:
     node = node.without_anchors([field.name for field in fields_of(Job)])
     given: dict[str, Any] = {} if output is None else {"output": output}
     keys = keys_at(Job, node, given)
-    given |= {"points": _points(keys), "source": node.document, "places": _places(keys)}
-    job = read_spec(Job, node, given=given)
+    _, trajectories = read_parents(keys["parents"], PARENT_NAME)
+    given |= {"points": _points(keys, trajectories), "trajectories": trajectories}
+    given |= {"source": node.document, "places": _places(keys, trajectories)}
+    job = _with_checkpoints(read_spec(Job, node, given=given))
     _check(job)
     return job
 
@@ -237,11 +237,22 @@ def load_merge_document(text: str, name: str, output: str) -> Job:
     )
 
 
-def _points(keys: Mapping[str, Node]) -> tuple[Point, ...]:
+def _with_checkpoints(job: Job) -> Job:
+    """The job in which `gate` and `config_from` name a checkpoint where they say `step[-1]`."""
+    if job.config_from is not None:
+        found = one_of(job.config_from, job.trajectories, job.place_of("config_from"))
+        job = dataclasses.replace(job, config_from=found)
+    if job.gate is not None:
+        baseline = one_of(job.gate.baseline, job.trajectories, job.gate.place)
+        job = dataclasses.replace(job, gate=dataclasses.replace(job.gate, baseline=baseline))
+    return job
+
+
+def _points(keys: Mapping[str, Node], trajectories: Trajectories) -> tuple[Point, ...]:
     template = recipe_template(keys["recipe"])
     grid: Grid = parse_grid(keys.get("grid"), keys["recipe"].place)
     naming = name_template(keys["point"].string(), keys["point"].place) if "point" in keys else None
-    return expand(template, grid, naming)
+    return expand(template, grid, naming, trajectories)
 
 
 def job_schema() -> dict[str, Any]:
@@ -254,16 +265,20 @@ def job_schema() -> dict[str, Any]:
     }
 
 
-def _places(keys: Mapping[str, Node]) -> dict[str, str]:
-    parents = {f"parents.{name}": entry.place for name, entry in keys["parents"].mapping().items()}
-    return {key: node.place for key, node in keys.items()} | parents
+def _places(keys: Mapping[str, Node], trajectories: Trajectories) -> dict[str, str]:
+    entries = keys["parents"].mapping()
+    places = {f"parents.{name}": entry.place for name, entry in entries.items()}
+    places |= {f"parents.{parent}": entries[name].place for name, of in trajectories.items() for parent in of}
+    return {key: node.place for key, node in keys.items()} | places
 
 
 def _check(job: Job) -> None:
     used = _check_references(job)
     baseline = job.gate.baseline if job.gate else None
+    checkpoints = {parent: of for of in job.trajectories.values() for parent in of}
     for parent in job.parents:
-        if parent not in used and baseline not in (parent, BLESSED):
+        together = {*checkpoints.get(parent, ()), parent}
+        if baseline != BLESSED and not together & {*used, baseline}:
             place = job.place_of(f"parents.{parent}")
             raise BadInput(
                 f"{place}: the parent {quoted(parent)} is used nowhere; use it in the recipe, or take it out"

@@ -62,7 +62,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class ParentFile:
-    """One file of a parent's weights, pinned: a reader that finds another ETag or size refuses it."""
+    """One safetensors file of a parent, pinned: a reader that finds another ETag or size refuses it."""
 
     key: str
     size: int

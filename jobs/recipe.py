@@ -30,6 +30,7 @@ from jobs.sources import (
     source_document,
     source_schema,
 )
+from jobs.trajectories import NO_TRAJECTORIES, Trajectories, one_of
 from jobs.yaml_nodes import Node, quoted, suggestion
 
 KEYS = {
@@ -112,12 +113,13 @@ class RecipeTemplate:
     places: Mapping[str, str]
     placeholders: tuple[Template, ...]
 
-    def bind(self, bindings: Bindings) -> Recipe:
-        """The recipe at one point."""
+    def bind(self, bindings: Bindings, trajectories: Trajectories = NO_TRAJECTORIES) -> Recipe:
+        """The recipe at one point, the windows of `trajectories` as the models that they hold."""
         texts = {key: bound_text(text, bindings) for key, text in self.texts.items()}
+        texts |= {key: one_of(texts[key], trajectories, self.places[key]) for key in _MODEL_KEYS if key in texts}
         recipe = Recipe(
             merge_method=texts["merge_method"],
-            models=tuple(source.bind(bindings) for source in self.models),
+            models=tuple(model for source in self.models for model in source.window(bindings, trajectories)),
             base_model=texts.get("base_model"),
             parameters=bound_parameters(self.parameters, bindings),
             dtype=texts.get("dtype"),

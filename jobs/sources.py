@@ -13,6 +13,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template, template
+from jobs.trajectories import AGE, DEFAULT_ALPHA, NO_TRAJECTORIES, Trajectories, is_window, one_of, weight, window
 from jobs.yaml_nodes import NUMBER, Node, quoted
 
 LATER: Mapping[str, bool] = {"later": True}
@@ -62,14 +63,46 @@ class SourceTemplate:
     place: str
     places: Mapping[str, str]
 
-    def bind(self, bindings: Bindings) -> Source:
-        """The source at one point."""
-        return Source(
-            model=bound_text(self.model, bindings),
-            parameters=bound_parameters(self.parameters, bindings),
-            place=self.place,
-            places=self.places,
+    def bind(self, bindings: Bindings, trajectories: Trajectories = NO_TRAJECTORIES) -> Source:
+        """The source at one point; of `trajectories` it names at most one checkpoint."""
+        model = one_of(bound_text(self.model, bindings), trajectories, self.place)
+        return self._source(model, bound_parameters(self.parameters, bindings))
+
+    def window(self, bindings: Bindings, trajectories: Trajectories) -> tuple[Source, ...]:
+        """The source at one point, or the checkpoints of its window, with parameters by age."""
+        members = window(bound_text(self.model, bindings), trajectories, self.place)
+        if not isinstance(members, tuple):
+            return (self.bind(bindings, trajectories),)
+        oldest_first = [parent for checkpoints in trajectories.values() for parent in checkpoints if parent in members]
+        last = len(members) - 1
+        return tuple(
+            self._source(member, self._aged(bindings, last - oldest_first.index(member), len(members)))
+            for member in members
         )
+
+    def _source(self, model: str, parameters: Mapping[str, Setting]) -> Source:
+        return Source(model=model, parameters=parameters, place=self.place, places=self.places)
+
+    def _aged(self, bindings: Bindings, age: int, size: int) -> dict[str, Setting]:
+        """The parameters of the checkpoint of this age in a window of `size`."""
+        parameters = bound_parameters(self.parameters, {**bindings, AGE: Fraction(age)})
+        written = parameters.get("weight")
+        parts = written if isinstance(written, tuple) else (written,)
+        alpha = DEFAULT_ALPHA
+        if "ema" in [part.value if isinstance(part, Filtered) else part for part in parts]:
+            given = parameters.pop("alpha", DEFAULT_ALPHA)
+            if not isinstance(given, Fraction) or not 0 < given <= 1:
+                raise BadInput(f"{self.places['alpha']}: the alpha of ema must be a number above 0 and at most 1")
+            alpha = given
+
+        def by_age(value: Any) -> Any:
+            if isinstance(value, Filtered):
+                return replace(value, value=by_age(value.value))
+            return weight(value, age, size, alpha, self.places["weight"]) if isinstance(value, str) else value
+
+        if written is not None:
+            parameters["weight"] = tuple(map(by_age, written)) if isinstance(written, tuple) else by_age(written)
+        return parameters
 
 
 _ValueSlot = Scalar | Template | tuple[Fraction | Template, ...] | tuple[bool, ...]
@@ -101,11 +134,13 @@ class Reader:
 
     def __init__(self) -> None:
         self.placeholders: list[Template] = []
+        self._given = frozenset[str]()
+        """Names in expressions that are no axes."""
 
     def text(self, node: Node) -> str | Template:
         """Text, or a template of text."""
         text = node.string()
-        parsed = template(text, node.place)
+        parsed = template(text, node.place, self._given)
         if parsed is None:
             return text
         self.placeholders.append(parsed)
@@ -118,8 +153,12 @@ class Reader:
                 "`revision:` stands after the model's name: write `model: organisation/name@revision`"
             )
         keys = node.mapping(("model", "parameters"), ("model",))
+        name = model_name(keys["model"])
+        model = self.text(name)
+        self._given = frozenset({AGE}) if is_window(name.string()) else frozenset()
         parameters, places = self.parameters(keys.get("parameters"))
-        return SourceTemplate(self.text(model_name(keys["model"])), parameters, keys["model"].place, places)
+        self._given = frozenset()
+        return SourceTemplate(model, parameters, keys["model"].place, places)
 
     def parameters(self, node: Node | None) -> tuple[dict[str, Slot], dict[str, str]]:
         """The settings by name, and where each stands."""

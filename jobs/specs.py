@@ -19,7 +19,7 @@ Spec = TypeVar("Spec")
 Scalar = str | bool | int | float
 SWITCH = {"enum": [True, False, "yes", "no", "on", "off"]}
 """The JSON Schema of a boolean; `on` is one in a job file, but text to an editor, which reads YAML 1.2."""
-NOT_KEYS = ("place", "places", "source", "points")
+NOT_KEYS = ("place", "places", "source", "points", "trajectories")
 
 
 class Rule(Protocol):

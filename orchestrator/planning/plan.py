@@ -233,7 +233,8 @@ class Plan:
     @property
     def pinned(self) -> Job:
         """The job with the pinned URLs of its parents."""
-        return replace(self.job, parents={name: checkpoint.url for name, checkpoint in self.parents.items()})
+        pinned = {name: checkpoint.url for name, checkpoint in self.parents.items()}
+        return replace(self.job, parents={**self.job.parents, **pinned})
 
     def job_text(self) -> str:
         """job.yaml: the pinned job with every default."""
@@ -268,8 +269,10 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     output. Raises `BadInput` for whatever cannot work.
     """
     parents = {
-        name: _open_parent(_locate(url, relative_to, job.place_of(f"parents.{name}"), bare_names=flat), name)
-        for name, url in job.parents.items()
+        name: _open_parent(
+            _locate(job.parents[name], relative_to, job.place_of(f"parents.{name}"), bare_names=flat), name
+        )
+        for name in job.used_parents()
     }
     output = open_store(job.output).url
     try:

@@ -413,23 +413,17 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
         Unmergeable,
         "a LoRA adapter, not a whole model; merge it into its base first",
     ),
-    "pickle that is no file of torch.save": (
+    "pickles": (
         {"pytorch_model.bin": b"\x80\x02."},
         None,
-        CorruptData,
-        "pytorch_model.bin: no whole file of torch.save",
+        Unmergeable,
+        "pickled weights (pytorch_model*.bin) are not opened; convert them to safetensors",
     ),
-    "index of pickles out of its folder": (
-        {"pytorch_model.bin.index.json": index(x="../pytorch_model.bin")},
+    "pickles in shards": (
+        {"pytorch_model-00001-of-00002.bin": b"", "pytorch_model.bin.index.json": b"{}"},
         None,
-        BadInput,
-        "the index names '../pytorch_model.bin', which is not a .bin file beside it",
-    ),
-    "index of pickles that names safetensors": (
-        {"pytorch_model.bin.index.json": index(x="model.safetensors")},
-        None,
-        BadInput,
-        "which is not a .bin file beside it",
+        Unmergeable,
+        "convert them to safetensors",
     ),
     "GGUF": ({"model-q4.gguf": b"GGUF"}, False, Unmergeable, "GGUF weights are quantised; give the safetensors"),
     "quantised": (
@@ -464,12 +458,7 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
     ),
     "no config": ({"model.safetensors": ONE}, False, Unmergeable, "no config.json there"),
     "config that is a list": ({"model.safetensors": ONE}, [1], CorruptData, "a JSON object was expected"),
-    "no weights": (
-        {},
-        None,
-        Unmergeable,
-        "none of model.safetensors, model.safetensors.index.json, pytorch_model.bin",
-    ),
+    "no weights": ({}, None, Unmergeable, "neither model.safetensors nor model.safetensors.index.json there"),
     "nothing": ({}, False, ObjectMissing, "nothing there; check the path"),
     "cut in the middle": (
         {"model.safetensors": safetensors_file({"x": entry(0, 4)}, bytes(3))},
