@@ -223,7 +223,7 @@ def read_job(node: Node, output: str | None = None) -> Job:
 def load_merge_document(text: str, name: str, output: str) -> Job:
     """A plain mergekit document as a job of one point called `merge`; its parents are its references as written."""
     node = load_document(text, name)
-    template = recipe_template(node)
+    template = recipe_template(node, foreign=True)
     point = expand(template, parse_grid(None, template.place), None)[0]
     references = point.recipe.references()
     return Job(

@@ -2,15 +2,16 @@
 
 The document's grammar is mergekit's for whole models: `merge_method`, `models`, `base_model`, `parameters`, `dtype`,
 `out_dtype`, `tokenizer_source`, `chat_template`. Cases that mergekit ignores silently (unknown keys, the same model
-twice) are refused here. Which methods and parameters exist is not known in this package: every `Recipe` and `Source`
-carries its place, so that planning can still point at the line.
+twice) are refused here; of a document that was written for mergekit, strange keys are left out, and said. Which methods
+and parameters exist is not known in this package: every `Recipe` and `Source` carries its place, so that planning can
+still point at the line.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.errors import BadInput
@@ -31,7 +32,7 @@ from jobs.sources import (
     source_schema,
 )
 from jobs.trajectories import NO_TRAJECTORIES, Trajectories, one_of
-from jobs.yaml_nodes import Node, quoted, suggestion
+from jobs.yaml_nodes import Node, nearest, quoted, suggestion
 
 KEYS = {
     "merge_method": "`linear`, `ties`, …",
@@ -63,7 +64,10 @@ REFUSED_KEYS = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """One merge with every value bound. Two recipes are equal when they ask for the same merge, wherever they stand."""
+    """One merge with every value bound. Two recipes are equal when they ask for the same merge, wherever they stand.
+
+    A `foreign` one was written for mergekit: of keys and parameters without effect only `ignored` tells, in sentences.
+    """
 
     merge_method: str
     models: tuple[Source, ...]
@@ -75,6 +79,8 @@ class Recipe:
     chat_template: str | None = None
     place: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    foreign: bool = field(default=False, compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     def document(self) -> dict[str, Any]:
         """The plain mergekit document (for `mergekit_config.yml`): whole numbers as int, others as float."""
@@ -112,6 +118,8 @@ class RecipeTemplate:
     place: str
     places: Mapping[str, str]
     placeholders: tuple[Template, ...]
+    foreign: bool = False
+    ignored: tuple[str, ...] = ()
 
     def bind(self, bindings: Bindings, trajectories: Trajectories = NO_TRAJECTORIES) -> Recipe:
         """The recipe at one point, the windows of `trajectories` as the models that they hold."""
@@ -128,17 +136,29 @@ class RecipeTemplate:
             chat_template=self.chat_template,
             place=self.place,
             places=self.places,
+            foreign=self.foreign,
+            ignored=self.ignored,
         )
         _check(recipe)
         return recipe
 
 
-def recipe_template(node: Node) -> RecipeTemplate:
-    """The recipe that stands at `node`, its form checked, its placeholders kept."""
+def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
+    """The recipe that stands at `node`, its form checked, its placeholders kept.
+
+    Of a `foreign` one, a document for mergekit, unknown keys are left out, unless they look misspelt.
+    """
     for key, remedy in REFUSED_KEYS.items():
         if isinstance(node.value, Mapping) and key in node.value:
             raise node.value[key].error(f"`{key}:` is not accepted: {remedy}")
     node = node.without_anchors(KEYS)
+    ignored: list[str] = []
+    if foreign and isinstance(node.value, Mapping):
+        stray = {key: value for key, value in node.value.items() if key not in KEYS and not nearest(key, KEYS)}
+        ignored = [
+            f"{value.place}: {quoted(key)} is no key of a recipe and has no effect" for key, value in stray.items()
+        ]
+        node = replace(node, value={key: value for key, value in node.value.items() if key not in stray})
     keys = {
         key: value for key, value in node.mapping(KEYS, ("merge_method", "models")).items() if value.kind != "nothing"
     }
@@ -162,6 +182,8 @@ def recipe_template(node: Node) -> RecipeTemplate:
         place=node.place,
         places={key: value.place for key, value in keys.items()} | parameter_places,
         placeholders=tuple(reader.placeholders),
+        foreign=foreign,
+        ignored=tuple(ignored),
     )
 
 

@@ -55,11 +55,16 @@ def quoted(text: str, longest: int = 80) -> str:
     return printable(shown)
 
 
+def nearest(name: str, choices: Collection[str]) -> str | None:
+    """The choice that `name` is probably a misspelling of."""
+    near = difflib.get_close_matches(name[:80], choices, 1, cutoff=NEAR)
+    return near[0] if near else None
+
+
 def suggestion(name: str, choices: Collection[str]) -> str:
     """`; did you mean "weight"?`, or the choices where none is near and they are few, or nothing."""
-    near = difflib.get_close_matches(name[:80], choices, 1, cutoff=NEAR)
-    if near:
-        return f"; did you mean {quoted(near[0])}?"
+    if near := nearest(name, choices):
+        return f"; did you mean {quoted(near)}?"
     return f"; choose from {', '.join(sorted(choices))}" if 0 < len(choices) <= 24 else ""
 
 

@@ -24,7 +24,7 @@ from workers.checkpoints.opening import Checkpoint, Unmergeable, all_places, ope
 from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
 from workers.methods import METHODS
-from workers.methods.binding import check_recipe, resolve
+from workers.methods.binding import check_recipe, resolve, without_effect
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import Store, open_store
 from workers.storage.records import read_record
@@ -113,9 +113,9 @@ class Plan:
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
-        """Sentences on the files beside the weights that a point does not get, or gets from another parent."""
+        """Sentences on keys without effect, and on files beside the weights that a point lacks or has from others."""
         asks = "--copy-code" if self.places == FLAT else "`copy_code: true`"
-        found: dict[str, None] = {}
+        found = dict.fromkeys(said for planned in self.points for said in without_effect(planned.point.recipe))
         for layout in dict.fromkeys(planned.layout for planned in self.points):
             for parent in dict.fromkeys(layout.left_out.values()):
                 names = [name for name, owner in layout.left_out.items() if owner == parent]

@@ -21,7 +21,7 @@ from jobs.yaml_nodes import load_document
 README = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```yaml ?(\w*)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 IN_YAML = {"memory_bytes": "memory", "shard_bytes": "shard_size"}
-NOT_IN_YAML = ("place", "places")
+NOT_IN_YAML = ("place", "places", "foreign", "ignored")
 
 
 def rows() -> dict[str, dict[str, tuple[str, str]]]:

@@ -38,6 +38,18 @@ chat_template: chatml
 """
 
 
+def test_strange_keys_of_a_document_for_mergekit_are_left_out_and_said():
+    text = two_models("int8_mask: true\nrandom_seed: 7\n")
+    recipe = recipe_template(load_document(text, "recipe.yml"), foreign=True).bind({})
+    assert recipe == read(two_models(""))
+    assert recipe.ignored == (
+        'recipe.yml:5: "int8_mask" is no key of a recipe and has no effect',
+        'recipe.yml:6: "random_seed" is no key of a recipe and has no effect',
+    )
+    with pytest.raises(BadInput, match='unknown key "dtpye"; did you mean "dtype"'):
+        recipe_template(load_document(two_models("dtpye: float32\n"), "recipe.yml"), foreign=True)
+
+
 def read(text: str, **bindings: Fraction | str) -> Recipe:
     return recipe_template(load_document(text, "recipe.yml")).bind(bindings)
 

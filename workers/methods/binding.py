@@ -48,11 +48,11 @@ def check_recipe(recipe: Recipe) -> None:
             f'{recipe.place}: unknown method "{recipe.merge_method}"{_nearest(recipe.merge_method, METHODS)}'
         )
     for name in recipe.parameters:
-        _check_name(recipe.merge_method, method, name, recipe.place_of(name))
+        _check_name(recipe, method, name, recipe.place_of(name))
     for source in recipe.models:
         for name in source.parameters:
-            _check_name(recipe.merge_method, method, name, source.place_of(name))
-            if not method.parameters[name].per_model:
+            _check_name(recipe, method, name, source.place_of(name))
+            if name in method.parameters and not method.parameters[name].per_model and not recipe.foreign:
                 raise BadInput(
                     f'{source.place_of(name)}: "{name}" belongs to the whole merge, not to one model;'
                     " move it to the top-level parameters"
@@ -138,14 +138,36 @@ def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Ex
     return value
 
 
-def _check_name(method_name: str, method: Method, name: str, place: str) -> None:
-    if name in method.parameters:
+def _check_name(recipe: Recipe, method: Method, name: str, place: str) -> None:
+    of_another = any(name in other.parameters for other in METHODS.values())  # cards carry it from method to method
+    if name in method.parameters or (recipe.foreign and of_another):
         return
     remedy = _nearest(name, method.parameters)
-    if any(name in other.parameters for other in METHODS.values()):  # cards carry it from method to method
+    if of_another:
         has = ", ".join(sorted(method.parameters)) or "none"
         remedy = f"; it has {has}: take {name} out, mergekit ignores it here"
-    raise BadInput(f'{place}: {method_name} has no parameter "{name}"{remedy}')
+    raise BadInput(f'{place}: {recipe.merge_method} has no parameter "{name}"{remedy}')
+
+
+def without_effect(recipe: Recipe) -> list[str]:
+    """A sentence on every key and parameter of a document for mergekit that changes nothing, there and here."""
+    method, name_of_method = METHODS[recipe.merge_method], recipe.merge_method
+    of_all = [(name, recipe.place_of(name)) for name in recipe.parameters if name not in method.parameters]
+    of_models = [(name, source.place_of(name)) for source in recipe.models for name in source.parameters]
+    unknown = [*of_all, *(entry for entry in of_models if entry[0] not in method.parameters)]
+    of_merge = [(name, at) for name, at in of_models if name in method.parameters.keys() - _per_model(method)]
+    return [
+        *recipe.ignored,
+        *(f'{place}: {name_of_method} has no parameter "{name}"; it has no effect' for name, place in unknown),
+        *(
+            f'{place}: "{name}" has no effect at one model; it belongs to the top-level parameters'
+            for name, place in of_merge
+        ),
+    ]
+
+
+def _per_model(method: Method) -> set[str]:
+    return {parameter.name for parameter in method.parameters.values() if parameter.per_model}
 
 
 def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]], tensor: str) -> None:

@@ -11,7 +11,7 @@ from jobs.errors import BadInput
 from jobs.merge_tasks import Setting
 from jobs.recipe import Recipe, recipe_template
 from jobs.yaml_nodes import load_document
-from workers.methods.binding import check_recipe, resolve
+from workers.methods.binding import check_recipe, resolve, without_effect
 
 
 def recipe(text: str) -> Recipe:
@@ -546,3 +546,31 @@ def test_weights_stay_exact_until_they_are_divided():
     # in floating point 0.1 + 0.2 is not 0.3, and 0.1/0.30000000000000004 is not 1/3
     found = dict(setting(weighted("linear", 0.1, 0.2, base=False)).parameters)
     assert found["weight"] == (1 / 3, 2 / 3)
+
+
+def test_parameters_without_effect_of_a_document_for_mergekit_are_said():
+    text = """
+    merge_method: model_stock
+    base_model: base
+    models:
+    - {model: a, parameters: {weight: 0.5, filter_wise: true}}
+    - {model: b}
+    parameters: {normalize: true}
+    """
+    document = load_document(textwrap.dedent(text).strip(), "card.yml")
+    recipe = recipe_template(document, foreign=True).bind({})
+    check_recipe(recipe)
+    assert without_effect(recipe) == [
+        'card.yml:6: model_stock has no parameter "normalize"; it has no effect',
+        'card.yml:4: model_stock has no parameter "weight"; it has no effect',
+        'card.yml:4: "filter_wise" has no effect at one model; it belongs to the top-level parameters',
+    ]
+    plain = recipe_template(load_document(
+        "merge_method: model_stock\nbase_model: base\nmodels: [{model: a}, {model: b}]", "plain.yml"
+    )).bind({})  # fmt: skip
+    assert resolve(recipe, "x", 0, exact=True) == resolve(plain, "x", 0, exact=True)
+    misspelt = recipe_template(load_document(
+        "merge_method: linear\nmodels: [{model: a, parameters: {wieght: 1}}]", "card.yml"
+    ), foreign=True).bind({})  # fmt: skip
+    with pytest.raises(BadInput, match='no parameter "wieght"; did you mean "weight"'):
+        check_recipe(misspelt)
