@@ -86,22 +86,18 @@ class SourceTemplate:
     def _aged(self, bindings: Bindings, age: int, size: int) -> dict[str, Setting]:
         """The parameters of the checkpoint of this age in a window of `size`."""
         parameters = bound_parameters(self.parameters, {**bindings, AGE: Fraction(age)})
-        written = parameters.get("weight")
-        parts = written if isinstance(written, tuple) else (written,)
-        alpha = DEFAULT_ALPHA
-        if "ema" in [part.value if isinstance(part, Filtered) else part for part in parts]:
-            given = parameters.pop("alpha", DEFAULT_ALPHA)
-            if not isinstance(given, Fraction) or not 0 < given <= 1:
-                raise BadInput(f"{self.places['alpha']}: the alpha of ema must be a number above 0 and at most 1")
-            alpha = given
+        if (written := parameters.get("weight")) is None:
+            return parameters
+        alpha = parameters.pop("alpha", DEFAULT_ALPHA)
+        if not isinstance(alpha, Fraction) or not 0 < alpha <= 1:
+            raise BadInput(f"{self.places['alpha']}: the alpha of ema must be a number above 0 and at most 1")
 
         def by_age(value: Any) -> Any:
             if isinstance(value, Filtered):
                 return replace(value, value=by_age(value.value))
             return weight(value, age, size, alpha, self.places["weight"]) if isinstance(value, str) else value
 
-        if written is not None:
-            parameters["weight"] = tuple(map(by_age, written)) if isinstance(written, tuple) else by_age(written)
+        parameters["weight"] = tuple(map(by_age, written)) if isinstance(written, tuple) else by_age(written)
         return parameters
 
 

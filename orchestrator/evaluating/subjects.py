@@ -11,12 +11,13 @@ from jobs.errors import BadInput
 from jobs.evaluate import Evaluation, RaceSpec
 from jobs.evaluation_tasks import Kind, ModelSpec
 from jobs.job import COMMAND_LINE
-from jobs.merge_tasks import places_read
+from jobs.merge_tasks import digest, places_read
 from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.judging.samples import Cell
 from orchestrator.planning.layouts import Layout
 from orchestrator.planning.parents import parent_alone, parents_as_points
 from orchestrator.planning.plan import Plan, PlannedPoint
+from orchestrator.planning.sharing import Family, families
 from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks, planned_sets
 from workers.benchmarks.sets import check_sets
@@ -189,7 +190,10 @@ def _baselines_alone(plan: Plan) -> list[PlannedPoint]:
 def _layouts(
     plan: Plan, merges: Sequence[PlannedPoint], evaluation: Evaluation, race: RacePlan | None, reader: Reader
 ) -> dict[Layout, _Asked]:
-    """Model and sets of every layout; layouts with one tokenizer share their sets."""
+    """Model and sets of every layout; layouts with one tokenizer share their sets, and perhaps their model."""
+    layouts = dict.fromkeys(planned.layout for planned in merges)
+    together = families(layouts, max(len(layout.parents) for layout in layouts))  # not more in memory than for one
+    models: dict[tuple[Any, ...], tuple[str, ModelSpec]] = {}
     least = {} if race is None else {race.benchmark: race.items + race.fresh}
     sets_of: dict[tuple[str, str | None], Sets] = {}
     found: dict[Layout, _Asked] = {}
@@ -204,7 +208,10 @@ def _layouts(
             sets_of[key] = {Cell(entry.task, entry.length): entry for entry in made}
         sets = tuple(sets_of[key].values())
         _check_fit(plan, layout, tokenizer, sets)
-        found[layout] = _Asked(str(len(found)), _model_spec(plan, layout, sets), sets_of[key])
+        spec = _model_spec(plan, layout, together[layout], sets)
+        kin = (together[layout], *key, digest([layout.config, spec.end_tokens]))
+        model, spec = models.setdefault(kin, (str(len(models)), spec))
+        found[layout] = _Asked(model, spec, sets_of[key])
     for made in sets_of.values():
         check_sets(made.values())
     return found
@@ -256,11 +263,11 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
         )
 
 
-def _model_spec(plan: Plan, layout: Layout, sets: Sequence[PlannedSet]) -> ModelSpec:
+def _model_spec(plan: Plan, layout: Layout, family: Family, sets: Sequence[PlannedSet]) -> ModelSpec:
     tokenizer = plan.parents[layout.tokenizer_from]
     names = [name for name in tokenizer.side_files if is_of_tokenizer(name) and "/" not in name and not is_code(name)]
     known = all(entry.length for entry in sets)
-    tensors = tuple(tensor for shard in layout.shards for tensor in shard.tensors)
+    tensors = tuple(tensor for shard in family.shards for tensor in shard.tensors)
     places = all_places(plan.parents)
     return ModelSpec(
         run=plan.run_url,

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint,
 from jobs.yaml_nodes import quoted, yaml_text
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
+from orchestrator.planning.sharing import Family, families
 from orchestrator.records.places import FLAT, Places
 from orchestrator.words import shortlist
 from workers.checkpoints.opening import Checkpoint, Unmergeable, all_places, open_as_it_is, open_checkpoint
@@ -151,15 +153,15 @@ class Plan:
         """
         tasks: list[MergeTask] = []
         merges = [planned for planned in self.written if planned.same_as is None]
-        by_layout: dict[Layout, list[PlannedPoint]] = {}
+        together = families(dict.fromkeys(planned.layout for planned in merges), self.most_parents_a_task)
+        by_family: dict[Family, list[PlannedPoint]] = {}
         for planned in merges:
-            by_layout.setdefault(planned.layout, []).append(planned)
-        for layout, members in by_layout.items():
-            for number, shard in enumerate(layout.shards):
+            by_family.setdefault(together[planned.layout], []).append(planned)
+        for family, members in by_family.items():
+            for number, shard in enumerate(family.shards):
                 pending = [planned for planned in members if planned.units[number] not in done]
-                groups = self._groups(len(pending), len(layout.shards), workers)
-                for group in range(groups):
-                    tasks.append(self._task(shard, number, pending[group::groups]))
+                groups = self._groups(len(pending), len(family.shards), workers)
+                tasks += [self._task(shard, number, group) for group in _groups_of(pending, groups)]
         return sorted(tasks, key=lambda task: -task.bytes_read * (1 + len(task.points)))
 
     def _groups(self, pending: int, shards: int, workers: int) -> int:
@@ -200,6 +202,11 @@ class Plan:
         an_upload = min(UPLOAD_BYTES.get(scheme, 2 << 20), largest_shard)
         a_point = an_upload + (threads + 2) * TILE_ELEMENTS * 4
         return max(1, min(MOST_UPLOADS, room // 2 // a_point))
+
+    @property
+    def most_parents_a_task(self) -> int:
+        """How many parents a task may read for points that could do with fewer: buffers of 1 MiB have room for them."""
+        return max(self.job.workers.memory_bytes - FIXED_BYTES, 256 << 20) // (32 << 20)
 
     def _task(self, shard: Shard, number: int, members: Sequence[PlannedPoint]) -> MergeTask:
         points = tuple(
@@ -260,6 +267,15 @@ class Plan:
                 {"name": planned.name, "digest": planned.digest, "same_as": planned.same_as} for planned in self.points
             ],
         }
+
+
+def _groups_of(points: Sequence[PlannedPoint], groups: int) -> list[Sequence[PlannedPoint]]:
+    """So many groups of points; points with the same parents stay together, so that groups read few of them."""
+    if len({planned.layout for planned in points}) <= 1:
+        return [points[group::groups] for group in range(groups)]
+    ordered = sorted(points, key=lambda planned: [len(planned.layout.parents), planned.layout.parents])
+    bounds = [len(points) * group // groups for group in range(groups + 1)]
+    return [ordered[start:end] for start, end in pairwise(bounds)]
 
 
 def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) -> Plan:

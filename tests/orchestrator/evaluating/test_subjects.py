@@ -14,10 +14,13 @@ import pytest
 from jobs.errors import BadInput
 from jobs.job import load_job
 from orchestrator.cli import main
+from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.evaluating.results import _result as parsed
 from orchestrator.evaluating.results import read_results
 from orchestrator.evaluating.subjects import questions
+from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import make_plan
+from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.evaluating.asking import evaluated
 from tests.orchestrator.scripts import scripted, turned_down
@@ -179,3 +182,21 @@ def test_where_a_point_is_a_parent_an_older_run_says_so() -> None:
     document |= {"baselines": ["parent-fmt"], "parents": ["w1", "parent-fmt"]}
     found = parsed(document | {"same": {"twin": "w1", "parent-long": "w1"}})
     assert found.parents == {"fmt": "parent-fmt", "long": "w1"} and found.same == {"twin": "w1"}
+
+
+@pytest.mark.parametrize(("window", "models"), [("step[-${k}:]", {3: 1}), ("step[${k - 2}:${k}]", {2: 2})])
+def test_windows_share_a_model_that_holds_no_more_parents_than_the_largest(
+    window: str, models: dict[int, int], tmp_path: Path
+):
+    run = {str(number): str(PARENTS / name) for number, name in enumerate(("base", "long", "fmt"))}
+    recipe = {"merge_method": "linear", "models": [{"model": window, "parameters": {"weight": "uniform"}}]}
+    keys = {"parents": {"step": run}, "recipe": recipe, "grid": {"k": [2, 3]}, "point": "k{k}", "keep": "all"}
+    document = job_text(tmp_path, **keys)
+    plan = make_plan(load_job(document, "job.yaml"))
+    asked = questions(plan)
+    assert Counter(len(spec.parents) for spec in asked.models.values()) == models
+    assert {*asked.parents} == {"step-0", "step-1", "step-2"}
+    written = drive(plan, InProcessPool(), Watcher(visible=False)).points
+    result, _ = evaluated(document)
+    for name, point in written.items():
+        assert {row.weights for row in result.rows if row.point == name} == {point.weights}
