@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, Setting, TensorMerge
+from jobs.tokenizers import AddedToken
 
 Kind = Literal["point", "parent"]
 """A model's part in its job. A checkpoint that is evaluated alone is a point; a night's blessed merge is a parent."""
@@ -49,7 +50,7 @@ class ModelSpec:
     `tokenizer` is (URL, {file: ETag}); `engine`, `url` and `options` as the job file gives them; `longest` is the
     longest context that will be asked, None where a benchmark does not say. `end_tokens` end an answer, beside those of
     the config and the tokenizer, as the point's generation_config.json says. `as_it_is` is a checkpoint that the engine
-    reads itself: nothing is merged into it.
+    reads itself: nothing is merged into it. `added_tokens` are those of the point that the files of the tokenizer lack.
     """
 
     run: str
@@ -66,6 +67,7 @@ class ModelSpec:
     threads: int
     end_tokens: tuple[int, ...] = ()
     as_it_is: Parent | None = None
+    added_tokens: tuple[AddedToken, ...] = ()
 
     @property
     def bytes(self) -> int:

@@ -225,7 +225,7 @@ def load_merge_document(text: str, name: str, output: str) -> Job:
     node = load_document(text, name)
     template = recipe_template(node, foreign=True)
     point = expand(template, parse_grid(None, template.place), None)[0]
-    references = point.recipe.references()
+    references = point.recipe.parents()
     return Job(
         name="merge",
         parents={reference: reference for reference in references},
@@ -303,7 +303,7 @@ def _check(job: Job) -> None:
 def _check_references(job: Job) -> set[str]:
     used: set[str] = set()
     for point in job.points:
-        for reference in point.recipe.references():
+        for reference in point.recipe.parents():
             if reference not in used and reference not in job.parents:
                 place = _place_of_reference(point.recipe, reference)
                 raise BadInput(f"{place}: {quoted(reference)} is not in `parents:`{suggestion(reference, job.parents)}")
@@ -313,7 +313,8 @@ def _check_references(job: Job) -> set[str]:
 
 def _place_of_reference(recipe: Recipe, reference: str) -> str:
     sources = (source.place for source in recipe.models if source.model == reference)
-    return next(sources, recipe.place_of("base_model"))
+    key = "base_model" if reference == recipe.base_model else "tokenizer" if recipe.tokenizer else "tokenizer_source"
+    return next(sources, recipe.place_of(key))
 
 
 def _check_gate(job: Job, gate: GateSpec) -> None:

@@ -97,7 +97,20 @@ class Merged:
     setting: Setting
 
 
-Rule = Merged
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """The rule of a tensor that has a row for each token of a vocabulary.
+
+    `runs` are (input, first row, first row of the input, count), `means` (row, the (input, row) whose mean it is). The
+    rows from `averaged` on are the mean of all rows before. Rows that are named nowhere are zero.
+    """
+
+    runs: tuple[tuple[int, int, int, int], ...]
+    means: tuple[tuple[int, tuple[tuple[int, int], ...]], ...] = ()
+    averaged: int | None = None
+
+
+Rule = Merged | Rows
 """How a tensor is computed from its inputs."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template
 from jobs.sources import (
+    LATER,
     Reader,
     Setting,
     Slot,
@@ -31,6 +32,7 @@ from jobs.sources import (
     source_document,
     source_schema,
 )
+from jobs.tokenizers import TokenizerSettings, TokenizerTemplate, tokenizer_schema, tokenizer_template
 from jobs.trajectories import NO_TRAJECTORIES, Trajectories, one_of
 from jobs.yaml_nodes import Node, nearest, quoted, suggestion
 
@@ -41,7 +43,8 @@ KEYS = {
     "parameters": "settings for all models",
     "dtype": "of the output; the default is that of the parents",
     "out_dtype": "of the output, in place of `dtype`",
-    "tokenizer_source": "the model whose tokenizer is copied",
+    "tokenizer_source": "whose vocabulary the output has: `union`, `base` or a model",
+    "tokenizer": "the same as a block, with sources of single tokens",
     "chat_template": "a template in place of the tokenizer's: `auto`, a name or Jinja text",
     "name": "a label, which is not used",
 }
@@ -58,7 +61,6 @@ REFUSED_KEYS = {
         ("gate_mode", "experts", "experts_per_token", "shared_experts"),
         "it belongs to mergekit-moe, which builds a mixture of experts; mergeyard merges models of one architecture",
     ),
-    "tokenizer": "mergeyard copies one parent's tokenizer as it is: write `tokenizer_source: base`, or name a model",
 }
 
 
@@ -77,6 +79,7 @@ class Recipe:
     out_dtype: str | None = None
     tokenizer_source: str | None = None
     chat_template: str | None = None
+    tokenizer: TokenizerSettings | None = field(default=None, metadata=LATER)
     place: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     foreign: bool = field(default=False, compare=False)
@@ -93,12 +96,19 @@ class Recipe:
         for key in ("dtype", "out_dtype", "tokenizer_source", "chat_template"):
             if (value := getattr(self, key)) is not None:
                 document[key] = value
+        if self.tokenizer is not None:
+            document["tokenizer"] = self.tokenizer.document(document.pop("tokenizer_source"))
         return document
 
     def references(self) -> tuple[str, ...]:
         """Every model and the base, once each, in order of first appearance."""
         base = () if self.base_model is None else (self.base_model,)
         return tuple(dict.fromkeys((*(source.model for source in self.models), *base)))
+
+    def parents(self) -> tuple[str, ...]:
+        """The references, and a model that gives its tokenizer alone."""
+        named = self.tokenizer_source
+        return tuple(dict.fromkeys((*self.references(), *([] if named in (None, "base", "union") else [named]))))
 
     def place_of(self, name: str) -> str:
         """Where a key of the document or a parameter is set: at the top, else at the first model that sets it."""
@@ -114,7 +124,8 @@ class RecipeTemplate:
     texts: Mapping[str, str | Template]
     models: tuple[SourceTemplate, ...]
     parameters: Mapping[str, Slot]
-    chat_template: str | None
+    chat_template: str | Template | None
+    tokenizer: TokenizerTemplate | None
     place: str
     places: Mapping[str, str]
     placeholders: tuple[Template, ...]
@@ -125,6 +136,10 @@ class RecipeTemplate:
         """The recipe at one point, the windows of `trajectories` as the models that they hold."""
         texts = {key: bound_text(text, bindings) for key, text in self.texts.items()}
         texts |= {key: one_of(texts[key], trajectories, self.places[key]) for key in _MODEL_KEYS if key in texts}
+        block, template = self.tokenizer, self.chat_template
+        source, settings = (
+            (texts.get("tokenizer_source"), None) if block is None else block.bind(bindings, trajectories)
+        )
         recipe = Recipe(
             merge_method=texts["merge_method"],
             models=tuple(model for source in self.models for model in source.window(bindings, trajectories)),
@@ -132,8 +147,9 @@ class RecipeTemplate:
             parameters=bound_parameters(self.parameters, bindings),
             dtype=texts.get("dtype"),
             out_dtype=texts.get("out_dtype"),
-            tokenizer_source=texts.get("tokenizer_source"),
-            chat_template=self.chat_template,
+            tokenizer_source=source,
+            chat_template=None if template is None else bound_text(template, bindings),
+            tokenizer=settings,
             place=self.place,
             places=self.places,
             foreign=self.foreign,
@@ -172,13 +188,16 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
         raise node.error('"merge_method" and "models" must have a value')
     if "name" in keys:
         keys["name"].string()
+    if "tokenizer" in keys and "tokenizer_source" in keys:
+        raise keys["tokenizer"].error("`tokenizer:` and `tokenizer_source:` exclude each other; keep one")
     models = tuple(reader.source(model) for model in keys["models"].sequence())
     parameters, parameter_places = reader.parameters(keys.get("parameters"))
     return RecipeTemplate(
         texts=texts,
         models=models,
         parameters=parameters,
-        chat_template=keys["chat_template"].string() if "chat_template" in keys else None,
+        chat_template=_chat_template(keys["chat_template"], reader) if "chat_template" in keys else None,
+        tokenizer=tokenizer_template(keys["tokenizer"], reader) if "tokenizer" in keys else None,
         place=node.place,
         places={key: value.place for key, value in keys.items()} | parameter_places,
         placeholders=tuple(reader.placeholders),
@@ -195,14 +214,19 @@ def plain_recipe(node: Node) -> Any:
 def recipe_schema() -> dict[str, Any]:
     """The JSON Schema of a recipe; its methods and their parameters are not known here."""
     dtype = {"anyOf": [{"enum": [*DTYPES, None]}, {"type": "string", "pattern": r"\$\{"}]}
+    model = {"anyOf": [*reference_schema()["anyOf"], {"type": "null"}]}
     known = {
         "merge_method": {"type": "string", "minLength": 1},
         "models": {"type": "array", "items": source_schema(), "minItems": 1},
         "parameters": parameters_schema(),
-        "base_model": {"anyOf": [*reference_schema()["anyOf"], {"type": "null"}]},
+        "base_model": model,
         "dtype": dtype,
         "out_dtype": dtype,
-        "chat_template": {"anyOf": [{"enum": [*CHAT_TEMPLATES, None]}, {"type": "string", "pattern": _JINJA.pattern}]},
+        "chat_template": {
+            "anyOf": [{"enum": [*CHAT_TEMPLATES, None]}, {"type": "string", "pattern": rf"{_JINJA.pattern}|^\$\{{"}]
+        },
+        "tokenizer_source": model,
+        "tokenizer": tokenizer_schema(),
     }
     text = {"type": ["string", "null"]}
     return {
@@ -219,6 +243,11 @@ _TEXT_KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_sou
 _MODEL_KEYS = ("base_model", "tokenizer_source")
 
 
+def _chat_template(node: Node, reader: Reader) -> str | Template:
+    """A name or Jinja text; one placeholder alone is the value of an axis, since `${` is also Jinja's."""
+    return reader.text(node) if re.fullmatch(r"\$\{[^{}]*\}", node.string()) else node.string()
+
+
 def _check(recipe: Recipe) -> None:
     references = recipe.references()
     if len({source.model for source in recipe.models}) != len(recipe.models):
@@ -226,8 +255,8 @@ def _check(recipe: Recipe) -> None:
     for key, dtype in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
         if dtype is not None and dtype not in DTYPES:
             raise BadInput(f"{recipe.place_of(key)}: {key} cannot be {quoted(dtype)}; choose from {', '.join(DTYPES)}")
-    if recipe.tokenizer_source is not None:
-        _check_tokenizer_source(recipe, recipe.tokenizer_source, references)
+    if recipe.tokenizer is not None:
+        _check_token_sources(recipe, recipe.tokenizer, references)
     template = recipe.chat_template
     if template is not None and template not in CHAT_TEMPLATES and not _JINJA.search(template):
         place, near = recipe.place_of("chat_template"), suggestion(template.strip().lower(), CHAT_TEMPLATES)
@@ -243,15 +272,11 @@ def _refuse_repeated_model(recipe: Recipe) -> None:
         seen.add(source.model)
 
 
-def _check_tokenizer_source(recipe: Recipe, tokenizer_source: str, references: tuple[str, ...]) -> None:
-    place = recipe.place_of("tokenizer_source")
-    if tokenizer_source == "union":
-        reason = "it changes the vocabulary and the rows of the embeddings"
-        raise BadInput(f"{place}: tokenizer_source union is not accepted: {reason}; write `base` or name a model")
-    if tokenizer_source == "base" and recipe.base_model is None:
-        raise BadInput(
-            f"{place}: tokenizer_source is base and the recipe has no base_model; name a model of the recipe"
-        )
-    if tokenizer_source not in ("base", *references):
-        near = suggestion(tokenizer_source, ("base", *references))
-        raise BadInput(f"{place}: tokenizer_source {quoted(tokenizer_source)} is not a model of the recipe{near}")
+def _check_token_sources(recipe: Recipe, settings: TokenizerSettings, references: tuple[str, ...]) -> None:
+    for token, source in settings.tokens.items():
+        if source is not None and source.model is not None and source.model not in references:
+            near = suggestion(source.model, references)
+            raise BadInput(
+                f"{source.place}: the row of the token {quoted(token)} comes from {quoted(source.model)}, which is not"
+                f" a model of the recipe{near}"
+            )

@@ -103,6 +103,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/digests.py",
         "workers/parquet.py",
         "workers/storage",
+        "workers/checkpoints",
         "workers/merging",
         "workers/engines",
         "workers/benchmarks/answering.py",

@@ -26,6 +26,7 @@ from workers.checkpoints.configs import STRETCHED, context_length, rope, text_fi
 from workers.checkpoints.opening import LARGEST_CONFIG, all_places
 from workers.checkpoints.safetensors import read_json
 from workers.checkpoints.side_files import is_code, is_of_tokenizer
+from workers.checkpoints.tokenizer_files import with_tokens
 from workers.engines.engine import longest_scored
 from workers.storage import open_store
 
@@ -234,6 +235,7 @@ def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:
         for name in TOKENIZER_FILES
         if (info := parent.side_files.get(name)) is not None
     }
+    files = with_tokens(files, planned.layout.added_tokens)
     return Tokenizer.from_files(files, place=parent.url, chat_template=planned.layout.chat_template)
 
 
@@ -284,6 +286,7 @@ def _model_spec(plan: Plan, layout: Layout, family: Family, sets: Sequence[Plann
         threads=max(1, int(plan.job.workers.cpus)),
         end_tokens=_end_tokens(plan, layout),
         as_it_is=plan.parents[layout.donor].parent if layout.as_it_is else None,
+        added_tokens=layout.added_tokens,
     )
 
 

@@ -21,6 +21,7 @@ from orchestrator.merging.card import model_card
 from orchestrator.planning.beside import side_file_without_absent_code, with_chat_template
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import Collapses
+from workers.checkpoints.tokenizer_files import with_tokens
 from workers.digests import contradict, weights_digest
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
@@ -136,6 +137,7 @@ class Gatherer:
             files["model.safetensors.index.json"] = _json(layout.index)
         for name, parent in layout.copied.items():
             files[name] = side_file_without_absent_code(self._side_file(parent, name), layout.copied)
+        files = with_tokens(files, layout.added_tokens)
         if layout.chat_template is not None:
             files.pop("chat_template.json", None)  # a processor's older form of the same
             for name in files.keys() & {"tokenizer_config.json", "processor_config.json"}:

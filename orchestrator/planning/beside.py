@@ -13,14 +13,16 @@ from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.side_files import LARGEST_SIDE_FILE, has_tokenizer, is_code, is_of_tokenizer
 
 
-def tokenizer_owner(recipe: Recipe, members: Sequence[Checkpoint], donor: str) -> str:
+def tokenizer_owner(recipe: Recipe, parents: Mapping[str, Checkpoint], donor: str) -> str:
     """The parent whose tokenizer the points get: the named one, else the donor, else the first that has one.
+
+    A union is the donor's with further tokens.
 
     The donor if no parent has one. `BadInput` if the named one has none.
     """
-    owners = [member.name for member in members if has_tokenizer(member.side_files)]
+    owners = [name for name in recipe.parents() if has_tokenizer(parents[name].side_files)]
     named = donor if recipe.tokenizer_source == "base" else recipe.tokenizer_source
-    if named is None:
+    if named in (None, "union"):
         return donor if donor in owners or not owners else owners[0]
     if named not in owners:
         remedy = f"name one that has: {', '.join(owners)}" if owners else "no parent has one, take tokenizer_source out"

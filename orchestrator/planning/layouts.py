@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections import Counter
@@ -15,6 +16,7 @@ from jobs.job import COMMAND_LINE, Job
 from jobs.merge_tasks import DTYPE_BITS, ParentFile, Source, TensorMerge, digest
 from jobs.recipe import Recipe
 from jobs.sources import Filtered
+from jobs.tokenizers import AddedToken
 from orchestrator.planning.beside import chat_template, copied_files, tokenizer_owner, without_absent_code
 from orchestrator.planning.compatibility import (
     check_architecture,
@@ -23,7 +25,9 @@ from orchestrator.planning.compatibility import (
     is_tied,
     merged_config,
 )
+from orchestrator.planning.tokenizers import fitted
 from workers.checkpoints.canonical import aligned, is_head, stored_name
+from workers.checkpoints.configs import with_vocabulary
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_counts, layer_of
@@ -58,7 +62,8 @@ class Layout:
     are copied from, because others do not have them.
     `copied` and `left_out` are the files of the parents that a point gets, and that it does not get, by parent. With
     `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`. `as_it_is` are
-    the files of a checkpoint that is evaluated and not merged; it has no shards.
+    the files of a checkpoint that is evaluated and not merged; it has no shards. `added_tokens` are those that the
+    tokenizer of `tokenizer_from` lacks.
     """
 
     shards: tuple[Shard, ...]
@@ -75,6 +80,8 @@ class Layout:
     with_code: bool
     tokenizer_stands_in: bool
     as_it_is: tuple[ParentFile, ...] = ()
+    added_tokens: tuple[AddedToken, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @cached_property
     def bytes(self) -> int:
@@ -84,7 +91,16 @@ class Layout:
     @cached_property
     def beside(self) -> str:
         """sha256 of the files beside the weights: the config, and the owner of tokenizer and generation settings."""
-        return digest([self.config, self.donor, self.tokenizer_from, *(["code"] if self.with_code else [])])
+        added = [dataclasses.asdict(token) for token in self.added_tokens]
+        return digest(
+            [
+                self.config,
+                self.donor,
+                self.tokenizer_from,
+                *(["code"] if self.with_code else []),
+                *([added] if added else []),
+            ]
+        )
 
     @cached_property
     def index(self) -> dict[str, Any] | None:
@@ -141,11 +157,13 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     members = [parents[name] for name in recipe.references()]
     donor_name = recipe.base_model or recipe.models[0].model
     context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
-    tokenizer_from = tokenizer_owner(recipe, members, donor_name)
+    tokenizer_from = tokenizer_owner(recipe, parents, donor_name)
     if any(member.unmergeable for member in members):
         return _as_it_is(job, recipe, members)
     check_architecture(members, recipe.place)
     members, tied = aligned(members, context_from)
+    stored, vocabulary = members, fitted(recipe, members, parents[tokenizer_from], tied)
+    members = vocabulary.members
     dtype = recipe.out_dtype or recipe.dtype
     drops_head = job.config_from is not None and is_tied(context_from, context_from.config)
     names = [name for name in _tensor_names(members) if not (drops_head and is_head(name, tied))]
@@ -166,7 +184,8 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
     # after the tensors: no setting helps parents of other shapes, and none is advised to them
     if job.config_from is None:
-        check_configs(members, recipe.place, job.setting("config_from", "PARENT"))
+        configured = [replace(own, config=new.config) for own, new in zip(stored, members, strict=True)]
+        check_configs(configured, recipe.place, job.setting("config_from", "PARENT"))
     if recipe.tokenizer_source is None:
         check_tokenizers(members, recipe.place)
     layers = layer_counts((tensor.name for tensor in tensors), context_from.config)
@@ -185,11 +204,13 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         )
         for number in range(len(class_of))
     )
-    stored: Counter[str] = Counter()
+    kinds: Counter[str] = Counter()
     for tensor in tensors:
-        stored[tensor.dtype] += _floats(tensor)
+        kinds[tensor.dtype] += _floats(tensor)
     copied, left_out = copied_files(parents[donor_name], parents[tokenizer_from], code=job.copy_code)
-    config = merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[stored.most_common(1)[0][0]])
+    config = merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[kinds.most_common(1)[0][0]])
+    if vocabulary.rows is not None:
+        config = with_vocabulary(config, vocabulary.rows)
     return Layout(
         shards=_shards(numbered, job.shard_bytes),
         representatives=representatives,
@@ -204,6 +225,8 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         left_out={name: parent.name for name, parent in left_out.items()},
         with_code=job.copy_code,
         tokenizer_stands_in=recipe.tokenizer_source is None and tokenizer_from != donor_name,
+        added_tokens=vocabulary.added,
+        remarks=vocabulary.remarks,
     )
 
 

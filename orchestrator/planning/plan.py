@@ -15,7 +15,7 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest, places_read
+from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, canonical_json, digest, places_read
 from jobs.yaml_nodes import quoted, yaml_text
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
@@ -129,6 +129,7 @@ class Plan:
                 found["no parent has a tokenizer, so the points have none"] = None
             elif layout.tokenizer_stands_in:
                 found[f"{layout.donor} has no tokenizer; the points get that of {layout.tokenizer_from}"] = None
+            found |= dict.fromkeys(layout.remarks)
         return tuple(found)
 
     @cached_property
@@ -366,7 +367,9 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
     for point in job.points:
         recipe = point.recipe
         check_recipe(recipe)
-        key = (recipe.references(), recipe.base_model, recipe.dtype, recipe.out_dtype, recipe.tokenizer_source)
+        key = (recipe.references(), recipe.base_model, recipe.dtype, recipe.out_dtype, recipe.chat_template)
+        settings = recipe.tokenizer.document("") if recipe.tokenizer else None
+        key = (*key, recipe.tokenizer_source, canonical_json(settings))
         key = (*key, recipe.merge_method == "passthrough", METHODS[recipe.merge_method].base)
         layout = layouts.get(key)
         if layout is None:

@@ -185,18 +185,8 @@ def test_a_bare_filter_is_a_list_of_one() -> None:
         ),
         ("merge_method: x\nslices:\n- sources: []\n", "recipe.yml:2: `slices:` is not accepted"),
         (two_models("modules: {}\n"), "recipe.yml:5: `modules:` is not accepted"),
-        (two_models("tokenizer: {source: union}\n"), "recipe.yml:5: `tokenizer:` is not accepted"),
         (two_models("dtype: int64\n"), 'recipe.yml:5: dtype cannot be "int64"; choose from float32, float16, bfloat16'),
         (two_models("out_dtype: bf16\n"), 'recipe.yml:5: out_dtype cannot be "bf16"; choose from float32'),
-        (two_models("tokenizer_source: union\n"), "recipe.yml:5: tokenizer_source union is not accepted: it changes"),
-        (
-            two_models("tokenizer_source: base\n"),
-            "recipe.yml:5: tokenizer_source is base and the recipe has no base_model",
-        ),
-        (
-            two_models("tokenizer_source: c\n"),
-            'recipe.yml:5: tokenizer_source "c" is not a model of the recipe; choose from',
-        ),
         (two_models(second="a"), 'recipe.yml:4: the model "a" is listed twice'),
         ("models: [{model: a}]\n", 'recipe.yml:1: the document needs the key "merge_method"'),
         ("merge_method: linear\n", 'recipe.yml:1: the document needs the key "models"'),

@@ -123,6 +123,15 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
 
 
+def with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
+    """The config with `vocab_size: rows` for the language model, and on top too if it is stated there."""
+    for name in TEXT_SECTIONS:
+        if is_section(name, config.get(name)):
+            stated = {"vocab_size": rows} if "vocab_size" in config else {}
+            return {**config, **stated, name: with_vocabulary(config[name], rows)}
+    return {**config, "vocab_size": rows}
+
+
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with the defaults of its class in transformers, or as it is where transformers has no such class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

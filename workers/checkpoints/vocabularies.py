@@ -26,7 +26,8 @@ _VOCABULARY = re.compile(r"[^/]*\.(tiktoken|spm|model)|[^/]*(vocab|bpe)[^/]*\.(t
 class Vocabulary:
     """Token to id, the merges of a BPE in order, and the scores of a unigram model or of sentencepiece.
 
-    `kind` is the type of the model if the file states it. `tokens` is empty if the file is in no format that is read.
+    `added` are the tokens beside the model of subwords, each with the fields of an added token of `tokenizers`. `kind`
+    is the type of the model if the file states it. `tokens` is empty if the file is in no format that is read.
     """
 
     file: str
@@ -35,6 +36,7 @@ class Vocabulary:
     merges: Sequence[str] = ()
     scores: Mapping[str, float] = field(default_factory=dict)
     kind: str = ""
+    added: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not all(type(number) is int for number in self.tokens.values()):
@@ -83,9 +85,11 @@ def read_vocabulary(store: Store, files: Mapping[str, ObjectInfo], name: str) ->
             return _of_tokenizer_json(json.loads(data), sha256)
         found = _of_file(name, data, sha256)
         merges = _lines(_read(store, files["merges.txt"])) if name == "vocab.json" and "merges.txt" in files else []
+        added = _added(store, files)
         return replace(
             found,
-            tokens={**found.tokens, **_added(store, files)},
+            tokens={**found.tokens, **{token: entry["id"] for token, entry in added.items()}},
+            added=added,
             merges=[line for line in merges if line.strip() and not line.startswith("#version")],
         )
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):  # any content of the file
@@ -113,9 +117,10 @@ def _of_tokenizer_json(tokenizer: Any, sha256: str) -> Vocabulary:
     if isinstance(vocabulary, list):  # unigram: [token, score] in the order of ids
         scores = {entry[0]: float(entry[1]) for entry in vocabulary}
         vocabulary = {entry[0]: index for index, entry in enumerate(vocabulary)}
-    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens", [])}
+    added = {token["content"]: token for token in tokenizer.get("added_tokens", [])}
+    tokens = {**vocabulary, **{token: entry["id"] for token, entry in added.items()}}
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or ()]
-    return Vocabulary("tokenizer.json", sha256, {**vocabulary, **added}, merges, scores, str(model.get("type") or ""))
+    return Vocabulary("tokenizer.json", sha256, tokens, merges, scores, str(model.get("type") or ""), added)
 
 
 def _of_file(name: str, data: bytes, sha256: str) -> Vocabulary:
@@ -167,12 +172,13 @@ def _letters() -> Mapping[int, str]:
     return bytes_to_unicode()
 
 
-def _added(store: Store, files: Mapping[str, ObjectInfo]) -> dict[str, int]:
+def _added(store: Store, files: Mapping[str, ObjectInfo]) -> dict[str, dict[str, Any]]:
     """The tokens that were added to a vocabulary, from the files beside it."""
-    found: dict[str, int] = {}
+    found: dict[str, dict[str, Any]] = {}
     if "added_tokens.json" in files:
-        found |= json.loads(_read(store, files["added_tokens.json"]))
+        listed = json.loads(_read(store, files["added_tokens.json"]))
+        found |= {token: {"content": token, "id": number} for token, number in listed.items()}
     if "tokenizer_config.json" in files:
         decoder = json.loads(_read(store, files["tokenizer_config.json"])).get("added_tokens_decoder") or {}
-        found |= {entry["content"]: int(number) for number, entry in decoder.items()}
+        found |= {entry["content"]: {**entry, "id": int(number)} for number, entry in decoder.items()}
     return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec
 from jobs.merge_tasks import Parent
+from workers.checkpoints.tokenizer_files import with_tokens
 from workers.digests import weights_digest
 from workers.engines.engine import Engine
 from workers.engines.opening import open_engine
@@ -92,8 +93,8 @@ class Resident:
     def _open(self, weights: Iterator[tuple[str, Tensor]], task: EvaluationTask) -> Engine:
         url, files = self._model.tokenizer
         store = open_store(url)
-        for file, etag in files.items():
-            data = bytes(store.read(file, etag=etag))
+        read = {file: bytes(store.read(file, etag=etag)) for file, etag in files.items()}
+        for file, data in with_tokens(read, self._model.added_tokens).items():
             (self.tokenizer / file).write_bytes(_without_code(data) if file == "tokenizer_config.json" else data)
         tokenizer = load_tokenizer(self.tokenizer)
         self.beginning = str(tokenizer.bos_token or tokenizer.eos_token or "")

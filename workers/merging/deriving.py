@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.merge_tasks import Derived, Merged, Parent, ParentTensor, Source, TensorMerge
+from jobs.merge_tasks import Derived, Merged, Parent, ParentTensor, Rows, Source, TensorMerge
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import digest_of
@@ -60,5 +60,19 @@ def _merged(rule: Merged, derived: Derived, inputs: Sequence[Elements]) -> Eleme
     return output
 
 
-RULES: Mapping[type, Compute] = {Merged: _merged}
+def _rows(rule: Rows, derived: Derived, inputs: Sequence[Elements]) -> Elements:
+    """Means are taken in float64 and rounded once."""
+    rows, *width = derived.shape
+    parts = [part.reshape(-1, *width) for part in inputs]
+    output = np.zeros((rows, *width), numpy_dtype(derived.dtype))
+    for number, first, at, count in rule.runs:
+        output[first : first + count] = parts[number][at : at + count]
+    for row, of in rule.means:
+        output[row] = np.mean([parts[number][at] for number, at in of], axis=0, dtype=np.float64)
+    if rule.averaged is not None:
+        output[rule.averaged :] = np.mean(output[: rule.averaged], axis=0, dtype=np.float64)
+    return output.reshape(-1)
+
+
+RULES: Mapping[type, Compute] = {Merged: _merged, Rows: _rows}
 """The computation of each rule."""

@@ -663,6 +663,8 @@ def test_the_remedy_for_vocabularies_of_other_sizes_helps(plan: Planning, parent
 
     tensors = {**weights("fmt"), EMBEDDINGS: torch.ones(64, HIDDEN).bfloat16()}
     write_model(parents / "fmt", tensors, config={"vocab_size": 64})
+    for name in ("cos", "fmt"):
+        (parents / name / "tokenizer.json").unlink()
     assert "give the smaller 64 rows with `model.resize_token_embeddings(64)`" in refusal(plan)
     model = AutoModelForCausalLM.from_pretrained(parents / "cos", dtype="auto")
     model.resize_token_embeddings(64)
@@ -678,10 +680,10 @@ def test_shapes_that_differ_are_shown_side_by_side(plan: Planning, parents: Path
 
 
 def test_shapes_are_refused_before_configs_because_no_setting_helps(plan: Planning, parents: Path):
-    tensors = {**weights("fmt"), EMBEDDINGS: torch.ones(64, HIDDEN).bfloat16()}
-    write_model(parents / "fmt", tensors, config={"vocab_size": 64})
-    assert f"tensor {EMBEDDINGS} is [48, 16] in cos and [64, 16] in fmt" in refusal(plan)
-    assert f"tensor {EMBEDDINGS} is [48, 16] in cos and [64, 16] in fmt" in refusal(plan, config_from="cos")
+    tensors = {**weights("fmt"), EMBEDDINGS: torch.ones(48, 18).bfloat16()}
+    write_model(parents / "fmt", tensors, config={"hidden_size": 18})
+    assert f"tensor {EMBEDDINGS} is [48, 16] in cos and [48, 18] in fmt" in refusal(plan)
+    assert f"tensor {EMBEDDINGS} is [48, 16] in cos and [48, 18] in fmt" in refusal(plan, config_from="cos")
 
 
 def test_other_architectures_are_refused(plan: Planning, parents: Path):

@@ -1,0 +1,342 @@
+"""One vocabulary for all members of a merge: which token has which row, and where each member's row comes from.
+
+The rules are those of mergekit 0.1.5: tokens go by their text; a member that lacks a token gets the row of the only
+member that has it, else the base's, else the mean of all that have it. Rows of padding are kept, which mergekit cuts.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from jobs.errors import BadInput
+from jobs.merge_tasks import DTYPE_BITS, Derived, ParentTensor, Rows, Source
+from jobs.recipe import Recipe
+from jobs.tokenizers import AddedToken, TokenSource
+from jobs.yaml_nodes import quoted
+from orchestrator.planning.compatibility import check_tokenizers
+from workers.checkpoints.canonical import stored_name
+from workers.checkpoints.configs import with_vocabulary
+from workers.checkpoints.dtypes import FLOATS
+from workers.checkpoints.opening import Checkpoint
+from workers.checkpoints.stacks import layer_of
+from workers.checkpoints.vocabularies import Vocabulary, read_vocabulary, vocabulary_files
+from workers.storage import open_store
+
+_INPUT = re.compile(
+    r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|backbone\.embeddings)\.weight"
+)
+_OUTPUT = re.compile(
+    r"(.*\.)?(lm_head(\.decoder)?|embed_out|output|(predictions|generator_lm_head)(\.decoder)?|vocab_projector)"
+    r"\.(weight|bias)"
+)
+"""Embeddings and heads by their names in transformers and in the code of models beside it."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Members with one vocabulary, the rows of their embeddings if those are new, and the tokenizer's new tokens."""
+
+    members: Sequence[Checkpoint]
+    rows: int | None = None
+    added: tuple[AddedToken, ...] = ()
+    remarks: tuple[str, ...] = ()
+
+
+def fitted(recipe: Recipe, members: Sequence[Checkpoint], owner: Checkpoint, tied: Mapping[str, str]) -> Fitted:
+    """The members with embeddings and heads that have the rows of one vocabulary; `owner` has its tokenizer.
+
+    Without a `tokenizer_source` only rows of padding are added. `BadInput` for vocabularies that differ then, for those
+    that cannot be read, and for a token without a row where the recipe asks for one.
+    """
+    tables = sorted({name for member in members for name in member.tensors if _is_table(name, member)})
+    sizes = {member.name: size for member in members if (size := _rows(member, tables)) is not None}
+    if not sizes or not _alike(members, tables, tied):
+        return Fitted(members)
+    if recipe.tokenizer_source is None:
+        if len({*sizes.values()}) == 1 or not any(vocabulary_files(member.side_files) for member in members):
+            return Fitted(members)
+        check_tokenizers(members, recipe.place)
+    vocabularies = {member.name: _vocabulary(member) for member in (*members, owner)}
+    if unread := [name for name, found in vocabularies.items() if found is not None and not found.tokens]:
+        if recipe.tokenizer_source == "union" or recipe.tokenizer is not None:
+            raise BadInput(
+                f"{recipe.place_of('tokenizer_source')}: the vocabulary of {unread[0]} cannot be read; name the model"
+                " whose tokenizer is copied with `tokenizer_source: MODEL`, which leaves the rows as they are"
+            )
+        if recipe.tokenizer_source is not None:
+            return Fitted(members)
+    own = vocabularies[owner.name] or Vocabulary("", "", {})
+    added = _added(recipe, [owner, *members], vocabularies, sizes)
+    out = {**own.tokens, **{token.content: token.id for token in added}}
+    fitting = _Fitting(recipe, members, sizes, {n: v or own for n, v in vocabularies.items()}, own, out, owner.name)
+    changed = fitting.tensors(tables, tied)
+    rows = fitting.rows if changed or {*sizes.values()} != {fitting.rows} else None
+    return Fitted(
+        [_with(member, changed, rows) for member in members],
+        rows,
+        added,
+        tuple(_remarks(recipe, members, owner, sizes, fitting.rows, added)),
+    )
+
+
+def _is_table(name: str, member: Checkpoint) -> bool:
+    """Whether a tensor has a row for each token."""
+    floats = member.tensors[name].dtype in FLOATS and layer_of(name) is None
+    return floats and (_INPUT.fullmatch(name) or _OUTPUT.fullmatch(name)) is not None
+
+
+def _rows(member: Checkpoint, tables: Collection[str]) -> int | None:
+    """The rows of the member's embeddings, or of its head if it has no embeddings."""
+    own = sorted((name for name in tables if name in member.tensors), key=lambda name: _INPUT.fullmatch(name) is None)
+    return member.shapes[own[0]][0] if own else None
+
+
+def _alike(members: Sequence[Checkpoint], tables: Iterable[str], tied: Mapping[str, str]) -> bool:
+    """Whether all members' tensors of each table differ in the number of rows alone."""
+    for name in tables:
+        stored = [(member, at) for member in members if (at := stored_name(name, member, tied)) is not None]
+        if len({member.shapes[at][1:] for member, at in stored}) > 1:
+            return False
+    return True
+
+
+def _vocabulary(member: Checkpoint) -> Vocabulary | None:
+    """The vocabulary of a checkpoint's tokenizer; None if it has none."""
+    files = vocabulary_files(member.side_files)
+    return read_vocabulary(open_store(member.url), member.side_files, files[0]) if files else None
+
+
+def _added(
+    recipe: Recipe,
+    members: Sequence[Checkpoint],
+    vocabularies: Mapping[str, Vocabulary | None],
+    sizes: Mapping[str, int],
+) -> tuple[AddedToken, ...]:
+    """The tokens that the first member's tokenizer lacks, with ids after its own.
+
+    Those of a union come by member and id, subwords first, as in mergekit, whose subwords come in any order.
+    """
+    own = vocabularies[members[0].name] or Vocabulary("", "", {})
+    free = max(own.tokens.values(), default=-1) + 1
+    pieces: dict[str, None] = {}
+    beside: dict[str, AddedToken] = {}
+    for member in members[1:] if recipe.tokenizer_source == "union" else ():
+        other = vocabularies[member.name] or own
+        most = sizes.get(member.name, math.inf)
+        for token, number in sorted(other.tokens.items(), key=lambda item: item[1]):
+            if number >= most or token in own.added:
+                continue
+            if token in other.added:
+                flags = {key: bool(other.added[token].get(key, default)) for key, default in _FLAGS.items()}
+                beside.setdefault(token, AddedToken(content=token, id=own.tokens.get(token, -1), **flags))
+            elif token not in own.tokens:
+                pieces[token] = None
+    for token in recipe.tokenizer.tokens if recipe.tokenizer else ():
+        if token not in own.tokens:
+            beside.setdefault(token, AddedToken(content=token, id=-1))
+    tokens = [AddedToken(content=token, id=-1, piece=True) for token in pieces if token not in beside]
+    found: list[AddedToken] = []
+    for token in (*tokens, *beside.values()):
+        found.append(token if token.id >= 0 else replace(token, id=free))
+        free += token.id < 0
+    return tuple(found)
+
+
+_FLAGS = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True, "special": False}
+
+
+class _Fitting:
+    """The rows of one output vocabulary in every member."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        members: Sequence[Checkpoint],
+        sizes: Mapping[str, int],
+        vocabularies: Mapping[str, Vocabulary],
+        own: Vocabulary,
+        out: Mapping[str, int],
+        owner: str,
+    ) -> None:
+        self._recipe, self._members, self._sizes, self._vocabularies = recipe, members, sizes, vocabularies
+        self._base = recipe.base_model
+        settings = recipe.tokenizer
+        ids = {
+            token: {name: number for name in vocabularies if (number := self._id(name, token)) is not None}
+            for token in out
+        }
+        asked = settings.tokens if settings else {}
+        used = max((number for token, number in out.items() if ids[token] or token in asked), default=-1) + 1
+        pad = settings.pad_to_multiple_of if settings else None
+        if pad is not None:
+            self.rows = math.ceil(used / pad) * pad
+        elif recipe.tokenizer_source is None:
+            self.rows = max(sizes.values())
+        else:
+            self.rows = max(used, sizes.get(owner, 0))
+        self._averaged = used if pad is not None and used < self.rows else None
+        self._limit = self.rows if self._averaged is None else used
+        self._at = {member.name: self._own_rows(member.name, own, out, ids) for member in members}
+        self._asked = {
+            out[token]: (token, source) for token, source in asked.items() if source is not None and token in out
+        }
+
+    def _id(self, name: str, token: str) -> int | None:
+        number = self._vocabularies[name].tokens.get(token)
+        return number if number is not None and number < self._sizes.get(name, 0) else None
+
+    def _own_rows(
+        self, name: str, own: Vocabulary, out: Mapping[str, int], ids: Mapping[str, Mapping[str, int]]
+    ) -> list[int]:
+        """For each row of the output the member's row, or −1: that of the same token, or of the same padding."""
+        vocabulary, size = self._vocabularies[name], self._sizes.get(name, 0)
+        at = [-1] * self.rows
+        for token, number in out.items():
+            if number < self.rows and at[number] < 0:
+                at[number] = ids[token].get(name, -1)
+        taken = {*vocabulary.tokens.values()}
+        # files of two kinds may list the special tokens or not: a row that no token has is that of the same id
+        tokens = {*out.values()} if vocabulary.file == own.file else set[int]()
+        for row in range(min(self._limit, size)):
+            if at[row] < 0 and row not in taken and row not in tokens:
+                at[row] = row
+        return at
+
+    def tensors(self, tables: Sequence[str], tied: Mapping[str, str]) -> dict[str, dict[str, Derived]]:
+        """By member and name: the tables whose rows are not those that are stored."""
+        found: dict[str, dict[str, Derived]] = {}
+        rules: dict[tuple[str, ...], dict[str, tuple[Rows, tuple[str, ...]] | None]] = {}
+        for name in tables:
+            places = {
+                member.name: (member.tensors[at], member.shapes[at])
+                for member in self._members
+                if (at := stored_name(name, member, tied)) is not None
+            }
+            having = tuple(places)
+            if having not in rules:
+                sources = self._sources(having)
+                rules[having] = {member: self._rule(member, sources[member]) for member in having}
+            for member, rule in rules[having].items():
+                if rule is not None:
+                    found.setdefault(member, {})[name] = _derived(*rule, places, self.rows)
+        return found
+
+    def _sources(self, having: Sequence[str]) -> dict[str, list[Sequence[tuple[str, int]]]]:
+        """By member and row: the rows of members whose mean it is; none is zero."""
+        found: dict[str, list[Sequence[tuple[str, int]]]] = {name: [] for name in having}
+        for row in range(self._limit):
+            at = {name: self._at[name][row] for name in having}
+            asked = self._asked.get(row)
+            force = asked is not None and asked[1].force
+            others: Sequence[tuple[str, int]] = ()
+            if force or min(at.values()) < 0:
+                there = [(name, number) for name, number in at.items() if number >= 0]
+                if asked is not None:
+                    others = self._asked_row(*asked, at)
+                elif len(there) > 1 and self._base is not None and at.get(self._base, -1) >= 0:
+                    others = [(self._base, at[self._base])]
+                else:
+                    others = there
+            for name, number in at.items():
+                found[name].append(others if force or number < 0 else [(name, number)])
+        return found
+
+    def _asked_row(self, token: str, source: TokenSource, at: Mapping[str, int]) -> Sequence[tuple[str, int]]:
+        if source.model is None:
+            return ()
+        sought = token if source.token is None else source.token
+        number = at.get(source.model, -1) if source.token is None else self._id(source.model, sought)
+        if source.token_id is not None:
+            number = source.token_id if source.token_id < self._sizes.get(source.model, 0) else -1
+            sought = f"number {source.token_id}"
+        if source.model not in at or number is None or number < 0:
+            raise BadInput(
+                f"{source.place}: {source.model} has no row for the token {quoted(sought)}, which"
+                f" {quoted(token)} would get; name another model or token"
+            )
+        return [(source.model, number)]
+
+    def _rule(self, member: str, sources: Sequence[Sequence[tuple[str, int]]]) -> tuple[Rows, tuple[str, ...]] | None:
+        """The rule and the members that it reads; None if the rows are those that are stored."""
+        inputs = {member: 0}
+        runs: list[list[int]] = []
+        means: list[tuple[int, tuple[tuple[int, int], ...]]] = []
+        for row, parts in enumerate(sources):
+            numbered = [(inputs.setdefault(name, len(inputs)), number) for name, number in parts]
+            if len(numbered) > 1:
+                means.append((row, tuple(numbered)))
+            elif numbered:
+                (of, number), last = numbered[0], runs[-1] if runs else None
+                if last is not None and [last[0], last[1] + last[3], last[2] + last[3]] == [of, row, number]:
+                    last[3] += 1
+                else:
+                    runs.append([of, row, number, 1])
+        if self._averaged is None and runs == [[0, 0, 0, self._sizes[member]]] and self.rows == self._sizes[member]:
+            return None
+        rule = Rows(tuple((of, row, number, count) for of, row, number, count in runs), tuple(means), self._averaged)
+        return rule, tuple(inputs)
+
+
+def _derived(
+    rule: Rows, inputs: Sequence[str], places: Mapping[str, tuple[Source, tuple[int, ...]]], rows: int
+) -> Derived:
+    """The tensor of that rule, which reads no more rows of others than it needs."""
+    own, shape = places[inputs[0]]
+    kinds = {places[name][0].dtype for name in inputs}
+    wide = "F64" if "F64" in kinds else "F32" if len(kinds) > 1 else own.dtype
+    read: list[tuple[str, Source]] = []
+    first: list[int] = []
+    for number, name in enumerate(inputs):
+        place, (_, *width) = places[name]
+        used = [(at, at + count) for of, _, at, count in rule.runs if of == number]
+        used += [(at, at + 1) for _, parts in rule.means for of, at in parts if of == number]
+        low, high = min((start for start, _ in used), default=0), max((stop for _, stop in used), default=0)
+        if number == 0 or not isinstance(place, ParentTensor):
+            low = 0
+        else:
+            size = math.prod(width) * DTYPE_BITS[place.dtype] // 8
+            place = replace(place, start=place.start + low * size, end=place.start + high * size, digest="")
+        read.append((name, place))
+        first.append(low)
+    rule = replace(
+        rule,
+        runs=tuple((of, row, at - first[of], count) for of, row, at, count in rule.runs),
+        means=tuple((row, tuple((of, at - first[of]) for of, at in parts)) for row, parts in rule.means),
+    )
+    return Derived(wide, (rows, *shape[1:]), rule, tuple(read))
+
+
+def _with(member: Checkpoint, changed: Mapping[str, Mapping[str, Derived]], rows: int | None) -> Checkpoint:
+    new = changed.get(member.name, {})
+    return replace(
+        member,
+        config=member.config if rows is None else with_vocabulary(member.config, rows),
+        tensors={**member.tensors, **new},
+        shapes={**member.shapes, **{name: tensor.shape for name, tensor in new.items()}},
+    )
+
+
+def _remarks(
+    recipe: Recipe,
+    members: Sequence[Checkpoint],
+    owner: Checkpoint,
+    sizes: Mapping[str, int],
+    rows: int,
+    added: Sequence[AddedToken],
+) -> Iterable[str]:
+    if recipe.tokenizer_source is None:
+        fewer = [name for name, size in sizes.items() if size < rows]
+        most = next(name for name, size in sizes.items() if size == rows)
+        yield (
+            f"the embeddings of {' and '.join(fewer)} have fewer rows than the {rows} of {most}; they get the missing"
+            " rows from the parents that have them"
+        )
+    pieces = sum(token.piece for token in added)
+    if pieces:
+        yield (
+            f"{pieces} subwords of other vocabularies get rows, but texts are cut as {owner.name} cuts them, without"
+            " these subwords; merge parents of one vocabulary if that is not what you want"
+        )
