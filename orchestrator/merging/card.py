@@ -13,6 +13,9 @@ from orchestrator.words import code, token_count
 from workers.checkpoints.configs import context_length, rope, text_fields
 from workers.checkpoints.dtypes import FLOATS
 
+MOST_NAMES = 6
+"""Parents that the first sentence names one by one."""
+
 
 def model_card(
     plan: Plan,
@@ -29,7 +32,7 @@ def model_card(
     layout, recipe = planned.layout, planned.point.recipe
     parents = {name: plan.parents[name].url for name in layout.parents}
     front: dict[str, Any] = {
-        "base_model": [_repository(url) for url in parents.values()],
+        "base_model": [*dict.fromkeys(map(_repository, parents.values()))],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -111,4 +114,6 @@ def _count(parameters: int) -> str:
 
 def _listed(names: list[str]) -> str:
     quoted = [*map(code, names)]
+    if len(names) > MOST_NAMES:
+        return f"{quoted[0]}, {quoted[1]} … {quoted[-1]} ({len(names)} checkpoints)"
     return quoted[0] if len(quoted) == 1 else f"{', '.join(quoted[:-1])} and {quoted[-1]}"

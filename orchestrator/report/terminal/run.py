@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.merging.driver import RunResult
@@ -34,6 +34,10 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
             }
             for name, checkpoint in plan.parents.items()
         },
+        "trajectories": {
+            name: [parent for parent in checkpoints if parent in plan.parents]
+            for name, checkpoints in plan.job.trajectories.items()
+        },
         "points": [planned.name for planned in plan.points],
         "remarks": list(plan.remarks),
         "same_merge": {planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
@@ -53,10 +57,7 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     """The plan as a person reads it; `evaluation` as `forecast.evaluation_facts` has it, if there is one."""
     rows = [
         ("run", facts["run"]),
-        *(
-            (f"parent {name}", f"{parent['url']}  ({size(parent['bytes'])}, {parent['tensors']} tensors)")
-            for name, parent in facts["parents"].items()
-        ),
+        *_parent_rows(facts["parents"], facts["trajectories"]),
         ("points", f"{len(facts['points'])}: {shortlist(facts['points'])}"),
         ("shards", f"{facts['shards_a_point']} a point"),
         ("done already", f"{facts['units_done']} of {facts['units']} shards"),
@@ -77,6 +78,23 @@ def print_plan(facts: Mapping[str, Any]) -> None:
         rows += _evaluation_rows(facts["evaluation"])
     print(f"{facts['job']}\n")
     print_rows(rows)
+
+
+def _parent_rows(
+    parents: Mapping[str, Mapping[str, Any]], trajectories: Mapping[str, Sequence[str]]
+) -> list[tuple[str, str]]:
+    """One row a parent, and one for all checkpoints of a trajectory."""
+    checkpoints = {parent for of in trajectories.values() for parent in of}
+    rows = [
+        (f"parent {name}", f"{parent['url']}  ({size(parent['bytes'])}, {parent['tensors']} tensors)")
+        for name, parent in parents.items()
+        if name not in checkpoints
+    ]
+    for name, of in trajectories.items():
+        urls, whole = [parents[parent]["url"] for parent in of], sum(parents[parent]["bytes"] for parent in of)
+        tensors = f"{size(whole)}, {parents[of[0]]['tensors']} tensors each"
+        rows.append((f"parents {name}", f"{len(of)} checkpoints: {shortlist(urls)}  ({tensors})"))
+    return rows
 
 
 def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:

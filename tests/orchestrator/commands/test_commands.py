@@ -32,6 +32,7 @@ from orchestrator.records.ledger import Ledger
 from orchestrator.watching import Watcher
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.models import CONFIG, HIDDEN, VOCABULARY, load_model, weights, write_model
+from tests.orchestrator.trajectories import trajectory_job, write_run
 from workers.storage import open_store
 
 Mergeyard = Callable[..., Ended]
@@ -103,6 +104,18 @@ def test_plan_says_what_is_done_already(mergeyard: Mergeyard, job_file: Callable
     ended = mergeyard("plan", path)
     assert ended.code == 0
     assert "2 of 2 shards" in ended.out
+
+
+def test_a_plan_lists_the_checkpoints_of_a_trajectory_in_one_row(mergeyard: Mergeyard, tmp_path: Path):
+    write_run(tmp_path, 5)
+    job = tmp_path / "job.yaml"
+    job.write_text(trajectory_job(str(tmp_path), 5, str(tmp_path / "runs"), grid="{k: [2, 4], shape: [uniform]}"))
+    facts = mergeyard("plan", job, "--json").facts
+    assert facts["trajectories"] == {"step": ["step-2", "step-3", "step-4", "step-5"]} and len(facts["parents"]) == 4
+    assert [*facts["points"]] == ["k2", "k4"]
+    out = mergeyard("plan", job).out
+    urls = f"{tmp_path}/step-2, {tmp_path}/step-3, {tmp_path}/step-4 … {tmp_path}/step-5"
+    assert f"parents step  4 checkpoints: {urls}  (" in out and "parent step-2" not in out
 
 
 def test_plan_refuses_an_output_that_run_could_not_write(

@@ -61,3 +61,7 @@ def test_windows_and_shapes_over_twenty_checkpoints_in_a_bucket(s3_server: Seawe
         for name, tensor in found.items():
             expected = sum(SHAPES[shape](age, size) * checkpoints[-1 - age][name].double() for age in range(size))
             torch.testing.assert_close(tensor.double(), expected, rtol=2e-7, atol=1e-9, msg=planned.name)
+    largest = f"{prefix}/runs/windows/points/k20_shape=uniform"
+    card = client.get_object(Bucket=bucket, Key=f"{largest}/README.md")["Body"].read().decode()
+    assert "A `linear` merge of `step-1`, `step-2` … `step-20` (20 checkpoints), made by mergeyard." in card
+    assert f"| `step-20` | `{s3_url}/step-20` | `0.05` |" in card
