@@ -20,7 +20,7 @@ import torch
 from workers.merging.buffers import keep_freed_memory
 from workers.methods import METHODS
 from workers.methods.kernels.random import random_bits
-from workers.methods.kernels.ranks import bracketed, magnitudes
+from workers.methods.kernels.ranks import magnitudes, magnitudes_bracketed
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as compiled_sums
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
@@ -55,8 +55,7 @@ def measure(elements: int, rounds: int) -> Mapping[str, float]:
     once = WeightedSums(2, [Sum(((0, 0.3), (1, 0.7)))], "float32")
     often = WeightedSums(2, [Sum(((0, 0.02 * point), (1, 1 - 0.02 * point))) for point in range(POINTS)], "float32")
     deltas = WeightedSums(2, [Sum(((0, 0.3),), base=1)], "float32")
-    bits = magnitudes(a, b)
-    low, high = (int(each) for each in np.quantile(bits[::61], (0.69, 0.71)))
+    low, high = (int(each) for each in np.quantile(magnitudes(a, b)[::61], (0.69, 0.71)))
 
     def tiles(of_tile: Callable[[int, list[Array]], object], step: int = TILE_ELEMENTS) -> Callable[[], None]:
         def run() -> None:
@@ -85,7 +84,10 @@ def measure(elements: int, rounds: int) -> Mapping[str, float]:
         "three products of slerp": (1, tiles(lambda _, raw: sums(raw, [Product(0, 1), Product(0, 0), Product(1, 1)]))),
         "L1 norm of a task vector": (1, tiles(lambda _, raw: sums(raw, [Product((0, 1), magnitude=True)]))),
         "magnitudes": (1, tiles(lambda _, raw: magnitudes(*raw))),
-        "bracket of a cutoff": (1, tiles(lambda start, _: bracketed(bits[start : start + TILE_ELEMENTS], low, high))),
+        "bracket of a cutoff": (
+            1,
+            tiles(lambda _, raw: magnitudes_bracketed(*raw, low=low, high=high, unit=TILE_ELEMENTS)),
+        ),
         "random bits, numpy": (1, tiles(lambda start, _: np.random.Philox(key=start).random_raw(TILE_ELEMENTS // 2))),
         "random bits": (1, tiles(lambda start, _: random_bits((start, 0), 0, TILE_ELEMENTS))),
     }

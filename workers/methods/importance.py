@@ -111,7 +111,6 @@ class Importance(Score):
 
     model: str
     base: str
-    alone = False
 
     def ask(self, tile: Tile) -> None:
         tile.known(Divergences(self.model, self.base))

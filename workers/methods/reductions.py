@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations_with_replacement
+from itertools import accumulate, combinations_with_replacement
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
-from workers.methods.kernels.ranks import below_by_rank, bracketed, magnitudes
+from workers.methods.kernels.ranks import Bracket, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
@@ -195,10 +195,13 @@ def _units(elements: Array) -> list[Array]:
 class Score:
     """A float32 number, not negative, for each element: the elements of a tensor are ranked by it.
 
-    Subclasses are frozen dataclasses; `alone` says that an element's score follows from that element of the parents.
+    Subclasses are frozen dataclasses.
     """
 
-    alone = True
+    @property
+    def parents(self) -> Sequence[str] | None:
+        """The models and the base, of which one element makes the score of that element; None if it needs others."""
+        return None
 
     def ask(self, tile: Tile) -> None:
         """Asks `tile.known` for the facts that must be known before this score."""
@@ -211,6 +214,10 @@ class Score:
         """The same in the memory of the host."""
         return self.bits(tile).cpu().numpy()
 
+    def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
+        """Where the scores of each unit lie."""
+        return bracketed(self.on_host(tile), low=low, high=high, unit=TILE_ELEMENTS)
+
 
 @dataclass(frozen=True, slots=True)
 class Magnitude(Score):
@@ -218,6 +225,10 @@ class Magnitude(Score):
 
     model: str
     base: str
+
+    @property
+    def parents(self) -> Sequence[str]:
+        return self.model, self.base
 
     def bits(self, tile: Tile) -> Tensor:
         import torch
@@ -228,6 +239,11 @@ class Magnitude(Score):
         if arrays := host_arrays(tile, self.model, self.base):
             return tile.remember(("on host", self), lambda: magnitudes(*arrays))
         return self.bits(tile).cpu().numpy()
+
+    def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
+        if arrays := host_arrays(tile, self.model, self.base):
+            return magnitudes_bracketed(*arrays, low=low, high=high, unit=TILE_ELEMENTS)
+        return bracketed(self.on_host(tile), low=low, high=high, unit=TILE_ELEMENTS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +256,10 @@ class Variance(Score):
     models: tuple[str, ...]
     base: str
     dtype: str | None = None
+
+    @property
+    def parents(self) -> Sequence[str]:
+        return *self.models, self.base
 
     def bits(self, tile: Tile) -> Tensor:
         import torch
@@ -288,11 +308,12 @@ class Sample(Reduction):
 
     def of(self, tile: Tile) -> list[IntArray]:
         first = -tile.start % _SAMPLED
-        if not self.score.alone:
+        if (parents := self.score.parents) is None:
             return [self.score.on_host(tile)[first::_SAMPLED]]
         thinned = {
             name: elements[first::_SAMPLED].copy() if isinstance(elements, np.ndarray) else elements[first::_SAMPLED]
-            for name, elements in tile.raw.items()
+            for name in parents
+            for elements in [tile.raw[name]]
         }
         return [self.score.on_host(Tile(tile.tensor, tile.start, thinned, {}))]
 
@@ -327,13 +348,9 @@ class Cutoff(Reduction):
     def ask(self, tile: Tile) -> None:
         tile.known(Sample(self.score))
 
-    def of(self, tile: Tile) -> list[tuple[int, IntArray, IntArray]]:
+    def of(self, tile: Tile) -> list[Bracket]:
         low, high = self._bracket(tile.known(Sample(self.score)), self.count / math.prod(tile.shape))
-        shares: list[tuple[int, IntArray, IntArray]] = []
-        for unit in _units(self.score.on_host(tile)):
-            above, inside = bracketed(unit, low, high)
-            shares.append((above, *np.unique(inside, return_counts=True)))
-        return shares
+        return self.score.bracketed(tile, low, high)
 
     def _bracket(self, sample: IntArray, density: float) -> tuple[int, int]:
         lowest, highest = 0, int(np.iinfo(np.int32).max)
@@ -347,19 +364,27 @@ class Cutoff(Reduction):
             int(sample[below]) if below < sample.size else highest,
         )
 
-    def combine(self, shares: Sequence[tuple[int, IntArray, IntArray]]) -> Threshold | None:
-        wanted = self.count - sum(above for above, _, _ in shares)
-        values, place = np.unique(np.concatenate([values for _, values, _ in shares]), return_inverse=True)
-        totals = np.zeros(values.size, dtype=np.int64)
-        np.add.at(totals, place, np.concatenate([counts for _, _, counts in shares]))
-        from_greatest = np.cumsum(totals[::-1])
-        index = int(np.searchsorted(from_greatest, wanted))
-        if wanted < 1 or index == values.size:
+    def combine(self, shares: Sequence[Bracket]) -> Threshold | None:
+        wanted = self.count - sum(each.above for each in shares)
+        at_high = [each.at_high for each in shares]
+        if wanted < 1:
             return None
-        bits = int(values[::-1][index])
-        equal = [int(counts[values == bits].sum()) for _, values, counts in shares]
-        greater = int(from_greatest[index - 1]) if index else 0
-        return Threshold(bits, wanted - greater, [0, *np.cumsum(equal).tolist()])
+        if wanted <= (highest := sum(at_high)):
+            return _threshold(shares[0].high, wanted, at_high)
+        wanted -= highest
+        between = np.concatenate([each.between for each in shares])
+        if wanted <= between.size:
+            bits = int(np.partition(between, -wanted)[-wanted])
+            equal = [int(np.count_nonzero(each.between == bits)) for each in shares]
+            return _threshold(bits, wanted - int(np.count_nonzero(between > bits)), equal)
+        wanted -= between.size
+        at_low = [each.at_low for each in shares]
+        return _threshold(shares[0].low, wanted, at_low) if wanted <= sum(at_low) else None
+
+
+def _threshold(bits: int, equals: int, equal: Sequence[int]) -> Threshold:
+    """From the number of equal ones in each unit."""
+    return Threshold(bits, equals, [0, *accumulate(equal)])
 
 
 def largest(tile: Tile, score: Score, count: int) -> Tensor:

@@ -23,7 +23,7 @@ def widened(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: i
     """Writes elements [start, start + count) of a tensor to `into`, in its dtype: exact unless that is narrower."""
     if code == BF16:
         for i in range(count):
-            into[i] = np.uint32(np.uint32(halves[start + i]) << np.uint32(16)).view(np.float32)
+            into[i] = of_bfloat16(halves[start + i])
     elif code == F16:
         for i in range(count):
             into[i] = _of_half(halves[start + i])
@@ -82,6 +82,11 @@ def any_nonfinite(code: int, halves: Pointer, words: Pointer, longs: Pointer, st
     for i in range(count):
         top = max(top, np.uint64(longs[start + i] & np.uint64(0x7FFFFFFFFFFFFFFF)))
     return top >= np.uint64(0x7FF0000000000000)
+
+
+def of_bfloat16(half: np.uint16) -> np.float32:
+    """float32 of a bfloat16."""
+    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
 
 
 def _of_half(half: np.uint16) -> np.float32:

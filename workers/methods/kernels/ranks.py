@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
-from workers.methods.kernels.dtypes import CODES, widened
+from workers.methods.kernels.dtypes import BF16, CODES, of_bfloat16, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
 
@@ -14,13 +16,29 @@ from workers.methods.kernels.memory import BLOCK, Array, address, addresses, ali
 def _magnitudes(
     halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, count: int, lines: Pointer, bits: Pointer
 ) -> None:
-    a, b = lines[0], lines[1]
     for first in range(0, count, BLOCK):
-        size = min(BLOCK, count - first)
-        for parent in range(2):
-            widened(dtypes[parent], halves[parent], words[parent], longs[parent], first, size, lines[parent])
+        _differences(halves, words, longs, dtypes, first, min(BLOCK, count - first), lines, bits, first)
+
+
+def _differences(
+    halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, first: int, size: int, lines: Pointer,
+    bits: Pointer, at: int,
+) -> None:  # fmt: skip
+    """Writes the magnitudes of so many differences to `bits` from `at` on."""
+    if dtypes[0] == BF16 and dtypes[1] == BF16:  # without a line of memory between
+        model, base = halves[0], halves[1]
         for i in range(size):
-            bits[first + i] = np.float32(a[i] - b[i]).view(np.uint32) & np.uint32(0x7FFFFFFF)
+            bits[at + i] = _magnitude(of_bfloat16(model[first + i]), of_bfloat16(base[first + i]))
+        return
+    a, b = lines[0], lines[1]
+    for parent in range(2):
+        widened(dtypes[parent], halves[parent], words[parent], longs[parent], first, size, lines[parent])
+    for i in range(size):
+        bits[at + i] = _magnitude(np.float32(a[i]), np.float32(b[i]))
+
+
+def _magnitude(model: np.float32, base: np.float32) -> np.uint32:
+    return np.uint32(np.float32(model - base).view(np.uint32) & np.uint32(0x7FFFFFFF))
 
 
 def magnitudes(model: Array, base: Array) -> NDArray[np.int32]:
@@ -36,29 +54,114 @@ def magnitudes(model: Array, base: Array) -> NDArray[np.int32]:
     return bits
 
 
-@kernel("u32*", "i64", "u32", "u32", "u32*", "i64*")
-def _bracketed(bits: Pointer, count: int, low: int, high: int, inside: Pointer, totals: Pointer) -> None:
-    """Every number is stored; one that is outside is overwritten by the next, so that no branch has to be guessed."""
-    above = 0
-    for i in range(count):
-        above += bits[i] > high
-    width = np.uint32(high - low)
+_COUNTS = 4  # of a unit: above the bracket, at its upper end, at its lower end, between
+
+
+@kernel(
+    *("u16**", "u32**", "u64**", "i64*", "i64", "u32*", "i64", "i64", "u32", "u32"),
+    *("f32**", "u32*", "u8*", "u64*", "u32*", "i64*"),
+)
+def _bracketed(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    differ: int,
+    numbers: Pointer,
+    count: int,
+    unit: int,
+    low: int,
+    high: int,
+    lines: Pointer,
+    block: Pointer,
+    flags: Pointer,
+    eights: Pointer,
+    between: Pointer,
+    counts: Pointer,
+) -> None:
+    """Ranks the magnitudes of the differences of two tensors if they `differ`, else the given numbers.
+
+    `flags` and `eights` are the same bytes: eight elements that are not between the ends are passed by at once.
+    """
     found = 0
-    for i in range(count):
-        number = bits[i]
-        inside[found] = number
-        found += np.uint32(number - low) <= width
-    totals[0] = above
-    totals[1] = found
+    step = min(BLOCK, unit)
+    for first in range(0, count, step):
+        size = min(step, count - first)
+        if differ:
+            _differences(halves, words, longs, dtypes, first, size, lines, block, 0)
+        else:
+            for i in range(size):
+                block[i] = numbers[first + i]
+        above, at_high, at_low = np.uint32(0), np.uint32(0), np.uint32(0)
+        for i in range(size):
+            number = block[i]
+            above = np.uint32(above + np.uint32(number > high))
+            at_high = np.uint32(at_high + np.uint32(number == high))
+            at_low = np.uint32(at_low + np.uint32(number == low))
+            flags[i] = (number > low) & (number < high)
+        whole = -(-size // 8)
+        for i in range(size, 8 * whole):
+            flags[i] = 0
+        before = found
+        for eight in range(whole):
+            if eights[eight]:
+                for i in range(8 * eight, 8 * eight + 8):  # every number is stored, and the next overwrites the others
+                    between[found] = block[i]
+                    found += flags[i]
+        at = _COUNTS * (first // unit)
+        counts[at] += above
+        counts[at + 1] += at_high
+        counts[at + 2] += at_low
+        counts[at + 3] += found - before
 
 
-def bracketed(bits: NDArray[np.int32], low: int, high: int) -> tuple[int, NDArray[np.int32]]:
-    """How many of these numbers, none negative, are above `high`; and those from `low` to `high`, in their order."""
+@dataclass(frozen=True, slots=True, eq=False)
+class Bracket:
+    """How many numbers of a unit are above `high`, equal to it and equal to `low`; and those between, in their order.
+
+    Where `low` and `high` are one number, those equal to it count as `at_high`.
+    """
+
+    low: int
+    high: int
+    above: int
+    at_high: int
+    at_low: int
+    between: NDArray[np.int32]
+
+
+def bracketed(bits: NDArray[np.int32], *, low: int, high: int, unit: int) -> list[Bracket]:
+    """Where so many numbers of each unit lie, none negative; 0 ≤ low ≤ high."""
     assert bits.flags.c_contiguous and bits.itemsize == 4
-    inside = np.empty(bits.size + 1, np.int32)
-    totals = np.empty(2, np.int64)
-    _bracketed(address(bits), bits.size, low, high, address(inside), address(totals))
-    return int(totals[0]), inside[: totals[1]]
+    return _brackets(None, bits, low, high, unit)
+
+
+def magnitudes_bracketed(model: Array, base: Array, *, low: int, high: int, unit: int) -> list[Bracket]:
+    """The same of the `magnitudes`, without a list of all of them."""
+    pair = [np.ascontiguousarray(model), np.ascontiguousarray(base)]
+    assert pair[0].size == pair[1].size
+    return _brackets(pair, pair[0], low, high, unit)
+
+
+def _brackets(pair: list[Array] | None, numbers: Array, low: int, high: int, unit: int) -> list[Bracket]:
+    assert unit <= BLOCK or unit % BLOCK == 0
+    units = -(-numbers.size // unit)
+    between = np.empty(numbers.size + 8, np.int32)
+    counts = np.zeros((units, _COUNTS), np.int64)
+    lines, _memory = aligned_lines(4, 4 * BLOCK)
+    raw = addresses(pair or [])
+    dtypes = np.array([CODES[each.dtype] for each in pair or []], np.int64)
+    at, flags = address(raw), int(lines[3])
+    _bracketed(
+        *(at, at, at, address(dtypes), pair is not None, address(numbers), numbers.size, unit, low, high),
+        *(address(lines), int(lines[2]), flags, flags, address(between), address(counts)),
+    )
+    ends = np.cumsum(counts[:, 3])
+    inside = between[: ends[-1] if units else 0].copy()
+    return [
+        Bracket(low, high, above, at_high, 0 if low == high else at_low, inside[end - found : end])
+        for (above, at_high, at_low, found), end in zip(counts.tolist(), ends.tolist(), strict=True)
+    ]
 
 
 _DIGITS, _VALUES = 4, 256

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 
 from workers.methods.kernels.compiling import Pointer, kernel
-from workers.methods.kernels.dtypes import BF16, any_nonfinite, to_bfloat16
+from workers.methods.kernels.dtypes import BF16, any_nonfinite, of_bfloat16, to_bfloat16
 
 _BLOCK = 4096
 _LARGEST = np.uint32(0x7F7F)
@@ -57,14 +57,10 @@ def short_sums(
                     broken_parents[parent] = 1
 
 
-def _wide(half: np.uint16) -> np.float32:
-    return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
-
-
 def _two(a: Pointer, b: Pointer, x: float, y: float, into: Pointer, start: int, count: int) -> np.uint32:
     largest = np.uint32(0)
     for i in range(start, start + count):
-        half = to_bfloat16(_wide(a[i]) * x + _wide(b[i]) * y)
+        half = to_bfloat16(of_bfloat16(a[i]) * x + of_bfloat16(b[i]) * y)
         largest = max(largest, np.uint32(half & np.uint16(0x7FFF)))
         into[i] = half
     return largest
@@ -73,8 +69,8 @@ def _two(a: Pointer, b: Pointer, x: float, y: float, into: Pointer, start: int, 
 def _base_and_one(base: Pointer, a: Pointer, x: float, into: Pointer, start: int, count: int) -> np.uint32:
     largest = np.uint32(0)
     for i in range(start, start + count):
-        ground = _wide(base[i])
-        half = to_bfloat16(ground + (_wide(a[i]) - ground) * x)
+        ground = of_bfloat16(base[i])
+        half = to_bfloat16(ground + (of_bfloat16(a[i]) - ground) * x)
         largest = max(largest, np.uint32(half & np.uint16(0x7FFF)))
         into[i] = half
     return largest
@@ -85,8 +81,8 @@ def _base_and_two(
 ) -> np.uint32:
     largest = np.uint32(0)
     for i in range(start, start + count):
-        ground = _wide(base[i])
-        half = to_bfloat16(ground + ((_wide(a[i]) - ground) * x + (_wide(b[i]) - ground) * y))
+        ground = of_bfloat16(base[i])
+        half = to_bfloat16(ground + ((of_bfloat16(a[i]) - ground) * x + (of_bfloat16(b[i]) - ground) * y))
         largest = max(largest, np.uint32(half & np.uint16(0x7FFF)))
         into[i] = half
     return largest

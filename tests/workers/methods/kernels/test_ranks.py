@@ -6,7 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from workers.methods.kernels.ranks import below_by_rank, bracketed, magnitudes
+from workers.methods.kernels.ranks import Bracket, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
 
@@ -25,19 +25,40 @@ def test_magnitudes_are_those_of_the_difference_in_float32(model: type, base: ty
     assert (magnitudes(a[::3], b[::3]) == bits[::3]).all()
 
 
-@pytest.mark.parametrize("elements", [0, 1, 5000])
+def as_lists(brackets: list[Bracket]) -> list[tuple[int, int, int, list[int]]]:
+    return [(each.above, each.at_high, each.at_low, each.between.tolist()) for each in brackets]
+
+
+@pytest.mark.parametrize(("elements", "unit"), [(0, 16), (1, 16), (5000, 2048), (5000, 256), (67, 16)])
 @pytest.mark.parametrize(("low", "high"), [(0, 2**31 - 1), (40, 60), (60, 60), (0, 0), (101, 2**31 - 1)])
-def test_a_bracket_holds_what_is_between_its_ends_and_both_ends(elements: int, low: int, high: int):
+def test_a_bracket_counts_its_ends_and_holds_what_is_between(elements: int, unit: int, low: int, high: int):
     bits = np.random.default_rng(elements).integers(0, 101, elements, np.int32)
-    above, inside = bracketed(bits, low, high)
-    assert above == (bits > high).sum()
-    assert inside.tolist() == [number for number in bits.tolist() if low <= number <= high]
+    expected = [
+        (
+            sum(number > high for number in part),
+            part.count(high),
+            part.count(low) if low < high else 0,
+            [number for number in part if low < number < high],
+        )
+        for part in (bits[start : start + unit].tolist() for start in range(0, elements, unit))
+    ]
+    assert as_lists(bracketed(bits, low=low, high=high, unit=unit)) == expected
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_brackets_of_two_tensors_are_those_of_their_magnitudes(dtype: type):
+    rng = np.random.default_rng(0)
+    a, b = (rng.standard_normal(5001).astype(dtype) for _ in range(2))
+    bits = magnitudes(a, b)
+    low, high = sorted(bits[:2].tolist())
+    found = magnitudes_bracketed(a, b, low=low, high=high, unit=2048)
+    assert as_lists(found) == as_lists(bracketed(bits, low=low, high=high, unit=2048))
 
 
 def test_the_greatest_number_can_be_an_end():
     bits = np.array([2**31 - 1, 0, 2**31 - 2, 5], np.int32)
-    assert bracketed(bits, 5, 2**31 - 2)[0] == 1
-    assert bracketed(bits, 5, 2**31 - 1)[1].tolist() == [2**31 - 1, 2**31 - 2, 5]
+    assert as_lists(bracketed(bits, low=5, high=2**31 - 2, unit=16)) == [(1, 1, 1, [])]
+    assert as_lists(bracketed(bits, low=5, high=2**31 - 1, unit=16)) == [(0, 1, 1, [2**31 - 2])]
 
 
 @pytest.mark.parametrize(("rows", "row"), [(1, 2), (7, 3), (5, 600), (3, 5000), (1, 70_000)])
