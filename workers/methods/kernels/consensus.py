@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
-from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+from workers.methods.kernels.memory import Array, address, addresses, aligned_lines
 
 EVERY, NONE = -1, 0x7FFFFFFF
 """Bits of a magnitude above which every element lies, or none."""
 
 _ELECTS, _NORMALIZES = 1, 2
-_FIELDS = 9  # of a trimmed task vector, see `_consensus`
+_BLOCK = 512
+"""Elements at a time: of longer stretches of each parent, a processor fetches too few ahead."""
+
+_FIELDS = 7  # of a trimmed task vector, see `_consensus`
 
 
 def _consensus(
@@ -50,49 +53,50 @@ def _consensus(
     """For each block: every parent as a line of numbers, then every trimmed task vector, then every point.
 
     `vectors` holds of each task vector (line of the model, line of the base, keep above, equals to keep, drop above,
-    equals to drop, has a mask, is multiplied, 0). "Equals" counts those left of the elements that are exactly as large
-    as the limit; −1 means that nothing has to be counted. Point p has the terms up to `ends[p]`: the first indexes
-    `vectors`, the second `weights`.
+    equals to drop, has a mask). "Equals" counts those left of the elements that are exactly as large as the limit; −1
+    means that nothing has to be counted. Point p has the terms up to `ends[p]`, which index `vectors`.
     """
-    for first in range(0, count, BLOCK):
-        size = min(BLOCK, count - first)
+    for first in range(0, count, _BLOCK):
+        size = min(_BLOCK, count - first)
         for parent in range(parents):
             code, half, word, long = dtypes[parent], halves[parent], words[parent], longs[parent]
             widened(code, half, word, long, first, size, lines[parent])
-            if any_nonfinite(code, half, word, long, first, size):
-                broken_parents[parent] = 1
         for vector in range(trimmed):
             at = _FIELDS * vector
             model, base, into = lines[vectors[at]], lines[vectors[at + 1]], lines[parents + vector]
-            for i in range(size):
-                into[i] = model[i] - base[i]
             if vectors[at + 3] >= 0 or vectors[at + 5] >= 0:
                 _trim_counting(model, base, vectors, at, into, size)
-            elif vectors[at + 2] != EVERY or vectors[at + 4] != NONE:
+            else:
                 _trim(model, base, np.int32(vectors[at + 2]), np.int32(vectors[at + 4]), into, size)
             if vectors[at + 6]:
                 _mask(masks[vector], first, into, size)
-            if vectors[at + 7]:
-                factor = factors[vector]
+            factor = factors[vector]
+            if factor != 1:
                 for i in range(size):
                     into[i] = into[i] * factor
         begin = 0
+        broken = False
         for point in range(points):
             end = ends[point]
-            _sum(lines, parents, terms, weights, begin, end, total, size)
-            if modes[point] & _ELECTS:
-                _elect(lines, parents, terms, weights, begin, end, total, mass, size, modes[point] & _NORMALIZES)
-            scale = scales[point]
-            if scale != 1:
+            base, scale, mode = lines[bases[point]], scales[point], modes[point]
+            if end - begin == 2:
+                a, b = lines[parents + terms[begin]], lines[parents + terms[begin + 1]]
+                _mix_two(mode, a, b, weights[begin], weights[begin + 1], scale, base, total, size)
+            else:
+                _sum(lines, parents, terms, weights, begin, end, total, size)
+                if mode & _ELECTS:
+                    _elect(lines, parents, terms, weights, begin, end, total, mass, size, mode & _NORMALIZES)
                 for i in range(size):
-                    total[i] = total[i] * scale
-            base = lines[bases[point]]
-            for i in range(size):
-                total[i] = base[i] + total[i]
+                    total[i] = base[i] + total[i] * scale
             half, word, long = out_halves[point], out_words[point], out_longs[point]
             if rounded(out_dtype, total, size, half, word, long, first):
                 broken_points[point] = 1
+                broken = True
             begin = end
+        if broken:  # an element of a parent that is NaN or infinite makes the results so in which it takes part
+            for parent in range(parents):
+                if any_nonfinite(dtypes[parent], halves[parent], words[parent], longs[parent], first, size):
+                    broken_parents[parent] = 1
 
 
 def magnitude_bits(model: float, base: float) -> np.int32:
@@ -102,10 +106,10 @@ def magnitude_bits(model: float, base: float) -> np.int32:
 
 
 def _trim(model: Pointer, base: Pointer, above: np.int32, beyond: np.int32, delta: Pointer, count: int) -> None:
-    """Multiplies by 1 what is kept and by 0 the rest."""
+    """The task vector, times 1 where it is kept and 0 elsewhere."""
     for i in range(count):
         bits = magnitude_bits(model[i], base[i])
-        delta[i] = delta[i] * np.float32((bits > above) & (bits <= beyond))
+        delta[i] = (model[i] - base[i]) * np.float32((bits > above) & (bits <= beyond))
 
 
 def _trim_counting(model: Pointer, base: Pointer, vectors: Pointer, at: int, delta: Pointer, count: int) -> None:
@@ -133,7 +137,7 @@ def _trim_counting(model: Pointer, base: Pointer, vectors: Pointer, at: int, del
         elif bits == beyond and vectors[at + 5] > 0:
             vectors[at + 5] -= 1
             kept = False
-        delta[i] = delta[i] * np.float32(kept)
+        delta[i] = (model[i] - base[i]) * np.float32(kept)
 
 
 def _equals(model: Pointer, base: Pointer, limit: np.int32, count: int) -> int:
@@ -146,6 +150,32 @@ def _equals(model: Pointer, base: Pointer, limit: np.int32, count: int) -> int:
 def _mask(mask: Pointer, start: int, delta: Pointer, count: int) -> None:
     for i in range(count):
         delta[i] = delta[i] * np.float32(mask[start + i])
+
+
+def _mix_two(
+    mode: int, a: Pointer, b: Pointer, x: float, y: float, scale: float, base: Pointer, total: Pointer, count: int
+) -> None:
+    """base + scale · the consensus of two task vectors of weights x and y: what `_sum` and `_elect` do, in one go."""
+    total[0] = 1
+    plus, none = total[0], x - x  # of the dtype of the arithmetic, which literals are not
+    if not mode & _ELECTS:
+        for i in range(count):
+            total[i] = base[i] + (a[i] * x + b[i] * y) * scale
+    elif not mode & _NORMALIZES:
+        for i in range(count):
+            one, other = a[i] * x, b[i] * y
+            sign = plus if one + other >= none else -plus
+            one, other = one * sign, other * sign
+            one, other = none if one < none else one, none if other < none else other
+            total[i] = base[i] + (one + other) * sign * scale
+    else:
+        for i in range(count):
+            one, other = a[i] * x, b[i] * y
+            sign = plus if one + other >= none else -plus
+            one, other = one * sign, other * sign
+            divisor = (x if one > none else none) + (y if other > none else none)
+            one, other = none if one < none else one, none if other < none else other
+            total[i] = base[i] + (one + other) * sign / (plus if divisor == none else divisor) * scale
 
 
 def _sum(
@@ -186,15 +216,15 @@ def _elect(
             for i in range(count):
                 turned = delta[i] * weight * mass[i]
                 total[i] = nothing if turned < 0 else turned
-                mass[BLOCK + i] = weight if turned > 0 else nothing
+                mass[_BLOCK + i] = weight if turned > 0 else nothing
         else:
             for i in range(count):
                 turned = delta[i] * weight * mass[i]
                 total[i] += nothing if turned < 0 else turned
-                mass[BLOCK + i] += weight if turned > 0 else nothing
+                mass[_BLOCK + i] += weight if turned > 0 else nothing
     if normalizes:
         for i in range(count):
-            divisor, one = mass[BLOCK + i], mass[i] * mass[i]
+            divisor, one = mass[_BLOCK + i], mass[i] * mass[i]
             total[i] = total[i] * mass[i] / (one if divisor == 0 else divisor)
     else:
         for i in range(count):
@@ -276,7 +306,7 @@ def run_mixtures(
     bases = np.array([each.base for each in mixtures], np.int64)
     scales = np.array([each.scale for each in mixtures], dtype)
     broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
-    lines, _memory = aligned_lines(len(parents) + len(trimmed) + 3, BLOCK * dtype.itemsize)
+    lines, _memory = aligned_lines(len(parents) + len(trimmed) + 3, _BLOCK * dtype.itemsize)
     dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
     raw, out = addresses(parents), addresses(outputs)
     raw_at, out_at = address(raw), address(out)
@@ -294,7 +324,4 @@ def run_mixtures(
 def _fields(each: Trimmed) -> tuple[int, ...]:
     among, beyond = each.among or Limit(EVERY), each.beyond or Limit(NONE)
     equals = tuple(-1 if limit.equals is None else limit.equals for limit in (among, beyond))
-    return (
-        *(each.model, each.base, among.bits, equals[0], beyond.bits, equals[1]),
-        *(each.mask is not None, each.factor is not None, 0),
-    )
+    return each.model, each.base, among.bits, equals[0], beyond.bits, equals[1], each.mask is not None
