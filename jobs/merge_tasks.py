@@ -42,13 +42,15 @@ Number = float | bool
 class Setting:
     """One point's recipe bound to one tensor: method, models in order, base, and parameters as plain numbers.
 
-    Per-model parameters are tuples in the order of `models`. Equal settings are equal objects, and hashable.
+    Per-model parameters are tuples in the order of `models`. `omega` is that of AIM, None without it. Equal settings
+    are equal objects, and hashable.
     """
 
     method: str
     models: tuple[str, ...]
     base: str | None
     parameters: tuple[tuple[str, Number | tuple[Number, ...]], ...]
+    omega: float | None = None
 
     @property
     def parents(self) -> tuple[str, ...]:
@@ -57,7 +59,8 @@ class Setting:
 
     def document(self) -> list[Any]:
         """A compact JSON form."""
-        return [self.method, list(self.models), self.base, dict(self.parameters)]
+        of_aim = [] if self.omega is None else [self.omega]
+        return [self.method, list(self.models), self.base, dict(self.parameters), *of_aim]
 
 
 @dataclass(frozen=True, slots=True)

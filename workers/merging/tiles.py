@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from jobs.errors import BadInput
 from jobs.merge_tasks import Setting, TensorMerge
 from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, any_nonfinite, nonfinite
 from workers.methods import METHODS, running
+from workers.methods.aim import relaxed, relaxed_pass
 from workers.methods.passes import Pass
 from workers.methods.tile import TILE_ELEMENTS, Inputs, NotYetKnown, Reduction, Tile, as_tensor
 
@@ -153,7 +155,9 @@ def in_rows(settings: Iterable[Setting]) -> bool:
 
 def merge_tile(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Tensor:
     """The merged elements of one tile in the arithmetic dtype; `NotYetKnown` when a whole-tensor fact is missing."""
-    return METHODS[setting.method].merge(_inputs(tile, setting, arithmetic, numerics), **_keywords(setting))
+    inputs = _inputs(tile, setting, arithmetic, numerics)
+    merged = METHODS[setting.method].merge(inputs, **_keywords(setting))
+    return merged if setting.omega is None else relaxed(inputs, merged, setting.omega)
 
 
 def pass_of(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Pass | None:
@@ -161,7 +165,12 @@ def pass_of(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Pas
     fused = METHODS[setting.method].fused
     if fused is None or numerics == "mergekit":
         return None
-    return fused(_inputs(tile, setting, arithmetic, numerics), **_keywords(setting))
+    inputs = _inputs(tile, setting, arithmetic, numerics)
+    if setting.omega is None:
+        return fused(inputs, **_keywords(setting))
+    plain = replace(setting, omega=None)
+    merged = tile.remember((plain, arithmetic), lambda: fused(inputs, **_keywords(plain)))  # once for all ω
+    return relaxed_pass(inputs, merged, setting.omega)
 
 
 def _collapse_of(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> str | None:

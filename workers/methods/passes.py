@@ -120,4 +120,21 @@ class Swap:
     t: float
 
 
-Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap
+Unrelaxed = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap
+
+
+@dataclass(frozen=True, slots=True)
+class Relaxed:
+    """base + (merged − base) · factor, element by element in the arithmetic dtype; see `aim`.
+
+    `merged` is rounded to the arithmetic dtype alone. `places` is (width, stride, block): element i of the tensor has
+    the factor (i // block) · width + (i // stride) % width.
+    """
+
+    merged: Unrelaxed
+    base: str
+    factors: Array
+    places: tuple[int, int, int]
+
+
+Pass = Unrelaxed | Relaxed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, TypeVar, cast
 
 import numpy as np
@@ -10,13 +11,25 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import run_overlap, run_selected, run_tall
 from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.relaxation import run_relaxations
 from workers.methods.kernels.swap import run_swaps
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
 from workers.methods.nearswap import NO_DISTANCE
-from workers.methods.passes import Consensus, Kept, Overlap, Pass, SelectedConsensus, Swap, TallConsensus, WeightedSum
+from workers.methods.passes import (
+    Consensus,
+    Kept,
+    Overlap,
+    Pass,
+    Relaxed,
+    SelectedConsensus,
+    Swap,
+    TallConsensus,
+    Unrelaxed,
+    WeightedSum,
+)
 from workers.methods.reductions import Threshold, Variance, among_on_host, drawn_on_host
 from workers.methods.sce import LEAST_DIVISOR
-from workers.methods.tile import Array, Tile
+from workers.methods.tile import TILE_ELEMENTS, Array, Tile
 
 Agreement = TypeVar("Agreement", SelectedConsensus, Overlap, TallConsensus)
 Flags = tuple[NDArray[np.bool_], NDArray[np.bool_]]
@@ -139,6 +152,36 @@ def _swaps(
     return np.array([flags[name] for name in places], np.bool_), overflowed
 
 
+def _relaxed(
+    passes: Sequence[Relaxed], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    """Merges into memory that stays in a cache, once for all points that differ in their factors alone."""
+    merges: dict[int, Unrelaxed] = {id(each.merged): each.merged for each in passes}
+    points = {merge: [index for index, each in enumerate(passes) if id(each.merged) == merge] for merge in merges}
+    memory = np.empty((len(merges), min(TILE_ELEMENTS, tile.elements)), arithmetic)
+    flags: dict[str, bool] = {}
+    overflowed = np.zeros(len(passes), np.bool_)
+    for first in range(0, tile.elements, TILE_ELEMENTS):
+        part = slice(first, min(first + TILE_ELEMENTS, tile.elements))
+        raw = {name: elements[part] for name, elements in tile.raw.items()}
+        smaller = replace(tile, start=tile.start + first, raw=raw, _memory={})
+        merged = [line[: smaller.elements] for line in memory]
+        for name, flag in run([*merges.values()], smaller, merged, arithmetic)[0].items():
+            _place(name, places)
+            flags[name] = flags.get(name, False) or flag
+        for line, chosen in zip(merged, points.values(), strict=True):
+            of_first = passes[chosen[0]]
+            overflowed[chosen] |= run_relaxations(
+                cast(Array, raw[of_first.base]),
+                line,
+                [passes[index].factors for index in chosen],
+                of_first.places,
+                smaller.start,
+                [outputs[index][part] for index in chosen],
+            )
+    return np.array([flags[name] for name in places], np.bool_), overflowed
+
+
 def _each_alone(
     passes: Sequence[Agreement],
     places: dict[str, int],
@@ -199,5 +242,6 @@ RUNNERS: dict[type, Callable[..., Flags]] = {
     Overlap: _overlap,
     TallConsensus: _tall,
     Swap: _swaps,
+    Relaxed: _relaxed,
 }
 """The passes that have a compiled loop."""
