@@ -51,6 +51,7 @@ class ModelSpec:
     longest context that will be asked, None where a benchmark does not say. `end_tokens` end an answer, beside those of
     the config and the tokenizer, as the point's generation_config.json says. `as_it_is` is a checkpoint that the engine
     reads itself: nothing is merged into it. `added_tokens` are those of the point that the files of the tokenizer lack.
+    `activations` is the file of statistics for AIM.
     """
 
     run: str
@@ -68,6 +69,7 @@ class ModelSpec:
     end_tokens: tuple[int, ...] = ()
     as_it_is: Parent | None = None
     added_tokens: tuple[AddedToken, ...] = ()
+    activations: Parent | None = None
 
     @property
     def bytes(self) -> int:

@@ -160,7 +160,8 @@ class Parent:
 class TensorMerge:
     """One output tensor: name, dtype, shape, where each parent keeps it, and which setting of a point applies.
 
-    `arithmetic` is the dtype to compute in, as safetensors names it.
+    `arithmetic` is the dtype to compute in, as safetensors names it. `activations` is the tensor's name in the
+    statistics of AIM; None where they have none.
     """
 
     name: str
@@ -169,6 +170,7 @@ class TensorMerge:
     sources: Mapping[str, Source]
     setting: int
     arithmetic: str
+    activations: str | None = None
 
     @property
     def elements(self) -> int:
@@ -207,7 +209,10 @@ class ShardOfPoint:
 
 @dataclass(frozen=True, slots=True)
 class MergeTask:
-    """One shard for a group of points: one worker computes it, and reads each parent tensor once."""
+    """One shard for a group of points: one worker computes it, and reads each parent tensor once.
+
+    `activations` is the file of statistics for AIM, if any point asks for it.
+    """
 
     run: str
     shard: str
@@ -218,6 +223,7 @@ class MergeTask:
     numerics: str
     memory_bytes: int
     threads: int
+    activations: Parent | None = None
 
     @property
     def name(self) -> str:

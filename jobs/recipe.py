@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from jobs.aim import Aim, AimTemplate, aim_schema, aim_template
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template
 from jobs.sources import (
@@ -46,6 +47,7 @@ KEYS = {
     "tokenizer_source": "whose vocabulary the output has: `union`, `base` or a model",
     "tokenizer": "the same as a block, with sources of single tokens",
     "chat_template": "a template in place of the tokenizer's: `auto`, a name or Jinja text",
+    "aim": "statistics of the base's activations, which shrink task vectors",
     "name": "a label, which is not used",
 }
 """The keys of a recipe and their meanings."""
@@ -80,6 +82,7 @@ class Recipe:
     tokenizer_source: str | None = None
     chat_template: str | None = None
     tokenizer: TokenizerSettings | None = field(default=None, metadata=LATER)
+    aim: Aim | None = field(default=None, metadata=LATER)
     place: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     foreign: bool = field(default=False, compare=False)
@@ -98,6 +101,8 @@ class Recipe:
                 document[key] = value
         if self.tokenizer is not None:
             document["tokenizer"] = self.tokenizer.document(document.pop("tokenizer_source"))
+        if self.aim is not None:
+            document["aim"] = self.aim.document()
         return document
 
     def references(self) -> tuple[str, ...]:
@@ -126,6 +131,7 @@ class RecipeTemplate:
     parameters: Mapping[str, Slot]
     chat_template: str | Template | None
     tokenizer: TokenizerTemplate | None
+    aim: AimTemplate | None
     place: str
     places: Mapping[str, str]
     placeholders: tuple[Template, ...]
@@ -150,6 +156,7 @@ class RecipeTemplate:
             tokenizer_source=source,
             chat_template=None if template is None else bound_text(template, bindings),
             tokenizer=settings,
+            aim=None if self.aim is None else self.aim.bind(bindings),
             place=self.place,
             places=self.places,
             foreign=self.foreign,
@@ -198,6 +205,7 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
         parameters=parameters,
         chat_template=_chat_template(keys["chat_template"], reader) if "chat_template" in keys else None,
         tokenizer=tokenizer_template(keys["tokenizer"], reader) if "tokenizer" in keys else None,
+        aim=aim_template(keys["aim"], reader) if "aim" in keys else None,
         place=node.place,
         places={key: value.place for key, value in keys.items()} | parameter_places,
         placeholders=tuple(reader.placeholders),
@@ -227,6 +235,7 @@ def recipe_schema() -> dict[str, Any]:
         },
         "tokenizer_source": model,
         "tokenizer": tokenizer_schema(),
+        "aim": aim_schema(),
     }
     text = {"type": ["string", "null"]}
     return {

@@ -171,14 +171,15 @@ class Reader:
             return (self._filtered(node),)
         if node.kind == "list" and node.sequence()[0].kind == "mapping":
             return tuple(self._filtered(entry) for entry in node.sequence())
-        return self._value(node)
+        return self.value(node)
 
     def _filtered(self, node: Node) -> _FilteredTemplate:
         keys = node.mapping(("filter", "value"), ("value",))
         unfiltered = "filter" not in keys or keys["filter"].kind == "nothing"
-        return _FilteredTemplate(None if unfiltered else self.text(keys["filter"]), self._value(keys["value"]))
+        return _FilteredTemplate(None if unfiltered else self.text(keys["filter"]), self.value(keys["value"]))
 
-    def _value(self, node: Node) -> _ValueSlot:
+    def value(self, node: Node) -> _ValueSlot:
+        """A number, a boolean, text, or a gradient."""
         if node.kind == "list":
             if all(entry.kind == "boolean" for entry in node.sequence()):
                 return tuple(entry.boolean() for entry in node.sequence())

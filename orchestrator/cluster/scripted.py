@@ -78,7 +78,13 @@ class ScriptedEvaluators:
         """The digest of the weights that a model would hold: they are merged, and not kept."""
         if task.digest not in self._weights:
             model = self._models[task.model]
-            parents = ResidentParents(model.tensors, model.parents, seed=model.seed, numerics=model.numerics)
+            parents = ResidentParents(
+                model.tensors,
+                model.parents,
+                seed=model.seed,
+                numerics=model.numerics,
+                activations=model.activations,
+            )
             digests: dict[str, str] = {}
             deque(parents.merged(task.settings, digests), maxlen=0)
             self._weights[task.digest] = weights_digest(digests)

@@ -277,6 +277,7 @@ def _model_spec(plan: Plan, layout: Layout, family: Family, sets: Sequence[Plann
         parents={name: places[name] for name in (*layout.parents, *places_read(tensors)) if name in places},
         seed=plan.job.seed,
         numerics=plan.job.numerics,
+        activations=None if family.activations is None else family.activations.parent,
         config=layout.config,
         tokenizer=(tokenizer.url, {name: tokenizer.side_files[name].etag for name in names}),
         engine=plan.job.engine.name,

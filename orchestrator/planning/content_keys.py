@@ -23,19 +23,22 @@ class ContentKeys:
     def of_point(self, layout: Layout, settings: Sequence[Setting]) -> str:
         """The key of a whole point."""
         _, whole = self._of_layout(layout, settings)
-        return self._bound(whole, [setting.document() for setting in settings], settings)
+        return self._bound(layout, whole, [setting.document() for setting in settings], settings)
 
     def of_shards(self, layout: Layout, settings: Sequence[Setting]) -> tuple[str, ...]:
         """One key a shard of the layout."""
         shards, _ = self._of_layout(layout, settings)
         return tuple(
-            self._bound(key, [settings[index].document() for index in shard.classes], settings)
+            self._bound(layout, key, [settings[index].document() for index in shard.classes], settings)
             for key, shard in zip(shards, layout.shards, strict=True)
         )
 
-    def _bound(self, key: str, bound: Sequence[Any], settings: Sequence[Setting]) -> str:
+    def _bound(self, layout: Layout, key: str, bound: Sequence[Any], settings: Sequence[Setting]) -> str:
         seed = self._job.seed if any(METHODS[setting.method].random for setting in settings) else None
-        return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed])
+        of_aim: list[str] = []
+        if layout.activations is not None and any(setting.omega is not None for setting in settings):
+            of_aim.append(layout.activations.digest)
+        return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed, *of_aim])
 
     def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
         """The parts of the parents that the layout and its shards use under these settings."""

@@ -26,6 +26,7 @@ from orchestrator.planning.compatibility import (
     merged_config,
 )
 from orchestrator.planning.tokenizers import fitted
+from workers.checkpoints.activations import Activations
 from workers.checkpoints.canonical import aligned, is_head, stored_name
 from workers.checkpoints.configs import with_vocabulary
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
@@ -63,7 +64,7 @@ class Layout:
     `copied` and `left_out` are the files of the parents that a point gets, and that it does not get, by parent. With
     `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`. `as_it_is` are
     the files of a checkpoint that is evaluated and not merged; it has no shards. `added_tokens` are those that the
-    tokenizer of `tokenizer_from` lacks.
+    tokenizer of `tokenizer_from` lacks. `activations` are the statistics for AIM.
     """
 
     shards: tuple[Shard, ...]
@@ -82,6 +83,7 @@ class Layout:
     as_it_is: tuple[ParentFile, ...] = ()
     added_tokens: tuple[AddedToken, ...] = ()
     remarks: tuple[str, ...] = ()
+    activations: Activations | None = None
 
     @cached_property
     def bytes(self) -> int:

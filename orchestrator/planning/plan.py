@@ -17,6 +17,7 @@ from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, canonical_json, digest, places_read
 from jobs.yaml_nodes import quoted, yaml_text
+from orchestrator.planning.activations import with_activations, with_located_statistics
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
 from orchestrator.planning.sharing import Family, families
@@ -79,7 +80,10 @@ class PlannedPoint:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything a run will do. `tasks` turns it into work for a number of workers."""
+    """Everything a run will do. `tasks` turns it into work for a number of workers.
+
+    Relative paths of the recipe count from `folder`, or else from the current one.
+    """
 
     job: Job
     run_url: str
@@ -87,6 +91,7 @@ class Plan:
     points: tuple[PlannedPoint, ...]
     places: Places = field(default_factory=Places)
     kept: frozenset[str] | None = None
+    folder: Path | None = None
 
     def keeping(self, names: Collection[str]) -> Plan:
         """The same run, of which only these points are written; a twin is kept through the point it repeats."""
@@ -162,7 +167,7 @@ class Plan:
             for number, shard in enumerate(family.shards):
                 pending = [planned for planned in members if planned.units[number] not in done]
                 groups = self._groups(len(pending), len(family.shards), workers)
-                tasks += [self._task(shard, number, group) for group in _groups_of(pending, groups)]
+                tasks += [self._task(family, shard, number, group) for group in _groups_of(pending, groups)]
         return sorted(tasks, key=lambda task: -task.bytes_read * (1 + len(task.points)))
 
     def _groups(self, pending: int, shards: int, workers: int) -> int:
@@ -209,7 +214,7 @@ class Plan:
         """How many parents a task may read for points that could do with fewer: buffers of 1 MiB have room for them."""
         return max(self.job.workers.memory_bytes - FIXED_BYTES, 256 << 20) // (32 << 20)
 
-    def _task(self, shard: Shard, number: int, members: Sequence[PlannedPoint]) -> MergeTask:
+    def _task(self, family: Family, shard: Shard, number: int, members: Sequence[PlannedPoint]) -> MergeTask:
         points = tuple(
             ShardOfPoint(
                 planned.name,
@@ -236,13 +241,14 @@ class Plan:
             numerics=self.job.numerics,
             memory_bytes=self.job.workers.memory_bytes,
             threads=max(1, int(self.job.workers.cpus)),
+            activations=None if family.activations is None else family.activations.parent,
         )
 
     @property
     def pinned(self) -> Job:
-        """The job with the pinned URLs of its parents."""
+        """The job with the pinned URLs of its parents, and of its statistics."""
         pinned = {name: checkpoint.url for name, checkpoint in self.parents.items()}
-        return replace(self.job, parents={**self.job.parents, **pinned})
+        return with_located_statistics(replace(self.job, parents={**self.job.parents, **pinned}), self.folder)
 
     def job_text(self) -> str:
         """job.yaml: the pinned job with every default."""
@@ -293,14 +299,14 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     }
     output = open_store(job.output).url
     try:
-        points = _plan_points(job, parents)
+        points = _plan_points(job, parents, relative_to)
     except CorruptData as error:  # to whoever plans a merge, a damaged tokenizer is a wrong input
         raise BadInput(str(error)) from error
     if flat:
-        plan = Plan(job, output, parents, points, FLAT)
+        plan = Plan(job, output, parents, points, FLAT, folder=relative_to)
         _check_free(plan)
         return plan
-    return Plan(job, f"{output}/{job.name}", parents, points)
+    return Plan(job, f"{output}/{job.name}", parents, points, folder=relative_to)
 
 
 def _open_parent(url: str, name: str) -> Checkpoint:
@@ -358,7 +364,7 @@ def _locate(url: str, relative_to: Path | None, place: str, *, bare_names: bool)
     raise BadInput(f"{place}: no folder {path}; give a path, or hf://, s3://, gs:// or az://")
 
 
-def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPoint, ...]:
+def _plan_points(job: Job, parents: Mapping[str, Checkpoint], relative_to: Path | None) -> tuple[PlannedPoint, ...]:
     layouts: dict[tuple[Any, ...], Layout] = {}
     first_of: dict[str, str] = {}
     planned_points: list[PlannedPoint] = []
@@ -371,9 +377,11 @@ def _plan_points(job: Job, parents: Mapping[str, Checkpoint]) -> tuple[PlannedPo
         settings = recipe.tokenizer.document("") if recipe.tokenizer else None
         key = (*key, recipe.tokenizer_source, canonical_json(settings))
         key = (*key, recipe.merge_method == "passthrough", METHODS[recipe.merge_method].base)
+        key = (*key, recipe.aim and recipe.aim.statistics)
         layout = layouts.get(key)
         if layout is None:
-            layout = layouts[key] = layout_of(job, recipe, parents, classes)
+            layout = with_activations(layout_of(job, recipe, parents, classes), parents, recipe, relative_to)
+            layouts[key] = layout
         settings = tuple(
             resolve(recipe, tensor.name, position, exact=job.numerics == "float32")
             if owner is None

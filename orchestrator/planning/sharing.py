@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 from jobs.merge_tasks import TensorMerge
 from orchestrator.planning.layouts import Layout, Shard
+from workers.checkpoints.activations import Activations
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,6 +24,11 @@ class Family:
     def parents(self) -> frozenset[str]:
         """The parents of all layouts."""
         return frozenset(name for layout in self.layouts for name in layout.parents)
+
+    @property
+    def activations(self) -> Activations | None:
+        """The statistics for AIM, which all layouts have in common."""
+        return self.layouts[0].activations
 
 
 def families(layouts: Iterable[Layout], most_parents: int) -> Mapping[Layout, Family]:
@@ -42,11 +48,18 @@ def families(layouts: Iterable[Layout], most_parents: int) -> Mapping[Layout, Fa
 
 
 def _skeleton(layout: Layout) -> tuple[object, ...]:
-    """All of a layout's tensors but their sources; of a checkpoint that is not merged, the layout itself."""
+    """All of a layout but its tensors' sources; of a checkpoint that is not merged, the layout itself."""
     if not layout.shards:
         return (layout,)
-    return tuple(
-        (shard.name, *((each.name, each.dtype, each.shape, each.setting, each.arithmetic) for each in shard.tensors))
+    statistics = None if layout.activations is None else layout.activations.digest
+    return statistics, *(
+        (
+            shard.name,
+            *(
+                (each.name, each.dtype, each.shape, each.setting, each.arithmetic, each.activations)
+                for each in shard.tensors
+            ),
+        )
         for shard in layout.shards
     )
 

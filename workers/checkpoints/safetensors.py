@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from jobs.errors import CorruptData
@@ -157,12 +158,14 @@ def _parse_json(text: bytes, where: str) -> dict[str, Any]:
     return value
 
 
-def header_bytes(tensors: Sequence[tuple[str, str, tuple[int, ...]]]) -> bytes:
+def header_bytes(
+    tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str] = MappingProxyType({})
+) -> bytes:
     """The first bytes of a safetensors file that holds these (name, dtype, shape) one after the other.
 
     Padded with blanks to a multiple of 8, so that every tensor is aligned when wider dtypes come first.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     position = 0
     for name, dtype, shape in tensors:
         size = math.prod(shape) * DTYPE_BITS[dtype] // 8

@@ -87,6 +87,7 @@ class Resident:
                 numerics=self._model.numerics,
                 device=self._device,
                 threads=self._model.threads,
+                activations=self._model.activations,
             )
         return self._parents
 

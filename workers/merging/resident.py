@@ -16,10 +16,10 @@ from jobs.merge_tasks import Parent, Setting, TensorMerge
 from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
 from workers.digests import TensorHash
 from workers.merging.deriving import PIECE_ELEMENTS, Deriving
+from workers.merging.given import given_facts
 from workers.merging.tiles import (
     FACT_UNITS,
     Elements,
-    Facts,
     TensorMerger,
     bytes_of,
     learn,
@@ -51,13 +51,14 @@ class ResidentParents:
         numerics: str,
         device: str = "cpu",
         threads: int = 1,
+        activations: Parent | None = None,
     ) -> None:
         self._tensors = tensors
         self._seed = seed
         self._numerics = numerics
         self._device = device
         self._threads = max(1, threads)
-        self._facts: dict[str, Facts] = {tensor.name: {} for tensor in tensors}
+        self._facts = given_facts(tensors, activations)
         deriving = Deriving(parents)
 
         def read(tensor: TensorMerge) -> dict[str, Elements]:

@@ -25,6 +25,7 @@ from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, keep_freed_memory, memory
+from workers.merging.given import given_facts
 from workers.merging.reading import ALIGNMENT, ParentReader, Slab, Stretch, all_near, plan_slabs
 from workers.merging.tiles import (
     FACT_UNITS,
@@ -139,12 +140,13 @@ class _Merge:
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in self.task.tensors])
         for writer in self.writers:
             writer.begin(header)
+        given = given_facts(self.task.tensors, self.task.activations)
         groups = list(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows))
         asks = [self._asks(group) for group in groups]
         fits = [not ask or self._bytes(group) <= self.budget.held for group, ask in zip(groups, asks, strict=True)]
         ahead = self._read(slab for group, fit in zip(groups, fits, strict=True) if fit for slab in group)
         for group, ask, fit in zip(groups, asks, fits, strict=True):
-            facts: dict[str, Facts] = {stretch.tensor.name: {} for stretch in group[0]}
+            facts = {stretch.tensor.name: given[stretch.tensor.name] for stretch in group[0]}
             if not fit:
                 self._learn(group, facts, lambda group=group: self._read(group), keep=False)
                 slabs: Iterable[Slab] = self._read(group)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from workers.methods.passes import Relaxed, Unrelaxed
+from workers.methods.passes import Pass, Relaxed
 from workers.methods.tile import Array, Inputs, Reduction, Tile, torch_named
 
 if TYPE_CHECKING:
@@ -29,6 +29,17 @@ def relative(means: Array) -> Array:
     """
     largest = means.max(axis=_channel_axis(means.shape), keepdims=True).astype(np.float64)
     return np.divide(means, largest, out=np.zeros(means.shape), where=largest > 0)
+
+
+def overshadowed(activations: Array) -> bool:
+    """Whether one activation is so large that most channels keep their task vectors nearly whole.
+
+    That is so where the median of `relative` is below 1 %, in half of the experts or more.
+    """
+    return bool(np.median(activations) < _SMALL < activations.max())
+
+
+_SMALL = 0.01
 
 
 def relaxed(inputs: Inputs, merged: Tensor, omega: float) -> Tensor:
@@ -50,7 +61,7 @@ def relaxed(inputs: Inputs, merged: Tensor, omega: float) -> Tensor:
     return base + step * factors[indices // block * width + indices // stride % width]
 
 
-def relaxed_pass(inputs: Inputs, merged: Unrelaxed, omega: float) -> Relaxed | Unrelaxed:
+def relaxed_pass(inputs: Inputs, merged: Pass, omega: float) -> Pass:
     """The same as a pass."""
     if ACTIVATIONS not in inputs.tile.facts:
         return merged

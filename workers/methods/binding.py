@@ -57,6 +57,12 @@ def check_recipe(recipe: Recipe) -> None:
                     f'{source.place_of(name)}: "{name}" belongs to the whole merge, not to one model;'
                     " move it to the top-level parameters"
                 )
+    if recipe.aim is not None and not (method.base == "required" or (method.base == "optional" and recipe.base_model)):
+        given = "give it a base_model" if method.base == "optional" else "take task_arithmetic, ties or another"
+        raise BadInput(
+            f"{recipe.place_of('aim')}: aim shrinks task vectors, and {recipe.merge_method} has none here; {given}, or"
+            " take `aim` out"
+        )
     if method.base in ("required", "one of the models") and recipe.base_model is None:
         raise BadInput(f"{recipe.place}: {recipe.merge_method} needs a base_model")
     models = _merged_models(recipe, method)
@@ -90,7 +96,14 @@ def resolve(recipe: Recipe, tensor: str, position: float, *, exact: bool) -> Set
             values[parameter.name] = _value(parameter, None, recipe, tensor=tensor, position=position)
     _check_shares(recipe, values, tensor)
     bound = Bound(recipe.merge_method, tuple(source.model for source in models), recipe.base_model, values)
-    return rounded(simplified(bound, place=f"{recipe.place}: tensor {tensor}") if exact else bound)
+    simple = simplified(bound, place=f"{recipe.place}: tensor {tensor}") if exact else bound
+    if recipe.aim is None or recipe.aim.omega == 1 or simple.models == (recipe.base_model,):
+        return rounded(simple)
+    if simple.method == "passthrough":  # a copy of a model, whose task vector is shrunk
+        assert recipe.base_model is not None
+        whole = {"weight": (Fraction(1),), "normalize": False, "lambda": Fraction(1)}
+        simple = Bound("task_arithmetic", simple.models, recipe.base_model, whole)
+    return replace(rounded(simple), omega=float(recipe.aim.omega))
 
 
 def _merged_models(recipe: Recipe, method: Method) -> Sequence[Source]:

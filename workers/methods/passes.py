@@ -120,9 +120,6 @@ class Swap:
     t: float
 
 
-Unrelaxed = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap
-
-
 @dataclass(frozen=True, slots=True)
 class Relaxed:
     """base + (merged − base) · factor, element by element in the arithmetic dtype; see `aim`.
@@ -131,10 +128,10 @@ class Relaxed:
     the factor (i // block) · width + (i // stride) % width.
     """
 
-    merged: Unrelaxed
+    merged: Pass
     base: str
     factors: Array
     places: tuple[int, int, int]
 
 
-Pass = Unrelaxed | Relaxed
+Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap | Relaxed

@@ -24,7 +24,6 @@ from workers.methods.passes import (
     SelectedConsensus,
     Swap,
     TallConsensus,
-    Unrelaxed,
     WeightedSum,
 )
 from workers.methods.reductions import Threshold, Variance, among_on_host, drawn_on_host
@@ -33,6 +32,9 @@ from workers.methods.tile import TILE_ELEMENTS, Array, Tile
 
 Agreement = TypeVar("Agreement", SelectedConsensus, Overlap, TallConsensus)
 Flags = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+
+MERGED_UNITS = 8
+"""`TILE_ELEMENTS` in memory of merges that are relaxed: Python takes as long for a piece of any size."""
 
 
 def run(
@@ -156,13 +158,14 @@ def _relaxed(
     passes: Sequence[Relaxed], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
     """Merges into memory that stays in a cache, once for all points that differ in their factors alone."""
-    merges: dict[int, Unrelaxed] = {id(each.merged): each.merged for each in passes}
+    merges: dict[int, Pass] = {id(each.merged): each.merged for each in passes}
     points = {merge: [index for index, each in enumerate(passes) if id(each.merged) == merge] for merge in merges}
-    memory = np.empty((len(merges), min(TILE_ELEMENTS, tile.elements)), arithmetic)
+    step = TILE_ELEMENTS * max(1, MERGED_UNITS // len(merges))
+    memory = np.empty((len(merges), min(step, tile.elements)), arithmetic)
     flags: dict[str, bool] = {}
     overflowed = np.zeros(len(passes), np.bool_)
-    for first in range(0, tile.elements, TILE_ELEMENTS):
-        part = slice(first, min(first + TILE_ELEMENTS, tile.elements))
+    for first in range(0, tile.elements, step):
+        part = slice(first, min(first + step, tile.elements))
         raw = {name: elements[part] for name, elements in tile.raw.items()}
         smaller = replace(tile, start=tile.start + first, raw=raw, _memory={})
         merged = [line[: smaller.elements] for line in memory]

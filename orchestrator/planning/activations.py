@@ -1,0 +1,85 @@
+"""The statistics of a recipe's `aim:`: which tensors of a layout they are of, and words on those that they leave."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.job import Job
+from jobs.merge_tasks import TensorMerge
+from jobs.recipe import Recipe
+from orchestrator.planning.layouts import Layout
+from orchestrator.words import shortlist
+from workers.checkpoints.activations import Means, open_activations
+from workers.checkpoints.canonical import is_head
+from workers.checkpoints.opening import Checkpoint
+from workers.methods.aim import fits, overshadowed, relative
+
+
+def located(file: str, folder: Path | None) -> str:
+    """A URL as it is, a path made absolute."""
+    return file if "://" in file else str((folder or Path.cwd()) / Path(file).expanduser())
+
+
+def with_located_statistics(job: Job, folder: Path | None) -> Job:
+    """The job whose statistics are found from everywhere."""
+    if "aim" not in job.recipe:
+        return job
+
+    def at(recipe: Recipe) -> Recipe:
+        aim = recipe.aim
+        return recipe if aim is None else replace(recipe, aim=replace(aim, statistics=located(aim.statistics, folder)))
+
+    aim = {**job.recipe["aim"], "statistics": located(job.recipe["aim"]["statistics"], folder)}
+    points = tuple(replace(point, recipe=at(point.recipe)) for point in job.points)
+    return replace(job, recipe={**job.recipe, "aim": aim}, points=points)
+
+
+def with_activations(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe, folder: Path | None) -> Layout:
+    """The layout whose tensors have the names of their statistics, if the recipe asks for AIM.
+
+    `BadInput` if the statistics are not those of the base: of a tensor that it has not, or of another shape.
+    """
+    if recipe.aim is None or recipe.base_model is None:
+        return layout
+    place, base = recipe.place_of("aim"), parents[recipe.base_model]
+    try:
+        activations = open_activations(located(recipe.aim.statistics, folder))
+    except (BadInput, CorruptData, ObjectMissing) as error:
+        remedy = "; `mergeyard activations` writes such a file" if isinstance(error, ObjectMissing) else ""
+        raise BadInput(f"{place}: {error}{remedy}") from error
+    means, stored = activations.means, {at: name for name, at in base.tensors.items()}
+    where = f"{place}: {activations.parent.url}/{activations.parent.files[0].key}"
+    other = f"give the statistics of {base.name}: `mergeyard activations` writes them"
+    unknown = sorted(name for name in means if name not in base.tensors and not is_head(name, {}))
+    if unknown or not means:
+        found = f"{unknown[0]} is not a tensor of {base.name}" if unknown else "there are no tensors"
+        raise BadInput(f"{where}: {found}; {other}")
+
+    def named(tensor: TensorMerge) -> TensorMerge:
+        if base.name not in tensor.sources:
+            return tensor
+        name = stored.get(tensor.sources[base.name], tensor.name)
+        if name not in means and is_head(tensor.name, {}):  # the base's head is its embeddings
+            name = tensor.name
+        if name not in means:
+            return tensor
+        if not fits(means[name].shape, tensor.shape):
+            shapes = f"{list(means[name].shape)} and the tensor {list(tensor.shape)}"
+            raise BadInput(f"{where}: the statistics of {name} are {shapes}; {other}")
+        return replace(tensor, activations=name)
+
+    shards = tuple(replace(shard, tensors=tuple(map(named, shard.tensors))) for shard in layout.shards)
+    remarks = _remarks([tensor for shard in shards for tensor in shard.tensors], means)
+    return replace(layout, shards=shards, activations=activations, remarks=(*layout.remarks, *remarks))
+
+
+def _remarks(tensors: Sequence[TensorMerge], means: Means) -> Iterator[str]:
+    """Sentences on the tensors that AIM leaves as they are, or nearly."""
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and "embed" not in tensor.name]
+    if without := [tensor.name for tensor in matrices if not tensor.activations]:
+        yield f"aim: no statistics of {shortlist(without)}; they are merged without it"
+    if names := [each.name for each in tensors if each.activations and overshadowed(relative(means[each.activations]))]:
+        yield f"aim: one activation is so large that it hardly changes the other channels of {shortlist(names)}"
