@@ -16,14 +16,16 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import AXIS_NAME, Bindings, Template, Value, format_number, name_template
 from jobs.ranges import range_schema, read_range
-from jobs.recipe import Recipe, RecipeTemplate
+from jobs.recipe import Recipe
+from jobs.sources import LATER
+from jobs.stages import StagesTemplate
 from jobs.trajectories import NO_TRAJECTORIES, Trajectories
 from jobs.yaml_nodes import Node, quoted, suggestion
 
@@ -34,11 +36,30 @@ RESERVED = ("simplex", "points", "name")
 
 @dataclass(frozen=True, slots=True)
 class Point:
-    """One recipe with every placeholder bound, and the name it is stored under."""
+    """One recipe with every placeholder bound, and the name it is stored under.
+
+    `stages` are the merges that the recipe takes by name in place of a model, each after those that it takes itself.
+    """
 
     name: str
     bindings: Mapping[str, Value]
     recipe: Recipe
+    stages: Mapping[str, Recipe] = field(default_factory=dict[str, Recipe], metadata=LATER)
+
+    @property
+    def recipes(self) -> tuple[Recipe, ...]:
+        """Those of the stages and the point's own."""
+        return (*self.stages.values(), self.recipe)
+
+    def parents(self) -> tuple[str, ...]:
+        """Every model that a recipe names and that is no stage, once each."""
+        names = dict.fromkeys(name for recipe in self.recipes for name in recipe.parents())
+        return tuple(name for name in names if name not in self.stages)
+
+    def documents(self) -> list[dict[str, Any]]:
+        """The mergekit documents: the stages with their names, and the point's own as the last."""
+        stages = [{"name": name, **recipe.document()} for name, recipe in self.stages.items()]
+        return [*stages, self.recipe.document()]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +122,7 @@ def _object(properties: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def expand(
-    recipe: RecipeTemplate, grid: Grid, point_name: Template | None, trajectories: Trajectories = NO_TRAJECTORIES
+    recipe: StagesTemplate, grid: Grid, point_name: Template | None, trajectories: Trajectories = NO_TRAJECTORIES
 ) -> tuple[Point, ...]:
     """Every point of the grid; refuses unused and undefined axes, and names that are invalid or double."""
     used = frozenset[str]().union(*(placeholder.names for placeholder in recipe.placeholders))
@@ -127,7 +148,7 @@ def expand(
                 f"{naming.place}: the points {first} and {described(bindings)} are both called {quoted(name)}; "
                 "name every axis in `point:`, or give each point its `name` under `grid: points:`"
             )
-        points[name] = Point(name, bindings, recipe.bind(bindings, trajectories))
+        points[name] = Point(name, bindings, *recipe.bind(bindings, trajectories))
     return tuple(points.values())
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import partial
@@ -20,7 +20,6 @@ from jobs.evaluate import Alpha, Count, Evaluation, evaluation_schema, read_eval
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
 from jobs.merge_tasks import digest
-from jobs.recipe import Recipe, plain_recipe, recipe_schema, recipe_template
 from jobs.sources import LATER
 from jobs.specs import (
     AtLeast,
@@ -35,8 +34,9 @@ from jobs.specs import (
     read_spec,
     schema_of,
 )
+from jobs.stages import StagesTemplate, in_order, plain_stages, stages_schema, stages_template
 from jobs.trajectories import Trajectories, one_of, parents_document, parents_schema, read_parents
-from jobs.yaml_nodes import Node, load_document, quoted, suggestion
+from jobs.yaml_nodes import Node, load_document, load_documents, quoted, suggestion
 
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 MAX_SEED = 2**64 - 1
@@ -130,7 +130,7 @@ class Job:
         "name and URL or path of each checkpoint",
     ]
     recipe: Annotated[
-        Mapping[str, Any], Reads(plain_recipe, recipe_schema), "a mergekit document with ${axis} placeholders"
+        Any, Reads(plain_stages, stages_schema), "a mergekit document with ${axis} placeholders, or a list of stages"
     ] = field(compare=False, repr=False)
     grid: Annotated[Mapping[str, Any] | None, Reads(Node.plain, grid_schema), "values of the axes"] = field(
         default=None, compare=False, repr=False
@@ -188,7 +188,7 @@ class Job:
 
     def used_parents(self) -> tuple[str, ...]:
         """The parents, without those of a trajectory that no point is merged from or compared with."""
-        used = {reference for point in self.points for reference in point.recipe.references()}
+        used = {reference for point in self.points for reference in point.parents()}
         used |= {self.config_from or "", self.gate.baseline if self.gate else ""}
         of_trajectories = {parent for of in self.trajectories.values() for parent in of}
         return tuple(parent for parent in self.parents if parent in used or parent not in of_trajectories)
@@ -222,18 +222,19 @@ def read_job(node: Node, output: str | None = None) -> Job:
 
 def load_merge_document(text: str, name: str, output: str) -> Job:
     """A plain mergekit document as a job of one point called `merge`; its parents are its references as written."""
-    node = load_document(text, name)
-    template = recipe_template(node, foreign=True)
+    node = in_order(load_documents(text, name))
+    template = stages_template(node, foreign=True)
     point = expand(template, parse_grid(None, template.place), None)[0]
-    references = point.recipe.parents()
+    _check_stages(template, (point,))
+    parents = point.parents()
     return Job(
         name="merge",
-        parents={reference: reference for reference in references},
+        parents={reference: reference for reference in parents},
         points=(point,),
         output=output,
-        recipe=plain_recipe(node),
+        recipe=plain_stages(node),
         source=name,
-        places={f"parents.{name}": _place_of_reference(point.recipe, name) for name in references},
+        places={f"parents.{name}": _place_of_reference(point, name) for name in parents},
     )
 
 
@@ -249,10 +250,21 @@ def _with_checkpoints(job: Job) -> Job:
 
 
 def _points(keys: Mapping[str, Node], trajectories: Trajectories) -> tuple[Point, ...]:
-    template = recipe_template(keys["recipe"])
+    template = stages_template(keys["recipe"])
     grid: Grid = parse_grid(keys.get("grid"), keys["recipe"].place)
     naming = name_template(keys["point"].string(), keys["point"].place) if "point" in keys else None
-    return expand(template, grid, naming, trajectories)
+    points = expand(template, grid, naming, trajectories)
+    _check_stages(template, points)
+    return points
+
+
+def _check_stages(template: StagesTemplate, points: Sequence[Point]) -> None:
+    """Refuses a stage that no point uses."""
+    used = {name for point in points for name in point.stages}
+    for name, stage in template.stages.items():
+        if name not in used:
+            near = suggestion(name, points[0].parents())
+            raise BadInput(f"{stage.place}: no merge uses {quoted(name)}; name it as a model, or take it out{near}")
 
 
 def job_schema() -> dict[str, Any]:
@@ -303,15 +315,19 @@ def _check(job: Job) -> None:
 def _check_references(job: Job) -> set[str]:
     used: set[str] = set()
     for point in job.points:
-        for reference in point.recipe.parents():
+        for reference in point.parents():
             if reference not in used and reference not in job.parents:
-                place = _place_of_reference(point.recipe, reference)
-                raise BadInput(f"{place}: {quoted(reference)} is not in `parents:`{suggestion(reference, job.parents)}")
+                place, names = _place_of_reference(point, reference), [*job.parents, *point.stages]
+                raise BadInput(f"{place}: {quoted(reference)} is not in `parents:`{suggestion(reference, names)}")
             used.add(reference)
+        for name, stage in point.stages.items():
+            if name in job.parents:
+                raise BadInput(f"{stage.place}: {quoted(name)} is the name of a parent too; give the merge another")
     return used
 
 
-def _place_of_reference(recipe: Recipe, reference: str) -> str:
+def _place_of_reference(point: Point, reference: str) -> str:
+    recipe = next(recipe for recipe in point.recipes if reference in recipe.parents())
     sources = (source.place for source in recipe.models if source.model == reference)
     key = "base_model" if reference == recipe.base_model else "tokenizer" if recipe.tokenizer else "tokenizer_source"
     return next(sources, recipe.place_of(key))
@@ -335,7 +351,7 @@ def _canonical(value: Any) -> Any:
         return {
             entry.name: _canonical(own)
             for entry, own in fields.items()
-            if not (entry.metadata == LATER and own == entry.default)
+            if not (entry.metadata == LATER and own in (entry.default, {}))
         }
     if isinstance(value, Fraction):
         return {"exactly": f"{value.numerator}/{value.denominator}"}

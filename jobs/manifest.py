@@ -36,13 +36,14 @@ class TensorEntry:
 class Manifest:
     """`digest` names the merge (parents, recipe, numerics), `weights` the result: the digest over those of all tensors.
 
+    `recipe` is the mergekit document, or a list of documents: the stages by name, and the point's own as the last.
     `same_as` names the point of the same run whose files these are; such a point has none of its own.
     """
 
     point: str
     digest: str
     weights: str
-    recipe: Mapping[str, Any]
+    recipe: Any
     parents: Mapping[str, str]
     seed: int
     numerics: str

@@ -1,6 +1,6 @@
 """YAML text → `Node`: a cursor that knows its value, its path and the line it stands on.
 
-Strict where a slip would be costly: no tags or second documents, no key twice, at most 1 MiB and 32 levels. Anchors,
+Strict where a slip would be costly: no tags, no key twice, at most 1 MiB and 32 levels. Anchors,
 aliases and merge keys are taken as YAML 1.1 has them; aliases repeat at most 100,000 values. Numbers are read as YAML
 1.2 reads them (`1e-6` is a number, `012` is 12, `1:30` is text) and stay exact: `0.7` is `Fraction(7, 10)`. Booleans
 are PyYAML's (`true/false`, `yes/no`, `on/off`). Dates are text.
@@ -228,10 +228,18 @@ class Node:
 
 def load_document(text: str, name: str) -> Node:
     """The root of the one document in `text`; `name` is the file's name in error messages."""
+    root, *others = load_documents(text, name)
+    if others:
+        raise others[0].error("a second document begins here; keep one document in a file")
+    return root
+
+
+def load_documents(text: str, name: str) -> tuple[Node, ...]:
+    """The roots of the documents in `text`, which `---` divides; empty ones between others are left out."""
     if len(text) > MAX_BYTES or len(text.encode("utf-8", "surrogatepass")) > MAX_BYTES:
         raise BadInput(f"{name}:1: the file is larger than 1 MiB")
     try:
-        return _Composer(text, name).root()
+        return _Composer(text, name).roots()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
@@ -306,18 +314,17 @@ class _Composer:
         self._events: Iterator[Any] = yaml.parse(text, Loader=loader)
         self._name = name
 
-    def root(self) -> Node:
+    def roots(self) -> tuple[Node, ...]:
         next(self._events)  # StreamStart
-        if isinstance(next(self._events), yaml.StreamEndEvent):
+        found: list[Node] = []
+        while not isinstance(next(self._events), yaml.StreamEndEvent):  # else DocumentStart
+            self._anchors.clear()
+            event = next(self._events)
+            found.append(self._node(event, event.start_mark.line + 1, "", 0))
+            next(self._events)  # DocumentEnd
+        if not found:
             raise BadInput(f"{self._name}:1: the file is empty")
-        event = next(self._events)
-        node = self._node(event, event.start_mark.line + 1, "", 0)
-        next(self._events)  # DocumentEnd
-        following = next(self._events)
-        if not isinstance(following, yaml.StreamEndEvent):
-            place = f"{self._name}:{following.start_mark.line + 1}"
-            raise BadInput(f"{place}: a second document begins here; keep one document in a file")
-        return node
+        return tuple(root for root in found if root.kind != "nothing") or (found[0],)
 
     def _node(self, event: Any, line: int, path: str, depth: int) -> Node:
         if isinstance(event, yaml.AliasEvent):

@@ -8,6 +8,8 @@ from typing import Any
 
 import yaml
 
+from jobs.grid import Point
+from jobs.recipe import Recipe
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import code, token_count
 from workers.checkpoints.configs import context_length, rope, text_fields
@@ -30,18 +32,20 @@ def model_card(
     merges that are not.
     """
     layout, recipe = planned.layout, planned.point.recipe
-    parents = {name: plan.parents[name].url for name in layout.parents}
+    parents = {name: plan.parents[name].url for name in planned.point.parents()}
+    methods = dict.fromkeys(stage.merge_method for stage in planned.point.recipes)
+    stages = len(planned.point.recipes)
     front: dict[str, Any] = {
         "base_model": [*dict.fromkeys(map(_repository, parents.values()))],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["mergeyard", "mergekit", "merge", recipe.merge_method],
+        "tags": ["mergeyard", "mergekit", "merge", *methods],
     }
     theta, _ = rope(text_fields(layout.config))
     parameters = sum(tensor.elements for shard in layout.shards for tensor in shard.tensors if tensor.dtype in FLOATS)
     facts = {
-        "Method": f"`{recipe.merge_method}`",
+        "Method": ", then ".join(f"`{stage.merge_method}`" for stage in planned.point.recipes),
         "Parameters": f"{_count(parameters)} ({parameters:,})",
         "Stored as": f"{layout.config.get('dtype', layout.config.get('torch_dtype'))}, {layout.bytes / 1e9:.2f} GB",
         "Architecture": ", ".join(
@@ -67,7 +71,8 @@ def model_card(
         "",
         f"# {planned.name}",
         "",
-        f"A `{recipe.merge_method}` merge of {_listed(list(parents))}, made by mergeyard.",
+        f"A `{recipe.merge_method}` merge{f' in {stages} stages' if stages > 1 else ''} of"
+        f" {_listed(list(parents))}, made by mergeyard.",
         "",
         "| | |",
         "|---|---|",
@@ -77,7 +82,7 @@ def model_card(
         "",
         "| parent | where | weight |",
         "|---|---|---|",
-        *(f"| {code(name)} | {code(url)} | {_weight(plan, planned, name)} |" for name, url in parents.items()),
+        *(f"| {code(name)} | {code(url)} | {_weight(planned.point, name)} |" for name, url in parents.items()),
         "",
         "## Recipe",
         "",
@@ -91,13 +96,18 @@ def model_card(
     return "\n".join(lines)
 
 
-def _weight(plan: Plan, planned: PlannedPoint, name: str) -> str:
-    for source in planned.point.recipe.models:
-        if source.model == name and "weight" in source.parameters:
-            document = planned.point.recipe.document()
-            entry = next(model for model in document["models"] if model["model"] == name)
-            return code(str(entry["parameters"]["weight"]))
-    return "base" if planned.point.recipe.base_model == name else "–"
+def _weight(point: Point, name: str) -> str:
+    """A parent's weight, in each stage that has one."""
+    of_stages = {stage: _weight_in(recipe, name) for stage, recipe in point.stages.items()}
+    found = [f"{weight} in {code(stage)}" for stage, weight in of_stages.items() if weight]
+    return ", ".join(filter(None, [*found, _weight_in(point.recipe, name)])) or "–"
+
+
+def _weight_in(recipe: Recipe, name: str) -> str:
+    for model in recipe.document().get("models", ()):
+        if model["model"] == name and "weight" in model.get("parameters", {}):
+            return code(str(model["parameters"]["weight"]))
+    return "base" if recipe.base_model == name else ""
 
 
 def _repository(url: str) -> str:

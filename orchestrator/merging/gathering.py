@@ -9,8 +9,9 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from importlib.metadata import version
+from typing import Any
 
 import yaml
 
@@ -18,12 +19,11 @@ from jobs.errors import CorruptData, ObjectExists, ObjectMissing
 from jobs.manifest import FileEntry, Manifest, TensorEntry
 from jobs.merge_tasks import Receipt
 from orchestrator.merging.card import model_card
-from orchestrator.planning.beside import side_file_without_absent_code, with_chat_template
+from orchestrator.planning.beside import files_beside, read_beside
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import Collapses
-from workers.checkpoints.tokenizer_files import with_tokens
 from workers.digests import contradict, weights_digest
-from workers.storage import ObjectInfo, Store, open_store
+from workers.storage import ObjectInfo, Store
 from workers.storage.records import read_record
 
 VERSIONED = ("mergeyard", "torch", "numpy", "safetensors")
@@ -36,7 +36,7 @@ class Gatherer:
         self._plan = plan
         self._store = store
         self._hashed: dict[str, str] = {}
-        self._side_file = lru_cache(maxsize=64)(self._read_side_file)
+        self._side_file = lru_cache(maxsize=64)(partial(read_beside, plan.parents))
 
     def complete(self, planned: PlannedPoint, receipts: Mapping[str, Receipt]) -> Manifest:
         """Writes the files beside the shards, then the manifest; nothing if the point is complete and undamaged."""
@@ -66,7 +66,7 @@ class Gatherer:
             point=planned.name,
             digest=planned.digest,
             weights=original.weights,
-            recipe=planned.point.recipe.document(),
+            recipe=_recipe(planned),
             parents=original.parents,
             seed=original.seed,
             numerics=original.numerics,
@@ -135,23 +135,11 @@ class Gatherer:
         files = {"config.json": _json(layout.config)}
         if layout.index is not None:
             files["model.safetensors.index.json"] = _json(layout.index)
-        for name, parent in layout.copied.items():
-            files[name] = side_file_without_absent_code(self._side_file(parent, name), layout.copied)
-        files = with_tokens(files, layout.added_tokens)
-        if layout.chat_template is not None:
-            files.pop("chat_template.json", None)  # a processor's older form of the same
-            for name in files.keys() & {"tokenizer_config.json", "processor_config.json"}:
-                files[name] = with_chat_template(files[name], layout.chat_template)
-            files["chat_template.jinja"] = layout.chat_template.encode()
-        text = yaml.safe_dump(planned.point.recipe.document(), sort_keys=False)
+        files |= files_beside(layout.copied, layout.added_tokens, layout.chat_template, self._side_file)
+        text = yaml.safe_dump_all(planned.point.documents(), sort_keys=False)
         files["mergekit_config.yml"] = text.encode()
         files["README.md"] = model_card(self._plan, planned, text, overflowed, collapses).encode()
         return files
-
-    def _read_side_file(self, parent: str, name: str) -> bytes:
-        checkpoint = self._plan.parents[parent]
-        info = checkpoint.side_files[name]
-        return bytes(open_store(checkpoint.url).read(name, etag=info.etag))
 
     def _manifest(
         self, planned: PlannedPoint, receipts: Mapping[str, Receipt], files: Mapping[str, bytes], weights: str
@@ -168,14 +156,20 @@ class Gatherer:
             point=planned.name,
             digest=planned.digest,
             weights=weights,
-            recipe=planned.point.recipe.document(),
-            parents={name: self._plan.parents[name].url for name in planned.layout.parents},
+            recipe=_recipe(planned),
+            parents={name: self._plan.parents[name].url for name in planned.point.parents()},
             seed=self._plan.job.seed,
             numerics=self._plan.job.numerics,
             versions=_versions(),
             files={**shards, **side},
             tensors=tensors,
         )
+
+
+def _recipe(planned: PlannedPoint) -> Any:
+    """The document of a point, or those of its stages and its own."""
+    *stages, own = planned.point.documents()
+    return [*stages, own] if stages else own
 
 
 @lru_cache(maxsize=1)

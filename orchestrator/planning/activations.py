@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.job import Job
@@ -25,16 +26,21 @@ def located(file: str, folder: Path | None) -> str:
 
 def with_located_statistics(job: Job, folder: Path | None) -> Job:
     """The job whose statistics are found from everywhere."""
-    if "aim" not in job.recipe:
+    documents: Sequence[dict[str, Any]] = job.recipe if isinstance(job.recipe, list) else [job.recipe]
+    if not any("aim" in document for document in documents):
         return job
 
     def at(recipe: Recipe) -> Recipe:
         aim = recipe.aim
         return recipe if aim is None else replace(recipe, aim=replace(aim, statistics=located(aim.statistics, folder)))
 
-    aim = {**job.recipe["aim"], "statistics": located(job.recipe["aim"]["statistics"], folder)}
+    placed = [
+        {**document, "aim": {**aim, "statistics": located(aim["statistics"], folder)}} if aim else document
+        for document in documents
+        for aim in [document.get("aim")]
+    ]
     points = tuple(replace(point, recipe=at(point.recipe)) for point in job.points)
-    return replace(job, recipe={**job.recipe, "aim": aim}, points=points)
+    return replace(job, recipe=placed if isinstance(job.recipe, list) else placed[0], points=points)
 
 
 def with_activations(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe, folder: Path | None) -> Layout:

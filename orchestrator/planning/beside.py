@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
 from jobs.recipe import Recipe
+from jobs.tokenizers import AddedToken
 from workers.checkpoints.chat_templates import NAMED, check_template, template_of
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.side_files import LARGEST_SIDE_FILE, has_tokenizer, is_code, is_of_tokenizer
+from workers.checkpoints.tokenizer_files import with_tokens
+from workers.storage import open_store
 
 
 def tokenizer_owner(recipe: Recipe, parents: Mapping[str, Checkpoint], donor: str) -> str:
@@ -69,6 +72,29 @@ def without_absent_code(config: Mapping[str, Any], files: Collection[str]) -> di
         elif there(names):
             kept[use] = names
     return {key: kept if key == "auto_map" else value for key, value in config.items() if kept or key != "auto_map"}
+
+
+def read_beside(checkpoints: Mapping[str, Checkpoint], owner: str, name: str) -> bytes:
+    """A file beside the weights of one of the checkpoints; errors as of its store."""
+    checkpoint = checkpoints[owner]
+    return bytes(open_store(checkpoint.url).read(name, etag=checkpoint.side_files[name].etag))
+
+
+def files_beside(
+    copied: Mapping[str, str],
+    added: Sequence[AddedToken],
+    template: str | None,
+    read: Callable[[str, str], bytes],
+) -> dict[str, bytes]:
+    """The files that a merge takes over, by name: `read` gives that of (owner, name), `copied` has the owners."""
+    files = {name: side_file_without_absent_code(read(owner, name), copied) for name, owner in copied.items()}
+    files = with_tokens(files, added)
+    if template is not None:
+        files.pop("chat_template.json", None)  # a processor's older form of the same
+        for name in files.keys() & {"tokenizer_config.json", "processor_config.json"}:
+            files[name] = with_chat_template(files[name], template)
+        files["chat_template.jinja"] = template.encode()
+    return files
 
 
 def side_file_without_absent_code(data: bytes, files: Collection[str]) -> bytes:

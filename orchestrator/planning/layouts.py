@@ -124,8 +124,8 @@ class TensorClasses:
     def __init__(self, job: Job) -> None:
         self._filters: dict[str, None] = {}
         self._gradients = False
-        for point in job.points:
-            for parameters in (point.recipe.parameters, *(source.parameters for source in point.recipe.models)):
+        for recipe in (recipe for point in job.points for recipe in point.recipes):
+            for parameters in (recipe.parameters, *(source.parameters for source in recipe.models)):
                 for setting in parameters.values():
                     if isinstance(setting, tuple):
                         self._look(setting)

@@ -15,19 +15,19 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
-from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, canonical_json, digest, places_read
+from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest, places_read
 from jobs.yaml_nodes import quoted, yaml_text
-from orchestrator.planning.activations import with_activations, with_located_statistics
+from orchestrator.planning.activations import with_located_statistics
 from orchestrator.planning.content_keys import ContentKeys
-from orchestrator.planning.layouts import Layout, Shard, TensorClasses, layout_of
+from orchestrator.planning.layouts import Layout, Shard
 from orchestrator.planning.sharing import Family, families
+from orchestrator.planning.stages import Stages, settings_of
 from orchestrator.records.places import FLAT, Places
 from orchestrator.words import shortlist
 from workers.checkpoints.opening import Checkpoint, Unmergeable, all_places, open_as_it_is, open_checkpoint
 from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
-from workers.methods import METHODS
-from workers.methods.binding import check_recipe, resolve, without_effect
+from workers.methods.binding import without_effect
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import Store, open_store
 from workers.storage.records import read_record
@@ -122,7 +122,9 @@ class Plan:
     def remarks(self) -> tuple[str, ...]:
         """Sentences on keys without effect, and on files beside the weights that a point lacks or has from others."""
         asks = "--copy-code" if self.places == FLAT else "`copy_code: true`"
-        found = dict.fromkeys(said for planned in self.points for said in without_effect(planned.point.recipe))
+        found = dict.fromkeys(
+            said for planned in self.points for recipe in planned.point.recipes for said in without_effect(recipe)
+        )
         for layout in dict.fromkeys(planned.layout for planned in self.points):
             for parent in dict.fromkeys(layout.left_out.values()):
                 names = [name for name, owner in layout.left_out.items() if owner == parent]
@@ -365,30 +367,13 @@ def _locate(url: str, relative_to: Path | None, place: str, *, bare_names: bool)
 
 
 def _plan_points(job: Job, parents: Mapping[str, Checkpoint], relative_to: Path | None) -> tuple[PlannedPoint, ...]:
-    layouts: dict[tuple[Any, ...], Layout] = {}
     first_of: dict[str, str] = {}
     planned_points: list[PlannedPoint] = []
-    classes = TensorClasses(job)
+    stages = Stages(job, parents, relative_to)
     keys = ContentKeys(job, parents)
     for point in job.points:
-        recipe = point.recipe
-        check_recipe(recipe)
-        key = (recipe.references(), recipe.base_model, recipe.dtype, recipe.out_dtype, recipe.chat_template)
-        settings = recipe.tokenizer.document("") if recipe.tokenizer else None
-        key = (*key, recipe.tokenizer_source, canonical_json(settings))
-        key = (*key, recipe.merge_method == "passthrough", METHODS[recipe.merge_method].base)
-        key = (*key, recipe.aim and recipe.aim.statistics)
-        layout = layouts.get(key)
-        if layout is None:
-            layout = with_activations(layout_of(job, recipe, parents, classes), parents, recipe, relative_to)
-            layouts[key] = layout
-        settings = tuple(
-            resolve(recipe, tensor.name, position, exact=job.numerics == "float32")
-            if owner is None
-            else Setting("passthrough", (owner,), None, (("scale", (1.0,)),))
-            for tensor, owner, position in zip(layout.representatives, layout.owners, layout.positions, strict=True)
-        )
-        planned = PlannedPoint(point, layout, settings, keys)
+        layout = stages.layout(point)
+        planned = PlannedPoint(point, layout, settings_of(layout, point.recipe, job.numerics), keys)
         same_as = first_of.setdefault(digest([planned.digest, layout.beside, layout.chat_template]), point.name)
         planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
     return tuple(planned_points)

@@ -286,7 +286,7 @@ def patched(stores: dict[str, Any]) -> Any:
         "orchestrator.planning.plan",
         "orchestrator.planning.compatibility",
         "orchestrator.records.ledger",
-        "orchestrator.merging.gathering",
+        "orchestrator.planning.beside",
     ):
         stack.enter_context(patch(f"{module}.open_store", open_known))
     return stack

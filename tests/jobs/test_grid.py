@@ -10,7 +10,7 @@ import pytest
 from jobs.errors import BadInput
 from jobs.expressions import name_template
 from jobs.grid import Point, expand, parse_grid
-from jobs.recipe import recipe_template
+from jobs.stages import stages_template
 from jobs.yaml_nodes import load_document
 
 
@@ -19,7 +19,7 @@ def points(grid: str, *, axes: str = "w", point: str | None = None) -> tuple[Poi
     parameters = ", ".join(f'{axis}: "${{{axis}}}"' for axis in axes.split())
     recipe = load_document(f"merge_method: x\nmodels: [{{model: a}}]\nparameters: {{{parameters}}}\n", "recipe.yml")
     naming = None if point is None else name_template(point, "job.yaml:9")
-    return expand(recipe_template(recipe), parse_grid(load_document(grid, "job.yaml"), "job.yaml:1"), naming)
+    return expand(stages_template(recipe), parse_grid(load_document(grid, "job.yaml"), "job.yaml:1"), naming)
 
 
 def values(grid: str, *, axes: str = "w") -> list[tuple[Fraction | str, ...]]:
@@ -184,7 +184,7 @@ def test_a_name_that_cannot_be_a_folder_is_refused(point: str) -> None:
 
 
 def test_without_a_grid_there_is_one_point() -> None:
-    recipe = recipe_template(load_document("merge_method: x\nmodels: [{model: a}]\n", "r.yml"))
+    recipe = stages_template(load_document("merge_method: x\nmodels: [{model: a}]\n", "r.yml"))
     assert [point.name for point in expand(recipe, parse_grid(None, "r.yml:1"), None)] == ["merge"]
 
 

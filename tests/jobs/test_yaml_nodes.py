@@ -140,7 +140,7 @@ def test_missing_key_is_named() -> None:
         ("a: 1\na: 2\n", 'job.yaml:2: the key "a" stands here twice (first on line 1)'),
         ("a: !!python/object/apply:os.system [ls]\n", "job.yaml:1: the tag"),
         ("a: !x 1\n", "job.yaml:1: the tag"),
-        ("a: 1\n---\nb: 2\n", "job.yaml:2: a second document"),
+        ("a: 1\n---\nb: 2\n", "job.yaml:3: a second document"),
         ("a:\n  <<: 1\n", "job.yaml:2: a merge key (<<) takes a mapping, or a list of mappings"),
         ("a: 1\n? [1, 2]\n: 3\n", "job.yaml:2: a key must be a word"),
         ("a: 1\n b: 2\n", "job.yaml:2: not YAML: "),

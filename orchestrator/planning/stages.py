@@ -1,0 +1,169 @@
+"""Stages of a merge as checkpoints that nobody writes: their tensors are computed while the next merge reads them.
+
+A stage is to the next merge as if it had been written and opened again: its dtypes, its config, its files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import BadInput
+from jobs.grid import Point
+from jobs.job import Job, Keep
+from jobs.merge_tasks import Derived, Merged, Setting, TensorMerge, canonical_json, digest
+from jobs.recipe import Recipe
+from jobs.yaml_nodes import quoted
+from orchestrator.planning.activations import with_activations
+from orchestrator.planning.beside import files_beside, read_beside
+from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
+from workers.checkpoints.opening import Checkpoint
+from workers.methods import METHODS
+from workers.methods.binding import check_recipe, resolve
+from workers.storage import ObjectInfo, open_store
+
+MOST_READINGS = 100
+"""How often the stages of one point may read a tensor of their parents, all together."""
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """`readings` counts the tensors that are read for one of its own; `holds`: its config is that of `config_from`."""
+
+    checkpoint: Checkpoint
+    layout: Layout
+    readings: int
+    holds: bool
+
+
+class Stages:
+    """The layouts of a job's recipes. Equal stages of equal members are one checkpoint, and so share their layouts."""
+
+    def __init__(self, job: Job, parents: Mapping[str, Checkpoint], folder: Path | None) -> None:
+        self._job, self._parents, self._folder = job, parents, folder
+        self._classes = TensorClasses(job)
+        self._stages: dict[tuple[Any, ...], _Stage] = {}
+        self._layouts: dict[tuple[Any, ...], Layout] = {}
+
+    def layout(self, point: Point) -> Layout:
+        """The layout of a point. Its parents and the owners of its files are parents of the job, never stages."""
+        stages: dict[str, _Stage] = {}
+        for name, recipe in point.stages.items():
+            key = (id(recipe), *_members(recipe, stages))
+            if key not in self._stages:
+                self._stages[key] = self._stage(name, recipe, stages)
+            stages[name] = self._stages[key]
+        recipe = point.recipe
+        check_recipe(recipe)
+        key = (*layout_key(recipe), *_members(recipe, stages))
+        if key not in self._layouts:
+            holding = _config_from(self._job, recipe, stages) or self._job.config_from
+            self._layouts[key] = self._layout(replace(self._job, config_from=holding), recipe, stages)
+        return self._layouts[key]
+
+    def _layout(self, job: Job, recipe: Recipe, stages: Mapping[str, _Stage]) -> Layout:
+        checkpoints = {**self._parents, **{name: stage.checkpoint for name, stage in stages.items()}}
+        layout = layout_of(job, recipe, checkpoints, self._classes)
+        layout = with_activations(layout, checkpoints, recipe, self._folder)
+        return _of_parents(layout, {name: stage.layout for name, stage in stages.items()})
+
+    def _stage(self, name: str, recipe: Recipe, stages: Mapping[str, _Stage]) -> _Stage:
+        check_recipe(recipe)
+        if recipe.aim is not None:
+            raise BadInput(
+                f"{recipe.place_of('aim')}: a merge that feeds another has no `aim:`; write {quoted(name)} first, and"
+                " name the result"
+            )
+        readings = sum(stages[other].readings if other in stages else 1 for other in recipe.references())
+        if readings > MOST_READINGS:
+            raise BadInput(
+                f"{recipe.place}: the merges that feed this one read their parents {readings} times over, and"
+                f" {MOST_READINGS} is the most; write some of them first, and name the results"
+            )
+        holding = _config_from(self._job, recipe, stages)
+        layout = self._layout(replace(self._job, config_from=holding, keep=Keep()), recipe, stages)
+        settings = settings_of(layout, recipe, self._job.numerics)
+        tensors = {
+            tensor.name: Derived(
+                tensor.dtype,
+                tensor.shape,
+                self._rule(tensor, settings[tensor.setting]),
+                tuple((parent, tensor.sources[parent]) for parent in settings[tensor.setting].parents),
+            )
+            for shard in layout.shards
+            for tensor in shard.tensors
+        }
+        url, files = self._beside(layout)
+        shapes = {tensor: derived.shape for tensor, derived in tensors.items()}
+        checkpoint = Checkpoint(name, url, layout.config, (), tensors, shapes, files)
+        return _Stage(checkpoint, layout, readings, holding is not None)
+
+    def _rule(self, tensor: TensorMerge, setting: Setting) -> Merged:
+        seed = self._job.seed if METHODS[setting.method].random else 0
+        return Merged(tensor.name, tensor.arithmetic, self._job.numerics, seed, setting)
+
+    def _beside(self, layout: Layout) -> tuple[str, dict[str, ObjectInfo]]:
+        """A place in memory that holds the files beside the weights, and what is there."""
+        files = files_beside(
+            layout.copied, layout.added_tokens, layout.chat_template, partial(read_beside, self._parents)
+        )
+        content = digest({name: hashlib.sha256(data).hexdigest() for name, data in files.items()})
+        store = open_store(f"memory://stage-{content}")
+        there = {info.key: info for info in store.list()}
+        return store.url, {name: there.get(name) or store.write(name, data) for name, data in files.items()}
+
+
+def settings_of(layout: Layout, recipe: Recipe, numerics: str) -> tuple[Setting, ...]:
+    """The settings of a recipe, one a tensor class of its layout."""
+    return tuple(
+        resolve(recipe, tensor.name, position, exact=numerics == "float32")
+        if owner is None
+        else Setting("passthrough", (owner,), None, (("scale", (1.0,)),))
+        for tensor, owner, position in zip(layout.representatives, layout.owners, layout.positions, strict=True)
+    )
+
+
+def layout_key(recipe: Recipe) -> tuple[Any, ...]:
+    """Recipes with equal keys have one layout, if their models are the same checkpoints."""
+    dtypes = recipe.dtype, recipe.out_dtype
+    tokens = canonical_json(recipe.tokenizer.document("") if recipe.tokenizer else None)
+    key = recipe.references(), recipe.base_model, dtypes, recipe.tokenizer_source, tokens, recipe.chat_template
+    key = *key, recipe.aim and recipe.aim.statistics
+    return (*key, recipe.merge_method == "passthrough", METHODS[recipe.merge_method].base)
+
+
+def _members(recipe: Recipe, stages: Mapping[str, _Stage]) -> tuple[int, ...]:
+    """The stages that a recipe reads, as a key."""
+    return tuple(id(stages[name].checkpoint) for name in recipe.parents() if name in stages)
+
+
+def _config_from(job: Job, recipe: Recipe, stages: Mapping[str, _Stage]) -> str | None:
+    """The member whose config holds: the one that the job names, else the first stage in which that one's holds."""
+    if job.config_from is None or job.config_from in recipe.references():
+        return job.config_from
+    return next((name for name in recipe.references() if name in stages and stages[name].holds), None)
+
+
+def _of_parents(layout: Layout, stages: Mapping[str, Layout]) -> Layout:
+    """The same layout, in which the parents of stages own the files that the stages take from them."""
+    donor, tokenizer = stages.get(layout.donor), stages.get(layout.tokenizer_from)
+    template = tokenizer.chat_template if tokenizer is not None else None
+    return replace(
+        layout,
+        parents=tuple(name for name in layout.parents if name not in stages),
+        donor=layout.donor if donor is None else donor.donor,
+        tokenizer_from=layout.tokenizer_from if tokenizer is None else tokenizer.tokenizer_from,
+        chat_template=template if layout.chat_template is None else layout.chat_template,
+        copied={
+            name: stages[owner].copied[name] if owner in stages else owner
+            for name, owner in layout.copied.items()
+            if owner not in stages or name in stages[owner].copied  # else the stage made it
+        },
+        left_out={**layout.left_out, **({} if donor is None else donor.left_out)},
+        added_tokens=(*(() if tokenizer is None else tokenizer.added_tokens), *layout.added_tokens),
+        remarks=tuple(dict.fromkeys(said for each in (*stages.values(), layout) for said in each.remarks)),
+    )

@@ -1,0 +1,226 @@
+"""A merge of several stages has the bytes of the same merges made one after another, and writes nothing between."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from jobs.job import load_job
+from jobs.manifest import Manifest
+from tests.orchestrator.conftest import files_under
+from tests.orchestrator.models import CONFIG, load_model, weights
+from workers.checkpoints.chat_templates import NAMED
+from workers.merging.resident import ResidentParents
+
+Mergeyard = Callable[..., Any]
+Folders = tuple[Path, Path]
+OWN = ("README.md", "manifest.json", "mergekit_config.yml")
+"""Files that say how a merge was made."""
+
+T, W = {"parameters": {"t": 0.3}}, {"parameters": {"weight": 0.5}}
+SPARSE = {"parameters": {"weight": 0.7, "density": 0.4}}
+
+
+def document(method: str, base: object, *models: object, **more: Any) -> dict[str, Any]:
+    """A mergekit document; without a base if it is None."""
+    listed = [{"model": str(model)} for model in models]
+    named = {} if base is None else {"base_model": str(base)}
+    return {"merge_method": method, **named, "models": listed, **more}
+
+
+@pytest.fixture
+def merged(mergeyard: Mergeyard, tmp_path: Path) -> Callable[..., Path]:
+    """merged(documents, options…, to=…): the folder of the result."""
+
+    def merge(*documents: Any, options: tuple[str, ...] = (), to: Path) -> Path:
+        file = tmp_path / "merge.yml"
+        file.write_text(yaml.safe_dump_all(documents))
+        ended = mergeyard("merge", file, to, "--quiet", *options)
+        assert ended.code == 0, ended.err
+        return to
+
+    return merge
+
+
+@pytest.fixture
+def both_ways(merged: Callable[..., Path], tmp_path: Path) -> Callable[..., Folders]:
+    """both_ways(stages, result): the result of all stages at once, and of each stage written and read again.
+
+    The name of a stage is the folder where it is written in the second case.
+    """
+
+    def merge(stages: Mapping[Path, Any], result: Any, *options: str) -> Folders:
+        named = [{"name": str(path), **stage} for path, stage in stages.items()]
+        before = {path.name for path in tmp_path.iterdir()}
+        at_once = merged(result, *named, options=options, to=tmp_path / "at-once")
+        assert {path.name for path in tmp_path.iterdir()} - before == {"merge.yml", "at-once"}, "nothing between"
+        for path, stage in stages.items():
+            merged(stage, options=options, to=path)
+        return at_once, merged(result, options=options, to=tmp_path / "step-by-step")
+
+    return merge
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """All files but those that say how the merge was made."""
+    return {name: data for name, data in files_under(folder).items() if name not in OWN}
+
+
+STAGES = {
+    "slerp, then ties": (("slerp", "cos", "fmt", T), ("ties", "base", "ONE", "cos", SPARSE)),
+    "linear, then slerp": (("linear", None, "cos", "fmt", W), ("slerp", "ONE", "base", T)),
+    "dare_ties, then linear": (("dare_ties", "base", "cos", "fmt", SPARSE), ("linear", None, "ONE", "base", W)),
+    "linear, then dare_linear": (("linear", None, "cos", "fmt", W), ("dare_linear", "base", "ONE", "fmt", SPARSE)),
+    "ties, then the base of della": (("ties", "base", "cos", "fmt", SPARSE), ("della", "ONE", "cos", SPARSE)),
+    "karcher, then model_stock": (("karcher", None, "cos", "fmt", {}), ("model_stock", "base", "ONE", "cos", {})),
+    "breadcrumbs, then sce": (("breadcrumbs", "base", "cos", "fmt", SPARSE), ("sce", "base", "ONE", "fmt", {})),
+    "a copy, then arcee_fusion": (("passthrough", None, "cos", {}), ("arcee_fusion", "base", "ONE", {})),
+}
+DTYPES = [
+    ({"dtype": "bfloat16"}, {"dtype": "bfloat16"}),
+    ({"dtype": "float32"}, {"dtype": "bfloat16"}),
+    ({"dtype": "bfloat16", "out_dtype": "float16"}, {"out_dtype": "float32"}),
+    ({}, {}),
+]
+
+
+@pytest.mark.parametrize(("number", "recipes"), [*enumerate(STAGES.values())], ids=[*STAGES])
+def test_a_stage_is_to_the_next_merge_as_if_it_had_been_written(
+    both_ways: Callable[..., Folders], parents: Path, tmp_path: Path, number: int, recipes: Any
+) -> None:
+    one = tmp_path / "one"
+    dtypes = DTYPES[number % len(DTYPES)]
+
+    def made(recipe: Any, dtype: Mapping[str, str]) -> dict[str, Any]:
+        method, base, *models, more = recipe
+        paths = [None if name is None else one if name == "ONE" else parents / name for name in (base, *models)]
+        return document(method, *paths, **more, **dtype)
+
+    first, second = (made(recipe, dtype) for recipe, dtype in zip(recipes, dtypes, strict=True))
+    at_once, by_step = both_ways({one: first}, second, "--numerics", "float32" if number % 2 else "mergekit")
+    assert files_of(at_once) == files_of(by_step)
+    assert load_model(at_once).keys() == weights("cos").keys()
+
+
+def test_stages_feed_each_other_and_may_feed_several(
+    both_ways: Callable[..., Folders], parents: Path, tmp_path: Path
+) -> None:
+    one, two, three = (tmp_path / name for name in ("one", "two", "three"))
+    stages = {
+        one: document("linear", None, parents / "cos", parents / "fmt", **W, dtype="bfloat16"),
+        two: document("ties", parents / "base", one, parents / "cos", **SPARSE),
+        three: document("slerp", one, two, **T, dtype="float32"),
+    }
+    at_once, by_step = both_ways(stages, document("linear", None, three, two, **W, dtype="bfloat16"))
+    assert files_of(at_once) == files_of(by_step)
+
+
+@pytest.mark.parametrize("asked", [{}, {"chat_template": "{{ messages[0] }}"}], ids=["of the stage", "of the result"])
+def test_tokenizer_template_and_config_follow_as_if_the_stage_had_been_written(
+    both_ways: Callable[..., Folders], parents: Path, tmp_path: Path, asked: dict[str, str]
+) -> None:
+    """The stage takes the config of its base, the tokenizer of another parent, and a template of its own."""
+    (parents / "cos" / "config.json").write_text(json.dumps({**CONFIG, "initializer_range": 0.5}))
+    (parents / "cos" / "preprocessor.json").write_text("{}")
+    template = json.dumps({"chat_template": "{{ messages }}", "model_max_length": 99})
+    (parents / "fmt" / "tokenizer_config.json").write_text(template)
+    one = tmp_path / "one"
+    first = document(
+        "slerp", parents / "cos", parents / "fmt", **T, tokenizer_source=str(parents / "fmt"), chat_template="chatml"
+    )
+    at_once, by_step = both_ways({one: first}, document("slerp", one, parents / "base", **T, **asked))
+    files = files_of(at_once)
+    assert files == files_of(by_step)
+    assert json.loads(files["config.json"])["initializer_range"] == 0.5
+    assert json.loads(files["tokenizer_config.json"])["model_max_length"] == 99
+    assert files["chat_template.jinja"].decode() == (asked.get("chat_template") or NAMED["chatml"])
+
+
+def test_a_point_names_its_real_parents_and_all_documents(
+    merged: Callable[..., Path], parents: Path, tmp_path: Path
+) -> None:
+    stage = {"name": "half", **document("linear", None, parents / "fmt", **W)}
+    stage["models"].insert(0, {"model": str(parents / "cos"), "parameters": {"weight": 0.25}})
+    result = document("slerp", "half", parents / "base", **T)
+    folder = merged(stage, result, to=tmp_path / "out")
+    assert [document.get("name") for document in yaml.safe_load_all((folder / "mergekit_config.yml").read_text())] == [
+        "half",
+        None,
+    ]
+    manifest = Manifest.from_json((folder / "manifest.json").read_bytes())
+    paths = [str(parents / name) for name in ("cos", "fmt", "base")]
+    assert manifest.parents == {path: path for path in paths}
+    assert [document["merge_method"] for document in manifest.recipe] == ["linear", "slerp"]
+    card = (folder / "README.md").read_text()
+    assert f"A `slerp` merge in 2 stages of `{paths[0]}`, `{paths[1]}` and `{paths[2]}`" in card
+    assert f"| `{paths[0]}` | `{paths[0]}` | `0.25` in `half` |" in card
+
+
+# ---- jobs
+
+STAGED = """
+  - name: half
+    merge_method: linear
+    models:
+    - {model: cos, parameters: {weight: "${w}"}}
+    - {model: fmt, parameters: {weight: 1}}
+    dtype: bfloat16
+  - name: whole
+    merge_method: linear
+    models: [{model: fmt}, {model: base}]
+    parameters: {weight: 1}
+  - merge_method: ties
+    base_model: whole
+    models:
+    - {model: half, parameters: {weight: "${t}", density: 0.5}}
+    - {model: cos, parameters: {weight: 0.5, density: 0.3}}
+"""
+GRID = "{w: [1, 3], t: [0.5, 1]}"
+
+
+def test_a_grid_over_stages_has_the_points_of_as_many_files(
+    mergeyard: Mergeyard, merged: Callable[..., Path], job_text: Callable[..., str], parents: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(job_text(grid=GRID, recipe=STAGED))
+    ended = mergeyard("run", tmp_path / "job.yaml", "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    for point in load_job(job_text(grid=GRID, recipe=STAGED), "job.yaml").points:
+        written = tmp_path / "runs" / "soup" / "points" / point.name
+        text = yaml.safe_dump_all(point.documents())
+        for name in ("base", "cos", "fmt"):
+            text = text.replace(f"model: {name}\n", f"model: {parents / name}\n")
+        alone = merged(*yaml.safe_load_all(text), to=tmp_path / point.name)
+        assert files_of(written) == files_of(alone)
+    again = mergeyard("run", tmp_path / "job.yaml", "--in-process", "--json")
+    assert again.code == 0, again.err
+    assert again.facts["units_merged"] == 0
+
+
+def test_points_share_the_layout_of_stages_that_no_axis_changes(plan: Callable[..., Any]) -> None:
+    first, second, third, fourth = plan(grid=GRID, recipe=STAGED).points
+    assert first.layout is second.layout is not third.layout is fourth.layout
+    tensors = [planned.layout.shards[0].tensors[0].sources for planned in (first, third)]
+    assert tensors[0]["whole"] is tensors[1]["whole"], "no axis changes it"
+    assert first.layout.parents == ("cos",), "of the others, only stages are made"
+
+
+def test_stages_are_merged_in_the_memory_of_a_worker_too(
+    mergeyard: Mergeyard, plan: Callable[..., Any], job_text: Callable[..., str], tmp_path: Path
+) -> None:
+    (tmp_path / "job.yaml").write_text(job_text(grid=GRID, recipe=STAGED))
+    assert mergeyard("run", tmp_path / "job.yaml", "--in-process").code == 0
+    planned = plan(grid=GRID, recipe=STAGED)
+    parents = {name: checkpoint.parent for name, checkpoint in planned.parents.items()}
+    for point in planned.points:
+        tensors = [tensor for shard in point.layout.shards for tensor in shard.tensors]
+        resident = ResidentParents(tensors, parents, seed=0, numerics="float32")
+        expected = load_model(tmp_path / "runs" / "soup" / "points" / point.name)
+        found = {name: tensor.clone() for name, tensor in resident.merged(point.settings, {})}
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)) for name in found)
