@@ -328,9 +328,10 @@ def _check_references(job: Job) -> set[str]:
 
 def _place_of_reference(point: Point, reference: str) -> str:
     recipe = next(recipe for recipe in point.recipes if reference in recipe.parents())
-    sources = (source.place for source in recipe.models if source.model == reference)
+    sources = (source.place for source in recipe.sources() if source.model == reference)
+    bases = (part.places["base_model"] for part in recipe.slices if part.base_model == reference)
     key = "base_model" if reference == recipe.base_model else "tokenizer" if recipe.tokenizer else "tokenizer_source"
-    return next(sources, recipe.place_of(key))
+    return next(sources, next(bases, recipe.place_of(key)))
 
 
 def _check_gate(job: Job, gate: GateSpec) -> None:

@@ -1,10 +1,10 @@
 """A recipe: one mergekit document, strictly read; and its template, where `${…}` waits for a point of the grid.
 
-The document's grammar is mergekit's for whole models: `merge_method`, `models`, `base_model`, `parameters`, `dtype`,
-`out_dtype`, `tokenizer_source`, `chat_template`. Cases that mergekit ignores silently (unknown keys, the same model
-twice) are refused here; of a document that was written for mergekit, strange keys are left out, and said. Which methods
-and parameters exist is not known in this package: every `Recipe` and `Source` carries its place, so that planning can
-still point at the line.
+The document's grammar is mergekit's: `merge_method`, `models` or `slices` or `modules`, `base_model`, `parameters`,
+`dtype`, `out_dtype`, `tokenizer_source`, `chat_template`. Cases that mergekit ignores silently (unknown keys, the same
+model twice) are refused here; of a document that was written for mergekit, strange keys are left out, and said. Which
+methods and parameters exist is not known in this package: every `Recipe` and `Source` carries its place, so that
+planning can still point at the line.
 """
 
 from __future__ import annotations
@@ -17,6 +17,20 @@ from typing import Any
 from jobs.aim import Aim, AimTemplate, aim_schema, aim_template
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template
+from jobs.slices import (
+    Module,
+    ModuleTemplate,
+    Slice,
+    SliceTemplate,
+    bases_of,
+    check_models,
+    modules_schema,
+    parts_document,
+    read_modules,
+    read_slices,
+    slices_schema,
+    sources_of,
+)
 from jobs.sources import (
     LATER,
     Reader,
@@ -26,11 +40,11 @@ from jobs.sources import (
     SourceTemplate,
     bound_parameters,
     bound_text,
+    filled,
     model_name,
     parameters_schema,
     plain_parameters,
     reference_schema,
-    source_document,
     source_schema,
 )
 from jobs.tokenizers import TokenizerSettings, TokenizerTemplate, tokenizer_schema, tokenizer_template
@@ -40,6 +54,8 @@ from jobs.yaml_nodes import Node, nearest, quoted, suggestion
 KEYS = {
     "merge_method": "`linear`, `ties`, …",
     "models": "the parents to merge, each once",
+    "slices": "in place of `models`: ranges of layers, stacked in this order",
+    "modules": "in place of `models`: models or slices for each module of the model",
     "base_model": "the model that task vectors are differences from",
     "parameters": "settings for all models",
     "dtype": "of the output; the default is that of the parents",
@@ -51,13 +67,12 @@ KEYS = {
     "name": "a label, which is not used",
 }
 """The keys of a recipe and their meanings."""
+PARTS = ("models", "slices", "modules")
+"""The keys that say which models go in; a recipe has one of them."""
 DTYPES = ("float32", "float16", "bfloat16")
 CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 """mergekit's names of chat templates; `auto` is the commonest of the parents' own."""
 REFUSED_KEYS = {
-    "slices": "mergeyard merges whole models: list them under `models:` with the same parameters, "
-    "and set a layer apart with a gradient or a `{filter, value}`",
-    "modules": "mergeyard merges whole models: list them under `models:`; a `{filter, value}` sets a module apart",
     "config_from": "it stands beside `recipe:` in a job; `mergeyard merge` has the option `--config-from`",
     **dict.fromkeys(
         ("gate_mode", "experts", "experts_per_token", "shared_experts"),
@@ -70,11 +85,12 @@ REFUSED_KEYS = {
 class Recipe:
     """One merge with every value bound. Two recipes are equal when they ask for the same merge, wherever they stand.
 
+    Either `models` or `slices` or `modules` has entries.
     A `foreign` one was written for mergekit: of keys and parameters without effect only `ignored` tells, in sentences.
     """
 
     merge_method: str
-    models: tuple[Source, ...]
+    models: tuple[Source, ...] = ()
     base_model: str | None = None
     parameters: Mapping[str, Setting] = field(default_factory=dict)
     dtype: str | None = None
@@ -83,6 +99,8 @@ class Recipe:
     chat_template: str | None = None
     tokenizer: TokenizerSettings | None = field(default=None, metadata=LATER)
     aim: Aim | None = field(default=None, metadata=LATER)
+    slices: tuple[Slice, ...] = field(default=(), metadata=LATER)
+    modules: tuple[Module, ...] = field(default=(), metadata=LATER)
     place: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
     foreign: bool = field(default=False, compare=False)
@@ -93,7 +111,9 @@ class Recipe:
         document: dict[str, Any] = {"merge_method": self.merge_method}
         if self.base_model is not None:
             document["base_model"] = self.base_model
-        document["models"] = [source_document(source) for source in self.models]
+        document |= parts_document(self.models, self.slices)
+        if self.modules:
+            document["modules"] = {module.name: module.document() for module in self.modules}
         if self.parameters:
             document["parameters"] = plain_parameters(self.parameters)
         for key in ("dtype", "out_dtype", "tokenizer_source", "chat_template"):
@@ -108,7 +128,17 @@ class Recipe:
     def references(self) -> tuple[str, ...]:
         """Every model and the base, once each, in order of first appearance."""
         base = () if self.base_model is None else (self.base_model,)
-        return tuple(dict.fromkeys((*(source.model for source in self.models), *base)))
+        listed = (source.model for source in self.sources())
+        return tuple(dict.fromkeys((*listed, *bases_of(self.slices, self.modules), *base)))
+
+    def sources(self) -> tuple[Source, ...]:
+        """Every model that goes in, of slices and modules too, in the order of the document."""
+        return (*self.models, *sources_of(self.slices, self.modules))
+
+    def residual_weights(self) -> tuple[str, ...]:
+        """The places of `residual_weight:`, which mergekit reads and does not use."""
+        parts = (*self.slices, *(part for module in self.modules for part in module.slices))
+        return tuple(part.places["residual_weight"] for part in parts if "residual_weight" in part.places)
 
     def parents(self) -> tuple[str, ...]:
         """The references, and a model that gives its tokenizer alone."""
@@ -119,7 +149,7 @@ class Recipe:
         """Where a key of the document or a parameter is set: at the top, else at the first model that sets it."""
         if name in self.places:
             return self.places[name]
-        return next((source.places[name] for source in self.models if name in source.places), self.place)
+        return next((source.places[name] for source in self.sources() if name in source.places), self.place)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +158,8 @@ class RecipeTemplate:
 
     texts: Mapping[str, str | Template]
     models: tuple[SourceTemplate, ...]
+    slices: tuple[SliceTemplate, ...]
+    modules: tuple[ModuleTemplate, ...]
     parameters: Mapping[str, Slot]
     chat_template: str | Template | None
     tokenizer: TokenizerTemplate | None
@@ -149,6 +181,8 @@ class RecipeTemplate:
         recipe = Recipe(
             merge_method=texts["merge_method"],
             models=tuple(model for source in self.models for model in source.window(bindings, trajectories)),
+            slices=tuple(part.bind(bindings, trajectories) for part in self.slices),
+            modules=tuple(module.bind(bindings, trajectories) for module in self.modules),
             base_model=texts.get("base_model"),
             parameters=bound_parameters(self.parameters, bindings),
             dtype=texts.get("dtype"),
@@ -182,26 +216,32 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
             f"{value.place}: {quoted(key)} is no key of a recipe and has no effect" for key, value in stray.items()
         ]
         node = replace(node, value={key: value for key, value in node.value.items() if key not in stray})
-    keys = {
-        key: value for key, value in node.mapping(KEYS, ("merge_method", "models")).items() if value.kind != "nothing"
-    }
+    keys = filled(node.mapping(KEYS, ("merge_method",)))
     reader = Reader()
     texts = {
         key: reader.text(model_name(keys[key]) if key in _MODEL_KEYS else keys[key])
         for key in _TEXT_KEYS
         if key in keys
     }
-    if "merge_method" not in texts or "models" not in keys:
-        raise node.error('"merge_method" and "models" must have a value')
+    if "merge_method" not in texts:
+        raise node.error('"merge_method" must have a value')
+    given = [key for key in PARTS if key in keys]
+    if not given:
+        raise node.error("a recipe needs the key `models`, `slices` or `modules`")
+    if len(given) > 1:
+        raise keys[given[1]].error(f"`{given[0]}` and `{given[1]}` exclude each other; take one out")
     if "name" in keys:
         keys["name"].string()
     if "tokenizer" in keys and "tokenizer_source" in keys:
         raise keys["tokenizer"].error("`tokenizer:` and `tokenizer_source:` exclude each other; keep one")
-    models = tuple(reader.source(model) for model in keys["models"].sequence())
+    models = tuple(reader.source(model) for model in keys["models"].sequence()) if "models" in keys else ()
+    slices, modules = read_slices(keys.get("slices"), reader), read_modules(keys.get("modules"), reader)
     parameters, parameter_places = reader.parameters(keys.get("parameters"))
     return RecipeTemplate(
         texts=texts,
         models=models,
+        slices=slices,
+        modules=modules,
         parameters=parameters,
         chat_template=_chat_template(keys["chat_template"], reader) if "chat_template" in keys else None,
         tokenizer=tokenizer_template(keys["tokenizer"], reader) if "tokenizer" in keys else None,
@@ -226,6 +266,8 @@ def recipe_schema() -> dict[str, Any]:
     known = {
         "merge_method": {"type": "string", "minLength": 1},
         "models": {"type": "array", "items": source_schema(), "minItems": 1},
+        "slices": slices_schema(),
+        "modules": modules_schema(),
         "parameters": parameters_schema(),
         "base_model": model,
         "dtype": dtype,
@@ -241,7 +283,8 @@ def recipe_schema() -> dict[str, Any]:
     return {
         "type": "object",
         "properties": {key: {**known.get(key, text), "description": meaning} for key, meaning in KEYS.items()},
-        "required": ["merge_method", "models"],
+        "required": ["merge_method"],
+        "oneOf": [{"required": [key]} for key in PARTS],
         "additionalProperties": False,
     }
 
@@ -259,8 +302,7 @@ def _chat_template(node: Node, reader: Reader) -> str | Template:
 
 def _check(recipe: Recipe) -> None:
     references = recipe.references()
-    if len({source.model for source in recipe.models}) != len(recipe.models):
-        _refuse_repeated_model(recipe)
+    check_models(recipe.models)
     for key, dtype in (("dtype", recipe.dtype), ("out_dtype", recipe.out_dtype)):
         if dtype is not None and dtype not in DTYPES:
             raise BadInput(f"{recipe.place_of(key)}: {key} cannot be {quoted(dtype)}; choose from {', '.join(DTYPES)}")
@@ -270,15 +312,6 @@ def _check(recipe: Recipe) -> None:
     if template is not None and template not in CHAT_TEMPLATES and not _JINJA.search(template):
         place, near = recipe.place_of("chat_template"), suggestion(template.strip().lower(), CHAT_TEMPLATES)
         raise BadInput(f"{place}: chat_template {quoted(template)} is neither a name nor Jinja text{near}")
-
-
-def _refuse_repeated_model(recipe: Recipe) -> None:
-    seen: set[str] = set()
-    for source in recipe.models:
-        if source.model in seen:
-            message = "is listed twice; list it once, with the sum of the weights"
-            raise BadInput(f"{source.place}: the model {quoted(source.model)} {message}")
-        seen.add(source.model)
 
 
 def _check_token_sources(recipe: Recipe, settings: TokenizerSettings, references: tuple[str, ...]) -> None:

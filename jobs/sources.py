@@ -12,7 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.expressions import Bindings, Template, template
+from jobs.expressions import Bindings, Template, format_number, template
 from jobs.trajectories import AGE, DEFAULT_ALPHA, NO_TRAJECTORIES, Trajectories, is_window, one_of, weight, window
 from jobs.yaml_nodes import NUMBER, Node, quoted
 
@@ -36,12 +36,16 @@ Setting = Scalar | Gradient | tuple[Filtered, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """One model that goes in, and the parameters that are its own."""
+    """One model that goes in, and the parameters that are its own.
+
+    In a slice, it goes in with the layers of `layer_range`: from the first number up to, but without, the second.
+    """
 
     model: str
     parameters: Mapping[str, Setting]
     place: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
+    layer_range: tuple[int, int] | None = field(default=None, metadata=LATER)
 
     def place_of(self, parameter_name: str) -> str:
         """Where that parameter is set, or where this model is named."""
@@ -62,11 +66,16 @@ class SourceTemplate:
     parameters: Mapping[str, Slot]
     place: str
     places: Mapping[str, str]
+    layer_range: _Ends | None
 
     def bind(self, bindings: Bindings, trajectories: Trajectories = NO_TRAJECTORIES) -> Source:
-        """The source at one point; of `trajectories` it names at most one checkpoint."""
+        """The source at one point; of `trajectories` it names at most one checkpoint.
+
+        `BadInput` for a range that holds no layer.
+        """
         model = one_of(bound_text(self.model, bindings), trajectories, self.place)
-        return self._source(model, bound_parameters(self.parameters, bindings))
+        layers = None if self.layer_range is None else self._bound_range(self.layer_range, bindings)
+        return replace(self._source(model, bound_parameters(self.parameters, bindings)), layer_range=layers)
 
     def window(self, bindings: Bindings, trajectories: Trajectories) -> tuple[Source, ...]:
         """The source at one point, or the checkpoints of its window, with parameters by age."""
@@ -100,7 +109,21 @@ class SourceTemplate:
         parameters["weight"] = tuple(map(by_age, written)) if isinstance(written, tuple) else by_age(written)
         return parameters
 
+    def _bound_range(self, ends: _Ends, bindings: Bindings) -> tuple[int, int]:
+        place = self.places["layer_range"]
+        first, end = (value.bind(bindings) if isinstance(value, Template) else value for value in ends)
+        if isinstance(first, str) or isinstance(end, str) or first.denominator != 1 or end.denominator != 1:
+            shown = ", ".join(value if isinstance(value, str) else format_number(value) for value in (first, end))
+            raise BadInput(f"{place}: layer_range holds whole numbers, not [{shown}]")
+        if not 0 <= first < end:
+            raise BadInput(
+                f"{place}: layer_range [{first}, {end}] holds no layer; layers count from 0, and the second number is"
+                " the first layer that is not in it"
+            )
+        return int(first), int(end)
 
+
+_Ends = tuple[Fraction | Template, Fraction | Template]
 _ValueSlot = Scalar | Template | tuple[Fraction | Template, ...] | tuple[bool, ...]
 Slot = _ValueSlot | tuple[_FilteredTemplate, ...]
 
@@ -142,19 +165,30 @@ class Reader:
         self.placeholders.append(parsed)
         return parsed
 
-    def source(self, node: Node) -> SourceTemplate:
-        """One entry of `models:`."""
+    def source(self, node: Node, *, ranged: bool = False) -> SourceTemplate:
+        """One entry of `models:` or, with a `layer_range`, of `sources:`."""
         if isinstance(node.value, Mapping) and "revision" in node.value:
             raise node.value["revision"].error(
                 "`revision:` stands after the model's name: write `model: organisation/name@revision`"
             )
-        keys = node.mapping(("model", "parameters"), ("model",))
+        wanted = ("model", "layer_range") if ranged else ("model",)
+        keys = node.mapping((*wanted, "parameters"), wanted)
         name = model_name(keys["model"])
         model = self.text(name)
         self._given = frozenset({AGE}) if is_window(name.string()) else frozenset()
         parameters, places = self.parameters(keys.get("parameters"))
         self._given = frozenset()
-        return SourceTemplate(model, parameters, keys["model"].place, places)
+        ends = None
+        if ranged:
+            places["layer_range"] = keys["layer_range"].place
+            ends = self._range(keys["layer_range"])
+        return SourceTemplate(model, parameters, keys["model"].place, places, ends)
+
+    def _range(self, node: Node) -> _Ends:
+        ends = node.sequence()
+        if len(ends) != 2:
+            raise node.error(f"layer_range takes two numbers, as in [0, 16], not {len(ends)}")
+        return self._gradient_value(ends[0]), self._gradient_value(ends[1])
 
     def parameters(self, node: Node | None) -> tuple[dict[str, Slot], dict[str, str]]:
         """The settings by name, and where each stands."""
@@ -196,6 +230,11 @@ class Reader:
             return parsed
         number = _number_in_quotes(node)
         return node.number() if number is None else number
+
+
+def filled(keys: Mapping[str, Node]) -> dict[str, Node]:
+    """The keys that have a value."""
+    return {key: value for key, value in keys.items() if value.kind != "nothing"}
 
 
 def model_name(node: Node) -> Node:
@@ -272,9 +311,10 @@ def _interpolated(gradient: Gradient, position: float | Fraction) -> Fraction | 
 
 
 def source_document(source: Source) -> dict[str, Any]:
-    """The source as an entry of `models:`."""
+    """The source as an entry of `models:` or `sources:`."""
+    layers = {} if source.layer_range is None else {"layer_range": [*source.layer_range]}
     parameters = {"parameters": plain_parameters(source.parameters)} if source.parameters else {}
-    return {"model": source.model, **parameters}
+    return {"model": source.model, **layers, **parameters}
 
 
 def plain_parameters(parameters: Mapping[str, Setting]) -> dict[str, Any]:

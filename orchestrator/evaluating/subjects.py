@@ -183,8 +183,8 @@ def _race(evaluation: Evaluation) -> RacePlan | None:
 
 
 def _baselines_alone(plan: Plan) -> list[PlannedPoint]:
-    """The parents that no point is merged from: a gate's baselines."""
-    merged = {name for planned in plan.merges for name in planned.layout.parents}
+    """The parents that no point is merged from, a gate's baselines, and those that are merged only in slices."""
+    merged = {name for planned in plan.merges for name in planned.layout.whole}
     return [parent_alone(plan, name) for name in plan.parents if name not in merged]
 
 

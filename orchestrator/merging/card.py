@@ -10,6 +10,7 @@ import yaml
 
 from jobs.grid import Point
 from jobs.recipe import Recipe
+from jobs.sources import plain_parameters
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.words import code, token_count
 from workers.checkpoints.configs import context_length, rope, text_fields
@@ -104,9 +105,13 @@ def _weight(point: Point, name: str) -> str:
 
 
 def _weight_in(recipe: Recipe, name: str) -> str:
-    for model in recipe.document().get("models", ()):
-        if model["model"] == name and "weight" in model.get("parameters", {}):
-            return code(str(model["parameters"]["weight"]))
+    weights = [
+        str(plain_parameters(source.parameters)["weight"])
+        for source in recipe.sources()
+        if source.model == name and "weight" in source.parameters
+    ]
+    if weights:
+        return code(", ".join(dict.fromkeys(weights)))
     return "base" if recipe.base_model == name else ""
 
 

@@ -25,13 +25,14 @@ from orchestrator.planning.compatibility import (
     is_tied,
     merged_config,
 )
+from orchestrator.planning.slicing import donor_of, held_whole, natural, pieces_of, plain_recipes, restacked
 from orchestrator.planning.tokenizers import fitted
 from workers.checkpoints.activations import Activations
 from workers.checkpoints.canonical import aligned, is_head, stored_name
 from workers.checkpoints.configs import with_vocabulary
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint
-from workers.checkpoints.stacks import layer_counts, layer_of
+from workers.checkpoints.stacks import layer_of
 
 _EXPERT = re.compile(r"\.experts\.\d")
 """One expert of a mixture that is stored expert by expert."""
@@ -59,8 +60,8 @@ class Shard:
 class Layout:
     """How a checkpoint is cut into shards; all points with the same parents and dtypes share one.
 
-    There is one representative, owner and position for each class of tensors. An owner is the parent that the tensors
-    are copied from, because others do not have them.
+    There is one representative, piece, owner and position for each class of tensors. A piece is the place of its recipe
+    in `plain_recipes`. An owner is the parent that the tensors are copied from, because others do not have them.
     `copied` and `left_out` are the files of the parents that a point gets, and that it does not get, by parent. With
     `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`. `as_it_is` are
     the files of a checkpoint that is evaluated and not merged; it has no shards. `added_tokens` are those that the
@@ -69,9 +70,11 @@ class Layout:
 
     shards: tuple[Shard, ...]
     representatives: tuple[TensorMerge, ...]
+    pieces: tuple[int, ...]
     owners: tuple[str | None, ...]
     positions: tuple[float, ...]
     parents: tuple[str, ...]
+    whole: tuple[str, ...]
     config: Mapping[str, Any]
     donor: str
     tokenizer_from: str
@@ -124,8 +127,9 @@ class TensorClasses:
     def __init__(self, job: Job) -> None:
         self._filters: dict[str, None] = {}
         self._gradients = False
-        for recipe in (recipe for point in job.points for recipe in point.recipes):
-            for parameters in (recipe.parameters, *(source.parameters for source in recipe.models)):
+        recipes = (recipe for point in job.points for recipe in point.recipes)
+        for part in (part for recipe in recipes for part in plain_recipes(recipe)):
+            for parameters in (part.parameters, *(source.parameters for source in part.models)):
                 for setting in parameters.values():
                     if isinstance(setting, tuple):
                         self._look(setting)
@@ -138,87 +142,94 @@ class TensorClasses:
             else:
                 self._gradients = True
 
-    def of(self, tensor: str, layers: Mapping[str, int]) -> tuple[tuple[str, ...], float]:
+    def of(self, tensor: str, layers: Mapping[str, range]) -> tuple[tuple[str, ...], float]:
         """(the filters that match, the position that gradients use)."""
         matching = tuple(name for name in self._filters if name in tensor)
         return matching, _position(tensor, layers) if self._gradients else 0.0
 
 
-def _position(tensor: str, layers: Mapping[str, int]) -> float:
-    """Where a tensor's layer lies between the first (0) and the last (1) of its stack, as mergekit's gradients count.
+def _position(tensor: str, layers: Mapping[str, range]) -> float:
+    """Where a tensor's layer lies between the first (0) and the last (1) of its slice, or of its stack without slices.
 
-    Embeddings, final norm and head count as 0; the only layer of a stack, and layers beyond the counted ones, as 1.
+    As in mergekit, embeddings, final norm and head count as 0; the only layer of a stack, and layers beyond the counted
+    ones, as 1.
     """
     stack, layer = layer_of(tensor) or ("", 0)
     if stack not in layers:
         return 0.0
-    return min(1.0, layer / (layers[stack] - 1)) if layers[stack] > 1 else 1.0
+    span = layers[stack]
+    return min(1.0, (layer - span.start) / (len(span) - 1)) if len(span) > 1 else 1.0
 
 
 def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes: TensorClasses) -> Layout:
     members = [parents[name] for name in recipe.references()]
-    donor_name = recipe.base_model or recipe.models[0].model
+    donor_name = donor_of(recipe)
     context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
     tokenizer_from = tokenizer_owner(recipe, parents, donor_name)
     if any(member.unmergeable for member in members):
         return _as_it_is(job, recipe, members)
     check_architecture(members, recipe.place)
+    # a transformation of checkpoints belongs here: what follows takes any tensors under any names
     members, tied = aligned(members, context_from)
     stored, vocabulary = members, fitted(recipe, members, parents[tokenizer_from], tied)
     members = vocabulary.members
     dtype = recipe.out_dtype or recipe.dtype
+    pieces = pieces_of(recipe, members, context_from.config)
     drops_head = job.config_from is not None and is_tied(context_from, context_from.config)
-    names = [name for name in _tensor_names(members) if not (drops_head and is_head(name, tied))]
-    owned = _owned(names, members, tied, context_from.name, recipe.place, job)
-    tensors = [
-        _tensor(
-            name,
-            [member for member in members if name not in owned or member.name == owned[name]],
-            recipe,
-            dtype,
-            job.numerics,
-            tied,
-        )
-        for name in names
-        if owned.get(name, "") is not None
-    ]
+    tensors: list[TensorMerge] = []
+    class_of: dict[tuple[Any, ...], int] = {}
+    for number, piece in enumerate(pieces):
+        names = [name for name in piece.names if not (drops_head and is_head(name, tied))]
+        owned = _owned(names, piece.members, tied, context_from.name, piece.recipe.place, job)
+        tensors += [
+            _tensor(
+                name,
+                [member for member in piece.members if name not in owned or member.name == owned[name]],
+                piece.recipe,
+                dtype,
+                job.numerics,
+                tied,
+                class_of.setdefault((number, owned.get(name), *classes.of(name, piece.layers)), len(class_of)),
+            )
+            for name in names
+            if owned.get(name, "") is not None
+        ]
     if not any(_floats(tensor) for tensor in tensors):
         raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
+    copied, left_out = copied_files(parents[donor_name], parents[tokenizer_from], code=job.copy_code)
+    kinds: Counter[str] = Counter()
+    for tensor in tensors:
+        kinds[tensor.dtype] += _floats(tensor)
+    config = merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[kinds.most_common(1)[0][0]])
+    if vocabulary.rows is not None:
+        config = with_vocabulary(config, vocabulary.rows)
+    config, alike = restacked(pieces, members, context_from, config, holds=job.config_from is not None)
     # after the tensors: no setting helps parents of other shapes, and none is advised to them
     if job.config_from is None:
-        configured = [replace(own, config=new.config) for own, new in zip(stored, members, strict=True)]
+        configured = [replace(own, config=new.config) for own, new in zip(stored, alike, strict=True)]
         check_configs(configured, recipe.place, job.setting("config_from", "PARENT"))
     if recipe.tokenizer_source is None:
         check_tokenizers(members, recipe.place)
-    layers = layer_counts((tensor.name for tensor in tensors), context_from.config)
-    class_of: dict[tuple[Any, ...], int] = {}
-    numbered = [
-        replace(
-            tensor,
-            setting=class_of.setdefault((owned.get(tensor.name), *classes.of(tensor.name, layers)), len(class_of)),
-        )
-        for tensor in tensors
-    ]
+    if len(pieces) > 1:
+        tensors.sort(key=lambda tensor: natural(tensor.name))
     representatives = tuple(
         min(
-            (tensor for tensor in numbered if tensor.setting == number),
+            (tensor for tensor in tensors if tensor.setting == number),
             key=lambda tensor: _floats(tensor) or math.inf,
         )
         for number in range(len(class_of))
     )
-    kinds: Counter[str] = Counter()
-    for tensor in tensors:
-        kinds[tensor.dtype] += _floats(tensor)
-    copied, left_out = copied_files(parents[donor_name], parents[tokenizer_from], code=job.copy_code)
-    config = merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[kinds.most_common(1)[0][0]])
-    if vocabulary.rows is not None:
-        config = with_vocabulary(config, vocabulary.rows)
     return Layout(
-        shards=_shards(numbered, job.shard_bytes),
+        shards=_shards(tensors, job.shard_bytes),
         representatives=representatives,
-        owners=tuple(owner for owner, *_ in class_of),
-        positions=tuple(_position(tensor.name, layers) for tensor in representatives),
+        pieces=tuple(number for number, *_ in class_of),
+        owners=tuple(owner for _, owner, *_ in class_of),
+        positions=tuple(
+            _position(tensor.name, pieces[number].layers)
+            for tensor, (number, *_) in zip(representatives, class_of, strict=True)
+        ),
         parents=recipe.references(),
+        whole=held_whole(pieces, members),
         config=without_absent_code(config, copied),
         donor=donor_name,
         tokenizer_from=tokenizer_from,
@@ -235,7 +246,12 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
 def _as_it_is(job: Job, recipe: Recipe, members: Sequence[Checkpoint]) -> Layout:
     """The layout of a checkpoint that an engine runs as it is; `BadInput` where it would be merged or written."""
     refused = next(member for member in members if member.unmergeable)
-    plain = not recipe.parameters and not recipe.models[0].parameters and recipe.dtype is recipe.out_dtype is None
+    plain = (
+        not recipe.parameters
+        and recipe.models
+        and not recipe.models[0].parameters
+        and recipe.dtype is recipe.out_dtype is None
+    )
     if recipe.merge_method != "passthrough" or len(members) > 1 or not plain or job.keep.kind != "none":
         raise BadInput(refused.unmergeable)
     on_command_line = job.source == COMMAND_LINE
@@ -251,9 +267,11 @@ def _as_it_is(job: Job, recipe: Recipe, members: Sequence[Checkpoint]) -> Layout
     return Layout(
         shards=(),
         representatives=(),
+        pieces=(),
         owners=(),
         positions=(),
         parents=(refused.name,),
+        whole=(refused.name,),
         config=refused.config,
         donor=refused.name,
         tokenizer_from=refused.name,
@@ -279,15 +297,6 @@ def _parent_named(job: Job, key: str, name: str | None, parents: Mapping[str, Ch
             f"{job.place_of(key)}: {key} names {name}, which is not a parent; the parents are {', '.join(parents)}"
         )
     return parents[name]
-
-
-def _tensor_names(members: Sequence[Checkpoint]) -> list[str]:
-    """Every tensor of any parent, layers in their natural order."""
-
-    def natural(name: str) -> list[tuple[bool, int | str]]:
-        return [(not part.isdecimal(), int(part) if part.isdecimal() else part) for part in name.split(".")]
-
-    return sorted({name for member in members for name in member.tensors}, key=natural)
 
 
 def _owned(
@@ -329,6 +338,7 @@ def _tensor(
     dtype: str | None,
     numerics: str,
     tied: Mapping[str, str],
+    setting: int,
 ) -> TensorMerge:
     """One output tensor. The head of a parent without one is its embeddings."""
     sources: dict[str, Source] = {}
@@ -345,7 +355,7 @@ def _tensor(
                 f" only equal shapes can be merged{_resizing(name, shapes[first], shape, tied)}"
             )
     output, arithmetic = _dtypes(name, sources, recipe, dtype, numerics)
-    return TensorMerge(name, output, shapes[first], sources, 0, arithmetic)
+    return TensorMerge(name, output, shapes[first], sources, setting, arithmetic)
 
 
 def _resizing(name: str, shape: tuple[int, ...], other: tuple[int, ...], tied: Mapping[str, str]) -> str:

@@ -16,11 +16,11 @@ from workers.methods.binding import resolve
 
 
 def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
-    """Each parent of a layout as the merge of itself alone, so that points can be compared with it."""
+    """Each parent that a layout holds whole as the merge of itself alone, so that points can be compared with it."""
     keys = ContentKeys(plan.job, plan.parents)
     recipe = plan.points[0].point.recipe
     found: list[PlannedPoint] = []
-    for name in layout.parents:
+    for name in layout.whole:
         itself = Setting("passthrough", (name,), None, (("scale", (1.0,)),))
         settings = (itself,) * len(layout.representatives)
         found.append(PlannedPoint(Point(name, {}, recipe), layout, settings, keys))
@@ -28,7 +28,7 @@ def parents_as_points(plan: Plan, layout: Layout) -> list[PlannedPoint]:
 
 
 def parent_alone(plan: Plan, name: str) -> PlannedPoint:
-    """A parent that no recipe uses, with a layout of its own: a baseline that is merged with nothing."""
+    """A parent that no layout holds whole, with a layout of its own: a baseline, or one whose layers go into slices."""
     template = plan.points[0].layout.chat_template
     itself = Source(model=name, parameters={}, place=plan.job.place_of("gate"))
     place = plan.job.place_of("gate")

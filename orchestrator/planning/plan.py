@@ -21,6 +21,7 @@ from orchestrator.planning.activations import with_located_statistics
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard
 from orchestrator.planning.sharing import Family, families
+from orchestrator.planning.slicing import plain_recipes
 from orchestrator.planning.stages import Stages, settings_of
 from orchestrator.records.places import FLAT, Places
 from orchestrator.words import shortlist
@@ -122,9 +123,11 @@ class Plan:
     def remarks(self) -> tuple[str, ...]:
         """Sentences on keys without effect, and on files beside the weights that a point lacks or has from others."""
         asks = "--copy-code" if self.places == FLAT else "`copy_code: true`"
-        found = dict.fromkeys(
-            said for planned in self.points for recipe in planned.point.recipes for said in without_effect(recipe)
-        )
+        recipes = [recipe for planned in self.points for recipe in planned.point.recipes]
+        plain = [part for recipe in recipes for part in plain_recipes(recipe)]
+        found = dict.fromkeys(said for part in plain for said in without_effect(part))
+        for place in (place for recipe in recipes for place in recipe.residual_weights()):
+            found[f"{place}: residual_weight has no effect, as in mergekit"] = None
         for layout in dict.fromkeys(planned.layout for planned in self.points):
             for parent in dict.fromkeys(layout.left_out.values()):
                 names = [name for name, owner in layout.left_out.items() if owner == parent]

@@ -21,6 +21,7 @@ from jobs.yaml_nodes import quoted
 from orchestrator.planning.activations import with_activations
 from orchestrator.planning.beside import files_beside, read_beside
 from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
+from orchestrator.planning.slicing import plain_recipes
 from workers.checkpoints.opening import Checkpoint
 from workers.methods import METHODS
 from workers.methods.binding import check_recipe, resolve
@@ -58,7 +59,7 @@ class Stages:
                 self._stages[key] = self._stage(name, recipe, stages)
             stages[name] = self._stages[key]
         recipe = point.recipe
-        check_recipe(recipe)
+        _check(recipe)
         key = (*layout_key(recipe), *_members(recipe, stages))
         if key not in self._layouts:
             holding = _config_from(self._job, recipe, stages) or self._job.config_from
@@ -72,7 +73,7 @@ class Stages:
         return _of_parents(layout, {name: stage.layout for name, stage in stages.items()})
 
     def _stage(self, name: str, recipe: Recipe, stages: Mapping[str, _Stage]) -> _Stage:
-        check_recipe(recipe)
+        _check(recipe)
         if recipe.aim is not None:
             raise BadInput(
                 f"{recipe.place_of('aim')}: a merge that feeds another has no `aim:`; write {quoted(name)} first, and"
@@ -119,12 +120,21 @@ class Stages:
 
 def settings_of(layout: Layout, recipe: Recipe, numerics: str) -> tuple[Setting, ...]:
     """The settings of a recipe, one a tensor class of its layout."""
+    plain = plain_recipes(recipe)
     return tuple(
-        resolve(recipe, tensor.name, position, exact=numerics == "float32")
+        resolve(plain[piece], tensor.name, position, exact=numerics == "float32")
         if owner is None
         else Setting("passthrough", (owner,), None, (("scale", (1.0,)),))
-        for tensor, owner, position in zip(layout.representatives, layout.owners, layout.positions, strict=True)
+        for tensor, piece, owner, position in zip(
+            layout.representatives, layout.pieces, layout.owners, layout.positions, strict=True
+        )
     )
+
+
+def _check(recipe: Recipe) -> None:
+    """Refuses what the method cannot take in any piece of the recipe."""
+    for part in plain_recipes(recipe):
+        check_recipe(part)
 
 
 def layout_key(recipe: Recipe) -> tuple[Any, ...]:
@@ -133,6 +143,9 @@ def layout_key(recipe: Recipe) -> tuple[Any, ...]:
     tokens = canonical_json(recipe.tokenizer.document("") if recipe.tokenizer else None)
     key = recipe.references(), recipe.base_model, dtypes, recipe.tokenizer_source, tokens, recipe.chat_template
     key = *key, recipe.aim and recipe.aim.statistics
+    plain = plain_recipes(recipe)
+    ranges = tuple(tuple((source.model, source.layer_range) for source in part.models) for part in plain)
+    key = *key, tuple(module.name for module in recipe.modules), ranges, tuple(part.base_model for part in plain)
     return (*key, recipe.merge_method == "passthrough", METHODS[recipe.merge_method].base)
 
 
@@ -155,6 +168,7 @@ def _of_parents(layout: Layout, stages: Mapping[str, Layout]) -> Layout:
     return replace(
         layout,
         parents=tuple(name for name in layout.parents if name not in stages),
+        whole=tuple(name for name in layout.whole if name not in stages),
         donor=layout.donor if donor is None else donor.donor,
         tokenizer_from=layout.tokenizer_from if tokenizer is None else tokenizer.tokenizer_from,
         chat_template=template if layout.chat_template is None else layout.chat_template,

@@ -17,6 +17,7 @@ from tests.conformance import cases, tally
 from tests.conformance.checkpoints import write_parents
 from tests.conformance.generated import GENERATED_METHODS, documents, in_bf16, write_odd_parents
 from tests.conformance.oracle import MISSING, ORACLE_PYTHON, Answer, Merge, run_mergekit
+from tests.conformance.sliced_cases import SLICED, SLICED_REFUSED
 
 Ours = Callable[..., Path]
 
@@ -59,7 +60,7 @@ def drawn(request: pytest.FixtureRequest) -> Mapping[str, str]:
 @pytest.fixture(scope="session")
 def mergekit(parents: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Answer]:
     """mergekit's answers, by name: to every case and every drawn document, computed in float32; `bit exact NAME` in
-    bfloat16; `refused NAME`; `sharded output` in files of at most 30 kB."""
+    bfloat16; `refused NAME`; `sliced NAME`; `sharded output` in files of at most 30 kB."""
     if not ORACLE_PYTHON.exists():
         pytest.skip(MISSING)
     merges = [
@@ -68,6 +69,8 @@ def mergekit(parents: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.T
     narrow = cases.BIT_EXACT | {name: in_bf16(text) for name, text in drawn.items()}
     merges += [Merge(f"bit exact {name}", cases.parsed(text, parents)) for name, text in narrow.items()]
     merges += [Merge(f"refused {name}", cases.parsed(text, parents)) for name, text in cases.REFUSED.items()]
+    sliced = SLICED | SLICED_REFUSED
+    merges += [Merge(f"sliced {name}", cases.parsed(text, parents)) for name, text in sliced.items()]
     sharded = cases.parsed(cases.CASES["linear-bf16"], parents)
     merges.append(Merge("sharded output", sharded, shard_bytes=30_000))
     return run_mergekit(merges, tmp_path_factory.mktemp("mergekit"))

@@ -10,7 +10,7 @@ from typing import Any
 from workers.checkpoints.configs import sections
 
 _NUMBER = re.compile(r"\.(\d+)\.")
-_STACKS = ("layers", "layer", "blocks", "block", "h")
+STACKS = ("layers", "layer", "blocks", "block", "h")
 
 
 def layer_of(tensor: str) -> tuple[str, int] | None:
@@ -36,6 +36,6 @@ def layer_counts(tensors: Iterable[str], config: Mapping[str, Any]) -> Mapping[s
     }
     counts = {stack: 1 + max(layers) for stack, layers in found.items()}
     return {
-        stack: predicting.get(count, count) if count == len(found[stack]) or stack.rpartition(".")[2] in _STACKS else 1
+        stack: predicting.get(count, count) if count == len(found[stack]) or stack.rpartition(".")[2] in STACKS else 1
         for stack, count in counts.items()
     }
