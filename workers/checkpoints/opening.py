@@ -1,7 +1,7 @@
 """A checkpoint where it lies: its config, and where every tensor's bytes are. Reads headers, never weights.
 
-File format: https://github.com/huggingface/safetensors (an 8-byte little-endian length N, N bytes of JSON, then data;
-offsets in the JSON count from byte 8 + N).
+File formats: https://github.com/huggingface/safetensors (an 8-byte little-endian length N, N bytes of JSON, then data;
+offsets in the JSON count from byte 8 + N), and the zip archives of `torch.save`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from workers.checkpoints.configs import check_types, quantisation
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
     POINTER_SIZES,
+    TensorHeader,
     check_name,
     check_no_pointer,
     read_header,
     read_json,
 )
 from workers.checkpoints.side_files import side_files
+from workers.checkpoints.torch_files import read_torch_file
 from workers.storage import ObjectInfo, Store, open_store
 from workers.storage.records import read_record
 
@@ -44,11 +46,18 @@ QUANTISED_TENSOR = re.compile(
 
 _SCALE = re.compile(r"(scales?|scb|absmax|zeros?)[^.]*$", re.IGNORECASE)
 
-_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_WEIGHTS = {"model.safetensors": "a safetensors file", "pytorch_model.bin": "a .bin file"}
+"""The file of the weights, or the stem of its index, by preference, as in transformers."""
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}")
 
 
 class Unmergeable(BadInput):
     """There is a model, and its weights are in a form that cannot be merged; an engine may run it as it is."""
+
+
+class AdapterAlone(Unmergeable):
+    """There is a LoRA adapter and no model."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,7 @@ class Checkpoint:
 
     One of `open_as_it_is` has no tensors, all files that an engine needs beside the tokenizer, and in `unmergeable` the
     error for whoever would merge it. `others` are further places that its derived tensors are read from, by name.
+    `adapter` is the URL of the LoRA adapter that is applied to it; its place is `adapter_name`.
     """
 
     name: str
@@ -68,11 +78,22 @@ class Checkpoint:
     side_files: Mapping[str, ObjectInfo]
     unmergeable: str = ""
     others: Mapping[str, Parent] = field(default_factory=dict[str, Parent])
+    adapter: str = ""
 
     @property
     def parent(self) -> Parent:
         """The part of it that a worker needs for reading."""
         return Parent(self.url, self.files)
+
+    @property
+    def adapter_name(self) -> str:
+        """The name of its adapter's place."""
+        return f"{self.name}+adapter"
+
+    @property
+    def reference(self) -> str:
+        """Its URL, with that of its adapter, as a job names it."""
+        return f"{self.url}+{self.adapter}" if self.adapter else self.url
 
 
 def all_places(checkpoints: Mapping[str, Checkpoint]) -> dict[str, Parent]:
@@ -85,7 +106,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
     """Reads the config and the headers of the checkpoint at `url`, and pins their versions.
 
     `quantised` opens quantised weights too, to compare and not to merge them.
-    Raises `Unmergeable` if it is no safetensors checkpoint of plain weights, `CorruptData` if it contradicts itself.
+    Raises `Unmergeable` if it is no checkpoint of plain weights, `CorruptData` if it contradicts itself.
     """
     store = open_store(url)
     everything = {info.key: info for info in store.list()}
@@ -95,14 +116,14 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
         raise ObjectMissing(f"{where}: nothing there; check the path")
     beside = {key: everything[key] for key in side_files(everything)}
     for key, info in (beside | listed).items():
-        if info.outside is not None and (key in beside or key.endswith((".safetensors", ".json", ".md"))):
+        if info.outside is not None and (key in beside or key.endswith((".safetensors", ".bin", ".json", ".md"))):
             raise BadInput(f"{where}: {key} is a link to {info.outside}, outside the folder; put a copy in its place")
     config = _config(store, listed, where, quantised=quantised)
     shards, weight_map = _shards(store, listed, where)
     if config is None:
         raise Unmergeable(f"{where}: no config.json there; a Hugging Face checkpoint has one")
     with ThreadPoolExecutor(max_workers=16) as pool:
-        headers = list(pool.map(partial(read_header, store), shards))
+        headers = list(pool.map(partial(read_file, store), shards))
         list(pool.map(partial(_check_whole, store), beside.values()))
     digests = _digests(store, listed)
     tensors: dict[str, ParentTensor] = {}
@@ -114,6 +135,11 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
             shapes[entry.name] = entry.shape
             if weight_map is not None and weight_map.get(entry.name) != info.key:
                 continue
+            if entry.strides is not None:
+                raise BadInput(
+                    f"{where}: {entry.name} is stored transposed or with gaps; load the model in transformers and"
+                    " save it"
+                )
             digest = digests.get(entry.name, "")
             tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, digest)
     if not quantised:
@@ -161,28 +187,37 @@ def open_as_it_is(url: str, name: str, refusal: Unmergeable) -> Checkpoint:
     )
 
 
+def read_file(store: Store, info: ObjectInfo) -> list[TensorHeader]:
+    """The tensors of a file of weights; `Unmergeable` for a .bin file that is not read."""
+    if not info.key.endswith(".bin"):
+        return read_header(store, info)
+    try:
+        return read_torch_file(store, info)
+    except BadInput as refusal:
+        raise Unmergeable(str(refusal)) from None
+
+
 def _shards(
     store: Store, listed: Mapping[str, ObjectInfo], where: str
 ) -> tuple[Sequence[ObjectInfo], Mapping[str, str] | None]:
-    """The safetensors files that hold the weights, and the index where there is one."""
-    if "model.safetensors.index.json" in listed:
-        weight_map = _weight_map(store, listed["model.safetensors.index.json"], where)
-        names = sorted(set(weight_map.values()))
-        for name in names:
-            if not _SHARD_NAME.fullmatch(name):
-                raise BadInput(f"{where}: the index names {name[:80]!a}, which is not a safetensors file beside it")
-            if name not in listed:
-                raise ObjectMissing(f"{where}: the index names {name}, which is not there; fetch the parent again")
-        return [listed[name] for name in names], weight_map
-    if "model.safetensors" in listed:
-        return [listed["model.safetensors"]], None
+    """The files that hold the weights, and the index where there is one."""
+    for weights, kind in _WEIGHTS.items():
+        if f"{weights}.index.json" in listed:
+            weight_map = _weight_map(store, listed[f"{weights}.index.json"], where)
+            names = sorted(set(weight_map.values()))
+            for name in names:
+                if not _FILE_NAME.fullmatch(name) or not name.endswith(weights[weights.rindex(".") :]):
+                    raise BadInput(f"{where}: the index names {name[:80]!a}, which is not {kind} beside it")
+                if name not in listed:
+                    raise ObjectMissing(f"{where}: the index names {name}, which is not there; fetch the parent again")
+            return [listed[name] for name in names], weight_map
+        if weights in listed:
+            return [listed[weights]], None
     if any(name.startswith("adapter_model") for name in listed):
-        raise Unmergeable(f"{where}: a LoRA adapter, not a whole model; merge it into its base first")
-    if any(name.startswith("pytorch_model") for name in listed):
-        raise Unmergeable(f"{where}: pickled weights (pytorch_model*.bin) are not opened; convert them to safetensors")
+        raise AdapterAlone(f"{where}: a LoRA adapter, not a whole model; write its base before it: `BASE+ADAPTER`")
     if any(name.endswith(".gguf") for name in listed):
         raise Unmergeable(f"{where}: GGUF weights are quantised; give the safetensors checkpoint they came from")
-    raise Unmergeable(f"{where}: neither model.safetensors nor model.safetensors.index.json there")
+    raise Unmergeable(f"{where}: none of {', '.join(f'{name}, {name}.index.json' for name in _WEIGHTS)} there")
 
 
 def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str]:
@@ -203,7 +238,7 @@ def _weight_map(store: Store, index: ObjectInfo, where: str) -> dict[str, str]:
         case dict(found) if found and all(isinstance(value, str) for value in found.values()):
             weight_map: dict[str, str] = found
         case _:
-            raise CorruptData(f"{where}: model.safetensors.index.json has no weight_map of names to files")
+            raise CorruptData(f"{where}: {index.key} has no weight_map of names to files")
     for name in weight_map:
         check_name(name, where)
     return weight_map

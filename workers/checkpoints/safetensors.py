@@ -29,13 +29,17 @@ _ONE_LARGE_HEADER = threading.Lock()  # a file that only looks like a header may
 
 @dataclass(frozen=True, slots=True)
 class TensorHeader:
-    """One entry of a safetensors header; `start` and `end` count from the first byte of the file."""
+    """One tensor of a file; `start` and `end` count from the first byte of the file.
+
+    `strides` count elements. They are None for elements one after the other in C order, as safetensors has them.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     start: int
     end: int
+    strides: tuple[int, ...] | None = None
 
 
 def read_json(store: Store, info: ObjectInfo, most_bytes: int) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from jobs.errors import BadInput, RunBusy
 from jobs.evaluation_tasks import EvaluationTask, ScoreRow
@@ -432,7 +434,9 @@ def unmergeable(folder: Path, kind: str) -> Path:
             weights.rename(weights.with_name("model-q4_k_m.gguf"))
             (folder / kind / "config.json").unlink()
         case "bin":
-            weights.rename(weights.with_name("pytorch_model.bin"))
+            old = weights.with_name("pytorch_model.bin")
+            torch.save(load_file(weights), old, _use_new_zipfile_serialization=False)
+            weights.unlink()
         case _:
             weights.unlink()
     return folder / kind

@@ -411,19 +411,25 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
         {"adapter_model.safetensors": ONE, "adapter_config.json": b"{}"},
         None,
         Unmergeable,
-        "a LoRA adapter, not a whole model; merge it into its base first",
+        "a LoRA adapter, not a whole model; write its base before it: `BASE+ADAPTER`",
     ),
-    "pickles": (
+    "pickle that is no file of torch.save": (
         {"pytorch_model.bin": b"\x80\x02."},
         None,
-        Unmergeable,
-        "pickled weights (pytorch_model*.bin) are not opened; convert them to safetensors",
+        CorruptData,
+        "pytorch_model.bin: no whole file of torch.save",
     ),
-    "pickles in shards": (
-        {"pytorch_model-00001-of-00002.bin": b"", "pytorch_model.bin.index.json": b"{}"},
+    "index of pickles out of its folder": (
+        {"pytorch_model.bin.index.json": index(x="../pytorch_model.bin")},
         None,
-        Unmergeable,
-        "convert them to safetensors",
+        BadInput,
+        "the index names '../pytorch_model.bin', which is not a .bin file beside it",
+    ),
+    "index of pickles that names safetensors": (
+        {"pytorch_model.bin.index.json": index(x="model.safetensors")},
+        None,
+        BadInput,
+        "which is not a .bin file beside it",
     ),
     "GGUF": ({"model-q4.gguf": b"GGUF"}, False, Unmergeable, "GGUF weights are quantised; give the safetensors"),
     "quantised": (
@@ -458,7 +464,12 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
     ),
     "no config": ({"model.safetensors": ONE}, False, Unmergeable, "no config.json there"),
     "config that is a list": ({"model.safetensors": ONE}, [1], CorruptData, "a JSON object was expected"),
-    "no weights": ({}, None, Unmergeable, "neither model.safetensors nor model.safetensors.index.json there"),
+    "no weights": (
+        {},
+        None,
+        Unmergeable,
+        "none of model.safetensors, model.safetensors.index.json, pytorch_model.bin",
+    ),
     "nothing": ({}, False, ObjectMissing, "nothing there; check the path"),
     "cut in the middle": (
         {"model.safetensors": safetensors_file({"x": entry(0, 4)}, bytes(3))},
