@@ -65,7 +65,7 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class ParentFile:
-    """One safetensors file of a parent, pinned: a reader that finds another ETag or size refuses it."""
+    """One file of a parent's weights, pinned: a reader that finds another ETag or size refuses it."""
 
     key: str
     size: int
@@ -113,7 +113,26 @@ class Rows:
     averaged: int | None = None
 
 
-Rule = Merged | Rows
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """The rule of a tensor that a LoRA adapter changes, as PEFT merges it: W + scale · B·A, rounded once.
+
+    The inputs are W, A of (rank, columns) and B of (rows, rank); a fourth is the magnitude vector of a DoRA, which the
+    rows of the sum then have as their norms. `transposed`: W is of (columns, rows). Of a bias the inputs are it and b,
+    and the result is its sum with scale · b.
+    """
+
+    scale: float
+    rank: int
+    transposed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """The rule of a tensor that is stored in another dtype: its one input, converted."""
+
+
+Rule = Merged | Rows | LowRank | Scaled
 """How a tensor is computed from its inputs."""
 
 

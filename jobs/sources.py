@@ -238,19 +238,27 @@ def filled(keys: Mapping[str, Node]) -> dict[str, Node]:
 
 
 def model_name(node: Node) -> Node:
-    """The text of a model, also of mergekit's long form `{model: {path: NAME, revision: REVISION}}`."""
+    """The text of a model, `NAME@REVISION+ADAPTER@REVISION`, also of mergekit's long form of two mappings."""
     if node.kind != "mapping":
         return node
-    refused = {"lora": "a LoRA adapter is not applied: merge it into its base first, and name the result"}
-    refused["override_architecture"] = "an architecture is not overridden: take the key out"
-    for key, remedy in refused.items():
-        value = node.mapping().get(key)
-        if value is not None and value.kind != "nothing":
-            raise value.error(f"`{key}:` is not accepted: {remedy}")
-    name = node.mapping(("model", *refused), ("model",))["model"]
-    if name.kind != "mapping":
+    keys = node.mapping(("model", "lora", "override_architecture"), ("model",))
+    architecture = keys.get("override_architecture")
+    if architecture is not None and architecture.kind != "nothing":
+        raise architecture.error(
+            "`override_architecture:` is not accepted: an architecture is not overridden: take the key out"
+        )
+    name = _path_and_revision(keys["model"])
+    lora = keys.get("lora")
+    if lora is None or lora.kind == "nothing":
         return name
-    parts = name.mapping(("path", "revision"), ("path",))
+    return replace(name, value=f"{name.string()}+{_path_and_revision(lora).string()}")
+
+
+def _path_and_revision(node: Node) -> Node:
+    """The text of `{path: NAME, revision: REVISION}`."""
+    if node.kind != "mapping":
+        return node
+    parts = node.mapping(("path", "revision"), ("path",))
     if "revision" not in parts or parts["revision"].kind == "nothing":
         return parts["path"]
     return replace(parts["path"], value=f"{parts['path'].string()}@{parts['revision'].string()}")
@@ -340,7 +348,9 @@ def reference_schema() -> dict[str, Any]:
     """The JSON Schema of a model's name."""
     named = {"type": "string", "minLength": 1}
     path = {"type": "object", "properties": {"path": named, "revision": {"type": ["string", "null"]}}}
-    long = {"type": "object", "properties": {"model": {"anyOf": [named, path]}}, "required": ["model"]}
+    part = {"anyOf": [named, path]}
+    properties = {"model": part, "lora": {"anyOf": [*part["anyOf"], {"type": "null"}]}}
+    long = {"type": "object", "properties": properties, "required": ["model"]}
     return {"anyOf": [named, long]}
 
 

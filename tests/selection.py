@@ -35,6 +35,7 @@ SLOW = (
     *RAY,
     "tests/benchmarks",
     "tests/chaos",
+    "tests/conformance/test_adapters.py",
     "tests/conformance/test_architectures.py",
     "tests/conformance/test_options.py",
     ORACLE,

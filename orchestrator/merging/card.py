@@ -33,7 +33,7 @@ def model_card(
     merges that are not.
     """
     layout, recipe = planned.layout, planned.point.recipe
-    parents = {name: plan.parents[name].url for name in planned.point.parents()}
+    parents = plan.sources_of(planned.point)
     methods = dict.fromkeys(stage.merge_method for stage in planned.point.recipes)
     stages = len(planned.point.recipes)
     front: dict[str, Any] = {
@@ -73,7 +73,7 @@ def model_card(
         f"# {planned.name}",
         "",
         f"A `{recipe.merge_method}` merge{f' in {stages} stages' if stages > 1 else ''} of"
-        f" {_listed(list(parents))}, made by mergeyard.",
+        f" {_listed(list(planned.point.parents()))}, made by mergeyard.",
         "",
         "| | |",
         "|---|---|",
@@ -99,6 +99,8 @@ def model_card(
 
 def _weight(point: Point, name: str) -> str:
     """A parent's weight, in each stage that has one."""
+    if name not in point.parents():
+        return "adapter"
     of_stages = {stage: _weight_in(recipe, name) for stage, recipe in point.stages.items()}
     found = [f"{weight} in {code(stage)}" for stage, weight in of_stages.items() if weight]
     return ", ".join(filter(None, [*found, _weight_in(point.recipe, name)])) or "–"

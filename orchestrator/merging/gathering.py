@@ -157,7 +157,7 @@ class Gatherer:
             digest=planned.digest,
             weights=weights,
             recipe=_recipe(planned),
-            parents={name: self._plan.parents[name].url for name in planned.point.parents()},
+            parents=self._plan.sources_of(planned.point),
             seed=self._plan.job.seed,
             numerics=self._plan.job.numerics,
             versions=_versions(),

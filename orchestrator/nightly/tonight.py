@@ -234,8 +234,9 @@ def _fingerprint(plan: Plan) -> str:
 
 
 def _revision(checkpoint: Checkpoint) -> Revision:
-    files = sorted([file.key, file.size, file.etag] for file in checkpoint.files)
-    return Revision(checkpoint.url, digest(files)[:12])
+    places = (checkpoint.parent, *checkpoint.others.values())
+    files = sorted([file.key, file.size, file.etag] for place in places for file in place.files)
+    return Revision(checkpoint.reference, digest(files)[:12])
 
 
 def _revisions(parents: Mapping[str, Checkpoint]) -> dict[str, Revision]:

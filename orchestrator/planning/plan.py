@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -16,16 +15,17 @@ from jobs.grid import Point
 from jobs.job import Job
 from jobs.manifest import Manifest
 from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest, places_read
-from jobs.yaml_nodes import quoted, yaml_text
+from jobs.yaml_nodes import yaml_text
 from orchestrator.planning.activations import with_located_statistics
 from orchestrator.planning.content_keys import ContentKeys
 from orchestrator.planning.layouts import Layout, Shard
+from orchestrator.planning.locating import open_parents
 from orchestrator.planning.sharing import Family, families
 from orchestrator.planning.slicing import plain_recipes
 from orchestrator.planning.stages import Stages, settings_of
 from orchestrator.records.places import FLAT, Places
 from orchestrator.words import shortlist
-from workers.checkpoints.opening import Checkpoint, Unmergeable, all_places, open_as_it_is, open_checkpoint
+from workers.checkpoints.opening import Checkpoint, all_places
 from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
 from workers.methods.binding import without_effect
@@ -252,8 +252,14 @@ class Plan:
     @property
     def pinned(self) -> Job:
         """The job with the pinned URLs of its parents, and of its statistics."""
-        pinned = {name: checkpoint.url for name, checkpoint in self.parents.items()}
+        pinned = {name: checkpoint.reference for name, checkpoint in self.parents.items()}
         return with_located_statistics(replace(self.job, parents={**self.job.parents, **pinned}), self.folder)
+
+    def sources_of(self, point: Point) -> dict[str, str]:
+        """The URLs of a point's parents by name, and of their adapters."""
+        parents = [self.parents[name] for name in point.parents()]
+        adapters = {parent.adapter_name: parent.adapter for parent in parents if parent.adapter}
+        return {parent.name: parent.url for parent in parents} | adapters
 
     def job_text(self) -> str:
         """job.yaml: the pinned job with every default."""
@@ -270,10 +276,10 @@ class Plan:
             "numerics": self.job.numerics,
             "parents": {
                 name: {
-                    "url": checkpoint.url,
-                    "files": {file.key: {"size": file.size, "etag": file.etag} for file in checkpoint.files},
+                    "url": place.url,
+                    "files": {file.key: {"size": file.size, "etag": file.etag} for file in place.files},
                 }
-                for name, checkpoint in self.parents.items()
+                for name, place in all_places(self.parents).items()
             },
             "points": [
                 {"name": planned.name, "digest": planned.digest, "same_as": planned.same_as} for planned in self.points
@@ -296,12 +302,7 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     `relative_to` is the folder that relative parent paths count from; `flat` puts the only point right into the
     output. Raises `BadInput` for whatever cannot work.
     """
-    parents = {
-        name: _open_parent(
-            _locate(job.parents[name], relative_to, job.place_of(f"parents.{name}"), bare_names=flat), name
-        )
-        for name in job.used_parents()
-    }
+    parents = open_parents(job, relative_to, bare_names=flat)
     output = open_store(job.output).url
     try:
         points = _plan_points(job, parents, relative_to)
@@ -312,16 +313,6 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
         _check_free(plan)
         return plan
     return Plan(job, f"{output}/{job.name}", parents, points, folder=relative_to)
-
-
-def _open_parent(url: str, name: str) -> Checkpoint:
-    try:
-        try:
-            return open_checkpoint(url, name)
-        except Unmergeable as refusal:  # refused where a recipe merges it
-            return open_as_it_is(url, name, refusal)
-    except CorruptData as error:  # to whoever plans a merge, a damaged parent is a wrong input
-        raise BadInput(f"parent {name}: {error}") from error
 
 
 def _check_free(plan: Plan) -> None:
@@ -345,28 +336,6 @@ def _manifest(store: Store) -> Manifest | None:
         return read_record(store, "manifest.json", Manifest.from_json)
     except CorruptData:
         return None
-
-
-def _locate(url: str, relative_to: Path | None, place: str, *, bare_names: bool) -> str:
-    """A URL as it is, a path made absolute, and, as mergekit documents have it, a bare `org/name` as a repository."""
-    adapter = ("://" not in url or url.startswith("hf://")) and re.search(r"^[^@]*\+|\+[\w.-]+/", url)
-    if "://" in url and not adapter:
-        return url
-    path = Path(url).expanduser()
-    if relative_to is not None and not path.is_absolute():
-        path = relative_to / path
-    if path.is_dir():
-        return str(path.resolve())
-    if adapter:
-        raise BadInput(
-            f"{place}: {quoted(url)}: the LoRA adapter after the + is not applied; merge it into its base first,"
-            " and name the result"
-        )
-    if url.startswith(("huggingface.co/", "hf.co/")):
-        return f"https://{url}"
-    if bare_names and re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", url):
-        return f"hf://{url}"
-    raise BadInput(f"{place}: no folder {path}; give a path, or hf://, s3://, gs:// or az://")
 
 
 def _plan_points(job: Job, parents: Mapping[str, Checkpoint], relative_to: Path | None) -> tuple[PlannedPoint, ...]:

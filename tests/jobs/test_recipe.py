@@ -196,8 +196,8 @@ def test_a_bare_filter_is_a_list_of_one() -> None:
             "recipe.yml:3: `revision:` stands after the model's name: write `model: organisation/name@revision`",
         ),
         (
-            "merge_method: linear\nmodels:\n- model: {model: a, lora: b}\n",
-            "recipe.yml:3: `lora:` is not accepted: a LoRA adapter is not applied: merge it into its base first",
+            "merge_method: linear\nmodels:\n- model: {model: a, lora: {revision: b}}\n",
+            'recipe.yml:3: "models[0].model.lora" needs the key "path"',
         ),
         ("merge_method: linear\nmodels:\n- {model: a, weight: 1}\n", 'recipe.yml:3: unknown key "weight"'),
         (two_models("parameters: [1]\n"), 'recipe.yml:5: "parameters" must be a mapping, not a list'),
@@ -288,6 +288,19 @@ def test_the_long_form_of_a_model_is_its_name_and_revision() -> None:
     recipe = read(two_models(second="{model: {path: b/c, revision: v1}, lora: null}") + "base_model: {model: a}\n")
     assert recipe.references() == ("a", "b/c@v1")
     assert recipe.base_model == "a"
+
+
+@pytest.mark.parametrize(
+    ("form", "name"),
+    [
+        ("{model: a, lora: l}", "a+l"),
+        ("{model: {path: a, revision: v1}, lora: {path: l, revision: v2}}", "a@v1+l@v2"),
+        ("{model: {path: a}, lora: {path: o/l, revision: null}}", "a+o/l"),
+        ("a@v1+l@v2", "a@v1+l@v2"),
+    ],
+)
+def test_the_long_form_of_an_adapter_is_its_name_after_a_plus(form: str, name: str) -> None:
+    assert read(two_models(second=form)).references() == ("a", name)
 
 
 def test_a_key_of_any_name_may_hold_what_an_alias_repeats() -> None:

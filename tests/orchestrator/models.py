@@ -101,3 +101,12 @@ def write_model(
 def load_model(folder: Path) -> dict[str, Tensor]:
     """All tensors of a checkpoint, from however many files."""
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def write_adapter(folder: Path, parts: Mapping[str, Tensor], **config: Any) -> Path:
+    """A LoRA adapter as PEFT saves it, of tensors by their names without `base_model.model.`; rank and alpha are 2."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stated = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "base_model_name_or_path": "org/base", **config}
+    (folder / "adapter_config.json").write_text(json.dumps(stated))
+    save_file({f"base_model.model.{name}": part for name, part in parts.items()}, folder / "adapter_model.safetensors")
+    return folder

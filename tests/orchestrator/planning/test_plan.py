@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 import struct
 import time
 from collections import Counter
@@ -16,7 +15,7 @@ import pytest
 import torch
 
 from jobs.errors import BadInput, ObjectMissing
-from jobs.job import Job, load_job, load_merge_document
+from jobs.job import Job, load_job
 from jobs.merge_tasks import DTYPE_BITS
 from orchestrator.planning.compatibility import HARMLESS
 from orchestrator.planning.plan import MOST_UPLOADS, Plan, make_plan
@@ -51,17 +50,6 @@ def refusal(plan: Planning, **more: Any) -> str:
 
 
 # ---- files
-
-
-@pytest.mark.parametrize("name", ["{cos}+{fmt}", "org/model+org/lora", "org/model@v1+org/lora@main", "hf://o/m+o/lora"])
-def test_an_adapter_after_a_plus_is_called_an_adapter(parents: Path, tmp_path: Path, name: str):
-    written = name.format(cos=parents / "cos", fmt=parents / "fmt")
-    document = f"merge_method: linear\nmodels: [{{model: '{written}', parameters: {{weight: 1}}}}]\n"
-    with pytest.raises(BadInput, match=r"m.yml:2: .*the LoRA adapter after the \+ is not applied; merge it into its"):
-        make_plan(load_merge_document(document, "m.yml", str(tmp_path / "out")), relative_to=tmp_path, flat=True)
-    shutil.copytree(parents / "cos", tmp_path / "cos+fmt")  # a folder may have any name
-    document = f"merge_method: linear\nmodels: [{{model: '{tmp_path}/cos+fmt', parameters: {{weight: 1}}}}]\n"
-    make_plan(load_merge_document(document, "m.yml", str(tmp_path / "out")), relative_to=tmp_path, flat=True)
 
 
 def test_one_shard_has_the_plain_name_and_no_index(plan: Planning):

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 
 from jobs.errors import BadInput, CorruptData, MergeyardError, ObjectMissing
 from workers.checkpoints.dtypes import TORCH_NAMES
-from workers.checkpoints.opening import LARGEST_CONFIG, LARGEST_INDEX, Unmergeable, open_checkpoint
+from workers.checkpoints.opening import LARGEST_CONFIG, LARGEST_INDEX, AdapterAlone, Unmergeable, open_checkpoint
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
     TensorHeader,
@@ -410,7 +410,7 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
     "LoRA": (
         {"adapter_model.safetensors": ONE, "adapter_config.json": b"{}"},
         None,
-        Unmergeable,
+        AdapterAlone,
         "a LoRA adapter, not a whole model; write its base before it: `BASE+ADAPTER`",
     ),
     "pickle that is no file of torch.save": (

@@ -1,0 +1,121 @@
+"""The parents of a job, opened where their references lead: `path_or_URL[@revision][+adapter[@revision]]`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobs.errors import BadInput, CorruptData
+from jobs.job import Job
+from jobs.yaml_nodes import quoted
+from workers.checkpoints.adapters import Adapter, open_adapter, with_adapter
+from workers.checkpoints.opening import AdapterAlone, Checkpoint, Unmergeable, open_as_it_is, open_checkpoint
+
+KINDS = "give a path, or hf://, s3://, gs:// or az://"
+BUCKETS = ("s3://", "gs://", "az://", "memory://", "file://")
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
+
+
+def open_parents(job: Job, relative_to: Path | None, *, bare_names: bool) -> dict[str, Checkpoint]:
+    """Every parent of the job; with `bare_names`, as mergekit documents have them, `org/name` is a repository.
+
+    `BadInput` for one that cannot be opened, of whatever error.
+    """
+    located = {
+        name: locate(reference, relative_to, job.place_of(f"parents.{name}"), bare_names=bare_names)
+        for name, reference in ((name, job.parents[name]) for name in job.used_parents())
+    }
+    found: dict[str, Checkpoint] = {}
+    alone: dict[str, str] = {}
+    for name, (url, adapter) in located.items():
+        try:
+            found[name] = _opened(url, adapter, name)
+        except AdapterAlone:
+            alone[name] = url
+        except CorruptData as error:  # to whoever plans a merge, a damaged parent is a wrong input
+            raise BadInput(f"parent {name}: {error}") from error
+    bases = {name: url for name, (url, _) in located.items() if name not in alone}
+    for name, url in alone.items():
+        adapter = open_adapter(url, f"parent {name}")
+        base = _base_of(adapter, name, bases, relative_to)
+        found[name] = with_adapter(open_checkpoint(base, name), adapter)
+    return {name: found[name] for name in located}
+
+
+def locate(reference: str, relative_to: Path | None, place: str, *, bare_names: bool) -> tuple[str, str | None]:
+    """(the URL of a model, that of the LoRA adapter after its `+` if there is one); paths become absolute.
+
+    A folder may have any name: one that exists is never taken apart.
+    """
+    whole = _resolved(reference, relative_to, bare_names=bare_names)
+    if whole is not None and not _is_url(whole):
+        return whole, None
+    without_folder: str | None = None
+    for split in re.finditer(r"\+", reference):
+        base = _resolved(reference[: split.start()], relative_to, bare_names=bare_names)
+        if base is None:
+            continue
+        adapter = reference[split.end() :]
+        found = _resolved(adapter, relative_to, bare_names=base.startswith(("hf://", "https://")) or bare_names)
+        if found is not None and (_is_url(adapter) or not base.startswith(BUCKETS) or not found.startswith("hf://")):
+            return base, found
+        without_folder = without_folder or adapter
+    if whole is not None and whole.startswith(BUCKETS):
+        return whole, None
+    if without_folder is not None:
+        wanted = _path(without_folder, relative_to)
+        raise BadInput(f"{place}: {quoted(reference)}: no folder {wanted} for the adapter after the +; {KINDS}")
+    if whole is not None:
+        return whole, None
+    raise BadInput(f"{place}: no folder {_path(reference, relative_to)}; {KINDS}")
+
+
+def _resolved(text: str, relative_to: Path | None, *, bare_names: bool) -> str | None:
+    """The URL or the absolute path that a name stands for; None if it is neither a URL nor a folder."""
+    if _is_url(text):
+        return text
+    path = _path(text, relative_to)
+    if path.is_dir():
+        return str(path.resolve())
+    if text.startswith(("huggingface.co/", "hf.co/")):
+        return f"https://{text}"
+    return f"hf://{text}" if bare_names and _REPOSITORY.fullmatch(text) else None
+
+
+def _is_url(text: str) -> bool:
+    return re.match(r"\w+://", text) is not None
+
+
+def _path(text: str, relative_to: Path | None) -> Path:
+    path = Path(text).expanduser()
+    return path if relative_to is None or path.is_absolute() else relative_to / path
+
+
+def _opened(url: str, adapter: str | None, name: str) -> Checkpoint:
+    if adapter is not None:
+        return with_adapter(open_checkpoint(url, name), open_adapter(adapter, f"parent {name}"))
+    try:
+        return open_checkpoint(url, name)
+    except AdapterAlone:
+        raise
+    except Unmergeable as refusal:  # refused where a recipe merges it
+        return open_as_it_is(url, name, refusal)
+
+
+def _base_of(adapter: Adapter, name: str, bases: Mapping[str, str], relative_to: Path | None) -> str:
+    """The URL of the base that an adapter names: a parent of the job, a folder or a repository."""
+    if adapter.base in bases:
+        return bases[adapter.base]
+    stated = _resolved(adapter.base, relative_to, bare_names=True) if adapter.base else None
+    if stated is None:
+        of = f"is of {quoted(adapter.base)}, which is not here" if adapter.base else "names no base"
+        raise BadInput(
+            f"parent {name} ({adapter.url}): a LoRA adapter that {of}; write its base before it: `BASE+{adapter.url}`"
+        )
+    same = (url for url in bases.values() if _repository(url) == _repository(stated))
+    return next(same, stated)
+
+
+def _repository(url: str) -> str:
+    return url.split("@")[0] if url.startswith("hf://") else url

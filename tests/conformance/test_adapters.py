@@ -1,0 +1,73 @@
+"""LoRA adapters on their bases, against PEFT's own merge of them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conformance.conftest import merge_ours
+from tests.conformance.measures import ulp_distance
+from tests.conformance.oracle import MISSING, ORACLE_PYTHON
+
+pytestmark = pytest.mark.oracle
+
+CASES = (
+    "plain", "plain-f32", "plain-f16", "rslora", "patterns", "dora", "embeddings", "embeddings-dora", "embeddings-tied",
+    "saved", "saved-tied", "biases", "biases-of-lora", "bias-of-b", "bin", "gpt2", "gpt2-dora",
+)  # fmt: skip
+
+
+IN_ORDINARY_RUNS = ("patterns", "dora", "saved-tied", "gpt2")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`make test` takes four of the cases, `make conformance` all."""
+    if "name" in metafunc.fixturenames:
+        few = metafunc.config.getoption("--documents", 2) <= 2
+        metafunc.parametrize("name", IN_ORDINARY_RUNS if few else CASES)
+
+
+@pytest.fixture(scope="module")
+def peft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of PEFT's merges."""
+    if not ORACLE_PYTHON.exists():
+        pytest.skip(MISSING)
+    root = tmp_path_factory.mktemp("peft")
+    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    driver = Path(__file__).parent / "peft_driver.py"
+    names = IN_ORDINARY_RUNS if request.config.getoption("--documents", 2) <= 2 else CASES
+    subprocess.run(
+        [ORACLE_PYTHON, driver, root, *names], check=True, capture_output=True, env={**os.environ, **quiet}, timeout=300
+    )
+    return root
+
+
+def assert_merged_alike(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Tensor | None, tensor: str) -> None:
+    """Within one ulp; where W and its update nearly cancel, PEFT's own roundings of the update are larger."""
+    far = ulp_distance(ours, theirs) > 1
+    if far.any():
+        assert base is not None, tensor
+        theirs, base = theirs.double(), base.double()
+        terms = torch.maximum(base.abs(), (theirs - base).abs())
+        assert ((ours.double() - theirs).abs() <= 4 * torch.finfo(ours.dtype).eps * terms)[far].all(), tensor
+
+
+def test_an_adapter_is_applied_as_peft_merges_it(peft: Path, tmp_path: Path, name: str) -> None:
+    model = f"{peft / name / 'base'}+{peft / name / 'adapter'}"
+    assert merge_ours(f"merge_method: passthrough\nmodels: [{{model: '{model}'}}]\n", tmp_path / "out") == 0
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(peft / name / "merged.safetensors")
+    base = load_file(peft / name / "base" / "model.safetensors")
+    if name in ("embeddings-tied", "gpt2", "gpt2-dora"):  # the state dict has the tied head too
+        del theirs["lm_head.weight"]
+    assert ours.keys() == theirs.keys()
+    changed = 0
+    for tensor, found in ours.items():
+        assert found.dtype is theirs[tensor].dtype, tensor
+        assert_merged_alike(found, theirs[tensor], base.get(tensor), tensor)
+        changed += tensor in base and not torch.equal(found, base[tensor])
+    assert changed > 1 or name == "embeddings-tied"

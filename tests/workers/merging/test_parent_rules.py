@@ -1,0 +1,111 @@
+"""The arithmetic of tensors whose parent stores them in another form."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from jobs.merge_tasks import Derived, LowRank, Scaled
+from workers.merging.parent_rules import low_rank, product, scaled
+
+GENERATOR = np.random.default_rng(13)
+
+
+def drawn(*shape: int, dtype: Any = np.float32) -> NDArray[Any]:
+    return GENERATOR.standard_normal(shape).astype(dtype)
+
+
+def adapted(weight: NDArray[Any], rule: LowRank, *inputs: NDArray[Any]) -> NDArray[Any]:
+    dtype = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[weight.dtype.name]
+    flat = [part.reshape(-1) for part in (weight, *inputs)]
+    return low_rank(rule, Derived(dtype, weight.shape, rule, ()), flat).reshape(weight.shape)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
+def test_an_update_is_added_and_rounded_once(dtype: Any) -> None:
+    weight, a, b = drawn(5, 7, dtype=dtype), drawn(3, 7), drawn(5, 3)
+    expected = np.array(
+        [
+            [
+                float(
+                    Fraction(float(weight[i, j]))
+                    + 2 * sum(Fraction(float(b[i, k] * 1.0)) * Fraction(float(a[k, j])) for k in range(3))
+                )
+                for j in range(7)
+            ]
+            for i in range(5)
+        ]
+    )
+    found = adapted(weight, LowRank(2.0, 3), a, b)
+    assert found.dtype == dtype
+    if dtype is np.float32:
+        np.testing.assert_allclose(found, expected, rtol=2**-23)
+    else:
+        assert (found == expected.astype(np.float32).astype(dtype)).all()
+
+
+def test_a_transposed_weight_gets_the_transposed_update() -> None:
+    weight, a, b = drawn(7, 5), drawn(3, 7), drawn(5, 3)
+    assert (adapted(weight, LowRank(0.5, 3, transposed=True), a, b) == adapted(weight.T, LowRank(0.5, 3), a, b).T).all()
+
+
+def test_blocks_do_not_change_an_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, a, b, m = drawn(40, 6), drawn(4, 6), drawn(40, 4), drawn(40)
+    whole = [adapted(weight, LowRank(1.5, 4), *inputs) for inputs in ((a, b), (a, b, m))]
+    monkeypatch.setattr("workers.merging.parent_rules.BLOCK_ELEMENTS", 20)
+    assert all(
+        (adapted(weight, LowRank(1.5, 4), *i) == w).all() for i, w in zip(((a, b), (a, b, m)), whole, strict=True)
+    )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_magnitudes_of_a_dora_are_the_norms_of_its_rows(transposed: bool) -> None:
+    weight, a, b, magnitude = drawn(6, 5), drawn(2, 5), drawn(6, 2), np.abs(drawn(6)) + 1
+    given = weight.T.copy() if transposed else weight
+    found = adapted(given, LowRank(0.3, 2, transposed), a, b, magnitude)
+    rows = found.T if transposed else found
+    np.testing.assert_allclose(np.linalg.norm(rows, axis=1), magnitude, rtol=1e-6)
+    direction = weight + 0.3 * b @ a
+    np.testing.assert_allclose(
+        rows / magnitude[:, None], direction / np.linalg.norm(direction, axis=1)[:, None], rtol=1e-4
+    )
+
+
+def test_a_bias_gets_the_scaled_bias_of_b() -> None:
+    assert adapted(np.float32([1, 2]), LowRank(0.5, 4), np.float32([8, -2])).tolist() == [5, 1]
+
+
+@pytest.mark.parametrize("fine", [False, True])
+def test_a_product_does_not_depend_on_the_order_of_its_terms(fine: bool) -> None:
+    left, right = drawn(30, 300).astype(np.float64), drawn(300, 20).astype(np.float64)
+    order = GENERATOR.permutation(300)
+    first, second = product(left, right, fine=fine), product(left[:, order], right[order], fine=fine)
+    assert (first == second).all() or fine
+    assert (left[:, order] @ right[order] != left @ right).any(), "a plain product does"
+    bound = (np.abs(left) @ np.abs(right)) * (2.0**-40 if fine else 2.0**-19)
+    assert (np.abs(first - left @ right) <= bound).all()
+
+
+def test_infinity_and_nan_of_an_adapter_reach_the_weights() -> None:
+    a, b = np.float32([[1, np.inf]]), np.float32([[1], [0], [np.nan]])
+    found = adapted(np.zeros((3, 2), np.float32), LowRank(1.0, 1), a, b)
+    np.testing.assert_array_equal(found, [[1, np.inf], [0, np.nan], [np.nan, np.nan]])
+
+
+def test_an_empty_and_a_zero_update_change_nothing() -> None:
+    weight = drawn(3, 4)
+    assert (
+        adapted(weight, LowRank(1.0, 2), np.zeros((2, 4), np.float32), np.zeros((3, 2), np.float32)) == weight
+    ).all()
+    assert adapted(drawn(0, 4), LowRank(1.0, 2), drawn(2, 4), drawn(0, 2)).shape == (0, 4)
+
+
+def test_a_tensor_is_converted_with_one_rounding() -> None:
+    values = np.float32([1.00390625, -3.0, 65504.0])
+    derived = Derived("BF16", (3,), Scaled(), ())
+    assert (scaled(Scaled(), derived, [values]) == values.astype(ml_dtypes.bfloat16)).all()

@@ -1,0 +1,97 @@
+"""The rules of tensors whose parent stores them in another form: with a LoRA adapter, or in another dtype.
+
+All arithmetic is in float64, with one rounding at the end. The product of an adapter's matrices does not depend on the
+order of its sums, so that every machine gives the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.merge_tasks import Derived, LowRank, Scaled
+from workers.checkpoints.dtypes import numpy_dtype
+from workers.merging.tiles import Elements
+
+BLOCK_ELEMENTS = 1 << 20
+"""Elements that are computed at a time: their float64 copies stay small."""
+
+_BITS = 22
+"""Of an integer in a product: 512 products of two of them have a sum below 2⁵³, which float64 holds exactly."""
+
+_TERMS = 512
+
+_Matrix = NDArray[np.float64]
+
+
+def low_rank(rule: LowRank, derived: Derived, inputs: Sequence[Elements]) -> Elements:
+    """The tensor with the adapter's update."""
+    dtype = numpy_dtype(derived.dtype)
+    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
+        if len(inputs) == 2:
+            bias, change = (part.astype(np.float64) for part in inputs)
+            return (bias + rule.scale * change).astype(dtype)
+        flat, a, b, *magnitude = inputs
+        weight, output = flat.reshape(derived.shape), np.empty(derived.shape, dtype)
+        left, right = b.astype(np.float64).reshape(-1, rule.rank), a.astype(np.float64).reshape(rule.rank, -1)
+        if rule.transposed:
+            left, right = right.T, left.T
+        fine = derived.dtype in ("F32", "F64")
+        rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
+        if magnitude and rule.transposed:
+            rows = len(weight)  # the norms are those of whole columns
+        for start in range(0, len(weight), rows):
+            block = slice(start, start + rows)
+            total = product(left[block], right, fine=fine)
+            total *= rule.scale
+            total += weight[block]
+            if magnitude:
+                wanted = magnitude[0].astype(np.float64)
+                total *= (
+                    (wanted / _norms(total.T)) if rule.transposed else (wanted[block] / _norms(total))[:, np.newaxis]
+                )
+            output[block] = total
+    return output.reshape(-1)
+
+
+def product(left: _Matrix, right: _Matrix, *, fine: bool) -> _Matrix:
+    """left @ right, of which every machine gives the same bits.
+
+    Each row of `left` and column of `right` is rounded to integers of `_BITS` bits and a power of two; with `fine` the
+    rest of it is one too. Sums of such products are exact in float64, in whatever order a BLAS adds them (Ozaki,
+    Ogita, Oishi and Rump 2012, "Error-free transformations of matrix multiplication").
+    """
+    if not (np.isfinite(left).all() and np.isfinite(right).all()):
+        return left @ right
+    total = np.zeros((left.shape[0], right.shape[1]))
+    for start in range(0, left.shape[1], _TERMS):
+        terms = slice(start, start + _TERMS)
+        (ones, small), (others, small_others) = (_split(part) for part in (left[:, terms].T, right[terms]))
+        if fine:
+            total += small.T @ others
+            total += ones.T @ small_others
+        total += ones.T @ others
+    return total
+
+
+def _split(columns: _Matrix) -> tuple[_Matrix, _Matrix]:
+    """Two parts of each column, both integers of `_BITS` bits times a power of two."""
+    parts: list[_Matrix] = []
+    for _ in range(2):
+        _, exponents = np.frexp(np.abs(columns).max(axis=0, initial=0.0))
+        unit = np.ldexp(1.0, np.maximum(exponents, -900) - _BITS)
+        parts.append(np.rint(columns / unit) * unit)
+        columns = columns - parts[-1]
+    return parts[0], parts[1]
+
+
+def _norms(rows: _Matrix) -> _Matrix:
+    """The Euclidean norms of the rows, added in the order of the columns."""
+    return np.sqrt(np.add.reduce(np.square(rows.T, order="C"), axis=0))
+
+
+def scaled(rule: Scaled, derived: Derived, inputs: Sequence[Elements]) -> Elements:
+    """The tensor in its dtype."""
+    return inputs[0].astype(numpy_dtype(derived.dtype))
