@@ -6,6 +6,7 @@ goes over the layers of its slice. Unlike there, a module that a document leaves
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,8 +16,9 @@ from jobs.recipe import Recipe
 from jobs.slices import Module, Slice
 from jobs.sources import Filtered, Setting, Source
 from jobs.yaml_nodes import quoted
+from workers.checkpoints.canonical import model_names
 from workers.checkpoints.depths import Depth, depth_of, with_layers, without_layers
-from workers.checkpoints.modules import is_before_layers, module_named, modules_of, stack_of
+from workers.checkpoints.modules import in_stack, is_before_layers, module_named, modules_of, stack_of
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_counts, layer_of
 from workers.methods import METHODS
@@ -154,7 +156,7 @@ def _slices(
         shown = ", ".join(sorted(stacks)) or "none"
         raise BadInput(f"{place}: slices need one stack of layers, and there are {shown}; list the models whole")
     (stack,) = stacks
-    outside = [name for name in names if (layer_of(name) or ("", 0))[0] != stack]
+    outside = [name for name in names if in_stack(name, stack) is None]
     begin = 0
     for number, (part, own) in enumerate(zip(slices, plain, strict=True)):
         first = _first_layers(part, own)
@@ -170,7 +172,7 @@ def _slices(
                 raise BadInput(f"{where}: layer_range {shown} is beyond the {count} layers of {model}")
             members.append(_moved(member, stack, range(first[model], first[model] + part.length), begin))
         is_last = number == len(slices) - 1
-        inside = [name for name in tensor_names(members) if (layer_of(name) or ("", 0))[0] == stack]
+        inside = [name for name in tensor_names(members) if in_stack(name, stack) is not None]
         around = [name for name in outside if (number == 0 if is_before_layers(name) else is_last)]
         yield Piece(own, members, sorted([*around, *inside], key=natural), {stack: span}, stack, first)
         begin = span.stop
@@ -242,6 +244,7 @@ def restacked(
             if all(kind in depths[name].kinds for name in lead)
         }
         config = with_layers(config, depths[context_from.name], kinds, [layer for _, layer in origins], place)
+        _check_names(parts, stack, context_from, config)
         members = [replace(member, config=without_layers(member.config, depths[member.name])) for member in members]
     return config, members
 
@@ -277,16 +280,37 @@ def _check_kinds(parts: Sequence[Piece], stack: str, depths: Mapping[str, Depth]
                         )
 
 
+def _check_names(parts: Sequence[Piece], stack: str, parent: Checkpoint, config: Mapping[str, Any]) -> None:
+    """Refuses layers without a tensor that their class has in their new place, as in ModernBERT's first layer.
+
+    Experts are left out of it, which a class may store in two ways.
+    """
+    parts_of_layers: dict[int, set[str]] = {}
+    for name in parent.tensors:
+        if (layer := in_stack(name, stack)) is not None:
+            parts_of_layers.setdefault(layer, set()).add(name.removeprefix(f"{stack}.{layer}"))
+    if len({*map(frozenset, parts_of_layers.values())}) == 1:
+        return
+    model = model_names(json.dumps(config))
+    there = {model.canonical(name) for part in parts for member in part.members for name in member.tensors}
+    lacking = sorted(name for name in model.stored - there if layer_of(name) is not None and "experts" not in name)
+    if lacking:
+        raise BadInput(
+            f"{parts[0].recipe.place}: the output would lack {lacking[0]}, which the layer that comes there does not"
+            " have; leave the first layer in its place"
+        )
+
+
 def _moved(member: Checkpoint, stack: str, layers: range, begin: int) -> Checkpoint:
     """The member with these layers of a stack numbered from `begin`, and without its other layers."""
     stored_as: dict[str, str] = {}
     for name in member.tensors:
-        found = layer_of(name)
-        if found is None or found[0] != stack:
+        layer = in_stack(name, stack)
+        if layer is None:
             stored_as[name] = name
-        elif found[1] in layers:
-            rest = name[len(f"{stack}.{found[1]}") :]
-            stored_as[f"{stack}.{begin + found[1] - layers.start}{rest}"] = name
+        elif layer in layers:
+            rest = name[len(f"{stack}.{layer}") :]
+            stored_as[f"{stack}.{begin + layer - layers.start}{rest}"] = name
     return replace(
         member,
         tensors={name: member.tensors[stored] for name, stored in stored_as.items()},

@@ -14,7 +14,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from orchestrator.cli import main
-from tests.conformance.architectures import ARCHITECTURES, write_family
+from tests.conformance.architectures import ARCHITECTURES, GEMMA, write_family
 from tests.conformance.measures import explained, find_masks
 from tests.conformance.reference import Array, Exact, TaskVectors, checkpoint, linear, slerp
 from tests.conformance.verdicts import SIGMAS, assert_scaled_by_norms, assert_trimmed_to_count
@@ -71,6 +71,47 @@ def test_one_wrong_element_is_noticed(method: str, families: Callable[[str], Pat
     wrong[24, 7] += 0.01
     with pytest.raises(AssertionError):
         check(method, name, wrong, base, others, Kept())
+
+
+def test_stacked_slices_answer_as_a_model_of_these_layers(families: Callable[[str], Path], tmp_path: Path) -> None:
+    """Gemma 2, whose layers 0 and 1 differ: one slides, one does not."""
+    parents = families("gemma2")
+    layers = [("one", 0), ("one", 1), ("two", 1), ("two", 0)]
+    sources = [{"model": str(parents / who), "layer_range": [layer, layer + 1]} for who, layer in layers]
+    slices = [{"sources": [source]} for source in sources]
+    run_merge({"merge_method": "passthrough", "slices": slices, "dtype": "float32"}, tmp_path / "merge")
+    model = loaded("gemma2", tmp_path / "merge").float()
+
+    own = transformers.Gemma2Config(**{**GEMMA, "num_hidden_layers": 4})
+    kinds = ["sliding_attention", "full_attention"]
+    own.layer_types = [kinds[layer] for _, layer in layers]
+    by_hand = transformers.Gemma2ForCausalLM(own)
+    one, two = (checkpoint(str(parents / who)) for who in ("one", "two"))
+    weights = {name: (two if name == "model.norm.weight" else one)[name] for name in one if ".layers." not in name}
+    for number, (who, layer) in enumerate(layers):
+        stored = f"model.layers.{layer}."
+        of_layer = {name: tensor for name, tensor in (one if who == "one" else two).items() if name.startswith(stored)}
+        weights |= {name.replace(stored, f"model.layers.{number}."): tensor for name, tensor in of_layer.items()}
+    assert by_hand.load_state_dict(weights, strict=False).missing_keys == ["lm_head.weight"]
+    tokens = torch.arange(24).reshape(1, 24)  # more than the window of 8
+    with torch.no_grad():
+        assert torch.equal(model(tokens).logits, by_hand.eval()(tokens).logits)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "module"),
+    [("gpt2", None), ("qwen3 MoE", None), ("bert", None), ("gemma3 VLM", "text_decoder"), ("llava", "vision_tower")],
+)
+def test_transformers_loads_stacked_slices(
+    architecture: str, module: str | None, families: Callable[[str], Path], tmp_path: Path
+) -> None:
+    parents = families(architecture)
+    ranges = (("one", [0, 2]), ("two", [0, 2]), ("one", [1, 2]))
+    slices = [{"sources": [{"model": str(parents / who), "layer_range": layers}]} for who, layers in ranges]
+    parts = {"slices": slices} if module is None else {"modules": {module: {"slices": slices}}}
+    run_merge({"merge_method": "passthrough", **parts}, tmp_path / "merge")
+    counts = [loaded(architecture, folder).num_parameters() for folder in (parents / "one", tmp_path / "merge")]
+    assert counts[0] < counts[1]
 
 
 VLMS, MIXTURES = ("gemma3 VLM", "qwen2-vl", "llava"), ("mixtral", "qwen3 MoE")

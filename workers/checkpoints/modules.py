@@ -22,7 +22,7 @@ _PROJECTOR = re.compile(
     r"|embed_audio|image_newline|mlp1)(?:\.|$)"
 )
 _BEFORE_LAYERS = re.compile(
-    r"embd|embed(?!_out)|(?:^|\.)(?:wte|wpe|shared|project_in|conv\d|pre_layr?norm|ln_pre|relative_pe|rotary_pos_emb)\."
+    r"embd|embed(?!_out)|relative_attention_bias|(?:^|\.)(?:wte|wpe|shared|project_in|conv\d|pre_layr?norm|ln_pre|relative_pe|rotary_pos_emb)\."
 )
 
 
@@ -66,6 +66,12 @@ def stack_of(names: Iterable[str], config: Mapping[str, Any]) -> list[tuple[str,
     counts = layer_counts((name for name in names if "mtp" not in name.split(".")), config)
     named = [(stack, count) for stack, count in counts.items() if stack.rpartition(".")[2] in STACKS]
     return named or [(stack, count) for stack, count in counts.items() if count > 1]
+
+
+def in_stack(name: str, stack: str) -> int | None:
+    """The layer of a tensor of this stack; None for others, and for the positions of T5 that its first layer keeps."""
+    layer = layer_of(name)
+    return layer[1] if layer is not None and layer[0] == stack and "relative_attention_bias" not in name else None
 
 
 def is_before_layers(name: str) -> bool:
