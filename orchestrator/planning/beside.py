@@ -25,11 +25,12 @@ def tokenizer_owner(recipe: Recipe, parents: Mapping[str, Checkpoint], donor: st
     """
     owners = [name for name in recipe.parents() if has_tokenizer(parents[name].side_files)]
     named = donor if recipe.tokenizer_source == "base" else recipe.tokenizer_source
-    if named in (None, "union"):
+    if named is None or (named == "union" and owners):
         return donor if donor in owners or not owners else owners[0]
     if named not in owners:
         remedy = f"name one that has: {', '.join(owners)}" if owners else "no parent has one, take tokenizer_source out"
-        raise BadInput(f"{recipe.place_of('tokenizer_source')}: {named} has no tokenizer; {remedy}")
+        place = recipe.place_of("tokenizer" if recipe.tokenizer else "tokenizer_source")
+        raise BadInput(f"{place}: {donor if named == 'union' else named} has no tokenizer; {remedy}")
     return named
 
 

@@ -179,11 +179,14 @@ def check_tokenizers(parents: Sequence[Checkpoint], place: str) -> None:
         shared = [name for name in first_files if name in files]
         shared = shared[:1] if "tokenizer.json" in shared else shared
         for one, another in [(name, name) for name in shared] or [(first_files[0], files[0])]:
-            difference = _vocabulary(first, one).difference(_vocabulary(other, another))
+            vocabularies = _vocabulary(first, one), _vocabulary(other, another)
+            difference = vocabularies[0].difference(vocabularies[1])
             if difference is not None:
+                remedy = "say whose to take with `tokenizer_source: PARENT` if you know that the rest agrees"
+                if all(vocabulary.tokens for vocabulary in vocabularies):
+                    remedy = "choose one with `tokenizer_source: PARENT`, or take the tokens of all with `union`"
                 raise BadInput(
-                    f"{place}: the tokenizers of {first.name} and {other.name} differ ({difference});"
-                    " say whose to take with `tokenizer_source: PARENT` if you know that the rest agrees"
+                    f"{place}: the tokenizers of {first.name} and {other.name} differ ({difference}); {remedy}"
                 )
 
 

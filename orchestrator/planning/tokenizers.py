@@ -26,13 +26,16 @@ from workers.checkpoints.vocabularies import Vocabulary, read_vocabulary, vocabu
 from workers.storage import open_store
 
 _INPUT = re.compile(
-    r"(.*\.)?(embed_tokens|wte|word_embeddings|embed_in|tok_embeddings|shared|backbone\.embeddings)\.weight"
+    r"(.*\.)?(embed_tokens|wte|word_embeddings?|embed_in|tok_embeddings|shared|embeddings|model\.embed)\.weight"
 )
 _OUTPUT = re.compile(
-    r"(.*\.)?(lm_head(\.decoder)?|embed_out|output|(predictions|generator_lm_head)(\.decoder)?|vocab_projector)"
-    r"\.(weight|bias)"
+    r"(.*\.)?(lm_head(\.decoder|\.linear)?|embed_out|output|output_layer|head|decoder|predictions(\.decoder)?|lm_loss"
+    r"|generator_lm_head|vocab_projector|shared_head\.head)\.(weight|bias)"
 )
-"""Embeddings and heads by their names in transformers and in the code of models beside it."""
+"""Embeddings and heads by their names in transformers and in the code of models beside it; heads have as many rows."""
+
+_IN_LAYERS = re.compile(r".*\.(embed_tokens|shared_head\.head)\.weight")
+"""Those of the layers for multi-token prediction; other tensors of layers have no rows of tokens."""
 
 
 @dataclass(frozen=True)
@@ -51,41 +54,58 @@ def fitted(recipe: Recipe, members: Sequence[Checkpoint], owner: Checkpoint, tie
     Without a `tokenizer_source` only rows of padding are added. `BadInput` for vocabularies that differ then, for those
     that cannot be read, and for a token without a row where the recipe asks for one.
     """
-    tables = sorted({name for member in members for name in member.tensors if _is_table(name, member)})
+    tables = sorted({name for member in members for name in _tables(member)})
     sizes = {member.name: size for member in members if (size := _rows(member, tables)) is not None}
-    if not sizes or not _alike(members, tables, tied):
+    if not _alike(members, tables, tied):
         return Fitted(members)
     if recipe.tokenizer_source is None:
-        if len({*sizes.values()}) == 1 or not any(vocabulary_files(member.side_files) for member in members):
+        if len({*sizes.values()}) <= 1 or not any(vocabulary_files(member.side_files) for member in members):
             return Fitted(members)
         check_tokenizers(members, recipe.place)
+    place = recipe.place_of("tokenizer" if recipe.tokenizer else "tokenizer_source")
     vocabularies = {member.name: _vocabulary(member) for member in (*members, owner)}
-    if unread := [name for name, found in vocabularies.items() if found is not None and not found.tokens]:
+    own = vocabularies[owner.name] or Vocabulary("", "", {})
+    others = [found or own for found in vocabularies.values()]
+    equal = all(found.tokens == own.tokens and (found.tokens or found.sha256 == own.sha256) for found in others)
+    if equal and recipe.tokenizer is None and len({*sizes.values()}) <= 1:
+        return Fitted(members)
+    if recipe.tokenizer_source is not None and not all(found.tokens for found in others):
+        unread = next(name for name, found in vocabularies.items() if found is not None and not found.tokens)
         if recipe.tokenizer_source == "union" or recipe.tokenizer is not None:
             raise BadInput(
-                f"{recipe.place_of('tokenizer_source')}: the vocabulary of {unread[0]} cannot be read; name the model"
+                f"{place}: the vocabulary of {unread} cannot be read; name the model"
                 " whose tokenizer is copied with `tokenizer_source: MODEL`, which leaves the rows as they are"
             )
-        if recipe.tokenizer_source is not None:
-            return Fitted(members)
-    own = vocabularies[owner.name] or Vocabulary("", "", {})
+        return Fitted(members, remarks=(f"the vocabulary of {unread} cannot be read; all rows stay as they are",))
+    if not sizes:
+        raise BadInput(
+            f"{place}: no tensor of {members[0].name} has the name of embeddings, so the"
+            " vocabularies cannot be made equal; merge parents of one vocabulary"
+        )
     added = _added(recipe, [owner, *members], vocabularies, sizes)
     out = {**own.tokens, **{token.content: token.id for token in added}}
-    fitting = _Fitting(recipe, members, sizes, {n: v or own for n, v in vocabularies.items()}, own, out, owner.name)
+    fitting = _Fitting(recipe, members, sizes, dict(zip(vocabularies, others, strict=True)), own, out, owner.name)
     changed = fitting.tensors(tables, tied)
     rows = fitting.rows if changed or {*sizes.values()} != {fitting.rows} else None
     return Fitted(
         [_with(member, changed, rows) for member in members],
         rows,
         added,
-        tuple(_remarks(recipe, members, owner, sizes, fitting.rows, added)),
+        tuple(_remarks(recipe, own, owner.name, sizes, fitting.rows, added)),
     )
 
 
-def _is_table(name: str, member: Checkpoint) -> bool:
-    """Whether a tensor has a row for each token."""
-    floats = member.tensors[name].dtype in FLOATS and layer_of(name) is None
-    return floats and (_INPUT.fullmatch(name) or _OUTPUT.fullmatch(name)) is not None
+def _tables(member: Checkpoint) -> list[str]:
+    """The tensors that have a row for each token."""
+    outside = [
+        name
+        for name, tensor in member.tensors.items()
+        if tensor.dtype in FLOATS and (layer_of(name) is None or _IN_LAYERS.fullmatch(name))
+    ]
+    inputs = [name for name in outside if _INPUT.fullmatch(name)]
+    sizes = {member.shapes[name][0] for name in inputs}
+    outputs = [name for name in outside if _OUTPUT.fullmatch(name) and (not sizes or member.shapes[name][0] in sizes)]
+    return [*inputs, *outputs]
 
 
 def _rows(member: Checkpoint, tables: Collection[str]) -> int | None:
@@ -164,12 +184,11 @@ class _Fitting:
         self._recipe, self._members, self._sizes, self._vocabularies = recipe, members, sizes, vocabularies
         self._base = recipe.base_model
         settings = recipe.tokenizer
-        ids = {
-            token: {name: number for name in vocabularies if (number := self._id(name, token)) is not None}
-            for token in out
-        }
         asked = settings.tokens if settings else {}
-        used = max((number for token, number in out.items() if ids[token] or token in asked), default=-1) + 1
+        used = 1 + max(
+            (at for token, at in out.items() if token in asked or any(self._id(name, token) >= 0 for name in sizes)),
+            default=-1,
+        )
         pad = settings.pad_to_multiple_of if settings else None
         if pad is not None:
             self.rows = math.ceil(used / pad) * pad
@@ -179,24 +198,23 @@ class _Fitting:
             self.rows = max(used, sizes.get(owner, 0))
         self._averaged = used if pad is not None and used < self.rows else None
         self._limit = self.rows if self._averaged is None else used
-        self._at = {member.name: self._own_rows(member.name, own, out, ids) for member in members}
+        self._at = {member.name: self._own_rows(member.name, own, out) for member in members}
         self._asked = {
             out[token]: (token, source) for token, source in asked.items() if source is not None and token in out
         }
 
-    def _id(self, name: str, token: str) -> int | None:
-        number = self._vocabularies[name].tokens.get(token)
-        return number if number is not None and number < self._sizes.get(name, 0) else None
+    def _id(self, name: str, token: str) -> int:
+        """The row of a token in a member, or −1."""
+        number = self._vocabularies[name].tokens.get(token, -1)
+        return number if number < self._sizes.get(name, 0) else -1
 
-    def _own_rows(
-        self, name: str, own: Vocabulary, out: Mapping[str, int], ids: Mapping[str, Mapping[str, int]]
-    ) -> list[int]:
+    def _own_rows(self, name: str, own: Vocabulary, out: Mapping[str, int]) -> list[int]:
         """For each row of the output the member's row, or −1: that of the same token, or of the same padding."""
         vocabulary, size = self._vocabularies[name], self._sizes.get(name, 0)
         at = [-1] * self.rows
         for token, number in out.items():
             if number < self.rows and at[number] < 0:
-                at[number] = ids[token].get(name, -1)
+                at[number] = self._id(name, token)
         taken = {*vocabulary.tokens.values()}
         # files of two kinds may list the special tokens or not: a row that no token has is that of the same id
         tokens = {*out.values()} if vocabulary.file == own.file else set[int]()
@@ -217,31 +235,23 @@ class _Fitting:
             }
             having = tuple(places)
             if having not in rules:
-                sources = self._sources(having)
-                rules[having] = {member: self._rule(member, sources[member]) for member in having}
+                lacking = self._lacking(having)
+                rules[having] = {member: self._rule(member, lacking) for member in having}
             for member, rule in rules[having].items():
                 if rule is not None:
                     found.setdefault(member, {})[name] = _derived(*rule, places, self.rows)
         return found
 
-    def _sources(self, having: Sequence[str]) -> dict[str, list[Sequence[tuple[str, int]]]]:
-        """By member and row: the rows of members whose mean it is; none is zero."""
-        found: dict[str, list[Sequence[tuple[str, int]]]] = {name: [] for name in having}
-        for row in range(self._limit):
-            at = {name: self._at[name][row] for name in having}
-            asked = self._asked.get(row)
-            force = asked is not None and asked[1].force
-            others: Sequence[tuple[str, int]] = ()
-            if force or min(at.values()) < 0:
-                there = [(name, number) for name, number in at.items() if number >= 0]
-                if asked is not None:
-                    others = self._asked_row(*asked, at)
-                elif len(there) > 1 and self._base is not None and at.get(self._base, -1) >= 0:
-                    others = [(self._base, at[self._base])]
-                else:
-                    others = there
-            for name, number in at.items():
-                found[name].append(others if force or number < 0 else [(name, number)])
+    def _lacking(self, having: Sequence[str]) -> dict[int, Sequence[tuple[str, int]]]:
+        """The rows that a member lacks, or that are forced: the rows of members whose mean they get; none is zero."""
+        found: dict[int, Sequence[tuple[str, int]]] = {}
+        for row, numbers in enumerate(zip(*(self._at[name] for name in having), strict=True)):
+            if row in self._asked and (self._asked[row][1].force or min(numbers) < 0):
+                found[row] = self._asked_row(*self._asked[row], dict(zip(having, numbers, strict=True)))
+            elif min(numbers) < 0:
+                there = {name: number for name, number in zip(having, numbers, strict=True) if number >= 0}
+                only_base = self._base in there and len(there) > 1
+                found[row] = [(self._base or "", there[self._base or ""])] if only_base else [*there.items()]
         return found
 
     def _asked_row(self, token: str, source: TokenSource, at: Mapping[str, int]) -> Sequence[tuple[str, int]]:
@@ -252,28 +262,33 @@ class _Fitting:
         if source.token_id is not None:
             number = source.token_id if source.token_id < self._sizes.get(source.model, 0) else -1
             sought = f"number {source.token_id}"
-        if source.model not in at or number is None or number < 0:
+        if source.model not in at or number < 0:
             raise BadInput(
                 f"{source.place}: {source.model} has no row for the token {quoted(sought)}, which"
                 f" {quoted(token)} would get; name another model or token"
             )
         return [(source.model, number)]
 
-    def _rule(self, member: str, sources: Sequence[Sequence[tuple[str, int]]]) -> tuple[Rows, tuple[str, ...]] | None:
+    def _rule(
+        self, member: str, lacking: Mapping[int, Sequence[tuple[str, int]]]
+    ) -> tuple[Rows, tuple[str, ...]] | None:
         """The rule and the members that it reads; None if the rows are those that are stored."""
         inputs = {member: 0}
         runs: list[list[int]] = []
         means: list[tuple[int, tuple[tuple[int, int], ...]]] = []
-        for row, parts in enumerate(sources):
-            numbered = [(inputs.setdefault(name, len(inputs)), number) for name, number in parts]
-            if len(numbered) > 1:
-                means.append((row, tuple(numbered)))
-            elif numbered:
-                (of, number), last = numbered[0], runs[-1] if runs else None
-                if last is not None and [last[0], last[1] + last[3], last[2] + last[3]] == [of, row, number]:
-                    last[3] += 1
-                else:
-                    runs.append([of, row, number, 1])
+        for row, number in enumerate(self._at[member][: self._limit]):
+            of = 0
+            if row in lacking and (number < 0 or (row in self._asked and self._asked[row][1].force)):
+                parts = [(inputs.setdefault(name, len(inputs)), at) for name, at in lacking[row]]
+                if len(parts) != 1:
+                    means += [(row, tuple(parts))] if parts else []
+                    continue
+                of, number = parts[0]
+            last = runs[-1] if runs else None
+            if last is not None and last[0] == of and last[1] + last[3] == row and last[2] + last[3] == number:
+                last[3] += 1
+            else:
+                runs.append([of, row, number, 1])
         if self._averaged is None and runs == [[0, 0, 0, self._sizes[member]]] and self.rows == self._sizes[member]:
             return None
         rule = Rows(tuple((of, row, number, count) for of, row, number, count in runs), tuple(means), self._averaged)
@@ -321,8 +336,8 @@ def _with(member: Checkpoint, changed: Mapping[str, Mapping[str, Derived]], rows
 
 def _remarks(
     recipe: Recipe,
-    members: Sequence[Checkpoint],
-    owner: Checkpoint,
+    own: Vocabulary,
+    owner: str,
     sizes: Mapping[str, int],
     rows: int,
     added: Sequence[AddedToken],
@@ -334,9 +349,9 @@ def _remarks(
             f"the embeddings of {' and '.join(fewer)} have fewer rows than the {rows} of {most}; they get the missing"
             " rows from the parents that have them"
         )
-    pieces = sum(token.piece for token in added)
-    if pieces:
-        yield (
-            f"{pieces} subwords of other vocabularies get rows, but texts are cut as {owner.name} cuts them, without"
-            " these subwords; merge parents of one vocabulary if that is not what you want"
-        )
+    count = sum(token.piece for token in added)
+    pieces = f"{count} subword{'s' * (count != 1)} of other vocabularies"
+    if count and own.file == "tokenizer.json" and own.kind == "BPE":
+        yield f"{pieces} added, and texts are cut as {owner} cuts them, without these"
+    elif count and not (own.file == "tokenizer.json" and own.kind.startswith("Word")):
+        yield f"{pieces} added, which {owner}'s tokenizer now finds anywhere in a text, also inside of words"

@@ -403,8 +403,8 @@ def test_tokenizers_that_differ_are_refused_with_the_token(plan: Planning, paren
     vocabulary = {"model": {"type": "WordLevel", "vocab": {"a": 0, "c": 1}}, "added_tokens": TOKENIZER["added_tokens"]}
     write_model(parents / "fmt", weights("fmt"), tokenizer=vocabulary)
     assert refusal(plan) == (
-        "job.yaml:5: the tokenizers of cos and fmt differ (token 'b' is 1 and missing); say whose to take with"
-        " `tokenizer_source: PARENT` if you know that the rest agrees"
+        "job.yaml:5: the tokenizers of cos and fmt differ (token 'b' is 1 and missing); choose one with"
+        " `tokenizer_source: PARENT`, or take the tokens of all with `union`"
     )
     recipe = EVEN + "  tokenizer_source: fmt\n"
     assert plan(recipe=recipe, grid="").points[0].layout.tokenizer_from == "fmt"
@@ -521,8 +521,11 @@ def test_tokenizers_of_every_format_are_compared(kind: str, plan: Planning, pare
     write_tokenizers(parents, cos, fmt)
     line = refusal(plan)
     assert "the tokenizers of cos and fmt differ" in line
-    assert f"{difference}); say whose to take with `tokenizer_source: PARENT`" in line
-    plan(recipe=EVEN + "  tokenizer_source: fmt\n", grid="")
+    assert f"{difference}); " in line and "with `tokenizer_source: PARENT`" in line
+    sources = ["fmt", *(["union"] if "`union`" in line else [])]
+    assert len(sources) == 1 + ("cannot be read" not in line)
+    for source in sources:
+        plan(recipe=EVEN + f"  tokenizer_source: {source}\n", grid="")
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from jobs.merge_tasks import Derived, LowRank, Scaled
+from jobs.merge_tasks import Derived, LowRank, Rows, Scaled
+from workers.merging.deriving import RULES
 from workers.merging.parent_rules import low_rank, product, scaled
 
 GENERATOR = np.random.default_rng(13)
@@ -109,3 +110,19 @@ def test_a_tensor_is_converted_with_one_rounding() -> None:
     values = np.float32([1.00390625, -3.0, 65504.0])
     derived = Derived("BF16", (3,), Scaled(), ())
     assert (scaled(Scaled(), derived, [values]) == values.astype(ml_dtypes.bfloat16)).all()
+
+
+def test_rows_of_a_vocabulary_are_copies_means_and_zeros() -> None:
+    own, other = drawn(4, 3, dtype=ml_dtypes.bfloat16), drawn(2, 3)
+    rule = Rows(((0, 1, 2, 2), (1, 4, 0, 1)), ((3, ((0, 0), (1, 1))),), averaged=5)
+    found = RULES[Rows](rule, Derived("F32", (7, 3), rule, ()), [own.reshape(-1), other.reshape(-1)]).reshape(7, 3)
+    mean = (own[0].astype(np.float64) + other[1]) / 2
+    expected = np.array([np.zeros(3), own[2], own[3], mean, other[0]], dtype=np.float32)
+    assert (found[:5] == expected).all()
+    assert (found[5:] == expected.astype(np.float64).mean(axis=0).astype(np.float32)).all()
+
+
+def test_a_bias_of_a_head_has_rows_of_one_number() -> None:
+    rule = Rows(((0, 0, 1, 2), (0, 2, 0, 1)))
+    found = RULES[Rows](rule, Derived("F32", (3,), rule, ()), [np.array([1, 2, 3], np.float32)])
+    assert found.tolist() == [2, 3, 1]
