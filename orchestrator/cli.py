@@ -215,6 +215,20 @@ def parser() -> argparse.ArgumentParser:
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
     completion.set_defaults(command_line=parser)
 
+    activations = _verb(verbs, "activations", "read texts with a model, and write the statistics that `aim:` needs")
+    activations.add_argument("model", metavar="MODEL", help="folder or URL of a checkpoint: the base of the merges")
+    activations.add_argument(
+        "texts", metavar="TEXTS", nargs="?", help="a text file, or JSONL with a `text` a line; default: bundled prose"
+    )
+    activations.add_argument("out", metavar="OUT", help="path or URL of the file, which ends in .safetensors")
+    activations.add_argument("--count", type=int, default=256, metavar="N", help="most texts to read; default 256")
+    activations.add_argument("--tokens", type=int, default=512, metavar="N", help="most tokens of a text; default 512")
+    activations.add_argument(
+        "--device", default="auto", help="device that reads: cpu, cuda, cuda:1 …; auto (default): a GPU if there is one"
+    )
+    activations.add_argument("--json", action="store_true", help="print the result as JSON")
+    _quiet(activations)
+
     diff = _verb(verbs, "diff", "compare two checkpoints, tensor by tensor")
     diff.add_argument("a", metavar="A", help="folder or URL of a checkpoint")
     diff.add_argument("b", metavar="B", help="folder or URL of another")

@@ -98,6 +98,14 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/harness",
     ),
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),
+    "workers/activations": (
+        "jobs",
+        "workers/storage",
+        "workers/checkpoints",
+        "workers/methods",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+    ),
     "workers/evaluating": (
         "jobs",
         "workers/digests.py",
@@ -205,6 +213,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "jobs",
         "workers/fingerprint.py",
         "workers/storage",
+        "workers/activations",
         "orchestrator/words.py",
         "orchestrator/watching.py",
         "orchestrator/judging",

@@ -7,9 +7,9 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
-from jobs.errors import BadInput, writing
+from jobs.errors import writing
 from jobs.job import WorkerSpec, load_merge_document
-from orchestrator.commands.devices import best_device
+from orchestrator.commands.devices import named_device
 from orchestrator.commands.inputs import read_text, size_option, watched
 from orchestrator.commands.mergekit_options import print_reasons, shard_size
 
@@ -25,7 +25,7 @@ def merge(options: argparse.Namespace) -> int:
 
     if options.transformers_cache:
         os.environ["HF_HUB_CACHE"] = options.transformers_cache
-    device = _device(options.device)
+    device = named_device(options.device)
     if not options.quiet:
         print_reasons(options.changes_nothing)
     text = read_text(options.config)
@@ -54,21 +54,3 @@ def merge(options: argparse.Namespace) -> int:
         print_merge(result)
     result.check_finite()
     return 0
-
-
-def _device(name: str) -> str:
-    """The device of that name; `auto` is the GPU if this machine has one, as in mergekit."""
-    if name == "cpu":
-        return name
-    if name == "auto":
-        return best_device()
-    import torch
-
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise BadInput(
-            f"--device {name}: this machine does not have it ({reason}); leave it out to compute on the CPU"
-        ) from None
-    return name

@@ -14,7 +14,7 @@ from jobs.recipe import Recipe
 from orchestrator.planning.layouts import Layout
 from orchestrator.words import shortlist
 from workers.checkpoints.activations import Means, open_activations
-from workers.checkpoints.canonical import is_head
+from workers.checkpoints.canonical import is_embedding, is_head
 from workers.checkpoints.opening import Checkpoint
 from workers.methods.aim import fits, overshadowed, relative
 
@@ -84,7 +84,7 @@ def with_activations(layout: Layout, parents: Mapping[str, Checkpoint], recipe: 
 
 def _remarks(tensors: Sequence[TensorMerge], means: Means) -> Iterator[str]:
     """Sentences on the tensors that AIM leaves as they are, or nearly."""
-    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and "embed" not in tensor.name]
+    matrices = [tensor for tensor in tensors if len(tensor.shape) > 1 and not is_embedding(tensor.name)]
     if without := [tensor.name for tensor in matrices if not tensor.activations]:
         yield f"aim: no statistics of {shortlist(without)}; they are merged without it"
     if names := [each.name for each in tensors if each.activations and overshadowed(relative(means[each.activations]))]:

@@ -47,6 +47,11 @@ def activations_bytes(means: Means, metadata: Mapping[str, str]) -> bytes:
     return b"".join((header, *(np.ascontiguousarray(values, "<f4").tobytes() for _, values in sorted(means.items()))))
 
 
+def digest_of_means(means: Means) -> str:
+    """The digest of the statistics, without the metadata."""
+    return digest_of(activations_bytes(means, {}))
+
+
 def open_activations(url: str) -> Activations:
     """The statistics at a URL. `BadInput` if it is another file, `CorruptData` if it is damaged."""
     folder, name = split_url(url)
@@ -73,4 +78,4 @@ def read_activations(parent: Parent) -> Activations:
         means[entry.name] = np.frombuffer(data[entry.start : entry.end], "<f4").reshape(entry.shape)
         if not np.isfinite(means[entry.name]).all() or (means[entry.name] < 0).any():
             raise CorruptData(f"{where}: tensor {entry.name} holds numbers that are no means of |x|; make it again")
-    return Activations(parent, digest_of(data), means)
+    return Activations(parent, digest_of_means(means), means)

@@ -124,6 +124,11 @@ def is_head(name: str, tied: Mapping[str, str]) -> bool:
     return name in tied or name.endswith(HEAD)
 
 
+def is_embedding(name: str) -> bool:
+    """Whether a tensor is of embeddings, by the names that transformers gives them."""
+    return re.search(r"embed|\bw[tp]e\b", name) is not None
+
+
 def embeddings_in(tensors: Collection[str]) -> str | None:
     """The input embeddings of the language model, whose name has a prefix in multimodal models."""
     found = [name for name in tensors if name.endswith("embed_tokens.weight")]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec
-from jobs.merge_tasks import Parent
+from workers.checkpoints.fetching import fetch
 from workers.checkpoints.tokenizer_files import with_tokens
 from workers.digests import weights_digest
 from workers.engines.engine import Engine
@@ -20,10 +20,6 @@ from workers.storage import open_store
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-
-FETCHED_BYTES = 256 << 20
-"""Memory of a download; a store reads parts of it side by side."""
 
 
 class Resident:
@@ -100,20 +96,6 @@ class Resident:
         tokenizer = load_tokenizer(self.tokenizer)
         self.beginning = str(tokenizer.bos_token or tokenizer.eos_token or "")
         return open_engine(self._model, self.tokenizer, weights, task, self._device)
-
-
-def fetch(checkpoint: Parent, folder: Path) -> None:
-    """The files of a checkpoint in a folder: links to those of a local one, downloads of the pinned versions else."""
-    store = open_store(checkpoint.url)
-    for file in checkpoint.files:
-        local = Path(checkpoint.url, file.key)
-        if local.is_file():
-            (folder / file.key).symlink_to(local.resolve())
-            continue
-        with (folder / file.key).open("wb") as target:
-            for start in range(0, file.size, FETCHED_BYTES):
-                length = min(FETCHED_BYTES, file.size - start)
-                target.write(store.read(file.key, start=start, length=length, etag=file.etag))
 
 
 def _without_code(tokenizer_config: bytes) -> bytes:

@@ -1,0 +1,96 @@
+"""`mergeyard activations`: a file of statistics that a merge takes, the same again, and inputs that are refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from tests.orchestrator.models import HEAD, HIDDEN, weights, write_model
+
+Mergeyard = Callable[..., Any]
+
+WORDS = {
+    "model": {"type": "WordLevel", "vocab": {f"w{number}": number for number in range(48)}, "unk_token": "w0"},
+    "pre_tokenizer": {"type": "Whitespace"},
+    "added_tokens": [],
+}
+
+
+@pytest.fixture
+def base(parents: Path) -> Path:
+    """The base, with a tokenizer of 48 words."""
+    return write_model(parents / "base", weights("base"), tokenizer=WORDS)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    lines = [{"text": " ".join(f"w{(7 * number + step) % 48}" for step in range(9))} for number in range(12)]
+    (tmp_path / "texts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return tmp_path / "texts.jsonl"
+
+
+def test_a_merge_takes_the_statistics_that_were_written(mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path):
+    file = tmp_path / "stats" / "base.safetensors"
+    ended = mergeyard("activations", base, texts, file, "--count", 10, "--tokens", 6, "--device", "cpu", "--json")
+    assert ended.code == 0, ended.err
+    assert (ended.facts["texts"], ended.facts["tokens"]) == (10, 60)
+    assert (ended.facts["without"], ended.facts["unreached"]) == ([], [])
+    with safe_open(file, "np") as found:
+        assert {"texts_read": "10", "tokens": "60", "model": str(base)}.items() <= found.metadata().items()
+        inputs = found.get_tensor("model.layers.0.input_layernorm.weight")
+    ids = [number for line in range(10) for number in ((7 * line + step) % 48 for step in range(6))]
+    embeddings = weights("base")["model.embed_tokens.weight"].float().numpy()
+    assert inputs == pytest.approx(np.abs(embeddings[ids]).mean(0), rel=1e-5)
+    document = tmp_path / "aim.yml"
+    document.write_text(
+        f"merge_method: task_arithmetic\nbase_model: {base}\ndtype: float32\n"
+        f"models: [{{model: {base.parent / 'cos'}, parameters: {{weight: 1}}}}]\n"
+        f"aim: {{statistics: {file}, omega: 0}}\ntokenizer_source: base\n"
+    )
+    ended = mergeyard("merge", document, tmp_path / "out", "-q")
+    assert ended.code == 0, ended.err
+    merged = load_file(tmp_path / "out" / "model.safetensors")["model.layers.0.input_layernorm.weight"].numpy()
+    before, model = (weights(who)["model.layers.0.input_layernorm.weight"].double().numpy() for who in ("base", "cos"))
+    assert merged == pytest.approx(before + (model - before) * (1 - inputs / inputs.max()), rel=1e-6, abs=1e-7)
+
+
+def test_the_bundled_text_is_read_and_gives_the_same_bytes_again(mergeyard: Mergeyard, base: Path, tmp_path: Path):
+    files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
+    for file in files:
+        ended = mergeyard("activations", base, file, "--count", 3, "--tokens", 32, "--device", "cpu")
+        assert ended.code == 0, ended.err
+        assert "read 96 tokens in 3 texts" in ended.out
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with safe_open(files[0], "np") as found:
+        assert found.get_tensor(HEAD).shape == (1, HIDDEN)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("{base}", "{here}/texts.jsonl", "{here}/out"), "a file of activations ends in .safetensors; give its whole"),
+        (("{base}", "{here}/texts.jsonl", "{here}/there.safetensors"), "there is such a file already; give another"),
+        (("{base}", "{here}/no.jsonl", "{here}/out.safetensors"), "no.jsonl cannot be read"),
+        (("{base}", "{here}/empty.txt", "{here}/out.safetensors"), "empty.txt: there is no text in it; give prose as"),
+        (("{here}", "{here}/texts.jsonl", "{here}/out.safetensors"), "parent model ("),
+        (("{base}", "{here}/out.safetensors", "--count", "0"), "--count: a whole number from 2 on, not 0"),
+    ],
+)
+def test_wrong_inputs_are_refused_in_one_line(
+    mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+):
+    (tmp_path / "there.safetensors").write_bytes(b"")
+    (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "out").mkdir()
+    ended = mergeyard("activations", *(part.format(base=base, here=tmp_path) for part in arguments), "--device", "cpu")
+    assert ended.code == 2
+    assert message in ended.err
+    assert len(ended.err.splitlines()) == 1
+    assert not (tmp_path / "out.safetensors").exists()

@@ -1,0 +1,1 @@
+"""The activations of a model that reads texts, for AIM."""
