@@ -129,7 +129,14 @@ class LowRank:
 
 @dataclass(frozen=True, slots=True)
 class Scaled:
-    """The rule of a tensor that is stored in another dtype: its one input, converted."""
+    """The rule of a tensor that is stored in another dtype: the first input converted, times its scales.
+
+    The scales, if there are any, are the second input, in `grid` planes, rows and columns; one plane holds for all.
+    Each stands for a block of `block` rows and columns of the tensor's last two axes. The product is in float32.
+    """
+
+    grid: tuple[int, int, int] = (0, 0, 0)
+    block: tuple[int, int] = (0, 0)
 
 
 Rule = Merged | Rows | LowRank | Scaled

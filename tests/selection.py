@@ -37,6 +37,7 @@ SLOW = (
     "tests/chaos",
     "tests/conformance/test_adapters.py",
     "tests/conformance/test_architectures.py",
+    "tests/conformance/test_fp8.py",
     "tests/conformance/test_options.py",
     ORACLE,
     "tests/infra",

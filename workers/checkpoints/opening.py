@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
-from jobs.merge_tasks import Parent, ParentFile, ParentTensor, Source
+from jobs.merge_tasks import Derived, Parent, ParentFile, ParentTensor, Source
 from workers.checkpoints.configs import check_types, quantisation
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
@@ -26,6 +26,7 @@ from workers.checkpoints.safetensors import (
     read_header,
     read_json,
 )
+from workers.checkpoints.scales import dequantised, is_fp8, unquantised
 from workers.checkpoints.side_files import side_files
 from workers.checkpoints.torch_files import read_torch_file
 from workers.storage import ObjectInfo, Store, open_store
@@ -126,7 +127,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
         headers = list(pool.map(partial(read_file, store), shards))
         list(pool.map(partial(_check_whole, store), beside.values()))
     digests = _digests(store, listed)
-    tensors: dict[str, ParentTensor] = {}
+    stored: dict[str, ParentTensor] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for number, (info, header) in enumerate(zip(shards, headers, strict=True)):
         for entry in header:
@@ -141,10 +142,17 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
                     " save it"
                 )
             digest = digests.get(entry.name, "")
-            tensors[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, digest)
+            stored[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, digest)
+    tensors: Mapping[str, Source] = stored
     if not quantised:
+        tensors = dequantised(stored, shapes, config, name)
+        stated = _stated_quantisation(config, listed)
+        if stated is not None and not any(isinstance(source, Derived) for source in tensors.values()):
+            raise Unmergeable(f"{where}: {_quantised(stated)}")
         _refuse_quantised_tensors(tensors, where)
-    lost = sorted(set(weight_map or ()) - set(tensors))
+        config = unquantised(config)
+        beside = {key: info for key, info in beside.items() if key not in QUANTISED_FILES}
+    lost = sorted(set(weight_map or ()) - set(stored))
     if lost:
         assert weight_map is not None
         raise CorruptData(f"{where}: the index promises {lost[0]} in {weight_map[lost[0]]}, which does not hold it")
@@ -250,13 +258,18 @@ def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str, *, quant
         return None
     config = read_json(store, listed["config.json"], LARGEST_CONFIG)
     check_types(config, where)
-    stated = quantisation(config) or next((name for name in QUANTISED_FILES if name in listed), None)
-    if stated is not None and not quantised:
+    stated = _stated_quantisation(config, listed)
+    if stated is not None and not quantised and not is_fp8(config):
         raise Unmergeable(f"{where}: {_quantised(stated)}")
     return config
 
 
-def _refuse_quantised_tensors(tensors: Mapping[str, ParentTensor], where: str) -> None:
+def _stated_quantisation(config: Mapping[str, Any], listed: Mapping[str, ObjectInfo]) -> str | None:
+    """The format that the config states, or the file beside it that does."""
+    return quantisation(config) or next((name for name in QUANTISED_FILES if name in listed), None)
+
+
+def _refuse_quantised_tensors(tensors: Mapping[str, Source], where: str) -> None:
     """Refuses quantised weights whose config does not state them, by their dtypes and by the scales beside them."""
     scaled = {name.rpartition(".")[0] for name in tensors if _SCALE.search(name)}
     for name, tensor in tensors.items():

@@ -1,7 +1,7 @@
 """The rules of tensors whose parent stores them in another form: with a LoRA adapter, or in another dtype.
 
-All arithmetic is in float64, with one rounding at the end. The product of an adapter's matrices does not depend on the
-order of its sums, so that every machine gives the same bytes.
+An adapter's arithmetic is in float64, with one rounding at the end. The product of its matrices does not depend on the
+order of the sums, so that every machine gives the same bytes.
 """
 
 from __future__ import annotations
@@ -94,4 +94,19 @@ def _norms(rows: _Matrix) -> _Matrix:
 
 def scaled(rule: Scaled, derived: Derived, inputs: Sequence[Elements]) -> Elements:
     """The tensor in its dtype."""
-    return inputs[0].astype(numpy_dtype(derived.dtype))
+    dtype = numpy_dtype(derived.dtype)
+    if len(inputs) == 1:
+        return inputs[0].astype(dtype)
+    rows, columns = derived.shape[-2:]
+    values = inputs[0].reshape(-1, rows, columns)
+    output = np.empty(values.shape, dtype)
+    grids = np.broadcast_to(inputs[1].astype(np.float32).reshape(rule.grid), (len(values), *rule.grid[1:]))
+    step = max(1, BLOCK_ELEMENTS // columns)
+    with np.errstate(over="ignore", invalid="ignore"):
+        for plane, grid, target in zip(values, grids, output, strict=True):
+            for start in range(0, rows, step):
+                stop = min(start + step, rows)
+                factors = grid[np.arange(start, stop) // rule.block[0]]
+                factors = np.repeat(factors, rule.block[1], axis=1)[:, :columns] if factors.shape[1] > 1 else factors
+                target[start:stop] = plane[start:stop].astype(np.float32) * factors
+    return output.reshape(-1)

@@ -482,9 +482,9 @@ BAD_CHECKPOINTS: dict[str, tuple[dict[str, Any], object, type[MergeyardError], s
 
 UNSAID: dict[str, dict[str, torch.Tensor]] = {
     "FP8": {"a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn)},
-    "FP8 with scales": {
+    "FP8 with scales that do not fit": {
         "a.weight": torch.zeros(2, 2).to(torch.float8_e4m3fn),
-        "a.weight_scale_inv": torch.ones(1),
+        "a.weight_scale_inv": torch.ones(3),
     },
     "GPTQ": {"a.qweight": torch.zeros(2, 2, dtype=torch.int32), "a.scales": torch.ones(2)},
     "bitsandbytes in 8 bits": {"a.weight": torch.zeros(2, 2, dtype=torch.int8), "a.SCB": torch.ones(2)},

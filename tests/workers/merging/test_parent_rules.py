@@ -126,3 +126,27 @@ def test_a_bias_of_a_head_has_rows_of_one_number() -> None:
     rule = Rows(((0, 0, 1, 2), (0, 2, 0, 1)))
     found = RULES[Rows](rule, Derived("F32", (3,), rule, ()), [np.array([1, 2, 3], np.float32)])
     assert found.tolist() == [2, 3, 1]
+
+
+@pytest.mark.parametrize(
+    ("shape", "grid", "block"),
+    [
+        ((6, 4), (1, 1, 1), (6, 4)),
+        ((6, 4), (1, 6, 1), (1, 4)),
+        ((6, 4), (1, 1, 4), (6, 1)),
+        ((5, 7), (1, 3, 2), (2, 4)),
+        ((3, 4, 4), (3, 2, 2), (2, 2)),
+        ((3, 4, 4), (1, 1, 1), (4, 4)),
+    ],
+)
+def test_each_scale_multiplies_its_block(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], grid: tuple[int, int, int], block: tuple[int, int]
+) -> None:
+    monkeypatch.setattr("workers.merging.parent_rules.BLOCK_ELEMENTS", 12)
+    values, scales = drawn(*shape, dtype=ml_dtypes.float8_e4m3fn), np.abs(drawn(*grid))
+    rule = Scaled(grid, block)
+    derived = Derived("BF16", shape, rule, ())
+    found = scaled(rule, derived, [values.reshape(-1), scales.reshape(-1)]).reshape(-1, *shape[-2:])
+    for (plane, row, column), value in np.ndenumerate(values.reshape(found.shape)):
+        scale = scales[plane if grid[0] > 1 else 0, row // block[0], column // block[1]]
+        assert found[plane, row, column] == ml_dtypes.bfloat16(np.float32(value) * scale)
