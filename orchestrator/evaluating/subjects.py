@@ -14,6 +14,7 @@ from jobs.job import COMMAND_LINE
 from jobs.merge_tasks import digest, places_read
 from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.judging.samples import Cell
+from orchestrator.planning.beside import GENERATION
 from orchestrator.planning.layouts import Layout
 from orchestrator.planning.parents import parent_alone, parents_as_points
 from orchestrator.planning.plan import Plan, PlannedPoint
@@ -293,7 +294,7 @@ def _model_spec(plan: Plan, layout: Layout, family: Family, sets: Sequence[Plann
 
 def _end_tokens(plan: Plan, layout: Layout) -> tuple[int, ...]:
     """The tokens that end an answer, by the generation_config.json of the written point."""
-    donor = plan.parents[layout.donor]
-    info = donor.side_files.get("generation_config.json")
-    found: Any = None if info is None else read_json(open_store(donor.url), info, LARGEST_CONFIG).get("eos_token_id")
+    owner = plan.parents[layout.copied.get(GENERATION, layout.donor)]
+    info = owner.side_files.get(GENERATION)
+    found: Any = None if info is None else read_json(open_store(owner.url), info, LARGEST_CONFIG).get("eos_token_id")
     return tuple(token for token in (found if isinstance(found, list) else [found]) if isinstance(token, int))

@@ -15,6 +15,8 @@ from workers.checkpoints.side_files import LARGEST_SIDE_FILE, has_tokenizer, is_
 from workers.checkpoints.tokenizer_files import with_tokens
 from workers.storage import open_store
 
+GENERATION = "generation_config.json"
+
 
 def tokenizer_owner(recipe: Recipe, parents: Mapping[str, Checkpoint], donor: str) -> str:
     """The parent whose tokenizer the points get: the named one, else the donor, else the first that has one.
@@ -35,15 +37,19 @@ def tokenizer_owner(recipe: Recipe, parents: Mapping[str, Checkpoint], donor: st
 
 
 def copied_files(
-    donor: Checkpoint, tokenizer: Checkpoint, *, code: bool
+    donor: Checkpoint, tokenizer: Checkpoint, *, code: bool, renumbered: bool
 ) -> tuple[Mapping[str, Checkpoint], Mapping[str, Checkpoint]]:
     """(the files that a point takes over, those that stay behind), each with its parent.
 
-    Files of the tokenizer come from its parent, all others from the donor. Code stays behind unless asked for, and so
-    does a file of more than `LARGEST_SIDE_FILE` bytes.
+    Files of the tokenizer come from its parent, all others from the donor; so does generation_config.json, unless the
+    tokenizer gives the donor's tokens other ids (`renumbered`). Code stays behind unless asked for, and so does a file
+    of more than `LARGEST_SIDE_FILE` bytes.
     """
+    of_tokenizer = {name for name in tokenizer.side_files if is_of_tokenizer(name)}
+    if renumbered and GENERATION in tokenizer.side_files:
+        of_tokenizer.add(GENERATION)
     files = {name: donor for name in donor.side_files if not is_of_tokenizer(name)}
-    files |= {name: tokenizer for name in tokenizer.side_files if is_of_tokenizer(name)}
+    files |= dict.fromkeys(of_tokenizer, tokenizer)
     left = {
         name: parent
         for name, parent in files.items()

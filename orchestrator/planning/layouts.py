@@ -29,7 +29,7 @@ from orchestrator.planning.slicing import donor_of, held_whole, natural, pieces_
 from orchestrator.planning.tokenizers import fitted
 from workers.checkpoints.activations import Activations
 from workers.checkpoints.canonical import aligned, is_head, stored_name
-from workers.checkpoints.configs import with_vocabulary
+from workers.checkpoints.configs import with_token_ids, with_vocabulary
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_of
@@ -171,7 +171,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     check_architecture(members, recipe.place)
     # a transformation of checkpoints belongs here: what follows takes any tensors under any names
     members, tied = aligned(members, context_from)
-    stored, vocabulary = members, fitted(recipe, members, parents[tokenizer_from], tied)
+    stored, vocabulary = members, fitted(recipe, members, parents[tokenizer_from], donor_name, tied)
     members = vocabulary.members
     dtype = recipe.out_dtype or recipe.dtype
     pieces = pieces_of(recipe, members, context_from.config)
@@ -196,11 +196,14 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         ]
     if not any(_floats(tensor) for tensor in tensors):
         raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
-    copied, left_out = copied_files(parents[donor_name], parents[tokenizer_from], code=job.copy_code)
+    donor, tokenizer, renumbered = parents[donor_name], parents[tokenizer_from], vocabulary.renumbered
+    copied, left_out = copied_files(donor, tokenizer, code=job.copy_code, renumbered=renumbered)
     kinds: Counter[str] = Counter()
     for tensor in tensors:
         kinds[tensor.dtype] += _floats(tensor)
-    config = merged_config(parents[donor_name], context_from, dtype or TORCH_NAMES[kinds.most_common(1)[0][0]])
+    config = merged_config(donor, context_from, dtype or TORCH_NAMES[kinds.most_common(1)[0][0]])
+    if renumbered:
+        config = with_token_ids(config, tokenizer.config)
     if vocabulary.rows is not None:
         config = with_vocabulary(config, vocabulary.rows)
     config, alike = restacked(pieces, members, context_from, config, holds=job.config_from is not None)

@@ -40,16 +40,24 @@ _IN_LAYERS = re.compile(r".*\.(embed_tokens|shared_head\.head)\.weight")
 
 @dataclass(frozen=True)
 class Fitted:
-    """Members with one vocabulary, the rows of their embeddings if those are new, and the tokenizer's new tokens."""
+    """Members with one vocabulary, the rows of their embeddings if those are new, and the tokenizer's new tokens.
+
+    With `renumbered`, tokens of the donor have other ids or none.
+    """
 
     members: Sequence[Checkpoint]
     rows: int | None = None
     added: tuple[AddedToken, ...] = ()
     remarks: tuple[str, ...] = ()
+    renumbered: bool = False
 
 
-def fitted(recipe: Recipe, members: Sequence[Checkpoint], owner: Checkpoint, tied: Mapping[str, str]) -> Fitted:
+def fitted(
+    recipe: Recipe, members: Sequence[Checkpoint], owner: Checkpoint, donor: str, tied: Mapping[str, str]
+) -> Fitted:
     """The members with embeddings and heads that have the rows of one vocabulary; `owner` has its tokenizer.
+
+    `donor` is the member whose config holds.
 
     Without a `tokenizer_source` only rows of padding are added. `BadInput` for vocabularies that differ then, for those
     that cannot be read, and for a token without a row where the recipe asks for one.
@@ -92,6 +100,7 @@ def fitted(recipe: Recipe, members: Sequence[Checkpoint], owner: Checkpoint, tie
         rows,
         added,
         tuple(_remarks(recipe, own, owner.name, sizes, fitting.rows, added)),
+        any(out.get(token) != number for token, number in (vocabularies[donor] or own).tokens.items()),
     )
 
 

@@ -132,6 +132,17 @@ def with_vocabulary(config: Mapping[str, Any], rows: int) -> dict[str, Any]:
     return {**config, "vocab_size": rows}
 
 
+def with_token_ids(config: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the ids of tokens, such as `eos_token_id`, that the config `of` states in the same section."""
+    found = dict(config)
+    for key, value in config.items():
+        if is_section(key, value) and isinstance(of.get(key), Mapping):
+            found[key] = with_token_ids(value, of[key])
+        elif key.endswith(("token_id", "token_ids", "token_index")) and key in of:
+            found[key] = of[key]
+    return found
+
+
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with the defaults of its class in transformers, or as it is where transformers has no such class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -139,6 +139,25 @@ def ids_of(of: Mapping[str, Any]) -> dict[str, int]:
     return {**of["model"]["vocab"], **{entry["content"]: entry["id"] for entry in of["added_tokens"]}}
 
 
+def test_ends_of_answers_are_those_of_the_vocabulary(tmp_path: Path):
+    """mergekit keeps the ids that the base's config states, under which the new vocabulary has other tokens."""
+    write_model(tmp_path / "base", PLAIN)
+    numbered = {**PLAIN["model"]["vocab"], "</s>": 2, "a": 1}
+    added = [{**entry, "id": numbered[entry["content"]]} for entry in PLAIN["added_tokens"]]
+    other = {**PLAIN, "model": {**PLAIN["model"], "vocab": numbered}, "added_tokens": added}
+    write_model(tmp_path / "other", other)
+    for name in ("config.json", "generation_config.json"):
+        stated = json.loads((tmp_path / "other" / name).read_text())
+        (tmp_path / "other" / name).write_text(json.dumps({**stated, "eos_token_id": 2}))
+    for source, end in (("base", 1), ("union", 1), (str(tmp_path / "other"), 2)):
+        tensors = merged(tmp_path, ["base", "other"], tokenizer_source=source)
+        for name in ("config.json", "generation_config.json"):
+            assert json.loads((tmp_path / "out" / name).read_text())["eos_token_id"] == end
+        one, two = stored(tmp_path, "base"), stored(tmp_path, "other")
+        assert torch.equal(tensors[EMBEDDINGS][end], (one[1] + two[2]) / 2)
+        (tmp_path / "out").rename(tmp_path / f"ends in {source.rpartition('/')[2]}")
+
+
 def test_words_of_a_union_are_found_as_words(tmp_path: Path):
     write_model(tmp_path / "base", tokenizer(("a b",), kind="WordLevel"))
     write_model(tmp_path / "other", tokenizer(("c d",), kind="WordLevel"))
