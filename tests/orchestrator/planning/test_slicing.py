@@ -231,7 +231,7 @@ def test_a_config_that_does_not_count_its_layers_is_refused(plan: Planning, pare
 
 def test_a_tensor_that_only_the_first_layer_lacks_keeps_it_in_its_place(plan: Planning, parents: Path):
     model = {"model_type": "modernbert", "architectures": ["ModernBertForMaskedLM"], "hidden_size": 8}
-    model |= {"num_attention_heads": 2, "intermediate_size": 8, "vocab_size": 8, "num_hidden_layers": 2}
+    model |= {"num_attention_heads": 2, "intermediate_size": 8, "pad_token_id": 0, "num_hidden_layers": 2}
     parts = ("attn.Wqkv", "attn.Wo", "mlp_norm", "mlp.Wi", "mlp.Wo", "attn_norm")
     names = [f"model.layers.{layer}.{part}.weight" for layer in range(2) for part in parts]
     names.remove("model.layers.0.attn_norm.weight")
