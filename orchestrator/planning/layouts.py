@@ -25,7 +25,15 @@ from orchestrator.planning.compatibility import (
     is_tied,
     merged_config,
 )
-from orchestrator.planning.slicing import donor_of, held_whole, natural, pieces_of, plain_recipes, restacked
+from orchestrator.planning.language_models import adopted
+from orchestrator.planning.slicing import (
+    donor_of,
+    held_whole,
+    natural,
+    pieces_of,
+    plain_recipes,
+    restacked,
+)
 from orchestrator.planning.tokenizers import fitted
 from workers.checkpoints.activations import Activations
 from workers.checkpoints.canonical import aligned, is_head, stored_name
@@ -163,12 +171,19 @@ def _position(tensor: str, layers: Mapping[str, range]) -> float:
 
 def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], classes: TensorClasses) -> Layout:
     members = [parents[name] for name in recipe.references()]
-    donor_name = donor_of(recipe)
+    kin = adopted(members, donor_of(recipe))
+    donor_name = kin.whole.name if kin.plain else donor_of(recipe)
     context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
     tokenizer_from = tokenizer_owner(recipe, parents, donor_name)
     if any(member.unmergeable for member in members):
         return _as_it_is(job, recipe, members)
-    check_architecture(members, recipe.place)
+    check_architecture([member for member in members if member.name not in kin.plain], recipe.place)
+    if context_from.name in kin.plain:
+        raise BadInput(
+            f"{job.place_of('config_from')}: {context_from.name} is a plain language model, and the output is not;"
+            f" say {job.setting('config_from', donor_name)}"
+        )
+    members = kin.members
     # a transformation of checkpoints belongs here: what follows takes any tensors under any names
     members, tied = aligned(members, context_from)
     stored, vocabulary = members, fitted(recipe, members, parents[tokenizer_from], donor_name, tied)
@@ -180,11 +195,13 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     class_of: dict[tuple[Any, ...], int] = {}
     for number, piece in enumerate(pieces):
         names = [name for name in piece.names if not (drops_head and is_head(name, tied))]
-        owned = _owned(names, piece.members, tied, context_from.name, piece.recipe.place, job)
+        copied = kin.copied(names, piece.members)
+        merged = [name for name in names if name not in copied]
+        owned = _owned(merged, piece.members, tied, context_from.name, piece.recipe.place, job) | copied
         tensors += [
             _tensor(
                 name,
-                [member for member in piece.members if name not in owned or member.name == owned[name]],
+                [member for member in members if member.name == owned[name]] if name in owned else piece.members,
                 piece.recipe,
                 dtype,
                 job.numerics,
@@ -197,7 +214,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     if not any(_floats(tensor) for tensor in tensors):
         raise BadInput(f"{recipe.place}: the parents hold no floating-point tensors; there is nothing to merge")
     donor, tokenizer, renumbered = parents[donor_name], parents[tokenizer_from], vocabulary.renumbered
-    copied, left_out = copied_files(donor, tokenizer, code=job.copy_code, renumbered=renumbered)
+    files, left_out = copied_files(donor, tokenizer, code=job.copy_code, renumbered=renumbered)
     kinds: Counter[str] = Counter()
     for tensor in tensors:
         kinds[tensor.dtype] += _floats(tensor)
@@ -210,7 +227,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     # after the tensors: no setting helps parents of other shapes, and none is advised to them
     if job.config_from is None:
         configured = [replace(own, config=new.config) for own, new in zip(stored, alike, strict=True)]
-        check_configs(configured, recipe.place, job.setting("config_from", "PARENT"))
+        check_configs(kin.comparable(configured), recipe.place, job.setting("config_from", "PARENT"))
     if recipe.tokenizer_source is None:
         check_tokenizers(members, recipe.place)
     if len(pieces) > 1:
@@ -232,12 +249,12 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
             for tensor, (number, *_) in zip(representatives, class_of, strict=True)
         ),
         parents=recipe.references(),
-        whole=held_whole(pieces, members),
-        config=without_absent_code(config, copied),
+        whole=tuple(name for name in held_whole(pieces, members) if all(name in tensor.sources for tensor in tensors)),
+        config=without_absent_code(config, files),
         donor=donor_name,
         tokenizer_from=tokenizer_from,
         chat_template=chat_template(recipe, members, tokenizer_from),
-        copied={name: parent.name for name, parent in copied.items()},
+        copied={name: parent.name for name, parent in files.items()},
         left_out={name: parent.name for name, parent in left_out.items()},
         with_code=job.copy_code,
         tokenizer_stands_in=recipe.tokenizer_source is None and tokenizer_from != donor_name,
@@ -309,7 +326,7 @@ def _owned(
     owner: str,
     place: str,
     job: Job,
-) -> Mapping[str, str | None]:
+) -> dict[str, str | None]:
     """Tensors outside the layers that some parents lack, and the parent of `config_from`; None if it lacks them too.
 
     Other differences are refused.

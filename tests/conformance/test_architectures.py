@@ -114,6 +114,20 @@ def test_transformers_loads_stacked_slices(
     assert counts[0] < counts[1]
 
 
+def test_a_language_model_is_merged_into_a_multimodal_one(families: Callable[[str], Path], tmp_path: Path) -> None:
+    vlm, plain = families("llava") / "one", families("llama") / "one"
+    parents = [{"model": str(plain), "parameters": {"weight": 0.5}}, {"model": str(vlm), "parameters": {"weight": 0.5}}]
+    run_merge({"merge_method": "linear", "models": parents, "dtype": "float32"}, tmp_path / "merge")
+    loaded("llava", tmp_path / "merge")
+    merged, whole, language = (checkpoint(str(folder)) for folder in (tmp_path / "merge", vlm, plain))
+    assert merged.keys() == whole.keys()
+    for name, tensor in merged.items():
+        expected = whole[name].float()
+        if name.startswith("language_model."):
+            expected = (expected + language[name.removeprefix("language_model.")].float()) / 2
+        assert torch.equal(tensor, expected), name
+
+
 VLMS, MIXTURES = ("gemma3 VLM", "qwen2-vl", "llava"), ("mixtral", "qwen3 MoE")
 
 
