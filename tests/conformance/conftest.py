@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conformance import cases, tally
+from tests.conformance import cases, tally, vocabulary_cases
 from tests.conformance.checkpoints import write_parents
 from tests.conformance.generated import GENERATED_METHODS, documents, in_bf16, write_odd_parents
 from tests.conformance.oracle import MISSING, ORACLE_PYTHON, Answer, Merge, run_mergekit
@@ -52,15 +52,25 @@ def parents() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def vocabularies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that PARENTS stands for in `vocabulary_cases`."""
+    root = tmp_path_factory.mktemp("vocabularies")
+    vocabulary_cases.write_vocabularies(root)
+    return root
+
+
+@pytest.fixture(scope="session")
 def drawn(request: pytest.FixtureRequest) -> Mapping[str, str]:
     """The documents drawn at random, by name."""
     return drawn_documents(request.config)
 
 
 @pytest.fixture(scope="session")
-def mergekit(parents: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Answer]:
+def mergekit(
+    parents: Path, vocabularies: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, Answer]:
     """mergekit's answers, by name: to every case and every drawn document, computed in float32; `bit exact NAME` in
-    bfloat16; `refused NAME`; `sliced NAME`; `sharded output` in files of at most 30 kB."""
+    bfloat16; `refused NAME`; `vocabulary NAME`; `sliced NAME`; `sharded output` in files of at most 30 kB."""
     if not ORACLE_PYTHON.exists():
         pytest.skip(MISSING)
     merges = [
@@ -71,6 +81,13 @@ def mergekit(parents: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.T
     merges += [Merge(f"refused {name}", cases.parsed(text, parents)) for name, text in cases.REFUSED.items()]
     sliced = SLICED | SLICED_REFUSED
     merges += [Merge(f"sliced {name}", cases.parsed(text, parents)) for name, text in sliced.items()]
+    of_vocabularies = vocabulary_cases.ALIKE | {
+        f"padded {name}": text for name, text in vocabulary_cases.PADDED.items()
+    }
+    merges += [
+        Merge(f"vocabulary {name}", vocabulary_cases.document(text, vocabularies))
+        for name, text in of_vocabularies.items()
+    ]
     sharded = cases.parsed(cases.CASES["linear-bf16"], parents)
     merges.append(Merge("sharded output", sharded, shard_bytes=30_000))
     return run_mergekit(merges, tmp_path_factory.mktemp("mergekit"))
