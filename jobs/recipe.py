@@ -187,7 +187,7 @@ class RecipeTemplate:
             parameters=bound_parameters(self.parameters, bindings),
             dtype=texts.get("dtype"),
             out_dtype=texts.get("out_dtype"),
-            tokenizer_source=source,
+            tokenizer_source=None if source is None else source.removeprefix("model:"),  # as mergekit 0.0 had it
             chat_template=None if template is None else bound_text(template, bindings),
             tokenizer=settings,
             aim=None if self.aim is None else self.aim.bind(bindings),

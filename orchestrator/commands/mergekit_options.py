@@ -37,6 +37,7 @@ CHANGES_NOTHING = {
     "--no-unsafe-truncate-embeddings": "",
     "--read-to-gpu": "tensors always go straight to the device that computes",
     "--safe-serialization": "the output is always safetensors",
+    "--unsafe-truncate-embeddings": "no row of a token is dropped; parents that differ in padding merge without it",
     "--write-model-card": "the output always has a model card",
     "--write-threads": "--threads also sets the number of writing threads",
     "-v": "errors have one line; MERGEYARD_TRACEBACK=1 prints the whole traceback",
@@ -47,8 +48,6 @@ REFUSED = {
     "--no-copy-tokenizer": "a merge keeps its tokenizer; leave the option out, and remove the files afterwards",
     "--no-safe-serialization": "the output is always safetensors; leave the option out",
     "--no-write-model-card": "a merge keeps its card; leave the option out, and remove README.md afterwards",
-    "--unsafe-truncate-embeddings": "no row of a vocabulary is dropped; leave the option out, and merge parents of one"
-    " vocabulary",
 }
 
 WITH_VALUE = {"--lora-merge-cache", "--lora-merge-dtype", "--write-threads"}

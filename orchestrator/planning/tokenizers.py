@@ -34,6 +34,9 @@ _OUTPUT = re.compile(
 )
 """Embeddings and heads by their names in transformers and in the code of models beside it; heads have as many rows."""
 
+MOST_ROWS = 10_000_000
+"""Forty times the largest vocabulary; a damaged tokenizer may have any id."""
+
 _IN_LAYERS = re.compile(r".*\.(embed_tokens|shared_head\.head)\.weight")
 """Those of the layers for multi-token prediction; other tensors of layers have no rows of tokens."""
 
@@ -205,6 +208,12 @@ class _Fitting:
             self.rows = max(sizes.values())
         else:
             self.rows = max(used, sizes.get(owner, 0))
+        if self.rows > MOST_ROWS:
+            name = "pad_to_multiple_of" if pad is not None and used <= MOST_ROWS else "the id of a token"
+            raise BadInput(
+                f"{recipe.place}: the vocabulary would have {self.rows} rows by {name}, more than {MOST_ROWS};"
+                " correct it"
+            )
         self._averaged = used if pad is not None and used < self.rows else None
         self._limit = self.rows if self._averaged is None else used
         self._at = {member.name: self._own_rows(member.name, own, out) for member in members}
@@ -222,7 +231,7 @@ class _Fitting:
         vocabulary, size = self._vocabularies[name], self._sizes.get(name, 0)
         at = [-1] * self.rows
         for token, number in out.items():
-            if number < self.rows and at[number] < 0:
+            if 0 <= number < self.rows and at[number] < 0:
                 at[number] = self._id(name, token)
         taken = {*vocabulary.tokens.values()}
         # files of two kinds may list the special tokens or not: a row that no token has is that of the same id

@@ -50,6 +50,8 @@ def test_a_block_is_read_and_written_back() -> None:
         ("tokenizer: {source: union}", "union"),
         ("tokenizer: {source: base}", "base"),
         ("tokenizer: {source: b}", "b"),
+        ("tokenizer: {source: 'model:b'}", "b"),
+        ("tokenizer_source: model:b", "b"),
         ("tokenizer: {source: {model: {path: b, revision: v1}}}", "b@v1"),
         ("tokenizer: {}", "union"),
         ("tokenizer: {tokens: {}}", "union"),

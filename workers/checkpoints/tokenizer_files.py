@@ -22,11 +22,11 @@ def with_tokens(files: Mapping[str, bytes], added: Sequence[AddedToken]) -> dict
     if "tokenizer.json" in found:
         found["tokenizer.json"] = _json(_of_tokenizer_json(json.loads(found["tokenizer.json"]), added))
     else:
-        listed = json.loads(found.get("added_tokens.json", b"{}"))
+        listed = _fields(found.get("added_tokens.json", b"{}"))
         found["added_tokens.json"] = _json({**listed, **{token.content: token.id for token in added}})
-    config = json.loads(found.get("tokenizer_config.json", b"{}"))
+    config = _fields(found.get("tokenizer_config.json", b"{}"))
     if "added_tokens_decoder" in config or "tokenizer.json" not in found:
-        decoder = {**config.get("added_tokens_decoder", {}), **{str(token.id): _entry(token) for token in added}}
+        decoder = {**(config.get("added_tokens_decoder") or {}), **{str(token.id): _entry(token) for token in added}}
         found["tokenizer_config.json"] = _json({**config, "added_tokens_decoder": decoder})
     return found
 
@@ -42,6 +42,15 @@ def _of_tokenizer_json(tokenizer: dict[str, Any], added: Sequence[AddedToken]) -
         ids = {token.content: token.id for token in pieces} | {entry["content"]: entry["id"] for entry in listed}
         model = {**model, "vocab": {**model["vocab"], **ids}}
     return {**tokenizer, "added_tokens": listed, "model": model}
+
+
+def _fields(data: bytes) -> dict[str, Any]:
+    """The fields of a JSON file; none of a damaged one, of which the libraries complain."""
+    try:
+        fields = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return fields if isinstance(fields, dict) else {}
 
 
 def _entry(token: AddedToken) -> dict[str, Any]:

@@ -217,3 +217,13 @@ def test_embeddings_of_an_unknown_name_are_not_united(tmp_path: Path):
         renamed = {f"{key}.table" if key in (EMBEDDINGS, HEAD) else key: tensor for key, tensor in tensors.items()}
         save_file(renamed, tmp_path / name / "model.safetensors")
     assert "has the name of embeddings" in refused(tmp_path, ["one", "two"], tokenizer_source="union")
+
+
+def test_a_damaged_id_or_a_huge_multiple_is_refused(tmp_path: Path):
+    write_model(tmp_path / "one", {**PLAIN, "added_tokens": [{"id": 10**12, "content": "<s>"}]}, rows=12)
+    write_model(tmp_path / "two", CHAT)
+    models = ["one", "two"]
+    assert "rows by the id of a token, more than 10000000" in refused(tmp_path, models, tokenizer_source="union")
+    source = str(tmp_path / "two")
+    line = refused(tmp_path, models, tokenizer={"source": source, "pad_to_multiple_of": 10**9})
+    assert "would have 1000000000 rows by pad_to_multiple_of" in line
