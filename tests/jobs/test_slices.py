@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft202012Validator, ValidationError
 
 from jobs.errors import BadInput
 from jobs.job import load_merge_document
-from jobs.recipe import Recipe, recipe_template
+from jobs.recipe import Recipe, recipe_schema, recipe_template
 from jobs.yaml_nodes import load_document
 
 
@@ -54,6 +55,25 @@ parameters: {weight: 2}
 def test_a_document_is_written_back_as_it_was(text: str):
     assert bound(text).document() == yaml.safe_load(text)
     assert bound(yaml.safe_dump(bound(text).document())) == bound(text)
+
+
+@pytest.mark.parametrize("text", [SLICED, MODULES, SLICED.replace("[0, 4]", '["${k - 4}", "${k}"]')])
+def test_the_schema_takes_slices_and_modules(text: str):
+    Draft202012Validator(recipe_schema()).validate(yaml.safe_load(text))
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ("[0, 4]", "[0]"),
+        ("[0, 4]", "[-1, 4]"),
+        ("    layer_range: [0, 4]\n", ""),
+        ("slices:", "models: [{model: a}]\nslices:"),
+    ],
+)
+def test_the_schema_refuses_what_is_no_slice(old: str, new: str):
+    with pytest.raises(ValidationError):
+        Draft202012Validator(recipe_schema()).validate(yaml.safe_load(SLICED.replace(old, new, 1)))
 
 
 def test_placeholders_stand_in_ranges_models_and_parameters():
