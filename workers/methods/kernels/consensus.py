@@ -10,15 +10,12 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
-from workers.methods.kernels.memory import Array, address, addresses, aligned_lines
+from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
 EVERY, NONE = -1, 0x7FFFFFFF
 """Bits of a magnitude above which every element lies, or none."""
 
 _ELECTS, _NORMALIZES = 1, 2
-_BLOCK = 512
-"""Elements at a time: of longer stretches of each parent, a processor fetches too few ahead."""
-
 _FIELDS = 7  # of a trimmed task vector, see `_consensus`
 
 
@@ -56,8 +53,8 @@ def _consensus(
     equals to drop, has a mask). "Equals" counts those left of the elements that are exactly as large as the limit; −1
     means that nothing has to be counted. Point p has the terms up to `ends[p]`, which index `vectors`.
     """
-    for first in range(0, count, _BLOCK):
-        size = min(_BLOCK, count - first)
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
         for parent in range(parents):
             code, half, word, long = dtypes[parent], halves[parent], words[parent], longs[parent]
             widened(code, half, word, long, first, size, lines[parent])
@@ -216,15 +213,15 @@ def _elect(
             for i in range(count):
                 turned = delta[i] * weight * mass[i]
                 total[i] = nothing if turned < 0 else turned
-                mass[_BLOCK + i] = weight if turned > 0 else nothing
+                mass[BLOCK + i] = weight if turned > 0 else nothing
         else:
             for i in range(count):
                 turned = delta[i] * weight * mass[i]
                 total[i] += nothing if turned < 0 else turned
-                mass[_BLOCK + i] += weight if turned > 0 else nothing
+                mass[BLOCK + i] += weight if turned > 0 else nothing
     if normalizes:
         for i in range(count):
-            divisor, one = mass[_BLOCK + i], mass[i] * mass[i]
+            divisor, one = mass[BLOCK + i], mass[i] * mass[i]
             total[i] = total[i] * mass[i] / (one if divisor == 0 else divisor)
     else:
         for i in range(count):
@@ -306,7 +303,7 @@ def run_mixtures(
     bases = np.array([each.base for each in mixtures], np.int64)
     scales = np.array([each.scale for each in mixtures], dtype)
     broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
-    lines, _memory = aligned_lines(len(parents) + len(trimmed) + 3, _BLOCK * dtype.itemsize)
+    lines, _memory = aligned_lines(len(parents) + len(trimmed) + 3, BLOCK * dtype.itemsize)
     dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
     raw, out = addresses(parents), addresses(outputs)
     raw_at, out_at = address(raw), address(out)

@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-BLOCK = 1024
-"""Elements at a time: a few parents and a sum of so many stay in a core's fastest cache."""
+BLOCK = 512
+"""Elements at a time: a few parents and a sum of so many stay in a core's fastest cache.
+
+Of longer stretches of each parent, a processor also fetches too few ahead.
+"""
 
 _CACHE_LINE = 64
 
