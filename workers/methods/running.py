@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar, cast
 
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import run_overlap, run_selected, run_tall
 from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
-from workers.methods.kernels.relaxation import run_relaxations
+from workers.methods.kernels.relaxation import Relaxation, run_relaxations
 from workers.methods.kernels.swap import run_swaps
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
 from workers.methods.nearswap import NO_DISTANCE
@@ -46,8 +46,10 @@ def run(
     """
     broken: dict[str, bool] = {}
     overflowed = [False] * len(passes)
+    first: dict[int, int] = {}  # points that differ in their factors alone are neighbours
     for kind, runner in RUNNERS.items():
-        chosen = [index for index, each in enumerate(passes) if type(each) is kind]
+        chosen = [index for index, each in enumerate(passes) if _kind(each) is kind]
+        chosen.sort(key=lambda index: first.setdefault(id(_merged(passes[index])), index))
         if not chosen:
             continue
         places: dict[str, int] = {}
@@ -60,8 +62,32 @@ def run(
     return broken, overflowed
 
 
+def _kind(each: Pass) -> type:
+    """The type of the loop for a pass."""
+    inner = type(_merged(each))
+    return inner if inner in (WeightedSum, Consensus) else type(each)
+
+
+def _merged(each: Pass) -> Pass:
+    """The pass before its relaxation."""
+    return each.merged if isinstance(each, Relaxed) else each
+
+
+def _relaxations(passes: Sequence[Pass]) -> Iterator[tuple[Any, Relaxation | None, bool]]:
+    """Each pass before its relaxation, that, and whether the former is that of the pass before."""
+    before: Pass | None = None
+    for each in passes:
+        merged = _merged(each)
+        yield merged, Relaxation(each.factors, each.places) if isinstance(each, Relaxed) else None, merged is before
+        before = merged
+
+
 def _weighted_sums(
-    passes: Sequence[WeightedSum], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+    passes: Sequence[WeightedSum | Relaxed],
+    places: dict[str, int],
+    tile: Tile,
+    outputs: Sequence[Array],
+    arithmetic: str,
 ) -> Flags:
     sums = [
         Sum(
@@ -70,8 +96,10 @@ def _weighted_sums(
             ),
             None if each.base is None else _place(each.base, places),
             each.along,
+            relaxation,
+            repeats,
         )
-        for each in passes
+        for each, relaxation, repeats in _relaxations(passes)
     ]
     return WeightedSums(len(places), sums, arithmetic).run(
         _parents(places, tile), outputs, start=tile.start, row=tile.row
@@ -79,7 +107,7 @@ def _weighted_sums(
 
 
 def _consensus(
-    passes: Sequence[Consensus], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+    passes: Sequence[Consensus | Relaxed], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
     vectors: dict[tuple[Any, ...], int] = {}  # a task vector that several points trim alike is trimmed once
     trimmed: list[Trimmed] = []
@@ -98,10 +126,12 @@ def _consensus(
             each.elect,
             each.normalize,
             each.scale,
+            relaxation,
+            repeats,
         )
-        for each in passes
+        for each, relaxation, repeats in _relaxations(passes)
     ]
-    return run_mixtures(_parents(places, tile), trimmed, mixtures, outputs, arithmetic)
+    return run_mixtures(_parents(places, tile), trimmed, mixtures, outputs, arithmetic, tile.start)
 
 
 def _selected(
@@ -157,7 +187,7 @@ def _swaps(
 def _relaxed(
     passes: Sequence[Relaxed], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
-    """Merges into memory that stays in a cache, once for all points that differ in their factors alone."""
+    """Passes whose own loops do not relax: merges into memory that stays in a cache, once for all factors."""
     merges: dict[int, Pass] = {id(each.merged): each.merged for each in passes}
     points = {merge: [index for index, each in enumerate(passes) if id(each.merged) == merge] for merge in merges}
     step = TILE_ELEMENTS * max(1, MERGED_UNITS // len(merges))

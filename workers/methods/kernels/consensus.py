@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+from workers.methods.kernels.relaxation import RELAXES, REPEATS, Relaxation, Relaxations, relaxed
 
 EVERY, NONE = -1, 0x7FFFFFFF
 """Bits of a magnitude above which every element lies, or none."""
@@ -35,7 +36,12 @@ def _consensus(
     terms: Pointer,
     weights: Pointer,
     modes: Pointer,
+    relaxations: Pointer,
+    width: int,
+    stride: int,
+    block: int,
     scales: Pointer,
+    start: int,
     count: int,
     out_halves: Pointer,
     out_words: Pointer,
@@ -44,6 +50,7 @@ def _consensus(
     broken_parents: Pointer,
     broken_points: Pointer,
     lines: Pointer,
+    relaxed_total: Pointer,
     total: Pointer,
     mass: Pointer,
 ) -> None:
@@ -52,6 +59,7 @@ def _consensus(
     `vectors` holds of each task vector (line of the model, line of the base, keep above, equals to keep, drop above,
     equals to drop, has a mask). "Equals" counts those left of the elements that are exactly as large as the limit; −1
     means that nothing has to be counted. Point p has the terms up to `ends[p]`, which index `vectors`.
+    A point that `REPEATS` has the consensus of the one before; one that `RELAXES` has factors in `relaxations`.
     """
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
@@ -76,7 +84,9 @@ def _consensus(
         for point in range(points):
             end = ends[point]
             base, scale, mode = lines[bases[point]], scales[point], modes[point]
-            if end - begin == 2:
+            if mode & REPEATS:
+                pass
+            elif end - begin == 2:
                 a, b = lines[parents + terms[begin]], lines[parents + terms[begin + 1]]
                 _mix_two(mode, a, b, weights[begin], weights[begin + 1], scale, base, total, size)
             else:
@@ -86,7 +96,13 @@ def _consensus(
                 for i in range(size):
                     total[i] = base[i] + total[i] * scale
             half, word, long = out_halves[point], out_words[point], out_longs[point]
-            if rounded(out_dtype, total, size, half, word, long, first):
+            if mode & RELAXES:
+                own = relaxations[point]
+                relaxed(base, total, own, width, stride, block, start + first, size, relaxed_total)
+                found = rounded(out_dtype, relaxed_total, size, half, word, long, first)
+            else:
+                found = rounded(out_dtype, total, size, half, word, long, first)
+            if found:
                 broken_points[point] = 1
                 broken = True
             begin = end
@@ -233,8 +249,9 @@ _KERNELS = {
     name: kernel(
         *(*_TENSORS, "i64*", "i64"),
         *("i64*", "i64", f"{short}*", "u8**"),
-        *("i64", "i64*", "i64*", "i64*", f"{short}*", "i64*", f"{short}*", "i64"),
-        *(*_TENSORS, "i64", "u8*", "u8*", f"{short}**", f"{short}*", f"{short}*"),
+        *("i64", "i64*", "i64*", "i64*", f"{short}*"),
+        *("i64*", f"{short}**", "i64", "i64", "i64", f"{short}*", "i64", "i64"),
+        *(*_TENSORS, "i64", "u8*", "u8*", f"{short}**", f"{short}*", f"{short}*", f"{short}*"),
     )(_consensus)
     for name, short in (("float32", "f32"), ("float64", "f64"))
 }
@@ -271,6 +288,7 @@ class Mixture:
     """One point: base + scale · Σ weight · trimmed, over (place of the trimmed task vector, weight).
 
     With `elects`, the sum is that of the terms with its own sign; with `normalizes` it is divided by their weights.
+    With `repeats`, all before its relaxation is that of the point before.
     """
 
     base: int
@@ -278,6 +296,8 @@ class Mixture:
     elects: bool
     normalizes: bool
     scale: float
+    relaxation: Relaxation | None = None
+    repeats: bool = False
 
 
 def run_mixtures(
@@ -286,10 +306,12 @@ def run_mixtures(
     mixtures: Sequence[Mixture],
     outputs: Sequence[Array],
     arithmetic: str,
+    start: int = 0,
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Writes every point's elements, each rounded once: `outputs` are of one dtype and as long as each parent.
 
-    Returns for each parent, and for each output, whether any element is NaN or infinite.
+    The elements begin at `start` of the tensor. Returns for each parent, and for each output, whether any element is
+    NaN or infinite.
     """
     elements, dtype = len(parents[0]), np.dtype(arithmetic)
     assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
@@ -299,21 +321,23 @@ def run_mixtures(
     ends = np.cumsum([len(each.terms) for each in mixtures])
     terms = np.array([place for each in mixtures for place, _ in each.terms], np.int64)
     weights = np.array([weight for each in mixtures for _, weight in each.terms], dtype)
-    modes = np.array([_ELECTS * each.elects + _NORMALIZES * each.normalizes for each in mixtures], np.int64)
+    relaxations = Relaxations([(each.relaxation, each.repeats) for each in mixtures], dtype)
+    relaxations.modes += [_ELECTS * each.elects + _NORMALIZES * each.normalizes for each in mixtures]
     bases = np.array([each.base for each in mixtures], np.int64)
     scales = np.array([each.scale for each in mixtures], dtype)
     broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
-    lines, _memory = aligned_lines(len(parents) + len(trimmed) + 3, BLOCK * dtype.itemsize)
+    lines, _memory = aligned_lines(len(parents) + len(trimmed) + 4, BLOCK * dtype.itemsize)
     dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
     raw, out = addresses(parents), addresses(outputs)
     raw_at, out_at = address(raw), address(out)
     _KERNELS[arithmetic](
         *(raw_at, raw_at, raw_at, address(dtypes), len(parents)),
         *(address(vectors), len(trimmed), address(factors), address(masks)),
-        *(len(mixtures), address(bases), address(ends), address(terms), address(weights), address(modes)),
-        *(address(scales), elements),
+        *(len(mixtures), address(bases), address(ends), address(terms), address(weights)),
+        *(*relaxations.arguments, address(scales), start, elements),
         *(out_at, out_at, out_at, CODES[outputs[0].dtype]),
-        *(address(broken[0]), address(broken[1]), address(lines), int(lines[-3]), int(lines[-2])),
+        *(address(broken[0]), address(broken[1]), address(lines)),
+        *(int(lines[-4]), int(lines[-3]), int(lines[-2])),
     )
     return broken
 

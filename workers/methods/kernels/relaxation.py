@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,29 +35,30 @@ def _relaxations(
     lines: Pointer,
 ) -> None:
     """The base is one tensor, and `merged` one in the arithmetic dtype; `factors` are those of each point."""
-    base, step, total = lines[0], lines[1], lines[2]
+    base, line, total = lines[0], lines[1], lines[2]
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
         widened(dtype, halves, words, longs, first, size, base)
         for i in range(size):
-            step[i] = merged[first + i] - base[i]
+            line[i] = merged[first + i]
         for point in range(points):
-            _relax(base, step, factors[point], width, stride, block, start + first, size, total)
+            relaxed(base, line, factors[point], width, stride, block, start + first, size, total)
             if rounded(out_dtype, total, size, out_halves[point], out_words[point], out_longs[point], first):
                 broken_points[point] = 1
 
 
-def _relax(
+def relaxed(
     base: Pointer,
-    step: Pointer,
+    merged: Pointer,
     factors: Pointer,
     width: int,
     stride: int,
     block: int,
     start: int,
     count: int,
-    total: Pointer,
+    into: Pointer,
 ) -> None:
+    """base + (merged − base) · factor for a line, whose first element is `start` of the tensor."""
     at = 0
     while at < count:
         place = start + at
@@ -64,11 +67,11 @@ def _relax(
         if stride == 1:
             stretch = min(width - channel, count - at)
             for i in range(stretch):
-                total[at + i] = base[at + i] + step[at + i] * factors[index + i]
+                into[at + i] = base[at + i] + (merged[at + i] - base[at + i]) * factors[index + i]
         else:
             stretch, factor = min(stride - place % stride, count - at), factors[index]
             for i in range(stretch):
-                total[at + i] = base[at + i] + step[at + i] * factor
+                into[at + i] = base[at + i] + (merged[at + i] - base[at + i]) * factor
         at += stretch
 
 
@@ -80,6 +83,36 @@ _KERNELS = {
     )(_relaxations)
     for name, short in (("float32", "f32"), ("float64", "f64"))
 }
+
+
+REPEATS, RELAXES = 4, 8
+"""Modes of a point in other kernels."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Relaxation:
+    """Element i of the tensor has factor (i // block) · width + (i // stride) % width; `places` is those three."""
+
+    factors: Array
+    places: tuple[int, int, int]
+
+
+class Relaxations:
+    """Those of all points of another kernel, as its arguments; the points that repeat the merge of the one before."""
+
+    def __init__(self, points: Sequence[tuple[Relaxation | None, bool]], arithmetic: np.dtype[Any]) -> None:
+        none = Relaxation(np.zeros(0, arithmetic), (1, 1, 1))
+        given = [relaxation for relaxation, _ in points if relaxation is not None]
+        self.modes = np.array([REPEATS * again + RELAXES * (each is not None) for each, again in points], np.int64)
+        self._kept = [none if each is None else each for each, _ in points]
+        self._factors = addresses([each.factors for each in self._kept])
+        self._places = given[0].places if given else none.places
+        assert all(each.places == self._places and each.factors.dtype == arithmetic for each in given)
+
+    @property
+    def arguments(self) -> tuple[int, ...]:
+        """The addresses of modes and factors, width, stride and block."""
+        return address(self.modes), address(self._factors), *self._places
 
 
 def run_relaxations(

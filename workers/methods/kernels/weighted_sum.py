@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+from workers.methods.kernels.relaxation import RELAXES, REPEATS, Relaxation, Relaxations, relaxed
 from workers.methods.kernels.short_sum import short_sums
 
 SCALAR, OF_ROW, OF_COLUMN = range(3)
@@ -32,6 +33,11 @@ def _weighted_sums(
     ends: Pointer,
     terms: Pointer,
     coefficients: Pointer,
+    modes: Pointer,
+    factors: Pointer,
+    width: int,
+    stride: int,
+    block: int,
     row: int,
     start: int,
     count: int,
@@ -43,13 +49,14 @@ def _weighted_sums(
     broken_points: Pointer,
     lines: Pointer,
     total: Pointer,
-    factors: Pointer,
+    relaxed_total: Pointer,
+    spread: Pointer,
 ) -> None:
     """For each block: every parent as a line of numbers, then every delta, then every point's sum, rounded once.
 
     `pairs` holds (line, line of the base) of each delta, and `terms` (line, kind of coefficients, index of the first,
     their number) of each term of all points; point p has those up to `ends[p]`, and adds line `bases[p]` at last unless
-    that is −1.
+    that is −1. A point that `REPEATS` has the sum of the one before; one that `RELAXES` has an entry in `factors`.
     """
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
@@ -62,20 +69,28 @@ def _weighted_sums(
         broken = False
         for point in range(points):
             opening = True
+            if modes[point] & REPEATS:
+                term = ends[point]
             while term < ends[point]:
                 line, kind, index = lines[terms[4 * term]], terms[4 * term + 1], terms[4 * term + 2]
                 if kind == SCALAR:
                     _add_scaled(opening, line, coefficients[index], total, size)
                 else:
-                    width = row if kind == OF_ROW else terms[4 * term + 3]
-                    _spread(kind, coefficients, index, width, start + first, size, factors)
-                    _add_product(opening, line, factors, total, size)
+                    length = row if kind == OF_ROW else terms[4 * term + 3]
+                    _spread(kind, coefficients, index, length, start + first, size, spread)
+                    _add_product(opening, line, spread, total, size)
                 opening = False
                 term += 1
-            if bases[point] >= 0:
+            if bases[point] >= 0 and not modes[point] & REPEATS:
                 _add(lines[bases[point]], total, size)
             half, word, long = out_halves[point], out_words[point], out_longs[point]
-            if rounded(out_dtype, total, size, half, word, long, first):
+            if modes[point] & RELAXES:
+                base, own = lines[bases[point]], factors[point]
+                relaxed(base, total, own, width, stride, block, start + first, size, relaxed_total)
+                found = rounded(out_dtype, relaxed_total, size, half, word, long, first)
+            else:
+                found = rounded(out_dtype, total, size, half, word, long, first)
+            if found:
                 broken_points[point] = 1
                 broken = True
         if broken:  # an element of a parent that is NaN or infinite makes the sums so in which it takes part
@@ -132,8 +147,9 @@ _TENSORS = ("u16**", "u32**", "u64**")
 _KERNELS = {
     name: kernel(
         *(*_TENSORS, "i64*", "i64", "i64*", "i64"),
-        *("i64", "i64*", "i64*", "i64*", f"{short}*", "i64", "i64", "i64"),
-        *(*_TENSORS, "i64", "u8*", "u8*", f"{short}**", f"{short}*", f"{short}*"),
+        *("i64", "i64*", "i64*", "i64*", f"{short}*"),
+        *("i64*", f"{short}**", "i64", "i64", "i64", "i64", "i64", "i64"),
+        *(*_TENSORS, "i64", "u8*", "u8*", f"{short}**", f"{short}*", f"{short}*", f"{short}*"),
     )(_weighted_sums)
     for name, short in (("float32", "f32"), ("float64", "f64"))
 }
@@ -144,16 +160,19 @@ class Sum:
     """One point: Σ cᵢ·xᵢ over (parent, coefficient), or base + Σ cᵢ·(xᵢ − base) with a base.
 
     Parents are places in a list. A coefficient is a number, or an array with one number for each row or each column.
+    With `repeats`, the sum before its relaxation is that of the point before.
     """
 
     terms: tuple[tuple[int, float | Array], ...]
     base: int | None = None
     along: Literal["tensor", "rows", "columns"] = "tensor"
+    relaxation: Relaxation | None = None
+    repeats: bool = False
 
 
 def _is_short(each: Sum) -> bool:
     """Whether `short_sums` has a loop for it."""
-    numbers = all(np.ndim(coefficient) == 0 for _, coefficient in each.terms)
+    numbers = each.relaxation is None and all(np.ndim(coefficient) == 0 for _, coefficient in each.terms)
     return numbers and (len(each.terms) == 2 or (len(each.terms) == 1 and each.base is not None))
 
 
@@ -184,6 +203,7 @@ class WeightedSums:
         self._ends, self._terms = np.array(ends, np.int64), np.array(terms, np.int64)
         self._numbers = np.concatenate(numbers).astype(self._arithmetic)
         self._short = arithmetic == "float32" and all(_is_short(each) for each in sums)
+        self._relaxations = Relaxations([(each.relaxation, each.repeats) for each in sums], self._arithmetic)
         self._models = np.array([parent for each in sums for parent, _ in each.terms], np.int64)
 
     def run(
@@ -207,13 +227,15 @@ class WeightedSums:
                 *(address(broken[0]), address(broken[1])),
             )
             return broken
-        lines, _memory = aligned_lines(self._lines + 2, BLOCK * self._arithmetic.itemsize)
+        lines, _memory = aligned_lines(self._lines + 3, BLOCK * self._arithmetic.itemsize)
         dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
         self._kernel(
             *(raw_at, raw_at, raw_at, address(dtypes), self._parents),
             *(address(self._pairs), len(self._pairs), len(self._bases), address(self._bases)),
-            *(address(self._ends), address(self._terms), address(self._numbers), row, start, elements),
+            *(address(self._ends), address(self._terms), address(self._numbers)),
+            *(*self._relaxations.arguments, row, start, elements),
             *(out_at, out_at, out_at, CODES[outputs[0].dtype]),
-            *(address(broken[0]), address(broken[1]), address(lines), int(lines[-2]), int(lines[-1])),
+            *(address(broken[0]), address(broken[1]), address(lines)),
+            *(int(lines[-3]), int(lines[-2]), int(lines[-1])),
         )
         return broken
