@@ -19,23 +19,27 @@ def with_tokens(files: Mapping[str, bytes], added: Sequence[AddedToken]) -> dict
     found = dict(files)
     if not added:
         return found
+    beside = added
     if "tokenizer.json" in found:
-        found["tokenizer.json"] = _json(_of_tokenizer_json(json.loads(found["tokenizer.json"]), added))
-    else:
-        listed = _fields(found.get("added_tokens.json", b"{}"))
-        found["added_tokens.json"] = _json({**listed, **{token.content: token.id for token in added}})
+        tokenizer = json.loads(found["tokenizer.json"])
+        pieces = [token for token in added if token.piece and isinstance(tokenizer["model"]["vocab"], dict)]
+        beside = [token for token in added if token not in pieces]
+        found["tokenizer.json"] = _json(_of_tokenizer_json(tokenizer, pieces, beside))
     config = _fields(found.get("tokenizer_config.json", b"{}"))
+    if "added_tokens.json" in found or "tokenizer.json" not in found:
+        listed = _fields(found.get("added_tokens.json", b"{}"))
+        found["added_tokens.json"] = _json({**listed, **{token.content: token.id for token in beside}})
     if "added_tokens_decoder" in config or "tokenizer.json" not in found:
-        decoder = {**(config.get("added_tokens_decoder") or {}), **{str(token.id): _entry(token) for token in added}}
+        decoder = {**(config.get("added_tokens_decoder") or {}), **{str(token.id): _entry(token) for token in beside}}
         found["tokenizer_config.json"] = _json({**config, "added_tokens_decoder": decoder})
     return found
 
 
-def _of_tokenizer_json(tokenizer: dict[str, Any], added: Sequence[AddedToken]) -> dict[str, Any]:
+def _of_tokenizer_json(
+    tokenizer: dict[str, Any], pieces: Sequence[AddedToken], beside: Sequence[AddedToken]
+) -> dict[str, Any]:
     model = tokenizer["model"]
-    pieces = [token for token in added if token.piece and isinstance(model["vocab"], dict)]
-    listed = [*(tokenizer.get("added_tokens") or ())]
-    listed += [{"id": token.id, **_entry(token)} for token in added if token not in pieces]
+    listed = [*(tokenizer.get("added_tokens") or ()), *({"id": token.id, **_entry(token)} for token in beside)]
     listed.sort(key=lambda entry: entry["id"])
     if pieces:
         # a token that the model has keeps its id; those beside the model are counted on from the size of the model
