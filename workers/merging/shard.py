@@ -39,6 +39,7 @@ from workers.merging.tiles import (
     tiles,
 )
 from workers.merging.writing import ShardWriter
+from workers.methods.reductions import DRAWN
 from workers.methods.tile import TILE_ELEMENTS, Reduction
 from workers.storage import open_store
 
@@ -146,7 +147,9 @@ class _Merge:
         fits = [not ask or self._bytes(group) <= self.budget.held for group, ask in zip(groups, asks, strict=True)]
         ahead = self._read(slab for group, fit in zip(groups, fits, strict=True) if fit for slab in group)
         for group, ask, fit in zip(groups, asks, fits, strict=True):
-            facts = {stretch.tensor.name: given[stretch.tensor.name] for stretch in group[0]}
+            drawn: dict[Any, Any] = {}
+            names = [stretch.tensor.name for stretch in group[0]]
+            facts: dict[str, Facts] = {name: {**given[name], DRAWN: drawn} for name in names}
             if not fit:
                 self._learn(group, facts, lambda group=group: self._read(group), keep=False)
                 slabs: Iterable[Slab] = self._read(group)

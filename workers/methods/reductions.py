@@ -521,6 +521,8 @@ def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.b
     """The same in the memory of the host."""
 
     def decide() -> NDArray[np.bool_]:
+        if (before := _drawn_before(tile, coin, model, base)) is not None:
+            return before
         if coin.spread and tile.row > 1:
             return _drawn_by_rank(tile, coin, model, base)
         bits = tile.random_bits(coin.method, model)
@@ -528,6 +530,34 @@ def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.b
         return bits < np.uint32(limit) if limit < 1 << 32 else np.ones(bits.size, np.bool_)
 
     return tile.remember((coin, model, base), decide)
+
+
+DRAWN = Reduction()
+"""The fact that holds what coins have decided for another fact, where the pass over the tensor follows soon."""
+
+MOST_DRAWN = 4096
+"""Units of `TILE_ELEMENTS` that are held, a bit an element: 64 MiB."""
+
+
+def _keep_drawn(tile: Tile, coin: Coin, model: str, base: str) -> None:
+    held = tile.facts.get(DRAWN)
+    if held is None or len(held) >= MOST_DRAWN:
+        return
+    mask = drawn_on_host(tile, coin, model, base)
+    for unit in range(*tile.units):
+        begin = unit * TILE_ELEMENTS - tile.start
+        held[coin, model, base, tile.tensor, unit] = np.packbits(mask[begin : begin + TILE_ELEMENTS])
+
+
+def _drawn_before(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_] | None:
+    """What a coin has decided for all elements of a tile, if that is held."""
+    held = tile.facts.get(DRAWN)
+    if not held:
+        return None
+    units = [held.get((coin, model, base, tile.tensor, unit)) for unit in range(*tile.units)]
+    if any(unit is None for unit in units):
+        return None
+    return np.unpackbits(np.concatenate(units), count=tile.elements).view(np.bool_)
 
 
 @dataclass(frozen=True, slots=True)
@@ -545,6 +575,8 @@ class L1Kept(Reduction):
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
             arrays.append(self.kept.on_host(tile, self.model, self.base))
+            if self.kept.coin is not None:
+                _keep_drawn(tile, self.kept.coin, self.model, self.base)
             products = [Product((0, 1), 2, magnitude=True)]
             return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
         mask = self.kept.mask(tile, self.model, self.base)

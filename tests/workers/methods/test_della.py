@@ -10,8 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.workers.methods.whole import tiles_of
-from workers.methods.reductions import Coin, drawn_on_host
+from jobs.merge_tasks import Setting
+from tests.workers.methods.test_passes import parents
+from tests.workers.methods.whole import answered, tiles_of
+from workers.merging.tiles import pass_of
+from workers.methods import reductions
+from workers.methods.reductions import DRAWN, Coin, drawn_on_host
+from workers.methods.running import run
+from workers.methods.tile import Reduction
 
 
 def chances(deltas: list[float], shape: tuple[int, ...], coin: Coin, units: int = 1) -> list[float]:
@@ -102,3 +108,34 @@ def test_della_elects_a_sign_and_averages(merge: Any):
     parameters = {"weight": (1.0, 2.0), "density": (0.5, 0.5), "epsilon": (0.1, 0.1), "rescale": False, "seed": 4}
     merged = merge("della", models, base={"b": torch.zeros(64)}, **parameters)
     assert set(merged.tolist()) == {3.0, -1.0, 0.0}
+
+
+@pytest.mark.parametrize("most", [4096, 4])
+def test_what_a_norm_has_drawn_is_not_drawn_again(small_tiles: int, monkeypatch: pytest.MonkeyPatch, most: int):
+    raw: Any = parents(np.random.default_rng(2), 11 * 13, "BF16")
+    merge = Setting(
+        *("della", ("a", "b"), "base"),
+        (
+            *(("weight", (0.3, 0.6)), ("density", (0.5, 0.4)), ("epsilon", (0.1, 0.2))),
+            *(("normalize", True), ("rescale", True), ("lambda", 1.0)),
+        ),
+    )
+    monkeypatch.setattr(reductions, "MOST_DRAWN", most)
+
+    def merged(facts: dict[Reduction, Any]) -> bytes:
+        tiles = tiles_of(raw, facts, units=3, seed=3, shape=(11, 13))
+        each: Any = answered(tiles, facts, lambda tile: pass_of(tile, merge, "F32", ""))[0]
+        if most > 4 and DRAWN in facts:
+            monkeypatch.setattr(reductions, "_drawn_by_rank", None)
+        found = b""
+        for tile in tiles_of(raw, facts, units=4, seed=3, shape=(11, 13)):
+            output = np.zeros(tile.elements, raw["base"].dtype)
+            run([each], tile, [output], "float32")
+            found += output.tobytes()
+        return found
+
+    expected = merged({})
+    held: dict[Any, Any] = {}
+    assert merged({DRAWN: held}) == expected
+    units = -(-143 // small_tiles)
+    assert len(held) == 2 * units if most > 4 else 4 <= len(held) < 2 * units
