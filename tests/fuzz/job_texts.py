@@ -54,7 +54,9 @@ def corpus() -> list[str]:
     texts = [path.read_text(encoding="utf-8") for path in sorted(EXAMPLES.glob("*.yaml"))]
     texts.append(
         "name: a\nparents: {p: x, q: y}\nrecipe: {merge_method: slerp, base_model: p, models: [{model: p}, {model: q}],"
-        " parameters: {t: [{filter: mlp, value: [0, '${t}', 1]}, {value: '${(t + u) * s}'}]}, tokenizer_source: p}\n"
+        " parameters: {t: [{filter: mlp, value: [0, '${t}', 1]}, {value: '${(t + u) * s}'}]},"
+        " tokenizer: {source: p, tokens: {<x>: {source: {kind: model_token, model: q, token_id: 3}, force: true}},"
+        " pad_to_multiple_of: 64}}\n"
         "grid: {simplex: {axes: [t, u], step: 0.25}, s: {from: 0, to: 1, num: 3}}\npoint: 'a{t}b{u}c{s}'\noutput: o\n"
         "gate: {baseline: p, margin: 1}\nevaluate: {perplexity: {lengths: [128]}, race: {keep: 2}}\nseed: 3\n"
     )

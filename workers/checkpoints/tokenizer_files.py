@@ -26,7 +26,7 @@ def with_tokens(files: Mapping[str, bytes], added: Sequence[AddedToken]) -> dict
         beside = [token for token in added if token not in pieces]
         found["tokenizer.json"] = _json(_of_tokenizer_json(tokenizer, pieces, beside))
     config = _fields(found.get("tokenizer_config.json", b"{}"))
-    if "added_tokens.json" in found or "tokenizer.json" not in found:
+    if found.keys() & {"added_tokens.json", "tokenizer.model"} or "tokenizer.json" not in found:
         listed = _fields(found.get("added_tokens.json", b"{}"))
         found["added_tokens.json"] = _json({**listed, **{token.content: token.id for token in beside}})
     if "added_tokens_decoder" in config or "tokenizer.json" not in found:
