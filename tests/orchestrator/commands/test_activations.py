@@ -13,6 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from tests.orchestrator.models import HEAD, HIDDEN, weights, write_model
+from workers.checkpoints.activations import open_activations
+from workers.storage import open_store
 
 Mergeyard = Callable[..., Any]
 
@@ -94,3 +96,16 @@ def test_wrong_inputs_are_refused_in_one_line(
     assert message in ended.err
     assert len(ended.err.splitlines()) == 1
     assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_model_texts_and_file_may_lie_in_a_bucket(
+    mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path, s3_url: str
+):
+    local = tmp_path / "here.safetensors"
+    assert mergeyard("activations", base, texts, local, "--device", "cpu", "-q").code == 0
+    for file in (*base.iterdir(), texts):
+        open_store(s3_url).write(file.name, file.read_bytes())
+    there = f"{s3_url}/stats/there.safetensors"
+    ended = mergeyard("activations", s3_url, f"{s3_url}/{texts.name}", there, "--device", "cpu", "--json")
+    assert ended.code == 0, ended.err
+    assert ended.facts["digest"] == open_activations(str(local)).digest == open_activations(there).digest
