@@ -11,6 +11,7 @@ from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.job import Job
 from jobs.merge_tasks import TensorMerge
 from jobs.recipe import Recipe
+from jobs.slices import bases_of
 from orchestrator.planning.layouts import Layout
 from orchestrator.words import shortlist
 from workers.checkpoints.activations import Means, open_activations
@@ -48,9 +49,12 @@ def with_activations(layout: Layout, parents: Mapping[str, Checkpoint], recipe: 
 
     `BadInput` if the statistics are not those of the base: of a tensor that it has not, or of another shape.
     """
-    if recipe.aim is None or recipe.base_model is None:
+    if recipe.aim is None:
         return layout
-    place, base = recipe.place_of("aim"), parents[recipe.base_model]
+    place = recipe.place_of("aim")
+    if recipe.base_model is None or {*bases_of(recipe.slices, recipe.modules)} - {recipe.base_model}:
+        raise BadInput(f"{place}: aim has the statistics of one base; give all parts one `base_model`, beside `aim:`")
+    base = parents[recipe.base_model]
     try:
         activations = open_activations(located(recipe.aim.statistics, folder))
     except (BadInput, CorruptData, ObjectMissing) as error:

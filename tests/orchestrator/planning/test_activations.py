@@ -193,6 +193,32 @@ def test_a_method_without_task_vectors_is_refused(plan: Planning, statistics: Pa
         plan(grid="", recipe=document)
 
 
+SLICES = """
+  merge_method: task_arithmetic
+  base_model: base
+  slices:
+  - sources: [{{model: base, layer_range: [0, 2]}}, {{model: cos, layer_range: [0, 2], parameters: {{weight: 1}}}}]
+  - sources: [{{model: base, layer_range: [1, 2]}}, {{model: fmt, layer_range: [1, 2], parameters: {{weight: 1}}}}]
+    {base}
+  aim: {{statistics: {file}}}
+"""
+
+
+def test_slices_have_the_statistics_of_the_layers_that_they_come_from(plan: Planning, statistics: Path):
+    layout = plan(grid="", recipe=SLICES.format(file=statistics, base="")).points[0].layout
+    named = {tensor.name: tensor.activations for shard in layout.shards for tensor in shard.tensors}
+    assert named["model.layers.2.mlp.down_proj.weight"] == "model.layers.1.mlp.down_proj.weight"
+    assert named["model.layers.1.mlp.down_proj.weight"] == "model.layers.1.mlp.down_proj.weight"
+    assert named["model.layers.2.self_attn.q_proj.bias"] is None
+
+
+def test_parts_with_bases_of_their_own_are_refused(plan: Planning, statistics: Path):
+    with pytest.raises(
+        BadInput, match="aim has the statistics of one base; give all parts one `base_model`, beside `a"
+    ):
+        plan(grid="", recipe=SLICES.format(file=statistics, base="base_model: cos"))
+
+
 @pytest.mark.parametrize("omega", ["1.5", "-0.1", "much", "true"])
 def test_an_omega_outside_its_range_is_refused(plan: Planning, statistics: Path, omega: str):
     with pytest.raises(BadInput, match="omega"):
