@@ -18,7 +18,7 @@ from jobs.tokenizers import AddedToken, TokenSource
 from jobs.yaml_nodes import quoted
 from orchestrator.planning.compatibility import check_tokenizers
 from workers.checkpoints.canonical import stored_name
-from workers.checkpoints.configs import with_vocabulary
+from workers.checkpoints.configs import text_fields, with_vocabulary
 from workers.checkpoints.dtypes import FLOATS
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_of
@@ -108,13 +108,15 @@ def fitted(
 
 
 def _tables(member: Checkpoint) -> list[str]:
-    """The tensors that have a row for each token."""
+    """The tensors that have a row for each token of the text; a model of speech has tables of other tokens too."""
     outside = [
         name
         for name, tensor in member.tensors.items()
         if tensor.dtype in FLOATS and (layer_of(name) is None or _IN_LAYERS.fullmatch(name))
     ]
     inputs = [name for name in outside if _INPUT.fullmatch(name)]
+    stated = text_fields(member.config).get("vocab_size")
+    inputs = [name for name in inputs if member.shapes[name][0] == stated] or inputs
     sizes = {member.shapes[name][0] for name in inputs}
     outputs = [name for name in outside if _OUTPUT.fullmatch(name) and (not sizes or member.shapes[name][0] in sizes)]
     return [*inputs, *outputs]

@@ -227,3 +227,14 @@ def test_a_damaged_id_or_a_huge_multiple_is_refused(tmp_path: Path):
     source = str(tmp_path / "two")
     line = refused(tmp_path, models, tokenizer={"source": source, "pad_to_multiple_of": 10**9})
     assert "would have 1000000000 rows by pad_to_multiple_of" in line
+
+
+def test_a_table_of_other_tokens_stays(tmp_path: Path):
+    """Qwen's models of speech have embeddings of sounds beside those of the text."""
+    for name, of in (("one", PLAIN), ("two", CHAT)):
+        write_model(tmp_path / name, of)
+        tensors = load_file(tmp_path / name / "model.safetensors")
+        sounds = {"a.talker.embed_tokens.weight": torch.ones(5, 8), "a.talker.lm_head.weight": torch.ones(5, 8)}
+        save_file({**tensors, **sounds}, tmp_path / name / "model.safetensors")
+    tensors = merged(tmp_path, ["one", "two"], tokenizer_source="union")
+    assert len(tensors[EMBEDDINGS]) == 13 and len(tensors["a.talker.embed_tokens.weight"]) == 5
