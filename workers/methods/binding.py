@@ -16,7 +16,7 @@ from jobs.errors import BadInput
 from jobs.merge_tasks import Setting
 from jobs.recipe import Recipe
 from jobs.sources import Source, setting_at
-from jobs.yaml_nodes import NEAR
+from jobs.yaml_nodes import NEAR, nearest
 from workers.methods import METHODS, Method, Parameter
 
 Exact = Fraction | bool
@@ -152,8 +152,9 @@ def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Ex
 
 
 def _check_name(recipe: Recipe, method: Method, name: str, place: str) -> None:
-    of_another = any(name in other.parameters for other in METHODS.values())  # cards carry it from method to method
-    if name in method.parameters or (recipe.foreign and of_another):
+    of_all = {known for other in METHODS.values() for known in other.parameters}
+    of_another = name in of_all  # cards carry it from method to method
+    if name in method.parameters or (recipe.foreign and (of_another or nearest(name, of_all) is None)):
         return
     remedy = _nearest(name, method.parameters)
     if of_another:

@@ -555,13 +555,14 @@ def test_parameters_without_effect_of_a_document_for_mergekit_are_said():
     models:
     - {model: a, parameters: {weight: 0.5, filter_wise: true}}
     - {model: b}
-    parameters: {normalize: true}
+    parameters: {normalize: true, embed_slerp: true}
     """
     document = load_document(textwrap.dedent(text).strip(), "card.yml")
     recipe = recipe_template(document, foreign=True).bind({})
     check_recipe(recipe)
     assert without_effect(recipe) == [
         'card.yml:6: model_stock has no parameter "normalize"; it has no effect',
+        'card.yml:6: model_stock has no parameter "embed_slerp"; it has no effect',
         'card.yml:4: model_stock has no parameter "weight"; it has no effect',
         'card.yml:4: "filter_wise" has no effect at one model; it belongs to the top-level parameters',
     ]
