@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.errors import Interrupted, MergeyardError, printable
-from orchestrator.commands.mergekit_options import add_mergekit_options
+from orchestrator.commands.mergekit_options import OF_EXTRACTION, add_mergekit_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -24,8 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
         options = parser().parse_args(arguments)
-        verb = import_module(f"orchestrator.commands.{options.command}")
-        return int(getattr(verb, options.command)(options))
+        name = options.command.replace("-", "_")
+        verb = import_module(f"orchestrator.commands.{name}")
+        return int(getattr(verb, name)(options))
     except KeyboardInterrupt:
         return _refuse(Interrupted("stopped; run the same command to continue"))
     except MergeyardError as error:
@@ -101,24 +102,7 @@ def parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of the dare methods; default 0")
     merge.add_argument("--memory", default=None, metavar="SIZE", help="memory limit; default 4GB")
-    merge.add_argument(
-        *("-j", "--threads", "--num-threads"),
-        type=int,
-        default=None,
-        metavar="N",
-        help="threads; default: one per processor",
-    )
-    merge.add_argument(
-        "--device",
-        default="cpu",
-        help="device that computes: cpu (default), cuda, cuda:1 …; auto: a GPU if there is one",
-    )
-    merge.add_argument(
-        *("--cuda", "--gpu-rich"), dest="device", action="store_const", const="cuda", help="the same as --device cuda"
-    )
-    merge.add_argument(
-        "--transformers-cache", metavar="FOLDER", help="cache of models from the hub, in place of HF_HUB_CACHE"
-    )
+    _machine(merge)
     merge.add_argument(
         "--numerics",
         choices=("float32", "mergekit"),
@@ -136,6 +120,50 @@ def parser() -> argparse.ArgumentParser:
     )
     _quiet(merge)
     add_mergekit_options(merge)
+
+    extract = _verb(
+        verbs, "extract-lora", "make a LoRA adapter of the change of a fine-tuned model, as mergekit-extract-lora"
+    )
+    extract.add_argument("given", nargs="*", metavar="MODEL BASE OUT", help="in place of the next three options")
+    extract.add_argument("--model", metavar="MODEL", help="the fine-tuned model: a path, a URL or org/name")
+    extract.add_argument("--base-model", metavar="BASE", help="the model that it was tuned from")
+    extract.add_argument("--out-path", metavar="OUT", help="folder or URL of the adapter")
+    extract.add_argument(
+        *("--max-rank", "--rank"), type=int, default=128, metavar="N", help="largest rank of a tensor; default 128"
+    )
+    extract.add_argument(
+        "--distribute-scale",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="give both factors the root of each singular value (default); --no-…: all of it to A",
+    )
+    extract.add_argument(
+        "--embed-lora",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="low rank for embeddings and head too; else they are stored whole if they changed",
+    )
+    extract.add_argument(
+        "--save-module", action="append", default=[], metavar="NAME", help="store this module whole; may be repeated"
+    )
+    for short, name, what in (("-e", "exclude", "leave out"), ("-i", "include", "take only")):
+        extract.add_argument(
+            *(short, f"--{name}-regex"),
+            action="append",
+            default=[],
+            metavar="REGEX",
+            help=f"{what} modules whose name matches",
+        )
+    extract.add_argument(
+        "--sv-epsilon", type=float, default=0.0, metavar="X", help="drop singular values of at most X; default 0"
+    )
+    extract.add_argument(
+        "--skip-undecomposable", action="store_true", help="leave norms and biases out in place of storing them whole"
+    )
+    extract.add_argument("--json", action="store_true", help="print every tensor with its rank and error as JSON")
+    _machine(extract)
+    _quiet(extract)
+    add_mergekit_options(extract, OF_EXTRACTION)
 
     report = _verb(verbs, "report", "print the leaderboard of a run and write its page")
     report.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
@@ -243,6 +271,27 @@ def _verb(verbs: Any, name: str, text: str) -> argparse.ArgumentParser:
 def _job(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("job", metavar="JOB.yaml", help="the job file; `-` reads it from standard input")
     verb.add_argument("--output", metavar="URL", help="use this in place of the job's `output:`")
+
+
+def _machine(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        *("-j", "--threads", "--num-threads"),
+        type=int,
+        default=None,
+        metavar="N",
+        help="threads; default: one per processor",
+    )
+    verb.add_argument(
+        "--device",
+        default="cpu",
+        help="device that computes: cpu (default), cuda, cuda:1 …; auto: a GPU if there is one",
+    )
+    verb.add_argument(
+        *("--cuda", "--gpu-rich"), dest="device", action="store_const", const="cuda", help="the same as --device cuda"
+    )
+    verb.add_argument(
+        "--transformers-cache", metavar="FOLDER", help="cache of models from the hub, in place of HF_HUB_CACHE"
+    )
 
 
 def _where(verb: argparse.ArgumentParser) -> None:

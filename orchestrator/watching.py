@@ -95,6 +95,10 @@ class Watcher:
         """A stage of an evaluation begins, with this many context tokens to answer."""
         self._begin(_Stage(text, total_tokens, "tokens"))
 
+    def begin_writing(self, total_bytes: int, text: str) -> None:
+        """A checkpoint of this many bytes is made and written."""
+        self._begin(_Stage(text, total_bytes, "bytes"))
+
     def moved(self, read: int, written: int) -> None:
         """A merge has read and written these many bytes more."""
         self.advance(written)

@@ -51,6 +51,7 @@ SLOW = (
     "tests/orchestrator/judging/test_gate.py::test_wrong_verdicts_over_lengths_stay_within_alpha",
     "tests/orchestrator/judging/test_race_simulation.py",
     "tests/orchestrator/judging/test_statistics_simulation.py",
+    "tests/orchestrator/making",
     "tests/orchestrator/planning/test_scale.py",
     "tests/orchestrator/report/test_in_a_browser.py",
     "tests/orchestrator/report/test_page.py",

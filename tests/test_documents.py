@@ -182,7 +182,7 @@ def test_the_table_on_the_front_page_is_what_the_demo_prints(
 
 
 def test_every_verb_has_its_row_on_the_front_page() -> None:
-    listed = [re.match(r"`mergeyard (\w+)", row[0]) for row in rows_below(page("README.md"), "command")]
+    listed = [re.match(r"`mergeyard ([\w-]+)", row[0]) for row in rows_below(page("README.md"), "command")]
     assert [match[1] for match in listed if match] == list(verbs())
 
 

@@ -1,4 +1,4 @@
-"""The options of `mergekit-yaml` (mergekit 0.1.5, `options.py`) that `merge` has no use for, each with the reason.
+"""The options of mergekit's programs (mergekit 0.1.5, `options.py`) that a command has no use for, with the reasons.
 
 The others are options of `merge` itself: --cuda, --device, --gpu-rich, --num-threads, --out-shard-size, --quiet,
 --random-seed, --transformers-cache, --trust-remote-code.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
@@ -50,7 +50,19 @@ REFUSED = {
     "--no-write-model-card": "a merge keeps its card; leave the option out, and remove README.md afterwards",
 }
 
-WITH_VALUE = {"--lora-merge-cache", "--lora-merge-dtype", "--write-threads"}
+OF_EXTRACTION = {
+    "--allow-crimes": "model and base must fit together tensor by tensor, whatever their architecture is called",
+    "--copy-tokenizer": "an adapter has no tokenizer; its base has",
+    "--multi-gpu": "`extract-lora` uses one GPU",
+    "--no-copy-tokenizer": "",
+    "--out-shard-size": "an adapter is one file",
+    "--random-seed": "nothing is drawn at random",
+    "--trust-remote-code": "no code of a model is run",
+    "--unsafe-truncate-embeddings": "embeddings of another size are stored whole",
+}
+"""`extract-lora` takes these in place of the options above of the same name."""
+
+WITH_VALUE = {"--lora-merge-cache", "--lora-merge-dtype", "--write-threads", "--out-shard-size", "--random-seed"}
 SIZE_IN_MERGEKIT = re.compile(r"(\d+)([kKmMbB])", re.ASCII)
 THOUSANDS = {"k": 10**3, "m": 10**6, "b": 10**9}
 
@@ -66,31 +78,32 @@ class _Taken(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         option = option_string or ""
-        if option in REFUSED:
-            raise BadInput(f"{option}: {REFUSED[option]}")
+        if self.const:
+            raise BadInput(f"{option}: {self.const}")
         namespace.changes_nothing = [*getattr(namespace, self.dest), option]
 
 
-def add_mergekit_options(verb: argparse.ArgumentParser) -> None:
-    """Adds the options above; `changes_nothing` of the parsed options lists those that were given."""
-    group = verb.add_argument_group("options of mergekit-yaml that change nothing here")
-    for option, reason in {**CHANGES_NOTHING, **REFUSED}.items():
-        shown = reason and option not in REFUSED
+def add_mergekit_options(verb: argparse.ArgumentParser, own: Mapping[str, str] = {}) -> None:
+    """Adds the options above, those of `own` with other reasons; `changes_nothing` lists those that were given."""
+    group = verb.add_argument_group("options of mergekit that change nothing here")
+    reasons = {**CHANGES_NOTHING, **own}
+    for option in dict.fromkeys((*reasons, *REFUSED)):
         group.add_argument(
             option,
             action=_Taken,
             nargs=None if option in WITH_VALUE else 0,
             metavar="X" if option in WITH_VALUE else None,
+            const=REFUSED[option] if option not in reasons else None,
             dest="changes_nothing",
             default=[],
-            help=reason if shown else argparse.SUPPRESS,
+            help=reasons.get(option) or argparse.SUPPRESS,
         )
 
 
-def print_reasons(options: Sequence[str]) -> None:
+def print_reasons(options: Sequence[str], own: Mapping[str, str] = {}) -> None:
     """One line on stderr for each of these options that does something in mergekit and nothing here."""
     for option in options:
-        if reason := CHANGES_NOTHING[option]:
+        if reason := {**CHANGES_NOTHING, **own}[option]:
             print(f"{option} changes nothing: {reason}", file=sys.stderr)
 
 

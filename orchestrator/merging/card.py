@@ -37,7 +37,7 @@ def model_card(
     methods = dict.fromkeys(stage.merge_method for stage in planned.point.recipes)
     stages = len(planned.point.recipes)
     front: dict[str, Any] = {
-        "base_model": [*dict.fromkeys(map(_repository, parents.values()))],
+        "base_model": [*dict.fromkeys(map(repository, parents.values()))],
         "base_model_relation": "merge",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
@@ -117,7 +117,7 @@ def _weight_in(recipe: Recipe, name: str) -> str:
     return "base" if recipe.base_model == name else ""
 
 
-def _repository(url: str) -> str:
+def repository(url: str) -> str:
     """`org/name` of a hub URL, which is how the hub links to it; other URLs as they are."""
     return url.removeprefix("hf://").split("@")[0] if url.startswith("hf://") else url
 

@@ -132,9 +132,9 @@ class Gatherer:
         self, planned: PlannedPoint, overflowed: Mapping[str, int], collapses: Sequence[str]
     ) -> dict[str, bytes]:
         layout = planned.layout
-        files = {"config.json": _json(layout.config)}
+        files = {"config.json": json_file(layout.config)}
         if layout.index is not None:
-            files["model.safetensors.index.json"] = _json(layout.index)
+            files["model.safetensors.index.json"] = json_file(layout.index)
         files |= files_beside(layout.copied, layout.added_tokens, layout.chat_template, self._side_file)
         text = yaml.safe_dump_all(planned.point.documents(), sort_keys=False)
         files["mergekit_config.yml"] = text.encode()
@@ -160,7 +160,7 @@ class Gatherer:
             parents=self._plan.sources_of(planned.point),
             seed=self._plan.job.seed,
             numerics=self._plan.job.numerics,
-            versions=_versions(),
+            versions=versions(),
             files={**shards, **side},
             tensors=tensors,
         )
@@ -173,10 +173,11 @@ def _recipe(planned: PlannedPoint) -> Any:
 
 
 @lru_cache(maxsize=1)
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     """The program's name and version; looked up once, because each look parses a file of the installation."""
     return {"python": platform.python_version(), **{name: version(name) for name in VERSIONED}}
 
 
-def _json(value: object) -> bytes:
+def json_file(value: object) -> bytes:
+    """A JSON file as the libraries write it."""
     return (json.dumps(value, indent=2) + "\n").encode()

@@ -43,6 +43,20 @@ def open_parents(job: Job, relative_to: Path | None, *, bare_names: bool) -> dic
     return {name: found[name] for name in located}
 
 
+def open_model(reference: str, name: str, place: str) -> Checkpoint:
+    """The model at a reference, as a document of mergekit has it; paths count from the current folder.
+
+    `BadInput` if it cannot be opened, or its weights cannot be computed with.
+    """
+    try:
+        found = _opened(*locate(reference, Path.cwd(), place, bare_names=True), name)
+    except CorruptData as error:
+        raise BadInput(f"{place}: {error}") from error
+    if found.unmergeable:
+        raise BadInput(found.unmergeable)
+    return found
+
+
 def locate(reference: str, relative_to: Path | None, place: str, *, bare_names: bool) -> tuple[str, str | None]:
     """(the URL of a model, that of the LoRA adapter after its `+` if there is one); paths become absolute.
 

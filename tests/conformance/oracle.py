@@ -48,16 +48,29 @@ def run_mergekit(merges: Sequence[Merge], root: Path) -> dict[str, Answer]:
         }
         for merge in merges
     ]
+    lines = [
+        json.loads(line[7:]) for line in _run("mergekit_driver.py", tasks).splitlines() if line.startswith("result ")
+    ]
+    if len(lines) != len(tasks):
+        raise RuntimeError(f"mergekit finished {len(lines)} of {len(tasks)} merges")
+    return {line["name"]: Answer(root / line["name"], line["error"]) for line in lines}
+
+
+def run_making(requests: Sequence[dict[str, Any]]) -> None:
+    """Runs programs of mergekit, and PEFT, as `making_driver.py` says; about 15 s to start."""
+    _run("making_driver.py", requests)
+
+
+def _run(driver: str, tasks: Sequence[dict[str, Any]]) -> str:
     quiet = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     done = subprocess.run(
-        [str(ORACLE_PYTHON), str(HERE / "mergekit_driver.py")],
+        [str(ORACLE_PYTHON), str(HERE / driver)],
         input=json.dumps(tasks),
         capture_output=True,
         text=True,
         env={**os.environ, **quiet},
         timeout=540,
     )
-    lines = [json.loads(line[7:]) for line in done.stdout.splitlines() if line.startswith("result ")]
-    if len(lines) != len(tasks):
-        raise RuntimeError(f"mergekit finished {len(lines)} of {len(tasks)} merges: {done.stderr[-3000:]}")
-    return {line["name"]: Answer(root / line["name"], line["error"]) for line in lines}
+    if done.returncode:
+        raise RuntimeError(f"{driver} failed: {done.stderr[-3000:]}")
+    return done.stdout

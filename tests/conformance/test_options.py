@@ -14,15 +14,16 @@ from workers.methods import METHODS
 
 
 @pytest.mark.skipif(not ORACLE_PYTHON.exists(), reason=MISSING)
-def test_merge_takes_or_refuses_every_option_of_mergekit_yaml(tmp_path: Path):
+@pytest.mark.parametrize(("program", "verb"), [("mergekit-yaml", "merge"), ("mergekit-extract-lora", "extract-lora")])
+def test_a_command_takes_or_refuses_every_option_of_mergekit_s(tmp_path: Path, program: str, verb: str):
     shown = subprocess.run(
-        [ORACLE_PYTHON.with_name("mergekit-yaml"), "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
+        [ORACLE_PYTHON.with_name(program), "--help"], capture_output=True, text=True, check=True, cwd=tmp_path
     ).stdout
     shown = re.sub(r"-\n +", "-", shown)  # wrapped
     options = set(re.findall(r"(?<![\w-])--?[a-z](?:[\w-]*\w)?(?!-)", shown))
     assert {"--cuda", "--no-cuda", "--out-shard-size", "-j", "-v"} <= options
     verbs = next(action for action in parser()._actions if action.dest == "command")
-    ours = verbs.choices["merge"]._option_string_actions
+    ours = verbs.choices[verb]._option_string_actions
     assert options - ours.keys() == set()
 
 

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -31,7 +31,7 @@ class ModelNames:
     """The names of one class: tensors that it stores, and buffers that it computes.
 
     `ignored` are patterns of names that it does not load, `tied` maps a head to its embeddings, `prefix` is that of the
-    class without a head.
+    class without a head. `modules` maps each module to `linear`, `embedding`, `conv1d` or, for all others, nothing.
     """
 
     stored: frozenset[str]
@@ -40,6 +40,7 @@ class ModelNames:
     tied: Mapping[str, str]
     prefix: str
     renamings: Sequence[Any]
+    modules: Mapping[str, str] = field(default_factory=dict[str, str])
 
     def canonical(self, name: str) -> str | None:
         """The name in the class; None for a tensor that it ignores. An unknown name stays as it is."""
@@ -116,7 +117,17 @@ def model_names(config_text: str) -> ModelNames:
         tied={head: source for head, source in tied.items() if {head, source} <= stored} if tied else {},
         prefix=model.base_model_prefix,
         renamings=[conversion for conversion in conversions if type(conversion) is WeightRenaming],
+        modules={name: _kind(module) for name, module in model.named_modules()},
     )
+
+
+def _kind(module: Any) -> str:
+    import torch
+
+    if type(module).__name__ == "Conv1D":  # of transformers: a linear layer whose weight is transposed
+        return "conv1d"
+    kinds = {torch.nn.Linear: "linear", torch.nn.Embedding: "embedding"}
+    return next((kind for of, kind in kinds.items() if isinstance(module, of)), "")
 
 
 def is_head(name: str, tied: Mapping[str, str]) -> bool:

@@ -1,0 +1,1 @@
+"""Checkpoints made of other checkpoints without a merge method: low-rank adapters, mixtures of experts."""
