@@ -83,6 +83,9 @@ def _only_here(job: Job, output: str) -> Iterator[str]:
     for name, url in job.parents.items():
         if "://" not in url:
             yield f"{job.place_of(f'parents.{name}')}: parent {name} is the local folder {url}"
+    for recipe in (point.recipe for point in job.points):
+        if recipe.aim is not None and "://" not in recipe.aim.statistics:
+            yield f"{recipe.place_of('aim')}: `statistics:` names the local file {recipe.aim.statistics}"
     if "://" not in output:
         yield f"{job.place_of('output')}: the output is the local folder {output}"
 

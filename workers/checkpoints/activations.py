@@ -38,7 +38,7 @@ def split_url(url: str) -> tuple[str, str]:
     folder, _, name = url.rpartition("/")
     if not name.endswith(".safetensors"):
         raise BadInput(f"{url}: a file of activations ends in .safetensors; give its whole path")
-    return folder or ".", name
+    return folder or url.removesuffix(name) or ".", name
 
 
 def activations_bytes(means: Means, metadata: Mapping[str, str]) -> bytes:

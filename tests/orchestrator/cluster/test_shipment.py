@@ -74,6 +74,10 @@ def test_the_same_job_has_the_same_name_and_another_another(folder: Path) -> Non
     [
         (("s3://models/fmt", "parents/fmt"), "job.yaml:2: parent fmt is the local folder parents/fmt"),
         (("s3://bucket/runs/", "runs"), "the output is the local folder"),
+        (
+            ("linear", "ties\n  base_model: cos\n  aim: {statistics: cos.safetensors}"),
+            "job.yaml:6: `statistics:` names the local file cos.safetensors",
+        ),
         (("texts/prose.txt", "../prose.txt"), "job.yaml:9: ../prose.txt cannot be sent along"),
         (("texts/prose.txt", "jobs/prose.txt"), "jobs/prose.txt cannot be sent along"),
         (("texts/prose.txt", "texts/none.txt"), "texts/none.txt cannot be read"),

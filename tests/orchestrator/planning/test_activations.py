@@ -113,13 +113,14 @@ def test_a_resident_point_is_the_written_one(
 
 
 def test_keys_follow_the_content_of_the_statistics(plan: Planning, statistics: Path, tmp_path: Path):
-    def keys(file: Path) -> list[str]:
+    def keys(file: object) -> list[str]:
         return [point.digest for point in plan(grid="{omega: [0.4, 1]}", recipe=recipe(file)).points]
 
     before, whole = keys(statistics)
     copy = tmp_path / "copy.safetensors"
     copy.write_bytes(statistics.read_bytes())
     assert keys(copy) == [before, whole]
+    assert keys(f"file://{copy}") == [before, whole]
     copy.write_bytes(activations_bytes({name: 2 * values for name, values in random_means().items()}, {}))
     other, still_whole = keys(copy)
     assert other != before
