@@ -18,7 +18,7 @@ from jobs.sources import Filtered, Setting, Source
 from jobs.yaml_nodes import quoted
 from workers.checkpoints.canonical import model_names
 from workers.checkpoints.depths import Depth, depth_of, with_layers, without_layers
-from workers.checkpoints.modules import in_stack, is_before_layers, module_named, modules_of, stack_of
+from workers.checkpoints.modules import in_stack, is_before_layers, modules_of, stack_of, tensors_of
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_counts, layer_of
 from workers.methods import METHODS
@@ -120,19 +120,19 @@ def pieces_of(recipe: Recipe, members: Sequence[Checkpoint], config: Mapping[str
             )
         return [*_slices(recipe.slices, plain, by_name, names)]
     found: list[Piece] = []
-    left = dict.fromkeys(names)
+    taken = {module.name: tensors_of(module.name, modules) for module in recipe.modules}
+    if "default" in taken:  # where there are several, all that the others leave
+        others = frozenset[str]().union(*(own for name, own in taken.items() if name != "default"))
+        taken["default"] = frozenset(names) - others
     rest = iter(plain)
     for module in recipe.modules:
-        named = module_named(module.name, modules)
-        if named is None:
+        of_module = [name for name in names if name in taken[module.name]]
+        if not of_module:
             raise BadInput(
                 f"{module.place}: the model has no module {quoted(module.name)}; its modules are {', '.join(modules)}"
             )
-        of_module = [name for name in names if name in modules[named] and name in left]
-        if not of_module:
-            raise BadInput(f"{module.place}: the module {quoted(module.name)} is named twice; take one out")
-        for name in of_module:
-            del left[name]
+        if twice := next((name for name in taken if name != module.name and taken[name] & {*of_module}), None):
+            raise BadInput(f"{module.place}: {quoted(module.name)} and {quoted(twice)} share tensors; take one out")
         if module.models:
             own = next(rest)
             counts = layer_counts(of_module, config)
@@ -141,7 +141,8 @@ def pieces_of(recipe: Recipe, members: Sequence[Checkpoint], config: Mapping[str
         else:
             found += _slices(module.slices, [next(rest) for _ in module.slices], by_name, of_module)
     copied = next(rest)
-    return [*found, Piece(copied, [by_name[name] for name in copied.references()], [*left], {})]
+    left = [name for name in names if not any(name in own for own in taken.values())]
+    return [*found, Piece(copied, [by_name[name] for name in copied.references()], left, {})]
 
 
 def _slices(

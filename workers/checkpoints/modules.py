@@ -1,8 +1,9 @@
 """The modules of a model, by mergekit's names for them, from the names of its tensors.
 
 A model of one stack is the module `default`. A multimodal one has `text_decoder`, `vision_tower` (or the name of that
-part in its tensors) and `multi_modal_projector`; an encoder-decoder `encoder`, `decoder` and `shared`. The part of the
-tensors' names before a layer's number, which mergekit takes where it has no definition, names the stack too.
+part in its tensors) and `multi_modal_projector`; an encoder-decoder has `encoder`, `decoder` and `shared`. Where
+mergekit has no definition of the model, its modules are the stacks, each called by the part of the tensors' names
+before a layer's number, and `default` for all other tensors. These names are taken too.
 """
 
 from __future__ import annotations
@@ -47,18 +48,15 @@ def modules_of(names: Collection[str]) -> Mapping[str, frozenset[str]]:
     return {module: frozenset(of_module) for module, of_module in found.items()}
 
 
-def module_named(name: str, modules: Mapping[str, frozenset[str]]) -> str | None:
-    """The module that a document calls `name`; None if there is none."""
-    if name in modules:
-        return name
+def tensors_of(name: str, modules: Mapping[str, frozenset[str]]) -> frozenset[str]:
+    """The tensors of the module that a document calls `name`; none if there is no such module."""
     if name in ("vision_tower", "vision_model", "visual"):
-        return next((module for module in modules if _TOWER.search(f"{module}.") and "audio" not in module), None)
-    if name in ("default", "language_model") and TEXT in modules:
-        return TEXT
-    for module, names in modules.items():
-        if any(layer[0] in (name, name.rstrip(".")) for tensor in names if (layer := layer_of(tensor))):
-            return module
-    return None
+        name = next((own for own in modules if _TOWER.search(f"{own}.") and "audio" not in own), name)
+    name = TEXT if name == "language_model" else name
+    if name in modules:
+        return modules[name]
+    every = frozenset[str]().union(*modules.values())
+    return frozenset(tensor for tensor in every if (layer := layer_of(tensor)) is not None and layer[0] == name)
 
 
 def stack_of(names: Iterable[str], config: Mapping[str, Any]) -> list[tuple[str, int]]:

@@ -294,10 +294,22 @@ def test_each_module_is_merged_by_itself_and_the_others_are_copied(plan: Plannin
         assert found[f"model.language_model.layers.{number}.w"] == expected
     assert found["model.language_model.embed_tokens.weight"] == ["fmt/model.language_model.embed_tokens.weight"]
     assert found["lm_head.weight"] == ["cos/lm_head.weight", "fmt/lm_head.weight"]
-    assert [len(found[name]) for name in VLM_NAMES[5:8]] == [2, 2, 2]
+    assert [len(found[name]) for name in VLM_NAMES[5:8]] == [2, 2, 1 if "layers" in tower else 2]
     assert found["model.multi_modal_projector.linear_1.weight"] == ["fmt/model.multi_modal_projector.linear_1.weight"]
     config = layout_of(planned).config
     assert (config["text_config"]["num_hidden_layers"], config["vision_config"]["num_hidden_layers"]) == (5, 2)
+
+
+@pytest.mark.usefixtures("vlms")
+def test_default_is_all_that_no_other_module_has(plan: Planning):
+    stack = "model.language_model.layers"
+    modules = (MODULES % "default").replace("text_decoder", stack)
+    planned = plan(recipe=modules, grid="")
+    found = origins(planned, layout_of(planned))
+    assert [len(found[name]) for name in VLM_NAMES if stack not in name] == [2] * 6
+    assert len(found[f"{stack}.0.w"]) == 1
+    with pytest.raises(BadInput, match=r'"text_decoder" and "language_model" share tensors; take one out'):
+        plan(recipe=MODULES % "language_model", grid="")
 
 
 @pytest.mark.usefixtures("vlms")
