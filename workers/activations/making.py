@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from workers.benchmarks.planned import Reader
 from workers.benchmarks.texts.haystacks import bundled_text
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.checkpoints.activations import activations_bytes, digest_of_means, split_url
+from workers.checkpoints.configs import completed, context_length, text_fields
 from workers.checkpoints.fetching import fetch
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.checkpoints.side_files import is_code
@@ -58,7 +59,8 @@ def make_activations(
 ) -> Made:
     """Reads at most `count` texts of at most `most` tokens with a model, and writes the statistics to `out`.
 
-    `texts` is the path or URL of a text or of JSONL; None is the bundled prose. An existing file is never replaced.
+    A text is cut to the context of the model too. `texts` is the path or URL of a text or of JSONL; None is the bundled
+    prose. An existing file is never replaced. `BadInput` for inputs that do not fit together.
     """
     where, name = split_url(out)
     target = open_store(where)
@@ -71,7 +73,9 @@ def make_activations(
         if not folder.is_dir():
             folder = Path(room)
             fetch(_needed(checkpoint), folder)
-        ids = _texts(Tokenizer.from_folder(folder), texts, count, most)
+        longest = min(most, context_length(checkpoint.config) or most)
+        ids = _texts(Tokenizer.from_folder(folder), texts, count, longest)
+        _check_tokens(ids, checkpoint)
         started = time.monotonic()
         measured = measure(folder, checkpoint.shapes, ids, device, lambda number: progress(number, len(ids)))
         seconds = time.monotonic() - started
@@ -101,6 +105,17 @@ def _needed(checkpoint: Checkpoint) -> Parent:
             beside[info.key] = info
     files = [ParentFile(key, info.size, info.etag) for key, info in beside.items()]
     return Parent(checkpoint.url, (*checkpoint.files, *files))
+
+
+def _check_tokens(texts: Sequence[Ids], checkpoint: Checkpoint) -> None:
+    """Refuses tokens that the model has no embeddings for."""
+    rows = text_fields(completed(checkpoint.config)).get("vocab_size")
+    largest = max(map(max, texts))
+    if isinstance(rows, int) and largest >= rows:
+        raise BadInput(
+            f"{checkpoint.url}: the texts have token {largest}, and the model {rows} rows of embeddings; give a"
+            " checkpoint with its own tokenizer"
+        )
 
 
 def _texts(tokenizer: Tokenizer, file: str | None, count: int, most: int) -> list[Ids]:

@@ -98,6 +98,20 @@ def test_wrong_inputs_are_refused_in_one_line(
     assert not (tmp_path / "out.safetensors").exists()
 
 
+def test_a_text_is_cut_to_the_context_of_the_model(mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path):
+    write_model(base, weights("base"), config={"max_position_embeddings": 4}, tokenizer=WORDS)
+    ended = mergeyard("activations", base, texts, tmp_path / "out.safetensors", "--device", "cpu", "--json")
+    assert ended.facts["tokens"] == 12 * 4
+
+
+def test_tokens_without_embeddings_are_refused(mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path):
+    words = {**WORDS, "model": {**WORDS["model"], "vocab": {f"w{number}": number + 8 for number in range(48)}}}
+    write_model(base, weights("base"), tokenizer=words)
+    ended = mergeyard("activations", base, texts, tmp_path / "out.safetensors", "--device", "cpu")
+    assert ended.code == 2
+    assert "the texts have token 55, and the model 48 rows of embeddings; give a checkpoint with its own" in ended.err
+
+
 def test_model_texts_and_file_may_lie_in_a_bucket(
     mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path, s3_url: str
 ):
