@@ -36,7 +36,7 @@ SLOW = (
     "tests/benchmarks",
     "tests/chaos",
     "tests/conformance/test_adapters.py",
-    "tests/conformance/test_architectures.py",
+    "tests/conformance/test_architecture",
     "tests/conformance/test_fp8.py",
     "tests/conformance/test_options.py",
     ORACLE,

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-TEXT: Mapping[str, Any] = {
+TEXT: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -29,8 +31,8 @@ VISION = {
     "image_size": 8,
     "patch_size": 4,
 }
-GEMMA: Mapping[str, Any] = {**TEXT, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
-GPT2: Mapping[str, Any] = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+GEMMA: dict[str, Any] = {**TEXT, "head_dim": 8, "query_pre_attn_scalar": 8, "sliding_window": 8}
+GPT2: dict[str, Any] = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
 
 
 ARCHITECTURES: Mapping[str, tuple[str, Callable[[], PretrainedConfig]]] = {
@@ -89,6 +91,15 @@ ARCHITECTURES: Mapping[str, tuple[str, Callable[[], PretrainedConfig]]] = {
     ),
 }
 """Architecture to the name of its class and its config: two layers, 32 wide."""
+
+
+@contextmanager
+def layers(count: int) -> Iterator[None]:
+    """Configs with so many layers of text, and two of vision."""
+    with ExitStack() as stack:
+        for fields, key in ((TEXT, "num_hidden_layers"), (GEMMA, "num_hidden_layers"), (GPT2, "n_layer")):
+            stack.enter_context(patch.dict(fields, {key: count}))
+        yield
 
 
 def write_family(folder: Path, architecture: str) -> None:
