@@ -139,7 +139,14 @@ class Scaled:
     block: tuple[int, int] = (0, 0)
 
 
-Rule = Merged | Rows | LowRank | Scaled
+@dataclass(frozen=True, slots=True)
+class Strided:
+    """The rule of a tensor whose elements lie `strides` elements apart, as transposed ones of `torch.save` do."""
+
+    strides: tuple[int, ...]
+
+
+Rule = Merged | Rows | LowRank | Scaled | Strided
 """How a tensor is computed from its inputs."""
 
 

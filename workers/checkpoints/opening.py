@@ -15,7 +15,7 @@ from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.manifest import Manifest
-from jobs.merge_tasks import Derived, Parent, ParentFile, ParentTensor, Source
+from jobs.merge_tasks import Derived, Parent, ParentFile, ParentTensor, Scaled, Source, Strided
 from workers.checkpoints.configs import check_types, quantisation
 from workers.checkpoints.safetensors import (
     LARGEST_HEADER,
@@ -127,7 +127,7 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
         headers = list(pool.map(partial(read_file, store), shards))
         list(pool.map(partial(_check_whole, store), beside.values()))
     digests = _digests(store, listed)
-    stored: dict[str, ParentTensor] = {}
+    stored: dict[str, Source] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     for number, (info, header) in enumerate(zip(shards, headers, strict=True)):
         for entry in header:
@@ -136,18 +136,15 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
             shapes[entry.name] = entry.shape
             if weight_map is not None and weight_map.get(entry.name) != info.key:
                 continue
+            at = ParentTensor(number, entry.dtype, entry.start, entry.end, digests.get(entry.name, ""))
+            stored[entry.name] = at
             if entry.strides is not None:
-                raise BadInput(
-                    f"{where}: {entry.name} is stored transposed or with gaps; load the model in transformers and"
-                    " save it"
-                )
-            digest = digests.get(entry.name, "")
-            stored[entry.name] = ParentTensor(number, entry.dtype, entry.start, entry.end, digest)
+                stored[entry.name] = Derived(entry.dtype, entry.shape, Strided(entry.strides), ((name, at),))
     tensors: Mapping[str, Source] = stored
     if not quantised:
         tensors = dequantised(stored, shapes, config, name)
         stated = _stated_quantisation(config, listed)
-        if stated is not None and not any(isinstance(source, Derived) for source in tensors.values()):
+        if stated is not None and not any(_is_scaled(source) for source in tensors.values()):
             raise Unmergeable(f"{where}: {_quantised(stated)}")
         _refuse_quantised_tensors(tensors, where)
         config = unquantised(config)
@@ -267,6 +264,10 @@ def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str, *, quant
 def _stated_quantisation(config: Mapping[str, Any], listed: Mapping[str, ObjectInfo]) -> str | None:
     """The format that the config states, or the file beside it that does."""
     return quantisation(config) or next((name for name in QUANTISED_FILES if name in listed), None)
+
+
+def _is_scaled(source: Source) -> bool:
+    return isinstance(source, Derived) and isinstance(source.rule, Scaled)
 
 
 def _refuse_quantised_tensors(tensors: Mapping[str, Source], where: str) -> None:

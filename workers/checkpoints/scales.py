@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jobs.merge_tasks import Derived, ParentTensor, Scaled, Source
+from jobs.merge_tasks import Derived, Scaled, Source
 from workers.checkpoints.configs import QUANTISATION, is_section, sections, text_fields
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS
 
@@ -33,7 +33,7 @@ def is_fp8(config: Mapping[str, Any]) -> bool:
 
 
 def dequantised(
-    tensors: Mapping[str, ParentTensor], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str
+    tensors: Mapping[str, Source], shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any], name: str
 ) -> Mapping[str, Source]:
     """The tensors of the parent `name` with FP8 weights times their scales, in the dtype of the config, else bfloat16.
 

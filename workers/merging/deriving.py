@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from jobs.merge_tasks import Derived, LowRank, Merged, Parent, ParentTensor, Rows, Scaled, Source, TensorMerge
+from jobs.merge_tasks import Derived, LowRank, Merged, Parent, ParentTensor, Rows, Scaled, Source, Strided, TensorMerge
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import digest_of
 from workers.merging.buffers import memory
-from workers.merging.parent_rules import low_rank, scaled
+from workers.merging.parent_rules import low_rank, scaled, strided
 from workers.merging.tiles import Elements, Facts, TensorMerger, learn
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
@@ -75,5 +75,5 @@ def _rows(rule: Rows, derived: Derived, inputs: Sequence[Elements]) -> Elements:
     return output.reshape(-1)
 
 
-RULES: Mapping[type, Compute] = {Merged: _merged, Rows: _rows, LowRank: low_rank, Scaled: scaled}
+RULES: Mapping[type, Compute] = {Merged: _merged, Rows: _rows, LowRank: low_rank, Scaled: scaled, Strided: strided}
 """The computation of each rule."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.merge_tasks import Derived, LowRank, Scaled
+from jobs.merge_tasks import Derived, LowRank, Scaled, Strided
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.merging.tiles import Elements
 
@@ -110,3 +110,10 @@ def scaled(rule: Scaled, derived: Derived, inputs: Sequence[Elements]) -> Elemen
                 factors = np.repeat(factors, rule.block[1], axis=1)[:, :columns] if factors.shape[1] > 1 else factors
                 target[start:stop] = plane[start:stop].astype(np.float32) * factors
     return output.reshape(-1)
+
+
+def strided(rule: Strided, derived: Derived, inputs: Sequence[Elements]) -> Elements:
+    """The elements in C order."""
+    elements = inputs[0]
+    steps = [stride * elements.itemsize for stride in rule.strides]
+    return np.lib.stride_tricks.as_strided(elements, derived.shape, steps, writeable=False).flatten()
