@@ -10,12 +10,15 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput
-from workers.checkpoints.configs import TEXT_SECTIONS, completed, is_section, text_fields
+from workers.checkpoints.configs import TEXT_SECTIONS, completed, is_section, rope, text_fields
 from workers.checkpoints.modules import TEXT, modules_of, stack_of
 from workers.checkpoints.opening import Checkpoint
 
 _OF_IMAGES = ("mrope_section", "mrope_interleaved")
 """Fields of RoPE that count the rows and columns of images; for text they change nothing."""
+
+_ROPE = {"rope_parameters", "rope_scaling", "rope_theta"}
+_KEPT = {"model_type", "architectures", *_ROPE}
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,12 @@ def _as_part(plain: Mapping[str, Any], whole: Mapping[str, Any]) -> dict[str, An
     section = next((name for name in TEXT_SECTIONS if is_section(name, whole.get(name))), None)
     own = whole if section is None else whole[section]
     full = completed(whole)
-    known = full[section] if section is not None and section in full else text_fields(full)
-    kept = {"model_type", "architectures", "rope_parameters", "rope_scaling", "rope_theta"}
-    fields = {**own, **{key: value for key, value in plain.items() if key in known and key not in kept}}
-    for key in ("rope_parameters", "rope_scaling"):
-        images = {name: value for name, value in (own.get(key) or {}).items() if name in _OF_IMAGES}
-        if plain.get(key) or not images:
-            fields.pop(key, None)
-            fields |= {key: {**plain[key], **images}} if plain.get(key) else {}
-    if "rope_theta" in plain:
-        fields["rope_theta"] = plain["rope_theta"]
+    known = (full[section] if section is not None and section in full else text_fields(full)).keys() - _KEPT
+    fields = {**own, **{key: value for key, value in plain.items() if key in known}}
+    (theta, scaling), of_whole = rope(plain), rope(own)[1] or {}
+    images = {name: value for name, value in of_whole.items() if name in _OF_IMAGES}
+    if images and scaling is None and of_whole["rope_type"] in ("default", "mrope"):
+        scaling = {"rope_type": of_whole["rope_type"]}
+    rotary = {**({} if theta is None else {"rope_theta": theta}), **(scaling or {}), **images}
+    fields = {key: value for key, value in fields.items() if key not in _ROPE} | {"rope_parameters": rotary}
     return fields if section is None else {**whole, section: fields}

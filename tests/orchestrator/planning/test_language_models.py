@@ -103,6 +103,16 @@ def test_a_field_of_the_language_model_that_differs_is_refused(plan: Planning, p
         plan(recipe=LINEAR, grid="", config_from="fmt")
 
 
+def test_rope_is_compared_but_for_the_part_of_images(plan: Planning, parents: Path):
+    write_model(parents / "fmt", ones(*PLAIN), config={"rope_theta": 1e6})
+    with pytest.raises(BadInput, match=r"disagree on text_config.rope_theta: fmt 1000000.0, cos 10000.0; say whose"):
+        plan(recipe=LINEAR, grid="")
+    scaled = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}
+    write_model(parents / "fmt", ones(*PLAIN), config={"rope_parameters": scaled})
+    with pytest.raises(BadInput, match=r"disagree on text_config.rope_scaling: "):
+        plan(recipe=LINEAR, grid="")
+
+
 def test_a_plain_model_of_another_family_is_refused(plan: Planning, parents: Path):
     write_model(parents / "fmt", ones(*PLAIN), config={"model_type": "llama"})
     with pytest.raises(BadInput, match="fmt is a llama, cos a qwen2_vl; parents share one architecture"):
