@@ -1,0 +1,84 @@
+"""Files of several documents through `mergekit-multi` and through mergeyard: the same weights, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli import main
+from tests.conformance.oracle import MISSING, ORACLE_PYTHON
+from tests.orchestrator.models import load_model, weights, write_model
+
+pytestmark = pytest.mark.oracle
+
+ANY_ORDER = """
+merge_method: task_arithmetic
+base_model: first
+models: [{model: organisation/second, parameters: {weight: 0.5}}]
+dtype: bfloat16
+---
+name: organisation/second
+merge_method: slerp
+base_model: first
+models: [{model: PARENTS/cos}]
+parameters: {t: [0.25, 0.75]}
+dtype: float32
+---
+name: first
+merge_method: linear
+models:
+- {model: PARENTS/cos, parameters: {weight: 0.25}}
+- {model: PARENTS/fmt, parameters: {weight: 0.75}}
+dtype: bfloat16
+out_dtype: float32
+"""
+ALL_NAMED = """
+name: step-1
+merge_method: ties
+base_model: PARENTS/base
+models:
+- {model: PARENTS/cos, parameters: {weight: 0.5, density: 1}}
+- {model: PARENTS/fmt, parameters: {weight: 0.25, density: 1}}
+dtype: bfloat16
+---
+name: result
+merge_method: linear
+models:
+- {model: step-1, parameters: {weight: 0.5}}
+- {model: PARENTS/fmt, parameters: {weight: 0.5}}
+dtype: bfloat16
+"""
+MULTI = """
+import sys
+from mergekit.scripts.multimerge import main
+for file, out in zip(sys.argv[1::2], sys.argv[2::2]):
+    main([file, "--out-path", out, "--intermediate-dir", f"{out}-stages", "--quiet"], standalone_mode=False)
+"""
+
+
+@pytest.mark.skipif(not ORACLE_PYTHON.exists(), reason=MISSING)
+def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(tmp_path: Path) -> None:
+    for who in ("base", "cos", "fmt"):
+        write_model(tmp_path / who, weights(who))
+    ours = {"any-order": ANY_ORDER, "all-named": ALL_NAMED}
+    for name, text in ours.items():
+        file = tmp_path / f"{name}.yml"
+        file.write_text(text.replace("PARENTS", str(tmp_path)))
+        assert main(["merge", str(file), str(tmp_path / f"our-{name}"), "--numerics", "mergekit", "--quiet"]) == 0
+    files = {name: tmp_path / f"{name}.yml" for name in ours}
+    files["repeated"] = tmp_path / "our-any-order" / "mergekit_config.yml"
+    asked = [str(part) for name, file in files.items() for part in (file, tmp_path / f"their-{name}")]
+    quiet = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    subprocess.run([ORACLE_PYTHON, "-c", MULTI, *asked], env={**os.environ, **quiet}, check=True, timeout=300)
+    theirs = {
+        "any-order": tmp_path / "their-any-order",
+        "repeated": tmp_path / "their-repeated",
+        "all-named": tmp_path / "their-all-named-stages" / "result",
+    }
+    for name, folder in theirs.items():
+        expected, found = load_model(folder), load_model(tmp_path / f"our-{name.replace('repeated', 'any-order')}")
+        assert expected.keys() == found.keys()
+        assert all(expected[key].equal(found[key]) for key in expected), name
