@@ -7,13 +7,15 @@ from typing import Any
 
 import numpy as np
 
+from jobs.errors import NotFinite
 from jobs.merge_tasks import Derived, LowRank, Merged, Parent, ParentTensor, Rows, Scaled, Source, Strided, TensorMerge
+from jobs.yaml_nodes import quoted
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import digest_of
 from workers.merging.buffers import memory
 from workers.merging.parent_rules import low_rank, scaled, strided
-from workers.merging.tiles import Elements, Facts, TensorMerger, learn
+from workers.merging.tiles import Elements, Facts, TensorMerger, learn, overflowed
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
 
@@ -33,11 +35,17 @@ class Deriving:
         self._stores = {name: open_store(parent.url) for name, parent in parents.items()}
 
     def whole(self, parent: str, source: Source, tensor: str) -> Elements:
-        """The elements of a tensor, 1-D and in the source's dtype; errors as of the stores and of `check_digest`."""
+        """The elements of a tensor, 1-D and in the source's dtype; errors as of the stores and of `check_digest`.
+
+        `NotFinite` if a merge on the way has NaN or infinity where its inputs have numbers.
+        """
         if isinstance(source, ParentTensor):
             return self._stored(parent, source, tensor)
         inputs = [self.whole(name, part, tensor) for name, part in source.inputs]
-        return RULES[type(source.rule)](source.rule, source, inputs)
+        try:
+            return RULES[type(source.rule)](source.rule, source, inputs)
+        except NotFinite as error:
+            raise NotFinite(f"the merge {quoted(parent)}: {error}") from None
 
     def _stored(self, parent: str, at: ParentTensor, tensor: str) -> Elements:
         store, file = self._stores[parent], self._parents[parent].files[at.file]
@@ -56,8 +64,17 @@ def _merged(rule: Merged, derived: Derived, inputs: Sequence[Elements]) -> Eleme
     learn(tensor, rule.setting, raw, facts, PIECE_ELEMENTS, seed=rule.seed, numerics=rule.numerics)
     merger = TensorMerger(tensor, [rule.setting], facts, seed=rule.seed, numerics=rule.numerics)
     output = np.empty(tensor.elements, numpy_dtype(tensor.dtype))
+    lost = 0
     for start in range(0, tensor.elements, PIECE_ELEMENTS):
-        merger.run(start, raw, 0, [output[start : start + PIECE_ELEMENTS]])
+        piece = slice(start, start + PIECE_ELEMENTS)
+        _, broken = merger.run(start, raw, 0, [output[piece]])
+        if broken:
+            lost += overflowed(output[piece], [raw[name][piece] for name in rule.setting.parents])
+    if lost:
+        raise NotFinite(
+            f"of tensor {rule.name}, {lost:,} numbers are NaN or infinite that are finite in its parents; give this"
+            " merge another `dtype:`, such as bfloat16, or smaller weights"
+        )
     return output
 
 

@@ -162,6 +162,23 @@ def test_a_point_names_its_real_parents_and_all_documents(
     assert f"| `{paths[0]}` | `{paths[0]}` | `0.25` in `half` |" in card
 
 
+def test_a_stage_that_overflows_ends_the_merge_and_its_remedy_works(
+    mergeyard: Mergeyard, parents: Path, tmp_path: Path
+) -> None:
+    """Written alone, such a merge ends with exit code 1 too."""
+    large = {"parameters": {"weight": 1e7, "normalize": False}}
+    stage = {"name": "half", **document("linear", None, parents / "cos", parents / "fmt", **large)}
+    file = tmp_path / "merge.yml"
+    for dtype, code in (("float16", 1), ("bfloat16", 0)):
+        result = document("slerp", "half", parents / "base", **T, dtype="float32")
+        file.write_text(yaml.safe_dump_all([{**stage, "dtype": dtype}, result]))
+        ended = mergeyard("merge", file, tmp_path / dtype, "--quiet")
+        assert ended.code == code, ended.err
+        if code:
+            assert 'the merge "half": of tensor ' in ended.err
+            assert "give this merge another `dtype:`, such as bfloat16, or smaller weights" in ended.err
+
+
 # ---- jobs
 
 STAGED = """
