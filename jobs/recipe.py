@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.aim import Aim, AimTemplate, aim_schema, aim_template
@@ -49,7 +49,7 @@ from jobs.sources import (
 )
 from jobs.tokenizers import TokenizerSettings, TokenizerTemplate, tokenizer_schema, tokenizer_template
 from jobs.trajectories import NO_TRAJECTORIES, Trajectories, one_of
-from jobs.yaml_nodes import Node, nearest, quoted, suggestion
+from jobs.yaml_nodes import Node, quoted, suggestion
 
 KEYS = {
     "merge_method": "`linear`, `ties`, …",
@@ -209,15 +209,8 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
         if isinstance(node.value, Mapping) and key in node.value:
             raise node.value[key].error(f"`{key}:` is not accepted: {remedy}")
     node = node.without_anchors(KEYS)
-    ignored: list[str] = []
-    if foreign and isinstance(node.value, Mapping):
-        stray = {key: value for key, value in node.value.items() if key not in KEYS and not nearest(key, KEYS)}
-        ignored = [
-            f"{value.place}: {quoted(key)} is no key of a recipe and has no effect" for key, value in stray.items()
-        ]
-        node = replace(node, value={key: value for key, value in node.value.items() if key not in stray})
-    keys = filled(node.mapping(KEYS, ("merge_method",)))
-    reader = Reader()
+    reader = Reader(foreign=foreign)
+    keys = filled(reader.keys(node, KEYS, ("merge_method",)))
     texts = {
         key: reader.text(model_name(keys[key]) if key in _MODEL_KEYS else keys[key])
         for key in _TEXT_KEYS
@@ -250,7 +243,7 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
         places={key: value.place for key, value in keys.items()} | parameter_places,
         placeholders=tuple(reader.placeholders),
         foreign=foreign,
-        ignored=tuple(ignored),
+        ignored=tuple(reader.ignored),
     )
 
 

@@ -173,7 +173,7 @@ def read_modules(node: Node | None, reader: Reader) -> tuple[ModuleTemplate, ...
 
 
 def _slice(node: Node, reader: Reader) -> SliceTemplate:
-    keys = filled(node.mapping(("sources", "base_model", "residual_weight", "parameters"), ("sources",)))
+    keys = filled(reader.keys(node, ("sources", "base_model", "residual_weight", "parameters"), ("sources",)))
     if "sources" not in keys:
         raise node.error('"sources" must have a value')
     if "residual_weight" in keys:  # read and not used, as in mergekit; the plan has a remark
@@ -189,7 +189,7 @@ def _slice(node: Node, reader: Reader) -> SliceTemplate:
 
 
 def _module(name: str, node: Node, reader: Reader) -> ModuleTemplate:
-    keys = filled(node.mapping(("models", "slices", "parameters")))
+    keys = filled(reader.keys(node, ("models", "slices", "parameters")))
     if ("models" in keys) == ("slices" in keys):
         raise node.error(f"the module {quoted(name)} needs `models` or `slices`, one of the two")
     parameters, places = reader.parameters(keys.get("parameters"))

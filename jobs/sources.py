@@ -6,7 +6,7 @@ not known in this package.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template, format_number, template
 from jobs.trajectories import AGE, DEFAULT_ALPHA, NO_TRAJECTORIES, Trajectories, is_window, one_of, weight, window
-from jobs.yaml_nodes import NUMBER, Node, quoted
+from jobs.yaml_nodes import NUMBER, Node, nearest, quoted
 
 LATER: Mapping[str, bool] = {"later": True}
 """Metadata of a field that is newer than the first jobs: at its default it is not in digests, so that those stay."""
@@ -151,10 +151,23 @@ def setting_at(setting: Setting, *, tensor_name: str, position: float | Fraction
 class Reader:
     """Reads the parts of a recipe and remembers every placeholder it met."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, foreign: bool = False) -> None:
         self.placeholders: list[Template] = []
+        self.ignored: list[str] = []
+        """A sentence on each key that was left out."""
+        self._foreign = foreign
         self._given = frozenset[str]()
         """Names in expressions that are no axes."""
+
+    def keys(self, node: Node, known: Collection[str], required: Collection[str] = ()) -> Mapping[str, Node]:
+        """As `Node.mapping`; of a document for mergekit, unknown keys that do not look misspelt are left out."""
+        if self._foreign and isinstance(node.value, Mapping):
+            stray = {key: value for key, value in node.value.items() if key not in known and not nearest(key, known)}
+            self.ignored += [
+                f"{value.place}: {quoted(key)} is not a key here and has no effect" for key, value in stray.items()
+            ]
+            node = replace(node, value={key: value for key, value in node.value.items() if key not in stray})
+        return node.mapping(known, required)
 
     def text(self, node: Node) -> str | Template:
         """Text, or a template of text."""
@@ -172,7 +185,7 @@ class Reader:
                 "`revision:` stands after the model's name: write `model: organisation/name@revision`"
             )
         wanted = ("model", "layer_range") if ranged else ("model",)
-        keys = node.mapping((*wanted, "parameters"), wanted)
+        keys = self.keys(node, (*wanted, "parameters"), wanted)
         name = model_name(keys["model"])
         model = self.text(name)
         self._given = frozenset({AGE}) if is_window(name.string()) else frozenset()

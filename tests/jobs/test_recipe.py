@@ -43,8 +43,8 @@ def test_strange_keys_of_a_document_for_mergekit_are_left_out_and_said():
     recipe = recipe_template(load_document(text, "recipe.yml"), foreign=True).bind({})
     assert recipe == read(two_models(""))
     assert recipe.ignored == (
-        'recipe.yml:5: "int8_mask" is no key of a recipe and has no effect',
-        'recipe.yml:6: "random_seed" is no key of a recipe and has no effect',
+        'recipe.yml:5: "int8_mask" is not a key here and has no effect',
+        'recipe.yml:6: "random_seed" is not a key here and has no effect',
     )
     with pytest.raises(BadInput, match='unknown key "dtpye"; did you mean "dtype"'):
         recipe_template(load_document(two_models("dtpye: float32\n"), "recipe.yml"), foreign=True)

@@ -66,6 +66,8 @@ def check_recipe(recipe: Recipe) -> None:
     if method.base in ("required", "one of the models") and recipe.base_model is None:
         raise BadInput(f"{recipe.place}: {recipe.merge_method} needs a base_model")
     models = _merged_models(recipe, method)
+    if _only_the_base(recipe, method):
+        return
     if len(models) < method.fewest or (method.most is not None and len(models) > method.most):
         wanted = f"{method.fewest}" if method.fewest == method.most else f"at least {method.fewest}"
         if method.most is not None and method.fewest != method.most:
@@ -86,6 +88,8 @@ def resolve(recipe: Recipe, tensor: str, position: float, *, exact: bool) -> Set
     """
     method = METHODS[recipe.merge_method]
     models = _merged_models(recipe, method)
+    if not models and recipe.base_model is not None:
+        return rounded(_copy_of(recipe.base_model))
     values: dict[str, Exact | tuple[Exact, ...]] = {}
     for parameter in method.parameters.values():
         if parameter.per_model:
@@ -143,6 +147,8 @@ def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Ex
             return value
         if value in (0, 1):
             return bool(value)
+        if isinstance(value, str) and value.lower() in ("true", "false"):  # in quotes
+            return value.lower() == "true"
         raise BadInput(f'{place}: "{parameter.name}" is true or false, not {value}')
     if isinstance(value, bool) or not isinstance(value, Fraction):
         raise BadInput(f'{place}: "{parameter.name}" is a number, not {value}')
@@ -170,14 +176,22 @@ def without_effect(recipe: Recipe) -> list[str]:
     of_models = [(name, source.place_of(name)) for source in recipe.models for name in source.parameters]
     unknown = [*of_all, *(entry for entry in of_models if entry[0] not in method.parameters)]
     of_merge = [(name, at) for name, at in of_models if name in method.parameters.keys() - _per_model(method)]
+    alone = f"{recipe.place}: {name_of_method} has no model beside the base {recipe.base_model}, which is the result"
     return [
         *recipe.ignored,
+        *([alone] if _only_the_base(recipe, method) else []),
         *(f'{place}: {name_of_method} has no parameter "{name}"; it has no effect' for name, place in unknown),
         *(
             f'{place}: "{name}" has no effect at one model; it belongs to the top-level parameters'
             for name, place in of_merge
         ),
     ]
+
+
+def _only_the_base(recipe: Recipe, method: Method) -> bool:
+    """Whether a document for mergekit adds no task vector to its base, as cards of merges with an adapter do."""
+    adds = method.base == "required" and method.most is None
+    return recipe.foreign and adds and recipe.base_model is not None and not _merged_models(recipe, method)
 
 
 def _per_model(method: Method) -> set[str]:

@@ -575,3 +575,21 @@ def test_parameters_without_effect_of_a_document_for_mergekit_are_said():
     ), foreign=True).bind({})  # fmt: skip
     with pytest.raises(BadInput, match='no parameter "wieght"; did you mean "weight"'):
         check_recipe(misspelt)
+
+
+def test_a_document_for_mergekit_that_adds_nothing_to_its_base_is_the_base_and_says_so():
+    text = "merge_method: task_arithmetic\nbase_model: base\nmodels: [{model: base, parameters: {weight: 1}}]"
+    recipe = recipe_template(load_document(text, "card.yml"), foreign=True).bind({})
+    check_recipe(recipe)
+    assert resolve(recipe, "x", 0, exact=True) == Setting("passthrough", ("base",), None, (("scale", (1.0,)),))
+    assert without_effect(recipe) == [
+        "card.yml:1: task_arithmetic has no model beside the base base, which is the result"
+    ]
+    with pytest.raises(BadInput, match="at least 1 model"):
+        check_recipe(recipe_template(load_document(text, "job.yaml")).bind({}))
+
+
+def test_booleans_in_quotes_are_read():
+    text = 'merge_method: linear\nmodels: [{model: a, parameters: {weight: 1}}]\nparameters: {normalize: "False"}'
+    found = resolve(recipe_template(load_document(text, "job.yaml")).bind({}), "x", 0, exact=False)
+    assert dict(found.parameters)["normalize"] is False
