@@ -48,12 +48,14 @@ def peft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def assert_merged_alike(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Tensor | None, tensor: str) -> None:
-    """Within one ulp; where W and its update nearly cancel, PEFT's own roundings of the update are larger."""
+    """Within one ulp; where terms of the sum nearly cancel, within PEFT's own rounding of the largest ones."""
     far = ulp_distance(ours, theirs) > 1
     if far.any():
         assert base is not None, tensor
         theirs, base = theirs.double(), base.double()
         terms = torch.maximum(base.abs(), (theirs - base).abs())
+        if ours.dtype is torch.float32:  # the terms of B·A itself may cancel
+            terms = terms.max()
         assert ((ours.double() - theirs).abs() <= 4 * torch.finfo(ours.dtype).eps * terms)[far].all(), tensor
 
 
