@@ -15,6 +15,7 @@ import yaml
 
 from tests.conformance import cases, tally, vocabulary_cases
 from tests.conformance.checkpoints import write_parents
+from tests.conformance.deep_cases import ALIKE, DEEP
 from tests.conformance.generated import GENERATED_METHODS, documents, in_bf16, write_odd_parents
 from tests.conformance.oracle import MISSING, ORACLE_PYTHON, Answer, Merge, run_mergekit
 from tests.conformance.sliced_cases import SLICED, SLICED_REFUSED
@@ -66,11 +67,24 @@ def drawn(request: pytest.FixtureRequest) -> Mapping[str, str]:
 
 
 @pytest.fixture(scope="session")
+def deep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of parents of three layers for each architecture that mergekit merges under the same names."""
+    from tests.conformance.architectures import layers, write_family  # which imports transformers
+
+    root = tmp_path_factory.mktemp("deep")
+    with layers(3):
+        for architecture in ALIKE:
+            write_family(root / architecture, architecture)
+    return root
+
+
+@pytest.fixture(scope="session")
 def mergekit(
-    parents: Path, vocabularies: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
+    parents: Path, vocabularies: Path, deep: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Answer]:
     """mergekit's answers, by name: to every case and every drawn document, computed in float32; `bit exact NAME` in
-    bfloat16; `refused NAME`; `vocabulary NAME`; `sliced NAME`; `sharded output` in files of at most 30 kB."""
+    bfloat16; `refused NAME`; `vocabulary NAME`; `sliced NAME`; `FORM of ARCHITECTURE`; `sharded output` in files of at
+    most 30 kB."""
     if not ORACLE_PYTHON.exists():
         pytest.skip(MISSING)
     merges = [
@@ -88,6 +102,7 @@ def mergekit(
         Merge(f"vocabulary {name}", vocabulary_cases.document(text, vocabularies))
         for name, text in of_vocabularies.items()
     ]
+    merges += [Merge(f"{form} of {each}", make(deep / each)) for form, make in DEEP.items() for each in ALIKE]
     sharded = cases.parsed(cases.CASES["linear-bf16"], parents)
     merges.append(Merge("sharded output", sharded, shard_bytes=30_000))
     return run_mergekit(merges, tmp_path_factory.mktemp("mergekit"))
