@@ -179,6 +179,15 @@ def test_a_stage_that_overflows_ends_the_merge_and_its_remedy_works(
             assert "give this merge another `dtype:`, such as bfloat16, or smaller weights" in ended.err
 
 
+def test_a_stage_has_no_aim(mergeyard: Mergeyard, parents: Path, tmp_path: Path) -> None:
+    aim = {"aim": {"statistics": "cos.safetensors"}}
+    stage = {"name": "half", **document("task_arithmetic", parents / "base", parents / "fmt", **W, **aim)}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump_all([stage, document("slerp", "half", parents / "cos", **T)]))
+    ended = mergeyard("merge", tmp_path / "merge.yml", tmp_path / "out")
+    assert ended.code == 2
+    assert 'a merge that feeds another has no `aim:`; write "half" first, and name the result' in ended.err
+
+
 # ---- jobs
 
 STAGED = """
