@@ -88,7 +88,9 @@ def _loaded(folder: Path) -> Any:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         [name, *_] = config.architectures or ["AutoModelForCausalLM"]
         loader: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
-        model = loader.from_pretrained(folder, config=config, dtype="auto", local_files_only=True)
+        model = loader.from_pretrained(
+            folder, config=config, dtype="auto", local_files_only=True, trust_remote_code=False
+        )
     except (ValueError, OSError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise BadInput(f"{folder}: transformers cannot load the model ({reason})") from error
