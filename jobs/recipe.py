@@ -76,7 +76,7 @@ REFUSED_KEYS = {
     "config_from": "it stands beside `recipe:` in a job; `mergeyard merge` has the option `--config-from`",
     **dict.fromkeys(
         ("gate_mode", "experts", "experts_per_token", "shared_experts"),
-        "it belongs to mergekit-moe, which builds a mixture of experts; mergeyard merges models of one architecture",
+        "it builds a mixture of experts: run `mergeyard moe CONFIG OUT`",
     ),
 }
 

@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.errors import Interrupted, MergeyardError, printable
-from orchestrator.commands.mergekit_options import OF_EXTRACTION, add_mergekit_options
+from orchestrator.commands.mergekit_options import OF_EXTRACTION, OF_MOE, add_mergekit_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -164,6 +164,25 @@ def parser() -> argparse.ArgumentParser:
     _machine(extract)
     _quiet(extract)
     add_mergekit_options(extract, OF_EXTRACTION)
+
+    moe = _verb(verbs, "moe", "make a mixture of experts from dense models, as mergekit-moe CONFIG OUT")
+    moe.add_argument("config", metavar="CONFIG", help="a document of mergekit-moe (YAML)")
+    moe.add_argument("out", metavar="OUT", help="folder or URL of the mixture")
+    moe.add_argument(
+        "--i-understand-this-is-not-useful-without-training",
+        action="store_true",
+        help="allow experts that are all one model",
+    )
+    moe.add_argument(
+        "--out-shard-size", default="1GB", metavar="SIZE", help="size of an output file, such as 5GB; default 1GB"
+    )
+    moe.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of random gates; default 0")
+    moe.add_argument(
+        "--transformers-cache", metavar="FOLDER", help="cache of models from the hub, in place of HF_HUB_CACHE"
+    )
+    moe.add_argument("--json", action="store_true", help="print the result as JSON")
+    _quiet(moe)
+    add_mergekit_options(moe, OF_MOE)
 
     report = _verb(verbs, "report", "print the leaderboard of a run and write its page")
     report.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")

@@ -62,7 +62,19 @@ OF_EXTRACTION = {
 }
 """`extract-lora` takes these in place of the options above of the same name."""
 
-WITH_VALUE = {"--lora-merge-cache", "--lora-merge-dtype", "--write-threads", "--out-shard-size", "--random-seed"}
+OF_MOE = {
+    **dict.fromkeys(("--cuda", "--device", "--gpu-rich"), "`moe` computes on the CPU"),
+    **dict.fromkeys(("-j", "--num-threads"), "`moe` copies tensors in one thread"),
+    **dict.fromkeys(("--load-in-4bit", "--load-in-8bit"), "the base answers prompts in bfloat16"),
+    "--multi-gpu": "`moe` computes on the CPU",
+    "--trust-remote-code": "no code of a model is run",
+}
+"""`moe` takes these in place of the options above of the same name."""
+
+WITH_VALUE = {
+    *("--device", "-j", "--num-threads", "--out-shard-size", "--random-seed"),
+    *("--lora-merge-cache", "--lora-merge-dtype", "--write-threads"),
+}
 SIZE_IN_MERGEKIT = re.compile(r"(\d+)([kKmMbB])", re.ASCII)
 THOUSANDS = {"k": 10**3, "m": 10**6, "b": 10**9}
 

@@ -109,7 +109,12 @@ def write_family(folder: Path, architecture: str) -> None:
     """
     class_name, config = ARCHITECTURES[architecture]
     torch.manual_seed(zlib.crc32(architecture.encode()))
-    model: PreTrainedModel = getattr(transformers, class_name)(config()).to(torch.bfloat16)
+    write_models(folder, architecture, getattr(transformers, class_name)(config()))
+
+
+def write_models(folder: Path, architecture: str, model: PreTrainedModel) -> None:
+    """`folder`/base, one and two as above, of this model."""
+    model = model.to(torch.bfloat16)
     base = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for who, begin, end in (("base", 0.0, 0.0), ("one", 0.0, 5 / 8), ("two", 3 / 8, 1.0)):
         generator = torch.Generator().manual_seed(zlib.crc32(f"{architecture}/{who}".encode()))

@@ -14,7 +14,10 @@ from workers.methods import METHODS
 
 
 @pytest.mark.skipif(not ORACLE_PYTHON.exists(), reason=MISSING)
-@pytest.mark.parametrize(("program", "verb"), [("mergekit-yaml", "merge"), ("mergekit-extract-lora", "extract-lora")])
+@pytest.mark.parametrize(
+    ("program", "verb"),
+    [("mergekit-yaml", "merge"), ("mergekit-extract-lora", "extract-lora"), ("mergekit-moe", "moe")],
+)
 def test_a_command_takes_or_refuses_every_option_of_mergekit_s(tmp_path: Path, program: str, verb: str):
     shown = subprocess.run(
         [ORACLE_PYTHON.with_name(program), "--help"], capture_output=True, text=True, check=True, cwd=tmp_path

@@ -813,7 +813,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "mixture of experts": (
         {"recipe": "\n  base_model: cos\n  gate_mode: hidden\n  experts: [{source_model: fmt}]\n", "grid": ""},
-        "job.yaml:7: `gate_mode:` is not accepted: it belongs to mergekit-moe",
+        "job.yaml:7: `gate_mode:` is not accepted: it builds a mixture of experts: run `mergeyard moe CONFIG OUT`",
     ),
     "tab": ({"recipe": "\n  merge_method: linear\n  models:\n\t- {model: cos}\n", "grid": ""}, "begins with a tab"),
     "unknown key": ({"shardsize": "1GB"}, 'job.yaml:13: unknown key "shardsize"; did you mean "shard_size"?'),
