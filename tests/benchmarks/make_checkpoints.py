@@ -21,6 +21,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 EXAMPLE = Path(__file__).parents[2] / "jobs" / "examples" / "parents" / "base"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json")
@@ -46,6 +48,27 @@ SIZES = {
     "1.5b": Size(28, 1536, 8960, 12, 2, 151936, True),
     "7b": Size(28, 3584, 18944, 28, 4, 152064, False),
 }
+
+
+def write_adapter(base: Path, folder: Path, rank: int = 16) -> None:
+    """A LoRA adapter of PEFT on every projection of the layers of `base`, with small factors."""
+    generator = torch.Generator().manual_seed(0)
+    factors: dict[str, torch.Tensor] = {}
+    for path in sorted(base.glob("*.safetensors")):
+        with safe_open(path, "pt") as weights:
+            for name in sorted(weights.keys()):
+                if name.endswith("_proj.weight"):
+                    rows, columns = weights.get_slice(name).get_shape()
+                    prefix = f"base_model.model.{name.removesuffix('.weight')}"
+                    for side, shape in (("A", (rank, columns)), ("B", (rows, rank))):
+                        factors[f"{prefix}.lora_{side}.weight"] = torch.randn(shape, generator=generator) * 0.01
+    folder.mkdir()
+    save_file(
+        {name: factor.to(torch.bfloat16) for name, factor in factors.items()}, folder / "adapter_model.safetensors"
+    )
+    targets = sorted({name.split(".")[-3] for name in factors})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": str(base)}))
 
 
 def shapes(size: Size) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -16,6 +16,7 @@ Rows, of synthetic parents:
     METHOD-16        a grid of 16 points, all written
     METHOD-resident  linear and ties: 16 points into a resident model, none written
     METHOD-hashed    the same with the digest of every tensor, as an evaluation makes it for a new point
+    document-FORM    slices, stages, a LoRA adapter: one merge, written
     memory-N         ties: the memory of one worker that merges N points
     memory-7b-N      the same with the widths of a 7B model, of which two layers are made
     tiny             a merge of a tiny model, from the shell
@@ -46,9 +47,9 @@ from typing import Any
 import psutil
 import yaml
 
-from tests.benchmarks.make_checkpoints import SIZES, write_family
+from tests.benchmarks.make_checkpoints import SIZES, write_adapter, write_family
 from tests.benchmarks.merges import copying, figures
-from tests.benchmarks.merges.documents import RECIPES, document, grid_job
+from tests.benchmarks.merges.documents import FORMS, RECIPES, document, form_text, grid_job
 from workers.methods import METHODS
 
 ROOT = Path(__file__).parents[3]
@@ -149,6 +150,8 @@ def rows(size: str, work: Path) -> Mapping[str, Callable[[], Row]]:
         made[f"memory-7b-{points}"] = lambda points=points: memory(
             f"memory-7b-{points}", points, family(work, "7b", layers=2)
         )
+    for form in FORMS:
+        made[f"document-{form}"] = lambda form=form: of_form(form, family(work, size))
     made["tiny"] = lambda: written("tiny", "linear", family(work, "tiny"))
     return made
 
@@ -156,10 +159,36 @@ def rows(size: str, work: Path) -> Mapping[str, Callable[[], Row]]:
 def written(name: str, method: str, parents: Path) -> Row:
     """One merge of a method, by the command."""
     return Row(name, parents, {
-        "floor": floor(method, parents, 1, "plain"),
-        "synced": floor(method, parents, 1, "synced"),
+        "floor": floor(RECIPES[method].parents, parents, 1, "plain"),
+        "synced": floor(RECIPES[method].parents, parents, 1, "synced"),
         "mergeyard": merge(MERGEYARD, "merge", method, parents),
         "mergekit": merge(MERGEKIT, None, method, parents),
+    })  # fmt: skip
+
+
+def of_form(form: str, parents: Path) -> Row:
+    """One merge of a document of several parts, by the command; its adapter is made at the first use."""
+    adapter = parents / "adapter"
+    if form == "lora" and not adapter.exists():
+        write_adapter(parents / "cos", adapter)
+    peer = [str(MERGEKIT), "{config}", "{folder}/merge", "--lora-merge-cache", "{folder}/lora"]
+    if form == "stages":
+        multi = str(MERGEKIT.with_name("mergekit-multi"))
+        peer = [multi, "{config}", "-I", "{folder}/between", "--out-path", "{folder}/merge"]
+
+    def once(command: Sequence[str]) -> Contender:
+        def contender(folder: Path) -> Sample:
+            config = folder / "config.yaml"
+            config.write_text(form_text(form, parents))
+            return run([*(part.format(config=config, folder=folder) for part in command), "--quiet"], folder)[0]
+
+        return contender
+
+    return Row(f"document-{form}", parents, {
+        "floor": floor(FORMS[form].parents, parents, 1, "plain"),
+        "synced": floor(FORMS[form].parents, parents, 1, "synced"),
+        "mergeyard": once([str(MERGEYARD), "merge", "{config}", "{folder}/merge"]),
+        "mergekit": once(peer),
     })  # fmt: skip
 
 
@@ -184,8 +213,8 @@ def grid(method: str, parents: Path) -> Row:
         return run([str(MERGEYARD), "run", str(job), "--in-process", "--quiet"], folder)[0].per_point(POINTS)
 
     return Row(f"{method}-{POINTS}", parents, {
-        "floor": floor(method, parents, POINTS, "plain"),
-        "synced": floor(method, parents, POINTS, "synced"),
+        "floor": floor(RECIPES[method].parents, parents, POINTS, "plain"),
+        "synced": floor(RECIPES[method].parents, parents, POINTS, "synced"),
         "mergeyard": mergeyard,
         "mergekit": merge(MERGEKIT, None, method, parents),
     }, POINTS)  # fmt: skip
@@ -200,9 +229,9 @@ def memory(name: str, points: int, parents: Path) -> Row:
     return Row(name, parents, {"mergeyard": mergeyard}, points, (3 << 29) + largest_tensor(parents))
 
 
-def floor(method: str, parents: Path, points: int, synced: str) -> Contender:
+def floor(names: Sequence[str], parents: Path, points: int, synced: str) -> Contender:
     """The least that a merge of these parents into so many points reads and writes."""
-    *read, copied = (str(weights) for who in RECIPES[method].parents for weights in weights_of(parents / who))
+    *read, copied = (str(weights) for who in names for weights in weights_of(parents / who))
     return lambda folder: run(
         [sys.executable, copying.__file__, str(folder), str(points), synced, copied, *read], folder
     )[0].per_point(points)
@@ -362,8 +391,12 @@ def _kilobytes(status: str, field: str) -> int:
 
 def peer_of(row: str, size: str, results: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """mergekit's samples of the same merge, if another row has them."""
-    method = row.partition("-")[0]
-    found = [each for each in results if each["row"].partition("-")[0] == method and each["parameters"] == size]
+    method = row if row.startswith("document-") else row.partition("-")[0]
+    found = [
+        each
+        for each in results
+        if method in (each["row"], each["row"].partition("-")[0]) and each["parameters"] == size
+    ]
     return next((each["samples"]["mergekit"] for each in found if "mergekit" in each["samples"]), [])
 
 

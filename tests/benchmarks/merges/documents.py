@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,59 @@ RECIPES: Mapping[str, Recipe] = {
     "arcee_fusion": Recipe(base="cos", varied=None),
     "passthrough": Recipe(models=("cos",), merge={"scale": 0.9}, varied=("scale", 0.2, 0.8)),
 }
+
+
+@dataclass(frozen=True)
+class Form:
+    """A document that is more than one merge of whole models: its parents in the order of reading, and its text.
+
+    In the text, {parents} is the folder of the parents, {two} and {five} are layers at 2/7 and 5/7 of {layers}.
+    """
+
+    parents: Sequence[str]
+    text: str
+
+
+FORMS: Mapping[str, Form] = {
+    "slices": Form(("cos", "fmt"), """\
+merge_method: passthrough
+slices:
+- sources: [{model: {parents}/cos, layer_range: [0, {five}]}]
+- sources: [{model: {parents}/fmt, layer_range: [{two}, {layers}]}]
+dtype: bfloat16
+"""),
+    "stages": Form(("base", "fmt", "cos"), """\
+name: first
+merge_method: slerp
+base_model: {parents}/cos
+models: [{model: {parents}/cos}, {model: {parents}/fmt}]
+parameters: {t: 0.3}
+dtype: bfloat16
+---
+merge_method: ties
+base_model: {parents}/base
+models: [{model: first}, {model: {parents}/fmt}]
+parameters: {weight: 0.5, density: 0.5}
+dtype: bfloat16
+"""),
+    "lora": Form(("fmt", "cos"), """\
+merge_method: linear
+models: [{model: {parents}/cos+{parents}/adapter}, {model: {parents}/fmt}]
+parameters: {weight: 0.5}
+dtype: bfloat16
+"""),
+}  # fmt: skip
+"""mergekit runs the stages with mergekit-multi. The adapter has rank 16 on all projections of `cos`."""
+
+
+def form_text(form: str, parents: Path) -> str:
+    """The text of a document of several parts; its models are folders."""
+    layers = json.loads((parents / "cos" / "config.json").read_text())["num_hidden_layers"]
+    values = {"parents": parents, "layers": layers, "two": -(-layers * 2 // 7), "five": layers * 5 // 7}
+    text = FORMS[form].text
+    for name, value in values.items():
+        text = text.replace(f"{{{name}}}", str(value))
+    return text
 
 
 def document(method: str, parents: Path) -> dict[str, Any]:
