@@ -203,7 +203,7 @@ class Mixer:
         logging.disable_progress_bar()
         with tempfile.TemporaryDirectory() as folder:
             self._fetch(Path(folder))
-            tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+            tokenizer: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
             tokenizer.padding_side = "left"
             tokenizer.pad_token = tokenizer.bos_token or tokenizer.eos_token
             rows = self._base.shapes[EMBEDDINGS][0]
@@ -212,7 +212,7 @@ class Mixer:
                 at = self._reading.whole(self._base.name, self._base.tensors[EMBEDDINGS], EMBEDDINGS)
                 embeddings = as_tensor(at).reshape(self._base.shapes[EMBEDDINGS])
             else:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
 
             def state(prompts: Sequence[str]) -> Any:
                 tokens = tokenised(tokenizer, prompts)

@@ -82,6 +82,8 @@ def locate(reference: str, relative_to: Path | None, place: str, *, bare_names: 
         raise BadInput(f"{place}: {quoted(reference)}: no folder {wanted} for the adapter after the +; {KINDS}")
     if whole is not None:
         return whole, None
+    if re.match(r"\w+\+\w+://", reference):  # such as git+ssh://, which no store opens
+        return reference, None
     raise BadInput(f"{place}: no folder {_path(reference, relative_to)}; {KINDS}")
 
 
