@@ -12,6 +12,13 @@ from typing import Any
 PUBLISHED = Path(__file__).parents[1]
 Result = Mapping[str, Any]
 
+DOCUMENTS = {
+    "document-slices": "`passthrough`, two slices of two models",
+    "document-stages": "`slerp`, then `ties` of the result",
+    "document-lora": "`linear` of a model with an adapter and another",
+}
+PROGRAMS = ("mergeyard", "mergekit")
+
 ASKED = {
     "linear": "≥ 9 × mergekit, ≥ 8 × its CPU, ≤ 1.5 × floor",
     "ties": "≥ 40 × mergekit",
@@ -69,14 +76,28 @@ def table(results: Sequence[Result]) -> str:
         lines += ["", "| memory of a worker, ties of two parents and a base | points | peak, GiB | asked, GiB |"]
         lines.append("|---|---|---|---|")
     for result in held:
-        peak = max(sample["rss"] for sample in result["samples"]["mergeyard"]) / 2**30
         size = "7B, two layers" if "7b" in result["row"] else result["parameters"].upper()
-        lines.append(f"| {size} | {result['points']} | {peak:.2f} | ≤ {result['limit_bytes'] / 2**30:.2f} |")
+        lines.append(
+            f"| {size} | {result['points']} | {peak(result, 'mergeyard'):.2f} | ≤ {result['limit_bytes'] / 2**30:.2f} |"
+        )
+    documents = [result for result in results if result["row"] in DOCUMENTS]
+    if documents:
+        lines += ["", "| memory of the program | mergeyard, GiB | mergekit, GiB |", "|---|---|---|"]
+    for result in documents:
+        peaks = [f"{peak(result, program):.2f}" if program in result["samples"] else "" for program in PROGRAMS]
+        lines.append(f"| {' | '.join([DOCUMENTS[result['row']], *peaks])} |")
     return "\n".join(lines) + "\n"
+
+
+def peak(result: Result, program: str) -> float:
+    """The most memory of a contender, in GiB."""
+    return max(sample["rss"] for sample in result["samples"][program]) / 2**30
 
 
 def name_of(result: Result) -> str:
     """The row in words."""
+    if result["row"] in DOCUMENTS:
+        return f"{DOCUMENTS[result['row']]}, written"
     method = f"`{result['row'].partition('-')[0]}`"
     if result["row"].endswith(("-resident", "-hashed")):
         hashed = ", with digests" if result["row"].endswith("-hashed") else ""
