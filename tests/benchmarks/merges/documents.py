@@ -63,7 +63,7 @@ RECIPES: Mapping[str, Recipe] = {
 class Form:
     """A document that is more than one merge of whole models: its parents in the order of reading, and its text.
 
-    In the text, {parents} is the folder of the parents, {two} and {five} are layers at 2/7 and 5/7 of {layers}.
+    In the text, {parents} is the folder of the parents, {layers} the number of their layers, {half} half of it.
     """
 
     parents: Sequence[str]
@@ -74,8 +74,8 @@ FORMS: Mapping[str, Form] = {
     "slices": Form(("cos", "fmt"), """\
 merge_method: passthrough
 slices:
-- sources: [{model: {parents}/cos, layer_range: [0, {five}]}]
-- sources: [{model: {parents}/fmt, layer_range: [{two}, {layers}]}]
+- sources: [{model: {parents}/cos, layer_range: [0, {half}]}]
+- sources: [{model: {parents}/fmt, layer_range: [{half}, {layers}]}]
 dtype: bfloat16
 """),
     "stages": Form(("base", "fmt", "cos"), """\
@@ -99,13 +99,16 @@ parameters: {weight: 0.5}
 dtype: bfloat16
 """),
 }  # fmt: skip
-"""mergekit runs the stages with mergekit-multi. The adapter has rank 16 on all projections of `cos`."""
+"""The slices keep the number of layers: with another, mergekit 0.1.5 writes no config of Qwen2 beside transformers 5.
+
+It runs the stages with mergekit-multi. The adapter has rank 16 on all projections of `cos`.
+"""
 
 
 def form_text(form: str, parents: Path) -> str:
     """The text of a document of several parts; its models are folders."""
     layers = json.loads((parents / "cos" / "config.json").read_text())["num_hidden_layers"]
-    values = {"parents": parents, "layers": layers, "two": -(-layers * 2 // 7), "five": layers * 5 // 7}
+    values = {"parents": parents, "layers": layers, "half": layers // 2}
     text = FORMS[form].text
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", str(value))
