@@ -37,7 +37,7 @@ class AimTemplate:
     place: str
 
     def bind(self, bindings: Bindings) -> Aim:
-        """The value at one point; `BadInput` for an ω that is no number from 0 to 1."""
+        """The value at one point; `BadInput` unless ω is a number from 0 to 1."""
         omega = self.omega.bind(bindings) if isinstance(self.omega, Template) else self.omega
         if isinstance(omega, str | bool):
             raise BadInput(f"{self.place}: omega is a number, not {omega}")

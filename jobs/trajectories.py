@@ -216,7 +216,9 @@ def weight(word: str, age: int, size: int, alpha: Fraction, place: str) -> Fract
         return shape_weights(word, size, alpha)[size - 1 - age]
     if re.fullmatch(r"[\w-]*[^\W\d][\w-]*", word) and word != AGE:
         near = suggestion(word, SHAPES)
-        raise BadInput(f"{place}: {quoted(word)} is no weight of a window{near}; or write an expression of the age")
+        raise BadInput(
+            f"{place}: the weight of a window is a shape or an expression of the age, not {quoted(word)}{near}"
+        )
     value = evaluate(word, {AGE: Fraction(age)}, place)
     assert isinstance(value, Fraction), "an age is a number"
     return value

@@ -41,9 +41,7 @@ def extract_lora(options: argparse.Namespace) -> int:
         sv_epsilon=options.sv_epsilon,
         skip_undecomposable=options.skip_undecomposable,
     )
-    extractor = Extractor(
-        open_model(model, "model", "--model"), open_model(base, "base", "--base-model"), wish, out, device
-    )
+    extractor = Extractor(open_model(model, "model", "MODEL"), open_model(base, "base", "BASE"), wish, out, device)
     if extractor.output.is_whole():
         print(printable(f"{extractor.output.store.url}: this very adapter is there already"))
         return 0

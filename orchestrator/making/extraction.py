@@ -336,7 +336,7 @@ def _parts(
     for asked in wish.save_modules:
         if not any(replace(wish, save_modules=(asked,)).saves(module) for module in modules):
             known = sorted({module.rpartition(".")[2] for module in modules} - {""})
-            raise BadInput(f"--save-module {asked}: there is no such module{suggestion(asked, known)}")
+            raise BadInput(f"--save-module {asked}: the model has no module of that name{suggestion(asked, known)}")
     own = {names.canonical(name) or name: name for name in model.tensors}
     theirs = {names.canonical(name) or name: name for name in base.tensors}
     shared = {head for head, source in names.tied.items() if head not in theirs and source in theirs}

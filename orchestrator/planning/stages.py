@@ -1,4 +1,4 @@
-"""Stages of a merge as checkpoints that nobody writes: their tensors are computed while the next merge reads them.
+"""Stages of a merge as unwritten checkpoints: their tensors are computed while the next merge reads them.
 
 A stage is to the next merge as if it had been written and opened again: its dtypes, its config, its files.
 """

@@ -252,7 +252,10 @@ def test_filters_and_other_parameters_may_speak_of_the_age() -> None:
 @pytest.mark.parametrize(
     ("weight", "message"),
     [
-        ("uniorm", '"uniorm" is no weight of a window; did you mean "uniform"?; or write an expression of the age'),
+        (
+            "uniorm",
+            'the weight of a window is a shape or an expression of the age, not "uniorm"; did you mean "uniform"?',
+        ),
         ("age +", "an operand is missing"),
         ("a ** age", 'unknown axis "a"'),
     ],

@@ -56,6 +56,7 @@ def read_torch_file(store: Store, info: ObjectInfo) -> list[TensorHeader]:
             if order is not None and (order.file_size > 16 or archive.read(order) != b"little"):
                 raise BadInput(f"{where}: its bytes are in the order of a big-endian machine; {_ANEW}")
             tensors = stored_tensors(archive.read(f"{root}data.pkl"), where)
+    # zipfile raises the last three for damaged headers, for unknown compressions and for ends that lie beyond the file
     except (zipfile.BadZipFile, NotImplementedError, ValueError, EOFError) as error:
         raise CorruptData(f"{where}: no whole file of torch.save ({error}); fetch it again") from None
     keys = dict.fromkeys(tensor.storage.key for tensor in tensors.values())
