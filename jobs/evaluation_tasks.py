@@ -16,11 +16,12 @@ from jobs.tokenizers import AddedToken
 Kind = Literal["point", "parent"]
 """A model's part in its job. A checkpoint that is evaluated alone is a point; a night's blessed merge is a parent."""
 
-Status = Literal["answered", "empty", "cut", "filtered", "failed"]
+Status = Literal["answered", "empty", "cut", "unended", "filtered", "failed"]
 """The end of one answer.
 
-`cut`: it reached its limit of new tokens. `filtered`: the server withheld it. `failed`: the server refused the prompt
-for good. `empty`: it ended by itself without text. `answered`: all others.
+`cut`: it reached its limit of new tokens. `unended`: its thought did not end, so there is no answer. `filtered`: the
+server withheld it. `failed`: the server refused the prompt for good. `empty`: it ended by itself without text.
+`answered`: all others.
 """
 
 
@@ -125,6 +126,8 @@ class ScoreRow:
     `item` counts in: rows of two models are about the same question where `items`, `task` and `item` agree. `tokens`
     counts prompt and answer.
     `finite` is False, and the score 0, where a logit was NaN or infinite. `status` says how the answer ended.
+    `thought` is the text that the model wrote before its answer, `tokens_thought` its tokens, `tokens_out` those of
+    thought and answer. `sample` is the number of the answer where an item is answered several times.
     """
 
     point: str
@@ -146,6 +149,10 @@ class ScoreRow:
     repeat: int
     kind: Kind = "point"
     status: Status = "answered"
+    thought: str = ""
+    tokens_thought: int = 0
+    tokens_out: int = 0
+    sample: int = 0
 
 
 @dataclass(frozen=True, slots=True)

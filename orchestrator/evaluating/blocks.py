@@ -42,7 +42,7 @@ class Blocks:
         self._store = store
         self._blocks: dict[str, BlockScores] = {}
         self._files: dict[str, dict[str, range]] = defaultdict(dict)
-        self._wanted: dict[tuple[str, str, str, int, str, int], ScoreRow] = {}
+        self._wanted: dict[tuple[str, str, str, int, str, int, int], ScoreRow] = {}
         for info in store.list("scores/"):
             self._note(info.key)
 
@@ -101,7 +101,8 @@ class Blocks:
         ]
         for row in found:
             if row.repeat == 0:
-                self._wanted[row.point, row.benchmark, row.task, row.length, row.items, row.item] = row
+                place = (row.point, row.benchmark, row.task, row.length, row.items, row.item, row.sample)
+                self._wanted[place] = row
         return found
 
     def gaps(self, prefix: str, items: range) -> Iterator[range]:

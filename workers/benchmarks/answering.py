@@ -42,6 +42,10 @@ class ItemScore:
     tokens: int
     seconds: float
     status: Status = "answered"
+    thought: str = ""
+    tokens_thought: int = 0
+    tokens_out: int = 0
+    sample: int = 0
 
 
 def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
@@ -70,6 +74,7 @@ def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
             tokens=answer.tokens_in + answer.tokens_out,
             seconds=answer.seconds,
             status="empty" if answer.status == "answered" and not text.strip() else answer.status,
+            tokens_out=answer.tokens_out,
         )
 
 

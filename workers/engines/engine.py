@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import Status
+from jobs.specs import Scalar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,11 +24,48 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Thought:
+    """The text `end` ends a thought, which takes at most `budget` tokens, `end` among them.
+
+    `opened` where the prompt's own text begins the thought, as a template that ends in `<think>` does.
+    """
+
+    end: str
+    budget: int
+    opened: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Random decoding at a `temperature` above 0, from the likeliest tokens only.
+
+    Those are the `top_k` likeliest (0: all), and of them the fewest with a probability of `top_p` together. `seed`
+    depends on the item and the number of its sample, never on the model.
+    """
+
+    temperature: float
+    top_p: float
+    top_k: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
 class Prompt:
     """The model reads `prefix + text`; neighbours with an equal, non-empty `prefix` share one prefill of it.
 
-    The answer ends before the first of `stops` that it would have in it. A `bare` prompt has its special tokens
-    written out in its text, as out of a chat template (`workers.special_tokens`).
+    The answer ends before the first of `stops` that it would have in it; a thought does not. A `bare` prompt has its
+    special tokens written out in its text, as out of a chat template (`workers.special_tokens`). `messages` are the
+    same prompt for a server that applies the template itself, with the arguments `template`; none where the text came
+    out of no template. A last message of the assistant is the beginning of the answer. Without `sampling` the answer
+    is greedy.
     """
 
     prefix: str
@@ -35,6 +73,15 @@ class Prompt:
     max_new_tokens: int
     stops: tuple[str, ...] = ()
     bare: bool = False
+    messages: tuple[Message, ...] = ()
+    template: tuple[tuple[str, Scalar], ...] = ()
+    thinking: Thought | None = None
+    sampling: Sampling | None = None
+
+    @property
+    def longest(self) -> int:
+        """The most tokens to generate, thought and answer together."""
+        return self.max_new_tokens + (0 if self.thinking is None else self.thinking.budget)
 
     @property
     def whole(self) -> str:
@@ -44,10 +91,12 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A greedy continuation: its text without the end token, token counts, and this prompt's share of the seconds.
+    """A continuation: its text without the end token, token counts, and this prompt's share of the seconds.
 
-    `finite` is False when a logit was NaN or infinite: the merge is broken, and the text means nothing. `status` says
-    how the answer ended, `remark` why, as one line for the user; it may be empty.
+    `text` begins after the thought, which is `thought`; `tokens_out` counts the tokens of both, and `tokens_thought`
+    those of the thought, its end among them. `finite` is False when a logit was NaN or infinite: the merge is broken,
+    and the text means nothing. `status` says how the answer ended, `remark` why, as one line for the user; it may be
+    empty.
     """
 
     text: str
@@ -57,6 +106,20 @@ class Answer:
     finite: bool
     status: Status = "answered"
     remark: str = ""
+    thought: str = ""
+    tokens_thought: int = 0
+
+
+def split_thought(text: str, thought: Thought | None) -> tuple[str, str, bool]:
+    """(thought, answer, whether the thought has ended) of a generated text; all of it is answer without a `thought`.
+
+    The first end tag ends the thought, as in the reasoning parsers of servers; the thought has no tags in it.
+    """
+    if thought is None:
+        return "", text, True
+    before, end, answer = text.partition(thought.end)
+    opening = thought.end.replace("/", "", 1)
+    return before.strip().removeprefix(opening).strip(), answer, bool(end)
 
 
 def status_of(text: str, *, cut: bool) -> Status:

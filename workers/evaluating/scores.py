@@ -20,7 +20,7 @@ def _schema() -> Any:
     return pa.schema([pa.field(field.name, types[str(field.type)], nullable=False) for field in fields(ScoreRow)])
 
 
-LATER = ("kind", "status")
+LATER = ("kind", "status", "thought", "tokens_thought", "tokens_out", "sample")
 """Columns that older files lack; they then have the defaults of `ScoreRow`."""
 
 REMARKS = b"mergeyard.remarks"
@@ -42,7 +42,7 @@ def read_scores(data: bytes, where: str, points: Collection[str] | None = None) 
 
     `BadInput` when it has other columns, as another version may have written it.
 
-    Older versions wrote no column `kind`, as all rows were a point's, and no column `status`.
+    Older versions wrote no column `kind`, as all rows were a point's, and none of the other columns of `LATER`.
     """
     return read_block(data, where, points).rows
 

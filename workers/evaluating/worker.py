@@ -97,4 +97,8 @@ def _row(task: EvaluationTask, scored: ItemScore, weights: str) -> ScoreRow:
         repeat=task.repeat,
         kind=task.kind,
         status=scored.status,
+        thought=scored.thought,
+        tokens_thought=scored.tokens_thought,
+        tokens_out=scored.tokens_out,
+        sample=scored.sample,
     )

@@ -33,7 +33,7 @@ from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.transformers_engine import Limits, TransformersEngine
-from workers.evaluating.scores import read_block, read_scores, write_scores
+from workers.evaluating.scores import LATER, read_block, read_scores, write_scores
 from workers.evaluating.worker import Evaluator
 from workers.merging.resident import ResidentParents
 from workers.storage import open_store
@@ -241,12 +241,13 @@ def test_remarks_stay_with_their_scores_and_a_file_without_any_is_the_one_of_ear
     assert not parquet.read_schema(io.BytesIO(without)).metadata
 
 
-def test_a_file_of_an_older_version_has_neither_kinds_nor_statuses() -> None:
+def test_a_file_of_an_older_version_lacks_later_columns() -> None:
     example: dict[str, Any] = {"str": "a", "int": 1, "float": 0.5, "bool": True, "Kind": "parent", "Status": "cut"}
     row = ScoreRow(**{field.name: example[str(field.type)] for field in fields(ScoreRow)})
     older = io.BytesIO()
-    parquet.write_table(parquet.read_table(io.BytesIO(write_scores([row]))).drop(["kind", "status"]), older)
-    assert read_scores(older.getvalue(), "x") == [replace(row, kind="point", status="answered")]
+    parquet.write_table(parquet.read_table(io.BytesIO(write_scores([row]))).drop([*LATER]), older)
+    defaults: dict[str, Any] = {field.name: field.default for field in fields(ScoreRow) if field.name in LATER}
+    assert read_scores(older.getvalue(), "x") == [replace(row, **defaults)]
 
 
 def test_a_parent_that_holds_a_nan_scores_nothing_and_says_so(tmp_path: Path) -> None:
