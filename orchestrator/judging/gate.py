@@ -210,7 +210,7 @@ class _Scope:
 
     def p_value(self, rule: GateRule, *, worse: bool) -> float:
         """One-sided p value of "not worse than the margin" if `worse`, else of "worse by the margin or more"."""
-        error = self.errors[worse]
+        error = max(self.errors[worse], 1e-12)  # likelihoods that all differ alike have no spread
         if math.isinf(error):
             return 1.0
         statistic = (self.estimate.mean + self.margin) / error * (-1 if worse else 1)

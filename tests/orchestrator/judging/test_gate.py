@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from xml.etree import ElementTree
 
 import numpy as np
@@ -44,6 +45,23 @@ def test_same_answers_on_few_items_are_no_pass():
     assert (verdict.outcome, verdict.exit_code) == ("inconclusive", 3)
     # (1.66 + 0.84)² · 0.0099/100 / 0.01² · 100 items
     assert verdict.items_needed == pytest.approx((1.660 + 0.842) ** 2 * 99, rel=0.01)
+
+
+@pytest.mark.parametrize("planned", [None, 12])
+@pytest.mark.parametrize(("change", "outcome"), [(0.0, "pass"), (-0.004, "pass"), (-0.03, "fail"), (0.02, "pass")])
+def test_likelihoods_that_all_differ_alike_are_judged_without_a_spread(
+    change: float, outcome: str, planned: int | None
+):
+    old = np.full(24, 0.25)
+    sample = replace(paired_sample("perplexity", 4096, old + change, old), losable=False)
+    verdict = judge([sample], GateRule(margin=1.0, planned_haystacks=planned))
+    assert verdict.outcome == outcome
+    assert (verdict.lines[0].low, verdict.lines[0].high) == pytest.approx((100 * change, 100 * change))
+
+
+def test_likelihoods_that_are_all_worse_by_the_margin_do_not_pass():
+    sample = replace(cell_sample("perplexity", 4096, [-0.01] * 24), losable=False)
+    assert judge([sample], GateRule(margin=1.0)).outcome == "inconclusive"
 
 
 def test_a_loss_beyond_the_margin_fails():
