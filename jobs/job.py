@@ -25,6 +25,7 @@ from jobs.specs import (
     AtLeast,
     Between,
     Bytes,
+    Gpus,
     Key,
     NotNegative,
     Reads,
@@ -84,7 +85,7 @@ class Keep:
 class WorkerSpec:
     """The resources of one worker."""
 
-    gpus: Annotated[float, NotNegative(), "GPUs of one worker"] = 0.0
+    gpus: Annotated[float, Gpus(), "GPUs of one worker"] = 0.0
     cpus: Annotated[float, NotNegative(), "CPUs of one worker"] = 1.0
     memory_bytes: Annotated[int, Bytes(), Key("memory"), "memory of one worker"] = 4 * 10**9
     count: Annotated[Count | None, "most workers; without it, as many as fit"] = None

@@ -19,6 +19,8 @@ Spec = TypeVar("Spec")
 Scalar = str | bool | int | float
 SWITCH = {"enum": [True, False, "yes", "no", "on", "off"]}
 """The JSON Schema of a boolean; `on` is one in a job file, but text to an editor, which reads YAML 1.2."""
+SHARES_OF_ONE = 10_000
+"""Ray counts a resource in parts of this size."""
 NOT_KEYS = ("place", "places", "source", "points", "trajectories")
 
 
@@ -60,6 +62,24 @@ class NotNegative:
     @property
     def schema(self) -> Mapping[str, Any]:
         return {"type": "number", "minimum": 0}
+
+
+@dataclass(frozen=True, slots=True)
+class Gpus:
+    """GPUs as Ray gives them out: whole numbers, or ten-thousandths of one."""
+
+    def read(self, node: Node) -> float:
+        number = float(node.number(minimum=0))
+        if number > 1 and not number.is_integer():
+            raise node.error(f"{quoted(node.path)} above 1 must be a whole number, not {number:g}")
+        if 0 < number < 1 / SHARES_OF_ONE:
+            raise node.error(f"{quoted(node.path)} must be 0 or at least {1 / SHARES_OF_ONE:g}, not {number:g}")
+        return number
+
+    @property
+    def schema(self) -> Mapping[str, Any]:
+        share = {"type": "number", "minimum": 1 / SHARES_OF_ONE, "maximum": 1}
+        return {"anyOf": [{"type": "integer", "minimum": 0}, share]}
 
 
 @dataclass(frozen=True, slots=True)

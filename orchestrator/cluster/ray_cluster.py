@@ -32,6 +32,7 @@ from ray.util import metrics
 
 from jobs.errors import BadInput, MergeyardError, Unavailable, WorkerLost
 from jobs.job import WorkerSpec
+from jobs.specs import SHARES_OF_ONE
 from orchestrator.cluster.again import LOSSES, TRIES, Failure
 from orchestrator.cluster.reaching import check_reachable, reach
 from workers.fingerprint import fingerprint, package_folders
@@ -287,12 +288,19 @@ def check_code(expected: str) -> None:
 
 def _worker_slots(has: Mapping[str, float], spec: WorkerSpec, gpus: float) -> int:
     """How many workers a node holds at once."""
-    fits = [has.get("memory", 0) // spec.memory_bytes]
+    fits = [int(has.get("memory", 0) // spec.memory_bytes)]
     if spec.cpus:
-        fits.append(has.get("CPU", 0) // spec.cpus)
-    if gpus:
-        fits.append(has.get("GPU", 0) // gpus)
-    return int(min(fits))
+        fits.append(_times(has.get("CPU", 0), spec.cpus))
+    if gpus >= 1:
+        fits.append(_times(has.get("GPU", 0), gpus))
+    elif gpus:  # a worker is on one GPU: two workers of 0.6 need two
+        fits.append(int(has.get("GPU", 0)) * _times(1, gpus))
+    return min(fits)
+
+
+def _times(has: float, asked: float) -> int:
+    """How often a resource holds what is asked, in the parts that Ray counts; `2 // 0.1` is 19."""
+    return round(has * SHARES_OF_ONE) // max(1, round(asked * SHARES_OF_ONE))
 
 
 def _is_worker(has: Mapping[str, float]) -> bool:

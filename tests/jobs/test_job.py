@@ -254,6 +254,8 @@ def test_a_parent_may_be_an_axis() -> None:
         ),
         (with_line("workers: {gpu: 1}"), 'job.yaml:15: unknown key "gpu"; did you mean "gpus"?'),
         (with_line("workers: {gpus: -1}"), '"workers.gpus" must be at least 0'),
+        (with_line("workers: {gpus: 1.5}"), 'job.yaml:15: "workers.gpus" above 1 must be a whole number, not 1.5'),
+        (with_line("workers: {gpus: 0.00004}"), '"workers.gpus" must be 0 or at least 0.0001, not 4e-05'),
         (with_line("workers: {memory: lots}"), 'job.yaml:15: "workers.memory" must be a size such as 1GB'),
         (with_line("shard_size: 0"), 'job.yaml:15: "shard_size" must be at least 1'),
         (with_line("seed: -1"), 'job.yaml:15: "seed" must be at least 0'),

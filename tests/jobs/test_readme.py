@@ -15,7 +15,7 @@ from jobs.errors import BadInput
 from jobs.evaluate import SPECS, Length, RaceSpec
 from jobs.job import GateSpec, Job, WorkerSpec, load_job, load_merge_document
 from jobs.recipe import Recipe
-from jobs.specs import AtLeast, Between, Bytes, Field, NotNegative, fields_of
+from jobs.specs import AtLeast, Between, Bytes, Field, Gpus, NotNegative, fields_of
 from jobs.yaml_nodes import load_document
 
 README = (Path(__file__).parents[2] / "jobs" / "README.md").read_text(encoding="utf-8")
@@ -62,6 +62,8 @@ def type_of(field: Field) -> str | None:
             return f"whole number ≥ {minimum}"
         case Between(below):
             return f"number between 0 and {below:g}"
+        case Gpus():
+            return "whole number ≥ 0, or a fraction"
         case NotNegative():
             return "number ≥ 0"
         case Bytes():

@@ -334,6 +334,21 @@ def test_nodes_are_looked_at_once_a_second_however_often_there_is_news(ray: Ray)
     assert 9 <= ray.asked <= 11
 
 
+@pytest.mark.parametrize(
+    ("gpus", "slots"), [(0.1, 20), (0.3, 6), (0.5, 4), (0.6, 2), (1.0, 2), (2.0, 1), (3.0, 0)], ids=str
+)
+def test_a_worker_of_a_fraction_is_on_one_gpu(gpus: float, slots: int) -> None:
+    """Ray puts two actors of 0.6 GPU on two GPUs, and lets a third wait."""
+    has = {"GPU": 2.0, "CPU": 64.0, "memory": 1e12}
+    assert ray_cluster._worker_slots(has, WorkerSpec(gpus=gpus), gpus) == slots
+
+
+def test_cpus_are_counted_as_ray_counts_them() -> None:
+    """0.1 is not a number of float64: 2 // 0.1 is 19."""
+    has = {"CPU": 2.0, "memory": 1e12}
+    assert ray_cluster._worker_slots(has, WorkerSpec(cpus=0.1), 0.0) == 20
+
+
 # ---- evaluating
 
 
