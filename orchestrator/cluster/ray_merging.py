@@ -32,7 +32,9 @@ class RayPool:
     def __init__(self, cluster: RayCluster) -> None:
         self._cluster = cluster
         # no retries by Ray: a retried generator would skip the values that it has yielded before, also receipts
-        self._merge = ray.remote(_merge).options(**cluster.resources, max_retries=0, num_returns="streaming")
+        # one task per process on a GPU: the next task may get another GPU, and CUDA stays on its first
+        asked: dict[str, Any] = {**cluster.resources, **({"max_calls": 1} if cluster.resources["num_gpus"] else {})}
+        self._merge: Any = ray.remote(**asked, max_retries=0, num_returns="streaming")(_merge)
 
     @property
     def workers(self) -> int:
