@@ -44,7 +44,7 @@ class Workplace:
         if self._options.in_process:
             from orchestrator.cluster.in_process import InProcessPool
 
-            return InProcessPool()
+            return InProcessPool(device=self._device())
         from orchestrator.cluster.ray_merging import RayPool
 
         return RayPool(self._cluster)
@@ -54,10 +54,14 @@ class Workplace:
         if self._options.in_process:
             from orchestrator.cluster.in_process import InProcessEvaluators
 
-            return InProcessEvaluators(models, device=best_device() if self._job.workers.gpus > 0 else "cpu")
+            return InProcessEvaluators(models, device=self._device())
         from orchestrator.cluster.ray_evaluating import RayEvaluators
 
         return RayEvaluators(models, self._cluster)
+
+    def _device(self) -> str:
+        """The device of this process, if it is the only worker."""
+        return best_device() if self._job.workers.gpus > 0 else "cpu"
 
     @cached_property
     def _cluster(self) -> RayCluster:
