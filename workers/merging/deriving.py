@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,7 @@ from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import digest_of
 from workers.merging.buffers import memory
-from workers.merging.parent_rules import low_rank, scaled, strided
+from workers.merging.parent_rules import low_rank, row_adapter, scaled, strided
 from workers.merging.tiles import Elements, Facts, TensorMerger, learn, overflowed
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
@@ -46,6 +48,37 @@ class Deriving:
             return RULES[type(source.rule)](source.rule, source, inputs)
         except NotFinite as error:
             raise NotFinite(f"the merge {quoted(parent)}: {error}") from None
+
+    def in_parts(self, parent: str, source: Source, tensor: str) -> Callable[[int, int], Elements]:
+        """A function that has the elements [first, end) of a tensor; raises as `whole` does.
+
+        It reads and computes them anew, in whole rows, where an adapter changes a stored tensor. Every other tensor is
+        computed as a whole, now.
+        """
+        if isinstance(source, Derived) and isinstance(source.rule, LowRank) and len(source.inputs) == 3:
+            (name, weight), *factors = source.inputs
+            if isinstance(weight, ParentTensor) and not weight.digest:
+                a, b = (self.whole(label, part, tensor) for label, part in factors)
+                if adapt := row_adapter(source.rule, source, a, b):
+                    return partial(self._adapted, adapt, name, weight, tensor, source.shape[1])
+        whole = self.whole(parent, source, tensor)
+        return lambda first, end: whole[first:end]
+
+    def _adapted(
+        self,
+        adapt: Callable[[int, Elements], Elements],
+        parent: str,
+        at: ParentTensor,
+        tensor: str,
+        columns: int,
+        first: int,
+        end: int,
+    ) -> Elements:
+        row, stop = first // columns, -(-end // columns)
+        width = columns * numpy_dtype(at.dtype).itemsize
+        rows = replace(at, start=at.start + row * width, end=at.start + stop * width)
+        elements = adapt(row, self._stored(parent, rows, tensor))
+        return elements[first - row * columns : end - row * columns]
 
     def _stored(self, parent: str, at: ParentTensor, tensor: str) -> Elements:
         store, file = self._stores[parent], self._parents[parent].files[at.file]

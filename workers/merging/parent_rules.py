@@ -6,7 +6,7 @@ order of the sums, so that every machine gives the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from jobs.merge_tasks import Derived, LowRank, Scaled, Strided
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.merging.tiles import Elements
+from workers.methods.kernels.low_rank import TERMS, add_low_rank
 
 BLOCK_ELEMENTS = 1 << 20
 """Elements that are computed at a time: their float64 copies stay small."""
@@ -34,10 +35,10 @@ def low_rank(rule: LowRank, derived: Derived, inputs: Sequence[Elements]) -> Ele
             bias, change = (part.astype(np.float64) for part in inputs)
             return (bias + rule.scale * change).astype(dtype)
         flat, a, b, *magnitude = inputs
+        if not magnitude and (adapt := row_adapter(rule, derived, a, b)):
+            return adapt(0, flat)
         weight, output = flat.reshape(derived.shape), np.empty(derived.shape, dtype)
-        left, right = b.astype(np.float64).reshape(-1, rule.rank), a.astype(np.float64).reshape(rule.rank, -1)
-        if rule.transposed:
-            left, right = right.T, left.T
+        left, right = _factors(rule, a, b)
         fine = derived.dtype in ("F32", "F64")
         rows = max(1, BLOCK_ELEMENTS // max(1, weight.shape[1]))
         if magnitude and rule.transposed:
@@ -54,6 +55,35 @@ def low_rank(rule: LowRank, derived: Derived, inputs: Sequence[Elements]) -> Ele
                 )
             output[block] = total
     return output.reshape(-1)
+
+
+def row_adapter(
+    rule: LowRank, derived: Derived, a: Elements, b: Elements
+) -> Callable[[int, Elements], Elements] | None:
+    """From the number of a row of W and the elements from there to the end of a row to the same of the result.
+
+    None where `low_rank` has no compiled loop: in another dtype than bfloat16, and for NaN and infinity in an adapter.
+    """
+    left, right = _factors(rule, a, b)
+    if derived.dtype != "BF16" or rule.rank > _TERMS or not (np.isfinite(left).all() and np.isfinite(right).all()):
+        return None
+    rank = -(-rule.rank // TERMS) * TERMS
+    ones, others = np.zeros((len(left), rank)), np.zeros((rank, right.shape[1]))
+    ones[:, : rule.rank], others[: rule.rank] = _split(left.T)[0].T, _split(right)[0]
+
+    def adapt(row: int, elements: Elements) -> Elements:
+        weights = elements.reshape(-1, derived.shape[1])
+        output = np.empty_like(weights)
+        add_low_rank(weights, ones[row : row + len(weights)], others, rule.scale, output)
+        return output.reshape(-1)
+
+    return adapt
+
+
+def _factors(rule: LowRank, a: Elements, b: Elements) -> tuple[_Matrix, _Matrix]:
+    """Matrices of (rows of W, rank) and (rank, columns of W)."""
+    left, right = b.astype(np.float64).reshape(-1, rule.rank), a.astype(np.float64).reshape(rule.rank, -1)
+    return (right.T, left.T) if rule.transposed else (left, right)
 
 
 def product(left: _Matrix, right: _Matrix, *, fine: bool) -> _Matrix:

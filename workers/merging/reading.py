@@ -108,7 +108,7 @@ class ParentReader:
 
     Several slabs are read at once and ahead, unless all parents are near: then whoever needs a slab reads it, into the
     cache of its core. Of a parent that has a manifest, `check` holds every tensor against its digest. A derived tensor
-    is in memory as a whole until the last part of it is read.
+    is in memory as a whole until the last part of it is read, unless `Deriving.in_parts` has it by rows.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class ParentReader:
         self._device = device
         self._progress = progress
         self._deriving = Deriving(parents)
-        self._wholes: dict[tuple[str, str], _Whole] = {}
+        self._opened: dict[tuple[str, str], _Opened] = {}
         self._free: list[Bytes] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READS_AT_ONCE, "read")
@@ -208,25 +208,26 @@ class ParentReader:
             self._progress(run.size, 0)
         for index, stretch in enumerate(stretches):
             if name in stretch.tensor.sources and index not in views:
-                views[index] = self._whole(name, stretch)[stretch.first : stretch.end]
+                views[index] = self._derived(name, stretch)
         return buffer, views
 
-    def _whole(self, name: str, stretch: Stretch) -> Elements:
-        """All elements of a parent's derived tensor, computed once for all its stretches."""
+    def _derived(self, name: str, stretch: Stretch) -> Elements:
+        """A stretch of a parent's derived tensor; what all its stretches need is read once."""
         tensor, source = stretch.tensor, stretch.tensor.sources[name]
         with self._lock:
-            whole = self._wholes.setdefault((name, tensor.name), _Whole(left=tensor.elements))
-        with whole.lock:
-            if whole.elements is None:
-                whole.elements = self._deriving.whole(name, source, tensor.name)
+            opened = self._opened.setdefault((name, tensor.name), _Opened(left=tensor.elements))
+        with opened.lock:
+            if opened.part is None:
+                opened.part = self._deriving.in_parts(name, source, tensor.name)
                 with self._lock:
                     self.bytes_read += stored_bytes(source)
                 self._progress(stored_bytes(source), 0)
+        elements = opened.part(stretch.first, stretch.end)
         with self._lock:
-            whole.left -= stretch.stop - stretch.start
-            if whole.left == 0:
-                del self._wholes[name, tensor.name]
-        return whole.elements
+            opened.left -= stretch.stop - stretch.start
+            if opened.left == 0:
+                del self._opened[name, tensor.name]
+        return elements
 
     def _placed(self, elements: Elements) -> Elements:
         return elements if self._device == "cpu" else as_tensor(elements).to(self._device, non_blocking=True)
@@ -239,11 +240,11 @@ class ParentReader:
 
 
 @dataclass(slots=True)
-class _Whole:
-    """A derived tensor, and how many of its elements are not read yet."""
+class _Opened:
+    """A derived tensor by its parts, and how many of its elements are not read yet."""
 
     left: int
-    elements: Elements | None = None
+    part: Callable[[int, int], Elements] | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from jobs.merge_tasks import Derived, LowRank, Rows, Scaled
 from workers.merging.deriving import RULES
-from workers.merging.parent_rules import low_rank, product, scaled
+from workers.merging.parent_rules import low_rank, product, row_adapter, scaled
 
 GENERATOR = np.random.default_rng(13)
 
@@ -62,6 +62,22 @@ def test_blocks_do_not_change_an_element(monkeypatch: pytest.MonkeyPatch) -> Non
     assert all(
         (adapted(weight, LowRank(1.5, 4), *i) == w).all() for i, w in zip(((a, b), (a, b, m)), whole, strict=True)
     )
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("rank", [1, 4, 7, 512])
+def test_the_compiled_loop_has_the_bits_of_the_formula(transposed: bool, rank: int) -> None:
+    a, b = drawn(rank, 600), drawn(5, rank)
+    weight = drawn(*((600, 5) if transposed else (5, 600)), dtype=ml_dtypes.bfloat16)
+    weight.flat[:4] = np.nan, -np.nan, np.inf, -0.0
+    rule = LowRank(0.7, rank, transposed)
+    change = product(b.astype(np.float64), a.astype(np.float64), fine=False) * 0.7
+    with np.errstate(invalid="ignore"):
+        expected = (weight + (change.T if transposed else change)).astype(ml_dtypes.bfloat16)
+    assert adapted(weight, rule, a, b).tobytes() == expected.tobytes()
+    adapt = row_adapter(rule, Derived("BF16", weight.shape, rule, ()), a.reshape(-1), b.reshape(-1))
+    assert adapt is not None
+    assert adapt(1, weight[1:4].reshape(-1)).tobytes() == expected[1:4].tobytes()
 
 
 @pytest.mark.parametrize("transposed", [False, True])

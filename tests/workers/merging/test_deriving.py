@@ -1,0 +1,41 @@
+"""Derived tensors, read as a whole and by parts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+from jobs.merge_tasks import Derived, LowRank, Parent, ParentFile, ParentTensor, Source
+from workers.digests import digest_of
+from workers.merging.deriving import Deriving
+from workers.storage import open_store
+
+ROWS, COLUMNS, RANK = 9, 11, 3
+
+
+@pytest.mark.parametrize("digest", [False, True], ids=["plain", "with a digest"])
+def test_parts_of_an_adapted_tensor_have_the_bytes_of_the_whole(tmp_path: Path, digest: bool) -> None:
+    generator = np.random.default_rng(5)
+    weight = generator.standard_normal(ROWS * COLUMNS).astype(ml_dtypes.bfloat16).tobytes()
+    factors = generator.standard_normal(RANK * (ROWS + COLUMNS)).astype(np.float32).tobytes()
+    (tmp_path / "model").write_bytes(weight + factors)
+    store = open_store(str(tmp_path))
+    parent = Parent(store.pinned_url, tuple(ParentFile(info.key, info.size, info.etag) for info in store.list()))
+    middle, end = len(weight) + 4 * RANK * COLUMNS, len(weight) + len(factors)
+    inputs: tuple[tuple[str, Source], ...] = (
+        ("p", ParentTensor(0, "BF16", 0, len(weight), digest_of(weight) if digest else "")),
+        ("p", ParentTensor(0, "F32", len(weight), middle)),
+        ("p", ParentTensor(0, "F32", middle, end)),
+    )
+    derived = Derived("BF16", (ROWS, COLUMNS), LowRank(0.5, RANK), inputs)
+    deriving = Deriving({"p": parent})
+    whole = deriving.whole("p", derived, "w")
+    assert whole.tobytes() != weight
+    part = deriving.in_parts("p", derived, "w")
+    for first in range(0, ROWS * COLUMNS, 7):
+        for stop in (first + 1, first + 7, ROWS * COLUMNS):
+            stop = min(stop, ROWS * COLUMNS)
+            assert part(first, stop).tobytes() == whole[first:stop].tobytes()
