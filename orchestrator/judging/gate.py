@@ -3,6 +3,9 @@
 A test of non-inferiority with a margin. **pass**: the new model is significantly better than "worse by the margin".
 **fail**: it is significantly worse than that. **inconclusive**: neither; the verdict gives the number of items needed.
 "No significant difference" is not a pass.
+
+A gate that may ask more items has two rules, each at half of alpha: bets (`betting`), which need few haystacks where
+models agree, and a bound on the mean, which needs fewer where they differ often.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from typing import Literal
 from xml.etree import ElementTree
 
 from jobs.errors import BadInput
+from orchestrator.judging.betting import Capital, Strata, capital, lower_bound, strata
 from orchestrator.judging.estimates import Estimate, few_losses, macro_mean, macro_weights, pooled
 from orchestrator.judging.samples import CellSample, normal_quantile, student_quantile, student_tail
 from orchestrator.judging.significance import anytime_multiplier, anytime_p_value, holm
@@ -22,6 +26,9 @@ from orchestrator.judging.unanswered import DOUBTED, Unanswered
 
 Outcome = Literal["pass", "fail", "inconclusive"]
 EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
+
+RULES = 2
+"""How many rules an anytime-valid gate has: each gets its part of alpha."""
 
 POWER = 0.8  # the probability that `items_needed` items reach a verdict, if the observed difference is the true one
 
@@ -32,8 +39,8 @@ class GateRule:
 
     `margin` is the smallest loss of the macro score that fails. `length_margin` is the same at each length, None to
     judge the macro score alone. `alpha` is the probability of a wrong pass, and of a wrong fail. `planned_haystacks`
-    makes the gate anytime-valid: verdicts stay valid if items are added and judged repeatedly, and the bounds are
-    tightest near that many haystacks (over all cells). None means that the number of items is fixed in advance.
+    makes the gate anytime-valid: verdicts stay valid if items are added and judged repeatedly, and the bound on the
+    mean is tightest near that many haystacks (over all cells). None means that the number of items is fixed in advance.
     """
 
     margin: float = 1.0
@@ -160,11 +167,12 @@ def judge(
     if not samples:
         raise BadInput(f"gate: {new} and {old} have no items in common; evaluate both on the same benchmark and seed")
     rule = rule or GateRule()
-    scopes = [_Scope.of("overall", samples, rule.margin)]
+    bets = rule.planned_haystacks is not None
+    scopes = [_Scope.of("overall", samples, rule.margin, bets=bets)]
     if rule.length_margin is not None:
         for length in sorted({sample.cell.length for sample in samples}):
             at_length = [sample for sample in samples if sample.cell.length == length]
-            scopes.append(_Scope.of(str(length), at_length, rule.length_margin))
+            scopes.append(_Scope.of(str(length), at_length, rule.length_margin, bets=bets))
     p_fail = holm([scope.p_value(rule, worse=True) for scope in scopes])
     lines = tuple(_judge_scope(scope, rule, float(p)) for scope, p in zip(scopes, p_fail, strict=True))
     needed = [line.items_needed for line in lines if line.outcome == "inconclusive"]
@@ -176,8 +184,9 @@ class _Scope:
     """One score under judgement: its estimate (0 to 1), its margin, and the inputs of its two tests.
 
     A small sample may hide a model that gains a little on most haystacks and loses a few completely: its observed
-    spread is too small. So each test uses at least the spread that its null hypothesis implies (`_unseen`). `rare` is
-    P(at most the observed number of losses) under that hypothesis.
+    spread is too small. So each test of the mean uses at least the spread that its null hypothesis implies (`_unseen`).
+    `rare` is P(at most the observed number of losses) under that hypothesis. The bets need neither; `strata` are
+    the haystacks that they bet on, None if no bet is possible.
     """
 
     name: str
@@ -185,15 +194,17 @@ class _Scope:
     margin: float
     errors: Mapping[bool, float]
     rare: Mapping[bool, float]
+    strata: Strata | None
 
     @classmethod
-    def of(cls, name: str, samples: Sequence[CellSample], margin: float) -> _Scope:
+    def of(cls, name: str, samples: Sequence[CellSample], margin: float, *, bets: bool) -> _Scope:
         share = margin / 100
         estimate = macro_mean(samples)
         weights = macro_weights([sample.cell for sample in samples])
+        parts = strata(samples, weights) if bets else None
         if not any(sample.losable for sample in samples):
             seen = dict.fromkeys((False, True), estimate.standard_error)
-            return cls(name, estimate, share, seen, dict.fromkeys(seen, 0.0))
+            return cls(name, estimate, share, seen, dict.fromkeys(seen, 0.0), parts)
         haystacks = pooled(samples, weights)
         errors: dict[bool, float] = {}
         rare: dict[bool, float] = {}
@@ -201,7 +212,7 @@ class _Scope:
             variance = max(_unseen(sign * estimate.mean, sign * share), share * (1 - share))
             errors[worse] = max(estimate.standard_error, math.sqrt(variance * haystacks.spread))
             rare[worse] = few_losses(replace(haystacks, means=sign * haystacks.means), sign * share)
-        return cls(name, estimate, share, errors, rare)
+        return cls(name, estimate, share, errors, rare, parts)
 
     @property
     def standard_error(self) -> float:
@@ -214,27 +225,41 @@ class _Scope:
         if math.isinf(error):
             return 1.0
         statistic = (self.estimate.mean + self.margin) / error * (-1 if worse else 1)
-        if rule.planned_haystacks is not None:
-            found = anytime_p_value(statistic, self.estimate.clusters, rule.planned_haystacks)
-        else:
-            found = student_tail(statistic, self.estimate.degrees_of_freedom)
-        return max(found, self.rare[worse])
+        if rule.planned_haystacks is None:
+            return max(student_tail(statistic, self.estimate.degrees_of_freedom), self.rare[worse])
+        found = anytime_p_value(statistic, self.estimate.clusters, rule.planned_haystacks)
+        bets = self.bets(worse=worse)
+        return min(1.0, RULES * min(max(found, self.rare[worse]), 1.0 if bets is None else bets.p_value))
+
+    def bets(self, *, worse: bool) -> Capital | None:
+        """The capital of the bets against "not worse than the margin" if `worse`, else "worse by that or more"."""
+        if self.strata is None:
+            return None
+        return capital(self.strata.negated(), self.margin) if worse else capital(self.strata, -self.margin)
 
     def bounds(self, rule: GateRule) -> tuple[float, float]:
         """One-sided bounds at the rule's alpha each; no tighter than the margin while a test is open."""
+        anytime = rule.planned_haystacks is not None
+        alpha = rule.alpha / RULES if anytime else rule.alpha
         factor = self.multiplier(rule, self.estimate.clusters)
         low = self.estimate.mean - factor * self.errors[False]
         high = self.estimate.mean + factor * self.errors[True]
-        if self.rare[False] > rule.alpha:
+        if self.rare[False] > alpha:
             low = min(low, -self.margin)
-        if self.rare[True] > rule.alpha:
+        if self.rare[True] > alpha:
             high = max(high, -self.margin)
-        return (max(-1.0, low), min(1.0, high)) if math.isfinite(factor * self.standard_error) else (low, high)
+        if math.isinf(factor * self.standard_error):
+            return low, high
+        low, high = max(-1.0, low), min(1.0, high)
+        if self.strata is not None:
+            low = lower_bound(self.strata, alpha, low)
+            high = -lower_bound(self.strata.negated(), alpha, -high)
+        return low, high
 
     def multiplier(self, rule: GateRule, clusters: float) -> float:
-        """Standard errors from the mean to a one-sided bound at the rule's alpha, with `clusters` clusters."""
+        """Standard errors from the mean to a one-sided bound of the mean, with `clusters` clusters."""
         if rule.planned_haystacks is not None:
-            return anytime_multiplier(math.ceil(clusters), rule.planned_haystacks, rule.alpha)
+            return anytime_multiplier(math.ceil(clusters), rule.planned_haystacks, rule.alpha / RULES)
         return student_quantile(1 - rule.alpha, self.estimate.degrees_of_freedom)
 
 
@@ -285,6 +310,9 @@ def _items_needed(scope: _Scope, rule: GateRule) -> int | None:
     for _ in range(50):  # the anytime multiplier grows with the logarithm of the items, so this converges quickly
         away = scope.multiplier(rule, scope.estimate.clusters * growth) + normal_quantile(POWER)
         growth = max(1.0, (away * scope.standard_error / distance) ** 2)
+    bets = scope.bets(worse=scope.estimate.mean < -scope.margin)
+    if bets is not None:
+        growth = max(1.0, min(growth, bets.growth_needed(rule.alpha / RULES, POWER)))
     return max(scope.estimate.items + 1, math.ceil(scope.estimate.items * growth))
 
 

@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binom
 
+from orchestrator.judging.betting import Strata, capital
 from orchestrator.judging.effective_length import effective_length, effective_length_interval, relative_length_interval
 from orchestrator.judging.estimates import macro_difference, macro_mean, macro_score
 from orchestrator.judging.gate import GateRule, judge
@@ -472,6 +473,7 @@ def gates() -> Iterator[Case]:
                 yield Case("gate", f"wrong {outcome}", f"margin {margin:g}: {regime.name}", errs)
     yield from _gates_over_lengths()
     yield from _gates_looked_at_again()
+    yield from _gates_of_several_tasks()
 
 
 def _gates_over_lengths() -> Iterator[Case]:
@@ -491,27 +493,78 @@ def _gates_over_lengths() -> Iterator[Case]:
 
 
 def _gates_looked_at_again() -> Iterator[Case]:
-    """Twenty looks, the plan being the first: how `mergeyard gate` does it."""
+    """Ten looks, the plan being the first: how `mergeyard gate` does it."""
     regimes = [
         (5.0, right_or_wrong(1000, 0.05, 0.1)),
         (1.0, right_or_wrong(2000, 0.0, 0.01)),
         (5.0, right_or_wrong(1600, 0.05, 0.1, correlation=0.3)),
         (10.0, fractional(1000, 0.8, 0.9)),
+        (1.0, skewed(1000, 0.05, -0.01)),
+        (5.0, skewed(400, 0.05, -0.05)),
     ]
     for margin, regime in regimes:
         for outcome in ("pass", "fail"):
 
             def errs(random: Random, regime: Regime = regime, margin: float = margin, outcome: str = outcome) -> bool:
                 values, haystacks = regime.draw(random)
-                step = regime.haystacks // 20 * regime.questions
-                rule = GateRule(margin=margin, planned_haystacks=max(1, regime.haystacks // 20))
-                looks = (slice(0, step * look) for look in range(1, 21))
+                step = regime.haystacks // 10 * regime.questions
+                rule = GateRule(margin=margin, planned_haystacks=max(1, regime.haystacks // 10))
+                looks = (slice(0, step * look) for look in range(1, 11))
                 return any(
                     judge([cell_sample("task", 4096, values[seen], haystacks[seen])], rule).outcome == outcome
                     for seen in looks
                 )
 
-            yield Case("gate", f"wrong {outcome}, 20 looks", f"margin {margin:g}: {regime.name}", errs)
+            yield Case("gate", f"wrong {outcome}, 10 looks", f"margin {margin:g}: {regime.name}", errs)
+
+
+def _gates_of_several_tasks() -> Iterator[Case]:
+    """Four tasks at three lengths on the same haystacks, looked at up to four times the first items; one is worse."""
+    worse, fine = skewed(96, 0.05, -0.2), right_or_wrong(96, 0.0, 0.0)
+    flips, alike = right_or_wrong(96, 0.1, 0.3), right_or_wrong(96, 0.1, 0.1)
+    for name, bad, others in (("few lost whole in one", worse, fine), ("more lost in one", flips, alike)):
+        for outcome in ("pass", "fail"):
+
+            def errs(random: Random, bad: Regime = bad, others: Regime = others, outcome: str = outcome) -> bool:
+                drawn = [regime.draw(random)[0] for regime in (bad, others, others, others)]
+                rule = GateRule(margin=5.0, planned_haystacks=96)
+                looks = (
+                    [
+                        cell_sample(str(task), length, values[:seen], [f"{task}-{name}" for name in range(seen)])
+                        for task, values in enumerate(drawn)
+                        for length in (1024, 2048, 4096)
+                    ]
+                    for seen in (24, 48, 96)
+                )
+                return any(judge(samples, rule).outcome == outcome for samples in looks)
+
+            yield Case("gate", f"wrong {outcome}, 3 looks", f"margin 5: 4 tasks of 96, {name}", errs)
+
+
+def bets() -> Iterator[Case]:
+    """The bets alone at twenty looks, the mean on the margin: their level is exact whatever the differences are."""
+    regimes = [
+        (0.01, right_or_wrong(1000, 0.0, 0.01)),
+        (0.05, right_or_wrong(200, 0.0, 0.05)),
+        (0.05, right_or_wrong(1000, 0.05, 0.1)),
+        (0.1, fractional(500, 0.8, 0.9)),
+        *((margin, skewed(items, 0.05, -margin)) for margin in (0.01, 0.1) for items in (40, 200, 1000)),
+    ]
+    for margin, regime in regimes:
+        for side in ("pass", "fail"):
+
+            def errs(random: Random, regime: Regime = regime, margin: float = margin, side: str = side) -> bool:
+                values, _ = regime.draw(random)
+                step = regime.haystacks // 20
+                for seen in range(step, regime.haystacks + 1, step):
+                    differences, counts = np.unique(values[:seen], return_counts=True)
+                    found = Strata(differences[None], counts[None].astype(float), np.ones(1))
+                    of, mean = (found, -margin) if side == "pass" else (found.negated(), margin)
+                    if capital(of, mean).p_value <= LEVEL:
+                        return True
+                return False
+
+            yield Case("bets", f"wrong {side}, 20 looks", f"margin {100 * margin:g}: {regime.name}", errs)
 
 
 # ---- all of it
@@ -531,6 +584,7 @@ def cases() -> list[Case]:
         many_tests,
         looking_again,
         gates,
+        bets,
     )
     return [case for make in makers for case in make()]
 

@@ -195,7 +195,7 @@ def test_items_needed_reach_a_verdict_at_the_stated_power():
 
 
 def test_topping_up_is_legal_only_in_the_anytime_mode():
-    random, trials = keyed(7), 400
+    random, trials = keyed(7), 300
     looks = range(200, 4001, 200)
     fixed, anytime = GateRule(), GateRule(planned_haystacks=2000)
     wrong = {"pass": 0, "fail": 0}
@@ -211,11 +211,49 @@ def test_topping_up_is_legal_only_in_the_anytime_mode():
     assert peeked / trials > 0.2
 
 
-def test_the_anytime_gate_decides_with_about_twice_the_items():
+def test_the_anytime_gate_decides_with_about_two_and_a_half_times_the_items():
+    # Φ(x) = 0.8 with x = 0.01/√(0.1/n) − 3.04: at alpha / 2 for its bound, 15,080 items instead of 6,183
     random, trials = keyed(8), 200
-    rule = GateRule(planned_haystacks=10_000)
-    passed = sum(judge(one_cell(flips(random, 13_000, 0.05, 0.05)), rule).outcome == "pass" for _ in range(trials))
-    assert passed / trials > 0.75
+    rule = GateRule(planned_haystacks=15_080)
+    passed = sum(judge(one_cell(flips(random, 15_080, 0.05, 0.05)), rule).outcome == "pass" for _ in range(trials))
+    assert passed / trials == pytest.approx(0.8, abs=0.08)
+
+
+@pytest.mark.parametrize(("margin", "haystacks"), [(1.0, 427), (2.0, 213), (5.0, 84)])
+def test_models_that_agree_pass_an_anytime_gate_by_the_bets(margin: float, haystacks: int):
+    rule = GateRule(margin=margin, planned_haystacks=haystacks // 4)
+    assert judge(one_cell(np.zeros(haystacks - 1)), rule).outcome == "inconclusive"
+    verdict = judge(one_cell(np.zeros(haystacks)), rule)
+    assert verdict.outcome == "pass"
+    assert -margin < verdict.lines[0].low < -0.99 * margin < 0 < verdict.lines[0].high
+
+
+def test_models_that_agree_pass_with_as_many_haystacks_over_several_tasks():
+    rule = GateRule(planned_haystacks=100)
+
+    def agree(haystacks: int) -> list[CellSample]:
+        return [
+            cell_sample(task, length, np.zeros(haystacks), [f"{task}-{number}" for number in range(haystacks)])
+            for task in ("vt", "cwe", "fwe", "niah_single_1")
+            for length in (4096, 8192)
+        ]
+
+    assert judge(agree(106), rule).outcome == "inconclusive"
+    assert judge(agree(108), rule).outcome == "pass"  # 4 · 108 = 432
+
+
+def test_an_open_verdict_names_the_items_by_which_models_that_agree_pass():
+    assert judge(one_cell(np.zeros(100)), GateRule(planned_haystacks=100)).items_needed == 427
+
+
+def test_bounds_and_p_values_of_an_anytime_gate_agree():
+    random = keyed(12)
+    for haystacks in (40, 100, 400):
+        for gain, loss in ((0.0, 0.0), (0.02, 0.0), (0.1, 0.1), (0.0, 0.3)):
+            rule = GateRule(margin=5.0, planned_haystacks=50)
+            [line] = judge(one_cell(flips(random, haystacks, gain, loss)), rule).lines
+            assert (line.p_pass <= rule.alpha) == (line.low > -5.0)
+            assert (line.p_fail <= rule.alpha) == (line.high < -5.0)
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_every_kind_is_simulated_small_alike_shared_and_fractional() -> None:
     assert len(names) == len(cases()), "lines of one name would have the same random numbers"
     for kind in ("interval", "test", "gate"):
         lines = [name for name in names if name.startswith(kind)]
-        looks = {"interval": (), "test": ("every look",), "gate": ("20 looks",)}[kind]
+        looks = {"interval": (), "test": ("every look",), "gate": ("10 looks",)}[kind]
         for regime in ("n 8", "ρ 0.1", "ρ 0.3", "fifths", *looks):
             assert any(regime in name for name in lines), (kind, regime)
 
