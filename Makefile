@@ -10,6 +10,7 @@ TORCH := 2.13.0
 MERGEKIT := 0.1.5
 VLLM := 0.32.0
 AZURITE := 3.37.0
+TRITON := 3.9.0
 
 # Where the environment offers wheels of its own, torch is the build found there; elsewhere uv picks the build that
 # fits the machine's GPU, or the CPU build where there is none.
@@ -21,7 +22,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance bench newest chaos check audit pins
+.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance bench newest triton chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -92,6 +93,14 @@ newest: setup ## tests of the engine with the newest transformers that there is,
 	@.venv/bin/uv pip install --quiet --python .venv-newest/bin/python --upgrade transformers
 	@.venv-newest/bin/python -c 'import transformers; print("newest: transformers", transformers.__version__)'
 	@OMP_NUM_THREADS=1 .venv-newest/bin/python -m pytest tests/workers/engines/test_transformers_engine.py
+
+triton: setup ## tests of the loops for GPUs by Triton's interpreter, without a GPU, in .venv-triton: 1 GB
+	@test -x .venv-triton/bin/python || .venv/bin/uv venv --quiet --python .venv/bin/python .venv-triton
+	@site='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		.venv/bin/python -c "$$site" > "$$(.venv-triton/bin/python -c "$$site")/venv.pth"
+	@.venv/bin/uv pip install --quiet --python .venv-triton/bin/python --no-deps triton==$(TRITON)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest $(addprefix tests/workers/,\
+		methods/gpu_kernels methods/test_launching.py)
 
 chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 50 minutes
 	@.venv/bin/python -m tests.chaos

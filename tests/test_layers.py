@@ -27,6 +27,7 @@ LIBRARIES = {
     "vllm": "workers/engines/vllm_server.py",
     "numba": "workers/methods/kernels/compiling.py",
     "llvmlite": "workers/methods/kernels/compiling.py",
+    "triton": "workers/methods/gpu_kernels/language.py",
 }
 ROOMS: Mapping[str, tuple[str, ...]] = {
     "jobs": (),
@@ -38,7 +39,8 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/storage": ("jobs", "workers/services.py"),
     "workers/checkpoints": ("jobs", "workers/digests.py", "workers/storage"),
     "workers/methods/kernels": (),
-    "workers/methods": ("jobs", "workers/methods/kernels"),
+    "workers/methods/gpu_kernels": (),
+    "workers/methods": ("jobs", "workers/methods/kernels", "workers/methods/gpu_kernels"),
     "workers/merging": (
         "jobs",
         "workers/digests.py",

@@ -9,6 +9,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -37,7 +38,8 @@ FACT_UNITS = 4
 class TensorMerger:
     """One tensor for the settings of several points, each by the cheapest way that it allows; its facts are known.
 
-    On a CPU that is a copy of bytes, or one pass by compiled loops for all points together, or the torch formula.
+    That is a copy of bytes, or one pass by compiled loops for all points together, or the torch formula. On a GPU the
+    loops are Triton's, where that is installed.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class TensorMerger:
         device: str = "cpu",
     ) -> None:
         self._tensor, self._settings, self._facts = tensor, settings, facts
-        self._seed, self._numerics, self._on_cpu = seed, numerics, device == "cpu"
+        self._seed, self._numerics, self._device = seed, numerics, device
         self._copies: list[tuple[int, str]] = []
         self._passes: list[tuple[int, Pass]] = []
         self._formulas: list[tuple[int, Setting]] = []
@@ -69,8 +71,8 @@ class TensorMerger:
             self.collapses[place] = _collapse_of(tile, setting, tensor.arithmetic, numerics)
             for parent in setting.parents:
                 self.alike[place, parent] = tensor.sources[parent].dtype == tensor.dtype
-            found = pass_of(tile, setting, tensor.arithmetic, numerics) if self._on_cpu else None
-            if found is not None and type(found) in running.RUNNERS:
+            found = pass_of(tile, setting, tensor.arithmetic, numerics)
+            if found is not None and has_loop(tensor, setting, device):
                 self._passes.append((place, found))
             else:
                 self._formulas.append((place, setting))
@@ -97,8 +99,14 @@ class TensorMerger:
             places, passes = zip(*self._passes, strict=True)
             tile = Tile(self._tensor.name, start, raw, self._facts, self._seed, self._tensor.shape, around, first)
             into = [outputs[place] for place in places]
-            of_parents, of_outputs = running.run(passes, tile, into, TORCH_NAMES[self._tensor.arithmetic])
-            finite = {name for name, found in of_parents.items() if not found}
+            arithmetic = TORCH_NAMES[self._tensor.arithmetic]
+            if self._device == "cpu":
+                of_parents, of_outputs = running.run(passes, tile, into, arithmetic)
+                finite = {name for name, found in of_parents.items() if not found}
+            else:
+                of_outputs = _launched(passes, tile, into, arithmetic)
+                whole = [place for place, found in zip(places, of_outputs, strict=True) if not found]
+                finite = {parent for place in whole for parent in self._settings[place].parents}
             broken = dict(zip(places, of_outputs, strict=True))
         if self._formulas:
             self._run_formulas(start, around, first, outputs)
@@ -119,11 +127,27 @@ class TensorMerger:
         one_torch_thread()
         with torch.inference_mode():
             into = [as_tensor(output) for output in outputs]
-            stop, units = start + len(outputs[0]), 1 if self._on_cpu else None
+            stop, units = start + len(outputs[0]), 1 if self._device == "cpu" else None
             for tile in tiles(self._tensor, start, stop, around, first, self._facts, self._seed, units=units):
                 place = slice(tile.start - start, tile.start - start + tile.elements)
                 for index, setting in self._formulas:
                     into[index][place].copy_(merge_tile(tile, setting, self._tensor.arithmetic, self._numerics))
+
+
+def _launched(passes: Sequence[Pass], tile: Tile, outputs: Sequence[Elements], arithmetic: str) -> list[bool]:
+    """Runs passes where the parents are. Returns which outputs have an element that is NaN or infinite."""
+    import torch
+
+    from workers.methods import launching
+
+    device = as_tensor(next(iter(tile.raw.values()))).device
+    into = [as_tensor(output) for output in outputs]
+    there = [output if output.device == device else torch.empty_like(output, device=device) for output in into]
+    flags = launching.run([*map(launching.Work, passes, repeat(tile), there)], arithmetic)
+    for output, merged in zip(into, there, strict=True):
+        if output is not merged:
+            output.copy_(merged)
+    return [flag > 0 for flag in flags.tolist()]
 
 
 def tiles(
@@ -171,6 +195,15 @@ def pass_of(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> Pas
     plain = replace(setting, omega=None)
     merged = tile.remember((plain, arithmetic), lambda: fused(inputs, **_keywords(plain)))  # once for all ω
     return relaxed_pass(inputs, merged, setting.omega)
+
+
+def has_loop(tensor: TensorMerge, setting: Setting, device: str) -> bool:
+    """Whether the pass of a setting has a compiled loop on a device."""
+    if device == "cpu":
+        return True
+    from workers.methods.launching import launches  # imports Triton, where it is installed
+
+    return launches(device, (tensor.sources[name].dtype for name in setting.parents), tensor.dtype)
 
 
 def _collapse_of(tile: Tile, setting: Setting, arithmetic: str, numerics: str) -> str | None:

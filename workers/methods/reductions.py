@@ -453,6 +453,11 @@ class Coin:
     density: float
     spread: float = 0.0
 
+    @property
+    def limit(self) -> int:
+        """An element is kept if its 32 random bits are below this, without a spread."""
+        return round(self.density * (1 << 32))
+
     def limits(self, row: int) -> NDArray[np.uint32]:
         """By the rank in a row of so many elements: an element is kept if its random bits are below this."""
         steps = np.arange(row) / (row - 1)
@@ -462,12 +467,17 @@ class Coin:
 
 def _drawn_by_rank(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
     """Which elements a coin with a spread keeps."""
+    rows = _whole_rows(tile, model, base)
+    sizes, numbers = Magnitude(model, base).on_host(rows), tile.random_bits(coin.method, model)
+    return below_by_rank(sizes, tile.row, numbers, coin.limits(tile.row), tile.start - rows.start)
+
+
+def _whole_rows(tile: Tile, model: str, base: str) -> Tile:
+    """The rows of which a tile has a part."""
     first, end = tile.start // tile.row * tile.row, -(-(tile.start + tile.elements) // tile.row) * tile.row
     inside = slice(first - tile.around_start, end - tile.around_start)
     assert inside.start >= 0 and inside.stop <= len(tile.around[model]), "read without the whole rows of a tile"
-    rows = Tile(tile.tensor, first, {name: tile.around[name][inside] for name in (model, base)}, {})
-    sizes, numbers = Magnitude(model, base).on_host(rows), tile.random_bits(coin.method, model)
-    return below_by_rank(sizes, tile.row, numbers, coin.limits(tile.row), tile.start - first)
+    return Tile(tile.tensor, first, {name: tile.around[name][inside] for name in (model, base)}, {})
 
 
 @dataclass(frozen=True, slots=True)
@@ -511,10 +521,43 @@ class Selection:
 
 
 def drawn(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
-    """Which elements a coin keeps, element by element: 1 or 0, where the model's elements are."""
+    """Which elements a coin keeps, element by element: 1 or 0 as uint8, where the model's elements are."""
+    elements = tile.raw[model]
+    if isinstance(elements, np.ndarray) or not runs_on(str(elements.device)):
+        return as_tensor(drawn_on_host(tile, coin, model, base).view(np.uint8)).to(as_tensor(elements).device)
+
+    def decide() -> Tensor:
+        from workers.methods.gpu_kernels.random import drawn as drawn_there
+
+        limits = _limits_by_rank(tile, coin, model, base) if coin.spread and tile.row > 1 else coin.limit
+        return drawn_there(tile.random_key(coin.method, model), tile.start, tile.elements, limits, elements.device)
+
+    return tile.remember(("drawn", coin, model, base), decide)
+
+
+def runs_on(device: str) -> bool:
+    """Whether the loops of `gpu_kernels` run on a device."""
+    from workers.methods.gpu_kernels.launch import runs_on  # imports Triton, where it is installed
+
+    return runs_on(device)
+
+
+def _limits_by_rank(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
+    """`Coin.limits` of the ranks of all elements, as int32, where the model's elements are."""
     import torch
 
-    return torch.from_numpy(drawn_on_host(tile, coin, model, base)).to(as_tensor(tile.raw[model]).device, torch.float32)
+    rows = _whole_rows(tile, model, base)
+    sizes = Magnitude(model, base).bits(rows).view(-1, tile.row)
+    of_ranks = torch.from_numpy(coin.limits(tile.row).view(np.int32)).to(sizes.device)
+    limits = torch.empty_like(sizes)
+    at_once = max(1, _SORTED_ON_GPU // tile.row)
+    for some, into in zip(sizes.split(at_once), limits.split(at_once), strict=True):
+        into.scatter_(1, some.sort(dim=1, stable=True).indices, of_ranks.expand(some.shape))
+    return limits.view(-1)[tile.start - rows.start :][: tile.elements]
+
+
+_SORTED_ON_GPU = 1 << 24
+"""Elements that are sorted at a time: their places take 128 MiB."""
 
 
 def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
@@ -526,8 +569,7 @@ def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.b
         if coin.spread and tile.row > 1:
             return _drawn_by_rank(tile, coin, model, base)
         bits = tile.random_bits(coin.method, model)
-        limit = round(coin.density * (1 << 32))
-        return bits < np.uint32(limit) if limit < 1 << 32 else np.ones(bits.size, np.bool_)
+        return bits < np.uint32(coin.limit) if coin.limit < 1 << 32 else np.ones(bits.size, np.bool_)
 
     return tile.remember((coin, model, base), decide)
 
