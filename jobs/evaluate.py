@@ -122,7 +122,7 @@ class RaceSpec:
 
     keep: Annotated[Count, "points that must survive"] = 1
     alpha: Annotated[
-        Alpha | None, "chance that the best point is dropped, over the whole race; without it, 3 standard errors"
+        Alpha | None, "chance that any of the best `keep` is dropped, in the whole race; without it, 3 standard errors"
     ] = None
     place: str = field(default="", compare=False)
 

@@ -15,7 +15,7 @@ from jobs.evaluation_tasks import ScoreRow
 from jobs.merge_tasks import FORMAT
 from jobs.sealing import sealed
 from orchestrator.evaluating.subjects import RacePlan
-from orchestrator.judging.race import Departure, Standing
+from orchestrator.judging.race import LEAST_HAYSTACKS, Departure, Standing
 from orchestrator.judging.significance import FlipRate
 from orchestrator.records.documents import read_document, text_of
 from workers.benchmarks.harness.adapter import OVER_LONG
@@ -88,11 +88,12 @@ class EvaluationResult:
         if self.race is None:
             return ""
         spec = self.race.spec
-        rival = "the leader" if spec.keep == 1 else f"number {spec.keep}"
+        rival = "the leader" if spec.keep == 1 else f"each of the {spec.keep} best"
         sure = "3 standard errors" if spec.alpha is None else f"the bound for alpha {spec.alpha:g}"
         return (
             f"a point leaves when its paired gap to {rival} on the same items exceeds {sure}, as a Student quantile of"
-            " the haystacks so far"
+            " the haystacks so far, and is more than rare total losses explain; nobody leaves before"
+            f" {LEAST_HAYSTACKS} haystacks a task"
         )
 
     def race_document(self) -> dict[str, Any]:

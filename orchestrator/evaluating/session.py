@@ -164,13 +164,16 @@ class Session:
         """The race, run to its end; prints departures as they happen."""
         points, share = self._asked.points, planned.share
         sets = next(iter(points.values())).sets
+        raced = {cell: entry for cell, entry in sets.items() if entry.benchmark == planned.benchmark}
+        alone = all(entry.questions == 1 for entry in raced.values())
+        rungs = [-(-rung // share) * share for rung in RUNGS]
         race = self._race = Race(
             [*points],
-            [cell for cell, entry in sets.items() if entry.benchmark == planned.benchmark],
-            rungs=[*(rung for rung in RUNGS if -(-rung // share) * share < planned.items), planned.items],
+            [*raced],
+            rungs=[*(rung for rung in dict.fromkeys(rungs) if rung < planned.items), planned.items],
             keep=min(planned.spec.keep, len(points)),
             alpha=planned.spec.alpha,
-            items_per_haystack=share,
+            items_per_haystack=1 if alone else share,
             items_shared_across_lengths=True,
             confirmation=planned.fresh,
         )

@@ -63,7 +63,7 @@ def _weighted_mean(samples: Sequence[CellSample], weights: FloatArray, confidenc
     if np.any(degrees == 0):
         return Estimate(mean, math.inf, 1.0, -math.inf, math.inf, items, totals.size)
     error = math.sqrt(float(totals @ totals))
-    freedom = float(min(_satterthwaite(variances, degrees), totals.size - 1))
+    freedom = float(min(satterthwaite(variances, degrees), totals.size - 1))
     half = student_quantile((1 + confidence) / 2, freedom) * error
     return Estimate(mean, error, freedom, mean - half, mean + half, items, totals.size)
 
@@ -206,7 +206,8 @@ def _cluster_influences(
     return totals, variances, degrees
 
 
-def _satterthwaite(variances: FloatArray, degrees: FloatArray) -> float:
+def satterthwaite(variances: FloatArray, degrees: FloatArray) -> float:
+    """Degrees of freedom of a sum of independent variances [strata], each with its own (Satterthwaite 1946)."""
     if not variances.any():
         return float(degrees.sum())
     return float(variances.sum() ** 2 / np.sum(variances**2 / degrees))

@@ -1,5 +1,8 @@
 """The race: all points answer the same items, rung by rung; a point leaves when it is significantly below the best.
 
+A point stays while its haystacks are fewer than `LEAST_HAYSTACKS` a task, and while rare total losses of the leader,
+too rare to have been observed, could explain the gap (`estimates.few_losses`). README.md here has the formulas.
+
 A state machine without I/O. The driver evaluates `next_blocks`, passes the scores to `record`, and calls `eliminate`,
 which returns the departures with the figures of each decision. Decisions depend on the recorded scores only, not on
 their order, so a race resumes if its old scores are recorded again.
@@ -19,10 +22,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jobs.errors import BadInput, CorruptData
-from orchestrator.judging.estimates import macro_weights
+from orchestrator.judging.estimates import Haystacks, few_losses, macro_weights, satterthwaite
 from orchestrator.judging.samples import Cell, FloatArray, normal_tail, student_quantile
 
 RUNGS = (10, 25, 60, 150, 500)
+
+LEAST_HAYSTACKS = 5
+"""Nobody leaves on fewer haystacks a task: the spread of so few says too little about others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +43,9 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Departure:
-    """Why a point left: after `items` items per cell its `gap` to its rival, the `keep`-th best, exceeded `bound`.
+    """Why a point left: after `items` items per cell its gaps to each of the `keep` best exceeded their bounds.
 
+    `rival` is the one of these whose bound it exceeded by least.
     `gap`, `standard_error` and `bound` are shares of 1 of the macro score; `rung` counts from 0.
     """
 
@@ -83,14 +90,14 @@ class Race:
         points: unique names.
         cells: every point answers items 0, 1, 2, … of each; item i is the same question for every point.
         rungs: items per cell at which departures are decided, ascending; rounded up to whole haystacks.
-        keep: the number of best points to find. A point is compared with the `keep`-th best, which is the leader for 1,
-            and at least this many points stay. A comparison with the leader would lose the second and third best.
-        z: a point leaves when its gap to that rival exceeds a Student quantile times the clustered standard error of
-            the paired gap. The quantile has the tail probability of `z` standard normal errors, and its degrees of
-            freedom follow from the haystacks. With two haystacks, plain `z` would drop the best of 11 points in 13 % of
-            races.
-        alpha: instead of `z`: the probability that one of the best points is ever dropped, split over points and rungs
-            (Bonferroni) and converted to a Student quantile too.
+        keep: the number of best points to find. A point is compared with each of the `keep` best so far, and at least
+            this many points stay. A comparison with the leader alone would lose the second and third best.
+        z: a point leaves when its gap to each of them exceeds a Student quantile times the clustered standard error of
+            the paired gap. The quantile has the tail probability of `z` standard normal errors, for each comparison.
+            Its degrees of freedom are Satterthwaite's over the tasks: where one of 13 tasks tells the points apart,
+            those of its haystacks alone.
+        alpha: instead of `z`: the probability that any of the truly `keep` best points is ever dropped, split over
+            these points, their rivals and the rungs (Bonferroni) and converted to a Student quantile too.
         costs: cost of one item in each cell, by default its length in tokens; costly blocks are handed out first.
         items_per_haystack: items k·m … k·m + m − 1 share a haystack.
         items_shared_across_lengths: item i of a task is the same question at every length, so that lengths are
@@ -231,37 +238,53 @@ class Race:
         return live[order], macro[order]
 
     def _decide(self, items: int) -> list[Departure]:
-        ranked, macro = self._ranked(items)
-        rival = min(self.keep, ranked.size) - 1
-        departures: list[Departure] = []
-        for point, score in zip(ranked[self.keep :].tolist(), macro[self.keep :].tolist(), strict=True):
-            gap = float(macro[rival]) - score
-            error = self._paired_error(int(ranked[rival]), point, items)
-            bound = self._multiplier(items) * error
-            if gap > bound:
-                departures.append(self._departure(point, int(ranked[rival]), gap, error, bound, items))
-                self._live[point] = False
-        return departures[::-1]
+        ranked = self._ranked(items)[0]
+        if items // self._haystack < LEAST_HAYSTACKS:
+            return []
+        best, others = ranked[: self.keep].tolist(), ranked[self.keep :].tolist()
+        found = [self._departure(point, best, items) for point in reversed(others)]
+        departures = [departure for departure in found if departure is not None]
+        self._live[[self._point_index[departure.point] for departure in departures]] = False
+        return departures
 
-    def _departure(self, point: int, rival: int, gap: float, error: float, bound: float, items: int) -> Departure:
-        reason = (
-            f"{100 * gap:.2f} points behind {self.points[rival]} after {items} items a cell; "
-            f"{100 * bound:.2f} were allowed ({self._multiplier(items):.2f} standard errors of {100 * error:.2f})"
-        )
-        return Departure(self.points[point], self._rung, self.points[rival], gap, error, bound, items, reason)
+    def _departure(self, point: int, best: Sequence[int], items: int) -> Departure | None:
+        """The departure of a point that is significantly below each of the best; None for all others."""
+        closest: Departure | None = None
+        for rival in best:
+            parts = self._parts(rival, point, items)
+            gap, (error, freedom) = float(parts.sum()), self._paired_error(parts)
+            multiplier = student_quantile(1 - self._tail, freedom)
+            bound = multiplier * error
+            if gap <= bound or few_losses(self._haystacks(parts), 0.0) > self._tail:
+                return None
+            if closest is None or gap - bound < closest.gap - closest.bound:
+                reason = (
+                    f"{100 * gap:.2f} points behind {self.points[rival]} after {items} items a cell; "
+                    f"{100 * bound:.2f} were allowed ({multiplier:.2f} standard errors of {100 * error:.2f})"
+                )
+                closest = Departure(
+                    self.points[point], self._rung, self.points[rival], gap, error, bound, items, reason
+                )
+        return closest
 
-    def _paired_error(self, rival: int, point: int, items: int) -> float:
-        """Standard error of the macro gap on the same items, clustered by haystack; infinite with one haystack."""
-        gaps = self._scores[rival, :, :items] - self._scores[point, :, :items]
-        haystacks = items // self._haystack
-        if haystacks < 2:
-            return math.inf
-        residuals = (gaps - gaps.mean(axis=1, keepdims=True)) * self._weights[:, None]
-        totals = residuals.reshape(len(self.cells), haystacks, self._haystack).sum(axis=2)
-        if len(self._groups) < len(self.cells):
-            totals = np.stack([totals[group].sum(axis=0) for group in self._groups])
-        error = math.sqrt(float(np.sum(totals**2)) * haystacks / (haystacks - 1)) / items
-        return error or self._least_error(haystacks)
+    def _parts(self, rival: int, point: int, items: int) -> FloatArray:
+        """The part of each haystack in the macro gap on the same items [groups, haystacks]; they sum to the gap."""
+        gaps = (self._scores[rival, :, :items] - self._scores[point, :, :items]) * self._weights[:, None] / items
+        by_cell = gaps.reshape(len(self.cells), -1, self._haystack).sum(axis=2)
+        return np.stack([by_cell[group].sum(axis=0) for group in self._groups])
+
+    def _paired_error(self, parts: FloatArray) -> tuple[float, float]:
+        """Standard error of the macro gap, clustered by haystack, and its degrees of freedom."""
+        haystacks = parts.shape[1]
+        residuals = parts - parts.mean(axis=1, keepdims=True)
+        variances = np.sum(residuals**2, axis=1) * haystacks / (haystacks - 1)
+        freedom = satterthwaite(variances, np.full(len(parts), haystacks - 1.0))
+        return math.sqrt(float(variances.sum())) or self._least_error(haystacks), freedom
+
+    def _haystacks(self, parts: FloatArray) -> Haystacks:
+        shares = np.array([self._weights[group].sum() for group in self._groups])
+        spread = float(shares @ shares) / parts.shape[1]
+        return Haystacks(parts.size * parts.ravel(), len(shares) * float(shares.max()), spread)
 
     def _least_error(self, haystacks: int) -> float:
         """A lower limit of the error if all haystacks agree: one of two more might differ (the plus-four rule)."""
@@ -269,12 +292,12 @@ class Race:
         shares = [float(self._weights[group].sum()) for group in self._groups]
         return math.sqrt(sum(share**2 for share in shares) * other * (1 - other) / haystacks)
 
-    def _multiplier(self, items: int) -> float:
-        tail = normal_tail(self._z)
-        if self._alpha is not None:
-            tail = self._alpha / (len(self.points) * len(self.rungs))
-        freedom = max(1, items // self._haystack - 1) * len(self._groups)
-        return student_quantile(1 - tail, freedom)
+    @property
+    def _tail(self) -> float:
+        """The tail probability of one comparison at one rung."""
+        if self._alpha is None:
+            return normal_tail(self._z)
+        return self._alpha / (self.keep * len(self.points) * len(self.rungs))
 
     def _winners(self) -> NDArray[np.intp]:
         return self._ranked(self.rungs[-1])[0][: self.keep]

@@ -1,6 +1,7 @@
-"""Does the race keep the winner of the full evaluation, and for which share of its cost?
+"""Does the race keep the winner of the full evaluation, for which share of its cost, and does it drop the best?
 
     python tests/benchmarks/race_simulation.py --worlds 100
+    python tests/benchmarks/race_simulation.py --drops --worlds 1000
 
 Simulated grids: points × (13 tasks × 6 lengths) × items. An item is answered right with the probability of a
 two-parameter logistic model; the points' abilities are scaled so that their true macro scores spread by 3 points
@@ -10,7 +11,11 @@ operations. The race is the shipped `orchestrator.judging.race.Race`, fed with t
 Three regimes: a point's abilities at all lengths rise and fall together (`correlated`), tilt with the length
 (`crossing`), or trade short contexts for long ones (`anti-correlated`).
 
-Not covered: engine noise, fractional scores, several questions a haystack.
+`--drops` simulates worlds that mislead a race, in which the truly best points are known: several questions share a
+haystack, haystacks are few, one task alone tells the points apart, or rivals gain a little on most haystacks and lose a
+few completely. It counts the races that drop one of the best points, against `--alpha` (0.05 without it).
+
+Not covered: engine noise.
 """
 
 from __future__ import annotations
@@ -18,7 +23,10 @@ from __future__ import annotations
 import argparse
 import json
 import time
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -97,21 +105,31 @@ def world(regime: str, points: int, items: int, random: np.random.Generator) -> 
     return chance.mean(axis=(1, 2)), answers
 
 
-def run_race(answers: NDArray[np.bool_], z: float, alpha: float | None, keep: int) -> tuple[list[int], float]:
-    """Indices of the race's best `keep`, in order, and the share of the full evaluation's cost that it took."""
-    points, _, items = answers.shape
+def run_race(
+    answers: NDArray[Any], lengths: int = len(LENGTHS), questions: int = 1, shared: bool = False, **rule: Any
+) -> Race:
+    """The race of these answers [points, cells, items], run to its end; the cells of a task are neighbours."""
+    points, count, items = answers.shape
     names = [f"{point:04d}" for point in range(points)]
-    cells = [Cell(f"task_{task}", length) for task in range(TASKS) for length in LENGTHS]
-    costs = dict(zip(cells, TASKS * PETAFLOPS, strict=True))
-    rungs = [*(rung for rung in RUNGS if rung < items), items]
-    race = Race(names, cells, rungs=rungs, keep=keep, z=z, alpha=alpha, costs=costs)
+    cells = [Cell(f"task_{at // lengths}", LENGTHS[at % lengths]) for at in range(count)]
+    costs = {cell: PETAFLOPS[LENGTHS.index(cell.length)] for cell in cells}
+    rungs = [*(rung for rung in RUNGS if -(-rung // questions) * questions < items), items]
+    race = Race(
+        names,
+        cells,
+        rungs=rungs,
+        costs=costs,
+        items_per_haystack=questions,
+        items_shared_across_lengths=shared,
+        **rule,
+    )
     column = {cell: index for index, cell in enumerate(cells)}
     while blocks := race.next_blocks():
         for block in blocks:
             scores = answers[int(block.point), column[block.cell], block.items.start : block.items.stop]
             race.record(block.point, block.cell, block.items, scores)
         race.eliminate()
-    return [int(row.point) for row in race.standing()[:keep]], race.spent() / race.full_cost()
+    return race
 
 
 def simulate(
@@ -123,7 +141,8 @@ def simulate(
         random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, REGIMES.index(regime), number])))
         truth, answers = world(regime, points, items, random)
         full_best = np.argsort(-answers.mean(axis=(1, 2)), kind="stable")[:keep].tolist()
-        best, share = run_race(answers, z, alpha, keep)
+        race = run_race(answers, z=z, alpha=alpha, keep=keep)
+        best, share = [int(row.point) for row in race.standing()[:keep]], race.spent() / race.full_cost()
         same += best[0] == full_best[0]
         same_kept += set(best) == set(full_best)
         shares.append(share)
@@ -144,6 +163,91 @@ def simulate(
     )
 
 
+# ---- worlds that mislead a race
+
+
+@dataclass(frozen=True)
+class Misleading:
+    """Answers [points, cells, items] in which points 0 … keep − 1 are truly the best; `questions` share a haystack.
+
+    A haystack is the same at all `lengths` of a task.
+    """
+
+    name: str
+    answers: Callable[[np.random.Generator], NDArray[Any]]
+    lengths: int = 1
+    questions: int = 1
+    keep: int = 1
+
+
+def clustered(
+    *, points: int = 20, tasks: int = 1, telling: int, lengths: int = 1, haystacks: int, questions: int, keep: int = 1
+) -> Callable[[np.random.Generator], NDArray[Any]]:
+    """Right at 60 % in the `telling` tasks, the points after the best 2 points less; always right in the others.
+
+    A question takes the chance of its haystack with probability 0.6, at all lengths.
+    """
+
+    def answers(random: np.random.Generator) -> NDArray[Any]:
+        own = random.random((points, telling, lengths, haystacks, questions))
+        common = random.random((points, telling, 1, haystacks, 1))
+        takes = random.random((points, telling, 1, haystacks, questions)) < 0.6
+        skill = np.where(np.arange(points) < keep, 0.6, 0.58)[:, None, None, None, None]
+        right = np.ones((points, tasks, lengths, haystacks, questions))
+        right[:, :telling] = np.where(takes, common, own) < skill
+        return right.reshape(points, tasks * lengths, haystacks * questions)
+
+    return answers
+
+
+def rarely_lost(*, points: int = 8, lengths: int, haystacks: int) -> Callable[[np.random.Generator], NDArray[Any]]:
+    """The best scores 0.5 everywhere. The rivals score 0.02 more on most haystacks and lose 6 % of them completely."""
+
+    def answers(random: np.random.Generator) -> NDArray[Any]:
+        scores = np.full((points, lengths, haystacks), 0.5)
+        scores[1:] += 0.02 + 0.01 * random.random((points - 1, 1, haystacks))
+        scores[1:] *= random.random((1, 1, haystacks)) >= 0.06
+        return scores
+
+    return answers
+
+
+MISLEADING = (
+    Misleading("8 haystacks of 8", clustered(telling=1, haystacks=8, questions=8), questions=8),
+    Misleading("20 haystacks of 8, 3 lengths", clustered(telling=1, lengths=3, haystacks=20, questions=8), 3, 8),
+    Misleading("13 tasks, one tells", clustered(tasks=13, telling=1, haystacks=20, questions=8), questions=8),
+    Misleading("13 tasks, one tells, 150 items", clustered(tasks=13, telling=1, haystacks=150, questions=1)),
+    Misleading(
+        "4 tasks, one tells, 3 lengths", clustered(tasks=4, telling=1, lengths=3, haystacks=20, questions=4), 3, 4
+    ),
+    Misleading("best 3 of 20", clustered(telling=1, haystacks=150, questions=1, keep=3), keep=3),
+    Misleading("rare total losses", rarely_lost(lengths=1, haystacks=150)),
+    Misleading("rare total losses, 3 lengths", rarely_lost(lengths=3, haystacks=60), 3),
+)
+
+
+def dropped(world: Misleading, worlds: int, *, alpha: float | None, z: float, seed: int) -> int:
+    """The races, of so many, that drop one of the truly best points."""
+    count = 0
+    for number in range(worlds):
+        key = [seed, zlib.crc32(world.name.encode()), number]
+        random = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+        answers = world.answers(random)
+        race = run_race(answers, world.lengths, world.questions, shared=True, alpha=alpha, z=z, keep=world.keep)
+        count += any(int(departure.point) < world.keep for departure in race.departures)
+    return count
+
+
+def print_drops(worlds: int, *, alpha: float | None, z: float, seed: int) -> None:
+    """A line for each misleading world."""
+    for world in MISLEADING:
+        count = dropped(world, worlds, alpha=alpha, z=z, seed=seed)
+        low, high = wilson_interval(count, worlds)
+        print(
+            f"{world.name:<32} best dropped in {count / worlds:>5.1%} ({low:.1%} to {high:.1%}) of {worlds}", flush=True
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--worlds", type=int, default=100, help="simulated grids a regime")
@@ -153,8 +257,12 @@ def main() -> None:
     parser.add_argument("--alpha", type=float, help="chance of dropping the best point, instead of --z")
     parser.add_argument("--keep", type=int, default=1, help="how many of the best are wanted")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--drops", action="store_true", help="simulate the worlds that mislead a race")
     parser.add_argument("--json", action="store_true", help="print one JSON document")
     arguments = parser.parse_args()
+    if arguments.drops:
+        print_drops(arguments.worlds, alpha=arguments.alpha or 0.05, z=arguments.z, seed=arguments.seed)
+        return
     settings = {name: getattr(arguments, name) for name in ("points", "items", "z", "alpha", "keep", "seed")}
     started = time.perf_counter()
     results = [simulate(regime, arguments.worlds, **settings) for regime in REGIMES]

@@ -48,24 +48,58 @@ SKILL = {"a": 0.55, "b": 0.6, "c": 0.3, "d": 0.1, "e": 0.58, "f": 0.35}
 
 def test_a_point_leaves_on_the_figures_on_paper():
     cell = Cell("vt", 4096)
-    race = Race(["good", "bad", "fair"], [cell], rungs=[10, 20])
-    race.record("good", cell, range(10), [1.0] * 10)
-    race.record("bad", cell, range(10), [1.0] * 1 + [0.0] * 9)
-    race.record("fair", cell, range(10), [1.0] * 6 + [0.0] * 4)
+    race = Race(["good", "bad", "fair"], [cell], rungs=[20, 40])
+    race.record("good", cell, range(20), [1.0] * 20)
+    race.record("bad", cell, range(20), [1.0] * 2 + [0.0] * 18)
+    race.record("fair", cell, range(20), [1.0] * 13 + [0.0] * 7)
     (departure,) = race.eliminate()
-    # differences: nine 1 and a 0; mean 0.9, sd √(0.9·0.1·10/9), error sd/√10 = 0.1; Student's quantile with the tail of
-    # three standard errors, 0.00135, and 9 degrees of freedom is 4.09
-    # fair: mean 0.4, error √(0.4·0.6/9) = 0.163, bound 0.67: stays
-    assert (departure.point, departure.rival, departure.rung, departure.items) == ("bad", "good", 0, 10)
+    # differences: eighteen 1 and two 0; mean 0.9, error √(0.9·0.1/19) = 0.0688; Student's quantile with the tail of
+    # three standard errors, 0.00135, and 19 degrees of freedom is 3.45
+    # fair: mean 0.35, error √(0.35·0.65/19) = 0.109, bound 0.377: stays
+    assert (departure.point, departure.rival, departure.rung, departure.items) == ("bad", "good", 0, 20)
     assert departure.gap == pytest.approx(0.9)
-    assert departure.standard_error == pytest.approx(0.1)
-    assert departure.bound == pytest.approx(0.1 * scipy.stats.t.ppf(scipy.stats.norm.cdf(3), 9))
-    assert "90.00 points behind good after 10 items" in departure.reason
+    assert departure.standard_error == pytest.approx(math.sqrt(0.09 / 19))
+    assert departure.bound == pytest.approx(math.sqrt(0.09 / 19) * scipy.stats.t.ppf(scipy.stats.norm.cdf(3), 19))
+    assert "90.00 points behind good after 20 items" in departure.reason
     assert race.live == ("fair", "good")
     assert {(block.point, block.items) for block in race.next_blocks()} == {
-        ("fair", range(10, 20)),
-        ("good", range(10, 20)),
+        ("fair", range(20, 40)),
+        ("good", range(20, 40)),
     }
+
+
+def test_rare_total_losses_keep_a_point_that_the_spread_would_drop():
+    # a steady lead of 0.3 and no loss seen: if the leader loses q = 0.3/1.3 of its haystacks completely, the points are
+    # equal; it loses none of n with (1/1.3)ⁿ, 0.0014 of 25 and 0.00084 of 27; a race of 3 standard errors asks 0.00135
+    for haystacks, leave in ((25, 0), (27, 1)):
+        race = Race(["steady", "other"], [Cell("vt", 4096)], rungs=[haystacks])
+        race.record("steady", Cell("vt", 4096), range(haystacks), [0.8] * haystacks)
+        race.record("other", Cell("vt", 4096), range(haystacks), [0.5 + 1e-6 * (i % 2) for i in range(haystacks)])
+        assert len(race.eliminate()) == leave
+
+
+def test_where_one_task_tells_points_apart_its_haystacks_alone_are_degrees_of_freedom():
+    tasks = [Cell(f"task_{number}", 4096) for number in range(13)]
+    right = {"best": [1] * 12, "worse": [1, 1] + [0] * 10}
+    race = Race(["best", "worse"], tasks, rungs=[12], z=2)
+    for point, answers_of_one in right.items():
+        for number, cell in enumerate(tasks):
+            race.record(point, cell, range(12), answers_of_one if number == 0 else [1] * 12)
+    (departure,) = race.eliminate()
+    # differences in one task of 13: ten 1 and two 0, error √((10/12)(2/12)/11)/13
+    error = math.sqrt(10 / 12 * 2 / 12 / 11) / 13
+    assert departure.standard_error == pytest.approx(error)
+    assert departure.bound == pytest.approx(error * scipy.stats.t.ppf(scipy.stats.norm.cdf(2), 11))
+
+
+def test_nobody_leaves_before_five_haystacks_of_each_task():
+    for haystacks, leave in ((4, 0), (5, 1)):
+        race = Race(["right", "wrong"], [Cell(f"t{n}", 4096) for n in range(13)], rungs=[8 * haystacks], z=1,
+                    items_per_haystack=8)  # fmt: skip
+        for cell in race.cells:
+            for point in race.points:
+                race.record(point, cell, range(8 * haystacks), [float(point == "right")] * (8 * haystacks))
+        assert len(race.eliminate()) == leave
 
 
 def test_the_paired_error_is_that_of_the_statistics_module():
@@ -97,6 +131,18 @@ def test_alpha_is_shared_over_points_and_rungs():
     race.record("bad", cell, range(10), [1.0] + [0.0] * 9)
     (departure,) = race.eliminate()
     assert departure.bound == pytest.approx(0.1 * scipy.stats.t.ppf(1 - 0.05 / 4, 9))
+
+
+def test_with_keep_alpha_is_shared_over_the_best_too_and_each_of_them_must_be_ahead():
+    cell = Cell("vt", 4096)
+    scores = {"a": [1.0] * 30 + [0.0] * 10, "b": [0.0] * 10 + [1.0] * 30, "c": [1.0] * 28 + [0.0] * 12}
+    race = Race([*scores, "d"], [cell], rungs=[40], keep=2, alpha=0.1)
+    for point, answered in {**scores, "d": [0.0] * 40}.items():
+        race.record(point, cell, range(40), answered)
+    (departure,) = race.eliminate()
+    # a and b are ahead of d by 30 of 40: error √(0.75·0.25/39); four points, one rung, two that must not be dropped
+    assert departure.point == "d" and departure.rival in ("a", "b")
+    assert departure.bound == pytest.approx(math.sqrt(0.75 * 0.25 / 39) * scipy.stats.t.ppf(1 - 0.1 / (2 * 4 * 1), 39))
 
 
 def test_one_haystack_drops_nobody():

@@ -5,6 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pytest
+
+from orchestrator.judging import race
+from tests.benchmarks.race_simulation import MISLEADING, dropped
+
 
 def test_race_keeps_the_winner_of_the_full_evaluation_at_a_twentieth_of_its_cost():
     script = Path(__file__).parents[2] / "benchmarks" / "race_simulation.py"
@@ -13,3 +19,24 @@ def test_race_keeps_the_winner_of_the_full_evaluation_at_a_twentieth_of_its_cost
     assert [result["regime"] for result in results] == ["correlated", "crossing", "anti-correlated"]
     assert all(result["same_winner"] == 1.0 for result in results)
     assert sum(result["cost_share"] for result in results) / 3 < 0.07
+
+
+WORLDS = {world.name: world for world in MISLEADING}
+
+
+def test_races_that_are_misled_drop_the_best_as_rarely_as_alpha_says() -> None:
+    # more than 7 of 40 happen in fewer than one of a thousand simulations at 5 %
+    for name in ("13 tasks, one tells", "rare total losses"):
+        assert dropped(WORLDS[name], 40, alpha=0.05, z=3.0, seed=1) <= 7
+
+
+def test_the_simulation_sees_degrees_of_freedom_of_tasks_that_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "LEAST_HAYSTACKS", 2)
+    monkeypatch.setattr(race, "satterthwaite", lambda variances, degrees: float(np.sum(degrees)))
+    monkeypatch.setattr(race, "few_losses", lambda seen, claimed: 0.0)
+    assert dropped(WORLDS["13 tasks, one tells"], 60, alpha=0.05, z=3.0, seed=1) > 6
+
+
+def test_the_simulation_sees_a_race_without_the_guard_against_rare_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(race, "few_losses", lambda seen, claimed: 0.0)
+    assert dropped(WORLDS["rare total losses"], 40, alpha=0.05, z=3.0, seed=1) > 7
