@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.judging.samples import Cell, CellSample, cell_sample, paired_sample
+from workers.benchmarks.registry import BENCHMARKS
 
 Question = tuple[str, str, int, int]
 """Digest of the set of items, task, length and number: rows that agree in these answer the same question."""
@@ -48,6 +49,7 @@ def sample_of(cell: Cell, found: Pairs) -> CellSample:
         [row.score for row, _ in found],
         [other.score for _, other in found],
         [row.haystack for row, _ in found],
+        losable=not BENCHMARKS[found[0][0].benchmark].is_likelihood,
     )
 
 

@@ -29,7 +29,7 @@ class CellSample:
 
     `values` and `haystacks` are of shape [items]. A haystack label that occurs in several cells means the same
     haystack there, and the cells are then treated as dependent. Where a score may be 0 or 1, an answer can be lost
-    whole; likelihoods never are, and not `losable`.
+    whole; likelihoods never are, and not `losable`. The benchmark says which: a sample may have no lost answer by luck.
     """
 
     cell: Cell
@@ -62,7 +62,13 @@ def cell_sample(
 
 
 def paired_sample(
-    task: str, length: int, new: ArrayLike, old: ArrayLike, haystacks: Sequence[Any] | Labels | None = None
+    task: str,
+    length: int,
+    new: ArrayLike,
+    old: ArrayLike,
+    haystacks: Sequence[Any] | Labels | None = None,
+    *,
+    losable: bool = True,
 ) -> CellSample:
     """Differences new − old of two models' scores on the same items, in the same order, as a `CellSample`."""
     new_scores, old_scores = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
@@ -70,9 +76,7 @@ def paired_sample(
         raise CorruptData(
             f"{task} at {length}: {new_scores.size} scores against {old_scores.size}; compare the items both answered"
         )
-    scores = np.concatenate([new_scores, old_scores])
-    within = bool(np.all((scores > 0) & (scores < 1)))
-    return replace(cell_sample(task, length, new_scores - old_scores, haystacks), losable=not within)
+    return replace(cell_sample(task, length, new_scores - old_scores, haystacks), losable=losable)
 
 
 def cluster_sums(values: FloatArray, labels: Labels) -> tuple[Labels, FloatArray, FloatArray]:

@@ -360,9 +360,16 @@ def test_a_negligible_loss_makes_nothing_sure() -> None:
 
 def test_likelihoods_are_not_lost_whole() -> None:
     old = np.full(24, 0.3)
-    surely = macro_difference([paired_sample("perplexity", 4096, old + 0.01 * np.linspace(0.9, 1.1, 24), old)])
+    new = old + 0.01 * np.linspace(0.9, 1.1, 24)
+    surely = macro_difference([paired_sample("perplexity", 4096, new, old, losable=False)])
     assert surely.least_p == 0 and difference_test(surely) < 1e-6
-    with_a_zero = macro_difference([paired_sample("f1", 4096, [0.31] * 23 + [0.0], [0.3] * 23 + [0.0])])
+
+
+def test_scores_that_can_be_lost_are_not_sure_where_none_was_lost() -> None:
+    # ROUGE of 0.31 against 0.3 on 24 haystacks: if 0.01/1.01 of them are lost, the mean is 0; none is in (1/1.01)²⁴
+    unlost = macro_difference([paired_sample("rouge", 4096, [0.31] * 24, [0.3] * 24)])
+    assert difference_test(unlost) == 1 and few([0.01] * 24, 0.0) == pytest.approx((1 / 1.01) ** 24)
+    with_a_zero = macro_difference([paired_sample("rouge", 4096, [0.31] * 23 + [0.0], [0.3] * 23 + [0.0])])
     assert difference_test(with_a_zero) > 0.5
 
 
