@@ -33,7 +33,10 @@ def _in_mergekits_order(inputs: Inputs, weight: PerModel, normalize: bool) -> Te
     total = torch.zeros_like(inputs.model(0), dtype=torch.float32)
     weights = torch.tensor(weight, dtype=torch.float32, device=total.device)
     for index, value in enumerate(weights):
-        total.addcmul_(inputs.model(index).float(), value)
+        if total.device.type == "cpu":
+            total.addcmul_(inputs.model(index).float(), value)
+        else:  # a CPU does not round the product, and CUDA does
+            total = torch.addcmul(total.double(), inputs.model(index).double(), value.double()).float()
     if normalize:
         total.div_(weights.sum())
     return total.to(torch_named(inputs.dtype))

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.passes import WeightedSum
-from workers.methods.tile import Inputs
+from workers.methods.tile import Inputs, divided
 from workers.methods.weighted_sums import gram, lines_along, spread, weighted_sum
 
 if TYPE_CHECKING:
@@ -32,7 +32,10 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Tensor:
     """
     if not inputs.as_mergekit:
         return weighted_sum(inputs, model_stock_pass(inputs, filter_wise=filter_wise))
-    mean = sum(inputs.model(index) for index in range(len(inputs.models))) / len(inputs.models)
+    total = inputs.model(0)
+    for index in range(1, len(inputs.models)):
+        total = total + inputs.model(index)
+    mean = divided(total, len(inputs.models))
     ratio = spread(inputs, _ratios(inputs, filter_wise), "rows")
     return ratio * mean + (1 - ratio) * inputs.base
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from workers.methods.passes import Consensus, Kept
 from workers.methods.reductions import L1, L1Kept, Selection
-from workers.methods.tile import Inputs, PerModel, ones_where, together
+from workers.methods.tile import Inputs, PerModel, divided, ones_where, positive, together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +101,7 @@ def add_sum(inputs: Inputs, deltas: Sequence[Tensor], weight: PerModel, *, norma
     mixed = inputs.sum([delta * value for delta, value in zip(deltas, weights, strict=True)])
     total = inputs.number(sum(weights))
     if normalize and abs(total) >= _NO_WEIGHT:
-        mixed = mixed / total
+        mixed = divided(mixed, total)
     return inputs.base + _scaled(inputs, mixed, lambda_)
 
 
@@ -117,7 +117,7 @@ def add_consensus(
     votes = [delta * value for delta, value in zip(deltas, weights, strict=True)]
     elected = ones_where("ge", inputs.sum(votes)).mul_(2).sub_(1)  # +1 or −1: the products below are sign flips, exact
     turned = [vote.mul_(elected) for vote in votes]
-    mixed = inputs.sum([vote.relu() for vote in turned]).mul(elected)
+    mixed = inputs.sum([positive(vote) for vote in turned]).mul(elected)
     if normalize:
         divisor = inputs.sum([ones_where("gt", vote) * value for vote, value in zip(turned, weights, strict=True)])
         mixed = mixed / (divisor + ones_where("eq", divisor))

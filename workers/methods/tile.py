@@ -177,6 +177,18 @@ def ones_where(holds: Literal["ge", "gt", "eq"], values: Tensor) -> Tensor:
     return getattr(torch, holds)(values, 0.0, out=torch.empty_like(values))
 
 
+def positive(values: Tensor) -> Tensor:
+    """max(values, 0) with the zeros of a CPU: CUDA's relu of -0.0 is +0.0."""
+    return values.relu() if values.device.type == "cpu" else values.masked_fill(values < 0, 0.0)
+
+
+def divided(values: Tensor, divisor: float) -> Tensor:
+    """values / divisor, rounded once: by a number of the host, CUDA multiplies with its reciprocal."""
+    import torch
+
+    return values / torch.full((), divisor, dtype=values.dtype, device=values.device)
+
+
 @dataclass(frozen=True, slots=True)
 class Inputs:
     """One point's view of a tile: its models in the recipe's order, and its arithmetic.
