@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -150,3 +151,15 @@ def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[HubS
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     yield server
     server.stop()
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The GPU that is not there, as the device `card`: its counters, and torch's module of it."""
+    import torch
+
+    from tests.stand_in_gpu import CARD, pinning_empty
+
+    monkeypatch.setattr(torch, "empty", pinning_empty)
+    CARD.begin()
+    return CARD

@@ -15,6 +15,7 @@ from workers.checkpoints.hashing import check_digest
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, memory
 from workers.merging.deriving import Deriving
+from workers.merging.streams import Mark
 from workers.merging.tiles import Elements, bytes_of
 from workers.methods.tile import TILE_ELEMENTS, as_tensor
 from workers.storage import open_store
@@ -43,10 +44,15 @@ class Stretch:
 class Slab:
     """Stretches that follow each other in the output, with what is read of every parent for each, in its dtype."""
 
-    def __init__(self, stretches: Sequence[Stretch], read: Callable[[], tuple[_Parts, Sequence[Bytes]]]) -> None:
+    def __init__(
+        self, stretches: Sequence[Stretch], read: Callable[[], tuple[_Parts, Sequence[Bytes]]], device: str
+    ) -> None:
         self.stretches = stretches
         self.buffers: Sequence[Bytes] = ()
         self.checks: list[Future[None]] = []
+        self.copied: Mark | None = None
+        """The copies of the buffers to a GPU, once they are begun."""
+        self._device = device
         self._read: Callable[[], tuple[_Parts, Sequence[Bytes]]] | None = read
         self._raw: _Parts = ()
         self._lock = threading.Lock()
@@ -57,7 +63,9 @@ class Slab:
         with self._lock:
             if self._read is not None:
                 self._raw, self.buffers = self._read()
-                self._read = None
+                self._read, self.copied = None, Mark(self._device)
+        assert self.copied is not None
+        self.copied.before_mine()
         return self._raw
 
 
@@ -153,7 +161,7 @@ class ParentReader:
             ]
             return parts, [buffer for buffer, _ in found.values()]
 
-        return Slab(stretches, read)
+        return Slab(stretches, read, self._device)
 
     def check(self, slab: Slab, passing: dict[tuple[str, str], TensorHash]) -> list[Future[None]]:
         """Begins to hold a slab against the parents' digests; the results raise as `check_digest` does.
@@ -185,6 +193,8 @@ class ParentReader:
     def release(self, slab: Slab) -> None:
         """Gives a slab's memory back; its tensors must not be looked at any more."""
         wait(slab.checks)
+        if slab.copied is not None:
+            slab.copied.wait()  # else the next bytes overtake the copy of these
         with self._lock:
             self._free.extend(buffer for buffer in slab.buffers if buffer.size == self._slab_bytes)
 

@@ -27,6 +27,7 @@ from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, keep_freed_memory, memory
 from workers.merging.given import given_facts
 from workers.merging.reading import ALIGNMENT, ParentReader, Slab, Stretch, all_near, plan_slabs
+from workers.merging.streams import Streams
 from workers.merging.tiles import (
     FACT_UNITS,
     Elements,
@@ -129,6 +130,7 @@ class _Merge:
             ParentReader(task.parents, self.budget.slab, device=device, progress=progress)
         )
         self.compute = stack.enter_context(ThreadPoolExecutor(task.threads, "merge"))
+        self.streams = Streams(device)
         self.own = threading.local()
         """Each thread's memory for the output of one piece."""
         self.pieces = 0
@@ -239,14 +241,15 @@ class _Merge:
         """A slab's answers to the questions about its tensors."""
         one_torch_thread()
         shares: _Shares = {}
-        for stretch, raw in zip(slab.stretches, slab.raw, strict=True):
-            tensor, name = stretch.tensor, stretch.tensor.name
-            if name not in missing:
-                continue
-            place = (stretch.start, stretch.stop, raw, stretch.first)
-            for tile in tiles(tensor, *place, facts[name], self.task.seed, units=FACT_UNITS):
-                for question in missing[name]:
-                    shares.setdefault((name, question), []).extend(question.of(tile))
+        with self.streams.own():
+            for stretch, raw in zip(slab.stretches, slab.raw, strict=True):
+                tensor, name = stretch.tensor, stretch.tensor.name
+                if name not in missing:
+                    continue
+                place = (stretch.start, stretch.stop, raw, stretch.first)
+                for tile in tiles(tensor, *place, facts[name], self.task.seed, units=FACT_UNITS):
+                    for question in missing[name]:
+                        shares.setdefault((name, question), []).extend(question.of(tile))
         if not keep:
             self.reader.release(slab)
         return shares
@@ -282,7 +285,8 @@ class _Merge:
                 tensor = slab.stretches[index].tensor
                 size = (stop - start) * DTYPE_BITS[tensor.dtype] // 8
                 outputs = [row[at : at + size].view(numpy_dtype(tensor.dtype)) for row in rows]
-                self._merge_part(mergers[tensor.name], slab, index, start, outputs)
+                with self.streams.own():
+                    self._merge_part(mergers[tensor.name], slab, index, start, outputs)
                 at += size
             left.one()
             for writer, row in zip(self.writers, rows, strict=True):

@@ -9,7 +9,6 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -33,6 +32,10 @@ Facts = dict[Reduction, Any]
 
 FACT_UNITS = 4
 """`TILE_ELEMENTS` of a tile that answers questions: to ask takes Python as long as the compiled loop needs for one."""
+
+
+FEW = 64
+"""Elements by which two stretches nearly always differ already."""
 
 
 class TensorMerger:
@@ -82,8 +85,8 @@ class TensorMerger:
     ) -> tuple[bool, list[int]]:
         """Writes the elements from `start` on, a multiple of `TILE_ELEMENTS`, of each point to its output.
 
-        `around` has every parent's elements from `first` on; the outputs are equally long. Returns whether an element
-        of a parent is NaN or infinite, and the places of the outputs that have such an element.
+        `around` has every parent's elements from `first` on, on the device; the outputs are equally long. Returns
+        whether an element of a parent is NaN or infinite, and the places of the outputs that have such an element.
         """
         stop = start + len(outputs[0])
         raw = {name: elements[start - first : stop - first] for name, elements in around.items()}
@@ -91,6 +94,8 @@ class TensorMerger:
             for output, setting in zip(outputs, self._settings, strict=True):
                 _put(output, _common_value(self._tensor, setting, raw))
             return False, []
+        if self._device != "cpu":
+            return self._run_on_gpu(start, around, first, raw, outputs)
         for place, parent in self._copies:
             _put(outputs[place], raw[parent])
         finite: set[str] = set()
@@ -99,17 +104,11 @@ class TensorMerger:
             places, passes = zip(*self._passes, strict=True)
             tile = Tile(self._tensor.name, start, raw, self._facts, self._seed, self._tensor.shape, around, first)
             into = [outputs[place] for place in places]
-            arithmetic = TORCH_NAMES[self._tensor.arithmetic]
-            if self._device == "cpu":
-                of_parents, of_outputs = running.run(passes, tile, into, arithmetic)
-                finite = {name for name, found in of_parents.items() if not found}
-            else:
-                of_outputs = _launched(passes, tile, into, arithmetic)
-                whole = [place for place, found in zip(places, of_outputs, strict=True) if not found]
-                finite = {parent for place in whole for parent in self._settings[place].parents}
+            of_parents, of_outputs = running.run(passes, tile, into, TORCH_NAMES[self._tensor.arithmetic])
+            finite = {name for name, found in of_parents.items() if not found}
             broken = dict(zip(places, of_outputs, strict=True))
         if self._formulas:
-            self._run_formulas(start, around, first, outputs)
+            self._run_formulas(start, around, first, [as_tensor(output) for output in outputs])
         for (place, parent), alike in self.alike.items():
             if alike and not _equal(outputs[place], raw[parent]):
                 self.alike[place, parent] = False
@@ -119,35 +118,69 @@ class TensorMerger:
         of_any_parent = any(_has_nonfinite(raw[name]) for name in raw.keys() - finite)
         return of_any_parent, [place for place, found in broken.items() if found]
 
-    def _run_formulas(
-        self, start: int, around: Mapping[str, Elements], first: int, outputs: Sequence[Elements]
-    ) -> None:
+    def _run_on_gpu(
+        self,
+        start: int,
+        around: Mapping[str, Elements],
+        first: int,
+        raw: Mapping[str, Tensor],
+        outputs: Sequence[Elements],
+    ) -> tuple[bool, list[int]]:
+        """As `run`; an output is on the GPU or in pinned memory. The host waits once, where nothing equals a parent.
+
+        What is rounded and compared is on the GPU: a copy with a change of dtype would take float32 over the bus.
+        """
+        import torch
+
+        with torch.inference_mode():
+            ours = [as_tensor(output) for output in outputs]
+            into = [
+                each if each.device.type != "cpu" else torch.empty(each.shape, dtype=each.dtype, device=self._device)
+                for each in ours
+            ]
+            broken: dict[int, Tensor] = {}
+            for place, parent in self._copies:
+                into[place].copy_(raw[parent])
+            if self._passes:
+                tile = Tile(self._tensor.name, start, raw, self._facts, self._seed, self._tensor.shape, around, first)
+                broken = self._launched(tile, into)
+            if self._formulas:
+                self._run_formulas(start, around, first, into)
+            for output, found in zip(ours, into, strict=True):
+                if output is not found:
+                    output.copy_(found, non_blocking=True)  # has arrived when the flags have, which come after it
+            alike = [pair for pair, so_far in self.alike.items() if so_far]
+            heads = [_same_bits(into[place][:FEW], raw[parent][:FEW]) for place, parent in alike]
+            broken = {place: broken.get(place, _lacks_a_number(each)) for place, each in enumerate(into)}
+            seen = {parent for place, _ in self._passes for parent in self._settings[place].parents}
+            others = [_lacks_a_number(elements) for name, elements in raw.items() if name not in seen]
+            flags: list[bool] = torch.stack([*heads, *broken.values(), *others]).tolist()
+            for (place, parent), head in zip(alike, flags, strict=False):
+                self.alike[place, parent] = head and bool(_same_bits(into[place], raw[parent]))
+            found = [place for place, flag in zip(broken, flags[len(heads) :], strict=False) if flag]
+            # an element that is NaN or infinite in a parent is so in the result of a pass that has read it
+            suspects = {parent for place in found for parent in self._settings[place].parents} & seen
+            of_any_parent = any(flags[len(heads) + len(into) :]) or any(_lacks_a_number(raw[name]) for name in suspects)
+        return of_any_parent, found
+
+    def _launched(self, tile: Tile, into: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Begins the passes where the parents are; by place, whether the output has an element that is no number."""
+        from workers.methods import launching
+
+        works = [launching.Work(each, tile, into[place]) for place, each in self._passes]
+        flags = launching.run(works, TORCH_NAMES[self._tensor.arithmetic]) > 0
+        return {place: flag for (place, _), flag in zip(self._passes, flags, strict=True)}
+
+    def _run_formulas(self, start: int, around: Mapping[str, Elements], first: int, into: Sequence[Tensor]) -> None:
         import torch
 
         one_torch_thread()
         with torch.inference_mode():
-            into = [as_tensor(output) for output in outputs]
-            stop, units = start + len(outputs[0]), 1 if self._device == "cpu" else None
+            stop, units = start + len(into[0]), 1 if self._device == "cpu" else None
             for tile in tiles(self._tensor, start, stop, around, first, self._facts, self._seed, units=units):
                 place = slice(tile.start - start, tile.start - start + tile.elements)
                 for index, setting in self._formulas:
                     into[index][place].copy_(merge_tile(tile, setting, self._tensor.arithmetic, self._numerics))
-
-
-def _launched(passes: Sequence[Pass], tile: Tile, outputs: Sequence[Elements], arithmetic: str) -> list[bool]:
-    """Runs passes where the parents are. Returns which outputs have an element that is NaN or infinite."""
-    import torch
-
-    from workers.methods import launching
-
-    device = as_tensor(next(iter(tile.raw.values()))).device
-    into = [as_tensor(output) for output in outputs]
-    there = [output if output.device == device else torch.empty_like(output, device=device) for output in into]
-    flags = launching.run([*map(launching.Work, passes, repeat(tile), there)], arithmetic)
-    for output, merged in zip(into, there, strict=True):
-        if output is not merged:
-            output.copy_(merged)
-    return [flag > 0 for flag in flags.tolist()]
 
 
 def tiles(
@@ -246,7 +279,7 @@ def _common_value(tensor: TensorMerge, setting: Setting, raw: Mapping[str, Eleme
 
 
 def _put(output: Elements, elements: Elements) -> None:
-    """Stores elements in an output, in its dtype."""
+    """Stores elements in an output of their dtype."""
     if isinstance(elements, np.ndarray) and isinstance(output, np.ndarray):
         output[:] = elements
     else:
@@ -322,12 +355,22 @@ def _has_nonfinite(elements: Elements) -> bool:
     return not bool(elements.isfinite().all())
 
 
-def _equal(a: Elements, b: Elements) -> bool:
+def _equal(a: NDArray[Any], b: NDArray[Any]) -> bool:
     """Whether two stretches have the same bytes; nearly always their first elements differ already."""
-    few = 64
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in ((a[:few], b[:few]), (a, b)))
-    return all(as_tensor(x).equal(as_tensor(y)) for x, y in ((a[:few], b[:few]), (a, b)))
+    return all(np.array_equal(x.view(np.uint8), y.view(np.uint8)) for x, y in ((a[:FEW], b[:FEW]), (a, b)))
+
+
+def _lacks_a_number(elements: Tensor) -> Tensor:
+    """Whether an element on a GPU is NaN or infinite, as a tensor that nobody waits for."""
+    return ~elements.isfinite().all()
+
+
+def _same_bits(a: Tensor, b: Tensor) -> Tensor:
+    """The same on a GPU, as a tensor that nobody waits for."""
+    import torch
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    return (a.view(bits) == b.view(bits)).all()
 
 
 def overflowed(merged: Elements, parents: Iterable[Elements]) -> int:
