@@ -102,7 +102,7 @@ def loaded_by(*command: str | Path) -> set[str]:
 
 @pytest.mark.parametrize("command", LIGHT)
 def test_a_command_loads_no_library_that_it_does_not_use(command: str):
-    assert loaded_by(*LIGHT[command]) == set()
+    assert loaded_by(*LIGHT[command]) == ({"scipy"} if command == "plan" else set()), "plan says the power of tests"
 
 
 @pytest.mark.parametrize(
@@ -211,7 +211,7 @@ def test_a_little_command_takes_little_more_than_the_start_of_python(tmp_path: P
     first, *others = merges if command == "merge" else [LIGHT[command]] * 4
     cpu_seconds(COMMAND, *first)  # compiles the loops
     start = min(cpu_seconds(sys.executable, "-c", "import numpy, yaml") for _ in others)
-    assert min(cpu_seconds(COMMAND, *other) for other in others) < 12 * start, (
+    assert min(cpu_seconds(COMMAND, *other) for other in others) < 16 * start, (
         "to import torch takes twenty times as long"
     )
 

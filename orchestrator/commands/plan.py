@@ -10,7 +10,7 @@ from orchestrator.commands.workplace import asked_of, check_workers
 
 def plan(options: argparse.Namespace) -> int:
     """`mergeyard plan JOB.yaml`."""
-    from orchestrator.evaluating.forecast import evaluation_facts
+    from orchestrator.evaluating.forecast import evaluation_facts, parents_answers
     from orchestrator.planning.plan import make_plan
     from orchestrator.report.terminal.run import plan_facts, print_plan
 
@@ -19,7 +19,8 @@ def plan(options: argparse.Namespace) -> int:
     asked = asked_of(plan, folder)
     plan.check_output()
     check_workers(job, options.address)
-    facts = {**plan_facts(plan), "evaluation": None if asked is None else evaluation_facts(plan.job, asked)}
+    evaluation = None if asked is None else evaluation_facts(plan.job, asked, parents_answers(plan.run_url, asked))
+    facts = {**plan_facts(plan), "evaluation": evaluation}
     if options.json:
         print_json(facts)
     else:

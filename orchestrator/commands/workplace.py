@@ -104,14 +104,16 @@ def evaluate_points(
     plan: Plan, asked: Questions, workplace: Workplace, watcher: Watcher
 ) -> tuple[EvaluationResult, Gated | None]:
     """Every point's scores and, if the job has a gate, the verdict on the best."""
-    from orchestrator.evaluating.forecast import evaluation_facts
+    from orchestrator.evaluating.forecast import evaluation_facts, parents_answers
     from orchestrator.evaluating.session import Session
     from orchestrator.report.live import LivePage
-    from orchestrator.report.terminal.run import can_show
+    from orchestrator.report.terminal.run import can_show, gate_forecast
 
-    sees = evaluation_facts(plan.job, asked)["sees"]
-    if sees is not None:
-        watcher.tell(f"can show {can_show(sees)}")
+    facts = evaluation_facts(plan.job, asked, parents_answers(plan.run_url, asked))
+    if facts["sees"] is not None:
+        watcher.tell(f"can show {can_show(facts['sees'])}")
+    if facts["gate"] is not None and facts["gate"]["remedy"] is not None:
+        watcher.tell(f"the gate {gate_forecast(facts['gate'])}")
     with (
         closing(LivePage(plan.run_url)) as page,
         Session.of(plan, asked, workplace.evaluators, watcher, page.renew) as session,

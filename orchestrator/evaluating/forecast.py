@@ -1,78 +1,117 @@
 """The size of an evaluation, and the smallest difference that it can show: known before the first question.
 
-Two models are taken to differ in `DISCORDANCE` of their right-or-wrong answers, as often for better as for worse, and
-questions that share a haystack to be correlated by `CORRELATION`. Items of different haystacks, and of different
-lengths, are taken to be independent.
+Before the parents have answered, two models are taken to differ in `DISCORDANCE` of their right-or-wrong answers, and
+questions that share a haystack to be correlated by `CORRELATION`. Answers about one haystack at several lengths may
+agree or not: the figures are a range, from lengths that answer independently to lengths that all answer alike. Once the
+parents have answered, their answers say all of this.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
+import numpy as np
+
+from jobs.errors import BadInput
+from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec, Job
 from orchestrator.evaluating.confirming import BUDGET
+from orchestrator.evaluating.pairing import common_rows, sample_of
+from orchestrator.evaluating.results import ranked_rows, read_results
 from orchestrator.evaluating.subjects import Questions, RacePlan, Sets
-from orchestrator.judging.estimates import macro_weights
-from orchestrator.judging.gate import POWER
+from orchestrator.judging.estimates import macro_mean, macro_weights
+from orchestrator.judging.power import Design, growth_to_pass, smallest_difference, smallest_margin
 from orchestrator.judging.race import RUNGS
-from orchestrator.judging.samples import Cell, normal_quantile
-from orchestrator.judging.significance import anytime_multiplier, design_effect, minimum_detectable_effect
+from orchestrator.judging.samples import Cell, CellSample
+from orchestrator.judging.significance import design_effect
 from workers.benchmarks.planned import PlannedSet
 from workers.benchmarks.registry import BENCHMARKS
 
 DISCORDANCE = 0.1
 CORRELATION = 0.1
+LEVEL = 0.05
+
+
+Pair = Sequence[CellSample]
+"""The paired differences of two parents on the items that both answered."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """A macro score over some cells, of which two models will answer the same items."""
+    """A macro score over some cells, of which two models will answer the same items; `parents` did so already."""
 
     sets: Mapping[Cell, PlannedSet]
+    parents: Sequence[Pair]
 
     @property
     def items(self) -> int:
         return sum(planned.count for planned in self.sets.values())
 
-    def error(self, discordance: float) -> float:
-        """The standard error that its paired difference will have."""
-        weights = macro_weights([*self.sets])
-        return math.sqrt(
-            sum(
-                weight**2 * discordance * design_effect(planned.questions, CORRELATION) / planned.count
-                for weight, planned in zip(weights.tolist(), self.sets.values(), strict=True)
-            )
+    def designs(self) -> tuple[Design, Design]:
+        """The hopeful and the careful one; they are the same if the parents have answered."""
+        weights = dict(zip(self.sets, macro_weights([*self.sets]).tolist(), strict=True))
+        haystacks = {cell: -(-planned.count // planned.questions) for cell, planned in self.sets.items()}
+        largest = max(weights[cell] / haystacks[cell] for cell in self.sets)
+        tasks: dict[str, list[Cell]] = defaultdict(list)
+        for cell in self.sets:
+            tasks[cell.task].append(cell)
+        total = sum(max(haystacks[cell] for cell in cells) for cells in tasks.values())
+        if measured := [found for pair in self.parents if (found := _measured(pair)) is not None]:
+            discordance, units = (float(np.mean(values)) for values in zip(*measured, strict=True))
+            design = Design(total, total * units, largest, discordance)
+            return design, design
+        per_haystack = {
+            cell: design_effect(planned.questions, CORRELATION) / planned.questions
+            for cell, planned in self.sets.items()
+        }
+        apart = sum(weights[cell] ** 2 * per_haystack[cell] / haystacks[cell] for cell in self.sets)
+        alike = sum(
+            sum(weights[cell] for cell in cells) ** 2 * max(per_haystack[cell] / haystacks[cell] for cell in cells)
+            for cells in tasks.values()
         )
-
-    @property
-    def detectable(self) -> float:
-        """In points of 100."""
-        return 100 * minimum_detectable_effect(1, deviation=self.error(DISCORDANCE))
+        return Design(total, 1 / apart, largest, DISCORDANCE), Design(total, 1 / alike, largest, DISCORDANCE)
 
     def at(self, length: int) -> _Score:
-        return _Score({cell: planned for cell, planned in self.sets.items() if cell.length == length})
-
-    @property
-    def haystacks(self) -> int:
-        """Of all tasks together; every length asks about the same ones."""
-        at_length: Counter[int] = Counter()
-        for cell, planned in self.sets.items():
-            at_length[cell.length] += -(-planned.count // planned.questions)
-        return max(at_length.values())
+        sets = {cell: planned for cell, planned in self.sets.items() if cell.length == length}
+        return _Score(sets, [[sample for sample in pair if sample.cell in sets] for pair in self.parents])
 
 
-def evaluation_facts(job: Job, asked: Questions) -> dict[str, Any]:
+def _measured(pair: Pair) -> tuple[float, float] | None:
+    """The mean square of the differences of two parents, and the independent units that a haystack is worth."""
+    if not pair:
+        return None
+    weights = macro_weights([sample.cell for sample in pair])
+    square = float(sum(weight * np.mean(sample.values**2) for weight, sample in zip(weights, pair, strict=True)))
+    found = macro_mean(pair)
+    if square == 0 or not 0 < found.standard_error < math.inf:
+        return None
+    return square, max(1 / found.clusters, (square - found.mean**2) / found.standard_error**2 / found.clusters)
+
+
+def parents_answers(run_url: str, asked: Questions) -> list[ScoreRow]:
+    """What the parents have answered of the questions that are asked; empty before an evaluation."""
+    try:
+        rows = read_results(run_url, points=[subject.label for subject in asked.parents.values()]).rows
+    except BadInput:
+        return []
+    sets = {planned.digest for subject in asked.parents.values() for planned in subject.sets.values()}
+    return [row for row in ranked_rows(rows, asked.ranked) if row.items in sets]
+
+
+def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = ()) -> dict[str, Any]:
     """For `mergeyard plan`: items, tokens that are read at the most, and the smallest differences that show.
 
-    Tokens count the room for the answers. The size of a task of lm-evaluation-harness is not known here.
+    `answers` are those of the parents, as far as they are known. Tokens count the room for the answers. The size of a
+    task of lm-evaluation-harness is not known here.
     """
     subjects = [*asked.points.values(), *asked.baselines]
     first = subjects[0].sets
-    score = _ranked_score(asked)
+    score = _ranked_score(asked, answers)
     facts: dict[str, Any] = {
         "points": len(asked.points),
         "baselines": len(asked.baselines),
@@ -82,7 +121,7 @@ def evaluation_facts(job: Job, asked: Questions) -> dict[str, Any]:
         "tokens": sum(_tokens(subject.sets) for subject in subjects),
         "tasks_of_unknown_size": sorted(planned.task for planned in first.values() if not planned.length),
         "race": None if asked.race is None else {"least_tokens": _least_tokens(asked, asked.race)},
-        "sees": None if score is None else _sees(score),
+        "sees": None if score is None else _sees(score, len(asked.points)),
         "gate": None if score is None or job.gate is None else _gate(score, job.gate),
     }
     return facts
@@ -110,7 +149,7 @@ def _least_tokens(asked: Questions, race: RacePlan) -> int:
     return len(asked.points) * look * sum(raced) + confirmed + rest + baselines
 
 
-def _ranked_score(asked: Questions) -> _Score | None:
+def _ranked_score(asked: Questions, answers: Sequence[ScoreRow]) -> _Score | None:
     """The score that points are ranked by, if it is one of right or wrong answers to a known number of questions."""
     ranked = {
         cell: planned
@@ -119,46 +158,90 @@ def _ranked_score(asked: Questions) -> _Score | None:
     }
     if not ranked:
         return None
-    return _Score(ranked)
+    by_parent: dict[str, list[ScoreRow]] = defaultdict(list)
+    for row in answers:
+        if Cell(row.task, row.length) in ranked:
+            by_parent[row.point].append(row)
+    pairs = [common_rows(one, other) for one, other in combinations(by_parent.values(), 2)]
+    return _Score(ranked, [[sample_of(cell, found) for cell, found in pair.items()] for pair in pairs])
 
 
-def _sees(score: _Score) -> dict[str, Any]:
+def _sees(score: _Score, comparisons: int) -> dict[str, Any]:
+    """The smallest differences from a parent, in points, from the hopeful to the careful one; None if none shows."""
+    hopeful, careful = score.designs()
     lengths = sorted({cell.length for cell in score.sets})
+    known = hopeful == careful and bool(score.parents)
+    shared = max(planned.questions for planned in score.sets.values()) > 1
     return {
-        "discordance": DISCORDANCE,
-        "correlation": CORRELATION if max(planned.questions for planned in score.sets.values()) > 1 else None,
-        "overall": round(score.detectable, 2),
-        "lengths": {str(length): round(score.at(length).detectable, 2) for length in lengths},
+        "discordance": round(careful.discordance, 3),
+        "measured": known,
+        "correlation": CORRELATION if shared and not known else None,
+        "comparisons": comparisons,
+        "overall": _smallest(score, comparisons),
+        "lengths": {str(length): _smallest(score.at(length), comparisons) for length in lengths},
     }
+
+
+def _smallest(score: _Score, comparisons: int) -> list[float | None]:
+    """At Holm's first step of so many comparisons."""
+    found = [100 * smallest_difference(of, LEVEL / comparisons) for of in _each(score)]
+    return [round(points, 2) if math.isfinite(points) else None for points in found]
+
+
+def _each(score: _Score) -> list[Design]:
+    hopeful, careful = score.designs()
+    return [hopeful] if hopeful == careful else [hopeful, careful]
 
 
 def _gate(score: _Score, spec: GateSpec) -> dict[str, Any]:
-    """How many items the gate's verdict on equal models will take, and how many it may ask."""
+    """How many items the gate's verdict on equal models will take, and how many it may ask.
+
+    `remedy` is None if the gate may ask enough even if the lengths answer alike.
+    """
     grows = all(planned.grows for planned in score.sets.values())
     first = max(planned.count for planned in score.sets.values())
     most = max(first, spec.budget if spec.budget is not None else BUDGET * first) if grows else first
-    anytime = most > first
-    lengths = sorted({cell.length for cell in score.sets})
-    shortest = {length: _items_for(score.at(length), spec.length_margin, spec.alpha, anytime) for length in lengths}
-    return {
+    scopes = [(score, spec.margin)]
+    if spec.length_margin is not None:
+        scopes += [(score.at(length), spec.length_margin) for length in sorted({cell.length for cell in score.sets})]
+    growths = [_growths(of, margin, spec.alpha, anytime=most > first) for of, margin in scopes]
+    needed = [max(growth[end] for growth in growths) for end in (0, -1)]
+    facts: dict[str, Any] = {
         "margin": spec.margin,
-        "items_needed": _items_for(score, spec.margin, spec.alpha, anytime),
+        "items_needed": [_whole(growth * score.items) for growth in growths[0]],
         "length_margin": spec.length_margin,
-        "items_needed_a_length": None if spec.length_margin is None else max(shortest.values()),
+        "items_needed_a_length": None,
         "items_at_first": first * len(score.sets),
         "items_at_most": most * len(score.sets),
+        "remedy": None,
     }
+    if spec.length_margin is not None:
+        facts["items_needed_a_length"] = [
+            _whole(max(growth[end] * of.items for growth, (of, _) in zip(growths[1:], scopes[1:], strict=True)))
+            for end in range(len(growths[0]))
+        ]
+    if needed[-1] * first > most:
+        facts["remedy"] = {
+            "sure": needed[0] * first > most,
+            "budget": _whole(needed[-1] * first) if grows else None,
+            "margin": _reached(score, spec, most / first, anytime=most > first),
+            "length_margin": None
+            if spec.length_margin is None
+            else max(_reached(of, spec, most / first, anytime=most > first) or 100.0 for of, _ in scopes[1:]),
+        }
+    return facts
 
 
-def _items_for(score: _Score, margin: float | None, alpha: float, anytime: bool) -> int:
-    """Items of the score with which equal models pass with probability `POWER`; 0 without a margin."""
-    if margin is None:
-        return 0
-    share = margin / 100
-    error = score.error(max(DISCORDANCE, share * (1 - share)))  # the gate takes no smaller spread
-    growth = 1.0
-    for _ in range(50):  # the anytime multiplier grows with the logarithm of the items, so this settles at once
-        seen = max(1, math.ceil(score.haystacks * growth))
-        bound = anytime_multiplier(seen, score.haystacks, alpha) if anytime else normal_quantile(1 - alpha)
-        growth = ((bound + normal_quantile(POWER)) * error / share) ** 2
-    return math.ceil(score.items * growth)
+def _growths(score: _Score, margin: float, alpha: float, *, anytime: bool) -> list[float]:
+    return [growth_to_pass(design, margin / 100, alpha, anytime=anytime) for design in _each(score)]
+
+
+def _reached(score: _Score, spec: GateSpec, growth: float, *, anytime: bool) -> float | None:
+    """The smallest margin, in points, that so many times the items decide; None if there is none."""
+    design = score.designs()[-1]
+    found = 100 * smallest_margin(design.grown(growth), spec.alpha, design.haystacks if anytime else None)
+    return math.ceil(10 * found) / 10 if math.isfinite(found) else None
+
+
+def _whole(number: float) -> int | None:
+    return math.ceil(number) if math.isfinite(number) else None

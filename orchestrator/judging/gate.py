@@ -17,10 +17,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Literal
 from xml.etree import ElementTree
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from jobs.errors import BadInput
 from orchestrator.judging.betting import Capital, Strata, capital, lower_bound, strata
 from orchestrator.judging.estimates import Estimate, few_losses, macro_mean, macro_weights, pooled
-from orchestrator.judging.samples import CellSample, normal_quantile, student_quantile, student_tail
+from orchestrator.judging.samples import CellSample, FloatArray, normal_quantile, student_quantile, student_tail
 from orchestrator.judging.significance import anytime_multiplier, anytime_p_value, holm
 from orchestrator.judging.unanswered import DOUBTED, Unanswered
 
@@ -184,9 +187,9 @@ class _Scope:
     """One score under judgement: its estimate (0 to 1), its margin, and the inputs of its two tests.
 
     A small sample may hide a model that gains a little on most haystacks and loses a few completely: its observed
-    spread is too small. So each test of the mean uses at least the spread that its null hypothesis implies (`_unseen`).
-    `rare` is P(at most the observed number of losses) under that hypothesis. The bets need neither; `strata` are
-    the haystacks that they bet on, None if no bet is possible.
+    spread is too small. So each test of the mean uses at least the spread that its null hypothesis implies
+    (`unseen_variance`). `rare` is P(at most the observed number of losses) under that hypothesis. The bets need
+    neither; `strata` are the haystacks that they bet on, None if no bet is possible.
     """
 
     name: str
@@ -209,7 +212,7 @@ class _Scope:
         errors: dict[bool, float] = {}
         rare: dict[bool, float] = {}
         for worse, sign in ((False, 1.0), (True, -1.0)):
-            variance = max(_unseen(sign * estimate.mean, sign * share), share * (1 - share))
+            variance = max(float(unseen_variance(sign * estimate.mean, sign * share)), share * (1 - share))
             errors[worse] = max(estimate.standard_error, math.sqrt(variance * haystacks.spread))
             rare[worse] = few_losses(replace(haystacks, means=sign * haystacks.means), sign * share)
         return cls(name, estimate, share, errors, rare, parts)
@@ -263,16 +266,16 @@ class _Scope:
         return student_quantile(1 - rule.alpha, self.estimate.degrees_of_freedom)
 
 
-def _unseen(mean: float, claimed: float) -> float:
+def unseen_variance(mean: ArrayLike, claimed: float) -> FloatArray:
     """The least variance of a model that is worse by `claimed` but looks better by `mean` on the observed items.
 
     It loses a whole haystack with probability q, not yet observed, and gains a constant g: (1 − q)g − q = −claimed. Its
     variance is q(1 − q)(1 + g)². Without this variance, 24 % of models on the margin passed at 5 %, if they gain 0.05
     on most of 24 haystacks and lose a few completely.
     """
-    gain = max(0.0, mean, -claimed)
+    gain = np.maximum(mean, max(0.0, -claimed))
     chance = (gain + claimed) / (1 + gain)
-    return chance * (1 - chance) * (1 + gain) ** 2
+    return np.asarray(chance * (1 - chance) * (1 + gain) ** 2, dtype=np.float64)
 
 
 def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float) -> VerdictLine:

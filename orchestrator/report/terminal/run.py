@@ -117,29 +117,55 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     if asked["sees"] is not None:
         rows.append(("can show", can_show(asked["sees"])))
     if asked["gate"] is not None:
-        rows.append(("gate", _gate(asked["gate"])))
+        rows.append(("gate", gate_forecast(asked["gate"])))
     return rows
 
 
 def can_show(sees: Mapping[str, Any]) -> str:
     """The smallest differences that an evaluation's items can be expected to show."""
-    lengths = ", ".join(f"{points:.2g} at {short_length(int(length))}" for length, points in sees["lengths"].items())
-    shared = "" if sees["correlation"] is None else f" and those on one haystack correlate by {sees['correlation']:g}"
+    lengths = ", ".join(
+        f"{_points(points)} at {short_length(int(length))}" for length, points in sees["lengths"].items()
+    )
+    shared = "" if sees["correlation"] is None else f", those on one haystack correlate by {sees['correlation']:g}"
+    assumed = f"if {sees['discordance']:.0%} of their answers differ{shared}"
+    answers = "if answers differ as those of the parents" if sees["measured"] else assumed
+    among = f" as one of {sees['comparisons']} compared" if sees["comparisons"] > 1 else ""
+    ends = ", more if all lengths answer alike" if len(sees["overall"]) > 1 and len(sees["lengths"]) > 1 else ""
     return (
-        f"a difference of {sees['overall']:.2g} points between two models, or {lengths}"
-        f" (8 times in 10, if {sees['discordance']:.0%} of their answers differ{shared}, each length by itself)"
+        f"a difference of {_points(sees['overall'])} points from a parent{among}, or {lengths}"
+        f" (8 times in 10, {answers}{ends})"
     )
 
 
-def _gate(gate: Mapping[str, Any]) -> str:
+def _points(ends: Sequence[float | None]) -> str:
+    """A number of points, or a range."""
+    known = [f"{end:.2g}" for end in ends if end is not None]
+    if not known:
+        return "no number of"
+    return " to ".join(dict.fromkeys(known)) + (" or more" if len(known) < len(ends) else "")
+
+
+def gate_forecast(gate: Mapping[str, Any]) -> str:
+    """How many items the gate needs, and the remedy if it may not ask so many."""
     at_length = ""
     if gate["length_margin"] is not None:
-        at_length = f", and {gate['items_needed_a_length']:,} at each length for one of {gate['length_margin']:g} there"
-    budget = f"; it asks {gate['items_at_first']:,} at first, {gate['items_at_most']:,} at most"
-    return (
-        f"for an equal model to pass, the margin of {gate['margin']:g} needs about {gate['items_needed']:,} items"
-        f"{at_length}{budget}"
+        at_length = f", and {_items(gate['items_needed_a_length'])} a length for {gate['length_margin']:g} there"
+    budget = f"it asks {gate['items_at_first']:,} at first, {gate['items_at_most']:,} at most"
+    needs = (
+        f"for an equal model to pass, the margin of {gate['margin']:g} needs about {_items(gate['items_needed'])} items"
+        f"{at_length}; {budget}"
     )
+    remedy = gate["remedy"]
+    if remedy is None:
+        return needs
+    verb = "cannot" if remedy["sure"] else "may not"
+    margins = " and ".join(f"gate.{key}: {remedy[key]:g}" for key in ("margin", "length_margin") if remedy[key])
+    budget = [f"gate.budget: {remedy['budget']}"] if remedy["budget"] else []
+    return f"{verb} be decided: {needs}; give {' or '.join([*budget, margins])}"
+
+
+def _items(ends: Sequence[int | None]) -> str:
+    return " to ".join(dict.fromkeys("a million times as many" if end is None else f"{end:,}" for end in ends))
 
 
 def result_facts(result: RunResult) -> dict[str, Any]:

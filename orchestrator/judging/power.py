@@ -1,0 +1,158 @@
+"""The power of the tests and of the gate, known before the first question.
+
+The answers of two models are reduced to independent *units*: each is a gain, a loss or a tie, with the discordance as
+the probability of no tie. The outcomes (gains, losses) are drawn at evenly spaced quantiles of their binomial
+distributions, and the rules of `significance` and `gate` decide each of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+
+from orchestrator.judging.betting import BETS, STAKES
+from orchestrator.judging.gate import POWER, RULES, unseen_variance
+from orchestrator.judging.samples import FloatArray
+from orchestrator.judging.significance import anytime_multiplier
+
+QUANTILES = 40
+MOST_GROWTH = 1e6
+
+
+@dataclass(frozen=True, slots=True)
+class Design:
+    """The questions behind one score: `haystacks` of all tasks, and the independent `units` that they are worth.
+
+    `largest` is the change of the score by one haystack of one cell. With one unit a haystack, a loss is a whole
+    haystack. `discordance` is the share of units on which two models differ.
+    """
+
+    haystacks: int
+    units: float
+    largest: float
+    discordance: float
+
+    def grown(self, times: float) -> Design:
+        """So many times the haystacks."""
+        return replace(
+            self, haystacks=math.ceil(self.haystacks * times), units=self.units * times, largest=self.largest / times
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Outcomes:
+    """Equally likely outcomes [outcomes]: units gained and lost, and what the rules make of them."""
+
+    gained: FloatArray
+    lost: FloatArray
+    mean: FloatArray
+    variance: FloatArray
+    whole: FloatArray
+
+    @classmethod
+    def of(cls, design: Design, difference: float) -> _Outcomes:
+        """The outcomes if the true difference is this."""
+        from scipy.special import bdtrik
+
+        units, haystacks = max(2.0, round(design.units)), design.haystacks
+        discordance = min(1.0, max(design.discordance, abs(difference), 1e-9))
+        quantiles = (np.arange(QUANTILES) + 0.5) / QUANTILES
+
+        def drawn(trials: FloatArray, chance: float) -> FloatArray:
+            if chance > 1 - 1e-9:
+                return trials + 0 * quantiles
+            return np.clip(np.ceil(np.nan_to_num(bdtrik(quantiles, np.maximum(trials, 1), chance))), 0, trials)
+
+        moved = drawn(np.array(units), discordance)[:, None]
+        gained = drawn(moved, (discordance + difference) / 2 / discordance)
+        lost = moved - gained
+        mean = (gained - lost) / units
+        variance = np.maximum(moved / units - mean**2, 0) / units * haystacks / max(1, haystacks - 1)
+        whole = np.minimum(lost, haystacks) if units <= haystacks else np.zeros_like(lost)
+        return cls(*(found.ravel() for found in (gained, lost, mean, variance, whole)))
+
+    def few_losses(self, haystacks: int, claimed: float) -> FloatArray:
+        """P(at most so few lost haystacks) if the true mean is −claimed: `estimates.few_losses` for whole haystacks."""
+        from scipy.special import bdtr
+
+        gain = (self.mean * haystacks + self.whole) / np.maximum(haystacks - self.whole, 1)
+        chance = np.clip((gain + claimed) / np.maximum(gain + 1, 1e-12), 0, 1)
+        return np.asarray(bdtr(self.whole, haystacks, chance), dtype=np.float64)
+
+
+def power(design: Design, difference: float, alpha: float) -> float:
+    """P(the two-sided test finds a true positive difference at alpha); see `significance.difference_test`."""
+    from scipy.special import stdtr
+
+    if design.haystacks < 2:
+        return 0.0
+    found = _Outcomes.of(design, difference)
+    error = np.sqrt(found.variance + 2 * design.largest**2)
+    p = np.maximum(2 * stdtr(design.haystacks - 1, -found.mean / error), 2 * found.few_losses(design.haystacks, 0.0))
+    return float(np.mean((found.mean > 0) & (p <= alpha)))
+
+
+@cache
+def smallest_difference(design: Design, alpha: float) -> float:
+    """The smallest true difference (of 1) that is found with probability `POWER`; infinite if none is."""
+    return _least(lambda difference: power(design, difference, alpha) >= POWER, 1e-5, 1.0)
+
+
+def passing(design: Design, margin: float, alpha: float, planned: int | None) -> float:
+    """P(a gate passes an equal model) at one look; `margin` is a share of 1, `planned` as in `GateRule`."""
+    from scipy.special import stdtr
+
+    haystacks = design.haystacks
+    if haystacks < 2:
+        return 0.0
+    found = _Outcomes.of(design, 0.0)
+    unseen = np.maximum(unseen_variance(found.mean, margin), margin * (1 - margin)) / haystacks
+    statistic = (found.mean + margin) / np.sqrt(np.maximum(found.variance, unseen))
+    rare = found.few_losses(haystacks, margin)
+    if planned is None:
+        return float(np.mean(np.maximum(stdtr(haystacks - 1, -statistic), rare) <= alpha))
+    part = alpha / RULES
+    bound = (statistic >= anytime_multiplier(haystacks, planned, part)) & (rare <= part)
+    return float(np.mean(bound | (_log_capital(found, design, margin) >= -math.log(part))))
+
+
+def _log_capital(found: _Outcomes, design: Design, margin: float) -> FloatArray:
+    """That of the gate's bets, where a haystack's units move its difference by equal steps."""
+    ratio = min(1.0, design.haystacks / design.units)
+    step = max(ratio, math.sqrt(design.discordance * ratio))
+    moved, net = (found.gained + found.lost) * ratio**2 / step**2, (found.gained - found.lost) * ratio / step
+    odds = BETS[:, None] / (1 - margin)
+    logs = (
+        (moved + net) / 2 * np.log1p(odds * (margin + step))
+        + (moved - net) / 2 * np.log1p(np.maximum(odds * (margin - step), 1e-9 - 1))
+        + np.maximum(design.haystacks - moved, 0) * np.log1p(odds * margin)
+    )
+    return np.asarray(np.logaddexp.reduce(np.log(STAKES)[:, None] + logs), dtype=np.float64)
+
+
+@cache
+def growth_to_pass(design: Design, margin: float, alpha: float, *, anytime: bool) -> float:
+    """How many times the haystacks a gate needs to pass an equal model with probability `POWER`."""
+    planned = design.haystacks if anytime else None
+    return _least(
+        lambda times: passing(design.grown(times), margin, alpha, planned) >= POWER, 1 / design.haystacks, MOST_GROWTH
+    )
+
+
+def smallest_margin(design: Design, alpha: float, planned: int | None) -> float:
+    """The smallest margin (a share of 1) at which the gate passes an equal model with probability `POWER`."""
+    return _least(lambda margin: passing(design, margin, alpha, planned) >= POWER, 1e-4, 0.99)
+
+
+def _least(holds: Callable[[float], bool], low: float, high: float) -> float:
+    """The least value from low to high for which it holds, to half a percent; infinite if it does not hold for high."""
+    if not holds(high):
+        return math.inf
+    while high > 1.005 * low:
+        middle = math.sqrt(low * high)
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high

@@ -1,0 +1,86 @@
+"""The power that is said beforehand, against what the very tests and gates find in simulated answers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from orchestrator.judging.estimates import macro_difference
+from orchestrator.judging.gate import GateRule, judge
+from orchestrator.judging.power import Design, growth_to_pass, passing, power, smallest_difference, smallest_margin
+from orchestrator.judging.samples import CellSample, cell_sample
+from orchestrator.judging.significance import difference_test
+
+LENGTHS = (1024, 2048, 4096)
+
+
+def answers(
+    random: np.random.Generator, haystacks: int, difference: float, discordance: float, *, alike: bool
+) -> list[CellSample]:
+    """Two tasks at three lengths; a haystack is gained or lost at all of them if `alike`."""
+    discordance = max(discordance, difference)
+    found: list[CellSample] = []
+    for task in ("vt", "cwe"):
+        drawn = random.random((1 if alike else 3, haystacks))
+        gained, moved = drawn < (discordance + difference) / 2, drawn < discordance
+        values = np.broadcast_to(np.where(gained, 1.0, np.where(moved, -1.0, 0.0)), (3, haystacks))
+        names = [f"{task}-{number}" for number in range(haystacks)]
+        found += [cell_sample(task, length, row, names) for length, row in zip(LENGTHS, values, strict=True)]
+    return found
+
+
+def design(haystacks: int, discordance: float, *, alike: bool) -> Design:
+    total = 2 * haystacks
+    return Design(total, total * (1 if alike else 3), 1 / 6 / haystacks, discordance)
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("comparisons", [1, 10])
+def test_the_smallest_difference_is_found_eight_times_in_ten(alike: bool, comparisons: int) -> None:
+    level, random, trials = 0.05 / comparisons, np.random.default_rng(4), 400
+    least = smallest_difference(design(36, 0.1, alike=alike), level)
+    assert 0.8 <= power(design(36, 0.1, alike=alike), least, level) < 0.9
+    found = sum(
+        difference_test(macro_difference(answers(random, 36, least, 0.1, alike=alike))) <= level for _ in range(trials)
+    )
+    assert found / trials == pytest.approx(0.8, abs=0.05 + 2 * math.sqrt(0.16 / trials))
+
+
+@pytest.mark.parametrize("alike", [False, True])
+@pytest.mark.parametrize("planned", [None, 72])
+@pytest.mark.parametrize(("margin", "discordance"), [(5.0, 0.1), (5.0, 0.02), (15.0, 0.1)])
+def test_a_gate_passes_an_equal_model_as_often_as_said(
+    alike: bool, planned: int | None, margin: float, discordance: float
+) -> None:
+    random, trials = np.random.default_rng(6), 200
+    of = design(36, discordance, alike=alike)
+    haystacks = math.ceil(36 * growth_to_pass(of, margin / 100, 0.05, anytime=planned is not None))
+    said = passing(design(haystacks, discordance, alike=alike), margin / 100, 0.05, planned)
+    rule = GateRule(margin=margin, planned_haystacks=planned)
+    passed = sum(
+        judge(answers(random, haystacks, 0.0, discordance, alike=alike), rule).outcome == "pass" for _ in range(trials)
+    )
+    assert said >= 0.78
+    assert passed / trials == pytest.approx(said, abs=0.05 + 2 * math.sqrt(0.16 / trials))
+
+
+def test_models_that_agree_need_the_haystacks_of_the_gate() -> None:
+    alone = Design(100, 100.0, 0.01, 0.0)
+    assert math.ceil(100 * growth_to_pass(alone, 0.01, 0.05, anytime=False)) == pytest.approx(299, abs=2)
+    assert math.ceil(100 * growth_to_pass(alone, 0.01, 0.05, anytime=True)) == pytest.approx(427, abs=3)
+
+
+def test_the_smallest_margin_is_the_one_whose_haystacks_suffice() -> None:
+    of = Design(200, 200.0, 0.005, 0.1)
+    margin = smallest_margin(of, 0.05, None)
+    assert (
+        growth_to_pass(of, margin, 0.05, anytime=False) <= 1.01 < growth_to_pass(of, 0.9 * margin, 0.05, anytime=False)
+    )
+
+
+def test_one_haystack_shows_and_decides_nothing() -> None:
+    one = Design(1, 1.0, 1.0, 0.1)
+    assert (power(one, 0.9, 0.05), passing(one, 0.5, 0.05, None)) == (0.0, 0.0)
+    assert math.isinf(smallest_difference(one, 0.05))
