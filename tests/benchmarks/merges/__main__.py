@@ -17,6 +17,8 @@ Rows, of synthetic parents:
     METHOD-resident  linear and ties: 16 points into a resident model, none written
     METHOD-hashed    the same with the digest of every tensor, as an evaluation makes it for a new point
     document-FORM    slices, stages, a LoRA adapter: one merge, written
+    moe              a mixture of three experts, routers by hidden states; without floors
+    extract-lora     an adapter of rank 16, of all projections and the embeddings; without floors
     memory-N         ties: the memory of one worker that merges N points
     memory-7b-N      the same with the widths of a 7B model, of which two layers are made
     tiny             a merge of a tiny model, from the shell
@@ -49,13 +51,14 @@ import yaml
 
 from tests.benchmarks.make_checkpoints import SIZES, write_adapter, write_family
 from tests.benchmarks.merges import copying, figures
-from tests.benchmarks.merges.documents import FORMS, RECIPES, document, form_text, grid_job
+from tests.benchmarks.merges.documents import FORMS, MIXTURE, RECIPES, document, filled, grid_job
 from workers.methods import METHODS
 
 ROOT = Path(__file__).parents[3]
 MERGEKIT = ROOT / ".venv-mergekit" / "bin" / "mergekit-yaml"
 MERGEYARD = Path(sys.executable).with_name("mergeyard")
 POINTS = 16
+MAKING = ("moe", "extract-lora")
 ENOUGH_SECONDS = 100.0
 """mergekit's runs of one row together; after that it is not repeated."""
 
@@ -115,7 +118,8 @@ def main() -> None:
             print(f"{name}: in {results}", flush=True)
             continue
         row = every[name]()
-        in_empty_folder(rows("tiny", work)[name]().contenders["mergeyard"], work / "scratch")  # compiles its loops
+        if name not in MAKING:
+            in_empty_folder(rows("tiny", work)[name]().contenders["mergeyard"], work / "scratch")  # compiles its loops
         known = peer_of(name, size, done)
         samples = measured(row, work / "scratch", options.repeat, without=options.without_mergekit or bool(known))
         result = described(row, size, {**samples, **({"mergekit": known} if known else {})})
@@ -152,6 +156,8 @@ def rows(size: str, work: Path) -> Mapping[str, Callable[[], Row]]:
         )
     for form in FORMS:
         made[f"document-{form}"] = lambda form=form: of_form(form, family(work, size))
+    for program in MAKING:
+        made[program] = lambda program=program: making(program, family(work, size))
     made["tiny"] = lambda: written("tiny", "linear", family(work, "tiny"))
     return made
 
@@ -176,20 +182,36 @@ def of_form(form: str, parents: Path) -> Row:
         multi = str(MERGEKIT.with_name("mergekit-multi"))
         peer = [multi, "{config}", "-I", "{folder}/between", "--out-path", "{folder}/merge"]
 
-    def once(command: Sequence[str]) -> Contender:
-        def contender(folder: Path) -> Sample:
-            config = folder / "config.yaml"
-            config.write_text(form_text(form, parents))
-            return run([*(part.format(config=config, folder=folder) for part in command), "--quiet"], folder)[0]
-
-        return contender
-
     return Row(f"document-{form}", parents, {
         "floor": floor(FORMS[form].parents, parents, 1, "plain"),
         "synced": floor(FORMS[form].parents, parents, 1, "synced"),
-        "mergeyard": once([str(MERGEYARD), "merge", "{config}", "{folder}/merge"]),
-        "mergekit": once(peer),
+        "mergeyard": command([str(MERGEYARD), "merge", "{config}", "{folder}/merge"], FORMS[form].text, parents),
+        "mergekit": command(peer, FORMS[form].text, parents),
     })  # fmt: skip
+
+
+def making(program: str, parents: Path) -> Row:
+    """A mixture of experts, or an adapter."""
+    arguments = ["{config}", "{folder}/made"]
+    if program == "extract-lora":
+        arguments = ["--model", f"{parents}/cos", "--base-model", f"{parents}/base", "--out-path", "{folder}/made"]
+        arguments += ["--max-rank", "16"]
+    peer = str(MERGEKIT.with_name(f"mergekit-{program}"))
+    return Row(program, parents, {
+        "mergeyard": command([str(MERGEYARD), program, *arguments], MIXTURE, parents),
+        "mergekit": command([peer, *arguments], MIXTURE, parents),
+    })  # fmt: skip
+
+
+def command(words: Sequence[str], text: str, parents: Path) -> Contender:
+    """A command with a document as its {config}."""
+
+    def once(folder: Path) -> Sample:
+        config = folder / "config.yaml"
+        config.write_text(filled(text, parents))
+        return run([*(word.format(config=config, folder=folder) for word in words), "--quiet"], folder)[0]
+
+    return once
 
 
 def resident(method: str, program: str, parents: Path) -> Row:

@@ -105,11 +105,24 @@ It runs the stages with mergekit-multi. The adapter has rank 16 on all projectio
 """
 
 
-def form_text(form: str, parents: Path) -> str:
+MIXTURE = """\
+base_model: {parents}/base
+gate_mode: hidden
+experts:
+- {source_model: {parents}/base, positive_prompts: [Find the number]}
+- {source_model: {parents}/cos, positive_prompts: [Write a function that, Fix the bug in]}
+- {source_model: {parents}/fmt, positive_prompts: [Answer in JSON]}
+shared_experts:
+- {source_model: {parents}/base, positive_prompts: [Find the number]}
+dtype: bfloat16
+"""
+"""Three experts in a Qwen MoE, which has a shared one in mergekit."""
+
+
+def filled(text: str, parents: Path) -> str:
     """The text of a document of several parts; its models are folders."""
     layers = json.loads((parents / "cos" / "config.json").read_text())["num_hidden_layers"]
     values = {"parents": parents, "layers": layers, "half": layers // 2}
-    text = FORMS[form].text
     for name, value in values.items():
         text = text.replace(f"{{{name}}}", str(value))
     return text

@@ -12,10 +12,12 @@ from typing import Any
 PUBLISHED = Path(__file__).parents[1]
 Result = Mapping[str, Any]
 
-DOCUMENTS = {
+IN_WORDS = {
     "document-slices": "`passthrough`, two slices of two models",
     "document-stages": "`slerp`, then `ties` of the result",
     "document-lora": "`linear` of a model with an adapter and another",
+    "moe": "`moe` of three models",
+    "extract-lora": "`extract-lora`, rank 16",
 }
 PROGRAMS = ("mergeyard", "mergekit")
 
@@ -26,6 +28,8 @@ ASKED = {
     "ties-resident": "≥ 100 × mergekit",
     "linear-hashed": "",
     "ties-hashed": "",
+    "moe": "≥ 1 × mergekit",
+    "extract-lora": "≥ 1 × mergekit",
     "tiny": "≤ 1 s",
 }
 """The promises of the rows; every other method: ≥ 5 × mergekit, every other grid: ≤ 1.2 × floor."""
@@ -80,12 +84,12 @@ def table(results: Sequence[Result]) -> str:
         lines.append(
             f"| {size} | {result['points']} | {peak(result, 'mergeyard'):.2f} | ≤ {result['limit_bytes'] / 2**30:.2f} |"
         )
-    documents = [result for result in results if result["row"] in DOCUMENTS]
+    documents = [result for result in results if result["row"] in IN_WORDS]
     if documents:
         lines += ["", "| memory of the program | mergeyard, GiB | mergekit, GiB |", "|---|---|---|"]
     for result in documents:
         peaks = [f"{peak(result, program):.2f}" if program in result["samples"] else "" for program in PROGRAMS]
-        lines.append(f"| {' | '.join([DOCUMENTS[result['row']], *peaks])} |")
+        lines.append(f"| {' | '.join([IN_WORDS[result['row']], *peaks])} |")
     return "\n".join(lines) + "\n"
 
 
@@ -96,8 +100,8 @@ def peak(result: Result, program: str) -> float:
 
 def name_of(result: Result) -> str:
     """The row in words."""
-    if result["row"] in DOCUMENTS:
-        return f"{DOCUMENTS[result['row']]}, written"
+    if result["row"] in IN_WORDS:
+        return f"{IN_WORDS[result['row']]}, written"
     method = f"`{result['row'].partition('-')[0]}`"
     if result["row"].endswith(("-resident", "-hashed")):
         hashed = ", with digests" if result["row"].endswith("-hashed") else ""
