@@ -206,7 +206,8 @@ class Extractor:
         """The model's tensor less the base's, in float32; None if the base has none."""
         if part.base is None:
             return None
-        change = self._whole(self._model, part.tensor) - self._whole(self._base, part.base)
+        change = self._whole(self._model, part.tensor)
+        change -= self._whole(self._base, part.base)
         if not bool(change.isfinite().all()):
             raise BadInput(f"tensor {part.tensor} holds NaN or infinity; -e {part.module} leaves it out")
         return change
