@@ -18,8 +18,11 @@ ENGINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
         "enable_chunked_prefill", "tensor_parallel_size", "pipeline_parallel_size", "enable_expert_parallel",
         "disable_custom_all_reduce", "seed",
     ),
-    "openai": ("model", "max_length", "concurrency", "attempts", "timeout_seconds", "first_pause_seconds"),
+    "openai": ("model", "api", "max_length", "concurrency", "attempts", "timeout_seconds", "first_pause_seconds"),
 }  # fmt: skip
+
+APIS = ("completions", "chat")
+"""The APIs of a server: it reads a text, or messages that it puts into the chat template itself."""
 
 OPTIONS = Reads(
     lambda node: {option: read_scalar(entry) for option, entry in node.mapping().items()},
@@ -54,9 +57,11 @@ def read_engine(node: Node) -> EngineSpec:
         raise keys["url"].error("the server's address holds no credentials; the key comes from OPENAI_API_KEY")
     known = ENGINE_OPTIONS[engine.name]
     for option in engine.options:
+        place = keys["options"].mapping()[option]
         if option not in known:
-            place = keys["options"].mapping()[option]
             raise place.error(f"the engine {engine.name} takes no option {quoted(option)}{suggestion(option, known)}")
+        if option == "api":
+            place.choice(APIS)
     return engine
 
 
@@ -67,7 +72,13 @@ def engine_schema() -> dict[str, Any]:
         {
             "if": {"properties": {"name": {"const": name}}},
             "then": {
-                "properties": {"options": {"properties": dict.fromkeys(options, True), "additionalProperties": False}}
+                "properties": {
+                    "options": {
+                        "properties": dict.fromkeys(options, True)
+                        | ({"api": {"enum": [*APIS]}} if "api" in options else {}),
+                        "additionalProperties": False,
+                    }
+                }
             }
             | ({"required": ["url"]} if name == "openai" else {"not": {"required": ["url"]}}),
         }

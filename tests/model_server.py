@@ -1,18 +1,33 @@
-"""A server of a model that answers completions as OpenAI's API does, and that fails on request.
+"""A server of a model that answers both of OpenAI's APIs, and that fails on request.
 
-`transformers serve` needs a web framework and cannot echo logprobs.
+A chat's text is that of its messages, one after the other. `transformers serve` cannot echo logprobs, nor fail.
 """
 
 from __future__ import annotations
 
 import json
 import socket
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler
+import threading
+from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import torch
 
 from workers.engines.engine import Prompt
+
+
+@contextmanager
+def serving(engine):
+    """A server of the engine's model; `failures` are its next replies, `asked` the bodies and keys of the requests."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.engine, server.failures, server.asked, server.echoes = engine, [], [], True
+    server.lock, server.released = threading.Lock(), threading.Event()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.released.set()
+    server.shutdown()
+    server.server_close()
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -40,7 +55,8 @@ class Handler(BaseHTTPRequestHandler):
             self.reply(failure, {"error": {"message": "told to fail"}})
         else:
             with self.server.lock:
-                self.reply(200, self.complete(body))
+                answer = self.complete(body)
+            self.reply(200, answer)
 
     def complete(self, body):
         engine = self.server.engine
@@ -52,10 +68,13 @@ class Handler(BaseHTTPRequestHandler):
             return {"choices": [{"text": "", "logprobs": logprobs}]}
         if body.get("echo"):
             return {"choices": [{"text": "", "logprobs": None}]}
-        (answer,) = engine.generate([Prompt("", body["prompt"], body["max_tokens"])])
+        chat = self.path.endswith("/chat/completions")
+        prompt = "".join(message["content"] for message in body["messages"]) if chat else body["prompt"]
+        (answer,) = engine.generate([Prompt("", prompt, body.get("max_completion_tokens") or body["max_tokens"])])
         usage = {"prompt_tokens": answer.tokens_in, "completion_tokens": answer.tokens_out}
         ended = "length" if answer.status == "cut" else "stop"
-        return {"choices": [{"text": answer.text, "finish_reason": ended}], "usage": usage}
+        text = {"message": {"role": "assistant", "content": answer.text}} if chat else {"text": answer.text}
+        return {"choices": [{**text, "finish_reason": ended}], "usage": usage}
 
     def trickle(self):
         """A byte now and then, without end."""

@@ -124,6 +124,7 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
     if evaluation is None:
         raise BadInput(f"{plan.job.source}: nothing to evaluate; add `evaluate:`")
     _check_server(plan)
+    _check_chats(plan, evaluation)
     race = _race(evaluation)
     alone = _baselines_alone(plan)
     asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder))
@@ -165,6 +166,22 @@ def _check_server(plan: Plan) -> None:
             f"{plan.job.engine.place}: the server at {plan.job.engine.url} serves one model, the job has"
             f" {len(plan.merges)} points; {remedy}"
         )
+
+
+def _check_chats(plan: Plan, evaluation: Evaluation) -> None:
+    """A server that is asked in messages scores no text, and gets no prompt that is none."""
+    if plan.job.engine.options.get("api") != "chat":
+        return
+    for key, spec in asked_benchmarks(evaluation):
+        if BENCHMARKS[key].is_likelihood:
+            raise BadInput(
+                f"{spec.place}: {key} scores a text, and `api: chat` asks a server for answers alone;"
+                f" take {key} out, or `api: completions` of a server that echoes logprobs (vLLM, SGLang)"
+            )
+        if not getattr(spec, "chat", False):
+            raise BadInput(
+                f"{spec.place}: `api: chat` asks a server in messages, and {key} is asked plainly; add `chat: true`"
+            )
 
 
 def _race(evaluation: Evaluation) -> RacePlan | None:

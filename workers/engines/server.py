@@ -11,7 +11,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, TypeVar
@@ -20,13 +21,18 @@ from urllib.parse import SplitResult, urlsplit
 from jobs.errors import AccessDenied, BadInput, Unavailable
 from jobs.foreign_json import load_json
 from jobs.yaml_nodes import quoted
+from workers.engines.congestion import LONGEST_PAUSE_SECONDS, Closed, Window
+from workers.engines.engine import Progress
 from workers.services import passes, sentence, tls_refusal, wait_seconds
 
 Result = TypeVar("Result")
+Task = TypeVar("Task")
 REFUSED_STATUS = {400, 413, 422}
 """Refusals that may concern one prompt, and not the server or the model."""
 
-LONGEST_PAUSE_SECONDS = 30.0
+RATE_LIMITED = {429, 529}
+"""Too many requests (RFC 6585, 4), and Anthropic's own number for a service with too many from all its users."""
+
 KEYS_OWN_SERVER = "https://api.openai.com/v1"
 """Where OPENAI_API_KEY goes unless OPENAI_BASE_URL says otherwise; both are called as in OpenAI's own client."""
 
@@ -35,7 +41,11 @@ METADATA = tuple(map(ip_network, ("169.254.0.0/16", "fe80::/10", "fd00:ec2::254/
 
 
 class PromptRefused(BadInput):
-    """The server refused a request for good, with a status of `REFUSED_STATUS`."""
+    """The server refused a request for good, with a status of `REFUSED_STATUS`; `content` is the body of its reply."""
+
+    def __init__(self, message: str, content: bytes = b"") -> None:
+        super().__init__(message)
+        self.content = content
 
 
 class BadAnswer(Exception):
@@ -49,26 +59,53 @@ class BadAnswer(Exception):
 class Server:
     """A server whose API begins at `url`; requests may come from several threads, each of which has a connection.
 
-    An answer may take `timeout_seconds`; one that takes longer is not asked for again, for it would again. Busy servers
-    and answers without a result are asked again, up to `attempts` times; refusals are not.
+    At most `concurrency` are under way. An answer may take `timeout_seconds`; one that takes longer is not asked for
+    again, for it would again. Failing servers and answers without a result are asked again, up to `attempts` times;
+    refusals are not.
     """
 
     def __init__(
-        self, url: str, model: str, *, attempts: int, timeout_seconds: float, first_pause_seconds: float
+        self,
+        url: str,
+        *,
+        concurrency: int,
+        attempts: int,
+        timeout_seconds: float,
+        first_pause_seconds: float,
     ) -> None:
         parts = urlsplit(url.rstrip("/"))
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BadInput(f"{url}: not a server; give it as http://host:port/v1")
-        self.url, self._model = url.rstrip("/"), model
+        self.url = url.rstrip("/")
         self._parts, self._timeout = parts, timeout_seconds
         self._attempts, self._pause = attempts, first_pause_seconds
         self._own = threading.local()
         self._opened: list[http.client.HTTPConnection] = []
+        self._window = Window(concurrency, first_pause_seconds)
+        self._closing = threading.Event()
+        self._pool = ThreadPoolExecutor(concurrency, thread_name_prefix="requests")
 
     def close(self) -> None:
-        """Closes the connections."""
+        """Sends away the requests that wait, finishes those under way, and closes the connections."""
+        self._closing.set()
+        self._window.close()
+        self._pool.shutdown()
         for connection in self._opened:
             connection.close()
+
+    def map(self, ask: Callable[[Task], Result], tasks: Sequence[Task], progress: Progress | None) -> list[Result]:
+        """`ask` of every task, in their order, `concurrency` at a time; the first error ends it."""
+        answers: list[Result] = []
+        pending = [self._pool.submit(ask, task) for task in tasks]
+        try:
+            for future in pending:
+                answers.append(future.result())
+                if progress:
+                    progress(1)
+        finally:
+            for future in pending:
+                future.cancel()
+        return answers
 
     def request(
         self,
@@ -77,27 +114,32 @@ class Server:
         body: Mapping[str, Any] | None,
         most_bytes: int,
         checked: Callable[[dict[str, Any]], Result],
+        remedy: str,
     ) -> Result:
-        """The checked reply to one request; busy and failing servers are asked again, after longer and longer pauses.
+        """The checked reply to one request; `remedy` follows a refusal.
 
-        Tries are counted, as the job says (`attempts`): one may take minutes, which a store's patience does not allow.
-        A pause is at least as long as the server asks for.
+        A failing server is asked again after longer and longer pauses, `attempts` times, as the job says: one try may
+        take minutes, which a store's patience does not allow. A server that limits the rate is asked at the pace of the
+        window. Both are given up when no request had an answer for as long as one may take.
         """
-        trouble, asked, tries, last = "", 0.0, 0, time.monotonic() + self._timeout
-        while tries < self._attempts:
-            if tries:
-                pause = max(asked, min(LONGEST_PAUSE_SECONDS, self._pause * 2 ** (tries - 1)))
-                if time.monotonic() + pause > last:
-                    break
-                time.sleep(pause)
-            tries, asked = tries + 1, 0.0
+        tries = failures = 0
+        began = None
+        while True:
+            status, asked, tries = 0, 0.0, tries + 1
+            try:
+                entered = self._window.enter()
+            except Closed:
+                raise Unavailable(f"{self.url}{path}: the evaluation ended before its answer; run it again") from None
+            began = began or entered
             try:
                 status, content, asked, moved = self._exchange(method, path, body, most_bytes)
                 if status == 200:
-                    return checked(_object(content))
+                    result = checked(_object(content))
+                    self._window.answered()
+                    return result
                 trouble = f"status {status}: {sentence(content)}" + (f", moved to {quoted(moved)}" if moved else "")
             except BadAnswer as bad:
-                status, trouble = bad.status, f"the answer {bad}"
+                status, content, trouble = bad.status, b"", f"the answer {bad}"
             except TimeoutError as error:
                 raise BadInput(
                     f"{self.url}{path} gave no answer in {self._timeout:g} seconds; "
@@ -106,18 +148,31 @@ class Server:
             except (OSError, http.client.HTTPException) as error:
                 if refusal := tls_refusal(error):
                     raise BadInput(f"{self.url}: {refusal}") from error
-                trouble = f"{type(error).__name__}: {quoted(str(error))}"
-                continue
+                content, trouble = b"", f"{type(error).__name__}: {quoted(str(error))}"
+            finally:
+                self._window.leave()
             trouble = self._without_key(trouble)
             if status in (401, 403):
                 raise AccessDenied(f"{self.url}{path}: {trouble}; {self._key_remedy()}")
-            if not passes(status):
-                refusal = PromptRefused if status in REFUSED_STATUS else BadInput
-                raise refusal(f"{self.url}{path}: {trouble}; check the URL and the model's name {self._model}")
-        waits = f", and asks to wait {asked:.0f} s" if asked else ""
-        raise Unavailable(
-            f"{self.url}{path} failed {tries} times, at last with {trouble}{waits}; run again when the server is well"
-        )
+            if status and not passes(status):
+                refused = f"{self.url}{path}: {trouble}; {remedy}"
+                raise PromptRefused(refused, content) if status in REFUSED_STATUS else BadInput(refused)
+            waits = status in RATE_LIMITED or asked > 0
+            failures += not waits
+            if busy := waits or status == 503:
+                self._window.busy(entered, asked)
+                pause = max(0.0, self._window.opens - time.monotonic())
+            else:
+                pause = min(LONGEST_PAUSE_SECONDS, self._pause * 2 ** (failures - 1))
+            patience = max(began, self._window.answered_at) + self._timeout - time.monotonic()
+            if failures == self._attempts or pause > patience:
+                wish = f", and asks to wait {asked:.0f} s" if asked else ""
+                raise Unavailable(
+                    f"{self.url}{path} failed {tries} times, at last with {trouble}{wish};"
+                    " run again when the server is well"
+                )
+            if not busy:
+                self._closing.wait(pause)
 
     def _exchange(
         self, method: str, path: str, body: Mapping[str, Any] | None, most_bytes: int

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from http.server import ThreadingHTTPServer
@@ -29,7 +28,7 @@ from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import questions
 from orchestrator.planning.plan import make_plan
 from orchestrator.watching import Watcher
-from tests.model_server import Handler
+from tests.model_server import serving
 from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.evaluating.asking import evaluated
 from tests.orchestrator.tiny_jobs import PARENTS, RULER, SCALED, job_text, soup_parents
@@ -396,13 +395,8 @@ def test_any_checkpoints_are_scored_side_by_side(mergeyard: Mergeyard, tmp_path:
 @pytest.fixture
 def served_long(real_model: None) -> Iterator[ThreadingHTTPServer]:
     """An OpenAI-compatible server of the parent `long`."""
-    server: Any = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.engine = TransformersEngine.from_folder(PARENTS / "long", version="long", device="cpu")
-    server.failures, server.asked, server.echoes, server.lock = [], [], True, threading.Lock()
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    with serving(TransformersEngine.from_folder(PARENTS / "long", version="long", device="cpu")) as server:
+        yield server
 
 
 def test_a_served_checkpoint_is_asked_in_place_of_its_files(
@@ -556,6 +550,8 @@ def with_too_many_tokens(folder: Path) -> dict[str, str]:
     return soup_parents(parents)
 
 
+OPENAI = {"name": "openai", "url": "http://127.0.0.1:1/v1"}
+CHAT = {**OPENAI, "options": {"api": "chat"}}
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a length beyond the context": (
         {"evaluate": {"ruler": {**RULER, "lengths": [256, 8192]}}},
@@ -607,6 +603,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "a server and a grid": (
         {"engine": {"name": "openai", "url": "http://127.0.0.1:1/v1"}},
         "job.yaml:9: the server at http://127.0.0.1:1/v1 serves one model, the job has 4 points",
+    ),
+    "perplexity in a chat": (
+        {"engine": CHAT, "grid": {"w": [0.2]}, "evaluate": {"perplexity": {"lengths": [256]}}},
+        "job.yaml:6: perplexity scores a text, and `api: chat` asks a server for answers alone; take perplexity out",
+    ),
+    "plain questions in a chat": (
+        {"engine": CHAT, "grid": {"w": [0.2]}},
+        "job.yaml:6: `api: chat` asks a server in messages, and ruler is asked plainly; add `chat: true`",
+    ),
+    "an API that no server has": (
+        {"engine": {"name": "openai", "url": "http://127.0.0.1:1/v1", "options": {"api": "responses"}}},
+        '"engine.options.api" cannot be "responses"; choose from completions, chat',
     ),
 }
 
@@ -663,7 +671,6 @@ def test_what_cannot_be_asked_is_refused_while_planning(
     assert not (tmp_path / "runs").exists()
 
 
-OPENAI = {"name": "openai", "url": "http://127.0.0.1:1/v1"}
 FOLLOWED: dict[str, list[dict[str, Any]]] = {
     "a length beyond the context": [{"evaluate": {"ruler": {**RULER, "lengths": [256]}}}],
     "an unknown task": [{"evaluate": {"ruler": RULER}}],
@@ -689,6 +696,16 @@ FOLLOWED: dict[str, list[dict[str, Any]]] = {
     "a server and a gate": [
         {"engine": OPENAI, "grid": {"w": [0.2]}},
         {"engine": {"name": "transformers"}, "gate": {"baseline": "fmt"}},
+    ],
+    "perplexity in a chat": [
+        {
+            "engine": OPENAI | {"options": {"api": "completions"}},
+            "grid": {"w": [0.2]},
+            "evaluate": {"perplexity": {"lengths": [256], "blocks": 1}},
+        },
+    ],
+    "plain questions in a chat": [
+        {"engine": CHAT, "grid": {"w": [0.2]}, "evaluate": {"ruler": {**RULER, "chat": True}}},
     ],
 }
 """The jobs that the remedies of `REFUSED` advise, and that of a gate on a server."""

@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from workers.engines.engine import Engine, Prompt
+from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.transformers_engine import TransformersEngine
 
 PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
@@ -80,6 +82,21 @@ def loglikelihood():
         return found
 
     return ask
+
+
+@pytest.fixture
+def opened(server, parents: Path):
+    """opened(**options): an engine that asks the server of the test."""
+    engines: list[OpenAIEngine] = []
+
+    def opened(**options: Any) -> OpenAIEngine:
+        url = f"http://127.0.0.1:{server.server_port}/v1"
+        engines.append(OpenAIEngine(url, "long", parents / "long", **{"first_pause_seconds": 0.01, **options}))
+        return engines[-1]
+
+    yield opened
+    for engine in engines:
+        engine.close()
 
 
 @pytest.fixture

@@ -1,15 +1,13 @@
 """The engine that asks a server.
 
-The server of these tests is thirty lines of stdlib around the real tiny model (`transformers serve` needs a web
-framework and cannot echo logprobs); it answers completions as OpenAI's API does and can be told to fail. The same
-engine meets a real vLLM server in `test_vllm_engine.py`.
+The server of these tests is stdlib around the real tiny model; it answers as OpenAI's API does and can be told to fail.
+The same engine meets real servers in `test_real_servers.py`, and chats in `test_openai_chat.py`.
 """
 
 import json
 import threading
 import time
 from dataclasses import replace
-from http.server import ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -17,30 +15,20 @@ from tokenizers.processors import TemplateProcessing
 
 from jobs.errors import AccessDenied, BadInput, Unavailable
 from tests.certificates import encrypt
-from tests.model_server import Handler
+from tests.model_server import serving
 from workers.engines.engine import Prompt
 from workers.engines.openai_engine import OpenAIEngine
 
 
 @pytest.fixture
 def server(engine):
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.engine, server.failures, server.asked, server.echoes = engine, [], [], True
-    server.lock, server.released = threading.Lock(), threading.Event()
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    yield server
-    server.released.set()
-    server.shutdown()
-    server.server_close()
+    with serving(engine) as server:
+        yield server
 
 
 @pytest.fixture
-def served(server, parents):
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    served = OpenAIEngine(url, "long", parents / "long", concurrency=3, attempts=4, first_pause_seconds=0.01)
-    yield served
-    served.close()
+def served(opened):
+    return opened(concurrency=3, attempts=4)
 
 
 def test_answers_are_those_of_the_model_behind_the_server(served, engine, needle_prompt):
@@ -126,7 +114,7 @@ def test_a_web_page_in_place_of_answers_asks_for_the_url(served, server, needle_
 
 def test_a_chat_completion_is_named_at_once(served, server, needle_prompt):
     server.failures = [b'{"choices": [{"message": {"content": "x"}}]}']
-    with pytest.raises(BadInput, match="answers with a chat completion; give the URL of a completions API"):
+    with pytest.raises(BadInput, match="answers with a chat completion; give the engine's option `api: chat`"):
         served.generate([needle_prompt("quiet-river", 4815162, 2)])
 
 
@@ -361,3 +349,38 @@ def test_a_served_model_keeps_its_weights(served):
 def test_an_address_without_a_host_is_refused(parents):
     with pytest.raises(BadInput, match="http://host:port/v1"):
         OpenAIEngine("localhost:8000", "long", parents / "long")
+
+
+def test_a_storm_of_refusals_for_the_rate_costs_no_answer(opened, server, needle_prompt):
+    patient = opened(concurrency=8, attempts=2)
+    prompts = [needle_prompt("quiet-river", 4815162 + lines, lines) for lines in range(2, 12)]
+    before = [answer.text for answer in patient.generate(prompts)]
+    server.failures = [429, 529, (503, {}, "1"), *[429, 429, 529] * 6]
+    assert [answer.text for answer in patient.generate(prompts)] == before
+    assert len(server.asked) > 20, "more tries than `attempts` allows a failing server"
+
+
+def test_a_server_that_answers_nobody_is_given_up_though_it_limits_the_rate(opened, server, needle_prompt):
+    served = opened(timeout_seconds=1, first_pause_seconds=0.3)
+    server.failures = [429] * 99
+    with pytest.raises(Unavailable, match=r"failed \d times, at last with status 429"):
+        served.generate([needle_prompt("quiet-river", 4815162, 2)])
+
+
+def test_a_closed_engine_leaves_no_request_waiting(opened, server, needle_prompt):
+    served = opened(concurrency=2)
+    server.failures = [(429, {}, "500")] * 2
+
+    def ask():
+        with pytest.raises(Unavailable, match="the evaluation ended before its answer"):
+            served.generate([needle_prompt("quiet-river", 4815162, 2)])
+        ended.set()
+
+    ended, asking = threading.Event(), threading.Thread(target=ask)
+    asking.start()
+    while not server.asked:
+        time.sleep(0.01)
+    began = time.monotonic()
+    served.close()
+    asking.join()
+    assert ended.is_set() and time.monotonic() - began < 10
