@@ -1,8 +1,9 @@
 """Keys and values of many rows in memory set aside once: a decoding step writes its tokens and copies nothing else.
 
 transformers' own `DynamicCache` copies the whole cache at every step; its `StaticCache` attends to every column it may
-ever use. Here a forward pass sees a *window*: some rows, and the columns from where they begin to where they have got.
-All layers keep all columns, those with a sliding window too: their masks do the forgetting.
+ever use. Here a forward pass sees a *window*: one row, or the first rows up to the columns of the fullest of them, each
+of which appends where it has got to itself. All layers keep all columns, those with a sliding window too: their masks
+do the forgetting.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class _Layer(CacheLayerMixin):
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.rows, self.columns, self.kept = rows, columns, dtype
-        self.window, self.first, self.end = slice(0, rows), 0, 0
+        self.window, self.end = slice(0, rows), 0
+        self.cells: tuple[Tensor, Tensor, Tensor] | None = None
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Set the memory aside; zeros, because a masked column still enters a product with weight 0."""
@@ -34,23 +36,27 @@ class _Layer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append to the window; all of its keys and values so far, as views."""
+        """Write to the window; all of its keys and values so far, as views."""
         if self.keys is None or self.values is None:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None and self.values is not None
-        end = self.end + key_states.shape[2]
-        self.keys[self.window, :, self.end : end] = key_states
-        self.values[self.window, :, self.end : end] = value_states
-        self.end = end
-        return self.keys[self.window, :, self.first : end], self.values[self.window, :, self.first : end]
+        for memory, new in ((self.keys, key_states), (self.values, value_states)):
+            if self.cells is None:
+                memory[self.window, :, self.end : self.end + new.shape[2]] = new
+            else:
+                rows, queries, columns = self.cells
+                memory[rows, :, columns] = new[rows, :, queries].to(memory.dtype)
+        if self.cells is None:
+            self.end += key_states.shape[2]
+        return self.keys[self.window, :, : self.end], self.values[self.window, :, : self.end]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that a pass over `query_length` more tokens will see, and the position of the first."""
-        return self.get_seq_length() + query_length, 0
+        return self.get_seq_length() + (query_length if self.cells is None else 0), 0
 
     def get_seq_length(self) -> int:
         """Columns filled in the window."""
-        return self.end - self.first
+        return self.end
 
     def get_max_length(self) -> int:
         """Columns there are."""
@@ -64,21 +70,37 @@ class KeyValueBuffer(Cache):
         super().__init__(layers=[_Layer(rows, columns, dtype) for _ in range(layers)])
         self.rows, self.columns = rows, columns
 
-    def look(self, rows: slice, first: int, end: int) -> None:
-        """Let the next pass append at column `end` of these rows, and see them from column `first`."""
+    def append(self, row: int, end: int) -> None:
+        """Let the next pass append at column `end` of this row, and see all before."""
         for layer in self.layers:
             assert isinstance(layer, _Layer)
-            layer.window, layer.first, layer.end = rows, first, end
+            layer.window, layer.end, layer.cells = slice(row, row + 1), end, None
 
-    def copy(self, source: tuple[int, int], target: tuple[int, int], length: int) -> None:
-        """Copy `length` columns between two places (row, first column); they may overlap."""
+    def scatter(self, rows: int, end: int, cells: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Let the next pass, over the first `rows` rows, see their columns before `end`.
+
+        `cells` are the rows, the queries and the columns of what is written, three vectors of one length: query
+        `cells[1][i]` of row `cells[0][i]` goes to column `cells[2][i]`. What is not named is not written.
+        """
         for layer in self.layers:
             assert isinstance(layer, _Layer)
-            for memory in (layer.keys, layer.values):
-                if memory is not None and length:
-                    part = memory[source[0], :, source[1] : source[1] + length]
-                    part = part.clone() if source[0] == target[0] else part
-                    memory[target[0], :, target[1] : target[1] + length] = part
+            layer.window, layer.end, layer.cells = slice(0, rows), end, cells
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first `length` columns of one row to another."""
+        if source != target and length:
+            for memory in self._memories():
+                memory[target, :, :length] = memory[source, :, :length]
+
+    def clear(self, row: int, first: int, end: int) -> None:
+        """Set columns to 0: a NaN that a row left would enter the next row's sums, masked or not."""
+        if first < end:
+            for memory in self._memories():
+                memory[row, :, first:end] = 0
+
+    def _memories(self) -> list[Tensor]:
+        layers = [layer for layer in self.layers if isinstance(layer, _Layer)]
+        return [memory for layer in layers for memory in (layer.keys, layer.values) if memory is not None]
 
 
 def hidden(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,13 +1,15 @@
 """The engine that runs everywhere: a causal language model of transformers, on a GPU or on a CPU, for long prompts.
 
 Speed: prompts are prefilled one row at a time, without padding, in chunks of constant size, from the keys
-and values that the row before it left (`packing`); all questions about one haystack are one row, whose trunk is read
-once a step for all of them; decoding runs over all rows of a batch in memory set aside once (`kv_cache`), and only
-decoding computes logits.
+and values that the row before it left (`packing`); questions about one haystack, and samples of one prompt, are one
+row, whose trunk is read once a step for all of them. Decoding is one step at a time for all rows in memory set aside
+once (`kv_cache`); a row that has ended leaves its place to the next (`decoding`), and only decoding computes logits.
 
 Promises: the token ids are those of the whole prompt; no prompt sees padding; near ties aside (a kernel rounds
-the last bit by the shape it is given) an answer does not depend on its neighbours. The packing depends on the prompts
-alone, so two models asked the same prompts are compared under the same arithmetic.
+the last bit by the shape it is given) an answer does not depend on its neighbours, nor on the limits. Which prompts
+are decoded beside each other depends on the prompts and on where answers end: one model asked the same prompts again,
+under the same limits on the same device, says the same to the last bit, and two models differ beyond themselves by near
+ties alone. A sampled token depends on the seed, its number in the answer and the logits (`sampling`).
 
 Refused: code from a checkpoint (`trust_remote_code`), recurrent and encoder-decoder models.
 """
@@ -16,8 +18,9 @@ from __future__ import annotations
 
 import difflib
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +34,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from jobs.errors import BadInput, MergeyardError
 from workers.checkpoints.configs import rope, stretched
 from workers.engines import attention
+from workers.engines.decoding import Growing, Slots
 from workers.engines.engine import (
     Answer,
     Progress,
@@ -39,11 +43,13 @@ from workers.engines.engine import (
     check_room,
     check_window,
     longest_scored,
+    split_thought,
     status_of,
 )
 from workers.engines.kv_cache import KeyValueBuffer, hidden
-from workers.engines.packing import Row, batches, columns, common_prefix, halves, make_rows
+from workers.engines.packing import Pool, Row, common_prefix, make_rows, pools, smaller
 from workers.engines.rope import RopeByLength
+from workers.engines.sampling import sample
 from workers.engines.tokenizer import encode_prompt, load_tokenizer
 
 if TYPE_CHECKING:
@@ -214,14 +220,14 @@ class TransformersEngine:
 
     @torch.inference_mode()
     def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
-        """One greedy answer a prompt, in order; `seconds` is the batch's time over its prompts."""
+        """One answer a prompt, in order; `seconds` is the time of its pool over the pool's prompts."""
         _ = self.version
         ids = [np.asarray(self.encode(prompt.whole, bare=prompt.bare), dtype=np.int64) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids, strict=True):
-            check_room(len(tokens), prompt.max_new_tokens, self.max_length)
+            check_room(len(tokens), prompt.longest, self.max_length)
         answers: dict[int, Answer] = {}
         stretches = [
-            self._rope.stretch(len(tokens) + prompt.max_new_tokens) for prompt, tokens in zip(prompts, ids, strict=True)
+            self._rope.stretch(len(tokens) + prompt.longest) for prompt, tokens in zip(prompts, ids, strict=True)
         ]
         for stretch in sorted(set(stretches), reverse=True):
             alike = [index for index, own in enumerate(stretches) if own == stretch]
@@ -266,7 +272,7 @@ class TransformersEngine:
         if cache.columns < len(ids):
             shared, cache = 0, self._buffer(1, min(self.max_length, 2 * len(ids)))
         self._rope.use(stretch)
-        self._prefill(cache, 0, 0, ids[: kept - 1], shared, chunk)
+        self._prefill(cache, 0, ids[: kept - 1], shared, chunk)
         scores, greedy = self._score_from(cache, ids, kept - 1, chunk)
         self._resident = (ids[:-1], cache, stretch)
         return float(scores.sum(dtype=np.float64)), greedy
@@ -298,105 +304,163 @@ class TransformersEngine:
 
     def _generate(self, prompts: Sequence[Prompt], ids: Sequence[Ids], progress: Progress | None) -> dict[int, Answer]:
         """Answers by prompt, of prompts that are read with the same rotary embeddings."""
-        new_tokens = [prompt.max_new_tokens for prompt in prompts]
+        new_tokens = [prompt.longest for prompt in prompts]
         rows = make_rows(ids, [prompt.prefix for prompt in prompts], new_tokens, self.limits.batch)
         answers: dict[int, Answer] = {}
         most_cells = max(1, self._cache_bytes() // self._bytes_a_cell())
-        for batch in batches(rows, max_branches=self.limits.batch, max_cells=most_cells):
-            answers.update(self._answer(batch, prompts, self.limits.chunk))
-            if progress:
-                progress(sum(len(row.members) for row in batch))
+        for pool in pools(rows, max_branches=self.limits.batch, max_cells=most_cells):
+            started = time.perf_counter()
+            outputs = self._outputs(pool, prompts, progress)
+            seconds = (time.perf_counter() - started) / len(outputs)
+            answers |= {member: self._answer(output, seconds) for member, output in outputs.items()}
         return answers
 
-    def _answer(self, batch: list[Row], prompts: Sequence[Prompt], chunk: int) -> dict[int, Answer]:
-        """Answers of one batch by prompt; where it does not fit into memory it is halved, at last in its chunks."""
-        started = time.perf_counter()
-        try:
-            outputs = self._decode(batch, prompts, chunk)
-        except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
-                raise
-            outputs = None
-        if outputs is None:  # outside the handler, whose traceback holds the tensors that did not fit
-            self._make_room()
-            if smaller := halves(batch):
-                first, second = (self._answer(half, prompts, chunk) for half in smaller)
-                return first | second
-            if chunk <= LEAST_CHUNK:
-                raise self._too_large(columns(batch))
-            return self._answer(batch, prompts, chunk // 2)
-        seconds = (time.perf_counter() - started) / len(outputs)
-        return {member: self._answer_of(prompts[member], output, seconds) for member, output in outputs.items()}
+    def _outputs(self, pool: Pool, prompts: Sequence[Prompt], progress: Progress | None) -> dict[int, Growing]:
+        """What a pool says, by prompt; what does not fit into memory is asked again in fewer slots and smaller parts.
 
-    def _answer_of(self, prompt: Prompt, output: _Output, seconds: float) -> Answer:
-        whole = self._text(output.tokens)
-        text = before_stops(whole, prompt.stops)
+        Rows that have ended by then stay as they are.
+        """
+        outputs: dict[int, Growing] = {}
+        chunk = self.limits.chunk
+        while True:
+            try:
+                self._decode(pool, prompts, chunk, outputs, progress)
+                return outputs
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
+            self._make_room()  # outside the handler, whose traceback holds the tensors that did not fit
+            pool = replace(pool, rows=tuple(row for row in pool.rows if not outputs.keys() >= {*row.members}))
+            if less := smaller(pool):
+                pool = less
+            elif chunk > LEAST_CHUNK:
+                chunk //= 2
+            else:
+                raise self._too_large(pool.columns)
+
+    def _answer(self, output: Growing, seconds: float) -> Answer:
+        prompt, tokens = output.prompt, output.tokens
+        whole = self._text(tokens)
+        if prompt.thinking and output.thought and prompt.thinking.end not in whole:  # it is a special token
+            whole = self._text(tokens[: output.thought], special=True) + self._text(tokens[output.thought :])
+        thought, said, thought_ended = split_thought(whole, prompt.thinking)
+        text = before_stops(said, prompt.stops) if thought_ended else ""
         return Answer(
             text=text,
             tokens_in=output.tokens_in,
-            tokens_out=len(output.tokens),
+            tokens_out=len(tokens),
             seconds=seconds,
             finite=output.finite,
-            status=status_of(text, cut=len(output.tokens) == output.limit and text == whole),
+            status=status_of(text, cut=output.full and text == said) if thought_ended else "unended",
+            thought=thought,
+            tokens_thought=len(tokens) if output.thought is None else output.thought,
         )
 
-    def _text(self, tokens: list[int]) -> str:
-        return str(self.tokenizer.decode(tokens, skip_special_tokens=True))
+    def _text(self, tokens: list[int], *, special: bool = False) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
 
-    def _decode(self, batch: list[Row], prompts: Sequence[Prompt], chunk: int) -> dict[int, _Output]:
-        """Prefill all rows, then one token a step for all branches of all rows until every one has ended."""
-        width, start = max(len(row.branches) for row in batch), max(row.tokens for row in batch)
-        cache = self._buffer(len(batch), columns(batch))
-        self._prefill_rows(cache, batch, start, chunk)
-        visible, places = _layout(batch, start, width, cache.columns)
-        visible, places = visible.to(self.device), places.to(self.device)
-        tokens, positions = np.zeros((len(batch), width), np.int64), np.zeros((len(batch), width), np.int64)
-        outputs: dict[int, _Output] = {}
-        for r, row in enumerate(batch):
-            for j, (member, branch) in enumerate(zip(row.members, row.branches, strict=True)):
-                tokens[r, j], positions[r, j] = branch[-1], len(row.trunk) + len(branch) - 1
-                outputs[member] = _Output(tokens_in=len(row.trunk) + len(branch), limit=prompts[member].max_new_tokens)
-        for end in range(start, cache.columns, width):
-            cache.look(slice(0, len(batch)), 0, end)
-            mask = self._mask(visible[:, :, : end + width], positions, places[:, : end + width])
-            logits = self._forward(cache, tokens, positions, mask, keep=width)
-            tokens, finite = logits.argmax(-1).cpu().numpy(), logits.isfinite().all(-1).cpu().numpy()
-            positions = positions + 1
-            for r, row in enumerate(batch):
-                for j, member in enumerate(row.members):
-                    output, stops = outputs[member], prompts[member].stops
-                    output.take(int(tokens[r, j]), bool(finite[r, j]), self._end_tokens)
-                    if stops and not output.ended:
-                        text = self._text(output.tokens)
-                        output.ended = any(stop in text for stop in stops)
-            if all(output.ended for output in outputs.values()):
-                break
-        return outputs
+    def _decode(
+        self,
+        pool: Pool,
+        prompts: Sequence[Prompt],
+        chunk: int,
+        outputs: dict[int, Growing],
+        progress: Progress | None,
+    ) -> None:
+        """Answer a pool's rows into `outputs`: each step one token for every branch that has not ended.
 
-    def _prefill_rows(self, cache: KeyValueBuffer, batch: list[Row], start: int, chunk: int) -> None:
-        """Fill every row up to column `start`, its trunk from the row before, then its branches."""
-        for r, row in enumerate(batch):
-            first, shared = start - row.tokens, 0
-            if r > 0:
-                shared = common_prefix(batch[r - 1].trunk, row.trunk)
-                cache.copy((r - 1, start - batch[r - 1].tokens), (r, first), shared)
-            self._prefill(cache, r, first, row.trunk, shared, chunk)
-            self._prefill_branches(cache, r, first, row, chunk)
+        The next row takes the place of one that has ended; where none is left the last row does, so that the rows of
+        a step lie side by side.
+        """
+        cache = self._buffer(pool.slots, pool.columns)
+        slots = Slots(pool, self.device)
+        waiting = deque(pool.rows)
+        growing: dict[int, Growing] = {}
 
-    def _prefill(self, cache: KeyValueBuffer, row: int, first: int, ids: Ids, done: int, chunk: int) -> None:
-        """Keys and values of `ids[done:]`, after those of `ids[:done]`, which begin at column `first` of the row."""
+        def place(slot: int) -> None:
+            row = waiting.popleft()
+            self._prefill_row(cache, slots, slot, row, chunk)
+            for member, branch in zip(row.members, row.branches, strict=True):
+                growing[member] = Growing(prompts[member], len(row.trunk) + len(branch))
+
+        for slot in range(pool.slots):
+            place(slot)
+        while slots.rows:
+            living = [
+                (slot, branch, growing[member])
+                for slot, row in enumerate(slots.rows)
+                for branch, member in enumerate(row.members)
+                if not growing[member].ended
+            ]
+            logits = self._step(cache, slots, [(slot, branch) for slot, branch, _ in living])
+            tokens, finite = self._choose(logits, [output for _, _, output in living])
+            for (slot, branch, output), token, is_finite in zip(living, tokens, finite, strict=True):
+                output.take(token, is_finite, self._end_tokens, self._special_text)
+                slots.tokens[slot, branch] = token
+                slots.positions[slot, branch] += 1
+            finished = 0
+            for slot in reversed(range(len(slots.rows))):
+                members = slots.rows[slot].members
+                if not all(growing[member].ended for member in members):
+                    continue
+                finished += len(members)
+                outputs |= {member: growing.pop(member) for member in members}
+                if waiting:
+                    place(slot)
+                else:
+                    cache.copy(len(slots.rows) - 1, slot, int(slots.filled[len(slots.rows) - 1]))
+                    slots.drop(slot)
+            if progress and finished:
+                progress(finished)
+
+    def _step(self, cache: KeyValueBuffer, slots: Slots, living: list[tuple[int, int]]) -> Tensor:
+        """Logits [living, vocabulary] after the next token of each living (slot, branch)."""
+        cells = slots.advance(living)
+        rows, width = len(slots.rows), max(len(row.branches) for row in slots.rows)
+        end = int(slots.filled[:rows].max())
+        positions = slots.positions[:rows, :width]
+        mask = self._mask(slots.visible[:rows, :width, :end], positions, slots.places[:rows, :end])
+        cache.scatter(rows, end, cells)
+        logits = self._forward(cache, slots.tokens[:rows, :width], positions, mask, keep=width)
+        return logits[cells[0], cells[1]]
+
+    def _choose(self, logits: Tensor, outputs: Sequence[Growing]) -> tuple[list[int], list[bool]]:
+        """The next token of each output, the likeliest or a sampled one, and whether its logits are numbers."""
+        tokens = logits.argmax(-1)
+        sampled = [(at, output.prompt.sampling, len(output.tokens)) for at, output in enumerate(outputs)]
+        drawn = [(at, sampling, step) for at, sampling, step in sampled if sampling is not None]
+        if drawn:
+            rows, settings, steps = zip(*drawn, strict=True)
+            tokens[list(rows)] = sample(logits[list(rows)], settings, steps)
+        return tokens.tolist(), logits.isfinite().all(-1).tolist()
+
+    def _special_text(self, tokens: list[int]) -> str:
+        return self._text(tokens, special=True)
+
+    def _prefill_row(self, cache: KeyValueBuffer, slots: Slots, slot: int, row: Row, chunk: int) -> None:
+        """Fill a slot with a row: the start of its trunk from the row placed before, the rest of it, its branches."""
+        before, trunk = slots.latest
+        shared = common_prefix(trunk, row.trunk)
+        cache.copy(before, slot, shared)
+        cache.clear(slot, shared, int(slots.filled[slot]))
+        self._prefill(cache, slot, row.trunk, shared, chunk)
+        self._prefill_branches(cache, slot, row, chunk)
+        slots.place(slot, row)
+
+    def _prefill(self, cache: KeyValueBuffer, slot: int, ids: Ids, done: int, chunk: int) -> None:
+        """Keys and values of `ids[done:]`, after those of `ids[:done]`, which lie in the slot."""
         for begin in range(done, len(ids), chunk):
             part = ids[None, begin : begin + chunk]
-            cache.look(slice(row, row + 1), first, first + begin)
+            cache.append(slot, begin)
             self._forward(cache, part, np.arange(begin, begin + part.shape[1])[None], None, keep=1)
 
-    def _prefill_branches(self, cache: KeyValueBuffer, row: int, first: int, item: Row, chunk: int) -> None:
+    def _prefill_branches(self, cache: KeyValueBuffer, slot: int, row: Row, chunk: int) -> None:
         """Keys and values of all branches side by side, each blind to the others, less the last token of each."""
-        lengths = [len(branch) - 1 for branch in item.branches]
+        lengths = [len(branch) - 1 for branch in row.branches]
         if not any(lengths):
             return
-        trunk = len(item.trunk)
-        ids = np.concatenate([branch[:-1] for branch in item.branches])
+        trunk = len(row.trunk)
+        ids = np.concatenate([branch[:-1] for branch in row.branches])
         owner = np.repeat(np.arange(len(lengths)), lengths)
         positions = np.concatenate([np.arange(trunk, trunk + length) for length in lengths])
         places = np.concatenate([np.arange(trunk), positions])
@@ -412,7 +476,7 @@ class TransformersEngine:
                 asked,
                 torch.from_numpy(places[None, : trunk + end]).to(self.device),
             )
-            cache.look(slice(row, row + 1), first, first + trunk + begin)
+            cache.append(slot, trunk + begin)
             self._forward(cache, ids[None, begin:end], asked, mask, keep=1)
 
     def _score_from(self, cache: KeyValueBuffer, ids: Ids, done: int, chunk: int) -> tuple[NDArray[np.float32], bool]:
@@ -422,7 +486,7 @@ class TransformersEngine:
         greedy = True
         for begin in range(done, len(ids) - 1, step):
             end = min(begin + step, len(ids) - 1)
-            cache.look(slice(0, 1), 0, begin)
+            cache.append(0, begin)
             logits = self._forward(cache, ids[None, begin:end], np.arange(begin, end)[None], None, keep=end - begin)
             target = torch.from_numpy(ids[begin + 1 : end + 1]).to(self.device)
             chosen = logits[0].gather(1, target[:, None])[:, 0].float()
@@ -471,51 +535,6 @@ class TransformersEngine:
         """Buffers that a checkpoint holds; others, such as the rotary frequencies, follow from the config."""
         saved = self.model.state_dict().keys()
         return {name: buffer for name, buffer in self.model.named_buffers() if name in saved}
-
-
-@dataclass(slots=True)
-class _Output:
-    """One prompt's answer while it grows."""
-
-    tokens_in: int
-    limit: int
-    tokens: list[int] = field(default_factory=list[int])
-    finite: bool = True
-    ended: bool = False
-
-    def take(self, token: int, finite: bool, end_tokens: frozenset[int]) -> None:
-        """Append a token unless the answer has ended; an end token, a NaN and an infinite logit end it."""
-        if self.ended:
-            return
-        self.finite = finite
-        self.ended = not finite or token in end_tokens
-        if not self.ended:
-            self.tokens.append(token)
-            self.ended = len(self.tokens) >= self.limit
-
-
-def _layout(batch: Sequence[Row], start: int, width: int, end: int) -> tuple[Tensor, Tensor]:
-    """For decoding: which columns each branch may see, bool [rows, width, end], and their positions [rows, end].
-
-    Rows end at column `start`; then each step adds a column a branch. Branches that a row lacks see only themselves.
-    """
-    visible = np.zeros((len(batch), width, end), bool)
-    places = np.zeros((len(batch), end), np.int64)
-    for j in range(width):
-        visible[:, j, start + j :: width] = True
-    for r, row in enumerate(batch):
-        trunk, column = len(row.trunk), start - row.tokens
-        visible[r, : len(row.branches), column : column + trunk] = True
-        places[r, column : column + trunk] = np.arange(trunk)
-        column += trunk
-        for j, branch in enumerate(row.branches):
-            own = len(branch) - 1
-            visible[r, j, column : column + own] = True
-            places[r, column : column + own] = np.arange(trunk, trunk + own)
-            decoded = places[r, start + j :: width]
-            decoded[:] = trunk + own + np.arange(len(decoded))
-            column += own
-    return torch.from_numpy(visible), torch.from_numpy(places)
 
 
 def _fill(places: Mapping[str, Tensor], filled: dict[Tensor, str], name: str, tensor: Tensor) -> None:

@@ -54,11 +54,25 @@ def test_a_cpu_keeps_float32_and_answers_in_the_models_dtype():
 def test_a_step_writes_into_the_buffer_and_copies_nothing():
     cache = KeyValueBuffer(1, rows=2, columns=8, dtype=torch.float32)
     new = draw(2, 1, 3, 4, seed=1)
-    cache.look(slice(0, 2), 2, 2)
-    keys, _ = cache.update(new, new, 0)
-    assert keys.shape == (2, 1, 3, 4) and torch.equal(keys, new)
-    more, _ = cache.update(new[:, :, :1], new[:, :, :1], 0)
-    assert more.data_ptr() == keys.data_ptr() and more.shape[2] == 4
-    cache.copy((1, 2), (0, 4), 3)
-    cache.look(slice(0, 1), 4, 7)
-    assert torch.equal(cache.update(new[:1, :, :1], new[:1, :, :1], 0)[0][:, :, :3], new[1:])
+    cache.append(1, 2)
+    keys, _ = cache.update(new[:1], new[:1], 0)
+    assert keys.shape == (1, 1, 5, 4) and torch.equal(keys[:, :, 2:], new[:1])
+    more, _ = cache.update(new[1:, :, :1], new[1:, :, :1], 0)
+    assert more.data_ptr() == keys.data_ptr() and more.shape[2] == 6
+    cache.copy(1, 0, 4)
+    cache.clear(1, 3, 6)
+    cache.append(0, 4)
+    assert torch.equal(cache.update(new[:1], new[:1], 0)[0][0, :, 2:4], new[0, :, :2])
+    cache.append(1, 6)
+    assert cache.update(new[:1, :, :2], new[:1, :, :2], 0)[0][0, 0, :, 0].nonzero().flatten().tolist() == [2, 6, 7]
+
+
+def test_each_row_of_a_step_writes_where_it_has_got_to():
+    cache = KeyValueBuffer(1, rows=3, columns=8, dtype=torch.float32)
+    new = draw(2, 1, 2, 4, seed=1)
+    cells = (torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1]), torch.tensor([2, 3, 6]))
+    cache.scatter(2, 7, cells)
+    keys, values = cache.update(new, 2 * new, 0)
+    expected = torch.zeros(2, 1, 7, 4)
+    expected[0, :, 2:4], expected[1, :, 6] = new[0], new[1, :, 1]
+    assert torch.equal(keys, expected) and torch.equal(values, 2 * expected)

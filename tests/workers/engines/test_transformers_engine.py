@@ -15,7 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from jobs.errors import BadInput, MergeyardError
-from workers.engines.engine import Prompt, before_stops
+from workers.engines.engine import Prompt, Sampling, Thought, before_stops
 from workers.engines.transformers_engine import Limits, TransformersEngine
 
 ROOT = Path(__file__).parents[3]
@@ -80,6 +80,112 @@ def test_haystacks_that_begin_alike_share_what_they_share(engine, needle_prompt)
     seen = count_tokens(engine)
     engine.generate(prompts)
     assert sum(seen) < len(engine.encode(text)) + 10
+
+
+def test_the_place_of_a_row_that_has_ended_is_taken_at_once(engine, needle_prompt):
+    """9 + 8 steps in one place while 17 pass in the other: 17 steps, not 9 + 17 or the like."""
+    engine._end_tokens = frozenset()
+    engine.limits = Limits(batch=2)
+    prompts = [needle_prompt("quiet-river", at, 4, max_new_tokens=new) for at, new in ((111, 9), (222, 17), (333, 8))]
+    seen = count_tokens(engine)
+    answers = engine.generate(prompts)
+    assert [answer.tokens_out for answer in answers] == [9, 17, 8]
+    steps = [tokens for tokens in seen if tokens <= 2]
+    assert steps == [2] * 17
+
+
+def test_rows_that_wait_for_none_close_up(engine, needle_prompt):
+    engine._end_tokens = frozenset()
+    new_tokens = (3, 9, 1, 5)
+    prompts = [needle_prompt("quiet-river", at, 4, max_new_tokens=new) for at, new in enumerate(new_tokens)]
+    alone = [engine.generate([prompt])[0].text for prompt in prompts]
+    seen = count_tokens(engine)
+    assert [answer.text for answer in engine.generate(prompts)] == alone
+    assert [tokens for tokens in seen if tokens <= 4] == [4, 3, 3, 2, 2, 1, 1, 1, 1]
+
+
+def test_samples_share_one_prefill_and_depend_on_their_seed_alone(engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 30, max_new_tokens=12)
+    samples = [replace(prompt, sampling=Sampling(5.0, 0.99, 0, seed)) for seed in range(6)]
+    greedy = needle_prompt("brave-garden", 1234567, 4)
+    seen = count_tokens(engine)
+    texts = [answer.text for answer in engine.generate(samples)]
+    assert sum(seen) < len(engine.encode(prompt.whole)) + 6 * 12
+    assert len(set(texts)) == 6
+    engine.limits = Limits(batch=2)
+    mixed = engine.generate([greedy, *reversed(samples), prompt])
+    assert [answer.text for answer in mixed] == [" 1234567.", *reversed(texts), " 4815162."]
+    cold = replace(prompt, sampling=Sampling(0.01, 1.0, 0, 1))
+    assert engine.generate([cold])[0].text == " 4815162."
+
+
+class Scripted(TransformersEngine):
+    """An engine that says a text of the test for each prompt, in place of the model's tokens."""
+
+    script: dict[str, str]
+
+    def _choose(self, logits, outputs):
+        tokens, _ = super()._choose(logits, outputs)
+        for at, output in enumerate(outputs):
+            told = self.encode(self.script[output.prompt.text], bare=True)
+            done = len(output.tokens)
+            tokens[at] = told[done] if done < len(told) else min(self._end_tokens)
+        return tokens, [True] * len(tokens)
+
+
+THOUGHT = "Is it 111? The grass says so. No, 222. Or 333?"
+ANSWER = " It is 444. So it is."
+
+
+@pytest.fixture
+def scripted(engine):
+    script = {
+        "plain": f"{THOUGHT}</think>{ANSWER}",
+        "tagged": f"<think>{THOUGHT}</think>{ANSWER}",
+        "endless": THOUGHT * 9,
+        "silent": f"{THOUGHT}</think>",
+        "short": THOUGHT,
+    }
+    thinker = Scripted(engine.model, engine.tokenizer, "scripted", Limits(batch=2))
+    thinker.script = script
+    return thinker
+
+
+def test_only_the_text_after_a_thought_is_the_answer(scripted):
+    thinking = Thought("</think>", 120, opened=True)
+    asked = [Prompt("", name, 30, stops=(".",), thinking=thinking) for name in scripted.script]
+    plain, tagged, endless, silent, short = scripted.generate(asked)
+    for answer in (plain, tagged):
+        assert (answer.text, answer.thought, answer.status) == (" It is 444", THOUGHT, "answered")
+        assert answer.tokens_thought < answer.tokens_out < answer.tokens_thought + 30
+    assert (endless.text, endless.status, endless.tokens_out, endless.tokens_thought) == ("", "unended", 120, 120)
+    assert endless.thought in THOUGHT * 9
+    assert (silent.text, silent.thought, silent.status) == ("", THOUGHT, "empty")
+    assert silent.tokens_out == silent.tokens_thought
+    assert (short.text, short.thought, short.status) == ("", THOUGHT, "unended")
+    assert short.tokens_out == short.tokens_thought == len(scripted.encode(THOUGHT))
+
+
+def test_an_answer_after_a_thought_has_its_own_limit(scripted):
+    thinking = Thought("</think>", 120, opened=True)
+    [cut, whole] = scripted.generate([Prompt("", "plain", new, thinking=thinking) for new in (4, 60)])
+    assert (cut.status, cut.tokens_out - cut.tokens_thought) == ("cut", 4) and ANSWER.startswith(cut.text)
+    assert (whole.status, whole.text) == ("answered", ANSWER)
+    [without] = scripted.generate([Prompt("", "plain", 120)])
+    assert (without.text, without.thought) == (f"{THOUGHT}</think>{ANSWER}", "")
+
+
+def test_an_end_tag_that_is_a_special_token_ends_a_thought(scripted):
+    scripted.tokenizer.add_special_tokens({"additional_special_tokens": ["</think>"]})
+    assert "</think>" not in scripted.tokenizer.decode(scripted.encode("a</think>b"), skip_special_tokens=True)
+    [answer] = scripted.generate([Prompt("", "plain", 30, thinking=Thought("</think>", 120, opened=True))])
+    assert (answer.text, answer.thought, answer.status) == (ANSWER, THOUGHT, "answered")
+
+
+def test_a_prompt_must_have_room_for_its_thought(engine, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 20)
+    with pytest.raises(BadInput, match="4096"):
+        engine.generate([replace(prompt, thinking=Thought("</think>", 4000, opened=True))])
 
 
 def test_a_prefix_that_ends_inside_a_token_changes_no_token(engine, needle_prompt):
@@ -266,8 +372,12 @@ def test_other_architectures_answer_as_their_own_generate(parents, shared_prompt
     config = (shape if config["model_type"] != "gpt2" else {"vocab_size": 2048, "dtype": "float32"}) | ends | config
     engine = random_engine(config, parents / "long", seed=5)
     prompts = [*shared_prompts(KEYS, 3), Prompt("", "The grass is green.", 12)]
-    assert {answer.text for answer in engine.generate(prompts)} != {""}
-    assert [a.text for a in engine.generate(prompts)] == [peer_answer(engine, engine.peer, p) for p in prompts]
+    expected = [peer_answer(engine, engine.peer, p) for p in prompts]
+    assert set(expected) != {""}
+    assert [a.text for a in engine.generate(prompts)] == expected
+    engine.limits = Limits(batch=2)
+    mixed = [replace(prompt, prefix="", text=prompt.whole, max_new_tokens=n) for prompt in prompts for n in (5, 2, 9)]
+    assert [a.text for a in engine.generate(mixed)] == [peer_answer(engine, engine.peer, p) for p in mixed]
 
 
 def random_engine(config, tokenizer, seed):
@@ -374,9 +484,9 @@ engine = TransformersEngine.from_folder(sys.argv[1], dtype=torch.float32, limits
 text = "The grass is green. The sky is blue. " * 60
 ids = engine.encode(text)
 apart = [Prompt("", f"{at} {text}", 2) for at in range(24)]
-together = [Prompt(text, f" question {at}?", 60) for at in range(64)]
+together = [Prompt(2 * text, f" question {at}?", 32) for at in range(64)]
 begun, decode = [], engine._decode
-engine._decode = lambda batch, *more: begun.append(sum(len(row.branches) for row in batch)) or decode(batch, *more)
+engine._decode = lambda pool, *more: begun.append(pool.slots * pool.width) or decode(pool, *more)
 
 
 def leave(mebibytes):
@@ -384,17 +494,17 @@ def leave(mebibytes):
     resource.setrlimit(resource.RLIMIT_AS, (used + int(mebibytes * 2**20), resource.RLIM_INFINITY))
 
 
-def ask(name, prompts, picked):
+def ask(name, prompts, picked, mebibytes):
     before = [answer.text for at in picked for answer in engine.generate([prompts[at]])]
     begun.clear()
-    leave(float(sys.argv[3]))
+    leave(mebibytes)
     answers = [answer.text for answer in engine.generate(prompts)]
     print(name, begun[0], min(begun) < begun[0], [answers[at] for at in picked] == before)
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-ask("apart", apart, (0, 23))
-ask("together", together, (5,))
+ask("apart", apart, (0, 23), 8)
+ask("together", together, (5,), 4)
 engine.limits = Limits(chunk=2048)
 [whole] = engine.score([ids])
 chunks, score = [], engine._scored_alone
@@ -413,7 +523,7 @@ for ask in (lambda: engine.score([ids]), lambda: engine.loglikelihoods([(ids, 9)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="RLIMIT_AS is Linux's")
 def test_what_does_not_fit_into_memory_is_halved_and_at_last_told_in_a_line(parents):
-    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(parents / "long"), "64", "8"]
+    command = [sys.executable, "-c", IN_LITTLE_MEMORY, str(parents / "long"), "64"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
