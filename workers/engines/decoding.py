@@ -1,4 +1,4 @@
-"""A pool while it decodes: where its rows lie in the cache, and its answers while they grow. No model.
+"""A pool while it decodes: its answers while they grow, and where its rows lie in the cache. No model.
 
 A row begins at column 0 of its slot: the trunk, the branches, then each new token in the next column, whichever branch
 it belongs to.
@@ -14,13 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from workers.engines.engine import Prompt
+from workers.engines.engine import Answer, Prompt, before_stops, split_thought, status_of
 from workers.engines.packing import Pool, Row
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Ids = NDArray[np.int64]
+
+Text = Callable[[list[int], bool], str]
+"""The text of tokens, with or without the special ones."""
 
 MARGIN = 4
 """Tokens before a text that is looked for: decoding may drop a space at the start, or show half a character."""
@@ -50,7 +53,7 @@ class Growing:
             return self.prompt.thinking is not None and len(self.tokens) >= self.prompt.thinking.budget
         return len(self.tokens) >= self.thought + self.prompt.max_new_tokens
 
-    def take(self, token: int, finite: bool, end_tokens: frozenset[int], text: Callable[[list[int]], str]) -> None:
+    def take(self, token: int, finite: bool, end_tokens: frozenset[int], text: Text) -> None:
         """Append a token, unless it ends the answer; a NaN, an infinite logit, a stop and the limits end it too."""
         self.finite = finite
         self.ended = not finite or token in end_tokens
@@ -58,17 +61,49 @@ class Growing:
             self.tokens.append(token)
             self.ended = self._stopped(text) or self.full
 
-    def _stopped(self, text: Callable[[list[int]], str]) -> bool:
+    def _stopped(self, text: Text) -> bool:
         """Look for the end of the thought, and after it for a stop, in the last tokens that can have it."""
         thinking, stops = self.prompt.thinking, self.prompt.stops
         if self.thought is None and thinking is not None:
-            _, end, self._rest = text(self.tokens[-_reach(thinking.end) :]).partition(thinking.end)
+            _, end, self._rest = text(self.tokens[-_reach(thinking.end) :], True).partition(thinking.end)
             self.thought = len(self.tokens) if end else None
         if self.thought is None or not stops:
             return False
         first = max(self.thought, len(self.tokens) - max(map(_reach, stops)))
-        tail = (self._rest if first == self.thought else "") + text(self.tokens[first:])
+        tail = (self._rest if first == self.thought else "") + text(self.tokens[first:], True)
         return any(stop in tail for stop in stops)
+
+
+def answer_of(
+    prompt: Prompt,
+    tokens_in: int,
+    tokens: list[int],
+    thought: int | None,
+    text: Text,
+    *,
+    cut: bool,
+    finite: bool,
+    seconds: float,
+) -> Answer:
+    """The answer of the generated `tokens`, of which `thought` end the thought (None: none does).
+
+    `cut` where they are as many as they may be.
+    """
+    whole = text(tokens, False)
+    if prompt.thinking and thought and prompt.thinking.end not in whole:  # it is a special token
+        whole = text(tokens[:thought], True) + text(tokens[thought:], False)
+    thoughts, said, thought_ended = split_thought(whole, prompt.thinking)
+    answer = before_stops(said, prompt.stops)
+    return Answer(
+        text=answer,
+        tokens_in=tokens_in,
+        tokens_out=len(tokens),
+        seconds=seconds,
+        finite=finite,
+        status=status_of(answer, cut=cut and answer == said) if thought_ended else "unended",
+        thought=thoughts,
+        tokens_thought=len(tokens) if thought is None else thought,
+    )
 
 
 def _reach(text: str) -> int:

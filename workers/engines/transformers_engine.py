@@ -34,17 +34,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from jobs.errors import BadInput, MergeyardError
 from workers.checkpoints.configs import rope, stretched
 from workers.engines import attention
-from workers.engines.decoding import Growing, Slots
+from workers.engines.decoding import Growing, Slots, answer_of
 from workers.engines.engine import (
     Answer,
     Progress,
     Prompt,
-    before_stops,
     check_room,
     check_window,
     longest_scored,
-    split_thought,
-    status_of,
 )
 from workers.engines.kv_cache import KeyValueBuffer, hidden
 from workers.engines.packing import Pool, Row, common_prefix, make_rows, pools, smaller
@@ -312,7 +309,11 @@ class TransformersEngine:
             started = time.perf_counter()
             outputs = self._outputs(pool, prompts, progress)
             seconds = (time.perf_counter() - started) / len(outputs)
-            answers |= {member: self._answer(output, seconds) for member, output in outputs.items()}
+            for member, grown in outputs.items():
+                parts = grown.tokens_in, grown.tokens, grown.thought
+                answers[member] = answer_of(
+                    grown.prompt, *parts, self._text, cut=grown.full, finite=grown.finite, seconds=seconds
+                )
         return answers
 
     def _outputs(self, pool: Pool, prompts: Sequence[Prompt], progress: Progress | None) -> dict[int, Growing]:
@@ -338,25 +339,7 @@ class TransformersEngine:
             else:
                 raise self._too_large(pool.columns)
 
-    def _answer(self, output: Growing, seconds: float) -> Answer:
-        prompt, tokens = output.prompt, output.tokens
-        whole = self._text(tokens)
-        if prompt.thinking and output.thought and prompt.thinking.end not in whole:  # it is a special token
-            whole = self._text(tokens[: output.thought], special=True) + self._text(tokens[output.thought :])
-        thought, said, thought_ended = split_thought(whole, prompt.thinking)
-        text = before_stops(said, prompt.stops) if thought_ended else ""
-        return Answer(
-            text=text,
-            tokens_in=output.tokens_in,
-            tokens_out=len(tokens),
-            seconds=seconds,
-            finite=output.finite,
-            status=status_of(text, cut=output.full and text == said) if thought_ended else "unended",
-            thought=thought,
-            tokens_thought=len(tokens) if output.thought is None else output.thought,
-        )
-
-    def _text(self, tokens: list[int], *, special: bool = False) -> str:
+    def _text(self, tokens: list[int], special: bool) -> str:
         return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
 
     def _decode(
@@ -395,7 +378,7 @@ class TransformersEngine:
             logits = self._step(cache, slots, [(slot, branch) for slot, branch, _ in living])
             tokens, finite = self._choose(logits, [output for _, _, output in living])
             for (slot, branch, output), token, is_finite in zip(living, tokens, finite, strict=True):
-                output.take(token, is_finite, self._end_tokens, self._special_text)
+                output.take(token, is_finite, self._end_tokens, self._text)
                 slots.tokens[slot, branch] = token
                 slots.positions[slot, branch] += 1
             finished = 0
@@ -433,9 +416,6 @@ class TransformersEngine:
             rows, settings, steps = zip(*drawn, strict=True)
             tokens[list(rows)] = sample(logits[list(rows)], settings, steps)
         return tokens.tolist(), logits.isfinite().all(-1).tolist()
-
-    def _special_text(self, tokens: list[int]) -> str:
-        return self._text(tokens, special=True)
 
     def _prefill_row(self, cache: KeyValueBuffer, slots: Slots, slot: int, row: Row, chunk: int) -> None:
         """Fill a slot with a row: the start of its trunk from the row placed before, the rest of it, its branches."""

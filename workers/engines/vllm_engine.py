@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,16 +29,8 @@ from safetensors import safe_open
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_server
-from workers.engines.engine import (
-    Answer,
-    Progress,
-    Prompt,
-    before_stops,
-    check_room,
-    check_window,
-    longest_scored,
-    status_of,
-)
+from workers.engines.decoding import answer_of
+from workers.engines.engine import Answer, Progress, Prompt, check_room, check_window, longest_scored
 from workers.engines.tokenizer import encode_prompt, load_tokenizer
 from workers.engines.vllm_server import NEXT, receive_bytes, receive_message, send_message
 
@@ -117,18 +110,19 @@ class VllmEngine:
         return encode_prompt(self.tokenizer, text, bare=bare)
 
     def generate(self, prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
-        """One greedy answer a prompt; vLLM itself finds shared prefixes. `seconds` is a call's over its prompts."""
+        """One answer a prompt; vLLM itself finds shared prefixes. `seconds` is those of up to 256 prompts over them.
+
+        An answer sampled with a seed is the same again from the same vLLM only, not from another engine.
+        """
         _ = self.version
         ids = [self.encode(prompt.whole, bare=prompt.bare) for prompt in prompts]
         for prompt, tokens in zip(prompts, ids, strict=True):
-            check_room(len(tokens), prompt.max_new_tokens, self.max_length)
+            check_room(len(tokens), prompt.longest, self.max_length)
         answers: list[Answer] = []
         for first in range(0, len(prompts), PROMPTS_A_CALL):
             part = slice(first, first + PROMPTS_A_CALL)
-            limits = [prompt.max_new_tokens for prompt in prompts[part]]
             started = time.perf_counter()
-            stops = [list(prompt.stops) for prompt in prompts[part]]
-            outputs = self._call("generate", prompts=ids[part], max_new_tokens=limits, stops=stops)
+            outputs = self._said(prompts[part], ids[part])
             seconds = (time.perf_counter() - started) / len(outputs)
             answers += [
                 self._answer(prompt, tokens, output, seconds)
@@ -176,11 +170,36 @@ class VllmEngine:
         self._process.wait()
         self._room.cleanup()
 
+    def _said(self, prompts: Sequence[Prompt], ids: Sequence[Sequence[int]]) -> list[dict[str, Any]]:
+        """The server's output for each prompt; `thought` counts the tokens of its thought, None if that never ended.
+
+        A thought is a request of its own, so that it has its own limit and no stop ends it; the answer is asked for
+        with the thought as part of the prompt, whose keys and values vLLM still has.
+        """
+        outputs = self._call("generate", prompts=ids, settings=[_settings(prompt) for prompt in prompts])
+        thought = [at for at, prompt in enumerate(prompts) if prompt.thinking is not None]
+        for at, output in enumerate(outputs):
+            output["thought"] = None if at in thought else 0
+        ended = [at for at in thought if not outputs[at]["ended"] and not outputs[at]["cut"]]
+        asked = [[*ids[at], *outputs[at]["tokens"]] for at in ended]
+        settings = [_settings(replace(prompts[at], thinking=None), after_thought=True) for at in ended]
+        answers = self._call("generate", prompts=asked, settings=settings) if ended else []
+        for at, answer in zip(ended, answers, strict=True):
+            thoughts = outputs[at]
+            outputs[at] = answer | {
+                "tokens": thoughts["tokens"] + answer["tokens"],
+                "finite": thoughts["finite"] and answer["finite"],
+                "thought": len(thoughts["tokens"]),
+            }
+        return outputs
+
     def _answer(self, prompt: Prompt, ids: Sequence[int], output: Mapping[str, Any], seconds: float) -> Answer:
         tokens = output["tokens"][: -1 if output["ended"] else None]
-        text = before_stops(str(self.tokenizer.decode(tokens, skip_special_tokens=True)), prompt.stops)
-        status = status_of(text, cut=output["cut"])
-        return Answer(text, len(ids), len(tokens), seconds, output["finite"], status)
+        how = {"cut": bool(output["cut"]), "finite": bool(output["finite"])}
+        return answer_of(prompt, len(ids), tokens, output["thought"], self._text, seconds=seconds, **how)
+
+    def _text(self, tokens: list[int], special: bool) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=not special))
 
     def _scored(self, windows: Sequence[Sequence[int]], progress: Progress | None = None) -> Iterator[dict[str, Any]]:
         """The server's answer for each window, up to `SCORED_A_CALL` of them per call."""
@@ -294,6 +313,20 @@ class VllmEngine:
         """The last line that vLLM wrote."""
         lines = self._log.read_text(errors="replace").strip().splitlines() if self._log.exists() else []
         return lines[-1][:300] if lines else "it wrote nothing"
+
+
+def _settings(prompt: Prompt, *, after_thought: bool = False) -> dict[str, Any]:
+    """vLLM's SamplingParams for a prompt: for its thought if it has one, else for its answer."""
+    settings: dict[str, Any] = {"temperature": 0.0, "max_tokens": prompt.max_new_tokens}
+    if prompt.stops:
+        settings["stop"] = list(prompt.stops)
+    if prompt.thinking is not None:
+        settings |= {"max_tokens": prompt.thinking.budget, "stop": [prompt.thinking.end], "skip_special_tokens": False}
+    if (sampling := prompt.sampling) is not None:
+        # another seed after a thought: vLLM would draw the thought's numbers again
+        settings |= {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": sampling.top_k or -1}
+        settings["seed"] = sampling.seed ^ (after_thought << 62)
+    return settings
 
 
 def _hand_over(workers: Sequence[socket.socket], weights: Iterable[tuple[str, Tensor]]) -> None:

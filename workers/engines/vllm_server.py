@@ -114,20 +114,16 @@ class Server:
         self.model = LLM(worker_extension_cls="vllm_server.WeightReceiver", **options)
         return {"max_length": self.model.llm_engine.model_config.max_model_len}
 
-    def generate(
-        self, prompts: list[list[int]], max_new_tokens: list[int], stops: list[list[str]]
-    ) -> list[dict[str, Any]]:
-        """Greedy token ids, how they ended, and whether every log-likelihood was a number.
+    def generate(self, prompts: list[list[int]], settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Token ids, how they ended, and whether every log-likelihood was a number.
 
-        `ended`: the last is an end token; `cut`: there are as many as `max_new_tokens` allows.
+        `settings` are arguments of `SamplingParams`, one set a prompt. `ended`: the last is an end token; `cut`: there
+        are as many as `max_tokens` allows; neither: a stop ended them.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]  # as above
 
-        settings = [
-            SamplingParams(temperature=0.0, max_tokens=limit, logprobs=0, stop=texts or None)
-            for limit, texts in zip(max_new_tokens, stops, strict=True)
-        ]
-        outputs = self.model.generate([{"prompt_token_ids": ids} for ids in prompts], settings, use_tqdm=False)
+        chosen = [SamplingParams(logprobs=0, **setting) for setting in settings]
+        outputs = self.model.generate([{"prompt_token_ids": ids} for ids in prompts], chosen, use_tqdm=False)
         return [
             {
                 "tokens": list(output.outputs[0].token_ids),

@@ -12,11 +12,15 @@ END = 0
 
 def grown(prompt: Prompt, pieces: list[str]) -> Growing:
     """The answer after as many of the pieces, one a token, as it takes; `END` is written as ''."""
+
+    def text(tokens: list[int], special: bool) -> str:
+        return "".join(pieces[token - 1] for token in tokens)
+
     output = Growing(prompt, 1)
     for number, piece in enumerate(pieces, start=1):
         if output.ended:
             break
-        output.take(number if piece else END, True, frozenset({END}), lambda ids: "".join(pieces[i - 1] for i in ids))
+        output.take(number if piece else END, True, frozenset({END}), text)
     return output
 
 

@@ -20,8 +20,9 @@ import torch
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_engine, vllm_server
-from workers.engines.engine import Prompt
+from workers.engines.engine import Prompt, Sampling, Thought
 from workers.engines.openai_engine import OpenAIEngine
+from workers.engines.tokenizer import load_tokenizer
 from workers.engines.vllm_engine import VllmEngine
 
 pytestmark = pytest.mark.timeout(1800)  # vLLM imports for a minute and more where others work as well
@@ -69,6 +70,72 @@ def test_an_environment_without_vllm_says_what_is_missing(parents):
         VllmEngine(parents / "long", python="/usr/bin/python3")
 
 
+class StandIn(VllmEngine):
+    """The engine without its server: `generate` says a text, cut by the settings as vLLM cuts it."""
+
+    def __init__(self, folder, text):
+        self.tokenizer, self._version, self._max_length = load_tokenizer(folder), "stand-in", 4096
+        self.told, self.asked = self.encode(text, bare=True), []
+
+    def _call(self, name, *, prompts, settings):
+        self.asked += zip(prompts, settings, strict=True)
+        return [self._reply_to(ids[len(self.encode("?")) :], setting) for ids, setting in self.asked[-len(prompts) :]]
+
+    def _reply_to(self, said, setting):
+        for length in range(1, setting["max_tokens"] + 1):
+            tokens = self.told[len(said) :][:length]
+            text = self.tokenizer.decode(tokens, skip_special_tokens=setting.get("skip_special_tokens", True))
+            if any(stop in text for stop in setting.get("stop", ())):
+                return {"tokens": tokens, "ended": False, "cut": False, "finite": True}
+            if len(tokens) < length:
+                return {"tokens": [*tokens, 0], "ended": True, "cut": False, "finite": True}
+        return {"tokens": tokens, "ended": False, "cut": True, "finite": True}
+
+
+THINKING = Thought("</think>", 60, opened=True)
+
+
+def test_a_thought_has_its_own_limit_and_no_stop(parents):
+    engine = StandIn(parents / "long", "Is it 111. No.</think> 222. So it is.")
+    asked = Prompt("", "?", 20, (".",), thinking=THINKING, sampling=Sampling(0.6, 0.95, 20, seed=5))
+    [answer] = engine.generate([asked])
+    assert (answer.thought, answer.text, answer.status) == ("Is it 111. No.", " 222", "answered")
+    assert answer.tokens_thought == len(engine.encode("Is it 111. No.</think>", bare=True)) < answer.tokens_out
+    (_, thought), (ids, after) = engine.asked
+    sampling = {"temperature": 0.6, "top_p": 0.95, "top_k": 20}
+    assert thought == {**sampling, "max_tokens": 60, "stop": ["</think>"], "skip_special_tokens": False, "seed": 5}
+    assert after.pop("seed") != 5 and after == {**sampling, "max_tokens": 20, "stop": ["."]}
+    assert ids == engine.encode("?") + engine.told[: answer.tokens_thought]
+
+
+@pytest.mark.parametrize(
+    ("text", "budget", "new", "status", "said"),
+    [
+        ("111. 222.", 60, 20, "unended", ""),
+        ("111. " * 60 + "</think>222", 60, 20, "unended", ""),
+        ("111</think>", 60, 20, "empty", ""),
+        ("111</think>2222222222", 60, 2, "cut", None),
+        ("111</think>222", 60, 20, "answered", "222"),
+    ],
+)
+def test_a_thought_ends_as_in_the_other_engines(parents, text, budget, new, status, said):
+    engine = StandIn(parents / "long", text)
+    [answer, plain] = engine.generate(
+        [Prompt("", "?", new, thinking=replace(THINKING, budget=budget)), Prompt("", "?", 9)]
+    )
+    assert answer.status == status and (said is None or answer.text == said)
+    assert (status == "unended") == (answer.tokens_thought == answer.tokens_out) or status == "empty"
+    assert plain.thought == "" and plain.tokens_thought == 0 and text.startswith(plain.text)
+
+
+def test_greedy_and_a_top_k_of_all_are_asked_for_in_vllms_words(parents):
+    engine = StandIn(parents / "long", "222")
+    engine.generate([Prompt("", "?", 3), Prompt("", "?", 3, sampling=Sampling(1.0, 1.0, 0, seed=1))])
+    (_, greedy), (_, sampled) = engine.asked
+    assert greedy == {"temperature": 0.0, "max_tokens": 3}
+    assert sampled == {"temperature": 1.0, "top_p": 1.0, "top_k": -1, "seed": 1, "max_tokens": 3}
+
+
 @pytest.fixture(scope="module")
 def vllm(parents):
     options = {"enforce_eager": True, "seed": 0}
@@ -96,6 +163,28 @@ def test_an_answer_ends_before_its_stop(vllm, needle_prompt):
     prompt = needle_prompt("quiet-river", 4815162, 4)
     free, stopped = vllm.generate([prompt, replace(prompt, stops=("?", "516"))])
     assert (free.text, stopped.text) == (" 4815162.", " 481")
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_text_of_the_answer_ends_a_thought_as_in_the_transformers_engine(vllm, engine, needle_prompt):
+    """ " 4815162.", of which all up to "15" is the thought."""
+    thinking = Thought("15", 12, opened=True)
+    prompt = replace(needle_prompt("quiet-river", 4815162, 4), thinking=thinking, stops=("8", "."))
+    asked = [prompt, replace(prompt, max_new_tokens=1), replace(prompt, thinking=replace(thinking, budget=2))]
+    found = [(a.text, a.thought, a.status, a.tokens_out, a.tokens_thought) for a in vllm.generate(asked)]
+    assert found == [(a.text, a.thought, a.status, a.tokens_out, a.tokens_thought) for a in engine.generate(asked)]
+    assert found[0][:3] == ("162", "48", "answered") and found[2][:3] == ("", found[2][1], "unended")
+
+
+@needs_vllm
+@pytest.mark.heavy
+def test_a_seed_samples_the_same_again_and_the_likeliest_alone_is_greedy(vllm, needle_prompt):
+    prompt = needle_prompt("quiet-river", 4815162, 4)
+    samples = [replace(prompt, sampling=Sampling(5.0, 0.99, 0, seed)) for seed in range(4)]
+    texts = [answer.text for answer in vllm.generate(samples)]
+    assert len(set(texts)) == 4 and [vllm.generate([sample])[0].text for sample in samples] == texts
+    assert vllm.generate([replace(prompt, sampling=Sampling(5.0, 1.0, 1, 0))])[0].text == " 4815162."
 
 
 @needs_vllm
