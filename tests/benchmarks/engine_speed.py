@@ -2,6 +2,7 @@
 
     python -m tests.benchmarks.engine_speed [--items 64] [--questions 1] [--length 1024] [--dtype float32] [--rounds 3]
     python -m tests.benchmarks.engine_speed --prefill 32768
+    python -m tests.benchmarks.engine_speed --decode 2048 [--without-generate-batch]
 
 The first form answers plain RULER niah_single_1 with the parent `long`, blocks of the two in turn, HFLM at batch 8;
 with `--questions 8` eight questions share a haystack (`long` learned one needle a haystack and finds none of eight:
@@ -9,6 +10,12 @@ the answers must be equal all the same). It reports items a second by the clock 
 machine), whether the answers are equal, and the rate that the machine's matrix product alone would allow for the
 arithmetic of answering each item by itself. The second form prefills one long prompt of a random Qwen2 (2 layers of
 256, vocabulary 32,768, bf16) in a process of its own for each engine and reports the most memory each took.
+
+The third form answers 32 prompts of a sixteenth to one and a half times as many tokens as `--decode` says, each with at
+most that many new tokens, and reports new tokens a second of the transformers engine and of HFLM with 8 and 32 prompts
+side by side, and of transformers' own continuous batching, `generate_batch`. The model is a random Qwen2 (4 layers of
+256, float32) that does not repeat itself; its end tokens are chosen so that half of the answers end before the limit,
+anywhere. Beside them stands the rate of the model's matrix products alone for 32 rows.
 """
 
 from __future__ import annotations
@@ -38,6 +45,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prefill", type=int, metavar="TOKENS")
+    parser.add_argument("--decode", type=int, metavar="TOKENS")
+    parser.add_argument("--without-generate-batch", action="store_true", help="it takes hours on a CPU at 2,048 tokens")
     parser.add_argument("--alone", choices=("ours", "hflm", "neither"), help=argparse.SUPPRESS)
     asked = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -48,6 +57,8 @@ def main() -> None:
             command = [sys.executable, "-m", "tests.benchmarks.engine_speed", "--prefill", str(asked.prefill)]
             found = subprocess.run([*command, "--alone", engine], check=True, capture_output=True, text=True)
             print(f"{engine:8} {found.stdout.strip().splitlines()[-1]}")
+    elif asked.decode:
+        decode(asked.decode, paged=not asked.without_generate_batch)
     else:
         for name, figure in compare(asked).items():
             print(f"{name:36} {figure}")
@@ -110,6 +121,81 @@ def hflm(engine: Any, texts: Sequence[str], max_new_tokens: int) -> tuple[Any, l
     peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=BATCH, max_length=engine.max_length)  # type: ignore[arg-type]
     settings = {"until": [], "max_gen_toks": max_new_tokens, "do_sample": False, "temperature": 0.0}
     return peer, [Instance("generate_until", {}, (text, settings), index) for index, text in enumerate(texts)]
+
+
+def decode(new_tokens: int, *, paged: bool) -> None:
+    """Print a line for each way to decode: new tokens a CPU second and a second, and how many answers are ours."""
+    import numpy as np
+    import torch
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, ContinuousBatchingConfig
+
+    from workers.engines.engine import Prompt
+    from workers.engines.transformers_engine import Limits, TransformersEngine
+
+    longest = 3 * new_tokens
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 8}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 2048, "max_position_embeddings": longest}
+    ends = {"eos_token_id": None, "bos_token_id": None, "pad_token_id": None, "initializer_range": 0.2}
+    config = {"model_type": "qwen2", "tie_word_embeddings": True, "dtype": "float32", **shape, **ends}
+    torch.manual_seed(0)
+    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
+    random = np.random.default_rng(0)
+    # as often as all tokens are equally likely, an end token comes within the limit in half of the answers
+    ends_at = random.choice(2048, max(1, round(2048 * 0.7 / new_tokens)), replace=False).tolist()
+    model.generation_config.update(eos_token_id=ends_at, pad_token_id=ends_at[0], max_new_tokens=new_tokens)
+    tokenizer = AutoTokenizer.from_pretrained(PARENT)
+    words = ["grass", "green", "sky", "blue", "sun", "yellow", "text", "special", "magic", "number"]
+    sizes = random.integers(new_tokens // 16, 3 * new_tokens // 2, 32)
+    texts = [" ".join(random.choice(words, size)) for size in sizes]
+    texts = [tokenizer.decode(tokenizer(text)["input_ids"][:size]) for text, size in zip(texts, sizes, strict=True)]
+    engine = TransformersEngine.from_state(
+        config, tokenizer, model.state_dict().items(), device="cpu", end_tokens=ends_at
+    )
+    counted: list[int] = []
+
+    def ours(batch: int) -> list[str]:
+        engine.limits = Limits(batch=batch)
+        answers = engine.generate([Prompt("", text, new_tokens) for text in texts])
+        counted[:] = [answer.tokens_out for answer in answers]
+        return [answer.text for answer in answers]
+
+    def theirs(batch: int) -> list[str]:
+        peer = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=longest)  # type: ignore[arg-type]
+        settings = {"until": [], "max_gen_toks": new_tokens, "do_sample": False, "temperature": 0.0}
+        requests = [Instance("generate_until", {}, (text, settings), index) for index, text in enumerate(texts)]
+        return peer.generate_until(requests, disable_tqdm=True)
+
+    def generate_batch(batch: int) -> list[str]:
+        blocks = -(-batch * (longest + 256) // 256)
+        settings = ContinuousBatchingConfig(num_blocks=blocks, max_batch_tokens=2048, max_requests_per_batch=batch)
+        ids = [engine.encode(text) for text in texts]
+        outputs = model.generate_batch(ids, continuous_batching_config=settings, warmup=False)
+        found = {tuple(output.prompt_ids): output.generated_tokens for output in outputs.values()}
+        return [tokenizer.decode(found[tuple(prompt)], skip_special_tokens=True) for prompt in ids]
+
+    ways = [("mergeyard", ours, 32), ("mergeyard", ours, 8), ("HFLM", theirs, 32), ("HFLM", theirs, 8)]
+    answers = ours(32)  # also warms up
+    prompts = [len(engine.encode(text)) for text in texts]
+    print(f"32 prompts of {min(prompts)} to {max(prompts)} tokens, answers of {min(counted)} to {max(counted)}")
+    for name, way, batch in [*ways, *([("generate_batch", generate_batch, 32)] if paged else [])]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        found = way(batch)
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        equal = sum(theirs.startswith(ours) for theirs, ours in zip(found, answers, strict=True))
+        print(
+            f"{name:16} batch {batch:2}: {sum(counted) / cpu:6.0f} new tokens a CPU second, "
+            f"{sum(counted) / wall:6.0f} a second, {equal} of 32 answers equal"
+        )
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, torch.nn.Linear)]
+    inputs = [torch.randn(32, layer.in_features) for layer in layers]
+    started = time.process_time()
+    with torch.inference_mode():
+        for _ in range(20):
+            for layer, rows in zip(layers, inputs, strict=True):
+                layer(rows)
+    print(f"matrix products alone, 32 rows: {20 * 32 / (time.process_time() - started):.0f} a CPU second")
 
 
 def gemm_rate(dtype: Any) -> float:
