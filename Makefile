@@ -100,7 +100,7 @@ triton: setup ## tests of the loops for GPUs by Triton's interpreter, without a 
 		.venv/bin/python -c "$$site" > "$$(.venv-triton/bin/python -c "$$site")/venv.pth"
 	@.venv/bin/uv pip install --quiet --python .venv-triton/bin/python --no-deps triton==$(TRITON)
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest $(addprefix tests/workers/,\
-		methods/gpu_kernels methods/test_launching.py)
+		methods/gpu_kernels methods/test_launching.py merging/test_resident_launches.py)
 
 chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 50 minutes
 	@.venv/bin/python -m tests.chaos

@@ -6,8 +6,9 @@ The result equals the written point bit for bit: the same tiles, the same settin
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +18,7 @@ from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
 from workers.digests import TensorHash
 from workers.merging.deriving import PIECE_ELEMENTS, Deriving
 from workers.merging.given import given_facts
+from workers.merging.point_launches import PointLaunches, flat
 from workers.merging.tiles import (
     FACT_UNITS,
     Elements,
@@ -32,8 +34,8 @@ if TYPE_CHECKING:
 
 READS_AT_ONCE = 8
 
-_Piece = tuple[Elements, int]
-"""A piece of the output, and how many of its elements overflowed."""
+_Piece = tuple[Elements, Callable[[], int]]
+"""A piece of the output, and what waits until it is merged and says how many of its elements overflowed."""
 
 
 class ResidentParents:
@@ -60,14 +62,26 @@ class ResidentParents:
         self._threads = max(1, threads)
         self._facts = given_facts(tensors, activations)
         deriving = Deriving(parents)
+        sources = {
+            (each.name, name): (source.dtype, each.elements)
+            for each in tensors
+            for name, source in each.sources.items()
+        }
+        memory = {} if device == "cpu" else flat(sources, device)
 
         def read(tensor: TensorMerge) -> dict[str, Elements]:
-            return {
-                name: self._placed(deriving.whole(name, source, tensor.name)) for name, source in tensor.sources.items()
-            }
+            raw = {name: deriving.whole(name, source, tensor.name) for name, source in tensor.sources.items()}
+            if device == "cpu":
+                return raw
+            return {name: memory[tensor.name, name].copy_(as_tensor(elements)) for name, elements in raw.items()}
 
         with ThreadPoolExecutor(READS_AT_ONCE, "read") as pool:
             self._raw = {tensor.name: raw for tensor, raw in zip(tensors, pool.map(read, tensors), strict=True)}
+        self._launches = (
+            None
+            if device == "cpu"
+            else PointLaunches(tensors, self._raw, self._facts, seed=seed, numerics=numerics, device=device)
+        )
 
     def merged(
         self,
@@ -85,14 +99,23 @@ class ResidentParents:
         infinite, and finite in every parent; tensors without any are left out.
         """
         homes = self._homes(places or {})
+        if self._device != "cpu":
+            homeless = {each.name: (each.dtype, each.elements) for each in self._tensors if each.name not in homes}
+            made = flat(homeless, self._device)
+            homes |= {each.name: made[each.name].view(each.shape) for each in self._tensors if each.name in made}
         with ThreadPoolExecutor(self._threads, "merge") as pool:
-            ahead: deque[tuple[TensorMerge, Tensor, list[Future[_Piece]]]] = deque()
+            launched = self._launches.begin(settings, homes, partial(self._learn, pool=pool)) if self._launches else {}
+            ahead: deque[tuple[TensorMerge, Tensor, Sequence[_Piece]]] = deque()
             waiting = 0
             for tensor in self._tensors:
                 output = homes.get(tensor.name)
                 if output is None:
-                    output = self._new(tensor)
-                pieces = self._begin(tensor, settings[tensor.setting], output, pool)
+                    output = as_tensor(np.empty(tensor.elements, numpy_dtype(tensor.dtype))).view(tensor.shape)
+                pieces: Sequence[_Piece]
+                if tensor.name in launched:
+                    pieces = [(output.view(-1), launched[tensor.name])]
+                else:
+                    pieces = self._begin(tensor, settings[tensor.setting], output, pool)
                 ahead.append((tensor, output, pieces))
                 waiting += len(pieces)
                 while waiting > 4 * self._threads and len(ahead) > 1:
@@ -115,28 +138,24 @@ class ResidentParents:
             and place.device.type == self._device.partition(":")[0]
         }
 
-    def _new(self, tensor: TensorMerge) -> Tensor:
-        return as_tensor(self._placed(np.empty(tensor.elements, numpy_dtype(tensor.dtype)))).view(tensor.shape)
-
-    def _begin(
-        self, tensor: TensorMerge, setting: Setting, output: Tensor, pool: ThreadPoolExecutor
-    ) -> list[Future[_Piece]]:
+    def _begin(self, tensor: TensorMerge, setting: Setting, output: Tensor, pool: ThreadPoolExecutor) -> list[_Piece]:
         """Merges a tensor piece by piece."""
         raw, facts = self._raw[tensor.name], self._facts[tensor.name]
         self._learn(tensor, setting, pool)
         merger = TensorMerger(tensor, [setting], facts, seed=self._seed, numerics=self._numerics, device=self._device)
-        flat: Elements = output.view(-1)
-        if self._device == "cpu":
-            flat = np.frombuffer(bytes_of(flat), numpy_dtype(tensor.dtype)) if tensor.elements else flat
+        elements: Elements = output.view(-1)
+        if self._device == "cpu" and tensor.elements:
+            elements = np.frombuffer(bytes_of(elements), numpy_dtype(tensor.dtype))
 
-        def merge(start: int) -> _Piece:
-            piece = flat[start : start + step]
+        def merge(start: int) -> int:
+            piece = elements[start : start + step]
             _, broken = merger.run(start, raw, 0, [piece])
             parents = [raw[name][start : start + step] for name in setting.parents]
-            return piece, overflowed(piece, parents) if broken else 0
+            return overflowed(piece, parents) if broken else 0
 
         step = self._step(tensor)
-        return [pool.submit(merge, start) for start in range(0, tensor.elements, step)]
+        starts = range(0, tensor.elements, step)
+        return [(elements[start : start + step], pool.submit(merge, start).result) for start in starts]
 
     def _learn(self, tensor: TensorMerge, setting: Setting, pool: ThreadPoolExecutor) -> None:
         """The facts about a tensor that a setting needs before its first element is merged."""
@@ -156,24 +175,20 @@ class ResidentParents:
         """Elements of a piece: a GPU wants few large launches."""
         return PIECE_ELEMENTS if self._device == "cpu" else max(1, tensor.elements)
 
-    def _placed(self, elements: Elements) -> Elements:
-        return elements if self._device == "cpu" else as_tensor(elements).to(self._device)
-
 
 def _finished(
     tensor: TensorMerge,
     output: Tensor,
-    pieces: Sequence[Future[_Piece]],
+    pieces: Sequence[_Piece],
     digests: dict[str, str] | None,
     overflows: dict[str, int] | None,
 ) -> tuple[str, Tensor]:
     """A tensor once all of it is merged; its digest goes into `digests`, its overflowed elements into `overflows`."""
     digest, overflow = TensorHash(), 0
-    for piece in pieces:
-        found, broken = piece.result()
-        overflow += broken
+    for elements, overflowing in pieces:
+        overflow += overflowing()
         if digests is not None:
-            digest.update(bytes_of(found))
+            digest.update(bytes_of(elements))
     if digests is not None:
         digests[tensor.name] = digest.digest()
     if overflow and overflows is not None:

@@ -68,7 +68,7 @@ class TensorMerger:
             return
         tile = _probe(tensor, facts, seed)
         for place, setting in enumerate(settings):
-            if (parent := _copied(tensor, setting)) is not None:
+            if (parent := copied(tensor, setting)) is not None:
                 self._copies.append((place, parent))
                 continue
             self.collapses[place] = _collapse_of(tile, setting, tensor.arithmetic, numerics)
@@ -257,7 +257,7 @@ def _keywords(setting: Setting) -> dict[str, Any]:
     return {"lambda_" if name == "lambda" else name: value for name, value in setting.parameters}
 
 
-def _copied(tensor: TensorMerge, setting: Setting) -> str | None:
+def copied(tensor: TensorMerge, setting: Setting) -> str | None:
     """The parent whose bytes are the merged ones, if the setting is a plain copy in the parent's dtype."""
     if setting.method == "passthrough" and setting.parameters == (("scale", (1.0,)),):
         (parent,) = setting.models

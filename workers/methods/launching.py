@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -131,10 +131,11 @@ def _term(kept: Kept, base: str, tile: Tile, listed: Callable[[Array | Tensor], 
         term = term._replace(drop=kept.beyond.bits, drop_last=_last(tile, kept.beyond, score))
         mode |= rows.TRIMS
     mask: Array | Tensor | None = None
+    fresh = replace(tile, _memory={})  # masks are too large to be remembered
     if kept.among is not None and kept.score is not None:
-        mask = among_on_host(tile, kept.among, kept.score).view(np.uint8)
+        mask = among_on_host(fresh, kept.among, kept.score).view(np.uint8)
     elif kept.coin is not None and kept.coin.spread and tile.row > 1:
-        mask = drawn(tile, kept.coin, kept.model, base)
+        mask = drawn(fresh, kept.coin, kept.model, base)
     elif kept.coin is not None:
         key_0, key_1 = map(signed, tile.random_key(kept.coin.method, kept.model))
         term = term._replace(key_0=key_0, key_1=key_1, limit=kept.coin.limit)
