@@ -6,7 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Protocol
 
-from jobs.specs import SWITCH, AtLeast, Between, Reads, Scalar, document_of, read_scalar, read_spec, schema_of, words_of
+from jobs.sources import LATER
+from jobs.specs import (
+    SWITCH,
+    AtLeast,
+    Between,
+    Reads,
+    Scalar,
+    document_of,
+    read_scalar,
+    read_spec,
+    schema_of,
+    words_of,
+)
 from jobs.yaml_nodes import Node, quoted
 
 TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
@@ -19,7 +31,12 @@ Told = Scalar | tuple[Scalar, ...]
 
 LENGTHS = "context lengths in tokens"
 QUESTIONS = "questions that share one haystack"
-CHAT = "ask in the chat template of the tokenizer"
+ANSWER_PREFIX = "whether the prompt begins the answer, as RULER does; never before a thought"
+TEMPLATE_KEYS = ("messages", "add_generation_prompt", "continue_final_message", "tools", "documents")
+"""Arguments of a chat template that a job may not set: they are the conversation itself."""
+
+BUDGET = 4096
+"""Tokens of a thought, where the job does not say."""
 
 
 class BenchmarkSpec(Protocol):
@@ -56,8 +73,74 @@ METADATA = Reads(
 )
 
 
+def _arguments(node: Node) -> dict[str, Scalar]:
+    for key, entry in node.mapping().items():
+        if key in TEMPLATE_KEYS:
+            raise entry.error(f"mergeyard sets {quoted(key)}, the conversation itself; take it out")
+    return {key: read_scalar(entry) for key, entry in node.mapping().items()}
+
+
+def _chat(node: Node) -> bool | dict[str, Scalar]:
+    if node.kind != "mapping":
+        return node.boolean()
+    return _arguments(node) or True
+
+
+def _thinking(node: Node) -> ThinkingSpec | bool:
+    if node.kind == "boolean":
+        return ThinkingSpec() if node.boolean() else False
+    if node.kind != "mapping":
+        raise node.error(f"thinking must be `on`, `off` or settings such as `{{budget: 4096}}`, not {node.found}")
+    return read_spec(ThinkingSpec, node)
+
+
+def _share(node: Node) -> float:
+    share = float(node.number())
+    if not 0 < share <= 1:
+        raise node.error(f"{quoted(node.path)} must be above 0 and at most 1, not {node.value}")
+    return share
+
+
+ARGUMENTS_SCHEMA = {
+    "type": "object",
+    "propertyNames": {"not": {"enum": [*TEMPLATE_KEYS]}},
+    "additionalProperties": SCALAR_SCHEMA,
+}
+CHAT = Reads(_chat, {"anyOf": [SWITCH, ARGUMENTS_SCHEMA]})
+THINKING = Reads(_thinking, lambda: {"anyOf": [SWITCH, schema_of(ThinkingSpec)]})
+SHARE = Reads(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class RulerSpec:
+class ThinkingSpec:
+    """A model that writes a thought before its answer."""
+
+    end: Annotated[str | None, "the text that ends a thought; without it, as the chat template shows"] = None
+    budget: Annotated[Count, "tokens that a thought may take, beside those of the answer"] = BUDGET
+    template: Annotated[
+        Mapping[str, Scalar], Reads(_arguments, ARGUMENTS_SCHEMA), "arguments of the chat template that let it think"
+    ] = field(default_factory=dict[str, Scalar])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnsweringSpec:
+    """The keys of all benchmarks that a model answers with a text."""
+
+    chat: Annotated[
+        bool | Mapping[str, Scalar], CHAT, "ask in the chat template of the tokenizer, perhaps with arguments"
+    ] = False
+    system: Annotated[str | None, "the system's message, in a chat"] = field(default=None, metadata=LATER)
+    thinking: Annotated[
+        ThinkingSpec | bool | None, THINKING, "whether a thought precedes the answer; without it, as the template shows"
+    ] = field(default=None, metadata=LATER)
+    max_new_tokens: Annotated[Count | None, "tokens of an answer; without it, as many as the task says"] = field(
+        default=None, metadata=LATER
+    )
+    place: str = field(default="", compare=False)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RulerSpec(AnsweringSpec):
     """RULER's tasks; without `tasks`, all thirteen."""
 
     lengths: Annotated[tuple[Length, ...], LENGTHS]
@@ -68,12 +151,11 @@ class RulerSpec:
         Mapping[str, str], words_of(("qa_1", "qa_2")), "the data of qa_1 (SQuAD) and qa_2 (HotpotQA), as files"
     ] = field(default_factory=dict[str, str])
     questions: Annotated[Count, QUESTIONS] = 1
-    chat: Annotated[bool, CHAT] = False
-    place: str = field(default="", compare=False)
+    answer_prefix: Annotated[bool, ANSWER_PREFIX] = field(default=True, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class NeedleSpec:
+class NeedleSpec(AnsweringSpec):
     """One needle in a haystack, at several depths."""
 
     lengths: Annotated[tuple[Length, ...], LENGTHS]
@@ -86,8 +168,7 @@ class NeedleSpec:
         "the whole answer, with {value} in the place of the value; without it, an answer must contain the value",
     ] = None
     haystack: Annotated[str | None, "a text file, or `noise` for RULER's five short sentences"] = None
-    chat: Annotated[bool, CHAT] = False
-    place: str = field(default="", compare=False)
+    answer_prefix: Annotated[bool, ANSWER_PREFIX] = field(default=True, metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,7 +182,7 @@ class PerplexitySpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LmEvalSpec:
+class LmEvalSpec(AnsweringSpec):
     """Tasks of lm-evaluation-harness."""
 
     tasks: Annotated[tuple[str, ...], "names of tasks or groups, or paths of their YAML files"]
@@ -109,11 +190,9 @@ class LmEvalSpec:
     num_fewshot: Annotated[
         Annotated[int, AtLeast(0)] | None, "examples before each question; without it, as many as the task says"
     ] = None
-    chat: Annotated[bool, CHAT] = False
     metadata: Annotated[
         Mapping[str, Told], METADATA, "passed to tasks that build their prompts from it, such as max_seq_lengths"
     ] = field(default_factory=dict[str, Told])
-    place: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,11 +242,21 @@ ALWAYS_DIGESTED = ("ruler", "needle", "perplexity", "lm_eval")
 def read_evaluation(node: Node) -> Evaluation:
     """The section at `node`; `BadInput` without a benchmark."""
     keys = node.mapping((*SPECS, "race"))
-    asked = {key: read_spec(SPECS[key], entry) for key, entry in keys.items() if key in SPECS}
+    asked = {key: _checked(read_spec(SPECS[key], entry), entry) for key, entry in keys.items() if key in SPECS}
     if not asked:
         *others, last = SPECS
         raise node.error(f"nothing to evaluate; name a benchmark: {', '.join(others)} or {last}")
     return Evaluation(benchmarks=asked, race=_race(keys["race"]) if "race" in keys else None, place=node.place)
+
+
+def _checked(spec: BenchmarkSpec, node: Node) -> BenchmarkSpec:
+    """The spec, whose keys agree."""
+    if isinstance(spec, AnsweringSpec) and not spec.chat:
+        if spec.system is not None:
+            raise node.mapping()["system"].error("the system speaks in a chat only; set `chat: true`, or take it out")
+        if isinstance(spec.thinking, ThinkingSpec) and spec.thinking.template:
+            raise node.mapping()["thinking"].error("no template without a chat; set `chat: true`, or take it out")
+    return spec
 
 
 def _race(node: Node) -> RaceSpec | None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, Setting, TensorMerge
+from jobs.specs import Scalar
 from jobs.tokenizers import AddedToken
 
 Kind = Literal["point", "parent"]
@@ -23,6 +24,36 @@ Status = Literal["answered", "empty", "cut", "unended", "filtered", "failed"]
 server withheld it. `failed`: the server refused the prompt for good. `empty`: it ended by itself without text.
 `answered`: all others.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """The settings by which the items of a set are answered, beside their text.
+
+    A thought ends with the text `end`, and takes at most `budget` tokens; nothing is thought if `end` is empty. It is
+    `opened` where the prompt begins it, `found` where the chat template shows it and the job says nothing. `frame` is
+    the text that the chat template puts before and after the last message; `turns` are the texts before and after an
+    earlier answer, for tasks with a worked example. `system` and `template` are the system's message and the
+    template's arguments.
+    """
+
+    end: str = ""
+    budget: int = 0
+    opened: bool = False
+    found: bool = False
+    frame: tuple[str, str] = ("", "")
+    turns: tuple[str, str] = ("", "")
+    system: str = ""
+    template: tuple[tuple[str, Scalar], ...] = ()
+
+    @property
+    def digested(self) -> dict[str, Any]:
+        """The settings that decide answers and do not show in the text of a prompt; empty where all are the default."""
+        return {"thought": [self.end, self.budget, self.opened]} if self.end else {}
+
+
+PLAINLY = Generation()
+"""Plain texts, greedy answers, no thought."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +73,7 @@ class ItemSet:
     digest: str
     parts: tuple[tuple[int, int, str], ...]
     tokens: int
+    generation: Generation = PLAINLY
 
 
 @dataclass(frozen=True, slots=True)

@@ -72,6 +72,7 @@ SLOW = (
     "tests/workers/benchmarks/ruler/test_draws.py::test_items_are_the_same_in_another_process",
     "tests/workers/benchmarks/ruler/test_prompts.py::test_chat_frame_surrounds",
     "tests/workers/benchmarks/ruler/test_prompts.py::test_the_worked_example_of_common_words",
+    "tests/workers/benchmarks/test_generation.py",
     "tests/workers/benchmarks/test_sets.py::test_a_chat_template_frames",
     "tests/workers/benchmarks/test_sets.py::test_in_a_chat",
     "tests/workers/benchmarks/test_sets.py::test_only_sets_whose_prompts_changed",

@@ -59,24 +59,33 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/items.py",
     ),
     "workers/benchmarks/scorers.py": (),
+    "workers/benchmarks/planned.py": ("jobs", "workers/storage", "workers/benchmarks/texts"),
+    "workers/benchmarks/generation.py": (
+        "jobs",
+        "workers/engines",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+    ),
     "workers/benchmarks/answering.py": (
         "jobs",
         "workers/engines",
         "workers/benchmarks/items.py",
         "workers/benchmarks/scorers.py",
+        "workers/benchmarks/generation.py",
     ),
-    "workers/benchmarks/planned.py": ("jobs", "workers/storage", "workers/benchmarks/texts"),
     "workers/benchmarks/ruler": (
         "jobs",
         "workers/benchmarks/items.py",
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
     ),
     "workers/benchmarks/needle.py": (
         "jobs",
         "workers/benchmarks/items.py",
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
         "workers/benchmarks/ruler",
     ),
     "workers/benchmarks/perplexity.py": (
@@ -94,6 +103,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/answering.py",
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
     ),
     "workers/benchmarks/registry.py": (
         "jobs",

@@ -106,8 +106,8 @@ def parents_answers(run_url: str, asked: Questions) -> list[ScoreRow]:
 def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = ()) -> dict[str, Any]:
     """For `mergeyard plan`: items, tokens that are read at the most, and the smallest differences that show.
 
-    `answers` are those of the parents, as far as they are known. Tokens count the room for the answers. The size of a
-    task of lm-evaluation-harness is not known here.
+    `answers` are those of the parents, as far as they are known. Tokens count the room for thoughts and answers. The
+    size of a task of lm-evaluation-harness is not known here.
     """
     subjects = [*asked.points.values(), *asked.baselines]
     first = subjects[0].sets
@@ -117,6 +117,9 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
         "baselines": len(asked.baselines),
         "items_a_point": _items(first),
         "tokens_a_point": _tokens(first),
+        "thinking": _thinking(first),
+        "generated_a_point": _generated(first),
+        "generated": sum(_generated(subject.sets) for subject in subjects),
         "items": sum(_items(subject.sets) for subject in subjects),
         "tokens": sum(_tokens(subject.sets) for subject in subjects),
         "tasks_of_unknown_size": sorted(planned.task for planned in first.values() if not planned.length),
@@ -132,18 +135,32 @@ def _items(sets: Sets) -> int:
 
 
 def _tokens(sets: Sets) -> int:
-    return sum(planned.count * planned.length for planned in sets.values())
+    return sum(planned.count * planned.longest for planned in sets.values())
+
+
+def _generated(sets: Sets) -> int:
+    """The most tokens of all thoughts and answers of a model."""
+    return sum(planned.count * (planned.new_tokens + planned.generation.budget) for planned in sets.values())
+
+
+def _thinking(sets: Sets) -> list[dict[str, Any]]:
+    """The thoughts of each benchmark in front of its answers; none without one."""
+    found = {planned.benchmark: planned.generation for planned in sets.values() if planned.generation.end}
+    return [
+        {"benchmark": name, "end": of.end, "budget": of.budget, "opened": of.opened, "found": of.found}
+        for name, of in found.items()
+    ]
 
 
 def _least_tokens(asked: Questions, race: RacePlan) -> int:
     """The cost of the race if all points but the kept ones leave at the first look."""
     look = min(race.items, -(-RUNGS[0] // race.share) * race.share)
     sets = next(iter(asked.points.values())).sets
-    raced = [planned.length for planned in sets.values() if planned.benchmark == race.benchmark]
+    raced = [planned.longest for planned in sets.values() if planned.benchmark == race.benchmark]
     kept = min(race.spec.keep, len(asked.points))
     confirmed = kept * (race.items + race.fresh - look) * sum(raced)
     rest = kept * sum(
-        planned.count * planned.length for planned in sets.values() if planned.benchmark != race.benchmark
+        planned.count * planned.longest for planned in sets.values() if planned.benchmark != race.benchmark
     )
     baselines = sum(_tokens(subject.sets) for subject in asked.baselines)
     return len(asked.points) * look * sum(raced) + confirmed + rest + baselines

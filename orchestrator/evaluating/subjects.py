@@ -260,7 +260,13 @@ def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:
 def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[PlannedSet]) -> None:
     """Refuses lengths beyond the context, and tokens that the model has no embedding for."""
     most, rows = context_length(layout.config), text_fields(layout.config).get("vocab_size")
-    longest = max(sets, key=lambda entry: entry.length)
+    longest = max(sets, key=lambda entry: entry.longest)
+    if most is not None and longest.length <= most < longest.longest:
+        budget = longest.generation.budget
+        raise BadInput(
+            f"{longest.place}: {longest.task} at {longest.length} tokens and a thought of {budget} are beyond the"
+            f" model's {most}; ask at {most - budget} tokens, or lower `thinking: {{budget: {budget}}}`"
+        )
     if most is not None and longest.length > most:
         scaling = rope(text_fields(layout.config))[1]
         field = "the factor of the RoPE" if scaling and scaling["rope_type"] in STRETCHED else "max_position_embeddings"
@@ -301,7 +307,7 @@ def _model_spec(plan: Plan, layout: Layout, family: Family, sets: Sequence[Plann
         engine=plan.job.engine.name,
         url=plan.job.engine.url,
         options=plan.job.engine.options,
-        longest=max(entry.length for entry in sets) if known else None,
+        longest=max(entry.longest for entry in sets) if known else None,
         threads=max(1, int(plan.job.workers.cpus)),
         end_tokens=_end_tokens(plan, layout),
         as_it_is=plan.parents[layout.donor].parent if layout.as_it_is else None,

@@ -1,4 +1,4 @@
-"""Answers that say little about a model: a run of empty, cut, filtered or refused answers scores like a bad model."""
+"""Answers that say little about a model: a run of empty, cut or refused ones, say, scores like a bad model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ class Unanswered:
     """How many of the questions `asked` got no answer, by the statuses of `jobs.evaluation_tasks.Status`.
 
     A cut answer counts only where none of the model's cut answers to its task scored: a model without instructions
-    writes on after a right answer, and its limit was enough. `silent` of the cut ones have no text.
+    writes on after a right answer, and its limit was enough. `silent` of the cut ones have no text. An answer is
+    `unended` where the thought before it did not end.
     """
 
     asked: int
@@ -29,11 +30,12 @@ class Unanswered:
     filtered: int
     failed: int
     silent: int
+    unended: int = 0
 
     @property
     def count(self) -> int:
         """All unanswered questions."""
-        return self.empty + self.cut + self.filtered + self.failed
+        return self.empty + self.cut + self.unended + self.filtered + self.failed
 
     @property
     def share(self) -> float:
@@ -51,6 +53,7 @@ class Unanswered:
         named = {
             f"empty{silent}": self.empty + self.silent,
             "cut at their limit of new tokens": self.cut - self.silent,
+            "cut inside their thought": self.unended,
             "filtered by the server": self.filtered,
             "refused by the server": self.failed,
         }
@@ -94,7 +97,9 @@ def _counted(answers: Sequence[ScoreRow], scoring: set[tuple[str, str]]) -> Unan
     lost = [row for row in answers if row.status != "cut" or (row.benchmark, _task(row)) not in scoring]
     counts = Counter(row.status for row in lost)
     silent = sum(row.status == "cut" and not row.answer.strip() for row in lost)
-    return Unanswered(len(answers), counts["empty"], counts["cut"], counts["filtered"], counts["failed"], silent)
+    return Unanswered(
+        len(answers), counts["empty"], counts["cut"], counts["filtered"], counts["failed"], silent, counts["unended"]
+    )
 
 
 def _task(row: ScoreRow) -> str:

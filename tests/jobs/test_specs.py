@@ -66,7 +66,7 @@ def test_a_document_has_every_default() -> None:
     job = load_job(HEAD + "evaluate: {needle: {lengths: [512]}}\n", "job.yaml")
     document = job.document()
     assert document["evaluate"] == {
-        "needle": {"lengths": [512], "depths": 11, "items": 5, "questions": 1, "chat": False}
+        "needle": {"lengths": [512], "depths": 11, "items": 5, "questions": 1, "answer_prefix": True, "chat": False}
     }
     assert document["workers"] == {"gpus": 0.0, "cpus": 1.0, "memory": 4 * 10**9}
     assert (document["keep"], document["shard_size"], document["seed"]) == ("all", 10**9, 0)

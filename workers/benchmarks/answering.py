@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs.evaluation_tasks import Status
-from workers.benchmarks.items import read_items
+from jobs.evaluation_tasks import PLAINLY, Generation, Status
+from workers.benchmarks.generation import messages_of, thought_of
+from workers.benchmarks.items import Item, read_items
 from workers.benchmarks.scorers import SCORERS
 from workers.engines.engine import Engine, Prompt
 
@@ -18,13 +19,14 @@ class Block:
     """Items for one engine; each of `parts` is (a file of the set, its first row to ask, one after the last).
 
     `tokenizer` is the folder of the point's tokenizer, `beginning` the text of the token that begins a text. `remark`
-    takes a line for the user.
+    takes a line for the user. `generation` says how the items are answered.
     """
 
     parts: Sequence[tuple[bytes, int, int]]
     tokenizer: Path
     beginning: str
     remark: Callable[[str], None]
+    generation: Generation = PLAINLY
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,17 +53,14 @@ class ItemScore:
 def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
     """The engine's greedy answers to items of `workers.benchmarks.items`, each scored by the item's own scorer.
 
-    Scored and kept is the text after a model's thoughts. The score is 0 where a logit was NaN or infinite.
+    Scored is the text after a model's thought. The score is 0 where a logit was NaN or infinite.
     """
     items = [item for data, first, last in block.parts for item in read_items(data, first, last)]
-    prompts = [
-        Prompt(item.prefix, item.prompt + item.answer_prefix, item.max_new_tokens, bare=item.bare) for item in items
-    ]
-    answers = engine.generate(prompts)
+    answers = engine.generate([_prompt(item, block.generation) for item in items])
     if remark := next((answer.remark for answer in answers if answer.remark), ""):
         block.remark(remark)
     for item, answer in zip(items, answers, strict=True):
-        text = without_thoughts(answer.text)
+        text = answer.text if block.generation.end else without_thoughts(answer.text)
         yield ItemScore(
             task=item.task,
             item=item.index,
@@ -74,8 +73,22 @@ def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
             tokens=answer.tokens_in + answer.tokens_out,
             seconds=answer.seconds,
             status="empty" if answer.status == "answered" and not text.strip() else answer.status,
+            thought=answer.thought,
+            tokens_thought=answer.tokens_thought,
             tokens_out=answer.tokens_out,
         )
+
+
+def _prompt(item: Item, generation: Generation) -> Prompt:
+    return Prompt(
+        item.prefix,
+        item.prompt + item.answer_prefix,
+        item.max_new_tokens,
+        bare=item.bare,
+        messages=messages_of(item.prefix + item.prompt, item.answer_prefix, generation),
+        template=generation.template,
+        thinking=thought_of(generation),
+    )
 
 
 def without_thoughts(text: str) -> str:

@@ -59,8 +59,8 @@ class Item:
 class Asked:
     """The common properties of all items of a set.
 
-    `frame` goes before and after the user's text (from a chat template); the answer prefix comes after it. `next_turn`
-    goes between the answer of a worked example and the text after it.
+    `frame` goes before and after the user's text (from a chat template); the answer prefix comes after it, unless the
+    prompt is not to begin the answer (`begins`). `turns` go around the answer of a worked example.
     """
 
     benchmark: str
@@ -69,12 +69,17 @@ class Asked:
     seed: int
     max_new_tokens: int
     frame: tuple[str, str] = ("", "")
-    next_turn: str = "\n"
+    turns: tuple[str, str] = ("", "\n")
+    begins: bool = True
 
     @property
     def budget(self) -> int:
         """How many tokens a prompt may have."""
         return self.length - self.max_new_tokens
+
+    def beginning(self, answer_prefix: str) -> str:
+        """The beginning of the answer that stands in the prompt: the benchmark's, or none."""
+        return answer_prefix if self.begins else ""
 
     def named(self, *key: str | int) -> str:
         """The name of a haystack or a pair of this task and seed."""

@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 from jobs.errors import BadInput
 from jobs.evaluate import NeedleSpec
+from workers.benchmarks.generation import earlier, generation_of
 from workers.benchmarks.items import Asked, Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, framed, probe
+from workers.benchmarks.planned import PlannedSet, Reader, probe
 from workers.benchmarks.ruler.niah import Niah, draw_needles, pose
 from workers.benchmarks.texts.draws import Draw, words_digest
 from workers.benchmarks.texts.filling import build_groups
@@ -43,17 +44,19 @@ def needle_items(
     answer: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     frame: tuple[str, str] = ("", ""),
+    begins: bool = True,
 ) -> list[Item]:
     """The items with these indices: item i asks at depth i mod len(depths), in repeat i div len(depths).
 
     A needle lies at the end of the sentence (in noise: the line) nearest to its depth; where it really is, is recorded.
     An answer that has the value in it scores; with `answer`, one that is it, the value in the place of `{value}`.
+    A prompt that does not begin the answer (`begins`) has no answer prefix.
     `BadInput` if a depth is outside 0 … 1, if a needle comes to lie further from its depth than `FARTHEST`, or if the
     items do not fit in `length` tokens: then with the smallest length that does.
     """
     if not depths or not all(0 <= depth <= 1 for depth in depths):
         raise BadInput(f"needle: depths {list(depths)} must be fractions from 0 to 1, at least one")
-    task, asked = Niah(haystack), Asked("needle", "needle", length, seed, max_new_tokens, frame)
+    task, asked = Niah(haystack), Asked("needle", "needle", length, seed, max_new_tokens, frame, begins=begins)
     groups = -(-len(depths) // questions)
     wanted = list(indices)
 
@@ -112,6 +115,7 @@ def needle_spec(
     answer: str | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
     frame: tuple[str, str] = ("", ""),
+    begins: bool = True,
 ) -> dict[str, Any]:
     """All that the items depend on besides tokenizer, length and seed: the `spec` of `items_digest`."""
     return {
@@ -123,6 +127,7 @@ def needle_spec(
         "words": words_digest(),
         "max_new_tokens": max_new_tokens,
         "frame": list(frame),
+        **({} if begins else {"answer_prefix": False}),
     }
 
 
@@ -130,12 +135,14 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
     depths = even_depths(spec.depths)
     count = spec.items * spec.depths
     made = max(count, least)
-    tokenizer, frame = framed(tokenizer, chat=spec.chat, place=spec.place)
+    tokenizer, generation = generation_of(spec, tokenizer)
     asked: dict[str, Any] = {
         "depths": depths,
         "questions": spec.questions,
         "answer": spec.answer,
-        "frame": frame,
+        "max_new_tokens": spec.max_new_tokens or MAX_NEW_TOKENS,
+        "frame": generation.frame,
+        "begins": spec.answer_prefix and not generation.end,
     }
     if spec.haystack == "noise":
         asked["haystack"] = "noise"
@@ -152,7 +159,9 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
         def check() -> None:
             probe(length, lambda length: items(length, range(spec.depths)))
 
-        address = items_digest(needle_spec(**asked), tokenizer=tokenizer.digest, length=length, seed=seed)
+        common: dict[str, Any] = {"tokenizer": tokenizer.digest, "length": length, "seed": seed}
+        address = items_digest(needle_spec(**asked) | generation.digested, **common)
+        before: dict[str, Any] = asked | {"frame": earlier(tokenizer, generation).frame, "begins": spec.answer_prefix}
         return PlannedSet(
             benchmark="needle",
             task="needle",
@@ -166,6 +175,9 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
             questions=spec.questions,
             grows=True,
             check=check,
+            superseded=(items_digest(needle_spec(**before), **common),) if generation.found else (),
+            generation=generation,
+            new_tokens=asked["max_new_tokens"],
         )
 
     return [planned(length) for length in spec.lengths]

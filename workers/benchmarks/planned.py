@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.errors import BadInput, MergeyardError
+from jobs.evaluation_tasks import PLAINLY, Generation
 from workers.benchmarks.texts.filling import TooShort
-from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.storage import open_store
 
 PROBED = 8192
 """Tokens at which it is tried whether a task can be asked at greater lengths: from 4,096 on, all prompts are alike."""
-
-Frame = tuple[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +23,9 @@ class PlannedSet:
 
     `count` items are asked of everyone, `made` are made at first. `grows` where more can be made later, as every item
     depends on its own number alone. `check` builds as little as shows that it can be built, and raises `BadInput` if it
-    cannot. `superseded` is the digest that an earlier version gave other items of the same job; empty if it made these.
-    `place` is the line of the job file that asks for it. `share` neighbours are never parted; `questions` of them ask
-    about one haystack.
+    cannot. `superseded` are the digests that earlier versions gave other items of the same job. `place` is the line of
+    the job file that asks for it. `share` neighbours are never parted; `questions` of them ask about one haystack.
+    `generation` says how an item is answered, `new_tokens` with how many tokens at the most, its thought apart.
     """
 
     benchmark: str
@@ -43,7 +41,14 @@ class PlannedSet:
     grows: bool = False
     suffix: Literal["parquet", "json"] = "parquet"
     check: Callable[[], object] = lambda: None
-    superseded: str = ""
+    superseded: tuple[str, ...] = ()
+    generation: Generation = PLAINLY
+    new_tokens: int = 0
+
+    @property
+    def longest(self) -> int:
+        """Tokens of context that an item takes at the most, thought and answer included; 0 if it is not known."""
+        return self.length and self.length + self.generation.budget
 
     @property
     def folder(self) -> str:
@@ -103,19 +108,3 @@ def probe(length: int, build: Callable[[int], object]) -> None:
         task, _, smallest = error.args
         if smallest > length:
             raise TooShort(task, length, smallest) from None
-
-
-def framed(tokenizer: Tokenizer, *, chat: bool, place: str) -> tuple[Tokenizer, Frame]:
-    """The tokenizer and the frame of a benchmark's prompts, in a chat or plainly.
-
-    `BadInput` where the chat template cannot be used.
-    """
-    if not chat:
-        return tokenizer, ("", "")
-    with located(place):
-        return tokenizer.as_bare(), tokenizer.chat_frame()
-
-
-def next_turn_of(tokenizer: Tokenizer, *, place: str) -> str:
-    with located(place):
-        return tokenizer.next_turn()

@@ -51,7 +51,7 @@ def stored(planned: PlannedSet, store: Store, count: int | None = None, trusted:
     """
     wanted = range(planned.made if count is None or not planned.grows else count)
     found = _parts(planned, store)
-    if not found and planned.superseded and _parts(replace(planned, digest=planned.superseded), store):
+    if not found and any(_parts(replace(planned, digest=earlier), store) for earlier in planned.superseded):
         raise BadInput(
             f"{planned.place}: this run asked {planned.task} at {planned.length} tokens in the words of an earlier"
             " mergeyard; finish it with that version, or give the job another `name:`"
@@ -71,7 +71,8 @@ def stored(planned: PlannedSet, store: Store, count: int | None = None, trusted:
         share=planned.share,
         digest=planned.digest,
         parts=tuple(sorted(parts)),
-        tokens=planned.length or LM_EVAL_TOKENS,
+        tokens=planned.longest or LM_EVAL_TOKENS,
+        generation=planned.generation,
     )
 
 

@@ -63,7 +63,8 @@ class Evaluator:
     def _rows(self, task: EvaluationTask, engine: Engine, resident: Resident) -> Iterator[ScoreRow]:
         if resident.overflows:
             self._remarks.append(f"NaN or infinity in the weights of {task.point}, in no parent")
-        block = Block([*self._parts(task)], resident.tokenizer, resident.beginning, self._remarks.append)
+        remark, generation = self._remarks.append, task.items.generation
+        block = Block([*self._parts(task)], resident.tokenizer, resident.beginning, remark, generation)
         for scored in BENCHMARKS[task.items.benchmark].answer(engine, block):
             yield _row(task, scored, resident.weights)
 

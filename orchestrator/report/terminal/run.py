@@ -110,6 +110,11 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if asked["tasks_of_unknown_size"]:
         rows.append(("and", f"{shortlist(asked['tasks_of_unknown_size'])}, as many items as they have"))
+    for thought in asked["thinking"]:
+        rows.append(("thinking", _thinking(thought)))
+    if asked["thinking"]:
+        each, of_all = count(asked["generated_a_point"]), count(asked["generated"])
+        rows.append(("to generate", f"at most {each} of these tokens each: {of_all} tokens"))
     if asked["race"] is not None:
         least = asked["race"]["least_tokens"]
         share = f"{least / asked['tokens']:.0%}" if asked["tokens"] else "all"
@@ -119,6 +124,16 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     if asked["gate"] is not None:
         rows.append(("gate", gate_forecast(asked["gate"])))
     return rows
+
+
+def _thinking(thought: Mapping[str, Any]) -> str:
+    """The thought in front of the answers of one benchmark, and how it is switched off where the job did not ask it."""
+    begun = ", which the prompt opens" if thought["opened"] else ""
+    found = f"; its chat template shows it, `{thought['benchmark']}: {{thinking: off}}` asks without"
+    return (
+        f"{thought['benchmark']}: a thought of at most {thought['budget']:,} tokens before each answer{begun},"
+        f" up to {thought['end']}{found if thought['found'] else ''}"
+    )
 
 
 def can_show(sees: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -108,6 +109,35 @@ def test_what_will_be_read_is_counted(planned: Callable[..., dict[str, Any]]) ->
 def test_likelihoods_have_no_smallest_difference(planned: Callable[..., dict[str, Any]]) -> None:
     facts = planned(evaluate={"perplexity": {"lengths": [512], "blocks": 4}}, gate={"baseline": "fmt"})
     assert (facts["sees"], facts["gate"], facts["items_a_point"]) == (None, None, 4)
+
+
+def test_thoughts_are_counted_beside_the_context(planned: Callable[..., dict[str, Any]]) -> None:
+    without = planned(evaluate=ruler(items=10))
+    thinks = planned(evaluate=ruler(items=10, thinking={"budget": 64}))
+    assert without["thinking"] == [] and without["generated_a_point"] == 10 * 128
+    thought = {"benchmark": "ruler", "end": "</think>", "budget": 64, "opened": False, "found": False}
+    assert thinks["thinking"] == [thought]
+    assert thinks["tokens_a_point"] == without["tokens_a_point"] + 10 * 64
+    assert thinks["generated_a_point"] == 10 * (128 + 64)
+
+
+def test_a_thought_beyond_the_context_is_refused(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"parents": {name: str(PARENTS / name) for name in ("long", "fmt")}, "recipe": SOUP}
+    keys |= {"grid": {"w": [0.5]}}
+
+    def plan(length: int) -> Ended:
+        evaluate = {"ruler": {"tasks": ["niah_single_1"], "lengths": [length], "items": 2, "thinking": {"budget": 96}}}
+        (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys, evaluate=evaluate))
+        return mergeyard("plan", tmp_path / "job.yaml")
+
+    refused = plan(4096)
+    assert (
+        refused.code == 2 and "niah_single_1 at 4096 tokens and a thought of 96 are beyond the model's" in refused.err
+    )
+    [length] = re.findall(r"ask at (\d+) tokens", refused.err)
+    told = plan(int(length))
+    assert told.code == 0, told.err
+    assert "ruler: a thought of at most 96 tokens before each answer, up to </think>" in told.out
 
 
 def test_the_plan_says_it_in_words(mergeyard: Mergeyard, tmp_path: Path) -> None:

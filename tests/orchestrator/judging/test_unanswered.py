@@ -24,13 +24,14 @@ def test_every_status_is_counted_and_a_silent_cut_answer_is_empty_too() -> None:
             *rows(["answered"] * 4 + ["empty", "filtered", "failed"], answer="?"),
             *rows(["cut", "cut", "cut"], task="cwe", answer="so far"),
             *rows(["cut", "cut"], task="fwe"),
+            *rows(["unended"], task="qa_1"),
         ]
     )
-    assert found == Unanswered(asked=12, empty=1, cut=5, filtered=1, failed=1, silent=2)
-    assert (found.count, found.share) == (8, pytest.approx(2 / 3))
+    assert found == Unanswered(asked=13, empty=1, cut=5, filtered=1, failed=1, silent=2, unended=1)
+    assert (found.count, found.share) == (9, pytest.approx(9 / 13))
     assert found.words("ties") == (
-        "of ties, 8 of 12 answers are lost: 3 empty (2 cut at their limit of new tokens),"
-        " 3 cut at their limit of new tokens, 1 filtered by the server, 1 refused by the server"
+        "of ties, 9 of 13 answers are lost: 3 empty (2 cut at their limit of new tokens), 3 cut at their limit of new"
+        " tokens, 1 cut inside their thought, 1 filtered by the server, 1 refused by the server"
     )
     assert unanswered(rows(["empty"] * 12)).words("ties") == "of ties, 12 of 12 answers are empty"
 
@@ -50,7 +51,7 @@ def test_metrics_of_one_item_are_one_answer_and_broken_logits_are_none() -> None
 
 def test_cells_with_unanswered_questions_are_listed() -> None:
     found = unanswered_cells([*rows(["answered", "answered"]), *rows(["empty", "answered"], task="cwe")])
-    counts = {"asked": 2, "empty": 1, "cut": 0, "filtered": 0, "failed": 0, "silent": 0}
+    counts = {"asked": 2, "empty": 1, "cut": 0, "filtered": 0, "failed": 0, "silent": 0, "unended": 0}
     assert found == [{"benchmark": "ruler", "task": "cwe", "length": 512, **counts}]
 
 

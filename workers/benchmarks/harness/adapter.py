@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput
-from jobs.evaluation_tasks import Status
+from jobs.evaluation_tasks import PLAINLY, Generation, Status
 from workers.benchmarks.harness.asking import Asking, RequestCost, generation_settings, request_arguments
 from workers.benchmarks.harness.loading import check_library, errors_of, first_items, in_folder_of, load_tasks, quiet
 from workers.benchmarks.harness.metrics import Rule, Sample, metric_remarks, metric_rules
-from workers.benchmarks.texts.chat_template import ChatTemplate
+from workers.benchmarks.texts.chat_template import ChatTemplate, Thoughts
 from workers.benchmarks.texts.tokenizer import Tokenizer
-from workers.engines.engine import Engine
+from workers.engines.engine import Engine, Message
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -51,6 +51,9 @@ class SampleScore:
     tokens: int
     seconds: float
     status: Status = "answered"
+    thought: str = ""
+    tokens_thought: int = 0
+    tokens_out: int = 0
 
 
 def sample_scores(
@@ -62,34 +65,47 @@ def sample_scores(
     tokenizer: Path | None = None,
     metadata: Mapping[str, Any] | None = None,
     num_fewshot: int | None = None,
-    chat_template: str | None = None,
+    chat: Mapping[str, Any] | None = None,
+    generation: Generation = PLAINLY,
+    max_new_tokens: int | None = None,
     remark: Callable[[str], None] = lambda text: None,
 ) -> list[SampleScore]:
     """Every item of a task, of a group or of a YAML file of the user's own, scored by lm-evaluation-harness.
 
     `limit` takes the first items, of each length where a task has several. `beginning` is the text of the token that
     stands before a text without context; `tokenizer` the folder of the tokenizer, which tasks that make their own texts
-    are told beside `metadata`. With `chat_template` the prompts are put into it. `remark` gets a line for the user on
-    metrics that are left out or scaled. `BadInput` for a task that does not
-    exist, that samples, whose data are not there or of which no metric can be kept: before the model is asked.
+    are told beside `metadata`. With a `chat_template` in `chat` the prompts are put into it, with its `system` and
+    `arguments`; `thoughts` there are those of generated answers. `generation` says how these are answered, and
+    `max_new_tokens` with how many tokens at the most. `remark` gets a line for the user on metrics that are left out or
+    scaled. `BadInput` for a task that does not exist, that samples, whose data are not there or of which no metric can
+    be kept: before the model is asked.
     """
     check_library()
     with in_folder_of(task), quiet(), ExitStack() as until_then:
         told = {**({"tokenizer": str(tokenizer)} if tokenizer is not None else {}), **(metadata or {})}
         leaves = load_tasks(task, json.dumps(told), num_fewshot)
-        chat = None
-        if chat_template is not None and tokenizer is not None:
-            own = Tokenizer.from_folder(tokenizer)
-            chat = _chat(until_then.enter_context(ChatTemplate(chat_template, own.special_tokens, own.place)))
+        chats: dict[str, _Chat | None] = dict.fromkeys(leaves)
+        if chat is not None and chat.get("chat_template") is not None and tokenizer is not None:
+            chats = _chats(leaves, chat, Tokenizer.from_folder(tokenizer), until_then)
+        for leaf in leaves.values():
+            if generation.end and leaf.OUTPUT_TYPE == "generate_until":
+                leaf.set_config(key="gen_prefix", value=None)  # no beginning of the answer inside the thought
         picked = {name: first_items(leaf, limit) for name, leaf in leaves.items()}
-        rehearsed = {name: _rehearsed(task, leaf, picked[name], chat) for name, leaf in leaves.items()}
+        rehearsed = {name: _rehearsed(task, leaf, picked[name], chats[name]) for name, leaf in leaves.items()}
         rules = {name: metric_rules(leaf, rehearsed[name]) for name, leaf in leaves.items()}
         if not any(not rule.left_out for each in rules.values() for rule in each.values()):
             raise BadInput(f"lm_eval {task}: no metric can be kept ({metric_remarks(rules)}); take another task")
         scores: list[SampleScore] = []
         for name, leaf in leaves.items():
-            model = Asking(engine, beginning, chat=chat is not None)
-            samples = _answered(task, leaf, picked[name], chat, model.ask)
+            in_chat = chats[name]
+            model = Asking(
+                engine,
+                beginning,
+                conversations=None if in_chat is None else in_chat.conversations,
+                generation=generation,
+                max_new_tokens=max_new_tokens,
+            )
+            samples = _answered(task, leaf, picked[name], in_chat, model.ask)
             if model.remark:
                 remark(model.remark)
             over_long = {picked[name][at] for at in model.over_long}
@@ -184,13 +200,41 @@ def _reference(leaf: Task, request: Instance) -> str:
     return str(target)
 
 
-def _chat(template: ChatTemplate) -> Callable[..., str]:
-    """Renders conversations as lm-evaluation-harness asks for them."""
+class _Chat:
+    """Renders conversations as lm-evaluation-harness asks for them, and keeps them by their text."""
 
-    def render(history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        return template.render(history, open_turn=add_generation_prompt)
+    def __init__(self, template: ChatTemplate, system: str) -> None:
+        self._template = template
+        self._system = [{"role": "system", "content": system}] if system else []
+        self.conversations: dict[str, tuple[Message, ...]] = {}
 
-    return render
+    def __call__(self, history: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        if history[0]["role"] != "system":
+            history = [*self._system, *history]
+        text = self._template.render(history, open_turn=add_generation_prompt)
+        self.conversations[text] = tuple(Message(message["role"], message["content"]) for message in history)
+        return text
+
+
+def _chats(
+    leaves: Mapping[str, Task], told: Mapping[str, Any], tokenizer: Tokenizer, until_then: ExitStack
+) -> dict[str, _Chat | None]:
+    """The chat template of each task: a thought is open in front of generated answers alone."""
+
+    def opened(leaf: Task) -> _Chat:
+        thoughts: Thoughts = told.get("thoughts", "closed")
+        if thoughts == "open" and leaf.OUTPUT_TYPE != "generate_until":
+            thoughts = "closed"
+        template = ChatTemplate(
+            told["chat_template"],
+            tokenizer.special_tokens,
+            tokenizer.place,
+            arguments=tuple(sorted(told.get("arguments", {}).items())),
+            thoughts=thoughts,
+        )
+        return _Chat(until_then.enter_context(template), told.get("system", ""))
+
+    return {name: opened(leaf) for name, leaf in leaves.items()}
 
 
 def _scores_of(
@@ -215,6 +259,9 @@ def _scores_of(
                 tokens=cost.tokens,
                 seconds=cost.seconds,
                 status=cost.status,
+                thought=cost.thought,
+                tokens_thought=cost.tokens_thought,
+                tokens_out=cost.tokens_out,
             )
 
 

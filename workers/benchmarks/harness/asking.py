@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.errors import BadInput
-from jobs.evaluation_tasks import Status
-from workers.engines.engine import Engine, Prompt
+from jobs.evaluation_tasks import PLAINLY, Generation, Status
+from workers.benchmarks.generation import thought_of
+from workers.engines.engine import Engine, Message, Prompt
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
@@ -33,16 +34,31 @@ class RequestCost:
     finite: bool = True
     status: Status = "answered"
     """That of a generated answer; of several, the last that is not `answered`."""
+    thought: str = ""
+    """That of the last generated answer."""
+    tokens_thought: int = 0
+    tokens_out: int = 0
 
 
 class Asking:
     """The three questions of lm-evaluation-harness, put to an engine; records the cost of each item."""
 
-    def __init__(self, engine: Engine, beginning: str, *, chat: bool = False) -> None:
-        """With `chat`, contexts come out of a chat template."""
+    def __init__(
+        self,
+        engine: Engine,
+        beginning: str,
+        *,
+        conversations: Mapping[str, tuple[Message, ...]] | None = None,
+        generation: Generation = PLAINLY,
+        max_new_tokens: int | None = None,
+    ) -> None:
+        """In a chat, contexts come out of a chat template, those of `conversations`."""
         self._engine = engine
         self._beginning = beginning
-        self._chat = chat
+        self._chat = conversations is not None
+        self._conversations = conversations or {}
+        self._generation = generation
+        self._max_new_tokens = max_new_tokens
         self.over_long: set[int] = set()
         self.remark = ""
         """The first remark that an answer came with."""
@@ -124,14 +140,27 @@ class Asking:
         for at, request in enumerate(requests):
             context, settings = request_arguments(request)
             stops, new_tokens = generation_settings(request, settings)
-            tokens = len(self._context(context)) + new_tokens
-            if not self._too_long(request, tokens, self._engine.max_length):
-                asked.append((at, Prompt("", context, new_tokens, tuple(stops), self._chat)))
+            prompt = Prompt(
+                "",
+                context,
+                self._max_new_tokens or new_tokens,
+                tuple(stops),
+                self._chat,
+                messages=self._conversations.get(context, ()),
+                template=self._generation.template,
+                thinking=thought_of(self._generation),
+            )
+            if not self._too_long(request, len(self._context(context)) + prompt.longest, self._engine.max_length):
+                asked.append((at, prompt))
         for (at, _), answer in zip(asked, self._engine.generate([prompt for _, prompt in asked]), strict=True):
             answers[at] = answer.text
             self._charge(requests[at], answer.tokens_in + answer.tokens_out, answer.seconds, finite=answer.finite)
+            cost = self.costs[_item(requests[at])]
+            cost.thought = answer.thought
+            cost.tokens_thought += answer.tokens_thought
+            cost.tokens_out += answer.tokens_out
             if answer.status != "answered":
-                self.costs[_item(requests[at])].status = answer.status
+                cost.status = answer.status
             self.remark = self.remark or answer.remark
         return answers
 

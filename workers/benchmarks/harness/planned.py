@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.evaluate import LmEvalSpec
+from jobs.evaluate import LmEvalSpec, ThinkingSpec
+from jobs.evaluation_tasks import Generation
 from jobs.merge_tasks import digest
 from jobs.sealing import sealed, unsealed
 from workers.benchmarks.answering import Block, ItemScore
+from workers.benchmarks.generation import earlier, generation_of
 from workers.benchmarks.harness.adapter import sample_scores
 from workers.benchmarks.harness.files import files_of
 from workers.benchmarks.harness.task_names import trouble_with
-from workers.benchmarks.planned import PlannedSet, Reader, framed
-from workers.benchmarks.texts.chat_template import CLOSING
+from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Engine
 
@@ -32,7 +33,7 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
     except PackageNotFoundError:
         raise BadInput(f"{spec.place}: lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'") from None
 
-    tokenizer, frame = framed(tokenizer, chat=spec.chat, place=spec.place)
+    tokenizer, generation = generation_of(spec, tokenizer)
 
     def planned(task: str) -> PlannedSet:
         told: dict[str, Any] = {"task": task, "limit": spec.limit, "lm_eval": release, "num_fewshot": spec.num_fewshot}
@@ -42,13 +43,19 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
             told |= {"chat_template": tokenizer.chat_template}
         if tokenizer.rule:
             told |= {"special_tokens": tokenizer.rule}
-        if frame[1].endswith(CLOSING):
-            told |= {"thoughts": "closed"}
+        if generation.system:
+            told |= {"system": generation.system}
+        if generation.template:
+            told |= {"arguments": dict(generation.template)}
+        if spec.max_new_tokens is not None:
+            told |= {"max_new_tokens": spec.max_new_tokens}
         if task.endswith(YAML):
             content = reader.read(task, spec.place)
             told |= {"task": reader.path(task), "content": hashlib.sha256(content).hexdigest()}
             told |= {"beside": files_of(Path(reader.path(task)))}
         name = Path(task).stem if "content" in told else task
+        before = told | _thoughts(earlier(tokenizer, generation), None)
+        told |= _thoughts(generation, spec.thinking) | generation.digested
         told_as_bytes = sealed(told)
 
         def check() -> None:
@@ -66,6 +73,8 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
             place=spec.place,
             suffix="json",
             check=check,
+            superseded=(digest(before),) if generation.found else (),
+            generation=generation,
         )
 
     sets = [planned(task) for task in spec.tasks]
@@ -73,6 +82,13 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise BadInput(f"{spec.place}: two tasks are called {doubled}; give one of the files another name")
     return sets
+
+
+def _thoughts(generation: Generation, thinking: ThinkingSpec | bool | None) -> dict[str, str]:
+    """The `Thoughts` of the chat template, where they are not the default."""
+    if generation.end or thinking is False:
+        return {"thoughts": "open" if generation.end else "empty"}
+    return {"thoughts": "closed"} if generation.frame[1].endswith("</think>\n\n") else {}
 
 
 def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
@@ -87,7 +103,9 @@ def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
         tokenizer=block.tokenizer,
         metadata=told.get("metadata"),
         num_fewshot=told.get("num_fewshot"),
-        chat_template=told.get("chat_template"),
+        chat=told,
+        generation=block.generation,
+        max_new_tokens=told.get("max_new_tokens"),
         remark=block.remark,
     ):
         place = f"{score.metric.partition(':')[0]}-{score.item}"
@@ -103,6 +121,9 @@ def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
             tokens=score.tokens,
             seconds=score.seconds,
             status=score.status,
+            thought=score.thought,
+            tokens_thought=score.tokens_thought,
+            tokens_out=score.tokens_out,
         )
 
 

@@ -63,8 +63,10 @@ def cwe_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
     draw = Draw(*identity, "example")
     example_order = draw.sample(_all_words(), size)
     example = CWE_QUESTION.format(context=numbered(word_list(example_order, size, often, seldom, draw)))
-    answered = asked.frame[1] + CWE_ANSWER_PREFIX + " " + numbered(example_order[:COMMON])
-    head = asked.frame[0] + example + answered + asked.next_turn
+    to_answer, to_question = asked.turns
+    answered = to_answer + CWE_ANSWER_PREFIX + " " + numbered(example_order[:COMMON])
+    head = asked.frame[0] + example + answered + to_question
+    begun = asked.beginning(CWE_ANSWER_PREFIX)
 
     often, seldom = (6, 1) if length < 4096 else (30, 3)
     order = word_order(Draw(*identity, "words"), COMMON + length // seldom)
@@ -85,8 +87,8 @@ def cwe_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
         total = np.concatenate([[0], np.cumsum(tokens)]).astype(np.int64) * seldom
         return total + numbers[entries] - numbers[first]
 
-    units, tokens = fill(tokenizer, asked, lambda units: text(units) + CWE_ANSWER_PREFIX, forecast)
-    return asked.item(index, text(units), CWE_ANSWER_PREFIX, answers=order[:COMMON], tokens=tokens)
+    units, tokens = fill(tokenizer, asked, lambda units: text(units) + begun, forecast)
+    return asked.item(index, text(units), begun, answers=order[:COMMON], tokens=tokens)
 
 
 @lru_cache(maxsize=1)
@@ -132,8 +134,9 @@ def fwe_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
     def forecast(budget: int) -> NDArray[np.int64]:
         return _coded_tokens(tokenizer, vocabulary, budget)
 
-    units, tokens = fill(tokenizer, asked, lambda units: text(units) + FWE_ANSWER_PREFIX, forecast)
-    return asked.item(index, text(units), FWE_ANSWER_PREFIX, answers=vocabulary[1:4], tokens=tokens)
+    begun = asked.beginning(FWE_ANSWER_PREFIX)
+    units, tokens = fill(tokenizer, asked, lambda units: text(units) + begun, forecast)
+    return asked.item(index, text(units), begun, answers=vocabulary[1:4], tokens=tokens)
 
 
 def untied(count: int, vocabulary: int) -> int:

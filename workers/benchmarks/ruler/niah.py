@@ -165,7 +165,8 @@ def pose(
     """
     queries = [[needles.keys[key] for key in question] for question in needles.questions]
     endings = [
-        (question + asked.frame[1], prefix) for _, question, prefix in (phrases(task, query) for query in queries)
+        (question + asked.frame[1], asked.beginning(prefix))
+        for _, question, prefix in (phrases(task, query) for query in queries)
     ]
     head = asked.frame[0] + phrases(task, queries[0])[0]
     tails = ["".join(ending) for ending in endings]

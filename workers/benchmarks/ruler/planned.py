@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
 from jobs.evaluate import RulerSpec
 from jobs.yaml_nodes import quoted, suggestion
+from workers.benchmarks.generation import earlier, generation_of
 from workers.benchmarks.items import Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, framed, next_turn_of, probe
+from workers.benchmarks.planned import PlannedSet, Reader, probe
 from workers.benchmarks.ruler.documents import Library, read_hotpotqa, read_squad
 from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, QA, TASKS, generator, ruler_items, ruler_spec
 from workers.benchmarks.texts.haystacks import Essay, bundled_essay
@@ -31,16 +33,19 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
     documents = {task: READERS[task](reader.read(path, spec.place)) for task, path in spec.documents.items()}
     essay = Essay(reader.prose(spec.haystack, spec.place), place=spec.place) if spec.haystack else bundled_essay()
     tasks = spec.tasks or default_tasks(documents)
-    tokenizer, frame = framed(tokenizer, chat=spec.chat, place=spec.place)
-    next_turn = next_turn_of(tokenizer, place=spec.place) if spec.chat and "cwe" in tasks else None
+    tokenizer, generation = generation_of(spec, tokenizer, worked_example="cwe" in tasks)
     made = max(spec.items, least)
 
     def planned(task: str, length: int) -> PlannedSet:
         share = spec.questions if task in NIAH else 1
-        asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents, "frame": frame}
+        new_tokens = spec.max_new_tokens or MAX_NEW_TOKENS[task]
+        asked: dict[str, Any] = {"questions": share, "essay": essay, "documents": documents}
+        asked |= {"max_new_tokens": new_tokens, "frame": generation.frame}
+        asked |= {"turns": generation.turns if spec.chat else None}
+        asked |= {"begins": spec.answer_prefix and not generation.end}
 
         def items(length: int, wanted: range) -> list[Item]:
-            return ruler_items(tokenizer, task, length, indices=wanted, seed=seed, next_turn=next_turn, **asked)
+            return ruler_items(tokenizer, task, length, indices=wanted, seed=seed, **asked)
 
         def check() -> None:
             if task in documents:
@@ -51,9 +56,16 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
             return write_items(items(length, wanted))
 
         common: dict[str, Any] = {"tokenizer": tokenizer.digest, "length": length, "seed": seed}
-        version = generator(task, length, questions=share, chat=spec.chat)
-        address = items_digest(ruler_spec(task, **asked, next_turn=next_turn), **common, generator=version)
-        before = items_digest(ruler_spec(task, **asked), **common)
+        version = generator(task, length, questions=share, chat=bool(spec.chat))
+        address = items_digest(ruler_spec(task, **asked) | generation.digested, **common, generator=version)
+        before: dict[str, Any] = asked | {"turns": None}  # version 2
+        found = [items_digest(ruler_spec(task, **before), **common)]
+        if generation.found:
+            closed = earlier(tokenizer, generation)
+            before |= {"frame": closed.frame, "begins": spec.answer_prefix}
+            found.append(items_digest(ruler_spec(task, **before), **common))
+            before |= {"turns": closed.turns}
+            found.append(items_digest(ruler_spec(task, **before), **common, generator=version))
         return PlannedSet(
             benchmark="ruler",
             task=task,
@@ -67,7 +79,9 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
             questions=share,
             grows=True,
             check=check,
-            superseded="" if before == address else before,
+            superseded=tuple(digest for digest in found if digest != address),
+            generation=generation if task == "cwe" else replace(generation, turns=("", "")),
+            new_tokens=new_tokens,
         )
 
     return [planned(task, length) for task in tasks for length in spec.lengths]

@@ -30,7 +30,7 @@ def qa_item(tokenizer: Tokenizer, asked: Asked, library: Library | None, index: 
     identity = ("qa", asked.task, asked.seed, index)
     posed = library.posed if library else invented
     question, documents = posed(index, Draw(*identity, "documents"))
-    gold = len(question.gold)
+    gold, begun = len(question.gold), asked.beginning(ANSWER_PREFIX)
     ending = AFTER.format(query=question.query) + asked.frame[1]
     ranks: list[float] = []
     draw = Draw(*identity, "order")
@@ -54,13 +54,13 @@ def qa_item(tokenizer: Tokenizer, asked: Asked, library: Library | None, index: 
     units, tokens = fill(
         tokenizer,
         asked,
-        lambda units: text(units) + ANSWER_PREFIX,
+        lambda units: text(units) + begun,
         lambda budget: running_total(tokenizer, numbered, budget),
     )
     return asked.item(
         index,
         text(units),
-        ANSWER_PREFIX,
+        begun,
         answers=question.answers,
         tokens=tokens,
         depths=depths_of(context(units), documents(0, gold)),

@@ -8,7 +8,7 @@ README.md lists the differences from the reference.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jobs.errors import BadInput
@@ -58,21 +58,24 @@ def ruler_items(
     documents: Mapping[str, Library] | None = None,
     max_new_tokens: int | None = None,
     frame: tuple[str, str] = ("", ""),
-    next_turn: str | None = None,
+    turns: tuple[str, str] | None = None,
+    begins: bool = True,
 ) -> list[Item]:
     """The items with these indices; an item depends on its own index alone, so that more can be had later.
 
     `questions` is how many niah items share one haystack: items 0 … m−1, m … 2m−1 and so on; other tasks have one.
     `essay` replaces the bundled text, `documents` gives `qa_1` and `qa_2` theirs, `max_new_tokens` replaces RULER's
-    own. `frame` is `Tokenizer.chat_frame()` where the model is to be asked as in a chat, and `next_turn` goes between
-    the turns of `cwe`; without it, as in the reference, a newline and the frame's beginning.
+    own. `frame` is `Tokenizer.chat_frame()` where the model is to be asked as in a chat, and `turns` go around the
+    answer in the example of `cwe`; without them, as in the reference, the frame's end, a newline and the frame's
+    beginning. A prompt that does not begin the answer (`begins`) has no answer prefix.
     `BadInput` names the smallest length at which all of these items fit, if they do not fit in this one.
     """
     if task not in MAX_NEW_TOKENS:
         raise BadInput(f"ruler: unknown task {task!r}; there are {', '.join(MAX_NEW_TOKENS)}")
     wanted = list(indices)
     most_new = MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens
-    asked = Asked("ruler", task, length, seed, most_new, frame, "\n" + frame[0] if next_turn is None else next_turn)
+    turns = (frame[1], "\n" + frame[0]) if turns is None else turns
+    asked = Asked("ruler", task, length, seed, most_new, frame, turns, begins)
 
     def build(group: int) -> list[Item]:
         if task in NIAH:
@@ -94,7 +97,8 @@ def ruler_spec(
     documents: Mapping[str, Library] | None = None,
     max_new_tokens: int | None = None,
     frame: tuple[str, str] = ("", ""),
-    next_turn: str | None = None,
+    turns: tuple[str, str] | None = None,
+    begins: bool = True,
 ) -> dict[str, Any]:
     """All that items depend on besides tokenizer, length and seed: the `spec` of `items_digest`."""
     library = library_for(task, documents) if task in QA else None
@@ -106,8 +110,14 @@ def ruler_spec(
         "documents": library.digest if library else None,
         "words": words_digest(),
         "max_new_tokens": MAX_NEW_TOKENS[task] if max_new_tokens is None else max_new_tokens,
-        "frame": [*frame, *([next_turn] if task == "cwe" and next_turn is not None else [])],
+        "frame": [*frame, *(_turns(frame, turns) if task == "cwe" and turns is not None else [])],
+        **({} if begins else {"answer_prefix": False}),
     }
+
+
+def _turns(frame: tuple[str, str], turns: tuple[str, str]) -> Sequence[str]:
+    """The texts around the answer of an example, without the first where it is the end of the frame."""
+    return turns[1:] if turns[0] == frame[1] else turns
 
 
 def generator(task: str, length: int, *, questions: int, chat: bool) -> int:

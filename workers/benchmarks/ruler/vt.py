@@ -83,9 +83,10 @@ def vt_item(tokenizer: Tokenizer, asked: Asked, index: int) -> Item:
 
     def text(units: int) -> str:
         question, prefix = ask(context(units), value)
-        return head + question + asked.frame[1] + prefix
+        return head + question + asked.frame[1] + asked.beginning(prefix)
 
     units, tokens = fill(tokenizer, asked, text, lambda budget: noise.forecast(tokenizer, budget))
     question, prefix = ask(context(units), value)
     depths = depths_of(context(units), chain)
-    return asked.item(index, head + question + asked.frame[1], prefix, answers=names, tokens=tokens, depths=depths)
+    prompt, begun = head + question + asked.frame[1], asked.beginning(prefix)
+    return asked.item(index, prompt, begun, answers=names, tokens=tokens, depths=depths)

@@ -1,7 +1,7 @@
 """A chat template around a user's message, rendered as in transformers, except for the date.
 
-A generation prompt that opens a block of thoughts gets it closed: benchmarks give an answer fewer tokens than thoughts
-take, and RULER begins the answer itself.
+Where nothing is to be thought, a generation prompt that opens a thought gets it closed: benchmarks give an answer fewer
+tokens than a thought takes, and RULER begins the answer itself.
 """
 
 from __future__ import annotations
@@ -14,16 +14,29 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from jobs.errors import BadInput
 from jobs.foreign_json import is_text
+from jobs.specs import Scalar
 from workers.benchmarks.texts import rendering
 
 RENDER_SECONDS = 10.0
 REMEDY = "ask it plainly, with `chat: false`"
-OPEN_THOUGHTS = re.compile(r"<think>\s*\Z")
-CLOSING = "\n\n</think>\n\n"
+THOUGHT_ENDS = ("</think>", "[/THINK]", "</seed:think>")
+"""The texts that end a thought, those of Qwen and DeepSeek first; without its stroke, each begins one."""
+
+SWITCHES = ("enable_thinking", "thinking")
+"""The arguments by which chat templates let a model think: Qwen's, then DeepSeek's and Granite's."""
+
+Arguments = tuple[tuple[str, Scalar], ...]
+
+Thoughts = Literal["closed", "empty", "open"]
+"""The thought in front of an answer.
+
+`closed` where the template opens it. `empty`: also written, without text, where the template only mentions one. `open`:
+the model writes it.
+"""
 
 _MESSAGE = "\x00message\x00"
 _ANSWER = "\x00answer\x00"
@@ -32,11 +45,25 @@ _ANSWER = "\x00answer\x00"
 class ChatTemplate:
     """A chat template in a process of its own, which is killed when a conversation takes `RENDER_SECONDS`.
 
-    `place` names the template in errors.
+    `place` names the template in errors. `system` is a message in front of all conversations that have none, if it has
+    a text; `arguments` go to the template.
     """
 
-    def __init__(self, template: str, special_tokens: Mapping[str, str], place: str) -> None:
+    def __init__(
+        self,
+        template: str,
+        special_tokens: Mapping[str, str],
+        place: str,
+        *,
+        system: str = "",
+        arguments: Arguments = (),
+        thoughts: Thoughts = "closed",
+    ) -> None:
         self._place = place
+        self._system = system
+        self._arguments = arguments
+        self._thoughts = thoughts
+        self._end = thought_end(template)
         self._begin = json.dumps({"template": template, "special_tokens": dict(special_tokens)})
         self._process: subprocess.Popen[str] | None = None
 
@@ -52,7 +79,7 @@ class ChatTemplate:
         `BadInput` for a template that does not render in time.
         """
         if open_turn:
-            return _closed(self._rendered(messages, add_generation_prompt=True))
+            return self._finished(self._rendered(messages, add_generation_prompt=True))
         *earlier, last = messages
         shown = [*earlier, {**last, "content": _MESSAGE}]
         before, _ = self._around(self._rendered(shown, add_generation_prompt=False), "last")
@@ -65,21 +92,33 @@ class ChatTemplate:
         """
         text = self._rendered([{"role": "user", "content": _MESSAGE}], add_generation_prompt=True)
         before, after = self._around(text, "user's")
-        return before, _closed(after)
+        return before, self._finished(after)
 
-    def next_turn(self) -> str:
-        """The text between an answer of the assistant and the next message of the user.
+    def turns(self) -> tuple[str, str]:
+        """The text between a message of the user and the assistant's answer, and the text from there to the next one.
 
         `BadInput` for a template that does not render in time, or does not show a conversation as it is.
         """
         roles = (("user", _MESSAGE), ("assistant", _ANSWER), ("user", _MESSAGE))
         conversation = [{"role": role, "content": content} for role, content in roles]
         text = self._rendered(conversation, add_generation_prompt=True)
-        between, found, after = text.partition(_ANSWER)[2].partition(_MESSAGE)
+        asked, _, answered = text.partition(_ANSWER)
+        between, found, after = answered.partition(_MESSAGE)
         if not found or _MESSAGE in after or _ANSWER in after:
             shows = "shows a message twice" if found else "does not show a second message"
             raise BadInput(f"{self._place}: the chat template {shows}; leave out cwe, or {REMEDY}")
-        return between
+        return asked.partition(_MESSAGE)[2], between
+
+    def _finished(self, text: str) -> str:
+        """The generation prompt, with the thought that it is to have."""
+        if self._thoughts == "open" or not self._end:
+            return text
+        shown = text.rstrip()
+        if shown.endswith(opening(self._end)):
+            return f"{shown}\n\n{self._end}\n\n"
+        if self._thoughts == "empty" and not shown.endswith(self._end):
+            return f"{text}{opening(self._end)}\n\n{self._end}\n\n"
+        return text
 
     def close(self) -> None:
         """Ends the process."""
@@ -96,7 +135,14 @@ class ChatTemplate:
         return before, rest[0]
 
     def _rendered(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        conversation = {"messages": [*messages], "add_generation_prompt": add_generation_prompt}
+        system = [{"role": "system", "content": self._system}] if self._system else []
+        if system and messages[0]["role"] == "system":
+            system = []
+        conversation = {
+            **dict(self._arguments),
+            "messages": [*system, *messages],
+            "add_generation_prompt": add_generation_prompt,
+        }
         match self._reply(json.dumps(conversation)):
             case {"text": str(text)} if is_text(text):
                 return text
@@ -137,25 +183,35 @@ class ChatTemplate:
             timer.cancel()
 
 
-def next_turn(template: str, special_tokens: Mapping[str, str], place: str) -> str:
-    """`ChatTemplate.next_turn` of one template."""
-    with ChatTemplate(template, special_tokens, place) as chat:
-        return chat.next_turn()
-
-
-def chat_frame(template: str, special_tokens: Mapping[str, str], place: str) -> tuple[str, str]:
-    """`ChatTemplate.frame` of one template; a frame is rendered once."""
-    return _frame(template, tuple(sorted(special_tokens.items())), place)
-
-
 @lru_cache(64)
-def _frame(template: str, special_tokens: tuple[tuple[str, str], ...], place: str) -> tuple[str, str]:
-    with ChatTemplate(template, dict(special_tokens), place) as chat:
+def frame_of(
+    template: str,
+    special_tokens: tuple[tuple[str, str], ...],
+    place: str,
+    system: str,
+    arguments: Arguments,
+    thoughts: Thoughts,
+) -> tuple[str, str]:
+    """`ChatTemplate.frame`; a frame is rendered once."""
+    with ChatTemplate(
+        template, dict(special_tokens), place, system=system, arguments=arguments, thoughts=thoughts
+    ) as chat:
         return chat.frame()
 
 
-def _closed(text: str) -> str:
-    return text.rstrip() + CLOSING if OPEN_THOUGHTS.search(text) else text
+def thought_end(template: str) -> str:
+    """The text that ends a thought in this template; empty if it mentions none."""
+    return next((end for end in THOUGHT_ENDS if end in template or opening(end) in template), "")
+
+
+def opening(end: str) -> str:
+    """The text that begins a thought, by the one that ends it."""
+    return end.replace("/", "", 1)
+
+
+def switches(template: str) -> tuple[str, ...]:
+    """Those of `SWITCHES` that the template takes."""
+    return tuple(name for name in SWITCHES if re.search(rf"\b{name}\b", template))
 
 
 def _line(text: str) -> str:

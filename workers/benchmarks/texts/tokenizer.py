@@ -9,7 +9,7 @@ import copy
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from jobs.foreign_json import load_json
 from workers.benchmarks.texts.pieces import SHORTEST, Pieces
 from workers.checkpoints.chat_templates import default_template
 from workers.special_tokens import prompt_ids, tokens_in_front
+
+if TYPE_CHECKING:
+    from workers.benchmarks.texts.chat_template import Arguments, Thoughts
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -148,26 +151,31 @@ class Tokenizer:
         offsets = self._tokenizer.encode(text, add_special_tokens=False).offsets
         return np.asarray(offsets, dtype=np.int64).reshape(-1, 2)[:, 1]
 
-    def chat_frame(self) -> tuple[str, str]:
+    def chat_frame(
+        self, *, system: str = "", arguments: Arguments = (), thoughts: Thoughts = "closed"
+    ) -> tuple[str, str]:
         """The text that the chat template puts before and after a user's message, with the assistant's turn opened.
 
         It has its special tokens written out, so that the whole is a text for `as_bare`. `BadInput` if there is no
         template.
         """
-        from workers.benchmarks.texts.chat_template import chat_frame
+        from workers.benchmarks.texts.chat_template import frame_of
 
-        return chat_frame(self._template(), self.special_tokens, self.place)
+        tokens = tuple(sorted(self.special_tokens.items()))
+        return frame_of(self.template(), tokens, self.place, system, arguments, thoughts)
 
-    def next_turn(self) -> str:
-        """The text that the chat template puts between the assistant's answer and the user's next message.
+    def turns(self, *, system: str = "", arguments: Arguments = ()) -> tuple[str, str]:
+        """The texts that the chat template puts around an answer of the assistant, between two messages of the user.
 
         `BadInput` if there is no template.
         """
-        from workers.benchmarks.texts.chat_template import next_turn
+        from workers.benchmarks.texts.chat_template import ChatTemplate
 
-        return next_turn(self._template(), self.special_tokens, self.place)
+        with ChatTemplate(self.template(), self.special_tokens, self.place, system=system, arguments=arguments) as chat:
+            return chat.turns()
 
-    def _template(self) -> str:
+    def template(self) -> str:
+        """The chat template; `BadInput` if there is none."""
         if self.chat_template is None:
             raise BadInput(f"{self.place}: the checkpoint has no chat template; ask it plainly, with `chat: false`")
         return self.chat_template

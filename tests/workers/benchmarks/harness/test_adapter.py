@@ -301,7 +301,9 @@ def test_examples_and_the_chat_template_stand_in_the_prompt_as_with_the_harness_
     generate = engine.generate
     monkeypatch.setattr(engine, "generate", lambda prompts: asked.extend(p.whole for p in prompts) or generate(prompts))
     template = (parents / "long" / "chat_template.jinja").read_text()
-    sample_scores(engine, path, None, beginning=END, tokenizer=parents / "long", num_fewshot=2, chat_template=template)
+    sample_scores(
+        engine, path, None, beginning=END, tokenizer=parents / "long", num_fewshot=2, chat={"chat_template": template}
+    )
     theirs = peer(parents / "long", path, monkeypatch, num_fewshot=2, apply_chat_template=True)["samples"]
     assert asked == [theirs[at]["arguments"][0][0] for at in range(6)]
     assert all(prompt.count("special magic number is hidden") == 3 for prompt in asked)

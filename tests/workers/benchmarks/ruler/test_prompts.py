@@ -240,10 +240,10 @@ def test_common_words_after_one_worked_example(
 
 def test_the_worked_example_of_common_words_is_a_turn_of_its_own(tokenizer: Tokenizer) -> None:
     [plain] = ruler_items(tokenizer, "cwe", 2048, indices=[0], seed=3)
-    frame, turn = tokenizer.chat_frame(), tokenizer.next_turn()
+    frame, turns = tokenizer.chat_frame(), tokenizer.turns()
     assert frame == ("<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n")
-    assert turn == "<|im_end|>\n<|im_start|>user\n"
-    [chat] = ruler_items(tokenizer, "cwe", 2048, indices=[0], seed=3, frame=frame, next_turn=turn)
+    assert turns == (frame[1], "<|im_end|>\n<|im_start|>user\n")
+    [chat] = ruler_items(tokenizer, "cwe", 2048, indices=[0], seed=3, frame=frame, turns=turns)
     [theirs] = ruler_items(tokenizer, "cwe", 2048, indices=[0], seed=3, frame=("<U>", "<A>"))
     question = r"(Below [\s\S]+ most common words in the above list\?)"
     answer = r"( Answer: The top 10 words that appear most often in the list are:)"
@@ -252,7 +252,7 @@ def test_the_worked_example_of_common_words_is_a_turn_of_its_own(tokenizer: Toke
     assert parts is not None
     start, end = re.escape(frame[0]), re.escape(frame[1])
     in_chat = re.fullmatch(
-        f"{start}{question}{end}{answer}{solution}{re.escape(turn)}{question}{end}{answer}", chat.text
+        f"{start}{question}{end}{answer}{solution}{re.escape(turns[1])}{question}{end}{answer}", chat.text
     )
     assert in_chat is not None and in_chat.groups()[:3] == parts.groups()[:3]
     # RULER formats its example with the template of the model, and puts a newline before the question

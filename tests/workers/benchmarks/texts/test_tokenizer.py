@@ -40,8 +40,8 @@ def test_the_next_turn_is_what_transformers_puts_after_an_answer(tokenizer: Toke
     whole = reference.apply_chat_template(
         [{"role": role, "content": content} for role, content in contents], tokenize=False, add_generation_prompt=True
     )
-    before, after = tokenizer.chat_frame()
-    assert before + TEXT + after + "4815162." + tokenizer.next_turn() + "And now?" + after == whole
+    (before, after), (to_answer, to_next) = tokenizer.chat_frame(), tokenizer.turns()
+    assert before + TEXT + to_answer + "4815162." + to_next + "And now?" + after == whole
 
 
 def test_a_template_of_a_single_message_has_no_next_turn(parents: Path) -> None:
@@ -50,7 +50,7 @@ def test_a_template_of_a_single_message_has_no_next_turn(parents: Path) -> None:
     assert single.chat_frame() == ("[", "]")
     told = "here/tokenizer.json: the chat template does not show a second message; leave out cwe, or ask it plainly"
     with pytest.raises(BadInput, match=f"^{told}"):
-        single.next_turn()
+        single.turns()
 
 
 def test_a_template_that_shows_the_last_of_three_messages_twice_has_no_next_turn() -> None:
@@ -60,7 +60,7 @@ def test_a_template_that_shows_the_last_of_three_messages_twice_has_no_next_turn
     with ChatTemplate(template, {}, "here") as chat:
         assert chat.frame() == ("", "|")
         with pytest.raises(BadInput, match="here: the chat template shows a message twice; leave out cwe, or ask it"):
-            chat.next_turn()
+            chat.turns()
 
 
 SPECIAL = [("<s>", 0), ("</s>", 1)]

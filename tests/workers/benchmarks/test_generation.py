@@ -1,0 +1,137 @@
+"""The settings of answers: a thought as the job or the chat template says, and the prompts that follow from it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import BadInput
+from jobs.evaluate import NeedleSpec, ThinkingSpec
+from jobs.evaluation_tasks import PLAINLY, Generation
+from workers.benchmarks.generation import earlier, generation_of, messages_of
+from workers.benchmarks.texts.tokenizer import Tokenizer
+from workers.engines.engine import Message
+
+TURN = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>"
+R1 = TURN + "<think>\n{% endif %}"
+MENTIONS = "{# drops what precedes </think> in earlier turns #}" + TURN + "{% endif %}"
+SWITCHED = (
+    TURN
+    + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}"
+)
+OFF_AT_FIRST = TURN + "{% if not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
+MAGISTRAL = "{# [THINK] and [/THINK] #}" + TURN + "{% endif %}"
+PLAIN = TURN + "{% endif %}"
+
+
+def spec(**more: Any) -> NeedleSpec:
+    return NeedleSpec(lengths=(256,), place="job.yaml:7", **({"chat": True} | more))
+
+
+@pytest.fixture(scope="module")
+def tokenizer_json(parents: Path) -> bytes:
+    return (parents / "base" / "tokenizer.json").read_bytes()
+
+
+def settings(tokenizer_json: bytes, template: str, **more: Any) -> Generation:
+    files = {"tokenizer.json": tokenizer_json}
+    return generation_of(spec(**more), Tokenizer.from_files(files, place="here", chat_template=template))[1]
+
+
+EMPTY = "<assistant><think>\n\n</think>\n\n"
+ON = ThinkingSpec()
+
+
+@pytest.mark.parametrize(
+    ("template", "more", "end", "opened", "after"),
+    [
+        (R1, {}, "</think>", True, "<assistant><think>\n"),
+        (R1, {"thinking": ON}, "</think>", True, "<assistant><think>\n"),
+        (R1, {"thinking": False}, "", False, EMPTY),
+        (MENTIONS, {}, "</think>", False, "<assistant>"),
+        (MENTIONS, {"thinking": False}, "", False, EMPTY),
+        (SWITCHED, {}, "</think>", False, "<assistant>"),
+        (SWITCHED, {"thinking": False}, "", False, EMPTY),
+        (SWITCHED, {"chat": {"enable_thinking": False}}, "", False, EMPTY),
+        (OFF_AT_FIRST, {}, "", False, EMPTY),
+        (OFF_AT_FIRST, {"thinking": ON}, "</think>", True, "<assistant><think>\n"),
+        (MAGISTRAL, {}, "[/THINK]", False, "<assistant>"),
+        (PLAIN, {}, "", False, "<assistant>"),
+        (PLAIN, {"thinking": ON}, "</think>", False, "<assistant>"),
+        (PLAIN, {"thinking": ThinkingSpec(end="</reason>")}, "</reason>", False, "<assistant>"),
+        (PLAIN, {"thinking": False}, "", False, "<assistant>"),
+    ],
+)
+def test_the_template_shows_the_thought_and_the_job_may_say_otherwise(
+    tokenizer_json: bytes, template: str, more: dict[str, Any], end: str, opened: bool, after: str
+) -> None:
+    found = settings(tokenizer_json, template, **more)
+    assert (found.end, found.opened, found.frame) == (end, opened, ("<user>", after))
+    assert found.budget == (4096 if end else 0)
+    assert found.found == (bool(end) and "thinking" not in more)
+
+
+def test_a_template_that_closes_the_thought_of_a_job_is_refused(tokenizer_json: bytes) -> None:
+    never = PLAIN.replace("<assistant>", "<assistant><think></think>")
+    refused = r"^job.yaml:7: the chat template ends the thought before the answer; give the argument that lets it think"
+    with pytest.raises(BadInput, match=refused):
+        settings(tokenizer_json, never, thinking=ON)
+    switched = {"thinking": ThinkingSpec(template={"enable_thinking": True}), "chat": {"enable_thinking": False}}
+    assert settings(tokenizer_json, OFF_AT_FIRST, **switched).end, "the remedy"
+    assert not settings(tokenizer_json, never, thinking=False).end, "the other remedy"
+
+
+def test_plain_texts_think_where_the_job_says_so(tokenizer_json: bytes) -> None:
+    assert settings(tokenizer_json, R1, chat=False) == PLAINLY
+    thinks = settings(tokenizer_json, R1, chat=False, thinking=ThinkingSpec(budget=64))
+    assert thinks == Generation(end="</think>", budget=64)
+
+
+def test_the_system_speaks_first(tokenizer_json: bytes) -> None:
+    found = settings(tokenizer_json, PLAIN, system="Think first.")
+    assert found.frame == ("<system>Think first.<user>", "<assistant>")
+    assert messages_of("<system>Think first.<user>Where?<assistant>", " It is", found) == (
+        Message("system", "Think first."),
+        Message("user", "Where?"),
+        Message("assistant", " It is"),
+    )
+
+
+def test_messages_are_those_of_the_text_with_a_worked_example(tokenizer_json: bytes) -> None:
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant><think>\n"
+    files = {"tokenizer.json": tokenizer_json}
+    tokenizer = Tokenizer.from_files(files, place="here", chat_template=template)
+    _, found = generation_of(spec(), tokenizer, worked_example=True)
+    assert found.turns == ("</s><assistant>", "</s><user>"), "no thought is opened in front of an earlier answer"
+    text = "<user>How many?</s><assistant> 1. one</s><user>And now?</s><assistant><think>"
+    assert messages_of(text, "", found) == (
+        Message("user", "How many?"),
+        Message("assistant", " 1. one"),
+        Message("user", "And now?"),
+    )
+
+
+def test_earlier_versions_closed_a_thought_that_only_the_template_shows(tokenizer_json: bytes) -> None:
+    tokenizer = Tokenizer.from_files({"tokenizer.json": tokenizer_json}, place="here", chat_template=R1)
+    assert earlier(tokenizer, generation_of(spec(), tokenizer)[1]).frame == ("<user>", EMPTY)
+    asked = generation_of(spec(thinking=ON), tokenizer)[1]
+    assert earlier(tokenizer, asked) == asked
+
+
+def test_prompts_equal_those_of_transformers(tokenizer_json: bytes, parents: Path, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    reference = AutoTokenizer.from_pretrained(parents / "base")
+    reference.chat_template = SWITCHED
+    for thinking in (True, False):
+        before, after = settings(tokenizer_json, SWITCHED, thinking=ON if thinking else False).frame
+        theirs = reference.apply_chat_template(
+            [{"role": "user", "content": "a"}],
+            tokenize=False,
+            add_generation_prompt=True,
+            enable_thinking=thinking,
+        )
+        assert before + "a" + after == theirs, json.dumps(thinking)
