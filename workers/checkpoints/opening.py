@@ -26,7 +26,7 @@ from workers.checkpoints.safetensors import (
     read_header,
     read_json,
 )
-from workers.checkpoints.scales import dequantised, is_fp8, unquantised
+from workers.checkpoints.scales import dequantised, is_fp8, of_modelopt, unquantised
 from workers.checkpoints.side_files import side_files
 from workers.checkpoints.torch_files import read_torch_file
 from workers.storage import ObjectInfo, Store, open_store
@@ -36,7 +36,8 @@ LARGEST_INDEX = 25_000_000
 """Twice the bytes that 139,000 tensors need, as in a model of a trillion parameters in FP8."""
 
 LARGEST_CONFIG = 2_000_000
-QUANTISED_FILES = ("quantize_config.json", "quant_config.json", "hf_quant_config.json")
+MODELOPT = "hf_quant_config.json"
+QUANTISED_FILES = ("quantize_config.json", "quant_config.json", MODELOPT)
 """Of AutoGPTQ, AutoAWQ and ModelOpt, beside a config.json that may not state the quantisation."""
 
 QUANTISED_TENSOR = re.compile(
@@ -255,6 +256,9 @@ def _config(store: Store, listed: Mapping[str, ObjectInfo], where: str, *, quant
         return None
     config = read_json(store, listed["config.json"], LARGEST_CONFIG)
     check_types(config, where)
+    if MODELOPT in listed and quantisation(config) is None:
+        of_weights = of_modelopt(read_json(store, listed[MODELOPT], LARGEST_CONFIG))
+        config = {**config, **({"quantization_config": of_weights} if of_weights else {})}
     stated = _stated_quantisation(config, listed)
     if stated is not None and not quantised and not is_fp8(config):
         raise Unmergeable(f"{where}: {_quantised(stated)}")

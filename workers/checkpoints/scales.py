@@ -19,6 +19,9 @@ from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS
 FP8_METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "modelopt")
 """Values of `quant_method` under which weights may be plain FP8."""
 
+SCALES = (*FLOATS, "F8_E8M0")
+"""Dtypes of scales; the last one holds powers of two, as DeepSeek's `ue8m0`."""
+
 OF_ACTIVATIONS = re.compile(r"\.(input|output|activation|[kqv]+)_scale(_ub)?$")
 """Scales of activations and of the KV cache."""
 
@@ -30,6 +33,15 @@ def is_fp8(config: Mapping[str, Any]) -> bool:
         isinstance(entry, Mapping) and entry.get("quant_method") in FP8_METHODS and not entry.get("transform_config")
         for entry in stated
     )
+
+
+def of_modelopt(stated: Any) -> dict[str, Any]:
+    """The `quantization_config` that ModelOpt's hf_quant_config.json stands for; empty unless its weights are FP8."""
+    match stated:
+        case {"quantization": {"quant_algo": str(algorithm)}} if algorithm.startswith("FP8"):
+            return {"quant_method": "modelopt", "quant_algo": algorithm}
+        case _:
+            return {}
 
 
 def dequantised(
@@ -44,7 +56,7 @@ def dequantised(
     used: set[str] = set()
     for weight, at in tensors.items():
         scale = next((key for key in (f"{weight}_scale_inv", f"{weight}_scale") if key in tensors), None)
-        if not at.dtype.startswith("F8") or scale is None or tensors[scale].dtype not in FLOATS:
+        if not at.dtype.startswith("F8") or scale is None or tensors[scale].dtype not in SCALES:
             continue
         rule = _rule(shapes[weight], shapes[scale], _block(config))
         if rule is not None:

@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from jobs.merge_tasks import Derived, ParentTensor, Scaled
 from workers.checkpoints.opening import Checkpoint, Unmergeable, open_checkpoint
+from workers.merging.deriving import Deriving
 
 W = "model.layers.0.mlp.up_proj.weight"
 FP8 = torch.float8_e4m3fn
@@ -56,6 +57,30 @@ def test_scales_are_laid_over_the_weight(
     assert [name for name, _ in source.inputs] == ["cos", "cos"]
     assert isinstance(found.tensors["model.norm.weight"], ParentTensor)
     assert "quantization_config" not in found.config
+
+
+def test_scales_may_be_powers_of_two_of_one_byte(tmp_path: Path) -> None:
+    weight, exponents = (
+        torch.tensor([[1.5, -2.0], [0.5, 448.0]]).to(FP8),
+        torch.tensor([[126], [130]], dtype=torch.uint8),
+    )
+    scales = {f"{W}_scale_inv": exponents.view(torch.float8_e8m0fnu)}
+    found = opened(tmp_path, {W: weight, **scales}, {**BLOCKS, "scale_fmt": "ue8m0", "weight_block_size": [1, 2]})
+    values = Deriving({"cos": found.parent}).whole("cos", found.tensors[W], W)
+    assert values.astype("float32").tolist() == [0.75, -1.0, 4.0, 3584.0]
+
+
+def test_modelopt_may_state_its_format_in_a_file_of_its_own(tmp_path: Path) -> None:
+    tensors = {W: torch.zeros(6, 4).to(FP8), f"{W}_scale": torch.ones(())}
+    modelopt = tmp_path / "hf_quant_config.json"
+    modelopt.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}))
+    found = opened(tmp_path, tensors, None)
+    assert isinstance(source := found.tensors[W], Derived) and isinstance(source.rule, Scaled)
+    assert "quantization_config" not in found.config and modelopt.name not in found.side_files
+    for other in ({"quantization": {"quant_algo": "NVFP4"}}, {"quantization": None}, {}):
+        modelopt.write_text(json.dumps(other))
+        with pytest.raises(Unmergeable, match=r"\(hf_quant_config.json\) cannot be merged"):
+            opened(tmp_path, tensors, None)
 
 
 def test_the_dtype_is_that_of_the_config(tmp_path: Path) -> None:
