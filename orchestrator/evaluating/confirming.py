@@ -65,13 +65,14 @@ class Gated:
         }  # fmt: skip
 
 
-def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chosen: bool) -> Gated:
+def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chosen: bool, verdicts: int = 1) -> Gated:
     """Judges a point; asks both models more items while the verdict is open and the budget lasts.
 
-    `chosen` says that the point is the best of several by the evaluation's items, which are then not used.
+    `chosen` says that the point is the best of several by the evaluation's items, which are then not used. `verdicts`
+    is as in `GateRule`.
     """
     new, old = asked.subject(point), _baseline(asked, spec)
-    rule = GateRule(margin=spec.margin, length_margin=spec.length_margin, alpha=spec.alpha)
+    rule = GateRule(margin=spec.margin, length_margin=spec.length_margin, alpha=spec.alpha, verdicts=verdicts)
     if (new.model, new.planned.digest) == (old.model, old.planned.digest):
         return Gated((same_merge(rule, new=point, old=spec.baseline),), fresh=False, chosen=False)
     items = _Items.of(new, old, asked, spec, chosen=chosen)

@@ -37,7 +37,7 @@ class EvaluationResult:
     `ranked` names the benchmarks that points are ranked by; `race` is None where every point answers everything.
     Models go by the labels of `Subject`. `baselines` are the parents that are not the same merge as a point; `parents`
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
-    merge as another point. `seed` is the job's. While not `finished`, `standing` is how it stands now.
+    merge as another point. `seed` is that of the items. While not `finished`, `standing` is how it stands now.
     `remarks` are those of the workers, one line each.
     """
 

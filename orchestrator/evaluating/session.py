@@ -62,7 +62,7 @@ class Session:
         watcher: Watcher,
         renewed: Callable[[], None],
     ) -> None:
-        self._seed, self._asked, self._ledger, self._lease, self._watcher = plan.job.seed, asked, ledger, lease, watcher
+        self._asked, self._ledger, self._lease, self._watcher = asked, ledger, lease, watcher
         self._open = open_evaluators
         self._evaluators: Evaluators | None = None
         self._blocks = Blocks(ledger.store)
@@ -303,7 +303,7 @@ class Session:
             noise=self.noise,
             cost_share=1.0 if race is None else race.spent() / race.full_cost(),
             race=asked.race,
-            seed=self._seed,
+            seed=asked.seed,
             finished=finished,
             remarks=tuple(self._blocks.remarks()),
         )

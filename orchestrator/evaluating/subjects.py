@@ -72,7 +72,7 @@ class Questions:
     """Everything that will be asked.
 
     `points` and `parents` are by name; a parent that is the same merge as a point is that point. `same` names the
-    points that are the same merge as another point.
+    points that are the same merge as another point. `seed` is that of the items.
     """
 
     models: Mapping[str, ModelSpec]
@@ -80,6 +80,7 @@ class Questions:
     parents: Mapping[str, Subject]
     same: Mapping[str, str]
     race: RacePlan | None
+    seed: int
 
     @property
     def baselines(self) -> tuple[Subject, ...]:
@@ -115,10 +116,11 @@ class _Asked:
     sets: Sets
 
 
-def questions(plan: Plan, folder: Path | None = None) -> Questions:
+def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -> Questions:
     """The evaluation of the plan's job; paths of its texts are relative to `folder`.
 
-    Reads tokenizers and texts, and builds an item or two of each task. Raises `BadInput` for impossible items.
+    The items are those of `seed`, or of the job's. Reads tokenizers and texts, and builds an item or two of each task.
+    Raises `BadInput` for impossible items.
     """
     evaluation = plan.job.evaluate
     if evaluation is None:
@@ -127,7 +129,8 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
     _check_chats(plan, evaluation)
     race = _race(evaluation)
     alone = _baselines_alone(plan)
-    asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder))
+    seed = plan.job.seed if seed is None else seed
+    asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder), seed)
     points = {
         planned.name: Subject("point", planned.name, planned, asked[planned.layout].model, asked[planned.layout].sets)
         for planned in plan.merges
@@ -146,6 +149,7 @@ def questions(plan: Plan, folder: Path | None = None) -> Questions:
         parents=parents,
         same={planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
         race=race,
+        seed=seed,
     )
 
 
@@ -207,7 +211,12 @@ def _baselines_alone(plan: Plan) -> list[PlannedPoint]:
 
 
 def _layouts(
-    plan: Plan, merges: Sequence[PlannedPoint], evaluation: Evaluation, race: RacePlan | None, reader: Reader
+    plan: Plan,
+    merges: Sequence[PlannedPoint],
+    evaluation: Evaluation,
+    race: RacePlan | None,
+    reader: Reader,
+    seed: int,
 ) -> dict[Layout, _Asked]:
     """Model and sets of every layout; layouts with one tokenizer share their sets, and perhaps their model."""
     layouts = dict.fromkeys(planned.layout for planned in merges)
@@ -223,7 +232,7 @@ def _layouts(
         tokenizer = _tokenizer(plan, planned)
         key = tokenizer.digest, tokenizer.chat_template
         if key not in sets_of:
-            made = planned_sets(evaluation, tokenizer, plan.job.seed, reader, least)
+            made = planned_sets(evaluation, tokenizer, seed, reader, least)
             sets_of[key] = {Cell(entry.task, entry.length): entry for entry in made}
         sets = tuple(sets_of[key].values())
         _check_fit(plan, layout, tokenizer, sets)

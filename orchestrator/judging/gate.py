@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Literal
 from xml.etree import ElementTree
@@ -44,12 +44,14 @@ class GateRule:
     judge the macro score alone. `alpha` is the probability of a wrong pass, and of a wrong fail. `planned_haystacks`
     makes the gate anytime-valid: verdicts stay valid if items are added and judged repeatedly, and the bound on the
     mean is tightest near that many haystacks (over all cells). None means that the number of items is fixed in advance.
+    `verdicts` is the number of verdicts of which one fail fails all: a fail needs alpha divided by it, a pass does not.
     """
 
     margin: float = 1.0
     length_margin: float | None = None
     alpha: float = 0.05
     planned_haystacks: int | None = None
+    verdicts: int = 1
 
     def __post_init__(self) -> None:
         for name, margin in (("margin", self.margin), ("length_margin", self.length_margin)):
@@ -66,7 +68,7 @@ class VerdictLine:
     """The judgement of one score, "overall" or of one length. All scores in points, new − old.
 
     `low` and `high` are one-sided bounds at the rule's alpha each. `p_pass` tests "worse by the margin or more";
-    `p_fail` tests "not worse than the margin", adjusted by Holm over the verdict's lines.
+    `p_fail` tests "not worse than the margin", adjusted by Holm over the lines, and for the rule's `verdicts`.
     """
 
     scope: str
@@ -144,7 +146,7 @@ def doubted(verdict: Verdict, new: Unanswered, old: Unanswered) -> Verdict:
     if not (new.refused or old.refused):
         return replace(verdict, lines=lines)
     lines = tuple(replace(line, outcome="inconclusive") if line.outcome == "pass" else line for line in lines)
-    return replace(verdict, outcome=_joint_outcome(lines), lines=lines)
+    return replace(verdict, outcome=joint_outcome(line.outcome for line in lines), lines=lines)
 
 
 def same_merge(rule: GateRule, *, new: str, old: str) -> Verdict:
@@ -176,10 +178,10 @@ def judge(
         for length in sorted({sample.cell.length for sample in samples}):
             at_length = [sample for sample in samples if sample.cell.length == length]
             scopes.append(_Scope.of(str(length), at_length, rule.length_margin, bets=bets))
-    p_fail = holm([scope.p_value(rule, worse=True) for scope in scopes])
+    p_fail = np.minimum(1, rule.verdicts * holm([scope.p_value(rule, worse=True) for scope in scopes]))
     lines = tuple(_judge_scope(scope, rule, float(p)) for scope, p in zip(scopes, p_fail, strict=True))
     needed = [line.items_needed for line in lines if line.outcome == "inconclusive"]
-    return Verdict(_joint_outcome(lines), new, old, rule, lines, _largest(needed))
+    return Verdict(joint_outcome(line.outcome for line in lines), new, old, rule, lines, _largest(needed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,17 +334,18 @@ def _reason(scope: _Scope, outcome: Outcome, low: float, high: float, needed: in
         return f"{found}; worse by more than {margin:g}"
     remedy = f"about {needed} items would decide" if needed else "too close to the margin for any number of items"
     if high < -margin:
-        return f"{found}; worse by more than {margin:g} alone, but not for sure among so many lines, {remedy}"
+        return f"{found}; worse by more than {margin:g} alone, but not for sure among so many comparisons, {remedy}"
     if math.isinf(scope.standard_error):
         remedy = "one haystack shows no spread; evaluate more"
     return f"{found}; cannot tell whether worse by {margin:g}, {remedy}"
 
 
-def _joint_outcome(lines: Sequence[VerdictLine]) -> Outcome:
-    outcomes = {line.outcome for line in lines}
-    if "fail" in outcomes:
+def joint_outcome(outcomes: Iterable[Outcome]) -> Outcome:
+    """One fail fails; all have to pass."""
+    found = set(outcomes)
+    if "fail" in found:
         return "fail"
-    return "inconclusive" if "inconclusive" in outcomes else "pass"
+    return "inconclusive" if "inconclusive" in found else "pass"
 
 
 def _largest(needed: Sequence[int | None]) -> int | None:

@@ -96,7 +96,7 @@ class Night:
     """The result of one night.
 
     `verdicts` holds the gate's documents, by who the candidate was compared with: blessed, unless that is the same
-    model, and anchor. `alpha` is the level of each verdict. `point` is the candidate's URL, None if it was not written;
+    model, and anchor. `alpha` is the level of a wrong pass. `point` is the candidate's URL, None if it was not written;
     `epoch` the one that the pointer moves to, None unless it passed. `judged_against` is the nonce of the pointer then,
     None while nothing was blessed. `changed` are the parents that are new since the night before. `seconds` counts the
     call that finished the night; `items` are answers, of all models together.

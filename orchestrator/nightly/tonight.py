@@ -1,9 +1,11 @@
 """Every night: the newest parents by the same recipe, judged against the blessed merge, which moves if nothing is lost.
 
-Two baselines, because one is not enough. Against `blessed`, the last merge that passed, the candidate must pass.
-Against the anchor, the baseline that the job names, it must not fail: else thirty nights that each lose less than the
-margin would walk away from where they began. Each is judged at half of the job's alpha, so that together a wrong
-verdict is no likelier than the job says.
+Two baselines, because one is not enough. The candidate must pass against `blessed`, the last merge that passed, and
+with a wider margin against the anchor, the baseline that the job names: else many nights that each lose less than the
+margin would walk away from where they began. Both have to pass, so each has all of the job's alpha for a wrong pass
+(intersection-union). One fail is enough, so each has half of it for a wrong fail.
+
+Every night has items of its own. On the same items every night, luck with them would be blessed, and stay.
 """
 
 from __future__ import annotations
@@ -18,18 +20,18 @@ from typing import Any, Literal
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing, writing
 from jobs.evaluation_tasks import ScoreRow
-from jobs.job import BLESSED, Job
+from jobs.job import BLESSED, GateSpec, Job
 from jobs.manifest import Manifest
 from jobs.merge_tasks import digest
 from jobs.sealing import sealed
 from orchestrator.cluster.pool import Pool
-from orchestrator.evaluating.confirming import Gated, first_fresh, gate
+from orchestrator.evaluating.confirming import first_fresh, gate
 from orchestrator.evaluating.pairing import question, samples
 from orchestrator.evaluating.results import ranked_rows
 from orchestrator.evaluating.session import OpenEvaluators, Session
 from orchestrator.evaluating.subjects import Questions, Subject, questions
 from orchestrator.judging.estimates import Estimate, macro_score
-from orchestrator.judging.gate import Outcome
+from orchestrator.judging.gate import Outcome, joint_outcome
 from orchestrator.judging.samples import Cell
 from orchestrator.merging.driver import drive
 from orchestrator.nightly.book import Blessed, Book, Night, Revision, Score, Scores, new_nonce
@@ -41,6 +43,10 @@ from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.digests import algorithm_of, contradict, short
 from workers.storage import open_store
 from workers.storage.records import read_record
+
+ANCHOR_MARGIN = 2.0
+"""How many times the margin the candidate may lose against the anchor, once a merge is blessed."""
+WIDEST = 99.0
 
 Ending = Literal["recorded", "finished", "unchanged"]
 
@@ -114,7 +120,7 @@ class Nightly:
         """Tonight's record, with the point written if it passed; nothing is recorded yet."""
         number = 1 + (history[-1].number if history else 0)
         tonight = _plan_of_night(plan, f"{number:04d}-{_fingerprint(plan)[:8]}", blessed)
-        asked = questions(tonight, self.folder)
+        asked = questions(tonight, self.folder, _seed(tonight.job))
         with Session.of(tonight, asked, self.open_evaluators, self.watcher) as session:
             standing = session.run().standing
             found = _judge(session, asked, self.job, standing[0].point, blessed)
@@ -260,6 +266,11 @@ def _plan_of_night(plan: Plan, name: str, blessed: Blessed | None) -> Plan:
     return replace(tonight, job=tonight.pinned)
 
 
+def _seed(tonight: Job) -> int:
+    """The seed of a night's items: another one every night, the same where an interrupted night goes on."""
+    return int(digest([tonight.seed, tonight.name])[:15], 16)
+
+
 def _open_blessed(plan: Plan, blessed: Blessed) -> Checkpoint:
     """The blessed point, if it is there and has the weights that were blessed."""
     try:
@@ -303,16 +314,12 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
     baselines = {"anchor": job.gate.baseline}
     if blessed is not None and blessed.weights != weights:
         baselines = {BLESSED: BLESSED, **baselines}
-    alpha = job.gate.alpha / len(baselines)
+    specs = {who: replace(job.gate, baseline=name) for who, name in baselines.items()}
+    if blessed is not None:
+        specs["anchor"] = _widened(specs["anchor"])
     verdicts = {
-        who: gate(
-            session,
-            asked,
-            replace(job.gate, baseline=name, alpha=alpha),
-            candidate,
-            chosen=len(asked.points) > 1,
-        )
-        for who, name in baselines.items()
+        who: gate(session, asked, spec, candidate, chosen=len(asked.points) > 1, verdicts=len(specs))
+        for who, spec in specs.items()
     }
     everyone = {
         "candidate": asked.points[candidate],
@@ -321,9 +328,9 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
     return _Found(
         candidate=candidate,
         weights=weights,
-        outcome=decide(verdicts, first=blessed is None),
+        outcome=joint_outcome(gated.verdict.outcome for gated in verdicts.values()),
         verdicts={who: gated.document() for who, gated in verdicts.items()},
-        alpha=alpha,
+        alpha=job.gate.alpha,
         scores=_scores(
             ranked_rows(session.rows(), asked.ranked),
             everyone,
@@ -333,15 +340,14 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
     )
 
 
-def decide(verdicts: Mapping[str, Gated], *, first: bool) -> Outcome:
-    """The first night has to pass against the anchor. Later ones must not fail against it, and pass against `blessed`.
+def _widened(spec: GateSpec) -> GateSpec:
+    """The gate with the anchor's margins."""
 
-    Without a verdict on that, the candidate is the blessed model itself, and nothing is lost.
-    """
-    anchor = verdicts["anchor"].verdict.outcome
-    if first or anchor == "fail":
-        return anchor
-    return verdicts[BLESSED].verdict.outcome if BLESSED in verdicts else "pass"
+    def wider(margin: float) -> float:
+        return max(margin, min(ANCHOR_MARGIN * margin, WIDEST))
+
+    length_margin = None if spec.length_margin is None else wider(spec.length_margin)
+    return replace(spec, margin=wider(spec.margin), length_margin=length_margin)
 
 
 def _weights(rows: Sequence[ScoreRow], point: str) -> str:

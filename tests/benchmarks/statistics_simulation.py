@@ -28,7 +28,7 @@ from scipy.stats import binom
 from orchestrator.judging.betting import Strata, capital
 from orchestrator.judging.effective_length import effective_length, effective_length_interval, relative_length_interval
 from orchestrator.judging.estimates import macro_difference, macro_mean, macro_score
-from orchestrator.judging.gate import GateRule, judge
+from orchestrator.judging.gate import GateRule, joint_outcome, judge
 from orchestrator.judging.samples import CellSample, cell_sample
 from orchestrator.judging.significance import (
     anytime_multiplier,
@@ -541,6 +541,27 @@ def _gates_of_several_tasks() -> Iterator[Case]:
             yield Case("gate", f"wrong {outcome}, 3 looks", f"margin 5: 4 tasks of 96, {name}", errs)
 
 
+def nights() -> Iterator[Case]:
+    """A night's two verdicts: against the blessed merge at the margin, against the anchor at twice the margin."""
+    worse, worst, alike = (right_or_wrong(200, 0.05, loss) for loss in (0.1, 0.15, 0.05))
+    for outcome, name, by_blessed, by_anchor in (
+        ("pass", "at the margin of the blessed merge", worse, alike),
+        ("pass", "as good as the blessed merge, at twice the margin of the anchor", alike, worst),
+        ("fail", "at both margins", worse, worst),
+    ):
+
+        def errs(
+            random: Random, outcome: str = outcome, by_blessed: Regime = by_blessed, by_anchor: Regime = by_anchor
+        ) -> bool:
+            found = [
+                judge([regime.sample(random)], GateRule(margin=margin, verdicts=2)).outcome
+                for regime, margin in ((by_blessed, 5.0), (by_anchor, 10.0))
+            ]
+            return joint_outcome(found) == outcome
+
+        yield Case("gate", f"wrong {outcome} of a night", f"margin 5, n 200: {name}", errs)
+
+
 def bets() -> Iterator[Case]:
     """The bets alone at twenty looks, the mean on the margin: their level is exact whatever the differences are."""
     regimes = [
@@ -584,6 +605,7 @@ def cases() -> list[Case]:
         many_tests,
         looking_again,
         gates,
+        nights,
         bets,
     )
     return [case for make in makers for case in make()]
