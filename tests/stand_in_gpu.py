@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch.utils._device import _device_constructors
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
@@ -409,6 +410,7 @@ _library.impl(
 )
 
 _new = torch.empty
+_device_constructors()  # `with torch.device(…)` looks once which functions make tensors: not while one is replaced
 
 
 def pinning_empty(*size: Any, pin_memory: bool = False, **more: Any) -> torch.Tensor:

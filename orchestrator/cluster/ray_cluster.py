@@ -69,8 +69,8 @@ class RayCluster:
     """A Ray cluster that merging and evaluating share: the one at `address`, or one started here, stopped at the end.
 
     `workers` is the number of workers of `spec` that its nodes hold when it is joined, `device` is "cuda" or "cpu",
-    `resources` are the Ray options of one worker. Raises `Unavailable` if the cluster or its nodes are not there now,
-    `BadInput` if no node is large enough for a worker.
+    `gpus` are those of one worker and `resources` its Ray options. Raises `Unavailable` if the cluster or its nodes are
+    not there now, `BadInput` if no node is large enough for a worker.
     """
 
     def __init__(self, spec: WorkerSpec, *, address: str | None = None) -> None:
@@ -82,16 +82,16 @@ class RayCluster:
                 _connect(address)
             opened.callback(ray.shutdown)
             self.meters = Meters()
-            self.spec, self._gpus = spec, spec.gpus
+            self.spec, self.gpus = spec, spec.gpus
             self._patience = 0.0 if address is None else JOIN_SECONDS  # no node ever joins a Ray started here
             self._nodes = _Nodes()
             self.workers = self.awaited(
                 self._first_room, "a worker", spec.memory_bytes, "ask for less under `workers:`"
             )
-            self.device = "cuda" if self._gpus else "cpu"
+            self.device = "cuda" if self.gpus else "cpu"
             self.resources: dict[str, float] = {
                 "num_cpus": spec.cpus,
-                "num_gpus": self._gpus,
+                "num_gpus": self.gpus,
                 "memory": spec.memory_bytes,
             }
             self._opened = opened.pop_all()
@@ -102,12 +102,12 @@ class RayCluster:
         `Unavailable` when the cluster's head is gone.
         """
         spec = replace(self.spec, memory_bytes=max(self.spec.memory_bytes, memory_bytes))
-        slots = sum(_worker_slots(has, spec, self._gpus) for has in self._nodes.living())
+        slots = sum(_worker_slots(has, spec, self.gpus) for has in self._nodes.living())
         return min(slots, self.spec.count) if self.spec.count else slots
 
     def _first_room(self) -> int:
         """The room there is where, without any GPU, the CPUs do the work."""
-        self._gpus = self.spec.gpus if any(has.get("GPU") for has in self._nodes.living()) else 0.0
+        self.gpus = self.spec.gpus if any(has.get("GPU") for has in self._nodes.living()) else 0.0
         return self.room()
 
     def awaited(self, room: Callable[[], int], worker: str, memory_bytes: int, remedy: str) -> int:
@@ -118,7 +118,7 @@ class RayCluster:
         began = time.monotonic()
         told = False
         while not (found := room()):
-            needs = f"{worker} of {self.spec.cpus:g} CPUs, {self._gpus:g} GPUs and {memory_bytes / 1e9:.1f} GB"
+            needs = f"{worker} of {self.spec.cpus:g} CPUs, {self.gpus:g} GPUs and {memory_bytes / 1e9:.1f} GB"
             if time.monotonic() - began >= self._patience:
                 if any(_is_worker(has) for has in self._nodes.living()):
                     raise BadInput(f"no node has room for {needs}; {remedy}")

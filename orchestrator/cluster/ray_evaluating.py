@@ -18,6 +18,7 @@ from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec
 from orchestrator.cluster.again import Failure, Tries, placing
 from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure, on_node, this_node
 from workers.fingerprint import fingerprint
+from workers.gpu_memory import take_part
 
 WORKING_BYTES = 1 << 30
 """Memory of Python, torch and a context's keys and values, beside the weights."""
@@ -79,7 +80,7 @@ class RayEvaluators:
             return
         for _ in range(self._cluster.room(self._memory) - len(self._actors) - len(self._starting)):
             actor = self._remote.remote()
-            opened = actor.open.remote(self._models, self._cluster.device, fingerprint())
+            opened = actor.open.remote(self._models, self._cluster.device, self._cluster.gpus, fingerprint())
             self._starting[opened] = (actor, self._round)
 
     def _welcome(self, reference: Any) -> None:
@@ -123,10 +124,11 @@ def _memory(models: Mapping[str, ModelSpec], cluster: RayCluster) -> int:
 class _RemoteEvaluator:
     """The evaluator as an actor."""
 
-    def open(self, models: Mapping[str, ModelSpec], device: str, code: str) -> str:
+    def open(self, models: Mapping[str, ModelSpec], device: str, gpus: float, code: str) -> str:
         """The node's address, if it has the driver's code."""
         with placing(on_node("an evaluation worker", this_node())):
             check_code(code)
+            take_part(device, gpus)
             from workers.evaluating.worker import Evaluator
 
             self._evaluator = Evaluator(models, device)

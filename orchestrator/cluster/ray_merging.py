@@ -19,6 +19,7 @@ from orchestrator.cluster.again import Queue, placing
 from orchestrator.cluster.pool import Progress, unit
 from orchestrator.cluster.ray_cluster import LOOK_SECONDS, RayCluster, check_code, failure, on_node, this_node
 from workers.fingerprint import fingerprint
+from workers.gpu_memory import take_part
 
 TASKS_AHEAD = 2
 """Tasks submitted per worker slot: enough to keep workers busy, few enough to stop at once."""
@@ -48,7 +49,7 @@ class RayPool:
         while queue or running:
             most = self._most_running()
             while len(running) < most and (task := queue.next(time.monotonic())) is not None:
-                running[self._merge.remote(task, self._cluster.device, fingerprint())] = task
+                running[self._merge.remote(task, self._cluster.device, self._cluster.gpus, fingerprint())] = task
             pause = queue.pause(time.monotonic(), LOOK_SECONDS)
             if not running:  # ray.wait refuses an empty list
                 time.sleep(pause)
@@ -81,12 +82,13 @@ class RayPool:
         return min(TASKS_AHEAD * max(1, self._cluster.room()), self._cluster.spec.count or sys.maxsize)
 
 
-def _merge(task: MergeTask, device: str, code: str) -> Iterator[str | tuple[int, int] | list[Receipt]]:
+def _merge(task: MergeTask, device: str, gpus: float, code: str) -> Iterator[str | tuple[int, int] | list[Receipt]]:
     """The Ray task: yields the node's address, then bytes read and written, and last the receipts."""
     yield this_node()
     moved: queue.SimpleQueue[tuple[int, int]] = queue.SimpleQueue()
     with placing(on_node(task.name, this_node())), ThreadPoolExecutor(1, "task") as thread:
         check_code(code)
+        take_part(device, gpus)
         from workers.merging.shard import merge_task
 
         merged = thread.submit(

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import BadInput, CorruptData
 from jobs.job import Job
 from orchestrator.commands.devices import best_device
+from workers.gpu_memory import take_part
 
 if TYPE_CHECKING:
     from jobs.evaluation_tasks import ModelSpec
@@ -60,8 +61,11 @@ class Workplace:
         return RayEvaluators(models, self._cluster)
 
     def _device(self) -> str:
-        """The device of this process, if it is the only worker."""
-        return best_device() if self._job.workers.gpus > 0 else "cpu"
+        """The device of this process, which is the only worker, held to its part of it."""
+        gpus = self._job.workers.gpus
+        device = best_device() if gpus > 0 else "cpu"
+        take_part(device, gpus)
+        return device
 
     @cached_property
     def _cluster(self) -> RayCluster:

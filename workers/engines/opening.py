@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.evaluation_tasks import EvaluationTask, ModelSpec
 from workers.engines.engine import Engine
+from workers.gpu_memory import fraction_beside, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,14 @@ def open_engine(
         longest = None if model.longest is None else model.longest + 1  # a scored window needs room for one more
         return OpenAIEngine(str(model.url), served, folder, asked_length=longest, **options)
     if model.engine == "vllm":
+        held = model.bytes - sum(tensor.bytes for tensor in model.tensors)
+        if device != "cpu":
+            options.setdefault("gpu_memory_utilization", fraction_beside(0 if model.as_it_is else held, device))
         return _open_vllm(model, folder, weights, task, options)
     from workers.engines.transformers_engine import Limits, TransformersEngine
+
+    if device != "cpu":
+        options.setdefault("cache_bytes", max(0, part_of(device) - model.bytes) // 2)
 
     return TransformersEngine.from_state(
         model.config,

@@ -48,6 +48,7 @@ from workers.engines.packing import Pool, Row, common_prefix, make_rows, pools, 
 from workers.engines.rope import RopeByLength
 from workers.engines.sampling import sample
 from workers.engines.tokenizer import encode_prompt, load_tokenizer
+from workers.gpu_memory import is_out_of_memory, part_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -66,7 +67,7 @@ LEAST_CHUNK = 64
 class Limits:
     """How much is done at once: tokens a prefill pass, prompts decoded side by side, bytes of keys and values.
 
-    `cache_bytes` None means half of a GPU's memory that is free when the engine opens, or 2 GiB on a CPU.
+    `cache_bytes` None means half of what the weights leave of the worker's part of a GPU, or 2 GiB on a CPU.
     """
 
     chunk: int = 2048
@@ -86,8 +87,10 @@ class TransformersEngine:
         self._resident: tuple[Ids, KeyValueBuffer, int] | None = None
         self._rope = RopeByLength(model, self.config.model_type)
         self._end_tokens = _end_tokens(model, tokenizer)
-        # decided once: batches sized by the free memory of the moment would differ between compared points
-        self._memory = torch.cuda.mem_get_info(self.device)[0] // 2 if self.device.type == "cuda" else CPU_CACHE_BYTES
+        self._memory = CPU_CACHE_BYTES
+        if self.device.type != "cpu":
+            weights = sum(place.nbytes for place in self.model.parameters())
+            self._memory = max(0, part_of(str(self.device)) - weights) // 2
         ours = model.config._attn_implementation == attention.NAME
         self._cache_dtype: torch.dtype = attention.cache_dtype(model.device, model.dtype) if ours else model.dtype
 
@@ -191,9 +194,9 @@ class TransformersEngine:
     def close(self) -> None:
         """Drop the model and its caches, and give a GPU's memory back."""
         self._resident = None
-        self.model = None
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        device, self.model = self.device, None
+        if device.type != "cpu":
+            torch.get_device_module(device).empty_cache()
 
     def swap(self, weights: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Copy every weight into the resident model by name, one at a time, cast to the resident dtype.
@@ -281,7 +284,7 @@ class TransformersEngine:
             try:
                 return work(chunk, ids, *more)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self._make_room()  # outside the handler, whose traceback holds the tensors that did not fit
             if chunk <= LEAST_CHUNK:
@@ -290,8 +293,8 @@ class TransformersEngine:
 
     def _make_room(self) -> None:
         self._resident = None
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).empty_cache()
 
     def _too_large(self, tokens: int) -> MergeyardError:
         return MergeyardError(
@@ -328,7 +331,7 @@ class TransformersEngine:
                 self._decode(pool, prompts, chunk, outputs, progress)
                 return outputs
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
             self._make_room()  # outside the handler, whose traceback holds the tensors that did not fit
             pool = replace(pool, rows=tuple(row for row in pool.rows if not outputs.keys() >= {*row.members}))
@@ -571,7 +574,3 @@ def _end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> frozenset[int
     for value in (getattr(setting, "eos_token_id", None) for setting in settings):
         found.update(value if isinstance(value, list | tuple) else () if value is None else (value,))
     return frozenset(found)
-
-
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jobs.merge_tasks import Parent, Setting, TensorMerge
+from jobs.merge_tasks import DTYPE_BITS, Parent, Setting, TensorMerge
 from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
 from workers.digests import TensorHash
+from workers.gpu_memory import check_fits
 from workers.merging.deriving import PIECE_ELEMENTS, Deriving
 from workers.merging.given import given_facts
 from workers.merging.point_launches import PointLaunches, flat
@@ -33,6 +34,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 READS_AT_ONCE = 8
+
+GPU_PIECE_ELEMENTS = 1 << 24
+"""What a GPU merges at a time: launches cost little beside it, and an intermediate result takes 64 MiB."""
 
 _Piece = tuple[Elements, Callable[[], int]]
 """A piece of the output, and what waits until it is merged and says how many of its elements overflowed."""
@@ -55,11 +59,15 @@ class ResidentParents:
         threads: int = 1,
         activations: Parent | None = None,
     ) -> None:
+        stored = sum(
+            DTYPE_BITS[source.dtype] * each.elements // 8 for each in tensors for source in each.sources.values()
+        )
+        check_fits(stored + sum(each.bytes for each in tensors), device, "the parents and a point")
         self._tensors = tensors
         self._seed = seed
         self._numerics = numerics
         self._device = device
-        self._threads = max(1, threads)
+        self._threads = max(1, threads) if device == "cpu" else 1  # one stream does the work, and needs the memory once
         self._facts = given_facts(tensors, activations)
         deriving = Deriving(parents)
         sources = {
@@ -153,7 +161,7 @@ class ResidentParents:
             parents = [raw[name][start : start + step] for name in setting.parents]
             return overflowed(piece, parents) if broken else 0
 
-        step = self._step(tensor)
+        step = self._step
         starts = range(0, tensor.elements, step)
         return [(elements[start : start + step], pool.submit(merge, start).result) for start in starts]
 
@@ -164,16 +172,17 @@ class ResidentParents:
             setting,
             self._raw[tensor.name],
             self._facts[tensor.name],
-            self._step(tensor),
+            self._step,
             seed=self._seed,
             numerics=self._numerics,
             units=FACT_UNITS if self._device == "cpu" else None,
             each=pool.map,
         )
 
-    def _step(self, tensor: TensorMerge) -> int:
-        """Elements of a piece: a GPU wants few large launches."""
-        return PIECE_ELEMENTS if self._device == "cpu" else max(1, tensor.elements)
+    @property
+    def _step(self) -> int:
+        """Elements of a piece."""
+        return PIECE_ELEMENTS if self._device == "cpu" else GPU_PIECE_ELEMENTS
 
 
 def _finished(

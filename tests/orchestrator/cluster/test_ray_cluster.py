@@ -136,7 +136,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> Ray:
 def cluster(ray: Ray, *, patience: float = 0.0) -> RayCluster:
     """A cluster as it is after it was joined."""
     opened: Any = RayCluster.__new__(RayCluster)
-    opened.spec, opened._gpus, opened._patience = WorkerSpec(), 0.0, patience
+    opened.spec, opened.gpus, opened._patience = WorkerSpec(), 0.0, patience
     opened._nodes, opened.meters, opened.device = ray_cluster._Nodes(), Uncounted(), "cpu"
     return opened
 

@@ -23,9 +23,12 @@ workers: {gpus: GPUS}
 def test_merging_in_this_process_uses_a_gpu_where_the_job_asks_for_one(
     monkeypatch: pytest.MonkeyPatch, gpus: str, device: str
 ) -> None:
+    parts: list[tuple[str, float]] = []
     monkeypatch.setattr(workplace, "best_device", lambda: "cuda")
+    monkeypatch.setattr(workplace, "take_part", lambda *part: parts.append(part))
     job = load_job(JOB.replace("GPUS", gpus), "job.yaml")
     assert job.workers == WorkerSpec(gpus=float(gpus))
     with Workplace(job, argparse.Namespace(in_process=True, address=None)) as place:
         pool = place.pool
     assert pool._device == device  # type: ignore[attr-defined]
+    assert parts == [(device, float(gpus))]

@@ -536,22 +536,6 @@ def test_what_does_not_fit_into_memory_is_halved_and_at_last_told_in_a_line(pare
         assert re.fullmatch(r"MergeyardError \d+ tokens do not fit into the memory of cpu; evaluate shorter .*", line)
 
 
-class OnGpu(TransformersEngine):
-    """An engine that takes itself to be on a GPU, whose free memory the test tells: no test has a GPU to itself."""
-
-    @property
-    def device(self):
-        return torch.device("cuda")
-
-
-def test_batches_do_not_depend_on_what_happens_to_be_free(parents, monkeypatch):
-    free = iter([1000, 10, 1])
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (next(free), 1000))
-    of_folder = TransformersEngine.from_folder(parents / "long", device="cpu")
-    engine = OnGpu(of_folder.model, of_folder.tokenizer, "long", Limits())
-    assert [engine._cache_bytes(), engine._cache_bytes()] == [500, 500]
-
-
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

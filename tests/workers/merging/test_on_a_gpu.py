@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from jobs.errors import MergeyardError
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from orchestrator.cluster.in_process import InProcessPool
@@ -20,10 +22,12 @@ from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from tests.workers.merging.test_resident import recipe_of
+from workers.gpu_memory import OUTSIDE_BYTES
 from workers.merging.reading import ParentReader, Stretch
 from workers.merging.resident import ResidentParents
 from workers.merging.streams import Streams
 from workers.methods import METHODS
+from workers.methods.tile import TILE_ELEMENTS
 
 VALUES = 3000
 RECIPES = {
@@ -159,3 +163,37 @@ def test_the_host_waits_once_a_piece_and_copies_back_what_is_written(siblings: P
     assert stored <= card.bytes["from the card"] <= stored + 100
     assert not [way for way in card.bytes if "pageable" in way]
     assert card.waits["copy from the card"] <= 4
+
+
+def test_parents_that_do_not_fit_are_refused_before_they_are_read(siblings: Path, card: Any, tmp_path: Path) -> None:
+    plan = planned(siblings, "linear", tmp_path)
+    stored = sum(tensor.nbytes for tensor in load_file(siblings / "a" / "model.safetensors").values())
+    card.total = OUTSIDE_BYTES + 3 * stored - 1
+    with pytest.raises(MergeyardError, match=r"^the parents and a point: .* GB on card, of which this worker has"):
+        resident(plan, "card")
+    assert not card.bytes
+    card.total += 1
+    resident(plan, "card")
+
+
+def test_a_large_tensor_is_merged_in_pieces(
+    siblings: Path, card: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At once, the intermediate results of ties for all of a tensor would be many times the tensor."""
+    monkeypatch.setattr("workers.merging.resident.GPU_PIECE_ELEMENTS", TILE_ELEMENTS)
+    for who in ("base", "a", "b"):
+        (tmp_path / who).mkdir()
+        values = torch.randn(6 * TILE_ELEMENTS, generator=torch.Generator().manual_seed(len(who)))
+        save_file({"wide": values}, tmp_path / who / "model.safetensors", metadata={"format": "pt"})
+        for name in ("config.json", "tokenizer.json"):
+            (tmp_path / who / name).write_bytes((siblings / who / name).read_bytes())
+    plan = planned(tmp_path, "ties", tmp_path / "runs")
+    card.lags = False
+    parents = resident(plan, "card")
+    settings = plan.points[0].settings
+    before = card.live
+    deque(parents.merged(settings), maxlen=0)
+    card.count_from_here()
+    deque(parents.merged(settings), maxlen=0)
+    tensor, piece = 6 * TILE_ELEMENTS * 4, TILE_ELEMENTS * 4
+    assert card.peak - before <= tensor + 32 * piece, "the point, and the intermediate results of one piece"

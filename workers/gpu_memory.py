@@ -1,0 +1,65 @@
+"""The memory of a GPU as one worker has it: a worker of half a GPU has half of the card's memory.
+
+A worker's part follows from its fraction and the card alone, never from the memory that is free at the moment: batches,
+and with them near ties, would differ between compared points.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jobs.errors import MergeyardError
+
+OUTSIDE_BYTES = 1 << 30
+"""Of a card, what the CUDA context and the libraries of one process take beside its tensors."""
+
+MOST_OF_ANOTHER = 0.9
+"""vLLM's own default: the rest is for what it does not count."""
+
+LACK = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FAILED", "when calling `cublasCreate")
+"""In the errors of CUDA, the host's allocator, cuBLAS, cuSOLVER and cuDNN; cuBLAS has no word for its own lack."""
+
+
+def take_part(device: str, gpus: float) -> None:
+    """Holds this process to its fraction of a GPU: torch runs out of memory there, not where the card is full."""
+    if device != "cpu" and gpus < 1:
+        module = _module(device)
+        module.set_per_process_memory_fraction(max(0.0, gpus - OUTSIDE_BYTES / _total(device)), device)
+
+
+def part_of(device: str) -> int:
+    """Bytes of a GPU for the tensors of this process."""
+    total = _total(device)
+    return min(int(total * _module(device).get_per_process_memory_fraction(device)), total - OUTSIDE_BYTES)
+
+
+def check_fits(needed: int, device: str, thing: str) -> None:
+    """Refuses a thing that takes more bytes than this process has of a GPU; a CPU's are checked before it starts."""
+    if device != "cpu" and needed > (part := part_of(device)):
+        raise MergeyardError(
+            f"{thing}: {needed / 1e9:.1f} GB on {device}, of which this worker has {part / 1e9:.1f} GB;"
+            " give a worker more of a GPU under `workers:`, use a larger GPU, or merge fewer parents"
+        )
+
+
+def fraction_beside(held: int, device: str) -> float:
+    """The fraction of a GPU for another process of this worker, which itself holds so many bytes."""
+    left = part_of(device) - held - OUTSIDE_BYTES
+    return max(0.0, min(MOST_OF_ANOTHER, left * 100 // _total(device) / 100))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an operation failed for want of memory, of a GPU or of the host."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in LACK)
+    )
+
+
+def _module(device: str) -> Any:
+    import torch
+
+    return torch.get_device_module(device)
+
+
+def _total(device: str) -> int:
+    return _module(device).get_device_properties(device).total_memory
