@@ -36,7 +36,7 @@ def report(options: argparse.Namespace) -> int:
     else:
         print_leaderboard(found.lines, run.result)
         if found.recommendation is not None:
-            print_sentence(found.recommendation.sentence)
+            print_sentence(found.recommendation.sentence, found.recommendation.why)
     page = write_page(found)  # last: a run on a read-only disk can be read
     if options.csv:
         with writing():

@@ -45,7 +45,7 @@ def _print(url: str, *, as_json: bool) -> int:
     if found is not None and found.recommendation is not None:
         print()
         print_leaderboard(found.lines, found.run.result)
-        print_sentence(found.recommendation.sentence)
+        print_sentence(found.recommendation.sentence, found.recommendation.why)
     return 0
 
 

@@ -159,11 +159,11 @@ def tell_evaluation(
     from orchestrator.report.terminal.leaderboard import print_leaderboard, print_sentence
 
     lines = leaderboard(result)
-    page, sentence = written_page(plan.run_url, result, lines) or (None, "")
+    page, recommendation = written_page(plan.run_url, result, lines) or (None, None)
     if not quiet:
         print_leaderboard(lines, result)
-        if sentence:
-            print_sentence(sentence)
+        if recommendation is not None:
+            print_sentence(recommendation.sentence, recommendation.why)
         elif result.noise is not None:
             print_sentence(result.noise.words)
         if verdict is not None:

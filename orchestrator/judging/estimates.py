@@ -57,7 +57,7 @@ def macro_mean(samples: Sequence[CellSample], confidence: float = 0.95) -> Estim
 
 
 def _weighted_mean(samples: Sequence[CellSample], weights: FloatArray, confidence: float) -> Estimate:
-    totals, variances, degrees = _cluster_influences(samples, weights)
+    _, totals, variances, degrees = cluster_influences(samples, weights)
     mean = float(sum(weight * sample.values.mean() for weight, sample in zip(weights, samples, strict=True)))
     items = sum(sample.values.size for sample in samples)
     if np.any(degrees == 0):
@@ -123,7 +123,8 @@ def _unlikely(samples: Sequence[CellSample], weights: FloatArray, mean: float) -
     if not any(sample.losable for sample in samples):
         return 0.0
     haystacks = pooled(samples, weights)
-    return min(1.0, 2 * few_losses(replace(haystacks, means=math.copysign(1.0, mean) * haystacks.means), 0.0))
+    turned = replace(haystacks, means=math.copysign(1.0, mean) * haystacks.means)
+    return few_losses(turned, 0.0, two_sided=True)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,15 +152,16 @@ def pooled(samples: Sequence[CellSample], weights: FloatArray) -> Haystacks:
     return Haystacks(count * cluster_sums(sums, names)[1], count * float(shares.max()), float(shares @ shares))
 
 
-def few_losses(seen: Haystacks, claimed: float) -> float:
+def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> float:
     """P(at most the observed number of losses) if the true mean difference is −claimed.
 
     A small sample may hide a model that gains a little on most haystacks and loses a few haystacks completely. With a
     mean of g on the others and losses of size l, the claim implies that a haystack is lost with probability
     q = (g + claimed) / (g + l), so the number of losses is binomial. Returns the largest probability over the possible
-    sizes l: a whole haystack, even if none was lost, and the size of each observed loss.
+    sizes l: a whole haystack, even if none was lost, and the size of each observed loss. If `two_sided`, it adds
+    P(as few haystacks that are not lost): little, as long as gains are smaller than losses.
     """
-    from scipy.special import bdtr
+    from scipy.special import bdtr, bdtrc
 
     count, total = seen.means.size, float(seen.means.sum())
     losses = np.sort(-seen.means[seen.means < 0])[::-1]
@@ -171,7 +173,10 @@ def few_losses(seen: Haystacks, claimed: float) -> float:
     if losses.size == 0 or losses[0] < seen.most:
         numbers, sizes, gains = np.append(numbers, 0.0), np.append(sizes, seen.most), np.append(gains, total / count)
     chances = np.clip((gains + claimed) / np.maximum(gains + sizes, 1e-12), 0.0, 1.0)
-    return float(bdtr(numbers, count, chances).max())
+    found = bdtr(numbers, count, chances)
+    if two_sided:
+        found = np.where(numbers < count / 2, found + bdtrc(count - numbers - 1, count, chances), 1.0)
+    return min(1.0, float(found.max()))
 
 
 def _one_haystack_more(sample: CellSample) -> float:
@@ -187,10 +192,10 @@ def _one_haystack_more(sample: CellSample) -> float:
     return max(float(np.abs(sums).max()), most * float(sizes.max()) / 2) / sample.values.size
 
 
-def _cluster_influences(
+def cluster_influences(
     samples: Sequence[CellSample], weights: FloatArray
-) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Each haystack's part of the macro mean's error [clusters]; variance and degrees of freedom per cell [cells]."""
+) -> tuple[Labels, FloatArray, FloatArray, FloatArray]:
+    """Haystacks and the part of each in the macro mean's error [clusters]; variance and freedom per cell [cells]."""
     variances, degrees = np.zeros(len(samples)), np.zeros(len(samples))
     labels: list[Labels] = []
     influences: list[FloatArray] = []
@@ -202,8 +207,8 @@ def _cluster_influences(
         variances[index], degrees[index] = influence @ influence, clusters - 1
         labels.append(names)
         influences.append(influence)
-    _, totals, _ = cluster_sums(np.concatenate(influences), np.concatenate(labels))
-    return totals, variances, degrees
+    names, totals, _ = cluster_sums(np.concatenate(influences), np.concatenate(labels))
+    return names, totals, variances, degrees
 
 
 def satterthwaite(variances: FloatArray, degrees: FloatArray) -> float:

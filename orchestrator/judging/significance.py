@@ -2,7 +2,7 @@
 
 proportions             wilson_interval, rule_of_three, mcnemar, mcnemar_interval, flip_rate
 fractional scores       sign_flip_test
-differences of cells    difference_test
+differences of cells    difference_test, spread_test, paired_test
 before the run          minimum_detectable_effect, design_effect
 many comparisons        holm, benjamini_hochberg
 looking more than once  anytime_multiplier, anytime_p_value
@@ -12,14 +12,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from orchestrator.judging.estimates import Estimate
-from orchestrator.judging.samples import FloatArray, Labels, cell_sample, cluster_sums, normal_quantile, student_tail
+from orchestrator.judging.estimates import Estimate, macro_difference, macro_weights
+from orchestrator.judging.samples import (
+    CellSample,
+    FloatArray,
+    Labels,
+    cell_sample,
+    cluster_sums,
+    normal_quantile,
+    student_tail,
+)
 
 EXACT_CLUSTERS = 20  # 2^20 sign patterns are 8 MB of sums; beyond that, Monte Carlo
 
@@ -31,15 +39,62 @@ class Interval(NamedTuple):
     high: float
 
 
+DRAWS = 9_999
+"""Keyed sign patterns where there are too many for all of them: the smallest p value is 0.0001."""
+
+
 def difference_test(estimate: Estimate) -> float:
     """Two-sided p value of "there is no difference", from the estimate's own error: it agrees with the interval.
 
     Cells may differ in opposite directions; a sign flip of whole haystacks would take that for noise.
     """
+    return max(spread_test(estimate), estimate.least_p)
+
+
+def spread_test(estimate: Estimate) -> float:
+    """`difference_test` without the guard against rare losses: Student's test of the observed spread."""
     if math.isinf(estimate.standard_error):
         return 1.0
-    found = 2 * student_tail(abs(estimate.mean) / estimate.standard_error, estimate.degrees_of_freedom)
-    return max(found, estimate.least_p)
+    return 2 * student_tail(abs(estimate.mean) / estimate.standard_error, estimate.degrees_of_freedom)
+
+
+@dataclass(frozen=True, slots=True)
+class Tested:
+    """A mean difference, its p value by the observed spread, and the p value that rare losses leave (`few_losses`).
+
+    The bounds of `estimate` contain zero where either p value is above the level of the interval. `exact` where p is
+    McNemar's.
+    """
+
+    estimate: Estimate
+    p: float
+    rare: float
+    exact: bool = False
+
+
+def paired_test(samples: Sequence[CellSample], confidence: float = 0.95) -> Tested:
+    """The macro difference of two models: McNemar's exact test where one cell decides, else Student's.
+
+    One cell decides where all others are alike and its differences are right against wrong answers on haystacks of
+    their own. Its interval is then that of Bonett & Price.
+    """
+    estimate = macro_difference(samples, confidence)
+    weights = macro_weights([sample.cell for sample in samples]).tolist()
+    differing = [(sample, weight) for sample, weight in zip(samples, weights, strict=True) if np.any(sample.values)]
+    if len(differing) != 1 or not _right_or_wrong_alone(differing[0][0]):
+        return Tested(estimate, spread_test(estimate), estimate.least_p)
+    values, weight = differing[0][0].values, differing[0][1]
+    gains, losses = int(np.sum(values > 0)), int(np.sum(values < 0))
+    p = mcnemar(gains, losses).two_sided
+    low, high = (weight * bound for bound in mcnemar_interval(gains, losses, values.size, confidence))
+    if max(p, estimate.least_p) > 1 - confidence:
+        low, high = min(low, 0.0), max(high, 0.0)
+    return Tested(replace(estimate, low=low, high=high), p, estimate.least_p, exact=True)
+
+
+def _right_or_wrong_alone(sample: CellSample) -> bool:
+    alone = np.unique(sample.haystacks).size == sample.values.size
+    return alone and bool(np.isin(sample.values, (-1.0, 0.0, 1.0)).all())
 
 
 # ---- proportions -----------------------------------------------------------------------------------------------------
@@ -134,7 +189,7 @@ def sign_flip_test(
     differences: ArrayLike,
     haystacks: Sequence[Any] | Labels | None = None,
     *,
-    draws: int = 10_000,
+    draws: int = DRAWS,
     seed: int = 0,
 ) -> float:
     """Two-sided p value of the mean difference when the sign of every haystack's total could as well be the other.
@@ -154,12 +209,12 @@ def sign_flip_test(
         return float(np.mean(np.abs(flipped) >= abs(observed) - tolerance))
     extreme = sum(
         int(np.sum(np.abs(signs @ totals) >= abs(observed) - tolerance))
-        for signs in _sign_patterns(totals.size, draws, seed)
+        for signs in sign_patterns(totals.size, draws, seed)
     )
     return (1 + extreme) / (1 + draws)
 
 
-def _sign_patterns(clusters: int, draws: int, seed: int) -> Iterator[FloatArray]:
+def sign_patterns(clusters: int, draws: int, seed: int) -> Iterator[FloatArray]:
     """`draws` keyed rows of ±1, in blocks of shape [at most 1000, clusters]."""
     random = np.random.Generator(np.random.Philox(key=seed))
     for start in range(0, draws, 1000):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from jobs.errors import BadInput
@@ -12,17 +12,19 @@ from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.pairing import pairs
 from orchestrator.judging.estimates import macro_difference
 from orchestrator.judging.samples import CellSample
-from orchestrator.judging.significance import benjamini_hochberg, difference_test, holm
+from orchestrator.judging.significance import Tested, benjamini_hochberg, difference_test, paired_test
+from orchestrator.judging.simultaneous import simultaneous
 
 SURE = 0.05
-"""A difference with an adjusted p value up to this is called sure."""
+"""A difference with a p value up to this is called sure."""
 
 
 @dataclass(frozen=True, slots=True)
 class BaselineComparison:
     """One model against another on the questions that both answered; differences new − old in points out of 100.
 
-    `p` is two-sided. `adjusted` is p after a correction for many comparisons, None where there was one alone.
+    `p` is two-sided, by the rule that also gave the interval: of several points, for all of them at once. `guarded`
+    says that p is that of losses too rare to be seen, because they could explain what the observed spread would not.
     """
 
     new: str
@@ -31,13 +33,13 @@ class BaselineComparison:
     low: float
     high: float
     p: float
-    adjusted: float | None
+    guarded: bool
     items: int
 
     @property
     def sure(self) -> bool:
-        """Whether the difference is significant at 5 %, after the correction where there is one."""
-        return (self.p if self.adjusted is None else self.adjusted) <= SURE
+        """Whether the difference is significant at 5 %."""
+        return self.p <= SURE
 
     def document(self) -> dict[str, Any]:
         """For `--json`."""
@@ -48,7 +50,7 @@ class BaselineComparison:
             "low": round(self.low, 3) if self.low > -1e9 else None,
             "high": round(self.high, 3) if self.high < 1e9 else None,
             "p": float(f"{self.p:.4g}"),
-            "p_adjusted": None if self.adjusted is None else float(f"{self.adjusted:.4g}"),
+            "rare_losses_decide": self.guarded,
             "items": self.items,
         }
 
@@ -66,8 +68,9 @@ class ComparedCell:
 class BaselineComparisons:
     """Every point against one baseline.
 
-    `overall` is adjusted by Holm over the points, `by_length` and `by_task` by Benjamini and Hochberg over all cells of
-    that map. Points that have no question in common with the baseline are missing.
+    `overall` holds for all points at once, see `judging.simultaneous`. `by_length` and `by_task` are adjusted by
+    Benjamini and Hochberg over all cells of that map. Points that have no question in common with the baseline are
+    missing.
     """
 
     baseline: str
@@ -79,13 +82,25 @@ class BaselineComparisons:
 def compare(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> BaselineComparison | None:
     """One model against another by the macro score; None where they share no question."""
     samples = _samples(rows, new, old)
-    return _comparison(new, old, samples) if samples else None
+    return _comparison(new, old, paired_test(samples)) if samples else None
+
+
+def best_of(
+    rows: Mapping[str, Sequence[ScoreRow]], leader: str, rivals: Sequence[str]
+) -> dict[str, BaselineComparison]:
+    """The leader against each rival, the least sure first: it is the best of all if the first p is at most 5 %.
+
+    Hung & Fithian 2019 (rank verification): no correction is needed, as the two-sided p of the closest rival counts.
+    """
+    found = {rival: compare(rows, leader, rival) for rival in rivals}
+    known = [(rival, against) for rival, against in found.items() if against is not None]
+    return dict(sorted(known, key=lambda entry: (-entry[1].p, entry[1].difference, entry[0])))
 
 
 def compare_overall(
     rows: Mapping[str, Sequence[ScoreRow]], points: Sequence[str], baseline: str
 ) -> dict[str, BaselineComparison]:
-    """Every one of these points against the baseline by the macro score, adjusted by Holm."""
+    """Every one of these points against the baseline by the macro score, for all of them at once."""
     return _overall(_all_samples(rows, points, baseline), baseline)
 
 
@@ -122,9 +137,7 @@ def _all_samples(
 
 
 def _overall(samples: Mapping[str, Sequence[CellSample]], baseline: str) -> dict[str, BaselineComparison]:
-    plain = {name: _comparison(name, baseline, found) for name, found in samples.items()}
-    adjusted = holm([comparison.p for comparison in plain.values()])
-    return {name: replace(found, adjusted=float(p)) for (name, found), p in zip(plain.items(), adjusted, strict=True)}
+    return {name: _comparison(name, baseline, found) for name, found in simultaneous(samples).items()}
 
 
 def _samples(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> list[CellSample]:
@@ -134,15 +147,15 @@ def _samples(rows: Mapping[str, Sequence[ScoreRow]], new: str, old: str) -> list
         return []
 
 
-def _comparison(new: str, old: str, samples: Sequence[CellSample]) -> BaselineComparison:
-    estimate = macro_difference(samples)
+def _comparison(new: str, old: str, found: Tested) -> BaselineComparison:
+    guarded = found.p <= SURE < found.rare
     return BaselineComparison(
-        new,
-        old,
-        100 * estimate.mean,
-        100 * estimate.low,
-        100 * estimate.high,
-        difference_test(estimate),
-        None,
-        estimate.items,
+        new=new,
+        old=old,
+        difference=100 * found.estimate.mean,
+        low=100 * found.estimate.low,
+        high=100 * found.estimate.high,
+        p=found.rare if guarded else found.p,
+        guarded=guarded,
+        items=found.estimate.items,
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from orchestrator.evaluating.results import EvaluationResult
     from orchestrator.report.leaderboard import Line
+    from orchestrator.report.recommendation import Recommendation
 
 CLOSE_SECONDS = 20.0
 """How long a session that ends waits for a page that is being drawn; it is left unwritten then."""
@@ -22,14 +23,14 @@ log = logging.getLogger(__name__)
 
 def written_page(
     run_url: str, result: EvaluationResult | None = None, lines: list[Line] | None = None
-) -> tuple[str, str] | None:
-    """Writes the page of a run: where it lies, and its first sentence. None, and a warning, if that cannot be."""
+) -> tuple[str, Recommendation | None] | None:
+    """Writes the page of a run: where it lies, and its recommendation. None, and a warning, if that cannot be."""
     from orchestrator.report.page import write_page
     from orchestrator.report.run import read_run, report_on
 
     try:
         report = report_on(read_run(run_url, result), lines)
-        return write_page(report), "" if report.recommendation is None else report.recommendation.sentence
+        return write_page(report), report.recommendation
     except Exception as error:  # answers that took hours are worth more than a page that can be drawn again
         log.warning("%s: no page (%s); `mergeyard report` writes it", run_url, error)
         return None

@@ -281,11 +281,13 @@ def _interval_at(curve: figures.Curve, x: float) -> str:
 def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> Section | None:
     from orchestrator.report import charts
 
+    baseline = report.baseline if report.comparisons is not None else None  # as for all differences
     found = figures.needle_maps(
-        rows, report.lines, report.run.result.parent_labels, report.baseline, _depth_grids(report.run.job)
+        rows, report.lines, report.run.result.parent_labels, baseline, _depth_grids(report.run.job)
     )
     if not found:
         return None
+    difference = f"; beside it the difference from {baseline} on the same needles, hatched where it is not sure"
     most = max(
         (abs(tile.value) for maps in found if maps.differences for tile in maps.differences.tiles.values()), default=0.0
     )
@@ -293,8 +295,7 @@ def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
     return Section(
         "needles",
         "Needles by depth and length",
-        "How often the needle was found, by how deep it lay in the context; beside it the difference from"
-        f" {report.baseline or 'the baseline'} on the same needles, hatched where it is not sure.",
+        f"How often the needle was found, by how deep it lay in the context{difference if baseline else ''}.",
         (
             charts.colour_bar(0, 100, "score"),
             charts.colour_bar(-limit, limit, "difference in points", scale="difference"),

@@ -10,11 +10,12 @@ from typing import Any
 
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult
+from orchestrator.judging.effective_length import RELATIVE_SHARE
 from orchestrator.judging.significance import FlipRate
 from orchestrator.judging.unanswered import DOUBTED, Unanswered, unanswered
-from orchestrator.report.against_baseline import BaselineComparison, compare, compare_overall
+from orchestrator.report.against_baseline import BaselineComparison, best_of, compare_overall
 from orchestrator.report.leaderboard import Line
-from orchestrator.words import shortlist
+from orchestrator.words import short_length, shortlist
 
 ROUNDING = 1e-9
 """Points of 100 by which two equal scores may differ."""
@@ -25,13 +26,14 @@ REMEDY = "Mend the cause, such as a model that reasons first, and evaluate under
 
 @dataclass(frozen=True, slots=True)
 class Recommendation:
-    """The leader, and its differences from the best parent and from the runner-up; None if there is none.
+    """The leader, its difference from the best parent, and from each rival, the least sure first.
 
     Where the leader is a parent itself, `parent` is its label and `over_parent` None. `parent_name` is the best
-    parent's name in sentences. `points` counts the points that took part. `tied` are the points with the leader's
-    score on as many items; the leader is only the first of them by name. `gate` is the gate's verdict as it lies in the
-    run, if there is one. `unanswered` counts the questions that each of these models did not answer; where the leader
-    has too many of them, there is nothing to recommend.
+    parent's name in sentences. `points` counts the points that were compared with it. `tied` are the points with the
+    leader's score on as many items; the leader is only the first of them by name. `gate` is the gate's verdict as it
+    lies in the run, if there is one. `unanswered` counts the questions that each of these models did not answer; where
+    the leader has too many of them, there is nothing to recommend. While the evaluation is not `finished`, nothing is
+    compared: a p value holds for a number of items that was fixed beforehand.
     """
 
     best: Line
@@ -39,7 +41,7 @@ class Recommendation:
     parent: str | None
     parent_name: str
     over_parent: BaselineComparison | None
-    over_runner_up: BaselineComparison | None
+    over_rivals: Mapping[str, BaselineComparison]
     points: int
     finished: bool
     confirmed: float | None
@@ -49,65 +51,112 @@ class Recommendation:
 
     @property
     def sentence(self) -> str:
-        """Plain text, one to five sentences."""
-        return " ".join(filter(None, (self.headline, *self.grounds)))
-
-    @property
-    def headline(self) -> str:
-        """The recommendation in one sentence."""
-        return ("" if self.finished else "So far, with the evaluation unfinished: ") + self._keep()
-
-    @property
-    def grounds(self) -> list[str]:
-        """The sentences after the first."""
+        """Which merge to keep, its rank, the lengths where it fails, and a warning if answers are missing."""
         if self._refused:
-            return [REMEDY]
-        return [*filter(None, (self._doubts(), self._lead(), self._elsewhere(), self._floor()))]
+            return f"{self._keep()} {REMEDY}"
+        if not self.finished:
+            return " ".join(filter(None, (self._so_far(), self._doubts())))
+        return " ".join(filter(None, (self._keep(), self._rank(), self._fails(), self._doubts())))
+
+    @property
+    def why(self) -> list[str]:
+        """The sentences behind it: p values, the rule that decided, the gate, the noise floor."""
+        if self._refused:
+            return []
+        return [*filter(None, (self._parents_p(), self._closest(), self._elsewhere(), self._floor()))]
 
     @property
     def _refused(self) -> bool:
         return self.unanswered[self.best.name].refused
 
+    @property
+    def _fresh(self) -> Mapping[str, Any] | None:
+        """The gate's line on the leader against the best parent, on items that no point was chosen by."""
+        gate = self.gate
+        if gate is None or not gate.get("fresh") or (gate.get("new"), gate.get("old")) != (self.best.name, self.parent):
+            return None
+        line = gate["lines"][0]
+        return line if line.get("low") is not None and line.get("high") is not None and "rule" in gate else None
+
     def _doubts(self) -> str:
         told = [found.words(name) for name, found in self.unanswered.items() if found.share > DOUBTED]
         return f"But {'; '.join(told)}. {REMEDY}" if told else ""
 
+    def _so_far(self) -> str:
+        who = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 else f"{self.best.name} leads"
+        return f"So far, with the evaluation unfinished, {who} with {self.best.score:.1f}."
+
     def _keep(self) -> str:
         if self._refused:
             return f"No recommendation: {self.unanswered[self.best.name].words(self.best.name)}."
-        score = f"{self.best.score:.1f} points{_spread(self.best)}"
+        score = _score(self.best)
         tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 else ""
         if self.parent == self.best.name:
             others = f"; {tie}" if tie else ""
             return f"Keep the parent {self.parent_name}: {score}, and no merge scores more{others}."
         if self.over_parent is None:
             return f"{tie or f'Keep {self.best.name}'}: {score}."
-        found = self.over_parent
-        certainty = _certainty(found, self.points)
-        told = f"{_points(found.difference)} the best parent, {self.parent_name} ({certainty})"
+        found, told = self.over_parent, self._over_parent(self.over_parent)
         if math.isclose(found.difference, 0, abs_tol=ROUNDING):
             if self.parent in self.tied:
-                return f"{tie}, the parent {self.parent_name} among them: {score} ({certainty})."
+                return f"{tie}, the parent {self.parent_name} among them: {score}."
             who = f"{len(self.tied)} points" if tie else self.best.name
-            return f"{who} and the best parent, {self.parent_name}, share the first place: {score} ({certainty})."
+            return f"{who} and the best parent, {self.parent_name}, share the first place: {score}."
         if found.sure and found.difference < 0:
             merges = f"of the merges, {tie} with" if tie else f"the best merge, {self.best.name}, has"
             return f"Keep the parent {self.parent_name}: {merges} {score}, {told}."
-        if found.sure:
+        if found.sure and (self._fresh is None or self._fresh["high"] > 0):
             return f"{tie or f'Keep {self.best.name}'}: {score}, {told}."
         leads = f"{tie} with {score}, but are" if tie else f"{self.best.name} leads with {score}, but is"
         return f"{leads} not surely better than {'the' if tie else 'its'} parents: {told}."
 
-    def _lead(self) -> str:
+    def _over_parent(self, found: BaselineComparison) -> str:
+        """The difference from the best parent with its interval; on fresh items if a gate asked them."""
+        fresh = self._fresh
+        if self.gate is not None and fresh is not None:
+            level = 100 * (1 - 2 * self.gate["rule"]["alpha"])
+            bounds = f"{level:g} % {fresh['low']:+.1f} to {fresh['high']:+.1f}"
+            return f"{_over(fresh['difference'])} the best parent, {self.parent_name}, on fresh questions ({bounds})"
+        return f"{_over(found.difference)} the best parent, {self.parent_name} ({_bounds(found)})"
+
+    def _rank(self) -> str:
         if len(self.tied) > 1:
-            return f"By name they are {shortlist(self.tied)}: any will do, or ask more items."
-        found = self.over_runner_up
+            return f"By name they are {shortlist(self.tied)}: more items may tell them apart."
+        if not self.over_rivals:
+            return ""
+        unsure = [name for name, found in self.over_rivals.items() if not found.sure or found.difference <= 0]
+        count = len(self.over_rivals)
+        rank = f"Best of {count + 1}: sure against {count - len(unsure)} of {count}"
+        return f"{rank}, not against {shortlist(unsure)}: more items may tell." if unsure else f"{rank}."
+
+    def _fails(self) -> str:
+        """The lengths at which the leader loses more than 15 % of its score at the shortest (as Modarressi 2025)."""
+        by_length = self.best.by_length
+        if len(by_length) < 2:
+            return ""
+        bar = RELATIVE_SHARE * by_length[min(by_length)]
+        found = {length: score for length, score in sorted(by_length.items()) if score < bar}
+        if not found:
+            return ""
+        lengths, scores = [short_length(length) for length in found], [f"{score:.0f}" for score in found.values()]
+        return f"It fails at {', '.join(lengths)}: {', '.join(scores)}."
+
+    def _parents_p(self) -> str:
+        found = self.over_parent
         if found is None:
             return ""
-        told = f"{found.old}, is {_plain(found.difference)} ({_certainty(found, 1)})"
-        if found.sure:
-            return f"Its lead over the runner-up, {told}."
-        return f"Its lead over the runner-up, {told}: not sure, either will do, or ask more items."
+        at_once = f", for {self.points} points at once" if self.points > 1 else ""
+        told = f"Against {self.parent_name}: {_p(found)}{at_once}{_guard(found)}."
+        if self._fresh is None:
+            return told
+        return told.replace(":", f", on the items that chose it: {found.difference:+.1f} ({_bounds(found)}),", 1)
+
+    def _closest(self) -> str:
+        if len(self.tied) > 1 or not self.over_rivals:
+            return ""
+        rival, found = next(iter(self.over_rivals.items()))
+        largest = f", the largest p of {len(self.over_rivals)} rivals" if len(self.over_rivals) > 1 else ""
+        return f"{found.difference:+.1f} over the closest rival, {rival}: {_p(found)}{largest}{_guard(found)}."
 
     def _elsewhere(self) -> str:
         if self.gate is not None and self.gate.get("new") == self.best.name:
@@ -125,13 +174,17 @@ class Recommendation:
         return f"{words[:1].upper()}{words[1:]}." if words else ""
 
     def document(self) -> dict[str, Any]:
-        """For `--json`."""
+        """For `--json`; `closest_rival` is the one with the largest p."""
+        closest = next(iter(self.over_rivals.values()), None)
         return {
             "sentence": self.sentence,
+            "why": self.why,
             "keep": None if self._refused else self.best.name,
             "tied": list(self.tied),
             "over_best_parent": None if self.over_parent is None else self.over_parent.document(),
-            "over_runner_up": None if self.over_runner_up is None else self.over_runner_up.document(),
+            "closest_rival": None if closest is None else closest.document(),
+            "rivals": len(self.over_rivals),
+            "sure_against": sum(found.sure and found.difference > 0 for found in self.over_rivals.values()),
         }
 
 
@@ -159,27 +212,28 @@ def recommend(
     best = lines[0]
     parent = best_parent(result, lines)
     points = [line.name for line in lines if line.name not in result.baselines]
-    if parent is not None and parent != best.name and against_parent is None:
+    if not result.finished or parent is None or parent == best.name:
+        against_parent = None
+    elif against_parent is None:
         against_parent = compare_overall(rows, points, parent)
-    runner_up = next((name for name in points if name not in (best.name, parent)), None)
+    over_rivals = best_of(rows, best.name, [name for name in points if name != best.name]) if result.finished else {}
     standing = next((entry for entry in result.standing if entry.point == best.name), None)
     left = {departure.point for departure in result.departures}
     level = [line for line in lines if line.items == best.items and line.name in points and line.name not in left]
+    doubted = (best.name, parent, next(iter(over_rivals), None))
     return Recommendation(
         best=best,
         tied=tuple(line.name for line in level if math.isclose(line.score, best.score, abs_tol=ROUNDING)),
         parent=parent,
         parent_name="" if parent is None else result.parent_name(parent),
         over_parent=None if against_parent is None else against_parent.get(best.name),
-        over_runner_up=None if runner_up is None else compare(rows, best.name, runner_up),
+        over_rivals=over_rivals,
         points=sum(name != parent for name in points),
         finished=result.finished,
         confirmed=None if standing is None else standing.confirmed,
         gate=gate,
         noise=result.noise,
-        unanswered={
-            name: unanswered(rows[name]) for name in dict.fromkeys((best.name, parent, runner_up)) if name is not None
-        },
+        unanswered={name: unanswered(rows[name]) for name in dict.fromkeys(doubted) if name is not None},
     )
 
 
@@ -194,21 +248,32 @@ def p_text(p: float) -> str:
     return "p < 0.0001" if p < 1e-4 else f"p = {p:.2g}"
 
 
-def _certainty(comparison: BaselineComparison, points: int) -> str:
-    p = p_text(comparison.p if comparison.adjusted is None else comparison.adjusted)
-    corrected = f" after Holm over {points} points" if comparison.adjusted is not None and points > 1 else ""
+def _p(comparison: BaselineComparison) -> str:
     if not math.isfinite(comparison.low):
         return f"one haystack shows no spread, {comparison.items} items"
-    return f"95 % interval {comparison.low:+.1f} to {comparison.high:+.1f}, {p}{corrected}"
+    return p_text(comparison.p)
 
 
-def _points(difference: float) -> str:
-    return f"{abs(difference):.1f} {'above' if difference >= 0 else 'below'}"
+def _guard(comparison: BaselineComparison) -> str:
+    """Says that losses too rare to be seen decided, and not the observed spread."""
+    if not comparison.guarded:
+        return ""
+    return ". Losses that are too rare to be seen in so few haystacks could explain it; the observed spread could not"
 
 
-def _plain(difference: float) -> str:
-    return f"{difference:.1f} points"
+def _bounds(comparison: BaselineComparison) -> str:
+    if not math.isfinite(comparison.low):
+        return f"one haystack shows no spread, {comparison.items} items"
+    return f"95 % {comparison.low:+.1f} to {comparison.high:+.1f}"
 
 
-def _spread(line: Line) -> str:
-    return f" ± {line.half_width:.1f}" if math.isfinite(line.half_width) else ""
+def _over(difference: float) -> str:
+    return f"{difference:+.1f} {'over' if difference >= 0 else 'against'}"
+
+
+def _score(line: Line) -> str:
+    """The score with its 95 % interval."""
+    if not math.isfinite(line.half_width):
+        return f"{line.score:.1f}"
+    low, high = max(0.0, line.score - line.half_width), min(100.0, line.score + line.half_width)
+    return f"{line.score:.1f} ({low:.1f} to {high:.1f})"

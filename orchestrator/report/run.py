@@ -88,7 +88,10 @@ def _receipts(store: Store) -> tuple[Receipt, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """The leaderboard of a run, its comparisons and the recommendation."""
+    """The leaderboard of a run, its comparisons and the recommendation.
+
+    While the evaluation goes on there are no comparisons: their p values hold for a fixed number of items.
+    """
 
     run: Run
     lines: list[Line]
@@ -141,7 +144,7 @@ def report_on(run: Run, lines: list[Line] | None = None) -> Report:
     points = [line.name for line in lines if line.name not in result.baselines]
     parent = best_parent(result, lines)
     baseline = _gate_baseline(run, rows) or parent
-    comparisons = None if baseline is None else compare_all(rows, points, baseline)
+    comparisons = None if baseline is None or not result.finished else compare_all(rows, points, baseline)
     against_parent = None if comparisons is None or baseline != parent else comparisons.overall
     return Report(run, lines, baseline, comparisons, recommend(result, lines, run.gate, against_parent))
 

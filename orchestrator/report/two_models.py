@@ -16,19 +16,20 @@ from orchestrator.evaluating.results import ranked_rows
 from orchestrator.judging.estimates import macro_difference, macro_weights
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import (
-    difference_test,
     holm,
     mcnemar,
     mcnemar_interval,
     minimum_detectable_effect,
+    paired_test,
     sign_flip_test,
 )
+from orchestrator.report.against_baseline import SURE
 from orchestrator.report.leaderboard import perplexity_by_position
 from orchestrator.report.scored_models import ScoredModel, benchmark_settings, right_answers
 from workers.benchmarks.registry import BENCHMARKS
 
 Test = Literal["mcnemar", "sign-flip", "binomial", "t"]
-"""Binomial is that of `statistics.few_losses`, where it is larger than the sign flips'."""
+"""Binomial is that of `judging.estimates.few_losses`, where it alone says that a difference is not sure."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +163,7 @@ def _cell_line(cell: Cell, found: Pairs) -> Difference:
         low, high = mcnemar_interval(gains, losses, items)
     else:
         flipped = sign_flip_test(sample.values, sample.haystacks)
-        test, p = ("sign-flip", flipped) if flipped >= estimate.least_p - 1e-9 else ("binomial", estimate.least_p)
+        test, p = ("binomial", estimate.least_p) if flipped <= SURE < estimate.least_p else ("sign-flip", flipped)
     return Difference(
         benchmark=found[0][0].benchmark,
         task=cell.task,
@@ -184,9 +185,11 @@ def _cell_line(cell: Cell, found: Pairs) -> Difference:
 def _macro_line(cells: Mapping[Cell, Pairs]) -> Difference:
     samples = [sample_of(cell, found) for cell, found in cells.items()]
     weights = macro_weights([*cells])
-    estimate = macro_difference(samples)
-    p = difference_test(estimate)
-    test: Test = "binomial" if estimate.least_p >= p else "t"
+    found = paired_test(samples)
+    estimate, p = found.estimate, found.p
+    test: Test = "mcnemar" if found.exact else "t"
+    if p <= SURE < found.rare:
+        test, p = "binomial", found.rare
     means = {
         side: 100
         * sum(

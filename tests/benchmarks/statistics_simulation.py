@@ -20,6 +20,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,9 +39,11 @@ from orchestrator.judging.significance import (
     holm,
     mcnemar,
     mcnemar_interval,
+    paired_test,
     sign_flip_test,
     wilson_interval,
 )
+from orchestrator.judging.simultaneous import simultaneous
 
 Random = np.random.Generator
 Floats = NDArray[np.float64]
@@ -423,6 +426,82 @@ def many_tests() -> Iterator[Case]:
     yield Case("test", "benjamini-hochberg, any", "12 cells of 100", any_discovery)
 
 
+def grids() -> Iterator[Case]:
+    """Ten points against a parent, and the best of eleven against its rivals: all equal, or with one that is better."""
+    worlds = {
+        "10 points, 3 lengths of 36": (10, (0.9, 0.8, 0.6), 36, 1, 0.8),
+        "10 points, 3 lengths of 36, alike but for few": (10, (1.0, 0.99, 0.3), 36, 1, 0.95),
+        "30 points, 3 lengths of 100": (30, (0.9, 0.8, 0.6), 100, 1, 0.8),
+        "10 points, 3 lengths of 8 haystacks of 8": (10, (0.9, 0.8, 0.6), 8, 8, 0.6),
+    }
+    for name, (points, rates, haystacks, questions, alike) in worlds.items():
+
+        def drawn(random: Random, shape: Any = (points, rates, haystacks, questions, alike)) -> Floats:
+            """Scores [points + 1, lengths, items]; a point takes the common answer with the chance `alike`."""
+            points, rates, haystacks, questions, alike = shape
+            common = random.random((1, 1, haystacks, 1)) * np.ones((1, len(rates), 1, questions))
+            own = random.random((points + 1, len(rates), haystacks, questions))
+            takes = random.random(own.shape) < alike
+            right = np.where(takes, common, own) < np.array(rates)[:, None, None]
+            return right.reshape(points + 1, len(rates), -1).astype(float)
+
+        def against(scores: Floats, new: int, old: int, questions: int = questions) -> list[CellSample]:
+            items = scores.shape[2]
+            labels = [f"h{item // questions}" for item in range(items)]
+            return [
+                cell_sample("task", 1024 << at, scores[new, at] - scores[old, at], labels)
+                for at in range(scores.shape[1])
+            ]
+
+        def any_sure(random: Random, drawn: Any = drawn, against: Any = against, points: int = points) -> bool:
+            scores = drawn(random)
+            tested = simultaneous({str(new): against(scores, new, 0) for new in range(1, points + 1)}, draws=FEW_DRAWS)
+            return any(max(found.p, found.rare) <= LEVEL for found in tested.values())
+
+        def leader_missed(random: Random, drawn: Any = drawn, against: Any = against, points: int = points) -> bool:
+            scores = drawn(random)
+            leader = 1 + int(np.argmax(scores[1:].mean(axis=(1, 2))))
+            tested = simultaneous({str(new): against(scores, new, 0) for new in range(1, points + 1)}, draws=FEW_DRAWS)
+            found = tested[str(leader)].estimate
+            return misses(found.low, found.high, 0.0)
+
+        def wrongly_best(random: Random, drawn: Any = drawn, against: Any = against) -> bool:
+            scores = drawn(random)
+            order = np.argsort(-scores.mean(axis=(1, 2)), kind="stable").tolist()
+            tested = (paired_test(against(scores, order[0], rival)) for rival in order[1:])
+            return all(max(found.p, found.rare) <= LEVEL for found in tested)
+
+        yield Case("test", "any of many against one", name, any_sure)
+        yield Case("interval", "leader of many against one", name, leader_missed)
+        yield Case("test", "best of many", name, wrongly_best)
+    yield from _deciding_cells()
+
+
+def _deciding_cells() -> Iterator[Case]:
+    """One cell of right and wrong answers decides, at one of three lengths: McNemar's test."""
+    for items, differ in ((36, 0.3), (36, 0.1), (100, 0.1)):
+
+        def exact(random: Random, items: int = items, differ: float = differ) -> bool:
+            values = right_or_wrong(items, differ / 2, differ / 2).draw(random)[0]
+            found = paired_test(_three_lengths(np.zeros(items), values))
+            return max(found.p, found.rare) <= LEVEL
+
+        yield Case("test", "one cell decides", f"n {items}, {differ:g} differ", exact)
+
+        def lost(random: Random, items: int = items, differ: float = differ) -> bool:
+            gains = (random.random(items) < differ).astype(float)
+            gone = random.random(items) < differ / (3 + differ)
+            found = paired_test(_three_lengths(-gone.astype(float), np.where(gone, -1.0, gains)))
+            return max(found.p, found.rare) <= LEVEL
+
+        yield Case("test", "one cell decides", f"n {items}, +{differ:g} at one length, few lost at all three", lost)
+
+
+def _three_lengths(others: Floats, last: Floats) -> list[CellSample]:
+    labels = [f"h{number}" for number in range(last.size)]
+    return [cell_sample("task", 1024 << at, values, labels) for at, values in enumerate((others, others, last))]
+
+
 def looking_again() -> Iterator[Case]:
     def bound(random: Random) -> bool:
         counts = np.arange(1, 601)
@@ -603,6 +682,7 @@ def cases() -> list[Case]:
         opposite_cells,
         shared_lengths,
         many_tests,
+        grids,
         looking_again,
         gates,
         nights,

@@ -35,11 +35,14 @@ def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
     console.print(_footnote(lines, result), highlight=False, style="dim")
 
 
-def print_sentence(sentence: str) -> None:
-    """Words after the table, broken where the terminal ends."""
+def print_sentence(sentence: str, why: Sequence[str] = ()) -> None:
+    """Words after the table, broken where the terminal ends; the reasons after them."""
     from rich.console import Console
 
-    Console().print(f"\n{sentence}", highlight=False, markup=False)
+    console = Console()
+    console.print(f"\n{sentence}", highlight=False, markup=False)
+    if why:
+        console.print(f"\nWhy: {' '.join(why)}", highlight=False, markup=False, style="dim")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,4 +16,4 @@ def test_the_benchmark_says_whether_an_answer_can_be_lost(benchmark: str, losabl
     new = cell("new", "0" if benchmark == "perplexity" else "rouge", 512, [0.31] * 24, benchmark=benchmark)
     (sample,) = pairs(new, old)
     assert sample.losable is losable
-    assert (macro_difference([sample]).least_p == 1) is losable
+    assert (macro_difference([sample]).least_p > 0.7) is losable

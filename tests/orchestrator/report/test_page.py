@@ -81,6 +81,8 @@ def test_every_tile_has_its_story(text: str) -> None:
 def test_a_page_of_an_unfinished_run_renews_itself(tmp_path: Path, text: str) -> None:
     unfinished = page(report_on(read_run(write_run(tmp_path, finished=False))))
     assert 'http-equiv="refresh"' in unfinished and "So far, " in unfinished
+    p_value = r"\bp [=<&l;t]+ ?0"
+    assert re.search(p_value, text) and not re.search(p_value, unfinished), "p values hold for a fixed number of items"
     assert 'http-equiv="refresh"' not in text
 
 

@@ -76,7 +76,7 @@ def test_fractional_scores_get_sign_flips() -> None:
 def test_small_gains_alone_are_tested_by_the_losses_that_are_missing() -> None:
     # a true mean of zero with gains of 0.2 and losses of 1 needs a loss in 6; none of 12 has the chance (5/6)^12
     [line] = compared(answers("old", [0.8] * 12), answers("new", [1.0] * 12)).cells
-    assert (line.test, line.p) == ("binomial", pytest.approx(2 * (5 / 6) ** 12))
+    assert (line.test, line.p) == ("binomial", pytest.approx((5 / 6) ** 12))
     assert line.low == 0.0
 
 
@@ -109,14 +109,20 @@ def test_the_macro_score_weighs_tasks_alike_and_lengths_alike() -> None:
 
 def test_the_overall_p_value_and_interval_agree() -> None:
     """Students t on the differences, with one gain and one loss more than were seen."""
-    old, new = answers("old", [0.0, 1.0] * 30), answers("new", [1.0, 0.0] * 15 + [1.0, 1.0] * 15)
+    old, new = answers("old", [0.0, 0.5] * 30), answers("new", [0.5, 0.0] * 15 + [0.5, 0.5] * 15)
     overall = compared(old, new).overall
-    differences = [1, -1] * 15 + [1, 0] * 15
-    error = math.hypot(float(scipy.stats.sem(differences)), math.sqrt(2) / 60)
+    differences = [0.5, -0.5] * 15 + [0.5, 0] * 15
+    error = math.hypot(float(scipy.stats.sem(differences)), math.sqrt(2) * 0.5 / 60)
     mean = sum(differences) / 60
     assert overall.p == pytest.approx(2 * scipy.stats.t.sf(mean / error, 59))
     assert overall.high == pytest.approx(100 * (mean + scipy.stats.t.ppf(0.975, 59) * error))
     assert overall.detectable == pytest.approx(100 * (1.959964 + 0.841621) * error, rel=1e-5)
+
+
+def test_overall_and_the_one_cell_that_decides_have_one_p_value() -> None:
+    old, new = answers("old", [0.0] * 11 + [1.0] * 25), answers("new", [1.0] * 11 + [0.0] + [1.0] * 24)
+    found = compared(old, new)
+    assert found.overall.test == "mcnemar" and found.overall.p == found.cells[0].p == pytest.approx(26 / 2**12)
 
 
 def test_models_that_agree_everywhere_are_not_surely_equal() -> None:
