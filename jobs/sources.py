@@ -160,9 +160,13 @@ class Reader:
         """Names in expressions that are no axes."""
 
     def keys(self, node: Node, known: Collection[str], required: Collection[str] = ()) -> Mapping[str, Node]:
-        """As `Node.mapping`; of a document for mergekit, unknown keys that do not look misspelt are left out."""
+        """As `Node.mapping`; of a document for mergekit, unknown keys that do not look misspelt are left out.
+
+        A key does not look so if the key that it is near to is there as well.
+        """
         if self._foreign and isinstance(node.value, Mapping):
-            stray = {key: value for key, value in node.value.items() if key not in known and not nearest(key, known)}
+            absent = [key for key in known if key not in node.value]
+            stray = {key: value for key, value in node.value.items() if key not in known and not nearest(key, absent)}
             self.ignored += [
                 f"{value.place}: {quoted(key)} is not a key here and has no effect" for key, value in stray.items()
             ]
@@ -251,15 +255,13 @@ def filled(keys: Mapping[str, Node]) -> dict[str, Node]:
 
 
 def model_name(node: Node) -> Node:
-    """The text of a model, `NAME@REVISION+ADAPTER@REVISION`, also of mergekit's long form of two mappings."""
+    """The text of a model, `NAME@REVISION+ADAPTER@REVISION`, also of mergekit's long form of two mappings.
+
+    `override_architecture` names the architecture whose list of tensors mergekit takes. No list is needed here.
+    """
     if node.kind != "mapping":
         return node
     keys = node.mapping(("model", "lora", "override_architecture"), ("model",))
-    architecture = keys.get("override_architecture")
-    if architecture is not None and architecture.kind != "nothing":
-        raise architecture.error(
-            "`override_architecture:` is not accepted: an architecture is not overridden: take the key out"
-        )
     name = _path_and_revision(keys["model"])
     lora = keys.get("lora")
     if lora is None or lora.kind == "nothing":

@@ -46,6 +46,9 @@ def test_strange_keys_of_a_document_for_mergekit_are_left_out_and_said():
         'recipe.yml:5: "int8_mask" is not a key here and has no effect',
         'recipe.yml:6: "random_seed" is not a key here and has no effect',
     )
+    of_a_card = two_models("tokenizer_merge_method: linear\n")  # near to merge_method, which is there
+    recipe = recipe_template(load_document(of_a_card, "recipe.yml"), foreign=True).bind({})
+    assert recipe.ignored == ('recipe.yml:5: "tokenizer_merge_method" is not a key here and has no effect',)
     with pytest.raises(BadInput, match='unknown key "dtpye"; did you mean "dtype"'):
         recipe_template(load_document(two_models("dtpye: float32\n"), "recipe.yml"), foreign=True)
 
@@ -296,6 +299,7 @@ def test_the_long_form_of_a_model_is_its_name_and_revision() -> None:
         ("{model: a, lora: l}", "a+l"),
         ("{model: {path: a, revision: v1}, lora: {path: l, revision: v2}}", "a@v1+l@v2"),
         ("{model: {path: a}, lora: {path: o/l, revision: null}}", "a+o/l"),
+        ("{model: {path: c}, override_architecture: MistralForCausalLM}", "c"),
         ("a@v1+l@v2", "a@v1+l@v2"),
     ],
 )
