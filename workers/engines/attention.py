@@ -2,8 +2,11 @@
 
 * A chunk that follows cached tokens needs a causal mask aligned to the lower right. PyTorch's flag is aligned to the
   upper left, so transformers builds the mask: half a gigabyte for 131,072 keys and a chunk of 4,096, read again by
-  every head, and it keeps a GPU off its flash kernel. Here a GPU's kernel aligns the triangle itself, and a CPU attends
-  to the cached tokens and to the chunk apart and joins the two by their normalisers.
+  every head, and it keeps a GPU off its flash kernel. Here a GPU's flash kernel aligns the triangle itself. A CPU, and
+  a GPU in float32 with grouped heads, which no kernel there takes, attend to the cached tokens and to the chunk apart
+  and join the two by their normalisers.
+* On a GPU the kernel is flash attention, else memory-efficient attention, else the plain formula. PyTorch from 2.11 on
+  would prefer cuDNN on Hopper, which builds a plan for each number of keys, and so for each step of decoding.
 * For a masked step of few queries transformers repeats the keys and values for every query of a group; here the queries
   of a group are stacked instead, and the cache is read once.
 * On a CPU keys and values are kept in float32, whatever the model's dtype: for the one query of a decoding step
@@ -12,6 +15,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +33,8 @@ FEW_QUERIES = 64
 
 
 def register() -> str:
-    """Make the attention known to transformers; its name, for `attn_implementation`."""
+    """Make the attention known to transformers; its name, for `attn_implementation`. cuDNN's is off from now on."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AttentionInterface.register(NAME, attend)
     AttentionMaskInterface.register(NAME, _mask)
     return NAME
@@ -52,7 +57,9 @@ def attend(
     scale: float | None = kwargs.get("scaling")
     if attention_mask is None and 1 < queries < key.shape[2]:
         if query.device.type == "cpu" and key.shape[3] == value.shape[3]:
-            output = _in_two_parts(query, key, value, scale)
+            output = _in_two_parts(query, key, value, scale, _flash_on_cpu)
+        elif query.device.type != "cpu" and groups > 1 and key.dtype not in (torch.bfloat16, torch.float16):
+            output = _in_two_parts(query, key, value, scale, _efficient)
         else:
             bias = causal_lower_right(queries, key.shape[2])
             output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
@@ -66,18 +73,34 @@ def attend(
     return output.transpose(1, 2).to(asked.dtype).contiguous(), None
 
 
-def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, scale: float | None) -> Tensor:
+_Attention = Callable[[Tensor, Tensor, Tensor, bool, float | None], tuple[Tensor, Tensor]]
+"""From queries, keys, values, causality and scale to the values and, of each query, the logsumexp of its scores."""
+
+
+def _flash_on_cpu(
+    query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, causal, scale=scale)
+
+
+def _efficient(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float | None) -> tuple[Tensor, Tensor]:
+    """Memory-efficient attention, whose logsumexps are padded to a multiple of 32."""
+    attention = torch.ops.aten._scaled_dot_product_efficient_attention
+    found, weight, *_ = attention(query, key, value, None, True, 0.0, causal, scale=scale)
+    return found, weight[..., : query.shape[2]]
+
+
+def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, scale: float | None, attention: _Attention) -> Tensor:
     """Attention aligned to the lower right: all of the tokens before the chunk, and the chunk's own triangle.
 
     With softmax weights exp(s) / Z, the whole is the average of the two parts weighted by Z = exp(logsumexp(s)).
     """
-    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     queries, groups = query.shape[2], query.shape[1] // key.shape[1]
     before = key.shape[2] - queries
     stacked = query.reshape(query.shape[0], key.shape[1], groups * queries, query.shape[3])
-    past, past_weight = attention(stacked, key[:, :, :before], value[:, :, :before], scale=scale)
+    past, past_weight = attention(stacked, key[:, :, :before], value[:, :, :before], False, scale)
     own_key, own_value = (part[:, :, before:].repeat_interleave(groups, dim=1) for part in (key, value))
-    own, own_weight = attention(query, own_key, own_value, 0.0, True, scale=scale)
+    own, own_weight = attention(query, own_key, own_value, True, scale)
     share = torch.sigmoid(past_weight.reshape(own_weight.shape) - own_weight)[..., None]
     return torch.lerp(own, past.reshape(own.shape), share.to(own.dtype))
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from workers.engines.attention import attend, cache_dtype
+from workers.engines.attention import attend, cache_dtype, register
 from workers.engines.kv_cache import KeyValueBuffer, hidden
 
 
@@ -76,3 +76,62 @@ def test_each_row_of_a_step_writes_where_it_has_got_to():
     expected = torch.zeros(2, 1, 7, 4)
     expected[0, :, 2:4], expected[1, :, 6] = new[0], new[1, :, 1]
     assert torch.equal(keys, expected) and torch.equal(values, 2 * expected)
+
+
+def test_cudnn_builds_no_plan_for_each_number_of_keys():
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    register()
+    kernels = torch.backends.cuda
+    assert not kernels.cudnn_sdp_enabled()
+    assert kernels.flash_sdp_enabled() and kernels.mem_efficient_sdp_enabled() and kernels.math_sdp_enabled()
+
+
+class Kernels:
+    """Stands in for the kernels of CUDA, by the formula; `seen` says which was called, and of how many heads."""
+
+    def __init__(self):
+        self.seen = []
+
+    def efficient(self, query, key, value, bias, compute_log_sumexp, dropout, causal, *, scale):
+        assert bias is None and compute_log_sumexp and query.shape[1] == key.shape[1], "no mask, and no groups"
+        self.seen.append(("efficient", causal, query.dtype))
+        rows = torch.arange(query.shape[2])[:, None]
+        visible = rows >= torch.arange(key.shape[2])[None] if causal else torch.ones(rows.shape[0], key.shape[2]) > 0
+        query, key, value = (part.host for part in (query, key, value))
+        scores = (query @ key.transpose(2, 3) * scale).masked_fill(~visible, -torch.inf)
+        weights = scores.logsumexp(-1)
+        padded = torch.nn.functional.pad(weights, (0, -weights.shape[-1] % 32), value=torch.inf)
+        return *((scores.softmax(-1) @ value).to("card"), padded.to("card")), None, None
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+def test_float32_with_groups_has_no_mask_of_queries_and_keys_on_a_gpu(card, monkeypatch, key_heads):
+    """No kernel of CUDA takes groups in float32: PyTorch made a mask and all scores, 12 GB at 131,072 keys."""
+    card.lags, kernels = False, Kernels()
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_efficient_attention", kernels.efficient)
+    query = draw(2, 4, 5, 8, seed=1)
+    key, value = draw(2, key_heads, 9, 8, seed=2), draw(2, key_heads, 9, 6, seed=3)
+    there = [part.to("card") for part in (query, key, value)]
+    output, _ = attend(torch.nn.Module(), *there, None, scaling=8**-0.5)
+    assert kernels.seen == [("efficient", False, torch.float32), ("efficient", True, torch.float32)]
+    visible = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    torch.testing.assert_close(output.cpu(), formula(query, key, value, visible), atol=1e-5, rtol=1e-5)
+
+
+def test_half_precision_has_the_flash_kernel_on_a_gpu(card, monkeypatch):
+    """Which aligns the triangle to the lower right, and takes groups: no mask is made."""
+    card.lags, seen = False, []
+
+    def flash(query, key, value, dropout, is_causal, return_debug_mask, scale):
+        seen.append((is_causal, query.shape[1], key.shape[1]))
+        visible = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
+        return (formula(query.host.float(), key.host.float(), value.host.float(), visible).transpose(1, 2).to("card"),)
+
+    monkeypatch.setattr("torch.nn.attention.bias.can_use_flash_attention", lambda asked: True)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention", flash)
+    query, key, value = draw(2, 4, 5, 8, seed=1), draw(2, 2, 9, 8, seed=2), draw(2, 2, 9, 8, seed=3)
+    there = [part.bfloat16().to("card") for part in (query, key, value)]
+    output, _ = attend(torch.nn.Module(), *there, None, scaling=8**-0.5)
+    assert seen == [(True, 4, 2)]
+    visible = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    torch.testing.assert_close(output.cpu().float(), formula(query, key, value, visible), atol=3e-2, rtol=3e-2)
