@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from jobs.errors import BadInput
+from jobs.sources import LATER
 from jobs.specs import Reads, Scalar, read_scalar, read_spec, schema_of
 from jobs.yaml_nodes import Node, quoted, suggestion
 
@@ -31,6 +33,21 @@ OPTIONS = Reads(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ServerSpec:
+    """The server of one model, by default the engine's, under the model's own name."""
+
+    url: Annotated[str | None, "address of the server; by default that of the engine"] = None
+    model: Annotated[str | None, "the server's name for the model; by default the name of the point or parent"] = None
+    place: str = field(default="", compare=False)
+
+
+SERVERS = Reads(
+    lambda node: {name: read_spec(ServerSpec, entry) for name, entry in node.mapping().items()},
+    lambda: {"type": "object", "additionalProperties": schema_of(ServerSpec)},
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSpec:
     """The library that generates, or an OpenAI-compatible server."""
 
@@ -38,6 +55,9 @@ class EngineSpec:
     url: Annotated[str | None, "address of the server, for `openai` alone"] = None
     options: Annotated[Mapping[str, Scalar], OPTIONS, "options of the engine"] = field(
         default_factory=dict[str, Scalar]
+    )
+    servers: Annotated[Mapping[str, ServerSpec], SERVERS, "servers of points and parents, by name"] = field(
+        default_factory=dict[str, ServerSpec], metadata=LATER
     )
     place: str = field(default="", compare=False)
 
@@ -49,12 +69,17 @@ def read_engine(node: Node) -> EngineSpec:
         engine = EngineSpec(name=node.choice(tuple(ENGINE_OPTIONS)), place=node.place)  # pyright: ignore[reportArgumentType]
     else:
         engine = read_spec(EngineSpec, node)
-    if engine.name == "openai" and engine.url is None:
+    if engine.name != "openai":
+        for key in ("url", "servers"):
+            if getattr(engine, key):
+                raise keys[key].error(f"the engine {engine.name} has no `{key}:`; take it out")
+    elif engine.url is None and (not engine.servers or any(server.url is None for server in engine.servers.values())):
         raise node.error("the engine openai needs `url:`, the address of the server")
-    if engine.name != "openai" and engine.url is not None:
-        raise keys["url"].error(f"the engine {engine.name} has no `url:`; take it out")
-    if engine.url is not None and any(sign in engine.url for sign in "@?#"):
-        raise keys["url"].error("the server's address holds no credentials; the key comes from OPENAI_API_KEY")
+    addresses = {keys["url"].place: engine.url} if engine.url is not None else {}
+    addresses |= {server.place: server.url for server in engine.servers.values() if server.url is not None}
+    for place, address in addresses.items():
+        if any(sign in address for sign in "@?#"):
+            raise BadInput(f"{place}: the server's address holds no credentials; the key comes from OPENAI_API_KEY")
     known = ENGINE_OPTIONS[engine.name]
     for option in engine.options:
         place = keys["options"].mapping()[option]
@@ -80,7 +105,11 @@ def engine_schema() -> dict[str, Any]:
                     }
                 }
             }
-            | ({"required": ["url"]} if name == "openai" else {"not": {"required": ["url"]}}),
+            | (
+                {"anyOf": [{"required": ["url"]}, {"required": ["servers"]}]}
+                if name == "openai"
+                else {"not": {"anyOf": [{"required": ["url"]}, {"required": ["servers"]}]}}
+            ),
         }
         for name, options in ENGINE_OPTIONS.items()
     ]

@@ -106,8 +106,10 @@ class ModelSpec:
 
     @property
     def bytes(self) -> int:
-        """Memory of a worker: every parent's tensors, and the point in the engine."""
-        if self.as_it_is is not None and self.engine != "openai":
+        """Memory of a worker: every parent's tensors, and the point in the engine; a server elsewhere has its own."""
+        if self.engine == "openai":
+            return 0
+        if self.as_it_is is not None:
             return sum(file.size for file in self.as_it_is.files)
         parents = sum(
             tensor.elements * DTYPE_BITS[source.dtype] // 8

@@ -301,6 +301,11 @@ def _check(job: Job) -> None:
         raise BadInput(f"{job.place_of('config_from')}: {quoted(job.config_from)} is not a parent{near}")
     if job.gate is not None:
         _check_gate(job, job.gate)
+    names = [*job.parents, *(point.name for point in job.points)]
+    for name, server in job.engine.servers.items():
+        if name not in names:
+            near = suggestion(name, names)
+            raise BadInput(f"{server.place}: {quoted(name)} is neither a parent nor a point{near}")
     if job.keep.kind == "best" and job.evaluate is None:
         raise BadInput(f"{job.place_of('keep')}: the best points are known only after `evaluate:`; add it, or keep all")
     race = None if job.evaluate is None else job.evaluate.race

@@ -48,6 +48,7 @@ SLOW = (
     "tests/orchestrator/evaluating/test_confirming.py",
     "tests/orchestrator/evaluating/test_forecast.py::test_the_answers_of_the_parents",
     "tests/orchestrator/evaluating/test_outcome.py",
+    "tests/orchestrator/evaluating/test_servers.py",
     "tests/orchestrator/evaluating/test_session.py::test_what_cannot_be_asked_is_refused_while_planning[a task",
     "tests/orchestrator/judging/test_gate.py::test_topping_up_is_legal_only_in_the_anytime_mode",
     "tests/orchestrator/judging/test_gate.py::test_wrong_verdicts_over_lengths_stay_within_alpha",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,20 +131,23 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
     alone = _baselines_alone(plan)
     seed = plan.job.seed if seed is None else seed
     asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder), seed)
-    points = {
-        planned.name: Subject("point", planned.name, planned, asked[planned.layout].model, asked[planned.layout].sets)
-        for planned in plan.merges
-    }
-    known = {(subject.model, subject.planned.digest): subject for subject in points.values()}
+    models: dict[str, ModelSpec] = {}
+
+    def subject(kind: Kind, label: str, planned: PlannedPoint) -> Subject:
+        held = _at_its_server(plan, asked[planned.layout], planned.name)
+        models[held.model] = held.spec
+        return Subject(kind, label, planned, held.model, held.sets)
+
+    points = {planned.name: subject("point", planned.name, planned) for planned in plan.merges}
+    known = {(one.model, one.planned.digest): one for one in points.values()}
     taken = {planned.name for planned in plan.points}
     parents: dict[str, Subject] = {}
     for planned in [*_merged_parents(plan), *alone]:
         label = f"{planned.name} (parent)" if planned.name in taken else planned.name
-        held = asked[planned.layout]
-        itself = Subject("parent", label, planned, held.model, held.sets)
-        parents.setdefault(planned.name, known.get((held.model, planned.digest), itself))
+        itself = subject("parent", label, planned)
+        parents.setdefault(planned.name, known.get((itself.model, planned.digest), itself))
     return Questions(
-        models={entry.model: entry.spec for entry in asked.values()},
+        models=models,
         points=points,
         parents=parents,
         same={planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
@@ -154,22 +157,36 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
 
 
 def _check_server(plan: Plan) -> None:
-    """A server serves one model: nothing else can be asked of it."""
-    if plan.job.engine.name != "openai":
+    """A server serves one model: each other model that is asked needs its own."""
+    engine, gate = plan.job.engine, plan.job.gate
+    if engine.name != "openai":
         return
-    if plan.job.gate is not None:
+    points = {planned.name for planned in plan.points}
+    if gate is not None and gate.baseline not in engine.servers and gate.baseline not in points:
         raise BadInput(
-            f"{plan.job.place_of('gate')}: the server at {plan.job.engine.url} serves one model, a gate compares two;"
-            " take transformers or vllm, or leave the gate out and see `mergeyard compare` of two runs"
+            f"{plan.job.place_of('gate')}: the server at {engine.url} serves one model, a gate compares two; name that"
+            f" of the baseline in `engine:`, as `servers: {{{gate.baseline}: {{url: …}}}}`, take transformers or vllm,"
+            " or leave the gate out and see `mergeyard compare` of two runs"
         )
-    if len(plan.merges) > 1:
-        remedy = "write them, serve one, and give a job of that one, or take transformers"
+    unnamed = [planned.name for planned in plan.merges if planned.name not in engine.servers]
+    if len(unnamed) > 1 or (unnamed and engine.url is None):
+        remedy = "name the others in `servers:`, or write them, serve one, and give a job of that one"
         if plan.job.source == COMMAND_LINE:
             remedy = "name one MODEL, or leave --server out"
-        raise BadInput(
-            f"{plan.job.engine.place}: the server at {plan.job.engine.url} serves one model, the job has"
-            f" {len(plan.merges)} points; {remedy}"
-        )
+        elif engine.url is None:
+            remedy = "give its server as `url:`, or name it in `servers:`"
+        served = f"the server at {engine.url} serves one model, the job has" if engine.url else "there is no server of"
+        raise BadInput(f"{engine.place}: {served} {len(unnamed)} points; {remedy}")
+
+
+def _at_its_server(plan: Plan, held: _Asked, name: str) -> _Asked:
+    """The model of a layout where the point or parent of this name is served."""
+    server = plan.job.engine.servers.get(name)
+    if server is None:
+        return held
+    options = {**held.spec.options, "model": server.model or name}
+    spec = replace(held.spec, url=server.url or held.spec.url, options=options)
+    return replace(held, model=f"{held.model} of {name}", spec=spec)
 
 
 def _check_chats(plan: Plan, evaluation: Evaluation) -> None:
@@ -207,7 +224,12 @@ def _race(evaluation: Evaluation) -> RacePlan | None:
 def _baselines_alone(plan: Plan) -> list[PlannedPoint]:
     """The parents that no point is merged from, a gate's baselines, and those that are merged only in slices."""
     merged = {name for planned in plan.merges for name in planned.layout.whole}
-    return [parent_alone(plan, name) for name in plan.parents if name not in merged]
+    return [parent_alone(plan, name) for name in plan.parents if name not in merged and _is_asked(plan, name)]
+
+
+def _is_asked(plan: Plan, parent: str) -> bool:
+    """Whether a parent answers: of servers, each parent needs its own."""
+    return plan.job.engine.name != "openai" or parent in plan.job.engine.servers
 
 
 def _layouts(
@@ -246,11 +268,10 @@ def _layouts(
 
 
 def _merged_parents(plan: Plan) -> list[PlannedPoint]:
-    """The parents of every layout as merges of themselves; a server has none."""
-    if plan.job.engine.name == "openai":
-        return []
+    """The parents of every layout as merges of themselves."""
     layouts = dict.fromkeys(planned.layout for planned in plan.merges)
-    return [parent for layout in layouts for parent in parents_as_points(plan, layout)]
+    held = [parent for layout in layouts for parent in parents_as_points(plan, layout)]
+    return [parent for parent in held if _is_asked(plan, parent.name)]
 
 
 def _tokenizer(plan: Plan, planned: PlannedPoint) -> Tokenizer:

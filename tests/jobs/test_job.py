@@ -244,6 +244,16 @@ def test_a_parent_may_be_an_axis() -> None:
         (with_line("engine: vlm"), 'job.yaml:15: "engine" cannot be "vlm"; choose from transformers, vllm, openai'),
         (with_line("engine: openai"), "job.yaml:15: the engine openai needs `url:`"),
         (with_line("engine: {name: vllm, url: http://x}"), "job.yaml:15: the engine vllm has no `url:`"),
+        (with_line("engine: {name: vllm, servers: {cos: {url: http://x}}}"), "the engine vllm has no `servers:`"),
+        (with_line("engine: {name: openai, servers: {cos: {}}}"), "job.yaml:15: the engine openai needs `url:`"),
+        (
+            with_line("engine: {name: openai, url: http://x, servers: {csο: {}}}"),
+            'job.yaml:15: "csο" is neither a parent nor a point; did you mean "cos"?',
+        ),
+        (
+            with_line("engine: {name: openai, url: http://x, servers: {cos: {url: http://me:key@x}}}"),
+            "job.yaml:15: the server's address holds no credentials",
+        ),
         (
             with_line("engine: {name: vllm, options: {max_num_seq: 64}}"),
             'job.yaml:15: the engine vllm takes no option "max_num_seq"; did you mean "max_num_seqs"?',

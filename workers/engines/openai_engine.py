@@ -357,7 +357,7 @@ class OpenAIEngine:
                 if refused is None:
                     raise
                 if refused not in OPTIONAL or (refused == "temperature" and body[refused]):
-                    raise BadInput(f"{refusal}, or take {refused} out of the job") from None
+                    raise BadInput(f"{str(refusal).removesuffix(remedy)}take {refused} out of the job") from None
                 self._refused |= {refused}
 
     def _accepted(self, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -696,6 +696,11 @@ FOLLOWED: dict[str, list[dict[str, Any]]] = {
     "a server and a gate": [
         {"engine": OPENAI, "grid": {"w": [0.2]}},
         {"engine": {"name": "transformers"}, "gate": {"baseline": "fmt"}},
+        {
+            "engine": {**OPENAI, "servers": {"fmt": {"url": "http://127.0.0.1:2/v1"}}},
+            "grid": {"w": [0.2]},
+            "gate": {"baseline": "fmt"},
+        },
     ],
     "perplexity in a chat": [
         {
@@ -736,7 +741,10 @@ def test_a_length_that_no_prompt_fits_in_is_raised_as_advised(
 def test_a_gate_on_a_server_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     ended = mergeyard("plan", job_file(engine=OPENAI, grid={"w": [0.2]}, gate={"baseline": "fmt"}))
     assert ended.code == 2
-    assert "serves one model, a gate compares two; take transformers or vllm, or leave the gate out" in ended.err
+    assert (
+        "serves one model, a gate compares two; name that of the baseline in `engine:`, as `servers: {fmt:" in ended.err
+    )
+    assert "take transformers or vllm, or leave the gate out" in ended.err
 
 
 DAMAGED: dict[str, tuple[str, bytes]] = {

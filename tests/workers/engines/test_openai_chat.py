@@ -194,7 +194,7 @@ def test_a_server_that_takes_no_such_setting_is_asked_without_it(chat, server, n
 def test_a_server_that_cannot_sample_as_asked_is_refused(chat, server, needle_prompt, name, value):
     sampling = replace(Sampling(0.6, 0.95, 20, 7), **{name: value})
     server.failures = [(400, {"error": {"message": f"Unsupported value: '{name}' does not support {value}"}})]
-    with pytest.raises(BadInput, match=rf"Unsupported value: '{name}' .*, or take {name} out of the job"):
+    with pytest.raises(BadInput, match=rf"Unsupported value: '{name}' .*; take {name} out of the job"):
         chat.generate([asked_in_chat(needle_prompt("quiet-river", 4815162, 2), sampling=sampling)])
 
 
