@@ -92,7 +92,7 @@ def power(design: Design, difference: float, alpha: float) -> float:
         return 0.0
     found = _Outcomes.of(design, difference)
     error = np.sqrt(found.variance + 2 * design.largest**2)
-    p = np.maximum(2 * stdtr(design.haystacks - 1, -found.mean / error), 2 * found.few_losses(design.haystacks, 0.0))
+    p = np.maximum(2 * stdtr(design.haystacks - 1, -found.mean / error), found.few_losses(design.haystacks, 0.0))
     return float(np.mean((found.mean > 0) & (p <= alpha)))
 
 

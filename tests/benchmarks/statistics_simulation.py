@@ -431,7 +431,7 @@ def grids() -> Iterator[Case]:
     worlds = {
         "10 points, 3 lengths of 36": (10, (0.9, 0.8, 0.6), 36, 1, 0.8),
         "10 points, 3 lengths of 36, alike but for few": (10, (1.0, 0.99, 0.3), 36, 1, 0.95),
-        "30 points, 3 lengths of 100": (30, (0.9, 0.8, 0.6), 100, 1, 0.8),
+        "20 points, 3 lengths of 100": (20, (0.9, 0.8, 0.6), 100, 1, 0.8),
         "10 points, 3 lengths of 8 haystacks of 8": (10, (0.9, 0.8, 0.6), 8, 8, 0.6),
     }
     for name, (points, rates, haystacks, questions, alike) in worlds.items():
