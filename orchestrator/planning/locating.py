@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from jobs.errors import BadInput, CorruptData
@@ -14,6 +15,7 @@ from workers.checkpoints.opening import AdapterAlone, Checkpoint, Unmergeable, o
 
 KINDS = "give a path, or hf://, s3://, gs:// or az://"
 BUCKETS = ("s3://", "gs://", "az://", "memory://", "file://")
+OPENED_AT_ONCE = 8
 _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -26,15 +28,19 @@ def open_parents(job: Job, relative_to: Path | None, *, bare_names: bool) -> dic
         name: locate(reference, relative_to, job.place_of(f"parents.{name}"), bare_names=bare_names)
         for name, reference in ((name, job.parents[name]) for name in job.used_parents())
     }
-    found: dict[str, Checkpoint] = {}
-    alone: dict[str, str] = {}
-    for name, (url, adapter) in located.items():
+
+    def opened(name: str) -> Checkpoint | None:
         try:
-            found[name] = _opened(url, adapter, name)
+            return _opened(*located[name], name)
         except AdapterAlone:
-            alone[name] = url
+            return None
         except CorruptData as error:  # to whoever plans a merge, a damaged parent is a wrong input
             raise BadInput(f"parent {name}: {error}") from error
+
+    with ThreadPoolExecutor(max_workers=OPENED_AT_ONCE) as pool:
+        whole = dict(zip(located, pool.map(opened, located), strict=True))
+    found = {name: checkpoint for name, checkpoint in whole.items() if checkpoint is not None}
+    alone = {name: url for name, (url, _) in located.items() if name not in found}
     bases = {name: url for name, (url, _) in located.items() if name not in alone}
     for name, url in alone.items():
         adapter = open_adapter(url, f"parent {name}")

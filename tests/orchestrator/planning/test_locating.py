@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from threading import Barrier
+from typing import Any
 
 import pytest
 
 from jobs.errors import BadInput
-from orchestrator.planning.locating import locate
+from jobs.job import load_job
+from orchestrator.planning import locating
+from orchestrator.planning.locating import locate, open_parents
 
 Place = tuple[str, str | None]
 
@@ -77,3 +81,29 @@ def test_in_a_job_a_repository_needs_its_scheme(folder: Path) -> None:
 def test_a_part_that_is_nowhere_is_named(folder: Path, reference: str, line: str) -> None:
     with pytest.raises(BadInput, match=rf"^m\.yml:2: .*{line}"):
         located(reference, folder)
+
+
+def test_parents_are_opened_at_once_and_the_first_fault_is_reported(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (
+        "name: both\nparents: {a: base, b: lora}\nrecipe: {merge_method: linear, models: [{model: a}, {model: b}]}\n"
+        "output: runs\n"
+    )
+    job, together = load_job(text, "job.yaml"), Barrier(2, timeout=60)
+
+    def opened(url: str, name: str) -> Any:
+        together.wait()
+        return url
+
+    monkeypatch.setattr(locating, "open_checkpoint", opened)
+    found: Any = open_parents(job, folder, bare_names=False)
+    assert found == {"a": str(folder / "base"), "b": str(folder / "lora")}
+
+    def faulty(url: str, name: str) -> Any:
+        together.wait()
+        raise BadInput(f"{name} is wrong")
+
+    monkeypatch.setattr(locating, "open_checkpoint", faulty)
+    with pytest.raises(BadInput, match="a is wrong"):
+        open_parents(job, folder, bare_names=False)
