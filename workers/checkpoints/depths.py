@@ -73,7 +73,10 @@ def depth_of(config: Mapping[str, Any], stack: str, layers: int, where: str) -> 
         wanted = DECODER_COUNTS if "decoder" in stack.split(".") else ENCODER_COUNTS
     counts = tuple(name for name in wanted if fields.get(name) == layers)
     if not counts:
-        raise BadInput(f"{where}: config.json counts the {layers} layers of {stack} in no field that mergeyard knows")
+        raise BadInput(
+            f"{where}: no known field of config.json counts the {layers} layers of {stack}; merge whole models under"
+            " `models:`"
+        )
     kinds: dict[str, Sequence[Any]] = {
         name: [*value] for name, value in fields.items() if _is_list_of_layers(name, value, layers)
     }
@@ -124,7 +127,10 @@ def with_layers(
             )
     for name in INSEPARABLE:
         if depth.fields.get(name):
-            raise BadInput(f"{place}: {name} of config.json: the layers share results, and cannot be taken apart")
+            raise BadInput(
+                f"{place}: {name} of config.json: layers share results, and cannot be taken apart; merge whole models"
+                " under `models:`"
+            )
     return _changed(config, depth.path, changed)
 
 

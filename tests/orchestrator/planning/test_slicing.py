@@ -225,8 +225,18 @@ def test_a_config_that_does_not_count_its_layers_is_refused(plan: Planning, pare
         {f"model.layers.{number}.w": torch.ones(2) for number in range(3)},
         config={**CONFIG, "model_type": "unheard-of", "num_hidden_layers": 4},
     )
-    with pytest.raises(BadInput, match=r"config.json counts the 3 layers of model.layers in no field that mergeyard"):
+    with pytest.raises(
+        BadInput, match=r"no known field of config.json counts the 3 layers of model.layers; merge whole"
+    ):
         config_of(plan, f"{COS % (1, 3)}")
+
+
+def test_layers_that_share_results_are_not_taken_apart(plan: Planning, parents: Path):
+    write(parents, "cos", 4, model_type="unheard-of", num_kv_shared_layers=2)
+    with pytest.raises(BadInput, match=r"num_kv_shared_layers of config.json: layers share .* under `models:`"):
+        config_of(plan, f"{COS % (0, 3)}")
+    whole = "\n  merge_method: passthrough\n  models: [{model: cos}]\n"
+    assert layout_of(plan(recipe=whole, grid="")).config["num_kv_shared_layers"] == 2
 
 
 def test_a_tensor_that_only_the_first_layer_lacks_keeps_it_in_its_place(plan: Planning, parents: Path):
