@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ from workers.engines.engine import Engine
 from workers.engines.opening import open_engine
 from workers.engines.tokenizer import load_tokenizer
 from workers.merging.resident import ResidentParents
+from workers.merging.streams import Mark
 from workers.storage import open_store
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class Resident:
         self._room = tempfile.TemporaryDirectory(prefix="mergeyard-tokenizer-")
         self.tokenizer = Path(self._room.name)
         """The folder of the point's tokenizer, once there is an engine."""
-        self.weights = ""
+        self._digesting = ThreadPoolExecutor(1, "digest")
+        self._weights: Future[str] = Future()
         self.overflows: dict[str, int] = {}
         """Of the point's weights, by tensor: the elements that are NaN or infinite, and finite in every parent."""
         self.beginning = ""
@@ -45,14 +48,15 @@ class Resident:
         """The engine with the task's point in it, and `weights` its digest."""
         if self._engine is not None and self._point == task.digest:
             return self._engine
+        wait([self._weights] if self._point else [])  # which reads the memory that changes now
         self._point, self.overflows = "", {}
         if self._model.engine == "openai":
             self._engine = self._open(iter(()), task)
-            self.weights = f"{self._model.url}#{self._engine.version}"
+            self._weights = self._digesting.submit(str, f"{self._model.url}#{self._engine.version}")
         elif self._model.as_it_is is not None:
             fetch(self._model.as_it_is, self.tokenizer)
             self._engine = self._open(iter(()), task)
-            self.weights = task.digest
+            self._weights = self._digesting.submit(str, task.digest)
         else:
             digests: dict[str, str] = {}
             known = self._known.get(task.digest)
@@ -63,12 +67,24 @@ class Resident:
                 self._engine = self._open(weights, task)
             else:
                 self._engine.swap(weights, task.digest)
-            self.weights = self._known[task.digest] = known or weights_digest(digests)
+            mark = Mark(self._device)
+            self._weights = self._digesting.submit(lambda: known or self._digest(task.digest, digests, mark))
         self._point = task.digest
         return self._engine
 
+    @property
+    def weights(self) -> str:
+        """The digest of the point's weights: a thread reads a GPU's memory while the model answers."""
+        return self._weights.result()
+
+    def _digest(self, point: str, digests: dict[str, str], after: Mark) -> str:
+        self._held_parents().read_digests(digests, after)
+        self._known[point] = weights_digest(digests)
+        return self._known[point]
+
     def close(self) -> None:
         """Gives back the engine's memory and processes."""
+        self._digesting.shutdown()
         if self._engine is not None:
             self._engine.close()
         self._engine = self._parents = None

@@ -15,11 +15,12 @@ import numpy as np
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, Setting, TensorMerge
 from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
-from workers.digests import TensorHash
+from workers.digests import TensorHash, digest_of
 from workers.gpu_memory import check_fits
 from workers.merging.deriving import PIECE_ELEMENTS, Deriving
 from workers.merging.given import given_facts
 from workers.merging.point_launches import PointLaunches, flat
+from workers.merging.streams import Mark, Streams
 from workers.merging.tiles import (
     FACT_UNITS,
     Elements,
@@ -69,6 +70,8 @@ class ResidentParents:
         self._device = device
         self._threads = max(1, threads) if device == "cpu" else 1  # one stream does the work, and needs the memory once
         self._facts = given_facts(tensors, activations)
+        self._streams = Streams(device)
+        self._unread: dict[str, Tensor] = {}
         deriving = Deriving(parents)
         sources = {
             (each.name, name): (source.dtype, each.elements)
@@ -103,11 +106,15 @@ class ResidentParents:
         `settings[tensor.setting]` is the point's recipe for a tensor, as in a merge task. `digests`, if given, receives
         the digest of each tensor's bytes, as a manifest has them. A tensor is merged into its place, the memory of a
         loaded model, if that is of its dtype, shape and device, and no other tensor's; nothing is written before the
-        first tensor is asked for. `overflows`, if given, receives of each tensor the number of elements that are NaN or
-        infinite, and finite in every parent; tensors without any are left out.
+        first tensor is asked for. On a GPU, the digests of such tensors are left to `read_digests`. `overflows`, if
+        given, receives of each tensor the number of elements that are NaN or infinite, and finite in every parent;
+        tensors without any are left out.
         """
         homes = self._homes(places or {})
+        self._unread = {}
         if self._device != "cpu":
+            if digests is not None:
+                self._unread = dict(homes)
             homeless = {each.name: (each.dtype, each.elements) for each in self._tensors if each.name not in homes}
             made = flat(homeless, self._device)
             homes |= {each.name: made[each.name].view(each.shape) for each in self._tensors if each.name in made}
@@ -128,9 +135,20 @@ class ResidentParents:
                 waiting += len(pieces)
                 while waiting > 4 * self._threads and len(ahead) > 1:
                     waiting -= len(ahead[0][2])
-                    yield _finished(*ahead.popleft(), digests, overflows)
+                    yield self._finished(*ahead.popleft(), digests, overflows)
             while ahead:
-                yield _finished(*ahead.popleft(), digests, overflows)
+                yield self._finished(*ahead.popleft(), digests, overflows)
+
+    def read_digests(self, digests: dict[str, str], after: Mark) -> None:
+        """Adds the digests that the last `merged` left out, reading what was merged before the mark.
+
+        Another thread may do so while a model answers; a place must not change before this returns.
+        """
+        with self._streams.own():
+            after.before_mine()
+            for name, place in self._unread.items():
+                digests[name] = digest_of(bytes_of(place.reshape(-1)))
+            self._unread = {}
 
     def _homes(self, places: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The places that fit."""
@@ -184,22 +202,23 @@ class ResidentParents:
         """Elements of a piece."""
         return PIECE_ELEMENTS if self._device == "cpu" else GPU_PIECE_ELEMENTS
 
-
-def _finished(
-    tensor: TensorMerge,
-    output: Tensor,
-    pieces: Sequence[_Piece],
-    digests: dict[str, str] | None,
-    overflows: dict[str, int] | None,
-) -> tuple[str, Tensor]:
-    """A tensor once all of it is merged; its digest goes into `digests`, its overflowed elements into `overflows`."""
-    digest, overflow = TensorHash(), 0
-    for elements, overflowing in pieces:
-        overflow += overflowing()
-        if digests is not None:
-            digest.update(bytes_of(elements))
-    if digests is not None:
-        digests[tensor.name] = digest.digest()
-    if overflow and overflows is not None:
-        overflows[tensor.name] = overflow
-    return tensor.name, output
+    def _finished(
+        self,
+        tensor: TensorMerge,
+        output: Tensor,
+        pieces: Sequence[_Piece],
+        digests: dict[str, str] | None,
+        overflows: dict[str, int] | None,
+    ) -> tuple[str, Tensor]:
+        """A tensor once all of it is merged; adds its digest, and the number of its elements that overflowed."""
+        digest, overflow = TensorHash(), 0
+        hashes = digests is not None and tensor.name not in self._unread
+        for elements, overflowing in pieces:
+            overflow += overflowing()
+            if hashes:
+                digest.update(bytes_of(elements))
+        if digests is not None and hashes:
+            digests[tensor.name] = digest.digest()
+        if overflow and overflows is not None:
+            overflows[tensor.name] = overflow
+        return tensor.name, output

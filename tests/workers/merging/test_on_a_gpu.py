@@ -25,7 +25,7 @@ from tests.workers.merging.test_resident import recipe_of
 from workers.gpu_memory import OUTSIDE_BYTES
 from workers.merging.reading import ParentReader, Stretch
 from workers.merging.resident import ResidentParents
-from workers.merging.streams import Streams
+from workers.merging.streams import Mark, Streams
 from workers.methods import METHODS
 from workers.methods.tile import TILE_ELEMENTS
 
@@ -197,3 +197,27 @@ def test_a_large_tensor_is_merged_in_pieces(
     deque(parents.merged(settings), maxlen=0)
     tensor, piece = 6 * TILE_ELEMENTS * 4, TILE_ELEMENTS * 4
     assert card.peak - before <= tensor + 32 * piece, "the point, and the intermediate results of one piece"
+
+
+def test_digests_of_a_loaded_model_are_read_by_another_thread_after_the_merge(
+    siblings: Path, card: Any, tmp_path: Path
+) -> None:
+    """The second merge changes them, so the digests must be those of the memory as it is then."""
+    plan = planned(siblings, "ties", tmp_path)
+    settings = plan.points[0].settings
+    expected: dict[str, str] = {}
+    shapes = dict(resident(plan, "cpu").merged(settings, expected))
+    parents = resident(plan, "card")
+    places = {name: torch.empty_like(tensor, device="card") for name, tensor in shapes.items() if name != "norm"}
+    for _ in range(2):
+        digests: dict[str, str] = {}
+        merged = dict(parents.merged(settings, digests, places))
+        assert digests.keys() == {"norm"}, "it has no place"
+        mark = Mark("card")
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(parents.read_digests, digests, mark).result()
+        assert digests == expected
+        assert all(merged[name].data_ptr() == place.data_ptr() for name, place in places.items())
+    dict(parents.merged(settings, None, places))
+    parents.read_digests(digests := {}, Mark("card"))
+    assert digests == {}, "nobody has asked"

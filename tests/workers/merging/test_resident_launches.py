@@ -26,6 +26,12 @@ STAND_IN = "cpu:0"
 """A device of torch that is no "cpu" for a merge, and needs no GPU."""
 
 
+@pytest.fixture(autouse=True)
+def enough_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a device that does not say how much it has."""
+    monkeypatch.setattr("workers.merging.resident.check_fits", lambda *_: None)
+
+
 @pytest.fixture(scope="module")
 def siblings(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Siblings with tensors of several blocks and of none, integers, booleans and a tensor in float32."""

@@ -153,11 +153,14 @@ def test_an_output_that_is_not_finite_is_flagged_and_no_other(loops: Loops) -> N
 
 
 @pytest.mark.parametrize("method", ["linear", "ties", "della", "ramplus_tl"])
-def test_a_tensor_merger_on_a_device_has_the_elements_of_one_on_cpus(method: str) -> None:
-    """Several points, an output in the memory of the host, and one of them is a copy."""
+def test_a_tensor_merger_on_a_device_has_the_elements_of_one_on_cpus(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Several points, an output in the memory of the host, and one of them is a copy; no formula is asked."""
+    monkeypatch.setattr("workers.merging.tiles.merge_tile", None)
     rng = np.random.default_rng(4)
     raw: Any = parents(rng, 3000, "BF16")
-    sources = {name: ParentTensor(0, 0, 6000, "BF16") for name in raw}
+    sources = {name: ParentTensor(0, "BF16", 0, 6000) for name in raw}
     tensor = TensorMerge("x", "BF16", (50, 60), sources, 0, "F32")
     copy = Setting("passthrough", ("b",), None, (("scale", (1.0,)),))
     settings = [setting(rng, method), copy, setting(rng, method)]
