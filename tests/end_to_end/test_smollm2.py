@@ -66,3 +66,33 @@ def test_a_real_model_finds_needles_and_loses_them_with_length(
     [line] = [line for line in json.loads(capsys.readouterr().out)["leaderboard"] if line["note"] != "parent"]
     assert line["items"] == 4 * len(lengths)
     assert line["by_length"]["512"] >= 50  # a 135 M model finds most single needles at 512 tokens
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_answers_are_letter_for_letter_those_of_hflm(smollm2: Path, chat: bool) -> None:
+    """Six questions of mixed lengths in float32, of which mergeyard decodes two side by side and HFLM all six."""
+    pytest.importorskip("lm_eval")
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    from workers.engines.engine import Prompt
+    from workers.engines.transformers_engine import Limits, TransformersEngine
+
+    engine = TransformersEngine.from_folder(smollm2, dtype=torch.float32, device="cpu", limits=Limits(batch=2))
+    model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    peer = HFLM(pretrained=model, tokenizer=engine.tokenizer, batch_size=6, max_length=2048)  # type: ignore[arg-type]
+    questions = [
+        "What is the capital of France?",
+        "The grass is green. The sky is blue. " * 9 + "Which colour has the sky?",
+        "Write a sentence about the sea.",
+        "How many days has a week, and what are their names?",
+        "Count from one to five.",
+        "The sun is yellow. " * 30 + "What is yellow?",
+    ]
+    asked = [peer.apply_chat_template([{"role": "user", "content": text}]) for text in questions] if chat else questions
+    settings = {"until": ["\n\n"], "max_gen_toks": 40, "do_sample": False, "temperature": 0.0}
+    requests = [Instance("generate_until", {}, (text, settings), index) for index, text in enumerate(asked)]
+    answers = engine.generate([Prompt("", text, 40, ("\n\n",), bare=chat) for text in asked])
+    assert [answer.text for answer in answers] == peer.generate_until(requests, disable_tqdm=True)
+    assert sum(answer.status == "answered" for answer in answers) > 0 and len({a.tokens_out for a in answers}) > 1
