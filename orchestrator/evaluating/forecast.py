@@ -112,12 +112,14 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
     subjects = [*asked.points.values(), *asked.baselines]
     first = subjects[0].sets
     score = _ranked_score(asked, answers)
+    slow = job.workers.gpus > 0 and job.engine.name == "transformers"
     facts: dict[str, Any] = {
         "points": len(asked.points),
         "baselines": len(asked.baselines),
         "items_a_point": _items(first),
         "tokens_a_point": _tokens(first),
         "thinking": _thinking(first),
+        "faster_engine": "vllm" if slow and _thinking(first) else None,
         "generated_a_point": _generated(first),
         "generated": sum(_generated(subject.sets) for subject in subjects),
         "items": sum(_items(subject.sets) for subject in subjects),

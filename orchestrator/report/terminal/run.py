@@ -115,6 +115,9 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     if asked["thinking"]:
         each, of_all = count(asked["generated_a_point"]), count(asked["generated"])
         rows.append(("to generate", f"at most {each} of these tokens each: {of_all} tokens"))
+    if asked["faster_engine"]:
+        name = asked["faster_engine"]
+        rows.append(("engine", f"thoughts make decoding most of the work; `engine: {name}` decodes faster on a GPU"))
     if asked["race"] is not None:
         least = asked["race"]["least_tokens"]
         share = f"{least / asked['tokens']:.0%}" if asked["tokens"] else "all"
