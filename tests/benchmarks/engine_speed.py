@@ -14,8 +14,8 @@ arithmetic of answering each item by itself. The second form prefills one long p
 The third form answers 32 prompts of a sixteenth to one and a half times as many tokens as `--decode` says, each with at
 most that many new tokens, and reports new tokens a second of the transformers engine and of HFLM with 8 and 32 prompts
 side by side, and of transformers' own continuous batching, `generate_batch`. The model is a random Qwen2 (4 layers of
-256, float32) that does not repeat itself; its end tokens are chosen so that half of the answers end before the limit,
-anywhere. Beside them stands the rate of the model's matrix products alone for 32 rows.
+256, float32) that does not repeat itself, and its answers end anywhere, at an end token or at the limit. Beside them
+stands the rate of the model's matrix products alone for 32 rows.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def decode(new_tokens: int, *, paged: bool) -> None:
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).eval()
     random = np.random.default_rng(0)
-    # as often as all tokens are equally likely, an end token comes within the limit in half of the answers
+    # if all tokens were equally likely, half of the answers would end before the limit
     ends_at = random.choice(2048, max(1, round(2048 * 0.7 / new_tokens)), replace=False).tolist()
     model.generation_config.update(eos_token_id=ends_at, pad_token_id=ends_at[0], max_new_tokens=new_tokens)
     tokenizer = AutoTokenizer.from_pretrained(PARENT)
@@ -178,7 +178,11 @@ def decode(new_tokens: int, *, paged: bool) -> None:
     ways = [("mergeyard", ours, 32), ("mergeyard", ours, 8), ("HFLM", theirs, 32), ("HFLM", theirs, 8)]
     answers = ours(32)  # also warms up
     prompts = [len(engine.encode(text)) for text in texts]
-    print(f"32 prompts of {min(prompts)} to {max(prompts)} tokens, answers of {min(counted)} to {max(counted)}")
+    print(
+        f"32 prompts of {min(prompts)} to {max(prompts)} tokens; {sum(counted)} new ones, {min(counted)} to"
+        f" {max(counted)} an answer, {counted.count(new_tokens)} answers at the limit",
+        flush=True,
+    )
     for name, way, batch in [*ways, *([("generate_batch", generate_batch, 32)] if paged else [])]:
         wall, cpu = time.perf_counter(), time.process_time()
         found = way(batch)

@@ -90,9 +90,11 @@ def test_answers_are_letter_for_letter_those_of_hflm(smollm2: Path, chat: bool) 
         "Count from one to five.",
         "The sun is yellow. " * 30 + "What is yellow?",
     ]
-    asked = [peer.apply_chat_template([{"role": "user", "content": text}]) for text in questions] if chat else questions
+    asked = [peer.apply_chat_template([{"role": "user", "content": text}]) for text in questions]
+    if not chat:
+        asked = ["The capital of France is", "Once upon a time", "1, 2, 3,", *[text[:-20] for text in questions[1::2]]]
     settings = {"until": ["\n\n"], "max_gen_toks": 40, "do_sample": False, "temperature": 0.0}
     requests = [Instance("generate_until", {}, (text, settings), index) for index, text in enumerate(asked)]
     answers = engine.generate([Prompt("", text, 40, ("\n\n",), bare=chat) for text in asked])
     assert [answer.text for answer in answers] == peer.generate_until(requests, disable_tqdm=True)
-    assert sum(answer.status == "answered" for answer in answers) > 0 and len({a.tokens_out for a in answers}) > 1
+    assert len({answer.text for answer in answers}) == len({answer.tokens_in for answer in answers}) == 6
