@@ -22,7 +22,7 @@ TORCH_BUILD := --torch-backend=auto
 endif
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
-.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance bench newest triton chaos check audit pins
+.PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance bench newest triton gpu-proof chaos check audit pins
 
 help: ## what each word does
 	@sed -En 's/^([a-z-]+):[^#]*## (.*)/\1\t\2/p' Makefile | expand -t 14
@@ -101,6 +101,9 @@ triton: setup ## tests of the loops for GPUs by Triton's interpreter, without a 
 	@.venv/bin/uv pip install --quiet --python .venv-triton/bin/python --no-deps triton==$(TRITON)
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-triton/bin/python -m pytest $(addprefix tests/workers/,\
 		methods/gpu_kernels methods/test_launching.py merging/test_resident_launches.py)
+
+gpu-proof: setup ## what a GPU does with mergeyard: seven sections of at most ten minutes each, 9.3 GB; PROOF is passed on
+	@.venv/bin/python -m tests.benchmarks.gpu_proof $(PROOF)
 
 chaos: setup ## strikes a grid on several nodes in every way we know, and says what came of it; as root on Linux, 50 minutes
 	@.venv/bin/python -m tests.chaos
