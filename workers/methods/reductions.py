@@ -216,7 +216,31 @@ class Score:
 
     def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
         """Where the scores of each unit lie."""
+        if any(not isinstance(elements, np.ndarray) for elements in tile.raw.values()):
+            return _bracketed_there(self.bits(tile), low, high)
         return bracketed(self.on_host(tile), low=low, high=high, unit=TILE_ELEMENTS)
+
+
+def _bracketed_there(bits: Tensor, low: int, high: int) -> list[Bracket]:
+    """`bracketed` where the scores are: only counts, and the scores between, come to the host."""
+    import torch
+
+    found: list[Bracket] = []
+    whole = bits.numel() // TILE_ELEMENTS * TILE_ELEMENTS
+    for part, unit in ((bits[:whole], TILE_ELEMENTS), (bits[whole:], bits.numel() - whole)):
+        if not part.numel():
+            continue
+        units = part.view(-1, unit)
+        inside = (units > low) & (units < high)
+        kinds = units > high, units == high, (units == low) & (low != high), inside
+        counts = torch.stack([each.sum(dim=1) for each in kinds], dim=1).tolist()
+        between = units[inside].cpu().numpy()
+        ends = accumulate(count for *_, count in counts)
+        found += [
+            Bracket(low, high, above, at_high, at_low, between[end - count : end])
+            for (above, at_high, at_low, count), end in zip(counts, ends, strict=True)
+        ]
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +267,7 @@ class Magnitude(Score):
     def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
         if arrays := host_arrays(tile, self.model, self.base):
             return magnitudes_bracketed(*arrays, low=low, high=high, unit=TILE_ELEMENTS)
-        return bracketed(self.on_host(tile), low=low, high=high, unit=TILE_ELEMENTS)
+        return Score.bracketed(self, tile, low, high)
 
 
 @dataclass(frozen=True, slots=True)

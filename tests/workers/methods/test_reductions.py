@@ -182,3 +182,18 @@ def test_ranks_of_one_tensor_share_one_sample_and_none_keeps_nothing(small_tiles
         mask = torch.cat(answered(tiles, facts, lambda tile, count=count: largest(tile, score, count)))
         assert torch.equal(mask.bool(), kept_by_numpy(deltas, count / 400) if count else torch.zeros(400).bool())
     assert [fact for fact in facts if isinstance(fact, Sample)] == [Sample(score)]
+
+
+@pytest.mark.parametrize("elements", [1, 15, 16, 83])
+@pytest.mark.parametrize("limits", [(0.0, 2.0), (1.0, 1.0), (1.0, 3.0)])
+def test_tensors_of_torch_are_bracketed_as_arrays_are(elements: int, limits: tuple[float, float], small_tiles: int):
+    rng = np.random.default_rng(elements)
+    raw = {"a": rng.integers(-4, 5, elements).astype(np.float32), "base": np.zeros(elements, np.float32)}
+    low, high = (int(np.float32(limit).view(np.int32)) for limit in limits)
+    found, expected = (
+        Magnitude("a", "base").bracketed(Tile("x", 0, of, {}), low, high)
+        for of in ({name: torch.from_numpy(each) for name, each in raw.items()}, raw)
+    )
+    counts = [[(each.above, each.at_high, each.at_low) for each in of] for of in (found, expected)]
+    assert counts[0] == counts[1]
+    assert [each.between.tolist() for each in found] == [each.between.tolist() for each in expected]
