@@ -161,5 +161,5 @@ def _rows(session: Session, label: str, ranked: Sequence[str], wanted: Mapping[C
     return [
         row
         for row in ranked_rows(session.rows(), ranked)
-        if row.point == label and row.item in wanted.get(Cell(row.task, row.length), everything)
+        if row.point == label and row.item in wanted.get(Cell(row.task, row.length, row.benchmark), everything)
     ]

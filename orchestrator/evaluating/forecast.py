@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.errors import BadInput
+from jobs.errors import BadInput, CorruptData
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec, Job
 from orchestrator.evaluating.confirming import BUDGET
@@ -94,10 +94,13 @@ def _measured(pair: Pair) -> tuple[float, float] | None:
 
 
 def parents_answers(run_url: str, asked: Questions) -> list[ScoreRow]:
-    """What the parents have answered of the questions that are asked; empty before an evaluation."""
+    """What the parents have answered of the questions that are asked; empty before an evaluation.
+
+    Damaged results are made again from the scores by the evaluation, so they count as none here.
+    """
     try:
         rows = read_results(run_url, points=[subject.label for subject in asked.parents.values()]).rows
-    except BadInput:
+    except (BadInput, CorruptData):
         return []
     sets = {planned.digest for subject in asked.parents.values() for planned in subject.sets.values()}
     return [row for row in ranked_rows(rows, asked.ranked) if row.items in sets]
@@ -179,7 +182,7 @@ def _ranked_score(asked: Questions, answers: Sequence[ScoreRow]) -> _Score | Non
         return None
     by_parent: dict[str, list[ScoreRow]] = defaultdict(list)
     for row in answers:
-        if Cell(row.task, row.length) in ranked:
+        if Cell(row.task, row.length, row.benchmark) in ranked:
             by_parent[row.point].append(row)
     pairs = [common_rows(one, other) for one, other in combinations(by_parent.values(), 2)]
     return _Score(ranked, [[sample_of(cell, found) for cell, found in pair.items()] for pair in pairs])

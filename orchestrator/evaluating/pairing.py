@@ -38,7 +38,7 @@ def common_rows(new: Sequence[ScoreRow], old: Sequence[ScoreRow]) -> dict[Cell, 
     common: dict[Cell, list[tuple[ScoreRow, ScoreRow]]] = defaultdict(list)
     for row in new:
         if (other := earlier.get(question(row))) is not None:
-            common[Cell(row.task, row.length)].append((row, other))
+            common[Cell(row.task, row.length, row.benchmark)].append((row, other))
     return {cell: common[cell] for cell in sorted(common)}
 
 
@@ -50,15 +50,22 @@ def sample_of(cell: Cell, found: Pairs) -> CellSample:
         [other.score for _, other in found],
         [row.haystack for row, _ in found],
         losable=not BENCHMARKS[found[0][0].benchmark].is_likelihood,
+        benchmark=cell.benchmark,
     )
 
 
 def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:
     """One model's scores as the statistics take them: a sample for each task and length."""
-    cells: dict[tuple[str, int], list[ScoreRow]] = {}
+    cells: dict[Cell, list[ScoreRow]] = {}
     for row in rows:
-        cells.setdefault((row.task, row.length), []).append(row)
+        cells.setdefault(Cell(row.task, row.length, row.benchmark), []).append(row)
     return [
-        cell_sample(task, length, [row.score for row in members], [row.haystack for row in members])
-        for (task, length), members in sorted(cells.items())
+        cell_sample(
+            cell.task,
+            cell.length,
+            [row.score for row in members],
+            [row.haystack for row in members],
+            benchmark=cell.benchmark,
+        )
+        for cell, members in sorted(cells.items())
     ]

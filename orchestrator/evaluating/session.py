@@ -318,7 +318,7 @@ def _standing(rows: Iterable[ScoreRow], points: Sequence[str]) -> tuple[Standing
     by_point: dict[str, dict[Cell, list[float]]] = {point: defaultdict(list) for point in points}
     for row in rows:
         if row.point in by_point:
-            by_point[row.point][Cell(row.task, row.length)].append(row.score)
+            by_point[row.point][Cell(row.task, row.length, row.benchmark)].append(row.score)
     found: list[Standing] = []
     for point, cells in by_point.items():
         if cells:

@@ -255,7 +255,7 @@ def _layouts(
         key = tokenizer.digest, tokenizer.chat_template
         if key not in sets_of:
             made = planned_sets(evaluation, tokenizer, seed, reader, least)
-            sets_of[key] = {Cell(entry.task, entry.length): entry for entry in made}
+            sets_of[key] = {Cell(entry.task, entry.length, entry.benchmark): entry for entry in made}
         sets = tuple(sets_of[key].values())
         _check_fit(plan, layout, tokenizer, sets)
         spec = _model_spec(plan, layout, together[layout], sets)

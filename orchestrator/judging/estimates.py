@@ -41,9 +41,15 @@ class Estimate:
 
 
 def macro_weights(cells: Sequence[Cell]) -> FloatArray:
-    """Weight of each cell in the macro score, summing to 1: equal for tasks within a length, and equal for lengths."""
-    tasks_at = Counter(cell.length for cell in cells)
-    return np.array([1 / len(tasks_at) / tasks_at[cell.length] for cell in cells])
+    """Weight of each cell in the macro score, summing to 1.
+
+    Lengths weigh alike, benchmarks alike within a length, and tasks alike within a benchmark.
+    """
+    tasks = Counter((cell.length, cell.benchmark) for cell in cells)
+    benchmarks = Counter(length for length, _ in tasks)
+    return np.array(
+        [1 / len(benchmarks) / benchmarks[cell.length] / tasks[cell.length, cell.benchmark] for cell in cells]
+    )
 
 
 def macro_mean(samples: Sequence[CellSample], confidence: float = 0.95) -> Estimate:

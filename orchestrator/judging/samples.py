@@ -17,10 +17,11 @@ Labels = NDArray[Any]
 
 
 class Cell(NamedTuple):
-    """One benchmark task at one context length in tokens."""
+    """One task of a benchmark at one context length in tokens."""
 
     task: str
     length: int
+    benchmark: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,12 @@ class CellSample:
 
 
 def cell_sample(
-    task: str, length: int, values: ArrayLike, haystacks: Sequence[Any] | Labels | None = None
+    task: str,
+    length: int,
+    values: ArrayLike,
+    haystacks: Sequence[Any] | Labels | None = None,
+    *,
+    benchmark: str = "",
 ) -> CellSample:
     """A checked `CellSample`; without `haystacks` every item is a haystack of its own.
 
@@ -58,7 +64,7 @@ def cell_sample(
         labels = np.asarray(haystacks)
     if labels.shape != array.shape:
         raise CorruptData(f"{place}: {array.size} scores but {labels.size} haystacks; evaluate the cell again")
-    return CellSample(Cell(task, length), array, labels)
+    return CellSample(Cell(task, length, benchmark), array, labels)
 
 
 def paired_sample(
@@ -69,6 +75,7 @@ def paired_sample(
     haystacks: Sequence[Any] | Labels | None = None,
     *,
     losable: bool = True,
+    benchmark: str = "",
 ) -> CellSample:
     """Differences new − old of two models' scores on the same items, in the same order, as a `CellSample`."""
     new_scores, old_scores = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
@@ -76,7 +83,8 @@ def paired_sample(
         raise CorruptData(
             f"{task} at {length}: {new_scores.size} scores against {old_scores.size}; compare the items both answered"
         )
-    return replace(cell_sample(task, length, new_scores - old_scores, haystacks), losable=losable)
+    sample = cell_sample(task, length, new_scores - old_scores, haystacks, benchmark=benchmark)
+    return replace(sample, losable=losable)
 
 
 def cluster_sums(values: FloatArray, labels: Labels) -> tuple[Labels, FloatArray, FloatArray]:

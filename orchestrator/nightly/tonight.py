@@ -366,7 +366,7 @@ def _scores(rows: Sequence[ScoreRow], subjects: Mapping[str, Subject], *, fresh:
             question(row): row
             for row in rows
             if row.point == subject.label
-            and (row.length == 0 or row.item >= chosen_by.get(Cell(row.task, row.length), 0))
+            and (row.length == 0 or row.item >= chosen_by.get(Cell(row.task, row.length, row.benchmark), 0))
         }
         for who, subject in subjects.items()
     }

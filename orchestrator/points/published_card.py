@@ -83,7 +83,9 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
     rows += [(f"at {short_length(length)}", f"{score:.1f}") for length, score in sorted(line.by_length.items())]
     rows += [(code(task), f"{score:.1f}") for task, score in line.beside.items()]
     if line.effective is not None:
-        title = f"Effective context length ({line.effective_of}: longest with a score of {RULER_THRESHOLD} or more)"
+        compared = "" if line.as_published else ", not comparable with RULER's published lengths"
+        meaning = f"{line.effective_of}: longest with a score of {RULER_THRESHOLD} or more{compared}"
+        title = f"Effective context length ({meaning})"
         rows.append((title, f"{_reach(line.effective)}; the config claims {token_count(claimed)}"))
     lines = ["## Results", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", ""]
     return "\n".join(lines)

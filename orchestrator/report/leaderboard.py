@@ -34,11 +34,12 @@ class Line:
 
     `name` is the model's label in the run, `title` its name in a table: a parent's own name, marked as a parent.
     `by_benchmark` is the score over each benchmark that ranks, where several do. `weighted` is RULER's wAvg, with
-    weights that increase with length and with weights that decrease. It and the effective lengths are of RULER, or of
-    the needle where RULER is not asked: `effective_of` names the tasks. `relative` is by the name of a parent: by 85 %
-    of its score at the shortest length. `beside` has the scores that do not rank: means of other benchmarks' tasks from
-    0 to 100, `beside_of` the benchmark of each. `perplexity` is by length and first position of a block. A half width
-    is infinite with a single haystack, a perplexity with NaN or infinite likelihoods.
+    weights that increase with length and with weights that decrease. It and the effective lengths are of the scores in
+    `by_length`: `effective_of` names their tasks, `as_published` says that they are RULER's thirteen and no other.
+    `relative` is by the name of a parent: by 85 % of its score at the shortest length. `beside` has the scores that do
+    not rank: means of other benchmarks' tasks from 0 to 100, `beside_of` the benchmark of each. `perplexity` is by
+    length and first position of a block. A half width is infinite with a single haystack, a perplexity with NaN or
+    infinite likelihoods.
     """
 
     kind: Kind
@@ -51,6 +52,7 @@ class Line:
     weighted: tuple[float, float] | None
     effective: EffectiveLength | None
     effective_of: str
+    as_published: bool
     relative: Mapping[str, EffectiveLength]
     beside: Mapping[str, float]
     beside_of: Mapping[str, str]
@@ -73,6 +75,7 @@ class Line:
             "wavg_decreasing": None if self.weighted is None else round(self.weighted[1], 2),
             "effective_length": None if self.effective is None else _bounds(self.effective),
             "effective_length_of": self.effective_of,
+            "effective_length_as_published": self.as_published,
             "relative_effective_length": {name: _bounds(length) for name, length in self.relative.items()},
             "beside": {name: round(mean, 2) for name, mean in self.beside.items()},
             "perplexity": {
@@ -93,9 +96,7 @@ def leaderboard(result: EvaluationResult) -> list[Line]:
     """The points best first, then the parents. Only the benchmarks that rank make the score; the rest stands beside."""
     ranked = _by_point(result.ranked_rows())
     everything = _by_point(result.common_rows())
-    parents = {
-        name: samples(context_rows(everything[label])) for name, label in result.parents.items() if label in ranked
-    }
+    parents = {name: samples(context_rows(ranked[label])) for name, label in result.parents.items() if label in ranked}
     titles = {label: f"{name} (parent)" for name, label in result.parents.items() if label in result.baselines}
     notes = {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
     for standing in result.standing:
@@ -122,12 +123,11 @@ def _line(
     parents: Mapping[str, Sequence[CellSample]],
     notes: Sequence[str],
 ) -> Line:
-    reaching = context_rows(everything)
+    reaching = context_rows(ranked)
     answered = samples(reaching)
     reached = score_by_length(answered)
     scored = samples(ranked)
     macro = macro_score(scored)
-    by_length = all(BENCHMARKS[row.benchmark].retrieval for row in ranked)
     beside = _beside(everything, {row.benchmark for row in ranked})
     broken = sum(not row.finite for row in everything)
     return Line(
@@ -137,10 +137,11 @@ def _line(
         score=100 * macro.mean,
         half_width=100 * (macro.high - macro.low) / 2,
         by_benchmark=_by_benchmark(ranked),
-        by_length=score_by_length(scored) if by_length else {},
+        by_length=score_by_length(scored) if all(BENCHMARKS[row.benchmark].retrieval for row in ranked) else {},
         weighted=_weighted(reached) if answered else None,
         effective=effective_length_interval(answered) if answered else None,
         effective_of=_tasks_of(reaching)[0],
+        as_published=as_published(reaching),
         relative=_relative(answered, parents),
         beside={task: mean for task, (_, mean) in beside.items()},
         beside_of={task: benchmark for task, (benchmark, _) in beside.items()},
@@ -152,11 +153,15 @@ def _line(
     )
 
 
-def context_rows(rows: Iterable[ScoreRow]) -> list[ScoreRow]:
-    """The answers that tell how far a context reaches: RULER's, whose threshold it is, else the needle's."""
-    kept = list(rows)
-    retrieval = (key for key, row in BENCHMARKS.items() if row.retrieval)
-    return next((found for key in retrieval if (found := [row for row in kept if row.benchmark == key])), [])
+def context_rows(ranked: Iterable[ScoreRow]) -> list[ScoreRow]:
+    """The answers that tell how far a context reaches, of those that rank: none unless their length is known."""
+    return [row for row in ranked if BENCHMARKS[row.benchmark].retrieval]
+
+
+def as_published(rows: Sequence[ScoreRow]) -> bool:
+    """Whether these answers are to the tasks of one published benchmark, all of them and no other."""
+    asked = {(row.benchmark, row.task) for row in rows}
+    return any(asked == {(name, task) for task in of.tasks} for name, of in BENCHMARKS.items() if of.tasks)
 
 
 def _relative(
@@ -216,25 +221,37 @@ def _exp(value: float) -> float:
 
 def context_note(result: EvaluationResult) -> str:
     """Whose scores tell how far a context reaches, with their verb; empty where none do."""
-    tasks, verb = _tasks_of(context_rows(result.rows))
+    tasks, verb = _tasks_of(context_rows(result.ranked_rows()))
     return f"{tasks} {verb}" if tasks else ""
 
 
+def not_published(result: EvaluationResult) -> str:
+    """A warning if effective lengths do not compare with those that RULER publishes; else empty."""
+    rows = context_rows(result.ranked_rows())
+    return "" if not rows or as_published(rows) else "not comparable with RULER's published lengths"
+
+
 def _tasks_of(rows: Sequence[ScoreRow]) -> tuple[str, str]:
-    """The tasks of one benchmark that these rows answer, as a subject and its verb; empty without rows.
+    """The tasks that these rows answer, as a subject and its verb; empty without rows.
 
     A task that the published benchmark has not is named: it counts, but not as one of its tasks.
     """
-    if not rows:
-        return "", ""
-    benchmark = BENCHMARKS[rows[0].benchmark]
-    asked = {row.task for row in rows}
-    ours = sorted(asked - {*benchmark.tasks}) if benchmark.tasks else []
-    known = len(asked) - len(ours)
-    whole = known == len(benchmark.tasks) or not benchmark.tasks
-    published = benchmark.title if whole else f"{known} of {benchmark.title}'s {len(benchmark.tasks)} tasks"
-    subjects = [*([published] if known else []), *ours]
-    return " and ".join(subjects), "is" if len(subjects) == 1 and (whole or known < 2) else "are"
+    subjects: list[str] = []
+    single = True
+    for name, benchmark in BENCHMARKS.items():
+        asked = {row.task for row in rows if row.benchmark == name}
+        ours = sorted(asked - {*benchmark.tasks}) if benchmark.tasks else []
+        known = len(asked) - len(ours)
+        if known:
+            whole = not benchmark.tasks or known == len(benchmark.tasks)
+            single = whole or known == 1
+            subjects.append(
+                benchmark.title if whole else f"{known} of {benchmark.title}'s {len(benchmark.tasks)} tasks"
+            )
+        subjects += ours
+    *before, last = subjects or [""]
+    listed = f"{', '.join(before)} and {last}" if before else last
+    return listed, "is" if len(subjects) == 1 and single else "are"
 
 
 def effective(length: EffectiveLength | None) -> str:

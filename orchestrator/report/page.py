@@ -21,7 +21,7 @@ from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD
 from orchestrator.report import figures
 from orchestrator.report.html import render
-from orchestrator.report.leaderboard import Line, context_note, effective
+from orchestrator.report.leaderboard import Line, context_note, effective, not_published
 from orchestrator.report.recommendation import rows_by_point
 from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
 from orchestrator.words import short_length, size
@@ -79,6 +79,7 @@ def _context(report: Report) -> dict[str, Any]:
         "unanswered": any(line.unanswered.count for line in report.lines),
         "threshold": RULER_THRESHOLD,
         "reach": context_note(report.run.result),
+        "not_published": not_published(report.run.result),
         "most_receipts": MOST_RECEIPTS,
         "sections": [
             *_grid_sections(report),
@@ -232,7 +233,7 @@ def _curve_section(report: Report) -> Section | None:
     from orchestrator.report import charts
 
     parents = report.run.result.parent_labels
-    found = figures.length_curves(rows_by_point(report.run.result.rows), report.lines, parents)
+    found = figures.length_curves(rows_by_point(report.run.result.ranked_rows()), report.lines, parents)
     if not found:
         return None
     lengths = sorted({x for curve in found for x in curve.x})

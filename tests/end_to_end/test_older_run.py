@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,9 @@ def test_an_evaluated_run_asks_nothing_again_and_says_the_same(older: Any, tmp_p
     assert sum(name.startswith("scores/") for name in before) == 29
     facts = resumed("evaluated", tmp_path, 3)
     assert kept(older, "evaluated") == before
-    for name in ("score", "half_width", "by_benchmark", "by_length", "effective_length"):
+    for name in ("score", "half_width", "by_benchmark", "by_length"):
         assert [line[name] for line in facts["leaderboard"]] == [line[name] for line in then["leaderboard"]]
+    for line in facts["leaderboard"]:  # of RULER and the needle now, as by_length is; of RULER alone then
+        reached = [*takewhile(lambda entry: entry[1] >= 85.6, line["by_length"].items())]
+        assert line["effective_length"][1] == (int(reached[-1][0]) if reached else 0)
     assert facts["gate"]["outcome"] == then["gate"]["outcome"] == "inconclusive"

@@ -12,7 +12,7 @@ from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.effective_length import (
     RULER_THRESHOLD,
 )
-from orchestrator.report.leaderboard import MOST_ROWS, Line, context_note, effective
+from orchestrator.report.leaderboard import MOST_ROWS, Line, context_note, effective, not_published
 from orchestrator.words import short_length, shortened
 
 
@@ -73,7 +73,8 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
         cells = tuple(_rounded(line.by_length.get(length)) for line in lines)
         columns.append(_Column(short_length(length), cells, spare=3 if inner else 1))
     if any(line.effective is not None for line in lines):
-        columns.append(_Column("effective", tuple(effective(line.effective) for line in lines), spare=2))
+        title = "effective" if all(line.as_published for line in lines) else "effective*"
+        columns.append(_Column(title, tuple(effective(line.effective) for line in lines), spare=2))
         wavg = tuple("" if line.weighted is None else _rounded(line.weighted[0]) for line in lines)
         columns.append(_Column("wAvg", wavg, spare=4))
     for parent in dict.fromkeys(name for line in lines for name in line.relative):
@@ -148,6 +149,8 @@ def _footnote(lines: Sequence[Line], result: EvaluationResult) -> str:
     notes = [f"score: mean over {' and '.join(result.ranked)}, tasks and lengths alike, with its 95 % interval"]
     if reach := context_note(result):
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
+    if warning := not_published(result):
+        notes.append(f"* {warning}")
     broken = Counter(row.point for row in result.common_rows() if not row.finite)
     if broken:  # said here as well: a narrow terminal has no room for the notes of the lines
         notes.append(

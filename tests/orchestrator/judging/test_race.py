@@ -115,7 +115,7 @@ def test_the_paired_error_is_that_of_the_statistics_module():
         (departure,) = race.eliminate()
         samples = [
             cell_sample(
-                *cell, p - q, [f"{cell.task} {'' if shared else cell.length} {i // haystack}" for i in range(24)]
+                *cell[:2], p - q, [f"{cell.task} {'' if shared else cell.length} {i // haystack}" for i in range(24)]
             )
             for cell, p, q in zip(CELLS, *scores, strict=True)
         ]

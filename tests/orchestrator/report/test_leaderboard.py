@@ -84,16 +84,45 @@ def test_relative_to_each_parent_a_lower_score_will_do() -> None:
     assert {parent: length.length for parent, length in line.relative.items()} == {"long": 512, "fmt": 0}
 
 
-def test_the_needle_lends_ruler_no_length() -> None:
+def test_effective_is_what_the_columns_show() -> None:
     rows = [
-        *cell("a", "vt", 4096, [1, 1, 1, 0]),  # 75: RULER's threshold is missed at its shortest length
+        *cell("a", "vt", 4096, [1, 1, 1, 0]),  # 75; with the needle 87.5, above the threshold
         *cell("a", "needle", 4096, [1] * 8, benchmark="needle"),
         *cell("a", "needle", 131072, [1] * 8, benchmark="needle"),
     ]
     [line] = leaderboard(result(rows, [standing("a")]))
-    assert line.effective is not None and (line.effective.length, line.effective.high) == (0, 4096)
-    assert line.weighted == (75.0, 75.0)
     assert line.by_length == {4096: 87.5, 131072: 100.0}
+    assert line.effective is not None and (line.effective.length, line.effective.low) == (131072, 0)
+    assert line.weighted == pytest.approx(((87.5 + 2 * 100) / 3, (2 * 87.5 + 100) / 3)) and not line.as_published
+
+
+def test_benchmarks_weigh_alike_and_a_table_of_fifties_reaches_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        entry
+        for length in (512, 1024)
+        for entry in (
+            *(answer for task in TASKS for answer in cell("a", task, length, [1] * 8)),
+            *cell("a", "needle", length, [0] * 8, benchmark="needle"),
+        )
+    ]
+    evaluated = result(rows, [standing("a")])
+    [line] = leaderboard(evaluated)
+    assert line.score == pytest.approx(50) and dict(line.by_length) == pytest.approx({512: 50, 1024: 50})
+    assert line.effective is not None and (line.effective.length, line.effective.high) == (0, 0)
+    assert line.document()["effective_length_as_published"] is False
+    print_leaderboard([line], evaluated)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "effective*" in out and "* not comparable with RULER's published lengths" in out
+    assert "longest length at which RULER and the needle are ≥ 85.6" in out
+
+
+def test_all_of_rulers_tasks_compare_with_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    evaluated = result([entry for task in TASKS for entry in cell("a", task, 512, [1] * 4)], [standing("a")])
+    lines = leaderboard(evaluated)
+    print_leaderboard(lines, evaluated)
+    out = capsys.readouterr().out
+    assert lines[0].document()["effective_length_as_published"] is True
+    assert "effective" in out and "*" not in out and "not comparable" not in out
 
 
 def test_the_fresh_items_of_a_winner_stay_out_of_its_score() -> None:
