@@ -58,7 +58,8 @@ def write_parents(folder: Path) -> None:
             "empty": torch.empty(0, 4),
         }
         save_file(tensors, folder / who / "model.safetensors", metadata={"format": "pt"})
-        (folder / who / "config.json").write_text('{"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}')
+        config = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "max_position_embeddings": 64}
+        (folder / who / "config.json").write_text(json.dumps(config))
         (folder / who / "tokenizer.json").write_text("{}")
 
 
