@@ -13,7 +13,7 @@ import numpy as np
 from workers.methods.gpu_kernels.language import interprets, tl
 from workers.methods.gpu_kernels.points import points
 from workers.methods.gpu_kernels.random import drawn
-from workers.methods.gpu_kernels.rows import BLOCK, Row
+from workers.methods.gpu_kernels.rows import BLOCK, SUM, Head, Row, Term
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +59,10 @@ def runs_on(device: str) -> bool:
     if interprets() or tl is None or not device.startswith("cuda"):
         return interprets()
     try:
-        drawn((0, 0), 0, 8, 0, torch.device(device))
+        zeros = torch.zeros(8, device=device)
+        head, term = Head(zeros.data_ptr(), 0, 0, 8, 0), Term(zeros.data_ptr(), 0)
+        launch([Row(SUM, 0, "float32", "float32", head, (term, term))], "float32", zeros.device)
+        drawn((0, 0), 0, 8, 0, zeros.device)
     except Exception as error:  # Triton needs a C compiler, a driver and a card that it has code for
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logging.getLogger(__name__).warning(

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from workers.methods.gpu_kernels import launch as launching
 from workers.methods.gpu_kernels import rows
 from workers.methods.gpu_kernels.language import interprets, tl
 from workers.methods.gpu_kernels.launch import launch
@@ -62,6 +63,19 @@ def test_elements_beyond_two_to_the_31_are_where_they_belong(elements_before: in
     points[(2,)](table, segments, flags, *kind, number, number, number, 4, BLOCK)
     places = torch.arange(size) + elements_before
     assert torch.equal(output, torch.where((model == 2) & (places <= tie), 2.0, 0.0))
+
+
+def test_where_triton_cannot_compile_the_formulas_merge(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler.")
+
+    monkeypatch.setattr(launching, "interprets", lambda: False)
+    monkeypatch.setattr(torch, "zeros", refused)
+    assert not launching.runs_on("cuda:7")
+    assert "(Failed to find C compiler.); the slower torch formulas merge there" in caplog.text
+    assert not launching.runs_on("card"), "Triton has no such device"
 
 
 COMPILED = """
