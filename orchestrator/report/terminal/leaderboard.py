@@ -146,7 +146,8 @@ def _perplexity_table(lines: Sequence[Line]) -> Any:
 
 
 def _footnote(lines: Sequence[Line], result: EvaluationResult) -> str:
-    notes = [f"score: mean over {' and '.join(result.ranked)}, tasks and lengths alike, with its 95 % interval"]
+    of = " and ".join(result.ranked)
+    notes = [f"score: mean over lengths, over {of}, and over their tasks, with its 95 % interval"]
     if reach := context_note(result):
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
     if warning := not_published(result):
