@@ -94,6 +94,13 @@ def _thinking(node: Node) -> ThinkingSpec | bool:
     return read_spec(ThinkingSpec, node)
 
 
+def _temperature(node: Node) -> float:
+    degree = float(node.number(minimum=0))
+    if degree > 2:
+        raise node.error(f"{quoted(node.path)} must be at most 2, as in vLLM and OpenAI's API, not {node.value}")
+    return degree
+
+
 def _share(node: Node) -> float:
     share = float(node.number())
     if not 0 < share <= 1:
@@ -108,6 +115,7 @@ ARGUMENTS_SCHEMA = {
 }
 CHAT = Reads(_chat, {"anyOf": [SWITCH, ARGUMENTS_SCHEMA]})
 THINKING = Reads(_thinking, lambda: {"anyOf": [SWITCH, schema_of(ThinkingSpec)]})
+TEMPERATURE = Reads(_temperature, {"type": "number", "minimum": 0, "maximum": 2})
 SHARE = Reads(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})
 
 
@@ -136,7 +144,20 @@ class AnsweringSpec:
     max_new_tokens: Annotated[Count | None, "tokens of an answer; without it, as many as the task says"] = field(
         default=None, metadata=LATER
     )
+    temperature: Annotated[float, TEMPERATURE, "0 answers greedily; above it, answers are drawn at random"] = field(
+        default=0.0, metadata=LATER
+    )
+    top_p: Annotated[float, SHARE, "draw from the fewest tokens with this probability together"] = field(
+        default=1.0, metadata=LATER
+    )
+    top_k: Annotated[int, AtLeast(0), "draw from so many of the likeliest tokens; 0: from all"] = field(
+        default=0, metadata=LATER
+    )
+    samples: Annotated[Count, "answers to each item, whose mean is its score"] = field(default=1, metadata=LATER)
     place: str = field(default="", compare=False)
+
+
+GREEDY = AnsweringSpec()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -251,6 +272,10 @@ def read_evaluation(node: Node) -> Evaluation:
 
 def _checked(spec: BenchmarkSpec, node: Node) -> BenchmarkSpec:
     """The spec, whose keys agree."""
+    if isinstance(spec, AnsweringSpec) and not spec.temperature:
+        for key in ("top_p", "top_k", "samples"):
+            if getattr(spec, key) != getattr(GREEDY, key):
+                raise node.mapping()[key].error(f"{key} needs a `temperature:` above 0; at 0 all answers are equal")
     if isinstance(spec, AnsweringSpec) and not spec.chat:
         if spec.system is not None:
             raise node.mapping()["system"].error("the system speaks in a chat only; set `chat: true`, or take it out")

@@ -34,7 +34,8 @@ class Generation:
     `opened` where the prompt begins it, `found` where the chat template shows it and the job says nothing. `frame` is
     the text that the chat template puts before and after the last message; `turns` are the texts before and after an
     earlier answer, for tasks with a worked example. `system` and `template` are the system's message and the
-    template's arguments.
+    template's arguments. Above a `temperature` of 0, `samples` answers to each item are drawn by `seed`: from the
+    `top_k` likeliest tokens, and of these from the fewest with a probability of `top_p` together.
     """
 
     end: str = ""
@@ -45,11 +46,20 @@ class Generation:
     turns: tuple[str, str] = ("", "")
     system: str = ""
     template: tuple[tuple[str, Scalar], ...] = ()
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    samples: int = 1
+    seed: int = 0
 
     @property
     def digested(self) -> dict[str, Any]:
         """The settings that decide answers and do not show in the text of a prompt; empty where all are the default."""
-        return {"thought": [self.end, self.budget, self.opened]} if self.end else {}
+        drawn = [self.temperature, self.top_p, self.top_k, self.samples, self.seed]
+        return {
+            **({"thought": [self.end, self.budget, self.opened]} if self.end else {}),
+            **({"sampling": drawn} if self.temperature else {}),
+        }
 
 
 PLAINLY = Generation()

@@ -123,6 +123,7 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
         "tokens_a_point": _tokens(first),
         "thinking": _thinking(first),
         "faster_engine": "vllm" if slow and _thinking(first) else None,
+        "samples": max(planned.generation.samples for planned in first.values()),
         "generated_a_point": _generated(first),
         "generated": sum(_generated(subject.sets) for subject in subjects),
         "items": sum(_items(subject.sets) for subject in subjects),
@@ -140,12 +141,12 @@ def _items(sets: Sets) -> int:
 
 
 def _tokens(sets: Sets) -> int:
-    return sum(planned.count * planned.longest for planned in sets.values())
+    return sum(planned.count * planned.tokens for planned in sets.values())
 
 
 def _generated(sets: Sets) -> int:
     """The most tokens of all thoughts and answers of a model."""
-    return sum(planned.count * (planned.new_tokens + planned.generation.budget) for planned in sets.values())
+    return sum(planned.count * planned.generated for planned in sets.values())
 
 
 def _thinking(sets: Sets) -> list[dict[str, Any]]:
@@ -161,11 +162,11 @@ def _least_tokens(asked: Questions, race: RacePlan) -> int:
     """The cost of the race if all points but the kept ones leave at the first look."""
     look = min(race.items, -(-RUNGS[0] // race.share) * race.share)
     sets = next(iter(asked.points.values())).sets
-    raced = [planned.longest for planned in sets.values() if planned.benchmark == race.benchmark]
+    raced = [planned.tokens for planned in sets.values() if planned.benchmark == race.benchmark]
     kept = min(race.spec.keep, len(asked.points))
     confirmed = kept * (race.items + race.fresh - look) * sum(raced)
     rest = kept * sum(
-        planned.count * planned.longest for planned in sets.values() if planned.benchmark != race.benchmark
+        planned.count * planned.tokens for planned in sets.values() if planned.benchmark != race.benchmark
     )
     baselines = sum(_tokens(subject.sets) for subject in asked.baselines)
     return len(asked.points) * look * sum(raced) + confirmed + rest + baselines

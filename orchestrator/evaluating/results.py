@@ -16,6 +16,7 @@ from jobs.merge_tasks import FORMAT
 from jobs.sealing import sealed
 from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.race import LEAST_HAYSTACKS, Departure, Standing
+from orchestrator.judging.sampled import by_item
 from orchestrator.judging.significance import FlipRate
 from orchestrator.records.documents import read_document, text_of
 from workers.benchmarks.harness.adapter import OVER_LONG
@@ -34,6 +35,7 @@ AGAIN = "`mergeyard evaluate` makes it again from the scores"
 class EvaluationResult:
     """All scores of a run, and the result of the race; `standing` is best first, baselines apart.
 
+    `rows` has one row for each item, `samples` one for each answer where items are answered several times.
     `ranked` names the benchmarks that points are ranked by; `race` is None where every point answers everything.
     Models go by the labels of `Subject`. `baselines` are the parents that are not the same merge as a point; `parents`
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
@@ -54,6 +56,12 @@ class EvaluationResult:
     seed: int
     finished: bool
     remarks: tuple[str, ...] = ()
+    samples: Sequence[ScoreRow] = ()
+
+    @property
+    def answers(self) -> Sequence[ScoreRow]:
+        """The rows of all answers; `rows` has one for each item."""
+        return self.samples or self.rows
 
     @property
     def scored_points(self) -> dict[str, str]:
@@ -77,10 +85,17 @@ class EvaluationResult:
 
     def common_rows(self) -> list[ScoreRow]:
         """The rows but for the fresh items of a race, which its winners alone answered."""
+        return self._common(self.rows)
+
+    def common_answers(self) -> list[ScoreRow]:
+        """The same of all answers."""
+        return self._common(self.answers)
+
+    def _common(self, rows: Sequence[ScoreRow]) -> list[ScoreRow]:
         race = self.race
         if race is None:
-            return [*self.rows]
-        return [row for row in self.rows if row.benchmark != race.benchmark or row.item < race.items]
+            return [*rows]
+        return [row for row in rows if row.benchmark != race.benchmark or row.item < race.items]
 
     @property
     def rule(self) -> str:
@@ -130,7 +145,7 @@ def ranked_rows(rows: Iterable[ScoreRow], benchmarks: Sequence[str]) -> list[Sco
 
 def write_results(store: Store, result: EvaluationResult) -> None:
     """Renews both files; a reader between the two sees rows that are newer than the rest."""
-    store.write(RESULTS, write_scores(result.rows))
+    store.write(RESULTS, write_scores(result.answers))
     store.write(EVALUATION, sealed(result.document(), lines=True))
 
 
@@ -151,7 +166,7 @@ def read_results(run_url: str, points: Collection[str] | None = None) -> Evaluat
         raise BadInput(f"{run_url}: no scores there yet; `mergeyard evaluate` makes them")
     parents = {*result.baselines}  # which rows of older versions do not say
     rows = [replace(row, kind="parent") if row.point in parents and row.kind == "point" else row for row in rows]
-    return replace(result, rows=rows)
+    return replace(result, rows=by_item(rows), samples=rows if any(row.sample for row in rows) else ())
 
 
 def read_verdict(store: Store) -> dict[str, Any] | None:

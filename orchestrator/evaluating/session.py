@@ -22,6 +22,7 @@ from orchestrator.evaluating.results import VERDICT, EvaluationResult, ranked_ro
 from orchestrator.evaluating.subjects import Questions, RacePlan, Subject
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.race import RUNGS, Race, Standing
+from orchestrator.judging.sampled import by_item
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate, flip_rate
 from orchestrator.planning.plan import Plan
@@ -157,8 +158,8 @@ class Session:
             pass
 
     def rows(self) -> list[ScoreRow]:
-        """Every answer that was given or recalled in this session, in a fixed order."""
-        return self._blocks.rows()
+        """Every item that was answered in this session, now or earlier, in a fixed order."""
+        return by_item(self._blocks.rows())
 
     def _run_race(self, planned: RacePlan) -> None:
         """The race, run to its end; prints departures as they happen."""
@@ -179,7 +180,8 @@ class Session:
         )
         while not race.finished:
             requests = [Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
-            for request, rows in self._answers(requests, f"racing {len(race.live)} points"):
+            for request, answered in self._answers(requests, f"racing {len(race.live)} points"):
+                rows = by_item(answered)
                 race.record(
                     request.subject.label, request.cell, [row.item for row in rows], [row.score for row in rows]
                 )
@@ -193,7 +195,8 @@ class Session:
             for cell, planned in leader.sets.items()
             if BENCHMARKS[planned.benchmark].retrieval
         ]
-        second = {_place(row): row.score for _, rows in self._answers(requests, "asking again") for row in rows}
+        answered = self._answers(requests, "asking again")
+        second = {_place(row): row.score for _, rows in answered for row in by_item(rows)}
         first = {_place(row): row.score for row in self.rows() if row.point == leader.label}
         places = sorted(second.keys() & first.keys())
         if not places:
@@ -291,9 +294,10 @@ class Session:
         self._pause = max(RENEW_SECONDS, 20 * (self._renewed - began))
 
     def _result(self, *, finished: bool) -> EvaluationResult:
-        asked, race = self._asked, self._race
+        asked, race, answers = self._asked, self._race, self._blocks.rows()
         return EvaluationResult(
-            rows=self.rows(),
+            rows=by_item(answers),
+            samples=answers if any(row.sample for row in answers) else (),
             ranked=asked.ranked,
             standing=self._standing(),
             departures=() if race is None else tuple(race.departures),

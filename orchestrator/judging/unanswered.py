@@ -89,7 +89,9 @@ def _answers(rows: Iterable[ScoreRow]) -> tuple[list[ScoreRow], set[tuple[str, s
     """One row for each answer, and the tasks in which a cut answer scored."""
     kept = [row for row in rows if row.finite]
     scoring = {(row.benchmark, _task(row)) for row in kept if row.status == "cut" and row.score > 0}
-    answers = {(row.benchmark, _task(row), row.length, row.items, row.item, row.repeat): row for row in kept}
+    answers = {
+        (row.benchmark, _task(row), row.length, row.items, row.item, row.repeat, row.sample): row for row in kept
+    }
     return [*answers.values()], scoring
 
 

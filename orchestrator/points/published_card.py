@@ -82,6 +82,10 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
     rows = [(f"Score (0 to 100): {' and '.join(ranked)}, {line.items:,} items", f"{line.score:.1f}{spread}")]
     rows += [(f"at {short_length(length)}", f"{score:.1f}") for length, score in sorted(line.by_length.items())]
     rows += [(code(task), f"{score:.1f}") for task, score in line.beside.items()]
+    named = {"thought": "tokens of a thought (median)", "answer": "tokens of an answer (median)"}
+    rows += [(named.get(name, name), f"{value:,.0f}") for name, value in line.generated.items()]
+    if line.unanswered.count:
+        rows.append(("Questions without an answer", f"{line.unanswered.count:,} of {line.unanswered.asked:,}"))
     if line.effective is not None:
         compared = "" if line.as_published else ", not comparable with RULER's published lengths"
         meaning = f"{line.effective_of}: longest with a score of {RULER_THRESHOLD} or more{compared}"

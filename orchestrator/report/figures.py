@@ -406,8 +406,11 @@ def _needle_map(title: str, lengths: Sequence[int], depths: _Depths, tiles: Mapp
 # ---- Pareto ----------------------------------------------------------------------------------------------------------
 
 
+TOKENS = ("thought", "answer")
+
+
 def metrics(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line]) -> list[Metric]:
-    """The metrics of points: the score, at the shortest and at the longest length, benchmarks, perplexity."""
+    """The metrics of points: the score, at the shortest and at the longest length, benchmarks, perplexity, tokens."""
     lengths = sorted({length for line in lines for length in line.by_length})
     found = [Metric("score", {line.name: line.score for line in lines})]
     for length in (lengths[0], lengths[-1]) if len(lengths) > 1 else ():
@@ -423,6 +426,9 @@ def metrics(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line]) -> li
             )
     if any(line.perplexity for line in lines):
         found.append(Metric("perplexity", _last_perplexity(lines), more_is_better=False))
+    written = {line.name: sum(line.generated[name] for name in TOKENS) for line in lines if "thought" in line.generated}
+    if written:
+        found.append(Metric("output tokens", written, more_is_better=False))
     for task in sorted({task for line in lines for task in line.beside}):
         found.append(Metric(task, {line.name: line.beside[task] for line in lines if task in line.beside}))
     return found[:MOST_METRICS]

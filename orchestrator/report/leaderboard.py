@@ -19,6 +19,7 @@ from orchestrator.judging.effective_length import (
     weighted_average,
 )
 from orchestrator.judging.estimates import macro_mean, macro_score
+from orchestrator.judging.sampled import median_tokens, pass_at, token_cells
 from orchestrator.judging.samples import CellSample
 from orchestrator.judging.unanswered import Unanswered, unanswered, unanswered_cells
 from orchestrator.words import finite_or_none, short_length
@@ -39,7 +40,8 @@ class Line:
     `relative` is by the name of a parent: by 85 % of its score at the shortest length. `beside` has the scores that do
     not rank: means of other benchmarks' tasks from 0 to 100, `beside_of` the benchmark of each. `perplexity` is by
     length and first position of a block. A half width is infinite with a single haystack, a perplexity with NaN or
-    infinite likelihoods.
+    infinite likelihoods. `generated` has the columns on sampled answers and thoughts: pass@k from 0 to 100, the medians
+    of tokens; `pass_at` is by k, from 0 to 100.
     """
 
     kind: Kind
@@ -60,6 +62,9 @@ class Line:
     items: int
     note: str
     unanswered: Unanswered
+    generated: Mapping[str, float]
+    pass_at: Mapping[int, float]
+    token_cells: Sequence[Mapping[str, str | int | float]]
     unanswered_cells: Sequence[Mapping[str, str | int]]
 
     def document(self) -> dict[str, Any]:
@@ -84,6 +89,9 @@ class Line:
             },
             "items": self.items,
             "note": self.note,
+            "pass_at": {str(k): round(share, 2) for k, share in self.pass_at.items()},
+            "tokens": {name: value for name, value in self.generated.items() if name in ("thought", "answer")},
+            "token_cells": [*self.token_cells],
             "unanswered": {**self.unanswered.document(), "cells": [*self.unanswered_cells]},
         }
 
@@ -97,6 +105,7 @@ def leaderboard(result: EvaluationResult) -> list[Line]:
     ranked = _by_point(result.ranked_rows())
     everything = _by_point(result.common_rows())
     parents = {name: samples(context_rows(ranked[label])) for name, label in result.parents.items() if label in ranked}
+    answers = _by_point(result.common_answers())
     titles = {label: f"{name} (parent)" for name, label in result.parents.items() if label in result.baselines}
     notes = {departure.point: [f"left at {departure.items} items"] for departure in result.departures}
     for standing in result.standing:
@@ -109,7 +118,7 @@ def leaderboard(result: EvaluationResult) -> list[Line]:
             notes.setdefault(label, []).append(f"= parent {parent}")
     names = [*(standing.point for standing in result.standing), *result.baselines]
     return [
-        _line(name, titles.get(name), ranked[name], everything[name], parents, notes.get(name, []))
+        _line(name, titles.get(name), ranked[name], everything[name], answers[name], parents, notes.get(name, []))
         for name in names
         if name in ranked
     ]
@@ -120,6 +129,7 @@ def _line(
     parent: str | None,
     ranked: Sequence[ScoreRow],
     everything: Sequence[ScoreRow],
+    answers: Sequence[ScoreRow],
     parents: Mapping[str, Sequence[CellSample]],
     notes: Sequence[str],
 ) -> Line:
@@ -130,6 +140,8 @@ def _line(
     macro = macro_score(scored)
     beside = _beside(everything, {row.benchmark for row in ranked})
     broken = sum(not row.finite for row in everything)
+    asked = {row.benchmark for row in ranked}
+    passed = {k: 100 * share for k, share in pass_at(row for row in answers if row.benchmark in asked).items()}
     return Line(
         kind="point" if parent is None else "parent",
         name=name,
@@ -147,8 +159,11 @@ def _line(
         beside_of={task: benchmark for task, (benchmark, _) in beside.items()},
         perplexity=perplexity_by_position(everything),
         items=len(ranked),
-        unanswered=unanswered(everything),
-        unanswered_cells=unanswered_cells(everything),
+        unanswered=unanswered(answers),
+        generated={f"pass@{k}": share for k, share in [*passed.items()][-1:]} | median_tokens(answers),
+        pass_at=passed,
+        token_cells=token_cells(answers),
+        unanswered_cells=unanswered_cells(answers),
         note=", ".join([*notes, *([f"{broken} answers had NaN or infinite logits"] if broken else [])]),
     )
 

@@ -76,6 +76,7 @@ def _context(report: Report) -> dict[str, Any]:
         "lengths": sorted({length for line in report.lines for length in line.by_length}),
         "benchmarks": sorted({name for line in report.lines for name in line.by_benchmark}, reverse=True),
         "beside": sorted({name for line in report.lines for name in line.beside}),
+        "generated": [*dict.fromkeys(name for line in report.lines for name in line.generated)],
         "unanswered": any(line.unanswered.count for line in report.lines),
         "threshold": RULER_THRESHOLD,
         "reach": context_note(report.run.result),

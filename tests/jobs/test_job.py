@@ -148,6 +148,34 @@ def test_a_race_may_be_off(race: str, expected: RaceSpec | None) -> None:
     assert job.evaluate is not None and job.evaluate.race == expected
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ("samples: 4", r"samples needs a `temperature:` above 0"),
+        ("top_p: 0.9", r"top_p needs a `temperature:` above 0"),
+        ("temperature: 3", r"must be at most 2, as in vLLM"),
+        ("temperature: 1, top_p: 1.5", r"must be above 0 and at most 1, not 1.5"),
+        ("system: Think., thinking: on", r"the system speaks in a chat only; set `chat: true`"),
+        ("thinking: {template: {a: 1}}", r"no template without a chat; set `chat: true`"),
+        ("thinking: maybe", r"thinking must be `on`, `off` or settings such as `\{budget: 4096\}`"),
+        ("chat: {messages: x}", r"mergeyard sets \"messages\", the conversation itself"),
+    ],
+)
+def test_keys_of_answers_that_do_not_agree_are_refused(keys: str, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        load(with_line(f"evaluate: {{needle: {{lengths: [64], {keys}}}}}"))
+
+
+def test_keys_of_answers_leave_the_digest_of_jobs_without_them() -> None:
+    def digest(keys: str) -> str:
+        return load(with_line(f"evaluate: {{needle: {{lengths: [64]{keys}}}}}")).digest()
+
+    plain = digest("")
+    assert digest(", temperature: 0, samples: 1, answer_prefix: true") == plain
+    others = ["thinking: on", "thinking: off", "temperature: 1", "max_new_tokens: 9", "answer_prefix: false"]
+    assert len({plain, *(digest(f", {other}") for other in others)}) == 1 + len(others)
+
+
 def test_a_parent_may_be_there_for_the_gate_alone() -> None:
     text = replaced("parents:\n", "parents:\n  blessed: s3://models/blessed\n")
     gated = f"{text}evaluate: {{needle: {{lengths: [64]}}}}\ngate: {{baseline: blessed}}\n"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.evaluation_tasks import PLAINLY, Generation, Status
-from workers.benchmarks.generation import messages_of, thought_of
+from workers.benchmarks.generation import messages_of, sampling_of, thought_of
 from workers.benchmarks.items import Item, read_items
 from workers.benchmarks.scorers import SCORERS
 from workers.engines.engine import Engine, Prompt
@@ -51,15 +51,17 @@ class ItemScore:
 
 
 def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
-    """The engine's greedy answers to items of `workers.benchmarks.items`, each scored by the item's own scorer.
+    """The engine's answers to items of `workers.benchmarks.items`, each scored by the item's own scorer.
 
-    Scored is the text after a model's thought. The score is 0 where a logit was NaN or infinite.
+    Samples of one item follow each other. Scored is the text after a model's thought. The score is 0 where a logit was
+    NaN or infinite.
     """
     items = [item for data, first, last in block.parts for item in read_items(data, first, last)]
-    answers = engine.generate([_prompt(item, block.generation) for item in items])
+    asked = [(item, sample) for item in items for sample in range(block.generation.samples)]
+    answers = engine.generate([_prompt(item, sample, block.generation) for item, sample in asked])
     if remark := next((answer.remark for answer in answers if answer.remark), ""):
         block.remark(remark)
-    for item, answer in zip(items, answers, strict=True):
+    for (item, sample), answer in zip(asked, answers, strict=True):
         text = answer.text if block.generation.end else without_thoughts(answer.text)
         yield ItemScore(
             task=item.task,
@@ -76,10 +78,11 @@ def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
             thought=answer.thought,
             tokens_thought=answer.tokens_thought,
             tokens_out=answer.tokens_out,
+            sample=sample,
         )
 
 
-def _prompt(item: Item, generation: Generation) -> Prompt:
+def _prompt(item: Item, sample: int, generation: Generation) -> Prompt:
     return Prompt(
         item.prefix,
         item.prompt + item.answer_prefix,
@@ -88,6 +91,7 @@ def _prompt(item: Item, generation: Generation) -> Prompt:
         messages=messages_of(item.prefix + item.prompt, item.answer_prefix, generation),
         template=generation.template,
         thinking=thought_of(generation),
+        sampling=sampling_of(generation, sample, item.benchmark, item.task, item.length, item.index),
     )
 
 

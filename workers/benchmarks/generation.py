@@ -3,24 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from jobs.errors import BadInput
 from jobs.evaluate import BUDGET, AnsweringSpec, ThinkingSpec
 from jobs.evaluation_tasks import PLAINLY, Generation
 from workers.benchmarks.planned import located
 from workers.benchmarks.texts.chat_template import THOUGHT_ENDS, Thoughts, opening, switches, thought_end
+from workers.benchmarks.texts.draws import Draw
 from workers.benchmarks.texts.tokenizer import Tokenizer
-from workers.engines.engine import Message, Thought
+from workers.engines.engine import Message, Sampling, Thought
 
 
 def generation_of(
-    spec: AnsweringSpec, tokenizer: Tokenizer, *, worked_example: bool = False
+    spec: AnsweringSpec, tokenizer: Tokenizer, seed: int, *, worked_example: bool = False
 ) -> tuple[Tokenizer, Generation]:
     """The tokenizer of a benchmark's prompts, and the settings; `BadInput` where the chat template cannot be used.
 
-    Where the job does not say whether a thought precedes the answer, the chat template does: one that shows a thought
-    and does not close it by itself. With `worked_example` the settings have the text between two turns.
+    `seed` is the job's, for answers that are drawn. Where the job does not say whether a thought precedes the answer,
+    the chat template does: one that shows a thought and does not close it by itself. With `worked_example` the settings
+    have the text between two turns.
     """
+    tokenizer, generation = _thoughts(spec, tokenizer, worked_example=worked_example)
+    if not spec.temperature:
+        return tokenizer, generation
+    drawn = {"temperature": spec.temperature, "top_p": spec.top_p, "top_k": spec.top_k, "samples": spec.samples}
+    return tokenizer, replace(generation, seed=seed, **drawn)
+
+
+def _thoughts(spec: AnsweringSpec, tokenizer: Tokenizer, *, worked_example: bool) -> tuple[Tokenizer, Generation]:
+    """The settings without those of sampling."""
     thinking = spec.thinking
     if not spec.chat:
         if not isinstance(thinking, ThinkingSpec):
@@ -66,12 +78,20 @@ def earlier(tokenizer: Tokenizer, generation: Generation) -> Generation:
     if not generation.found:
         return generation
     frame = tokenizer.chat_frame()
-    return Generation(frame=frame, turns=(frame[1], generation.turns[1]))
+    return replace(PLAINLY, frame=frame, turns=(frame[1], generation.turns[1]))
 
 
 def thought_of(generation: Generation) -> Thought | None:
     """The thought of a prompt; None where nothing is thought."""
     return Thought(generation.end, generation.budget, generation.opened) if generation.end else None
+
+
+def sampling_of(generation: Generation, sample: int, *item: str | int) -> Sampling | None:
+    """How a sample of an item is drawn, the same for all models; None for a greedy answer."""
+    if not generation.temperature:
+        return None
+    seed = Draw("sample", generation.seed, sample, *item).below(1 << 31)  # servers take no larger one
+    return Sampling(generation.temperature, generation.top_p, generation.top_k, seed)
 
 
 def messages_of(text: str, answer_prefix: str, generation: Generation) -> tuple[Message, ...]:

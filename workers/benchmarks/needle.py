@@ -135,7 +135,7 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
     depths = even_depths(spec.depths)
     count = spec.items * spec.depths
     made = max(count, least)
-    tokenizer, generation = generation_of(spec, tokenizer)
+    tokenizer, generation = generation_of(spec, tokenizer, seed)
     asked: dict[str, Any] = {
         "depths": depths,
         "questions": spec.questions,

@@ -51,6 +51,16 @@ class PlannedSet:
         return self.length and self.length + self.generation.budget
 
     @property
+    def tokens(self) -> int:
+        """The most tokens that one item costs: its prompt once, its thoughts and answers; 0 if it is not known."""
+        return self.length and self.length - self.new_tokens + self.generated
+
+    @property
+    def generated(self) -> int:
+        """The most tokens that are generated for one item; 0 if it is not known."""
+        return self.length and self.generation.samples * (self.generation.budget + self.new_tokens)
+
+    @property
     def folder(self) -> str:
         """Where its files lie in a run."""
         return f"items/{self.digest}/"

@@ -71,7 +71,7 @@ def stored(planned: PlannedSet, store: Store, count: int | None = None, trusted:
         share=planned.share,
         digest=planned.digest,
         parts=tuple(sorted(parts)),
-        tokens=planned.longest or LM_EVAL_TOKENS,
+        tokens=planned.tokens or LM_EVAL_TOKENS,
         generation=planned.generation,
     )
 

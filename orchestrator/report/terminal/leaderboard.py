@@ -82,6 +82,8 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
         columns.append(_Column(f"by {parent}", cells, spare=4))
     for name in beside:
         columns.append(_Column(name, tuple(_rounded(line.beside.get(name)) for line in lines), spare=4))
+    for name in dict.fromkeys(name for line in lines for name in line.generated):
+        columns.append(_Column(name, tuple(_rounded(line.generated.get(name)) for line in lines), spare=3))
     if any(line.unanswered.count for line in lines):
         counts = [line.unanswered for line in lines]
         cells = tuple(f"{found.count}/{found.asked}" if found.count else "" for found in counts)

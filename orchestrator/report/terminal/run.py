@@ -112,7 +112,9 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("and", f"{shortlist(asked['tasks_of_unknown_size'])}, as many items as they have"))
     for thought in asked["thinking"]:
         rows.append(("thinking", _thinking(thought)))
-    if asked["thinking"]:
+    if asked["samples"] > 1:
+        rows.append(("samples", f"up to {asked['samples']} answers to each item, whose mean is its score"))
+    if asked["thinking"] or asked["samples"] > 1:
         each, of_all = count(asked["generated_a_point"]), count(asked["generated"])
         rows.append(("to generate", f"at most {each} of these tokens each: {of_all} tokens"))
     if asked["faster_engine"]:

@@ -14,6 +14,7 @@ from jobs.evaluate import RaceSpec
 from orchestrator.evaluating.subjects import RacePlan
 from orchestrator.judging.estimates import macro_score
 from orchestrator.judging.race import Departure
+from orchestrator.judging.sampled import by_item
 from orchestrator.judging.samples import cell_sample
 from orchestrator.report.leaderboard import context_note, leaderboard, perplexity_by_position
 from orchestrator.report.terminal.leaderboard import print_leaderboard
@@ -295,3 +296,24 @@ def test_the_interval_covers_where_most_cells_are_all_right(shares: list[float])
         found = macro_score(cells)
         covered += found.low <= np.mean(shares) <= found.high
     assert covered >= 368
+
+
+def test_thoughts_and_samples_have_columns_where_there_are_any(capsys: pytest.CaptureFixture[str]) -> None:
+    scored = cell("a", "vt", 512, [1.0, 0.0, 1.0])
+    plain = leaderboard(result(scored, [standing("a")]))
+    print_leaderboard(plain, result(scored, [standing("a")]))
+    assert "thought" not in (out := capsys.readouterr().out) and "pass@" not in out
+    answers = [
+        replace(row, sample=sample, score=float(sample == row.item), tokens_thought=1000, tokens_out=1012)
+        for row in scored
+        for sample in (0, 1)
+    ]
+    drawn = result(by_item(answers), [standing("a")], samples=answers)
+    [line] = leaderboard(drawn)
+    assert line.score == pytest.approx(100 * (0.5 + 0.5 + 0) / 3)
+    assert line.pass_at == pytest.approx({1: 100 / 3, 2: 200 / 3})
+    print_leaderboard([line], drawn)
+    out = capsys.readouterr().out
+    assert all(word in out for word in ("pass@2", "67", "thought", "1000", "answer", "12"))
+    assert line.document()["tokens"] == {"thought": 1000, "answer": 12}
+    assert line.unanswered.asked == 6

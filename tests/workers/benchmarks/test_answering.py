@@ -118,3 +118,18 @@ def test_a_prompt_has_the_conversation_and_the_thought_of_its_set() -> None:
         ("user", "Where is it?"),
     ]
     assert prompt.template == (("enable_thinking", True),) and row.score == 1.0
+
+
+def test_samples_of_an_item_have_seeds_of_their_own_that_no_model_changes() -> None:
+    drawn = Generation(temperature=0.7, top_p=0.9, top_k=20, samples=3, seed=5)
+    items = write_items([ITEM, replace(ITEM, index=1)])
+    engines: list[Any] = [Reasoner("7654321"), Reasoner("no")]
+    rows = [list(answer_items(engine, Block([(items, 0, 2)], Path(), "", lambda _: None, drawn))) for engine in engines]
+    assert [(row.item, row.sample, row.score) for row in rows[0]] == [(at, n, 1.0) for at in (0, 1) for n in (0, 1, 2)]
+    first, second = ([prompt.sampling for prompt in engine.prompts] for engine in engines)
+    assert first == second and len({sampling.seed for sampling in first}) == 6
+    assert {(sampling.temperature, sampling.top_p, sampling.top_k) for sampling in first} == {(0.7, 0.9, 20)}
+    assert all(0 <= sampling.seed < 2**31 for sampling in first)
+    part: Any = Reasoner("7654321")
+    list(answer_items(part, Block([(items, 1, 2)], Path(), "", lambda _: None, drawn)))
+    assert [prompt.sampling for prompt in part.prompts] == first[3:], "however a run is cut into blocks"

@@ -14,7 +14,7 @@ import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class SampleScore:
     thought: str = ""
     tokens_thought: int = 0
     tokens_out: int = 0
+    sample: int = 0
 
 
 def sample_scores(
@@ -91,29 +92,37 @@ def sample_scores(
             if generation.end and leaf.OUTPUT_TYPE == "generate_until":
                 leaf.set_config(key="gen_prefix", value=None)  # no beginning of the answer inside the thought
         picked = {name: first_items(leaf, limit) for name, leaf in leaves.items()}
-        rehearsed = {name: _rehearsed(task, leaf, picked[name], chats[name]) for name, leaf in leaves.items()}
+        drawn = bool(generation.temperature)
+        rehearsed = {
+            name: _rehearsed(task, leaf, picked[name], chats[name], drawn=drawn) for name, leaf in leaves.items()
+        }
         rules = {name: metric_rules(leaf, rehearsed[name]) for name, leaf in leaves.items()}
         if not any(not rule.left_out for each in rules.values() for rule in each.values()):
             raise BadInput(f"lm_eval {task}: no metric can be kept ({metric_remarks(rules)}); take another task")
         scores: list[SampleScore] = []
         for name, leaf in leaves.items():
-            in_chat = chats[name]
-            model = Asking(
-                engine,
-                beginning,
-                conversations=None if in_chat is None else in_chat.conversations,
-                generation=generation,
-                max_new_tokens=max_new_tokens,
-            )
-            samples = _answered(task, leaf, picked[name], in_chat, model.ask)
-            if model.remark:
-                remark(model.remark)
-            over_long = {picked[name][at] for at in model.over_long}
-            samples = [sample for sample in samples if sample.number not in over_long]
-            known = rehearsed[name] if leaf.OUTPUT_TYPE == "generate_until" else []
-            rules[name] = metric_rules(leaf, [*known, *samples])
-            costs = {picked[name][at]: cost for at, cost in model.costs.items()}
-            scores += _scores_of(name, samples, rules[name], costs)
+            in_chat, generates = chats[name], leaf.OUTPUT_TYPE == "generate_until"
+            rounds: list[tuple[list[Sample], dict[int, RequestCost]]] = []
+            over_long: set[int] = set()
+            for number in range(generation.samples if generates else 1):
+                model = Asking(
+                    engine,
+                    beginning,
+                    conversations=None if in_chat is None else in_chat.conversations,
+                    generation=generation,
+                    max_new_tokens=max_new_tokens,
+                    sample=number,
+                )
+                samples = _answered(task, leaf, picked[name], in_chat, model.ask)
+                if model.remark:
+                    remark(model.remark)
+                over_long = {picked[name][at] for at in model.over_long}
+                samples = [sample for sample in samples if sample.number not in over_long]
+                rounds.append((samples, {picked[name][at]: cost for at, cost in model.costs.items()}))
+            known = rehearsed[name] if generates else []
+            rules[name] = metric_rules(leaf, [*known, *(sample for samples, _ in rounds for sample in samples)])
+            for number, (samples, costs) in enumerate(rounds):
+                scores += [replace(score, sample=number) for score in _scores_of(name, samples, rules[name], costs)]
             if over_long:
                 title = f"{name}:{OVER_LONG}"
                 scores += [SampleScore(title, at, "", float(at in over_long), True, 0, 0.0) for at in picked[name]]
@@ -171,13 +180,15 @@ def _processed(leaf: Task, numbers: Sequence[int]) -> Iterator[Sample]:
             yield Sample(numbers[at], str(name), metrics, responses)
 
 
-def _rehearsed(task: str, leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None) -> list[Sample]:
+def _rehearsed(
+    task: str, leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None, *, drawn: bool
+) -> list[Sample]:
     """The first items with their reference answers: they show the metrics without asking the model."""
 
     def ask(kind: str, requests: Sequence[Instance]) -> list[Any]:
         if kind == "generate_until":
             with errors_of(task):
-                return [_reference(leaf, request) for request in requests]
+                return [_reference(leaf, request, drawn=drawn) for request in requests]
         if kind not in ("loglikelihood", "loglikelihood_rolling"):
             raise BadInput(f"lm_eval {task}: a task that asks for {kind} cannot be answered here; take another task")
         return [(-1.0, True) if kind == "loglikelihood" else -1.0] * len(requests)
@@ -188,9 +199,9 @@ def _rehearsed(task: str, leaf: Task, numbers: Sequence[int], chat: Callable[...
     return _answered(task, leaf, numbers[:REHEARSED], chat, ask)
 
 
-def _reference(leaf: Task, request: Instance) -> str:
-    """The answer that the task takes for right; refuses a task whose answers are not greedy."""
-    generation_settings(request, request_arguments(request)[1])
+def _reference(leaf: Task, request: Instance, *, drawn: bool) -> str:
+    """The answer that the task takes for right; refuses a task whose answers are not greedy, unless all are `drawn`."""
+    generation_settings(request, request_arguments(request)[1], drawn=drawn)
     own: Any = leaf
     target: Any = own.doc_to_target(request.doc)
     if isinstance(target, int) and own.get_config("doc_to_choice") is not None:

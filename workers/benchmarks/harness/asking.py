@@ -14,7 +14,7 @@ import numpy as np
 
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import PLAINLY, Generation, Status
-from workers.benchmarks.generation import thought_of
+from workers.benchmarks.generation import sampling_of, thought_of
 from workers.engines.engine import Engine, Message, Prompt
 
 if TYPE_CHECKING:
@@ -51,14 +51,16 @@ class Asking:
         conversations: Mapping[str, tuple[Message, ...]] | None = None,
         generation: Generation = PLAINLY,
         max_new_tokens: int | None = None,
+        sample: int = 0,
     ) -> None:
-        """In a chat, contexts come out of a chat template, those of `conversations`."""
+        """In a chat, contexts come out of a chat template, those of `conversations`; `sample` numbers the answers."""
         self._engine = engine
         self._beginning = beginning
         self._chat = conversations is not None
         self._conversations = conversations or {}
         self._generation = generation
         self._max_new_tokens = max_new_tokens
+        self._sample = sample
         self.over_long: set[int] = set()
         self.remark = ""
         """The first remark that an answer came with."""
@@ -134,12 +136,12 @@ class Asking:
         return totals
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """A greedy answer to each request, cut before the first of its stop texts."""
+        """An answer to each request, cut before the first of its stop texts."""
         answers = [""] * len(requests)
         asked: list[tuple[int, Prompt]] = []
         for at, request in enumerate(requests):
             context, settings = request_arguments(request)
-            stops, new_tokens = generation_settings(request, settings)
+            stops, new_tokens = generation_settings(request, settings, drawn=bool(self._generation.temperature))
             prompt = Prompt(
                 "",
                 context,
@@ -149,6 +151,9 @@ class Asking:
                 messages=self._conversations.get(context, ()),
                 template=self._generation.template,
                 thinking=thought_of(self._generation),
+                sampling=sampling_of(
+                    self._generation, self._sample, request.task_name or "", _item(request), request.idx
+                ),
             )
             if not self._too_long(request, len(self._context(context)) + prompt.longest, self._engine.max_length):
                 asked.append((at, prompt))
@@ -186,10 +191,15 @@ def request_arguments(request: Instance) -> tuple[Any, ...]:
     return tuple(request.args)
 
 
-def generation_settings(request: Instance, settings: Mapping[str, Any]) -> tuple[list[str], int]:
-    """Stop texts and the most tokens to generate; `BadInput` for a task that samples, for engines answer greedily."""
-    if settings.get("do_sample") and settings.get("temperature", 1.0) != 0:
-        raise BadInput(f"lm_eval {request.task_name}: the task samples its answers; set do_sample: false in its YAML")
+def generation_settings(
+    request: Instance, settings: Mapping[str, Any], *, drawn: bool = False
+) -> tuple[list[str], int]:
+    """Stop texts and the most tokens to generate; `BadInput` for a task that samples, if the job does not (`drawn`)."""
+    if settings.get("do_sample") and settings.get("temperature", 1.0) != 0 and not drawn:
+        raise BadInput(
+            f"lm_eval {request.task_name}: the task samples its answers; give `lm_eval:` a `temperature:`, or set"
+            " do_sample: false in its YAML"
+        )
     stops = settings.get("until") or []
     names = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
     new_tokens = next((int(settings[name]) for name in names if settings.get(name)), DEFAULT_NEW_TOKENS)

@@ -33,7 +33,7 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
     except PackageNotFoundError:
         raise BadInput(f"{spec.place}: lm_eval needs lm-evaluation-harness; pip install 'mergeyard[lm-eval]'") from None
 
-    tokenizer, generation = generation_of(spec, tokenizer)
+    tokenizer, generation = generation_of(spec, tokenizer, seed)
 
     def planned(task: str) -> PlannedSet:
         told: dict[str, Any] = {"task": task, "limit": spec.limit, "lm_eval": release, "num_fewshot": spec.num_fewshot}
@@ -124,6 +124,7 @@ def answer_lm_eval(engine: Engine, block: Block) -> Iterator[ItemScore]:
             thought=score.thought,
             tokens_thought=score.tokens_thought,
             tokens_out=score.tokens_out,
+            sample=score.sample,
         )
 
 

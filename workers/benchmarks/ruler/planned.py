@@ -33,7 +33,7 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
     documents = {task: READERS[task](reader.read(path, spec.place)) for task, path in spec.documents.items()}
     essay = Essay(reader.prose(spec.haystack, spec.place), place=spec.place) if spec.haystack else bundled_essay()
     tasks = spec.tasks or default_tasks(documents)
-    tokenizer, generation = generation_of(spec, tokenizer, worked_example="cwe" in tasks)
+    tokenizer, generation = generation_of(spec, tokenizer, seed, worked_example="cwe" in tasks)
     made = max(spec.items, least)
 
     def planned(task: str, length: int) -> PlannedSet:
