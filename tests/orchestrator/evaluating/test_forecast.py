@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import PARENTS, SOUP, job_text
+from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS
 
 Mergeyard = Callable[..., Ended]
 LENGTHS = [256, 512, 1024, 2048, 3000, 4000]
@@ -136,6 +139,35 @@ def test_thoughts_on_a_gpu_are_better_asked_of_vllm(mergeyard: Mergeyard, tmp_pa
     assert told(thinking={"budget": 64}, **gpus)
     assert not told(**gpus) and not told(thinking={"budget": 64})
     assert not told(thinking={"budget": 64}, engine="vllm", **gpus)
+
+
+def test_the_job_of_two_reasoners_is_planned_with_its_cost(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    text = (PARENTS.parent / "seed.yaml").read_text(encoding="utf-8")
+    template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}[assistant]<think>\n"
+    job = yaml.safe_load(text)
+    for name in job["parents"]:
+        folder = tmp_path / name
+        shutil.copytree(PARENTS / "long", folder)
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 131072}))
+        (folder / "chat_template.jinja").write_text(template)
+        job["parents"][name] = str(folder)
+    tasks = {task: new for task, new in MAX_NEW_TOKENS.items() if task not in ("qa_1", "qa_2", "cwe")}
+    job["evaluate"]["ruler"]["tasks"] = [*tasks]  # cwe has words that the tiny tokenizer spells out
+    job |= {"output": str(tmp_path / "runs"), "workers": {"cpus": 1}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(job, sort_keys=False))
+    ended = mergeyard("plan", tmp_path / "job.yaml", "--json")
+    assert ended.code == 0, ended.err
+    facts = ended.facts["evaluation"]
+    lengths = [4096, 8192, 16384, 32768, 65536, 126976]
+    thoughts = 100 * 6 * sum(new + 4096 for new in tasks.values()) + 2 * 55 * (32 + 4096)
+    assert facts["generated_a_point"] == thoughts
+    assert facts["tokens_a_point"] == 100 * 11 * (sum(lengths) + 6 * 4096) + 55 * (4096 + 126976 + 2 * 4096)
+    opened = {"end": "</think>", "budget": 4096, "opened": True, "found": False}
+    assert facts["thinking"] == [{"benchmark": name, **opened} for name in ("ruler", "needle")] + [
+        {"benchmark": "lm_eval", **opened, "found": True}
+    ]
+    assert facts["race"]["least_tokens"] < facts["tokens"]
 
 
 def test_a_thought_beyond_the_context_is_refused(mergeyard: Mergeyard, tmp_path: Path) -> None:
