@@ -38,7 +38,7 @@ def tokenizer_json(parents: Path) -> bytes:
 
 def settings(tokenizer_json: bytes, template: str, **more: Any) -> Generation:
     files = {"tokenizer.json": tokenizer_json}
-    return generation_of(spec(**more), Tokenizer.from_files(files, place="here", chat_template=template))[1]
+    return generation_of(spec(**more), Tokenizer.from_files(files, place="here", chat_template=template), 0)[1]
 
 
 EMPTY = "<assistant><think>\n\n</think>\n\n"
@@ -104,7 +104,7 @@ def test_messages_are_those_of_the_text_with_a_worked_example(tokenizer_json: by
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}<assistant><think>\n"
     files = {"tokenizer.json": tokenizer_json}
     tokenizer = Tokenizer.from_files(files, place="here", chat_template=template)
-    _, found = generation_of(spec(), tokenizer, worked_example=True)
+    _, found = generation_of(spec(), tokenizer, 0, worked_example=True)
     assert found.turns == ("</s><assistant>", "</s><user>"), "no thought is opened in front of an earlier answer"
     text = "<user>How many?</s><assistant> 1. one</s><user>And now?</s><assistant><think>"
     assert messages_of(text, "", found) == (
@@ -116,8 +116,8 @@ def test_messages_are_those_of_the_text_with_a_worked_example(tokenizer_json: by
 
 def test_earlier_versions_closed_a_thought_that_only_the_template_shows(tokenizer_json: bytes) -> None:
     tokenizer = Tokenizer.from_files({"tokenizer.json": tokenizer_json}, place="here", chat_template=R1)
-    assert earlier(tokenizer, generation_of(spec(), tokenizer)[1]).frame == ("<user>", EMPTY)
-    asked = generation_of(spec(thinking=ON), tokenizer)[1]
+    assert earlier(tokenizer, generation_of(spec(), tokenizer, 0)[1]).frame == ("<user>", EMPTY)
+    asked = generation_of(spec(thinking=ON), tokenizer, 0)[1]
     assert earlier(tokenizer, asked) == asked
 
 

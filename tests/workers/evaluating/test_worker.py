@@ -6,6 +6,7 @@ import inspect
 import io
 import json
 import math
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import fields, replace
@@ -248,6 +249,40 @@ def test_a_file_of_an_older_version_lacks_later_columns() -> None:
     parquet.write_table(parquet.read_table(io.BytesIO(write_scores([row]))).drop([*LATER]), older)
     defaults: dict[str, Any] = {field.name: field.default for field in fields(ScoreRow) if field.name in LATER}
     assert read_scores(older.getvalue(), "x") == [replace(row, **defaults)]
+
+
+@pytest.mark.parametrize(
+    ("keys", "end", "score", "status", "thought", "answer"),
+    [
+        ({}, ": ", 1.0, "answered", r"\{?\"?value\"", r"\d{7}[}.]"),
+        ({"chat": True}, ": ", 1.0, "answered", r"\{\"value\"", r"\d{7}[}.]"),
+        ({}, "}", 0.0, "empty", r"\{?\"?value\": \d{7}", ""),
+        ({}, "</think>", 0.0, "unended", r"\{?\"?value\": \d{7}\}", ""),
+        ({"thinking": {"budget": 2}}, ": ", 0.0, "unended", r"\{?\"?val.*", ""),
+    ],
+    ids=["plain", "chat", "the value in a thought", "no end", "budget"],
+)
+def test_only_the_text_after_a_thought_scores(
+    tmp_path: Path, keys: dict[str, Any], end: str, score: float, status: str, thought: str, answer: str
+) -> None:
+    """`fmt` answers `{"value": 1234567}`: the text before `end` is taken for its thought."""
+    thinking = {"end": end, "budget": 16} | keys.get("thinking", {})
+    needle = {"lengths": [320], "depths": 2, "items": 1, "haystack": "noise", **keys, "thinking": thinking}
+    rows = answered(make(tmp_path, evaluate={"needle": needle}, grid={"w": [0.0]}), "w0")
+    for row in rows:
+        assert (row.score, row.status) == (score, status)
+        assert re.fullmatch(thought, row.thought) and re.fullmatch(answer, row.answer.strip())
+        assert 0 < row.tokens_thought <= min(thinking["budget"], row.tokens_out)
+
+
+def test_samples_of_an_item_are_rows_of_its_block(tmp_path: Path) -> None:
+    needle = {"lengths": [320], "depths": 2, "items": 1, "haystack": "noise", "temperature": 2, "samples": 3}
+    plan = make(tmp_path, evaluate={"needle": needle}, grid={"w": [0.0]})
+    rows = answered(plan, "w0")
+    assert [(row.item, row.sample) for row in rows] == [(item, sample) for item in (0, 1) for sample in (0, 1, 2)]
+    assert len({row.answer for row in rows}) > 2, "at this temperature no two are alike"
+    again = answered(make(tmp_path / "again", evaluate={"needle": needle}, grid={"w": [0.0]}), "w0")
+    assert [row.answer for row in again] == [row.answer for row in rows]
 
 
 def test_a_parent_that_holds_a_nan_scores_nothing_and_says_so(tmp_path: Path) -> None:

@@ -464,7 +464,7 @@ def test_the_harness_own_ruler_takes_its_lengths_and_tokenizer(engine: Transform
 
 def test_a_task_that_samples_is_refused(engine: TransformersEngine, task: Callable[[str], str]) -> None:
     path = task(GENERATE.replace("do_sample: false", "do_sample: true, temperature: 0.7"))
-    with pytest.raises(BadInput, match="tiny_generate: the task samples its answers; set do_sample: false"):
+    with pytest.raises(BadInput, match="tiny_generate: the task samples its answers; give `lm_eval:` a `temperature:`"):
         sample_scores(engine, path, 1, beginning=END)
 
 
