@@ -31,7 +31,9 @@ def pass_at(rows: Iterable[ScoreRow]) -> dict[int, float]:
     cells: dict[Cell, list[tuple[int, int]]] = {}
     for samples in _samples(rows):
         right = sum(row.score == 1 for row in samples)
-        cells.setdefault(Cell(samples[0].task, samples[0].length), []).append((len(samples), right))
+        cells.setdefault(Cell(samples[0].task, samples[0].length, samples[0].benchmark), []).append(
+            (len(samples), right)
+        )
     most = min((count for found in cells.values() for count, _ in found), default=1)
     if most == 1:
         return {}

@@ -62,11 +62,22 @@ def test_the_document_of_a_job_reads_back_as_the_same_job(text: str) -> None:
     assert again.document() == job.document()
 
 
+GREEDY = {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "samples": 1}
+
+
 def test_a_document_has_every_default() -> None:
     job = load_job(HEAD + "evaluate: {needle: {lengths: [512]}}\n", "job.yaml")
     document = job.document()
     assert document["evaluate"] == {
-        "needle": {"lengths": [512], "depths": 11, "items": 5, "questions": 1, "answer_prefix": True, "chat": False}
+        "needle": {
+            "lengths": [512],
+            "depths": 11,
+            "items": 5,
+            "questions": 1,
+            "answer_prefix": True,
+            "chat": False,
+            **GREEDY,
+        }
     }
     assert document["workers"] == {"gpus": 0.0, "cpus": 1.0, "memory": 4 * 10**9}
     assert (document["keep"], document["shard_size"], document["seed"]) == ("all", 10**9, 0)
