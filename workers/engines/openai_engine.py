@@ -26,6 +26,7 @@ from workers.engines.engine import (
     Answer,
     Progress,
     Prompt,
+    Thought,
     before_stops,
     check_room,
     check_window,
@@ -51,6 +52,9 @@ MARKS: Mapping[Api, int] = {"completions": 8, "chat": 64}
 
 A server that read fewer has cut the prompt.
 """
+
+UNASKED = Thought("</think>", budget=0, opened=True)
+"""A thought that a server's template opens by itself: no request can close it, as a prompt's own text does."""
 
 SEEDS = 1 << 31
 """Seeds have 32 bits in some servers, and llama.cpp takes the largest of these for none."""
@@ -415,6 +419,8 @@ def _parted(prompt: Prompt, reply: _Reply, *, apart: bool) -> tuple[str, str, bo
     with the opening tag. It is an answer where this very reply sets a thought apart, or another and it is none of both.
     """
     thinking, cut = prompt.thinking, reply.ended == "length"
+    if thinking is None and prompt.messages and UNASKED.end in reply.text:  # of a template that always opens a thought
+        return split_thought(reply.text, UNASKED)
     if thinking is None:
         return reply.reasoning, reply.text, True
     begins = reply.text.lstrip().startswith(thinking.end.replace("/", "", 1))

@@ -24,13 +24,30 @@ def reads(shorter_than: int) -> Callable[[list[Prompt]], list[Answer]]:
     """A model that finds the needle in texts of fewer characters."""
 
     def generate(prompts: list[Prompt]) -> list[Answer]:
-        found = [re.search(r"numbers? for [^\n]+? is: (\d+)", prompt.whole) for prompt in prompts]
+        values = [value_in(prompt.whole) for prompt in prompts]
         return [
-            Answer(f" {match[1]}." if match and len(prompt.whole) < shorter_than else " none", 0, 6, 0.0, True)
-            for match, prompt in zip(found, prompts, strict=True)
+            Answer(f" {value}." if len(prompt.whole) < shorter_than else " none", 0, 6, 0.0, True)
+            for value, prompt in zip(values, prompts, strict=True)
         ]
 
     return generate
+
+
+def value_in(text: str) -> str:
+    found = re.search(r"numbers? for [^\n]+? is: (\d+)", text)
+    assert found is not None
+    return found[1]
+
+
+def thinks(prompts: list[Prompt]) -> list[Answer]:
+    """A model that names the value in its thought, and does not end the thought if the value is even."""
+    values = [value_in(prompt.whole) for prompt in prompts]
+    return [
+        Answer(
+            f"<think>Is it {value}, or 7?</think> {value}." if int(value) % 2 else f"<think>{value}", 0, 9, 0.0, True
+        )
+        for value in values
+    ]
 
 
 @pytest.fixture
@@ -92,3 +109,23 @@ def test_a_point_without_a_server_is_named(mergeyard: Mergeyard, job_file: Calla
     ended = mergeyard("plan", job_file(engine=engine, grid={"w": [0.2]}))
     assert ended.code == 2 and "no server of 1 points; give its server as `url:`" in ended.err
     assert mergeyard("plan", job_file(engine={**engine, "url": "http://127.0.0.1:2/v1"}, grid={"w": [0.2]})).code == 0
+
+
+def test_a_value_in_a_thought_is_no_answer_of_a_chat(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    with serving(SimpleNamespace(max_length=4096, generate=thinks)) as server:
+        engine = {"name": "openai", "url": url_of(server), "options": {"api": "chat"}}
+        ruler = {**LENGTHS["ruler"], "lengths": [256], "chat": True, "thinking": {"budget": 64}}
+        job = job_file(engine=engine, grid={"w": [0.2]}, evaluate={"ruler": ruler})
+        ended = mergeyard("evaluate", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    rows = read_scores((job.parent / "runs" / "tiny" / "report" / "results.parquet").read_bytes(), "results")
+    assert {(row.status, row.score, row.answer == "") for row in rows} == {
+        ("answered", 1.0, False),
+        ("unended", 0.0, True),
+    }
+    assert all(value in row.thought for row in rows for value in re.findall(r"\d{4,}", row.answer))
+    assert all(0 < row.tokens_thought <= 64 for row in rows if row.status == "answered")
+    assert {tuple(one["role"] for one in body["messages"]) for body, _ in server.asked} == {("user",)}
+    assert {body["max_tokens"] for body, _ in server.asked} == {64 + 128}, "RULER's 128 tokens, and the thought's"

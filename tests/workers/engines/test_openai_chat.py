@@ -108,6 +108,7 @@ THOUGHTS = [
     ),
     (message("<think>" + "is it 1? " * 40 + "</think> 7"), THINKING, ("unended", "", ("is it 1? " * 40).strip())),
     (message("</think> " + "7 " * 30, "stop"), THINKING, ("cut", None, "")),
+    (message("is it 1?</think> 7"), None, ("answered", " 7", "is it 1?")),
     (message(" 7", reasoning_content="is it 1?"), None, ("answered", " 7", "is it 1?")),
     (message("7", "content_filter"), THINKING, ("filtered", "", "7")),
     (message("", "content_filter"), None, ("filtered", "", "")),

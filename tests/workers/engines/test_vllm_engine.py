@@ -6,9 +6,7 @@ tested without vLLM.
 
 import os
 import socket
-import subprocess
 import time
-import urllib.request
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +19,6 @@ import torch
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_engine, vllm_server
 from workers.engines.engine import Prompt, Sampling, Thought
-from workers.engines.openai_engine import OpenAIEngine
 from workers.engines.tokenizer import load_tokenizer
 from workers.engines.vllm_engine import VllmEngine
 
@@ -281,38 +278,3 @@ def test_a_killed_vllm_is_a_lost_worker(parents):
     while living_members(engine._process.pid) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert living_members(engine._process.pid) == []
-
-
-@needs_vllm
-@pytest.mark.heavy
-def test_the_openai_engine_asks_a_real_vllm_server(parents, engine, needle_prompt, tmp_path, loglikelihood):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [ENVIRONMENT / "python", "-m", "vllm.entrypoints.openai.api_server", "--model", parents / "long"]
-    command += ["--served-model-name", "long", "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--max-model-len", "1024", "--enforce-eager", "--dtype", "bfloat16"]
-    environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with (tmp_path / "log").open("wb") as log:
-        env = {"PATH": f"{ENVIRONMENT}:/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1", **environment}
-        server = subprocess.Popen(command, env=env, stdout=log, stderr=log)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        deadline = time.monotonic() + 900
-        while time.monotonic() < deadline and server.poll() is None:
-            try:
-                urllib.request.urlopen(f"{url}/health", timeout=2)
-                break
-            except OSError:
-                time.sleep(1)
-        served = OpenAIEngine(f"{url}/v1", "long", parents / "long")
-        prompts = [needle_prompt("quiet-river", 4815162 + lines, lines) for lines in (4, 11)]
-        assert [answer.text for answer in served.generate(prompts)] == [" 4815166.", " 4815173."]
-        assert served.max_length == 1024
-        ids = engine.encode(prompts[0].whole)
-        assert np.abs(served.score([ids])[0] - engine.score([ids])[0]).mean() < 0.05
-        assert loglikelihood(served, prompts[0].whole, " 4815166.")[1] is True
-        served.close()
-    finally:
-        server.terminate()
-        server.wait(60)
