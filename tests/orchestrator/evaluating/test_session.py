@@ -112,7 +112,7 @@ def test_keep_best_says_that_names_decided_among_equal_scores(
     job = job_file(**scaled_race(), keep={"best": 1})
     ended = mergeyard("run", job, "--in-process")
     assert ended.code == 0, ended.err
-    assert "2 points share the first place, the parent long (w1) among them: 100.0 points ± " in " ".join(
+    assert "2 points share the first place, the parent long (w1) among them: 100.0 (91.7 to 100.0)." in " ".join(
         ended.out.split()
     )
     assert "names decide which points are kept: w1 scored as much as w0.98\n" in ended.err
