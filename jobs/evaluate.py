@@ -24,8 +24,11 @@ from jobs.yaml_nodes import Node, quoted
 TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
 """Keys by which tasks of lm-evaluation-harness load a tokenizer, with its code: a job may not set them."""
 
+SHORTEST_LENGTH = 64
+"""Tokens of the shortest context that a benchmark asks at."""
+
 Count = Annotated[int, AtLeast(1)]
-Length = Annotated[int, AtLeast(64)]
+Length = Annotated[int, AtLeast(SHORTEST_LENGTH)]
 Alpha = Annotated[float, Between(0.5, "alpha, the chance of a wrong verdict, must lie between 0 and 0.5")]
 Told = Scalar | tuple[Scalar, ...]
 

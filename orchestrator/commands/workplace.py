@@ -117,7 +117,7 @@ def evaluate_points(
     if facts["sees"] is not None:
         watcher.tell(f"can show {can_show(facts['sees'])}")
     if facts["gate"] is not None and facts["gate"]["remedy"] is not None:
-        watcher.tell(f"the gate {gate_forecast(facts['gate'])}")
+        watcher.tell(f"gate: {gate_forecast(facts['gate'])}")
     with (
         closing(LivePage(plan.run_url)) as page,
         Session.of(plan, asked, workplace.evaluators, watcher, page.renew) as session,

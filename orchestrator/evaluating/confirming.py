@@ -82,11 +82,12 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
         wanted = items.ranges(growth)
         session.make((new, old), {cell: asked_for.stop for cell, asked_for in wanted.items()})
         session.ask((new, old), f"judging {new.label}", wanted)
-        answered = {subject.label: _rows(session, subject.label, asked.ranked, wanted) for subject in (new, old)}
+        answered = {subject.label: _rows(session.rows(), subject.label, asked.ranked, wanted) for subject in (new, old)}
         samples = pairs(answered[new.label], answered[old.label])
         if not looks and items.can_grow(growth):
             rule = replace(rule, planned_haystacks=macro_mean(samples).clusters)
-        lost = {label: unanswered(rows) for label, rows in answered.items()}
+        given = session.answers()
+        lost = {label: unanswered(_rows(given, label, asked.ranked, wanted)) for label in answered}
         verdict = judge(samples, rule, new=new.label, old=old.label)
         looks.append(doubted(verdict, lost[new.label], lost[old.label]))
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
@@ -155,11 +156,11 @@ def first_fresh(planned: PlannedSet) -> int:
     return -(-planned.made // planned.share) * planned.share
 
 
-def _rows(session: Session, label: str, ranked: Sequence[str], wanted: Mapping[Cell, range]) -> list[ScoreRow]:
+def _rows(rows: list[ScoreRow], label: str, ranked: Sequence[str], wanted: Mapping[Cell, range]) -> list[ScoreRow]:
     """A model's answers to the wanted items; perplexity and the harness name their rows otherwise than their sets."""
     everything = range(sys.maxsize)
     return [
         row
-        for row in ranked_rows(session.rows(), ranked)
+        for row in ranked_rows(rows, ranked)
         if row.point == label and row.item in wanted.get(Cell(row.task, row.length, row.benchmark), everything)
     ]

@@ -161,6 +161,10 @@ class Session:
         """Every item that was answered in this session, now or earlier, in a fixed order."""
         return by_item(self._blocks.rows())
 
+    def answers(self) -> list[ScoreRow]:
+        """The same with one row for each sample of an item."""
+        return self._blocks.rows()
+
     def _run_race(self, planned: RacePlan) -> None:
         """The race, run to its end; prints departures as they happen."""
         points, share = self._asked.points, planned.share
@@ -294,7 +298,7 @@ class Session:
         self._pause = max(RENEW_SECONDS, 20 * (self._renewed - began))
 
     def _result(self, *, finished: bool) -> EvaluationResult:
-        asked, race, answers = self._asked, self._race, self._blocks.rows()
+        asked, race, answers = self._asked, self._race, self.answers()
         return EvaluationResult(
             rows=by_item(answers),
             samples=answers if any(row.sample for row in answers) else (),

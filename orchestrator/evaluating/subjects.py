@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.evaluate import Evaluation, RaceSpec
+from jobs.evaluate import SHORTEST_LENGTH, Evaluation, RaceSpec
 from jobs.evaluation_tasks import Kind, ModelSpec
 from jobs.job import COMMAND_LINE
 from jobs.merge_tasks import digest, places_read
@@ -292,10 +292,12 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
     most, rows = context_length(layout.config), text_fields(layout.config).get("vocab_size")
     longest = max(sets, key=lambda entry: entry.longest)
     if most is not None and longest.length <= most < longest.longest:
-        budget = longest.generation.budget
+        budget, room = longest.generation.budget, most - longest.length
+        remedies = [f"ask at {most - budget} tokens"] if most - budget >= SHORTEST_LENGTH else []
+        remedies += [f"take `thinking: {{budget: {room}}}`"] if room else []
         raise BadInput(
             f"{longest.place}: {longest.task} at {longest.length} tokens and a thought of {budget} are beyond the"
-            f" model's {most}; ask at {most - budget} tokens, or lower `thinking: {{budget: {budget}}}`"
+            f" model's {most}; {', or '.join(remedies) or 'ask at a shorter length'}"
         )
     if most is not None and longest.length > most:
         scaling = rope(text_fields(layout.config))[1]

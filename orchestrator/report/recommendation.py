@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from jobs.evaluation_tasks import ScoreRow
-from orchestrator.evaluating.results import EvaluationResult
+from orchestrator.evaluating.results import EvaluationResult, ranked_rows
 from orchestrator.judging.effective_length import RELATIVE_SHARE
 from orchestrator.judging.significance import FlipRate
 from orchestrator.judging.unanswered import DOUBTED, Unanswered, unanswered
@@ -21,6 +21,7 @@ ROUNDING = 1e-9
 """Points of 100 by which two equal scores may differ."""
 
 REMEDY = "Mend the cause, such as a model that reasons first, and evaluate under another `name:`."
+LONGER = "Give `thinking:` a larger `budget:`, or take `thinking: off`, and evaluate under another `name:`."
 """Scores are kept, so that the same run would not ask again."""
 
 
@@ -53,7 +54,7 @@ class Recommendation:
     def sentence(self) -> str:
         """Which merge to keep, its rank, the lengths where it fails, and a warning if answers are missing."""
         if self._refused:
-            return f"{self._keep()} {REMEDY}"
+            return f"{self._keep()} {_remedy([self.unanswered[self.best.name]])}"
         if not self.finished:
             return " ".join(filter(None, (self._so_far(), self._doubts())))
         return " ".join(filter(None, (self._keep(), self._rank(), self._fails(), self._doubts())))
@@ -79,8 +80,9 @@ class Recommendation:
         return line if line.get("low") is not None and line.get("high") is not None and "rule" in gate else None
 
     def _doubts(self) -> str:
-        told = [found.words(name) for name, found in self.unanswered.items() if found.share > DOUBTED]
-        return f"But {'; '.join(told)}. {REMEDY}" if told else ""
+        doubted = {name: found for name, found in self.unanswered.items() if found.share > DOUBTED}
+        told = [found.words(name) for name, found in doubted.items()]
+        return f"But {'; '.join(told)}. {_remedy(doubted.values())}" if told else ""
 
     def _so_far(self) -> str:
         who = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 else f"{self.best.name} leads"
@@ -209,6 +211,7 @@ def recommend(
     if not lines:
         return None
     rows = rows_by_point(result.ranked_rows())
+    answers = rows_by_point(ranked_rows(result.common_answers(), result.ranked))
     best = lines[0]
     parent = best_parent(result, lines)
     points = [line.name for line in lines if line.name not in result.baselines]
@@ -233,7 +236,7 @@ def recommend(
         confirmed=None if standing is None else standing.confirmed,
         gate=gate,
         noise=result.noise,
-        unanswered={name: unanswered(rows[name]) for name in dict.fromkeys(doubted) if name is not None},
+        unanswered={name: unanswered(answers[name]) for name in dict.fromkeys(doubted) if name is not None},
     )
 
 
@@ -252,6 +255,10 @@ def _p(comparison: BaselineComparison) -> str:
     if not math.isfinite(comparison.low):
         return f"one haystack shows no spread, {comparison.items} items"
     return p_text(comparison.p)
+
+
+def _remedy(lost: Iterable[Unanswered]) -> str:
+    return LONGER if all(2 * found.unended > found.count for found in lost) else REMEDY
 
 
 def _guard(comparison: BaselineComparison) -> str:

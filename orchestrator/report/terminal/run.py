@@ -143,9 +143,9 @@ def _thinking(thought: Mapping[str, Any]) -> str:
 
 def can_show(sees: Mapping[str, Any]) -> str:
     """The smallest differences that an evaluation's items can be expected to show."""
-    lengths = ", ".join(
-        f"{_points(points)} at {short_length(int(length))}" for length, points in sees["lengths"].items()
-    )
+    if all(end is None for end in sees["overall"]):
+        return "no difference: the items are too few; ask more"
+    lengths = ", ".join(f"{_points(shown)} at {short_length(int(length))}" for length, shown in sees["lengths"].items())
     shared = "" if sees["correlation"] is None else f", those on one haystack correlate by {sees['correlation']:g}"
     assumed = f"if {sees['discordance']:.0%} of their answers differ{shared}"
     answers = "if answers differ as those of the parents" if sees["measured"] else assumed
@@ -161,7 +161,7 @@ def _points(ends: Sequence[float | None]) -> str:
     """A number of points, or a range."""
     known = [f"{end:.2g}" for end in ends if end is not None]
     if not known:
-        return "no number of"
+        return "none"
     return " to ".join(dict.fromkeys(known)) + (" or more" if len(known) < len(ends) else "")
 
 
@@ -170,18 +170,16 @@ def gate_forecast(gate: Mapping[str, Any]) -> str:
     at_length = ""
     if gate["length_margin"] is not None:
         at_length = f", and {_items(gate['items_needed_a_length'])} a length for {gate['length_margin']:g} there"
-    budget = f"it asks {gate['items_at_first']:,} at first, {gate['items_at_most']:,} at most"
-    needs = (
-        f"for an equal model to pass, the margin of {gate['margin']:g} needs about {_items(gate['items_needed'])} items"
-        f"{at_length}; {budget}"
-    )
+    model = f"at the margin of {gate['margin']:g} an equal model"
+    needed = f"about {_items(gate['items_needed'])} items{at_length}"
+    asks = f"the gate asks {gate['items_at_first']:,} at first, {gate['items_at_most']:,} at most"
     remedy = gate["remedy"]
     if remedy is None:
-        return needs
+        return f"{model} needs {needed} to pass; {asks}"
     verb = "cannot" if remedy["sure"] else "may not"
     margins = " and ".join(f"gate.{key}: {remedy[key]:g}" for key in ("margin", "length_margin") if remedy[key])
     budget = [f"gate.budget: {remedy['budget']}"] if remedy["budget"] else []
-    return f"{verb} be decided: {needs}; give {' or '.join([*budget, margins])}"
+    return f"{model} {verb} pass: it needs {needed}, and {asks}; give {' or '.join([*budget, margins])}"
 
 
 def _items(ends: Sequence[int | None]) -> str:

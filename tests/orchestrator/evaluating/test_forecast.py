@@ -174,8 +174,9 @@ def test_a_thought_beyond_the_context_is_refused(mergeyard: Mergeyard, tmp_path:
     keys: dict[str, Any] = {"parents": {name: str(PARENTS / name) for name in ("long", "fmt")}, "recipe": SOUP}
     keys |= {"grid": {"w": [0.5]}}
 
-    def plan(length: int) -> Ended:
-        evaluate = {"ruler": {"tasks": ["niah_single_1"], "lengths": [length], "items": 2, "thinking": {"budget": 96}}}
+    def plan(length: int, budget: int = 96) -> Ended:
+        thinking = {"budget": budget}
+        evaluate = {"ruler": {"tasks": ["niah_single_1"], "lengths": [length], "items": 2, "thinking": thinking}}
         (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys, evaluate=evaluate))
         return mergeyard("plan", tmp_path / "job.yaml")
 
@@ -187,6 +188,11 @@ def test_a_thought_beyond_the_context_is_refused(mergeyard: Mergeyard, tmp_path:
     told = plan(int(length))
     assert told.code == 0, told.err
     assert "ruler: a thought of at most 96 tokens before each answer, up to </think>" in told.out
+    refused = plan(256, 10**6)
+    assert "ask at" not in refused.err, "no length leaves room for the thought"
+    [budget] = re.findall(r"take `thinking: {budget: (\d+)}`", refused.err)
+    told = plan(256, int(budget))
+    assert told.code == 0 and "no difference: the items are too few; ask more" in told.out
 
 
 def test_the_plan_says_it_in_words(mergeyard: Mergeyard, tmp_path: Path) -> None:
@@ -197,8 +203,8 @@ def test_the_plan_says_it_in_words(mergeyard: Mergeyard, tmp_path: Path) -> None
     out = mergeyard("plan", tmp_path / "job.yaml").out
     assert "1 point and 2 parents, 500 items and at most 256 k tokens each: 1,500 items, 768 k tokens" in out
     assert "a difference of 4 points from a parent, or 4 at 512 (8 times in 10, if 10% of their answers differ)" in out
-    assert "cannot be decided: for an equal model to pass, the margin of 1 needs about 6," in out
-    assert "it asks 500 at first, 500 at most; give gate.budget: " in out and " or gate.margin: 3.6" in out
+    assert "at the margin of 1 an equal model cannot pass: it needs about 6," in out
+    assert "and the gate asks 500 at first, 500 at most; give gate.budget: " in out and " or gate.margin: 3.6" in out
 
 
 def test_the_answers_of_the_parents_replace_the_assumptions(mergeyard: Mergeyard, tmp_path: Path) -> None:

@@ -82,6 +82,15 @@ def test_nothing_is_recommended_where_most_answers_say_nothing(status: str, word
     assert found.document()["keep"] is None and "Keep" not in found.sentence and "0.0 points" not in found.sentence
 
 
+def test_cut_thoughts_need_a_larger_budget() -> None:
+    evaluated = result([*rows("a", MOST), *rows("b", HALF)], [standing("a"), standing("b")])
+    refused = with_status(evaluated, "a", "unended", 20)
+    assert refused.sentence == (
+        "No recommendation: of a, 20 of 20 answers are cut inside their thought."
+        " Give `thinking:` a larger `budget:`, or take `thinking: off`, and evaluate under another `name:`."
+    )
+
+
 def test_above_a_tenth_of_unanswered_questions_the_recommendation_warns() -> None:
     evaluated = result([*rows("a", MOST), *rows("b", HALF)], [standing("a"), standing("b")])
     assert "answers are" not in with_status(evaluated, "a", "filtered", 2).sentence
