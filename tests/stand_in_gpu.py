@@ -145,9 +145,11 @@ class Card:
         return SimpleNamespace(total_memory=self.total, name="a card that is not there")
 
     def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
+        _numbered(device)
         self._fraction = fraction
 
     def get_per_process_memory_fraction(self, device: Any = None) -> float:
+        _numbered(device)
         return self._fraction
 
     def is_available(self) -> bool:
@@ -279,6 +281,12 @@ class _Owner:
 
 def _host(value: Any) -> Any:
     return value.host if isinstance(value, OnCard) else value
+
+
+def _numbered(device: Any) -> None:
+    """As in `torch.cuda`, which asks for the number of the card here and nowhere else."""
+    if device is not None and not isinstance(device, int) and torch.device(device).index is None:
+        raise ValueError(f"Expected a torch.device with a specified index or an integer, but got:{device}")
 
 
 def _indices(name: str, args: Any) -> list[torch.Tensor]:

@@ -23,14 +23,15 @@ LACK = ("out of memory", "can't allocate memory", "ALLOC_FAILED", "ALLOCATION_FA
 def take_part(device: str, gpus: float) -> None:
     """Holds this process to its fraction of a GPU: torch runs out of memory there, not where the card is full."""
     if device != "cpu" and gpus < 1:
-        module = _module(device)
-        module.set_per_process_memory_fraction(max(0.0, gpus - OUTSIDE_BYTES / _total(device)), device)
+        card, index = _card(device)
+        card.set_per_process_memory_fraction(max(0.0, gpus - OUTSIDE_BYTES / _total(device)), index)
 
 
 def part_of(device: str) -> int:
     """Bytes of a GPU for the tensors of this process."""
+    card, index = _card(device)
     total = _total(device)
-    return min(int(total * _module(device).get_per_process_memory_fraction(device)), total - OUTSIDE_BYTES)
+    return min(int(total * card.get_per_process_memory_fraction(index)), total - OUTSIDE_BYTES)
 
 
 def check_fits(needed: int, device: str, thing: str) -> None:
@@ -55,11 +56,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _module(device: str) -> Any:
+def _card(device: str) -> tuple[Any, int]:
+    """torch's module of a device, and the number of the card: it takes no "cuda" without one where memory is shared."""
     import torch
 
-    return torch.get_device_module(device)
+    module, number = torch.get_device_module(device), device.partition(":")[2]
+    return module, int(number) if number else module.current_device()
 
 
 def _total(device: str) -> int:
-    return _module(device).get_device_properties(device).total_memory
+    card, index = _card(device)
+    return card.get_device_properties(index).total_memory
