@@ -69,7 +69,10 @@ def row_adapter(
         return None
     rank = -(-rule.rank // TERMS) * TERMS
     ones, others = np.zeros((len(left), rank)), np.zeros((rank, right.shape[1]))
-    ones[:, : rule.rank], others[: rule.rank] = _split(left.T)[0].T, _split(right)[0]
+    others[: rule.rank] = _rounded(right)
+    rows = max(1, BLOCK_ELEMENTS // rank)
+    for start in range(0, len(left), rows):
+        ones[start : start + rows, : rule.rank] = _rounded(left[start : start + rows].T).T
 
     def adapt(row: int, elements: Elements) -> Elements:
         weights = elements.reshape(-1, derived.shape[1])
@@ -108,13 +111,14 @@ def product(left: _Matrix, right: _Matrix, *, fine: bool) -> _Matrix:
 
 def _split(columns: _Matrix) -> tuple[_Matrix, _Matrix]:
     """Two parts of each column, both integers of `_BITS` bits times a power of two."""
-    parts: list[_Matrix] = []
-    for _ in range(2):
-        _, exponents = np.frexp(np.abs(columns).max(axis=0, initial=0.0))
-        unit = np.ldexp(1.0, np.maximum(exponents, -900) - _BITS)
-        parts.append(np.rint(columns / unit) * unit)
-        columns = columns - parts[-1]
-    return parts[0], parts[1]
+    first = _rounded(columns)
+    return first, _rounded(columns - first)
+
+
+def _rounded(columns: _Matrix) -> _Matrix:
+    _, exponents = np.frexp(np.abs(columns).max(axis=0, initial=0.0))
+    unit = np.ldexp(1.0, np.maximum(exponents, -900) - _BITS)
+    return np.rint(columns / unit) * unit
 
 
 def _norms(rows: _Matrix) -> _Matrix:
