@@ -10,9 +10,6 @@ from workers.methods.tile import Inputs, PerModel, torch_named
 if TYPE_CHECKING:
     from torch import Tensor
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 
 def linear(inputs: Inputs, *, weight: PerModel, normalize: bool = True) -> Tensor:
     """Σ wᵢ·xᵢ, divided by Σ wᵢ with `normalize`. A model of weight 0 is not looked at."""
@@ -35,7 +32,7 @@ def _in_mergekits_order(inputs: Inputs, weight: PerModel, normalize: bool) -> Te
     for index, value in enumerate(weights):
         if total.device.type == "cpu":
             total.addcmul_(inputs.model(index).float(), value)
-        else:  # a CPU does not round the product, and CUDA does
+        else:  # a CPU does not round the product, and CUDA does; the second rounding differs in some 1 of 10⁹ numbers
             total = torch.addcmul(total.double(), inputs.model(index).double(), value.double()).float()
     if normalize:
         total.div_(weights.sum())

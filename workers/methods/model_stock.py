@@ -32,7 +32,7 @@ def model_stock(inputs: Inputs, *, filter_wise: bool = False) -> Tensor:
     """
     if not inputs.as_mergekit:
         return weighted_sum(inputs, model_stock_pass(inputs, filter_wise=filter_wise))
-    total = inputs.model(0)
+    total = 0 + inputs.model(0)  # as mergekit's sum begins: a −0 becomes +0
     for index in range(1, len(inputs.models)):
         total = total + inputs.model(index)
     mean = divided(total, len(inputs.models))
