@@ -151,7 +151,9 @@ class TensorMerger:
                     output.copy_(found, non_blocking=True)  # has arrived when the flags have, which come after it
             alike = [pair for pair, so_far in self.alike.items() if so_far]
             heads = [_same_bits(into[place][:FEW], raw[parent][:FEW]) for place, parent in alike]
-            broken = {place: broken.get(place, _lacks_a_number(each)) for place, each in enumerate(into)}
+            broken = {
+                place: broken[place] if place in broken else _lacks_a_number(each) for place, each in enumerate(into)
+            }
             seen = {parent for place, _ in self._passes for parent in self._settings[place].parents}
             others = [_lacks_a_number(elements) for name, elements in raw.items() if name not in seen]
             flags: list[bool] = torch.stack([*heads, *broken.values(), *others]).tolist()

@@ -114,8 +114,14 @@ def _row(work: Work, lists: list[Tensor]) -> Row:
             terms = _terms(tile, (each.model,), (0.0,))
         case Relaxed():
             raise AssertionError("a merge is relaxed once")
-    stored = tile.raw[next(iter(tile.raw))]
-    return Row(kind, mode, _name(stored), _name(output), head, tuple(terms))
+    return Row(kind, mode, _name(tile.raw[_parent_of(each)]), _name(output), head, tuple(terms))
+
+
+def _parent_of(each: WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap) -> str:
+    """A parent that the pass reads: all of them have one dtype, but other points' parents may have another."""
+    if each.base is not None:
+        return each.base
+    return each.models[0]
 
 
 def _term(kept: Kept, base: str, tile: Tile, listed: Callable[[Array | Tensor], int]) -> tuple[int, Term]:

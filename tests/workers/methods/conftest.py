@@ -22,6 +22,8 @@ SMALL = 16
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of so few elements that a tensor of a hundred has several; how many."""
+    # first, since it takes the number from the others when it is imported
+    monkeypatch.setattr("workers.methods.launching.TILE_ELEMENTS", SMALL)
     monkeypatch.setattr("workers.methods.tile.TILE_ELEMENTS", SMALL)
     monkeypatch.setattr("workers.methods.reductions.TILE_ELEMENTS", SMALL)
     monkeypatch.setattr("workers.methods.importance.TILE_ELEMENTS", SMALL)

@@ -14,7 +14,7 @@ from jobs.merge_tasks import ParentTensor, Setting, TensorMerge
 from tests.workers.methods.test_passes import COMPILED, STORED, parents, setting
 from tests.workers.methods.whole import answered, tiles_of
 from workers.merging.tiles import TensorMerger, learn, pass_of
-from workers.methods import running
+from workers.methods import launching, running
 from workers.methods.aim import ACTIVATIONS
 from workers.methods.gpu_kernels.language import interprets
 from workers.methods.gpu_kernels.rows import BLOCK
@@ -32,11 +32,8 @@ Loops = Callable[[Sequence[Pass], Tile, str], tuple[list[Array], list[bool]]]
 
 
 @pytest.fixture
-def loops(small_tiles: int, monkeypatch: pytest.MonkeyPatch) -> Loops:
+def loops(small_tiles: int) -> Loops:
     """The elements by the loops for GPUs and whether they are finite, of passes over a tile on the host."""
-    from workers.methods import launching
-
-    monkeypatch.setattr(launching, "TILE_ELEMENTS", small_tiles)
 
     def run(passes: Sequence[Pass], tile: Tile, arithmetic: str) -> tuple[list[Array], list[bool]]:
         raw, around = ({name: as_tensor(each) for name, each in of.items()} for of in (tile.raw, tile.around))
@@ -178,9 +175,26 @@ def test_a_tensor_merger_on_a_device_has_the_elements_of_one_on_cpus(
     assert [differing(a, b) for a, b in zip(there, merged("cpu", raw), strict=True)] == [0, 0, 0]
 
 
-def test_parents_of_two_dtypes_are_left_to_the_formula() -> None:
-    from workers.methods.launching import launches
+@pytest.mark.parametrize("method", ["linear", "task_arithmetic", "ties", "nearswap"])
+def test_the_dtype_is_that_of_the_parents_that_a_pass_reads(loops: Loops, method: str) -> None:
+    """Another point of the grid merges a first parent of float32."""
+    rng = np.random.default_rng(6)
+    raw: Any = parents(rng, 600, "BF16")
+    facts: dict[Reduction, Any] = {}
+    setting_of = setting(rng, method)
+    (tile,) = tiles_of(raw, facts, units=1 << 20, shape=(20, 30))
+    (found,) = answered([tile], facts, lambda each: pass_of(each, setting_of, "F32", ""))
+    assert found is not None
+    expected = by_cpu([found], tile, "float32")[0][0]
+    more: Any = {"another": np.ones(600, np.float32), **raw}
+    beside = Tile(tile.tensor, tile.start, more, tile.facts, tile.seed, tile.shape)
+    output = torch.empty(600, dtype=torch.bfloat16)
+    there = Tile(tile.tensor, 0, {name: as_tensor(each) for name, each in beside.raw.items()}, facts, 0, tile.shape)
+    launching.run([launching.Work(found, there, output)], "float32")
+    assert differing(output.view(torch.int16).numpy().view(expected.dtype), expected) == 0
 
-    assert launches(STAND_IN, ["BF16", "BF16"], "F16")
-    assert not launches(STAND_IN, ["BF16", "F16"], "BF16")
-    assert not launches(STAND_IN, ["F8_E4M3", "F8_E4M3"], "BF16")
+
+def test_parents_of_two_dtypes_are_left_to_the_formula() -> None:
+    assert launching.launches(STAND_IN, ["BF16", "BF16"], "F16")
+    assert not launching.launches(STAND_IN, ["BF16", "F16"], "BF16")
+    assert not launching.launches(STAND_IN, ["F8_E4M3", "F8_E4M3"], "BF16")

@@ -41,8 +41,11 @@ def launch(rows: Sequence[Row], arithmetic: str, device: torch.device) -> Tensor
             table.append([*head, *(field for term in terms for field in term)])
             addresses += [head.output, head.base, *(term.model for term in terms)]
         with torch.cuda.device_of(flags):
+            segments = _segments(blocks, device)
+            if segments.is_cuda:  # another thread, with a stream of its own, may have made it and may drop it
+                segments.record_stream(torch.cuda.current_stream(device))
             points[(firsts[-1],)](
-                *(torch.tensor(table, device=device), _segments(blocks, device), flags),
+                *(torch.tensor(table, device=device), segments, flags),
                 *(kind, mode, models, *(getattr(tl, str(name)) for name in (stored, out, arithmetic))),
                 *(16 if all(address % 16 == 0 for address in addresses) else 1, BLOCK),
                 num_warps=8,
@@ -66,7 +69,8 @@ def runs_on(device: str) -> bool:
     except Exception as error:  # Triton needs a C compiler, a driver and a card that it has code for
         reason = str(error).strip().splitlines() or [type(error).__name__]
         logging.getLogger(__name__).warning(
-            "Triton cannot compile for %s (%s); the slower torch formulas merge there", device, reason[0]
+            "Triton cannot compile for %s (%s); slower torch formulas merge there; install a C compiler, such as gcc",
+            *(device, reason[0]),
         )
         return False
     return True

@@ -59,7 +59,7 @@ class Term(NamedTuple):
     mask: int = 0
 
 
-KINDS = SUM, CONSENSUS, SELECTED, OVERLAP, TALL, SWAP = range(6)
+SUM, CONSENSUS, SELECTED, OVERLAP, TALL, SWAP = range(6)
 """The passes."""
 
 BASED, ELECTS, NORMALIZES, TRIMS, DRAWS, MASKS, FACTORED, RELAXES, OF_ROWS, OF_COLUMNS = (1 << bit for bit in range(10))
