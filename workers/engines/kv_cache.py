@@ -93,7 +93,7 @@ class KeyValueBuffer(Cache):
                 memory[target, :, :length] = memory[source, :, :length]
 
     def clear(self, row: int, first: int, end: int) -> None:
-        """Set columns to 0: a NaN that a row left would enter the next row's sums, masked or not."""
+        """Set columns to 0: a NaN that a row left would enter the sums of the next one there, masked or not."""
         if first < end:
             for memory in self._memories():
                 memory[row, :, first:end] = 0

@@ -394,7 +394,9 @@ class TransformersEngine:
                 if waiting:
                     place(slot)
                 else:
-                    cache.copy(len(slots.rows) - 1, slot, int(slots.filled[len(slots.rows) - 1]))
+                    last = len(slots.rows) - 1
+                    cache.copy(last, slot, int(slots.filled[last]))
+                    cache.clear(slot, int(slots.filled[last]), int(slots.filled[slot]))
                     slots.drop(slot)
             if progress and finished:
                 progress(finished)

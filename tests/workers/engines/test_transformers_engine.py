@@ -319,6 +319,19 @@ def test_a_model_of_nans_answers_that_it_is_not_finite(engine, weights, needle_p
     assert [(answer.finite, answer.text) for answer in answers] == [(False, ""), (False, "")]
 
 
+def test_a_row_of_nans_leaves_the_row_that_takes_its_place_alone(engine, needle_prompt):
+    """Three rows side by side: the broken one ends first, and the last, which is shorter, moves into its place."""
+    embedding = engine.model.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # the head keeps the whole weights
+    embedding.weight.data[engine.encode("~", bare=True)] = torch.nan
+    texts = [needle_prompt("quiet-river", 4815162, lines).text for lines in (30, 20, 4)]
+    prompts = [Prompt("", text, 20) for text in (texts[0], f"{texts[1]}~", texts[2])]
+    alone = [engine.generate([prompt])[0] for prompt in prompts]
+    assert [answer.finite for answer in alone] == [True, False, True]
+    together = engine.generate(prompts)
+    assert [(answer.text, answer.finite) for answer in together] == [(answer.text, answer.finite) for answer in alone]
+
+
 def reference_scores(model, ids):
     logits = model(torch.tensor([ids])).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach().numpy()
