@@ -29,16 +29,17 @@ from orchestrator.report.scored_models import ScoredModel, benchmark_settings, r
 from workers.benchmarks.registry import BENCHMARKS
 
 Test = Literal["mcnemar", "sign-flip", "binomial", "t"]
-"""Binomial is that of `judging.estimates.few_losses`, where it alone says that a difference is not sure."""
+"""Binomial is that of `judging.estimates.few_losses`, if a difference is not sure because of it alone."""
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
     """B − A of one score, in points of 100: a cell's, a length's (no task), or the macro score's (no length either).
 
-    `low` and `high` are the bounds of the 95 % interval. `p_holm` is adjusted over the lines of the same kind.
-    `detectable` is the smallest true difference that so many items show with probability 0.8, infinite with a single
-    haystack.
+    `low` and `high` are the bounds of the 95 % interval. `rare` is the p value that rare losses leave. `p_holm` is
+    adjusted over the lines of the same kind. Where `p` alone would make a difference sure, but not the larger of `p`
+    and `rare`, `p` and `p_holm` are those of this larger one. `detectable` is the smallest true difference that so many
+    items show with probability 0.8, infinite with a single haystack.
     """
 
     benchmark: str | None
@@ -53,6 +54,7 @@ class Difference:
     high: float
     test: Test
     p: float
+    rare: float
     p_holm: float
     detectable: float
 
@@ -130,7 +132,7 @@ def compare_models(a: ScoredModel, b: ScoredModel) -> Comparison:
         b=b,
         cells=_corrected([_cell_line(cell, found) for cell, found in tested.items()]),
         lengths=_corrected([replace(_macro_line(cells), length=next(iter(cells)).length) for cells in by_length]),
-        overall=_macro_line(macro),
+        overall=_corrected([_macro_line(macro)])[0],
         flips=tuple(_flips(tested)),
         perplexity=_perplexity(common),
     )
@@ -156,14 +158,14 @@ def _cell_line(cell: Cell, found: Pairs) -> Difference:
     )
     estimate = macro_difference([sample])
     low, high, error = estimate.low, estimate.high, estimate.standard_error
-    test: Test = "mcnemar"
+    test, rare = "sign-flip", estimate.least_p
     if exact:
+        test, rare = "mcnemar", 0.0
         gains, losses = int(np.sum(sample.values > 0)), int(np.sum(sample.values < 0))
         p = mcnemar(gains, losses).two_sided
         low, high = mcnemar_interval(gains, losses, items)
     else:
-        flipped = sign_flip_test(sample.values, sample.haystacks)
-        test, p = ("binomial", estimate.least_p) if flipped <= SURE < estimate.least_p else ("sign-flip", flipped)
+        p = sign_flip_test(sample.values, sample.haystacks)
     return Difference(
         benchmark=found[0][0].benchmark,
         task=cell.task,
@@ -177,6 +179,7 @@ def _cell_line(cell: Cell, found: Pairs) -> Difference:
         high=100 * high,
         test=test,
         p=p,
+        rare=rare,
         p_holm=p,
         detectable=_detectable(error),
     )
@@ -186,10 +189,7 @@ def _macro_line(cells: Mapping[Cell, Pairs]) -> Difference:
     samples = [sample_of(cell, found) for cell, found in cells.items()]
     weights = macro_weights([*cells])
     found = paired_test(samples)
-    estimate, p = found.estimate, found.p
-    test: Test = "mcnemar" if found.exact else "t"
-    if p <= SURE < found.rare:
-        test, p = "binomial", found.rare
+    estimate = found.estimate
     means = {
         side: 100
         * sum(
@@ -209,9 +209,10 @@ def _macro_line(cells: Mapping[Cell, Pairs]) -> Difference:
         difference=100 * estimate.mean,
         low=100 * estimate.low,
         high=100 * estimate.high,
-        test=test,
-        p=p,
-        p_holm=p,
+        test="mcnemar" if found.exact else "t",
+        p=found.p,
+        rare=found.rare,
+        p_holm=found.p,
         detectable=_detectable(estimate.standard_error),
     )
 
@@ -223,8 +224,17 @@ def _detectable(standard_error: float) -> float:
 
 
 def _corrected(lines: Sequence[Difference]) -> tuple[Difference, ...]:
-    adjusted = holm([line.p for line in lines]).tolist()
-    return tuple(replace(line, p_holm=p) for line, p in zip(lines, adjusted, strict=True))
+    """Holm over the lines, and the guard against rare losses: on the larger p value, or many lines would undo it."""
+    larger = [max(line.p, line.rare) for line in lines]
+    found: list[Difference] = []
+    for line, p, seen, guarded in zip(
+        lines, larger, holm([line.p for line in lines]).tolist(), holm(larger).tolist(), strict=True
+    ):
+        if line.p <= SURE < p or seen <= SURE < guarded:
+            found.append(replace(line, test="binomial", p=p, p_holm=guarded))
+        else:
+            found.append(replace(line, p_holm=seen))
+    return tuple(found)
 
 
 def _flips(cells: Mapping[Cell, Pairs]) -> list[Flip]:

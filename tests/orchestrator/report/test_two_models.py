@@ -99,6 +99,18 @@ def test_p_values_are_adjusted_over_the_table_by_holm() -> None:
     assert [line.p_holm for line in lines] == pytest.approx([2 * 2 / 64, 3 * 2 / 256, 1.0])
 
 
+def test_the_guard_against_rare_losses_is_adjusted_over_the_table_too() -> None:
+    # gains of 1/20 hide a loss in 21: none of 62 has the chance (20/21)^62 = 0.0486, one table of ten lines ten times
+    tasks = [f"t{number}" for number in range(10)]
+    old = [row for task in tasks for row in answers("old", [0.9] * 62, task)]
+    new = [row for task in tasks for row in answers("new", [0.95] * 62, task)]
+    for line in compared(old, new).cells:
+        assert (line.test, line.p) == ("binomial", pytest.approx((20 / 21) ** 62))
+        assert line.p_holm == pytest.approx(10 * (20 / 21) ** 62)
+    [alone] = compared(old[:62], new[:62]).cells
+    assert (alone.test, alone.p_holm) == ("sign-flip", 1e-4)
+
+
 def test_the_macro_score_weighs_tasks_alike_and_lengths_alike() -> None:
     old = [*answers("old", [0] * 10, "x"), *answers("old", [0] * 40, "y"), *answers("old", [0] * 20, "x", 1024)]
     new = [*answers("new", [1] * 10, "x"), *answers("new", [0] * 40, "y"), *answers("new", [0] * 20, "x", 1024)]
