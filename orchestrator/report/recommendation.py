@@ -79,6 +79,19 @@ class Recommendation:
         line = gate["lines"][0]
         return line if line.get("low") is not None and line.get("high") is not None and "rule" in gate else None
 
+    @property
+    def _sure(self) -> int:
+        """1 where the leader is surely better than the best parent, −1 where it is surely worse, else 0.
+
+        The interval of fresh questions decides where there is one, as it is the one in the sentence.
+        """
+        fresh, found = self._fresh, self.over_parent
+        if fresh is not None:
+            return int(fresh["low"] > 0) - int(fresh["high"] < 0)
+        if found is None or not found.sure or math.isclose(found.difference, 0, abs_tol=ROUNDING):
+            return 0
+        return 1 if found.difference > 0 else -1
+
     def _doubts(self) -> str:
         doubted = {name: found for name, found in self.unanswered.items() if found.share > DOUBTED}
         told = [found.words(name) for name, found in doubted.items()]
@@ -92,23 +105,23 @@ class Recommendation:
         if self._refused:
             return f"No recommendation: {self.unanswered[self.best.name].words(self.best.name)}."
         score = _score(self.best)
-        tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 else ""
+        tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 and self._fresh is None else ""
         if self.parent == self.best.name:
             others = f"; {tie}" if tie else ""
             return f"Keep the parent {self.parent_name}: {score}, and no merge scores more{others}."
         if self.over_parent is None:
             return f"{tie or f'Keep {self.best.name}'}: {score}."
-        found, told = self.over_parent, self._over_parent(self.over_parent)
-        if math.isclose(found.difference, 0, abs_tol=ROUNDING):
+        told = self._over_parent(self.over_parent)
+        if self._sure < 0:
+            merges = f"of the merges, {tie} with" if tie else f"the best merge, {self.best.name}, has"
+            return f"Keep the parent {self.parent_name}: {merges} {score}, {told}."
+        if self._sure > 0:
+            return f"{tie or f'Keep {self.best.name}'}: {score}, {told}."
+        if self._fresh is None and math.isclose(self.over_parent.difference, 0, abs_tol=ROUNDING):
             if self.parent in self.tied:
                 return f"{tie}, the parent {self.parent_name} among them: {score}."
             who = f"{len(self.tied)} points" if tie else self.best.name
             return f"{who} and the best parent, {self.parent_name}, share the first place: {score}."
-        if found.sure and found.difference < 0:
-            merges = f"of the merges, {tie} with" if tie else f"the best merge, {self.best.name}, has"
-            return f"Keep the parent {self.parent_name}: {merges} {score}, {told}."
-        if found.sure and (self._fresh is None or self._fresh["high"] > 0):
-            return f"{tie or f'Keep {self.best.name}'}: {score}, {told}."
         leads = f"{tie} with {score}, but are" if tie else f"{self.best.name} leads with {score}, but is"
         return f"{leads} not surely better than {'the' if tie else 'its'} parents: {told}."
 
@@ -123,7 +136,8 @@ class Recommendation:
 
     def _rank(self) -> str:
         if len(self.tied) > 1:
-            return f"By name they are {shortlist(self.tied)}: more items may tell them apart."
+            they = "By name they are" if self._fresh is None else f"{len(self.tied)} points share the first place:"
+            return f"{they} {shortlist(self.tied)}: more items may tell them apart."
         if not self.over_rivals:
             return ""
         unsure = [name for name, found in self.over_rivals.items() if not found.sure or found.difference <= 0]

@@ -216,10 +216,34 @@ def test_the_difference_on_fresh_items_takes_the_place_of_that_on_the_items_that
     assert "95 %" not in found.sentence, "one interval for one question"
     assert found.why[0].startswith("Against old, on the items that chose it: +95.0 (95 % +7")
     assert found.why[0].endswith("to +100.0), p = 0.0001.")
-    worse = said({"a": MOST, "old": NONE}, gate={**verdict, "lines": [{**line, "difference": -3.0, "high": -1.0}]})
-    assert worse.sentence.startswith("a leads with 95.0") and "-3.0 against the best parent, old, on" in worse.sentence
     for other in ({"new": "b"}, {"old": "else"}, {"fresh": False}):
         assert "fresh questions" not in said({"a": MOST, "old": NONE}, gate=verdict | other).sentence
+
+
+@pytest.mark.parametrize("chosen", [NONE, HALF, [*MOST[1:], 0], MOST], ids=["sure", "unsure", "a point more", "tied"])
+@pytest.mark.parametrize(
+    ("low", "high", "begins"),
+    [
+        (2.0, 10.0, "Keep a: 95.0 (84.5 to 100.0), +6.0 over the best parent, old, on fresh"),
+        (-5.0, 17.0, "a leads with 95.0 (84.5 to 100.0), but is not surely better than its parents: +6.0 over"),
+        (-10.0, -2.0, "Keep the parent old: the best merge, a, has 95.0 (84.5 to 100.0), -6.0 against the best parent"),
+    ],
+)
+def test_the_interval_of_fresh_questions_decides_what_to_keep(
+    chosen: list[int], low: float, high: float, begins: str
+) -> None:
+    line = {"difference": (low + high) / 2, "low": low, "high": high}
+    verdict = {"new": "a", "old": "old", "outcome": "fail", "fresh": True, "lines": [line], "rule": {"alpha": 0.05}}
+    sentence = said({"a": MOST, "old": chosen}, gate=verdict).sentence
+    assert sentence.startswith(begins) and f"on fresh questions (90 % {low:+.1f} to {high:+.1f})." in sentence
+
+
+def test_fresh_questions_of_one_of_several_equal_points_are_told_of_that_one() -> None:
+    line = {"difference": 6.0, "low": 2.0, "high": 10.0}
+    verdict = {"new": "a", "old": "old", "outcome": "pass", "fresh": True, "lines": [line], "rule": {"alpha": 0.05}}
+    found = said({"a": MOST, "b": MOST, "old": NONE}, gate=verdict)
+    assert found.sentence.startswith("Keep a: 95.0 (84.5 to 100.0), +6.0 over the best parent, old, on fresh")
+    assert found.sentence.endswith("2 points share the first place: a, b: more items may tell them apart.")
 
 
 def test_the_lengths_at_which_it_fails_are_named() -> None:
