@@ -57,7 +57,8 @@ class Recommendation:
             return f"{self._keep()} {_remedy([self.unanswered[self.best.name]])}"
         if not self.finished:
             return " ".join(filter(None, (self._so_far(), self._doubts())))
-        return " ".join(filter(None, (self._keep(), self._rank(), self._fails(), self._doubts())))
+        of_best = (self._rank(), self._fails()) if self._kept == self.best.name else ()
+        return " ".join(filter(None, (self._keep(), *of_best, self._doubts())))
 
     @property
     def why(self) -> list[str]:
@@ -91,6 +92,12 @@ class Recommendation:
         if found is None or not found.sure or math.isclose(found.difference, 0, abs_tol=ROUNDING):
             return 0
         return 1 if found.difference > 0 else -1
+
+    @property
+    def _kept(self) -> str | None:
+        if self._refused:
+            return None
+        return self.parent if self._sure < 0 else self.best.name
 
     def _doubts(self) -> str:
         doubted = {name: found for name, found in self.unanswered.items() if found.share > DOUBTED}
@@ -140,10 +147,21 @@ class Recommendation:
             return f"{they} {shortlist(self.tied)}: more items may tell them apart."
         if not self.over_rivals:
             return ""
-        unsure = [name for name, found in self.over_rivals.items() if not found.sure or found.difference <= 0]
-        count = len(self.over_rivals)
-        rank = f"Best of {count + 1}: sure against {count - len(unsure)} of {count}"
-        return f"{rank}, not against {shortlist(unsure)}: more items may tell." if unsure else f"{rank}."
+        count, unsure = len(self.over_rivals), self._unsure
+        if not unsure:
+            return f"Best of {count + 1}: sure against {count} of {count}."
+        return (
+            f"Not surely the best of {count + 1}: {shortlist(unsure)} may be as good; more items may show a difference."
+        )
+
+    @property
+    def _unsure(self) -> list[str]:
+        """The rivals that may be as good.
+
+        Only their absence is a finding. Each p alone has no correction for the choice of the leader, so that the
+        number of the other rivals is not that of the points that are worse.
+        """
+        return [name for name, found in self.over_rivals.items() if not found.sure or found.difference <= 0]
 
     def _fails(self) -> str:
         """The lengths at which the leader loses more than 15 % of its score at the shortest (as Modarressi 2025)."""
@@ -155,7 +173,7 @@ class Recommendation:
         if not found:
             return ""
         lengths, scores = [short_length(length) for length in found], [f"{score:.0f}" for score in found.values()]
-        return f"It fails at {', '.join(lengths)}: {', '.join(scores)}."
+        return f"{self.best.name} fails at {', '.join(lengths)}: {', '.join(scores)}."
 
     def _parents_p(self) -> str:
         found = self.over_parent
@@ -195,12 +213,12 @@ class Recommendation:
         return {
             "sentence": self.sentence,
             "why": self.why,
-            "keep": None if self._refused else self.best.name,
+            "keep": self._kept,
             "tied": list(self.tied),
             "over_best_parent": None if self.over_parent is None else self.over_parent.document(),
             "closest_rival": None if closest is None else closest.document(),
             "rivals": len(self.over_rivals),
-            "sure_against": sum(found.sure and found.difference > 0 for found in self.over_rivals.values()),
+            "best_of_all": bool(self.over_rivals) and len(self.tied) == 1 and not self._unsure,
         }
 
 

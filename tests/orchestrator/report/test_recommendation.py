@@ -114,7 +114,7 @@ def test_a_lead_that_may_be_luck_is_not_sold_as_one() -> None:
     found = said({"a": MOST, "b": [*MOST[1:], 0], "c": NONE, "old": [*MOST[1:], 0]})
     assert found.sentence.startswith("a leads with 95.0 (84.5 to 100.0), but is not surely better than its parents: ")
     assert "+5.0 over the best parent, old (95 % -" in found.sentence
-    assert found.sentence.endswith("Best of 3: sure against 1 of 2, not against b: more items may tell.")
+    assert found.sentence.endswith("Not surely the best of 3: b may be as good; more items may show a difference.")
     assert "+5.0 over the closest rival, b: p = 1, the largest p of 2 rivals." in found.why
 
 
@@ -131,7 +131,7 @@ def test_where_rare_losses_decide_it_says_so() -> None:
     # would make up for the gains, is missed by seven in 0.75⁷ = 0.13
     found = said({"a": [0.9, 0.91] * 3 + [0.9], "b": [0.57] * 7, "old": [0.57] * 7})
     assert found.over_parent is not None and found.over_parent.guarded and not found.over_parent.sure
-    assert found.sentence.startswith("a leads with 90.4") and "not against b" in found.sentence
+    assert found.sentence.startswith("a leads with 90.4") and ": b may be as good" in found.sentence
     words = "Losses that are too rare to be seen in so few haystacks could explain it; the observed spread could not."
     assert found.why[0] == f"Against old: p = 0.27, for 2 points at once. {words}"
     assert found.why[1] == f"+33.4 over the closest rival, b: p = 0.13. {words}"
@@ -250,8 +250,29 @@ def test_the_lengths_at_which_it_fails_are_named() -> None:
     lengths = {512: MOST, 1024: MOST, 2048: [1] * 6 + [0] * 14, 4096: NONE}
     evaluated = result([row for length, of in lengths.items() for row in rows("a", of, length=length)], [standing("a")])
     found = recommend(evaluated, leaderboard(evaluated), None)
-    assert found is not None and found.sentence.endswith("It fails at 2K, 4K: 30, 0.")
+    assert found is not None and found.sentence.endswith("a fails at 2K, 4K: 30, 0.")
     assert "fails" not in said({"a": MOST}, parents=()).sentence
+
+
+def test_where_a_parent_is_kept_no_rank_and_no_failure_of_the_best_merge_is_told() -> None:
+    lengths = {512: MOST, 1024: NONE}
+    scored = [row for length, of in lengths.items() for row in (*rows("a", of, length=length), *rows("b", NONE))]
+    parent = [row for length in lengths for row in rows("old", [1] * 20, length=length)]
+    evaluated = replace(
+        result([*scored, *parent], [standing("a"), standing("b")]), baselines=("old",), parents={"old": "old"}
+    )
+    found = recommend(evaluated, leaderboard(evaluated), None)
+    assert found is not None and found.sentence.startswith("Keep the parent old: the best merge, a, has 47.5")
+    assert "fails" not in found.sentence and "est of" not in found.sentence
+    assert found.document()["keep"] == "old"
+
+
+def test_points_against_which_the_leader_is_sure_are_not_counted_unless_they_are_all() -> None:
+    """Of equal points the leader is sure against some in most worlds: its luck chose it."""
+    found = said({"a": [1] * 20, "b": MOST, "c": [0] * 6 + [1] * 14, "d": NONE}, parents=())
+    assert found.sentence.endswith(
+        "Not surely the best of 4: b may be as good; more items may show a difference."
+    ) and (found.document()["best_of_all"] is False)
 
 
 def test_the_gate_and_fresh_items_have_the_last_word() -> None:
@@ -274,4 +295,4 @@ def test_it_is_facts_too(parents: tuple[str, ...]) -> None:
     assert found["keep"] == "a"
     assert (found["over_best_parent"] is None) is (not parents)
     assert found["closest_rival"]["difference"] == 45.0
-    assert (found["rivals"], found["sure_against"]) == ((1, 1) if parents else (2, 2))
+    assert (found["rivals"], found["best_of_all"]) == ((1, True) if parents else (2, True))
