@@ -113,7 +113,7 @@ def sample_scores(
                     max_new_tokens=max_new_tokens,
                     sample=number,
                 )
-                samples = _answered(task, leaf, picked[name], in_chat, model.ask)
+                samples = _answered(task, leaf, picked[name], in_chat, model.ask, drawn=drawn and generates)
                 if model.remark:
                     remark(model.remark)
                 over_long = {picked[name][at] for at in model.over_long}
@@ -140,8 +140,13 @@ def _answered(
     numbers: Sequence[int],
     chat: Callable[..., str] | None,
     ask: Callable[[str, Sequence[Instance]], Sequence[Any]],
+    *,
+    drawn: bool = False,
 ) -> list[Sample]:
-    """The items `numbers`, with the answers of `ask`, as lm-evaluation-harness scores them."""
+    """The items `numbers`, with the answers of `ask`, as lm-evaluation-harness scores them.
+
+    A request that a task repeats, for a vote, is asked as often where its answers are `drawn`; else it is asked once.
+    """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     with errors_of(task):
@@ -157,8 +162,9 @@ def _answered(
     requests: Sequence[Instance] = leaf.instances
     for kind in dict.fromkeys(str(request.request_type) for request in requests):
         alike = [request for request in requests if request.request_type == kind]
-        for request, answer in zip(alike, ask(kind, alike), strict=True):
-            request.resps.extend([answer] * (request.repeats or 1))  # greedy: asked again it would say the same
+        asked = [request for request in alike for _ in range((request.repeats or 1) if drawn else 1)]
+        for request, answer in zip(asked, ask(kind, asked), strict=True):
+            request.resps.extend([answer] * (1 if drawn else request.repeats or 1))  # a greedy answer stays the same
     with errors_of(task):
         leaf.apply_filters()
         return list(_processed(leaf, numbers))

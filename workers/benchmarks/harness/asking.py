@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -136,12 +136,16 @@ class Asking:
         return totals
 
     def generate_until(self, requests: Sequence[Instance]) -> list[str]:
-        """An answer to each request, cut before the first of its stop texts."""
+        """An answer to each request, cut before the first of its stop texts; a request may be there several times."""
         answers = [""] * len(requests)
+        times: Counter[int] = Counter()
         asked: list[tuple[int, Prompt]] = []
         for at, request in enumerate(requests):
             context, settings = request_arguments(request)
             stops, new_tokens = generation_settings(request, settings, drawn=bool(self._generation.temperature))
+            repeat = times[id(request)]
+            times[id(request)] += 1
+            place = (request.task_name or "", _item(request), request.idx, *([repeat] if repeat else []))
             prompt = Prompt(
                 "",
                 context,
@@ -151,9 +155,7 @@ class Asking:
                 messages=self._conversations.get(context, ()),
                 template=self._generation.template,
                 thinking=thought_of(self._generation),
-                sampling=sampling_of(
-                    self._generation, self._sample, request.task_name or "", _item(request), request.idx
-                ),
+                sampling=sampling_of(self._generation, self._sample, *place),
             )
             if not self._too_long(request, len(self._context(context)) + prompt.longest, self._engine.max_length):
                 asked.append((at, prompt))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import pytest
 import torch
 
 from jobs.errors import BadInput
+from jobs.evaluation_tasks import Generation
 from workers.benchmarks.harness.adapter import SampleScore, sample_scores
 from workers.benchmarks.harness.asking import Asking
+from workers.engines.engine import Answer, Progress, Prompt
 from workers.engines.transformers_engine import TransformersEngine
 
 END = "<|endoftext|>"
@@ -466,6 +469,40 @@ def test_a_task_that_samples_is_refused(engine: TransformersEngine, task: Callab
     path = task(GENERATE.replace("do_sample: false", "do_sample: true, temperature: 0.7"))
     with pytest.raises(BadInput, match="tiny_generate: the task samples its answers; give `lm_eval:` a `temperature:`"):
         sample_scores(engine, path, 1, beginning=END)
+
+
+def test_each_repeat_of_a_vote_is_drawn_by_itself(
+    engine: TransformersEngine, task: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vote = """\
+  - {name: first, filter: [{function: take_first}]}
+  - {name: vote, filter: [{function: majority_vote}, {function: take_first}]}
+"""
+    text = GENERATE[: GENERATE.index("  - {name: stripped")].replace("max_gen_toks: 16", "max_gen_toks: 2") + vote
+    drawn = Generation(temperature=2.0, seed=5)
+    seen: list[str] = []
+    generate = engine.generate
+
+    def listening(prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
+        answers = generate(prompts, progress=progress)
+        seen.extend(answer.text for answer in answers)
+        return answers
+
+    monkeypatch.setattr(engine, "generate", listening)
+    once = sample_scores(engine, task(text), None, beginning=END, generation=drawn)
+    assert len(seen) == len(DOCS)
+    seen.clear()
+    scores = sample_scores(engine, task(text + "repeats: 9\n"), None, beginning=END, generation=drawn)
+    of_item = [seen[begin : begin + 9] for begin in range(0, 9 * len(DOCS), 9)]
+    assert len(seen) == 9 * len(DOCS) and all(len({*answers}) > 1 for answers in of_item)
+    answers = {name: [score.answer for score in scores if score.metric.endswith(name)] for name in ("first", "vote")}
+    assert (
+        answers["first"] == [nine[0] for nine in of_item] == [score.answer for score in once if "first" in score.metric]
+    )
+    assert answers["vote"] == [Counter(nine).most_common(1)[0][0] for nine in of_item] != answers["first"]
+    seen.clear()
+    sample_scores(engine, task(text + "repeats: 9\n"), None, beginning=END)
+    assert len(seen) == len(DOCS), "greedy answers are asked for once"
 
 
 def test_the_harness_prints_nothing(
