@@ -21,8 +21,8 @@ def generation_of(
     """The tokenizer of a benchmark's prompts, and the settings; `BadInput` where the chat template cannot be used.
 
     `seed` is the job's, for answers that are drawn. Where the job does not say whether a thought precedes the answer,
-    the chat template does: one that shows a thought and does not close it by itself. With `worked_example` the settings
-    have the text between two turns.
+    the chat template does: one that shows a thought, does not close it by itself and waits for no argument to let the
+    model think. With `worked_example` the settings have the text between two turns.
     """
     tokenizer, generation = _thoughts(spec, tokenizer, worked_example=worked_example)
     if not spec.temperature:
@@ -56,7 +56,10 @@ def _thoughts(spec: AnsweringSpec, tokenizer: Tokenizer, *, worked_example: bool
                 "the chat template ends the thought before the answer; give the argument that lets it think, as"
                 " `thinking: {template: {enable_thinking: true}}`, or set `thinking: off`"
             )
-        thinks = isinstance(thinking, ThinkingSpec) or (thinking is None and bool(end) and not closes)
+        thinks = isinstance(thinking, ThinkingSpec)
+        if thinking is None and end and not closes:
+            lets = tuple(sorted((told | dict.fromkeys(switches(template), True)).items()))
+            thinks = frame == tokenizer.chat_frame(system=system, arguments=lets, thoughts="open")
         if not thinks:
             thoughts: Thoughts = "closed" if thinking is None else "empty"
             frame = tokenizer.chat_frame(system=system, arguments=arguments, thoughts=thoughts)

@@ -24,6 +24,10 @@ SWITCHED = (
 )
 OFF_AT_FIRST = TURN + "{% if not enable_thinking %}<think>\n\n</think>\n\n{% else %}<think>\n{% endif %}{% endif %}"
 MAGISTRAL = "{# [THINK] and [/THINK] #}" + TURN + "{% endif %}"
+GRANITE = "{% if thinking %}<system>Think between <think> and </think>.{% endif %}" + TURN + "{% endif %}"
+"""As of Granite 3.3: off by default, and nothing in the assistant's turn."""
+V31 = TURN + "{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
+"""As of DeepSeek V3.1: it closes a thought that it does not open."""
 PLAIN = TURN + "{% endif %}"
 
 
@@ -58,7 +62,14 @@ ON = ThinkingSpec()
         (SWITCHED, {"chat": {"enable_thinking": False}}, "", False, EMPTY),
         (OFF_AT_FIRST, {}, "", False, EMPTY),
         (OFF_AT_FIRST, {"thinking": ON}, "</think>", True, "<assistant><think>\n"),
+        (GRANITE, {}, "", False, "<assistant>"),
+        (GRANITE, {"thinking": False}, "", False, "<assistant>"),
+        (GRANITE, {"chat": {"thinking": False}}, "", False, "<assistant>"),
+        (V31, {}, "", False, "<assistant></think>"),
+        (V31, {"thinking": ON}, "</think>", True, "<assistant><think>"),
+        (V31, {"thinking": False}, "", False, "<assistant></think>"),
         (MAGISTRAL, {}, "[/THINK]", False, "<assistant>"),
+        ("{# thinking is on #}" + MAGISTRAL, {"thinking": False}, "", False, "<assistant>[THINK]\n\n[/THINK]\n\n"),
         (PLAIN, {}, "", False, "<assistant>"),
         (PLAIN, {"thinking": ON}, "</think>", False, "<assistant>"),
         (PLAIN, {"thinking": ThinkingSpec(end="</reason>")}, "</reason>", False, "<assistant>"),
@@ -72,6 +83,15 @@ def test_the_template_shows_the_thought_and_the_job_may_say_otherwise(
     assert (found.end, found.opened, found.frame) == (end, opened, ("<user>", after))
     assert found.budget == (4096 if end else 0)
     assert found.found == (bool(end) and "thinking" not in more)
+
+
+@pytest.mark.parametrize("more", [{"thinking": ON}, {"chat": {"thinking": True}}])
+def test_a_template_that_waits_for_an_argument_thinks_with_it(tokenizer_json: bytes, more: dict[str, Any]) -> None:
+    found = settings(tokenizer_json, GRANITE, **more)
+    assert (found.end, found.template) == ("</think>", (("thinking", True),))
+    assert found.frame == ("<system>Think between <think> and </think>.<user>", "<assistant>")
+    if "chat" in more:
+        assert settings(tokenizer_json, GRANITE, **more, thinking=False).frame == (found.frame[0], EMPTY)
 
 
 def test_a_template_that_closes_the_thought_of_a_job_is_refused(tokenizer_json: bytes) -> None:

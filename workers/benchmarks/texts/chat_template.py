@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from jobs.errors import BadInput
@@ -34,8 +34,8 @@ Arguments = tuple[tuple[str, Scalar], ...]
 Thoughts = Literal["closed", "empty", "open"]
 """The thought in front of an answer.
 
-`closed` where the template opens it. `empty`: also written, without text, where the template only mentions one. `open`:
-the model writes it.
+`closed` where the template opens it. `empty`: also written, without text, where the template only mentions one and its
+arguments do not turn it off. `open`: the model writes it.
 """
 
 _MESSAGE = "\x00message\x00"
@@ -64,6 +64,7 @@ class ChatTemplate:
         self._arguments = arguments
         self._thoughts = thoughts
         self._end = thought_end(template)
+        self._switches = switches(template)
         self._begin = json.dumps({"template": template, "special_tokens": dict(special_tokens)})
         self._process: subprocess.Popen[str] | None = None
 
@@ -116,9 +117,18 @@ class ChatTemplate:
         shown = text.rstrip()
         if shown.endswith(opening(self._end)):
             return f"{shown}\n\n{self._end}\n\n"
-        if self._thoughts == "empty" and not shown.endswith(self._end):
+        if self._thoughts == "empty" and not shown.endswith(self._end) and not self._switched_off:
             return f"{text}{opening(self._end)}\n\n{self._end}\n\n"
         return text
+
+    @cached_property
+    def _switched_off(self) -> bool:
+        """Whether the template asks for a thought in a text of its own, which its arguments leave out here."""
+        probe = [{"role": "user", "content": _MESSAGE}]
+        thinking = dict.fromkeys(self._switches, True)
+        return self._rendered(probe, add_generation_prompt=True) != self._rendered(
+            probe, add_generation_prompt=True, **thinking
+        )
 
     def close(self) -> None:
         """Ends the process."""
@@ -134,12 +144,15 @@ class ChatTemplate:
             raise BadInput(f"{self._place}: the chat template {shows}; {REMEDY}")
         return before, rest[0]
 
-    def _rendered(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
+    def _rendered(
+        self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool, **arguments: Scalar
+    ) -> str:
         system = [{"role": "system", "content": self._system}] if self._system else []
         if system and messages[0]["role"] == "system":
             system = []
         conversation = {
             **dict(self._arguments),
+            **arguments,
             "messages": [*system, *messages],
             "add_generation_prompt": add_generation_prompt,
         }
