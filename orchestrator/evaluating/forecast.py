@@ -43,17 +43,26 @@ Pair = Sequence[CellSample]
 
 @dataclass(frozen=True, slots=True)
 class _Score:
-    """A macro score over some cells, of which two models will answer the same items; `parents` did so already."""
+    """A macro score over some cells, of which two models will answer the same items; `parents` did so already.
+
+    Parents that agree on everything measure nothing; at a length where they do, `otherwise` stands for it.
+    """
 
     sets: Mapping[Cell, PlannedSet]
     parents: Sequence[Pair]
+    otherwise: Sequence[tuple[float, float]] = ()
 
     @property
     def items(self) -> int:
         return sum(planned.count for planned in self.sets.values())
 
+    @property
+    def measured(self) -> Sequence[tuple[float, float]]:
+        """`_measured` of each pair of parents that differ."""
+        return [found for pair in self.parents if (found := _measured(pair)) is not None] or self.otherwise
+
     def designs(self) -> tuple[Design, Design]:
-        """The hopeful and the careful one; they are the same if the parents have answered."""
+        """The hopeful and the careful one; they are the same if the parents' answers were measured."""
         weights = dict(zip(self.sets, macro_weights([*self.sets]).tolist(), strict=True))
         haystacks = {cell: -(-planned.count // planned.questions) for cell, planned in self.sets.items()}
         largest = max(weights[cell] / haystacks[cell] for cell in self.sets)
@@ -61,7 +70,7 @@ class _Score:
         for cell in self.sets:
             tasks[cell.task].append(cell)
         total = sum(max(haystacks[cell] for cell in cells) for cells in tasks.values())
-        if measured := [found for pair in self.parents if (found := _measured(pair)) is not None]:
+        if measured := self.measured:
             discordance, units = (float(np.mean(values)) for values in zip(*measured, strict=True))
             design = Design(total, total * units, largest, discordance)
             return design, design
@@ -78,7 +87,8 @@ class _Score:
 
     def at(self, length: int) -> _Score:
         sets = {cell: planned for cell, planned in self.sets.items() if cell.length == length}
-        return _Score(sets, [[sample for sample in pair if sample.cell in sets] for pair in self.parents])
+        pairs = [[sample for sample in pair if sample.cell in sets] for pair in self.parents]
+        return _Score(sets, pairs, self.measured)
 
 
 def _measured(pair: Pair) -> tuple[float, float] | None:
@@ -191,9 +201,9 @@ def _ranked_score(asked: Questions, answers: Sequence[ScoreRow]) -> _Score | Non
 
 def _sees(score: _Score, comparisons: int) -> dict[str, Any]:
     """The smallest differences from a parent, in points, from the hopeful to the careful one; None if none shows."""
-    hopeful, careful = score.designs()
+    _, careful = score.designs()
     lengths = sorted({cell.length for cell in score.sets})
-    known = hopeful == careful and bool(score.parents)
+    known = bool(score.measured)
     shared = max(planned.questions for planned in score.sets.values()) > 1
     return {
         "discordance": round(careful.discordance, 3),

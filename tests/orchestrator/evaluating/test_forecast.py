@@ -212,6 +212,11 @@ def test_the_answers_of_the_parents_replace_the_assumptions(mergeyard: Mergeyard
     text = job_text(tmp_path, parents=parents, recipe=SOUP, grid={"w": [0.5]}, evaluate=ruler(items=40))
     (tmp_path / "job.yaml").write_text(text)
     before = json.loads(mergeyard("plan", tmp_path / "job.yaml", "--json").out)["evaluation"]["sees"]
+    with scripted(lambda task, item: item.answers[0]):
+        assert mergeyard("evaluate", tmp_path / "job.yaml", "--in-process").code == 0
+    same = mergeyard("plan", tmp_path / "job.yaml", "--json").facts["evaluation"]["sees"]
+    assert same == before, "parents that agree on everything measure nothing"
+    shutil.rmtree(tmp_path / "runs")
     with scripted(lambda task, item: "" if task.point == "fmt" and item.index % 4 == 0 else item.answers[0]):
         assert mergeyard("evaluate", tmp_path / "job.yaml", "--in-process").code == 0
     ended = mergeyard("plan", tmp_path / "job.yaml", "--json")
