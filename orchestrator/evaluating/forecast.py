@@ -25,7 +25,8 @@ from orchestrator.evaluating.pairing import common_rows, sample_of
 from orchestrator.evaluating.results import ranked_rows, read_results
 from orchestrator.evaluating.subjects import Questions, RacePlan, Sets
 from orchestrator.judging.estimates import macro_mean, macro_weights
-from orchestrator.judging.power import Design, growth_to_pass, smallest_difference, smallest_margin
+from orchestrator.judging.gate import POWER
+from orchestrator.judging.power import Design, growth_to_pass, passing, smallest_difference, smallest_margin
 from orchestrator.judging.race import RUNGS
 from orchestrator.judging.samples import Cell, CellSample
 from orchestrator.judging.significance import design_effect
@@ -229,7 +230,8 @@ def _each(score: _Score) -> list[Design]:
 def _gate(score: _Score, spec: GateSpec) -> dict[str, Any]:
     """How many items the gate's verdict on equal models will take, and how many it may ask.
 
-    `remedy` is None if the gate may ask enough even if the lengths answer alike.
+    `remedy` is None if the gate may ask enough even if the lengths answer alike. Its `margin` and `length_margin` help
+    together; one that is None is reached by no margin.
     """
     grows = all(planned.grows for planned in score.sets.values())
     first = max(planned.count for planned in score.sets.values())
@@ -237,7 +239,8 @@ def _gate(score: _Score, spec: GateSpec) -> dict[str, Any]:
     scopes = [(score, spec.margin)]
     if spec.length_margin is not None:
         scopes += [(score.at(length), spec.length_margin) for length in sorted({cell.length for cell in score.sets})]
-    growths = [_growths(of, margin, spec.alpha, anytime=most > first) for of, margin in scopes]
+    allowed, anytime = most / first, most > first
+    growths = [_growths(of, margin, spec.alpha, allowed, anytime=anytime) for of, margin in scopes]
     needed = [max(growth[end] for growth in growths) for end in (0, -1)]
     facts: dict[str, Any] = {
         "margin": spec.margin,
@@ -251,22 +254,33 @@ def _gate(score: _Score, spec: GateSpec) -> dict[str, Any]:
     if spec.length_margin is not None:
         facts["items_needed_a_length"] = [
             _whole(max(growth[end] * of.items for growth, (of, _) in zip(growths[1:], scopes[1:], strict=True)))
-            for end in range(len(growths[0]))
+            for end in (0, -1)[: max(len(growth) for growth in growths[1:])]
         ]
     if needed[-1] * first > most:
+        looking = max(_growths(of, margin, spec.alpha, allowed, anytime=True)[-1] for of, margin in scopes)
+        reached = [_reached(of, spec, allowed, anytime=anytime) for of, _ in scopes]
         facts["remedy"] = {
             "sure": needed[0] * first > most,
-            "budget": _whole(needed[-1] * first) if grows else None,
-            "margin": _reached(score, spec, most / first, anytime=most > first),
-            "length_margin": None
-            if spec.length_margin is None
-            else max(_reached(of, spec, most / first, anytime=most > first) or 100.0 for of, _ in scopes[1:]),
+            "budget": _whole(looking * first) if grows else None,
+            "margin": _least_of(spec.margin, reached[:1]),
+            "length_margin": None if spec.length_margin is None else _least_of(spec.length_margin, reached[1:]),
         }
     return facts
 
 
-def _growths(score: _Score, margin: float, alpha: float, *, anytime: bool) -> list[float]:
-    return [growth_to_pass(design, margin / 100, alpha, anytime=anytime) for design in _each(score)]
+def _growths(score: _Score, margin: float, alpha: float, allowed: float, *, anytime: bool) -> list[float]:
+    """How many times the items an equal model needs; at most `allowed` where so many are enough.
+
+    The power rises in steps, so that the least number that is found may lie above one that is enough.
+    """
+    found: list[float] = []
+    for design in _each(score):
+        growth = growth_to_pass(design, margin / 100, alpha, anytime=anytime)
+        planned = design.haystacks if anytime else None
+        if growth > allowed and passing(design.grown(allowed), margin / 100, alpha, planned) >= POWER:
+            growth = allowed
+        found.append(growth)
+    return found
 
 
 def _reached(score: _Score, spec: GateSpec, growth: float, *, anytime: bool) -> float | None:
@@ -274,6 +288,12 @@ def _reached(score: _Score, spec: GateSpec, growth: float, *, anytime: bool) -> 
     design = score.designs()[-1]
     found = 100 * smallest_margin(design.grown(growth), spec.alpha, design.haystacks if anytime else None)
     return math.ceil(10 * found) / 10 if math.isfinite(found) else None
+
+
+def _least_of(margin: float, reached: Sequence[float | None]) -> float | None:
+    """The least margin, from the job's own up, that all of these scores reach; None if one reaches none."""
+    known = [found for found in reached if found is not None]
+    return max([margin, *known]) if len(known) == len(reached) else None
 
 
 def _whole(number: float) -> int | None:

@@ -177,9 +177,12 @@ def gate_forecast(gate: Mapping[str, Any]) -> str:
     if remedy is None:
         return f"{model} needs {needed} to pass; {asks}"
     verb = "cannot" if remedy["sure"] else "may not"
-    margins = " and ".join(f"gate.{key}: {remedy[key]:g}" for key in ("margin", "length_margin") if remedy[key])
-    budget = [f"gate.budget: {remedy['budget']}"] if remedy["budget"] else []
-    return f"{model} {verb} pass: it needs {needed}, and {asks}; give {' or '.join([*budget, margins])}"
+    margins = [key for key in ("margin", "length_margin") if gate[key] is not None]
+    ways = [f"gate.budget: {remedy['budget']}"] if remedy["budget"] else []
+    if all(remedy[key] for key in margins):
+        ways.append(" and ".join(f"gate.{key}: {remedy[key]:g}" for key in margins))
+    remedies = f"give {' or '.join(ways)}" if ways else "ask more haystacks"
+    return f"{model} {verb} pass: it needs {needed}, and {asks}; {remedies}"
 
 
 def _items(ends: Sequence[int | None]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from orchestrator.report.terminal.run import gate_forecast
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import PARENTS, SOUP, job_text
@@ -98,6 +99,29 @@ def test_a_gate_that_follows_the_remedy_has_enough_items(planned: Callable[..., 
         assert planned(evaluate=asked, gate={"baseline": "fmt", **way})["gate"]["remedy"] is None
     less = {"baseline": "fmt", "margin": 0.9 * remedy["margin"]}
     assert not planned(evaluate=asked, gate=less)["gate"]["remedy"]["sure"], "enough if the lengths do not agree"
+
+
+@pytest.mark.parametrize("margins", [{}, {"length_margin": 2.0}])
+def test_a_gate_of_one_haystack_is_told_only_remedies_that_help(
+    planned: Callable[..., dict[str, Any]], margins: dict[str, float]
+) -> None:
+    asked, gate = ruler(items=8, questions=8), {"baseline": "fmt", **margins}
+    facts = planned(evaluate=asked, gate={**gate, "budget": 8})["gate"]
+    assert facts["remedy"]["margin"] is None and facts["remedy"]["length_margin"] is None
+    said = gate_forecast(facts)
+    assert said.endswith(f", and the gate asks 8 at first, 8 at most; give gate.budget: {facts['remedy']['budget']}")
+    followed = planned(evaluate=asked, gate={**gate, "budget": facts["remedy"]["budget"]})["gate"]
+    assert followed["remedy"] is None, "also as the gate then looks again, which costs items"
+    assert gate_forecast({**facts, "remedy": {**facts["remedy"], "budget": None}}).endswith("; ask more haystacks")
+
+
+def test_a_gate_told_two_margins_needs_both(planned: Callable[..., dict[str, Any]]) -> None:
+    asked, gate = ruler(items=60, lengths=[256, 512]), {"baseline": "fmt", "margin": 40, "length_margin": 2}
+    facts = planned(evaluate=asked, gate=gate)["gate"]
+    margins = {key: facts["remedy"][key] for key in ("margin", "length_margin")}
+    assert margins["margin"] == 40 and 2 < margins["length_margin"] < 40
+    assert gate_forecast(facts).endswith(f" or gate.margin: 40 and gate.length_margin: {margins['length_margin']:g}")
+    assert planned(evaluate=asked, gate={**gate, **margins})["gate"]["remedy"] is None
 
 
 def test_what_will_be_read_is_counted(planned: Callable[..., dict[str, Any]]) -> None:
