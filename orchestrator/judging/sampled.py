@@ -23,10 +23,11 @@ def by_item(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
 
 
 def pass_at(rows: Iterable[ScoreRow]) -> dict[int, float]:
-    """The chance that one of k samples is right, for k = 1, 2, 4 … up to all samples; empty with one sample an item.
+    """The chance that one of k samples is right, for k = 1, 2, 4 … up to all samples.
 
     Of n samples c score 1: 1 − C(n−c, k)/C(n, k), without bias (Chen et al. 2021, arXiv 2107.03374), its mean over the
-    items of a cell, and over cells as in the macro score.
+    items of a cell, and over cells as in the macro score. Cells with one sample an item, as those of likelihoods, do
+    not count; empty where there is no other.
     """
     cells: dict[Cell, list[tuple[int, int]]] = {}
     for samples in _samples(rows):
@@ -34,9 +35,11 @@ def pass_at(rows: Iterable[ScoreRow]) -> dict[int, float]:
         cells.setdefault(Cell(samples[0].task, samples[0].length, samples[0].benchmark), []).append(
             (len(samples), right)
         )
-    most = min((count for found in cells.values() for count, _ in found), default=1)
-    if most == 1:
+    least = {cell: min(count for count, _ in found) for cell, found in cells.items()}
+    cells = {cell: found for cell, found in cells.items() if least[cell] > 1}
+    if not cells:
         return {}
+    most = min(least[cell] for cell in cells)
     weights = macro_weights([*cells])
     return {
         k: float(weights @ [fmean(_chance(count, right, k) for count, right in found) for found in cells.values()])

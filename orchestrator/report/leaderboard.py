@@ -10,7 +10,7 @@ from typing import Any
 
 from jobs.evaluation_tasks import Kind, ScoreRow
 from orchestrator.evaluating.pairing import samples
-from orchestrator.evaluating.results import EvaluationResult
+from orchestrator.evaluating.results import EvaluationResult, ranked_rows
 from orchestrator.judging.effective_length import (
     EffectiveLength,
     effective_length_interval,
@@ -141,7 +141,7 @@ def _line(
     beside = _beside(everything, {row.benchmark for row in ranked})
     broken = sum(not row.finite for row in everything)
     asked = {row.benchmark for row in ranked}
-    passed = {k: 100 * share for k, share in pass_at(row for row in answers if row.benchmark in asked).items()}
+    passed = {k: 100 * share for k, share in pass_at(ranked_rows(answers, [*asked])).items()}
     return Line(
         kind="point" if parent is None else "parent",
         name=name,

@@ -46,6 +46,8 @@ def test_pass_at_k_is_the_share_of_choices_of_k_samples_with_a_right_one() -> No
     assert pass_at(cell("a", "vt", 512, [1, 0])) == {}
     easy, hard = drawn([[1, 1]] * 6), drawn([[0, 0]], task="cwe")
     assert pass_at([*easy, *hard])[2] == 0.5, "tasks count alike, as in the score"
+    once = cell("a", "arc:acc", 512, [0, 0, 0])
+    assert pass_at([*easy, *once, *hard]) == pass_at([*easy, *hard]), "a task that is asked once has no pass@2"
 
 
 def test_median_tokens_are_those_of_thought_and_answer() -> None:

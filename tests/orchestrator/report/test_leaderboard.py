@@ -317,3 +317,7 @@ def test_thoughts_and_samples_have_columns_where_there_are_any(capsys: pytest.Ca
     assert all(word in out for word in ("pass@2", "67", "thought", "1000", "answer", "12"))
     assert line.document()["tokens"] == {"thought": 1000, "answer": 12}
     assert line.unanswered.asked == 6
+    once = [*cell("a", "t:over_long", 512, [0, 0, 1]), *cell("a", "arc:acc", 512, [0, 1, 1])]
+    with_once = [*answers, *once]
+    [beside] = leaderboard(result(by_item(with_once), [standing("a")], samples=with_once))
+    assert beside.pass_at == line.pass_at, "what is asked once has no pass@2"
