@@ -517,7 +517,7 @@ def ask(name, prompts, picked, mebibytes):
 
 
 ask("apart", apart, (0, 23), 8)
-ask("together", together, (5,), 4)
+ask("together", together, (5,), 8)
 engine.limits = Limits(chunk=2048)
 [whole] = engine.score([ids])
 chunks, score = [], engine._scored_alone
