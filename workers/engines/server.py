@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager, suppress
 from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, TypeVar
@@ -94,18 +94,17 @@ class Server:
             connection.close()
 
     def map(self, ask: Callable[[Task], Result], tasks: Sequence[Task], progress: Progress | None) -> list[Result]:
-        """`ask` of every task, in their order, `concurrency` at a time; the first error ends it."""
-        answers: list[Result] = []
+        """`ask` of every task, in their order, `concurrency` at a time; the first error in time ends it."""
         pending = [self._pool.submit(ask, task) for task in tasks]
         try:
-            for future in pending:
-                answers.append(future.result())
+            for future in as_completed(pending):  # in this order: an earlier task may wait for hours
+                future.result()
                 if progress:
                     progress(1)
         finally:
             for future in pending:
                 future.cancel()
-        return answers
+        return [future.result() for future in pending]
 
     def request(
         self,
