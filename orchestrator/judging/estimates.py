@@ -165,7 +165,7 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     mean of g on the others and losses of size l, the claim implies that a haystack is lost with probability
     q = (g + claimed) / (g + l), so the number of losses is binomial. Returns the largest probability over the possible
     sizes l: a whole haystack, even if none was lost, and the size of each observed loss. If `two_sided`, it adds
-    P(as few haystacks that are not lost): little, as long as gains are smaller than losses.
+    P(as few haystacks that are not lost): little, as long as gains are smaller than losses. It is doubled at the most.
     """
     from scipy.special import bdtr, bdtrc
 
@@ -181,7 +181,7 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     chances = np.clip((gains + claimed) / np.maximum(gains + sizes, 1e-12), 0.0, 1.0)
     found = bdtr(numbers, count, chances)
     if two_sided:
-        found = np.where(numbers < count / 2, found + bdtrc(count - numbers - 1, count, chances), 1.0)
+        found += np.minimum(found, bdtrc(count - numbers - 1, count, chances))
     return min(1.0, float(found.max()))
 
 

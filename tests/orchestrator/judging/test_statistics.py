@@ -343,6 +343,16 @@ def few(values: ArrayLike, claimed: float) -> float:
     return few_losses(pooled([cell_sample("a", 4096, values)], np.ones(1)), claimed)
 
 
+def test_many_gains_do_not_hide_that_a_model_is_worse() -> None:
+    """Two thirds of a haystack lost in 35 of 72, one third gained in 32: the worse model cannot be the better one."""
+    values = [*[-2 / 3] * 35, *[0.0] * 5, *[1 / 3] * 32]
+    gain = 35 * (2 / 3) / 40
+    expected = 2 * scipy.stats.binom.cdf(32, 72, gain / (gain + 1 / 3))
+    found = macro_difference([cell_sample("a", 4096, values)])
+    assert found.least_p == pytest.approx(expected) and expected < 0.002
+    assert found.high < 0
+
+
 def test_few_losses_is_the_binomial_of_the_losses_seen() -> None:
     # 90 gains of 0.2, ten losses of 0.5: a true mean of zero needs a loss in 0.2/(0.2 + 0.5)
     assert few([0.2] * 90 + [-0.5] * 10, 0.0) == pytest.approx(scipy.stats.binom.cdf(10, 100, 0.2 / 0.7))
