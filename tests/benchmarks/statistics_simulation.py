@@ -57,23 +57,43 @@ FEW_DRAWS = 999  # sign patterns a test: it holds its level with any number of t
 
 @dataclass(frozen=True)
 class Case:
-    """`errs` simulates once and says whether it was an error; `note` says why a rate above the nominal one is known."""
+    """One world. `errs` simulates it once and says for each of its `lines`, a kind and a subject, if it was an error.
 
-    kind: str
-    what: str
+    `note` says why a rate above the nominal one is known.
+    """
+
+    lines: tuple[tuple[str, str], ...]
     regime: str
-    errs: Callable[[Random], bool]
+    errs: Callable[[Random], Sequence[bool]]
     nominal: float = LEVEL
     note: str = ""
 
     @property
-    def name(self) -> str:
-        return f"{self.kind} {self.what}: {self.regime}"
+    def names(self) -> list[str]:
+        return [f"{kind} {what}: {self.regime}" for kind, what in self.lines]
+
+
+def alone(
+    kind: str, what: str, regime: str, errs: Callable[[Random], bool], nominal: float = LEVEL, note: str = ""
+) -> Case:
+    """A world of one line."""
+    return Case(((kind, what),), regime, lambda random: (errs(random),), nominal, note)
+
+
+def both_verdicts(what: str, regime: str, outcomes: Callable[[Random], set[str]]) -> Case:
+    """A gate whose every verdict is wrong: `outcomes` are those of all of its looks."""
+    lines = (("gate", f"wrong pass{what}"), ("gate", f"wrong fail{what}"))
+
+    def errs(random: Random) -> Sequence[bool]:
+        found = outcomes(random)
+        return "pass" in found, "fail" in found
+
+    return Case(lines, regime, errs)
 
 
 @dataclass(frozen=True)
 class Result:
-    """How one case went: the share of errors, and what it says about the nominal rate."""
+    """How one line went: the share of errors, and what it says about the nominal rate."""
 
     kind: str
     what: str
@@ -115,7 +135,7 @@ class Regime:
 
     def sample(self, random: Random, length: int = 4096) -> CellSample:
         values, haystacks = self.draw(random)
-        return cell_sample("task", length, values, [f"{length}/{haystack}" for haystack in haystacks])
+        return cell_sample("task", length, values, length * 10_000 + haystacks)
 
 
 def right_or_wrong(items: int, gain: float, loss: float, **clusters: float) -> Regime:
@@ -185,7 +205,7 @@ def nearly_skewed(items: int) -> Regime:
 def at_all_lengths(random: Random, regime: Regime, lengths: int = 6) -> list[CellSample]:
     """The same haystacks at several lengths, each won or lost at all of them."""
     values, haystacks = regime.draw(random)
-    return [cell_sample("task", 1024 << step, values, [f"h{name}" for name in haystacks]) for step in range(lengths)]
+    return [cell_sample("task", 1024 << step, values, haystacks) for step in range(lengths)]
 
 
 SKEWED = [skewed(items, gain) for items in (8, 24, 100, 500) for gain in (0.01, 0.05, 0.2)]
@@ -214,9 +234,9 @@ def proportions() -> Iterator[Case]:
 
     dips = "Wilson's interval is nominal over all rates, not at each: it dips where the rate is near 0 or 1"
     for trials in (10, 24, 100):
-        yield Case("interval", "wilson", f"n {trials}, any rate", wilson(trials, None))
+        yield alone("interval", "wilson", f"n {trials}, any rate", wilson(trials, None))
         for rate in (0.5, 0.9, 0.98, 1.0):
-            yield Case("interval", "wilson", f"n {trials}, rate {rate:g}", wilson(trials, rate), note=dips)
+            yield alone("interval", "wilson", f"n {trials}, rate {rate:g}", wilson(trials, rate), note=dips)
     for flips in (0.001, 0.02):
 
         def noise(random: Random, flips: float = flips) -> bool:
@@ -224,7 +244,7 @@ def proportions() -> Iterator[Case]:
             found = flip_rate(np.zeros(100), again)
             return misses(found.low, found.high, flips)
 
-        yield Case("interval", "flip rate", f"n 100, rate {flips:g}", noise, note=dips)
+        yield alone("interval", "flip rate", f"n 100, rate {flips:g}", noise, note=dips)
 
 
 def differences() -> Iterator[Case]:
@@ -236,7 +256,7 @@ def differences() -> Iterator[Case]:
             low, high = mcnemar_interval(int(np.sum(values > 0)), int(np.sum(values < 0)), values.size)
             return misses(low, high, regime.mean)
 
-        yield Case("interval", "mcnemar", regime.name, bonett_price)
+        yield alone("interval", "mcnemar", regime.name, bonett_price)
     for regime in [ALIKE, *ALONE, *FRACTIONAL, *SHARED]:
 
         def student(random: Random, regime: Regime = regime) -> bool:
@@ -247,8 +267,8 @@ def differences() -> Iterator[Case]:
             estimate = macro_difference([regime.sample(random)])
             return misses(estimate.low, estimate.high, regime.mean)
 
-        yield Case("interval", "macro mean", regime.name, student, note=few)
-        yield Case("interval", "macro difference", regime.name, careful)
+        yield alone("interval", "macro mean", regime.name, student, note=few)
+        yield alone("interval", "macro difference", regime.name, careful)
 
 
 def macro_scores() -> Iterator[Case]:
@@ -278,8 +298,8 @@ def macro_scores() -> Iterator[Case]:
             estimate = macro_difference(drawn(random))
             return misses(estimate.low, estimate.high, truth)
 
-        yield Case("interval", "macro mean", name, plain, note=few if "24" in name or "haystack" in name else "")
-        yield Case("interval", "macro difference", name, careful)
+        yield alone("interval", "macro mean", name, plain, note=few if "24" in name or "haystack" in name else "")
+        yield alone("interval", "macro difference", name, careful)
 
 
 def scored(items: int, rate: float, **clusters: float) -> Regime:
@@ -315,7 +335,7 @@ def scores() -> Iterator[Case]:
             found = macro_score([regime.sample(random, 1024 * (at + 1)) for at, regime in enumerate(cells)])
             return misses(found.low, found.high, truth)
 
-        yield Case("interval", "macro score", name, errs, note=dips)
+        yield alone("interval", "macro score", name, errs, note=dips)
 
 
 def effective_lengths() -> Iterator[Case]:
@@ -347,8 +367,8 @@ def effective_lengths() -> Iterator[Case]:
                 return misses(found.low, found.high, truth)
 
             about = f"{name}, {lengths[0][1].name.partition(', right')[0]}{f', ρ {correlation}' if shared else ''}"
-            yield Case("interval", "effective length", about, absolute)
-            yield Case("interval", "effective length by parent", about, relative)
+            yield alone("interval", "effective length", about, absolute)
+            yield alone("interval", "effective length by parent", about, relative)
 
 
 # ---- tests
@@ -361,19 +381,16 @@ def single_tests() -> Iterator[Case]:
             values, _ = regime.draw(random)
             return mcnemar(int(np.sum(values > 0)), int(np.sum(values < 0))).two_sided <= LEVEL
 
-        yield Case("test", "mcnemar", regime.name, exact)
+        yield alone("test", "mcnemar", regime.name, exact)
     for regime in [ALIKE, *nulls(ALONE), *nulls(FRACTIONAL), *nulls(SHARED), *SKEWED]:
 
-        def flipped(random: Random, regime: Regime = regime) -> bool:
+        def tested(random: Random, regime: Regime = regime) -> Sequence[bool]:
             sample = regime.sample(random)
+            estimate = macro_difference([sample])
             p = sign_flip_test(sample.values, sample.haystacks, draws=FEW_DRAWS, seed=int(random.integers(2**32)))
-            return max(p, macro_difference([sample]).least_p) <= LEVEL
+            return max(p, estimate.least_p) <= LEVEL, difference_test(estimate) <= LEVEL
 
-        def student(random: Random, regime: Regime = regime) -> bool:
-            return difference_test(macro_difference([regime.sample(random)])) <= LEVEL
-
-        yield Case("test", "sign flips", regime.name, flipped)
-        yield Case("test", "macro difference", regime.name, student)
+        yield Case((("test", "sign flips"), ("test", "macro difference")), regime.name, tested)
 
 
 def opposite_cells() -> Iterator[Case]:
@@ -385,7 +402,7 @@ def opposite_cells() -> Iterator[Case]:
             samples = [regime.sample(random, 1024 * (number + 1)) for number, regime in enumerate(cells)]
             return difference_test(macro_difference(samples)) <= LEVEL
 
-        yield Case("test", "macro difference", f"6 opposite cells of {items}", errs)
+        yield alone("test", "macro difference", f"6 opposite cells of {items}", errs)
 
 
 def shared_lengths() -> Iterator[Case]:
@@ -395,18 +412,17 @@ def shared_lengths() -> Iterator[Case]:
         def errs(random: Random, regime: Regime = regime) -> bool:
             return difference_test(macro_difference(at_all_lengths(random, regime))) <= LEVEL
 
-        yield Case("test", "macro difference", f"6 lengths of the same: {regime.name}", errs)
+        yield alone("test", "macro difference", f"6 lengths of the same: {regime.name}", errs)
     for margin, regime in (
         (1.0, skewed(50, 0.05, -0.01)),
         (10.0, skewed(24, 0.05, -0.1)),
         (10.0, right_or_wrong(24, 0.1, 0.2)),
     ):
-        for outcome in ("pass", "fail"):
 
-            def judged(random: Random, regime: Regime = regime, margin: float = margin, outcome: str = outcome) -> bool:
-                return judge(at_all_lengths(random, regime), GateRule(margin=margin)).outcome == outcome
+        def judged(random: Random, regime: Regime = regime, margin: float = margin) -> set[str]:
+            return {judge(at_all_lengths(random, regime), GateRule(margin=margin)).outcome}
 
-            yield Case("gate", f"wrong {outcome}", f"margin {margin:g}, 6 lengths of the same: {regime.name}", judged)
+        yield both_verdicts("", f"margin {margin:g}, 6 lengths of the same: {regime.name}", judged)
 
 
 def many_tests() -> Iterator[Case]:
@@ -422,8 +438,8 @@ def many_tests() -> Iterator[Case]:
     def any_discovery(random: Random) -> bool:
         return bool(benjamini_hochberg([exact(random) for _ in range(12)]).min() <= LEVEL)
 
-    yield Case("test", "holm, any", "12 cells of 100", any_of_twelve)
-    yield Case("test", "benjamini-hochberg, any", "12 cells of 100", any_discovery)
+    yield alone("test", "holm, any", "12 cells of 100", any_of_twelve)
+    yield alone("test", "benjamini-hochberg, any", "12 cells of 100", any_discovery)
 
 
 def grids() -> Iterator[Case]:
@@ -447,23 +463,21 @@ def grids() -> Iterator[Case]:
 
         def against(scores: Floats, new: int, old: int, questions: int = questions) -> list[CellSample]:
             items = scores.shape[2]
-            labels = [f"h{item // questions}" for item in range(items)]
+            labels = np.arange(items) // questions
             return [
                 cell_sample("task", 1024 << at, scores[new, at] - scores[old, at], labels)
                 for at in range(scores.shape[1])
             ]
 
-        def any_sure(random: Random, drawn: Any = drawn, against: Any = against, points: int = points) -> bool:
-            scores = drawn(random)
-            tested = simultaneous({str(new): against(scores, new, 0) for new in range(1, points + 1)}, draws=FEW_DRAWS)
-            return any(max(found.p, found.rare) <= LEVEL for found in tested.values())
-
-        def leader_missed(random: Random, drawn: Any = drawn, against: Any = against, points: int = points) -> bool:
+        def against_one(
+            random: Random, drawn: Any = drawn, against: Any = against, points: int = points
+        ) -> Sequence[bool]:
             scores = drawn(random)
             leader = 1 + int(np.argmax(scores[1:].mean(axis=(1, 2))))
             tested = simultaneous({str(new): against(scores, new, 0) for new in range(1, points + 1)}, draws=FEW_DRAWS)
             found = tested[str(leader)].estimate
-            return misses(found.low, found.high, 0.0)
+            any_sure = any(max(found.p, found.rare) <= LEVEL for found in tested.values())
+            return any_sure, misses(found.low, found.high, 0.0)
 
         def wrongly_best(random: Random, drawn: Any = drawn, against: Any = against) -> bool:
             scores = drawn(random)
@@ -471,9 +485,9 @@ def grids() -> Iterator[Case]:
             tested = (paired_test(against(scores, order[0], rival)) for rival in order[1:])
             return all(max(found.p, found.rare) <= LEVEL for found in tested)
 
-        yield Case("test", "any of many against one", name, any_sure)
-        yield Case("interval", "leader of many against one", name, leader_missed)
-        yield Case("test", "best of many", name, wrongly_best)
+        lines = (("test", "any of many against one"), ("interval", "leader of many against one"))
+        yield Case(lines, name, against_one)
+        yield alone("test", "best of many", name, wrongly_best)
     yield from _deciding_cells()
 
 
@@ -486,7 +500,7 @@ def _deciding_cells() -> Iterator[Case]:
             found = paired_test(_three_lengths(np.zeros(items), values))
             return max(found.p, found.rare) <= LEVEL
 
-        yield Case("test", "one cell decides", f"n {items}, {differ:g} differ", exact)
+        yield alone("test", "one cell decides", f"n {items}, {differ:g} differ", exact)
 
         def lost(random: Random, items: int = items, differ: float = differ) -> bool:
             gains = (random.random(items) < differ).astype(float)
@@ -494,11 +508,11 @@ def _deciding_cells() -> Iterator[Case]:
             found = paired_test(_three_lengths(-gone.astype(float), np.where(gone, -1.0, gains)))
             return max(found.p, found.rare) <= LEVEL
 
-        yield Case("test", "one cell decides", f"n {items}, +{differ:g} at one length, few lost at all three", lost)
+        yield alone("test", "one cell decides", f"n {items}, +{differ:g} at one length, few lost at all three", lost)
 
 
 def _three_lengths(others: Floats, last: Floats) -> list[CellSample]:
-    labels = [f"h{number}" for number in range(last.size)]
+    labels = np.arange(last.size)
     return [cell_sample("task", 1024 << at, values, labels) for at, values in enumerate((others, others, last))]
 
 
@@ -508,7 +522,7 @@ def looking_again() -> Iterator[Case]:
         paths = np.cumsum(random.standard_normal(600)) / np.sqrt(counts)
         return bool(np.any(paths > BOUNDS))
 
-    yield Case("test", "anytime bound", "600 haystacks, every look", bound)
+    yield alone("test", "anytime bound", "600 haystacks, every look", bound)
 
 
 BOUNDS = np.array([anytime_multiplier(count, 300, LEVEL) for count in range(1, 601)])
@@ -542,14 +556,11 @@ def gates() -> Iterator[Case]:
         at_margin[margin] += [skewed(items, gain, -margin / 100) for items in (24, 100, 500) for gain in (0.01, 0.05)]
     for margin, regimes in at_margin.items():
         for regime in regimes:
-            for outcome in ("pass", "fail"):
 
-                def errs(
-                    random: Random, regime: Regime = regime, margin: float = margin, outcome: str = outcome
-                ) -> bool:
-                    return judge([regime.sample(random)], GateRule(margin=margin)).outcome == outcome
+            def judged(random: Random, regime: Regime = regime, margin: float = margin) -> set[str]:
+                return {judge([regime.sample(random)], GateRule(margin=margin)).outcome}
 
-                yield Case("gate", f"wrong {outcome}", f"margin {margin:g}: {regime.name}", errs)
+            yield both_verdicts("", f"margin {margin:g}: {regime.name}", judged)
     yield from _gates_over_lengths()
     yield from _gates_looked_at_again()
     yield from _gates_of_several_tasks()
@@ -567,8 +578,8 @@ def _gates_over_lengths() -> Iterator[Case]:
     def fails(random: Random) -> bool:
         return judge([bad.sample(random, length) for length in lengths], rule).outcome == "fail"
 
-    yield Case("gate", "wrong pass", "margin 5 at each of 6 lengths, one at it", passes)
-    yield Case("gate", "wrong fail", "margin 5 at each of 6 lengths, all at it", fails)
+    yield alone("gate", "wrong pass", "margin 5 at each of 6 lengths, one at it", passes)
+    yield alone("gate", "wrong fail", "margin 5 at each of 6 lengths, all at it", fails)
 
 
 def _gates_looked_at_again() -> Iterator[Case]:
@@ -582,19 +593,15 @@ def _gates_looked_at_again() -> Iterator[Case]:
         (5.0, skewed(400, 0.05, -0.05)),
     ]
     for margin, regime in regimes:
-        for outcome in ("pass", "fail"):
 
-            def errs(random: Random, regime: Regime = regime, margin: float = margin, outcome: str = outcome) -> bool:
-                values, haystacks = regime.draw(random)
-                step = regime.haystacks // 10 * regime.questions
-                rule = GateRule(margin=margin, planned_haystacks=max(1, regime.haystacks // 10))
-                looks = (slice(0, step * look) for look in range(1, 11))
-                return any(
-                    judge([cell_sample("task", 4096, values[seen], haystacks[seen])], rule).outcome == outcome
-                    for seen in looks
-                )
+        def judged(random: Random, regime: Regime = regime, margin: float = margin) -> set[str]:
+            values, haystacks = regime.draw(random)
+            step = regime.haystacks // 10 * regime.questions
+            rule = GateRule(margin=margin, planned_haystacks=max(1, regime.haystacks // 10))
+            looks = (slice(0, step * look) for look in range(1, 11))
+            return {judge([cell_sample("task", 4096, values[seen], haystacks[seen])], rule).outcome for seen in looks}
 
-            yield Case("gate", f"wrong {outcome}, 10 looks", f"margin {margin:g}: {regime.name}", errs)
+        yield both_verdicts(", 10 looks", f"margin {margin:g}: {regime.name}", judged)
 
 
 def _gates_of_several_tasks() -> Iterator[Case]:
@@ -602,22 +609,21 @@ def _gates_of_several_tasks() -> Iterator[Case]:
     worse, fine = skewed(96, 0.05, -0.2), right_or_wrong(96, 0.0, 0.0)
     flips, alike = right_or_wrong(96, 0.1, 0.3), right_or_wrong(96, 0.1, 0.1)
     for name, bad, others in (("few lost whole in one", worse, fine), ("more lost in one", flips, alike)):
-        for outcome in ("pass", "fail"):
 
-            def errs(random: Random, bad: Regime = bad, others: Regime = others, outcome: str = outcome) -> bool:
-                drawn = [regime.draw(random)[0] for regime in (bad, others, others, others)]
-                rule = GateRule(margin=5.0, planned_haystacks=96)
-                looks = (
-                    [
-                        cell_sample(str(task), length, values[:seen], [f"{task}-{name}" for name in range(seen)])
-                        for task, values in enumerate(drawn)
-                        for length in (1024, 2048, 4096)
-                    ]
-                    for seen in (24, 48, 96)
-                )
-                return any(judge(samples, rule).outcome == outcome for samples in looks)
+        def judged(random: Random, bad: Regime = bad, others: Regime = others) -> set[str]:
+            drawn = [regime.draw(random)[0] for regime in (bad, others, others, others)]
+            rule = GateRule(margin=5.0, planned_haystacks=96)
+            looks = (
+                [
+                    cell_sample(str(task), length, values[:seen], 1000 * task + np.arange(seen))
+                    for task, values in enumerate(drawn)
+                    for length in (1024, 2048, 4096)
+                ]
+                for seen in (24, 48, 96)
+            )
+            return {judge(samples, rule).outcome for samples in looks}
 
-            yield Case("gate", f"wrong {outcome}, 3 looks", f"margin 5: 4 tasks of 96, {name}", errs)
+        yield both_verdicts(", 3 looks", f"margin 5: 4 tasks of 96, {name}", judged)
 
 
 def nights() -> Iterator[Case]:
@@ -638,7 +644,7 @@ def nights() -> Iterator[Case]:
             ]
             return joint_outcome(found) == outcome
 
-        yield Case("gate", f"wrong {outcome} of a night", f"margin 5, n 200: {name}", errs)
+        yield alone("gate", f"wrong {outcome} of a night", f"margin 5, n 200: {name}", errs)
 
 
 def bets() -> Iterator[Case]:
@@ -664,7 +670,7 @@ def bets() -> Iterator[Case]:
                         return True
                 return False
 
-            yield Case("bets", f"wrong {side}, 20 looks", f"margin {100 * margin:g}: {regime.name}", errs)
+            yield alone("bets", f"wrong {side}, 20 looks", f"margin {100 * margin:g}: {regime.name}", errs)
 
 
 # ---- all of it
@@ -691,16 +697,19 @@ def cases() -> list[Case]:
     return [case for make in makers for case in make()]
 
 
-def simulate(case: Case, trials: int, seed: int) -> Result:
-    """The case, so many times; every case has random numbers of its own."""
-    random = np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, zlib.crc32(case.name.encode())])))
+def simulate(case: Case, trials: int, seed: int) -> list[Result]:
+    """The case, so many times, a result a line; every case has random numbers of its own."""
+    key = np.random.SeedSequence([seed, zlib.crc32(case.names[0].encode())])
+    random = np.random.Generator(np.random.Philox(key))
     started = time.perf_counter()
-    errors = sum(case.errs(random) for _ in range(trials))
-    seconds = time.perf_counter() - started
-    rate, verdict = errors / trials, verdict_on(errors, trials, case.nominal)
-    return Result(
-        case.kind, case.what, case.regime, trials, errors, rate, case.nominal, verdict, round(seconds, 2), case.note
-    )
+    drawn = [case.errs(random) for _ in range(trials)]
+    seconds = round(time.perf_counter() - started, 2)
+    found: list[Result] = []
+    for (kind, what), outcomes in zip(case.lines, zip(*drawn, strict=True), strict=True):
+        errors = sum(outcomes)
+        rate, verdict = errors / trials, verdict_on(errors, trials, case.nominal)
+        found.append(Result(kind, what, case.regime, trials, errors, rate, case.nominal, verdict, seconds, case.note))
+    return found
 
 
 def verdict_on(errors: int, trials: int, nominal: float) -> str:
@@ -722,11 +731,11 @@ def main() -> int:
     if not arguments.json:
         print(f"{'':<9} {'':<25} {'regime':<62} {'errors':>7} {'nominal':>7}")
     for case in cases():
-        if arguments.only not in case.name:
+        if not any(arguments.only in name for name in case.names):
             continue
-        result = simulate(case, arguments.trials, arguments.seed)
-        results.append(result)
-        if not arguments.json:
+        found = simulate(case, arguments.trials, arguments.seed)
+        results += found
+        for result in () if arguments.json else found:
             verdict = result.verdict + (" (known)" if result.verdict == "above" and result.note else "")
             print(
                 f"{result.kind:<9} {result.what:<25} {result.regime:<62} {result.rate:>7.1%} {result.nominal:>7.0%}"

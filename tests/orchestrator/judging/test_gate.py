@@ -196,7 +196,7 @@ def test_items_needed_reach_a_verdict_at_the_stated_power():
 
 def test_topping_up_is_legal_only_in_the_anytime_mode():
     random, trials = keyed(7), 300
-    looks = range(200, 4001, 200)
+    looks = range(400, 4001, 400)
     fixed, anytime = GateRule(), GateRule(planned_haystacks=2000)
     wrong = {"pass": 0, "fail": 0}
     peeked = 0

@@ -1,24 +1,18 @@
 """The race of the simulation, in a few worlds; `race_simulation.py` without `--worlds` runs the hundreds."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
 from orchestrator.judging import race
-from tests.benchmarks.race_simulation import MISLEADING, dropped
+from tests.benchmarks.race_simulation import MISLEADING, REGIMES, dropped, simulate
 
 
 def test_race_keeps_the_winner_of_the_full_evaluation_at_a_twentieth_of_its_cost():
-    script = Path(__file__).parents[2] / "benchmarks" / "race_simulation.py"
-    command = [sys.executable, str(script), "--worlds", "4", "--seed", "1", "--json"]
-    results = json.loads(subprocess.run(command, check=True, capture_output=True, text=True, timeout=300).stdout)
-    assert [result["regime"] for result in results] == ["correlated", "crossing", "anti-correlated"]
-    assert all(result["same_winner"] == 1.0 for result in results)
-    assert sum(result["cost_share"] for result in results) / 3 < 0.07
+    rule = {"points": 200, "items": 500, "z": 3.0, "alpha": None, "keep": 1, "seed": 1}
+    results = [simulate(regime, 2, **rule) for regime in REGIMES]
+    assert [result.regime for result in results] == ["correlated", "crossing", "anti-correlated"]
+    assert all(result.same_winner == 1.0 for result in results)
+    assert sum(result.cost_share for result in results) / 3 < 0.07
 
 
 WORLDS = {world.name: world for world in MISLEADING}
