@@ -178,8 +178,13 @@ def judge(
         for length in sorted({sample.cell.length for sample in samples}):
             at_length = [sample for sample in samples if sample.cell.length == length]
             scopes.append(_Scope.of(str(length), at_length, rule.length_margin, bets=bets))
-    p_fail = np.minimum(1, rule.verdicts * holm([scope.p_value(rule, worse=True) for scope in scopes]))
-    lines = tuple(_judge_scope(scope, rule, float(p)) for scope, p in zip(scopes, p_fail, strict=True))
+    alone = [scope.p_value(rule, worse=True) for scope in scopes]
+    lines = tuple(
+        _judge_scope(
+            scope, rule, float(min(1.0, rule.verdicts * p)), rule.verdicts * sum(other >= own for other in alone)
+        )
+        for scope, p, own in zip(scopes, holm(alone).tolist(), alone, strict=True)
+    )
     needed = [line.items_needed for line in lines if line.outcome == "inconclusive"]
     return Verdict(joint_outcome(line.outcome for line in lines), new, old, rule, lines, _largest(needed))
 
@@ -261,11 +266,12 @@ class _Scope:
             high = -lower_bound(self.strata.negated(), alpha, -high)
         return low, high
 
-    def multiplier(self, rule: GateRule, clusters: float) -> float:
-        """Standard errors from the mean to a one-sided bound of the mean, with `clusters` clusters."""
+    def multiplier(self, rule: GateRule, clusters: float, tests: int = 1) -> float:
+        """Standard errors from the mean to a one-sided bound at alpha / `tests`, with `clusters` clusters."""
+        alpha = rule.alpha / tests
         if rule.planned_haystacks is not None:
-            return anytime_multiplier(math.ceil(clusters), rule.planned_haystacks, rule.alpha / RULES)
-        return student_quantile(1 - rule.alpha, self.estimate.degrees_of_freedom)
+            return anytime_multiplier(math.ceil(clusters), rule.planned_haystacks, alpha / RULES)
+        return student_quantile(1 - alpha, self.estimate.degrees_of_freedom)
 
 
 def unseen_variance(mean: ArrayLike, claimed: float) -> FloatArray:
@@ -280,12 +286,13 @@ def unseen_variance(mean: ArrayLike, claimed: float) -> FloatArray:
     return np.asarray(chance * (1 - chance) * (1 + gain) ** 2, dtype=np.float64)
 
 
-def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float) -> VerdictLine:
+def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float, tests: int) -> VerdictLine:
+    """The line of one score; a fail needs alpha divided by `tests`."""
     estimate = scope.estimate
     p_pass = scope.p_value(rule, worse=False)
     outcome: Outcome = "pass" if p_pass <= rule.alpha else "fail" if p_fail <= rule.alpha else "inconclusive"
     low, high = (100 * bound for bound in scope.bounds(rule))
-    needed = _items_needed(scope, rule) if outcome == "inconclusive" else None
+    needed = _items_needed(scope, rule, tests) if outcome == "inconclusive" else None
     return VerdictLine(
         scope=scope.name,
         outcome=outcome,
@@ -303,22 +310,29 @@ def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float) -> VerdictLine:
     )
 
 
-def _items_needed(scope: _Scope, rule: GateRule) -> int | None:
+def _items_needed(scope: _Scope, rule: GateRule, tests: int) -> int | None:
     """The total of items with which the observed difference, if true, reaches a verdict with probability `POWER`.
 
-    None if the difference is within a hundredth of a point of the margin, or if there is no standard error yet.
+    A fail needs alpha divided by `tests`. The error of a test may be the one that rare losses imply, but the mean
+    varies by the observed one. P(so few losses) falls by the same factor with each haystack. None if the difference is
+    within a hundredth of a point of the margin, or if there is no standard error yet.
     """
     distance = abs(scope.estimate.mean + scope.margin)
     if distance < 1e-4 or math.isinf(scope.standard_error):
         return None
+    worse = scope.estimate.mean < -scope.margin
+    tests = tests if worse else 1
+    alpha = rule.alpha / tests / (1 if rule.planned_haystacks is None else RULES)
+    least = math.log(alpha) / math.log(scope.rare[worse]) if 0 < scope.rare[worse] < 1 else 1.0
+    varies = normal_quantile(POWER) * scope.estimate.standard_error
     growth = 1.0
     for _ in range(50):  # the anytime multiplier grows with the logarithm of the items, so this converges quickly
-        away = scope.multiplier(rule, scope.estimate.clusters * growth) + normal_quantile(POWER)
-        growth = max(1.0, (away * scope.standard_error / distance) ** 2)
-    bets = scope.bets(worse=scope.estimate.mean < -scope.margin)
+        away = scope.multiplier(rule, scope.estimate.clusters * growth, tests) * scope.errors[worse] + varies
+        growth = max(1.0, least, (away / distance) ** 2)
+    bets = scope.bets(worse=worse)
     if bets is not None:
-        growth = max(1.0, min(growth, bets.growth_needed(rule.alpha / RULES, POWER)))
-    return max(scope.estimate.items + 1, math.ceil(scope.estimate.items * growth))
+        growth = max(1.0, min(growth, bets.growth_needed(alpha, POWER)))
+    return max(scope.estimate.items + 1, math.ceil(scope.estimate.items * growth - 1e-9))
 
 
 def _reason(scope: _Scope, outcome: Outcome, low: float, high: float, needed: int | None) -> str:

@@ -43,8 +43,7 @@ def test_same_answers_on_enough_items_pass():
 def test_same_answers_on_few_items_are_no_pass():
     verdict = judge(one_cell(np.zeros(100)))
     assert (verdict.outcome, verdict.exit_code) == ("inconclusive", 3)
-    # (1.66 + 0.84)² · 0.0099/100 / 0.01² · 100 items
-    assert verdict.items_needed == pytest.approx((1.660 + 0.842) ** 2 * 99, rel=0.01)
+    assert verdict.items_needed == 299  # 0.99²⁹⁹ < 0.05
 
 
 @pytest.mark.parametrize("planned", [None, 12])
@@ -185,13 +184,37 @@ def test_power_is_what_the_normal_approximation_promises():
     assert passed / trials == pytest.approx(0.82, abs=0.07)
 
 
-def test_items_needed_reach_a_verdict_at_the_stated_power():
+@pytest.mark.parametrize(
+    ("gains", "losses", "items", "margin", "verdicts"),
+    [(50, 50, 1000, 1.0, 1), (1, 2, 100, 5.0, 1), (2, 13, 100, 5.0, 1), (2, 14, 100, 5.0, 2)],
+)
+def test_items_needed_reach_a_verdict_at_the_stated_power(
+    gains: int, losses: int, items: int, margin: float, verdicts: int
+):
     random, trials = keyed(6), 300
-    template = np.array([1.0] * 50 + [-1.0] * 50 + [0.0] * 900)
-    needed = judge(one_cell(template)).items_needed
+    template = np.array([1.0] * gains + [-1.0] * losses + [0.0] * (items - gains - losses))
+    rule = GateRule(margin=margin, verdicts=verdicts)
+    wanted = "fail" if 100 * (losses - gains) / items > margin else "pass"
+    needed = judge(one_cell(template), rule).items_needed
     assert needed is not None
-    decided = sum(judge(one_cell(flips(random, needed, 0.05, 0.05))).outcome == "pass" for _ in range(trials))
+    drawn = (one_cell(flips(random, needed, gains / items, losses / items)) for _ in range(trials))
+    decided = sum(judge(sample, rule).outcome == wanted for sample in drawn)
     assert decided / trials == pytest.approx(0.8, abs=0.07)
+
+
+@pytest.mark.parametrize("items", [30, 58])
+def test_an_open_verdict_of_a_fixed_gate_names_the_items_by_which_models_that_agree_pass(items: int):
+    assert judge(one_cell(np.zeros(items)), GateRule(margin=5.0)).items_needed == 59
+    assert judge(one_cell(np.zeros(59)), GateRule(margin=5.0)).outcome == "pass"
+
+
+def test_items_needed_for_a_fail_count_the_correction_over_lengths():
+    worse = [1.0] * 2 + [-1.0] * 13 + [0.0] * 85
+    alone = judge(one_cell(np.array(worse)), GateRule(margin=5.0)).items_needed
+    lengths = [cell_sample("vt", length, worse, np.arange(100) + length) for length in (4096, 8192, 16384)]
+    verdict = judge(lengths, GateRule(margin=50.0, length_margin=5.0))
+    fourth = judge(one_cell(np.array(worse)), GateRule(margin=5.0, verdicts=4)).items_needed  # of four lines
+    assert alone is not None and verdict.lines[1].items_needed == fourth > alone
 
 
 def test_topping_up_is_legal_only_in_the_anytime_mode():
