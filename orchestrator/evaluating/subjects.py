@@ -295,9 +295,10 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
         budget, room = longest.generation.budget, most - longest.length
         remedies = [f"ask at {most - budget} tokens"] if most - budget >= SHORTEST_LENGTH else []
         remedies += [f"take `thinking: {{budget: {room}}}`"] if room else []
+        remedies += ["set `thinking: off`"]
         raise BadInput(
             f"{longest.place}: {longest.task} at {longest.length} tokens and a thought of {budget} are beyond the"
-            f" model's {most}; {', or '.join(remedies) or 'ask at a shorter length'}"
+            f" model's {most}; {', or '.join(remedies)}"
         )
     if most is not None and longest.length > most:
         scaling = rope(text_fields(layout.config))[1]
@@ -308,6 +309,12 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
         )
     engine = plan.job.engine.name
     for entry in sets:
+        thought = entry.generation
+        if most is not None and not thought.found and thought.budget >= most:
+            raise BadInput(
+                f"{entry.place}: a thought of {thought.budget} tokens fills the model's {most}, without a prompt;"
+                f" take `thinking: {{budget: {most // 2}}}` or less, or set `thinking: off`"
+            )
         scored = BENCHMARKS[entry.benchmark].is_likelihood
         if most is not None and scored and entry.length > longest_scored(engine, most):
             raise BadInput(

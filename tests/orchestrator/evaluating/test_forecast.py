@@ -198,8 +198,8 @@ def test_a_thought_beyond_the_context_is_refused(mergeyard: Mergeyard, tmp_path:
     keys: dict[str, Any] = {"parents": {name: str(PARENTS / name) for name in ("long", "fmt")}, "recipe": SOUP}
     keys |= {"grid": {"w": [0.5]}}
 
-    def plan(length: int, budget: int = 96) -> Ended:
-        thinking = {"budget": budget}
+    def plan(length: int, budget: int = 96, *, off: bool = False) -> Ended:
+        thinking = False if off else {"budget": budget}
         evaluate = {"ruler": {"tasks": ["niah_single_1"], "lengths": [length], "items": 2, "thinking": thinking}}
         (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys, evaluate=evaluate))
         return mergeyard("plan", tmp_path / "job.yaml")
@@ -217,6 +217,22 @@ def test_a_thought_beyond_the_context_is_refused(mergeyard: Mergeyard, tmp_path:
     [budget] = re.findall(r"take `thinking: {budget: (\d+)}`", refused.err)
     told = plan(256, int(budget))
     assert told.code == 0 and "no difference: the items are too few; ask more" in told.out
+    assert refused.err.endswith(", or set `thinking: off`\n") and plan(256, off=True).code == 0
+
+
+def test_a_thought_that_leaves_a_task_of_the_harness_no_prompt_is_refused(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"parents": {name: str(PARENTS / name) for name in ("long", "fmt")}, "recipe": SOUP}
+    (tmp_path / "mine.yaml").write_text("task: mine\n")
+
+    def plan(thinking: bool | dict[str, int]) -> Ended:
+        evaluate = {"lm_eval": {"tasks": ["mine.yaml"], "thinking": thinking}}
+        (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys, grid={"w": [0.5]}, evaluate=evaluate))
+        return mergeyard("plan", tmp_path / "job.yaml")
+
+    refused = plan({"budget": 10**6})
+    assert refused.code == 2 and "a thought of 1000000 tokens fills the model's" in refused.err
+    [budget] = re.findall(r"take `thinking: {budget: (\d+)}` or less, or set `thinking: off`$", refused.err.strip())
+    assert plan({"budget": int(budget)}).code == 0 and plan(False).code == 0
 
 
 def test_the_plan_says_it_in_words(mergeyard: Mergeyard, tmp_path: Path) -> None:

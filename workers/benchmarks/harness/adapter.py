@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 OVER_LONG = "over_long"
 """The metric that is 1 for an item whose prompt exceeds the model's context, which is then not asked."""
 
+LEAST_THOUGHT = 16
+"""Tokens of the smallest thought that an error proposes; an empty one, with its ends, takes fewer."""
+
 REHEARSED = 3
 """Items of each task that the reference answers are scored on, before the model is asked for any."""
 
@@ -100,6 +103,7 @@ def sample_scores(
         if not any(not rule.left_out for each in rules.values() for rule in each.values()):
             raise BadInput(f"lm_eval {task}: no metric can be kept ({metric_remarks(rules)}); take another task")
         scores: list[SampleScore] = []
+        room = 0
         for name, leaf in leaves.items():
             in_chat, generates = chats[name], leaf.OUTPUT_TYPE == "generate_until"
             rounds: list[tuple[list[Sample], dict[int, RequestCost]]] = []
@@ -116,6 +120,7 @@ def sample_scores(
                 samples = _answered(task, leaf, picked[name], in_chat, model.ask, drawn=drawn and generates)
                 if model.remark:
                     remark(model.remark)
+                room = max(room, engine.max_length - model.shortest)
                 over_long = {picked[name][at] for at in model.over_long}
                 samples = [sample for sample in samples if sample.number not in over_long]
                 rounds.append((samples, {picked[name][at]: cost for at, cost in model.costs.items()}))
@@ -128,7 +133,11 @@ def sample_scores(
                 scores += [SampleScore(title, at, "", float(at in over_long), True, 0, 0.0) for at in picked[name]]
     if all(score.metric.endswith(f":{OVER_LONG}") for score in scores):
         trouble = f"every item exceeds the model's {engine.max_length} tokens" if scores else metric_remarks(rules)
-        raise BadInput(f"lm_eval {task}: {trouble}; take another task")
+        remedy = "take another task"
+        if scores and generation.budget and room >= LEAST_THOUGHT:
+            trouble += f" with a thought of {generation.budget}"
+            remedy = f"take `thinking: {{budget: {room}}}` or less, or set `thinking: off`"
+        raise BadInput(f"lm_eval {task}: {trouble}; {remedy}")
     if remarks := metric_remarks(rules):
         remark(f"lm_eval {task}: {remarks}")
     return scores

@@ -62,6 +62,8 @@ class Asking:
         self._max_new_tokens = max_new_tokens
         self._sample = sample
         self.over_long: set[int] = set()
+        self.shortest = engine.max_length
+        """Tokens of the shortest prompt and its answer, the thought apart; at the most the model's context."""
         self.remark = ""
         """The first remark that an answer came with."""
         self.costs: defaultdict[int, RequestCost] = defaultdict(RequestCost)
@@ -157,7 +159,9 @@ class Asking:
                 thinking=thought_of(self._generation),
                 sampling=sampling_of(self._generation, self._sample, *place),
             )
-            if not self._too_long(request, len(self._context(context)) + prompt.longest, self._engine.max_length):
+            tokens = len(self._context(context)) + prompt.longest
+            self.shortest = min(self.shortest, tokens - self._generation.budget)
+            if not self._too_long(request, tokens, self._engine.max_length):
                 asked.append((at, prompt))
         for (at, _), answer in zip(asked, self._engine.generate([prompt for _, prompt in asked]), strict=True):
             answers[at] = answer.text

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -406,6 +408,23 @@ def test_a_task_that_fits_nowhere_is_refused(
     monkeypatch.setattr(engine.config, "max_position_embeddings", 50)
     with pytest.raises(BadInput, match="every item exceeds the model's 50 tokens"):
         sample_scores(engine, task(GENERATE), None, beginning=END)
+
+
+def test_a_thought_that_fits_nowhere_is_told_with_one_that_does(
+    engine: TransformersEngine, task: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine.config, "max_position_embeddings", 512)
+    thought = Generation(end="</think>", budget=512)
+    with pytest.raises(BadInput, match="every item exceeds the model's 512 tokens with a thought of 512;") as refused:
+        sample_scores(engine, task(GENERATE), None, beginning=END, generation=thought)
+    [budget] = re.findall(r"take `thinking: {budget: (\d+)}` or less, or set `thinking: off`$", str(refused.value))
+    fits = replace(thought, budget=int(budget))
+    scores = by_metric(sample_scores(engine, task(GENERATE), None, beginning=END, generation=fits))
+    assert scores["tiny_generate:over_long"] == {0: 0, 1: 1, 2: 1, 3: 1, 4: 1, 5: 1}, "room for the shortest"
+    assert sample_scores(engine, task(GENERATE), 1, beginning=END), "the other remedy"
+    monkeypatch.setattr(engine.config, "max_position_embeddings", 50)
+    with pytest.raises(BadInput, match="every item exceeds the model's 50 tokens; take another task"):
+        sample_scores(engine, task(GENERATE), None, beginning=END, generation=thought)
 
 
 def test_broken_weights_score_nothing(parents: Path, task: Callable[[str], str]) -> None:
