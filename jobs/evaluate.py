@@ -89,6 +89,12 @@ def _chat(node: Node) -> bool | dict[str, Scalar]:
     return _arguments(node) or True
 
 
+def _end(node: Node) -> str:
+    if not node.string().strip():
+        raise node.error("a thought may hold white space; give the text that ends it, such as </think>, or take it out")
+    return node.string()
+
+
 def _thinking(node: Node) -> ThinkingSpec | bool:
     if node.kind == "boolean":
         return ThinkingSpec() if node.boolean() else False
@@ -126,7 +132,11 @@ SHARE = Reads(_share, {"type": "number", "exclusiveMinimum": 0, "maximum": 1})
 class ThinkingSpec:
     """A model that writes a thought before its answer."""
 
-    end: Annotated[str | None, "the text that ends a thought; without it, as the chat template shows"] = None
+    end: Annotated[
+        str | None,
+        Reads(_end, {"type": "string", "pattern": r"\S"}),
+        "the text that ends a thought; without it, as the chat template shows",
+    ] = None
     budget: Annotated[Count, "tokens that a thought may take, beside those of the answer"] = BUDGET
     template: Annotated[
         Mapping[str, Scalar], Reads(_arguments, ARGUMENTS_SCHEMA), "arguments of the chat template that let it think"
@@ -281,9 +291,12 @@ def _checked(spec: BenchmarkSpec, node: Node) -> BenchmarkSpec:
                 raise node.mapping()[key].error(f"{key} needs a `temperature:` above 0; at 0 all answers are equal")
     if isinstance(spec, AnsweringSpec) and not spec.chat:
         if spec.system is not None:
-            raise node.mapping()["system"].error("the system speaks in a chat only; set `chat: true`, or take it out")
+            raise node.mapping()["system"].error(
+                "`system:` has an effect only in a chat; set `chat: true`, or take it out"
+            )
         if isinstance(spec.thinking, ThinkingSpec) and spec.thinking.template:
-            raise node.mapping()["thinking"].error("no template without a chat; set `chat: true`, or take it out")
+            place = node.mapping()["thinking"].mapping()["template"]
+            raise place.error("`thinking.template` has an effect only in a chat; set `chat: true`, or take it out")
     return spec
 
 

@@ -155,8 +155,9 @@ def test_a_race_may_be_off(race: str, expected: RaceSpec | None) -> None:
         ("top_p: 0.9", r"top_p needs a `temperature:` above 0"),
         ("temperature: 3", r"must be at most 2, as in vLLM"),
         ("temperature: 1, top_p: 1.5", r"must be above 0 and at most 1, not 1.5"),
-        ("system: Think., thinking: on", r"the system speaks in a chat only; set `chat: true`"),
-        ("thinking: {template: {a: 1}}", r"no template without a chat; set `chat: true`"),
+        ("system: Think., thinking: on", r"`system:` has an effect only in a chat; set `chat: true`, or take it out"),
+        ("thinking: {template: {a: 1}}", r"`thinking.template` has an effect only in a chat; set `chat: true`, or"),
+        (r'thinking: {end: " \n"}', r"a thought may hold white space; give the text that ends it, such as </think>"),
         ("thinking: maybe", r"thinking must be `on`, `off` or settings such as `\{budget: 4096\}`"),
         ("chat: {messages: x}", r"mergeyard sets \"messages\", the conversation itself"),
     ],
@@ -164,6 +165,19 @@ def test_a_race_may_be_off(race: str, expected: RaceSpec | None) -> None:
 def test_keys_of_answers_that_do_not_agree_are_refused(keys: str, message: str) -> None:
     with pytest.raises(BadInput, match=message):
         load(with_line(f"evaluate: {{needle: {{lengths: [64], {keys}}}}}"))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        "system: Think., thinking: on, chat: true",
+        "thinking: {template: {a: 1}}, chat: true",
+        "thinking: {template: {}}",
+        "thinking: {end: </think>}",
+    ],
+)
+def test_the_remedies_of_answers_are_read(keys: str) -> None:
+    assert load(with_line(f"evaluate: {{needle: {{lengths: [64], {keys}}}}}")).evaluate is not None
 
 
 def test_keys_of_answers_leave_the_digest_of_jobs_without_them() -> None:
