@@ -69,6 +69,20 @@ OPTIONAL: Mapping[str, str] = {
 }
 """Settings that a server may refuse: each is then left out, or called by its other name."""
 
+BY_THE_LIBRARY = "score this point with transformers or vllm"
+WITHOUT_SAMPLING = "take temperature, top_p, top_k and samples out of the job"
+
+REMEDIES: Mapping[str, str] = {
+    "echo": BY_THE_LIBRARY,
+    "logprobs": BY_THE_LIBRARY,
+    "chat_template_kwargs": "write `chat: true` without arguments and take `thinking:` out of the benchmark,"
+    " or give the engine's option `api: completions`",
+    "temperature": WITHOUT_SAMPLING,
+    "top_p": WITHOUT_SAMPLING,
+    "top_k": "take top_k out of the job",
+}
+"""What to do about a refused setting that changes scores; sampling always sends a `top_p`."""
+
 CHANGED: Mapping[str, str] = {
     "temperature": "its answers are not greedy",
     "seed": "its samples cannot be repeated",
@@ -323,7 +337,7 @@ class OpenAIEngine:
         reply = self._asked(settings, len(ids))
         logprobs: Any = reply["choices"][0].get("logprobs")
         if not isinstance(logprobs, dict) or not _are_echoed(logprobs, len(ids)):
-            raise BadInput(f"{self.url} does not echo logprobs of a prompt; score this point with transformers or vllm")
+            raise BadInput(f"{self.url} does not echo logprobs of a prompt; {BY_THE_LIBRARY}")
         return {name: logprobs[name][: len(ids)] for name in ("token_logprobs", "top_logprobs")}
 
     def _ask_max_length(self, asked_length: int | None) -> int:
@@ -360,9 +374,14 @@ class OpenAIEngine:
                 refused = _refused_setting(refusal.content, body)
                 if refused is None:
                     raise
-                if refused not in OPTIONAL or (refused == "temperature" and body[refused]):
-                    raise BadInput(f"{str(refusal).removesuffix(remedy)}take {refused} out of the job") from None
-                self._refused |= {refused}
+                if refused == "add_generation_prompt":
+                    refused = "continue_final_message"  # they are sent and left out together
+                if refused in OPTIONAL and not (refused == "temperature" and body[refused]):
+                    self._refused |= {refused}
+                elif refused in REMEDIES:
+                    raise BadInput(f"{str(refusal).removesuffix(remedy)}{REMEDIES[refused]}") from None
+                else:
+                    raise
 
     def _accepted(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """The settings without those that the server has refused, or with their other names."""

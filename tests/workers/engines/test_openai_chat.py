@@ -191,12 +191,51 @@ def test_a_server_that_takes_no_such_setting_is_asked_without_it(chat, server, n
     assert (f"takes no {name}: its " in first.remark) is changes
 
 
-@pytest.mark.parametrize(("name", "value"), [("top_k", 20), ("top_p", 0.5), ("temperature", 0.6)])
-def test_a_server_that_cannot_sample_as_asked_is_refused(chat, server, needle_prompt, name, value):
+ALL_OF_SAMPLING = "temperature, top_p, top_k and samples"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "keys"),
+    [("top_k", 20, "top_k"), ("top_p", 0.5, ALL_OF_SAMPLING), ("temperature", 0.6, ALL_OF_SAMPLING)],
+)
+def test_a_server_that_cannot_sample_as_asked_is_refused(chat, server, needle_prompt, name, value, keys):
     sampling = replace(Sampling(0.6, 0.95, 20, 7), **{name: value})
     server.failures = [(400, {"error": {"message": f"Unsupported value: '{name}' does not support {value}"}})]
-    with pytest.raises(BadInput, match=rf"Unsupported value: '{name}' .*; take {name} out of the job"):
+    with pytest.raises(BadInput, match=rf"Unsupported value: '{name}' .*; take {keys} out of the job"):
         chat.generate([asked_in_chat(needle_prompt("quiet-river", 4815162, 2), sampling=sampling)])
+
+
+def test_a_server_that_takes_no_argument_of_a_template_is_asked_without_or_in_texts(
+    chat, served, server, needle_prompt
+):
+    prompt = asked_in_chat(needle_prompt("quiet-river", 4815162, 2), template=(("enable_thinking", False),))
+    told = (400, {"error": {"message": "Unrecognized request argument supplied: chat_template_kwargs"}})
+    server.failures = [told]
+    with pytest.raises(
+        BadInput, match=r"; write `chat: true` without arguments and take `thinking:` out .*"
+    ) as refused:
+        chat.generate([prompt])
+    assert str(refused.value).endswith(", or give the engine's option `api: completions`")
+    for engine, followed in ((chat, replace(prompt, template=())), (served, prompt)):
+        assert engine.generate([followed])[0].status == "answered"
+        assert "chat_template_kwargs" not in server.asked[-1][0]
+
+
+def test_a_server_that_takes_no_argument_of_an_unfinished_message_is_asked_without_one(chat, server, needle_prompt):
+    told = {"error": {"message": "add_generation_prompt: Extra inputs are not permitted"}}
+    server.failures = [(400, told)]
+    [answer] = chat.generate([asked_in_chat(needle_prompt("quiet-river", 4815162, 2))])
+    assert answer.status == "answered" and "takes no continue_final_message: its " in answer.remark
+    assert not {"continue_final_message", "add_generation_prompt"} & server.asked[-1][0].keys()
+
+
+def test_a_refused_setting_without_a_remedy_of_its_own_ends_in_that_of_every_refusal(chat, server, needle_prompt):
+    told = [
+        (400, {"error": {"message": f"Unsupported parameter: '{n}'"}}) for n in ("max_tokens", "max_completion_tokens")
+    ]
+    server.failures = told
+    with pytest.raises(BadInput, match=r"'max_completion_tokens'\"; check the URL and the model's name long, or give"):
+        chat.generate([asked_in_chat(needle_prompt("quiet-river", 4815162, 2))])
 
 
 def test_a_refusal_that_names_a_setting_for_another_reason_is_a_refusal(chat, server, needle_prompt):

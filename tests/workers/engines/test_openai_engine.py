@@ -329,6 +329,13 @@ def test_scores_come_from_the_echo(served, engine, needle_prompt, loglikelihood)
         assert value == pytest.approx(expected, abs=1e-3) and greedy is expected_greedy
 
 
+@pytest.mark.parametrize("name", ["echo", "logprobs"])
+def test_a_server_that_refuses_to_echo_names_those_that_can_score(served, server, name):
+    server.failures = [(400, {"error": {"message": f"{name} is not supported"}})]
+    with pytest.raises(BadInput, match=f"{name} is not supported.*; score this point with transformers or vllm$"):
+        served.score([[5, 6, 7]])
+
+
 def test_a_server_without_echo_cannot_score_and_is_told_so(served, server):
     server.echoes = False
     with pytest.raises(BadInput, match="does not echo logprobs"):
