@@ -94,6 +94,12 @@ UNSUPPORTED = re.compile(
     r"unsupported|unrecogni[sz]ed|unknown|unexpected|extra|not (support|permitt|allow|accept)", re.I
 )
 
+TOO_LARGE = re.compile(r"too (large|long|many|high)|maximum|at most|more than", re.I)
+"""Of a value of a setting, or a prompt: another value would be taken."""
+
+NAMED = r"""["'`\[]{0}\\?["'`\]]|\b{0}:|: {0}\W*$|: {0}["'\\]|\b{0} (parameter )?(is|are) (not|un)"""
+"""A setting's name in a refusal, and not the same word in a sentence: in quotes, at a colon, or as a subject."""
+
 LONGEST_REFUSAL_BYTES = 1 << 12
 
 LARGEST_LIST_BYTES = 16 << 20
@@ -451,10 +457,10 @@ def _parted(prompt: Prompt, reply: _Reply, *, apart: bool) -> tuple[str, str, bo
 def _refused_setting(refusal: bytes, body: Mapping[str, Any]) -> str | None:
     """The setting of a request that a server refuses by its name; None where the refusal is about something else."""
     text = refusal[:LONGEST_REFUSAL_BYTES].decode(errors="replace")
-    if not UNSUPPORTED.search(text):
+    if not UNSUPPORTED.search(text) or TOO_LARGE.search(text):
         return None
     settings = (name for name in body if name not in ("model", "prompt", "messages"))
-    return next((name for name in settings if re.search(rf"\b{name}\b", text)), None)
+    return next((name for name in settings if re.search(NAMED.format(name), text)), None)
 
 
 def _as_completion(reply: Mapping[str, Any]) -> dict[str, Any]:

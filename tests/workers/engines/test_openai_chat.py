@@ -9,6 +9,7 @@ import pytest
 from jobs.errors import BadInput
 from tests.model_server import serving
 from workers.engines.engine import Answer, Message, Sampling, Thought
+from workers.engines.openai_engine import _refused_setting
 
 
 @pytest.fixture
@@ -238,12 +239,40 @@ def test_a_refused_setting_without_a_remedy_of_its_own_ends_in_that_of_every_ref
         chat.generate([asked_in_chat(needle_prompt("quiet-river", 4815162, 2))])
 
 
-def test_a_refusal_that_names_a_setting_for_another_reason_is_a_refusal(chat, server, needle_prompt):
-    told = {"error": {"message": "'max_tokens' is too large: 12. This model's maximum context length is 8 tokens"}}
-    server.failures = [(400, told)]
-    with pytest.raises(BadInput, match="is too large: 12"):
-        chat.generate([asked_in_chat(needle_prompt("quiet-river", 4815162, 2))])
+@pytest.mark.parametrize(
+    "said",
+    [
+        "'max_tokens' is too large: 12. This model's maximum context length is 8 tokens",
+        "max_tokens is too large: 5000. This model does not support more than 4096 completion tokens",
+        "'temperature': values of more than 2 are not supported",
+        "This prompt is not allowed: we stop requests that violate our policy",
+        "Unknown error: the seed of this conversation is not accepted",
+    ],
+)
+def test_a_refusal_that_names_a_setting_for_another_reason_is_a_refusal(chat, server, needle_prompt, said):
+    server.failures = [(400, {"error": {"message": said}})]
+    prompt = asked_in_chat(needle_prompt("quiet-river", 4815162, 2), stops=("\n",), sampling=Sampling(0.6, 0.95, 20, 7))
+    with pytest.raises(BadInput) as refused:
+        chat.generate([prompt])
+    assert said in str(refused.value) and "; check the URL and the model's name long, or give" in str(refused.value)
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b"stop is not supported",
+        b"Extra inputs are not permitted, field: 'stop'",
+        b'{"error": {"message": "`stop` parameter is unsupported"}}',
+        b'{"error": {"message": "stop: Extra inputs are not permitted"}}',
+        b'{"error": {"message": "Argument not supported on this model: stop"}}',
+        b'{"error": {"message": "Unknown name \\"stop\\": Cannot find field."}}',
+        b'{"error": {"message": "extraneous key [stop] is not permitted"}}',
+        b'{"error": {"message": "Not supported.", "param": "stop"}}',
+    ],
+)
+def test_servers_name_a_setting_that_they_refuse_in_many_ways(reply):
+    assert _refused_setting(reply, {"model": "long", "messages": [], "stop": ["a"], "seed": 7}) == "stop"
 
 
 NO_CHAT_COMPLETION = [
