@@ -19,6 +19,9 @@ import numpy as np
 
 from orchestrator.judging.samples import Cell, CellSample, FloatArray, Labels, cluster_sums, student_quantile
 
+RARE_SHARE = 0.8
+"""Of the level of a two-sided test: the part for rare losses that were not seen. Frequent ones that were have the rest."""
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -164,8 +167,9 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     A small sample may hide a model that gains a little on most haystacks and loses a few haystacks completely. With a
     mean of g on the others and losses of size l, the claim implies that a haystack is lost with probability
     q = (g + claimed) / (g + l), so the number of losses is binomial. Returns the largest probability over the possible
-    sizes l: a whole haystack, even if none was lost, and the size of each observed loss. If `two_sided`, it adds
-    P(as few haystacks that are not lost): little, as long as gains are smaller than losses. It is doubled at the most.
+    sizes l: a whole haystack, even if none was lost, and the size of each observed loss. If `two_sided`, losses
+    with q < 1/2 have `RARE_SHARE` of a test's level, and others the rest; the first adds P(as few haystacks that are
+    not lost): little, as long as gains are smaller than losses.
     """
     from scipy.special import bdtr, bdtrc
 
@@ -181,7 +185,8 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     chances = np.clip((gains + claimed) / np.maximum(gains + sizes, 1e-12), 0.0, 1.0)
     found = bdtr(numbers, count, chances)
     if two_sided:
-        found += np.minimum(found, bdtrc(count - numbers - 1, count, chances))
+        mirrored = bdtrc(count - numbers - 1, count, chances)
+        found = np.where(chances < 0.5, found / RARE_SHARE + mirrored, found / (1 - RARE_SHARE))
     return min(1.0, float(found.max()))
 
 

@@ -15,6 +15,7 @@ from functools import cache
 import numpy as np
 
 from orchestrator.judging.betting import BETS, STAKES
+from orchestrator.judging.estimates import RARE_SHARE
 from orchestrator.judging.gate import POWER, RULES, unseen_variance
 from orchestrator.judging.samples import FloatArray
 from orchestrator.judging.significance import anytime_multiplier
@@ -92,7 +93,8 @@ def power(design: Design, difference: float, alpha: float) -> float:
         return 0.0
     found = _Outcomes.of(design, difference)
     error = np.sqrt(found.variance + 2 * design.largest**2)
-    p = np.maximum(2 * stdtr(design.haystacks - 1, -found.mean / error), found.few_losses(design.haystacks, 0.0))
+    rare = found.few_losses(design.haystacks, 0.0) / RARE_SHARE
+    p = np.maximum(2 * stdtr(design.haystacks - 1, -found.mean / error), rare)
     return float(np.mean((found.mean > 0) & (p <= alpha)))
 
 
