@@ -20,7 +20,7 @@ import numpy as np
 from orchestrator.judging.samples import Cell, CellSample, FloatArray, Labels, cluster_sums, student_quantile
 
 RARE_SHARE = 0.8
-"""Of the level of a two-sided test: the part for rare losses that were not seen. Frequent ones that were have the rest."""
+"""Of the level of a two-sided test: the part for rare losses. Frequent ones have the rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +168,8 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     mean of g on the others and losses of size l, the claim implies that a haystack is lost with probability
     q = (g + claimed) / (g + l), so the number of losses is binomial. Returns the largest probability over the possible
     sizes l: a whole haystack, even if none was lost, and the size of each observed loss. If `two_sided`, losses
-    with q < 1/2 have `RARE_SHARE` of a test's level, and others the rest; the first adds P(as few haystacks that are
-    not lost): little, as long as gains are smaller than losses.
+    with q ≤ 1/2 have `RARE_SHARE` of a test's level, and others the rest; the first adds P(as few haystacks that are
+    not lost), which is little as long as gains are smaller than losses, and is doubled at the most.
     """
     from scipy.special import bdtr, bdtrc
 
@@ -186,7 +186,8 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     found = bdtr(numbers, count, chances)
     if two_sided:
         mirrored = bdtrc(count - numbers - 1, count, chances)
-        found = np.where(chances < 0.5, found / RARE_SHARE + mirrored, found / (1 - RARE_SHARE))
+        rare = np.minimum(found / RARE_SHARE + mirrored, 2 * found)
+        found = np.where(chances <= 0.5, rare, found / (1 - RARE_SHARE))
     return min(1.0, float(found.max()))
 
 

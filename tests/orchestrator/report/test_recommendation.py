@@ -133,8 +133,8 @@ def test_where_rare_losses_decide_it_says_so() -> None:
     assert found.over_parent is not None and found.over_parent.guarded and not found.over_parent.sure
     assert found.sentence.startswith("a leads with 90.4") and ": b may be as good" in found.sentence
     words = "Losses that are too rare to be seen in so few haystacks could explain it; the observed spread could not."
-    assert found.why[0] == f"Against old: p = 0.27, for 2 points at once. {words}"
-    assert found.why[1] == f"+33.4 over the closest rival, b: p = 0.13. {words}"
+    assert found.why[0] == f"Against old: p = 0.33, for 2 points at once. {words}"
+    assert found.why[1] == f"+33.4 over the closest rival, b: p = 0.17. {words}"
 
 
 def test_no_word_takes_a_test_that_shows_nothing_for_equality() -> None:
