@@ -75,19 +75,24 @@ class Tested:
 def paired_test(samples: Sequence[CellSample], confidence: float = 0.95) -> Tested:
     """The macro difference of two models: McNemar's exact test where one cell decides, else Student's.
 
-    One cell decides where all others are alike and its differences are right against wrong answers on haystacks of
-    their own. Its interval is then that of Bonett & Price.
+    One cell decides where all others are alike and its differences are right against wrong on haystacks of their
+    own. The interval is then the wider one of Bonett & Price's, which knows nothing of the other cells, and of
+    `macro_difference`. McNemar's p value decides unless the other cells are so small that Student's is above the level.
     """
     estimate = macro_difference(samples, confidence)
     weights = macro_weights([sample.cell for sample in samples]).tolist()
     differing = [(sample, weight) for sample, weight in zip(samples, weights, strict=True) if np.any(sample.values)]
-    if len(differing) != 1 or not _right_or_wrong_alone(differing[0][0]):
-        return Tested(estimate, spread_test(estimate), estimate.least_p)
+    plain = Tested(estimate, spread_test(estimate), estimate.least_p)
+    if math.isinf(estimate.standard_error) or len(differing) != 1 or not _right_or_wrong_alone(differing[0][0]):
+        return plain
     values, weight = differing[0][0].values, differing[0][1]
     gains, losses = int(np.sum(values > 0)), int(np.sum(values < 0))
     p = mcnemar(gains, losses).two_sided
+    if p <= 1 - confidence < plain.p:
+        return plain
     low, high = (weight * bound for bound in mcnemar_interval(gains, losses, values.size, confidence))
-    if max(p, estimate.least_p) > 1 - confidence:
+    low, high = min(low, estimate.low), max(high, estimate.high)
+    if p > 1 - confidence:
         low, high = min(low, 0.0), max(high, 0.0)
     return Tested(replace(estimate, low=low, high=high), p, estimate.least_p, exact=True)
 

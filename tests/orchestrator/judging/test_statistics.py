@@ -21,6 +21,9 @@ from orchestrator.judging.estimates import (
 )
 from orchestrator.judging.samples import Cell, cell_sample, paired_sample
 from orchestrator.judging.significance import (
+    Tested as Found,
+)
+from orchestrator.judging.significance import (
     anytime_multiplier,
     anytime_p_value,
     benjamini_hochberg,
@@ -31,6 +34,7 @@ from orchestrator.judging.significance import (
     mcnemar,
     mcnemar_interval,
     minimum_detectable_effect,
+    paired_test,
     rule_of_three,
     sign_flip_test,
     wilson_interval,
@@ -407,3 +411,32 @@ def test_a_weighted_score_of_a_model_and_itself_is_what_is_left_of_its_weight():
     estimate = weighted_score([cell, cell], np.array([1.0, -0.85]))
     assert estimate.mean == pytest.approx(0.15 / 2)
     assert estimate.standard_error == pytest.approx(0.15 * scipy.stats.sem(cell.values))
+
+
+# ---- one cell decides
+
+
+def one_of_two(last: list[float], other: int) -> Found:
+    """Differences in one cell alone; the other has so many haystacks, all without a difference."""
+    return paired_test([cell_sample("vt", 4096, last), cell_sample("cwe", 4096, [0.0] * other)])
+
+
+def test_the_interval_of_one_cell_that_decides_is_the_wider_one() -> None:
+    last = [1.0] * 12 + [-1.0] * 2 + [0.0] * 16
+    found = one_of_two(last, 30)
+    plain = macro_difference([cell_sample("vt", 4096, last), cell_sample("cwe", 4096, [0.0] * 30)])
+    low, high = mcnemar_interval(12, 2, 30)
+    assert found.exact and found.p == mcnemar(12, 2).two_sided
+    assert found.estimate.low == min(low / 2, plain.low) and found.estimate.high == max(high / 2, plain.high)
+    assert found.estimate.high == plain.high > high / 2, "a loss in the other cell may have been missed"
+
+
+def test_a_small_cell_without_a_difference_makes_one_that_decides_unsure() -> None:
+    found = one_of_two([1.0] * 8 + [0.0] * 92, 4)  # McNemar: 2/2⁸
+    assert not found.exact and found.p > 0.05 and found.estimate.low < 0 < found.estimate.high
+
+
+def test_one_haystack_in_another_cell_shows_no_spread() -> None:
+    found = one_of_two([1.0] * 20 + [0.0] * 20, 1)
+    assert (found.exact, found.p) == (False, 1.0)
+    assert (found.estimate.low, found.estimate.high) == (-1.0, 1.0)
