@@ -25,7 +25,8 @@ from orchestrator.judging.samples import CellSample, FloatArray, Labels, cluster
 BETS = np.append(np.geomspace(0.02, 0.9, 11), 1 - 1e-9)
 """The largest bet wins most if two models agree on everything, and loses nearly all by one haystack that is lost."""
 STAKES = np.append(np.full(11, 0.5 / 11), 0.5)
-MOST_GROWTH = 1e9
+NEVER = 1e9
+"""So many times the haystacks that no gate will ask them."""
 NEWTON_STEPS = 30
 CLOSE = 0.01
 """Of the logarithm of a capital: near enough to its least value."""
@@ -118,7 +119,7 @@ class Capital:
         low, high = 0.0, 1.0
         while not enough(high):
             low, high = high, 2 * high
-            if high > MOST_GROWTH:
+            if high > NEVER:
                 return math.inf
         while high - low > 1e-4 * high:
             middle = (low + high) / 2

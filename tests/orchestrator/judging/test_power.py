@@ -7,9 +7,17 @@ import math
 import numpy as np
 import pytest
 
-from orchestrator.judging.estimates import macro_difference
+from orchestrator.judging.estimates import few_losses, macro_difference, pooled
 from orchestrator.judging.gate import GateRule, judge
-from orchestrator.judging.power import Design, growth_to_pass, passing, power, smallest_difference, smallest_margin
+from orchestrator.judging.power import (
+    Design,
+    _Outcomes,
+    growth_to_pass,
+    passing,
+    power,
+    smallest_difference,
+    smallest_margin,
+)
 from orchestrator.judging.samples import CellSample, cell_sample
 from orchestrator.judging.significance import difference_test
 
@@ -84,3 +92,12 @@ def test_one_haystack_shows_and_decides_nothing() -> None:
     one = Design(1, 1.0, 1.0, 0.1)
     assert (power(one, 0.9, 0.05), passing(one, 0.5, 0.05, None)) == (0.0, 0.0)
     assert math.isinf(smallest_difference(one, 0.05))
+
+
+@pytest.mark.parametrize("claimed", [0.0, 0.05])
+def test_the_guard_of_the_plan_is_that_of_the_tests(claimed: float):
+    outcomes = _Outcomes.of(Design(24, 24.0, 1 / 24, 0.3), 0.1)
+    found = outcomes.few_losses(24, claimed)
+    for gained, lost, p in {*zip(outcomes.gained.tolist(), outcomes.lost.tolist(), found.tolist(), strict=True)}:
+        values = [1.0] * int(gained) + [-1.0] * int(lost) + [0.0] * int(24 - gained - lost)
+        assert p == pytest.approx(few_losses(pooled([cell_sample("vt", 4096, values)], np.ones(1)), claimed))
