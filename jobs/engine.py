@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from jobs.errors import BadInput
 from jobs.sources import LATER
-from jobs.specs import Reads, Scalar, read_scalar, read_spec, schema_of
+from jobs.specs import AtLeast, Between, NotNegative, Reads, Rule, Scalar, read_scalar, read_spec, schema_of
 from jobs.yaml_nodes import Node, quoted, suggestion
 
 # a job file may come from anywhere: no option loads code, another model or a file
@@ -25,6 +26,17 @@ ENGINE_OPTIONS: Mapping[str, tuple[str, ...]] = {
 
 APIS = ("completions", "chat")
 """The APIs of a server: it reads a text, or messages that it puts into the chat template itself."""
+
+RULES: Mapping[str, Rule] = {
+    "chunk": AtLeast(1),
+    "batch": AtLeast(1),
+    "max_length": AtLeast(1),
+    "concurrency": AtLeast(1),
+    "attempts": AtLeast(1),
+    "timeout_seconds": Between(1e9, "`timeout_seconds` is a number of seconds above 0 and below 10⁹"),
+    "first_pause_seconds": NotNegative(),
+}
+"""Of options whose values are checked where the job is read; vLLM checks its own."""
 
 OPTIONS = Reads(
     lambda node: {option: read_scalar(entry) for option, entry in node.mapping().items()},
@@ -80,6 +92,8 @@ def read_engine(node: Node) -> EngineSpec:
     for place, address in addresses.items():
         if any(sign in address for sign in "@?#"):
             raise BadInput(f"{place}: the server's address holds no credentials; the key comes from OPENAI_API_KEY")
+        if not is_address(address):
+            raise BadInput(f"{place}: {quoted(address)} is not a server; give it as http://host:port/v1")
     known = ENGINE_OPTIONS[engine.name]
     for option in engine.options:
         place = keys["options"].mapping()[option]
@@ -87,7 +101,20 @@ def read_engine(node: Node) -> EngineSpec:
             raise place.error(f"the engine {engine.name} takes no option {quoted(option)}{suggestion(option, known)}")
         if option == "api":
             place.choice(APIS)
+        if option in RULES:
+            RULES[option].read(place)
     return engine
+
+
+def is_address(url: str) -> bool:
+    """Whether a server may have this address: http or https, a host, perhaps a port."""
+    try:
+        parts = urlsplit(url)
+        port, host = parts.port, (parts.hostname or "").encode("idna")
+    except ValueError:  # also of a name that is none
+        return False
+    sendable = parts.path.isascii() and url.isprintable() and " " not in url
+    return parts.scheme in ("http", "https") and bool(host) and port != 0 and sendable
 
 
 def engine_schema() -> dict[str, Any]:
@@ -99,7 +126,7 @@ def engine_schema() -> dict[str, Any]:
             "then": {
                 "properties": {
                     "options": {
-                        "properties": dict.fromkeys(options, True)
+                        "properties": {option: RULES[option].schema if option in RULES else True for option in options}
                         | ({"api": {"enum": [*APIS]}} if "api" in options else {}),
                         "additionalProperties": False,
                     }

@@ -323,6 +323,39 @@ def test_bad_input_gets_the_thing_the_place_and_the_remedy(text: str, message: s
     assert refusal(text).startswith(("job.yaml:", "recipe.yml:"))
 
 
+@pytest.mark.parametrize(
+    "url",
+    ["h", "h:8000/v1", "ftp://h/v1", "http:///v1", "http://h:port/v1", "http://[::1/v1", "http://h:99999/v1",
+     "http://h:0/v1", "http://a..b/v1", "http://h/a b"],
+)  # fmt: skip
+@pytest.mark.parametrize("engine", ["{name: openai, url: '%s'}", "{name: openai, servers: {cos: {url: '%s'}}}"])
+def test_an_address_that_no_server_has_is_refused_with_the_job(url: str, engine: str) -> None:
+    said = refusal(with_line(f"engine: {engine % url}"))
+    assert said == f'job.yaml:15: "{url}" is not a server; give it as http://host:port/v1'
+
+
+@pytest.mark.parametrize("url", ["http://h:8000/v1", "https://münchen.example/v1", "http://[::1]:8000/v1", "HTTP://H"])
+def test_an_address_of_a_server_is_taken(url: str) -> None:
+    assert load(with_line(f"engine: {{name: openai, url: '{url}'}}")).engine.url == url
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [
+        ("concurrency: 0", '"engine.options.concurrency" must be at least 1'),
+        ("concurrency: 1.5", '"engine.options.concurrency" must be a whole number'),
+        ("attempts: 0", '"engine.options.attempts" must be at least 1'),
+        ("max_length: 0", '"engine.options.max_length" must be at least 1'),
+        ("timeout_seconds: 0", "`timeout_seconds` is a number of seconds above 0 and below 10⁹, not 0"),
+        ("timeout_seconds: soon", '"engine.options.timeout_seconds" must be a number'),
+        ("first_pause_seconds: -1", '"engine.options.first_pause_seconds" must be at least 0'),
+    ],
+)
+def test_an_impossible_option_of_a_server_is_refused_with_the_job(option: str, complaint: str) -> None:
+    said = refusal(with_line(f"engine: {{name: openai, url: http://x, options: {{{option}}}}}"))
+    assert said.startswith("job.yaml:15: ") and complaint in said
+
+
 def test_output_can_be_given_from_outside() -> None:
     text = replaced("output: s3://bucket/runs\n", "")
     assert load_job(text, "job.yaml", "elsewhere").output == "elsewhere"

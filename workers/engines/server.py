@@ -18,6 +18,7 @@ from ipaddress import IPv6Address, ip_address, ip_network
 from typing import Any, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+from jobs.engine import is_address
 from jobs.errors import AccessDenied, BadInput, Unavailable
 from jobs.foreign_json import load_json
 from jobs.yaml_nodes import quoted
@@ -73,11 +74,10 @@ class Server:
         timeout_seconds: float,
         first_pause_seconds: float,
     ) -> None:
-        parts = urlsplit(url.rstrip("/"))
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if not is_address(url):
             raise BadInput(f"{url}: not a server; give it as http://host:port/v1")
         self.url = url.rstrip("/")
-        self._parts, self._timeout = parts, timeout_seconds
+        self._parts, self._timeout = urlsplit(self.url), timeout_seconds
         self._attempts, self._pause = attempts, first_pause_seconds
         self._own = threading.local()
         self._opened: list[http.client.HTTPConnection] = []
