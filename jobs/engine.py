@@ -85,8 +85,12 @@ def read_engine(node: Node) -> EngineSpec:
         for key in ("url", "servers"):
             if getattr(engine, key):
                 raise keys[key].error(f"the engine {engine.name} has no `{key}:`; take it out")
-    elif engine.url is None and (not engine.servers or any(server.url is None for server in engine.servers.values())):
-        raise node.error("the engine openai needs `url:`, the address of the server")
+    elif engine.url is None:
+        if not engine.servers:
+            raise node.error("the engine openai needs `url:`, the address of the server")
+        for name, server in engine.servers.items():
+            if server.url is None:
+                raise BadInput(f"{server.place}: the server of {quoted(name)} needs `url:`, or give that of the engine")
     addresses = {keys["url"].place: engine.url} if engine.url is not None else {}
     addresses |= {server.place: server.url for server in engine.servers.values() if server.url is not None}
     for place, address in addresses.items():

@@ -196,6 +196,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     ),
     "orchestrator/evaluating": (
         "jobs",
+        "orchestrator/words.py",
         "workers/storage",
         "workers/checkpoints",
         "workers/engines",

@@ -19,6 +19,7 @@ from orchestrator.planning.layouts import Layout
 from orchestrator.planning.parents import parent_alone, parents_as_points
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.planning.sharing import Family, families
+from orchestrator.words import shortlist
 from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks, planned_sets
 from workers.benchmarks.sets import check_sets
@@ -175,8 +176,10 @@ def _check_server(plan: Plan) -> None:
             remedy = "name one MODEL, or leave --server out"
         elif engine.url is None:
             remedy = "give its server as `url:`, or name it in `servers:`"
-        served = f"the server at {engine.url} serves one model, the job has" if engine.url else "there is no server of"
-        raise BadInput(f"{engine.place}: {served} {len(unnamed)} points; {remedy}")
+        trouble = f"there is no server of {shortlist(unnamed)}"
+        if engine.url is not None:
+            trouble = f"the server at {engine.url} serves one model, the job has {len(unnamed)} points"
+        raise BadInput(f"{engine.place}: {trouble}; {remedy}")
 
 
 def _at_its_server(plan: Plan, held: _Asked, name: str) -> _Asked:

@@ -287,7 +287,10 @@ def test_a_parent_may_be_an_axis() -> None:
         (with_line("engine: openai"), "job.yaml:15: the engine openai needs `url:`"),
         (with_line("engine: {name: vllm, url: http://x}"), "job.yaml:15: the engine vllm has no `url:`"),
         (with_line("engine: {name: vllm, servers: {cos: {url: http://x}}}"), "the engine vllm has no `servers:`"),
-        (with_line("engine: {name: openai, servers: {cos: {}}}"), "job.yaml:15: the engine openai needs `url:`"),
+        (
+            with_line("engine:\n  name: openai\n  servers:\n    fmt: {url: http://x}\n    cos: {}"),
+            'job.yaml:19: the server of "cos" needs `url:`, or give that of the engine',
+        ),
         (
             with_line("engine: {name: openai, url: http://x, servers: {csο: {}}}"),
             'job.yaml:15: "csο" is neither a parent nor a point; did you mean "cos"?',

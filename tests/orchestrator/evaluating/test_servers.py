@@ -107,7 +107,7 @@ def test_several_points_have_a_server_each_or_a_name_each_at_one(
 def test_a_point_without_a_server_is_named(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     engine = {"name": "openai", "servers": {"fmt": {"url": "http://127.0.0.1:1/v1"}}}
     ended = mergeyard("plan", job_file(engine=engine, grid={"w": [0.2]}))
-    assert ended.code == 2 and "no server of 1 points; give its server as `url:`" in ended.err
+    assert ended.code == 2 and "there is no server of w0.2; give its server as `url:`" in ended.err
     assert mergeyard("plan", job_file(engine={**engine, "url": "http://127.0.0.1:2/v1"}, grid={"w": [0.2]})).code == 0
 
 
