@@ -100,14 +100,14 @@ def test_p_values_are_adjusted_over_the_table_by_holm() -> None:
 
 
 def test_the_guard_against_rare_losses_is_adjusted_over_the_table_too() -> None:
-    # gains of 1/20 hide a loss in 21: none of 62 has the chance (20/21)^62 = 0.0486, one table of ten lines ten times
+    # gains of 1/20 hide a loss in 21: none of 72 has the p (20/21)^72 / 0.8 = 0.037, one table of ten lines ten times
     tasks = [f"t{number}" for number in range(10)]
-    old = [row for task in tasks for row in answers("old", [0.9] * 62, task)]
-    new = [row for task in tasks for row in answers("new", [0.95] * 62, task)]
+    old = [row for task in tasks for row in answers("old", [0.9] * 72, task)]
+    new = [row for task in tasks for row in answers("new", [0.95] * 72, task)]
     for line in compared(old, new).cells:
-        assert (line.test, line.p) == ("binomial", pytest.approx((20 / 21) ** 62 / 0.8))
-        assert line.p_holm == pytest.approx(10 * (20 / 21) ** 62 / 0.8)
-    [alone] = compared(old[:62], new[:62]).cells
+        assert (line.test, line.p) == ("binomial", pytest.approx((20 / 21) ** 72 / 0.8))
+        assert line.p_holm == pytest.approx(10 * (20 / 21) ** 72 / 0.8)
+    [alone] = compared(old[:72], new[:72]).cells
     assert (alone.test, alone.p_holm) == ("sign-flip", 1e-4)
 
 
