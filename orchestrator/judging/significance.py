@@ -76,7 +76,7 @@ def paired_test(samples: Sequence[CellSample], confidence: float = 0.95) -> Test
     """The macro difference of two models: McNemar's exact test where one cell decides, else Student's.
 
     One cell decides where all others are alike and its differences are right against wrong on haystacks of their
-    own. The interval is then the wider one of Bonett & Price's, which knows nothing of the other cells, and of
+    own. The interval is then the wider one of Bonett & Price's, which leaves the other cells out, and of
     `macro_difference`. McNemar's p value decides unless the other cells are so small that Student's is above the level.
     """
     estimate = macro_difference(samples, confidence)

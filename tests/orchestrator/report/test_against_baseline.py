@@ -33,9 +33,12 @@ def test_where_one_cell_of_right_and_wrong_decides_p_is_mcnemars() -> None:
     found = compare({"new": new, "old": old}, "new", "old")
     assert found is not None and found.difference == pytest.approx(100 * 10 / 36 / 2)
     assert found.p == pytest.approx(26 / 2**12) and found.sure
-    # Bonett and Price, with half the weight: ±1.96 √(12/38 + 2/38 − (10/38)²)/√38
-    half = 1.959964 * math.sqrt((14 / 38 - (10 / 38) ** 2) / 38)
-    assert (found.low, found.high) == pytest.approx((50 * (10 / 38 - half), 50 * (10 / 38 + half)))
+    # Student's with one gain and one loss more, as it is wider than Bonett and Price's here
+    error = math.hypot(math.sqrt((12 / 36 - (10 / 36) ** 2) / 35), math.sqrt(2) / 36) / 2
+    half = scipy.stats.t.ppf(0.975, 35) * error
+    assert (found.low, found.high) == pytest.approx((100 * (10 / 72 - half), 100 * (10 / 72 + half)))
+    narrow = 1.959964 * math.sqrt((14 / 38 - (10 / 38) ** 2) / 38)
+    assert found.low < 50 * (10 / 38 - narrow) and found.high > 50 * (10 / 38 + narrow)
 
 
 def test_few_gains_without_a_loss_are_no_more_than_luck() -> None:
