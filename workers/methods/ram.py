@@ -9,6 +9,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from workers.methods.passes import Overlap
 from workers.methods.reductions import Overlaps, overlap
 from workers.methods.tile import Inputs
@@ -43,11 +45,12 @@ def ramplus_tl_pass(inputs: Inputs, *, r: float, alpha: float, epsilon: float) -
 
 def _factors(inputs: Inputs, r: float, alpha: float, epsilon: float) -> Sequence[float]:
     overlaps = Overlaps(inputs.models, inputs.base_model, inputs.number(epsilon), inputs.dtype)
+    number = np.float32 if inputs.as_mergekit else float  # mergekit takes every step of a factor in float32
 
     def factor(shared: int, alone: int) -> float:
         divisor = max(alone, epsilon)
         ratio = shared / divisor if divisor > 0 else math.inf if shared else 0.0
-        return 1 + r * min(ratio, alpha)
+        return float(1 + number(r) * min(number(ratio), number(alpha)))
 
     return [factor(shared, alone) for shared, alone in inputs.tile.known(overlaps)]
 
