@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 from jobs.sources import LATER
 from jobs.specs import (
@@ -13,13 +14,14 @@ from jobs.specs import (
     Between,
     Reads,
     Scalar,
+    distinct,
     document_of,
     read_scalar,
     read_spec,
     schema_of,
     words_of,
 )
-from jobs.yaml_nodes import Node, quoted
+from jobs.yaml_nodes import Node, quoted, suggestion
 
 TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
 """Keys by which tasks of lm-evaluation-harness load a tokenizer, with its code: a job may not set them."""
@@ -27,6 +29,7 @@ TOKENIZER_KEYS = ("tokenizer", "pretrained", "model")
 SHORTEST_LENGTH = 64
 """Tokens of the shortest context that a benchmark asks at."""
 
+Spec = TypeVar("Spec", bound="BenchmarkSpec")
 Count = Annotated[int, AtLeast(1)]
 Length = Annotated[int, AtLeast(SHORTEST_LENGTH)]
 Alpha = Annotated[float, Between(0.5, "alpha, the chance of a wrong verdict, must lie between 0 and 0.5")]
@@ -37,6 +40,11 @@ QUESTIONS = "questions that share one haystack"
 ANSWER_PREFIX = "whether the prompt begins the answer, as RULER does; never before a thought"
 TEMPLATE_KEYS = ("messages", "add_generation_prompt", "continue_final_message", "tools", "documents")
 """Arguments of a chat template that a job may not set: they are the conversation itself."""
+
+PLAIN_SCORERS = ("exact", "contains", "regex", "f1", "rouge_l", "json_field")
+SCORER = re.compile(rf"^({'|'.join(PLAIN_SCORERS)}|python:[A-Za-z_]\w*(\.[A-Za-z_]\w*)+)$")
+COLUMNS = ("input", "target", "length", "context", "depth")
+"""What a row of a user's own file may have; the first two it must have."""
 
 BUDGET = 4096
 """Tokens of a thought, where the job does not say."""
@@ -115,6 +123,13 @@ def _share(node: Node) -> float:
     if not 0 < share <= 1:
         raise node.error(f"{quoted(node.path)} must be above 0 and at most 1, not {node.value}")
     return share
+
+
+def _scorer(node: Node) -> str:
+    if SCORER.fullmatch(node.string()) is None:
+        near = suggestion(node.string(), PLAIN_SCORERS)
+        raise node.error(f"there is no scorer {quoted(node.string())}{near}; your own is python:module.function")
+    return node.string()
 
 
 ARGUMENTS_SCHEMA = {
@@ -230,6 +245,38 @@ class LmEvalSpec(AnsweringSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CustomSpec(AnsweringSpec):
+    """Questions from a file of the user's own."""
+
+    file: Annotated[str, "the questions, as JSON lines, CSV or Parquet"]
+    scorer: Annotated[str, Reads(_scorer, {"type": "string", "pattern": SCORER.pattern}), "how an answer is scored"]
+    name: Annotated[str | None, "the name of the task; without it, that of the file"] = None
+    columns: Annotated[Mapping[str, str], words_of(COLUMNS), "the columns in the file that have other names"] = field(
+        default_factory=dict[str, str]
+    )
+    lengths: Annotated[tuple[Length, ...], "context lengths in tokens; without them, as the questions need"] = ()
+    limit: Annotated[Count | None, "questions of each length; without it, all"] = None
+    field: Annotated[str | None, "the field of the answer that `json_field` compares, such as `place.city`"] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Several:
+    """A benchmark's section that is a list: one spec for each entry."""
+
+    specs: tuple[CustomSpec, ...]
+    place: str = field(default="", compare=False)
+
+    @property
+    def chat(self) -> bool:
+        """Whether all are asked in a chat."""
+        return all(spec.chat for spec in self.specs)
+
+    def document(self) -> list[dict[str, Any]]:
+        """The section as plain data that reads back as the same."""
+        return [document_of(spec) for spec in self.specs]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RaceSpec:
     """Points leave when they are surely not among the best `keep`."""
 
@@ -258,7 +305,10 @@ class Evaluation:
     def document(self) -> dict[str, Any]:
         """The section as plain data that reads back as the same."""
         race = {} if self.race is None else {"race": document_of(self.race)}
-        return {key: document_of(spec) for key, spec in self.benchmarks.items()} | race
+        return {
+            key: spec.document() if isinstance(spec, Several) else document_of(spec)
+            for key, spec in self.benchmarks.items()
+        } | race
 
 
 SPECS: dict[str, type[BenchmarkSpec]] = {
@@ -266,6 +316,7 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "needle": NeedleSpec,
     "perplexity": PerplexitySpec,
     "lm_eval": LmEvalSpec,
+    "custom": CustomSpec,
 }
 """The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` has their behaviour."""
 
@@ -276,15 +327,27 @@ ALWAYS_DIGESTED = ("ruler", "needle", "perplexity", "lm_eval")
 def read_evaluation(node: Node) -> Evaluation:
     """The section at `node`; `BadInput` without a benchmark."""
     keys = node.mapping((*SPECS, "race"))
-    asked = {key: _checked(read_spec(SPECS[key], entry), entry) for key, entry in keys.items() if key in SPECS}
+    asked = {key: _benchmark(SPECS[key], entry) for key, entry in keys.items() if key in SPECS}
     if not asked:
         *others, last = SPECS
         raise node.error(f"nothing to evaluate; name a benchmark: {', '.join(others)} or {last}")
     return Evaluation(benchmarks=asked, race=_race(keys["race"]) if "race" in keys else None, place=node.place)
 
 
-def _checked(spec: BenchmarkSpec, node: Node) -> BenchmarkSpec:
+def _benchmark(kind: type[BenchmarkSpec], node: Node) -> BenchmarkSpec:
+    """One benchmark's section; that of `custom` may be a list of several files."""
+    if node.kind == "list" and kind is CustomSpec:
+        specs = distinct(node, lambda entry: _checked(read_spec(CustomSpec, entry), entry))
+        return Several(specs=specs, place=node.place)
+    return _checked(read_spec(kind, node), node)
+
+
+def _checked(spec: Spec, node: Node) -> Spec:
     """The spec, whose keys agree."""
+    if isinstance(spec, CustomSpec) and (spec.scorer == "json_field") != (spec.field is not None):
+        if spec.field is None:
+            raise node.error("json_field compares one field of the answer; name it, as `field: city`")
+        raise node.mapping()["field"].error("`field:` has an effect only with `scorer: json_field`; take it out")
     if isinstance(spec, AnsweringSpec) and not spec.temperature:
         for key in ("top_p", "top_k", "samples"):
             if getattr(spec, key) != getattr(GREEDY, key):
@@ -308,13 +371,18 @@ def _race(node: Node) -> RaceSpec | None:
     return read_spec(RaceSpec, node)
 
 
+def _schema_of(spec: type[BenchmarkSpec]) -> dict[str, Any]:
+    one = schema_of(spec)
+    return {"anyOf": [one, {"type": "array", "items": one, "minItems": 1}]} if spec is CustomSpec else one
+
+
 def evaluation_schema() -> dict[str, Any]:
     """The JSON Schema of the section."""
     race = {"anyOf": [SWITCH, schema_of(RaceSpec)]}
     return {
         "type": "object",
         "description": "The benchmarks that every point answers; at least one.",
-        "properties": {key: schema_of(spec) for key, spec in SPECS.items()} | {"race": race},
+        "properties": {key: _schema_of(spec) for key, spec in SPECS.items()} | {"race": race},
         "anyOf": [{"required": [key]} for key in SPECS],
         "additionalProperties": False,
     }

@@ -66,7 +66,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/checkpoints",
         "workers/benchmarks/items.py",
     ),
-    "workers/benchmarks/scorers.py": (),
+    "workers/benchmarks/scorers.py": ("jobs",),
     "workers/benchmarks/planned.py": ("jobs", "workers/storage", "workers/benchmarks/texts"),
     "workers/benchmarks/generation.py": (
         "jobs",
@@ -105,6 +105,20 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
     ),
+    "workers/benchmarks/questions.py": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+    ),
+    "workers/benchmarks/custom.py": (
+        "jobs",
+        "workers/benchmarks/scorers.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
+        "workers/benchmarks/questions.py",
+    ),
     "workers/benchmarks/harness": (
         "jobs",
         "workers/engines",
@@ -124,6 +138,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/needle.py",
         "workers/benchmarks/perplexity.py",
         "workers/benchmarks/harness",
+        "workers/benchmarks/custom.py",
     ),
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),
     "workers/activations": (

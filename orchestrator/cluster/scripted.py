@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping
 
 from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
 from workers.benchmarks.items import Item, read_items
-from workers.benchmarks.scorers import SCORERS
+from workers.benchmarks.scorers import score as scored_by
 from workers.digests import weights_digest
 from workers.evaluating.scores import write_scores
 from workers.merging.resident import ResidentParents
@@ -63,7 +63,7 @@ class ScriptedEvaluators:
             haystack=item.haystack,
             pair=item.pair,
             answer=text,
-            score=SCORERS[item.scorer](text, item.answers) if isinstance(answer, str) else answer,
+            score=scored_by(item.scorer, text, item.answers) if isinstance(answer, str) else answer,
             finite=True,
             tokens=item.tokens,
             seconds=0.0,

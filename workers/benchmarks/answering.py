@@ -10,7 +10,7 @@ from pathlib import Path
 from jobs.evaluation_tasks import PLAINLY, Generation, Status
 from workers.benchmarks.generation import messages_of, sampling_of, thought_of
 from workers.benchmarks.items import Item, read_items
-from workers.benchmarks.scorers import SCORERS
+from workers.benchmarks.scorers import score as scored_by
 from workers.engines.engine import Engine, Prompt
 
 
@@ -70,7 +70,7 @@ def answer_items(engine: Engine, block: Block) -> Iterator[ItemScore]:
             haystack=item.haystack,
             pair=item.pair,
             answer=text,
-            score=SCORERS[item.scorer](text, item.answers) if answer.finite else 0.0,
+            score=scored_by(item.scorer, text, item.answers) if answer.finite else 0.0,
             finite=answer.finite,
             tokens=answer.tokens_in + answer.tokens_out,
             seconds=answer.seconds,

@@ -9,8 +9,18 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from jobs.evaluate import BenchmarkSpec, Evaluation, LmEvalSpec, NeedleSpec, PerplexitySpec, RulerSpec
+from jobs.evaluate import (
+    BenchmarkSpec,
+    CustomSpec,
+    Evaluation,
+    LmEvalSpec,
+    NeedleSpec,
+    PerplexitySpec,
+    RulerSpec,
+    Several,
+)
 from workers.benchmarks.answering import Block, ItemScore, answer_items
+from workers.benchmarks.custom import custom_files, plan_custom
 from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files, plan_lm_eval
 from workers.benchmarks.items import read_answers
 from workers.benchmarks.needle import plan_needle
@@ -100,6 +110,15 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         answer=answer_lm_eval,
         files=check_task_files,
         rank=1,
+    ),
+    "custom": Benchmark[CustomSpec | Several](
+        title="your own questions",
+        plan=plan_custom,
+        answer=answer_items,
+        files=custom_files,
+        rank=0,
+        retrieval=True,
+        expected=read_answers,
     ),
 }
 """In the order in which they are planned, raced and preferred where one of several is needed."""

@@ -1,4 +1,4 @@
-"""Scores of one answer, from 0 to 1, as RULER counts them.
+"""Scores of one answer, from 0 to 1: as RULER counts them, and as other benchmarks do.
 
 RULER lower-cases both sides and looks for each reference inside the prediction. A task that wants all of several
 values gives the share that was found; a question with aliases gives 1 if any of them was found.
@@ -6,8 +6,17 @@ values gives the share that was found; a question with aliases gives 1 if any of
 
 from __future__ import annotations
 
+import json
+import math
 import re
+import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from difflib import SequenceMatcher
+from functools import lru_cache
+from typing import Any
+
+from jobs.errors import BadInput
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
@@ -35,8 +44,148 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(reference.lower() == text for reference in references))
 
 
+def found_patterns(prediction: str, references: Sequence[str]) -> float:
+    """1 if any of the references, regular expressions of Python, is found in the prediction, else 0."""
+    return float(any(re.search(reference, prediction) for reference in references))
+
+
+def token_f1(prediction: str, references: Sequence[str]) -> float:
+    """The best F1 of the words that prediction and reference have in common, as the script of SQuAD 2.0 counts it."""
+    return max(_f1(_squad_words(prediction), _squad_words(reference)) for reference in references)
+
+
+def _squad_words(text: str) -> list[str]:
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def _f1(said: Sequence[str], right: Sequence[str]) -> float:
+    if not said or not right:
+        return float(said == right)
+    return _harmonic((Counter(said) & Counter(right)).total(), said, right)
+
+
+def _harmonic(common: int, said: Sequence[str], right: Sequence[str]) -> float:
+    return 2 * common / (len(said) + len(right)) if common else 0.0
+
+
+def rouge_l(prediction: str, references: Sequence[str]) -> float:
+    """The best F-measure of the longest common subsequence of words, as `rougeL` of rouge-score without a stemmer."""
+    said = re.findall("[a-z0-9]+", prediction.lower())
+    right = [re.findall("[a-z0-9]+", reference.lower()) for reference in references]
+    return max(_harmonic(_common_subsequence(said, words), said, words) for words in right)
+
+
+def _common_subsequence(left: Sequence[str], right: Sequence[str]) -> int:
+    """The length of the longest one: a bit for each word of `left`, a step for each of `right` (Hyyrö 2004)."""
+    places: dict[str, int] = {}
+    for place, word in enumerate(left):
+        places[word] = places.get(word, 0) | 1 << place
+    everywhere = row = (1 << len(left)) - 1
+    for word in right:
+        matched = row & places.get(word, 0)
+        row = (row + matched | row - matched) & everywhere
+    return len(left) - row.bit_count()
+
+
+def sequence_after(prediction: str, references: Sequence[str], beginning: str) -> float:
+    """The similarity of the texts after `beginning`, by difflib; 0 if the prediction does not begin with it.
+
+    As the function on the card of OpenAI's MRCR, except that blanks before the answer do not count: a plain model and
+    a thought leave some.
+    """
+    [reference] = references
+    text = prediction.lstrip()
+    if not text.startswith(beginning):
+        return 0.0
+    return SequenceMatcher(None, text.removeprefix(beginning), reference.removeprefix(beginning)).ratio()
+
+
+def json_field(prediction: str, references: Sequence[str], field: str) -> float:
+    """1 if a field of the first JSON object in the prediction is one of the references, else 0.
+
+    `field` may lead through objects, as `place.city`. Case and outer blanks do not count; equal numbers are equal.
+    """
+    found = value_at(_first_object(prediction), field)
+    if found is None:
+        return 0.0
+    said = as_text(found).strip().lower()
+    return float(any(_same(said, reference.strip().lower()) for reference in references))
+
+
+def value_at(record: Any, path: str) -> Any:
+    """The value under the key `path`, or under its parts one after another; None where there is none."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def as_text(value: Any) -> str:
+    """A text as it is, and any other value as JSON writes it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _first_object(text: str) -> Any:
+    for match in re.finditer("{", text):
+        try:
+            return json.JSONDecoder().raw_decode(text, match.start())[0]
+        except (ValueError, RecursionError):
+            continue
+    return None
+
+
+def _same(left: str, right: str) -> bool:
+    try:
+        return left == right or math.isclose(float(left), float(right), rel_tol=1e-9)
+    except ValueError:
+        return False
+
+
+def by_own_function(prediction: str, references: Sequence[str], code: str) -> float:
+    """The score by a function of the user's: a line `module.function`, then the source of the module.
+
+    The function takes the answer and the list of targets, and returns a number from 0 to 1 or a boolean. `BadInput`
+    names it where it fails.
+    """
+    name, _, source = code.partition("\n")
+    module, _, function = name.rpartition(".")
+    try:
+        found = _module(module, source)[function](prediction, list(references))
+        value = float(found)
+    except Exception as error:  # whatever the user's code raises
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise BadInput(f"{name}: the scorer fails ({said}); correct the function, and start a new run") from error
+    if not 0 <= value <= 1:
+        raise BadInput(f"{name}: the scorer gives {found}; return a number from 0 to 1")
+    return value
+
+
+@lru_cache(16)
+def _module(name: str, source: str) -> dict[str, Any]:
+    """The names that a module defines."""
+    names: dict[str, Any] = {"__name__": name, "__file__": f"{name.replace('.', '/')}.py"}
+    exec(compile(source, names["__file__"], "exec"), names)
+    return names
+
+
 SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
     "all": string_match_all,
     "part": string_match_part,
     "exact": exact_match,
+    "regex": found_patterns,
+    "f1": token_f1,
+    "rouge_l": rouge_l,
 }
+WITH_ARGUMENT: Mapping[str, Callable[[str, Sequence[str], str], float]] = {
+    "after": sequence_after,
+    "json_field": json_field,
+    "python": by_own_function,
+}
+
+
+def score(scorer: str, prediction: str, references: Sequence[str]) -> float:
+    """The score by a scorer's name: one of `SCORERS`, or one of `WITH_ARGUMENT` with a colon and its argument."""
+    name, colon, argument = scorer.partition(":")
+    return WITH_ARGUMENT[name](prediction, references, argument) if colon else SCORERS[name](prediction, references)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import random
+
 import pytest
 
-from workers.benchmarks.scorers import SCORERS, postprocess
+from workers.benchmarks.scorers import SCORERS, postprocess, score
 
 TEN = ["10th century", "the 10th century AD", "in the 10th and 11th centuries"]
 
@@ -32,3 +34,40 @@ def test_scores_are_those_of_ruler(scorer: str, prediction: str, references: lis
 def test_predictions_are_cleaned_as_ruler_cleans_them() -> None:
     assert postprocess("  \x01 a\x07b\tc \x02 ") == "a\nb\nc"
     assert postprocess(" \x00 \n") == ""
+
+
+@pytest.mark.parametrize(
+    ("scorer", "prediction", "references", "expected"),
+    [
+        ("regex", "It is 42 km.", [r"\b4\d km"], 1.0),
+        ("regex", "It is 142 km.", [r"\b4\d km"], 0.0),
+        # SQuAD: {cat, sat} of {cat, sat, down} and {cat, sat}: precision 2/3, recall 1
+        ("f1", "The cat, sat down!", ["a cat sat", "dog"], 0.8),
+        ("f1", "the", ["a"], 1.0),
+        ("f1", "", ["cat"], 0.0),
+        # the longest common subsequence of "police killed the gunman" and "police kill the gunman" (Lin 2004) has three
+        ("rouge_l", "police kill the gunman", ["police killed the gunman"], 0.75),
+        ("rouge_l", "the gunman kill police", ["police killed the gunman"], 0.5),
+        ("rouge_l", "", ["police"], 0.0),
+        ("json_field:city", '```json\n{"city": "Paris", "n": 2}\n```', ["paris", "Lutetia"], 1.0),
+        ("json_field:city", '{not JSON} then {"city": "Rome"}', ["Paris"], 0.0),
+        ("json_field:place.n", 'So: {"place": {"n": 2.0}}', ["2"], 1.0),
+        ("json_field:ok", '{"ok": true}', ["true"], 1.0),
+        ("json_field:city", "Paris", ["Paris"], 0.0),
+        # difflib: twice the characters of the matching blocks, over all characters
+        ("after:xyz", "\nxyzabcd", ["xyzbcde"], 0.75),
+        ("after:xyz", "abcd", ["xyzabcd"], 0.0),
+    ],
+)
+def test_other_scores_by_arithmetic(scorer: str, prediction: str, references: list[str], expected: float) -> None:
+    assert score(scorer, prediction, references) == pytest.approx(expected)
+
+
+def test_rouge_l_is_that_of_the_package() -> None:
+    peer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(["rougeL"])
+    draw = random.Random(0)
+    for _ in range(200):
+        left, right = (
+            " ".join(draw.choices(["The", "cat", "sat-on", "9", "é", "."], k=draw.randrange(12))) for _ in "ab"
+        )
+        assert score("rouge_l", left, [right]) == pytest.approx(peer.score(right, left)["rougeL"].fmeasure)
