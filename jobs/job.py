@@ -35,7 +35,7 @@ from jobs.specs import (
     read_spec,
     schema_of,
 )
-from jobs.stages import StagesTemplate, in_order, plain_stages, stages_schema, stages_template
+from jobs.stages import StagesTemplate, plain_stages, results_in_order, stages_schema, stages_template
 from jobs.trajectories import Trajectories, one_of, parents_document, parents_schema, read_parents
 from jobs.yaml_nodes import Node, load_document, load_documents, quoted, suggestion
 
@@ -222,21 +222,41 @@ def read_job(node: Node, output: str | None = None) -> Job:
 
 
 def load_merge_document(text: str, name: str, output: str) -> Job:
-    """A plain mergekit document as a job of one point called `merge`; its parents are its references as written."""
-    node = in_order(load_documents(text, name))
-    template = stages_template(node, foreign=True)
-    point = expand(template, parse_grid(None, template.place), None)[0]
-    _check_stages(template, (point,))
-    parents = point.parents()
+    """A plain mergekit file as a job; its parents are its references as written.
+
+    Its point is called `merge`. Where documents that have names make several results, there is a point for each.
+    """
+    results = results_in_order(load_documents(text, name))
+    templates = [stages_template(node, foreign=True) for node in results]
+    grid = parse_grid(None, templates[0].place)
+    points = tuple(expand(template, grid, None)[0] for template in templates)
+    if len(points) > 1:
+        points = tuple(
+            dataclasses.replace(point, name=_point_name(node)) for point, node in zip(points, results, strict=True)
+        )
+    _check_stages(templates[0], points)
+    parents = {parent: point for point in reversed(points) for parent in point.parents()}
     return Job(
         name="merge",
-        parents={reference: reference for reference in parents},
-        points=(point,),
+        parents={parent: parent for point in points for parent in point.parents()},
+        points=points,
         output=output,
-        recipe=plain_stages(node),
+        recipe=plain_stages(results[0]) if len(points) == 1 else [plain_stages(node) for node in results],
         source=name,
-        places={f"parents.{name}": _place_of_reference(point, name) for name in parents},
+        places={f"parents.{parent}": _place_of_reference(point, parent) for parent, point in parents.items()},
     )
+
+
+def _point_name(result: Node) -> str:
+    """The name of one of several results, which is the name of its folder too."""
+    document = result.sequence()[-1] if result.kind == "list" else result
+    name = document.mapping()["name"]
+    if not POINT_NAME.fullmatch(name.string()):
+        raise name.error(
+            f"{quoted(name.string())} cannot name a folder; "
+            "at most 201 letters, digits and . _ + = , - beginning with a letter or digit"
+        )
+    return name.string()
 
 
 def _with_checkpoints(job: Job) -> Job:

@@ -96,21 +96,21 @@ def stages_template(node: Node, *, foreign: bool = False) -> StagesTemplate:
     )
 
 
-def in_order(nodes: Sequence[Node]) -> Node:
-    """The documents of a file as a job has them under `recipe:`, the result last.
+def results_in_order(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The results of a file's documents, each as a job has it under `recipe:`: after the stages that it may need.
 
-    It is the one without a name, or else the one that no other uses.
+    The result is the document without a name; where all have names, each one that no other uses is a result.
     """
     if len(nodes) == 1:
-        return nodes[0]
+        return (nodes[0],)
     unnamed = [node for node in nodes if _name(node) is None]
     if len(unnamed) > 1:
         raise unnamed[1].error(
             f"two documents have no name (the first is at {unnamed[0].place}); give `name:` to all but the result"
         )
-    result = unnamed[0] if unnamed else _unused(nodes)
-    stages = tuple(node for node in nodes if node is not result)
-    return replace(nodes[0], value=(*stages, result))
+    results = unnamed or _unused(nodes)
+    stages = tuple(node for node in nodes if node not in results)
+    return tuple(replace(nodes[0], value=(*stages, result)) for result in results)
 
 
 def plain_stages(node: Node) -> Any:
@@ -133,13 +133,10 @@ def _name(node: Node) -> str | None:
     return name.string()
 
 
-def _unused(nodes: Sequence[Node]) -> Node:
-    """The one document that no other uses."""
+def _unused(nodes: Sequence[Node]) -> list[Node]:
+    """The documents that no other uses."""
     used = {name for node in nodes for name in recipe_template(node, foreign=True).bind({}).parents()}
     results = [node for node in nodes if _name(node) not in used]
     if not results:
         raise nodes[-1].error("each merge feeds another; take the `name:` of the result out, and break the circle")
-    if len(results) > 1:
-        names = " and ".join(quoted(_name(node) or "") for node in results)
-        raise results[-1].error(f"{names} feed no other merge, and one merge is written; keep one of them in this file")
-    return results[0]
+    return results

@@ -23,7 +23,7 @@ from orchestrator.planning.locating import open_parents
 from orchestrator.planning.sharing import Family, families
 from orchestrator.planning.slicing import plain_recipes
 from orchestrator.planning.stages import Stages, settings_of
-from orchestrator.records.places import FLAT, Places
+from orchestrator.records.places import FLAT, SEVERAL, Places
 from orchestrator.words import shortlist
 from workers.checkpoints.opening import Checkpoint, all_places
 from workers.checkpoints.side_files import has_tokenizer, is_code
@@ -122,7 +122,7 @@ class Plan:
     @cached_property
     def remarks(self) -> tuple[str, ...]:
         """Sentences on keys without effect, and on files beside the weights that a point lacks or has from others."""
-        asks = "--copy-code" if self.places == FLAT else "`copy_code: true`"
+        asks = "--copy-code" if self.places.records == FLAT.records else "`copy_code: true`"
         recipes = [recipe for planned in self.points for recipe in planned.point.recipes]
         plain = [part for recipe in recipes for part in plain_recipes(recipe)]
         found = dict.fromkeys(said for part in plain for said in without_effect(part))
@@ -300,7 +300,7 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     """Opens every parent's headers and plans every point.
 
     `relative_to` is the folder that relative parent paths count from; `flat` puts the only point right into the
-    output. Raises `BadInput` for whatever cannot work.
+    output, and several points into folders there. Raises `BadInput` for whatever cannot work.
     """
     parents = open_parents(job, relative_to, bare_names=flat)
     output = open_store(job.output).url
@@ -309,7 +309,7 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     except CorruptData as error:  # to whoever plans a merge, a damaged tokenizer is a wrong input
         raise BadInput(str(error)) from error
     if flat:
-        plan = Plan(job, output, parents, points, FLAT, folder=relative_to)
+        plan = Plan(job, output, parents, points, FLAT if len(points) == 1 else SEVERAL, folder=relative_to)
         _check_free(plan)
         return plan
     return Plan(job, f"{output}/{job.name}", parents, points, folder=relative_to)
@@ -321,19 +321,24 @@ def _check_free(plan: Plan) -> None:
     keys = {info.key for info in store.list()}
     if plan.places.record("plan.json") in keys:  # begun here: the ledger knows whether it is this merge
         return
-    merged = _manifest(store) if "manifest.json" in keys else None
-    if merged is not None and merged.digest == plan.points[0].digest:
-        if lacking := sorted(plan.points[0].layout.copied.keys() - merged.files.keys()):
-            raise BadInput(f"{plan.run_url}: merged already, without {lacking[0]}; give an empty folder")
-        return
-    model = sorted(key for key in keys if "/" not in key and (key.endswith(".safetensors") or key == "config.json"))
-    if model:
-        raise BadInput(f"{plan.run_url}: there is another model already ({model[0]}); give an empty folder")
+    for point in plan.points:
+        folder = plan.places.file(point.name, "")
+        files = {key.removeprefix(folder) for key in keys if key.startswith(folder)}
+        merged = _manifest(store, f"{folder}manifest.json") if "manifest.json" in files else None
+        if merged is not None and merged.digest == point.digest:
+            if lacking := sorted(point.layout.copied.keys() - merged.files.keys()):
+                raise BadInput(f"{plan.run_url}: merged already, without {folder}{lacking[0]}; give an empty folder")
+            continue
+        model = sorted(
+            key for key in files if "/" not in key and (key.endswith(".safetensors") or key == "config.json")
+        )
+        if model:
+            raise BadInput(f"{plan.run_url}: there is another model already ({folder}{model[0]}); give an empty folder")
 
 
-def _manifest(store: Store) -> Manifest | None:
+def _manifest(store: Store, key: str) -> Manifest | None:
     try:
-        return read_record(store, "manifest.json", Manifest.from_json)
+        return read_record(store, key, Manifest.from_json)
     except CorruptData:
         return None
 

@@ -27,3 +27,6 @@ class Places:
 
 FLAT = Places(points="", records=".mergeyard/")
 """For `mergeyard merge`: the output folder is the checkpoint; the records vanish when it is whole."""
+
+SEVERAL = Places(points="{point}/", records=FLAT.records)
+"""For `mergeyard merge` of a file with several results: each has a folder in the output folder."""

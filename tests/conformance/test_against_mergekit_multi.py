@@ -51,6 +51,25 @@ models:
 - {model: PARENTS/fmt, parameters: {weight: 0.5}}
 dtype: bfloat16
 """
+SEVERAL = """
+name: near
+merge_method: linear
+models: [{model: half, parameters: {weight: 0.75}}, {model: PARENTS/fmt, parameters: {weight: 0.25}}]
+dtype: bfloat16
+---
+name: half
+merge_method: linear
+models: [{model: PARENTS/cos}, {model: PARENTS/fmt}]
+parameters: {weight: 0.5}
+dtype: bfloat16
+---
+name: far
+merge_method: slerp
+base_model: half
+models: [{model: PARENTS/cos}]
+parameters: {t: 0.25}
+dtype: bfloat16
+"""
 MULTI = """
 import sys
 from mergekit.scripts.multimerge import main
@@ -63,7 +82,7 @@ for file, out in zip(sys.argv[1::2], sys.argv[2::2]):
 def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(tmp_path: Path) -> None:
     for who in ("base", "cos", "fmt"):
         write_model(tmp_path / who, weights(who))
-    ours = {"any-order": ANY_ORDER, "all-named": ALL_NAMED}
+    ours = {"any-order": ANY_ORDER, "all-named": ALL_NAMED, "several": SEVERAL}
     for name, text in ours.items():
         file = tmp_path / f"{name}.yml"
         file.write_text(text.replace("PARENTS", str(tmp_path)))
@@ -73,12 +92,13 @@ def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(tmp_p
     asked = [str(part) for name, file in files.items() for part in (file, tmp_path / f"their-{name}")]
     quiet = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     subprocess.run([ORACLE_PYTHON, "-c", MULTI, *asked], env={**os.environ, **quiet}, check=True, timeout=300)
-    theirs = {
-        "any-order": tmp_path / "their-any-order",
-        "repeated": tmp_path / "their-repeated",
-        "all-named": tmp_path / "their-all-named-stages" / "result",
+    same = {
+        "our-any-order": ("their-any-order", "their-repeated"),
+        "our-all-named": ("their-all-named-stages/result",),
+        "our-several/near": ("their-several-stages/near",),
+        "our-several/far": ("their-several-stages/far",),
     }
-    for name, folder in theirs.items():
-        expected, found = load_model(folder), load_model(tmp_path / f"our-{name.replace('repeated', 'any-order')}")
+    for our, their in [(our, their) for our, theirs in same.items() for their in theirs]:
+        expected, found = load_model(tmp_path / their), load_model(tmp_path / our)
         assert expected.keys() == found.keys()
-        assert all(expected[key].equal(found[key]) for key in expected), name
+        assert all(expected[key].equal(found[key]) for key in expected), their

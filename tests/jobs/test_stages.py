@@ -61,6 +61,17 @@ def test_without_an_unnamed_document_the_result_is_the_one_that_feeds_none() -> 
     assert (point.recipe.merge_method, [*point.stages]) == ("slerp", ["first"])
 
 
+def test_several_documents_that_feed_none_are_several_results() -> None:
+    job = merge(FIRST, SECOND, f"name: third\n{RESULT}", "name: alone\nmerge_method: linear\nmodels: [{model: d}]\n")
+    assert {point.name: [*point.stages] for point in job.points} == {
+        "second": ["first"],
+        "third": ["first"],
+        "alone": [],
+    }
+    assert set(job.parents) == {"a", "b", "c", "d"}
+    assert [document.get("name") for document in job.points[1].documents()] == ["first", None]
+
+
 def test_the_name_may_be_a_path_and_one_document_keeps_it_as_a_label() -> None:
     path = "organisation/model-1"
     assert merge(FIRST.replace("name: first", f"name: {path}"), RESULT.replace("first", path)).points[0].stages
@@ -90,8 +101,8 @@ def test_a_document_of_a_file_is_written_as_the_stage_of_a_job() -> None:
             'merge.yml:1: no merge uses "first"; name it as a model, or take it out; did you mean "frist"?',
         ),
         (
-            (FIRST, SECOND, f"name: third\n{RESULT}"),
-            'merge.yml:9: "second" and "third" feed no other merge, and one merge is written;',
+            (FIRST, SECOND, f"name: some/third\n{RESULT}"),
+            'merge.yml:9: "some/third" cannot name a folder; at most 201 letters,',
         ),
         (
             (FIRST.replace("a}", "second}"), SECOND, RESULT),

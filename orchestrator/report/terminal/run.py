@@ -221,10 +221,11 @@ def print_result(result: RunResult) -> None:
 
 
 def print_merge(result: RunResult) -> None:
-    """The closing line of `mergeyard merge`."""
+    """The closing lines of `mergeyard merge`, one a result."""
     _warn(result)
-    point = next(iter(result.points.values()))
-    print(f"{result.url}: {point.tensors} tensors, weights {short(point.weights)}")
+    for name, point in result.points.items():
+        folder = result.url if len(result.points) == 1 else f"{result.url}/{name}"
+        print(f"{folder}: {point.tensors} tensors, weights {short(point.weights)}")
 
 
 def _warn(result: RunResult) -> None:

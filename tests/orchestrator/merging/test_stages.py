@@ -188,6 +188,29 @@ def test_a_stage_has_no_aim(mergeyard: Mergeyard, parents: Path, tmp_path: Path)
     assert 'a merge that feeds another has no `aim:`; write "half" first, and name the result' in ended.err
 
 
+def test_several_results_have_a_folder_each_with_the_bytes_of_files_of_their_own(
+    mergeyard: Mergeyard, merged: Callable[..., Path], parents: Path, tmp_path: Path
+) -> None:
+    half = {"name": "half", **document("linear", None, parents / "cos", parents / "fmt", **W, dtype="bfloat16")}
+    ends = [document("slerp", "half", parents / name, **T, dtype="bfloat16") for name in ("cos", "fmt")]
+    together = merged(half, {"name": "a", **ends[0]}, {"name": "b", **ends[1]}, to=tmp_path / "out")
+    assert {path.name for path in together.iterdir()} == {"a", "b"}, "no records are left"
+    for name, end in zip("ab", ends, strict=True):
+        assert files_of(together / name) == files_of(merged(half, end, to=tmp_path / f"alone-{name}"))
+
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump_all([half, {"name": "a", **ends[0]}, {"name": "b", **ends[0]}]))
+    ended = mergeyard("merge", file, together)
+    assert (ended.code, ended.err) == (
+        2,
+        f"mergeyard: {together}: there is another model already (b/config.json); give an empty folder\n",
+    )
+    file.write_text(yaml.safe_dump_all([half, {"name": "a", **ends[0]}, {"name": "b", **ends[1]}]))
+    ended = mergeyard("merge", file, together)
+    assert ended.code == 0
+    assert [line.partition(": ")[0] for line in ended.out.splitlines()] == [f"{together}/a", f"{together}/b"]
+
+
 # ---- jobs
 
 STAGED = """
