@@ -28,6 +28,11 @@ GRANITE = "{% if thinking %}<system>Think between <think> and </think>.{% endif 
 """As of Granite 3.3: off by default, and nothing in the assistant's turn."""
 V31 = TURN + "{% if thinking %}<think>{% else %}</think>{% endif %}{% endif %}"
 """As of DeepSeek V3.1: it closes a thought that it does not open."""
+GEMMA = "{% if enable_thinking %}<|think|>{% endif %}" + TURN
+GEMMA += "{% if not enable_thinking %}<|channel>thought\n<channel|>{% endif %}{% endif %}"
+"""As of Gemma 4: an empty thought unless it is told to think; the model opens the thought itself."""
+HARMONY = "{# <|channel|>analysis<|message|> in earlier turns #}" + TURN + "{% endif %}"
+"""As of gpt-oss: the model writes its channels, and cannot be told not to think."""
 PLAIN = TURN + "{% endif %}"
 
 
@@ -70,6 +75,17 @@ ON = ThinkingSpec()
         (V31, {"thinking": False}, "", False, "<assistant></think>"),
         (MAGISTRAL, {}, "[/THINK]", False, "<assistant>"),
         ("{# thinking is on #}" + MAGISTRAL, {"thinking": False}, "", False, "<assistant>[THINK]\n\n[/THINK]\n\n"),
+        (GEMMA, {}, "", False, "<assistant><|channel>thought\n<channel|>"),
+        (GEMMA, {"thinking": False}, "", False, "<assistant><|channel>thought\n<channel|>"),
+        (HARMONY, {}, "<|channel|>final<|message|>", False, "<assistant>"),
+        (HARMONY, {"thinking": ON}, "<|channel|>final<|message|>", False, "<assistant>"),
+        (
+            HARMONY,
+            {"thinking": False},
+            "",
+            False,
+            "<assistant><|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>",
+        ),
         (PLAIN, {}, "", False, "<assistant>"),
         (PLAIN, {"thinking": ON}, "</think>", False, "<assistant>"),
         (PLAIN, {"thinking": ThinkingSpec(end="</reason>")}, "</reason>", False, "<assistant>"),
@@ -92,6 +108,11 @@ def test_a_template_that_waits_for_an_argument_thinks_with_it(tokenizer_json: by
     assert found.frame == ("<system>Think between <think> and </think>.<user>", "<assistant>")
     if "chat" in more:
         assert settings(tokenizer_json, GRANITE, **more, thinking=False).frame == (found.frame[0], EMPTY)
+
+
+def test_gemma_4_thinks_in_a_channel_when_told(tokenizer_json: bytes) -> None:
+    found = settings(tokenizer_json, GEMMA, thinking=ON)
+    assert (found.end, found.frame) == ("<channel|>", ("<|think|><user>", "<assistant>"))
 
 
 def test_a_template_that_closes_the_thought_of_a_job_is_refused(tokenizer_json: bytes) -> None:

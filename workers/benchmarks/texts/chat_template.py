@@ -23,8 +23,22 @@ from workers.benchmarks.texts import rendering
 
 RENDER_SECONDS = 10.0
 REMEDY = "ask it plainly, with `chat: false`"
-THOUGHT_ENDS = ("</think>", "[/THINK]", "</seed:think>")
-"""The texts that end a thought, those of Qwen and DeepSeek first; without its stroke, each begins one."""
+_EMPTY = {
+    "</think>": ("<think>", "\n\n</think>\n\n"),
+    "[/THINK]": ("[THINK]", "\n\n[/THINK]\n\n"),
+    "</seed:think>": ("<seed:think>", "\n\n</seed:think>\n\n"),
+    "<channel|>": ("<|channel>thought", "\n<channel|>"),
+    "<|channel|>final<|message|>": (
+        "<|channel|>analysis<|message|>",
+        "<|end|><|start|>assistant<|channel|>final<|message|>",
+    ),
+}
+"""The text that ends a thought, the one that begins it, and what follows that one in an empty thought.
+
+They are those of Qwen and DeepSeek, Mistral, Seed, Gemma 4 and gpt-oss.
+"""
+
+THOUGHT_ENDS = tuple(_EMPTY)
 
 SWITCHES = ("enable_thinking", "thinking")
 """The arguments by which chat templates let a model think: Qwen's, then DeepSeek's and Granite's."""
@@ -116,9 +130,9 @@ class ChatTemplate:
             return text
         shown = text.rstrip()
         if shown.endswith(opening(self._end)):
-            return f"{shown}\n\n{self._end}\n\n"
+            return f"{shown}{_EMPTY[self._end][1]}"
         if self._thoughts == "empty" and not shown.endswith(self._end) and not self._switched_off:
-            return f"{text}{opening(self._end)}\n\n{self._end}\n\n"
+            return f"{text}{''.join(_EMPTY[self._end])}"
         return text
 
     @cached_property
@@ -218,8 +232,8 @@ def thought_end(template: str) -> str:
 
 
 def opening(end: str) -> str:
-    """The text that begins a thought, by the one that ends it."""
-    return end.replace("/", "", 1)
+    """The text that begins a thought, by the one that ends it; for an unknown one, the same without its stroke."""
+    return _EMPTY[end][0] if end in _EMPTY else end.replace("/", "", 1)
 
 
 def switches(template: str) -> tuple[str, ...]:
