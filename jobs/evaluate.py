@@ -221,6 +221,17 @@ class NeedleSpec(AnsweringSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BabilongSpec(AnsweringSpec):
+    """BABILong's tasks; without `data`, of stories that are made here."""
+
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    items: Annotated[Count, "items for each task and length"] = 100
+    tasks: Annotated[tuple[str, ...], "tasks from qa1 to qa20"] = ("qa1", "qa2", "qa3", "qa4", "qa5")
+    data: Annotated[str | None, "the folder of the published questions; without it, they are made"] = None
+    haystack: Annotated[str | None, "a text file for the made ones, in place of the bundled text"] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PerplexitySpec:
     """Perplexity of stretches of a text, by position."""
 
@@ -316,6 +327,7 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "needle": NeedleSpec,
     "perplexity": PerplexitySpec,
     "lm_eval": LmEvalSpec,
+    "babilong": BabilongSpec,
     "custom": CustomSpec,
 }
 """The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` has their behaviour."""

@@ -111,6 +111,14 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
     ),
+    "workers/benchmarks/babilong": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
+        "workers/benchmarks/questions.py",
+    ),
     "workers/benchmarks/custom.py": (
         "jobs",
         "workers/benchmarks/scorers.py",
@@ -136,6 +144,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/planned.py",
         "workers/benchmarks/ruler",
         "workers/benchmarks/needle.py",
+        "workers/benchmarks/babilong",
         "workers/benchmarks/perplexity.py",
         "workers/benchmarks/harness",
         "workers/benchmarks/custom.py",

@@ -100,6 +100,8 @@ def _texts(job: Job, folder: Path) -> dict[str, bytes]:
 def _text(path: str, place: str, folder: Path) -> bytes:
     if path.startswith("~") or ".." in Path(path).parts or path.split("/")[0] in ("jobs", "workers", "orchestrator"):
         raise BadInput(f"{place}: {path} cannot be sent along; put it beside the job file, or into object storage")
+    if (folder / path).is_dir():
+        raise BadInput(f"{place}: {path} is a folder, and only files are sent along; put it into object storage")
     try:
         data = (folder / path).read_bytes()
     except OSError as error:

@@ -213,7 +213,11 @@ def _race(evaluation: Evaluation) -> RacePlan | None:
     spec = evaluation.race
     if spec is None:
         return None
-    raced = [(key, row.raced(asked)) for key, asked in asked_benchmarks(evaluation) if (row := BENCHMARKS[key]).raced]
+    raced = [
+        (key, found)
+        for key, asked in asked_benchmarks(evaluation)
+        if (row := BENCHMARKS[key]).raced and (found := row.raced(asked))
+    ]
     if not raced:
         titles = " or of ".join(row.title for row in BENCHMARKS.values() if row.raced)
         raise BadInput(f"{spec.place}: a race is run on items of {titles}; add one, or take the race out")

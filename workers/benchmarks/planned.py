@@ -26,6 +26,7 @@ class PlannedSet:
     cannot. `superseded` are the digests that earlier versions gave other items of the same job. `place` is the line of
     the job file that asks for it. `share` neighbours are never parted; `questions` of them ask about one haystack.
     `generation` says how an item is answered, `new_tokens` with how many tokens at the most, its thought apart.
+    `too_long` questions of the task are longer than every length; the task's first set has their number.
     """
 
     benchmark: str
@@ -44,6 +45,7 @@ class PlannedSet:
     superseded: tuple[str, ...] = ()
     generation: Generation = PLAINLY
     new_tokens: int = 0
+    too_long: int = 0
 
     @property
     def longest(self) -> int:
@@ -92,6 +94,17 @@ class Reader:
             raise BadInput(f"{place}: {path} cannot be read ({error.strerror}); give a text file") from None
         except MergeyardError as error:
             raise BadInput(f"{place}: {error}") from error
+
+    def names(self, text: str, place: str) -> list[str]:
+        """The files in a folder, by their paths in it; `BadInput` if there are none."""
+        path = self.path(text)
+        try:
+            found = sorted(info.key for info in open_store(path).list())
+        except MergeyardError as error:
+            raise BadInput(f"{place}: {error}") from error
+        if not found:
+            raise BadInput(f"{place}: {path} has no files; give the folder of the published data")
+        return found
 
     def prose(self, text: str, place: str) -> str:
         """The content as text."""

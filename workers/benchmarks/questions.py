@@ -7,7 +7,7 @@ import hashlib
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 from jobs.errors import BadInput
@@ -117,6 +117,13 @@ def _text(data: bytes, name: str) -> str:
         raise BadInput(f"{name}: not text in UTF-8 ({error.reason}); save it as UTF-8") from error
 
 
+def cells(row: Mapping[str, Any], columns: Sequence[str], place: str) -> list[Any]:
+    """The values of these columns of a published file; `BadInput` names a missing one."""
+    if missing := [column for column in columns if column not in row]:
+        raise BadInput(f"{place}: there is no column {missing[0]}; give the published file")
+    return [row[column] for column in columns]
+
+
 def conversation(messages: Sequence[tuple[str, str]], generation: Generation) -> str:
     """Messages of the user and the assistant in turn, as the text of a prompt: `answering` sends it as messages again.
 
@@ -168,7 +175,7 @@ def plan_questions(
     generation: Generation,
     place: str,
 ) -> list[PlannedSet]:
-    """One set for each length that has questions; one that fits no length is in none.
+    """One set for each length that has questions; the first says how many fit no length, and are not asked.
 
     A question is asked at the shortest length that holds its prompt and its answer. Without `lengths`, those are powers
     of two, beside the floors of the questions. `BadInput` if no question fits.
@@ -206,7 +213,8 @@ def plan_questions(
             new_tokens=max(min(question.most_new_tokens, length - tokens) for question, tokens in asked),
         )
 
-    return [planned(length, gathered[length][:limit]) for length in sorted(gathered)]
+    first, *others = [planned(length, gathered[length][:limit]) for length in sorted(gathered)]
+    return [replace(first, too_long=len(questions) - sum(map(len, gathered.values()))), *others]
 
 
 def _item(

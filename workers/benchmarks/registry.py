@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from jobs.evaluate import (
+    BabilongSpec,
     BenchmarkSpec,
     CustomSpec,
     Evaluation,
@@ -20,6 +21,8 @@ from jobs.evaluate import (
     Several,
 )
 from workers.benchmarks.answering import Block, ItemScore, answer_items
+from workers.benchmarks.babilong.items import TASKS as BABILONG_TASKS
+from workers.benchmarks.babilong.planned import plan_babilong
 from workers.benchmarks.custom import custom_files, plan_custom
 from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files, plan_lm_eval
 from workers.benchmarks.items import read_answers
@@ -55,7 +58,7 @@ class Benchmark(Generic[Spec]):
     """
     tasks: tuple[str, ...] = ()
     """The tasks of the whole benchmark as published, where a job may ask fewer, or others in their place."""
-    raced: Callable[[Spec], tuple[int, int]] | None = None
+    raced: Callable[[Spec], tuple[int, int] | None] | None = None
     """(items of each set, neighbours that stay together) in a race; None if points cannot be raced on it."""
     depths: Callable[[Spec], int] | None = None
     """The number of depths of a grid in which item i lies at depth i mod that number; None without a grid."""
@@ -94,6 +97,17 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         retrieval=True,
         raced=lambda spec: (spec.items * spec.depths, spec.depths),
         depths=lambda spec: spec.depths,
+        expected=read_answers,
+    ),
+    "babilong": Benchmark[BabilongSpec](
+        title="BABILong",
+        plan=plan_babilong,
+        answer=answer_items,
+        files=lambda spec: (spec.data, spec.haystack),
+        rank=0,
+        retrieval=True,
+        tasks=BABILONG_TASKS,
+        raced=lambda spec: None if spec.data else (spec.items, 1),
         expected=read_answers,
     ),
     "perplexity": Benchmark[PerplexitySpec](

@@ -101,6 +101,21 @@ def sequence_after(prediction: str, references: Sequence[str], beginning: str) -
     return SequenceMatcher(None, text.removeprefix(beginning), reference.removeprefix(beginning)).ratio()
 
 
+def only_labels(prediction: str, references: Sequence[str], labels: str) -> float:
+    """1 if the first sentence of the prediction has exactly those of the labels that the reference has, else 0.
+
+    The labels are in lower case and parted by `|`; those in the question are not among them. A reference of several
+    labels has commas. As `compare_answers` of BABILong.
+    """
+    [reference] = references
+    text = prediction.lower()
+    for end in (".", "<context>", "<example>"):
+        text = text.partition(end)[0]
+    target = reference.lower()
+    wanted = {*target.split(",")} if "," in target and len(target) > 3 else {target}
+    return float({label for label in labels.split("|") if label in text} == wanted)
+
+
 def json_field(prediction: str, references: Sequence[str], field: str) -> float:
     """1 if a field of the first JSON object in the prediction is one of the references, else 0.
 
@@ -181,6 +196,7 @@ SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
 WITH_ARGUMENT: Mapping[str, Callable[[str, Sequence[str], str], float]] = {
     "after": sequence_after,
     "json_field": json_field,
+    "labels": only_labels,
     "python": by_own_function,
 }
 

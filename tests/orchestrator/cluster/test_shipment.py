@@ -81,6 +81,7 @@ def test_the_same_job_has_the_same_name_and_another_another(folder: Path) -> Non
         (("texts/prose.txt", "../prose.txt"), "job.yaml:9: ../prose.txt cannot be sent along"),
         (("texts/prose.txt", "jobs/prose.txt"), "jobs/prose.txt cannot be sent along"),
         (("texts/prose.txt", "texts/none.txt"), "texts/none.txt cannot be read"),
+        (("texts/prose.txt", "texts"), "job.yaml:9: texts is a folder, and only files are sent along; put it into"),
         (("perplexity: {lengths: [512], text: texts/prose.txt}", "lm_eval: {tasks: [own.yaml]}"), "on every worker"),
     ],
 )
