@@ -6,7 +6,8 @@
     power   = atom ["**" sign]                  an exponent is a whole number from -64 to 64
     atom    = number | axis | "(" sum ")"
 
-An axis may be called anything of letters, digits and `_`, `lambda` included. A lone axis name may stand for text.
+An axis may be called anything of letters, digits and `_`, `lambda` included; a dot stands in the axes of a group, as in
+`layers.0`. A lone axis name may stand for text.
 Nothing here calls `eval`; texts, nesting and results are bounded, so that no expression can take the machine with it.
 """
 
@@ -24,8 +25,10 @@ from jobs.yaml_nodes import quoted, suggestion
 Value = Fraction | str
 Bindings = Mapping[str, Value]
 AXIS_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
+REFERENCE = re.compile(rf"{AXIS_NAME.pattern}(?:\.\w+)*", re.ASCII)
+"""An axis, or one of a group of axes of a search."""
 TOKEN = re.compile(
-    r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?![\w.])|(?P<name>[A-Za-z_]\w*)|(?P<sign>\*\*|[-+*/()]))",
+    r"\s*(?:(?P<number>(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d{1,3})?)(?![\w.])|(?P<name>[A-Za-z_]\w*(?:\.\w+)*)|(?P<sign>\*\*|[-+*/()]))",
     re.ASCII,
 )
 PLACEHOLDER = re.compile(r"\$\{([^{}]*)\}")
@@ -181,7 +184,7 @@ def _parse(text: str) -> Expression:
     compute = parser.sum(0)
     if parser.token():
         raise _Unusable(f"{quoted(parser.token())} is not expected")
-    lone = tokens[0] if len(tokens) == 1 and AXIS_NAME.fullmatch(tokens[0]) else None
+    lone = tokens[0] if len(tokens) == 1 and REFERENCE.fullmatch(tokens[0]) else None
     return Expression(text, frozenset(parser.names), lone, compute)
 
 
@@ -244,7 +247,7 @@ class _Parser:
                 raise _Unusable("a bracket is not closed")
             self._position += 1
             return inside
-        if AXIS_NAME.fullmatch(token):
+        if REFERENCE.fullmatch(token):
             self.names.add(token)
             return lambda bindings: _number_of(token, bindings)
         if not token or token in "**/)":

@@ -17,6 +17,7 @@ import itertools
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 from math import prod
 from typing import Any
 
@@ -199,7 +200,7 @@ def _explicit(node: Node) -> Grid:
     _check_count(node, len(entries))
     axes = [name for name in entries[0].mapping() if name != "name"]
     for axis in axes:
-        _check_axis_name(axis, entries[0].mapping()[axis])
+        check_axis_name(axis, entries[0].mapping()[axis])
     for entry in entries:
         entry.mapping((*axes, "name"), axes)
     return Grid(
@@ -213,7 +214,7 @@ def _explicit(node: Node) -> Grid:
 def _axis(name: str, node: Node) -> _Axis:
     if name == "simplex":
         return _simplex(node)
-    _check_axis_name(name, node)
+    check_axis_name(name, node)
     if node.kind == "list":
         values = tuple(_axis_value(entry) for entry in node.sequence())
     elif node.kind == "mapping":
@@ -222,20 +223,26 @@ def _axis(name: str, node: Node) -> _Axis:
         values = tuple(numbers)
     else:
         raise node.error(f"the axis {quoted(name)} must be a list, or {{from, to, step}}, or {{from, to, num}}")
-    _check_distinct(name, values, node)
+    check_distinct(name, values, node)
     return _Axis((name,), tuple((value,) for value in values), node.place)
 
 
-def _simplex(node: Node) -> _Axis:
+def read_simplex(node: Node) -> tuple[tuple[str, ...], Fraction]:
+    """(the axes, the step of their weights) of `simplex: {axes: [a, b, c], step: 0.25}`."""
     keys = node.mapping(("axes", "step"), ("axes", "step"))
     names = tuple(entry.string() for entry in keys["axes"].sequence())
     for name, entry in zip(names, keys["axes"].sequence(), strict=True):
-        _check_axis_name(name, entry)
+        check_axis_name(name, entry)
     if len(names) < 2 or len(set(names)) < len(names):
         raise keys["axes"].error("a simplex needs two or more different axes")
     step = keys["step"].number()
     if step <= 0 or (1 / step).denominator != 1:
         raise keys["step"].error("the step of a simplex must divide 1 into equal parts, as 0.5, 0.25, 0.2, 0.1 do")
+    return names, step
+
+
+def _simplex(node: Node) -> _Axis:
+    names, step = read_simplex(node)
     parts = (1 / step).numerator
     _check_count(node, _compositions_count(parts, len(names)))
     rows = tuple(tuple(count * step for count in counts) for counts in _compositions(parts, len(names)))
@@ -268,14 +275,16 @@ def _axis_value(node: Node) -> Value:
     raise node.error(f"an axis holds numbers and words, not {'true or false' if node.kind == 'boolean' else node.kind}")
 
 
-def _check_axis_name(name: str, node: Node) -> None:
+def check_axis_name(name: str, node: Node) -> None:
+    """Refuses a name that no axis can have."""
     if name in RESERVED:
         raise node.error(f"an axis cannot be called {quoted(name)}; the word has a meaning of its own here")
     if not AXIS_NAME.fullmatch(name) or len(name) > 80:
         raise node.error(f"{quoted(name)} cannot name an axis; letters, digits and _, beginning with a letter")
 
 
-def _check_distinct(name: str, values: tuple[Value, ...], node: Node) -> None:
+def check_distinct(name: str, values: tuple[Value, ...], node: Node) -> None:
+    """Refuses an axis that holds a value twice."""
     seen: set[Value] = set()
     for value in values:
         if value in seen:

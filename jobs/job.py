@@ -16,12 +16,14 @@ from typing import Annotated, Any, Literal, cast
 
 from jobs.engine import EngineSpec, engine_schema, read_engine
 from jobs.errors import BadInput
-from jobs.evaluate import Alpha, Count, Evaluation, evaluation_schema, read_evaluation
+from jobs.evaluate import SPECS, Alpha, Count, Evaluation, evaluation_schema, read_evaluation
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
 from jobs.merge_tasks import digest
+from jobs.search import SearchedRecipe, SearchSpec, read_search, search_schema
 from jobs.sources import LATER
 from jobs.specs import (
+    MADE,
     AtLeast,
     Between,
     Bytes,
@@ -37,7 +39,7 @@ from jobs.specs import (
 )
 from jobs.stages import StagesTemplate, plain_stages, results_in_order, stages_schema, stages_template
 from jobs.trajectories import Trajectories, one_of, parents_document, parents_schema, read_parents
-from jobs.yaml_nodes import Node, load_document, load_documents, quoted, suggestion
+from jobs.yaml_nodes import Node, load_document, load_documents, quoted, suggestion, yaml_text
 
 PARENT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,100}", re.ASCII)
 MAX_SEED = 2**64 - 1
@@ -119,7 +121,10 @@ def _keep(node: Node) -> Keep:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """A checked job; `points` are made of `recipe`, `grid` and `point`, which are plain data."""
+    """A checked job; `points` are made of `recipe`, `grid` and `point`, which are plain data.
+
+    With `search` in place of `grid` they are one point of each kind, and `searched` makes those that are asked.
+    """
 
     name: Annotated[str, Reads(_name, {"type": "string", "pattern": f"^{POINT_NAME.pattern}$"}), "name of the job"]
     parents: Annotated[
@@ -137,7 +142,10 @@ class Job:
         default=None, compare=False, repr=False
     )
     point: Annotated[str | None, "name of each point, with {axis}"] = field(default=None, compare=False, repr=False)
-    points: tuple[Point, ...]
+    points: tuple[Point, ...] = field(metadata=MADE)
+    search: Annotated[
+        SearchSpec | None, Reads(read_search, search_schema), "in place of `grid`: axes of which few points are asked"
+    ] = field(default=None, metadata=LATER)
     evaluate: Annotated[Evaluation | None, Reads(read_evaluation, evaluation_schema), "benchmarks of every point"] = (
         None
     )
@@ -177,11 +185,14 @@ class Job:
     source: str = field(compare=False)
     places: Mapping[str, str] = field(default_factory=dict[str, str], compare=False, repr=False)
     trajectories: Trajectories = field(default_factory=dict[str, tuple[str, ...]], compare=False, repr=False)
+    searched: SearchedRecipe | None = field(default=None, compare=False, repr=False)
 
     def digest(self) -> str:
         """sha256 (hex) of all that decides bytes and scores: not `output`, `workers`, comments or layout."""
-        content = _canonical(self)
-        return digest({key: content[key] for key in content if key not in NOT_IN_DIGEST})
+        content = {key: part for key, part in _canonical(self).items() if key not in NOT_IN_DIGEST}
+        if self.search is not None:  # whose points are not listed
+            content |= {"recipe": yaml_text(self.recipe), "point": self.point}
+        return digest(content)
 
     def document(self) -> dict[str, Any]:
         """The resolved job as plain data, every default filled in; it reads back as the same job."""
@@ -214,7 +225,11 @@ def read_job(node: Node, output: str | None = None) -> Job:
     given: dict[str, Any] = {} if output is None else {"output": output}
     keys = keys_at(Job, node, given)
     _, trajectories = read_parents(keys["parents"], PARENT_NAME)
-    given |= {"points": _points(keys, trajectories), "trajectories": trajectories}
+    given |= {"trajectories": trajectories}
+    if "search" in keys:
+        given |= _searched(keys, trajectories)
+    else:
+        given |= {"points": _points(keys, trajectories)}
     given |= {"source": node.document, "places": _places(keys, trajectories)}
     job = _with_checkpoints(read_spec(Job, node, given=given))
     _check(job)
@@ -270,6 +285,19 @@ def _with_checkpoints(job: Job) -> Job:
     return job
 
 
+def _searched(keys: Mapping[str, Node], trajectories: Trajectories) -> dict[str, Any]:
+    """What a search has in place of a grid's points; without `keep:` its best point is written."""
+    if "grid" in keys:
+        raise keys["grid"].error("`grid:` and `search:` exclude each other; take one out")
+    spec = read_search(keys["search"])
+    naming = name_template(keys["point"].string(), keys["point"].place) if "point" in keys else None
+    searched = SearchedRecipe(keys["recipe"], spec.space, naming, trajectories)
+    points = searched.kinds()
+    _check_stages(searched.template(spec.space.middle()), points)
+    keep = {} if "keep" in keys else {"keep": Keep(kind="best", count=1)}
+    return {"search": spec, "searched": searched, "points": points, **keep}
+
+
 def _points(keys: Mapping[str, Node], trajectories: Trajectories) -> tuple[Point, ...]:
     template = stages_template(keys["recipe"])
     grid: Grid = parse_grid(keys.get("grid"), keys["recipe"].place)
@@ -321,6 +349,8 @@ def _check(job: Job) -> None:
         raise BadInput(f"{job.place_of('config_from')}: {quoted(job.config_from)} is not a parent{near}")
     if job.gate is not None:
         _check_gate(job, job.gate)
+    if job.search is not None:
+        _check_search(job, job.search)
     names = [*job.parents, *(point.name for point in job.points)]
     for name, server in job.engine.servers.items():
         if name not in names:
@@ -336,6 +366,39 @@ def _check(job: Job) -> None:
         )
     if job.keep.kind == "none" and job.evaluate is None:
         raise BadInput(f"{job.place_of('keep')}: nothing would be written and nothing evaluated; keep all, or evaluate")
+
+
+def _check_search(job: Job, search: SearchSpec) -> None:
+    """Refuses what a search cannot do."""
+    evaluation = job.evaluate
+    if evaluation is None:
+        raise BadInput(f"{search.place}: a search needs the scores of its points; add `evaluate:`")
+    if job.keep.kind == "all":
+        raise BadInput(
+            f"{job.place_of('keep')}: the points of a search are not written, only its best; give `keep: {{best: 1}}`"
+        )
+    if job.engine.name == "openai":
+        raise BadInput(
+            f"{job.engine.place}: a server serves one model, and a search merges many; take transformers or vllm"
+        )
+    if job.gate is not None and job.gate.baseline not in job.parents:
+        raise BadInput(
+            f"{job.gate.place}: the gate of a search has a parent as its baseline"
+            f"{suggestion(job.gate.baseline, job.parents)}"
+        )
+    for constraint in search.at_least:
+        if constraint.of not in job.parents:
+            raise BadInput(
+                f"{constraint.place}: {quoted(constraint.of)} is not a parent{suggestion(constraint.of, job.parents)}"
+            )
+    for metric in (*(each.metric for each in search.maximize), *(each.metric for each in search.at_least)):
+        name, _, length = metric.partition("@")
+        if name in SPECS and name not in evaluation.benchmarks:
+            raise BadInput(f"{search.place}: {quoted(metric)} is not asked; add `{name}:` under `evaluate:`")
+        of = [spec for key, spec in evaluation.benchmarks.items() if name not in SPECS or key == name]
+        lengths = {str(known) for spec in of for known in getattr(spec, "lengths", ())}
+        if length and length not in lengths:
+            raise BadInput(f"{search.place}: nothing is asked at {length} tokens{suggestion(length, lengths)}")
 
 
 def _check_references(job: Job) -> set[str]:

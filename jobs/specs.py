@@ -21,7 +21,9 @@ SWITCH = {"enum": [True, False, "yes", "no", "on", "off"]}
 """The JSON Schema of a boolean; `on` is one in a job file, but text to an editor, which reads YAML 1.2."""
 SHARES_OF_ONE = 10_000
 """Ray counts a resource in parts of this size."""
-NOT_KEYS = ("place", "places", "source", "points", "trajectories")
+NOT_KEYS = ("place", "places", "plain", "source", "searched", "trajectories")
+MADE: Mapping[str, bool] = {"made": True}
+"""Metadata of a field that is made of other keys."""
 
 
 class Rule(Protocol):
@@ -151,7 +153,8 @@ class Field:
 def fields_of(spec: type[Any]) -> tuple[Field, ...]:
     """The keys of a section, in order."""
     hints = get_type_hints(spec, include_extras=True)
-    return tuple(_field(entry, hints[entry.name]) for entry in dataclasses.fields(spec) if entry.name not in NOT_KEYS)
+    entries = [entry for entry in dataclasses.fields(spec) if entry.name not in NOT_KEYS and entry.metadata != MADE]
+    return tuple(_field(entry, hints[entry.name]) for entry in entries)
 
 
 def _field(entry: dataclasses.Field[Any], hint: Any) -> Field:

@@ -302,6 +302,8 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     `relative_to` is the folder that relative parent paths count from; `flat` puts the only point right into the
     output, and several points into folders there. Raises `BadInput` for whatever cannot work.
     """
+    if job.search is not None:
+        raise BadInput(f"{job.search.place}: a search cannot be run yet; give `grid:` in its place")
     parents = open_parents(job, relative_to, bare_names=flat)
     output = open_store(job.output).url
     try:

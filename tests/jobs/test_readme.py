@@ -15,6 +15,7 @@ from jobs.errors import BadInput
 from jobs.evaluate import SPECS, Length, RaceSpec
 from jobs.job import GateSpec, Job, WorkerSpec, load_job, load_merge_document
 from jobs.recipe import Recipe
+from jobs.search import SearchSpec
 from jobs.specs import AtLeast, Between, Bytes, Field, Gpus, NotNegative, fields_of
 from jobs.yaml_nodes import load_document
 
@@ -52,7 +53,11 @@ def completed(fragment: dict[str, Any]) -> dict[str, Any]:
         "models": [{"model": name} for name in parents],
         "parameters": {axis: f"${{{axis}}}" for axis in axes},
     }
-    return {"name": "fragment", "parents": parents, "recipe": recipe, "output": "runs"} | fragment
+    job = {"name": "fragment", "parents": parents, "recipe": recipe, "output": "runs"} | fragment
+    if "search" in job:
+        recipe["parameters"] = {axis: f"${{{axis}}}" for axis in job["search"]["over"]}
+        job["evaluate"] = {"ruler": {"lengths": [4096]}}
+    return job
 
 
 def type_of(field: Field) -> str | None:
@@ -115,6 +120,7 @@ def test_a_table_has_the_keys_of_its_section_with_the_defaults_of_the_code(secti
 SECTIONS = {
     **{f"evaluate.{key}": spec for key, spec in SPECS.items()},
     "evaluate.race": RaceSpec,
+    "search": SearchSpec,
     "gate": GateSpec,
     "engine": EngineSpec,
     "workers": WorkerSpec,
