@@ -190,6 +190,22 @@ def parser() -> argparse.ArgumentParser:
     report.add_argument("--mlflow", metavar="URI", help="also log the run to an MLflow tracking server or folder")
     report.add_argument("--json", action="store_true", help="print the leaderboard as JSON")
 
+    view = _verb(verbs, "view", "open a page with every answer of a run in a browser, or export it as static files")
+    view.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
+    view.add_argument(
+        "--export",
+        nargs="?",
+        const="",
+        metavar="URL",
+        help="write the page to this folder or bucket; without URL: to report/view in the run, which links to it",
+    )
+    view.add_argument("--at", metavar="ADDRESS", help="open the page at this part of its address, such as 'point=a'")
+    view.add_argument(
+        "--port", type=int, default=8642, metavar="N", help="port on 127.0.0.1; default 8642; 0: a free one"
+    )
+    view.add_argument("--no-browser", action="store_true", help="print the address, and open no browser")
+    view.add_argument("--json", action="store_true", help="print the address or the export as JSON")
+
     compare = _verb(
         verbs, "compare", "print paired differences of two models by task and length, and the items that flipped"
     )

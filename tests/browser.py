@@ -3,8 +3,8 @@
     with Browser() as browser:
         page = browser.open("file:///…/index.html", width=390)
 
-Nothing but files can be reached from it: every name resolves to nothing. The protocol is spoken through two pipes
-(`--remote-debugging-pipe`), which need no port and no library.
+Nothing but files and servers at 127.0.0.1 can be reached from it: every name resolves to nothing. The protocol is
+spoken through two pipes (`--remote-debugging-pipe`), which need no port and no library.
 
     python -m tests.browser runs/soup/report/index.html --widths 1280,390
 
@@ -32,7 +32,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage"),
-    *("--host-resolver-rules=MAP * ~NOTFOUND", "--remote-debugging-pipe"),
+    *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", "--remote-debugging-pipe"),
 )
 SECONDS = 90.0
 

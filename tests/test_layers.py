@@ -236,6 +236,13 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "orchestrator/planning",
         "orchestrator/cluster",
     ),
+    "orchestrator/viewing": (
+        "jobs",
+        "workers/storage",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/registry.py",
+        "orchestrator/evaluating",
+    ),
     "orchestrator/report": (
         "jobs",
         "workers/digests.py",
@@ -248,6 +255,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "orchestrator/planning",
         "orchestrator/merging",
         "orchestrator/evaluating",
+        "orchestrator/viewing",
     ),
     "orchestrator/points": (
         "jobs",
@@ -291,6 +299,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "orchestrator/merging",
         "orchestrator/making",
         "orchestrator/evaluating",
+        "orchestrator/viewing",
         "orchestrator/report",
         "orchestrator/points",
         "orchestrator/nightly",

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jobs.errors import ObjectMissing
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import Job
 from jobs.sealing import stamped_text
@@ -24,6 +25,7 @@ from orchestrator.report.html import render
 from orchestrator.report.leaderboard import Line, context_note, effective, not_published
 from orchestrator.report.recommendation import rows_by_point
 from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
+from orchestrator.viewing.address import EXPORT, address
 from orchestrator.words import short_length, size
 from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks
 from workers.storage import open_store
@@ -72,6 +74,8 @@ def _context(report: Report) -> dict[str, Any]:
         "result": result,
         "report": report,
         "lines": report.lines,
+        "view": _view(run.url),
+        "address": address,
         "parents": result.parent_labels,
         "lengths": sorted({length for line in report.lines for length in line.by_length}),
         "benchmarks": sorted({name for line in report.lines for name in line.by_benchmark}, reverse=True),
@@ -93,6 +97,15 @@ def _context(report: Report) -> dict[str, Any]:
         "flips": _flips(report, everything),
         "provenance": _provenance(report),
     }
+
+
+def _view(run_url: str) -> str:
+    """The exported page with all answers, relative to this one; empty if there is none."""
+    try:
+        open_store(run_url).locate(f"{EXPORT}index.html")
+    except ObjectMissing:
+        return ""
+    return EXPORT.removeprefix("report/") + "index.html"
 
 
 def _scale(lines: Sequence[Line]) -> tuple[float, float]:
