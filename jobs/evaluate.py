@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, Literal, Protocol, TypeVar
 
 from jobs.sources import LATER
 from jobs.specs import (
@@ -232,6 +232,21 @@ class BabilongSpec(AnsweringSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LongbenchV2Spec(AnsweringSpec):
+    """LongBench v2, from its published file."""
+
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    data: Annotated[str, "the published file, or the folder with data.json"]
+    tasks: Annotated[
+        Literal["difficulty", "domain", "all"], "the column whose values are the tasks, or one task of all questions"
+    ] = "difficulty"
+    limit: Annotated[Count | None, "questions of each task and length; without it, all"] = None
+    truncate: Annotated[
+        Literal["none", "middle"], "whether texts that are too long lose their middle, or are not asked"
+    ] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PerplexitySpec:
     """Perplexity of stretches of a text, by position."""
 
@@ -328,6 +343,7 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "perplexity": PerplexitySpec,
     "lm_eval": LmEvalSpec,
     "babilong": BabilongSpec,
+    "longbench_v2": LongbenchV2Spec,
     "custom": CustomSpec,
 }
 """The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` has their behaviour."""

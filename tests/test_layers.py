@@ -119,6 +119,13 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/generation.py",
         "workers/benchmarks/questions.py",
     ),
+    "workers/benchmarks/longbench_v2.py": (
+        "jobs",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
+        "workers/benchmarks/questions.py",
+    ),
     "workers/benchmarks/custom.py": (
         "jobs",
         "workers/benchmarks/scorers.py",
@@ -145,6 +152,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/ruler",
         "workers/benchmarks/needle.py",
         "workers/benchmarks/babilong",
+        "workers/benchmarks/longbench_v2.py",
         "workers/benchmarks/perplexity.py",
         "workers/benchmarks/harness",
         "workers/benchmarks/custom.py",

@@ -170,7 +170,7 @@ def _line(
 
 def context_rows(ranked: Iterable[ScoreRow]) -> list[ScoreRow]:
     """The answers that tell how far a context reaches, of those that rank: none unless their length is known."""
-    return [row for row in ranked if BENCHMARKS[row.benchmark].retrieval]
+    return [row for row in ranked if (of := BENCHMARKS[row.benchmark]).retrieval and of.reaches]
 
 
 def as_published(rows: Sequence[ScoreRow]) -> bool:

@@ -19,6 +19,8 @@ from workers.benchmarks.planned import PlannedSet
 from workers.benchmarks.texts.tokenizer import Tokenizer
 
 ROLES = ("user", "assistant")
+CHARACTERS_A_TOKEN = 8
+"""Of the longest length, up to which a text is measured first: a book of millions of tokens need not be encoded."""
 COUNTED_AT_ONCE = 1 << 24
 """Characters of the texts whose tokens are counted at once, for the memory of the encodings."""
 
@@ -180,7 +182,7 @@ def plan_questions(
     A question is asked at the shortest length that holds its prompt and its answer. Without `lengths`, those are powers
     of two, beside the floors of the questions. `BadInput` if no question fits.
     """
-    counts = _tokens(tokenizer, [question.prefix + question.prompt for question in questions])
+    counts = _tokens(tokenizer, [question.prefix + question.prompt for question in questions], max(lengths, default=0))
     gathered: dict[int, list[tuple[Question, int]]] = {}
     for question, tokens in zip(questions, counts, strict=True):
         need = max(tokens + question.answer_tokens, question.floor)
@@ -239,7 +241,18 @@ def _item(
     )
 
 
-def _tokens(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
+def _tokens(tokenizer: Tokenizer, texts: Sequence[str], longest: int) -> list[int]:
+    """The tokens of each text; of one that is much too long, only those of its beginning."""
+    most = CHARACTERS_A_TOKEN * longest
+    begun = [text[:most] if longest else text for text in texts]
+    counts = _counted(tokenizer, begun)
+    rest = [number for number, text in enumerate(texts) if len(begun[number]) < len(text) and counts[number] <= longest]
+    for number, tokens in zip(rest, _counted(tokenizer, [texts[number] for number in rest]), strict=True):
+        counts[number] = tokens
+    return counts
+
+
+def _counted(tokenizer: Tokenizer, texts: Sequence[str]) -> list[int]:
     counts: list[int] = []
     waiting: list[str] = []
     for number, text in enumerate(texts, start=1):

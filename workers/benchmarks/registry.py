@@ -15,6 +15,7 @@ from jobs.evaluate import (
     CustomSpec,
     Evaluation,
     LmEvalSpec,
+    LongbenchV2Spec,
     NeedleSpec,
     PerplexitySpec,
     RulerSpec,
@@ -26,6 +27,7 @@ from workers.benchmarks.babilong.planned import plan_babilong
 from workers.benchmarks.custom import custom_files, plan_custom
 from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files, plan_lm_eval
 from workers.benchmarks.items import read_answers
+from workers.benchmarks.longbench_v2 import plan_longbench_v2
 from workers.benchmarks.needle import plan_needle
 from workers.benchmarks.perplexity import first_position, plan_perplexity, score_windows
 from workers.benchmarks.planned import PlannedSet, Reader
@@ -56,6 +58,8 @@ class Benchmark(Generic[Spec]):
 
     Such scores are shown by length, give the effective length, and are asked twice for the noise floor.
     """
+    reaches: bool = True
+    """Whether such scores give the effective length: not where models score far below 85 at every length."""
     tasks: tuple[str, ...] = ()
     """The tasks of the whole benchmark as published, where a job may ask fewer, or others in their place."""
     raced: Callable[[Spec], tuple[int, int] | None] | None = None
@@ -108,6 +112,16 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         retrieval=True,
         tasks=BABILONG_TASKS,
         raced=lambda spec: None if spec.data else (spec.items, 1),
+        expected=read_answers,
+    ),
+    "longbench_v2": Benchmark[LongbenchV2Spec](
+        title="LongBench v2",
+        plan=plan_longbench_v2,
+        answer=answer_items,
+        files=lambda spec: (spec.data,),
+        rank=0,
+        retrieval=True,
+        reaches=False,
         expected=read_answers,
     ),
     "perplexity": Benchmark[PerplexitySpec](

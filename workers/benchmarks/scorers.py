@@ -44,6 +44,16 @@ def exact_match(prediction: str, references: Sequence[str]) -> float:
     return float(any(reference.lower() == text for reference in references))
 
 
+def chosen_letter(prediction: str, references: Sequence[str]) -> float:
+    """1 if the letter after `The correct answer is`, in brackets or not, is a reference, else 0.
+
+    As `extract_answer` of LongBench v2: asterisks do not count, a letter in brackets comes first.
+    """
+    text = prediction.replace("*", "")
+    found = (re.search(rf"The correct answer is {letter}", text) for letter in (r"\(([A-D])\)", "([A-D])"))
+    return float(next((match[1] for match in found if match), "") in references)
+
+
 def found_patterns(prediction: str, references: Sequence[str]) -> float:
     """1 if any of the references, regular expressions of Python, is found in the prediction, else 0."""
     return float(any(re.search(reference, prediction) for reference in references))
@@ -190,6 +200,7 @@ SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
     "part": string_match_part,
     "exact": exact_match,
     "regex": found_patterns,
+    "choice": chosen_letter,
     "f1": token_f1,
     "rouge_l": rouge_l,
 }
