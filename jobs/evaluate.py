@@ -247,6 +247,24 @@ class LongbenchV2Spec(AnsweringSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HelmetSpec(AnsweringSpec):
+    """HELMET's tasks with exact scores, from published files; without any, of items that are made here."""
+
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    items: Annotated[Count | None, "questions of each task and length; without it, 100, or 500 of examples"] = None
+    tasks: Annotated[tuple[str, ...], "some of the tasks; without it, those that have data"] = ()
+    data: Annotated[str | None, "HELMET's folder `data`, unpacked"] = None
+    examples: Annotated[
+        Mapping[str, str],
+        words_of(("trec_coarse", "trec_fine", "banking77", "clinic150", "nlu")),
+        "the folders of the tasks of in-context learning",
+    ] = field(default_factory=dict[str, str])
+    truncate: Annotated[
+        Literal["none", "end"], "whether contexts that are too long lose their end, or are not asked"
+    ] = "none"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PerplexitySpec:
     """Perplexity of stretches of a text, by position."""
 
@@ -344,6 +362,7 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "lm_eval": LmEvalSpec,
     "babilong": BabilongSpec,
     "longbench_v2": LongbenchV2Spec,
+    "helmet": HelmetSpec,
     "custom": CustomSpec,
 }
 """The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` has their behaviour."""

@@ -119,6 +119,15 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/generation.py",
         "workers/benchmarks/questions.py",
     ),
+    "workers/benchmarks/helmet": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
+        "workers/benchmarks/questions.py",
+        "workers/benchmarks/ruler",
+    ),
     "workers/benchmarks/longbench_v2.py": (
         "jobs",
         "workers/benchmarks/texts",
@@ -152,6 +161,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/ruler",
         "workers/benchmarks/needle.py",
         "workers/benchmarks/babilong",
+        "workers/benchmarks/helmet",
         "workers/benchmarks/longbench_v2.py",
         "workers/benchmarks/perplexity.py",
         "workers/benchmarks/harness",

@@ -9,7 +9,7 @@ parents have answered, their answers say all of this.
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -140,7 +140,7 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
         "items": sum(_items(subject.sets) for subject in subjects),
         "tokens": sum(_tokens(subject.sets) for subject in subjects),
         "tasks_of_unknown_size": sorted(planned.task for planned in first.values() if not planned.length),
-        "too_long": {of.task: of.too_long for of in first.values() if of.too_long},
+        "too_long": dict(sum((Counter({of.task: of.too_long}) for of in first.values()), Counter[str]())),
         "race": None if asked.race is None else {"least_tokens": _least_tokens(asked, asked.race)},
         "sees": None if score is None else _sees(score, len(asked.points)),
         "gate": None if score is None or job.gate is None else _gate(score, job.gate),

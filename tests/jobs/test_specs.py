@@ -216,7 +216,7 @@ def test_every_key_says_what_it_means() -> None:
 
 def sections(where: str, schema: Any) -> list[tuple[str, Any]]:
     """Every mapping of the schema that lists its keys."""
-    if not isinstance(schema, dict) or where.endswith((".documents", ".keep")):
+    if not isinstance(schema, dict) or where.endswith((".documents", ".examples", ".keep")):
         return []
     here = [(where, schema)] if "properties" in schema and "description" in schema else []
     return here + [

@@ -14,6 +14,7 @@ from jobs.evaluate import (
     BenchmarkSpec,
     CustomSpec,
     Evaluation,
+    HelmetSpec,
     LmEvalSpec,
     LongbenchV2Spec,
     NeedleSpec,
@@ -26,6 +27,7 @@ from workers.benchmarks.babilong.items import TASKS as BABILONG_TASKS
 from workers.benchmarks.babilong.planned import plan_babilong
 from workers.benchmarks.custom import custom_files, plan_custom
 from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files, plan_lm_eval
+from workers.benchmarks.helmet.planned import plan_helmet
 from workers.benchmarks.items import read_answers
 from workers.benchmarks.longbench_v2 import plan_longbench_v2
 from workers.benchmarks.needle import plan_needle
@@ -122,6 +124,17 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         rank=0,
         retrieval=True,
         reaches=False,
+        expected=read_answers,
+    ),
+    "helmet": Benchmark[HelmetSpec](
+        title="HELMET",
+        plan=plan_helmet,
+        answer=answer_items,
+        files=lambda spec: (spec.data, *spec.examples.values()),
+        rank=0,
+        retrieval=True,
+        reaches=False,
+        raced=lambda spec: None if spec.data or spec.examples else (spec.items or 100, 1),
         expected=read_answers,
     ),
     "perplexity": Benchmark[PerplexitySpec](

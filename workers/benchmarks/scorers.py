@@ -126,6 +126,25 @@ def only_labels(prediction: str, references: Sequence[str], labels: str) -> floa
     return float({label for label in labels.split("|") if label in text} == wanted)
 
 
+def of_helmet(prediction: str, references: Sequence[str], settings: str) -> float:
+    """1 if the answer is a reference or, unless `exact`, has one in it, by the words of SQuAD, else 0.
+
+    `settings` is a JSON object: the `prefix` that begins an answer, whether it was `begun` in the prompt, and whether
+    only the first `line` counts. As the metrics of HELMET, which also read the answer after its prefix.
+    """
+    told = json.loads(settings)
+    prefix = str(told["prefix"])
+    text = prediction.partition("\n")[0] if told["line"] else prediction
+    text = prefix + text if told["begun"] else text
+    found = re.search(rf"{re.escape(prefix)}(.*)", text, re.IGNORECASE) or re.search("^(.*)", text)
+    after = re.sub(rf"^{re.escape(prefix)}", "", found[1].strip() if found else "", flags=re.IGNORECASE).strip()
+    said = [_squad_words(after)] if told["exact"] else [_squad_words(text), _squad_words(after)]
+    for right in map(_squad_words, references):
+        if any(words == right if told["exact"] else " ".join(right) in " ".join(words) for words in said):
+            return 1.0
+    return 0.0
+
+
 def json_field(prediction: str, references: Sequence[str], field: str) -> float:
     """1 if a field of the first JSON object in the prediction is one of the references, else 0.
 
@@ -206,6 +225,7 @@ SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
 }
 WITH_ARGUMENT: Mapping[str, Callable[[str, Sequence[str], str], float]] = {
     "after": sequence_after,
+    "helmet": of_helmet,
     "json_field": json_field,
     "labels": only_labels,
     "python": by_own_function,

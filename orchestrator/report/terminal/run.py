@@ -111,7 +111,7 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     if asked["tasks_of_unknown_size"]:
         rows.append(("and", f"{shortlist(asked['tasks_of_unknown_size'])}, as many items as they have"))
     for name, number in asked["too_long"].items():
-        rows.append(("not asked", f"{number:,} questions of {name}, as they are longer than every length"))
+        rows.append(("not asked", f"{number:,} questions of {name}, as they are too long for the lengths"))
     for thought in asked["thinking"]:
         rows.append(("thinking", _thinking(thought)))
     if asked["samples"] > 1:

@@ -1,0 +1,1 @@
+"""HELMET's tasks with exact scores: retrieval from JSON, questions about documents, many-shot in-context learning."""
