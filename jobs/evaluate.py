@@ -289,6 +289,18 @@ class LmEvalSpec(AnsweringSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MrcrSpec(AnsweringSpec):
+    """MRCR: one of several answers to equal requests, out of a long conversation."""
+
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    items: Annotated[Count, "items for each length and number of needles"] = 100
+    needles: Annotated[tuple[Annotated[int, AtLeast(2, 64)], ...], "equal requests in a conversation"] = (2, 4, 8)
+    questions: Annotated[Count, QUESTIONS] = 1
+    data: Annotated[str | None, "the published conversations, as a Parquet file or the folder of several"] = None
+    haystack: Annotated[str | None, "a text file whose passages are the answers; without it, the bundled text"] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CustomSpec(AnsweringSpec):
     """Questions from a file of the user's own."""
 
@@ -363,6 +375,7 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "babilong": BabilongSpec,
     "longbench_v2": LongbenchV2Spec,
     "helmet": HelmetSpec,
+    "mrcr": MrcrSpec,
     "custom": CustomSpec,
 }
 """The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` has their behaviour."""

@@ -111,6 +111,14 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
     ),
+    "workers/benchmarks/mrcr.py": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
+        "workers/benchmarks/questions.py",
+    ),
     "workers/benchmarks/babilong": (
         "jobs",
         "workers/benchmarks/items.py",
@@ -165,6 +173,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/longbench_v2.py",
         "workers/benchmarks/perplexity.py",
         "workers/benchmarks/harness",
+        "workers/benchmarks/mrcr.py",
         "workers/benchmarks/custom.py",
     ),
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),

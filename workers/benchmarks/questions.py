@@ -8,6 +8,8 @@ import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from jobs.errors import BadInput
@@ -148,13 +150,17 @@ def in_turns(tokenizer: Tokenizer, generation: Generation) -> dict[str, Any]:
 
 
 def turns_at(value: Any, place: str) -> list[tuple[str, str]]:
-    """The messages of a conversation as OpenAI writes it, (role, text); `BadInput` unless it ends with the user's."""
+    """The messages of a conversation as OpenAI writes it, (role, text), by user and assistant in turn.
+
+    Neighbours of one role become one message, with an empty line between: many chat templates refuse two.
+    `BadInput` unless the user begins and ends.
+    """
     try:
-        found = [(str(message["role"]), str(message["content"])) for message in value]
+        said = [(str(message["role"]), str(message["content"])) for message in value]
     except (TypeError, KeyError) as error:
-        raise BadInput(f"{place}: not a list of messages with `role` and `content` (missing {error})") from error
-    wanted = [ROLES[number % 2] for number in range(len(found))]
-    if [role for role, _ in found] != wanted or len(found) % 2 == 0:
+        raise BadInput(f"{place}: not a list of messages with `role` and `content` ({error})") from error
+    found = [(role, "\n\n".join(text for _, text in texts)) for role, texts in groupby(said, key=itemgetter(0))]
+    if [role for role, _ in found] != [ROLES[number % 2] for number in range(len(found))] or len(found) % 2 == 0:
         raise BadInput(f"{place}: the messages must be by user and assistant in turn, and end with the user's")
     return found
 

@@ -17,6 +17,7 @@ from jobs.evaluate import (
     HelmetSpec,
     LmEvalSpec,
     LongbenchV2Spec,
+    MrcrSpec,
     NeedleSpec,
     PerplexitySpec,
     RulerSpec,
@@ -30,6 +31,7 @@ from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files,
 from workers.benchmarks.helmet.planned import plan_helmet
 from workers.benchmarks.items import read_answers
 from workers.benchmarks.longbench_v2 import plan_longbench_v2
+from workers.benchmarks.mrcr import plan_mrcr
 from workers.benchmarks.needle import plan_needle
 from workers.benchmarks.perplexity import first_position, plan_perplexity, score_windows
 from workers.benchmarks.planned import PlannedSet, Reader
@@ -151,6 +153,16 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         answer=answer_lm_eval,
         files=check_task_files,
         rank=1,
+    ),
+    "mrcr": Benchmark[MrcrSpec](
+        title="MRCR",
+        plan=plan_mrcr,
+        answer=answer_items,
+        files=lambda spec: (spec.data, spec.haystack),
+        rank=0,
+        retrieval=True,
+        raced=lambda spec: None if spec.data else (spec.items, spec.questions),
+        expected=read_answers,
     ),
     "custom": Benchmark[CustomSpec | Several](
         title="your own questions",
