@@ -370,12 +370,13 @@ function drawList() {
       onclick: () => openItem(row),
     },
     element("div", { className: "about" },
-      element("span", {}, badge(row), `${score} `, questionOf(row), sample, besideScore(row)),
-      element("span", { className: "soft" }, pointOf(row).title)),
+      element("span", {}, badge(row), score, besideScore(row), ` ${questionOf(row)}${sample}`),
+      state.point.size === 1 ? null : element("span", { className: "soft" }, pointOf(row).title)),
     element("div", { className: "answer" }, text === undefined ? "…" : text.slice(0, 160).replace(/\s+/g, " ") || "(no text)")));
   }
   rows.replaceChildren(...drawn);
   if (!shown.length) rows.replaceChildren(element("p", { className: "nothing" }, "No answer matches all filters."));
+  else if (!missing.size && !performance.getEntriesByName("first list").length) performance.mark("first list");
   if (missing.size) Promise.all([...missing].map((chunk) => answers.answers.load(chunk))).then(soon, complain);
 }
 

@@ -47,9 +47,10 @@ from workers.storage.store import ObjectInfo, Upload
 from workers.storage.translation import ENDPOINTS, denied, from_obstore, missing
 
 if TYPE_CHECKING:
-    from obstore import GetOptions, GetResult, ObjectMeta
+    from obstore import Attributes, GetOptions, GetResult, ObjectMeta
     from obstore.store import ClientConfig, GCSConfig, ObjectStore
 
+HTML: Attributes = {"Content-Type": "text/html; charset=utf-8"}  # a browser saves a page of another type as a file
 LARGEST_SINGLE_PUT = 16 * MIB
 LIST_PAGE = 1000
 STREAM_MARK = "mergeyard_upload"  # Azure takes no hyphen
@@ -338,7 +339,14 @@ class CloudStore:
             nonlocal tries
             tries += 1
             try:
-                result = obstore.put(self._objects, self._path(key), content, mode=mode, use_multipart=False)
+                result = obstore.put(
+                    self._objects,
+                    self._path(key),
+                    content,
+                    attributes=HTML if key.endswith(".html") else None,
+                    mode=mode,
+                    use_multipart=False,
+                )
             except Exception as error:
                 told = self._translated(error, key)
                 if mode != "overwrite" and "status code: 501" in str(error):

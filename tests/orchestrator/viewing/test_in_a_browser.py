@@ -142,8 +142,8 @@ def test_a_script_in_answers_thoughts_and_names_is_text(browser: Browser, url: s
 def test_two_points_side_by_side_and_only_the_items_that_differ(browser: Browser, url: str) -> None:
     page = opened(browser, f"{url}#point=a&beside=b&differ=1")
     assert page.evaluate(ROWS) == [
-        "✗ empty niah_single_1 at 1K, item 3, beside 100 a",
-        "✓ right vt at 2K, item 11, beside 0 a",
+        "✗ empty, beside 100 niah_single_1 at 1K, item 3",
+        "✓ right, beside 0 vt at 2K, item 11",
     ]
     press(page, "j")
     until(page, TEXT)

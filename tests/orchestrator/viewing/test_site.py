@@ -24,6 +24,7 @@ from tests.orchestrator.viewing.made_up import (
     right_rows,
     write_run,
 )
+from tests.seaweedfs import SeaweedFS
 from workers.storage import open_store
 
 
@@ -128,3 +129,15 @@ def test_an_empty_evaluation_is_one_line_too(tmp_path: Path, capsys: pytest.Capt
 def test_the_address_can_be_read_and_written_by_people() -> None:
     assert address(point="a b&c", task="vt", length=4096) == "#point=a+b%26c&task=vt&length=4096&outcome=missed"
     assert address(point="a", outcome="", beside="b") == "#point=a&beside=b&differ=1"
+
+
+def test_an_export_to_a_bucket_is_a_page_for_browsers(s3_server: SeaweedFS, s3_url: str, tmp_path: Path) -> None:
+    site = read_site(write_run(tmp_path, right_rows(items=2)), live=False)
+    export(site, f"{s3_url}/answers")
+    store = open_store(f"{s3_url}/answers")
+    assert {info.key: bytes(store.read(info.key)) for info in store.list()} == {
+        path: site.read(path) for path in site.paths()
+    }
+    bucket, _, prefix = s3_url.removeprefix("s3://").partition("/")
+    served = s3_server.client().head_object(Bucket=bucket, Key=f"{prefix}/answers/index.html")
+    assert served["ContentType"] == "text/html; charset=utf-8"
