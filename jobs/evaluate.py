@@ -32,6 +32,7 @@ SHORTEST_LENGTH = 64
 Spec = TypeVar("Spec", bound="BenchmarkSpec")
 Count = Annotated[int, AtLeast(1)]
 Length = Annotated[int, AtLeast(SHORTEST_LENGTH)]
+Margin = Annotated[float, Between(100, "a margin is a number of points between 0 and 100, such as 1.0")]
 Alpha = Annotated[float, Between(0.5, "alpha, the chance of a wrong verdict, must lie between 0 and 0.5")]
 Told = Scalar | tuple[Scalar, ...]
 
@@ -333,6 +334,17 @@ class Several:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GuardsSpec(LmEvalSpec):
+    """Tasks of lm-evaluation-harness that no kept point may lose: a point that surely does is out."""
+
+    margin: Annotated[Margin, "points of 100 that each task may lose"] = 1.0
+    baseline: Annotated[
+        str | None, "a parent, or a point; without it the gate's, and without a gate the best parent by score"
+    ] = None
+    alpha: Annotated[Alpha, "chance that any point is called out wrongly"] = 0.05
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RaceSpec:
     """Points leave when they are surely not among the best `keep`."""
 
@@ -353,6 +365,11 @@ class Evaluation:
     benchmarks: Mapping[str, BenchmarkSpec]
     race: RaceSpec | None = None
     place: str = field(default="", compare=False)
+
+    @property
+    def guards(self) -> GuardsSpec | None:
+        """The section `guards`, if there is one."""
+        return next((spec for spec in self.benchmarks.values() if isinstance(spec, GuardsSpec)), None)
 
     def digested(self) -> dict[str, Any]:
         """The content that the job's digest covers: every benchmark of `ALWAYS_DIGESTED`, asked or not."""
@@ -377,8 +394,12 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "helmet": HelmetSpec,
     "mrcr": MrcrSpec,
     "custom": CustomSpec,
+    "guards": GuardsSpec,
 }
 """The benchmarks that a job can ask for, by key; `workers.benchmarks.registry` has their behaviour."""
+
+RANKED = [key for key, spec in SPECS.items() if spec is not GuardsSpec]
+"""The benchmarks of which a job asks at least one: guards alone rank no point."""
 
 ALWAYS_DIGESTED = ("ruler", "needle", "perplexity", "lm_eval")
 """These four are null in the digest of a job that does not ask them. Never add one: runs would no longer resume."""
@@ -388,8 +409,8 @@ def read_evaluation(node: Node) -> Evaluation:
     """The section at `node`; `BadInput` without a benchmark."""
     keys = node.mapping((*SPECS, "race"))
     asked = {key: _benchmark(SPECS[key], entry) for key, entry in keys.items() if key in SPECS}
-    if not asked:
-        *others, last = SPECS
+    if not asked or all(SPECS[key] is GuardsSpec for key in asked):
+        *others, last = RANKED
         raise node.error(f"nothing to evaluate; name a benchmark: {', '.join(others)} or {last}")
     return Evaluation(benchmarks=asked, race=_race(keys["race"]) if "race" in keys else None, place=node.place)
 
@@ -443,6 +464,6 @@ def evaluation_schema() -> dict[str, Any]:
         "type": "object",
         "description": "The benchmarks that every point answers; at least one.",
         "properties": {key: _schema_of(spec) for key, spec in SPECS.items()} | {"race": race},
-        "anyOf": [{"required": [key]} for key in SPECS],
+        "anyOf": [{"required": [key]} for key in RANKED],
         "additionalProperties": False,
     }

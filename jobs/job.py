@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, cast
 
 from jobs.engine import EngineSpec, engine_schema, read_engine
 from jobs.errors import BadInput
-from jobs.evaluate import SPECS, Alpha, Count, Evaluation, evaluation_schema, read_evaluation
+from jobs.evaluate import SPECS, Alpha, Count, Evaluation, Margin, evaluation_schema, read_evaluation
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
 from jobs.merge_tasks import digest
@@ -25,7 +25,6 @@ from jobs.sources import LATER
 from jobs.specs import (
     MADE,
     AtLeast,
-    Between,
     Bytes,
     Gpus,
     Key,
@@ -48,9 +47,6 @@ BLESSED = "blessed"
 
 # these decide no byte and no score: where the job runs and writes, and where `points` come from
 NOT_IN_DIGEST = frozenset({"output", "workers", "recipe", "grid", "point", "source", "places", "trajectories"})
-
-
-Margin = Annotated[float, Between(100, "a margin is a number of points between 0 and 100, such as 1.0")]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +197,7 @@ class Job:
     def used_parents(self) -> tuple[str, ...]:
         """The parents, without those of a trajectory that no point is merged from or compared with."""
         used = {reference for point in self.points for reference in point.parents()}
-        used |= {self.config_from or "", self.gate.baseline if self.gate else ""}
+        used |= {self.config_from or "", *_baselines(self)}
         of_trajectories = {parent for of in self.trajectories.values() for parent in of}
         return tuple(parent for parent in self.parents if parent in used or parent not in of_trajectories)
 
@@ -335,11 +331,11 @@ def _places(keys: Mapping[str, Node], trajectories: Trajectories) -> dict[str, s
 
 def _check(job: Job) -> None:
     used = _check_references(job)
-    baseline = job.gate.baseline if job.gate else None
+    baselines = _baselines(job)
     checkpoints = {parent: of for of in job.trajectories.values() for parent in of}
     for parent in job.parents:
         together = {*checkpoints.get(parent, ()), parent}
-        if baseline != BLESSED and not together & {*used, baseline}:
+        if BLESSED not in baselines and not together & {*used, *baselines}:
             place = job.place_of(f"parents.{parent}")
             raise BadInput(
                 f"{place}: the parent {quoted(parent)} is used nowhere; use it in the recipe, or take it out"
@@ -351,6 +347,8 @@ def _check(job: Job) -> None:
         _check_gate(job, job.gate)
     if job.search is not None:
         _check_search(job, job.search)
+    if (guards := None if job.evaluate is None else job.evaluate.guards) is not None:
+        _check_baseline(job, guards.baseline, guards.place)
     names = [*job.parents, *(point.name for point in job.points)]
     for name, server in job.engine.servers.items():
         if name not in names:
@@ -426,10 +424,20 @@ def _place_of_reference(point: Point, reference: str) -> str:
 def _check_gate(job: Job, gate: GateSpec) -> None:
     if job.evaluate is None:
         raise BadInput(f"{job.place_of('gate')}: a gate judges scores; add `evaluate:`, or take the gate out")
+    _check_baseline(job, gate.baseline, gate.place)
+
+
+def _baselines(job: Job) -> set[str]:
+    """The names that the gate and the guards compare with."""
+    guards = None if job.evaluate is None else job.evaluate.guards
+    return {spec.baseline for spec in (job.gate, guards) if spec is not None and spec.baseline is not None}
+
+
+def _check_baseline(job: Job, baseline: str | None, place: str) -> None:
     points = {point.name for point in job.points}
-    if gate.baseline not in job.parents and gate.baseline not in points:
-        near = suggestion(gate.baseline, (*job.parents, *points))
-        raise BadInput(f"{gate.place}: the baseline {quoted(gate.baseline)} is neither a parent nor a point{near}")
+    if baseline is not None and baseline not in job.parents and baseline not in points:
+        near = suggestion(baseline, (*job.parents, *points))
+        raise BadInput(f"{place}: the baseline {quoted(baseline)} is neither a parent nor a point{near}")
 
 
 def _canonical(value: Any) -> Any:

@@ -29,13 +29,16 @@ def run(options: argparse.Namespace) -> int:
         if asked is not None:
             evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
         if job.keep.kind == "best" and evaluated is not None:
-            best = [standing.point for standing in evaluated.standing[: job.keep.count]]
-            if left := left_by_name(evaluated.standing, len(best)):
+            best = [standing.point for standing in evaluated.candidates[: job.keep.count]]
+            if left := left_by_name(evaluated.candidates, len(best)):
                 watcher.tell(f"names decide which points are kept: {shortlist(left)} scored as much as {best[-1]}")
-            plan = plan.keeping(best)
-            with writing():  # the evaluation has written its scores
-                plan.check_room()
-                result = drive(plan, workplace.pool, watcher)
+            if len(best) < (job.keep.count or 0) and evaluated.broken:
+                watcher.tell(f"kept {len(best)} points: {shortlist(sorted(evaluated.broken))} surely lost a guard")
+            if best:
+                plan = plan.keeping(best)
+                with writing():  # the evaluation has written its scores
+                    plan.check_room()
+                    result = drive(plan, workplace.pool, watcher)
     quiet = options.quiet or options.json
     if result is not None and not quiet:
         print_result(result)

@@ -22,6 +22,7 @@ from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, Subject
 from orchestrator.judging.estimates import macro_mean
 from orchestrator.judging.gate import GateRule, Verdict, doubted, judge, same_merge
+from orchestrator.judging.guards import ruled_out, with_guards
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate
 from orchestrator.judging.unanswered import Unanswered, unanswered
@@ -68,13 +69,16 @@ class Gated:
 def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chosen: bool, verdicts: int = 1) -> Gated:
     """Judges a point; asks both models more items while the verdict is open and the budget lasts.
 
-    `chosen` says that the point is the best of several by the evaluation's items, which are then not used. `verdicts`
-    is as in `GateRule`.
+    A point that surely loses a guard fails without further questions. `chosen` says that the point is the best of
+    several by the evaluation's items, which are then not used. `verdicts` is as in `GateRule`.
     """
     new, old = asked.subject(point), _baseline(asked, spec)
     rule = GateRule(margin=spec.margin, length_margin=spec.length_margin, alpha=spec.alpha, verdicts=verdicts)
     if (new.model, new.planned.digest) == (old.model, old.planned.digest):
         return Gated((same_merge(rule, new=point, old=spec.baseline),), fresh=False, chosen=False)
+    guarded = [found for found in session.guarded([new]) if found.model == new.label]
+    if (lost_guard := ruled_out(guarded, rule, new=new.label, old=old.label)) is not None:
+        return Gated((lost_guard,), fresh=False, chosen=False, noise=session.noise)
     items = _Items.of(new, old, asked, spec, chosen=chosen)
     looks: list[Verdict] = []
     growth = 1.0
@@ -89,7 +93,7 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
         given = session.answers()
         lost = {label: unanswered(_rows(given, label, asked.ranked, wanted)) for label in answered}
         verdict = judge(samples, rule, new=new.label, old=old.label)
-        looks.append(doubted(verdict, lost[new.label], lost[old.label]))
+        looks.append(with_guards(doubted(verdict, lost[new.label], lost[old.label]), guarded))
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
             return Gated(tuple(looks), items.fresh, chosen and not items.fresh, session.noise, lost)
         growth = items.next(growth, verdict)

@@ -39,7 +39,7 @@ def _code(plan: Plan, store: Store) -> int | None:
         if not result.finished:
             return None
         if plan.job.keep.kind == "best":
-            kept = {standing.point for standing in result.standing[: plan.job.keep.count]}
+            kept = {standing.point for standing in result.candidates[: plan.job.keep.count]}
     written = {info.key for info in store.list("points/")}
     if not all(f"points/{name}/manifest.json" in written for name in kept):
         return None

@@ -15,6 +15,7 @@ from jobs.evaluation_tasks import ScoreRow
 from jobs.merge_tasks import FORMAT
 from jobs.sealing import sealed
 from orchestrator.evaluating.subjects import RacePlan
+from orchestrator.judging.guards import Comparison, Guarded, broken
 from orchestrator.judging.race import LEAST_HAYSTACKS, Departure, Standing
 from orchestrator.judging.sampled import by_item
 from orchestrator.judging.significance import FlipRate
@@ -40,7 +41,7 @@ class EvaluationResult:
     Models go by the labels of `Subject`. `baselines` are the parents that are not the same merge as a point; `parents`
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
     merge as another point. `seed` is that of the items. While not `finished`, `standing` is how it stands now.
-    `remarks` are those of the workers, one line each.
+    `remarks` are those of the workers, one line each. `guards` are the findings of the guards, once it is finished.
     """
 
     rows: list[ScoreRow]
@@ -57,6 +58,17 @@ class EvaluationResult:
     finished: bool
     remarks: tuple[str, ...] = ()
     samples: Sequence[ScoreRow] = ()
+    guards: Sequence[Guarded] = ()
+
+    @property
+    def broken(self) -> frozenset[str]:
+        """The points that surely lost a guard."""
+        return broken(self.guards)
+
+    @property
+    def candidates(self) -> tuple[Standing, ...]:
+        """The points that may be kept, best first: all but those that surely lost a guard."""
+        return tuple(entry for entry in self.standing if entry.point not in self.broken)
 
     @property
     def answers(self) -> Sequence[ScoreRow]:
@@ -133,6 +145,7 @@ class EvaluationResult:
             "parents": dict(self.parents),
             "same": dict(self.same),
             "remarks": list(self.remarks),
+            **({"guards": [asdict(guarded) for guarded in self.guards]} if self.guards else {}),
             **self.race_document(),
             "race": None if self.race is None else asdict(self.race),
         }
@@ -213,6 +226,7 @@ def _result(document: Mapping[str, Any]) -> EvaluationResult:
         seed=document["seed"],
         finished=document["finished"],
         remarks=tuple(document.get("remarks", ())),  # a run of an earlier version has none
+        guards=tuple(map(_guarded, document.get("guards", ()))),
     )
 
 
@@ -222,6 +236,12 @@ def _older_names(document: Mapping[str, Any]) -> tuple[dict[str, str], dict[str,
     repeated = {name: point for name, point in document["same"].items() if name.startswith("parent-")}
     parents = {name.removeprefix("parent-"): label for name, label in (scored | repeated).items()}
     return parents, {name: point for name, point in document["same"].items() if name not in repeated}
+
+
+def _guarded(document: Mapping[str, Any]) -> Guarded:
+    guarded = Guarded(**document)
+    against: Any = guarded.against
+    return guarded if against is None else replace(guarded, against=Comparison(**against))
 
 
 def _race(document: Mapping[str, Any]) -> RacePlan:

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
 from jobs.errors import writing
+from jobs.evaluate import GuardsSpec
 from jobs.evaluation_tasks import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.merge_tasks import FORMAT, digest
 from jobs.sealing import sealed
 from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
 from orchestrator.evaluating.blocks import Blocks, Request, first_items
+from orchestrator.evaluating.guarding import GUARDS, judged
 from orchestrator.evaluating.results import VERDICT, EvaluationResult, ranked_rows, write_results
 from orchestrator.evaluating.subjects import Questions, RacePlan, Subject
 from orchestrator.judging.estimates import macro_weights
+from orchestrator.judging.guards import Guarded, broken
 from orchestrator.judging.race import RUNGS, Race, Standing
 from orchestrator.judging.sampled import by_item
 from orchestrator.judging.samples import Cell
@@ -69,6 +72,7 @@ class Session:
         self._blocks = Blocks(ledger.store)
         self._sets: dict[str, ItemSet] = {}
         self._race: Race | None = None
+        self._guards: list[Guarded] = []
         self.noise: FlipRate | None = None
         """How often the leader answered otherwise when asked the same again; None before `run` asked."""
         self._pace = Pace()
@@ -114,7 +118,14 @@ class Session:
         if asked.race is not None:
             self._run_race(asked.race)
         stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
-        self.ask([*stayed, *asked.baselines], f"evaluating {len(stayed) + len(asked.baselines)} models")
+        rest = [*stayed, *asked.baselines]
+        self.ask(
+            rest,
+            f"evaluating {len(rest)} models",
+            None if self._race is None else _common_items(rest, BENCHMARKS.keys() - GUARDS),
+        )
+        if asked.guards is not None and self._race is None:
+            self._guards = judged(asked.guards, asked, self._guards_baseline(asked.guards), self.rows())
         self.noise = self._ask_again(asked.points[self._standing()[0].point])
         result = self._result(finished=True)
         self._running = False
@@ -182,15 +193,54 @@ class Session:
             items_shared_across_lengths=True,
             confirmation=planned.fresh,
         )
+        while not race.decided:
+            self._race_on(race)
+        self._guard_winners(race)
         while not race.finished:
-            requests = [Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
-            for request, answered in self._answers(requests, f"racing {len(race.live)} points"):
-                rows = by_item(answered)
-                race.record(
-                    request.subject.label, request.cell, [row.item for row in rows], [row.score for row in rows]
-                )
-            for departure in race.eliminate():
-                self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
+            self._race_on(race)
+
+    def _race_on(self, race: Race) -> None:
+        """Asks what the next decision of the race needs, and decides."""
+        points = self._asked.points
+        requests = [Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
+        for request, answered in self._answers(requests, f"racing {len(race.live)} points"):
+            rows = by_item(answered)
+            race.record(request.subject.label, request.cell, [row.item for row in rows], [row.score for row in rows])
+        for departure in race.eliminate():
+            self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
+
+    def _guard_winners(self, race: Race) -> None:
+        """Asks the winners their guards, before any is confirmed; the next best take the places of those that lose."""
+        if self._asked.guards is None:
+            return
+        asked: set[str] = set()
+        while winners := [name for name in race.winners if name not in asked]:
+            self._guards = self.guarded([self._asked.points[name] for name in winners])
+            asked.update(winners)
+            for guarded in self._guards:
+                if guarded.outcome == "broken" and guarded.model in winners:
+                    self._watcher.tell(f"{guarded.model} is out: guard {guarded.words}")
+            race.bar(broken(self._guards))
+
+    def guarded(self, subjects: Sequence[Subject]) -> list[Guarded]:
+        """Asks these subjects their guards, and the baseline; the findings on all that answered theirs by now."""
+        spec = self._asked.guards
+        if spec is None:
+            return []
+        baseline = self._guards_baseline(spec)
+        everyone = [*subjects, baseline]
+        self.make(everyone)
+        self.ask(everyone, "asking guards", _common_items(everyone, GUARDS))
+        return judged(spec, self._asked, baseline, self.rows())
+
+    def _guards_baseline(self, spec: GuardsSpec) -> Subject:
+        """The subject that guards compare with: the best parent by score where nothing names one."""
+        asked = self._asked
+        if spec.baseline is not None:
+            return asked.subject(spec.baseline, "parent")
+        parents = {subject.label: subject for subject in asked.parents.values()}
+        self.ask(parents.values(), "evaluating parents", _common_items(parents.values(), asked.ranked))
+        return parents[_standing(ranked_rows(self.rows(), asked.ranked), [*parents])[0].point]
 
     def _ask_again(self, leader: Subject) -> FlipRate | None:
         """How often the leader's own answers flip when it is asked the same again; None without answers."""
@@ -279,9 +329,13 @@ class Session:
             )
 
     def _standing(self) -> tuple[Standing, ...]:
+        """Best first; of the points that stayed, those that surely lost a guard come last."""
         if self._race is not None:
-            return self._race.standing()
-        return _standing(ranked_rows(self.rows(), self._asked.ranked), [*self._asked.points])
+            found = self._race.standing()
+        else:
+            found = _standing(ranked_rows(self.rows(), self._asked.ranked), [*self._asked.points])
+        out = broken(self._guards)
+        return tuple(sorted(found, key=lambda entry: (entry.departed_at_rung is not None, entry.point in out)))
 
     def _renew(self) -> None:
         """Lets who looks at the run see how it stands, now and then: a twentieth of the time at most.
@@ -314,7 +368,18 @@ class Session:
             seed=asked.seed,
             finished=finished,
             remarks=tuple(self._blocks.remarks()),
+            guards=tuple(self._guards),
         )
+
+
+def _common_items(subjects: Iterable[Subject], benchmarks: Collection[str]) -> dict[Cell, range]:
+    """The items of these benchmarks that everyone is asked."""
+    return {
+        cell: range(planned.count)
+        for subject in subjects
+        for cell, planned in subject.sets.items()
+        if planned.benchmark in benchmarks
+    }
 
 
 def _place(row: ScoreRow) -> tuple[str, int, int]:

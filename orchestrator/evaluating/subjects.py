@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.evaluate import SHORTEST_LENGTH, Evaluation, RaceSpec
+from jobs.evaluate import SHORTEST_LENGTH, Evaluation, GuardsSpec, RaceSpec
 from jobs.evaluation_tasks import Kind, ModelSpec
 from jobs.job import COMMAND_LINE
 from jobs.merge_tasks import digest, places_read
@@ -73,7 +73,8 @@ class Questions:
     """Everything that will be asked.
 
     `points` and `parents` are by name; a parent that is the same merge as a point is that point. `same` names the
-    points that are the same merge as another point. `seed` is that of the items.
+    points that are the same merge as another point. `seed` is that of the items. The baseline of `guards` is None where
+    it is the best parent by score.
     """
 
     models: Mapping[str, ModelSpec]
@@ -82,6 +83,7 @@ class Questions:
     same: Mapping[str, str]
     race: RacePlan | None
     seed: int
+    guards: GuardsSpec | None = None
 
     @property
     def baselines(self) -> tuple[Subject, ...]:
@@ -147,14 +149,37 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
         label = f"{planned.name} (parent)" if planned.name in taken else planned.name
         itself = subject("parent", label, planned)
         parents.setdefault(planned.name, known.get((itself.model, planned.digest), itself))
-    return Questions(
+    found = Questions(
         models=models,
         points=points,
         parents=parents,
         same={planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
         race=race,
         seed=seed,
+        guards=evaluation.guards,
     )
+    if evaluation.guards is not None:
+        found = replace(found, guards=_checked_guards(found, evaluation.guards, plan))
+    return found
+
+
+def _checked_guards(asked: Questions, spec: GuardsSpec, plan: Plan) -> GuardsSpec:
+    """The spec with the gate's baseline where it names none; `BadInput` if models cannot be compared on its items."""
+    name = spec.baseline or (plan.job.gate.baseline if plan.job.gate is not None else None)
+    try:
+        others = [*asked.parents.values()] if name is None else [asked.subject(name, "parent")]
+    except BadInput as error:
+        raise BadInput(f"{spec.place}: {error}; name one as the guards' baseline") from None
+    if not others:
+        raise BadInput(f"{spec.place}: guards compare with a parent, and none is asked; name a point as `baseline:`")
+    guards = {planned.digest for planned in others[0].sets.values() if BENCHMARKS[planned.benchmark].guard}
+    for subject in (*others, *asked.points.values()):
+        if not guards <= {planned.digest for planned in subject.sets.values()}:
+            raise BadInput(
+                f"{spec.place}: {others[0].label} and {subject.label} have different tokenizers or chat templates, so"
+                " guards ask them different items; name a baseline with the points' own, or take `chat:` out"
+            )
+    return replace(spec, baseline=name)
 
 
 def _check_server(plan: Plan) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -135,6 +135,7 @@ class Race:
         self._items = self.rungs[-1] + _whole_haystacks(confirmation, items_per_haystack)
         self._scores = np.full((len(points), len(cells), self._items), np.nan)
         self._live = np.ones(len(points), dtype=np.bool_)
+        self._barred = np.zeros(len(points), dtype=np.bool_)
         self._rung = 0
 
     @property
@@ -145,7 +146,21 @@ class Race:
     @property
     def finished(self) -> bool:
         """Whether every rung is decided and the confirmation items are recorded."""
-        return self._rung == len(self.rungs) and not self.next_blocks()
+        return self.decided and not self.next_blocks()
+
+    @property
+    def decided(self) -> bool:
+        """Whether every rung is decided: what remains are the confirmation items of the winners."""
+        return self._rung == len(self.rungs)
+
+    @property
+    def winners(self) -> tuple[str, ...]:
+        """The best `keep` live points that are not barred, once every rung is decided."""
+        return tuple(self.points[point] for point in self._winners().tolist())
+
+    def bar(self, points: Collection[str]) -> None:
+        """Bars points from winning, for a reason outside the race; the next best take their places."""
+        self._barred[[self._point_index[point] for point in points if point in self._point_index]] = True
 
     def next_blocks(self) -> list[Block]:
         """The blocks that the next decision needs, costliest first; empty if all are recorded.
@@ -300,7 +315,8 @@ class Race:
         return self._alpha / (self.keep * len(self.points) * len(self.rungs))
 
     def _winners(self) -> NDArray[np.intp]:
-        return self._ranked(self.rungs[-1])[0][: self.keep]
+        ranked = self._ranked(self.rungs[-1])[0]
+        return ranked[~self._barred[ranked]][: self.keep]
 
     def _standing(self, point: str, departed_at_rung: int | None) -> Standing:
         index = self._point_index[point]

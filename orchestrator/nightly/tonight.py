@@ -122,13 +122,13 @@ class Nightly:
         tonight = _plan_of_night(plan, f"{number:04d}-{_fingerprint(plan)[:8]}", blessed)
         asked = questions(tonight, self.folder, _seed(tonight.job))
         with Session.of(tonight, asked, self.open_evaluators, self.watcher) as session:
-            standing = session.run().standing
-            found = _judge(session, asked, self.job, standing[0].point, blessed)
+            evaluated = session.run()
+            found = _judge(session, asked, self.job, evaluated.standing[0].point, blessed)
         with writing():  # the evaluation has written its scores
             for who, verdict in found.verdicts.items():
                 name = "verdict" if verdict is next(iter(found.verdicts.values())) else who
                 open_store(tonight.run_url).write(f"gate/{name}.json", sealed(verdict, lines=True))
-            written = self._write(tonight, [entry.point for entry in standing], found)
+            written = self._write(tonight, [entry.point for entry in evaluated.candidates], found)
         written_page(tonight.run_url)
         passed = found.outcome == "pass"
         epoch = 1 + max(0 if blessed is None else blessed.epoch, *(night.epoch or 0 for night in history), 0)

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
+from orchestrator.judging.guards import Guarded
 from orchestrator.report.leaderboard import Line
 from orchestrator.words import code, short_length, token_count
 from workers.checkpoints.configs import context_length
@@ -82,6 +83,7 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
     rows = [(f"Score (0 to 100): {' and '.join(ranked)}, {line.items:,} items", f"{line.score:.1f}{spread}")]
     rows += [(f"at {short_length(length)}", f"{score:.1f}") for length, score in sorted(line.by_length.items())]
     rows += [(code(task), f"{score:.1f}") for task, score in line.beside.items()]
+    rows += [(f"Guard {code(found.guard)}", f"{found.score:.1f}{_finding(found)}") for found in line.guards]
     named = {"thought": "tokens of a thought (median)", "answer": "tokens of an answer (median)"}
     rows += [(named.get(name, name), f"{value:,.0f}") for name, value in line.generated.items()]
     if line.unanswered.count:
@@ -93,6 +95,10 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
         rows.append((title, f"{_reach(line.effective)}; the config claims {token_count(claimed)}"))
     lines = ["## Results", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", ""]
     return "\n".join(lines)
+
+
+def _finding(guarded: Guarded) -> str:
+    return "" if guarded.against is None else f"; {guarded.words}"
 
 
 def _reach(effective: EffectiveLength) -> str:

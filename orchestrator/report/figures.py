@@ -17,7 +17,7 @@ from orchestrator.judging.effective_length import score_by_length
 from orchestrator.judging.estimates import macro_mean, macro_score
 from orchestrator.judging.samples import CellSample, paired_sample
 from orchestrator.report.against_baseline import ComparedCell, cells
-from orchestrator.report.leaderboard import Line, context_rows
+from orchestrator.report.leaderboard import Line, context_rows, guard_names
 from orchestrator.words import short_length
 from workers.benchmarks.registry import BENCHMARKS
 
@@ -429,6 +429,9 @@ def metrics(rows: Mapping[str, Sequence[ScoreRow]], lines: Sequence[Line]) -> li
     written = {line.name: sum(line.generated[name] for name in TOKENS) for line in lines if "thought" in line.generated}
     if written:
         found.append(Metric("output tokens", written, more_is_better=False))
+    for guard in guard_names(lines):
+        scores = {line.name: of.score for line in lines for of in line.guards if of.guard == guard}
+        found.append(Metric(guard, scores))
     for task in sorted({task for line in lines for task in line.beside}):
         found.append(Metric(task, {line.name: line.beside[task] for line in lines if task in line.beside}))
     return found[:MOST_METRICS]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jobs.evaluation_tasks import Kind, ScoreRow
@@ -19,6 +19,7 @@ from orchestrator.judging.effective_length import (
     weighted_average,
 )
 from orchestrator.judging.estimates import macro_mean, macro_score
+from orchestrator.judging.guards import Guarded
 from orchestrator.judging.sampled import median_tokens, pass_at, token_cells
 from orchestrator.judging.samples import CellSample
 from orchestrator.judging.unanswered import Unanswered, unanswered, unanswered_cells
@@ -27,6 +28,8 @@ from workers.benchmarks.registry import BENCHMARKS
 
 MOST_ROWS = 20
 LARGEST_EXPONENT = 700.0
+GUARD_MARKS = {"held": " ✓", "broken": " ✗", "undecided": " ?", None: ""}
+GUARDS_LEGEND = "✓ surely within the margin, ✗ surely worse and out, ? not sure"
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +44,7 @@ class Line:
     not rank: means of other benchmarks' tasks from 0 to 100, `beside_of` the benchmark of each. `perplexity` is by
     length and first position of a block. A half width is infinite with a single haystack, a perplexity with NaN or
     infinite likelihoods. `generated` has the columns on sampled answers and thoughts: pass@k from 0 to 100, the medians
-    of tokens; `pass_at` is by k, from 0 to 100.
+    of tokens; `pass_at` is by k, from 0 to 100. `guards` has the score and the finding of each guard that was asked.
     """
 
     kind: Kind
@@ -66,6 +69,7 @@ class Line:
     pass_at: Mapping[int, float]
     token_cells: Sequence[Mapping[str, str | int | float]]
     unanswered_cells: Sequence[Mapping[str, str | int]]
+    guards: Sequence[Guarded] = ()
 
     def document(self) -> dict[str, Any]:
         """For `--json`; infinite values as None."""
@@ -83,6 +87,7 @@ class Line:
             "effective_length_as_published": self.as_published,
             "relative_effective_length": {name: _bounds(length) for name, length in self.relative.items()},
             "beside": {name: round(mean, 2) for name, mean in self.beside.items()},
+            "guards": [asdict(guarded) for guarded in self.guards],
             "perplexity": {
                 str(length): {str(position): finite_or_none(value) for position, value in blocks.items()}
                 for length, blocks in self.perplexity.items()
@@ -111,14 +116,23 @@ def leaderboard(result: EvaluationResult) -> list[Line]:
     for standing in result.standing:
         if standing.confirmed is not None:
             notes[standing.point] = [f"{100 * standing.confirmed:.1f} on fresh items"]
+    for guarded in result.guards:
+        if guarded.outcome == "broken":
+            notes.setdefault(guarded.model, []).append(f"out: {guarded.words}")
     for twin, point in result.same.items():
         notes.setdefault(point, []).append(f"= {twin}")
     for parent, label in result.parents.items():
         if label not in titles:
             notes.setdefault(label, []).append(f"= parent {parent}")
+    guards: dict[str, list[Guarded]] = defaultdict(list)
+    for guarded in result.guards:
+        guards[guarded.model].append(guarded)
     names = [*(standing.point for standing in result.standing), *result.baselines]
     return [
-        _line(name, titles.get(name), ranked[name], everything[name], answers[name], parents, notes.get(name, []))
+        replace(
+            _line(name, titles.get(name), ranked[name], everything[name], answers[name], parents, notes.get(name, [])),
+            guards=tuple(guards[name]),
+        )
         for name in names
         if name in ranked
     ]
@@ -211,7 +225,7 @@ def _beside(rows: Sequence[ScoreRow], ranked: set[str]) -> dict[str, tuple[str, 
     scores: dict[tuple[str, str], list[float]] = defaultdict(list)
     for row in rows:
         of = BENCHMARKS[row.benchmark]
-        if not of.is_likelihood and not (of.retrieval and row.benchmark in ranked):
+        if not of.is_likelihood and not of.guard and not (of.retrieval and row.benchmark in ranked):
             scores[row.task, row.benchmark].append(100 * row.score)
     return {task: (benchmark, sum(values) / len(values)) for (task, benchmark), values in sorted(scores.items())}
 
@@ -232,6 +246,11 @@ def perplexity_by_position(rows: Iterable[ScoreRow]) -> dict[int, dict[int, floa
 
 def _exp(value: float) -> float:
     return math.exp(value) if value < LARGEST_EXPONENT else math.inf
+
+
+def guard_names(lines: Iterable[Line]) -> list[str]:
+    """The guards that any of these models answered, in the job's order."""
+    return [*dict.fromkeys(guarded.guard for line in lines for guarded in line.guards)]
 
 
 def context_note(result: EvaluationResult) -> str:

@@ -75,6 +75,7 @@ def _log_point(report: Report, client: Any, experiment: str, top: str, line: Lin
     now = int(time.time() * 1000)
     run = _run(client, experiment, report.run.url, line.name, line.name, {"mlflow.parentRunId": top})
     values = {"score": line.score, "half_width": line.half_width, **line.beside}
+    values |= {f"guard {guarded.guard}": guarded.score for guarded in line.guards}
     if line.effective is not None:
         values["effective_length"] = float(line.effective.length)
     metrics = [Metric(_key(name), value, now, 0) for name, value in values.items()]

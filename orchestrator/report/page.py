@@ -22,7 +22,15 @@ from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD
 from orchestrator.report import figures
 from orchestrator.report.html import render
-from orchestrator.report.leaderboard import Line, context_note, effective, not_published
+from orchestrator.report.leaderboard import (
+    GUARD_MARKS,
+    GUARDS_LEGEND,
+    Line,
+    context_note,
+    effective,
+    guard_names,
+    not_published,
+)
 from orchestrator.report.recommendation import rows_by_point
 from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
 from orchestrator.viewing.address import EXPORT, address
@@ -80,6 +88,9 @@ def _context(report: Report) -> dict[str, Any]:
         "lengths": sorted({length for line in report.lines for length in line.by_length}),
         "benchmarks": sorted({name for line in report.lines for name in line.by_benchmark}, reverse=True),
         "beside": sorted({name for line in report.lines for name in line.beside}),
+        "guards": guard_names(report.lines),
+        "marks": GUARD_MARKS,
+        "guards_legend": GUARDS_LEGEND,
         "generated": [*dict.fromkeys(name for line in report.lines for name in line.generated)],
         "unanswered": any(line.unanswered.count for line in report.lines),
         "threshold": RULER_THRESHOLD,

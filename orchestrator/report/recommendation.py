@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult, ranked_rows
 from orchestrator.judging.effective_length import RELATIVE_SHARE
+from orchestrator.judging.guards import Guarded
 from orchestrator.judging.significance import FlipRate
 from orchestrator.judging.unanswered import DOUBTED, Unanswered, unanswered
 from orchestrator.report.against_baseline import BaselineComparison, best_of, compare_overall
@@ -34,7 +35,8 @@ class Recommendation:
     leader's score on as many items; the leader is only the first of them by name. `gate` is the gate's verdict as it
     lies in the run, if there is one. `unanswered` counts the questions that each of these models did not answer; where
     the leader has too many of them, there is nothing to recommend. While the evaluation is not `finished`, nothing is
-    compared: a p value holds for a number of items that was fixed beforehand.
+    compared: a p value holds for a number of items that was fixed beforehand. `guards` are the findings on the leader,
+    and on the points with a higher score that surely lost a guard; where the leader is one of these, none is left.
     """
 
     best: Line
@@ -49,6 +51,7 @@ class Recommendation:
     gate: Mapping[str, Any] | None
     noise: FlipRate | None
     unanswered: Mapping[str, Unanswered]
+    guards: Sequence[Guarded] = ()
 
     @property
     def sentence(self) -> str:
@@ -58,7 +61,7 @@ class Recommendation:
         if not self.finished:
             return " ".join(filter(None, (self._so_far(), self._doubts())))
         of_best = (self._rank(), self._fails()) if self._kept == self.best.name else ()
-        return " ".join(filter(None, (self._keep(), *of_best, self._doubts())))
+        return " ".join(filter(None, (self._keep(), *of_best, self._guarded(), self._doubts())))
 
     @property
     def why(self) -> list[str]:
@@ -97,7 +100,24 @@ class Recommendation:
     def _kept(self) -> str | None:
         if self._refused:
             return None
-        return self.parent if self._sure < 0 else self.best.name
+        return self.parent if self._sure < 0 or self._out else self.best.name
+
+    @property
+    def _out(self) -> bool:
+        """Whether the leader surely lost a guard, as then each merge that was left did."""
+        return any(found.model == self.best.name and found.outcome == "broken" for found in self.guards)
+
+    def _guarded(self) -> str:
+        """The points that are out in spite of their score, and the guards that are not decided for the leader."""
+        lost: dict[str, list[str]] = defaultdict(list)
+        for found in self.guards:
+            if found.outcome == "broken":
+                lost[found.model].append(found.words)
+        told = [f"{name} is out: {'; '.join(reasons)}." for name, reasons in lost.items()]
+        unsure = [found for found in self.guards if found.model == self.best.name and found.outcome == "undecided"]
+        if unsure and self._kept == self.best.name:
+            told.append(f"Guards that are not decided: {'; '.join(found.words for found in unsure)}.")
+        return " ".join(told)
 
     def _doubts(self) -> str:
         doubted = {name: found for name, found in self.unanswered.items() if found.share > DOUBTED}
@@ -111,6 +131,9 @@ class Recommendation:
     def _keep(self) -> str:
         if self._refused:
             return f"No recommendation: {self.unanswered[self.best.name].words(self.best.name)}."
+        if self._out:
+            keep = f"Keep the parent {self.parent_name}" if self.parent else "No recommendation"
+            return f"{keep}: each merge that was left surely loses at a guard."
         score = _score(self.best)
         tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 and self._fresh is None else ""
         if self.parent == self.best.name:
@@ -218,6 +241,7 @@ class Recommendation:
             "over_best_parent": None if self.over_parent is None else self.over_parent.document(),
             "closest_rival": None if closest is None else closest.document(),
             "rivals": len(self.over_rivals),
+            "guards": [asdict(found) for found in self.guards],
             "best_of_all": bool(self.over_rivals) and len(self.tied) == 1 and not self._unsure,
         }
 
@@ -246,13 +270,15 @@ def recommend(
     answers = rows_by_point(ranked_rows(result.common_answers(), result.ranked))
     best = lines[0]
     parent = best_parent(result, lines)
-    points = [line.name for line in lines if line.name not in result.baselines]
+    out = result.broken - {best.name}
+    points = [line.name for line in lines if line.name not in result.baselines and line.name not in out]
     if not result.finished or parent is None or parent == best.name:
         against_parent = None
     elif against_parent is None:
         against_parent = compare_overall(rows, points, parent)
     over_rivals = best_of(rows, best.name, [name for name in points if name != best.name]) if result.finished else {}
     standing = next((entry for entry in result.standing if entry.point == best.name), None)
+    scores = {line.name: line.score for line in lines}
     left = {departure.point for departure in result.departures}
     level = [line for line in lines if line.items == best.items and line.name in points and line.name not in left]
     doubted = (best.name, parent, next(iter(over_rivals), None))
@@ -268,6 +294,11 @@ def recommend(
         confirmed=None if standing is None else standing.confirmed,
         gate=gate,
         noise=result.noise,
+        guards=[
+            found
+            for found in result.guards
+            if found.model == best.name or (found.outcome == "broken" and scores[found.model] > best.score)
+        ],
         unanswered={name: unanswered(answers[name]) for name in dict.fromkeys(doubted) if name is not None},
     )
 

@@ -14,6 +14,7 @@ from jobs.evaluate import (
     BenchmarkSpec,
     CustomSpec,
     Evaluation,
+    GuardsSpec,
     HelmetSpec,
     LmEvalSpec,
     LongbenchV2Spec,
@@ -27,7 +28,7 @@ from workers.benchmarks.answering import Block, ItemScore, answer_items
 from workers.benchmarks.babilong.items import TASKS as BABILONG_TASKS
 from workers.benchmarks.babilong.planned import plan_babilong
 from workers.benchmarks.custom import custom_files, plan_custom
-from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files, plan_lm_eval
+from workers.benchmarks.harness.planned import answer_lm_eval, check_task_files, plan_guards, plan_lm_eval
 from workers.benchmarks.helmet.planned import plan_helmet
 from workers.benchmarks.items import read_answers
 from workers.benchmarks.longbench_v2 import plan_longbench_v2
@@ -57,6 +58,8 @@ class Benchmark(Generic[Spec]):
     """The paths and URLs of the texts that a spec names; `BadInput` for a path that only the user's machine has."""
     rank: int
     """Points are ranked by the asked benchmarks of the lowest rank; the others stand beside the score."""
+    guard: bool = False
+    """Whether it ranks no point, but rules out those that surely lose at it."""
     retrieval: bool = False
     """Whether a score is the success of one generated answer in a context of a known length.
 
@@ -163,6 +166,14 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         retrieval=True,
         raced=lambda spec: None if spec.data else (spec.items, spec.questions),
         expected=read_answers,
+    ),
+    "guards": Benchmark[GuardsSpec](
+        title="the guards",
+        plan=plan_guards,
+        answer=answer_lm_eval,
+        files=check_task_files,
+        rank=3,
+        guard=True,
     ),
     "custom": Benchmark[CustomSpec | Several](
         title="your own questions",

@@ -12,7 +12,16 @@ from orchestrator.evaluating.results import EvaluationResult
 from orchestrator.judging.effective_length import (
     RULER_THRESHOLD,
 )
-from orchestrator.report.leaderboard import MOST_ROWS, Line, context_note, effective, not_published
+from orchestrator.report.leaderboard import (
+    GUARD_MARKS,
+    GUARDS_LEGEND,
+    MOST_ROWS,
+    Line,
+    context_note,
+    effective,
+    guard_names,
+    not_published,
+)
 from orchestrator.words import short_length, shortened
 
 
@@ -80,6 +89,8 @@ def _columns(lines: Sequence[Line]) -> list[_Column]:
     for parent in dict.fromkeys(name for line in lines for name in line.relative):
         cells = tuple(effective(line.relative.get(parent)) for line in lines)
         columns.append(_Column(f"by {parent}", cells, spare=4))
+    for name in guard_names(lines):
+        columns.append(_Column(name, tuple(_guard(line, name) for line in lines), spare=1))
     for name in beside:
         columns.append(_Column(name, tuple(_rounded(line.beside.get(name)) for line in lines), spare=4))
     for name in dict.fromkeys(name for line in lines for name in line.generated):
@@ -131,6 +142,11 @@ def _score(line: Line) -> str:
     )
 
 
+def _guard(line: Line, name: str) -> str:
+    found = next((guarded for guarded in line.guards if guarded.guard == name), None)
+    return "" if found is None else f"{found.score:.1f}{GUARD_MARKS[found.outcome]}"
+
+
 def _perplexity_table(lines: Sequence[Line]) -> Any:
     """Perplexity at the greatest length, by where in the context a token stands."""
     from rich.table import Table
@@ -154,6 +170,8 @@ def _footnote(lines: Sequence[Line], result: EvaluationResult) -> str:
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
     if warning := not_published(result):
         notes.append(f"* {warning}")
+    if any(guarded.against for line in lines for guarded in line.guards):
+        notes.append(f"guards: {GUARDS_LEGEND}")
     broken = Counter(row.point for row in result.common_rows() if not row.finite)
     if broken:  # said here as well: a narrow terminal has no room for the notes of the lines
         notes.append(

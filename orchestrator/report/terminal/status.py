@@ -92,7 +92,7 @@ def _wanted(points: list[str], job: Job | None, result: EvaluationResult | None)
     if job is None or job.keep.kind == "all":
         return points
     if job.keep.kind == "best" and result is not None and result.finished:
-        return [standing.point for standing in result.standing[: job.keep.count]]
+        return [standing.point for standing in result.candidates[: job.keep.count]]
     return []
 
 

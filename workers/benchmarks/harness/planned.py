@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput
-from jobs.evaluate import LmEvalSpec, ThinkingSpec
+from jobs.evaluate import GuardsSpec, LmEvalSpec, ThinkingSpec
 from jobs.evaluation_tasks import Generation
 from jobs.merge_tasks import digest
 from jobs.sealing import sealed, unsealed
@@ -82,6 +83,14 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
     if doubled := next((name for name in names if names.count(name) > 1), None):
         raise BadInput(f"{spec.place}: two tasks are called {doubled}; give one of the files another name")
     return sets
+
+
+def plan_guards(spec: GuardsSpec, tokenizer: Tokenizer, seed: int, reader: Reader, least: int) -> list[PlannedSet]:
+    """The same as sets of their own: a task may be asked as a benchmark and as a guard."""
+    return [
+        replace(planned, benchmark="guards", digest=digest(["guards", planned.digest]), superseded=())
+        for planned in plan_lm_eval(spec, tokenizer, seed, reader, least)
+    ]
 
 
 def _thoughts(generation: Generation, thinking: ThinkingSpec | bool | None) -> dict[str, str]:
