@@ -133,6 +133,13 @@ def _scorer(node: Node) -> str:
     return node.string()
 
 
+def _prompt(node: Node) -> str:
+    if node.string().count("{haystack}") != 1 or "{question}" not in node.string().partition("{haystack}")[2]:
+        raise node.error("a prompt has {haystack} once, and {question} after it; put both in")
+    return node.string()
+
+
+PROMPT_SCHEMA = {"type": "string", "pattern": r"\{haystack\}[\s\S]*\{question\}"}
 ARGUMENTS_SCHEMA = {
     "type": "object",
     "propertyNames": {"not": {"enum": [*TEMPLATE_KEYS]}},
@@ -302,6 +309,20 @@ class MrcrSpec(AnsweringSpec):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NolimaSpec(AnsweringSpec):
+    """Needles that share no word with their questions, after NoLiMa."""
+
+    lengths: Annotated[tuple[Length, ...], LENGTHS]
+    depths: Annotated[Count, "equally spaced depths"] = 11
+    items: Annotated[Count, "items for each task, length and depth"] = 5
+    tasks: Annotated[tuple[str, ...], "`onehop`, `twohop`, or other kinds of questions of the needle set"] = ()
+    questions: Annotated[Count, QUESTIONS] = 1
+    data: Annotated[str | None, "a needle set of NoLiMa, as needle_set.json; without it, our own"] = None
+    haystack: Annotated[str | None, "a text file, in place of the bundled text"] = None
+    prompt: Annotated[str | None, Reads(_prompt, PROMPT_SCHEMA), "the prompt, with {haystack} and {question}"] = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CustomSpec(AnsweringSpec):
     """Questions from a file of the user's own."""
 
@@ -393,6 +414,7 @@ SPECS: dict[str, type[BenchmarkSpec]] = {
     "longbench_v2": LongbenchV2Spec,
     "helmet": HelmetSpec,
     "mrcr": MrcrSpec,
+    "nolima": NolimaSpec,
     "custom": CustomSpec,
     "guards": GuardsSpec,
 }

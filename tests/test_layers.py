@@ -111,6 +111,14 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
     ),
+    "workers/benchmarks/nolima.py": (
+        "jobs",
+        "workers/benchmarks/items.py",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/planned.py",
+        "workers/benchmarks/generation.py",
+        "workers/benchmarks/needle.py",
+    ),
     "workers/benchmarks/mrcr.py": (
         "jobs",
         "workers/benchmarks/items.py",
@@ -174,6 +182,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/perplexity.py",
         "workers/benchmarks/harness",
         "workers/benchmarks/mrcr.py",
+        "workers/benchmarks/nolima.py",
         "workers/benchmarks/custom.py",
     ),
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),

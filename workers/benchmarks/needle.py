@@ -79,19 +79,19 @@ def needle_items(
             scorer="all" if answer is None else "exact",
         )
         for item in items:
-            _check_depth(item, depths[item.index % len(depths)])
+            check_depth(item, depths[item.index % len(depths)])
         return items if answer is None else [_wanting(answer, item) for item in items]
 
     cells = sorted({(index // len(depths), index % len(depths) % groups) for index in wanted})
     return build_groups(tokenizer, asked, cells, build, wanted)
 
 
-def _check_depth(item: Item, wanted: float) -> None:
+def check_depth(item: Item, wanted: float) -> None:
     """Refuses a needle that lies far from where it was to lie: the text has too few places for one, or is too short."""
     [depth] = item.depths
     if abs(depth - wanted) > FARTHEST:
         raise BadInput(
-            f"needle: at {item.length} tokens the needle for depth {wanted:.2f} comes to lie at {depth:.2f};"
+            f"{item.benchmark}: at {item.length} tokens the needle for depth {wanted:.2f} comes to lie at {depth:.2f};"
             " give a text with shorter sentences, or ask at greater lengths"
         )
 

@@ -20,6 +20,7 @@ from jobs.evaluate import (
     LongbenchV2Spec,
     MrcrSpec,
     NeedleSpec,
+    NolimaSpec,
     PerplexitySpec,
     RulerSpec,
     Several,
@@ -34,6 +35,7 @@ from workers.benchmarks.items import read_answers
 from workers.benchmarks.longbench_v2 import plan_longbench_v2
 from workers.benchmarks.mrcr import plan_mrcr
 from workers.benchmarks.needle import plan_needle
+from workers.benchmarks.nolima import plan_nolima
 from workers.benchmarks.perplexity import first_position, plan_perplexity, score_windows
 from workers.benchmarks.planned import PlannedSet, Reader
 from workers.benchmarks.ruler.planned import plan_ruler
@@ -165,6 +167,17 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         rank=0,
         retrieval=True,
         raced=lambda spec: None if spec.data else (spec.items, spec.questions),
+        expected=read_answers,
+    ),
+    "nolima": Benchmark[NolimaSpec](
+        title="NoLiMa",
+        plan=plan_nolima,
+        answer=answer_items,
+        files=lambda spec: (spec.data, spec.haystack),
+        rank=0,
+        retrieval=True,
+        raced=lambda spec: (spec.items * spec.depths, spec.depths),
+        depths=lambda spec: spec.depths,
         expected=read_answers,
     ),
     "guards": Benchmark[GuardsSpec](

@@ -38,6 +38,11 @@ def string_match_part(prediction: str, references: Sequence[str]) -> float:
     return float(any(reference.lower() in text for reference in references))
 
 
+def verbatim(prediction: str, references: Sequence[str]) -> float:
+    """1 if any of the references occurs in the prediction in the same upper and lower case, as NoLiMa counts it."""
+    return float(any(reference in prediction for reference in references))
+
+
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1 if the prediction is one of the references, but for case, outer blanks and a full stop, else 0."""
     text = postprocess(prediction).lower().removesuffix(".").strip()
@@ -217,6 +222,7 @@ def _module(name: str, source: str) -> dict[str, Any]:
 SCORERS: Mapping[str, Callable[[str, Sequence[str]], float]] = {
     "all": string_match_all,
     "part": string_match_part,
+    "verbatim": verbatim,
     "exact": exact_match,
     "regex": found_patterns,
     "choice": chosen_letter,
