@@ -29,6 +29,9 @@ INDEX, RUN = "index.html", "run.json"
 PART_NAME = re.compile(r"items/(?P<digest>\w+)/(?P<first>\d{6,})-(?P<last>\d{6,})\.parquet")
 PROMPT_NAME = re.compile(r"prompts/(?P<digest>\w+)/(?P<item>\d+)\.json\.gz")
 ROWS_NAME = re.compile(r"rows/(?P<version>\w+)/(?P<kind>numbers|answers|thoughts)(?:-(?P<chunk>\d+))?\.\w+\.gz")
+RENEW_SECONDS = 10.0
+"""The page of a run that goes on asks the server for newer answers so often."""
+
 FILES_IN_MEMORY = 4
 """Files of at most 64 items, decoded: the next item is mostly in the same one."""
 
@@ -124,7 +127,7 @@ def read_site(run_url: str, *, live: bool) -> Site:
         "url": run_url,
         "version": version,
         "finished": result.finished,
-        "live": live,
+        "renews": RENEW_SECONDS if live else 0,
         "rows": len(columns.rows),
         "points": [
             {

@@ -3,7 +3,7 @@
 const ROW_HEIGHT = 50;
 const MARGIN_ROWS = 12;          // rows drawn above and below the window of the list
 const LOADS_AT_ONCE = 8;
-const POLL_MS = 10_000;
+const MOST_VALUES = 12;          // of a longer filter, only values with answers are listed
 const AROUND = 700;              // characters of a prompt shown around a needle
 const BEGINNING = 500, ENDING = 1_000;
 const PIECE = 20_000;            // characters of one block of a long text, which is laid out only where it is seen
@@ -274,7 +274,7 @@ function complain(error) {
 
 function summary() {
   const { run } = answers;
-  const going = run.finished ? "" : run.live ? "; the evaluation goes on, and this page renews itself" : "; the evaluation was going on";
+  const going = run.finished ? "" : run.renews ? "; the evaluation goes on, and this page renews itself" : "; the evaluation was going on";
   return `${grouped(run.rows)} answers of ${grouped(run.points.length)} models${going}`;
 }
 
@@ -304,7 +304,8 @@ function drawFacet(name) {
     const missed = counts.outcome.reduce((sum, count, at) => sum + (isMissed(values[at]) ? count : 0), 0);
     lines.push(choice(name, MISSED, "not right", missed));
   }
-  values.forEach((value, at) => { if (present.has(at)) lines.push(choice(name, value, titles[at], counts[name][at])); });
+  const listed = (at) => present.has(at) && (present.size <= MOST_VALUES || counts[name][at] || state[name].has(values[at]));
+  values.forEach((value, at) => { if (listed(at)) lines.push(choice(name, value, titles[at], counts[name][at])); });
   return element("fieldset", {}, element("legend", {}, name), element("div", { className: "values", "data-facet": name }, ...lines));
 }
 
@@ -764,11 +765,11 @@ async function renew() {
     if (run.version !== answers.run.version || run.finished !== answers.run.finished) await load(run);
     if (run.finished) return;
   } catch (error) { complain(error); }
-  setTimeout(renew, POLL_MS);
+  setTimeout(renew, 1000 * answers.run.renews);
 }
 
 readAddress();
 try {
   await load(await (await fetched("run.json")).json());
-  if (answers.run.live && !answers.run.finished) setTimeout(renew, POLL_MS);
+  if (answers.run.renews && !answers.run.finished) setTimeout(renew, 1000 * answers.run.renews);
 } catch (error) { complain(error); }

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from orchestrator.viewing import serving, site
 from orchestrator.viewing.exporting import export
 from orchestrator.viewing.serving import ViewServer
 from orchestrator.viewing.site import read_site
@@ -232,3 +233,32 @@ def test_a_long_list_and_a_long_prompt_draw_what_is_seen(browser: Browser, tmp_p
         assert len(text) < 5_000 and number_of(0) in text and "What is the number" in text
         for server in (many, long):
             server.shutdown()
+
+
+def test_a_run_that_goes_on_renews_the_list_and_keeps_the_open_answer(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(site, "RENEW_SECONDS", 0.1)
+    monkeypatch.setattr(serving, "LOOK_SECONDS", 0.0)
+    run = write_run(tmp_path / "run", right_rows(points=("b",)), finished=False)
+    with ViewServer(run, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = opened(browser, f"{server.url}#item=b|ruler|vt|1024|2|0")
+        until(page, TEXT)
+        assert "goes on" in page.evaluate("document.getElementById('state').textContent")
+        write_run(tmp_path / "run", right_rows(points=("a", "b")), finished=True)
+        until(page, "document.getElementById('state').textContent === '32 answers of 2 models'")
+        assert until(page, f"{TEXT} && {ITEM}") == "vt at 1K, item 2"
+        assert page.evaluate("document.querySelector('.side h3').textContent") == "b"
+        server.shutdown()
+    assert page.messages == []
+
+
+def test_a_server_that_ended_is_named(browser: Browser, tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", right_rows())
+    with ViewServer(run, 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = opened(browser, server.url)
+        server.shutdown()
+    press(page, "j")
+    assert "Run `mergeyard view` again" in until(page, f"{ITEM} && document.getElementById('item').innerText")
