@@ -110,8 +110,7 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
     if asked["tasks_of_unknown_size"]:
         rows.append(("and", f"{shortlist(asked['tasks_of_unknown_size'])}, as many items as they have"))
-    for name, number in asked["too_long"].items():
-        rows.append(("not asked", f"{number:,} questions of {name}, as they are too long for the lengths"))
+    rows += [("not asked", line) for line in not_asked(asked["too_long"])]
     for thought in asked["thinking"]:
         rows.append(("thinking", _thinking(thought)))
     if asked["samples"] > 1:
@@ -141,6 +140,13 @@ def _thinking(thought: Mapping[str, Any]) -> str:
         f"{thought['benchmark']}: a thought of at most {thought['budget']:,} tokens before each answer{begun},"
         f" up to {thought['end']}{found if thought['found'] else ''}"
     )
+
+
+def not_asked(too_long: Mapping[str, int]) -> list[str]:
+    """A line for each task with questions that fit in none of its lengths."""
+    return [
+        f"{number:,} questions of {task}, as they are too long for the lengths" for task, number in too_long.items()
+    ]
 
 
 def can_show(sees: Mapping[str, Any]) -> str:

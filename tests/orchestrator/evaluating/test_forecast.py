@@ -247,6 +247,23 @@ def test_the_plan_says_it_in_words(mergeyard: Mergeyard, tmp_path: Path) -> None
     assert "and the gate asks 500 at first, 500 at most; give gate.budget: " in out and " or gate.margin: 3.6" in out
 
 
+def test_questions_that_are_too_long_are_named_by_plan_and_evaluate(mergeyard: Mergeyard, tmp_path: Path) -> None:
+    row = {"question": "?", "answer": "A", "difficulty": "easy"} | {f"choice_{letter}": letter for letter in "ABCD"}
+    rows = [{**row, "context": "So it goes. " * long} for long in (10, 20, 900, 1000, 1100)]
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    asked = {"longbench_v2": {"lengths": [512], "data": str(tmp_path), "max_new_tokens": 8}}
+    parents = {name: str(PARENTS / name) for name in ("long", "fmt")}
+    (tmp_path / "job.yaml").write_text(
+        job_text(tmp_path, parents=parents, recipe=SOUP, grid={"w": [0.5]}, evaluate=asked)
+    )
+    said = "3 questions of easy, as they are too long for the lengths"
+    assert f"not asked     {said}" in mergeyard("plan", tmp_path / "job.yaml").out
+    with scripted(lambda task, item: f"The correct answer is ({item.answers[0]})"):
+        ended = mergeyard("evaluate", tmp_path / "job.yaml", "--in-process")
+    assert ended.code == 0 and f"not asked: {said}" in ended.err + ended.out
+    assert "100.0" in ended.out and "effective" not in ended.out, "guessing gives 25: no effective length"
+
+
 def test_the_answers_of_the_parents_replace_the_assumptions(mergeyard: Mergeyard, tmp_path: Path) -> None:
     parents = {name: str(PARENTS / name) for name in ("long", "fmt")}
     text = job_text(tmp_path, parents=parents, recipe=SOUP, grid={"w": [0.5]}, evaluate=ruler(items=40))
