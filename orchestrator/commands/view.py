@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import threading
 import webbrowser
 from contextlib import suppress
 
@@ -21,7 +22,9 @@ def view(options: argparse.Namespace) -> int:
     with ViewServer(url, options.port) as server:
         print_json({"url": server.url}) if options.json else print(f"{server.url}  Ctrl-C ends it", flush=True)
         if not options.no_browser:
-            webbrowser.open(server.url + (f"#{options.at.lstrip('#')}" if options.at else ""))
+            address = server.url + (f"#{options.at.lstrip('#')}" if options.at else "")
+            # a thread: a browser in the terminal returns at its end, and the page has to be served meanwhile
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
         with suppress(KeyboardInterrupt):
             server.serve_forever()
     return 0

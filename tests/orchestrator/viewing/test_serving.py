@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.client import HTTPConnection
@@ -91,3 +95,16 @@ def test_a_port_that_is_taken_is_one_line(run: str) -> None:
             ViewServer(run, port)
     with pytest.raises(BadInput, match="--port 99999: cannot be used"):
         ViewServer(run, 99999)
+
+
+def test_the_command_opens_the_address_in_the_browser_of_the_environment_and_ends_with_ctrl_c(run: str) -> None:
+    program = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).status, sys.argv[1])"
+    browser = f'{sys.executable} -c "{program}" %s'
+    command = [sys.executable, "-m", "orchestrator.cli", "view", run, "--port", "0", "--at", "point=b"]
+    started = subprocess.Popen(command, env=os.environ | {"BROWSER": browser}, stdout=subprocess.PIPE, text=True)
+    assert started.stdout is not None
+    told, seen = started.stdout.readline(), started.stdout.readline()
+    started.send_signal(signal.SIGINT)
+    assert started.wait(20) == 0
+    url = told.split()[0]
+    assert url.startswith("http://127.0.0.1:") and seen == f"200 {url}#point=b\n"
