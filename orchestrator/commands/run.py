@@ -33,7 +33,7 @@ def run(options: argparse.Namespace) -> int:
             if left := left_by_name(evaluated.candidates, len(best)):
                 watcher.tell(f"names decide which points are kept: {shortlist(left)} scored as much as {best[-1]}")
             if len(best) < (job.keep.count or 0) and evaluated.broken:
-                watcher.tell(f"kept {len(best)} points: {shortlist(sorted(evaluated.broken))} surely lost a guard")
+                watcher.tell(f"points kept: {len(best)}; {shortlist(sorted(evaluated.broken))} surely lost a guard")
             if best:
                 plan = plan.keeping(best)
                 with writing():  # the evaluation has written its scores

@@ -111,13 +111,15 @@ def evaluate_points(
     from orchestrator.evaluating.forecast import evaluation_facts, parents_answers
     from orchestrator.evaluating.session import Session
     from orchestrator.report.live import LivePage
-    from orchestrator.report.terminal.run import can_show, gate_forecast, not_asked
+    from orchestrator.report.terminal.run import can_show, gate_forecast, guards_forecast, not_asked
 
     facts = evaluation_facts(plan.job, asked, parents_answers(plan.run_url, asked))
     for line in not_asked(facts["too_long"]):
         watcher.tell(f"not asked: {line}")
     if facts["sees"] is not None:
         watcher.tell(f"can show {can_show(facts['sees'])}")
+    if facts["guards"] is not None:
+        watcher.tell(f"guards: {guards_forecast(facts['guards'])}")
     if facts["gate"] is not None and facts["gate"]["remedy"] is not None:
         watcher.tell(f"gate: {gate_forecast(facts['gate'])}")
     with (

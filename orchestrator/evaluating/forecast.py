@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jobs.errors import BadInput, CorruptData
+from jobs.evaluate import GuardsSpec
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec, Job
 from orchestrator.evaluating.confirming import BUDGET
@@ -26,7 +27,14 @@ from orchestrator.evaluating.results import ranked_rows, read_results
 from orchestrator.evaluating.subjects import Questions, RacePlan, Sets
 from orchestrator.judging.estimates import macro_mean, macro_weights
 from orchestrator.judging.gate import POWER
-from orchestrator.judging.power import Design, growth_to_pass, passing, smallest_difference, smallest_margin
+from orchestrator.judging.power import (
+    Design,
+    growth_to_pass,
+    passing,
+    smallest_difference,
+    smallest_loss,
+    smallest_margin,
+)
 from orchestrator.judging.race import RUNGS
 from orchestrator.judging.samples import Cell, CellSample
 from orchestrator.judging.significance import design_effect
@@ -143,6 +151,7 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
         "too_long": dict(sum((Counter({of.task: of.too_long}) for of in first.values()), Counter[str]())),
         "race": None if asked.race is None else {"least_tokens": _least_tokens(asked, asked.race)},
         "sees": None if score is None else _sees(score, len(asked.points)),
+        "guards": None if asked.guards is None else _guards(asked.guards, len(asked.points)),
         "gate": None if score is None or job.gate is None else _gate(score, job.gate),
     }
     return facts
@@ -267,6 +276,34 @@ def _gate(score: _Score, spec: GateSpec) -> dict[str, Any]:
             "length_margin": None if spec.length_margin is None else _least_of(spec.length_margin, reached[1:]),
         }
     return facts
+
+
+def _guards(spec: GuardsSpec, points: int) -> dict[str, Any]:
+    """What a guard of `limit` items sees, in points; without a limit the number of items is not known here.
+
+    `loss` is the smallest one that rules a point out, `margin_reached` the smallest margin at which an equal model
+    holds, `items_needed` the items for the job's margin.
+    """
+    facts: dict[str, Any] = {
+        "tasks": list(spec.tasks),
+        "margin": spec.margin,
+        "discordance": DISCORDANCE,
+        "items": spec.limit,
+        "items_needed": _whole(100 * growth_to_pass(_guard(100), spec.margin / 100, spec.alpha, anytime=False)),
+        "loss": None,
+        "margin_reached": None,
+    }
+    if spec.limit is not None:
+        loss = 100 * smallest_loss(_guard(spec.limit), spec.margin / 100, spec.alpha / (points * len(spec.tasks)))
+        reached = 100 * smallest_margin(_guard(spec.limit), spec.alpha, None)
+        facts["loss"] = round(loss, 1) if math.isfinite(loss) else None
+        facts["margin_reached"] = math.ceil(10 * reached) / 10 if math.isfinite(reached) else None
+    return facts
+
+
+def _guard(items: int) -> Design:
+    """Items that share no text."""
+    return Design(items, items, 1 / items, DISCORDANCE)
 
 
 def _growths(score: _Score, margin: float, alpha: float, allowed: float, *, anytime: bool) -> list[float]:

@@ -150,6 +150,26 @@ def smallest_margin(design: Design, alpha: float, planned: int | None) -> float:
     return _least(lambda margin: passing(design, margin, alpha, planned) >= POWER, 1e-4, 0.99)
 
 
+def failing(design: Design, loss: float, margin: float, alpha: float) -> float:
+    """P(one look of the gate finds "worse by more than the margin") if the model is worse by `loss`; shares of 1."""
+    from scipy.special import stdtr
+
+    haystacks = design.haystacks
+    if haystacks < 2:
+        return 0.0
+    found = _Outcomes.of(design, loss)  # gains and losses exchanged
+    unseen = np.maximum(unseen_variance(found.mean, -margin), margin * (1 - margin)) / haystacks
+    statistic = (found.mean - margin) / np.sqrt(np.maximum(found.variance, unseen))
+    p = np.maximum(stdtr(haystacks - 1, -statistic), found.few_losses(haystacks, -margin))
+    return float(np.mean(p <= alpha))
+
+
+@cache
+def smallest_loss(design: Design, margin: float, alpha: float) -> float:
+    """The smallest true loss (of 1) that is found worse than the margin with probability `POWER`; infinite if none."""
+    return _least(lambda loss: failing(design, loss, margin, alpha) >= POWER, margin, 1.0)
+
+
 def _least(holds: Callable[[float], bool], low: float, high: float) -> float:
     """The least value from low to high for which it holds, to half a percent; infinite if it does not hold for high."""
     if not holds(high):

@@ -127,6 +127,8 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
         rows.append(("race", f"{share} of that where all that lose leave at once ({count(least)} tokens), at most all"))
     if asked["sees"] is not None:
         rows.append(("can show", can_show(asked["sees"])))
+    if asked["guards"] is not None:
+        rows.append(("guards", guards_forecast(asked["guards"])))
     if asked["gate"] is not None:
         rows.append(("gate", gate_forecast(asked["gate"])))
     return rows
@@ -191,6 +193,22 @@ def gate_forecast(gate: Mapping[str, Any]) -> str:
         ways.append(" and ".join(f"gate.{key}: {remedy[key]:g}" for key in margins))
     remedies = f"give {' or '.join(ways)}" if ways else "ask more haystacks"
     return f"{model} {verb} pass: it needs {needed}, and {asks}; {remedies}"
+
+
+def guards_forecast(guards: Mapping[str, Any]) -> str:
+    """The loss that a guard sees, and a warning if its margin cannot be decided."""
+    needed = f"about {guards['items_needed']:,} items" if guards["items_needed"] else "more items than there are"
+    assumed = f"if {guards['discordance']:.0%} of answers differ"
+    if guards["items"] is None:
+        return f"at the margin of {guards['margin']:g} an equal model needs {needed} each to hold ({assumed})"
+    loss = f"a loss of {guards['loss']:g} points" if guards["loss"] is not None else "no loss"
+    sees = f"{guards['items']:,} items each rule a point out at {loss}, 8 times in 10 ({assumed})"
+    reached = guards["margin_reached"]
+    if reached is not None and reached <= guards["margin"]:
+        return f"{sees}; an equal model holds the margin of {guards['margin']:g}"
+    ways = f"give limit: {guards['items_needed']}" if guards["items_needed"] else ""
+    ways += f"{' or ' if ways else 'give '}margin: {reached:g}" if reached is not None else ""
+    return f"{sees}, but the margin of {guards['margin']:g} cannot be decided for an equal model; {ways or 'ask more'}"
 
 
 def _items(ends: Sequence[int | None]) -> str:

@@ -109,7 +109,7 @@ def test_no_point_is_kept_where_each_loses_its_guard(mergeyard: Mergeyard, job_f
     job = job_file(**evaluation(), grid={"w": [0.8]}, keep={"best": 1}, gate={"baseline": "fmt"})
     ended = mergeyard("run", job, "--in-process")
     assert ended.code == 1, ended.err
-    assert kept(job) == [] and "kept 0 points: w0.8 surely lost a guard" in ended.err
+    assert kept(job) == [] and "points kept: 0; w0.8 surely lost a guard" in ended.err
     assert "Keep the parent fmt: each merge that was left surely loses at a guard." in " ".join(ended.out.split())
     assert "gate: fail: w0.8 against fmt\n" in ended.out
 
@@ -120,6 +120,23 @@ def test_a_guard_that_is_not_decided_is_said(mergeyard: Mergeyard, job_file: Cal
     assert kept(job) == ["w0.6"]
     assert "Guards that are not decided: gsm8k -1.0 (" in " ".join(ended.out.split())
     assert "89.0 ?" in ended.out and "50.0 ✗" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("guards", "words"),
+    [
+        ({"margin": 1}, "at the margin of 1 an equal model needs about 6,181 items each to hold"),
+        ({"limit": 400, "margin": 1}, "a loss of 5.7 points, 8 times in 10 (if 10% of answers differ), but"
+         " the margin of 1 cannot be decided for an equal model; give limit: 6181 or margin: 4"),
+        ({"limit": 400, "margin": 5}, "an equal model holds the margin of 5"),
+    ],
+)  # fmt: skip
+def test_plan_says_the_loss_that_a_guard_sees(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], guards: dict[str, Any], words: str
+) -> None:
+    ended = mergeyard("plan", job_file(**evaluation(guards={**GUARDS, **guards})))
+    assert ended.code == 0, ended.err
+    assert words in " ".join(ended.out.split())
 
 
 @pytest.mark.parametrize(

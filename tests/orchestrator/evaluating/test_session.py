@@ -351,6 +351,26 @@ def test_a_task_of_the_harness_stands_beside_the_rank(mergeyard: Mergeyard, job_
 
 
 @pytest.mark.usefixtures("harness_task")
+def test_a_real_task_of_the_harness_guards_the_points(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
+) -> None:
+    questions = [f"{number} times the grass is" for number in range(60)]
+    (tmp_path / "docs.json").write_text("\n".join(json.dumps({"question": question}) for question in questions))
+    (tmp_path / "tiny.yaml").write_text(TASK.replace("Tuesday", 'blue", "yellow'))
+    guards = {"tasks": ["tiny.yaml"], "margin": 1}
+    keys = scaled_race() | {"grid": {"w": [0.98, 0.3]}, "evaluate": {"ruler": RULER, "guards": guards}}
+    job = job_file(**keys, keep={"best": 2})
+    ended = mergeyard("run", job, "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    told = {line["name"]: line["guards"][0] for line in ended.facts["leaderboard"]}
+    found = {name: guarded["against"] and guarded["against"]["outcome"] for name, guarded in told.items()}
+    assert found == {"w0.98": "undecided", "w0.3": "broken", "long": None}
+    assert {guarded["items"] for guarded in told.values()} == {60}
+    assert [path.name for path in (tmp_path / "runs/tiny/points").iterdir()] == ["w0.98"]
+    assert "points kept: 1; w0.3 surely lost a guard" in ended.err
+
+
+@pytest.mark.usefixtures("harness_task")
 def test_a_task_of_the_harness_ranks_where_nothing_else_is_asked(tmp_path: Path) -> None:
     text = job_text(tmp_path, grid={"w": [0.6]}, evaluate={"lm_eval": {"tasks": [str(tmp_path / "tiny.yaml")]}})
     result, asked = evaluated(text)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from orchestrator.judging.estimates import few_losses, macro_difference, pooled
-from orchestrator.judging.gate import GateRule, judge
+from orchestrator.judging.gate import POWER, GateRule, judge
+from orchestrator.judging.guards import compare
 from orchestrator.judging.power import (
     Design,
     _Outcomes,
@@ -16,9 +17,10 @@ from orchestrator.judging.power import (
     passing,
     power,
     smallest_difference,
+    smallest_loss,
     smallest_margin,
 )
-from orchestrator.judging.samples import CellSample, cell_sample
+from orchestrator.judging.samples import CellSample, cell_sample, paired_sample
 from orchestrator.judging.significance import difference_test
 
 LENGTHS = (1024, 2048, 4096)
@@ -101,3 +103,17 @@ def test_the_guard_of_the_plan_is_that_of_the_tests(claimed: float):
     for gained, lost, p in {*zip(outcomes.gained.tolist(), outcomes.lost.tolist(), found.tolist(), strict=True)}:
         values = [1.0] * int(gained) + [-1.0] * int(lost) + [0.0] * int(24 - gained - lost)
         assert p == pytest.approx(few_losses(pooled([cell_sample("vt", 4096, values)], np.ones(1)), claimed))
+
+
+@pytest.mark.parametrize(("items", "margin"), [(400, 0.01), (400, 0.05)])
+def test_the_smallest_loss_of_a_guard_is_found_as_often_as_it_says(items: int, margin: float) -> None:
+    design = Design(items, items, 1 / items, 0.1)
+    loss = smallest_loss(design, margin, 0.05 / 8)
+    random, differing = np.random.default_rng(0), max(0.1, loss)
+    found = 0
+    for _ in range(100):
+        drawn = random.random(items)
+        change = np.where(drawn < (differing + loss) / 2, -1.0, np.where(drawn < differing, 1.0, 0.0))
+        sample = paired_sample("t", 0, np.maximum(change, 0), np.maximum(-change, 0))
+        found += compare([sample], "fmt", margin=100 * margin, alpha=0.05, tests=8).outcome == "broken"
+    assert abs(found / 100 - POWER) <= 0.05 + 2 * (0.8 * 0.2 / 100) ** 0.5
