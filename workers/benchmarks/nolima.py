@@ -294,6 +294,7 @@ def plan_nolima(spec: NolimaSpec, tokenizer: Tokenizer, seed: int, reader: Reade
 
         told: Mapping[str, Any] = {
             "benchmark": "nolima",
+            "task": task,
             "facts": hashlib.sha256(json.dumps([astuple(fact) for fact in of_task]).encode()).hexdigest(),
             "depths": depths,
             "questions": spec.questions,

@@ -66,6 +66,11 @@ def test_the_same_is_asked_at_every_length(tokenizer: Tokenizer) -> None:
         assert {*exchanges(short)[0]} < {*exchanges(long)[0]}
 
 
+def test_every_set_has_a_digest_of_its_own(tokenizer: Tokenizer) -> None:
+    sets = plan_mrcr(MrcrSpec(lengths=(2048, 4096)), tokenizer, 7, Reader(), 0)
+    assert len({planned.digest for planned in sets}) == len(sets) == 6
+
+
 def test_questions_share_their_conversation(tokenizer: Tokenizer) -> None:
     [items] = made(tokenizer, 4, lengths=(2048,), needles=(4,), questions=2)
     first, second, third, _ = items

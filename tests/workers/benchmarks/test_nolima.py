@@ -73,6 +73,12 @@ def test_the_same_is_asked_at_every_length_and_questions_share_haystacks(tokeniz
         items(tokenizer, lengths=(4096,), depths=40, questions=40)
 
 
+def test_every_set_has_a_digest_of_its_own(tokenizer: Tokenizer) -> None:
+    sets = plan_nolima(NolimaSpec(lengths=(512, 1024)), tokenizer, 5, Reader(), 0)
+    assert [planned.task for planned in sets] == ["onehop", "onehop", "twohop", "twohop"]
+    assert len({planned.digest for planned in sets}) == 4
+
+
 def test_what_the_text_mentions_is_not_asked(tokenizer: Tokenizer, tmp_path: Path) -> None:
     text = bundled_text() + "\n\nIn Granada, Nadia and Yusuf read Faust."
     facts = own_facts(text)
