@@ -208,6 +208,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "orchestrator/words.py": ("jobs",),
     "orchestrator/watching.py": ("jobs", "orchestrator/words.py"),
     "orchestrator/judging": ("jobs",),
+    "orchestrator/searching": ("jobs", "orchestrator/judging"),
     "orchestrator/records": ("jobs", "workers/storage", "workers/checkpoints"),
     "orchestrator/planning": (
         "jobs",

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jobs.errors import BadInput, CorruptData
-from orchestrator.judging.estimates import Haystacks, few_losses, macro_weights, satterthwaite
+from orchestrator.judging.pairing import Pairing
 from orchestrator.judging.samples import Cell, FloatArray, normal_tail, student_quantile
 
 RUNGS = (10, 25, 60, 150, 500)
@@ -128,8 +128,7 @@ class Race:
         self._z, self._alpha = z, alpha
         self._haystack = items_per_haystack
         self._costs = np.array([float(cell.length) if costs is None else costs[cell] for cell in cells])
-        self._weights = macro_weights(cells)
-        self._groups = _dependent_cells(cells) if items_shared_across_lengths else [[i] for i in range(len(cells))]
+        self._pairing = Pairing(cells, items_per_haystack, items_shared_across_lengths)
         self._point_index = {point: index for index, point in enumerate(self.points)}
         self._cell_index = {cell: index for index, cell in enumerate(self.cells)}
         self._items = self.rungs[-1] + _whole_haystacks(confirmation, items_per_haystack)
@@ -243,7 +242,7 @@ class Race:
         return not np.isnan(self._scores[self._live, :, :items]).any()
 
     def _macro(self, points: NDArray[np.intp], start: int, stop: int) -> FloatArray:
-        return np.asarray(self._scores[points, :, start:stop].mean(axis=2) @ self._weights, dtype=np.float64)
+        return np.asarray(self._scores[points, :, start:stop].mean(axis=2) @ self._pairing.weights, dtype=np.float64)
 
     def _ranked(self, items: int) -> tuple[NDArray[np.intp], FloatArray]:
         """Live points, best first and ties by name, and their macro scores over the first `items` items."""
@@ -266,11 +265,11 @@ class Race:
         """The departure of a point that is significantly below each of the best; None for all others."""
         closest: Departure | None = None
         for rival in best:
-            parts = self._parts(rival, point, items)
-            gap, (error, freedom) = float(parts.sum()), self._paired_error(parts)
-            multiplier = student_quantile(1 - self._tail, freedom)
+            found = self._pairing.gap(self._scores[rival, :, :items], self._scores[point, :, :items])
+            gap, error = found.size, found.standard_error
+            multiplier = student_quantile(1 - self._tail, found.degrees_of_freedom)
             bound = multiplier * error
-            if gap <= bound or few_losses(self._haystacks(parts), 0.0) > self._tail:
+            if gap <= bound or found.rare > self._tail:
                 return None
             if closest is None or gap - bound < closest.gap - closest.bound:
                 reason = (
@@ -281,31 +280,6 @@ class Race:
                     self.points[point], self._rung, self.points[rival], gap, error, bound, items, reason
                 )
         return closest
-
-    def _parts(self, rival: int, point: int, items: int) -> FloatArray:
-        """The part of each haystack in the macro gap on the same items [groups, haystacks]; they sum to the gap."""
-        gaps = (self._scores[rival, :, :items] - self._scores[point, :, :items]) * self._weights[:, None] / items
-        by_cell = gaps.reshape(len(self.cells), -1, self._haystack).sum(axis=2)
-        return np.stack([by_cell[group].sum(axis=0) for group in self._groups])
-
-    def _paired_error(self, parts: FloatArray) -> tuple[float, float]:
-        """Standard error of the macro gap, clustered by haystack, and its degrees of freedom."""
-        haystacks = parts.shape[1]
-        residuals = parts - parts.mean(axis=1, keepdims=True)
-        variances = np.sum(residuals**2, axis=1) * haystacks / (haystacks - 1)
-        freedom = satterthwaite(variances, np.full(len(parts), haystacks - 1.0))
-        return math.sqrt(float(variances.sum())) or self._least_error(haystacks), freedom
-
-    def _haystacks(self, parts: FloatArray) -> Haystacks:
-        shares = np.array([self._weights[group].sum() for group in self._groups])
-        spread = float(shares @ shares) / parts.shape[1]
-        return Haystacks(parts.size * parts.ravel(), len(shares) * float(shares.max()), spread)
-
-    def _least_error(self, haystacks: int) -> float:
-        """A lower limit of the error if all haystacks agree: one of two more might differ (the plus-four rule)."""
-        other = 1 / (haystacks * len(self._groups) + 2)
-        shares = [float(self._weights[group].sum()) for group in self._groups]
-        return math.sqrt(sum(share**2 for share in shares) * other * (1 - other) / haystacks)
 
     @property
     def _tail(self) -> float:
@@ -349,11 +323,3 @@ def _refuse_nonsense(
 
 def _whole_haystacks(items: int, items_per_haystack: int) -> int:
     return math.ceil(items / items_per_haystack) * items_per_haystack
-
-
-def _dependent_cells(cells: Sequence[Cell]) -> list[list[int]]:
-    """Indices of the cells of each task: one group of dependent cells per task."""
-    groups: dict[str, list[int]] = {}
-    for index, cell in enumerate(cells):
-        groups.setdefault(cell.task, []).append(index)
-    return list(groups.values())

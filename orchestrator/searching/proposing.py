@@ -1,0 +1,316 @@
+"""The next points: a pure function of the figures so far, the pending points, a number and a seed.
+
+`sobol` and `random` cover the space. `gp` asks where the improvement is expected to be largest: the incumbent is the
+best point by posterior mean, not the luckiest score; the improvement is that of the difference from it, with its
+posterior variance (noisy expected improvement: Letham et al. 2019; common random numbers: Pearce et al. 2022, arXiv
+1910.09259). A pending point is imagined: it has its posterior mean, and the variance around it shrinks (Ginsbourger et
+al. 2010). A constraint multiplies by its probability (Gardner et al. 2014). Several objectives are joined by random
+augmented Chebyshev weights, new ones for each point (ParEGO: Knowles 2006).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.search import By, Choice, Space
+from orchestrator.searching.encoding import all_choices, decoded, encoded, features, squared_distances
+from orchestrator.searching.figures import Figures
+from orchestrator.searching.surface import Parameters, Surface, fit, kernel, posterior
+
+FloatArray = NDArray[np.float64]
+MOST_AXES = 12
+"""Axes of numbers up to which `auto` is a Gaussian process."""
+LISTED = 1024
+"""Spaces of at most so many points are looked at whole; of larger ones, so many points are looked at."""
+DRAWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Proposal:
+    """A new point, and the reason for it in one line."""
+
+    choice: Choice
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """The figures of the points that were asked: objectives to maximise, constraints to keep at 0 or above."""
+
+    choices: tuple[Choice, ...]
+    objectives: tuple[Figures, ...]
+    constraints: tuple[Figures, ...] = ()
+
+
+def resolved(space: Space, by: By) -> By:
+    """The method behind `auto`: gp for at most `MOST_AXES` axes of numbers, sobol beyond."""
+    if by != "auto":
+        return by
+    return "gp" if sum(len(axis.values) > 1 and axis.kind == "numbers" for axis in space.axes) <= MOST_AXES else "sobol"
+
+
+def propose(
+    space: Space,
+    evidence: Evidence,
+    pending: Sequence[Choice],
+    *,
+    by: By,
+    count: int,
+    number: int,
+    seed: int,
+) -> tuple[Proposal, ...]:
+    """At most `count` points that were not asked yet: fewer only where the space ends."""
+    by = resolved(space, by)
+    known = {*evidence.choices, *pending}
+    enough = len(evidence.choices) >= 4
+    if by == "gp" and enough and count:
+        return _improving(space, evidence, pending, count, _generator(seed, number))
+    drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, len(known))
+    reason = "drawn at random" if by == "random" else "covers the space (Sobol)"
+    return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the figures say of the points that were asked, all [points].
+
+    `mean` and `spread` are the posterior's of the first objective; `best` is the probability to be the best point that
+    keeps the constraints, `feasible` that of keeping them.
+    """
+
+    mean: FloatArray
+    spread: FloatArray
+    best: FloatArray
+    feasible: FloatArray
+
+
+def judge(space: Space, evidence: Evidence, *, by: By, seed: int) -> Verdict:
+    """The verdict on the points that were asked; without `gp`, points say nothing about each other."""
+    by, random = resolved(space, by), _generator(seed, 0)
+    models = [_Model(space, evidence.choices, figure, smooth=by == "gp") for figure in evidence.objectives]
+    surfaces = [model.at(evidence.choices) for model in models]
+    margins = [
+        _Model(space, evidence.choices, figure, smooth=by == "gp").at(evidence.choices)
+        for figure in evidence.constraints
+    ]
+    kept = np.ones((DRAWS, len(evidence.choices)), dtype=np.bool_)
+    for margin in margins:
+        kept &= _draws(margin, random, DRAWS) >= 0
+    values = np.stack([_draws(surface, random, DRAWS) for surface in surfaces])
+    joined = _chebyshev(values, random) if len(surfaces) > 1 else values[0]
+    winners = np.argmax(np.where(kept, joined, joined - 1e6), axis=1)
+    best = np.bincount(winners, minlength=len(evidence.choices)) / DRAWS
+    feasible = np.prod([_above(margin.mean, margin.spread) for margin in margins] or [np.ones(len(best))], axis=0)
+    return Verdict(surfaces[0].mean, surfaces[0].spread, best, feasible)
+
+
+def means_of(space: Space, evidence: Evidence, *, by: By) -> FloatArray:
+    """Posterior means [objectives, points] of the points that were asked."""
+    smooth = resolved(space, by) == "gp"
+    models = [_Model(space, evidence.choices, figure, smooth=smooth) for figure in evidence.objectives]
+    return np.stack([model.at(evidence.choices).mean for model in models])
+
+
+class _Model:
+    """The posterior of one figure: a Gaussian process, or independent points with a common prior."""
+
+    def __init__(self, space: Space, choices: Sequence[Choice], figure: Figures, *, smooth: bool) -> None:
+        self._space, self._figure, self._smooth = space, figure, smooth
+        self._seen = features(space, choices)
+        squares = squared_distances(space, self._seen, self._seen)
+        if smooth:
+            varying = np.array([len(axis.values) > 1 for axis in space.axes])
+            found = fit(squares[varying], figure.means, figure.noise)
+            lengths = np.ones(len(space.axes))
+            lengths[varying] = found.lengths
+            self._parameters = Parameters(found.amplitude, lengths, found.nugget)
+        else:
+            noise = float(np.mean(np.diag(figure.noise)))
+            spread = math.sqrt(max(float(np.var(figure.means)) - noise, noise / 16, 1e-6))
+            self._parameters = Parameters(spread, np.full(len(space.axes), 1e-6), 0.0)
+        self._prior = kernel(self._parameters, squares)
+
+    def at(self, choices: Sequence[Choice]) -> Surface:
+        """The posterior at these points."""
+        wanted = features(self._space, choices)
+        nugget = self._parameters.nugget**2 * np.eye(len(self._seen))
+        return posterior(
+            self._prior,
+            kernel(self._parameters, squared_distances(self._space, wanted, self._seen)),
+            kernel(self._parameters, squared_distances(self._space, wanted, wanted)),
+            self._figure.means,
+            self._figure.noise + nugget,
+        )
+
+
+def _improving(
+    space: Space, evidence: Evidence, pending: Sequence[Choice], count: int, random: np.random.Generator
+) -> tuple[Proposal, ...]:
+    """The points of the largest expected improvement, one after the other, each imagined before the next is sought."""
+    objectives = [_Model(space, evidence.choices, figure, smooth=True) for figure in evidence.objectives]
+    constraints = [_Model(space, evidence.choices, figure, smooth=True) for figure in evidence.constraints]
+    known = (*evidence.choices, *(choice for choice in pending if choice not in evidence.choices))
+    top = np.argsort(-objectives[0].at(evidence.choices).mean, kind="stable")[:4]
+    pool = _pool(space, [evidence.choices[index] for index in top], {*known}, random)
+    everywhere = (*known, *pool)
+    surfaces = [model.at(everywhere) for model in objectives]
+    allowed = np.ones(len(everywhere))
+    for model in constraints:
+        margin = model.at(everywhere)
+        allowed *= _above(margin.mean, margin.spread)
+    noises = [float(np.median(np.diag(figure.noise))) for figure in evidence.objectives]
+    for index in range(len(evidence.choices), len(known)):
+        surfaces = [_imagined(surface, index, noise) for surface, noise in zip(surfaces, noises, strict=True)]
+    found: list[Proposal] = []
+    open_ = np.arange(len(everywhere)) >= len(known)
+    while len(found) < count and open_.any():
+        looked_at = ~open_
+        if len(surfaces) == 1:
+            gain, incumbent = _expected_gain(surfaces[0], allowed, looked_at)
+        else:
+            gain, incumbent = _expected_front_gain(surfaces, looked_at, random)
+        worth = np.where(open_, gain * allowed, -np.inf)
+        chosen = int(np.argmax(worth))
+        mean, spread = surfaces[0].mean[chosen], surfaces[0].spread[chosen]
+        reason = (
+            f"expected to improve on {space.described(everywhere[incumbent])} by {_points(gain[chosen])}; "
+            f"foreseen {_points(float(mean))} ± {_points(float(spread))}"
+        )
+        if constraints:
+            reason += f"; keeps the constraints with probability {allowed[chosen]:.2f}"
+        found.append(Proposal(everywhere[chosen], reason))
+        open_[chosen] = False
+        surfaces = [_imagined(surface, chosen, noise) for surface, noise in zip(surfaces, noises, strict=True)]
+    return tuple(found)
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.2f}"
+
+
+def _expected_gain(surface: Surface, allowed: FloatArray, looked_at: NDArray[np.bool_]) -> tuple[FloatArray, int]:
+    """Expected improvement on the incumbent everywhere, and the incumbent: the best by mean that is likely allowed."""
+    worthy = np.where(looked_at & (allowed >= 0.5), surface.mean, -np.inf)
+    if not np.isfinite(worthy).any():
+        worthy = np.where(looked_at, allowed, -np.inf)
+    incumbent = int(np.argmax(worthy))
+    covariance = surface.covariance
+    variance = np.diag(covariance) + covariance[incumbent, incumbent] - 2 * covariance[incumbent]
+    spread = np.sqrt(np.maximum(variance, 1e-14))
+    gap = surface.mean - surface.mean[incumbent]
+    return gap * _above(gap, spread) + spread * _density(gap / spread), incumbent
+
+
+def _expected_front_gain(
+    surfaces: Sequence[Surface], looked_at: NDArray[np.bool_], random: np.random.Generator
+) -> tuple[FloatArray, int]:
+    """The same for one random weighting of several objectives, over joint draws of each surface."""
+    values = np.stack([_draws(surface, random, 64) for surface in surfaces])
+    joined = _chebyshev(values, random, same=True)
+    best = np.where(looked_at, joined, -np.inf).max(axis=1, keepdims=True)
+    incumbent = int(np.argmax(np.where(looked_at, joined.mean(axis=0), -np.inf)))
+    return np.maximum(joined - best, 0.0).mean(axis=0), incumbent
+
+
+def _chebyshev(values: FloatArray, random: np.random.Generator, *, same: bool = False) -> FloatArray:
+    """Joins objectives [objectives, draws, points] by augmented Chebyshev weights, for each draw or one for all."""
+    count, draws, _ = values.shape
+    middle = values.mean(axis=1, keepdims=True)
+    low, high = middle.min(axis=2, keepdims=True), middle.max(axis=2, keepdims=True)
+    scaled = (values - high) / np.maximum(high - low, 1e-9)
+    weights = random.dirichlet(np.ones(count), size=1 if same else draws).T[:, :, None]
+    return np.min(weights * scaled, axis=0) + 0.05 * np.sum(weights * scaled, axis=0)
+
+
+def _imagined(surface: Surface, index: int, noise: float) -> Surface:
+    """The surface as if this point had been asked, and had scored as foreseen."""
+    column = surface.covariance[:, index]
+    return Surface(surface.mean, surface.covariance - np.outer(column, column) / (column[index] + noise))
+
+
+def _draws(surface: Surface, random: np.random.Generator, count: int) -> FloatArray:
+    """Joint draws [draws, points]."""
+    values, vectors = np.linalg.eigh(surface.covariance)
+    factor = vectors * np.sqrt(np.maximum(values, 0.0))
+    return surface.mean + random.standard_normal((count, len(values))) @ factor.T
+
+
+def _above(mean: FloatArray, spread: FloatArray) -> FloatArray:
+    """P(value ≥ 0) of a normal value."""
+    from scipy.special import ndtr
+
+    return np.asarray(ndtr(mean / spread), dtype=np.float64)
+
+
+def _density(value: FloatArray) -> FloatArray:
+    return np.exp(-(value**2) / 2) / math.sqrt(2 * math.pi)
+
+
+def _pool(
+    space: Space, best: Sequence[Choice], known: Collection[Choice], random: np.random.Generator
+) -> tuple[Choice, ...]:
+    """The points to look at: all of a small space; of a large one Sobol points, and neighbours of the best points."""
+    if space.size <= LISTED:
+        return tuple(choice for choice in all_choices(space) if choice not in known)
+    near: list[Choice] = []
+    for choice in best:
+        place = encoded(space, choice)
+        steps = random.standard_normal((64, place.size)) * 0.25 * random.random((64, 1)) ** 2
+        moved = random.random((64, place.size)) < max(0.3, 1.5 / place.size)
+        near += decoded(space, np.clip(place + steps * moved, 0.0, 1.0))
+        single = np.repeat(place[None], 2 * place.size, axis=0)
+        widths = 1 / np.array([len(axis.values) for axis in space.axes])
+        for axis in range(place.size):
+            single[2 * axis, axis] += widths[axis]
+            single[2 * axis + 1, axis] -= widths[axis]
+        near += decoded(space, np.clip(single, 0.0, 1.0))
+    wide = decoded(space, _sequence(space, random, LISTED // 2))
+    return tuple(dict.fromkeys(choice for choice in (*near, *wide) if choice not in known))
+
+
+def _sobol(space: Space, seed: int, skipped: int) -> Iterator[Choice]:
+    """The points of one scrambled Sobol sequence, those after the first `skipped`."""
+    from scipy.stats import qmc
+
+    sequence = qmc.Sobol(len(space.axes), scramble=True, rng=_generator(seed, 0))
+    if skipped:
+        sequence.fast_forward(skipped)
+    while True:
+        yield from decoded(space, np.asarray(sequence.random(1), dtype=np.float64))
+
+
+def _random(space: Space, seed: int, number: int) -> Iterator[Choice]:
+    random = _generator(seed, number)
+    while True:
+        yield from decoded(space, random.random((64, len(space.axes))))
+
+
+def _sequence(space: Space, random: np.random.Generator, count: int) -> FloatArray:
+    from scipy.stats import qmc
+
+    return np.asarray(qmc.Sobol(len(space.axes), scramble=True, rng=random).random(count), dtype=np.float64)
+
+
+def _unknown(space: Space, drawn: Iterator[Choice], known: Collection[Choice], count: int) -> list[Choice]:
+    """The first `count` drawn points that are not known; after many vain draws, those of a small space in order."""
+    found: dict[Choice, None] = {}
+    for _ in range(64 * count + 256):
+        if len(found) == count:
+            return [*found]
+        choice = next(drawn)
+        if choice not in known:
+            found[choice] = None
+    if space.size <= 100 * LISTED:
+        for choice in all_choices(space):
+            if len(found) < count and choice not in known:
+                found[choice] = None
+    return [*found]
+
+
+def _generator(seed: int, number: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))

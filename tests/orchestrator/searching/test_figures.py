@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from orchestrator.searching.figures import figures
+
+NOTHING = np.empty((0, 1, 0))
+
+
+def test_the_error_of_many_haystacks_is_the_textbook_one():
+    random = np.random.Generator(np.random.Philox(key=1))
+    common, own = random.normal(0, 1, 4000), random.normal(0, 1, (3, 4000))
+    parts = (common + own)[:, None, :]
+    found = figures(parts, np.array([4000, 4000, 1000]), NOTHING)
+    assert found.means[:2] == pytest.approx(parts[:2, 0].mean(axis=1))
+    assert found.means[2] == pytest.approx(parts[2, 0, :1000].mean())
+    assert np.diag(found.noise) == pytest.approx([2 / 4000, 2 / 4000, 2 / 1000], rel=0.1)
+    assert found.noise[0, 1] == pytest.approx(1 / 4000, rel=0.1)
+    assert found.noise[0, 2] == pytest.approx(
+        1 / 4000, rel=0.1
+    )  # the mean of 1,000 shares a quarter with that of 4,000
+
+
+def test_groups_add_up():
+    random = np.random.Generator(np.random.Philox(key=2))
+    parts = random.normal(0.2, 1, (1, 2, 3000))
+    found = figures(parts, np.array([3000]), np.empty((0, 2, 0)))
+    assert found.means[0] == pytest.approx(parts[0].mean(axis=1).sum())
+    assert found.noise[0, 0] == pytest.approx(2 / 3000, rel=0.1)
+
+
+def test_a_parents_other_haystacks_correct_a_point_that_answers_alike():
+    random = np.random.Generator(np.random.Philox(key=3))
+    parent = random.normal(0, 1, (1, 1, 2000))
+    parts = parent + 0.3 + random.normal(0, 0.1, (1, 1, 2000))
+    plain = figures(parts, np.array([50]), np.empty((0, 1, 0)))
+    helped = figures(parts, np.array([50]), parent)
+    truth = float(parent.mean()) + 0.3
+    assert abs(helped.means[0] - truth) < abs(plain.means[0] - truth) / 2
+    assert helped.noise[0, 0] < plain.noise[0, 0] / 4
+
+
+def test_a_parent_without_any_relation_changes_little():
+    random = np.random.Generator(np.random.Philox(key=4))
+    parts, parent = random.normal(0, 1, (1, 1, 200)), random.normal(0, 1, (1, 1, 400))
+    plain, helped = figures(parts, np.array([200]), np.empty((0, 1, 0))), figures(parts, np.array([200]), parent)
+    assert helped.means[0] == pytest.approx(plain.means[0], abs=0.02)
+    assert helped.noise[0, 0] == pytest.approx(plain.noise[0, 0], rel=0.05)
+
+
+def test_points_that_agree_on_few_haystacks_are_not_certain():
+    found = figures(np.ones((2, 1, 10)), np.array([10, 10]), NOTHING)
+    assert np.all(np.linalg.eigvalsh(found.noise) > 0)

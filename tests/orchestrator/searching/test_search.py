@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import time
+
+import numpy as np
+import pytest
+
+from jobs.errors import CorruptData
+from jobs.search import Axis, Budget, Constraint, Objective, SearchSpec, Space
+from orchestrator.searching.figures import Figures
+from orchestrator.searching.proposing import Evidence, propose, resolved
+from orchestrator.searching.search import Search
+from tests.orchestrator.searching.worlds import CELLS, ITEMS, LINE, MIXED, TRIANGLE, World, numbers, run
+
+COSTS = dict.fromkeys(CELLS, 1.0)
+HILL = World(LINE, lambda place: 1.5 - 12 * float((place[0] - 0.7) ** 2))
+
+
+def search(
+    space: Space = LINE, *, limit: float | None = 3000.0, seed: int = 1, parents: tuple[str, ...] = (), **more
+) -> Search:
+    spec = SearchSpec(space=space, **({"by": "gp", "budget": Budget()} | more))
+    return Search(spec, CELLS, items=ITEMS, seed=seed, costs=COSTS, limit=limit, parents=parents)
+
+
+@pytest.mark.heavy
+def test_the_order_of_the_answers_changes_nothing():
+    plain = run(search(), HILL)
+    for seed in (1, 2):
+        other = run(search(), HILL, shuffled=np.random.default_rng(seed))
+        assert other.batches == plain.batches
+        assert other.standing() == plain.standing()
+        assert other.departures == plain.departures
+
+
+def test_a_search_goes_on_from_its_batches_and_scores():
+    whole = run(search(), HILL)
+    again = run(search(), HILL, written=whole.batches[:3])
+    assert again.batches == whole.batches
+
+
+def test_a_batch_made_from_other_scores_is_refused():
+    whole = run(search(), HILL)
+    other = World(LINE, lambda place: float(place[0]))
+    with pytest.raises(CorruptData, match="batch 2: made from other scores"):
+        run(search(), other, written=whole.batches)
+
+
+def test_two_batches_are_open_and_the_third_waits_for_the_first():
+    made = search()
+    for number in (0, 1):
+        assert made.due == number
+        made.add(made.propose())
+    assert made.due is None
+    first = {block.point for block in made.next_blocks()[:1]}
+    assert first <= {LINE.described(proposal.choice) for proposal in made.batches[0].proposals}
+    for block in made.next_blocks():
+        if made.choices[block.point] in [proposal.choice for proposal in made.batches[0].proposals]:
+            made.record(block.point, block.cell, block.items, np.ones(len(block.items)))
+    made.close()
+    assert made.due == 2
+
+
+@pytest.mark.parametrize("by", ["gp", "sobol", "random"])
+@pytest.mark.parametrize("parents", [(), ("long", "fmt")])
+def test_the_limit_is_kept_and_nearly_used(by: str, parents: tuple[str, ...]):
+    made = run(search(by=by, parents=parents), HILL, parents={"long": (100,), "fmt": (0,)})
+    asked = sum(scores.size for scores in made._scores.values())
+    assert asked == made.committed <= 3000
+    assert made.committed > 2500
+
+
+def test_points_are_counted_and_then_the_likely_ones_are_asked_more():
+    made = run(search(limit=None, budget=Budget(points=20)), HILL)
+    assert len(made.choices) == 20
+    assert made.standing()[0].items > 40
+
+
+@pytest.mark.heavy
+def test_the_search_finds_the_hill_and_asks_most_near_it():
+    places = [run(search(seed=seed), HILL).standing()[0].choice[0] / 100 for seed in range(4)]
+    assert all(abs(place - 0.7) < 0.12 for place in places)
+    asked = np.array([choice[0] / 100 for choice in run(search(), HILL).choices.values()])
+    assert np.mean(np.abs(asked - 0.7) < 0.2) > 0.5
+
+
+def test_the_points_of_start_come_first():
+    made = search(start=((0,), (50,), (100,)))
+    batch = made.propose()
+    assert [proposal.choice for proposal in batch.proposals[:3]] == [(0,), (50,), (100,)]
+    assert len({proposal.choice for proposal in batch.proposals}) == 8
+
+
+def test_a_small_space_is_asked_whole_and_the_search_ends():
+    made = run(search(Space((numbers("w", 4),)), limit=None, budget=Budget(points=50)), World(LINE, lambda place: 0.0))
+    assert len(made.choices) == 5
+
+
+@pytest.mark.parametrize("space", [TRIANGLE, MIXED])
+def test_every_point_that_is_asked_is_admitted_once(space: Space):
+    made = run(search(space), World(space, lambda place: float(place[0])))
+    asked = [proposal.choice for batch in made.batches for proposal in batch.proposals]
+    assert len(asked) == len({*asked}) > 16
+    assert all(space.admits(choice) for choice in asked)
+
+
+@pytest.mark.heavy
+def test_a_constraint_keeps_the_winner_where_the_parent_is_met():
+    """The score rises with w, and the needle falls from w = 0.5 on."""
+
+    class Falling(World):
+        def chances(self, choice: tuple[int, ...]) -> np.ndarray:
+            w = choice[0] / 100
+            return np.broadcast_to(np.array([[0.3 + 0.6 * w], [0.3 + 0.6 * w], [0.9 if w < 0.5 else 0.2]]), (3, ITEMS))
+
+    made = run(
+        search(
+            limit=6000.0,
+            parents=("fmt",),
+            maximize=(Objective("ruler"),),
+            at_least=(Constraint("needle", "fmt", 10.0),),
+        ),
+        Falling(LINE, lambda place: 0.0),
+        parents={"fmt": (0,)},
+    )
+    assert 0.3 <= made.standing()[0].choice[0] / 100 < 0.5
+    assert made.standing()[0].feasible > 0.5
+
+
+@pytest.mark.heavy
+def test_two_objectives_make_a_front():
+    """One benchmark rises along the line and the other one falls: every point is on the front."""
+
+    class Against(World):
+        def chances(self, choice: tuple[int, ...]) -> np.ndarray:
+            w = choice[0] / 100
+            return np.broadcast_to(np.array([[0.1 + 0.8 * w], [0.1 + 0.8 * w], [0.9 - 0.8 * w]]), (3, ITEMS))
+
+    made = run(search(maximize=(Objective("ruler"), Objective("needle"))), Against(LINE, lambda place: 0.0))
+    front = [row.choice[0] for row in made.front()]
+    assert min(front) < 25
+    assert max(front) > 75
+    assert len(front) > 10
+    assert made.departures == []
+
+
+def test_few_of_equal_points_leave():
+    """With α = 5 %, a departure of the best point is rare; of points that are all equal, none is below another."""
+    gone = 0
+    for seed in range(10):
+        flat = World(LINE, lambda place: 0.0, seed=seed)
+        made = run(search(seed=seed, by="sobol"), flat)
+        gone += bool(made.departures)
+        assert not made.sure
+    assert gone <= 2
+
+
+def test_a_far_worse_point_leaves():
+    made = run(search(limit=6000.0), World(LINE, lambda place: 3.0 if place[0] > 0.5 else -3.0))
+    assert {departure.point for departure in made.departures}
+    assert all(made.choices[departure.point][0] <= 50 for departure in made.departures)
+
+
+def test_scores_are_checked():
+    made = search()
+    made.add(made.propose())
+    block = made.next_blocks()[0]
+    with pytest.raises(CorruptData, match="between 0 and 1"):
+        made.record(block.point, block.cell, block.items, [2.0] * len(block.items))
+    with pytest.raises(CorruptData, match="was not asked"):
+        made.record(block.point, block.cell, [ITEMS], [1.0])
+    made.record(block.point, block.cell, block.items, [1.0] * len(block.items))
+    with pytest.raises(CorruptData, match="two different scores"):
+        made.record(block.point, block.cell, block.items, [0.0] * len(block.items))
+
+
+def test_auto_is_gp_up_to_twelve_axes_of_numbers():
+    many = tuple(numbers(f"a{index}", 10) for index in range(13))
+    word = Axis("method", ("linear", "ties"), "words", "here")
+    assert resolved(Space((*many[:12], word)), "auto") == "gp"
+    assert resolved(Space(many), "auto") == "sobol"
+    assert resolved(Space(many), "sobol") == "sobol"
+
+
+@pytest.mark.serial
+@pytest.mark.heavy
+def test_a_batch_of_three_hundred_points_and_twelve_axes_takes_a_second():
+    space = Space(tuple(numbers(f"a{index}", 20) for index in range(12)))
+    random = np.random.Generator(np.random.Philox(key=5))
+    choices = [tuple(row) for row in random.integers(0, 21, (300, 12)).tolist()]
+    means = 0.1 * np.sin(np.array(choices)[:, 0] / 4) + random.normal(0, 0.02, 300)
+    noise = np.full((300, 300), 0.01**2) + np.eye(300) * 0.02**2
+    evidence = Evidence(tuple(choices), (Figures(means, noise),))
+    times = []
+    for number in range(3):
+        began = time.perf_counter()
+        found = propose(space, evidence, (), by="gp", count=8, number=number, seed=1)
+        times.append(time.perf_counter() - began)
+    assert len({proposal.choice for proposal in found} - {*choices}) == 8
+    assert min(times) < 1.0
