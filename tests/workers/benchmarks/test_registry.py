@@ -20,6 +20,9 @@ EXCEPTIONS = {
     ("orchestrator/report/figures.py", "perplexity"),
     # the findings of guards in results and reports
     ("orchestrator/evaluating/results.py", "guards"),
+    ("orchestrator/evaluating/forecast.py", "guards"),
+    ("orchestrator/commands/workplace.py", "guards"),
+    ("orchestrator/report/terminal/run.py", "guards"),
     ("orchestrator/report/leaderboard.py", "guards"),
     ("orchestrator/report/page.py", "guards"),
     ("orchestrator/report/recommendation.py", "guards"),
