@@ -26,7 +26,8 @@ from matplotlib.colors import Colormap, LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from orchestrator.report.figures import Curve, Map, Metric, StageCost
+from orchestrator.report.axes import Importance, Profile, Surface
+from orchestrator.report.figures import Curve, Map, Metric, StageCost, axis_values_are_numbers, value_word
 from orchestrator.words import short_length, shortened
 
 WIDTH = 420
@@ -232,6 +233,90 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
             borderaxespad=0.2,
         )
         return svg_of(figure, "dots-", texts, f"{y.name} against {x.name}; on the front: {', '.join(front)}")
+
+
+def profile(axis: str, lines: Sequence[Profile]) -> Markup:
+    """Scores along one axis; numbers stand at their distances, words at equal ones."""
+    words = [*dict.fromkeys(value for line in lines for value in line.values)]
+    numbers = axis_values_are_numbers(words)
+    with new_figure(190, 54, 10, 50 + 16 * sum(bool(line.name) for line in lines)) as (figure, axes):
+        texts: list[str] = []
+        for number, line in enumerate(lines):
+            colour = OKABE_ITO[number]
+            x = [float(value) if numbers else float(words.index(value)) for value in line.values]
+            style = DASHES[number] if numbers else ""
+            axes.errorbar(
+                x,
+                line.scores,
+                yerr=line.half,
+                color=colour,
+                linestyle=style,
+                marker=MARKERS[number],
+                markersize=5,
+                linewidth=1.6,
+                elinewidth=1.2,
+                label=line.name,
+            )
+            told = zip(line.values, line.scores, strict=True)
+            texts.append(f"{line.name} {', '.join(f'{value_word(value)}: {score:.1f}' for value, score in told)}")
+        if not numbers:
+            axes.set_xticks(range(len(words)), shortened([value_word(value) for value in words], 14))
+            axes.margins(x=0.15)
+        axes.set(xlabel=axis, ylabel="score")
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_axisbelow(True)
+        if any(line.name for line in lines):
+            figure.legend(loc="lower left", ncols=1, borderaxespad=0.2, labelspacing=0.35)
+        return svg_of(figure, "", [], f"score by {axis}. {'; '.join(texts)}")
+
+
+def importances(found: Sequence[Importance]) -> Markup:
+    """The share of each axis with its interval; no dot where the share is within noise."""
+    labels = shortened([one.axis for one in found], 24)
+    with new_figure(26 * len(found), 24 + LETTER * max(map(len, labels)), 8, 46) as (figure, axes):
+        for row, one in enumerate(found):
+            axes.plot([100 * one.low, 100 * one.high], [row, row], color=OKABE_ITO[0], linewidth=2)
+            axes.plot(100 * one.share, row, "o", color=OKABE_ITO[0], markersize=7)
+        axes.set_yticks(range(len(found)), labels)
+        axes.set(xlim=(-2, 102), ylim=(len(found) - 0.5, -0.5), xlabel="share of the variance (%)")
+        axes.tick_params(axis="y", length=0)
+        axes.grid(axis="x", linewidth=0.5)
+        axes.set_axisbelow(True)
+        told = "; ".join(f"{one.axis}: {100 * one.low:.0f} to {100 * one.high:.0f} %" for one in found)
+        return svg_of(figure, "", [], f"share of the variance: {told}")
+
+
+def parallel(shown: Surface, low: float, high: float) -> Markup:
+    """One line per point over all axes and the score, the best on top; the ten best are drawn strongly."""
+    axes_shown = (*shown.axes, "score")
+    heights = shown.at / np.maximum(1, [len(values) - 1 for values in shown.values])
+    scores = (shown.scores - low) / (high - low)
+    order = np.argsort(shown.scores, kind="stable")
+    with new_figure(260, 40, 18, 44) as (figure, axes):
+        colours = SCALES["score"](scores)
+        texts: list[str] = []
+        for rank, point in enumerate(order.tolist()):
+            strong = rank >= len(order) - 10
+            axes.plot(
+                range(len(axes_shown)),
+                [*heights[point], scores[point]],
+                color=colours[point],
+                linewidth=1.8 if strong else 0.7,
+                alpha=1.0 if strong else 0.35,
+                gid=f"lines-{rank}",
+            )
+            texts.append(f"{shown.names[point]}: {shown.scores[point]:.1f}")
+        for number, values in enumerate(shown.values):
+            axes.text(number, 1.04, shortened([value_word(values[-1])], 12)[0], ha="center", fontsize=11)
+            axes.text(number, -0.09, shortened([value_word(values[0])], 12)[0], ha="center", fontsize=11)
+        axes.text(len(shown.values), 1.04, f"{high:g}", ha="center", fontsize=11)
+        axes.text(len(shown.values), -0.09, f"{low:g}", ha="center", fontsize=11)
+        axes.vlines(range(len(axes_shown)), 0, 1, color=INK, linewidth=0.8)
+        axes.set(xlim=(-0.2, len(axes_shown) - 0.8), ylim=(-0.02, 1.02), yticks=[])
+        axes.set_xticks(range(len(axes_shown)), shortened(axes_shown, 14))
+        axes.tick_params(length=0, pad=18)
+        axes.spines[:].set_visible(False)
+        return svg_of(figure, "lines-", texts, f"{len(order)} points by {', '.join(axes_shown)}")
 
 
 def bars(costs: Sequence[StageCost]) -> Markup:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import TypeGuard
 
 from jobs.evaluation_tasks import ScoreRow
 from jobs.expressions import Value, format_number
@@ -118,16 +119,16 @@ def grid_of(points: Sequence[Point], names: Sequence[str]) -> MapGrid:
         return MapGrid("point", tuple(names), "", (), {name: (index, 0) for index, name in enumerate(names)})
     axes = _telling_axes(known)
     if len(axes) == 2:
-        first, second = (_values(known, axis) for axis in axes)
+        first, second = (axis_values(known, axis) for axis in axes)
         places = {
             point.name: (first.index(point.bindings[axes[0]]), second.index(point.bindings[axes[1]])) for point in known
         }
-        return MapGrid(axes[0], tuple(map(_word, first)), axes[1], tuple(map(_word, second)), places)
+        return MapGrid(axes[0], tuple(map(value_word, first)), axes[1], tuple(map(value_word, second)), places)
     if len(axes) == 1:
-        first = _values(known, axes[0])
+        first = axis_values(known, axes[0])
         places = {point.name: (first.index(point.bindings[axes[0]]), 0) for point in known}
-        return MapGrid(axes[0], tuple(map(_word, first)), "", (), places)
-    rows = [", ".join(f"{axis}={_word(point.bindings[axis])}" for axis in axes) or point.name for point in known]
+        return MapGrid(axes[0], tuple(map(value_word, first)), "", (), places)
+    rows = [", ".join(f"{axis}={value_word(point.bindings[axis])}" for axis in axes) or point.name for point in known]
     places = {point.name: (index, 0) for index, point in enumerate(known)}
     return MapGrid(", ".join(axes) or "point", tuple(rows), "", (), places)
 
@@ -142,13 +143,19 @@ def _telling_axes(points: Sequence[Point]) -> list[str]:
     return axes
 
 
-def _values(points: Iterable[Point], axis: str) -> list[Value]:
+def axis_values(points: Iterable[Point], axis: str) -> list[Value]:
+    """The values of an axis: numbers ascending, words in the job's order."""
     found = list(dict.fromkeys(point.bindings[axis] for point in points))
-    numbers = [value for value in found if isinstance(value, Fraction)]
-    return sorted(numbers) if len(numbers) == len(found) else found
+    return sorted(found) if axis_values_are_numbers(found) else found
 
 
-def _word(value: Value) -> str:
+def axis_values_are_numbers(values: Sequence[Value]) -> TypeGuard[Sequence[Fraction]]:
+    """Whether no value is a word."""
+    return all(isinstance(value, Fraction) for value in values)
+
+
+def value_word(value: Value) -> str:
+    """A value as it stands in the names of points."""
     return value if isinstance(value, str) else format_number(value)
 
 

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -20,11 +20,12 @@ from jobs.sealing import stamped_text
 from orchestrator.evaluating.pairing import question
 from orchestrator.evaluating.results import RESULTS
 from orchestrator.judging.effective_length import RULER_THRESHOLD
-from orchestrator.report import figures
+from orchestrator.report import axes, figures
 from orchestrator.report.html import render
 from orchestrator.report.leaderboard import (
     GUARD_MARKS,
     GUARDS_LEGEND,
+    MOST_ROWS,
     Line,
     context_note,
     effective,
@@ -40,6 +41,11 @@ from workers.storage import open_store
 
 HERE = Path(__file__).parent
 MOST_FLIPS = 12
+MOST_PAIRED_AXES = 4
+MOST_WITHOUT_COLUMNS = 20
+"""Points in a map that has one row per point because it has three axes or more: the best of them."""
+MOST_FIRST = 10
+"""Points in the leaderboard before the fold, the best of them; the parents stand before it too."""
 MOST_MAPS = 8
 """Maps side by side; of more, one is shown at a time."""
 
@@ -77,11 +83,15 @@ def page(report: Report) -> str:
 def _context(report: Report) -> dict[str, Any]:
     run, result = report.run, report.run.result
     everything = rows_by_point(result.rows)
+    best = [line for line in report.lines if line.kind == "point"][:MOST_FIRST]
+    first = [line for line in report.lines if line in best or line.kind == "parent" or len(report.lines) <= MOST_ROWS]
     return {
         "run": run,
         "result": result,
         "report": report,
         "lines": report.lines,
+        "first": first,
+        "folded": [line for line in report.lines if line not in first],
         "view": _view(run.url),
         "address": address,
         "parents": result.parent_labels,
@@ -99,6 +109,7 @@ def _context(report: Report) -> dict[str, Any]:
         "most_receipts": MOST_RECEIPTS,
         "sections": [
             *_grid_sections(report),
+            *_axes_sections(report),
             _curve_section(report),
             _pareto_section(report, everything),
             _needle_section(report, everything),
@@ -179,7 +190,10 @@ def _grid_sections(report: Report) -> list[Section | None]:
     twins = [] if run.job is None else [point.name for point in run.job.points if result.same.get(point.name) in names]
     if len(names) + len(twins) < 2:
         return []
-    grid = figures.grid_of(() if run.job is None else run.job.points, [*names, *twins])
+    points = () if run.job is None else run.job.points
+    grid = figures.grid_of(points, [*names, *twins])
+    if not grid.columns and grid.row_title not in (points[0].bindings if points else ()):
+        grid = figures.grid_of(points, names[:MOST_WITHOUT_COLUMNS])
     compared = report.comparisons
     by_length = {} if compared is None else figures.titled(compared.by_length)
     by_task = {} if compared is None else compared.by_task
@@ -228,6 +242,114 @@ def _grid_section(
         what,
         choices,
         tuple(_table(shown) for shown in maps),
+    )
+
+
+def _axes_sections(report: Report) -> list[Section]:
+    """Profiles, importance, maps and lines over the axes; only at the end, as intervals hold for a fixed number."""
+    from orchestrator.report import charts
+
+    run, result = report.run, report.run.result
+    if run.job is None or not result.finished:
+        return []
+    found = axes.surface(run.job.points, rows_by_point(result.ranked_rows()), result.same)
+    if found is None:
+        return []
+    profiles = {axis: found.profiles(number) for number, axis in enumerate(found.axes)}
+    difference = "A bar is the 95 % interval of the difference from the line's best, which has none."
+    sections = [
+        Section(
+            "profiles",
+            "Score along each axis",
+            f"On the questions that every point answered. {difference}",
+            (),
+            "axis",
+            (Choice("", tuple(charts.profile(axis, lines) for axis, lines in profiles.items())),),
+            tuple(_profile_table(axis, line) for axis, lines in profiles.items() for line in lines),
+        )
+    ]
+    if len(found.axes) < 2:
+        return sections
+    importance = found.importance()
+    overlap = "" if found.full else " Not every combination is a point: shares overlap, and axes may stand for others."
+    sections.append(
+        Section(
+            "importance",
+            "Which axis matters",
+            "The share of the variance between points that one axis alone explains, without noise, with its 95 %"
+            f" interval. An interval from 0 to 100: the differences between all points are within noise.{overlap}",
+            (),
+            "",
+            (Choice("", (charts.importances(importance),)),),
+            (
+                Table(
+                    "",
+                    ("axis", "share (%)", "95 % interval"),
+                    tuple(
+                        (
+                            one.axis,
+                            "within noise" if math.isnan(one.share) else f"{100 * one.share:.0f}",
+                            f"{100 * one.low:.0f} to {100 * one.high:.0f}",
+                        )
+                        for one in importance
+                    ),
+                ),
+            ),
+        )
+    )
+    maps = found.maps([one.axis for one in importance[:MOST_PAIRED_AXES]])
+    low, high = _bounds(found.scores.tolist())
+    sections.append(
+        Section(
+            "pairs",
+            "Two axes at a time",
+            "Hatched: the difference from the best cell of this map is within noise (95 %, each cell by itself).",
+            (charts.colour_bar(low, high, "score"),),
+            "axes",
+            tuple(Choice(shown.title, (charts.heatmap(replace(shown, title=""), low, high),)) for shown in maps),
+            tuple(_table(shown) for shown in maps),
+        )
+    )
+    if len(found.axes) > 2:
+        best = sorted(range(len(found.names)), key=lambda point: -found.scores[point])[:MOST_WITHOUT_COLUMNS]
+        sections.append(
+            Section(
+                "parallel",
+                "All axes at once",
+                "A line per point; the ten best are drawn strongly. The numbers have the best points.",
+                (charts.colour_bar(low, high, "score"),),
+                "",
+                (Choice("", (charts.parallel(found, low, high),)),),
+                (
+                    Table(
+                        "",
+                        ("point", *found.axes, "score"),
+                        tuple(
+                            (
+                                found.names[point],
+                                *(
+                                    figures.value_word(values[at])
+                                    for values, at in zip(found.values, found.at[point].tolist(), strict=True)
+                                ),
+                                f"{found.scores[point]:.1f}",
+                            )
+                            for point in best
+                        ),
+                    ),
+                ),
+            )
+        )
+    return sections
+
+
+def _profile_table(axis: str, line: axes.Profile) -> Table:
+    rows = zip(line.values, line.scores, line.half, strict=True)
+    return Table(
+        line.name,
+        (axis, "score", "± of the difference from the best"),
+        tuple(
+            (figures.value_word(value), f"{score:.1f}", f"{half:.1f}" if half else "") for value, score, half in rows
+        ),
     )
 
 

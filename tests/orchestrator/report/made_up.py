@@ -95,11 +95,13 @@ def _rows(
             ease = 1.25 * height - 0.12 * math.log2(length / lengths[0]) + 0.3 * (hash_of(task) % 5) / 5
             for item in range(items):
                 score = float(fortunes[item] + 0.2 * own.standard_normal() < ease)
-                yield _row(name, task, length, item, score, answer)
+                yield score_row(name, task, length, item, score, answer)
         for item in range(3):
             for block in range(4):
                 likelihood = 0.3 + 0.1 * height - 0.02 * block
-                yield _row(name, f"position_block_{block}", lengths[-1], item, likelihood, "", benchmark="perplexity")
+                yield score_row(
+                    name, f"position_block_{block}", lengths[-1], item, likelihood, "", benchmark="perplexity"
+                )
 
 
 def hash_of(task: str) -> int:
@@ -107,7 +109,7 @@ def hash_of(task: str) -> int:
     return sum(task.encode())
 
 
-def _row(point: str, task: str, length: int, item: int, score: float, answer: str, **more: str) -> ScoreRow:
+def score_row(point: str, task: str, length: int, item: int, score: float, answer: str = "", **more: str) -> ScoreRow:
     depth = (item % 5) / 4 if task == "needle" else math.nan
     return ScoreRow(
         point=point,
