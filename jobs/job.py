@@ -287,7 +287,7 @@ def _searched(keys: Mapping[str, Node], trajectories: Trajectories) -> dict[str,
         raise keys["grid"].error("`grid:` and `search:` exclude each other; take one out")
     spec = read_search(keys["search"])
     naming = name_template(keys["point"].string(), keys["point"].place) if "point" in keys else None
-    searched = SearchedRecipe(keys["recipe"], spec.space, naming, trajectories)
+    searched = SearchedRecipe(keys["recipe"], spec.space, naming, trajectories, [*_parents(keys["parents"])])
     points = searched.kinds()
     _check_stages(searched.template(spec.space.middle()), points)
     keep = {} if "keep" in keys else {"keep": Keep(kind="best", count=1)}
@@ -371,6 +371,11 @@ def _check_search(job: Job, search: SearchSpec) -> None:
     evaluation = job.evaluate
     if evaluation is None:
         raise BadInput(f"{search.place}: a search needs the scores of its points; add `evaluate:`")
+    if evaluation.guards is not None:
+        raise BadInput(
+            f"{search.place}: guards are not asked in a search; take `guards:` out, and name what must not fall under"
+            " `at_least:`"
+        )
     if job.keep.kind == "all":
         raise BadInput(
             f"{job.place_of('keep')}: the points of a search are not written, only its best; give `keep: {{best: 1}}`"

@@ -380,7 +380,7 @@ def space_schema() -> dict[str, Any]:
     return {"anyOf": [grid | {"additionalProperties": {"anyOf": [numbers, words, plain, knotted, subset]}}]}
 
 
-By = Literal["auto", "gp", "cma-es", "random", "sobol"]
+By = Literal["auto", "gp", "random", "sobol"]
 
 
 def _later(node: Node) -> tuple[Choice, ...]:
@@ -403,7 +403,7 @@ class SearchSpec:
         Reads(_constraints, _constraints_schema),
         "points that a figure may lose against a parent, as `{needle: {of: fmt, margin: 1.0}}`",
     ] = ()
-    by: Annotated[By, "how points are proposed; auto: gp up to 12 axes of numbers, cma-es beyond"] = "auto"
+    by: Annotated[By, "how points are proposed; auto: gp up to 12 axes of numbers, sobol beyond"] = "auto"
     budget: Annotated[Budget, Reads(_budget, _budget_schema), "the end of the search"]
     batch: Annotated[
         int,
@@ -453,10 +453,12 @@ class SearchedRecipe:
     Points of one kind differ in numbers alone, so that they share parents, method and layout.
     """
 
-    def __init__(self, node: Node, space: Space, naming: Template | None, trajectories: Trajectories) -> None:
+    def __init__(
+        self, node: Node, space: Space, naming: Template | None, trajectories: Trajectories, parents: Sequence[str]
+    ) -> None:
         self._node, self._space, self._naming, self._trajectories = node, space, naming, trajectories
         self._templates: dict[tuple[tuple[str, ...], ...], StagesTemplate] = {}
-        self._taken: dict[str, Choice] = {}
+        self._taken: dict[str, Choice | None] = dict.fromkeys(parents)
         self._check_used()
         if naming is not None:
             self._check_naming(naming)

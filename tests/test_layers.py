@@ -269,6 +269,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/evaluating",
         "orchestrator/watching.py",
         "orchestrator/judging",
+        "orchestrator/searching",
         "orchestrator/records",
         "orchestrator/planning",
         "orchestrator/cluster",

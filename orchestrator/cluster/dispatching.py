@@ -63,26 +63,33 @@ def dispatch(
     evaluators: Evaluators,
     pace: Pace,
     on_failure: Callable[[Exception], None] = lambda error: None,
+    more: Callable[[], Sequence[Sequence[EvaluationTask]]] = tuple,
 ) -> Iterator[tuple[EvaluationTask, BlockScores]]:
     """Yields the scores of every block once, in the order of completion; raises an error that retries did not fix.
 
     When no other block waits, a late block is also submitted to a second worker. The first answer counts. A worker that
     still runs when all blocks are answered is not waited for. If one of the two workers fails, the other one continues.
+
+    `more` is called first, and after each answer: it adds waves of blocks, each of which waits until no earlier one
+    does.
     """
-    waiting: dict[Merge, list[EvaluationTask]] = defaultdict(list)
-    for task in sorted(tasks, key=lambda task: task.tokens):
-        waiting[task.model, task.point].append(task)
-    unanswered = {task.key for task in tasks}
+    waves: list[dict[Merge, list[EvaluationTask]]] = []
+    unanswered = set[str]()
+    for wave in (tasks, *more()):
+        waves.append(_by_merge(wave))
+        unanswered |= {task.key for task in wave}
     failed: Queue[EvaluationTask] = Queue((), key=lambda task: task.key)
     holds: dict[int, Merge] = {}
     running: dict[str, _Running] = {}
     while unanswered:
         while (again := failed.next(time.monotonic())) is not None:
-            waiting[again.model, again.point].append(again)
-        if not waiting and not running:
+            waves[0].setdefault((again.model, again.point), []).append(again)
+        waves = [wave for wave in waves if wave] or [{}]
+        if not waves[0] and not running:
             time.sleep(failed.pause(time.monotonic()))
             continue
         for worker in sorted(evaluators.idle()):
+            waiting = next((wave for wave in waves if wave), waves[0])
             if (task := _next(waiting, holds.get(worker), set(holds.values())) or _late(running, pace)) is None:
                 break
             evaluators.submit(worker, task)
@@ -99,10 +106,21 @@ def dispatch(
             unanswered.remove(task.key)
             pace.took(task, time.monotonic() - entry.began)
             yield task, scores
+            for wave in more():
+                waves.append(_by_merge(wave))
+                unanswered |= {task.key for task in wave}
         elif not entry.copies:
             del running[task.key]
             failed.again(task, scores, time.monotonic())
             on_failure(scores.error)
+
+
+def _by_merge(tasks: Sequence[EvaluationTask]) -> dict[Merge, list[EvaluationTask]]:
+    """The blocks of each point, the longest last."""
+    found: dict[Merge, list[EvaluationTask]] = {}
+    for task in sorted(tasks, key=lambda task: task.tokens):
+        found.setdefault((task.model, task.point), []).append(task)
+    return found
 
 
 def _next(

@@ -30,7 +30,7 @@ def evaluate(options: argparse.Namespace) -> int:
     asked = asked_of(plan, folder)
     assert asked is not None
     with Workplace(job, options) as workplace, Watcher(visible=watched(options), tells=not options.quiet) as watcher:
-        evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
+        plan, evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
     facts = tell_evaluation(plan, evaluated, verdict, quiet=options.json)
     if options.json:
         print_json(facts)

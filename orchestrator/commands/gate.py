@@ -23,15 +23,18 @@ def gate(options: argparse.Namespace) -> int:
     plan = make_plan(job, relative_to=folder)
     asked = asked_of(plan, folder)
     assert asked is not None, "a job with a gate has an evaluation"
-    if options.point is not None:
+    if options.point is not None and job.search is None:
         asked.subject(options.point)
     with (
         Workplace(job, options) as workplace,
         Watcher(visible=watched(options), tells=not options.quiet) as watcher,
         Session.of(plan, asked, workplace.evaluators, watcher) as session,
     ):
-        point = options.point or session.run().standing[0].point
-        verdict = gated(session, asked, plan, point)
+        point = options.point
+        if point is None or job.search is not None:  # a search finds the points of its run again
+            best = session.run().standing[0].point
+            point = point or best
+        verdict = gated(session, plan, point)
     if options.junit:
         Path(options.junit).write_text(verdict.verdict.to_junit_xml(), encoding="utf-8")
     if options.json:

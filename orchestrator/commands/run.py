@@ -27,7 +27,7 @@ def run(options: argparse.Namespace) -> int:
             plan.check_room()
             result = drive(plan, workplace.pool, watcher)
         if asked is not None:
-            evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
+            plan, evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
         if job.keep.kind == "best" and evaluated is not None:
             best = [standing.point for standing in evaluated.candidates[: job.keep.count]]
             if left := left_by_name(evaluated.candidates, len(best)):

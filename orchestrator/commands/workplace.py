@@ -106,8 +106,8 @@ def asked_of(plan: Plan, folder: Path) -> Questions | None:
 
 def evaluate_points(
     plan: Plan, asked: Questions, workplace: Workplace, watcher: Watcher
-) -> tuple[EvaluationResult, Gated | None]:
-    """Every point's scores and, if the job has a gate, the verdict on the best."""
+) -> tuple[Plan, EvaluationResult, Gated | None]:
+    """The plan with the points that were asked, their scores and, if the job has a gate, the verdict on the best."""
     from orchestrator.evaluating.forecast import evaluation_facts, parents_answers
     from orchestrator.evaluating.session import Session
     from orchestrator.report.live import LivePage
@@ -127,16 +127,18 @@ def evaluate_points(
         Session.of(plan, asked, workplace.evaluators, watcher, page.renew) as session,
     ):
         result = session.run()
+        plan = plan if plan.job.search is None else plan.of_search(session.planned)
         if plan.job.gate is None:
-            return result, None
-        return result, gated(session, asked, plan, result.standing[0].point)
+            return plan, result, None
+        return plan, result, gated(session, plan, result.standing[0].point)
 
 
-def gated(session: Session, asked: Questions, plan: Plan, point: str) -> Gated:
+def gated(session: Session, plan: Plan, point: str) -> Gated:
     """The verdict on a point, which is left in the run as `gate/verdict.json` as well."""
     from orchestrator.evaluating.confirming import gate
 
     assert plan.job.gate is not None
+    asked = session.asked
     verdict = gate(session, asked, plan.job.gate, point, chosen=len(asked.points) > 1)
     session.conclude(verdict.document())
     return verdict

@@ -21,6 +21,8 @@ from jobs.errors import BadInput, CorruptData
 from jobs.evaluate import GuardsSpec
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec, Job
+from jobs.search import SearchSpec
+from orchestrator.evaluating.batches import make_search, searched_cells
 from orchestrator.evaluating.confirming import BUDGET
 from orchestrator.evaluating.pairing import common_rows, sample_of
 from orchestrator.evaluating.results import ranked_rows, read_results
@@ -132,11 +134,13 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
     size of a task of lm-evaluation-harness is not known here.
     """
     subjects = [*asked.points.values(), *asked.baselines]
-    first = subjects[0].sets
+    first, points = asked.sets, len(asked.points)
+    if job.search is not None:
+        points = _most_points(job.search, asked)
     score = _ranked_score(asked, answers)
     slow = job.workers.gpus > 0 and job.engine.name == "transformers"
     facts: dict[str, Any] = {
-        "points": len(asked.points),
+        "points": points,
         "baselines": len(asked.baselines),
         "items_a_point": _items(first),
         "tokens_a_point": _tokens(first),
@@ -150,11 +154,53 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
         "tasks_of_unknown_size": sorted(planned.task for planned in first.values() if not planned.length),
         "too_long": dict(sum((Counter({of.task: of.too_long}) for of in first.values()), Counter[str]())),
         "race": None if asked.race is None else {"least_tokens": _least_tokens(asked, asked.race)},
-        "sees": None if score is None else _sees(score, len(asked.points)),
+        "sees": None if score is None else _sees(score, points),
+        "search": None if job.search is None else _search_facts(job, job.search, asked, points, answers),
         "guards": None if asked.guards is None else _guards(asked.guards, len(asked.points)),
         "gate": None if score is None or job.gate is None else _gate(score, job.gate),
     }
     return facts
+
+
+def _most_points(spec: SearchSpec, asked: Questions) -> int:
+    """The most points that a search can ask; hours limit nothing that is known beforehand."""
+    search = make_search(asked, spec, spec.space.described)
+    limits = [spec.space.size]
+    if spec.budget.points is not None:
+        limits.append(spec.budget.points)
+    if spec.budget.tokens is not None:
+        first = search.rungs[0] * sum(planned.tokens for planned in searched_cells(asked, spec).values())
+        limits.append(max(1, (spec.budget.tokens - len(search.parents) * first) // first))
+    return min(limits)
+
+
+def _search_facts(
+    job: Job, spec: SearchSpec, asked: Questions, points: int, answers: Sequence[ScoreRow]
+) -> dict[str, Any]:
+    """The space, the first batch, and the cost of the search: at the least, and of the first batch with the parents.
+
+    Hours are those of one worker; they are known once the parents have answered.
+    """
+    assert job.searched is not None, "a job with a search has its recipe"
+    search = make_search(asked, spec, spec.space.described)
+    first = search.propose()
+    item = sum(planned.tokens for planned in searched_cells(asked, spec).values())
+    opening = (len(first.proposals) + len(search.parents)) * search.rungs[0] * item
+    whole = spec.budget.tokens
+    if whole is None and spec.budget.points is not None:
+        whole = 2 * points * search.rungs[0] * item + len(search.parents) * search.rungs[-1] * item
+    tokens, seconds = sum(row.tokens for row in answers), sum(row.seconds for row in answers)
+    rate = seconds / tokens if tokens else None
+    return {
+        "axes": {axis.name: len(axis.values) for axis in spec.space.axes},
+        "size": spec.space.size,
+        "by": spec.by,
+        "first_batch": [job.searched.point(proposal.choice).name for proposal in first.proposals],
+        "rungs": list(search.rungs),
+        "tokens_of_first_batch": opening,
+        "tokens": whole,
+        "hours": spec.budget.hours if whole is None else None if rate is None else round(whole * rate / 3600, 3),
+    }
 
 
 def _items(sets: Sets) -> int:
@@ -197,7 +243,7 @@ def _ranked_score(asked: Questions, answers: Sequence[ScoreRow]) -> _Score | Non
     """The score that points are ranked by, if it is one of right or wrong answers to a known number of questions."""
     ranked = {
         cell: planned
-        for cell, planned in next(iter(asked.points.values())).sets.items()
+        for cell, planned in asked.sets.items()
         if planned.benchmark in asked.ranked and BENCHMARKS[planned.benchmark].retrieval
     }
     if not ranked:

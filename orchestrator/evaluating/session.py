@@ -9,6 +9,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
 from typing import Protocol
 
 from jobs.errors import writing
@@ -16,8 +18,10 @@ from jobs.evaluate import GuardsSpec
 from jobs.evaluation_tasks import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.merge_tasks import FORMAT, digest
 from jobs.sealing import sealed
+from jobs.search import Choice, SearchSpec
 from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
+from orchestrator.evaluating.batches import BatchFiles, make_search
 from orchestrator.evaluating.blocks import Blocks, Request, first_items
 from orchestrator.evaluating.guarding import GUARDS, judged
 from orchestrator.evaluating.results import VERDICT, EvaluationResult, ranked_rows, write_results
@@ -28,9 +32,11 @@ from orchestrator.judging.race import RUNGS, Race, Standing
 from orchestrator.judging.sampled import by_item
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate, flip_rate
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
+from orchestrator.searching.search import Batch, Search
+from orchestrator.searching.search import Departure as Gone
 from orchestrator.watching import Watcher
 from workers.benchmarks.registry import BENCHMARKS
 from workers.benchmarks.sets import stored
@@ -66,13 +72,18 @@ class Session:
         watcher: Watcher,
         renewed: Callable[[], None],
     ) -> None:
-        self._asked, self._ledger, self._lease, self._watcher = asked, ledger, lease, watcher
+        self.asked = asked
+        """What is asked; a search adds the points that it proposes."""
+        self._plan, self._ledger, self._lease, self._watcher = plan, ledger, lease, watcher
         self._open = open_evaluators
         self._evaluators: Evaluators | None = None
         self._blocks = Blocks(ledger.store)
         self._sets: dict[str, ItemSet] = {}
         self._race: Race | None = None
         self._guards: list[Guarded] = []
+        self._search: Search | None = None
+        self.planned: list[PlannedPoint] = []
+        """The points that a search has asked."""
         self.noise: FlipRate | None = None
         """How often the leader answered otherwise when asked the same again; None before `run` asked."""
         self._pace = Pace()
@@ -110,15 +121,19 @@ class Session:
 
     def run(self) -> EvaluationResult:
         """The race, then the open items of the parents and of the points that stayed, then the noise floor."""
-        asked = self._asked
         self._running = True
         self._lease.confirm()
         self._ledger.store.delete(VERDICT)  # the verdict of an earlier evaluation is no longer valid
-        self.make([*asked.points.values(), *asked.baselines])
-        if asked.race is not None:
-            self._run_race(asked.race)
-        stayed = [asked.points[name] for name in (asked.points if self._race is None else self._race.live)]
-        rest = [*stayed, *asked.baselines]
+        self.make([*self.asked.points.values(), *self.asked.baselines])
+        if self.asked.race is not None:
+            self._run_race(self.asked.race)
+        if self._plan.job.search is not None:
+            self._run_search(self._plan.job.search)
+        asked = self.asked
+        names = [*asked.points] if self._race is None else self._race.live
+        if self._search is not None:
+            names = self.best
+        rest = [*{each.label: each for each in (*(asked.points[name] for name in names), *asked.baselines)}.values()]
         self.ask(
             rest,
             f"evaluating {len(rest)} models",
@@ -132,6 +147,17 @@ class Session:
         self._lease.confirm()
         write_results(self._ledger.store, result)
         return result
+
+    @property
+    def _several(self) -> bool:
+        """Whether a search has several objectives."""
+        return self._search is not None and len(self._search.spec.maximize) > 1
+
+    @property
+    def best(self) -> list[str]:
+        """The points that a search or a race keeps, best first, each merge once."""
+        keep = self._plan.job.keep.count or 1
+        return [entry.point for entry in self._standing() if entry.departed_at_rung is None][:keep]
 
     def conclude(self, verdict: Mapping[str, object]) -> None:
         """Writes the gate's verdict into the run, as `gate/verdict.json`."""
@@ -150,6 +176,8 @@ class Session:
             for subject in subjects
             for cell, planned in subject.sets.items()
         }
+        if not wanted:
+            return
         self._watcher.begin_stage(sum(planned.made * planned.length for planned in wanted.values()), "making items")
         for (name, count), planned in wanted.items():
             made = self._sets[name].parts if name in self._sets else ()
@@ -178,7 +206,7 @@ class Session:
 
     def _run_race(self, planned: RacePlan) -> None:
         """The race, run to its end; prints departures as they happen."""
-        points, share = self._asked.points, planned.share
+        points, share = self.asked.points, planned.share
         sets = next(iter(points.values())).sets
         raced = {cell: entry for cell, entry in sets.items() if entry.benchmark == planned.benchmark}
         alone = all(entry.questions == 1 for entry in raced.values())
@@ -201,7 +229,7 @@ class Session:
 
     def _race_on(self, race: Race) -> None:
         """Asks what the next decision of the race needs, and decides."""
-        points = self._asked.points
+        points = self.asked.points
         requests = [Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
         for request, answered in self._answers(requests, f"racing {len(race.live)} points"):
             rows = by_item(answered)
@@ -211,11 +239,11 @@ class Session:
 
     def _guard_winners(self, race: Race) -> None:
         """Asks the winners their guards, before any is confirmed; the next best take the places of those that lose."""
-        if self._asked.guards is None:
+        if self.asked.guards is None:
             return
         asked: set[str] = set()
         while winners := [name for name in race.winners if name not in asked]:
-            self._guards = self.guarded([self._asked.points[name] for name in winners])
+            self._guards = self.guarded([self.asked.points[name] for name in winners])
             asked.update(winners)
             for guarded in self._guards:
                 if guarded.outcome == "broken" and guarded.model in winners:
@@ -224,23 +252,117 @@ class Session:
 
     def guarded(self, subjects: Sequence[Subject]) -> list[Guarded]:
         """Asks these subjects their guards, and the baseline; the findings on all that answered theirs by now."""
-        spec = self._asked.guards
+        spec = self.asked.guards
         if spec is None:
             return []
         baseline = self._guards_baseline(spec)
         everyone = [*subjects, baseline]
         self.make(everyone)
         self.ask(everyone, "asking guards", _common_items(everyone, GUARDS))
-        return judged(spec, self._asked, baseline, self.rows())
+        return judged(spec, self.asked, baseline, self.rows())
 
     def _guards_baseline(self, spec: GuardsSpec) -> Subject:
         """The subject that guards compare with: the best parent by score where nothing names one."""
-        asked = self._asked
+        asked = self.asked
         if spec.baseline is not None:
             return asked.subject(spec.baseline, "parent")
         parents = {subject.label: subject for subject in asked.parents.values()}
         self.ask(parents.values(), "evaluating parents", _common_items(parents.values(), asked.ranked))
         return parents[_standing(ranked_rows(self.rows(), asked.ranked), [*parents])[0].point]
+
+    def _run_search(self, spec: SearchSpec) -> None:
+        """The search, run to its end: blocks of the open batches, while the next batch is written as soon as it is due.
+
+        A batch lies in the store before anything of it is asked. Workers have the blocks of the next batch while the
+        last blocks of this one are answered.
+        """
+        job, planner = self._plan.job, self._plan.planner.afresh()
+        assert job.searched is not None, "a job with a search has its recipe"
+        point = cache(job.searched.point)
+        search = self._search = make_search(self.asked, spec, lambda choice: point(choice).name)
+        files = BatchFiles(self._ledger.store, spec, lambda choice: point(choice).name)
+        wanted: dict[tuple[str, Cell], int] = defaultdict(int)  # items of each name, and those asked of each subject
+        begun: dict[tuple[str, Cell], int] = defaultdict(int)
+        waiting: dict[str, tuple[EvaluationTask, Request]] = {}
+
+        def record(request: Request, rows: Sequence[ScoreRow]) -> None:
+            for name in self._names_of(request.subject, search):
+                own = by_item([row for row in rows if row.item < wanted[name, request.cell]])
+                items, scores = [row.item for row in own], [row.score for row in own]
+                search.record(name, request.cell, items, scores, [float(row.tokens_out) for row in own])
+
+        def due() -> list[Request]:
+            """The new requests of the next batch that has become due."""
+            requests: list[Request] = []
+            self._tell_departures(search.close())
+            while not requests and search.due is not None:
+                self._lease.confirm()
+                batch = files.read_or_write(search.due, lambda: self._proposed(search, spec))
+                found = planner(point(proposal.choice) for proposal in batch.proposals)
+                self.planned += found
+                self.asked = self.asked.joined(found)
+                subjects = [self._subject(planned.name) for planned in found]
+                self.make(each for each in subjects if any(of.digest not in self._sets for of in each.sets.values()))
+                search.add(batch)
+                if batch.proposals or batch.promotions:
+                    self._watcher.tell(_said(batch, len(search.choices)))
+                for block in search.next_blocks():
+                    subject, cell, stop = self._subject(block.point), block.cell, block.items.stop
+                    start = max(block.items.start, wanted[block.point, cell])
+                    if start >= stop:
+                        continue
+                    wanted[block.point, cell] = stop
+                    if start < begun[subject.label, cell]:  # the same merge has answered these, or is asked them now
+                        known = [row for row in self.rows() if _at(row, subject.label, cell) and row.item >= start]
+                        record(Request(subject, cell, range(start, stop)), known)
+                    start = max(start, begun[subject.label, cell])
+                    if start < stop:
+                        begun[subject.label, cell] = stop
+                        requests.append(Request(subject, cell, range(start, stop)))
+                self._tell_departures(search.close())
+            return requests
+
+        def more() -> list[list[EvaluationTask]]:
+            """The blocks of the batches that have become due, each batch a wave."""
+            waves: list[list[EvaluationTask]] = []
+            while requests := due():
+                found, opened = self._opened(requests)
+                waiting.update(opened)
+                if opened:
+                    waves.append([task for task, _ in opened.values()])
+                for request, rows in found:
+                    record(request, rows)
+            if waves:
+                tokens = sum(task.tokens for task, _ in waiting.values())
+                self._watcher.begin_stage(tokens, f"searching, batch {len(search.batches) - 1}")
+            return waves
+
+        if first := more():  # else the search has ended, and needs no worker
+            for request, rows in self._dispatched([], waiting, lambda: [first.pop(0)] if first else more()):
+                record(request, rows)
+
+    def _proposed(self, search: Search, spec: SearchSpec) -> Batch:
+        """The batch that is due; an empty one, which ends the search, once the hours of its budget are over."""
+        hours = sum(row.seconds for row in self.rows()) / 3600
+        batch = search.propose()
+        if spec.budget.hours is not None and hours >= spec.budget.hours:
+            return replace(batch, proposals=(), promotions=())
+        return batch
+
+    def _subject(self, name: str) -> Subject:
+        """The subject of a point, or of a parent by its label."""
+        name = self.asked.same.get(name, name)
+        found = self.asked.points.get(name)
+        return found or next(subject for subject in self.asked.parents.values() if subject.label == name)
+
+    def _names_of(self, subject: Subject, search: Search) -> list[str]:
+        """The names by which a search has this subject: several where points are the same merge."""
+        names = [name for name in search.choices if self._subject(name) == subject]
+        return names + [label for label in search.parents if label == subject.label]
+
+    def _tell_departures(self, departures: Iterable[Gone]) -> None:
+        for departure in departures:
+            self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
 
     def _ask_again(self, leader: Subject) -> FlipRate | None:
         """How often the leader's own answers flip when it is asked the same again; None without answers."""
@@ -259,25 +381,41 @@ class Session:
 
     def _answers(self, requests: Iterable[Request], text: str) -> Iterator[tuple[Request, list[ScoreRow]]]:
         """The wanted rows of each request as they come: first from the store, then from workers."""
-        wanted = list(requests)
-        prefixes = {request: self._prefix(request) for request in wanted}
-        self._remove(self._blocks.recall((prefixes[request], request.items) for request in wanted))
-        self._tell_remarks(self._blocks.remarks())
-        waiting: dict[str, tuple[EvaluationTask, Request]] = {}
-        for request in wanted:
-            prefix = prefixes[request]
-            yield from ((request, rows) for rows in self._blocks.within(prefix, request))
-            for gap in self._blocks.gaps(prefix, request.items):
-                waiting |= {task.key: (task, request) for task in self._tasks(request, gap, prefix)}
+        found, waiting = self._opened(list(requests))
+        yield from found
         if not waiting:
             return
         self._watcher.begin_stage(sum(task.tokens for task, _ in waiting.values()), text)
+        yield from self._dispatched([task for task, _ in waiting.values()], waiting)
+
+    def _opened(
+        self, wanted: Sequence[Request]
+    ) -> tuple[list[tuple[Request, list[ScoreRow]]], dict[str, tuple[EvaluationTask, Request]]]:
+        """(the wanted rows that lie in the store, the blocks of all others by their keys)."""
+        prefixes = {request: self._prefix(request) for request in wanted}
+        self._remove(self._blocks.recall((prefixes[request], request.items) for request in wanted))
+        self._tell_remarks(self._blocks.remarks())
+        found: list[tuple[Request, list[ScoreRow]]] = []
+        waiting: dict[str, tuple[EvaluationTask, Request]] = {}
+        for request in wanted:
+            prefix = prefixes[request]
+            found += [(request, rows) for rows in self._blocks.within(prefix, request)]
+            for gap in self._blocks.gaps(prefix, request.items):
+                waiting |= {task.key: (task, request) for task in self._tasks(request, gap, prefix)}
+        return found, waiting
+
+    def _dispatched(
+        self,
+        tasks: Sequence[EvaluationTask],
+        waiting: dict[str, tuple[EvaluationTask, Request]],
+        more: Callable[[], Sequence[Sequence[EvaluationTask]]] = tuple,
+    ) -> Iterator[tuple[Request, list[ScoreRow]]]:
+        """The rows of these blocks, and of those that `more` adds, as workers answer them; each leaves `waiting`."""
         if self._evaluators is None:
-            self._evaluators = self._open(self._asked.models)
-        tasks = [task for task, _ in waiting.values()]
-        for task, scores in dispatch(tasks, self._evaluators, self._pace, self._watcher.failed):
+            self._evaluators = self._open(self.asked.models)
+        for task, scores in dispatch(tasks, self._evaluators, self._pace, self._watcher.failed, more):
             self._lease.check()
-            request = waiting[task.key][1]
+            request = waiting.pop(task.key)[1]
             rows = self._blocks.add(task.key, scores, request)
             self._watcher.advance(task.tokens)
             self._tell_remarks(scores.remarks)
@@ -301,7 +439,7 @@ class Session:
     def _prefix(self, request: Request) -> str:
         """The name of the files of these answers, without their items: it covers all inputs of the answers."""
         subject, items = request.subject, request.subject.sets[request.cell]
-        spec = self._asked.models[subject.model]
+        spec = self.asked.models[subject.model]
         asked_with = [spec.engine, spec.url, dict(spec.options), spec.end_tokens]
         unit = digest(
             [FORMAT, subject.planned.digest, subject.planned.layout.beside, items.digest, asked_with, request.repeat]
@@ -329,11 +467,19 @@ class Session:
             )
 
     def _standing(self) -> tuple[Standing, ...]:
-        """Best first; of the points that stayed, those that surely lost a guard come last."""
+        if self._search is not None:
+            front = {row.choice for row in self._search.front()} if self._several else set[Choice]()
+            return tuple(
+                Standing(row.point, row.observed, row.items, None if row.left is None else row.left.batch, None)
+                for row in sorted(
+                    self._search.standing(), key=lambda row: (row.left is not None, row.choice not in front)
+                )
+                if row.point not in self.asked.same
+            )
         if self._race is not None:
             found = self._race.standing()
         else:
-            found = _standing(ranked_rows(self.rows(), self._asked.ranked), [*self._asked.points])
+            found = _standing(ranked_rows(self.rows(), self.asked.ranked), [*self.asked.points])
         out = broken(self._guards)
         return tuple(sorted(found, key=lambda entry: (entry.departed_at_rung is not None, entry.point in out)))
 
@@ -352,15 +498,20 @@ class Session:
         self._pause = max(RENEW_SECONDS, 20 * (self._renewed - began))
 
     def _result(self, *, finished: bool) -> EvaluationResult:
-        asked, race, answers = self._asked, self._race, self.answers()
+        asked, race, answers = self.asked, self._race, self.answers()
+        names = {subject.label: name for name, subject in asked.points.items()}  # a parent's, where it is a point too
+        answers = [
+            row if names.get(row.point, row.point) == row.point else replace(row, point=names[row.point], kind="point")
+            for row in answers
+        ]
         return EvaluationResult(
             rows=by_item(answers),
             samples=answers if any(row.sample for row in answers) else (),
             ranked=asked.ranked,
             standing=self._standing(),
             departures=() if race is None else tuple(race.departures),
-            baselines=tuple(subject.label for subject in asked.baselines),
-            parents={name: subject.label for name, subject in asked.parents.items()},
+            baselines=tuple(subject.label for subject in asked.baselines if subject.label not in names),
+            parents={name: names.get(subject.label, subject.label) for name, subject in asked.parents.items()},
             same=asked.same,
             noise=self.noise,
             cost_share=1.0 if race is None else race.spent() / race.full_cost(),
@@ -380,6 +531,16 @@ def _common_items(subjects: Iterable[Subject], benchmarks: Collection[str]) -> d
         for cell, planned in subject.sets.items()
         if planned.benchmark in benchmarks
     }
+
+
+def _at(row: ScoreRow, label: str, cell: Cell) -> bool:
+    return row.point == label and Cell(row.task, row.length, row.benchmark) == cell
+
+
+def _said(batch: Batch, points: int) -> str:
+    """A line about a batch, for whoever watches."""
+    promoted = f", {len(batch.promotions)} with more items" if batch.promotions else ""
+    return f"batch {batch.number}: {len(batch.proposals)} new points{promoted}; {points} points so far"
 
 
 def _place(row: ScoreRow) -> tuple[str, int, int]:

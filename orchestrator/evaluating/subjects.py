@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,25 @@ class Questions:
     same: Mapping[str, str]
     race: RacePlan | None
     seed: int
+    subject_of: Callable[[PlannedPoint], Subject] = field(repr=False, compare=False)
     guards: GuardsSpec | None = None
+
+    def joined(self, points: Sequence[PlannedPoint]) -> Questions:
+        """With these points too, which a search has proposed; one that is the same merge as a parent is that parent."""
+        parents = {(one.model, one.planned.digest): one for one in self.parents.values()}
+        joined, same = dict(self.points), dict(self.same)
+        for planned in points:
+            if planned.same_as is not None:
+                same[planned.name] = planned.same_as
+                continue
+            subject = self.subject_of(planned)
+            joined[planned.name] = parents.get((subject.model, planned.digest), subject)
+        return replace(self, points=joined, same=same)
+
+    @property
+    def sets(self) -> Sets:
+        """The sets that the first model answers."""
+        return next(iter((*self.points.values(), *self.parents.values()))).sets
 
     @property
     def baselines(self) -> tuple[Subject, ...]:
@@ -104,7 +122,7 @@ class Questions:
         """The benchmarks that rank points: the raced one, else those of the lowest rank that are asked."""
         if self.race is not None:
             return (self.race.benchmark,)
-        sets = next(iter(self.points.values())).sets
+        sets = self.sets
         asked = {planned.benchmark for planned in sets.values()}
         lowest = min(BENCHMARKS[name].rank for name in asked)
         return tuple(name for name, row in BENCHMARKS.items() if name in asked and row.rank == lowest)
@@ -130,7 +148,7 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
         raise BadInput(f"{plan.job.source}: nothing to evaluate; add `evaluate:`")
     _check_server(plan)
     _check_chats(plan, evaluation)
-    race = _race(evaluation)
+    race = _race(evaluation) if plan.job.search is None else None
     alone = _baselines_alone(plan)
     seed = plan.job.seed if seed is None else seed
     asked = _layouts(plan, [*plan.merges, *alone], evaluation, race, Reader(folder), seed)
@@ -142,8 +160,10 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
         return Subject(kind, label, planned, held.model, held.sets)
 
     points = {planned.name: subject("point", planned.name, planned) for planned in plan.merges}
+    if plan.job.search is not None:  # they show the kinds of points, and are not asked
+        points = {}
     known = {(one.model, one.planned.digest): one for one in points.values()}
-    taken = {planned.name for planned in plan.points}
+    taken = {planned.name for planned in plan.points} if plan.job.search is None else set[str]()
     parents: dict[str, Subject] = {}
     for planned in [*_merged_parents(plan), *alone]:
         label = f"{planned.name} (parent)" if planned.name in taken else planned.name
@@ -153,10 +173,11 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
         models=models,
         points=points,
         parents=parents,
-        same={planned.name: planned.same_as for planned in plan.points if planned.same_as is not None},
+        same={planned.name: planned.same_as for planned in plan.points if planned.same_as is not None and points},
         race=race,
         seed=seed,
         guards=evaluation.guards,
+        subject_of=lambda planned: subject("point", planned.name, planned),
     )
     if evaluation.guards is not None:
         found = replace(found, guards=_checked_guards(found, evaluation.guards, plan))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
-from jobs.job import Job
+from jobs.job import Job, Keep
 from jobs.manifest import Manifest
 from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest, places_read
 from jobs.yaml_nodes import yaml_text
@@ -83,13 +83,15 @@ class PlannedPoint:
 class Plan:
     """Everything a run will do. `tasks` turns it into work for a number of workers.
 
-    Relative paths of the recipe count from `folder`, or else from the current one.
+    Relative paths of the recipe count from `folder`, or else from the current one. `points` of a search are one of each
+    kind: `planner` plans those that are asked, and `of_search` is the plan that writes some of them.
     """
 
     job: Job
     run_url: str
     parents: Mapping[str, Checkpoint]
     points: tuple[PlannedPoint, ...]
+    planner: PointPlanner = field(repr=False, compare=False)
     places: Places = field(default_factory=Places)
     kept: frozenset[str] | None = None
     folder: Path | None = None
@@ -98,6 +100,10 @@ class Plan:
         """The same run, of which only these points are written; a twin is kept through the point it repeats."""
         twins = {planned.name: planned.same_as or planned.name for planned in self.points}
         return replace(self, kept=frozenset({*names, *(twins[name] for name in names)}))
+
+    def of_search(self, points: Sequence[PlannedPoint]) -> Plan:
+        """The same run with the points that the search has asked."""
+        return replace(self, points=tuple(points))
 
     @cached_property
     def written(self) -> tuple[PlannedPoint, ...]:
@@ -111,7 +117,12 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 of the run's results: equal for the same job over the same parents."""
+        """sha256 of the run's results: equal for the same job over the same parents.
+
+        The results of a search depend on the items too, whatever is judged or written afterwards.
+        """
+        if self.job.search is not None:
+            return replace(self.pinned, gate=None, keep=Keep(), points=()).digest()
         return digest(
             [
                 [planned.name, planned.digest, planned.layout.beside, planned.layout.chat_template]
@@ -283,7 +294,9 @@ class Plan:
             },
             "points": [
                 {"name": planned.name, "digest": planned.digest, "same_as": planned.same_as} for planned in self.points
-            ],
+            ]
+            if self.job.search is None
+            else [],
         }
 
 
@@ -302,19 +315,18 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     `relative_to` is the folder that relative parent paths count from; `flat` puts the only point right into the
     output, and several points into folders there. Raises `BadInput` for whatever cannot work.
     """
-    if job.search is not None:
-        raise BadInput(f"{job.search.place}: a search cannot be run yet; give `grid:` in its place")
     parents = open_parents(job, relative_to, bare_names=flat)
     output = open_store(job.output).url
     try:
-        points = _plan_points(job, parents, relative_to)
+        planner = PointPlanner(job, Stages(job, parents, relative_to), ContentKeys(job, parents))
+        points = planner(job.points)
     except CorruptData as error:  # to whoever plans a merge, a damaged tokenizer is a wrong input
         raise BadInput(str(error)) from error
     if flat:
-        plan = Plan(job, output, parents, points, FLAT if len(points) == 1 else SEVERAL, folder=relative_to)
+        plan = Plan(job, output, parents, points, planner, FLAT if len(points) == 1 else SEVERAL, folder=relative_to)
         _check_free(plan)
         return plan
-    return Plan(job, f"{output}/{job.name}", parents, points, folder=relative_to)
+    return Plan(job, f"{output}/{job.name}", parents, points, planner.afresh(), folder=relative_to)
 
 
 def _check_free(plan: Plan) -> None:
@@ -345,14 +357,23 @@ def _manifest(store: Store, key: str) -> Manifest | None:
         return None
 
 
-def _plan_points(job: Job, parents: Mapping[str, Checkpoint], relative_to: Path | None) -> tuple[PlannedPoint, ...]:
-    first_of: dict[str, str] = {}
-    planned_points: list[PlannedPoint] = []
-    stages = Stages(job, parents, relative_to)
-    keys = ContentKeys(job, parents)
-    for point in job.points:
-        layout = stages.layout(point)
-        planned = PlannedPoint(point, layout, settings_of(layout, point.recipe, job.numerics), keys)
-        same_as = first_of.setdefault(digest([planned.digest, layout.beside, layout.chat_template]), point.name)
-        planned_points.append(planned if same_as == point.name else replace(planned, same_as=same_as))
-    return tuple(planned_points)
+class PointPlanner:
+    """Plans points of a job, now and later: layouts are shared, and a point that repeats an earlier one is found."""
+
+    def __init__(self, job: Job, stages: Stages, keys: ContentKeys) -> None:
+        self._job, self._stages, self._keys = job, stages, keys
+        self._first_of: dict[str, str] = {}
+
+    def __call__(self, points: Iterable[Point]) -> tuple[PlannedPoint, ...]:
+        """The points with their layouts and settings."""
+        return tuple(map(self._planned, points))
+
+    def afresh(self) -> PointPlanner:
+        """The same, without the points so far."""
+        return PointPlanner(self._job, self._stages, self._keys)
+
+    def _planned(self, point: Point) -> PlannedPoint:
+        layout = self._stages.layout(point)
+        planned = PlannedPoint(point, layout, settings_of(layout, point.recipe, self._job.numerics), self._keys)
+        same_as = self._first_of.setdefault(digest([planned.digest, layout.beside, layout.chat_template]), point.name)
+        return planned if same_as == point.name else replace(planned, same_as=same_as)

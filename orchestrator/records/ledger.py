@@ -103,6 +103,8 @@ def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         before = earlier["parents"].get(name)
         if before is not None and before != parent:
             return f"or its parent {name} has changed since;"
+    if not earlier["points"] or not now["points"]:  # of a search
+        return "with another search, recipe or evaluation;"
     before_points = {entry["name"] for entry in earlier["points"]}
     points = {entry["name"] for entry in now["points"]}
     if before_points != points and _merges(earlier) == _merges(now):

@@ -58,7 +58,10 @@ def print_plan(facts: Mapping[str, Any]) -> None:
     rows = [
         ("run", facts["run"]),
         *_parent_rows(facts["parents"], facts["trajectories"]),
-        ("points", f"{len(facts['points'])}: {shortlist(facts['points'])}"),
+        (
+            "kinds" if (facts.get("evaluation") or {}).get("search") else "points",
+            f"{len(facts['points'])}: {shortlist(facts['points'])}",
+        ),
         ("shards", f"{facts['shards_a_point']} a point"),
         ("done already", f"{facts['units_done']} of {facts['units']} shards"),
         ("tasks", str(facts["tasks"])),
@@ -101,6 +104,8 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
     """The items of the evaluation, and the smallest difference that they can show."""
     points = f"{asked['points']} point{'s' if asked['points'] > 1 else ''}"
     beside = f" and {asked['baselines']} parents" if asked["baselines"] else ""
+    if asked["search"] is not None:
+        return [*_search_rows(asked["search"], asked), *_sight_rows(asked)]
     rows = [
         (
             "to ask",
@@ -125,12 +130,38 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
         least = asked["race"]["least_tokens"]
         share = f"{least / asked['tokens']:.0%}" if asked["tokens"] else "all"
         rows.append(("race", f"{share} of that where all that lose leave at once ({count(least)} tokens), at most all"))
+    return [*rows, *_sight_rows(asked)]
+
+
+def _sight_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What the items can show, and what the gate takes."""
+    rows: list[tuple[str, str]] = []
     if asked["sees"] is not None:
         rows.append(("can show", can_show(asked["sees"])))
     if asked["guards"] is not None:
         rows.append(("guards", guards_forecast(asked["guards"])))
     if asked["gate"] is not None:
         rows.append(("gate", gate_forecast(asked["gate"])))
+    return rows
+
+
+def _search_rows(search: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The space of a search, its first batch and its cost."""
+    axes = [f"{name} ({values})" for name, values in search["axes"].items()]
+    rungs = ", ".join(map(str, search["rungs"]))
+    rows = [
+        (
+            "search",
+            f"{search['size']:,} points on {len(axes)} {'axis' if len(axes) == 1 else 'axes'}: {shortlist(axes)}",
+        ),
+        ("first batch", f"{shortlist(search['first_batch'])}; {count(search['tokens_of_first_batch'])} tokens"),
+        ("items", f"{rungs} of each task and length: more for points that may be the best"),
+    ]
+    if search["tokens"] is not None:
+        hours = "" if search["hours"] is None else f", {search['hours']:g} hours of one worker"
+        rows.append(("to ask", f"at most {asked['points']:,} points, about {count(search['tokens'])} tokens{hours}"))
+    else:
+        rows.append(("to ask", f"as many points as {search['hours']:g} hours of one worker allow"))
     return rows
 
 

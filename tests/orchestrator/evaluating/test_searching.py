@@ -1,0 +1,289 @@
+"""A search as a job: what it asks, in which batches, and that no interruption and no order of answers changes them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import BadInput, CorruptData
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec
+from jobs.job import load_job
+from jobs.sealing import sealed, unsealed
+from orchestrator.cluster.scripted import ScriptedEvaluators
+from orchestrator.evaluating.results import EvaluationResult
+from orchestrator.evaluating.session import Session
+from orchestrator.evaluating.subjects import Questions, questions
+from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.watching import Watcher
+from tests.orchestrator.tiny_jobs import RULER, job_text
+from workers.benchmarks.items import Item
+
+SEARCH = {
+    "over": {"w": {"from": 0, "to": 1, "step": 0.01}},
+    "budget": {"points": 12},
+    "batch": 4,
+    "start": [{"w": 0}, {"w": 0.5}, {"w": 1}],
+}
+
+
+class Pulled(Exception):
+    """The plug was pulled."""
+
+
+def hill(task: EvaluationTask, item: Item) -> float:
+    """The share of right answers is 0.9 at w = 0.3 and falls to both sides; every item has its own difficulty."""
+    name = task.point.removeprefix("w=")
+    weight = {"long": 1.0, "fmt": 0.0}[name] if name in ("long", "fmt") else float(name)
+    return float(random.Random(item.index).random() < 0.9 - 1.2 * abs(weight - 0.3))
+
+
+class Several(ScriptedEvaluators):
+    """Several workers whose answers come in a random order; raises `Pulled` after so many moments."""
+
+    def __init__(self, models: Mapping[str, ModelSpec], workers: int, seed: int, moments: int, log: list[str]) -> None:
+        super().__init__(models, hill)
+        self._free, self._busy = set(range(workers)), dict[int, EvaluationTask]()
+        self._random, self._moments, self._log = random.Random(seed), moments, log
+
+    def idle(self) -> Collection[int]:
+        return sorted(self._free)
+
+    def submit(self, worker: int, task: EvaluationTask) -> None:
+        self._moment()
+        self._free.remove(worker)
+        self._busy[worker] = task
+
+    def next_done(self) -> tuple[EvaluationTask, BlockScores]:
+        worker = self._random.choice(sorted(self._busy))
+        self._moment()
+        super().submit(worker, self._busy.pop(worker))
+        self._free.add(worker)
+        task, scores = super().next_done()
+        self._log.append(task.key)
+        return task, scores
+
+    def _moment(self) -> None:
+        self._moments -= 1
+        if not self._moments:
+            raise Pulled
+
+
+def planned(folder: Path, **keys: Any) -> tuple[Plan, Questions]:
+    given: dict[str, Any] = {
+        "grid": None, "point": None, "keep": None, "search": SEARCH, "evaluate": {"ruler": {**RULER, "items": 20}}
+    }  # fmt: skip
+    plan = make_plan(load_job(job_text(folder, **(given | keys)), "job.yaml"))
+    return plan, questions(plan)
+
+
+def searched(
+    plan: Plan, asked: Questions, *, workers: int = 1, seed: int = 0, moments: int = 0, log: list[str] | None = None
+) -> EvaluationResult:
+    def opened(models: Mapping[str, ModelSpec]) -> Several:
+        return Several(models, workers, seed, moments, [] if log is None else log)
+
+    with Session.of(plan, asked, opened, Watcher(visible=False)) as session:
+        return session.run()
+
+
+def batches(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "runs/tiny/search").iterdir())}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, EvaluationResult, list[str]]:
+    """A search that nothing disturbed, with one worker, and the blocks that it asked."""
+    folder, log = tmp_path_factory.mktemp("whole"), list[str]()
+    return folder, searched(*planned(folder), log=log), log
+
+
+def test_batches_say_what_is_asked_and_why(whole: tuple[Path, EvaluationResult, list[str]]) -> None:
+    folder, _, log = whole
+    first, *others = [json.loads(data) for data in batches(folder).values()]
+    assert [entry["name"] for entry in first["proposals"][:3]] == ["w=0", "w=0.5", "w=1"]
+    assert [entry["bindings"] for entry in first["proposals"][:3]] == [{"w": "0"}, {"w": "0.5"}, {"w": "1"}]
+    assert all(entry["reason"] for batch in (first, *others) for entry in batch["proposals"])
+    assert not others[-1]["proposals"] and not others[-1]["promotions"], "the last batch is the end"
+    names = [entry["name"] for batch in (first, *others) for entry in batch["proposals"]]
+    assert len({*names}) == len(names) == 12
+    assert len({*log}) == len(log), "no question twice"
+
+
+def test_parents_answer_with_the_first_batch(whole: tuple[Path, EvaluationResult, list[str]]) -> None:
+    folders = [key.split("/")[1] for key in whole[2]]
+    proposed = {entry["name"] for entry in json.loads(batches(whole[0])["000001.json"])["proposals"]}
+    first_of_next = next(number for number, folder in enumerate(folders) if folder in proposed)
+    assert {"parent-long", "parent-fmt"} <= {*folders[:first_of_next]}
+
+
+def test_a_point_that_is_a_parent_is_asked_as_this_parent(whole: tuple[Path, EvaluationResult, list[str]]) -> None:
+    folders = {key.split("/")[1] for key in whole[2]}
+    assert not {"w=0", "w=1"} & folders
+    result = whole[1]
+    assert result.parents == {"long": "w=1", "fmt": "w=0"} and result.baselines == ()
+    assert {"w=0", "w=1"} <= {row.point for row in result.rows if row.kind == "point"}
+
+
+def test_the_best_is_near_the_top_of_the_hill(whole: tuple[Path, EvaluationResult, list[str]]) -> None:
+    best = whole[1].standing[0].point
+    assert abs(float(best.removeprefix("w=")) - 0.3) <= 0.15
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_eight_workers_write_the_same_batches(
+    tmp_path: Path, whole: tuple[Path, EvaluationResult, list[str]], seed: int
+) -> None:
+    log: list[str] = []
+    result = searched(*planned(tmp_path), workers=8, seed=seed, log=log)
+    assert batches(tmp_path) == batches(whole[0])
+    assert Counter(log) == Counter(whole[2])
+    assert result.standing == whole[1].standing
+
+
+def test_killed_at_random_moments_it_writes_the_same_batches_and_asks_no_question_twice(
+    tmp_path: Path, whole: tuple[Path, EvaluationResult, list[str]]
+) -> None:
+    """Fifty moments, in rounds until the search ends: a killed driver leaves only files behind."""
+    moments, kills, round_number = random.Random(7), 0, 0
+    while kills < 50:
+        folder, log = tmp_path / str(round_number), list[str]()
+        plan, asked = planned(folder)
+        while True:
+            try:
+                searched(
+                    plan, asked, workers=moments.choice((1, 8)), seed=kills, moments=moments.randint(1, 12), log=log
+                )
+                break
+            except Pulled:
+                kills += 1
+        assert batches(folder) == batches(whole[0])
+        assert Counter(log) == Counter(whole[2]), "every answer was given once"
+        round_number += 1
+
+
+class Timed(ScriptedEvaluators):
+    """Several workers on a clock of their own: a block takes as long as its tokens say, half or half again."""
+
+    def __init__(self, models: Mapping[str, ModelSpec], workers: int) -> None:
+        super().__init__(models, hill)
+        self._free, self._ends = set(range(workers)), dict[int, tuple[float, EvaluationTask]]()
+        self._workers, self._now, self._work, self._idle_from = workers, 0.0, 0.0, 0.0
+        self.busy: list[tuple[float, float]] = []
+        """At each answer: the time, and the share of the workers' time so far that was work."""
+
+    def idle(self) -> Collection[int]:
+        return sorted(self._free)
+
+    def submit(self, worker: int, task: EvaluationTask) -> None:
+        seconds = task.tokens * random.Random(task.key).uniform(0.5, 1.5)
+        self._free.remove(worker)
+        self._work += seconds
+        self._ends[worker] = (self._now + seconds, task)
+
+    def next_done(self) -> tuple[EvaluationTask, BlockScores]:
+        worker = min(self._ends, key=lambda each: self._ends[each][0])
+        self._now, task = self._ends.pop(worker)
+        self._free.add(worker)
+        unfinished = sum(end - self._now for end, _ in self._ends.values())
+        self.busy.append((self._now, (self._work - unfinished) / (self._workers * self._now)))
+        super().submit(worker, task)
+        return super().next_done()
+
+
+def test_workers_are_busy_while_the_search_asks_new_points(tmp_path: Path) -> None:
+    """Block times differ by half to both sides. The end, where the last points are told apart, is not counted."""
+    search = {**SEARCH, "budget": {"points": 48}, "batch": 8, "by": "sobol"}
+    ruler = {**RULER, "items": 20, "lengths": [256, 320, 384]}
+    plan, asked = planned(tmp_path, search=search, evaluate={"ruler": ruler})
+    opened: list[Timed] = []
+
+    def open_timed(models: Mapping[str, ModelSpec]) -> Timed:
+        opened.append(Timed(models, workers=8))
+        return opened[0]
+
+    shares: list[float] = []
+    told = Watcher(visible=False)
+    tell = told.tell
+    with pytest.MonkeyPatch.context() as patch, Session.of(plan, asked, open_timed, told) as session:
+
+        def heard(text: str) -> None:
+            if re.match(r"batch \d+: [1-9]", text) and opened and opened[0].busy:
+                shares.append(opened[0].busy[-1][1])
+            tell(text)
+
+        patch.setattr(told, "tell", heard)
+        session.run()
+    assert shares[-1] >= 0.95, shares
+
+
+def test_a_search_that_ended_asks_nothing_again(whole: tuple[Path, EvaluationResult, list[str]]) -> None:
+    log: list[str] = []
+    again = searched(*planned(whole[0]), log=log)
+    assert log == [] and again.standing == whole[1].standing
+
+
+def test_another_search_in_the_same_run_is_refused(whole: tuple[Path, EvaluationResult, list[str]]) -> None:
+    plan, asked = planned(whole[0], search={**SEARCH, "batch": 5})
+    with pytest.raises(BadInput, match="belongs to another job, with another search, recipe or evaluation; give"):
+        searched(plan, asked)
+
+
+def test_a_budget_of_tokens_is_kept(tmp_path: Path) -> None:
+    plan, asked = planned(tmp_path, search={**SEARCH, "budget": {"tokens": 40_000}})
+    result = searched(plan, asked)
+    assert sum(row.tokens for row in result.rows) <= 40_000
+    assert len(result.standing) >= 4
+
+
+def test_words_make_points_of_other_layouts(tmp_path: Path) -> None:
+    recipe = {
+        "merge_method": "${method}",
+        "base_model": "fmt",
+        "dtype": "bfloat16",
+        "models": [{"model": "long", "parameters": {"weight": "${w}"}}, {"model": "fmt"}],
+    }
+    over = {"w": [0.25, 0.5, 0.75], "method": ["task_arithmetic", "ties"]}
+    plan, asked = planned(tmp_path, recipe=recipe, search={"over": over, "budget": {"points": 6}})
+    assert len(plan.points) == 2
+    with Session.of(plan, asked, partial(ScriptedEvaluators, answer=flat), Watcher(visible=False)) as session:
+        names = {entry.point for entry in session.run().standing}
+    assert names == {f"w={w}_method={method}" for w in over["w"] for method in over["method"]}
+
+
+def flat(task: EvaluationTask, item: Item) -> float:
+    return float(item.index % 2)
+
+
+def test_a_batch_file_of_another_space_is_refused(tmp_path: Path) -> None:
+    """As a file that a person has changed."""
+    plan, asked = planned(tmp_path)
+    with pytest.raises(Pulled):
+        searched(plan, asked, moments=3)
+    path = tmp_path / "runs/tiny/search/000000.json"
+    content = unsealed(path.read_bytes())
+    content["proposals"][0]["choice"] = [999]
+    path.write_bytes(sealed(content, lines=True))
+    with pytest.raises(CorruptData, match=r"000000\.json: \[999\] is no point of this search; remove the run"):
+        searched(plan, asked)
+
+
+def test_a_damaged_batch_file_is_refused_by_name(tmp_path: Path) -> None:
+    plan, asked = planned(tmp_path)
+    with pytest.raises(Pulled):
+        searched(plan, asked, moments=3)
+    path = tmp_path / "runs/tiny/search/000001.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(CorruptData, match=r"000001\.json: .*remove it; it is proposed again from the scores"):
+        searched(plan, asked)
+    path.unlink()
+    searched(plan, asked)
+    assert path.read_bytes() == whole, "the remedy works"
