@@ -13,7 +13,9 @@ from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 PRIOR_HAYSTACKS = 10.0
-"""A variance or correlation of h haystacks has the weight h against this many of the mean over points."""
+"""A correlation of h haystacks has the weight h against this many of the mean over points."""
+POOLED_HAYSTACKS = 100.0
+"""The same of a variance. It is large: of right-or-wrong answers, the lucky point seems to vary least."""
 RIDGE = 5.0
 """Haystacks of pretended data without any relation to the parents."""
 
@@ -74,7 +76,7 @@ def _noise(residuals: FloatArray, counts: NDArray[np.intp]) -> FloatArray:
     freedom = np.maximum(counts - 1, 1)
     variances = np.sum(flat**2, axis=1) / freedom
     typical = float(np.sum(variances * counts) / counts.sum())
-    variances = (counts * variances + PRIOR_HAYSTACKS * max(typical, 1e-6)) / (counts + PRIOR_HAYSTACKS)
+    variances = (counts * variances + POOLED_HAYSTACKS * max(typical, 1e-6)) / (counts + POOLED_HAYSTACKS)
     shared = np.minimum(counts[:, None], counts[None, :])
     correlations = np.zeros((points, points))
     for count in np.unique(counts).tolist():
