@@ -511,12 +511,13 @@ class Search:
         return max(2, min(limits))
 
     def _digest(self, number: int) -> str:
-        """Of the earlier batches, and of the scores of those before the last one."""
+        """Of the earlier batches, and of the scores and tokens of those before the last one."""
         found = hashlib.sha256()
         for batch in self.batches:
             choices = [[*proposal.choice] for proposal in batch.proposals]
             promoted = [[*promotion.choice, promotion.items] for promotion in batch.promotions]
             found.update(json.dumps([batch.number, choices, promoted, batch.seen]).encode())
         for work in itertools.chain.from_iterable(self._work[: max(0, number - 1)]):
-            found.update(np.ascontiguousarray(self._scores[work.point][:, work.start : work.stop]).tobytes())
+            for known in (self._scores, self._tokens):
+                found.update(np.ascontiguousarray(known[work.point][:, work.start : work.stop]).tobytes())
         return found.hexdigest()

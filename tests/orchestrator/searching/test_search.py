@@ -9,7 +9,7 @@ from jobs.errors import CorruptData
 from jobs.search import Axis, Budget, Constraint, Objective, SearchSpec, Space
 from orchestrator.searching.figures import Figures
 from orchestrator.searching.proposing import Evidence, propose, resolved
-from orchestrator.searching.search import Search
+from orchestrator.searching.search import Batch, Search
 from tests.orchestrator.searching.worlds import CELLS, ITEMS, LINE, MIXED, TRIANGLE, World, numbers, run
 
 COSTS = dict.fromkeys(CELLS, 1.0)
@@ -44,6 +44,21 @@ def test_a_batch_made_from_other_scores_is_refused():
     other = World(LINE, lambda place: float(place[0]))
     with pytest.raises(CorruptData, match="batch 2: made from other scores"):
         run(search(), other, written=whole.batches)
+
+
+def test_a_batch_made_from_other_numbers_of_tokens_is_refused():
+    batches: list[Batch] = []
+    for tokens in (5.0, 6.0):
+        made = search(maximize=(Objective("output_tokens", -1),), by="sobol")
+        for _ in range(2):
+            made.add(made.propose())
+        for block in made.next_blocks():
+            count = len(block.items)
+            made.record(block.point, block.cell, block.items, [1.0] * count, [tokens] * count)
+        made.close()
+        batches.append(made.propose())
+    with pytest.raises(CorruptData, match="batch 2: made from other scores"):
+        made.add(batches[0])
 
 
 def test_two_batches_are_open_and_the_third_waits_for_the_first():
