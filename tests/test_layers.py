@@ -342,6 +342,18 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "orchestrator/points",
         "orchestrator/nightly",
     ),
+    "orchestrator/notebook": (
+        "jobs",
+        "workers/storage",
+        "workers/evaluating",
+        "orchestrator/watching.py",
+        "orchestrator/records",
+        "orchestrator/planning",
+        "orchestrator/cluster",
+        "orchestrator/merging",
+        "orchestrator/report",
+        "orchestrator/commands",
+    ),
     "orchestrator/cli.py": ("jobs", "orchestrator/commands"),
 }
 """Every room from the ground up, a folder or a file, and the rooms that it uses."""

@@ -107,18 +107,25 @@ def _context(report: Report) -> dict[str, Any]:
         "reach": context_note(report.run.result),
         "not_published": not_published(report.run.result),
         "most_receipts": MOST_RECEIPTS,
-        "sections": [
-            *_grid_sections(report),
-            *_axes_sections(report),
-            _curve_section(report),
-            _pareto_section(report, everything),
-            _needle_section(report, everything),
-            _perplexity_section(report),
-        ],
+        "sections": sections(report),
         "costs": _costs(report),
         "flips": _flips(report, everything),
         "provenance": _provenance(report),
     }
+
+
+def sections(report: Report) -> list[Section]:
+    """The figures of the page, in order."""
+    everything = rows_by_point(report.run.result.rows)
+    found = [
+        *_grid_sections(report),
+        *_axes_sections(report),
+        _curve_section(report),
+        _pareto_section(report, everything),
+        _needle_section(report, everything),
+        _perplexity_section(report),
+    ]
+    return [section for section in found if section is not None]
 
 
 def _view(run_url: str) -> str:
@@ -257,7 +264,7 @@ def _axes_sections(report: Report) -> list[Section]:
         return []
     profiles = {axis: found.profiles(number) for number, axis in enumerate(found.axes)}
     difference = "A bar is the 95 % interval of the difference from the line's best, which has none."
-    sections = [
+    made = [
         Section(
             "profiles",
             "Score along each axis",
@@ -269,10 +276,10 @@ def _axes_sections(report: Report) -> list[Section]:
         )
     ]
     if len(found.axes) < 2:
-        return sections
+        return made
     importance = found.importance()
     overlap = "" if found.full else " Not every combination is a point: shares overlap, and axes may stand for others."
-    sections.append(
+    made.append(
         Section(
             "importance",
             "Which axis matters",
@@ -299,7 +306,7 @@ def _axes_sections(report: Report) -> list[Section]:
     )
     maps = found.maps([one.axis for one in importance[:MOST_PAIRED_AXES]])
     low, high = _bounds(found.scores.tolist())
-    sections.append(
+    made.append(
         Section(
             "pairs",
             "Two axes at a time",
@@ -312,7 +319,7 @@ def _axes_sections(report: Report) -> list[Section]:
     )
     if len(found.axes) > 2:
         best = sorted(range(len(found.names)), key=lambda point: -found.scores[point])[:MOST_WITHOUT_COLUMNS]
-        sections.append(
+        made.append(
             Section(
                 "parallel",
                 "All axes at once",
@@ -339,7 +346,7 @@ def _axes_sections(report: Report) -> list[Section]:
                 ),
             )
         )
-    return sections
+    return made
 
 
 def _profile_table(axis: str, line: axes.Profile) -> Table:

@@ -29,12 +29,17 @@ REMARKS = b"mergeyard.remarks"
 
 def write_scores(rows: Iterable[ScoreRow], remarks: Sequence[str] = ()) -> bytes:
     """The rows as one Parquet file, with the remarks of a block in its metadata."""
+    return parquet_bytes(score_table(rows, remarks))
+
+
+def score_table(rows: Iterable[ScoreRow], remarks: Sequence[str] = ()) -> Any:
+    """The rows as a pyarrow table with a column per field."""
     import pyarrow as pa
 
     kept = list(rows)
     schema = _schema().with_metadata({REMARKS: json.dumps(remarks)} if remarks else None)
     columns = [pa.array([getattr(row, field.name) for row in kept], field.type) for field in schema]
-    return parquet_bytes(pa.table(columns, schema))
+    return pa.table(columns, schema)
 
 
 def read_scores(data: bytes, where: str, points: Collection[str] | None = None) -> list[ScoreRow]:
