@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import itertools
 import logging
+import math
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=shown.column_title, ylabel=shown.row_title)
         turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if wide else {}
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **turned)
-        every = max(1, round(13 / row_height))
+        every = math.ceil(13 / row_height)
         axes.set_yticks(np.arange(0, len(rows), every) + 0.5, rows[::every])
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
@@ -292,7 +293,7 @@ def parallel(shown: Surface, low: float, high: float) -> Markup:
     heights = shown.at / np.maximum(1, [len(values) - 1 for values in shown.values])
     scores = (shown.scores - low) / (high - low)
     order = np.argsort(shown.scores, kind="stable")
-    with new_figure(260, 40, 18, 44) as (figure, axes):
+    with new_figure(260, 40, 18, 52) as (figure, axes):
         colours = SCALES["score"](scores)
         texts: list[str] = []
         for rank, point in enumerate(order.tolist()):
@@ -314,7 +315,7 @@ def parallel(shown: Surface, low: float, high: float) -> Markup:
         axes.vlines(range(len(axes_shown)), 0, 1, color=INK, linewidth=0.8)
         axes.set(xlim=(-0.2, len(axes_shown) - 0.8), ylim=(-0.02, 1.02), yticks=[])
         axes.set_xticks(range(len(axes_shown)), shortened(axes_shown, 14))
-        axes.tick_params(length=0, pad=18)
+        axes.tick_params(length=0, pad=26)
         axes.spines[:].set_visible(False)
         return svg_of(figure, "lines-", texts, f"{len(order)} points by {', '.join(axes_shown)}")
 
