@@ -396,7 +396,7 @@ def _curve_section(report: Report) -> Section | None:
     return Section(
         "by-length",
         "Score by length",
-        "The best points and the parents, with 95 % intervals that know which items share a haystack. A ring marks the"
+        "The best points and the parents, with 95 % intervals that count shared haystacks. A ring marks the"
         f" effective length: the longest up to which {context_note(report.run.result)} ≥ {RULER_THRESHOLD}, the dotted"
         " line; below also with 85 % of a parent's score at its shortest length for a threshold.",
         (),
