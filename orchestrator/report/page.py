@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -118,6 +119,7 @@ def sections(report: Report) -> list[Section]:
     """The figures of the page, in order."""
     everything = rows_by_point(report.run.result.rows)
     found = [
+        _search_section(report),
         *_grid_sections(report),
         *_axes_sections(report),
         _curve_section(report),
@@ -347,6 +349,41 @@ def _axes_sections(report: Report) -> list[Section]:
             )
         )
     return made
+
+
+def _search_section(report: Report) -> Section | None:
+    """The scores of a search's points in the order of asking, and why each was asked."""
+    from orchestrator.report import charts
+
+    lines = {line.name: line for line in report.lines}
+    asked = [each for each in report.run.asked if each[1] in lines]
+    if not asked:
+        return None
+    scores = [lines[point].score for _, point, _ in asked]
+    numbers, none = tuple(Fraction(number) for number in range(1, len(asked) + 1)), (0.0,) * len(asked)
+    traces = [
+        axes.Profile("highest so far", numbers, tuple(itertools.accumulate(scores, max)), none),
+        axes.Profile("each point", numbers, tuple(scores), none),
+    ]
+    return Section(
+        "search",
+        "The points in the order of asking",
+        "The score of each point at the end, and the highest so far. Points that left the search early answered fewer"
+        " items, so the highest is partly luck: the first of the leaderboard is chosen by items and neighbours too.",
+        (),
+        "",
+        (Choice("", (charts.profile("points asked", traces),)),),
+        (
+            Table(
+                "",
+                ("batch", "point", "score", "why it was asked"),
+                tuple(
+                    (str(batch), point, f"{score:.1f}", reason)
+                    for (batch, point, reason), score in zip(asked, scores, strict=True)
+                ),
+            ),
+        ),
+    )
 
 
 def _profile_table(axis: str, line: axes.Profile) -> Table:

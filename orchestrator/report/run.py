@@ -11,6 +11,7 @@ from typing import Any
 from jobs.errors import BadInput, ObjectMissing
 from jobs.job import Job, load_job
 from jobs.merge_tasks import Receipt
+from orchestrator.evaluating.batches import PREFIX
 from orchestrator.evaluating.results import EvaluationResult, read_results, read_verdict
 from orchestrator.report.against_baseline import BaselineComparisons, compare_all
 from orchestrator.report.leaderboard import Line, leaderboard
@@ -39,6 +40,8 @@ class Run:
     gate: Mapping[str, Any] | None
     receipts: tuple[Receipt, ...]
     written: tuple[str, ...]
+    asked: tuple[tuple[int, str, str], ...] = ()
+    """Of a search: (batch, point, reason) in the order of asking; empty of a grid."""
 
     @property
     def name(self) -> str:
@@ -63,7 +66,7 @@ def read_run(url: str, result: EvaluationResult | None = None, *, costs: bool = 
         if costs
         else ()
     )
-    return Run(url, result, job, text, plan, gate, receipts, written)
+    return Run(url, result, job, text, plan, gate, receipts, written, _asked(store))
 
 
 def _text(store: Store, key: str) -> str:
@@ -71,6 +74,15 @@ def _text(store: Store, key: str) -> str:
         return read_sealed(store, key).decode(errors="replace")
     except ObjectMissing:
         return ""
+
+
+def _asked(store: Store) -> tuple[tuple[int, str, str], ...]:
+    batches = [read_record(store, info.key) for info in store.list(PREFIX)]
+    return tuple(
+        (batch["number"], proposal["name"], proposal["reason"])
+        for batch in sorted(batches, key=lambda batch: batch["number"])
+        for proposal in batch["proposals"]
+    )
 
 
 def _plan(store: Store) -> dict[str, Any]:

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
+from jobs.sealing import sealed
 from orchestrator.report.live import LivePage, written_page
-from orchestrator.report.page import page
+from orchestrator.report.page import page, sections
 from orchestrator.report.run import PAGE, read_run, report_on
 from tests.orchestrator.report.made_up import HOSTILE, TASKS, write_run
+from workers.storage import open_store
 
 ADDRESS = re.compile(r"""\b(?:src|href|action|data|poster)\s*=\s*(?!["']?#)|@import|url\((?!#)""")
 
@@ -154,3 +156,21 @@ def test_a_running_evaluation_shows_its_page_and_a_closed_one_writes_no_more(tmp
     (tmp_path / PAGE).unlink()
     live.renew()
     assert not (tmp_path / PAGE).exists()
+
+
+def test_a_search_shows_its_points_in_the_order_of_asking_and_why(tmp_path: Path) -> None:
+    store = open_store(write_run(tmp_path / "run"))
+    report = report_on(read_run(store.url))
+    assert not [section for section in sections(report) if section.id == "search"], "a grid has none"
+    names = [line.name for line in report.lines if line.kind == "point"][:3]
+    for number, asked in enumerate(([names[2]], [names[0], "asked-but-not-answered", names[1]])):
+        proposals = [{"name": name, "choice": [0], "bindings": {}, "reason": f"<{name}>"} for name in asked]
+        batch = {"format": 1, "number": number, "seen": "", "proposals": proposals, "promotions": []}
+        store.write(f"search/{number:06d}.json", sealed(batch))
+    report = report_on(read_run(store.url))
+    (section,) = [section for section in sections(report) if section.id == "search"]
+    score = {line.name: f"{line.score:.1f}" for line in report.lines}
+    assert section.tables[0].rows == tuple(
+        (batch, name, score[name], f"<{name}>") for batch, name in (("0", names[2]), ("1", names[0]), ("1", names[1]))
+    )
+    assert f"&lt;{names[0]}&gt;" in page(report), "a reason is escaped"
