@@ -286,8 +286,8 @@ def _searched(keys: Mapping[str, Node], trajectories: Trajectories) -> dict[str,
     if "grid" in keys:
         raise keys["grid"].error("`grid:` and `search:` exclude each other; take one out")
     spec = read_search(keys["search"])
-    naming = name_template(keys["point"].string(), keys["point"].place) if "point" in keys else None
-    searched = SearchedRecipe(keys["recipe"], spec.space, naming, trajectories, [*_parents(keys["parents"])])
+    parents = [*_parents(keys["parents"])]
+    searched = SearchedRecipe(keys["recipe"], spec.space, keys.get("point"), trajectories, parents)
     points = searched.kinds()
     _check_stages(searched.template(spec.space.middle()), points)
     keep = {} if "keep" in keys else {"keep": Keep(kind="best", count=1)}

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal
 
 from jobs.errors import BadInput
 from jobs.evaluate import SPECS, Count
-from jobs.expressions import PLACEHOLDER, REFERENCE, Template, Value, format_number
+from jobs.expressions import PLACEHOLDER, REFERENCE, Template, Value, format_number, name_template
 from jobs.grid import POINT_NAME, Point, check_axis_name, check_distinct, grid_schema, read_simplex
 from jobs.merge_tasks import digest
 from jobs.ranges import range_schema, read_range
@@ -454,14 +454,20 @@ class SearchedRecipe:
     """
 
     def __init__(
-        self, node: Node, space: Space, naming: Template | None, trajectories: Trajectories, parents: Sequence[str]
+        self, node: Node, space: Space, naming: Node | None, trajectories: Trajectories, parents: Sequence[str]
     ) -> None:
-        self._node, self._space, self._naming, self._trajectories = node, space, naming, trajectories
+        self._made_of = node, space, naming, trajectories, parents
+        self._node, self._space, self._trajectories = node, space, trajectories
+        self._naming = None if naming is None else name_template(naming.string(), naming.place)
         self._templates: dict[tuple[tuple[str, ...], ...], StagesTemplate] = {}
         self._taken: dict[str, Choice | None] = dict.fromkeys(parents)
         self._check_used()
-        if naming is not None:
-            self._check_naming(naming)
+        if self._naming is not None:
+            self._check_naming(self._naming)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A copy is made anew of the same documents: templates hold functions, which cannot be pickled."""
+        return SearchedRecipe, self._made_of
 
     def point(self, choice: Choice) -> Point:
         """The point of this choice; its name is its own among all that were made here."""

@@ -17,7 +17,7 @@ from orchestrator.cli import main
 from tests.conformance.architectures import ARCHITECTURES, GEMMA, write_family
 from tests.conformance.measures import explained, find_masks
 from tests.conformance.reference import Array, Exact, TaskVectors, checkpoint, linear, slerp
-from tests.conformance.verdicts import SIGMAS, assert_scaled_by_norms, assert_trimmed_to_count
+from tests.conformance.verdicts import SIGMAS, assert_scaled_by_norms, wrongly_trimmed
 from workers.methods import METHODS
 
 METHODS_SHOWN = [name for name in ("linear", "slerp", "ties", "della", "model_stock") if name in METHODS]
@@ -250,11 +250,13 @@ def check(method: str, name: str, actual: torch.Tensor, base: Array, others: Seq
         masks = find_masks(actual, vectors)
         assert masks.unexplained == 0, f"{name}: {masks.unexplained} of {base.size} elements fit no mask"
         if method == "ties":
-            return assert_trimmed_to_count(name, masks, vectors)
+            wrong = wrongly_trimmed(masks, vectors)
+            assert wrong is None, f"{name}: {wrong}"
+            return
         assert_scaled_by_norms(name, masks, vectors)
         for index, delta in enumerate(vectors.deltas):
             kept.add(*masks.bounds(index), della_chances(delta)[delta != 0])
-        return None
+        return
     exact = {
         "linear": lambda: linear(others, WEIGHTS, normalize=True),
         "slerp": lambda: slerp(base, others[1], 0.3),
@@ -262,7 +264,7 @@ def check(method: str, name: str, actual: torch.Tensor, base: Array, others: Seq
     }[method]()
     wrong = ~explained(actual, exact)
     assert not wrong.any(), f"{name}: {wrong.sum()} of {base.size} elements"
-    return None
+    return
 
 
 def della_chances(delta: Array) -> Array:

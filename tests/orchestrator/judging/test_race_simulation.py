@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from orchestrator.judging import race
+from orchestrator.judging import pairing, race
 from tests.benchmarks.race_simulation import MISLEADING, REGIMES, dropped, simulate
 
 
@@ -26,11 +26,11 @@ def test_races_that_are_misled_drop_the_best_as_rarely_as_alpha_says() -> None:
 
 def test_the_simulation_sees_degrees_of_freedom_of_tasks_that_tell_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(race, "LEAST_HAYSTACKS", 2)
-    monkeypatch.setattr(race, "satterthwaite", lambda variances, degrees: float(np.sum(degrees)))
-    monkeypatch.setattr(race, "few_losses", lambda seen, claimed: 0.0)
+    monkeypatch.setattr(pairing, "satterthwaite", lambda variances, degrees: float(np.sum(degrees)))
+    monkeypatch.setattr(pairing, "few_losses", lambda seen, claimed: 0.0)
     assert dropped(WORLDS["13 tasks, one tells"], 60, alpha=0.05, z=3.0, seed=1) > 6
 
 
 def test_the_simulation_sees_a_race_without_the_guard_against_rare_losses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(race, "few_losses", lambda seen, claimed: 0.0)
+    monkeypatch.setattr(pairing, "few_losses", lambda seen, claimed: 0.0)
     assert dropped(WORLDS["rare total losses"], 40, alpha=0.05, z=3.0, seed=1) > 7

@@ -101,7 +101,13 @@ def test_the_command_opens_the_address_in_the_browser_of_the_environment_and_end
     program = "import sys, urllib.request as u; print(u.urlopen(sys.argv[1]).status, sys.argv[1])"
     browser = f'{sys.executable} -c "{program}" %s'
     command = [sys.executable, "-m", "orchestrator.cli", "view", run, "--port", "0", "--at", "point=b"]
-    started = subprocess.Popen(command, env=os.environ | {"BROWSER": browser}, stdout=subprocess.PIPE, text=True)
+    started = subprocess.Popen(
+        command,
+        env=os.environ | {"BROWSER": browser},
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # in the background it would be ignored
+    )
     assert started.stdout is not None
     told, seen = started.stdout.readline(), started.stdout.readline()
     started.send_signal(signal.SIGINT)
