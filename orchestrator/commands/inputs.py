@@ -23,6 +23,8 @@ def read_job(options: argparse.Namespace) -> tuple[Job, Path]:
 def read_text(path: str) -> str:
     if path == "-":
         return sys.stdin.read()
+    if not path or "\0" in path:
+        raise BadInput(f"{path!r}: not a path; name a YAML file")
     try:
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
