@@ -183,6 +183,11 @@ def _check(job: Job) -> None:
     """Refuses a job that is not one for every night."""
     if job.gate is None:
         raise BadInput(f"{job.source}: a nightly job needs a gate to pass; add `gate: {{baseline: …}}`")
+    if job.search is not None:
+        raise BadInput(
+            f"{job.search.place}: a night merges points that are known beforehand; run the search, and give its best"
+            " point under `grid: {points: […]}`"
+        )
     if job.engine.name == "openai":
         raise BadInput(
             f"{job.engine.place}: the server at {job.engine.url} serves one model, a night compares several;"

@@ -665,3 +665,10 @@ def test_the_page_shows_the_last_two_months() -> None:
     page = nights_page("soup", [a_night(number) for number in range(1, 101)], None)
     assert "The last 60 nights of 100" in page and "0041-abcdef01" in page and "0040-abcdef01" not in page
     assert "Nothing is blessed yet." in page
+
+
+def test_a_search_is_no_job_for_every_night(tmp_path: Path, mergeyard: Mergeyard) -> None:
+    example = Path(__file__).parents[3] / "jobs" / "examples" / "search.yaml"
+    ended = mergeyard("nightly", example, "--in-process", "--output", tmp_path / "runs")
+    assert ended.code == 2 and ended.err.startswith(f"mergeyard: {example}:16: a night merges points that are known")
+    assert len(ended.err.splitlines()) == 1 and not (tmp_path / "runs").exists()

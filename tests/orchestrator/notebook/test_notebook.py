@@ -71,7 +71,7 @@ def test_errors_are_the_lines_of_the_commands(mergeyard: ModuleType, tmp_path: P
     with pytest.raises(BadInput, match=r"nowhere\.yaml: no such file"):
         mergeyard.plan("nowhere.yaml")
     for wrong in ("", "a\0b"):
-        with pytest.raises(BadInput, match="^'.*': not a path; name a YAML file$"):
+        with pytest.raises(BadInput, match=r"^'.*': not a path; name a YAML file$"):
             mergeyard.plan(wrong)
     with pytest.raises(BadInput, match=r"job:1:.*parents"):
         mergeyard.plan({"name": "x"})
