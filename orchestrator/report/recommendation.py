@@ -52,6 +52,8 @@ class Recommendation:
     noise: FlipRate | None
     unanswered: Mapping[str, Unanswered]
     guards: Sequence[Guarded] = ()
+    higher: Line | None = None
+    """The merge with the highest score, if it is above the leader's: a search ranks by more than the score."""
 
     @property
     def sentence(self) -> str:
@@ -138,6 +140,10 @@ class Recommendation:
         tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 and self._fresh is None else ""
         if self.parent == self.best.name:
             others = f"; {tie}" if tie else ""
+            if self.higher is not None:
+                other = f"{self.higher.name} has {_score(self.higher)}"
+                rank = "but the order counts items and the figures of the search too"
+                return f"Keep the parent {self.parent_name}: {score}. {other}, {rank}."
             return f"Keep the parent {self.parent_name}: {score}, and no merge scores more{others}."
         if self.over_parent is None:
             return f"{tie or f'Keep {self.best.name}'}: {score}."
@@ -282,8 +288,11 @@ def recommend(
     left = {departure.point for departure in result.departures}
     level = [line for line in lines if line.items == best.items and line.name in points and line.name not in left]
     doubted = (best.name, parent, next(iter(over_rivals), None))
+    merges = [line for line in lines if line.name in points and line.name not in result.parent_labels]
+    highest = max(merges, key=lambda line: line.score, default=best)
     return Recommendation(
         best=best,
+        higher=highest if highest.score > best.score + ROUNDING else None,
         tied=tuple(line.name for line in level if math.isclose(line.score, best.score, abs_tol=ROUNDING)),
         parent=parent,
         parent_name="" if parent is None else result.parent_name(parent),

@@ -30,10 +30,10 @@ def said(
     result = EvaluationResult(
         rows=[row for name, answers in scores.items() for row in rows(name, answers)],
         ranked=("ruler",),
-        standing=tuple(Standing(name, 0.0, 8, None, confirmed) for name in points),
         baselines=tuple(parents),
         parents={name: name for name in parents} | dict(scored_as_parents or {}),
         **{
+            "standing": tuple(Standing(name, 0.0, 8, None, confirmed) for name in points),
             "departures": (),
             "same": {},
             "noise": None,
@@ -178,6 +178,14 @@ def test_a_tie_with_a_parent_is_called_a_tie() -> None:
 
 def test_fewer_items_are_no_tie() -> None:
     assert said({"a": [1] * 20, "b": [1]}, parents=()).tied == ("a",)
+
+
+def test_a_parent_that_leads_with_a_lower_score_is_not_said_to_score_most() -> None:
+    order = tuple(Standing(name, 0.0, 8, None, None) for name in "ab")
+    found = said({"a": HALF, "b": MOST}, parents=(), scored_as_parents={"old": "a"}, standing=order)
+    assert found.sentence.startswith("Keep the parent old (a): 50.0 (")
+    assert ". b has 95.0 (84.5 to 100.0), but the order counts items" in found.sentence
+    assert "no merge scores more" not in found.sentence
 
 
 def test_a_merge_that_is_surely_worse_is_not_kept() -> None:
