@@ -52,7 +52,7 @@ class Promotion:
 class Batch:
     """What is asked together. `seen` is the digest of the earlier batches and of the scores that it was made from.
 
-    A batch without proposals and promotions ends the search.
+    A batch without proposals and promotions waits for the one before it; two of them, or the first, end the search.
     """
 
     number: int
@@ -335,7 +335,8 @@ class Search:
 
     @property
     def _ended(self) -> bool:
-        return bool(self.batches) and not self.batches[-1].proposals and not self.batches[-1].promotions
+        asked = [bool(batch.proposals or batch.promotions) for batch in self.batches]
+        return asked == [False] or asked[-2:] == [False, False]  # the second has seen all that was asked
 
     def _missing(self, work: _Work) -> list[Block]:
         gaps = np.isnan(self._scores[work.point][:, work.start : work.stop])

@@ -213,3 +213,13 @@ def test_a_batch_of_three_hundred_points_and_twelve_axes_takes_a_second():
         times.append(time.perf_counter() - began)
     assert len({proposal.choice for proposal in found} - {*choices}) == 8
     assert min(times) < 1.0
+
+
+@pytest.mark.parametrize("batch", [1, 3, 8, 20])
+def test_the_search_goes_on_while_a_likely_point_has_items_left(batch: int):
+    """A batch that has nothing to ask before the scores of the last one does not end the search."""
+    made = run(search(limit=None, budget=Budget(points=8), batch=batch, by="sobol"), HILL)
+    assert len(made.choices) == 8
+    assert made.standing()[0].items == ITEMS or made.sure
+    assert not made.batches[-1].proposals
+    assert not made.batches[-1].promotions
