@@ -103,18 +103,22 @@ def searched_cells(asked: Questions, spec: SearchSpec) -> Sets:
 
 
 def make_search(asked: Questions, spec: SearchSpec, name: Callable[[Choice], str]) -> Search:
-    """The search that a job asks, at its beginning. Every point answers the same number of items of each cell."""
+    """The search that a job asks, at its beginning. Every point answers the same number of items of each cell.
+
+    `BadInput` for items that are less than a haystack, or a budget of tokens that is less than the first batch.
+    """
     sets = searched_cells(asked, spec)
     share = math.lcm(*(planned.share for planned in sets.values()))
     items = min(planned.count for planned in sets.values()) // share * share
     if not items:
         raise BadInput(f"{spec.place}: a search asks whole haystacks of {share} questions; give at least {share} items")
-    return Search(
+    parents = [subject.label for subject in asked.parents.values()]
+    search = Search(
         spec,
         [*sets],
         items=items,
         seed=asked.seed,
-        parents=[subject.label for subject in asked.parents.values()],
+        parents=parents,
         ranked=asked.ranked,
         costs={cell: float(planned.tokens) for cell, planned in sets.items()},
         limit=None if spec.budget.tokens is None else float(spec.budget.tokens),
@@ -123,3 +127,10 @@ def make_search(asked: Questions, spec: SearchSpec, name: Callable[[Choice], str
         items_per_haystack=1 if all(planned.questions == 1 for planned in sets.values()) else share,
         items_shared_across_lengths=True,
     )
+    least = (1 + len(parents)) * search.rungs[0] * sum(planned.tokens for planned in sets.values())
+    if spec.budget.tokens is not None and spec.budget.tokens < least:
+        raise BadInput(
+            f"{spec.place}: one point and the parents read {least} tokens in the first batch, more than the budget of"
+            f" {spec.budget.tokens}; give `tokens: {least}` or more"
+        )
+    return search

@@ -287,3 +287,15 @@ def test_a_damaged_batch_file_is_refused_by_name(tmp_path: Path) -> None:
     path.unlink()
     searched(plan, asked)
     assert path.read_bytes() == whole, "the remedy works"
+
+
+def test_a_budget_below_the_first_batch_is_refused(tmp_path: Path) -> None:
+    """One point and two parents answer ten items; an item has 256 tokens."""
+    plan, asked = planned(tmp_path, search={**SEARCH, "budget": {"tokens": 1}})
+    with pytest.raises(BadInput, match=r"give `tokens: (\d+)` or more") as refused:
+        searched(plan, asked)
+    assert not (tmp_path / "runs").exists()
+    least = int(re.findall(r"\d+", str(refused.value))[-1])
+    assert least == 3 * 10 * 256
+    plan, asked = planned(tmp_path / "again", search={**SEARCH, "budget": {"tokens": least}})
+    assert len(searched(plan, asked).standing) == 1, "the remedy works"
