@@ -43,6 +43,8 @@ MOST_KNOTS = 64
 MOST_KINDS = 256
 """Kinds of points: combinations of words, checkpoints and models, each of which is planned before the first point."""
 MOST_IN_BATCH = 256
+MOST_DIGITS = 20
+"""Characters of a number of tokens."""
 TOKENS = re.compile(r"(\d+(?:\.\d+)?) ?([kMGT]?)", re.ASCII)
 TOKEN_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 METRIC = re.compile(r"(?P<sign>-?)(?P<name>[a-z_]+)(?:@(?P<length>\d+))?", re.ASCII)
@@ -159,7 +161,7 @@ class Constraint:
 
 
 def _tokens(node: Node) -> int:
-    found = TOKENS.fullmatch(node.value) if isinstance(node.value, str) else None
+    found = TOKENS.fullmatch(node.value) if isinstance(node.value, str) and len(node.value) <= MOST_DIGITS else None
     if found is None or not (count := int(Fraction(found[1]) * TOKEN_UNITS[found[2]])):
         raise node.error(f"{quoted(node.path)} must be a number of tokens such as 300M, not {node.found}")
     return count
@@ -333,6 +335,8 @@ def _constraints(node: Node) -> tuple[Constraint, ...]:
     found: list[Constraint] = []
     for name, entry in node.mapping().items():
         metric = _metric(entry, name)
+        if metric.metric.startswith("output_tokens"):
+            raise entry.error("a constraint holds a score; name -output_tokens under `maximize:`")
         if metric.sign < 0:
             raise entry.error(f"a constraint holds a figure up; write {quoted(metric.metric)}")
         keys = entry.mapping(("of", "margin"), ("of",))
@@ -346,7 +350,7 @@ def _constraints(node: Node) -> tuple[Constraint, ...]:
 def _constraints_schema() -> dict[str, Any]:
     properties = {"of": {"type": "string"}, "margin": {"type": "number", "minimum": 0, "exclusiveMaximum": 100}}
     entry = {"type": "object", "properties": properties, "required": ["of"], "additionalProperties": False}
-    names = {"pattern": f"^({'|'.join(metrics())})(@[0-9]+)?$"}
+    names = {"pattern": f"^({'|'.join(('score', *SPECS))})(@[0-9]+)?$"}
     return {"type": "object", "propertyNames": names, "additionalProperties": entry, "minProperties": 1}
 
 
@@ -436,6 +440,14 @@ def read_search(node: Node) -> SearchSpec:
     for number, choice in enumerate(start):
         if choice in start[:number]:
             raise keys["start"].sequence()[number].error("this point is in `start:` already; take it out")
+    if len(start) > spec.batch:
+        raise keys["start"].error(
+            f"`start:` has {len(start)} points, and the first batch {spec.batch}; take a larger `batch:`, or fewer"
+        )
+    if spec.budget.points is not None and len(start) > spec.budget.points:
+        raise keys["start"].error(
+            f"`start:` has {len(start)} points, and the budget {spec.budget.points}; take some of them out"
+        )
     return replace(spec, start=start)
 
 

@@ -206,6 +206,11 @@ def test_names_of_different_points_differ() -> None:
         (W, {"search": {"at_least": {"score": {"of": "a", "margin": 100}}}}, "4: a margin is a number of points"),
         (W, {"search": {"start": [{"w": 0.505}]}}, "4: 0.505 is no value of w; the nearest is 0.5"),
         (W, {"search": {"start": [{"w": 0}, {"w": 0}]}}, "4: this point is in `start:` already; take it out"),
+        (W, {"search": {"start": [{"w": w / 100} for w in range(9)]}}, "4: `start:` has 9 points, and the first"),
+        (W, {"search": {"start": [{"w": 0}, {"w": 1}], "budget": {"points": 1}}}, "4: `start:` has 2 points, and the"),
+        (W, {"search": {"budget": {"tokens": "9" * 5000}}}, '4: "search.budget.tokens" must be a number of tokens'),
+        (W, {"search": {"at_least": {"output_tokens": {"of": "a"}}}}, "4: a constraint holds a score; name"),
+        (W, {"evaluate": {**RULER, "guards": {"tasks": ["gsm8k"], "margin": 3}}}, "4: guards are not asked in a search"),
         (W, {"search": {"by": "tpe"}}, '4: "search.by" '),
     ],
 )  # fmt: skip
