@@ -497,9 +497,10 @@ class Search:
             items = min(self._answered(name, batch), self._answered(leader, batch))
             if items // self._haystack < LEAST_HAYSTACKS:
                 continue
-            gap = pairing.gap(self._scores[leader][columns, :items], self._scores[name][columns, :items])
+            higher, lower = (leader, name) if objective.sign > 0 else (name, leader)
+            gap = pairing.gap(self._scores[higher][columns, :items], self._scores[lower][columns, :items])
             bound = student_quantile(1 - tail, gap.degrees_of_freedom) * gap.standard_error
-            if objective.sign * gap.size > bound and gap.rare <= tail:
+            if gap.size > bound and gap.rare <= tail:
                 found.append(Departure(name, batch, leader, gap.size, gap.standard_error, bound, items))
         return found
 

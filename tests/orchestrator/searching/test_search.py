@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import time
 
 import numpy as np
@@ -174,6 +175,13 @@ def test_a_far_worse_point_leaves():
     made = run(search(limit=6000.0), World(LINE, lambda place: 3.0 if place[0] > 0.5 else -3.0))
     assert {departure.point for departure in made.departures}
     assert all(made.choices[departure.point][0] <= 50 for departure in made.departures)
+
+
+def test_a_score_that_should_be_small_leaves_by_a_gap_above_zero():
+    world = World(LINE, lambda place: 3.0 if place[0] > 0.5 else -3.0)
+    made = run(search(limit=6000.0, maximize=(Objective("score", -1),)), world)
+    assert made.departures
+    assert all(re.match(r"\d", departure.reason) for departure in made.departures)
 
 
 def test_scores_are_checked():
