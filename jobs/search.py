@@ -141,6 +141,10 @@ class Objective:
     metric: str
     sign: Literal[1, -1] = 1
 
+    def shown(self, value: float) -> str:
+        """A value in its unit: a share of right answers as points of 100, tokens as they are."""
+        return f"{value:.1f} tokens" if self.metric.startswith("output_tokens") else f"{100 * value:.2f}"
+
     def document(self) -> str:
         """As in the file: `-output_tokens`."""
         return f"{'-' if self.sign < 0 else ''}{self.metric}"

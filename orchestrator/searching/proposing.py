@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.search import By, Choice, Space
+from jobs.search import By, Choice, Objective, Space
 from orchestrator.searching.encoding import all_choices, decoded, encoded, features, squared_distances
 from orchestrator.searching.figures import Figures
 from orchestrator.searching.surface import Parameters, Surface, fit, kernel, posterior
@@ -63,13 +63,14 @@ def propose(
     count: int,
     number: int,
     seed: int,
+    first: Objective,
 ) -> tuple[Proposal, ...]:
-    """At most `count` points that were not asked yet: fewer only where the space ends."""
+    """At most `count` points that were not asked yet: fewer only where the space ends. Reasons name `first`."""
     by = resolved(space, by)
     known = {*evidence.choices, *pending}
     enough = len(evidence.choices) >= 4
     if by == "gp" and enough and count:
-        return _improving(space, evidence, pending, count, _generator(seed, number))
+        return _improving(space, evidence, pending, count, _generator(seed, number), first)
     drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, len(known))
     reason = "drawn at random" if by == "random" else "covers the space (Sobol)"
     return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
@@ -149,7 +150,12 @@ class _Model:
 
 
 def _improving(
-    space: Space, evidence: Evidence, pending: Sequence[Choice], count: int, random: np.random.Generator
+    space: Space,
+    evidence: Evidence,
+    pending: Sequence[Choice],
+    count: int,
+    random: np.random.Generator,
+    first: Objective,
 ) -> tuple[Proposal, ...]:
     """The points of the largest expected improvement, one after the other, each imagined before the next is sought."""
     objectives = [_Model(space, evidence.choices, figure, smooth=True) for figure in evidence.objectives]
@@ -177,20 +183,18 @@ def _improving(
         worth = np.where(open_, gain * allowed, -np.inf)
         chosen = int(np.argmax(worth))
         mean, spread = surfaces[0].mean[chosen], surfaces[0].spread[chosen]
-        reason = (
-            f"expected to improve on {space.described(everywhere[incumbent])} by {_points(gain[chosen])}; "
-            f"foreseen {_points(float(mean))} ± {_points(float(spread))}"
-        )
+        against = space.described(everywhere[incumbent])
+        shown = f"foreseen {first.shown(first.sign * float(mean))} ± {first.shown(float(spread))}"
+        if len(surfaces) == 1:
+            reason = f"expected to improve on {against} by {first.shown(float(gain[chosen]))}; {shown}"
+        else:  # whose gain has no unit
+            reason = f"expected to exceed {against} by one weighting of the figures; {first.metric} {shown}"
         if constraints:
             reason += f"; keeps the constraints with probability {allowed[chosen]:.2f}"
         found.append(Proposal(everywhere[chosen], reason))
         open_[chosen] = False
         surfaces = [_imagined(surface, chosen, noise) for surface, noise in zip(surfaces, noises, strict=True)]
     return tuple(found)
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.2f}"
 
 
 def _expected_gain(surface: Surface, allowed: FloatArray, looked_at: NDArray[np.bool_]) -> tuple[FloatArray, int]:

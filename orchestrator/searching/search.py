@@ -207,6 +207,7 @@ class Search:
                 count=count - len(proposals),
                 number=number,
                 seed=self._seed,
+                first=spec.maximize[0],
             )
         return Batch(number, proposals, promotions, self._digest(number))
 

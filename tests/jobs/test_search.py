@@ -210,7 +210,7 @@ def test_names_of_different_points_differ() -> None:
         (W, {"search": {"start": [{"w": 0}, {"w": 1}], "budget": {"points": 1}}}, "4: `start:` has 2 points, and the"),
         (W, {"search": {"budget": {"tokens": "9" * 5000}}}, '4: "search.budget.tokens" must be a number of tokens'),
         (W, {"search": {"at_least": {"output_tokens": {"of": "a"}}}}, "4: a constraint holds a score; name"),
-        (W, {"evaluate": {**RULER, "guards": {"tasks": ["gsm8k"], "margin": 3}}}, "4: guards are not asked in a search"),
+        (W, {"evaluate": {**RULER, "guards": {"tasks": ["gsm8k"], "margin": 3}}}, "4: guards are not asked in a"),
         (W, {"search": {"by": "tpe"}}, '4: "search.by" '),
     ],
 )  # fmt: skip

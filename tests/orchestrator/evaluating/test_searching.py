@@ -7,6 +7,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import BadInput, CorruptData
-from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec
+from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
 from jobs.job import load_job
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
@@ -299,3 +300,42 @@ def test_a_budget_below_the_first_batch_is_refused(tmp_path: Path) -> None:
     assert least == 3 * 10 * 256
     plan, asked = planned(tmp_path / "again", search={**SEARCH, "budget": {"tokens": least}})
     assert len(searched(plan, asked).standing) == 1, "the remedy works"
+
+
+def test_a_constraint_and_several_figures_are_searched_to_the_end(tmp_path: Path) -> None:
+    """Point w answers as `hill` says, and `fmt`, which is w = 0, may not be undercut: 1 is far below it."""
+    search = {**SEARCH, "at_least": {"ruler": {"of": "fmt", "margin": 1}}}
+    lines: list[str] = []
+    for name, maximize in (("one", "score"), ("several", ["ruler@256", "-output_tokens"])):
+        plan, asked = planned(tmp_path / name, search={**search, "maximize": maximize})
+        with Session.of(plan, asked, partial(ScriptedEvaluators, answer=hill), Watcher(visible=False)) as session:
+            result, best = session.run(), session.best
+        assert result.finished and len(result.standing) == 12
+        assert abs(float(best[0].removeprefix("w=")) - 0.3) <= 0.15
+        assert [entry.point for entry in result.standing].index("w=1") >= 6, "it breaks the constraint"
+        documents = [json.loads(data) for data in batches(tmp_path / name).values()]
+        lines += [entry["reason"] for document in documents for entry in document["proposals"]]
+        assert searched(plan, asked, log=(again := list[str]())).standing == result.standing
+        assert again == []
+    foreseen = [line for line in lines if "foreseen" in line]
+    assert len(foreseen) >= 2 and all("keeps the constraints with probability" in line for line in foreseen)
+    assert any("exceed" in line and "ruler@256 foreseen" in line for line in foreseen)
+
+
+class Slow(ScriptedEvaluators):
+    """Each item takes a minute."""
+
+    def _row(self, task: EvaluationTask, item: Item) -> ScoreRow:
+        return replace(super()._row(task, item), seconds=60.0)
+
+
+def test_the_hours_of_the_budget_end_the_search_for_good(tmp_path: Path) -> None:
+    """A point and the parents' first items take ten minutes each: the first two batches take an hour and a half."""
+    plan, asked = planned(tmp_path, search={**SEARCH, "budget": {"hours": 1}, "by": "sobol"})
+    with Session.of(plan, asked, partial(Slow, answer=hill), Watcher(visible=False)) as session:
+        session.run()
+    found = batches(tmp_path)
+    assert 2 <= sum(bool(json.loads(data)["proposals"]) for data in found.values()) <= 3
+    log: list[str] = []
+    searched(plan, asked, log=log)
+    assert log == [] and batches(tmp_path) == found

@@ -217,7 +217,7 @@ def test_a_batch_of_three_hundred_points_and_twelve_axes_takes_a_second():
     times = []
     for number in range(3):
         began = time.perf_counter()
-        found = propose(space, evidence, (), by="gp", count=8, number=number, seed=1)
+        found = propose(space, evidence, (), by="gp", count=8, number=number, seed=1, first=Objective("score"))
         times.append(time.perf_counter() - began)
     assert len({proposal.choice for proposal in found} - {*choices}) == 8
     assert min(times) < 1.0
@@ -231,3 +231,11 @@ def test_the_search_goes_on_while_a_likely_point_has_items_left(batch: int):
     assert made.standing()[0].items == ITEMS or made.sure
     assert not made.batches[-1].proposals
     assert not made.batches[-1].promotions
+
+
+def test_reasons_have_the_unit_of_the_first_figure():
+    evidence = Evidence(tuple((at,) for at in (0, 30, 60, 90)), (Figures(np.array([-9.0, -7, -8, -12]), np.eye(4)),))
+    tokens = Objective("output_tokens", -1)
+    [found] = propose(LINE, evidence, (), by="gp", count=1, number=2, seed=1, first=tokens)
+    assert (foreseen := re.search(r"foreseen ([\d.]+) ± [\d.]+ tokens|foreseen ([\d.]+) tokens ±", found.reason))
+    assert 6 < float(foreseen[1] or foreseen[2]) < 12
