@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ast
 import hashlib
-import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
+
+import regex
 
 from jobs.errors import BadInput
 from jobs.evaluate import COLUMNS, CustomSpec, Several
@@ -66,7 +67,7 @@ def _plan(spec: CustomSpec, tokenizer: Tokenizer, seed: int, reader: Reader) -> 
     if not rows:
         raise BadInput(f"{spec.place}: {spec.file} has no questions; give at least one row")
     columns = {key: spec.columns.get(key, key) for key in COLUMNS}
-    _check_columns(spec, columns, rows[0][1])
+    _check_columns(spec, columns, [row for _, row in rows])
     read = _Rows(spec, columns, scorer, generation)
     if any(isinstance(value_at(row, columns["input"]), list) for _, row in rows):
         with located(spec.place):
@@ -86,11 +87,11 @@ def _plan(spec: CustomSpec, tokenizer: Tokenizer, seed: int, reader: Reader) -> 
     )
 
 
-def _check_columns(spec: CustomSpec, columns: Mapping[str, str], first: Mapping[str, Any]) -> None:
+def _check_columns(spec: CustomSpec, columns: Mapping[str, str], rows: Sequence[Mapping[str, Any]]) -> None:
     for key in ("input", "target", *spec.columns):
-        if value_at(first, columns[key]) is None:
+        if all(value_at(row, columns[key]) is None for row in rows):
             raise BadInput(
-                f"{spec.place}: {spec.file} has no column {quoted(columns[key])}, only {', '.join(first)}; name it"
+                f"{spec.place}: {spec.file} has no column {quoted(columns[key])}, only {', '.join(rows[0])}; name it"
                 f" as `columns: {{{key}: …}}`"
             )
 
@@ -142,8 +143,8 @@ class _Rows:
         if self._scorer == "regex":
             for entry in targets:
                 try:
-                    re.compile(entry)
-                except re.error as error:
+                    regex.compile(entry)
+                except regex.error as error:
                     raise BadInput(f"{place}: {quoted(entry)} is no regular expression ({error}); mend it") from error
         return targets
 

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from itertools import groupby
 from operator import itemgetter
-from typing import Any
+from typing import Any, cast
 
 from jobs.errors import BadInput
 from jobs.evaluate import SHORTEST_LENGTH
 from jobs.evaluation_tasks import Generation
 from jobs.foreign_json import load_json
+from jobs.yaml_nodes import quoted
 from workers.benchmarks.items import Item, items_digest, write_items
 from workers.benchmarks.planned import PlannedSet
 from workers.benchmarks.texts.tokenizer import Tokenizer
@@ -49,14 +50,15 @@ class Question:
 
 def rows_of(data: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """(place, row) of each row of a file, by its content or the end of its `name`; `BadInput` names a bad line."""
+    data = data.removeprefix(b"\xef\xbb\xbf")
     if data.startswith(b"PAR1"):
         yield from _parquet(data, name)
-    elif name.endswith(".csv"):
+    elif name.lower().endswith(".csv"):
         yield from _csv(_text(data, name), name)
     elif data.lstrip().startswith(b"["):
         yield from _array(data, name)
     else:
-        for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        for number, line in enumerate(data.split(b"\n"), start=1):
             if line.strip():
                 yield f"{name}:{number}", _row(line, f"{name}:{number}")
 
@@ -87,6 +89,9 @@ def _csv(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     rows = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     last = 1
     try:
+        names = rows.fieldnames or ()
+        if twice := [column for column in names if names.count(column) > 1]:
+            raise BadInput(f"{name}:1: the column {quoted(twice[0])} is there twice; rename one")
         for row in rows:
             place = f"{name}:{last + 1}"
             last = rows.line_num
@@ -116,7 +121,7 @@ def _parquet(data: bytes, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def _text(data: bytes, name: str) -> str:
     try:
-        return data.decode("utf-8-sig")
+        return data.decode()
     except UnicodeDecodeError as error:
         raise BadInput(f"{name}: not text in UTF-8 ({error.reason}); save it as UTF-8") from error
 
@@ -156,13 +161,25 @@ def turns_at(value: Any, place: str) -> list[tuple[str, str]]:
     `BadInput` unless the user begins and ends.
     """
     try:
-        said = [(str(message["role"]), str(message["content"])) for message in value]
+        said = [(str(message["role"]), _content(message["content"], place)) for message in value]
     except (TypeError, KeyError) as error:
         raise BadInput(f"{place}: not a list of messages with `role` and `content` ({error})") from error
     found = [(role, "\n\n".join(text for _, text in texts)) for role, texts in groupby(said, key=itemgetter(0))]
     if [role for role, _ in found] != [ROLES[number % 2] for number in range(len(found))] or len(found) % 2 == 0:
         raise BadInput(f"{place}: the messages must be by user and assistant in turn, and end with the user's")
     return found
+
+
+def _content(value: Any, place: str) -> str:
+    """The text of a message: one text, or OpenAI's list of parts, joined."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, list) and value:
+        parts = [part for part in cast("list[Any]", value) if isinstance(part, dict)]
+        texts = [part["text"] for part in parts if part.get("type") == "text" and isinstance(part.get("text"), str)]
+        if len(texts) == len(value):
+            return "".join(texts)
+    raise BadInput(f"{place}: the content of a message must be a text, or a list of parts of the type text")
 
 
 def length_of(need: int, lengths: Sequence[int]) -> int | None:

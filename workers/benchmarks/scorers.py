@@ -16,7 +16,13 @@ from difflib import SequenceMatcher
 from functools import lru_cache
 from typing import Any
 
+import regex
+
 from jobs.errors import BadInput
+from jobs.yaml_nodes import quoted
+
+PATTERN_SECONDS = 10.0
+"""Of one pattern in one answer: far more than any needs that does not try exponentially many ways."""
 
 _CONTROL = re.compile(r"[\x00-\x1f]")
 
@@ -60,8 +66,20 @@ def chosen_letter(prediction: str, references: Sequence[str]) -> float:
 
 
 def found_patterns(prediction: str, references: Sequence[str]) -> float:
-    """1 if any of the references, regular expressions of Python, is found in the prediction, else 0."""
-    return float(any(re.search(reference, prediction) for reference in references))
+    """1 if any of the references, regular expressions of Python, is found in the prediction, else 0.
+
+    `BadInput` for one that takes longer than `PATTERN_SECONDS`.
+    """
+    for reference in references:
+        try:
+            if regex.search(reference, prediction, timeout=PATTERN_SECONDS):
+                return 1.0
+        except TimeoutError as error:
+            raise BadInput(
+                f"the pattern {quoted(reference)} takes more than {PATTERN_SECONDS:g} seconds in one answer;"
+                " write it without a repetition inside a repetition, and start a new run"
+            ) from error
+    return 0.0
 
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
@@ -202,12 +220,12 @@ def by_own_function(prediction: str, references: Sequence[str], code: str) -> fl
     module, _, function = name.rpartition(".")
     try:
         found = _module(module, source)[function](prediction, list(references))
-        value = float(found)
-    except Exception as error:  # whatever the user's code raises
+        value = math.nan if isinstance(found, str) else float(found)
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
         said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise BadInput(f"{name}: the scorer fails ({said}); correct the function, and start a new run") from error
     if not 0 <= value <= 1:
-        raise BadInput(f"{name}: the scorer gives {found}; return a number from 0 to 1")
+        raise BadInput(f"{name}: the scorer gives {found!r:.40}; return a number from 0 to 1")
     return value
 
 

@@ -75,6 +75,8 @@ def test_lengths_gather_and_a_column_keeps_a_question_longer(asked: Any) -> None
         ("q.jsonl", '{"input": "a, \\"b\\"\\nc", "target": "x"}\n\n{"input": "d", "target": "y"}'),
         ("q.json", '[{"input": "a, \\"b\\"\\nc", "target": "x"}, {"input": "d", "target": "y"}]'),
         ("q.csv", 'input,target\r\n"a, ""b""\nc",x\r\nd,y\r\n'),
+        ("Q.CSV", '\ufeffinput,target\r\n"a, ""b""\nc",x\r\nd,y\r\n'),
+        ("q.json", '\ufeff[{"input": "a, \\"b\\"\\nc", "target": "x"}, {"input": "d", "target": "y"}]'),
     ],
 )
 def test_every_format_has_the_same_items(asked: Any, file: str, text: str) -> None:
@@ -109,6 +111,9 @@ def test_messages_are_a_conversation(asked: Any) -> None:
     rows = [{"input": [{"role": role, "content": text} for role, text in said], "target": "x"}]
     [item] = items_of(asked(rows))
     assert item.text == "User: hi\n\nAssistant: hello\n\nUser: who?\n\nAssistant:"
+    parts = [{"type": "text", "text": "wh"}, {"type": "text", "text": "o?"}]
+    rows[0]["input"][2]["content"] = parts  # as OpenAI writes it
+    assert items_of(asked(rows))[0].text == item.text
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,18 @@ def test_messages_are_a_conversation(asked: Any) -> None:
         ("input,target\na,b\nc,d,e\n", {"file": "q.csv"}, "q.csv:3: 3 cells for 2 columns"),
         ("\n", {}, "q.jsonl has no questions"),
         ('{"input": [{"role": "user"}], "target": "b"}', {}, "q.jsonl:1: not a list of messages"),
+        (
+            '{"input": [{"role": "user", "content": null}], "target": "b"}',
+            {},
+            "q.jsonl:1: the content of a message must be a text",
+        ),
+        (
+            '{"input": [{"role": "user", "content": [{"type": "image_url"}]}], "target": "b"}',
+            {},
+            "q.jsonl:1: the content of a message must be a text",
+        ),
+        ("input,target,target\na,b,c\n", {"file": "q.csv"}, 'q.csv:1: the column "target" is there twice; rename one'),
+        ('{"input": null, "target": "b"}\n{"input": "a", "target": "b"}', {}, "q.jsonl:1: input must be a text"),
         ('{"input": "a", "target": "b"}', {"lengths": [64], "max_new_tokens": 64}, "no question fits in 64 tokens"),
     ],
 )
@@ -186,6 +203,16 @@ def test_a_function_of_ones_own_travels_with_the_items(asked: Any, tmp_path: Pat
         score(item.scorer, "4711" * 5, item.answers)
     with pytest.raises(BadInput, match=r"mine\.score: the scorer fails \(error: "):
         score(item.scorer, "4711", ["("])
+    for ends, said in (
+        ("import sys\ndef score(answer, targets): sys.exit(3)", "the scorer fails (SystemExit: 3)"),
+        ("def score(answer, targets): return '1\\n'", "the scorer gives '1\\n'; return a number"),
+        ("def score(answer, targets): return float('nan')", "the scorer gives nan; return a number"),
+    ):
+        (tmp_path / "mine.py").write_text(ends)
+        [item] = items_of(asked(ROWS[:1], scorer="python:mine.score"))
+        with pytest.raises(BadInput) as caught:
+            score(item.scorer, "4711", item.answers)
+        assert said in str(caught.value) and "\n" not in str(caught.value)
     (tmp_path / "mine.py").write_text(OWN + "# changed\n")
     assert asked(ROWS[:1], scorer="python:mine.score")[0].digest != planned.digest
 

@@ -4,6 +4,8 @@ import random
 
 import pytest
 
+from jobs.errors import BadInput
+from workers.benchmarks import scorers
 from workers.benchmarks.scorers import SCORERS, postprocess, score
 
 TEN = ["10th century", "the 10th century AD", "in the 10th and 11th centuries"]
@@ -71,3 +73,10 @@ def test_rouge_l_is_that_of_the_package() -> None:
             " ".join(draw.choices(["The", "cat", "sat-on", "9", "é", "."], k=draw.randrange(12))) for _ in "ab"
         )
         assert score("rouge_l", left, [right]) == pytest.approx(peer.score(right, left)["rougeL"].fmeasure)
+
+
+def test_a_pattern_that_tries_exponentially_many_ways_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scorers, "PATTERN_SECONDS", 0.05)
+    with pytest.raises(BadInput, match=r'the pattern "\^\(a\|aa\)\+\$" takes more than 0.05 seconds'):
+        scorers.found_patterns("a" * 60 + "b", ["^(a|aa)+$"])
+    assert scorers.found_patterns("a" * 60 + "b", ["^a+b$"]) == 1, "the remedy"
