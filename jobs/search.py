@@ -301,11 +301,10 @@ def _index(axis: Axis, node: Node) -> int:
     if value in axis.values:
         return axis.values.index(value)
     if axis.kind == "words":
-        raise node.error(
-            f"{_written(value)} is no value of {axis.name}{suggestion(_written(value), [*map(_written, axis.values)])}"
-        )
+        near = suggestion(_written(value), [*map(_written, axis.values)])
+        raise node.error(f"{_written(value)} is not a value of {axis.name}{near}")
     nearest = min(axis.values, key=lambda known: abs(_number(known) - _number(value)))
-    raise node.error(f"{_written(value)} is no value of {axis.name}; the nearest is {_written(nearest)}")
+    raise node.error(f"{_written(value)} is not a value of {axis.name}; the nearest is {_written(nearest)}")
 
 
 def metrics() -> tuple[str, ...]:
@@ -317,7 +316,7 @@ def _metric(node: Node, text: str) -> Objective:
     found = METRIC.fullmatch(text)
     if found is None or found["name"] not in metrics():
         near = suggestion(found["name"] if found else text, metrics())
-        raise node.error(f"{quoted(text)} is no figure of a point{near}")
+        raise node.error(f"{quoted(text)} is not a figure of a point{near}")
     name = found["name"] if found["length"] is None else f"{found['name']}@{int(found['length'])}"
     return Objective(name, -1 if found["sign"] else 1)
 

@@ -45,7 +45,9 @@ class BatchFiles:
         batch = read_document(self._store, key, _batch, "remove it; it is proposed again from the scores")
         for choice in (*(each.choice for each in batch.proposals), *(each.choice for each in batch.promotions)):
             if not self._spec.space.admits(choice):
-                raise CorruptData(f"{self._store.url}/{key}: {list(choice)} is no point of this search; remove the run")
+                raise CorruptData(
+                    f"{self._store.url}/{key}: {list(choice)} is not a point of this search; remove the run"
+                )
         return batch
 
     def _document(self, batch: Batch) -> dict[str, Any]:

@@ -145,7 +145,9 @@ class _Rows:
                 try:
                     regex.compile(entry)
                 except regex.error as error:
-                    raise BadInput(f"{place}: {quoted(entry)} is no regular expression ({error}); mend it") from error
+                    raise BadInput(
+                        f"{place}: {quoted(entry)} is not a regular expression ({error}); mend it"
+                    ) from error
         return targets
 
     def _number(self, cells: Mapping[str, Any], key: str, place: str, most: int) -> float:

@@ -18,8 +18,8 @@ from jobs.errors import BadInput
 from jobs.evaluate import SHORTEST_LENGTH, MrcrSpec
 from jobs.evaluation_tasks import Generation
 from workers.benchmarks.generation import generation_of
-from workers.benchmarks.items import Asked, Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, located, probe
+from workers.benchmarks.items import Asked, Item, items_digest
+from workers.benchmarks.planned import PlannedSet, Reader, file_of, located, probe
 from workers.benchmarks.questions import Question, conversation, in_turns, plan_questions, rows_of, turns_at
 from workers.benchmarks.texts.draws import Draw, words, words_digest
 from workers.benchmarks.texts.filling import TooShort, build_groups, fill, running_total
@@ -237,9 +237,6 @@ def plan_mrcr(spec: MrcrSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
             common: dict[str, Any] = {"seed": seed, "passages": passages, "generation": generation}
             return mrcr_items(tokenizer, length, indices=wanted, **common, **asked)
 
-        def build(wanted: range) -> bytes:
-            return write_items(items(length, wanted))
-
         def check() -> None:
             try:
                 items(SHORTEST_LENGTH, range(made))  # conversations of needles alone differ in length
@@ -258,7 +255,7 @@ def plan_mrcr(spec: MrcrSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
             count=spec.items,
             made=made,
             digest=items_digest(told, tokenizer=tokenizer.digest, length=length, seed=seed),
-            build=build,
+            build=file_of(items, length),
             place=spec.place,
             share=spec.questions,
             questions=spec.questions,

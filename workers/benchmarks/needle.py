@@ -13,8 +13,8 @@ from typing import Any, Literal
 from jobs.errors import BadInput
 from jobs.evaluate import NeedleSpec
 from workers.benchmarks.generation import earlier, generation_of
-from workers.benchmarks.items import Asked, Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, probe
+from workers.benchmarks.items import Asked, Item, items_digest
+from workers.benchmarks.planned import PlannedSet, Reader, check_of, file_of
 from workers.benchmarks.ruler.niah import Niah, draw_needles, pose
 from workers.benchmarks.texts.draws import Draw, words_digest
 from workers.benchmarks.texts.filling import build_groups
@@ -153,12 +153,6 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
         def items(length: int, wanted: range) -> list[Item]:
             return needle_items(tokenizer, length, indices=wanted, seed=seed, **asked)
 
-        def build(wanted: range) -> bytes:
-            return write_items(items(length, wanted))
-
-        def check() -> None:
-            probe(length, lambda length: items(length, range(spec.depths)))
-
         common: dict[str, Any] = {"tokenizer": tokenizer.digest, "length": length, "seed": seed}
         address = items_digest(needle_spec(**asked) | generation.digested, **common)
         before: dict[str, Any] = asked | {"frame": earlier(tokenizer, generation).frame, "begins": spec.answer_prefix}
@@ -169,12 +163,12 @@ def plan_needle(spec: NeedleSpec, tokenizer: Tokenizer, seed: int, reader: Reade
             count=count,
             made=made,
             digest=address,
-            build=build,
+            build=file_of(items, length),
             place=spec.place,
             share=spec.depths,
             questions=spec.questions,
             grows=True,
-            check=check,
+            check=check_of(items, length, spec.depths),
             superseded=(items_digest(needle_spec(**before), **common),) if generation.found else (),
             generation=generation,
             new_tokens=asked["max_new_tokens"],

@@ -19,9 +19,9 @@ from jobs.evaluate import NolimaSpec
 from jobs.foreign_json import load_json
 from jobs.yaml_nodes import quoted
 from workers.benchmarks.generation import generation_of
-from workers.benchmarks.items import Asked, Item, items_digest, write_items
+from workers.benchmarks.items import Asked, Item, items_digest
 from workers.benchmarks.needle import check_depth, even_depths
-from workers.benchmarks.planned import PlannedSet, Reader, probe
+from workers.benchmarks.planned import PlannedSet, Reader, check_of, file_of
 from workers.benchmarks.texts.draws import Draw
 from workers.benchmarks.texts.filling import build_groups, fill
 from workers.benchmarks.texts.haystacks import Essay, bundled_essay, bundled_text
@@ -286,12 +286,6 @@ def plan_nolima(spec: NolimaSpec, tokenizer: Tokenizer, seed: int, reader: Reade
             own: dict[str, Any] = {"questions": spec.questions, "essay": essay, "prompt": spec.prompt}
             return nolima_items(tokenizer, asked, facts=of_task, depths=depths, indices=wanted, **own)
 
-        def build(wanted: range) -> bytes:
-            return write_items(items(length, wanted))
-
-        def check() -> None:
-            probe(length, lambda length: items(length, range(spec.depths)))
-
         told: Mapping[str, Any] = {
             "benchmark": "nolima",
             "task": task,
@@ -310,12 +304,12 @@ def plan_nolima(spec: NolimaSpec, tokenizer: Tokenizer, seed: int, reader: Reade
             count=count,
             made=max(count, least),
             digest=items_digest({**told, **generation.digested}, tokenizer=tokenizer.digest, length=length, seed=seed),
-            build=build,
+            build=file_of(items, length),
             place=spec.place,
             share=spec.depths,
             questions=spec.questions,
             grows=True,
-            check=check,
+            check=check_of(items, length, spec.depths),
             generation=generation,
             new_tokens=new_tokens,
         )

@@ -10,6 +10,7 @@ from typing import Literal
 
 from jobs.errors import BadInput, MergeyardError
 from jobs.evaluation_tasks import PLAINLY, Generation
+from workers.benchmarks.items import Item, write_items
 from workers.benchmarks.texts.filling import TooShort
 from workers.storage import open_store
 
@@ -121,6 +122,20 @@ def located(place: str) -> Generator[None]:
         yield
     except BadInput as error:
         raise BadInput(f"{place}: {error}") from error
+
+
+Items = Callable[[int, range], list[Item]]
+"""From (length, numbers) to items."""
+
+
+def file_of(items: Items, length: int) -> Callable[[range], bytes]:
+    """The `build` of a set whose items are made by a rule."""
+    return lambda wanted: write_items(items(length, wanted))
+
+
+def check_of(items: Items, length: int, count: int) -> Callable[[], object]:
+    """The `check` of such a set: its first `count` items show whether it can be built."""
+    return lambda: probe(length, lambda shorter: items(shorter, range(count)))
 
 
 def probe(length: int, build: Callable[[int], object]) -> None:

@@ -272,7 +272,7 @@ def test_a_batch_file_of_another_space_is_refused(tmp_path: Path) -> None:
     content = unsealed(path.read_bytes())
     content["proposals"][0]["choice"] = [999]
     path.write_bytes(sealed(content, lines=True))
-    with pytest.raises(CorruptData, match=r"000000\.json: \[999\] is no point of this search; remove the run"):
+    with pytest.raises(CorruptData, match=r"000000\.json: \[999\] is not a point of this search; remove the run"):
         searched(plan, asked)
 
 

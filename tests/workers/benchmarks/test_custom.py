@@ -123,7 +123,7 @@ def test_messages_are_a_conversation(asked: Any) -> None:
         ('{"input": "a", "target": "b"}\n[1]', {}, "q.jsonl:2: not a JSON object"),
         ('{"input": "a", "target": "b"}\n{"input": "a", "target": []}', {}, "q.jsonl:2: target must be a text"),
         ('{"input": "a", "target": "b"}\n{"input": " ", "target": "b"}', {}, "q.jsonl:2: input must be a text"),
-        ('{"input": "a", "target": "("}', {"scorer": "regex"}, 'q.jsonl:1: "(" is no regular expression'),
+        ('{"input": "a", "target": "("}', {"scorer": "regex"}, 'q.jsonl:1: "(" is not a regular expression'),
         ('{"input": "a", "target": "b", "depth": 2}', {}, "q.jsonl:1: depth must be a number from 0 to 1, not 2"),
         ('{"input": "a", "target": "b", "length": "long"}', {}, "q.jsonl:1: length must be a number"),
         ('{"question": "a", "target": "b"}', {}, '"input", only question, target; name it as `columns: {input: …}`'),

@@ -10,8 +10,8 @@ from jobs.evaluate import BabilongSpec
 from jobs.yaml_nodes import quoted, suggestion
 from workers.benchmarks.babilong.items import MADE, MAX_NEW_TOKENS, TASKS, made_items, prompt_of, scorer_of
 from workers.benchmarks.generation import generation_of
-from workers.benchmarks.items import Asked, Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, probe
+from workers.benchmarks.items import Asked, Item, items_digest
+from workers.benchmarks.planned import PlannedSet, Reader, check_of, file_of
 from workers.benchmarks.questions import Question, cells, plan_questions, rows_of
 from workers.benchmarks.texts.haystacks import Essay, bundled_essay
 from workers.benchmarks.texts.tokenizer import Tokenizer
@@ -56,12 +56,6 @@ def _made(spec: BabilongSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
             asked = Asked("babilong", task, length, seed, new_tokens, generation.frame)
             return made_items(tokenizer, asked, essay, indices=wanted)
 
-        def build(wanted: range) -> bytes:
-            return write_items(items(length, wanted))
-
-        def check() -> None:
-            probe(length, lambda length: items(length, range(2)))
-
         digested: dict[str, Any] = {
             "benchmark": "babilong",
             "task": task,
@@ -77,10 +71,10 @@ def _made(spec: BabilongSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
             count=spec.items,
             made=max(spec.items, least),
             digest=items_digest(digested, tokenizer=tokenizer.digest, length=length, seed=seed),
-            build=build,
+            build=file_of(items, length),
             place=spec.place,
             grows=True,
-            check=check,
+            check=check_of(items, length, 2),
             generation=generation,
             new_tokens=new_tokens,
         )

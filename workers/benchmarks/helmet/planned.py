@@ -22,8 +22,8 @@ from workers.benchmarks.helmet.prompts import (
     scorer_of,
 )
 from workers.benchmarks.helmet.published import LENGTHS, Published
-from workers.benchmarks.items import Asked, Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, probe
+from workers.benchmarks.items import Asked, Item, items_digest
+from workers.benchmarks.planned import PlannedSet, Reader, check_of, file_of
 from workers.benchmarks.questions import Question, plan_questions
 from workers.benchmarks.texts.draws import words_digest
 from workers.benchmarks.texts.tokenizer import Tokenizer
@@ -142,12 +142,6 @@ def _made(
         asked = Asked("helmet", task, length, seed, new_tokens, generation.frame)
         return made_items(tokenizer, asked, scorer, begun=begun, indices=wanted)
 
-    def build(wanted: range) -> bytes:
-        return write_items(items(length, wanted))
-
-    def check() -> None:
-        probe(length, lambda length: items(length, range(2)))
-
     digested: dict[str, Any] = {
         "benchmark": "helmet",
         "task": task,
@@ -164,10 +158,10 @@ def _made(
         count=count,
         made=max(count, least),
         digest=items_digest(digested, tokenizer=tokenizer.digest, length=length, seed=seed),
-        build=build,
+        build=file_of(items, length),
         place=spec.place,
         grows=True,
-        check=check,
+        check=check_of(items, length, 2),
         generation=generation,
         new_tokens=new_tokens,
     )

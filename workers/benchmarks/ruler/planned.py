@@ -11,8 +11,8 @@ from jobs.errors import BadInput
 from jobs.evaluate import RulerSpec
 from jobs.yaml_nodes import quoted, suggestion
 from workers.benchmarks.generation import earlier, generation_of
-from workers.benchmarks.items import Item, items_digest, write_items
-from workers.benchmarks.planned import PlannedSet, Reader, probe
+from workers.benchmarks.items import Item, items_digest
+from workers.benchmarks.planned import PlannedSet, Reader, file_of, probe
 from workers.benchmarks.ruler.documents import Library, read_hotpotqa, read_squad
 from workers.benchmarks.ruler.tasks import MAX_NEW_TOKENS, NIAH, QA, TASKS, generator, ruler_items, ruler_spec
 from workers.benchmarks.texts.haystacks import Essay, bundled_essay
@@ -52,9 +52,6 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
                 documents[task].question(made - 1)
             probe(length, lambda length: items(length, range(2)))
 
-        def build(wanted: range) -> bytes:
-            return write_items(items(length, wanted))
-
         common: dict[str, Any] = {"tokenizer": tokenizer.digest, "length": length, "seed": seed}
         version = generator(task, length, questions=share, chat=bool(spec.chat))
         address = items_digest(ruler_spec(task, **asked) | generation.digested, **common, generator=version)
@@ -73,7 +70,7 @@ def plan_ruler(spec: RulerSpec, tokenizer: Tokenizer, seed: int, reader: Reader,
             count=spec.items,
             made=made,
             digest=address,
-            build=build,
+            build=file_of(items, length),
             place=spec.place,
             share=share,
             questions=share,
