@@ -67,7 +67,12 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/items.py",
     ),
     "workers/benchmarks/scorers.py": ("jobs",),
-    "workers/benchmarks/planned.py": ("jobs", "workers/storage", "workers/benchmarks/texts", "workers/benchmarks/items.py"),
+    "workers/benchmarks/planned.py": (
+        "jobs",
+        "workers/storage",
+        "workers/benchmarks/texts",
+        "workers/benchmarks/items.py",
+    ),
     "workers/benchmarks/generation.py": (
         "jobs",
         "workers/engines",
