@@ -143,6 +143,7 @@ class Session:
         )
         if asked.guards is not None and self._race is None:
             self._guards = judged(asked.guards, asked, self._guards_baseline(asked.guards), self.rows())
+        self._tell_remarks(self._unkept())
         self.noise = self._ask_again(asked.points[self._standing()[0].point])
         result = self._result(finished=True)
         self._running = False
@@ -154,6 +155,14 @@ class Session:
     def _several(self) -> bool:
         """Whether a search has several objectives."""
         return self._search is not None and len(self._search.spec.maximize) > 1
+
+    def _unkept(self) -> tuple[str, ...]:
+        """That the first point of a search likely breaks `at_least:`, as then each other one does."""
+        first = None if self._search is None else next(iter(self._search.standing()), None)
+        if first is None or first.feasible >= 0.5:
+            return ()
+        chance = f"with probability {first.feasible:.2f}"
+        return (f"no point is likely to keep `at_least:`; {first.point}, the first of the table, does {chance}",)
 
     @property
     def best(self) -> list[str]:
@@ -520,7 +529,7 @@ class Session:
             race=asked.race,
             seed=asked.seed,
             finished=finished,
-            remarks=tuple(self._blocks.remarks()),
+            remarks=(*self._blocks.remarks(), *self._unkept()),
             guards=tuple(self._guards),
         )
 

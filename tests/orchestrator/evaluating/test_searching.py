@@ -322,6 +322,14 @@ def test_a_constraint_and_several_figures_are_searched_to_the_end(tmp_path: Path
     assert any("exceed" in line and "ruler@256 foreseen" in line for line in foreseen)
 
 
+def test_that_no_point_keeps_a_constraint_is_said(tmp_path: Path) -> None:
+    over = {"w": {"from": 0.7, "to": 1, "step": 0.01}}  # `fmt` is w = 0, far above all of these
+    search = {**SEARCH, "over": over, "start": [{"w": 1}], "at_least": {"ruler": {"of": "fmt", "margin": 1}}}
+    plan, asked = planned(tmp_path, search=search)
+    remark = "no point is likely to keep `at_least:`; w=0.7"
+    assert any(said.startswith(remark) for said in searched(plan, asked, log=[]).remarks)
+
+
 class Slow(ScriptedEvaluators):
     """Each item takes a minute."""
 
