@@ -280,75 +280,85 @@ def _axes_sections(report: Report) -> list[Section]:
     if len(found.axes) < 2:
         return made
     importance = found.importance()
+    made += [_importance_section(found, importance), _pairs_section(found, importance)]
+    return [*made, _parallel_section(found)] if len(found.axes) > 2 else made
+
+
+def _importance_section(found: axes.Surface, importance: Sequence[axes.Importance]) -> Section:
+    from orchestrator.report import charts
+
     overlap = "" if found.full else " Not every combination is a point: shares overlap, and axes may stand for others."
-    made.append(
-        Section(
-            "importance",
-            "Which axis matters",
-            "The share of the variance between points that one axis alone explains, without noise, with its 95 %"
-            f" interval. An interval from 0 to 100: the differences between all points are within noise.{overlap}",
-            (),
-            "",
-            (Choice("", (charts.importances(importance),)),),
-            (
-                Table(
-                    "",
-                    ("axis", "share (%)", "95 % interval"),
-                    tuple(
-                        (
-                            one.axis,
-                            "within noise" if math.isnan(one.share) else f"{100 * one.share:.0f}",
-                            f"{100 * one.low:.0f} to {100 * one.high:.0f}",
-                        )
-                        for one in importance
-                    ),
+    return Section(
+        "importance",
+        "Which axis matters",
+        "The share of the variance between points that one axis alone explains, without noise, with its 95 %"
+        f" interval. An interval from 0 to 100: the differences between all points are within noise.{overlap}",
+        (),
+        "",
+        (Choice("", (charts.importances(importance),)),),
+        (
+            Table(
+                "",
+                ("axis", "share (%)", "95 % interval"),
+                tuple(
+                    (
+                        one.axis,
+                        "within noise" if math.isnan(one.share) else f"{100 * one.share:.0f}",
+                        f"{100 * one.low:.0f} to {100 * one.high:.0f}",
+                    )
+                    for one in importance
                 ),
             ),
-        )
+        ),
     )
+
+
+def _pairs_section(found: axes.Surface, importance: Sequence[axes.Importance]) -> Section:
+    from orchestrator.report import charts
+
     maps = found.maps([one.axis for one in importance[:MOST_PAIRED_AXES]])
     low, high = _bounds(found.scores.tolist())
-    made.append(
-        Section(
-            "pairs",
-            "Two axes at a time",
-            "Hatched: the difference from the best cell of this map is within noise (95 %, each cell by itself).",
-            (charts.colour_bar(low, high, "score"),),
-            "axes",
-            tuple(Choice(shown.title, (charts.heatmap(replace(shown, title=""), low, high),)) for shown in maps),
-            tuple(_table(shown) for shown in maps),
-        )
+    return Section(
+        "pairs",
+        "Two axes at a time",
+        "Hatched: the difference from the best cell of this map is within noise (95 %, each cell by itself).",
+        (charts.colour_bar(low, high, "score"),),
+        "axes",
+        tuple(Choice(shown.title, (charts.heatmap(replace(shown, title=""), low, high),)) for shown in maps),
+        tuple(_table(shown) for shown in maps),
     )
-    if len(found.axes) > 2:
-        best = sorted(range(len(found.names)), key=lambda point: -found.scores[point])[:MOST_WITHOUT_COLUMNS]
-        made.append(
-            Section(
-                "parallel",
-                "All axes at once",
-                "A line per point; the ten best are drawn strongly. The numbers have the best points.",
-                (charts.colour_bar(low, high, "score"),),
+
+
+def _parallel_section(found: axes.Surface) -> Section:
+    from orchestrator.report import charts
+
+    low, high = _bounds(found.scores.tolist())
+    best = sorted(range(len(found.names)), key=lambda point: -found.scores[point])[:MOST_WITHOUT_COLUMNS]
+    return Section(
+        "parallel",
+        "All axes at once",
+        "A line per point; the ten best are drawn strongly. The numbers have the best points.",
+        (charts.colour_bar(low, high, "score"),),
+        "",
+        (Choice("", (charts.parallel(found, low, high),)),),
+        (
+            Table(
                 "",
-                (Choice("", (charts.parallel(found, low, high),)),),
-                (
-                    Table(
-                        "",
-                        ("point", *found.axes, "score"),
-                        tuple(
-                            (
-                                found.names[point],
-                                *(
-                                    figures.value_word(values[at])
-                                    for values, at in zip(found.values, found.at[point].tolist(), strict=True)
-                                ),
-                                f"{found.scores[point]:.1f}",
-                            )
-                            for point in best
+                ("point", *found.axes, "score"),
+                tuple(
+                    (
+                        found.names[point],
+                        *(
+                            figures.value_word(values[at])
+                            for values, at in zip(found.values, found.at[point].tolist(), strict=True)
                         ),
-                    ),
+                        f"{found.scores[point]:.1f}",
+                    )
+                    for point in best
                 ),
-            )
-        )
-    return made
+            ),
+        ),
+    )
 
 
 def _search_section(report: Report) -> Section | None:
