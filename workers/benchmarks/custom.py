@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,7 +18,7 @@ from jobs.yaml_nodes import quoted
 from workers.benchmarks.generation import generation_of
 from workers.benchmarks.planned import PlannedSet, Reader, located
 from workers.benchmarks.questions import Question, conversation, in_turns, plan_questions, rows_of, turns_at
-from workers.benchmarks.scorers import as_text, value_at
+from workers.benchmarks.scorers import as_text, postprocess, rouge_words, squad_words, value_at
 from workers.benchmarks.texts.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
@@ -26,6 +26,8 @@ OWN = "python:"
 MOST_LENGTHS = 12
 """Different lengths in a file up to which they are context lengths of their own."""
 NAMES: Mapping[str, str] = {"contains": "part"}
+WORDS: Mapping[str, Callable[[str], list[str]]] = {"f1": squad_words, "rouge_l": rouge_words}
+"""The words that a scorer compares: SQuAD's drop articles, and rouge-score's have the letters a to z alone."""
 
 
 def plan_custom(
@@ -115,11 +117,11 @@ class _Rows:
             prompt=prompt,
             answers=self._targets(cells["target"], place),
             scorer=self._scorer,
-            depths=() if cells["depth"] in (None, "") else (self._number(cells, "depth", place, 1),),
+            depths=() if _is_empty(cells["depth"]) else (self._number(cells, "depth", place, 1),),
             haystack=hashlib.sha256(prefix.encode()).hexdigest()[:16] if prefix else "",
             answer_tokens=self._new_tokens,
             most_new_tokens=self._new_tokens,
-            floor=0 if cells["length"] in (None, "") else int(self._number(cells, "length", place, 1 << 40)),
+            floor=0 if _is_empty(cells["length"]) else int(self._number(cells, "length", place, 1 << 40)),
         )
 
     def _prompt(self, asked: Any, context: Any, place: str) -> tuple[str, str]:
@@ -130,16 +132,23 @@ class _Rows:
             return "", conversation(turns_at(asked, place), self.generation)
         if not isinstance(asked, str) or not asked.strip():
             raise BadInput(f"{place}: {self._columns['input']} must be a text or a list of messages, and not empty")
-        if context in (None, ""):
+        if _is_empty(context):
             return "", before + asked + after
         if not isinstance(context, str):
             raise BadInput(f"{place}: {self._columns['context']} must be a text")
         return f"{before}{context}\n\n", asked + after
 
     def _targets(self, target: Any, place: str) -> tuple[str, ...]:
-        targets = tuple(as_text(entry) for entry in (target if isinstance(target, list) else [target]))
-        if not targets or target is None or not all(entry.strip() for entry in targets):
+        entries = target if isinstance(target, list) else [target]
+        targets = tuple(map(as_text, entries))
+        if not entries or any(_is_empty(entry) for entry in entries):
             raise BadInput(f"{place}: {self._columns['target']} must be a text or a list of texts, and not empty")
+        if (words := WORDS.get(self._scorer)) and (bare := [entry for entry in targets if not words(entry)]):
+            raise BadInput(
+                f"{place}: {self._scorer} reads no word in {quoted(bare[0])}; take `scorer: exact` or `contains`"
+            )
+        if self._scorer == NAMES["contains"]:
+            targets = tuple(map(postprocess, targets))
         if self._scorer == "regex":
             for entry in targets:
                 try:
@@ -158,6 +167,11 @@ class _Rows:
         if not 0 <= number <= most:
             raise BadInput(f"{place}: {self._columns[key]} must be a number from 0 to {most}, not {cells[key]!r:.40}")
         return number
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing: pandas writes such a number as NaN."""
+    return value is None or value != value or not as_text(value).strip()
 
 
 def _scorer(spec: CustomSpec, reader: Reader) -> str:

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Mapping
 from typing import Any
 
+from jobs.errors import BadInput
 from jobs.evaluate import LongbenchV2Spec
 from jobs.evaluation_tasks import Generation
 from workers.benchmarks.generation import generation_of
@@ -19,6 +20,7 @@ from workers.benchmarks.texts.tokenizer import Tokenizer
 
 MAX_NEW_TOKENS = 128
 FILE = "data.json"
+LETTERS = ("A", "B", "C", "D")
 FIELDS = ("context", "question", "choice_A", "choice_B", "choice_C", "choice_D")
 HEAD = "Please read the following text and answer the question below.\n\n<text>\n{context}"
 QUESTION = (
@@ -38,6 +40,8 @@ def plan_longbench_v2(
         task = "longbench_v2" if spec.tasks == "all" else str(cells(row, (spec.tasks,), place)[0])
         asked = by_task.setdefault(task, [])
         asked.append(_question(spec, tokenizer, generation, len(asked), row, place))
+    if not by_task:
+        raise BadInput(f"{spec.place}: {file} has no questions; give the published file")
     return [
         planned
         for task, questions in sorted(by_task.items())
@@ -64,6 +68,8 @@ def _question(
 ) -> Question:
     texts = {name: str(text).strip() for name, text in zip(FIELDS, cells(row, FIELDS, place), strict=True)}
     [answer] = cells(row, ("answer",), place)
+    if answer not in LETTERS:
+        raise BadInput(f"{place}: the answer is {answer!r:.40}, not A, B, C or D; give the published file")
     before, after = generation.frame
     new_tokens = spec.max_new_tokens or MAX_NEW_TOKENS
     prefix, prompt = HEAD.format(context=texts["context"]), QUESTION.format_map(texts)
@@ -73,7 +79,7 @@ def _question(
         number=number,
         prefix=before + prefix if prefix else "",
         prompt=(prompt if prefix else before + prompt) + after,
-        answers=(str(answer),),
+        answers=(answer,),
         scorer="choice",
         depths=(),
         haystack=hashlib.sha256(texts["context"].encode()).hexdigest()[:16],

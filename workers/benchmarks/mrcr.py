@@ -7,20 +7,20 @@ noun, whose answers are passages of a text. The same conversation, shorter or lo
 
 from __future__ import annotations
 
-import json
 import string
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 from jobs.errors import BadInput
 from jobs.evaluate import SHORTEST_LENGTH, MrcrSpec
 from jobs.evaluation_tasks import Generation
+from jobs.foreign_json import load_json
 from workers.benchmarks.generation import generation_of
 from workers.benchmarks.items import Asked, Item, items_digest
 from workers.benchmarks.planned import PlannedSet, Reader, file_of, located, probe
-from workers.benchmarks.questions import Question, conversation, in_turns, plan_questions, rows_of, turns_at
+from workers.benchmarks.questions import Question, cells, conversation, in_turns, plan_questions, rows_of, turns_at
 from workers.benchmarks.texts.draws import Draw, words, words_digest
 from workers.benchmarks.texts.filling import TooShort, build_groups, fill, running_total
 from workers.benchmarks.texts.haystacks import bundled_text, sentence_starts
@@ -36,6 +36,7 @@ TOPICS = 12
 PASSAGE_WORDS = 40
 LINE_WORDS = 6
 CODE_LETTERS = 10
+COLUMNS = ("n_needles", "answer", "random_string_to_prepend", "prompt")
 LIMIT = 2
 """An answer may have so many times the tokens of the right one, as far as the length allows."""
 FORECAST_NEW_TOKENS = 256
@@ -271,11 +272,9 @@ def plan_mrcr(spec: MrcrSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
 def _plan_published(spec: MrcrSpec, tokenizer: Tokenizer, generation: Generation, reader: Reader) -> list[PlannedSet]:
     """The published conversations, each at the shortest length that holds it with the right answer."""
     assert spec.data is not None
-    found = [
-        question
-        for file in _files(spec.data, reader, spec.place)
-        for question in _published(file, spec, tokenizer, generation, reader)
-    ]
+    files = _files(spec.data, reader, spec.place)
+    read = chain.from_iterable(_published(file, spec, tokenizer, generation, reader) for file in files)
+    found = [(needles, task, replace(question, number=number)) for number, (needles, task, question) in enumerate(read)]
     if not found:
         raise BadInput(
             f"{spec.place}: {spec.data} has no conversation with {' or '.join(map(str, spec.needles))} needles; give"
@@ -318,14 +317,21 @@ def _published(
     """(needles, task, question) of each conversation of a file with the wanted needles."""
     name = file.rpartition("/")[2]
     for number, (place, row) in enumerate(rows_of(reader.read(file, spec.place), name)):
-        try:
-            needles, answer, code = int(row["n_needles"]), str(row["answer"]), str(row["random_string_to_prepend"])
-            messages = turns_at(json.loads(row["prompt"]), place)
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadInput(f"{spec.place}: {place}: not a conversation of MRCR (missing {error})") from error
+        needles, answer, code, prompt = cells(row, COLUMNS, f"{spec.place}: {place}")
         if needles not in spec.needles:
             continue
-        too_long = len(row["prompt"]) > CHARACTERS_A_TOKEN * max(spec.lengths)
+        try:
+            messages = turns_at(load_json(prompt.encode()), place)
+        except (AttributeError, ValueError) as error:
+            raise BadInput(
+                f"{spec.place}: {place}: prompt is not a JSON list of messages ({error}); give the published file"
+            ) from error
+        if not (isinstance(answer, str) and isinstance(code, str) and code and answer.startswith(code)):
+            raise BadInput(
+                f"{spec.place}: {place}: the answer does not begin with random_string_to_prepend; give the published"
+                " file"
+            )
+        too_long = len(prompt) > CHARACTERS_A_TOKEN * max(spec.lengths)
         [tokens] = tokenizer.count_each([answer], special_tokens=False)
         said = answer.removeprefix(code)
         at = [place for place, message in enumerate(messages) if message == ("assistant", said)]

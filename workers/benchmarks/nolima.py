@@ -139,25 +139,38 @@ def own_facts(text: str) -> list[Fact]:
 def published_facts(data: bytes, place: str) -> list[Fact]:
     """The facts of a needle set as NoLiMa publishes it, a list of experiments; `BadInput` for another file."""
     try:
+        experiments = load_json(data)
+        if any(entry.get("distractors") for entry in experiments):
+            raise BadInput(f"{place}: mergeyard hides no distractors; give the needle set without them")
         found = [
             Fact(
                 _filled(entry["needle"], test["input_args"]),
                 tuple((kind, _filled(asked, test["input_args"])) for kind, asked in entry["questions"].items()),
-                tuple(entry.get("character_set") or ()),
-                tuple([gold] if isinstance(gold := test.get("gold_answers") or (), str) else gold),
+                _texts(entry.get("character_set")),
+                _texts(test.get("gold_answers")),
                 entry.get("task_template"),
             )
-            for entry in load_json(data)
+            for entry in experiments
             for test in entry["tests"].values()
         ]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadInput(f"{place}: not a needle set of NoLiMa ({error}); give needle_set.json") from error
+    if not found:
+        raise BadInput(f"{place}: the needle set has no test; give needle_set.json")
     for fact in found:
         if not (fact.names if WHO in fact.needle else fact.answers):
             raise BadInput(f"{place}: {quoted(fact.needle)} has no answers; give a character_set or gold_answers")
-        if fact.prompt is not None and not {"{haystack}", "{question}"} <= {*re.findall(r"{\w+}", fact.prompt)}:
-            raise BadInput(f"{place}: a task_template lacks {{haystack}} or {{question}}; put both in")
+        if fact.prompt is not None and re.findall(r"{\w+}", fact.prompt) != ["{haystack}", "{question}"]:
+            raise BadInput(f"{place}: a task_template must have {{haystack}} once, and {{question}} after it; mend it")
     return found
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """The texts of a list; one text is a list of one, and nothing is an empty one. `TypeError` for another entry."""
+    texts: tuple[Any, ...] = (value,) if isinstance(value, str) and value else tuple(value or ())
+    if not all(isinstance(text, str) and text.strip() for text in texts):
+        raise TypeError("an answer that is not a text")
+    return texts
 
 
 def _filled(text: str, arguments: Sequence[str]) -> str:
@@ -268,6 +281,12 @@ def plan_nolima(spec: NolimaSpec, tokenizer: Tokenizer, seed: int, reader: Reade
     if not facts:
         raise BadInput(f"{spec.place}: the haystack mentions every name or place that is asked for; give another text")
     known = list(dict.fromkeys(kind for fact in facts for kind, _ in fact.questions))
+    heads = {(spec.prompt or fact.prompt or PROMPT).partition("{haystack}")[0] for fact in facts}
+    if spec.questions > 1 and len(heads) > 1:
+        raise BadInput(
+            f"{spec.place}: questions with different texts before the haystack cannot share one; take `questions: 1`,"
+            " or give one `prompt:`"
+        )
     tasks = spec.tasks or tuple(kind for kind in known if kind in TASKS) or tuple(known)
     for task in tasks:
         if task not in known:

@@ -127,9 +127,11 @@ def _text(data: bytes, name: str) -> str:
 
 
 def cells(row: Mapping[str, Any], columns: Sequence[str], place: str) -> list[Any]:
-    """The values of these columns of a published file; `BadInput` names a missing one."""
-    if missing := [column for column in columns if column not in row]:
-        raise BadInput(f"{place}: there is no column {missing[0]}; give the published file")
+    """The values of these columns of a published file; `BadInput` names one that is missing or empty."""
+    for column in columns:
+        if row.get(column) is None:
+            fault = f"{column} is empty" if column in row else f"there is no column {column}"
+            raise BadInput(f"{place}: {fault}; give the published file")
     return [row[column] for column in columns]
 
 
@@ -164,6 +166,8 @@ def turns_at(value: Any, place: str) -> list[tuple[str, str]]:
         said = [(str(message["role"]), _content(message["content"], place)) for message in value]
     except (TypeError, KeyError) as error:
         raise BadInput(f"{place}: not a list of messages with `role` and `content` ({error})") from error
+    if "system" in (role for role, _ in said):
+        raise BadInput(f"{place}: a system message belongs in the job; take it out, and add `chat: true` and `system:`")
     found = [(role, "\n\n".join(text for _, text in texts)) for role, texts in groupby(said, key=itemgetter(0))]
     if [role for role, _ in found] != [ROLES[number % 2] for number in range(len(found))] or len(found) % 2 == 0:
         raise BadInput(f"{place}: the messages must be by user and assistant in turn, and end with the user's")
@@ -203,8 +207,11 @@ def plan_questions(
     """One set for each length that has questions; the first says how many fit no length, and are not asked.
 
     A question is asked at the shortest length that holds its prompt and its answer. Without `lengths`, those are powers
-    of two, beside the floors of the questions. `BadInput` if no question fits.
+    of two, beside the floors of the questions. `BadInput` if there is no question, or none fits.
     """
+    if not questions:
+        within = f" for at most {max(lengths)} tokens" if lengths else ""
+        raise BadInput(f"{place}: {task}: there are no questions{within}; give the published data, or other lengths")
     counts = _tokens(tokenizer, [question.prefix + question.prompt for question in questions], max(lengths, default=0))
     gathered: dict[int, list[tuple[Question, int]]] = {}
     for question, tokens in zip(questions, counts, strict=True):

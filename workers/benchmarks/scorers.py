@@ -51,8 +51,11 @@ def verbatim(prediction: str, references: Sequence[str]) -> float:
 
 def exact_match(prediction: str, references: Sequence[str]) -> float:
     """1 if the prediction is one of the references, but for case, outer blanks and a full stop, else 0."""
-    text = postprocess(prediction).lower().removesuffix(".").strip()
-    return float(any(reference.lower() == text for reference in references))
+    return float(_bare(prediction) in map(_bare, references))
+
+
+def _bare(text: str) -> str:
+    return postprocess(text).lower().removesuffix(".").strip()
 
 
 def chosen_letter(prediction: str, references: Sequence[str]) -> float:
@@ -84,12 +87,7 @@ def found_patterns(prediction: str, references: Sequence[str]) -> float:
 
 def token_f1(prediction: str, references: Sequence[str]) -> float:
     """The best F1 of the words that prediction and reference have in common, as the script of SQuAD 2.0 counts it."""
-    return max(_f1(_squad_words(prediction), _squad_words(reference)) for reference in references)
-
-
-def _squad_words(text: str) -> list[str]:
-    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+    return max(_f1(squad_words(prediction), squad_words(reference)) for reference in references)
 
 
 def _f1(said: Sequence[str], right: Sequence[str]) -> float:
@@ -102,10 +100,21 @@ def _harmonic(common: int, said: Sequence[str], right: Sequence[str]) -> float:
     return 2 * common / (len(said) + len(right)) if common else 0.0
 
 
+def squad_words(text: str) -> list[str]:
+    """The words by which SQuAD compares answers: in lower case, without punctuation and articles."""
+    kept = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return re.sub(r"\b(a|an|the)\b", " ", kept).split()
+
+
+def rouge_words(text: str) -> list[str]:
+    """The words that rouge-score reads: runs of the letters a to z and of digits, in lower case."""
+    return re.findall("[a-z0-9]+", text.lower())
+
+
 def rouge_l(prediction: str, references: Sequence[str]) -> float:
     """The best F-measure of the longest common subsequence of words, as `rougeL` of rouge-score without a stemmer."""
-    said = re.findall("[a-z0-9]+", prediction.lower())
-    right = [re.findall("[a-z0-9]+", reference.lower()) for reference in references]
+    said = rouge_words(prediction)
+    right = [rouge_words(reference) for reference in references]
     return max(_harmonic(_common_subsequence(said, words), said, words) for words in right)
 
 
@@ -161,8 +170,8 @@ def of_helmet(prediction: str, references: Sequence[str], settings: str) -> floa
     text = prefix + text if told["begun"] else text
     found = re.search(rf"{re.escape(prefix)}(.*)", text, re.IGNORECASE) or re.search("^(.*)", text)
     after = re.sub(rf"^{re.escape(prefix)}", "", found[1].strip() if found else "", flags=re.IGNORECASE).strip()
-    said = [_squad_words(after)] if told["exact"] else [_squad_words(text), _squad_words(after)]
-    for right in map(_squad_words, references):
+    said = [squad_words(after)] if told["exact"] else [squad_words(text), squad_words(after)]
+    for right in map(squad_words, references):
         if any(words == right if told["exact"] else " ".join(right) in " ".join(words) for words in said):
             return 1.0
     return 0.0
@@ -190,8 +199,10 @@ def value_at(record: Any, path: str) -> Any:
 
 
 def as_text(value: Any) -> str:
-    """A text as it is, and any other value as JSON writes it."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    """A text as it is, a value of JSON as JSON writes it, and a date of a Parquet file as `2026-11-29`."""
+    if value is None or isinstance(value, bool | int | float | dict | list):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
 
 
 def _first_object(text: str) -> Any:

@@ -94,6 +94,26 @@ def test_a_parquet_file_is_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert (item.prompt, item.answers, item.scorer) == ("d", ("y", "z"), "exact")
 
 
+def test_cells_as_pandas_writes_them_are_read(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    rows = [{"input": "d", "target": datetime.date(2026, 11, 29), "length": float("nan"), "depth": float("nan")}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
+    [item] = items_of(plan_custom(CustomSpec(file="q.parquet", scorer="contains"), tokenizer, 0, Reader(tmp_path), 0))
+    assert score(item.scorer, "on 2026-11-29", item.answers) == 1.0 and item.depths == ()
+
+
+def test_blanks_around_a_target_do_not_count(asked: Any) -> None:
+    for scorer in ("contains", "exact", "f1"):
+        [item] = items_of(asked([{"input": "a", "target": " New\tYork\n"}], scorer=scorer))
+        assert score(item.scorer, "New\tYork", item.answers) == 1.0, scorer
+    [item] = items_of(asked([{"input": "a", "target": " b"}], scorer="regex"))
+    assert score(item.scorer, "ab", item.answers) == 0.0, "a blank of a pattern counts"
+
+
 def test_columns_lead_into_objects_and_questions_on_one_context_are_one_haystack(asked: Any) -> None:
     rows = [
         {"vars": {"q": f"{name}?", "doc": doc}, "want": name, "depth": 0.25}
@@ -130,6 +150,15 @@ def test_messages_are_a_conversation(asked: Any) -> None:
         ("input,target\na,b\nc\n", {"file": "q.csv"}, "q.csv:3: 1 cells for 2 columns"),
         ("input,target\na,b\nc,d,e\n", {"file": "q.csv"}, "q.csv:3: 3 cells for 2 columns"),
         ("\n", {}, "q.jsonl has no questions"),
+        ('{"input": "a", "target": NaN}', {}, "q.jsonl:1: target must be a text"),
+        ('{"input": "a", "target": [null, "b"]}', {}, "q.jsonl:1: target must be a text"),
+        ('{"input": "a", "target": "привет"}', {"scorer": "rouge_l"}, 'q.jsonl:1: rouge_l reads no word in "привет"'),
+        ('{"input": "a", "target": "A"}', {"scorer": "f1"}, 'q.jsonl:1: f1 reads no word in "A"; take `scorer: exact`'),
+        (
+            '{"input": [{"role": "system", "content": "x"}, {"role": "user", "content": "y"}], "target": "b"}',
+            {},
+            "q.jsonl:1: a system message belongs in the job; take it out, and add `chat: true` and `system:`",
+        ),
         ('{"input": [{"role": "user"}], "target": "b"}', {}, "q.jsonl:1: not a list of messages"),
         (
             '{"input": [{"role": "user", "content": null}], "target": "b"}',

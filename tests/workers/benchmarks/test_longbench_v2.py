@@ -127,6 +127,23 @@ def test_the_letter_is_the_one_that_the_reference_reads(answer: str, expected: i
     assert score("choice", answer, ("B",)) == expected
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"context": None}, "entry 1: context is empty; give the published file"),
+        ({"answer": "b"}, "entry 1: the answer is 'b', not A, B, C or D"),
+        (None, "job.yaml:7: set/data.json has no questions; give the published file"),
+    ],
+)
+def test_a_question_that_no_answer_could_score_is_refused(
+    tokenizer: Tokenizer, folder: Path, changes: dict[str, Any] | None, error: str
+) -> None:
+    rows = [] if changes is None else [row(0, "easy", 2) | changes]
+    (folder / "set" / "data.json").write_text(json.dumps(rows))
+    with pytest.raises(BadInput, match=re.escape(error)):
+        plan(tokenizer, folder)
+
+
 def test_a_file_without_a_column_is_refused(tokenizer: Tokenizer, folder: Path) -> None:
     (folder / "set" / "data.json").write_text('[{"context": "x", "difficulty": "easy"}]')
     with pytest.raises(BadInput, match=re.escape("set/data.json: entry 1: there is no column question; give the pub")):

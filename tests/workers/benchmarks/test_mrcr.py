@@ -158,10 +158,35 @@ def test_published_conversations_are_asked_at_the_length_that_holds_them(tokeniz
     assert [planned.task for planned in only] == ["4needle"]
 
 
+def test_conversations_of_two_files_are_different_pairs(tokenizer: Tokenizer, published: Path) -> None:
+    file = published / "2needle" / "2needle_0.parquet"
+    (file.parent / "2needle_1.parquet").write_bytes(file.read_bytes())
+    spec = MrcrSpec(lengths=(1024,), needles=(2,), data=str(published / "2needle"))
+    [planned] = plan_mrcr(spec, tokenizer, 0, Reader(), 0)
+    assert len({item.pair for item in read_items(planned.build(range(4)))}) == 4
+
+
 def test_other_files_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"input": "x"}\n')
-    (tmp_path / "b.jsonl").write_text(json.dumps(row(PUBLISHED[:-1])) + "\n")
-    for name, error in (("a.jsonl", "a.jsonl:1: not a conversation of MRCR"), ("b.jsonl", "end with the user's")):
+    good = row(PUBLISHED)
+    for name, changed in (
+        ("b", row(PUBLISHED[:-1])),
+        ("c", good | {"prompt": "{"}),
+        ("d", good | {"prompt": PUBLISHED}),
+        ("e", good | {"answer": None}),
+        ("f", good | {"answer": "second"}),
+        ("g", good | {"random_string_to_prepend": ""}),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(changed) + "\n")
+    for name, error in (
+        ("a.jsonl", "a.jsonl:1: there is no column n_needles"),
+        ("b.jsonl", "end with the user's"),
+        ("c.jsonl", "c.jsonl:1: prompt is not a JSON list of messages"),
+        ("d.jsonl", "d.jsonl:1: prompt is not a JSON list of messages"),
+        ("e.jsonl", "e.jsonl:1: answer is empty"),
+        ("f.jsonl", "f.jsonl:1: the answer does not begin with random_string_to_prepend"),
+        ("g.jsonl", "g.jsonl:1: the answer does not begin with random_string_to_prepend"),
+    ):
         with pytest.raises(BadInput) as caught:
             plan_mrcr(MrcrSpec(lengths=(128,), data=str(tmp_path / name)), tokenizer, 0, Reader(), 0)
         assert error in str(caught.value)

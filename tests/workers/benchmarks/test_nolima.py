@@ -121,6 +121,9 @@ def test_a_needle_set_in_the_published_format_is_asked(tokenizer: Tokenizer, tmp
     assert ("Monday", "first day") in {answers for _, answers in asked}
     direct = items(tokenizer, data=str(tmp_path / "set.json"), tasks=("direct",), prompt="{haystack} ? {question}")
     assert all(item.prompt.startswith(" ? Who keeps ") for item in direct)
+    assert items(tokenizer, data=str(tmp_path / "set.json"), questions=2, prompt="{haystack} ? {question}")
+    with pytest.raises(BadInput, match="cannot share one; take `questions: 1`, or give one `prompt:`"):
+        items(tokenizer, data=str(tmp_path / "set.json"), questions=2)
     with pytest.raises(BadInput, match="no task twohop; choose from onehop, direct"):
         items(tokenizer, data=str(tmp_path / "set.json"), tasks=("twohop",))
 
@@ -129,8 +132,12 @@ def test_a_needle_set_in_the_published_format_is_asked(tokenizer: Tokenizer, tmp
     ("changes", "error"),
     [
         ({"character_set": []}, "has no answers"),
-        ({"task_template": "{haystack}"}, "lacks {haystack} or {question}"),
+        ({"task_template": "{haystack}"}, "must have {haystack} once, and {question} after it"),
+        ({"task_template": "{question} {haystack}"}, "must have {haystack} once, and {question} after it"),
         ({"tests": []}, "not a needle set of NoLiMa"),
+        ({"tests": {}}, "the needle set has no test"),
+        ({"character_set": ["Ann", None]}, "an answer that is not a text"),
+        ({"distractors": {"onehop": "Cid keeps {1}."}}, "mergeyard hides no distractors"),
     ],
 )
 def test_a_broken_needle_set_is_refused(changes: dict[str, Any], error: str) -> None:

@@ -27,6 +27,9 @@ TEN = ["10th century", "the 10th century AD", "in the 10th and 11th centuries"]
         ("exact", " 4815162.\n", ["4815162"], 1.0),
         ("exact", "it is 4815162", ["4815162"], 0.0),
         ("exact", "The 10th Century AD", TEN, 1.0),
+        ("exact", "yes", [" Yes. "], 1.0),
+        ("exact", "It is 7.", ["it is 7."], 1.0),
+        ("exact", "a\tb", ["a\tb"], 1.0),
     ],
 )
 def test_scores_are_those_of_ruler(scorer: str, prediction: str, references: list[str], expected: float) -> None:

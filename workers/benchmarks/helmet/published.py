@@ -72,13 +72,18 @@ class Published:
 
         `BadInput` for a file that is missing or another one.
         """
-        if task == "json_kv":
-            return json_kv(self._rows(f"json_kv/test_k{PAIRS[length]}_dep6.jsonl"), items or 100)
-        if task in QA_FILES:
-            test, demos = (f"kilt/{name.format(DOCUMENTS[length])}.jsonl" for name in QA_FILES[task])
-            return qa(self._rows(test), self._rows(demos), items or 100, popular=task == "popqa")
-        train, test = self._halves(task)
-        return icl(task, train, test, EXAMPLES[task][length], items or 500)
+        try:
+            if task == "json_kv":
+                return json_kv(self._rows(f"json_kv/test_k{PAIRS[length]}_dep6.jsonl"), items or 100)
+            if task in QA_FILES:
+                test, demos = (f"kilt/{name.format(DOCUMENTS[length])}.jsonl" for name in QA_FILES[task])
+                return qa(self._rows(test), self._rows(demos), items or 100, popular=task == "popqa")
+            train, test = self._halves(task)
+            return icl(task, train, test, EXAMPLES[task][length], items or 500)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise BadInput(
+                f"{self._place}: a row of {task} is not as published ({error}); give the published files"
+            ) from error
 
     def _rows(self, name: str) -> list[Row]:
         """The rows of a published file."""
@@ -117,6 +122,8 @@ def json_kv(rows: Sequence[Row], items: int) -> list[Sample]:
     found: list[Sample] = []
     for row in shuffled(rows, SEED)[:items]:
         context, question, answer, demos = cells(row, ("context", "question", "answer", "demos"), "json_kv")
+        if len(demos) < SHOTS:
+            raise ValueError(f"{len(demos)} worked examples")
         worked = "".join(worked_pair(key, value) for key, value in demos[:SHOTS])
         found.append(Sample(str(question), str(context), str(question), (str(answer),), worked))
     return found
@@ -136,6 +143,8 @@ def qa(rows: Sequence[Row], demos: Sequence[Row], items: int, *, popular: bool) 
         if row[key] not in chosen:
             continue
         question, answers, texts = cells(row, ("question", "answers", "ctxs"), "kilt")
+        if not answers:
+            raise ValueError("no answers")
         others = [demo for demo in demos if not popular or demo[key] != row[key]]
         seed = int(hashlib.sha256(str(row[key]).encode()).hexdigest(), 16) % 2**31
         worked: dict[Any, Row] = {}
@@ -156,8 +165,12 @@ def _documents(texts: Sequence[Row]) -> str:
 def icl(task: str, train: Sequence[Row], test: Sequence[Row], shots: int, items: int) -> list[Sample]:
     """Each question has examples and numbers for the labels of its own."""
     column, count = LABELS[task]
-    for row in (*train[:1], *test[:1]):
-        cells(row, ("text", column), task)
+    if test and not train:
+        raise ValueError("no examples")
+    for row in (*train, *test):
+        _, label = cells(row, ("text", column), task)
+        if not 0 <= int(label) < count:
+            raise ValueError(f"the label {label!r:.40}, not a number below {count}")
     if len(test) > items:
         test = balanced(shuffled(test, SEED), column, items, SEED)
     found: list[Sample] = []

@@ -196,6 +196,33 @@ def test_published_files_are_found_by_their_length(tokenizer: Tokenizer, tmp_pat
             plan(tokenizer, replace(spec, **changed), tmp_path)
 
 
+GOOD = {"context": "{}", "question": "k", "answer": "v", "demos": [["a", "b"]] * 2}
+
+
+@pytest.mark.parametrize(
+    ("task", "rows", "error"),
+    [
+        ("json_kv", [], "json_kv: there are no questions for at most 8192 tokens"),
+        ("json_kv", [GOOD | {"answer": None}], "answer is empty; give the published file"),
+        ("json_kv", [GOOD | {"demos": [["a", "b"]]}], "not as published (1 worked examples)"),
+        ("json_kv", [GOOD | {"demos": ["a", "b"]}], "a row of json_kv is not as published"),
+        ("nlu", [{"text": "t", "label": 68}] * 2, "a row of nlu is not as published (the label 68"),
+        ("nlu", [{"text": "t", "label": "x"}] * 2, "a row of nlu is not as published (invalid literal"),
+        ("nlu", [{"text": "t", "label": 1}], "a row of nlu is not as published (no examples)"),
+    ],
+)
+def test_a_row_that_is_not_as_published_is_refused(
+    tokenizer: Tokenizer, tmp_path: Path, task: str, rows: list[Any], error: str
+) -> None:
+    path = tmp_path / ("json_kv/test_k105_dep6.jsonl" if task == "json_kv" else "train.jsonl")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("\n".join(map(json.dumps, rows)))
+    spec = HelmetSpec(lengths=(8192,), tasks=(task,), place="job.yaml:7")
+    spec = replace(spec, data=".") if task == "json_kv" else replace(spec, examples={task: "."})
+    with pytest.raises(BadInput, match=re.escape(error)):
+        plan(tokenizer, spec, tmp_path)
+
+
 def test_a_context_loses_its_end_only_if_the_job_says_so(tokenizer: Tokenizer, tmp_path: Path) -> None:
     folder = tmp_path / "data" / "json_kv"
     folder.mkdir(parents=True)
