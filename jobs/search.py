@@ -272,6 +272,8 @@ def _start(node: Node, space: Space) -> Choice:
     """One point of `start:`. A group of knots is one number or a list, a subset is the list of its members."""
     axes = {axis.name: axis for axis in space.axes}
     given = node.mapping([*space.knots, *space.subsets, *axes])
+    if not given:
+        raise node.error(f"a point of `start:` names no axis; give a value as `{[*axes][0]}: …`, or take the point out")
     chosen = dict(zip(axes, space.middle(), strict=True))
     for name, entry in given.items():
         if name in space.subsets:
@@ -336,12 +338,16 @@ def _objectives_schema() -> dict[str, Any]:
 
 def _constraints(node: Node) -> tuple[Constraint, ...]:
     found: list[Constraint] = []
+    if not node.mapping():
+        raise node.error("`at_least:` names no figure; give one as `needle: {of: fmt, margin: 1.0}`, or take it out")
     for name, entry in node.mapping().items():
         metric = _metric(entry, name)
         if metric.metric.startswith("output_tokens"):
             raise entry.error("a constraint holds a score; name -output_tokens under `maximize:`")
         if metric.sign < 0:
             raise entry.error(f"a constraint holds a figure up; write {quoted(metric.metric)}")
+        if metric.metric in {known.metric for known in found}:
+            raise entry.error(f"{quoted(metric.metric)} is constrained twice; keep one")
         keys = entry.mapping(("of", "margin"), ("of",))
         margin = float(keys["margin"].number(minimum=0)) if "margin" in keys else 1.0
         if margin >= 100:

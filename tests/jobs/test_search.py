@@ -209,6 +209,13 @@ def test_names_of_different_points_differ() -> None:
         (W, {"search": {"start": [{"w": w / 100} for w in range(9)]}}, "4: `start:` has 9 points, and the first"),
         (W, {"search": {"start": [{"w": 0}, {"w": 1}], "budget": {"points": 1}}}, "4: `start:` has 2 points, and the"),
         (W, {"search": {"budget": {"tokens": "9" * 5000}}}, '4: "search.budget.tokens" must be a number of tokens'),
+        (W, {"search": {"start": [{}]}}, "4: a point of `start:` names no axis; give a value as `w: …`, or take"),
+        (W, {"search": {"at_least": {}}}, "4: `at_least:` names no figure; give one as"),
+        (
+            W,
+            {"search": {"at_least": {"ruler@256": {"of": "a"}, "ruler@0256": {"of": "a"}}}},
+            '4: "ruler@256" is constrained twice; keep one',
+        ),
         (W, {"search": {"at_least": {"output_tokens": {"of": "a"}}}}, "4: a constraint holds a score; name"),
         (W, {"evaluate": {**RULER, "guards": {"tasks": ["gsm8k"], "margin": 3}}}, "4: guards are not asked in a"),
         (W, {"search": {"by": "tpe"}}, '4: "search.by" '),
