@@ -84,18 +84,35 @@ def check_architecture(parents: Sequence[Checkpoint], place: str) -> None:
             )
 
 
-def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str) -> None:
+def untied_one(parents: Sequence[Checkpoint]) -> Checkpoint | None:
+    """The first parent with a head of its own, if others tie theirs to the embeddings; None if all agree.
+
+    A tied head is a head with the values of the embeddings, so that an untied merge holds both. None also for a parent
+    that unties a head that it does not have.
+    """
+    if len({is_tied(parent, parent.config) for parent in parents}) == 1:
+        return None
+    untied = [parent for parent in parents if not is_tied(parent, completed(parent.config))]
+    with_head = all(any(name.endswith(HEAD) for name in parent.tensors) for parent in untied)
+    return untied[0] if untied and len(untied) < len(parents) and with_head else None
+
+
+def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str, *, tying: bool = True) -> None:
     """Refuses parents whose configs disagree on anything that is not `HARMLESS`, with the values side by side.
 
-    `remedy` is the setting that names the parent whose config holds.
+    `remedy` is the setting that names the parent whose config holds. Without `tying`, heads may be tied or not.
     """
-    stated = [_fields(parent.config) | {TIED: is_tied(parent, parent.config)} for parent in parents]
+
+    def head(parent: Checkpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+        return {TIED: is_tied(parent, config)} if tying else {}
+
+    stated = [_fields(parent.config) | head(parent, parent.config) for parent in parents]
     differing = _differing(stated, lambda value: value)  # an unstated field may have a default that is not off
     if not differing:
         return
     full = [(parent, completed(parent.config)) for parent in parents]
     meant = [
-        _fields(config, all_stated=config is not parent.config) | {TIED: is_tied(parent, config)}
+        _fields(config, all_stated=config is not parent.config) | head(parent, config)
         for parent, config in full
     ]
     if found := _differing(meant):

@@ -24,6 +24,7 @@ from orchestrator.planning.compatibility import (
     check_tokenizers,
     is_tied,
     merged_config,
+    untied_one,
 )
 from orchestrator.planning.language_models import adopted
 from orchestrator.planning.slicing import (
@@ -37,13 +38,15 @@ from orchestrator.planning.slicing import (
 from orchestrator.planning.tokenizers import fitted
 from workers.checkpoints.activations import Activations
 from workers.checkpoints.canonical import aligned, is_head, stored_name
-from workers.checkpoints.configs import with_token_ids, with_vocabulary
+from workers.checkpoints.configs import with_own_head, with_token_ids, with_vocabulary
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_of
 
 _EXPERT = re.compile(r"\.experts\.\d")
 """One expert of a mixture that is stored expert by expert."""
+
+_UNTIED = "some parents tie their head to the embeddings, and others do not: the merge has a head of its own"
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,9 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     members = [parents[name] for name in recipe.references()]
     kin = adopted(members, donor_of(recipe))
     donor_name = kin.whole.name if kin.plain else donor_of(recipe)
-    context_from = _parent_named(job, "config_from", job.config_from, parents) or parents[donor_name]
+    stacked = recipe.slices or recipe.modules or kin.plain
+    untied = None if stacked or job.config_from is not None else untied_one(members)
+    context_from = _parent_named(job, "config_from", job.config_from, parents) or untied or parents[donor_name]
     tokenizer_from = tokenizer_owner(recipe, parents, donor_name)
     if any(member.unmergeable for member in members):
         return _as_it_is(job, recipe, members)
@@ -219,6 +224,8 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     for tensor in tensors:
         kinds[tensor.dtype] += _floats(tensor)
     config = merged_config(donor, context_from, dtype or TORCH_NAMES[kinds.most_common(1)[0][0]])
+    if untied is not None:
+        config = with_own_head(config)
     if renumbered:
         config = with_token_ids(config, tokenizer.config)
     if vocabulary.rows is not None:
@@ -227,7 +234,8 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     # after the tensors: no setting helps parents of other shapes, and none is advised to them
     if job.config_from is None:
         configured = [replace(own, config=new.config) for own, new in zip(stored, alike, strict=True)]
-        check_configs(kin.comparable(configured), recipe.place, job.setting("config_from", "PARENT"))
+        remedy = job.setting("config_from", "PARENT")
+        check_configs(kin.comparable(configured), recipe.place, remedy, tying=untied is None)
     if recipe.tokenizer_source is None:
         check_tokenizers(members, recipe.place)
     if len(pieces) > 1:
@@ -259,7 +267,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
         with_code=job.copy_code,
         tokenizer_stands_in=recipe.tokenizer_source is None and tokenizer_from != donor_name,
         added_tokens=vocabulary.added,
-        remarks=vocabulary.remarks,
+        remarks=(*vocabulary.remarks, *([_UNTIED] if untied else [])),
     )
 
 

@@ -19,7 +19,7 @@ from jobs.errors import BadInput
 from jobs.merge_tasks import Derived, LowRank, Parent, ParentFile, ParentTensor, Scaled, Source
 from jobs.yaml_nodes import quoted
 from workers.checkpoints.canonical import HEAD, ModelNames, embeddings_in, model_names
-from workers.checkpoints.configs import is_section, text_fields
+from workers.checkpoints.configs import text_fields, with_own_head
 from workers.checkpoints.dtypes import FLOATS
 from workers.checkpoints.opening import LARGEST_CONFIG, Checkpoint, read_file
 from workers.checkpoints.safetensors import read_json
@@ -173,7 +173,7 @@ class _Application:
         untied = any(name.endswith(HEAD) for name in self._tensors.keys() - self._base.tensors.keys())
         return replace(
             self._base,
-            config=_untied(self._base.config) if untied else self._base.config,
+            config=with_own_head(self._base.config) if untied else self._base.config,
             tensors=self._tensors,
             shapes=self._shapes,
             others={**self._base.others, self._place: Parent(self._adapter.url, self._adapter.files)},
@@ -272,13 +272,3 @@ def _by_pattern(config: Mapping[str, Any], key: str, module: str, default: Any) 
         if re.match(rf"(.*\.)?({pattern})$", module):
             return value
     return default
-
-
-def _untied(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config of a model whose head is not its embeddings, in every section that ties them."""
-    sections = {
-        key: _untied(value)
-        for key, value in config.items()
-        if is_section(key, value) and "tie_word_embeddings" in value
-    }
-    return {**config, **sections, "tie_word_embeddings": False}

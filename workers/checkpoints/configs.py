@@ -143,6 +143,16 @@ def with_token_ids(config: Mapping[str, Any], of: Mapping[str, Any]) -> dict[str
     return found
 
 
+def with_own_head(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose head is not its embeddings, in every section that ties them."""
+    sections = {
+        key: with_own_head(value)
+        for key, value in config.items()
+        if is_section(key, value) and "tie_word_embeddings" in value
+    }
+    return {**config, **sections, "tie_word_embeddings": False}
+
+
 def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The config with the defaults of its class in transformers, or as it is where transformers has no such class."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -700,17 +700,26 @@ def test_parents_without_numbers_are_refused(plan: Planning, parents: Path):
 # ---- tied and untied heads
 
 
-def test_a_tied_and_an_untied_parent_need_a_word(plan: Planning, parents: Path):
-    write_model(parents / "fmt", weights("fmt", tied=False))
-    line = refusal(plan)
-    assert "disagree on tie_word_embeddings: cos true, fmt false; say whose holds with `config_from: PARENT`" in line
+@pytest.mark.parametrize("stated", [False, None])
+def test_a_merge_of_a_tied_and_an_untied_parent_has_a_head(stated: bool | None, plan: Planning, parents: Path):
+    write_model(parents / "fmt", weights("fmt", tied=False), config={"tie_word_embeddings": stated})
+    planned = plan()
+    layout = planned.points[0].layout
+    (head,) = [tensor for shard in layout.shards for tensor in shard.tensors if tensor.name == HEAD]
+    cos, fmt = planned.parents["cos"], planned.parents["fmt"]
+    assert head.sources == {"cos": cos.tensors[EMBEDDINGS], "fmt": fmt.tensors[HEAD]}
+    assert layout.config["tie_word_embeddings"] is False
+    assert any("the merge has a head of its own" in remark for remark in planned.remarks)
+
+
+def test_an_untied_parent_without_a_head_is_refused(plan: Planning, parents: Path):
+    write_model(parents / "fmt", weights("fmt"), config={"tie_word_embeddings": False})
+    assert "the parents disagree on tie_word_embeddings: cos true, fmt false" in refusal(plan)
 
 
 def test_a_config_that_is_silent_is_judged_by_its_head(plan: Planning, parents: Path):
-    write_model(parents / "fmt", weights("fmt", tied=False), config={"tie_word_embeddings": None})
-    assert "disagree on tie_word_embeddings: cos true, fmt false" in refusal(plan)
     write_model(parents / "fmt", weights("fmt"), config={"tie_word_embeddings": None})
-    plan()
+    assert HEAD not in {tensor.name for shard in plan().points[0].layout.shards for tensor in shard.tensors}
 
 
 def test_the_tied_config_drops_the_head_and_the_untied_one_keeps_it(plan: Planning, parents: Path):
@@ -730,12 +739,12 @@ def test_the_head_of_a_multimodal_model_is_untied_as_the_config_says(plan: Plann
     write_model(parents / "fmt", named, config=vision_language(tie_word_embeddings=False))
     del named[head]
     write_model(parents / "cos", named, config=vision_language(tie_word_embeddings=True))
-    assert "the parents disagree on tie_word_embeddings: cos true, fmt false" in refusal(plan)
     (tied,) = plan(config_from="cos").points[0].layout.shards
     assert {tensor.name for tensor in tied.tensors} == named.keys()
-    untied = plan(config_from="fmt")
-    (kept,) = [tensor for tensor in untied.points[0].layout.shards[0].tensors if tensor.name == head]
-    assert kept.sources["cos"] == untied.parents["cos"].tensors[embeddings]
+    for untied in (plan(), plan(config_from="fmt")):
+        (kept,) = [tensor for tensor in untied.points[0].layout.shards[0].tensors if tensor.name == head]
+        assert kept.sources["cos"] == untied.parents["cos"].tensors[embeddings]
+        assert untied.points[0].layout.config["text_config"]["tie_word_embeddings"] is False
 
 
 # ---- parents that cannot be read
