@@ -163,3 +163,21 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(torch, "empty", pinning_empty)
     CARD.begin()
     return CARD
+
+
+@pytest.fixture(scope="session")
+def harness_index() -> Iterator[None]:
+    """lm-evaluation-harness reads its 14,000 files of tasks once a session, not at every call, which takes 7 s."""
+    from lm_eval.tasks._index import TaskIndex
+
+    build, known = TaskIndex.build, dict[tuple[Path, ...], dict[str, Any]]()
+
+    def built(paths: list[Path]) -> dict[str, Any]:
+        key = tuple(paths)
+        if key not in known:
+            known[key] = build(paths)
+        return dict(known[key])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TaskIndex, "build", staticmethod(built))
+        yield

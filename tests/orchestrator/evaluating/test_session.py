@@ -336,7 +336,7 @@ def harness_task(
     (tmp_path / "tiny.yaml").write_text(TASK)
 
 
-@pytest.mark.usefixtures("harness_task")
+@pytest.mark.usefixtures("harness_task", "harness_index")
 def test_a_task_of_the_harness_stands_beside_the_rank(mergeyard: Mergeyard, job_file: Callable[..., Path]) -> None:
     job = job_file(grid={"w": [0.6]}, evaluate={"ruler": RULER, "lm_eval": {"tasks": ["tiny.yaml"], "limit": 3}})
     ended = mergeyard("evaluate", job, "--in-process", "--json")
@@ -350,7 +350,7 @@ def test_a_task_of_the_harness_stands_beside_the_rank(mergeyard: Mergeyard, job_
         assert line["beside"] == {"tiny:acc": pytest.approx(100 * sum(mean[line["name"]]) / 3, abs=0.01)}
 
 
-@pytest.mark.usefixtures("harness_task")
+@pytest.mark.usefixtures("harness_task", "harness_index")
 def test_a_real_task_of_the_harness_guards_the_points(
     mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -370,7 +370,7 @@ def test_a_real_task_of_the_harness_guards_the_points(
     assert "points kept: 1; w0.3 surely lost a guard" in ended.err
 
 
-@pytest.mark.usefixtures("harness_task")
+@pytest.mark.usefixtures("harness_task", "harness_index")
 def test_a_task_of_the_harness_ranks_where_nothing_else_is_asked(tmp_path: Path) -> None:
     text = job_text(tmp_path, grid={"w": [0.6]}, evaluate={"lm_eval": {"tasks": [str(tmp_path / "tiny.yaml")]}})
     result, asked = evaluated(text)

@@ -22,6 +22,8 @@ from workers.benchmarks.harness.asking import Asking
 from workers.engines.engine import Answer, Progress, Prompt
 from workers.engines.transformers_engine import TransformersEngine
 
+pytestmark = pytest.mark.usefixtures("harness_index")
+
 END = "<|endoftext|>"
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 KEYS = ("quiet-river", "brave-garden", "golden-engine", "ancient-mirror", "silent-forest", "rapid-window")
