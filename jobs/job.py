@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, cast
 
 from jobs.engine import EngineSpec, engine_schema, read_engine
 from jobs.errors import BadInput
-from jobs.evaluate import SPECS, Alpha, Count, Evaluation, Margin, evaluation_schema, read_evaluation
+from jobs.evaluate import SPECS, Alpha, Count, Evaluation, GuardsSpec, Margin, evaluation_schema, read_evaluation
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
 from jobs.merge_tasks import digest
@@ -271,14 +271,27 @@ def _point_name(result: Node) -> str:
 
 
 def _with_checkpoints(job: Job) -> Job:
-    """The job in which `gate` and `config_from` name a checkpoint where they say `step[-1]`."""
+    """The job in which `gate`, `guards` and `config_from` name a checkpoint where they say `step[-1]`."""
     if job.config_from is not None:
         found = one_of(job.config_from, job.trajectories, job.place_of("config_from"))
         job = dataclasses.replace(job, config_from=found)
     if job.gate is not None:
         baseline = one_of(job.gate.baseline, job.trajectories, job.gate.place)
         job = dataclasses.replace(job, gate=dataclasses.replace(job.gate, baseline=baseline))
+    guards = None if job.evaluate is None else job.evaluate.guards
+    if guards is not None and guards.baseline is not None:
+        job = with_guards_baseline(job, one_of(guards.baseline, job.trajectories, guards.place))
     return job
+
+
+def with_guards_baseline(job: Job, baseline: str) -> Job:
+    """The job whose guards compare with `baseline`."""
+    assert job.evaluate is not None
+    asked = {
+        key: dataclasses.replace(spec, baseline=baseline) if isinstance(spec, GuardsSpec) else spec
+        for key, spec in job.evaluate.benchmarks.items()
+    }
+    return dataclasses.replace(job, evaluate=dataclasses.replace(job.evaluate, benchmarks=asked))
 
 
 def _searched(keys: Mapping[str, Node], trajectories: Trajectories) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing, writing
 from jobs.evaluation_tasks import ScoreRow
-from jobs.job import BLESSED, GateSpec, Job
+from jobs.job import BLESSED, GateSpec, Job, with_guards_baseline
 from jobs.manifest import Manifest
 from jobs.merge_tasks import digest
 from jobs.sealing import sealed
@@ -267,6 +267,9 @@ def _plan_of_night(plan: Plan, name: str, blessed: Blessed | None) -> Plan:
     baseline = plan.job.gate.baseline if blessed is None else BLESSED
     output = f"{plan.run_url}/nights"
     job = replace(plan.job, name=name, output=output, gate=replace(plan.job.gate, baseline=baseline))
+    guards = None if job.evaluate is None else job.evaluate.guards
+    if guards is not None and guards.baseline is None:
+        job = with_guards_baseline(job, plan.job.gate.baseline)  # against `blessed`, each night could lose a little
     tonight = replace(plan, job=job, run_url=f"{output}/{name}", parents=parents)
     return replace(tonight, job=tonight.pinned)
 

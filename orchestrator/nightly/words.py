@@ -20,12 +20,16 @@ def headline(night: Night, blessed: Blessed | None) -> str:
 
 
 def reasons(night: Night) -> list[str]:
-    """A line for every line of the verdicts, and the changed parents."""
-    found = [
-        f"against {_named(who, verdict['old'])}: {line['reason']}"
+    """A line for every line of the verdicts, and the changed parents.
+
+    A guard is in each verdict, and is said once: its reason names its own baseline.
+    """
+    said = [
+        ("" if line["reason"].startswith("guard ") else f"against {_named(who, verdict['old'])}: ") + line["reason"]
         for who, verdict in night.verdicts.items()
         for line in verdict["lines"]
     ]
+    found = [*dict.fromkeys(said)]
     if "blessed" not in night.verdicts and night.judged_against is not None:
         found.insert(0, "the very model that is blessed")
     noise = next((verdict["noise"] for verdict in night.verdicts.values() if verdict.get("noise")), None)

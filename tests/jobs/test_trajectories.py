@@ -154,12 +154,17 @@ def test_a_wrong_window_is_refused(model: str, message: str) -> None:
 
 def test_one_model_may_be_a_checkpoint_and_not_a_window() -> None:
     models = [{"model": "step[-2:]", "parameters": {"weight": 1}}]
-    rest = "config_from: step[-2]\nevaluate: {needle: {lengths: [64]}}\ngate: {baseline: 'step[-1]'}\n"
+    rest = (
+        "config_from: step[-2]\ngate: {baseline: 'step[-1]'}\n"
+        "evaluate: {needle: {lengths: [64]}, guards: {tasks: [gsm8k], baseline: 'step[1]'}}\n"
+    )
     job = load_job(job_text(models, base_model="step[0]", tokenizer_source="step[-1]", rest=rest), "job.yaml")
     recipe = job.points[0].recipe
     assert (recipe.base_model, recipe.tokenizer_source) == ("step-1000", "step-20000")
     assert (job.config_from, job.gate and job.gate.baseline) == ("step-19000", "step-20000")
-    assert job.used_parents() == ("step-1000", "step-19000", "step-20000")
+    assert job.evaluate is not None and job.evaluate.guards is not None
+    assert job.evaluate.guards.baseline == "step-2000"
+    assert job.used_parents() == ("step-1000", "step-2000", "step-19000", "step-20000")
     found = refusal(job_text(models, base_model="step[-2:]"))
     assert '"step[-2:]" is a window, and one model stands here; write step[-1]' in found
 

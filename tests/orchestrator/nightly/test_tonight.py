@@ -28,7 +28,7 @@ from orchestrator.nightly.page import nights_page
 from orchestrator.nightly.tonight import _by_length, _moved_since, _weights
 from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
-from tests.benchmarks.thirty_nights import NightlyFolder, Told
+from tests.benchmarks.thirty_nights import JOB, NightlyFolder, Told
 from tests.orchestrator.conftest import Ended, edit, files_under
 from tests.orchestrator.nights import REASON, a_night
 from tests.orchestrator.scores import row, rows
@@ -672,3 +672,30 @@ def test_a_search_is_no_job_for_every_night(tmp_path: Path, mergeyard: Mergeyard
     ended = mergeyard("nightly", example, "--in-process", "--output", tmp_path / "runs")
     assert ended.code == 2 and ended.err.startswith(f"mergeyard: {example}:16: a night merges points that are known")
     assert len(ended.err.splitlines()) == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_night_whose_best_point_loses_a_guard_to_the_anchor_fails_and_blesses_nothing(tmp_path: Path) -> None:
+    """All are right at length. At the guard the first candidate has lost 3 points, and the second has lost 7."""
+    questions = 400
+    lost = {"blessed": 0.03}
+
+    def answer(task: EvaluationTask, item: Item) -> float:
+        return float(bool(task.items.length) or item.index < (0.9 - lost.get(task.point, 0)) * questions)
+
+    guards = {"tasks": ["gsm8k"], "margin": 5, "alpha": 0.2}
+    yard = NightlyFolder(tmp_path, **{**SMALL, "evaluate": {**SMALL["evaluate"], "guards": guards}})
+    told: list[Told] = []
+    with scripted(answer, questions):
+        for night, lost[JOB["point"]] in enumerate((0.03, 0.07), start=1):
+            yard.train("long", night)
+            told.append(yard.night(night, "--junit", str(tmp_path / f"{night}.xml")))
+    assert [night.code for night in told] == [0, 1]
+    first, second = (night.facts for night in told)
+    assert second["blessed"] == first["blessed"] and second["night"]["point"] is None
+    held, broken = (
+        [line for line in reasons(night) if "guard" in line] for night in book_at(yard.folder / "runs").nights()
+    )
+    assert len(held) == 1 and held[0].startswith("guard gsm8k -3.0 (") and "against released, not worse by 5" in held[0]
+    assert len(broken) == 1 and broken[0].startswith("guard gsm8k -7.0 (")
+    assert "against released, worse by more than the margin of 5" in broken[0], "only 4 points to the night before"
+    assert [len(suite) for suite in ElementTree.parse(tmp_path / "2.xml").getroot()] == [1, 1]
