@@ -9,6 +9,8 @@
   would prefer cuDNN on Hopper, which builds a plan for each number of keys, and so for each step of decoding.
 * For a masked step of few queries transformers repeats the keys and values for every query of a group; here the queries
   of a group are stacked instead, and the cache is read once.
+* A layer with a sliding window reads the columns of the window alone. Its mask has no other columns, and the queries of
+  a chunk attend in blocks, each to its own window.
 * On a CPU keys and values are kept in float32, whatever the model's dtype: for the one query of a decoding step
   PyTorch's bf16 kernel takes 3 to 5 times as long, and for a prefill the two are alike (measured, heads of 32 to 128).
 """
@@ -26,10 +28,10 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from workers.engines.kv_cache import hidden
-
 NAME = "mergeyard"
 FEW_QUERIES = 64
+BLOCK_QUERIES = 512
+"""Queries of a sliding window that attend together: a block reads as many columns beyond its window."""
 
 
 def register() -> str:
@@ -50,9 +52,12 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of queries [batch, heads, q, size] over keys and values [batch, key heads, k, size] → [batch, q, …].
 
-    Without a mask the last query sees every key, the one before it all but the last, and so on.
+    Without a mask the last query sees every key, the one before it all but the last, and so on. A mask of fewer columns
+    than there are keys is that of the last keys. A boolean mask is that of a sliding window over consecutive tokens.
     """
     asked, query = query, query.to(key.dtype)
+    if attention_mask is not None and attention_mask.shape[-1] < key.shape[2]:
+        key, value = (part[:, :, -attention_mask.shape[-1] :] for part in (key, value))
     queries, groups = query.shape[2], query.shape[1] // key.shape[1]
     scale: float | None = kwargs.get("scaling")
     if attention_mask is None and 1 < queries < key.shape[2]:
@@ -63,11 +68,10 @@ def attend(
         else:
             bias = causal_lower_right(queries, key.shape[2])
             output = scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale, enable_gqa=groups > 1)
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        output = _in_blocks(query, key, value, attention_mask, scale, kwargs.get("sliding_window"))
     elif attention_mask is not None and groups > 1 and queries <= FEW_QUERIES:
-        stacked = query.reshape(query.shape[0], key.shape[1], groups * queries, query.shape[3])
-        mask = attention_mask.repeat(1, 1, groups, 1)
-        output = scaled_dot_product_attention(stacked, key, value, attn_mask=mask, scale=scale)
-        output = output.reshape(*query.shape[:3], value.shape[3])
+        output = _stacked(query, key, value, attention_mask, scale)
     else:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)[0].to(asked.dtype), None
     return output.transpose(1, 2).to(asked.dtype).contiguous(), None
@@ -105,9 +109,34 @@ def _in_two_parts(query: Tensor, key: Tensor, value: Tensor, scale: float | None
     return torch.lerp(own, past.reshape(own.shape), share.to(own.dtype))
 
 
-def _mask(*, local_size: int | None = None, **kwargs: Any) -> Tensor | None:
-    """None where all that came before is seen, which `attend` understands; a sliding window needs a mask."""
+def _stacked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    """Attention under a mask, with the queries of a group one above the other."""
+    groups = query.shape[1] // key.shape[1]
+    stacked = query.reshape(query.shape[0], key.shape[1], groups * query.shape[2], query.shape[3])
+    output = scaled_dot_product_attention(stacked, key, value, attn_mask=mask.repeat(1, 1, groups, 1), scale=scale)
+    return output.reshape(*query.shape[:3], value.shape[3])
+
+
+def _in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float | None, window: int | None
+) -> Tensor:
+    """Attention of consecutive tokens, each of which sees at most `window` columns up to its own."""
+    queries, before = query.shape[2], key.shape[2] - query.shape[2]
+    outputs: list[Tensor] = []
+    for begin in range(0, queries, BLOCK_QUERIES):
+        end = min(begin + BLOCK_QUERIES, queries)
+        seen = slice(max(0, before + begin + 1 - (window or key.shape[2])), before + end)
+        block = mask[:, :, begin:end, seen]
+        outputs.append(_stacked(query[:, :, begin:end], key[:, :, seen], value[:, :, seen], block, scale))
+    return torch.cat(outputs, dim=2)
+
+
+def _mask(
+    *, q_length: int, kv_length: int, kv_offset: int = 0, local_size: int | None = None, **kwargs: Any
+) -> Tensor | None:
+    """None where all that came before is seen; for a sliding window, a boolean mask of the columns in it."""
     if local_size is None:
         return None
-    visible = sdpa_mask(local_size=local_size, **kwargs)
-    return None if visible is None else hidden(visible, cache_dtype(torch.device(kwargs["device"]), kwargs["dtype"]))
+    near = min(kv_length, q_length + local_size - 1)
+    first = kv_offset + kv_length - near
+    return sdpa_mask(q_length=q_length, kv_length=near, kv_offset=first, local_size=local_size, **kwargs)

@@ -2,8 +2,8 @@
 
 transformers' own `DynamicCache` copies the whole cache at every step; its `StaticCache` attends to every column it may
 ever use. Here a forward pass sees a *window*: one row, or the first rows up to the columns of the fullest of them, each
-of which appends where it has got to itself. All layers keep all columns, those with a sliding window too: their masks
-do the forgetting.
+of which appends where it has got to itself. All layers keep all columns. Those with a sliding window read the
+columns of the window.
 """
 
 from __future__ import annotations

@@ -91,8 +91,8 @@ class TransformersEngine:
         if self.device.type != "cpu":
             weights = sum(place.nbytes for place in self.model.parameters())
             self._memory = max(0, part_of(str(self.device)) - weights) // 2
-        ours = model.config._attn_implementation == attention.NAME
-        self._cache_dtype: torch.dtype = attention.cache_dtype(model.device, model.dtype) if ours else model.dtype
+        self._ours = model.config._attn_implementation == attention.NAME
+        self._cache_dtype: torch.dtype = attention.cache_dtype(model.device, model.dtype) if self._ours else model.dtype
 
     @classmethod
     def from_folder(
@@ -407,7 +407,8 @@ class TransformersEngine:
         rows, width = len(slots.rows), max(len(row.branches) for row in slots.rows)
         end = int(slots.filled[:rows].max())
         positions = slots.positions[:rows, :width]
-        mask = self._mask(slots.visible[:rows, :width, :end], positions, slots.places[:rows, :end])
+        near = min(self._near(len(slots.rows[slot].trunk), int(positions[slot, branch])) for slot, branch in living)
+        mask = self._mask(slots.visible[:rows, :width, :end], positions, slots.places[:rows, :end], near)
         cache.scatter(rows, end, cells)
         logits = self._forward(cache, slots.tokens[:rows, :width], positions, mask, keep=width)
         return logits[cells[0], cells[1]]
@@ -460,6 +461,7 @@ class TransformersEngine:
                 torch.from_numpy(visible).to(self.device),
                 asked,
                 torch.from_numpy(places[None, : trunk + end]).to(self.device),
+                self._near(trunk, int(asked.min())),
             )
             cache.append(slot, trunk + begin)
             self._forward(cache, ids[None, begin:end], asked, mask, keep=1)
@@ -492,16 +494,29 @@ class TransformersEngine:
             logits_to_keep=keep,
         ).logits
 
-    def _mask(self, visible: Tensor, positions: Ids, places: Tensor) -> Tensor | dict[str, Tensor]:
-        """The attention mask for `visible` [rows, queries, columns]; a sliding window counts token positions."""
+    def _mask(self, visible: Tensor, positions: Ids, places: Tensor, near: int) -> Tensor | dict[str, Tensor]:
+        """The attention mask for `visible` [rows, queries, columns]; a sliding window counts token positions.
+
+        The mask of layers with a sliding window begins at column `near`.
+        """
         full = hidden(visible, self._cache_dtype)[:, None]
+        if self._window is None:
+            return full
+        distance = torch.from_numpy(positions).to(self.device)[:, :, None] - places[:, None, near:]
+        sliding = hidden(visible[:, :, near:] & (distance < self._window), self._cache_dtype)[:, None]
+        kinds: Sequence[str] = getattr(self.config, "layer_types", None) or ()
+        return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+
+    @property
+    def _window(self) -> int | None:
+        """The columns up to its own that a token sees in layers with a sliding window; None without such layers."""
         window: int | None = getattr(self.config, "sliding_window", None)
         kinds: Sequence[str] = getattr(self.config, "layer_types", None) or ()
-        if not window or (kinds and "sliding_attention" not in kinds):
-            return full
-        distance = torch.from_numpy(positions).to(self.device)[:, :, None] - places[:, None, :]
-        near = hidden(visible & (distance < window), self._cache_dtype)[:, None]
-        return {"full_attention": full, "sliding_attention": near} if kinds else near
+        return window if window and (not kinds or "sliding_attention" in kinds) else None
+
+    def _near(self, trunk: int, position: int) -> int:
+        """The first column in the sliding window of a token; in a branch, the columns are not in order."""
+        return max(0, min(trunk, position + 1 - self._window)) if self._ours and self._window else 0
 
     def _buffer(self, rows: int, width: int) -> KeyValueBuffer:
         return KeyValueBuffer(self.config.num_hidden_layers, rows, width, self._cache_dtype)

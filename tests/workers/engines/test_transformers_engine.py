@@ -15,6 +15,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoModelForCausalLM
 
 from jobs.errors import BadInput, MergeyardError
+from workers.engines import attention
 from workers.engines.engine import Prompt, Sampling, Thought, before_stops
 from workers.engines.transformers_engine import Limits, TransformersEngine
 
@@ -367,11 +368,15 @@ def test_a_second_continuation_pays_for_itself_alone(engine, needle_prompt, logl
     assert sum(seen) < 10
 
 
+LAYERS = ["full_attention", "sliding_attention"]
+
+
 @pytest.mark.parametrize(
     "config",
     [
         {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1},
         {"model_type": "mistral", "sliding_window": 16, "head_dim": 16},
+        {"model_type": "gemma3_text", "sliding_window": 16, "head_dim": 16, "layer_types": LAYERS[::-1]},
         {"model_type": "llama"},
         {"model_type": "gpt2", "n_embd": 64, "n_head": 4, "n_layer": 2, "n_positions": 512},
         {"model_type": "falcon", "alibi": False},
@@ -391,6 +396,38 @@ def test_other_architectures_answer_as_their_own_generate(parents, shared_prompt
     engine.limits = Limits(batch=2)
     mixed = [replace(prompt, prefix="", text=prompt.whole, max_new_tokens=n) for prompt in prompts for n in (5, 2, 9)]
     assert [a.text for a in engine.generate(mixed)] == [peer_answer(engine, engine.peer, p) for p in mixed]
+
+
+@pytest.mark.parametrize("model_type", ["mistral", "gemma3_text"])
+def test_layers_with_a_sliding_window_read_the_columns_of_the_window(parents, monkeypatch, needle_prompt, model_type):
+    """A prompt of 200 tokens in chunks of 40, in blocks of 12 queries, with a window of 16."""
+    monkeypatch.setattr(attention, "BLOCK_QUERIES", 12)
+    config = {"model_type": model_type, "sliding_window": 16, "hidden_size": 64, "head_dim": 16, "vocab_size": 2048}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96}
+    config |= {"max_position_embeddings": 512, "dtype": "float32", "initializer_range": 0.2, "eos_token_id": None}
+    config |= {"layer_types": LAYERS} if model_type == "gemma3_text" else {}
+    engine = random_engine(config, parents / "long", seed=5)
+    engine.limits = Limits(chunk=40)
+    read = []
+
+    def reading(query, key, value, **more):
+        read.append((query.shape[2], key.shape[2]))
+        return kernel(query, key, value, **more)
+
+    kernel = attention.scaled_dot_product_attention
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", reading)
+    prompts = [needle_prompt("quiet-river", 4815162, lines) for lines in (6, 8)]
+    answers = [answer.text for answer in engine.generate(prompts)]
+    counted, read[:] = list(read), []
+    assert answers == [peer_answer(engine, engine.peer, prompt) for prompt in prompts]
+    lengths = [len(engine.encode(prompt.whole)) for prompt in prompts]
+    assert min(lengths) > 150
+    blocks = {keys for queries, keys in counted if queries == 2 * 12}
+    assert blocks <= {12, *range(12 + 15 + 1)} and max(blocks) == 12 + 15
+    spread = max(lengths) - min(lengths)
+    steps = {keys for queries, keys in counted if queries == 2}
+    assert {keys for keys in steps if keys < min(lengths)} == {16, 16 + spread}, "16 once the shorter has ended"
+    assert (max(steps) > min(lengths)) == (model_type == "gemma3_text"), "its other layers see all"
 
 
 def random_engine(config, tokenizer, seed):
