@@ -317,9 +317,14 @@ def _points(keys: Mapping[str, Node], trajectories: Trajectories) -> tuple[Point
 
 
 def _check_stages(template: StagesTemplate, points: Sequence[Point]) -> None:
-    """Refuses a stage that no point uses."""
+    """Refuses a stage that no point uses, and an adapter on a stage."""
     used = {name for point in points for name in point.stages}
     for name, stage in template.stages.items():
+        if adapted := next((each for each in points[0].parents() if each.startswith(f"{name}+")), None):
+            raise BadInput(
+                f"{stage.place}: {quoted(adapted)} applies an adapter to a merge of this file; write the merge first"
+                " (`mergeyard merge` with this document alone) and name its folder before the +"
+            )
         if name not in used:
             near = suggestion(name, points[0].parents())
             raise BadInput(f"{stage.place}: no merge uses {quoted(name)}; name it as a model, or take it out{near}")

@@ -111,10 +111,7 @@ def check_configs(parents: Sequence[Checkpoint], place: str, remedy: str, *, tyi
     if not differing:
         return
     full = [(parent, completed(parent.config)) for parent in parents]
-    meant = [
-        _fields(config, all_stated=config is not parent.config) | head(parent, config)
-        for parent, config in full
-    ]
+    meant = [_fields(config, all_stated=config is not parent.config) | head(parent, config) for parent, config in full]
     if found := _differing(meant):
         field = next((name for name in differing if name in found), differing[0])
         values = ", ".join(

@@ -101,6 +101,11 @@ def test_a_document_of_a_file_is_written_as_the_stage_of_a_job() -> None:
             'merge.yml:1: no merge uses "first"; name it as a model, or take it out; did you mean "frist"?',
         ),
         (
+            (FIRST, RESULT.replace("first", "first+lora")),
+            'merge.yml:1: "first+lora" applies an adapter to a merge of this file; write the merge first'
+            " (`mergeyard merge` with this document alone) and name its folder before the +",
+        ),
+        (
             (FIRST, SECOND, f"name: some/third\n{RESULT}"),
             'merge.yml:9: "some/third" cannot name a folder; at most 201 letters,',
         ),
