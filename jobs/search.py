@@ -273,7 +273,8 @@ def _start(node: Node, space: Space) -> Choice:
     axes = {axis.name: axis for axis in space.axes}
     given = node.mapping([*space.knots, *space.subsets, *axes])
     if not given:
-        raise node.error(f"a point of `start:` names no axis; give a value as `{[*axes][0]}: …`, or take the point out")
+        axis = next(iter(axes))
+        raise node.error(f"a point of `start:` names no axis; give a value as `{axis}: …`, or take the point out")
     chosen = dict(zip(axes, space.middle(), strict=True))
     for name, entry in given.items():
         if name in space.subsets:
