@@ -28,7 +28,7 @@ from orchestrator.evaluating.results import VERDICT, EvaluationResult, ranked_ro
 from orchestrator.evaluating.subjects import Questions, RacePlan, Subject
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.guards import Guarded, broken
-from orchestrator.judging.race import RUNGS, Race, Standing
+from orchestrator.judging.race import RUNGS, Departure, Race, Standing
 from orchestrator.judging.sampled import by_item
 from orchestrator.judging.samples import Cell
 from orchestrator.judging.significance import FlipRate, flip_rate
@@ -36,7 +36,6 @@ from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
 from orchestrator.searching.search import Batch, Search
-from orchestrator.searching.search import Departure as Gone
 from orchestrator.watching import Watcher
 from workers.benchmarks.registry import BENCHMARKS
 from workers.benchmarks.sets import stored
@@ -371,7 +370,7 @@ class Session:
         names = [name for name in search.choices if self._subject(name) == subject]
         return names + [label for label in search.parents if label == subject.label]
 
-    def _tell_departures(self, departures: Iterable[Gone]) -> None:
+    def _tell_departures(self, departures: Iterable[Departure]) -> None:
         for departure in departures:
             self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
 
@@ -481,7 +480,7 @@ class Session:
         if self._search is not None:
             front = {row.choice for row in self._search.front()} if self._several else set[Choice]()
             return tuple(
-                Standing(row.point, row.observed, row.items, None if row.left is None else row.left.batch, None)
+                Standing(row.point, row.observed, row.items, None if row.left is None else row.left.rung, None)
                 for row in sorted(
                     self._search.standing(), key=lambda row: (row.left is not None, row.choice not in front)
                 )
@@ -493,6 +492,12 @@ class Session:
             found = _standing(ranked_rows(self.rows(), self.asked.ranked), [*self.asked.points])
         out = broken(self._guards)
         return tuple(sorted(found, key=lambda entry: (entry.departed_at_rung is not None, entry.point in out)))
+
+    def _departures(self) -> tuple[Departure, ...]:
+        """The points that left the race or the search, each merge once."""
+        found = [] if self._race is None else self._race.departures
+        found = found if self._search is None else self._search.departures
+        return tuple(each for each in found if each.point not in self.asked.same)
 
     def _renew(self) -> None:
         """Lets who looks at the run see how it stands, now and then: a twentieth of the time at most.
@@ -520,7 +525,7 @@ class Session:
             samples=answers if any(row.sample for row in answers) else (),
             ranked=asked.ranked,
             standing=self._standing(),
-            departures=() if race is None else tuple(race.departures),
+            departures=self._departures(),
             baselines=tuple(subject.label for subject in asked.baselines if subject.label not in names),
             parents={name: names.get(subject.label, subject.label) for name, subject in asked.parents.items()},
             same=asked.same,

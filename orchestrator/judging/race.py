@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jobs.errors import BadInput, CorruptData
-from orchestrator.judging.pairing import Pairing
+from orchestrator.judging.pairing import Gap, Pairing
 from orchestrator.judging.samples import Cell, FloatArray, normal_tail, student_quantile
 
 RUNGS = (10, 25, 60, 150, 500)
@@ -57,6 +57,16 @@ class Departure:
     bound: float
     items: int
     reason: str
+
+
+def departure(point: str, rung: int, rival: str, gap: Gap, multiplier: float, items: int) -> Departure:
+    """The departure of a point whose gap to the rival exceeds the multiplier times its standard error."""
+    error, bound = gap.standard_error, multiplier * gap.standard_error
+    reason = (
+        f"{100 * gap.size:.2f} points behind {rival} after {items} items a cell; "
+        f"{100 * bound:.2f} were allowed ({multiplier:.2f} standard errors of {100 * error:.2f})"
+    )
+    return Departure(point, rung, rival, gap.size, error, bound, items, reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,19 +276,13 @@ class Race:
         closest: Departure | None = None
         for rival in best:
             found = self._pairing.gap(self._scores[rival, :, :items], self._scores[point, :, :items])
-            gap, error = found.size, found.standard_error
+            gap = found.size
             multiplier = student_quantile(1 - self._tail, found.degrees_of_freedom)
-            bound = multiplier * error
+            bound = multiplier * found.standard_error
             if gap <= bound or found.rare > self._tail:
                 return None
             if closest is None or gap - bound < closest.gap - closest.bound:
-                reason = (
-                    f"{100 * gap:.2f} points behind {self.points[rival]} after {items} items a cell; "
-                    f"{100 * bound:.2f} were allowed ({multiplier:.2f} standard errors of {100 * error:.2f})"
-                )
-                closest = Departure(
-                    self.points[point], self._rung, self.points[rival], gap, error, bound, items, reason
-                )
+                closest = departure(self.points[point], self._rung, self.points[rival], found, multiplier, items)
         return closest
 
     @property

@@ -220,7 +220,7 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
         _name_front(axes, x, y, front)
         handles = [
             Line2D([], [], linestyle="", marker="o", color=OKABE_ITO[0], label="point"),
-            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=OKABE_ITO[7], label="left the race"),
+            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=OKABE_ITO[7], label="left early"),
             Line2D([], [], linestyle="", marker="s", color=OKABE_ITO[1], label="parent"),
             Line2D([], [], linestyle=(0, (3, 2)), color=INK, label="front"),
         ]

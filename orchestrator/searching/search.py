@@ -25,7 +25,7 @@ from jobs.errors import CorruptData
 from jobs.search import Choice, SearchSpec
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.pairing import Pairing
-from orchestrator.judging.race import LEAST_HAYSTACKS, Block
+from orchestrator.judging.race import LEAST_HAYSTACKS, Block, Departure, departure
 from orchestrator.judging.samples import Cell, FloatArray, student_quantile
 from orchestrator.searching.figures import Figures, figures
 from orchestrator.searching.proposing import Evidence, Proposal, Verdict, judge, means_of, propose
@@ -59,27 +59,6 @@ class Batch:
     proposals: tuple[Proposal, ...]
     promotions: tuple[Promotion, ...]
     seen: str
-
-
-@dataclass(frozen=True, slots=True)
-class Departure:
-    """Why a point is not promoted again: it is significantly below `rival` on the same items; `batch` was closed."""
-
-    point: str
-    batch: int
-    rival: str
-    gap: float
-    standard_error: float
-    bound: float
-    items: int
-
-    @property
-    def reason(self) -> str:
-        """In one line."""
-        return (
-            f"{100 * self.gap:.2f} points behind {self.rival} after {self.items} items a cell; "
-            f"{100 * self.bound:.2f} were allowed"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +125,7 @@ class Search:
         self.spec, self.cells, self.parents = spec, tuple(cells), tuple(parents)
         self.batches: list[Batch] = []
         self.departures: list[Departure] = []
+        """The points that are not promoted again; each is significantly below its rival on the same items."""
         self.choices: dict[str, Choice] = {}
         whole = [math.ceil(rung / items_per_haystack) * items_per_haystack for rung in (*rungs, items)]
         self.rungs = tuple(dict.fromkeys(rung for rung in whole if rung <= whole[-1]))
@@ -160,6 +140,7 @@ class Search:
         self._scores: dict[str, FloatArray] = {}
         self._tokens: dict[str, FloatArray] = {}
         self._closed = 0
+        self._left_in: dict[str, int] = {}  # the batch that was closed when a point left
         self._judged: dict[int, tuple[tuple[str, ...], Evidence, Verdict]] = {}
         self._spent_on_new = self._spent_on_promotions = self._spent_on_parents = 0.0
 
@@ -291,13 +272,15 @@ class Search:
             True for work in self._work[self._closed] for _ in self._missing(work)
         ):
             self._closed += 1
-            self.departures += self._leaving(self._closed - 1)
+            leaving = self._leaving(self._closed - 1)
+            self.departures += leaving
+            self._left_in |= {each.point: self._closed - 1 for each in leaving}
         return self.departures[before:]
 
     def standing(self) -> tuple[Found, ...]:
         """All points of closed batches: those that keep the constraints first, by the model's score; ties by name."""
         names, evidence, verdict = self._evidence(self._closed - 1)
-        left = {departure.point: departure for departure in self.departures}
+        left = {each.point: each for each in self.departures}
         sign = self.spec.maximize[0].sign
         rows = [
             Found(
@@ -374,7 +357,7 @@ class Search:
         names, _, verdict = self._evidence(number - 2)
         if not names:
             return ()
-        left = {departure.point for departure in self.departures if departure.batch <= number - 2}
+        left = {name for name, batch in self._left_in.items() if batch <= number - 2}
         budget = self.spec.budget
         asking = (budget.points is None or len(self.choices) < budget.points) and len(
             self.choices
@@ -484,7 +467,7 @@ class Search:
         names, _, verdict = self._evidence(batch)
         if not names:
             return []
-        gone = {departure.point for departure in self.departures}
+        gone = {*self._left_in}
         ranked = [index for index in np.argsort(-verdict.mean, kind="stable").tolist() if names[index] not in gone]
         likely = [index for index in ranked if verdict.feasible[index] >= 0.5]
         if not likely:
@@ -500,9 +483,9 @@ class Search:
                 continue
             higher, lower = (leader, name) if objective.sign > 0 else (name, leader)
             gap = pairing.gap(self._scores[higher][columns, :items], self._scores[lower][columns, :items])
-            bound = student_quantile(1 - tail, gap.degrees_of_freedom) * gap.standard_error
-            if gap.size > bound and gap.rare <= tail:
-                found.append(Departure(name, batch, leader, gap.size, gap.standard_error, bound, items))
+            multiplier = student_quantile(1 - tail, gap.degrees_of_freedom)
+            if gap.size > multiplier * gap.standard_error and gap.rare <= tail:
+                found.append(departure(name, self.rungs.index(items), leader, gap, multiplier, items))
         return found
 
     def _most_points(self) -> int:

@@ -19,7 +19,7 @@ from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreR
 from jobs.job import load_job
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
-from orchestrator.evaluating.results import EvaluationResult
+from orchestrator.evaluating.results import EvaluationResult, read_results
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, questions
 from orchestrator.planning.plan import Plan, make_plan
@@ -223,6 +223,23 @@ def test_workers_are_busy_while_the_search_asks_new_points(tmp_path: Path) -> No
         patch.setattr(told, "tell", heard)
         session.run()
     assert shares[-1] >= 0.95, shares
+
+
+def test_points_that_leave_are_departures_as_those_of_a_race(tmp_path: Path) -> None:
+    def cliff(task: EvaluationTask, item: Item) -> float:
+        name = task.point.removeprefix("w=")
+        return float(name not in ("fmt", "0", "0.1") and random.Random(f"{name} {item.index}").random() < 0.95)
+
+    search = {"over": {"w": [0, 0.1, 0.4, 0.5, 0.6, 1]}, "budget": {"points": 6}, "batch": 3}
+    plan, asked = planned(tmp_path, search=search, evaluate={"ruler": {**RULER, "lengths": [256], "items": 40}})
+    with Session.of(plan, asked, partial(ScriptedEvaluators, answer=cliff), Watcher(visible=False)) as session:
+        session.run()
+    result = read_results(plan.run_url)
+    left = {each.point: each.rung for each in result.departures}
+    assert {*left} == {"w=0", "w=0.1"}
+    assert left == {each.point: each.departed_at_rung for each in result.standing if each.departed_at_rung is not None}
+    assert all(each.gap > each.bound and each.items == (10, 20, 40)[each.rung] for each in result.departures)
+    assert all(re.search(r"points behind w=.* standard errors of", each.reason) for each in result.departures)
 
 
 def test_a_search_that_ended_asks_nothing_again(whole: tuple[Path, EvaluationResult, list[str]]) -> None:
