@@ -25,6 +25,7 @@ from jobs.sources import LATER
 from jobs.specs import (
     MADE,
     AtLeast,
+    Between,
     Bytes,
     Gpus,
     Key,
@@ -50,6 +51,17 @@ NOT_IN_DIGEST = frozenset({"output", "workers", "recipe", "grid", "point", "sour
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokensSpec:
+    """The tokens of output, thoughts and answers, that are not too many."""
+
+    at_most: Annotated[
+        float,
+        Between(10, "at_most is a multiple of the tokens of another model, between 0 and 10, such as 0.8"),
+        "the most tokens per question, as a multiple of those of the other model",
+    ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GateSpec:
     """A point passes if it is surely less than `margin` points worse than `baseline`."""
 
@@ -60,6 +72,11 @@ class GateSpec:
     budget: Annotated[
         Count | None, "most items for each task and length; without it, four times the items of the evaluation"
     ] = None
+    output_tokens: Annotated[
+        TokensSpec | None,
+        Reads(partial(read_spec, TokensSpec), partial(schema_of, TokensSpec)),
+        "the tokens of output that pass, beside the score; without it, the score alone is judged",
+    ] = field(default=None, metadata=LATER)
     place: str = field(default="", compare=False)
 
 

@@ -21,8 +21,8 @@ Answer = Callable[[EvaluationTask, Item], float | str]
 class ScriptedEvaluators:
     """One worker in this process that asks `answer` in place of a model.
 
-    Scores lie in the store as those of a model do, with the digest of the merged weights. Only for benchmarks that are
-    made of `Item`s, as RULER and the needle.
+    Scores lie in the store as those of a model do, with the digest of the merged weights. A word is a token. Only for
+    benchmarks that are made of `Item`s, as RULER and the needle.
     """
 
     def __init__(self, models: Mapping[str, ModelSpec], answer: Answer) -> None:
@@ -71,6 +71,7 @@ class ScriptedEvaluators:
             weights=self._weights_of(task),
             repeat=task.repeat,
             kind=task.kind,
+            tokens_out=len(text.split()),
             status="empty" if isinstance(answer, str) and not answer.strip() else "answered",
         )
 

@@ -16,10 +16,10 @@ from typing import Any
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec
-from orchestrator.evaluating.pairing import pairs
+from orchestrator.evaluating.pairing import pairs, tokens_of
 from orchestrator.evaluating.results import ranked_rows
 from orchestrator.evaluating.session import Session
-from orchestrator.evaluating.subjects import Questions, Subject
+from orchestrator.evaluating.subjects import Questions, Subject, limit_of_tokens
 from orchestrator.judging.estimates import macro_mean
 from orchestrator.judging.gate import GateRule, Verdict, doubted, judge, same_merge
 from orchestrator.judging.guards import ruled_out, with_guards
@@ -73,7 +73,14 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
     several by the evaluation's items, which are then not used. `verdicts` is as in `GateRule`.
     """
     new, old = asked.subject(point), _baseline(asked, spec)
-    rule = GateRule(margin=spec.margin, length_margin=spec.length_margin, alpha=spec.alpha, verdicts=verdicts)
+    fewer = spec.output_tokens
+    rule = GateRule(
+        margin=spec.margin,
+        length_margin=spec.length_margin,
+        alpha=spec.alpha,
+        verdicts=verdicts,
+        output_tokens=None if fewer is None else fewer.at_most,
+    )
     if (new.model, new.planned.digest) == (old.model, old.planned.digest):
         return Gated((same_merge(rule, new=point, old=spec.baseline),), fresh=False, chosen=False)
     guarded = [found for found in session.guarded([new]) if found.model == new.label]
@@ -92,7 +99,11 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
             rule = replace(rule, planned_haystacks=macro_mean(samples).clusters)
         given = session.answers()
         lost = {label: unanswered(_rows(given, label, asked.ranked, wanted)) for label in answered}
-        verdict = judge(samples, rule, new=new.label, old=old.label)
+        tokens = None
+        if fewer is not None:
+            written = (_rows(given, subject.label, asked.ranked, wanted) for subject in (new, old))
+            tokens = tokens_of(*written, most=fewer.at_most, limit=limit_of_tokens(asked, spec.place))
+        verdict = judge(samples, rule, new=new.label, old=old.label, tokens=tokens)
         looks.append(with_guards(doubted(verdict, lost[new.label], lost[old.label]), guarded))
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
             return Gated(tuple(looks), items.fresh, chosen and not items.fresh, session.noise, lost)

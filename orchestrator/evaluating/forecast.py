@@ -303,6 +303,7 @@ def _gate(score: _Score, spec: GateSpec) -> dict[str, Any]:
         "items_needed": [_whole(growth * score.items) for growth in growths[0]],
         "length_margin": spec.length_margin,
         "items_needed_a_length": None,
+        "output_tokens": None if spec.output_tokens is None else spec.output_tokens.at_most,
         "items_at_first": first * len(score.sets),
         "items_at_most": most * len(score.sets),
         "remedy": None,

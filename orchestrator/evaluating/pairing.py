@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from statistics import fmean
 
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import ScoreRow
+from orchestrator.judging.estimates import macro_weights
+from orchestrator.judging.gate import Tokens
 from orchestrator.judging.samples import Cell, CellSample, cell_sample, paired_sample
 from workers.benchmarks.registry import BENCHMARKS
 
@@ -52,6 +55,64 @@ def sample_of(cell: Cell, found: Pairs) -> CellSample:
         losable=not BENCHMARKS[found[0][0].benchmark].is_likelihood,
         benchmark=cell.benchmark,
     )
+
+
+def tokens_of(new: Sequence[ScoreRow], old: Sequence[ScoreRow], *, most: float, limit: int) -> Tokens:
+    """The tokens of output of two models, as the gate takes them; a question's are the mean of its samples.
+
+    `limit` is the most tokens of an answer. A question without an answer, as a server refused it or a logit was NaN,
+    counts as the limit for the new model and as 0 for the old one. `BadInput` where an answer's tokens are not known,
+    or more than the limit.
+    """
+    whole = limit * max(1.0, most)
+    generating = {Cell(row.task, row.length, row.benchmark) for row in (*new, *old) if row.tokens_out}
+    written = _tokens_by_question(new, generating, lost=limit, limit=limit)
+    earlier = _tokens_by_question(old, generating, lost=0, limit=limit)
+    cells: dict[Cell, list[tuple[float, float, str]]] = defaultdict(list)
+    for row in {question(row): row for row in new}.values():
+        if (place := question(row)) in written.keys() & earlier.keys():
+            cells[Cell(row.task, row.length, row.benchmark)].append((written[place], earlier[place], row.haystack))
+    cells = dict(sorted(cells.items()))
+    if not cells:
+        raise BadInput("gate.output_tokens: no answer has a count of tokens; take the key out")
+    weights = macro_weights([*cells])
+    means = weights @ [
+        [fmean(own for own, _, _ in found), fmean(other for _, other, _ in found)] for found in cells.values()
+    ]
+    samples = [
+        cell_sample(
+            cell.task,
+            cell.length,
+            [(most * other - own) / whole for own, other, _ in found],
+            [haystack for *_, haystack in found],
+            benchmark=cell.benchmark,
+        )
+        for cell, found in cells.items()
+    ]
+    return Tokens(samples, float(means[0]), float(means[1]), most, whole)
+
+
+def _tokens_by_question(
+    rows: Sequence[ScoreRow], generating: Collection[Cell], *, lost: int, limit: int
+) -> dict[Question, float]:
+    """The mean tokens of each question's answers in the cells whose questions are answered by a text."""
+    found: dict[Question, list[int]] = defaultdict(list)
+    for row in rows:
+        if Cell(row.task, row.length, row.benchmark) not in generating:
+            continue
+        unanswered = not row.finite or row.status in ("filtered", "failed")
+        if row.tokens_out > limit:
+            raise BadInput(
+                f"gate.output_tokens: {row.point} wrote {row.tokens_out} tokens where {limit} were allowed;"
+                " serve it from a server that keeps to max_tokens"
+            )
+        if not (unanswered or row.tokens_out or row.status == "empty"):
+            raise BadInput(
+                f"gate.output_tokens: an answer of {row.point} has no count of tokens; serve it from a server that"
+                " reports `usage`, as vLLM and llama.cpp do, and ask again in a new `output:`"
+            )
+        found[question(row)].append(lost if unanswered else row.tokens_out)
+    return {place: fmean(tokens) for place, tokens in found.items()}
 
 
 def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:

@@ -179,6 +179,8 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
         guards=evaluation.guards,
         subject_of=lambda planned: subject("point", planned.name, planned),
     )
+    if plan.job.gate is not None and plan.job.gate.output_tokens is not None:
+        limit_of_tokens(found, f"{plan.job.gate.place}: `output_tokens:`")
     if evaluation.guards is not None:
         found = replace(found, guards=_checked_guards(found, evaluation.guards, plan))
     return found
@@ -201,6 +203,23 @@ def _checked_guards(asked: Questions, spec: GuardsSpec, plan: Plan) -> GuardsSpe
                 " guards ask them different items; name a baseline with the points' own, or take `chat:` out"
             )
     return replace(spec, baseline=name)
+
+
+def limit_of_tokens(asked: Questions, place: str) -> int:
+    """The most tokens that a model may write for a question; `BadInput` with the `place` if there is no such limit."""
+    sets = [
+        planned
+        for planned in asked.sets.values()
+        if planned.benchmark in asked.ranked and not BENCHMARKS[planned.benchmark].is_likelihood
+    ]
+    if not sets:
+        raise BadInput(f"{place}: the models write no answers to {', '.join(asked.ranked)}; take the key out")
+    if (free := next((planned for planned in sets if not planned.limited), None)) is not None:
+        raise BadInput(
+            f"{place} compares shares of a limit, and the tasks of {free.benchmark} have limits of their own;"
+            f" set `max_new_tokens:` of {free.benchmark}"
+        )
+    return max(planned.generation.budget + planned.new_tokens for planned in sets)
 
 
 def _check_server(plan: Plan) -> None:

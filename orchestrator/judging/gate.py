@@ -6,6 +6,9 @@ A test of non-inferiority with a margin. **pass**: the new model is significantl
 
 A gate that may ask more items has two rules, each at half of alpha: bets (`betting`), which need few haystacks where
 models agree, and a bound on the mean, which needs fewer where they differ often.
+
+Beside scores, a gate may judge the tokens of output: the same tests, on tokens as shares of the most that a model may
+write.
 """
 
 from __future__ import annotations
@@ -33,6 +36,9 @@ EXIT_CODES: dict[Outcome, int] = {"pass": 0, "fail": 1, "inconclusive": 3}
 RULES = 2
 """How many rules an anytime-valid gate has: each gets its part of alpha."""
 
+TOKENS = "output_tokens"
+"""The line about tokens of output."""
+
 POWER = 0.8  # the probability that `items_needed` items reach a verdict, if the observed difference is the true one
 
 
@@ -45,6 +51,7 @@ class GateRule:
     makes the gate anytime-valid: verdicts stay valid if items are added and judged repeatedly, and the bound on the
     mean is tightest near that many haystacks (over all cells). None means that the number of items is fixed in advance.
     `verdicts` is the number of verdicts of which one fail fails all: a fail needs alpha divided by it, a pass does not.
+    `output_tokens` is the most tokens of output, as a multiple of the old model's; None judges scores alone.
     """
 
     margin: float = 1.0
@@ -52,6 +59,7 @@ class GateRule:
     alpha: float = 0.05
     planned_haystacks: int | None = None
     verdicts: int = 1
+    output_tokens: float | None = None
 
     def __post_init__(self) -> None:
         for name, margin in (("margin", self.margin), ("length_margin", self.length_margin)):
@@ -64,9 +72,25 @@ class GateRule:
 
 
 @dataclass(frozen=True, slots=True)
+class Tokens:
+    """Tokens of output per question of two models on the same items.
+
+    `new` and `old` are macro means. `samples` are the differences `most` × old − new as shares of `range`, the largest
+    difference that the limits of the questions allow.
+    """
+
+    samples: Sequence[CellSample]
+    new: float
+    old: float
+    most: float
+    range: float
+
+
+@dataclass(frozen=True, slots=True)
 class VerdictLine:
     """The judgement of one score, "overall" or of one length. All scores in points, new − old.
 
+    The line "output_tokens" is in tokens per question, new − limit × old, with the limit of the rule and a margin of 0.
     `low` and `high` are one-sided bounds at the rule's alpha each. `p_pass` tests "worse by the margin or more";
     `p_fail` tests "not worse than the margin", adjusted by Holm over the lines, and for the rule's `verdicts`.
     """
@@ -150,10 +174,14 @@ def doubted(verdict: Verdict, new: Unanswered, old: Unanswered) -> Verdict:
 
 
 def same_merge(rule: GateRule, *, new: str, old: str) -> Verdict:
-    """The verdict on a model that is its own baseline: a pass without evaluation."""
+    """The verdict on a model that is its own baseline, unasked: a pass, unless it must write fewer tokens."""
     reason = "overall: the same merge as the baseline"
     line = VerdictLine("overall", "pass", 0.0, 0.0, 0.0, 0.0, rule.margin, 0.0, 1.0, 0, 0, None, reason)
-    return Verdict("pass", new, old, rule, (line,), None)
+    if rule.output_tokens is None or rule.output_tokens >= 1:
+        return Verdict("pass", new, old, rule, (line,), None)
+    reason = f"{TOKENS}: as many as the baseline's; more than {rule.output_tokens:g} times as many"
+    more = VerdictLine(TOKENS, "fail", 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0, 0, None, reason)
+    return Verdict("fail", new, old, rule, (line, more), None)
 
 
 def judge(
@@ -162,8 +190,11 @@ def judge(
     *,
     new: str = "new",
     old: str = "old",
+    tokens: Tokens | None = None,
 ) -> Verdict:
     """The verdict on paired differences new − old, one `CellSample` per cell (see `samples.paired_sample`).
+
+    `tokens` adds a line about tokens of output.
 
     Passes if every line passes, each at alpha. A wrong pass then needs an error in the line that is worse, so its
     probability is at most alpha without correction (intersection-union, Berger 1982). Fails if any line fails after
@@ -178,6 +209,8 @@ def judge(
         for length in sorted({sample.cell.length for sample in samples}):
             at_length = [sample for sample in samples if sample.cell.length == length]
             scopes.append(_Scope.of(str(length), at_length, rule.length_margin, bets=bets))
+    if tokens is not None:
+        scopes.append(replace(_Scope.of(TOKENS, tokens.samples, 0.0, bets=bets), tokens=tokens))
     alone = [scope.p_value(rule, worse=True) for scope in scopes]
     lines = tuple(
         _judge_scope(
@@ -196,7 +229,8 @@ class _Scope:
     A small sample may hide a model that gains a little on most haystacks and loses a few completely: its observed
     spread is too small. So each test of the mean uses at least the spread that its null hypothesis implies
     (`unseen_variance`). `rare` is P(at most the observed number of losses) under that hypothesis. The bets need
-    neither; `strata` are the haystacks that they bet on, None if no bet is possible.
+    neither; `strata` are the haystacks that they bet on, None if no bet is possible. The estimate of `tokens` is larger
+    where the new model writes fewer.
     """
 
     name: str
@@ -205,6 +239,7 @@ class _Scope:
     errors: Mapping[bool, float]
     rare: Mapping[bool, float]
     strata: Strata | None
+    tokens: Tokens | None = None
 
     @classmethod
     def of(cls, name: str, samples: Sequence[CellSample], margin: float, *, bets: bool) -> _Scope:
@@ -223,6 +258,11 @@ class _Scope:
             errors[worse] = max(estimate.standard_error, math.sqrt(variance * haystacks.spread))
             rare[worse] = few_losses(replace(haystacks, means=sign * haystacks.means), sign * share)
         return cls(name, estimate, share, errors, rare, parts)
+
+    @property
+    def unit(self) -> float:
+        """Shares of 1 in the unit of the line: points, or tokens, which are better where they are fewer."""
+        return 100.0 if self.tokens is None else -self.tokens.range
 
     @property
     def standard_error(self) -> float:
@@ -291,22 +331,22 @@ def _judge_scope(scope: _Scope, rule: GateRule, p_fail: float, tests: int) -> Ve
     estimate = scope.estimate
     p_pass = scope.p_value(rule, worse=False)
     outcome: Outcome = "pass" if p_pass <= rule.alpha else "fail" if p_fail <= rule.alpha else "inconclusive"
-    low, high = (100 * bound for bound in scope.bounds(rule))
+    low, high = sorted(scope.unit * bound for bound in scope.bounds(rule))
     needed = _items_needed(scope, rule, tests) if outcome == "inconclusive" else None
     return VerdictLine(
         scope=scope.name,
         outcome=outcome,
-        difference=100 * estimate.mean,
+        difference=scope.unit * estimate.mean,
         low=low,
         high=high,
-        standard_error=100 * scope.standard_error,
-        margin=100 * scope.margin,
+        standard_error=abs(scope.unit) * scope.standard_error,
+        margin=abs(scope.unit) * scope.margin,
         p_pass=p_pass,
         p_fail=p_fail,
         items=estimate.items,
         haystacks=estimate.clusters,
         items_needed=needed,
-        reason=_reason(scope, outcome, low, high, needed),
+        reason=(_reason if scope.tokens is None else _reason_of_tokens)(scope, outcome, low, high, needed),
     )
 
 
@@ -352,6 +392,25 @@ def _reason(scope: _Scope, outcome: Outcome, low: float, high: float, needed: in
     if math.isinf(scope.standard_error):
         remedy = "one haystack shows no spread; evaluate more"
     return f"{found}; cannot tell whether worse by {margin:g}, {remedy}"
+
+
+def _reason_of_tokens(scope: _Scope, outcome: Outcome, low: float, high: float, needed: int | None) -> str:
+    tokens, estimate = scope.tokens, scope.estimate
+    assert tokens is not None
+    times = f", {tokens.new / tokens.old:.2f} times" if tokens.old else ""
+    found = (
+        f"{scope.name}: {tokens.new:.1f} per question against {tokens.old:.1f}{times}"
+        f" (new - {tokens.most:g} × old: {low:+.1f} to {high:+.1f})"
+        f" on {estimate.items} items in {estimate.clusters} haystacks"
+    )
+    if outcome == "pass":
+        return f"{found}; fewer than {tokens.most:g} times as many"
+    if outcome == "fail":
+        return f"{found}; more than {tokens.most:g} times as many"
+    remedy = f"about {needed} items would decide" if needed else "too close for any number of items"
+    if math.isinf(scope.standard_error):
+        remedy = "one haystack shows no spread; evaluate more"
+    return f"{found}; cannot tell whether more than {tokens.most:g} times as many, {remedy}"
 
 
 def joint_outcome(outcomes: Iterable[Outcome]) -> Outcome:

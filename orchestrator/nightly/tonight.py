@@ -322,9 +322,7 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
     baselines = {"anchor": job.gate.baseline}
     if blessed is not None and blessed.weights != weights:
         baselines = {BLESSED: BLESSED, **baselines}
-    specs = {who: replace(job.gate, baseline=name) for who, name in baselines.items()}
-    if blessed is not None:
-        specs["anchor"] = _widened(specs["anchor"])
+    specs = gates_of(job.gate, baselines, first=blessed is None)
     verdicts = {
         who: gate(session, asked, spec, candidate, chosen=len(asked.points) > 1, verdicts=len(specs))
         for who, spec in specs.items()
@@ -348,6 +346,16 @@ def _judge(session: Session, asked: Questions, job: Job, candidate: str, blessed
     )
 
 
+def gates_of(gate: GateSpec, baselines: Mapping[str, str], *, first: bool) -> dict[str, GateSpec]:
+    """The gate against each baseline: after the `first` night, that of the anchor is wider."""
+    specs = {who: replace(gate, baseline=name) for who, name in baselines.items()}
+    if not first:
+        specs["anchor"] = _widened(specs["anchor"])
+    if BLESSED in specs:
+        specs[BLESSED] = _without_savings(specs[BLESSED])
+    return specs
+
+
 def _widened(spec: GateSpec) -> GateSpec:
     """The gate with the anchor's margins."""
 
@@ -355,7 +363,16 @@ def _widened(spec: GateSpec) -> GateSpec:
         return max(margin, min(ANCHOR_MARGIN * margin, WIDEST))
 
     length_margin = None if spec.length_margin is None else wider(spec.length_margin)
-    return replace(spec, margin=wider(spec.margin), length_margin=length_margin)
+    tokens = spec.output_tokens
+    if tokens is not None and tokens.at_most > 1:
+        tokens = replace(tokens, at_most=1 + ANCHOR_MARGIN * (tokens.at_most - 1))
+    return replace(spec, margin=wider(spec.margin), length_margin=length_margin, output_tokens=tokens)
+
+
+def _without_savings(spec: GateSpec) -> GateSpec:
+    """The gate against the blessed merge: a night need not write fewer tokens again, as it must than the anchor."""
+    tokens = spec.output_tokens
+    return replace(spec, output_tokens=None) if tokens is not None and tokens.at_most <= 1 else spec
 
 
 def _weights(rows: Sequence[ScoreRow], point: str) -> str:

@@ -11,6 +11,7 @@ from typing import Any
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.evaluating.results import EvaluationResult, ranked_rows
 from orchestrator.judging.effective_length import RELATIVE_SHARE
+from orchestrator.judging.gate import TOKENS
 from orchestrator.judging.guards import Guarded
 from orchestrator.judging.significance import FlipRate
 from orchestrator.judging.unanswered import DOUBTED, Unanswered, unanswered
@@ -225,7 +226,9 @@ class Recommendation:
         if self.gate is not None and self.gate.get("new") == self.best.name:
             where = " on items that no point was chosen by" if self.gate.get("fresh") else ""
             line = self.gate["lines"][0]
-            return f"The gate says {self.gate['outcome']}{where}: {line['difference']:+.1f} against {self.gate['old']}."
+            tokens = "".join(f"; {of['reason']}" for of in self.gate["lines"] if of.get("scope") == TOKENS)
+            found = f"{line['difference']:+.1f} against {self.gate['old']}{tokens}"
+            return f"The gate says {self.gate['outcome']}{where}: {found}."
         if self.confirmed is not None:
             who = self.best.name if len(self.tied) > 1 else "it"
             return f"On fresh items, that no point was chosen by, {who} scores {100 * self.confirmed:.1f}."

@@ -20,16 +20,18 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.special import erfinv
 from scipy.stats import binom
 
 from orchestrator.judging.betting import Strata, capital
 from orchestrator.judging.effective_length import effective_length, effective_length_interval, relative_length_interval
 from orchestrator.judging.estimates import macro_difference, macro_mean, macro_score
-from orchestrator.judging.gate import GateRule, joint_outcome, judge
+from orchestrator.judging.gate import GateRule, Tokens, joint_outcome, judge
 from orchestrator.judging.samples import CellSample, cell_sample
 from orchestrator.judging.significance import (
     anytime_multiplier,
@@ -626,6 +628,51 @@ def _gates_of_several_tasks() -> Iterator[Case]:
         yield both_verdicts(", 3 looks", f"margin 5: 4 tasks of 96, {name}", judged)
 
 
+LIMIT = 4128
+"""A thought of 4,096 tokens and an answer of 32."""
+WRITTEN = np.minimum(600 * np.exp(0.6 * np.sqrt(2) * erfinv(np.linspace(-0.99, 0.99, 40))), LIMIT).round()
+"""Tokens of a model that thinks: a lognormal distribution up to the limit, every value equally likely."""
+
+
+def gates_of_tokens() -> Iterator[Case]:
+    """The new model writes exactly 0.8 times the tokens of the old one, on the mean: both verdicts are wrong."""
+    mean = float(WRITTEN.mean())
+
+    def runs_on(saved: float, random: Random, items: int) -> tuple[Floats, Floats]:
+        old, short = random.choice(WRITTEN, items), 1 - saved
+        chance = (0.8 - short) * mean / (LIMIT - short * mean)
+        return np.where(random.random(items) < chance, LIMIT, short * old), old
+
+    def old_runs_on(random: Random, items: int) -> tuple[Floats, Floats]:
+        usual = random.choice(WRITTEN, items)
+        chance = 0.25 * mean / (LIMIT - mean)  # the mean of the old one is then 1.25 times the usual
+        return usual, np.where(random.random(items) < chance, LIMIT, usual)
+
+    def varies(random: Random, items: int) -> tuple[Floats, Floats]:
+        old = random.choice(WRITTEN, items)
+        return old * random.choice((0.4, 1.2), items), old
+
+    worlds: dict[str, Callable[[Random, int], tuple[Floats, Floats]]] = {
+        "half the tokens, some to the limit": partial(runs_on, 0.5),
+        "a quarter less, few to the limit": partial(runs_on, 0.25),
+        "the old one sometimes to the limit": old_runs_on,
+        "0.4 or 1.2 times": varies,
+    }
+    designs = [(name, items, 1) for name in worlds for items in (100, 500)]
+    for name, items, looks in (*designs, *((name, 100, 3) for name in [*worlds][:2])):
+
+        def judged(random: Random, name: str = name, items: int = items, looks: int = looks) -> set[str]:
+            new, old = worlds[name](random, items * looks)
+            rule = GateRule(planned_haystacks=items if looks > 1 else None, output_tokens=0.8)
+            found: set[str] = set()
+            for seen in range(items, items * looks + 1, items):
+                samples = [cell_sample("task", 4096, (0.8 * old - new)[:seen] / LIMIT)]
+                found.add(judge(samples, rule, tokens=Tokens(samples, 1.0, 1.0, 0.8, LIMIT)).lines[-1].outcome)
+            return found
+
+        yield both_verdicts(" of tokens" + (f", {looks} looks" if looks > 1 else ""), f"n {items}, {name}", judged)
+
+
 def nights() -> Iterator[Case]:
     """A night's two verdicts: against the blessed merge at the margin, against the anchor at twice the margin."""
     worse, worst, alike = (right_or_wrong(200, 0.05, loss) for loss in (0.1, 0.15, 0.05))
@@ -691,6 +738,7 @@ def cases() -> list[Case]:
         grids,
         looking_again,
         gates,
+        gates_of_tokens,
         nights,
         bets,
     )

@@ -263,7 +263,8 @@ def plan_mrcr(spec: MrcrSpec, tokenizer: Tokenizer, seed: int, reader: Reader, l
             grows=True,
             check=check,
             generation=generation,
-            new_tokens=min(spec.max_new_tokens or FORECAST_NEW_TOKENS, length // 2),
+            new_tokens=spec.max_new_tokens or min(FORECAST_NEW_TOKENS, length // 2),
+            limited=spec.max_new_tokens is not None,
         )
 
     return [planned(needles, length) for needles in spec.needles for length in spec.lengths]

@@ -27,6 +27,7 @@ class PlannedSet:
     cannot. `superseded` are the digests that earlier versions gave other items of the same job. `place` is the line of
     the job file that asks for it. `share` neighbours are never parted; `questions` of them ask about one haystack.
     `generation` says how an item is answered, `new_tokens` with how many tokens at the most, its thought apart.
+    It is not `limited` where the items set that number themselves, and `new_tokens` is a forecast, or 0.
     `too_long` questions of the task are longer than every length; the task's first set has their number.
     """
 
@@ -46,6 +47,7 @@ class PlannedSet:
     superseded: tuple[str, ...] = ()
     generation: Generation = PLAINLY
     new_tokens: int = 0
+    limited: bool = True
     too_long: int = 0
 
     @property

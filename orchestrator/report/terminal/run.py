@@ -215,6 +215,8 @@ def gate_forecast(gate: Mapping[str, Any]) -> str:
     needed = f"about {_items(gate['items_needed'])} items{at_length}"
     asks = f"the gate asks {gate['items_at_first']:,} at first, {gate['items_at_most']:,} at most"
     remedy = gate["remedy"]
+    if gate["output_tokens"] is not None:
+        asks += f", and tokens of output that are surely at most {gate['output_tokens']:g} times the baseline's"
     if remedy is None:
         return f"{model} needs {needed} to pass; {asks}"
     verb = "cannot" if remedy["sure"] else "may not"

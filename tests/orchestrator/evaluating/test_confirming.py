@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,11 +14,13 @@ from xml.etree import ElementTree
 
 import pytest
 
+from jobs.evaluation_tasks import EvaluationTask
 from orchestrator.evaluating.confirming import first_fresh
 from orchestrator.evaluating.results import read_results
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import PARENTS, RULER, SCALED, SOUP, scaled
+from workers.benchmarks.items import Item
 from workers.benchmarks.planned import PlannedSet
 from workers.evaluating.scores import read_scores
 
@@ -243,3 +246,44 @@ def test_models_of_different_tokenizers_are_not_compared(
     )
     ended = mergeyard("gate", job, "--in-process")
     assert ended.code == 1 and "different tokenizers" in ended.err, "the answers that show it are in the store"
+
+
+def thinks(task: EvaluationTask, item: Item) -> str:
+    """The right answer after eight words, or as many as the name of a point says."""
+    words = re.fullmatch(r"w0\.(\d)", task.point)
+    return " ".join(["so"] * (8 if words is None else int(words[1])) + [*item.answers])
+
+
+@pytest.mark.parametrize(("weight", "code", "outcome"), [(0.2, 0, "pass"), (0.9, 1, "fail")])
+def test_a_gate_may_ask_for_half_the_thinking(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], weight: float, code: int, outcome: str, tmp_path: Path
+) -> None:
+    ruler = {**RULER, "items": 60, "max_new_tokens": 12}
+    job = job_file(**scaled([weight], margin=20, budget=60, output_tokens={"at_most": 0.5}), evaluate={"ruler": ruler})
+    with scripted(thinks):
+        planned = mergeyard("plan", job)
+        assert "tokens of output that are surely at most 0.5 times the baseline's" in planned.out
+        ended = mergeyard("gate", job, "--in-process", "--junit", tmp_path / "gate.xml")
+    assert ended.code == code, ended.err
+    score, line = verdict_of(job)["lines"]
+    assert (score["outcome"], line["scope"], line["outcome"]) == ("pass", "output_tokens", outcome)
+    assert line["difference"] == pytest.approx(10 * weight + 1 - 0.5 * 9)
+    assert f"\n  output_tokens: {10 * weight + 1:.1f} per question against 9.0, " in ended.out
+    assert ElementTree.parse(tmp_path / "gate.xml").getroot().get("tests") == "2"
+    assert mergeyard("report", tmp_path / "runs/tiny", "--json").code == 0
+    page = (tmp_path / "runs/tiny/report/index.html").read_text()
+    assert page.count(f"output_tokens: {10 * weight + 1:.1f} per question") == 2, (
+        "in the list of the gate, and under Why"
+    )
+
+
+def test_tokens_of_tasks_with_limits_of_their_own_are_refused_by_name(
+    mergeyard: Mergeyard, job_file: Callable[..., Path]
+) -> None:
+    mrcr = {"lengths": [1024], "items": 6, "needles": [2]}
+    job = job_file(**scaled([0.9], output_tokens={"at_most": 0.5}), evaluate={"mrcr": mrcr})
+    ended = mergeyard("plan", job)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "the tasks of mrcr have limits of their own; set `max_new_tokens:` of mrcr" in ended.err
+    job = job_file(**scaled([0.9], output_tokens={"at_most": 0.5}), evaluate={"mrcr": {**mrcr, "max_new_tokens": 64}})
+    assert mergeyard("plan", job).code == 0

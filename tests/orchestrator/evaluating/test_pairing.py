@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from orchestrator.evaluating.pairing import pairs
+from jobs.errors import BadInput
+from jobs.evaluation_tasks import ScoreRow
+from orchestrator.evaluating.pairing import pairs, tokens_of
 from orchestrator.judging.estimates import macro_difference
-from tests.orchestrator.scores import cell
+from tests.orchestrator.scores import cell, row
 
 
 @pytest.mark.parametrize(("benchmark", "losable"), [("ruler", True), ("lm_eval", True), ("perplexity", False)])
@@ -17,3 +19,43 @@ def test_the_benchmark_says_whether_an_answer_can_be_lost(benchmark: str, losabl
     (sample,) = pairs(new, old)
     assert sample.losable is losable
     assert (macro_difference([sample]).least_p > 0.7) is losable
+
+
+def written(point: str, *tokens: int, task: str = "vt") -> list[ScoreRow]:
+    """Answers of so many tokens to the first questions of a task."""
+    return [row(point, task, 512, item, 1.0, tokens_out=count) for item, count in enumerate(tokens)]
+
+
+def test_tokens_of_output_are_paired_by_question_as_shares_of_the_limit() -> None:
+    found = tokens_of(written("new", 10, 40), written("old", 50, 50, 50), most=0.8, limit=100)
+    assert (found.new, found.old, found.range) == (25, 50, 100)
+    [sample] = found.samples
+    assert sample.values.tolist() == pytest.approx([0.3, 0.0]) and sample.haystacks.tolist() == ["vt-0", "vt-1"]
+    twice = tokens_of(written("new", 100), written("old", 25, 50), most=2, limit=100)
+    assert twice.samples[0].values.tolist() == [-0.25] and twice.range == 200
+
+
+def test_tokens_weigh_tasks_alike_and_samples_of_a_question_are_one() -> None:
+    new = [*written("new", 10, 10, 10), *written("new", 70, task="cwe")]
+    again = [row("new", "cwe", 512, 0, 1.0, tokens_out=90, sample=1)]
+    old = [*written("old", 50, 50, 50), *written("old", 50, task="cwe")]
+    assert tokens_of([*new, *again], old, most=1, limit=100).new == (10 + 80) / 2
+
+
+@pytest.mark.parametrize("lost", [{"status": "failed"}, {"status": "filtered"}, {"finite": False}])
+def test_a_question_without_an_answer_counts_against_the_new_model(lost: dict[str, object]) -> None:
+    refused = [row("x", "vt", 512, 0, 0.0, tokens_out=3, **lost)]
+    assert tokens_of(refused, written("old", 50), most=1, limit=100).new == 100
+    assert tokens_of(written("new", 50), refused, most=1, limit=100).old == 0
+
+
+def test_answers_whose_tokens_nobody_counted_are_refused() -> None:
+    for new, old in ((written("new", 0), written("old", 5)), (written("new", 5), written("old", 0))):
+        with pytest.raises(BadInput, match=r"has no count of tokens; serve it from a server that reports `usage`"):
+            tokens_of(new, old, most=1, limit=100)
+    with pytest.raises(BadInput, match="no answer has a count"):
+        tokens_of(written("new", 0), written("old", 0), most=1, limit=100)
+    with pytest.raises(BadInput, match="new wrote 101 tokens where 100 were allowed"):
+        tokens_of(written("new", 101), written("old", 5), most=1, limit=100)
+    empty = [row("new", "vt", 512, 0, 0.0, status="empty")]
+    assert tokens_of(empty, written("old", 5), most=1, limit=100).new == 0

@@ -10,7 +10,7 @@ import pytest
 import scipy.stats
 
 from jobs.errors import BadInput
-from orchestrator.judging.gate import GateRule, Verdict, judge
+from orchestrator.judging.gate import GateRule, Tokens, Verdict, judge, same_merge
 from orchestrator.judging.samples import CellSample, cell_sample, paired_sample
 
 
@@ -302,3 +302,48 @@ def test_agreement_alone_passes_only_where_a_loss_would_have_shown(margin: float
     rule = GateRule(margin=margin)
     assert judge(one_cell(np.zeros(haystacks)), rule).outcome == "inconclusive"
     assert judge(one_cell(np.zeros(haystacks + 1)), rule).outcome == "pass"
+
+
+def tokens(new: list[float], old: list[float], most: float = 0.8, limit: int = 1000) -> Tokens:
+    """Tokens of one cell whose questions have haystacks of their own."""
+    shares = (most * np.array(old) - np.array(new)) / limit
+    return Tokens(one_cell(shares), float(np.mean(new)), float(np.mean(old)), most, limit)
+
+
+def test_a_model_that_thinks_less_passes_where_it_writes_surely_fewer_tokens():
+    # each gains 0.2 of the limit; if a lost one runs on to the limit, one in six may be lost: 1/6 · 5/6 · 1.2² = 0.2
+    verdict = judge(one_cell(np.zeros(500)), tokens=tokens([200.0] * 100, [500.0] * 100))
+    score, line = verdict.lines
+    assert (verdict.outcome, score.outcome, line.outcome) == ("pass", "pass", "pass")
+    error = math.sqrt(0.2 / 100)
+    assert line.p_pass == pytest.approx(scipy.stats.t.sf(0.2 / error, 99))
+    away = scipy.stats.t.ppf(0.95, 99) * error
+    assert (line.difference, line.high) == pytest.approx((-200, -1000 * (0.2 - away)))
+    told = "output_tokens: 200.0 per question against 500.0, 0.40 times (new - 0.8 × old: -200.0 to -125.7)"
+    assert line.reason.startswith(told)
+    assert line.reason.endswith(" on 100 items in 100 haystacks; fewer than 0.8 times as many")
+
+
+def test_fewer_tokens_are_not_sure_where_a_question_that_runs_on_may_be_unseen():
+    verdict = judge(one_cell(np.zeros(500)), tokens=tokens([200.0] * 10, [500.0] * 10))
+    line = verdict.lines[-1]  # (5/6)¹⁰ = 0.16
+    assert (verdict.outcome, line.outcome, line.p_pass) == (
+        "inconclusive",
+        "inconclusive",
+        pytest.approx((5 / 6) ** 10),
+    )
+    assert line.items_needed is not None and verdict.items_needed == line.items_needed >= 17  # (5/6)¹⁷ < 0.05
+    assert ElementTree.fromstring(verdict.to_junit_xml()).get("errors") == "1"
+
+
+def test_a_model_that_writes_more_tokens_fails_whatever_its_score():
+    better = one_cell(np.array([1.0] * 50 + [0.0] * 450))
+    verdict = judge(better, GateRule(output_tokens=0.8), tokens=tokens([600.0] * 100, [500.0] * 100))
+    assert [line.outcome for line in verdict.lines] == ["pass", "fail"] and verdict.outcome == "fail"
+    assert verdict.lines[-1].reason.endswith("more than 0.8 times as many")
+    assert json.loads(verdict.to_json())["rule"]["output_tokens"] == 0.8
+
+
+@pytest.mark.parametrize(("most", "outcome"), [(0.8, "fail"), (1.0, "pass")])
+def test_a_model_that_is_its_baseline_writes_as_many_tokens(most: float, outcome: str):
+    assert same_merge(GateRule(output_tokens=most), new="a", old="b").outcome == outcome

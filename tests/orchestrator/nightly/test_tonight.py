@@ -19,13 +19,14 @@ import pytest
 
 from jobs.errors import CorruptData, RunBusy
 from jobs.evaluation_tasks import EvaluationTask, ScoreRow
+from jobs.job import GateSpec, TokensSpec
 from jobs.sealing import unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
 from orchestrator.judging.samples import student_quantile
 from orchestrator.nightly import webhook
 from orchestrator.nightly.book import Blessed, Book, Night
 from orchestrator.nightly.page import nights_page
-from orchestrator.nightly.tonight import _by_length, _moved_since, _weights
+from orchestrator.nightly.tonight import _by_length, _moved_since, _weights, gates_of
 from orchestrator.nightly.words import headline, junit, reasons
 from orchestrator.records.lease import Lease
 from tests.benchmarks.thirty_nights import JOB, NightlyFolder, Told
@@ -482,6 +483,15 @@ def test_a_drift_that_no_single_night_shows_ends_at_twice_the_margin(tmp_path: P
         if night["outcome"] == "pass":
             right["blessed"] = right["tonight"]
     assert outcomes == [["pass", "pass"], *[["pass", "pass", "pass"]] * 3, ["inconclusive", "pass", "inconclusive"]]
+
+
+@pytest.mark.parametrize(("at_most", "limits"), [(0.5, [None, 0.5]), (1.5, [1.5, 2.0])])
+def test_tokens_are_saved_over_the_anchor_and_not_every_night_again(at_most: float, limits: list[float | None]) -> None:
+    gate = GateSpec(baseline="released", margin=20, output_tokens=TokensSpec(at_most=at_most))
+    found = gates_of(gate, {"blessed": "blessed", "anchor": "released"}, first=False)
+    assert [None if spec.output_tokens is None else spec.output_tokens.at_most for spec in found.values()] == limits
+    assert [(spec.baseline, spec.margin) for spec in found.values()] == [("blessed", 20), ("released", 40)]
+    assert gates_of(gate, {"anchor": "released"}, first=True) == {"anchor": gate}
 
 
 # ---- records and the pointer

@@ -76,6 +76,8 @@ def plan_lm_eval(spec: LmEvalSpec, tokenizer: Tokenizer, seed: int, reader: Read
             check=check,
             superseded=(digest(before),) if generation.found else (),
             generation=generation,
+            new_tokens=spec.max_new_tokens or 0,
+            limited=spec.max_new_tokens is not None,
         )
 
     sets = [planned(task) for task in spec.tasks]
