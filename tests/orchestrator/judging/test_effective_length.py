@@ -85,6 +85,14 @@ def test_answers_that_are_all_right_may_still_fall_short() -> None:
     assert effective_length_interval(answers({4096: 1.0}, clusters=40)).low == 4096
 
 
+@pytest.mark.parametrize("questions", [1, 8])
+def test_the_interval_begins_at_zero_with_fewer_than_23_haystacks(questions: int) -> None:
+    """All right: Wilson's lower bound n / (n + 1.96²) reaches 0.856 at 23 haystacks, at any number of questions."""
+    assert 22 / (22 + 1.96**2) < 0.856 < 23 / (23 + 1.96**2)
+    lows = [effective_length_interval(answers({4096: 1.0}, n, questions)).low for n in (22, 23)]
+    assert lows == [0, 4096]
+
+
 @pytest.mark.parametrize(("clusters", "enough"), [(20, 21), (24, 24), (30, 30), (50, 48), (100, 93)])
 def test_few_wrong_answers_are_no_proof_of_few_to_come(clusters: int, enough: int) -> None:
     """So many right answers, of a model just below the threshold, have a chance of 2.5 % at most (binomial)."""
