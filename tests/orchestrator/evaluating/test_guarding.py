@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,9 @@ from typing import Any
 import pytest
 
 from jobs.evaluation_tasks import EvaluationTask
+from orchestrator.evaluating.results import read_results
+from orchestrator.points.published_card import published_card
+from orchestrator.report.leaderboard import leaderboard
 from tests.orchestrator.conftest import Ended
 from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import RULER
@@ -76,8 +80,25 @@ def test_the_best_at_length_is_not_kept_if_it_loses_at_short(
         [("gsm8k", "held")],
         [("gsm8k", None)],
     )
+    if not race:
+        _check_page_and_card(job.parent / "runs/tiny")
     assert mergeyard("run", job, "--in-process").code == 0
     assert kept(job) == ["w0.6"]
+
+
+def _check_page_and_card(run: Path) -> None:
+    page = (run / "report" / "index.html").read_text("utf-8")
+    assert '<th scope="col">guard gsm8k</th>' in page and "Guards: ✓ surely within the margin, ✗ surely worse" in page
+    marks = [
+        (score, mark) for score, _, mark in re.findall(r'number">([\d.]+) <abbr title="(gsm8k [^"]+)">(.*?)<', page)
+    ]
+    assert sorted(marks) == [("50.0", " ✗"), ("89.0", " ✓"), ("90.0", " ✓"), ("90.0", " ✓")]
+    result = read_results(str(run))
+    lines = {line.name: line for line in leaderboard(result)}
+    cards = {name: published_card("# p\n## Parents\n", {}, {}, lines[name], result.ranked) for name in ("w0.8", "fmt")}
+    [row] = [row for row in cards["w0.8"].splitlines() if "Guard" in row]
+    assert row.startswith("| Guard `gsm8k` | 50.0; gsm8k -40.0 (") and row.endswith("the margin of 5 |")
+    assert "| Guard `gsm8k` | 90.0 |" in cards["fmt"], "the baseline is not judged"
 
 
 def _told(line: dict[str, Any]) -> list[dict[str, Any]]:
