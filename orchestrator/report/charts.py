@@ -29,6 +29,7 @@ from matplotlib.lines import Line2D
 
 from orchestrator.report.axes import Importance, Profile, Surface
 from orchestrator.report.figures import Curve, Map, Metric, StageCost, axis_values_are_numbers, value_word
+from orchestrator.viewing.address import address
 from orchestrator.words import short_length, shortened
 
 WIDTH = 420
@@ -72,6 +73,9 @@ STYLE: dict[str, Any] = {
     "legend.fontsize": 11.5,
 }
 
+OVER = "over"
+"""The id of what lies on tiles: their tooltips and links are reached through it."""
+
 MOST_NUMBERED = 240
 """Cells of a map that have their number written into them."""
 
@@ -90,8 +94,11 @@ SCALES: Mapping[Scale, Colormap] = {"score": _cut("cividis", 0.08, 1.0), "differ
 # ---- one chart -------------------------------------------------------------------------------------------------------
 
 
-def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> Markup:
-    """A map with one rectangle a tile, hatched where its difference is not sure; the tile's text is its tooltip."""
+def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score", view: str = "") -> Markup:
+    """A map with one rectangle a tile, hatched where its difference is not sure; the tile's text is its tooltip.
+
+    A tile leads to its answers where there is a page of them (`view`).
+    """
     rows, columns = shortened(shown.rows, 26), shortened(shown.columns, 16)
     left = 24 + LETTER * max(map(len, rows))
     wide = max(map(len, columns)) * LETTER > (WIDTH - left - 12) / len(columns) - 4
@@ -113,14 +120,15 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
                 if shown.tiles[place].sure is False and bool(of) is is_dark
             ]
             axes.add_collection(
-                PolyCollection(unsure, facecolors="none", edgecolors=ink, linewidths=0, hatch="//", alpha=0.55)
+                PolyCollection(
+                    unsure, facecolors="none", edgecolors=ink, linewidths=0, hatch="//", alpha=0.55, gid=OVER
+                )
             )
         if len(places) <= MOST_NUMBERED and row_height >= 14:
             for (y, x), value, of in zip(places, values.tolist(), dark.tolist(), strict=True):
                 text = f"{value:.0f}" if scale == "score" else f"{value:+.0f}"
-                axes.text(
-                    x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=11.5, color="#fff" if of else "#000"
-                )
+                ink = "#fff" if of else "#000"
+                axes.text(x + 0.5, y + 0.5, text, ha="center", va="center", fontsize=11.5, color=ink, gid=OVER)
         axes.set(xlim=(0, len(columns)), ylim=(len(rows), 0), xlabel=shown.column_title, ylabel=shown.row_title)
         turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if wide else {}
         axes.set_xticks(np.arange(len(columns)) + 0.5, columns, **turned)
@@ -129,7 +137,9 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score") -> M
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_title(shown.title, loc="left")
-        return svg_of(figure, "tiles", [shown.tiles[place].text for place in places], _described(shown))
+        tiles = [shown.tiles[place] for place in places]
+        links = [view + address(**tile.answers) if view and tile.answers else "" for tile in tiles]
+        return svg_of(figure, "tiles", [tile.text for tile in tiles], _described(shown), links)
 
 
 def colour_bar(low: float, high: float, title: str, *, scale: Scale = "score") -> Markup:
@@ -401,12 +411,15 @@ def new_figure(
         yield figure, axes
 
 
-def svg_of(figure: Figure, group: str, texts: Sequence[str], label: str) -> Markup:
-    """The figure as an element for a page; the marks in groups whose id begins so get these tooltips, in order."""
+def svg_of(figure: Figure, group: str, texts: Sequence[str], label: str, links: Sequence[str] = ()) -> Markup:
+    """The figure as an element for a page; the marks in groups whose id begins so get these tooltips, in order.
+
+    They also get these links, where there are some; an empty one is none.
+    """
     sink = io.StringIO()
     figure.savefig(sink, format="svg", metadata={"Date": None})
     root = ElementTree.fromstring(sink.getvalue())
-    waiting = iter(texts)
+    waiting = zip(texts, links or itertools.repeat(""), strict=False)
     for element in root.iter():
         element.tag = element.tag.split("}")[-1]
     for child in [child for child in root if child.tag == "metadata" or child.find("style") is not None]:
@@ -416,6 +429,8 @@ def svg_of(figure: Figure, group: str, texts: Sequence[str], label: str) -> Mark
         if texts and element.tag == "g" and (name := element.attrib.pop("id", "")):
             if name.startswith(group):
                 _tell(element, waiting)
+            elif name == OVER:
+                element.attrib["pointer-events"] = "none"
         else:
             _drop_id(element)
     width, height = root.attrib["viewBox"].split()[2:]
@@ -442,8 +457,15 @@ def _drop_id(element: ElementTree.Element) -> None:
         element.attrib.pop("id", None)
 
 
-def _tell(group: ElementTree.Element, texts: Iterator[str]) -> None:
-    marks = [mark for mark in group.iter() if mark.tag == "use" or (mark.tag == "path" and "clip-path" in mark.attrib)]
-    for mark, text in zip(marks, texts, strict=False):
+def _tell(group: ElementTree.Element, waiting: Iterator[tuple[str, str]]) -> None:
+    parents = {mark: parent for parent in group.iter() for mark in parent}
+    marks = [mark for mark in parents if mark.tag == "use" or (mark.tag == "path" and "clip-path" in mark.attrib)]
+    for mark, (text, link) in zip(marks, waiting, strict=False):
         title = ElementTree.SubElement(mark, "title")
         title.text = text
+        if link:
+            place = [*parents[mark]].index(mark)
+            parents[mark].remove(mark)
+            around = ElementTree.Element("a", {"href": link, "tabindex": "-1"})  # the table has the same links
+            around.append(mark)
+            parents[mark].insert(place, around)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 from jobs.evaluation_tasks import ScoreRow
 from jobs.expressions import Value, format_number
@@ -33,12 +33,14 @@ MOST_ROWS = 400
 class MapTile:
     """One cell of a map: its score or difference in points, whether a difference from the baseline is sure, its story.
 
-    `sure` is None where nothing was compared; such a cell is not hatched.
+    `sure` is None where nothing was compared; such a cell is not hatched. `answers` chooses the answers that the viewer
+    shows of it, as the arguments of `address`; empty where no such choice is all of them.
     """
 
     value: float
     sure: bool | None
     text: str
+    answers: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +164,7 @@ def value_word(value: Value) -> str:
 def grid_maps(
     grid: MapGrid,
     scores: Mapping[str, Mapping[str, float]],
-    titles: Sequence[str],
+    titles: Mapping[str, Mapping[str, Any]],
     column_title: str,
     found: Mapping[tuple[str, str], ComparedCell],
     baseline: str | None,
@@ -170,15 +172,16 @@ def grid_maps(
 ) -> list[Map]:
     """One map with a column a title (a length, a task), or with two axes one map a title.
 
-    `scores` is by point and title, `found` the differences from the baseline; points that are the same merge as
-    another show that one's.
+    `titles` has the answers of each title, as arguments of `address`. `scores` is by point and title, `found` the
+    differences from the baseline; points that are the same merge as another show that one's.
     """
 
     def tile(name: str, title: str) -> MapTile | None:
         of = same.get(name, name)
         if title not in scores.get(of, {}):
             return None
-        return _tile(name, title, scores[of][title], found.get((of, title)), baseline, of == baseline)
+        made = _tile(name, title, scores[of][title], found.get((of, title)), baseline, of == baseline)
+        return replace(made, answers={"point": of, **titles[title]})
 
     if not grid.columns:
         tiles = {
@@ -359,12 +362,14 @@ def _needle_scores(name: str, rows: Sequence[ScoreRow], lengths: Sequence[int], 
     found: dict[tuple[int, int], list[float]] = defaultdict(list)
     for row in rows:
         found[depths.row(row), lengths.index(row.length)].append(row.score)
+    chosen = _of_one_benchmark(name, rows)
     tiles = {
         (at, column): MapTile(
             100 * sum(scores) / len(scores),
             None,
             f"{name}, {depths.labels[at]} % deep, {short_length(lengths[column])}:"
             f" {100 * sum(scores) / len(scores):.1f} of 100 on {len(scores)} items",
+            chosen | {"length": lengths[column]},
         )
         for (at, column), scores in found.items()
     }
@@ -393,16 +398,24 @@ def _needle_differences(
             for place, both in common.items()
         }
     )
+    chosen = _of_one_benchmark(name, new) | {"beside": old[0].point, "outcome": ""}
     tiles = {
         (at, column): MapTile(
             cell.difference,
             cell.sure,
             f"{name}, {depths.labels[at]} % deep, {short_length(lengths[column])}: {cell.difference:+.1f} points,"
             f" p = {cell.p:.2g}, {'sure' if cell.sure else 'not sure'}",
+            chosen | {"length": lengths[column]},
         )
         for (at, column), cell in compared.items()
     }
     return _needle_map("difference", lengths, depths, tiles)
+
+
+def _of_one_benchmark(name: str, rows: Sequence[ScoreRow]) -> dict[str, Any]:
+    """The answers of a point to the benchmark of these rows, if they are of one."""
+    benchmark, *others = {row.benchmark for row in rows}
+    return {"point": name} if others else {"point": name, "benchmark": benchmark}
 
 
 def _needle_map(title: str, lengths: Sequence[int], depths: _Depths, tiles: Mapping[tuple[int, int], MapTile]) -> Map:

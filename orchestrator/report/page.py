@@ -108,23 +108,23 @@ def _context(report: Report) -> dict[str, Any]:
         "reach": context_note(report.run.result),
         "not_published": not_published(report.run.result),
         "most_receipts": MOST_RECEIPTS,
-        "sections": sections(report),
+        "sections": sections(report, _view(run.url)),
         "costs": _costs(report),
         "flips": _flips(report, everything),
         "provenance": _provenance(report),
     }
 
 
-def sections(report: Report) -> list[Section]:
-    """The figures of the page, in order."""
+def sections(report: Report, view: str = "") -> list[Section]:
+    """The figures of the page, in order; their tiles lead to the answers where there is a page of them (`view`)."""
     everything = rows_by_point(report.run.result.rows)
     found = [
         _search_section(report),
-        *_grid_sections(report),
+        *_grid_sections(report, view),
         *_axes_sections(report),
         _curve_section(report),
         _pareto_section(report, everything),
-        _needle_section(report, everything),
+        _needle_section(report, everything, view),
         _perplexity_section(report),
     ]
     return [section for section in found if section is not None]
@@ -163,7 +163,18 @@ class Table:
 
     title: str
     head: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
+    rows: tuple[tuple[str | Number, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Number:
+    """A number of a table, and the answers behind it as the arguments of `address`."""
+
+    text: str
+    answers: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +203,7 @@ class Section:
         return all(len(choice.charts) == 1 for choice in self.choices) and len(self.legend) < 2
 
 
-def _grid_sections(report: Report) -> list[Section | None]:
+def _grid_sections(report: Report, view: str) -> list[Section | None]:
     run, result = report.run, report.run.result
     rows = rows_by_point(result.ranked_rows())
     names = [standing.point for standing in result.standing if standing.point in rows][: figures.MOST_ROWS]
@@ -206,22 +217,23 @@ def _grid_sections(report: Report) -> list[Section | None]:
     compared = report.comparisons
     by_length = {} if compared is None else figures.titled(compared.by_length)
     by_task = {} if compared is None else compared.by_task
-    lengths = [short_length(length) for length in sorted({row.length for row in result.ranked_rows()}) if length]
-    tasks = sorted({row.task for row in result.ranked_rows()})
+    asked = result.ranked_rows()
+    lengths = {short_length(length): {"length": length} for length in sorted({row.length for row in asked}) if length}
+    tasks = {task: {"task": task} for task in sorted({row.task for row in asked})}
+    of_length, of_task = figures.scores_by_length(rows), figures.scores_by_task(rows)
     return [
-        _grid_section(
-            report, grid, "length", "context length (tokens)", lengths, figures.scores_by_length(rows), by_length
-        ),
-        _grid_section(report, grid, "task", "task", tasks, figures.scores_by_task(rows), by_task),
+        _grid_section(report, view, grid, "length", "context length (tokens)", lengths, of_length, by_length),
+        _grid_section(report, view, grid, "task", "task", tasks, of_task, by_task),
     ]
 
 
 def _grid_section(
     report: Report,
+    view: str,
     grid: figures.MapGrid,
     what: str,
     column_title: str,
-    titles: Sequence[str],
+    titles: Mapping[str, Mapping[str, Any]],
     scores: Mapping[str, Mapping[str, float]],
     found: Mapping[tuple[str, str], Any],
 ) -> Section | None:
@@ -232,7 +244,7 @@ def _grid_section(
     if not values:
         return None
     low, high = _bounds(values)
-    drawn = [(shown.title, charts.heatmap(shown, low, high)) for shown in maps if shown.tiles]
+    drawn = [(shown.title, charts.heatmap(shown, low, high, view=view)) for shown in maps if shown.tiles]
     if len(drawn) > MOST_MAPS:
         choices = tuple(Choice(title, (chart,)) for title, chart in drawn)
     else:
@@ -424,10 +436,10 @@ def _table(shown: figures.Map) -> Table:
     )
 
 
-def _told(tile: figures.MapTile | None) -> str:
+def _told(tile: figures.MapTile | None) -> str | Number:
     if tile is None:
         return ""
-    return f"{tile.value:.1f}{' (not sure)' if tile.sure is False else ''}"
+    return Number(f"{tile.value:.1f}{' (not sure)' if tile.sure is False else ''}", tile.answers)
 
 
 def _curve_section(report: Report) -> Section | None:
@@ -480,7 +492,7 @@ def _interval_at(curve: figures.Curve, x: float) -> str:
     return f"{curve.y[at]:.1f} ({curve.low[at]:.1f}–{curve.high[at]:.1f})" if curve.low else f"{curve.y[at]:.4g}"
 
 
-def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> Section | None:
+def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]], view: str) -> Section | None:
     from orchestrator.report import charts
 
     baseline = report.baseline if report.comparisons is not None else None  # as for all differences
@@ -507,9 +519,9 @@ def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]]) -> S
             Choice(
                 maps.name,
                 (
-                    charts.heatmap(maps.scores, 0, 100),
+                    charts.heatmap(maps.scores, 0, 100, view=view),
                     *(
-                        [charts.heatmap(maps.differences, -limit, limit, scale="difference")]
+                        [charts.heatmap(maps.differences, -limit, limit, scale="difference", view=view)]
                         if maps.differences is not None
                         else []
                     ),

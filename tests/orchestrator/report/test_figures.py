@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from fractions import Fraction
 from typing import Any, cast
 
@@ -84,10 +85,11 @@ def test_a_tile_is_hatched_only_where_a_difference_is_not_sure() -> None:
     scores = {"a": {"4K": 50.0}, "b": {"4K": 60.0}}
     found = {("b", "4K"): ComparedCell(10.0, 0.2, sure=False)}
     grid = grid_of(points, ["a", "b", "twin"])
-    [shown_map] = grid_maps(grid, scores, ["4K"], "length", found, "a", {"twin": "b"})
+    [shown_map] = grid_maps(grid, scores, {"4K": {"length": 4096}}, "length", found, "a", {"twin": "b"})
     assert [shown_map.tiles[row, 0].sure for row in range(3)] == [None, False, False]
     assert shown_map.tiles[0, 0].text == "a, 4K: 50.0, the baseline itself"
     assert shown_map.tiles[2, 0].text == "twin, 4K: 60.0; +10.0 against a, p = 0.2, not sure"
+    assert shown_map.tiles[2, 0].answers == {"point": "b", "length": 4096}, "a twin has no answers of its own"
 
 
 def test_a_task_counts_its_lengths_alike() -> None:
@@ -181,6 +183,17 @@ def test_a_name_with_dollars_is_drawn_as_it_is() -> None:
     assert "$score_$ (more is better)" in charts.pareto(metric, metric, ["b"], {})
     assert "$a_$" in charts.curves([Curve("$a_$", (512, 1024), (1, 2), (), ())], "$", "$")
     assert "$_$ at 4K" in charts.bars([StageCost("$_$ at 4K", 1.0, 1, 1)])
+
+
+def test_a_tile_leads_to_its_answers_where_there_is_a_page_of_them() -> None:
+    tiles = {(0, 0): MapTile(1, None, "told", {"point": "a&b", "length": 512}), (0, 1): MapTile(2, False, "none")}
+    shown_map = Map("", ("a",), ("x", "y"), "", "", tiles)
+    drawn = charts.heatmap(shown_map, 0, 100, view="view/index.html")
+    [link] = re.findall(r'<a href="([^"]*)" tabindex="-1"><\w+ [^>]*><title>told</title>', drawn)
+    assert link == "view/index.html#point=a%26b&amp;length=512&amp;outcome=missed"
+    assert "<title>none</title>" in drawn and drawn.count("<a ") == 1
+    assert drawn.count('<g pointer-events="none">') == 3, "two numbers and the hatching let the pointer through"
+    assert "<a " not in charts.heatmap(shown_map, 0, 100)
 
 
 def test_no_words_are_read_as_mathematics_by_matplotlibs_own_formatters() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,13 @@ def test_an_export_without_an_address_goes_into_the_run_and_the_report_links_to_
     told = json.loads(capsys.readouterr().out)
     assert told["export"] == f"{run}/report/view" and (Path(run) / "report/view/index.html").is_file()
     link = address(point="cos", length=4096).replace("&", "&amp;")
-    assert f'href="view/index.html{link}"' in page.read_text("utf-8")
+    text = page.read_text("utf-8")
+    assert f'href="view/index.html{link}"' in text
+    [name, *_] = re.findall(
+        r'<a href="view/index.html#point=([^&]+)&amp;length=4096&amp;outcome=missed" tabindex', text
+    )
+    link = address(point=name, task="vt").replace("&", "&amp;")
+    assert re.search(f'<td><a href="view/index.html{link}">[0-9.]+', text), "a number of the table by task"
     _, records = verify(run)
     assert {check.record: (check.sealed, check.problems) for check in records}["report/view/index.html"] == (True, ())
 
