@@ -17,7 +17,7 @@ OMEGA = Fraction(2, 5)
 
 @dataclass(frozen=True, slots=True)
 class Aim:
-    """The file of `mergeyard activations`, and ω: the part of a task vector that the most active channel keeps."""
+    """The file of `mergeyard measure --what means`, and ω: the part of a task vector that stays in its top channel."""
 
     statistics: str
     omega: Fraction
@@ -60,7 +60,11 @@ def aim_template(node: Node, reader: Reader) -> AimTemplate:
 
 def aim_schema() -> dict[str, Any]:
     """The JSON Schema of the value of `aim:`."""
-    statistics = {"type": "string", "minLength": 1, "description": "URL or path of the file of `mergeyard activations`"}
+    statistics = {
+        "type": "string",
+        "minLength": 1,
+        "description": "URL or path of the file of `mergeyard measure --what means`",
+    }
     omega = {"anyOf": [{"type": "number", "minimum": 0, "maximum": 1}, {"type": "string", "minLength": 1}]}
     return {
         "type": ["object", "null"],

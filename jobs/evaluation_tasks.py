@@ -7,7 +7,7 @@ blocks whose files are listed are done, in this run or in one that was killed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, Setting, TensorMerge
@@ -94,7 +94,7 @@ class ModelSpec:
     longest context that will be asked, None where a benchmark does not say. `end_tokens` end an answer, beside those of
     the config and the tokenizer, as the point's generation_config.json says. `as_it_is` is a checkpoint that the engine
     reads itself: nothing is merged into it. `added_tokens` are those of the point that the files of the tokenizer lack.
-    `activations` is the file of statistics for AIM.
+    `activations` is the file of statistics for AIM, `grams` are the files of Gram matrices by model.
     """
 
     run: str
@@ -113,6 +113,7 @@ class ModelSpec:
     as_it_is: Parent | None = None
     added_tokens: tuple[AddedToken, ...] = ()
     activations: Parent | None = None
+    grams: Mapping[str, Parent] = field(default_factory=dict[str, Parent])
 
     @property
     def bytes(self) -> int:

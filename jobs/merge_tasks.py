@@ -190,11 +190,26 @@ class Parent:
 
 
 @dataclass(frozen=True, slots=True)
+class GramTensor:
+    """Where a file of Gram matrices has that of a tensor's inputs: name, shape (blocks, size, size) and byte range.
+
+    The elements are float32; `digest` is that of their bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
 class TensorMerge:
     """One output tensor: name, dtype, shape, where each parent keeps it, and which setting of a point applies.
 
     `arithmetic` is the dtype to compute in, as safetensors names it. `activations` is the tensor's name in the
-    statistics of AIM; None where they have none.
+    statistics of AIM; None where they have none. `grams` are the places of its Gram matrices, by model, if all models
+    have one.
     """
 
     name: str
@@ -204,6 +219,7 @@ class TensorMerge:
     setting: int
     arithmetic: str
     activations: str | None = None
+    grams: Mapping[str, GramTensor] = field(default_factory=dict[str, "GramTensor"])
 
     @property
     def elements(self) -> int:
@@ -244,7 +260,8 @@ class ShardOfPoint:
 class MergeTask:
     """One shard for a group of points: one worker computes it, and reads each parent tensor once.
 
-    `activations` is the file of statistics for AIM, if any point asks for it.
+    `activations` is the file of statistics for AIM, if any point asks for it; `grams` are the files of Gram matrices by
+    model.
     """
 
     run: str
@@ -257,6 +274,7 @@ class MergeTask:
     memory_bytes: int
     threads: int
     activations: Parent | None = None
+    grams: Mapping[str, Parent] = field(default_factory=dict[str, Parent])
 
     @property
     def name(self) -> str:

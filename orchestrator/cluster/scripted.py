@@ -85,6 +85,7 @@ class ScriptedEvaluators:
                 seed=model.seed,
                 numerics=model.numerics,
                 activations=model.activations,
+                grams=model.grams,
             )
             digests: dict[str, str] = {}
             deque(parents.merged(task.settings, digests), maxlen=0)

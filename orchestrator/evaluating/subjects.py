@@ -413,6 +413,7 @@ def _model_spec(plan: Plan, layout: Layout, family: Family, sets: Sequence[Plann
         seed=plan.job.seed,
         numerics=plan.job.numerics,
         activations=None if family.activations is None else family.activations.parent,
+        grams=family.grams,
         config=layout.config,
         tokenizer=(tokenizer.url, {name: tokenizer.side_files[name].etag for name in names}),
         engine=plan.job.engine.name,

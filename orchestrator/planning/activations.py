@@ -28,18 +28,23 @@ def located(file: str, folder: Path | None) -> str:
 def with_located_statistics(job: Job, folder: Path | None) -> Job:
     """The job whose statistics are found from everywhere."""
     documents: Sequence[dict[str, Any]] = job.recipe if isinstance(job.recipe, list) else [job.recipe]
-    if not any("aim" in document for document in documents):
+    if not any(document.get("aim") or document.get("grams") for document in documents):
         return job
 
     def at(recipe: Recipe) -> Recipe:
-        aim = recipe.aim
-        return recipe if aim is None else replace(recipe, aim=replace(aim, statistics=located(aim.statistics, folder)))
+        aim, grams = recipe.aim, recipe.grams
+        aim = aim and replace(aim, statistics=located(aim.statistics, folder))
+        return replace(recipe, aim=aim, grams=grams and {name: located(file, folder) for name, file in grams.items()})
 
-    placed = [
-        {**document, "aim": {**aim, "statistics": located(aim["statistics"], folder)}} if aim else document
-        for document in documents
-        for aim in [document.get("aim")]
-    ]
+    def placed_document(document: dict[str, Any]) -> dict[str, Any]:
+        placed = dict(document)
+        if aim := document.get("aim"):
+            placed["aim"] = {**aim, "statistics": located(aim["statistics"], folder)}
+        if grams := document.get("grams"):
+            placed["grams"] = {name: located(file, folder) for name, file in grams.items()}
+        return placed
+
+    placed = [*map(placed_document, documents)]
     points = tuple(replace(point, recipe=at(point.recipe)) for point in job.points)
     return replace(job, recipe=placed if isinstance(job.recipe, list) else placed[0], points=points)
 
@@ -58,11 +63,11 @@ def with_activations(layout: Layout, parents: Mapping[str, Checkpoint], recipe: 
     try:
         activations = open_activations(located(recipe.aim.statistics, folder))
     except (BadInput, CorruptData, ObjectMissing) as error:
-        remedy = "; `mergeyard activations` writes such a file" if isinstance(error, ObjectMissing) else ""
+        remedy = "; `mergeyard measure --what means` writes such a file" if isinstance(error, ObjectMissing) else ""
         raise BadInput(f"{place}: {error}{remedy}") from error
     means, stored = activations.means, {at: name for name, at in base.tensors.items()}
     where = f"{place}: {activations.parent.url}/{activations.parent.files[0].key}"
-    other = f"give the statistics of {base.name}: `mergeyard activations` writes them"
+    other = f"give the statistics of {base.name}: `mergeyard measure --what means` writes them"
     unknown = sorted(name for name in means if name not in base.tensors and not is_head(name, {}))
     if unknown or not means:
         found = f"{unknown[0]} is not a tensor of {base.name}" if unknown else "there are no tensors"

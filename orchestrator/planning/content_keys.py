@@ -35,10 +35,13 @@ class ContentKeys:
 
     def _bound(self, layout: Layout, key: str, bound: Sequence[Any], settings: Sequence[Setting]) -> str:
         seed = self._job.seed if any(METHODS[setting.method].random for setting in settings) else None
-        of_aim: list[str] = []
+        given: list[Any] = []
         if layout.activations is not None and any(setting.omega is not None for setting in settings):
-            of_aim.append(layout.activations.digest)
-        return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed, *of_aim])
+            given.append(layout.activations.digest)
+        used = {model for setting in settings if METHODS[setting.method].given for model in setting.models}
+        if used:
+            given.append({model: layout.grams[model].digest for model in sorted(used)})
+        return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed, *given])
 
     def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
         """The parts of the parents that the layout and its shards use under these settings."""

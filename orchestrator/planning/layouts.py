@@ -7,7 +7,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -40,6 +40,7 @@ from workers.checkpoints.activations import Activations
 from workers.checkpoints.canonical import aligned, is_head, stored_name
 from workers.checkpoints.configs import with_own_head, with_token_ids, with_vocabulary
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
+from workers.checkpoints.grams import GramFile
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_of
 
@@ -76,7 +77,8 @@ class Layout:
     `copied` and `left_out` are the files of the parents that a point gets, and that it does not get, by parent. With
     `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`. `as_it_is` are
     the files of a checkpoint that is evaluated and not merged; it has no shards. `added_tokens` are those that the
-    tokenizer of `tokenizer_from` lacks. `activations` are the statistics for AIM.
+    tokenizer of `tokenizer_from` lacks. `activations` are the statistics for AIM, `grams` the files of Gram matrices by
+    member.
     """
 
     shards: tuple[Shard, ...]
@@ -98,6 +100,7 @@ class Layout:
     added_tokens: tuple[AddedToken, ...] = ()
     remarks: tuple[str, ...] = ()
     activations: Activations | None = None
+    grams: Mapping[str, GramFile] = field(default_factory=dict[str, GramFile])
 
     @cached_property
     def bytes(self) -> int:

@@ -258,6 +258,7 @@ class Plan:
             memory_bytes=self.job.workers.memory_bytes,
             threads=max(1, int(self.job.workers.cpus)),
             activations=None if family.activations is None else family.activations.parent,
+            grams={model: file for model, file in family.grams.items() if model in used},
         )
 
     @property

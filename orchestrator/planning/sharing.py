@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jobs.merge_tasks import TensorMerge
+from jobs.merge_tasks import Parent, TensorMerge
 from orchestrator.planning.layouts import Layout, Shard
 from workers.checkpoints.activations import Activations
 
@@ -29,6 +29,11 @@ class Family:
     def activations(self) -> Activations | None:
         """The statistics for AIM, which all layouts have in common."""
         return self.layouts[0].activations
+
+    @property
+    def grams(self) -> dict[str, Parent]:
+        """The files of Gram matrices by model, which all layouts have in common."""
+        return {model: file.parent for model, file in self.layouts[0].grams.items()}
 
 
 def families(layouts: Iterable[Layout], most_parents: int) -> Mapping[Layout, Family]:
@@ -52,15 +57,28 @@ def _skeleton(layout: Layout) -> tuple[object, ...]:
     if not layout.shards:
         return (layout,)
     statistics = None if layout.activations is None else layout.activations.digest
-    return statistics, *(
-        (
-            shard.name,
-            *(
-                (each.name, each.dtype, each.shape, each.setting, each.arithmetic, each.activations)
-                for each in shard.tensors
-            ),
-        )
-        for shard in layout.shards
+    grams = tuple(sorted((model, file.digest) for model, file in layout.grams.items()))
+    return (
+        statistics,
+        grams,
+        *(
+            (
+                shard.name,
+                *(
+                    (
+                        each.name,
+                        each.dtype,
+                        each.shape,
+                        each.setting,
+                        each.arithmetic,
+                        each.activations,
+                        *each.grams.items(),
+                    )
+                    for each in shard.tensors
+                ),
+            )
+            for shard in layout.shards
+        ),
     )
 
 

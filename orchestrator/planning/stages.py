@@ -20,6 +20,7 @@ from jobs.recipe import Recipe
 from jobs.yaml_nodes import quoted
 from orchestrator.planning.activations import with_activations
 from orchestrator.planning.beside import files_beside, read_beside
+from orchestrator.planning.grams import with_grams
 from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
 from orchestrator.planning.slicing import plain_recipes
 from workers.checkpoints.opening import Checkpoint
@@ -70,6 +71,7 @@ class Stages:
         checkpoints = {**self._parents, **{name: stage.checkpoint for name, stage in stages.items()}}
         layout = layout_of(job, recipe, checkpoints, self._classes)
         layout = with_activations(layout, checkpoints, recipe, self._folder)
+        layout = with_grams(layout, checkpoints, recipe, self._folder)
         return _of_parents(layout, {name: stage.layout for name, stage in stages.items()})
 
     def _stage(self, name: str, recipe: Recipe, stages: Mapping[str, _Stage]) -> _Stage:
@@ -78,6 +80,11 @@ class Stages:
             raise BadInput(
                 f"{recipe.place_of('aim')}: a merge that feeds another has no `aim:`; write {quoted(name)} first, and"
                 " name the result"
+            )
+        if recipe.grams is not None:
+            raise BadInput(
+                f"{recipe.place_of('grams')}: a merge that feeds another has no `grams:`; write {quoted(name)} first,"
+                " and name the result"
             )
         readings = sum(stages[other].readings if other in stages else 1 for other in recipe.references())
         if readings > MOST_READINGS:
@@ -142,7 +149,7 @@ def layout_key(recipe: Recipe) -> tuple[Any, ...]:
     dtypes = recipe.dtype, recipe.out_dtype
     tokens = canonical_json(recipe.tokenizer.document("") if recipe.tokenizer else None)
     key = recipe.references(), recipe.base_model, dtypes, recipe.tokenizer_source, tokens, recipe.chat_template
-    key = *key, recipe.aim and recipe.aim.statistics
+    key = *key, recipe.aim and recipe.aim.statistics, canonical_json(recipe.grams)
     plain = plain_recipes(recipe)
     ranges = tuple(tuple((source.model, source.layer_range) for source in part.models) for part in plain)
     key = *key, tuple(module.name for module in recipe.modules), ranges, tuple(part.base_model for part in plain)

@@ -73,7 +73,7 @@ def read_activations(parent: Parent) -> Activations:
         if entry.dtype != "F32":
             raise BadInput(
                 f"{where}: tensor {entry.name} is {entry.dtype}, activations are F32; give a file of"
-                " `mergeyard activations`"
+                " `mergeyard measure --what means`"
             )
         means[entry.name] = np.frombuffer(data[entry.start : entry.end], "<f4").reshape(entry.shape)
         if not np.isfinite(means[entry.name]).all() or (means[entry.name] < 0).any():

@@ -82,6 +82,13 @@ def read_header(store: Store, info: ObjectInfo) -> list[TensorHeader]:
         return parse_header(first[8:], data_start=8 + length, file_size=info.size, where=where)
 
 
+def read_metadata(store: Store, info: ObjectInfo) -> dict[str, str]:
+    """The words that stand beside the tensors in the header of a file whose header `read_header` has checked."""
+    length = int.from_bytes(bytes(store.read(info.key, length=8, etag=info.etag)), "little")
+    header = _parse_json(bytes(store.read(info.key, start=8, length=length, etag=info.etag)), info.key)
+    return header.get("__metadata__", {})
+
+
 def parse_header(text: bytes, *, data_start: int, file_size: int, where: str) -> list[TensorHeader]:
     """Checks and reads a header's JSON: known dtypes, sizes that match shapes, data without gap, overlap or rest."""
     if not text.startswith(b"{"):

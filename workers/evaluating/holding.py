@@ -100,6 +100,7 @@ class Resident:
                 device=self._device,
                 threads=self._model.threads,
                 activations=self._model.activations,
+                grams=self._model.grams,
             )
         return self._parents
 

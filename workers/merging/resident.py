@@ -59,6 +59,7 @@ class ResidentParents:
         device: str = "cpu",
         threads: int = 1,
         activations: Parent | None = None,
+        grams: Mapping[str, Parent] | None = None,
     ) -> None:
         stored = sum(
             DTYPE_BITS[source.dtype] * each.elements // 8 for each in tensors for source in each.sources.values()
@@ -69,7 +70,7 @@ class ResidentParents:
         self._numerics = numerics
         self._device = device
         self._threads = max(1, threads) if device == "cpu" else 1  # one stream does the work, and needs the memory once
-        self._facts = given_facts(tensors, activations)
+        self._facts = given_facts(tensors, activations, grams or {})
         self._streams = Streams(device)
         self._unread: dict[str, Tensor] = {}
         deriving = Deriving(parents)

@@ -143,7 +143,7 @@ class _Merge:
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in self.task.tensors])
         for writer in self.writers:
             writer.begin(header)
-        given = given_facts(self.task.tensors, self.task.activations)
+        given = given_facts(self.task.tensors, self.task.activations, self.task.grams)
         groups = list(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows))
         asks = [self._asks(group) for group in groups]
         fits = [not ask or self._bytes(group) <= self.budget.held for group, ask in zip(groups, asks, strict=True)]

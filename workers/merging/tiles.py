@@ -236,6 +236,8 @@ def has_loop(tensor: TensorMerge, setting: Setting, device: str) -> bool:
     """Whether the pass of a setting has a compiled loop on a device."""
     if device == "cpu":
         return True
+    if METHODS[setting.method].products:
+        return False
     from workers.methods.launching import launches  # imports Triton, where it is installed
 
     return launches(device, (tensor.sources[name].dtype for name in setting.parents), tensor.dtype)

@@ -22,6 +22,7 @@ from workers.methods.nuslerp import nuslerp, nuslerp_pass
 from workers.methods.passes import Pass
 from workers.methods.passthrough import passthrough, passthrough_pass
 from workers.methods.ram import ram, ram_pass, ramplus_tl, ramplus_tl_pass
+from workers.methods.regmean import regmean, regmean_pass
 from workers.methods.sce import sce, sce_collapse, sce_pass
 from workers.methods.slerp import slerp, slerp_pass
 from workers.methods.task_arithmetic import task_arithmetic, task_arithmetic_pass
@@ -50,7 +51,8 @@ class Method:
     `base` is "required" (a model to subtract, not one to merge), "optional" (the same if it is given), "one of the
     models", or "unused". `fused` gives the formula as one pass over memory, from settings that `simplified` has made.
     `whole_rows`: the method asks for whole rows of its tensors, `Tile.around`. `random`: its draws depend on the seed.
-    `collapse` says in words, from the facts of a tensor, that its merge is not one.
+    `collapse` says in words, from the facts of a tensor, that its merge is not one. `given` is the key of a recipe that
+    names the method's statistics. `products`: the pass multiplies matrices, which on a GPU torch does in the formula.
     """
 
     merge: Callable[..., Tensor]
@@ -58,6 +60,8 @@ class Method:
     whole_rows: bool = False
     random: bool = False
     collapse: Callable[..., str | None] | None = None
+    given: Literal["grams"] | None = None
+    products: bool = False
     base: Literal["required", "optional", "one of the models", "unused"] = "unused"
     fewest: int = 1
     most: int | None = None
@@ -105,6 +109,7 @@ METHODS: Mapping[str, Method] = {
     "karcher": Method(karcher, karcher_pass),
     "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2, collapse=model_stock_collapse),
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
+    "regmean": Method(regmean, regmean_pass, whole_rows=True, given="grams", products=True),
     "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, whole_rows=True, base="required", most=1),
     "nearswap": Method(nearswap, nearswap_pass, base="required", most=1),
     "passthrough": Method(passthrough, passthrough_pass, most=1),

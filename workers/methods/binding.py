@@ -66,6 +66,11 @@ def check_recipe(recipe: Recipe) -> None:
     if method.base in ("required", "one of the models") and recipe.base_model is None:
         raise BadInput(f"{recipe.place}: {recipe.merge_method} needs a base_model")
     models = _merged_models(recipe, method)
+    if method.given == "grams" and (lacking := [each for each in models if each.model not in (recipe.grams or {})]):
+        raise BadInput(
+            f"{lacking[0].place}: {recipe.merge_method} needs the Gram matrices of {lacking[0].model}; write them by"
+            f" `mergeyard measure`, and name the file under `grams:` of the recipe"
+        )
     if _only_the_base(recipe, method):
         return
     if len(models) < method.fewest or (method.most is not None and len(models) > method.most):
@@ -207,6 +212,15 @@ def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]
             if not 0 <= share <= 1 or (share == 0 and least == "(0"):
                 place = recipe.place_of(name)
                 raise BadInput(f"{place}: {name} {float(share):g} at tensor {tensor} is outside {least}, 1]")
+    if recipe.merge_method == "regmean":
+        alpha = cast(Fraction, values["alpha"])
+        if not 0 <= alpha <= 1:
+            place = recipe.place_of("alpha")
+            raise BadInput(f"{place}: alpha {float(alpha):g} at tensor {tensor} is outside [0, 1]")
+        weights = cast(tuple[Fraction, ...], values["weight"])
+        if min(weights) < 0 or not any(weights):
+            place, shown = recipe.place_of("weight"), ", ".join(f"{float(each):g}" for each in weights)
+            raise BadInput(f"{place}: the weights {shown} at tensor {tensor} must not be negative, nor all be zero")
     if recipe.merge_method == "consensus_ta":
         k, place = cast(Fraction, values["k"]), recipe.place_of("k")
         if k < 1 or k.denominator != 1:
@@ -263,6 +277,8 @@ def simplified(bound: Bound, *, place: str) -> Bound:
             return bound
         case "sce":
             return _simplified_sce(bound)
+        case "regmean":
+            return _simplified_regmean(bound)
         case "consensus_ta":
             return _simplified_consensus_ta(bound)
         case "nearswap":
@@ -380,6 +396,15 @@ def _simplified_consensus_ta(bound: Bound) -> Bound:
     ratios, _ = _without_zeros(bound.per_model("tall_lambda"), weights)
     values = {**bound.values, "weight": kept_weights, "tall_lambda": ratios}
     return Bound("consensus_ta", models, bound.base, values)
+
+
+def _simplified_regmean(bound: Bound) -> Bound:
+    """The weights count by their ratios; weight 0 leaves."""
+    models, weights = _without_zeros(bound.models, bound.per_model("weight"))
+    if len(models) == 1:
+        return _copy_of(models[0])
+    total = sum(weights)
+    return replace(bound, models=models, values={**bound.values, "weight": tuple(each / total for each in weights)})
 
 
 def _simplified_ramplus(bound: Bound) -> Bound:

@@ -18,6 +18,7 @@ from workers.methods.nearswap import NO_DISTANCE
 from workers.methods.passes import (
     Consensus,
     Kept,
+    MatrixSum,
     Overlap,
     Pass,
     Relaxed,
@@ -114,6 +115,8 @@ def _row(work: Work, lists: list[Tensor]) -> Row:
             terms = _terms(tile, (each.model,), (0.0,))
         case Relaxed():
             raise AssertionError("a merge is relaxed once")
+        case MatrixSum():
+            raise AssertionError("torch multiplies matrices on a GPU")
     return Row(kind, mode, _name(tile.raw[_parent_of(each)]), _name(output), head, tuple(terms))
 
 

@@ -120,6 +120,19 @@ class Swap:
     t: float
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class MatrixSum:
+    """base + Σ (xᵢ − base)·Mᵢ, row by row in the arithmetic dtype; see `regression.matrix_sum`.
+
+    A row is a vector of the last axis. Mᵢ is of blocks × size × size, in the arithmetic dtype: the elements of a row
+    are cut into parts of `size`, each with its own block. Sums run in the order of the columns.
+    """
+
+    models: tuple[str, ...]
+    matrices: tuple[Array, ...]
+    base: str
+
+
 @dataclass(frozen=True, slots=True)
 class Relaxed:
     """base + (merged − base) · factor, element by element in the arithmetic dtype; see `aim`.
@@ -134,4 +147,4 @@ class Relaxed:
     places: tuple[int, int, int]
 
 
-Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap | Relaxed
+Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap | MatrixSum | Relaxed

@@ -18,6 +18,7 @@ from workers.methods.nearswap import NO_DISTANCE
 from workers.methods.passes import (
     Consensus,
     Kept,
+    MatrixSum,
     Overlap,
     Pass,
     Relaxed,
@@ -27,6 +28,7 @@ from workers.methods.passes import (
     WeightedSum,
 )
 from workers.methods.reductions import Threshold, Variance, among_on_host, drawn_on_host
+from workers.methods.regression import rows_of, summed
 from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import TILE_ELEMENTS, Array, Tile
 
@@ -184,6 +186,31 @@ def _swaps(
     return np.array([flags[name] for name in places], np.bool_), overflowed
 
 
+def _matrix_sums(
+    passes: Sequence[MatrixSum], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    first, end = rows_of(tile)
+    inside = slice(tile.start - first, tile.start - first + tile.elements)
+    rows: dict[str, Array] = {}
+    for name in dict.fromkeys(name for each in passes for name in (*each.models, each.base)):
+        _place(name, places)
+        elements = tile.around[name][first - tile.around_start : end - tile.around_start]
+        rows[name] = cast(Array, elements).astype(arithmetic).reshape(-1, tile.row)
+    deltas = {
+        (name, base): rows[name] - rows[base]
+        for name, base in dict.fromkeys((name, each.base) for each in passes for name in each.models)
+    }
+    overflowed: list[bool] = []
+    for each, output in zip(passes, outputs, strict=True):
+        steps = [deltas[name, each.base] for name in each.models]
+        merged = summed(rows[each.base], steps, each.matrices).reshape(-1)[inside]
+        copy = Sum(((0, 1.0),), None, "tensor", None, False)
+        _, (flag,) = WeightedSums(1, [copy], arithmetic).run([merged], [output], start=tile.start, row=tile.row)
+        overflowed.append(bool(flag))
+    broken = [not np.isfinite(rows[name].reshape(-1)[inside]).all() for name in places]
+    return np.array(broken, np.bool_), np.array(overflowed, np.bool_)
+
+
 def _relaxed(
     passes: Sequence[Relaxed], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
@@ -275,6 +302,7 @@ RUNNERS: dict[type, Callable[..., Flags]] = {
     Overlap: _overlap,
     TallConsensus: _tall,
     Swap: _swaps,
+    MatrixSum: _matrix_sums,
     Relaxed: _relaxed,
 }
 """The passes that have a compiled loop."""

@@ -167,7 +167,9 @@ def test_statistics_of_another_model_are_refused(
     plan: Planning, statistics: Path, change: dict[str, tuple[int, ...]], message: str
 ):
     statistics.write_bytes(activations_bytes(random_means(**change), {}))
-    with pytest.raises(BadInput, match=message + ".*give the statistics of base: `mergeyard activations` writes them$"):
+    with pytest.raises(
+        BadInput, match=message + ".*give the statistics of base: `mergeyard measure --what means` writes them$"
+    ):
         plan(grid="", recipe=recipe(statistics, "0.4"))
 
 
@@ -175,9 +177,12 @@ def test_other_files_than_statistics_are_refused(plan: Planning, parents: Path, 
     for file, message in (
         (
             parents / "base" / "model.safetensors",
-            "is BF16, activations are F32; give a file of `mergeyard activations`",
+            "is BF16, activations are F32; give a file of `mergeyard measure --what means`",
         ),
-        (tmp_path / "no.safetensors", "no.safetensors does not exist; `mergeyard activations` writes such a file"),
+        (
+            tmp_path / "no.safetensors",
+            "no.safetensors does not exist; `mergeyard measure --what means` writes such a file",
+        ),
         (parents / "base", "a file of activations ends in .safetensors; give its whole path"),
     ):
         with pytest.raises(BadInput, match=f"^job.yaml:14: .*{message}"):

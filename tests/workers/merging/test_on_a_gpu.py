@@ -21,12 +21,11 @@ from orchestrator.cluster.in_process import InProcessPool
 from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
-from tests.workers.merging.test_resident import recipe_of
+from tests.workers.merging.test_resident import WITHOUT_STATISTICS, recipe_of
 from workers.gpu_memory import OUTSIDE_BYTES
 from workers.merging.reading import ParentReader, Stretch
 from workers.merging.resident import ResidentParents
 from workers.merging.streams import Mark, Streams
-from workers.methods import METHODS
 from workers.methods.tile import TILE_ELEMENTS
 
 VALUES = 3000
@@ -105,7 +104,7 @@ def written(plan: Plan, device: str) -> tuple[dict[str, Tensor], dict[str, str]]
 
 
 @pytest.mark.parametrize("numerics", ["float32", "mergekit"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_STATISTICS)
 def test_a_gpu_gives_the_bytes_of_a_cpu(siblings: Path, card: Any, tmp_path: Path, method: str, numerics: str) -> None:
     on_cpu, digests = written(planned(siblings, method, tmp_path / "cpu", numerics), "cpu")
     plan = planned(siblings, method, tmp_path / "card", numerics)

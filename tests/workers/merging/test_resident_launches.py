@@ -13,9 +13,8 @@ from torch import Tensor
 
 from orchestrator.planning.plan import Plan
 from tests.orchestrator.models import weights, write_model
-from tests.workers.merging.test_resident import planned, same_bytes
+from tests.workers.merging.test_resident import WITHOUT_STATISTICS, planned, same_bytes
 from workers.merging.resident import ResidentParents
-from workers.methods import METHODS
 from workers.methods.gpu_kernels import launch
 from workers.methods.gpu_kernels.language import interprets
 from workers.methods.gpu_kernels.rows import BLOCK
@@ -74,7 +73,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
 
 @pytest.mark.parametrize("numerics", ["float32", "mergekit"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", WITHOUT_STATISTICS)
 def test_every_tensor_and_digest_is_that_of_cpus(
     siblings: Path, launched: list[int], method: str, numerics: str
 ) -> None:

@@ -1,0 +1,81 @@
+"""The Gram matrices of a recipe's `grams:`: which tensors of a layout they are for, and words on those without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.merge_tasks import GramTensor, TensorMerge
+from jobs.recipe import Recipe
+from orchestrator.planning.activations import located
+from orchestrator.planning.layouts import Layout
+from orchestrator.words import shortlist
+from workers.checkpoints.canonical import is_embedding, is_head
+from workers.checkpoints.grams import GramFile, is_for, open_grams
+from workers.checkpoints.opening import Checkpoint
+
+
+def with_grams(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe, folder: Path | None) -> Layout:
+    """The layout whose tensors have the places of their Gram matrices, if the recipe names such files.
+
+    A tensor has them if each of its models has one. `BadInput` for files that are not of these models, or that were
+    measured with other blocks.
+    """
+    if recipe.grams is None:
+        return layout
+    place = recipe.place_of("grams")
+    models = [name for name in dict.fromkeys(source.model for source in recipe.sources()) if name in recipe.grams]
+    files = {name: _opened(located(recipe.grams[name], folder), place) for name in models}
+    stored = {name: {at: tensor for tensor, at in parents[name].tensors.items()} for name in models}
+    for name, file in files.items():
+        if unknown := sorted(file.tensors.keys() - parents[name].tensors.keys()):
+            where = f"{place}: {file.parent.url}/{file.parent.files[0].key}"
+            raise BadInput(
+                f"{where}: {unknown[0]} is not a tensor of {name}; give the Gram matrices of {name}:"
+                " `mergeyard measure` writes them"
+            )
+
+    def named(tensor: TensorMerge) -> TensorMerge:
+        sources = [(name, at) for name, at in tensor.sources.items() if name in files]
+        found = {name: files[name].tensors.get(stored[name].get(at, tensor.name)) for name, at in sources}
+        grams = {name: gram for name, gram in found.items() if gram is not None}
+        if len(tensor.shape) != 2 or not grams or len(grams) < len(found):
+            return tensor
+        _check_shapes(grams, tensor, place)
+        return replace(tensor, grams=grams)
+
+    shards = tuple(replace(shard, tensors=tuple(map(named, shard.tensors))) for shard in layout.shards)
+    remarks = _remarks([tensor for shard in shards for tensor in shard.tensors])
+    return replace(layout, shards=shards, grams=files, remarks=(*layout.remarks, *remarks))
+
+
+def _opened(url: str, place: str) -> GramFile:
+    try:
+        return open_grams(url)
+    except (BadInput, CorruptData, ObjectMissing) as error:
+        remedy = "; `mergeyard measure` writes such a file" if isinstance(error, ObjectMissing) else ""
+        raise BadInput(f"{place}: {error}{remedy}") from error
+
+
+def _check_shapes(grams: Mapping[str, GramTensor], tensor: TensorMerge, place: str) -> None:
+    (first, gram), *others = grams.items()
+    for name, other in others:
+        if other.shape != gram.shape:
+            raise BadInput(
+                f"{place}: the Gram matrices of {tensor.name} are {list(gram.shape)} for {first} and"
+                f" {list(other.shape)} for {name}; measure both with the same --block"
+            )
+    if not is_for(gram.shape, tensor.shape[-1]):
+        raise BadInput(
+            f"{place}: the Gram matrix of {tensor.name} is {list(gram.shape)} and the tensor {list(tensor.shape)}; give"
+            f" the Gram matrices of {first}: `mergeyard measure` writes them"
+        )
+
+
+def _remarks(tensors: Sequence[TensorMerge]) -> Iterator[str]:
+    """A sentence on the matrices that are merged by their mean."""
+    matrices = [each for each in tensors if len(each.shape) > 1 and not is_embedding(each.name)]
+    if without := [each.name for each in matrices if not each.grams and not is_head(each.name, {})]:
+        yield f"grams: none for {shortlist(without)}; regmean takes their weighted mean"

@@ -1,0 +1,99 @@
+"""The file of Gram matrices: XᵀX / tokens of the inputs of a model's linear layers, as float32 tensors.
+
+A tensor is named by the weights whose inputs they are, with blanks between: q, k and v share one, and so do gate and
+up. It is of (blocks, size, size): the channels, cut into parts of `size`, are correlated within a part alone, and zeros
+fill the last. The metadata has the digest of each.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.errors import BadInput, CorruptData
+from jobs.merge_tasks import GramTensor, Parent, ParentFile, digest
+from workers.checkpoints.safetensors import header_bytes, read_header, read_metadata
+from workers.digests import digest_of
+from workers.storage import open_store
+
+DIGESTS = "digests"
+"""The key of the metadata that holds the digests, as JSON."""
+
+Matrix = NDArray[np.float32]
+
+
+@dataclass(frozen=True, eq=False)
+class GramFile:
+    """A pinned file, the place of the Gram matrix of each weight, and the digest of all of them."""
+
+    parent: Parent
+    digest: str
+    tensors: Mapping[str, GramTensor]
+
+    @property
+    def bytes(self) -> int:
+        """The bytes of all matrices."""
+        return sum(each.end - each.start for each in set(self.tensors.values()))
+
+
+def grams_bytes(grams: Mapping[tuple[str, ...], Matrix], metadata: Mapping[str, str]) -> list[bytes]:
+    """The file in parts, from the matrix for each group of weights; equal inputs give equal bytes."""
+    named = {" ".join(weights): np.ascontiguousarray(matrix, "<f4") for weights, matrix in sorted(grams.items())}
+    digests = {name: _digest(matrix) for name, matrix in named.items()}
+    header = header_bytes(
+        [(name, "F32", matrix.shape) for name, matrix in named.items()],
+        {**metadata, DIGESTS: json.dumps(digests, separators=(",", ":"))},
+    )
+    return [header, *(matrix.tobytes() for matrix in named.values())]
+
+
+def digest_of_grams(grams: Mapping[tuple[str, ...], Matrix]) -> str:
+    """The digest of the matrices, without the metadata, as `GramFile` has it."""
+    return digest(sorted([" ".join(weights), _digest(matrix)] for weights, matrix in grams.items()))
+
+
+def _digest(matrix: Matrix) -> str:
+    return digest_of(np.ascontiguousarray(matrix, "<f4").data.cast("B"))
+
+
+def is_for(shape: tuple[int, ...], channels: int) -> bool:
+    """Whether a Gram matrix of that shape is that of so many input channels."""
+    blocks, size, other = shape
+    return size == other and blocks == math.ceil(channels / max(size, 1))
+
+
+def open_grams(url: str) -> GramFile:
+    """The file at a URL, of which the header alone is read. `BadInput` if it is another, `CorruptData` if damaged."""
+    folder, _, name = url.rpartition("/")
+    if not name.endswith(".safetensors"):
+        raise BadInput(f"{url}: a file of Gram matrices ends in .safetensors; give its whole path")
+    store = open_store(folder or url.removesuffix(name) or ".")
+    info = store.locate(name)
+    where, other = f"{store.pinned_url}/{name}", "give a file of `mergeyard measure`"
+    entries = read_header(store, info)
+    try:
+        digests = json.loads(read_metadata(store, info).get(DIGESTS, "{}"))
+    except ValueError as error:
+        raise CorruptData(f"{where}: its digests are not JSON; {other}") from error
+    tensors: dict[str, GramTensor] = {}
+    for entry in entries:
+        if entry.dtype != "F32" or len(entry.shape) != 3 or not isinstance(digests.get(entry.name), str):
+            raise BadInput(f"{where}: {entry.name} is not a Gram matrix with its digest; {other}")
+        gram = GramTensor(entry.name, entry.shape, entry.start, entry.end, digests[entry.name])
+        tensors |= dict.fromkeys(entry.name.split(" "), gram)
+    content = digest(sorted([entry.name, digests[entry.name]] for entry in entries))
+    return GramFile(Parent(store.pinned_url, (ParentFile(info.key, info.size, info.etag),)), content, tensors)
+
+
+def read_gram(parent: Parent, gram: GramTensor) -> Matrix:
+    """One matrix, blocks × size × size. `CorruptData` if it is damaged, `ObjectChanged` if the file changed."""
+    store, (file,) = open_store(parent.url), parent.files
+    data = bytes(store.read(file.key, start=gram.start, length=gram.end - gram.start, etag=file.etag))
+    if digest_of(data, like=gram.digest) != gram.digest:
+        raise CorruptData(f"{parent.url}/{file.key}: {gram.name} is damaged; fetch the file again, or measure again")
+    return np.frombuffer(data, "<f4").reshape(gram.shape)
