@@ -278,19 +278,34 @@ def parser() -> argparse.ArgumentParser:
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
     completion.set_defaults(command_line=parser)
 
-    activations = _verb(verbs, "activations", "read texts with a model, and write the statistics that `aim:` needs")
-    activations.add_argument("model", metavar="MODEL", help="folder or URL of a checkpoint: the base of the merges")
-    activations.add_argument(
-        "texts", metavar="TEXTS", nargs="?", help="a text file, or JSONL with a `text` a line; default: bundled prose"
+    measure = _verb(verbs, "measure", "read texts with a model, and write statistics for `grams:` or `aim:`")
+    measure.add_argument("model", metavar="MODEL", help="folder or URL of a checkpoint: a parent, or the base for aim")
+    measure.add_argument("out", metavar="OUT", help="path or URL of the file, which ends in .safetensors")
+    measure.add_argument(
+        "--text",
+        metavar="FILE",
+        help="a text file, or JSONL with a `text` or the `messages` of a chat a line; default: bundled prose",
     )
-    activations.add_argument("out", metavar="OUT", help="path or URL of the file, which ends in .safetensors")
-    activations.add_argument("--count", type=int, default=256, metavar="N", help="most texts to read; default 256")
-    activations.add_argument("--tokens", type=int, default=512, metavar="N", help="most tokens of a text; default 512")
-    activations.add_argument(
+    measure.add_argument(
+        "--what",
+        choices=("grams", "means"),
+        default="grams",
+        help="grams (default): products of the inputs of linear layers, for regmean; means: mean |x|, for aim",
+    )
+    measure.add_argument("--count", type=int, default=256, metavar="N", help="most texts to read; default 256")
+    measure.add_argument("--tokens", type=int, default=512, metavar="N", help="most tokens of a text; default 512")
+    measure.add_argument(
+        "--block",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="most channels of a block, for inputs wider than the hidden states; default 1024",
+    )
+    measure.add_argument(
         "--device", default="auto", help="device that reads: cpu, cuda, cuda:1 …; auto (default): a GPU if there is one"
     )
-    activations.add_argument("--json", action="store_true", help="print the result as JSON")
-    _quiet(activations)
+    measure.add_argument("--json", action="store_true", help="print the result as JSON")
+    _quiet(measure)
 
     diff = _verb(verbs, "diff", "compare two checkpoints, tensor by tensor")
     diff.add_argument("a", metavar="A", help="folder or URL of a checkpoint")

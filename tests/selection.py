@@ -43,7 +43,7 @@ SLOW = (
     "tests/infra",
     "tests/orchestrator/cluster/test_ray",
     "tests/orchestrator/cluster/test_shipment.py::test_a_dashboard_that_does_not_answer",
-    "tests/orchestrator/commands/test_activations.py",
+    "tests/orchestrator/commands/test_measure.py",
     "tests/orchestrator/commands/test_completion.py::test_bash",
     "tests/orchestrator/evaluating/test_confirming.py",
     "tests/orchestrator/evaluating/test_forecast.py::test_the_answers_of_the_parents",

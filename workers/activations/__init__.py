@@ -1,1 +1,1 @@
-"""The activations of a model that reads texts, for AIM."""
+"""Statistics of the activations of a model that reads texts, for AIM and regmean."""

@@ -1,41 +1,49 @@
-"""The file of statistics for AIM: from a model and texts, anywhere, to a file anywhere."""
+"""A file of statistics: from a model and texts, anywhere, to a file anywhere."""
 
 from __future__ import annotations
 
 import json
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
 from jobs.errors import BadInput, writing
 from jobs.merge_tasks import Parent, ParentFile
-from workers.activations.measuring import Ids, measure
+from workers.activations.measuring import Ids, measure, measure_grams
 from workers.benchmarks.planned import Reader
+from workers.benchmarks.texts.chat_template import ChatTemplate
 from workers.benchmarks.texts.haystacks import bundled_text
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.checkpoints.activations import activations_bytes, digest_of_means, split_url
 from workers.checkpoints.configs import completed, context_length, text_fields
 from workers.checkpoints.fetching import fetch
+from workers.checkpoints.grams import digest_of_grams, grams_bytes
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.checkpoints.side_files import is_code
 from workers.methods.aim import overshadowed, relative
 from workers.storage import open_store
 
+Kind = Literal["grams", "means"]
+"""Gram matrices for regmean, or mean |x| for AIM."""
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
-    """A file of statistics that was written, and the tensors that AIM leaves as they are, or nearly.
+    """A file of statistics that was written, and the tensors that it has nothing of, or little.
 
-    `without`: no inputs were seen; `unreached`: experts that no token has reached; `overshadowed`: one activation is so
-    large that the others hardly count.
+    `without`: there are no statistics; `unreached`: experts that no token has reached; `overshadowed`: one activation
+    is so large that the others hardly count in AIM.
     """
 
     file: str
+    kind: Kind
     digest: str
     bytes: int
     tensors: int
@@ -43,24 +51,27 @@ class Made:
     tokens: int
     seconds: float
     without: tuple[str, ...]
-    unreached: tuple[str, ...]
-    overshadowed: tuple[str, ...]
+    unreached: tuple[str, ...] = ()
+    overshadowed: tuple[str, ...] = ()
 
 
-def make_activations(
+def make_statistics(
     model: str,
     texts: str | None,
     out: str,
     *,
+    kind: Kind,
     count: int,
     most: int,
+    block: int,
     device: str,
     progress: Callable[[int, int], None] = lambda _, __: None,
 ) -> Made:
     """Reads at most `count` texts of at most `most` tokens with a model, and writes the statistics to `out`.
 
     A text is cut to the context of the model too. `texts` is the path or URL of a text or of JSONL; None is the bundled
-    prose. An existing file is never replaced. `BadInput` for inputs that do not fit together.
+    prose. `block` is the most channels of a block of a Gram matrix. An existing file is never replaced. `BadInput` for
+    inputs that do not fit together.
     """
     where, name = split_url(out)
     target = open_store(where)
@@ -68,7 +79,7 @@ def make_activations(
     if any(info.key == name for info in target.list()):
         raise BadInput(f"{out}: there is such a file already; give another name")
     checkpoint = open_checkpoint(model, "model")
-    with tempfile.TemporaryDirectory(prefix="mergeyard-activations-") as room:
+    with tempfile.TemporaryDirectory(prefix="mergeyard-measure-") as room:
         folder = Path(checkpoint.url)
         if not folder.is_dir():
             folder = Path(room)
@@ -77,24 +88,52 @@ def make_activations(
         ids = _texts(Tokenizer.from_folder(folder), texts, count, longest)
         _check_tokens(ids, checkpoint)
         started = time.monotonic()
-        measured = measure(folder, checkpoint.shapes, ids, device, lambda number: progress(number, len(ids)))
-        seconds = time.monotonic() - started
-    read = {"texts": texts or "bundled", "texts_read": str(len(ids)), "tokens": str(measured.tokens)}
-    data = activations_bytes(measured.means, {"model": checkpoint.url, **read})
+        tokens = sum(map(len, ids))
+        read = {"texts": texts or "bundled", "texts_read": str(len(ids)), "tokens": str(tokens)}
+        parts, found = _measured(folder, checkpoint, ids, kind, block, device, lambda at: progress(at, len(ids)), read)
     with writing():
-        target.write(name, data, mode="create")
+        target.write(name, b"".join(parts), mode="create")
     return Made(
         file=f"{target.url}/{name}",
-        digest=digest_of_means(measured.means),
-        bytes=len(data),
-        tensors=len(measured.means),
+        kind=kind,
+        bytes=sum(map(len, parts)),
         texts=len(ids),
-        tokens=measured.tokens,
-        seconds=round(seconds, 3),
-        without=measured.without,
-        unreached=measured.unreached,
-        overshadowed=tuple(name for name, means in measured.means.items() if overshadowed(relative(means))),
+        tokens=tokens,
+        seconds=round(time.monotonic() - started, 3),
+        **found,
     )
+
+
+def _measured(
+    folder: Path,
+    checkpoint: Checkpoint,
+    ids: Sequence[Ids],
+    kind: Kind,
+    block: int,
+    device: str,
+    progress: Callable[[int], None],
+    read: Mapping[str, str],
+) -> tuple[list[bytes], dict[str, Any]]:
+    """The parts of the file, and the fields of `Made` that depend on its kind."""
+    metadata = {"model": checkpoint.url, **read}
+    if kind == "grams":
+        measured = measure_grams(folder, checkpoint.shapes, ids, device, block, progress)
+        if not measured.grams:
+            raise BadInput(f"{checkpoint.url}: none of its layers is a torch.nn.Linear; regmean cannot merge it")
+        digest, tensors = digest_of_grams(measured.grams), len(measured.grams)
+        return grams_bytes(measured.grams, metadata), {
+            "digest": digest,
+            "tensors": tensors,
+            "without": measured.without,
+        }
+    means = measure(folder, checkpoint.shapes, ids, device, progress)
+    return [activations_bytes(means.means, metadata)], {
+        "digest": digest_of_means(means.means),
+        "tensors": len(means.means),
+        "without": means.without,
+        "unreached": means.unreached,
+        "overshadowed": tuple(name for name, each in means.means.items() if overshadowed(relative(each))),
+    }
 
 
 def _needed(checkpoint: Checkpoint) -> Parent:
@@ -143,21 +182,53 @@ def pieces_of(tokenizer: Tokenizer, text: str, count: int, most: int) -> list[Id
 def lines_of(tokenizer: Tokenizer, lines: str, count: int, most: int, place: str) -> list[Ids]:
     """The first `count` texts of a JSONL file, each cut after `most` tokens; empty ones are passed over.
 
-    A line is a text, or an object with a `text`; `BadInput` for another.
+    A line is a text, an object with a `text`, or one with the `messages` of a chat, which the chat template of the
+    model renders; `BadInput` for another.
     """
-    found: list[Ids] = []
+    with ExitStack() as stack:
+        chats: list[ChatTemplate] = []
+
+        def rendered(messages: Sequence[Mapping[str, str]]) -> list[int]:
+            if not chats:
+                template = ChatTemplate(_template(tokenizer), tokenizer.special_tokens, tokenizer.place)
+                chats.append(stack.enter_context(template))
+            return tokenizer.as_bare().encode(chats[0].render(messages, open_turn=False))
+
+        texts = (
+            rendered(text) if isinstance(text, list) else tokenizer.encode(text)
+            for text in _entries(lines, place)
+            if not isinstance(text, str) or text.strip()
+        )
+        return [ids[:most] for ids in islice(texts, count)]
+
+
+def _entries(lines: str, place: str) -> Iterator[str | list[Any]]:
+    """The text or the messages of each line."""
     for number, line in enumerate(lines.splitlines(), start=1):
-        if len(found) == count:
-            break
         if not line.strip():
             continue
         try:
             entry: Any = json.loads(line)
         except ValueError:
             entry = None
-        text = entry.get("text") if isinstance(entry, dict) else entry
-        if not isinstance(text, str):
-            raise BadInput(f'{place}:{number}: not a line such as {{"text": "…"}}; give JSONL, or prose as a .txt file')
-        if text.strip():
-            found.append(tokenizer.encode(text)[:most])
-    return found
+        text = entry.get("text", entry.get("messages")) if isinstance(entry, dict) else entry
+        if isinstance(text, str) or _is_chat(text):
+            yield text
+            continue
+        raise BadInput(
+            f'{place}:{number}: not a line such as {{"text": "…"}} or {{"messages": [{{"role": "user", "content":'
+            ' "…"}]}; give JSONL, or prose as a .txt file'
+        )
+
+
+def _is_chat(value: Any) -> TypeGuard[list[Any]]:
+    return isinstance(value, list) and all(
+        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+        for each in value
+    )
+
+
+def _template(tokenizer: Tokenizer) -> str:
+    if tokenizer.chat_template is None:
+        raise BadInput(f"{tokenizer.place}: the checkpoint has no chat template; give its texts as lines with a `text`")
+    return tokenizer.chat_template

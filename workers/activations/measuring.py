@@ -1,4 +1,4 @@
-"""Statistics for AIM: a model reads texts, and the mean |x| of every input channel of its weights is kept.
+"""Statistics of the inputs of a model's weights while it reads texts: mean |x| for AIM, or XᵀX / tokens for regmean.
 
 Inputs are seen by hooks on the modules that have a `weight`, and those of experts that are stored in one tensor by
 looking at the products in their module. transformers itself gives the statistics the names of the checkpoint: they go
@@ -57,13 +57,10 @@ def measure(
 
     model = _loaded(folder).to(device)
     seen = _Seen(model)
-    with torch.inference_mode(), seen.products:
-        for number, ids in enumerate(texts, start=1):
-            model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
-            progress(number)
+    with seen.products:
+        _read(model, texts, device, progress)
     state = dict(seen.means(model))
-    if broken := [name for name, values in state.items() if not values.isfinite().all()]:
-        raise BadInput(f"{folder}: the inputs of {broken[0]} are NaN or infinite; give a model that reads these texts")
+    _check_finite(folder, {name: bool(values.isfinite().all()) for name, values in state.items()})
     with torch.inference_mode():
         converted: Mapping[str, Tensor] = revert_weight_conversion(model, state)
     means = {
@@ -78,6 +75,89 @@ def measure(
         without=tuple(name for name in matrices if name not in means),
         unreached=tuple(name for name in means if not means[name].any()),
     )
+
+
+@dataclass(frozen=True, eq=False)
+class MeasuredGrams:
+    """XᵀX / tokens for each group of weights with the same inputs, as `workers.checkpoints.grams` stores it.
+
+    `without` are the matrices of the checkpoint that have none: experts, and weights that are stored transposed.
+    """
+
+    grams: Mapping[tuple[str, ...], NDArray[np.float32]]
+    tokens: int
+    without: tuple[str, ...]
+
+
+def measure_grams(
+    folder: Path,
+    shapes: Mapping[str, Sequence[int]],
+    texts: Sequence[Ids],
+    device: str,
+    most: int,
+    progress: Callable[[int], None] = lambda _: None,
+) -> MeasuredGrams:
+    """Reads texts as `measure` does, and returns the Gram matrices of the inputs of the linear layers.
+
+    Inputs wider than the model's hidden states are cut into the fewest equal parts of at most `most` channels. Products
+    are in float32 over the tokens of one text, and summed over the texts in float64. Layers whose input is one and the
+    same tensor share their matrix. The embeddings and the head have none. `BadInput` as of `measure`.
+    """
+    import torch
+
+    model = _loaded(folder).to(device)
+    hidden = model.config.get_text_config().hidden_size
+    sums: dict[str, Tensor] = {}
+    groups: dict[str, list[str]] = {}
+    last: list[Any] = [None, ""]
+
+    def hook(name: str, _: nn.Module, args: Sequence[Any]) -> None:
+        x = args[0]
+        owner = last[1] if x is last[0] else name
+        last[:] = [x, owner]
+        if name not in groups.setdefault(owner, []):
+            groups[owner].append(name)
+        if owner != name:
+            return
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        channels = rows.shape[1]
+        blocks = 1 if channels <= hidden else -(-channels // most)
+        size = -(-channels // blocks)
+        if name not in sums:
+            sums[name] = torch.zeros(blocks, size, size, dtype=torch.float64, device=rows.device)
+        for block, part in zip(sums[name], rows.split(size, dim=1), strict=True):
+            block[: part.shape[1], : part.shape[1]] += part.T @ part
+
+    for name, module in model.named_modules():
+        weight = f"{name}.weight"
+        if isinstance(module, torch.nn.Linear) and weight in shapes and not is_head(weight, {}):
+            module.register_forward_pre_hook(partial(hook, weight))
+    _read(model, texts, device, progress)
+    tokens = sum(map(len, texts))
+    grams = {
+        tuple(sorted(groups[name])): ((total + total.mT) / (2 * tokens)).float().cpu().numpy()
+        for name, total in sums.items()
+    }
+    _check_finite(folder, {weights[0]: bool(np.isfinite(gram).all()) for weights, gram in grams.items()})
+    found = {weight for weights in grams for weight in weights}
+    matrices = [
+        name for name, shape in shapes.items() if len(shape) > 1 and not is_embedding(name) and not is_head(name, {})
+    ]
+    return MeasuredGrams(grams, tokens, tuple(name for name in matrices if name not in found))
+
+
+def _read(model: nn.Module, texts: Sequence[Ids], device: str, progress: Callable[[int], None]) -> None:
+    import torch
+
+    with torch.inference_mode():
+        for number, ids in enumerate(texts, start=1):
+            model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)
+            progress(number)
+
+
+def _check_finite(folder: Path, finite: Mapping[str, bool]) -> None:
+    if broken := [name for name, holds in finite.items() if not holds]:
+        raise BadInput(f"{folder}: the inputs of {broken[0]} are NaN or infinite; give a model that reads these texts")
 
 
 def _loaded(folder: Path) -> Any:

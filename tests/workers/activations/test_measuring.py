@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from jobs.errors import BadInput
 from workers.activations.making import lines_of, pieces_of
-from workers.activations.measuring import measure
+from workers.activations.measuring import measure, measure_grams
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.checkpoints.opening import open_checkpoint
 from workers.methods.aim import fits
@@ -121,6 +121,30 @@ def test_a_models_means_are_those_of_its_products_by_hand(tmp_path: Path, tied: 
         assert found[name].reshape(-1) == pytest.approx(means, rel=1e-5), name
 
 
+def test_the_gram_matrices_are_those_of_the_inputs_by_hand(tmp_path: Path):
+    config = transformers.Qwen2Config(**SIZES, tie_word_embeddings=True, dtype="float32")
+    weights = saved(tmp_path, transformers.Qwen2ForCausalLM(config))
+    by_hand = ByHand(weights)
+    for token in TOKENS:
+        by_hand.read(token, weights["model.embed_tokens.weight"])
+    texts = [[token] for token in TOKENS]
+    found = measure_grams(tmp_path, {name: each.shape for name, each in weights.items()}, texts, "cpu", 10)
+    assert (found.tokens, found.without) == (len(TOKENS), ())
+    layers = ("model.layers.0", "model.layers.1")
+    assert found.grams.keys() == {
+        *(tuple(f"{layer}.self_attn.{key}_proj.weight" for key in "kqv") for layer in layers),
+        *((f"{layer}.self_attn.o_proj.weight",) for layer in layers),
+        *((f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight") for layer in layers),
+        *((f"{layer}.mlp.down_proj.weight",) for layer in layers),
+    }
+    for names, gram in found.grams.items():
+        inputs = np.array(by_hand.inputs[names[0]])
+        blocks = np.split(inputs, 3 if "down" in names[0] else 1, axis=1)  # 24 channels are more than 10
+        expected = [block.T @ block / len(TOKENS) for block in blocks]
+        assert gram == pytest.approx(np.array(expected), rel=1e-4, abs=1e-6), names
+        assert (gram == np.swapaxes(gram, 1, 2)).all()
+
+
 def test_experts_are_measured_over_their_own_tokens(tmp_path: Path):
     config = transformers.Qwen3MoeConfig(
         **SIZES,
@@ -136,6 +160,9 @@ def test_experts_are_measured_over_their_own_tokens(tmp_path: Path):
     by_hand = ByHand(weights)
     for token in TOKENS:
         by_hand.read(token, None)
+    shapes = {name: each.shape for name, each in weights.items()}
+    without = measure_grams(tmp_path, shapes, [[token] for token in TOKENS], "cpu", 1024).without
+    assert {*without} == {name for name in weights if ".experts." in name or name.endswith("mlp.gate.weight")}
     found, expected = measured(tmp_path), by_hand.means()
     of_heads = {name for name in weights if "q_norm" in name or "k_norm" in name}
     unreached = {name for name in found if not found[name].any()}
@@ -173,18 +200,21 @@ def test_a_model_that_computes_nan_and_a_class_without_a_loader_are_refused(tmp_
         measure(tmp_path, {}, [[1, 2]], "cpu")
 
 
+def tokenizer_json() -> bytes:
+    """Forty words."""
+    words = {"w" + str(number): number for number in range(40)}
+    return json.dumps(
+        {
+            "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
+            "pre_tokenizer": {"type": "Whitespace"},
+            "added_tokens": [],
+        }
+    ).encode()
+
+
 @pytest.fixture
 def tokenizer() -> Tokenizer:
-    words = {"w" + str(number): number for number in range(40)}
-    return Tokenizer(
-        json.dumps(
-            {
-                "model": {"type": "WordLevel", "vocab": words, "unk_token": "w0"},
-                "pre_tokenizer": {"type": "Whitespace"},
-                "added_tokens": [],
-            }
-        ).encode()
-    )
+    return Tokenizer(tokenizer_json())
 
 
 def test_a_long_text_is_read_in_pieces_over_all_of_it(tokenizer: Tokenizer):
@@ -197,5 +227,13 @@ def test_a_long_text_is_read_in_pieces_over_all_of_it(tokenizer: Tokenizer):
 def test_the_first_lines_are_read_to_their_most_tokens(tokenizer: Tokenizer):
     lines = '{"text": "w1 w2 w3"}\n\n"w4"\n{"text": " "}\n{"text": "w5", "more": 1}\n{"text": "w6"}\n'
     assert lines_of(tokenizer, lines, 3, 2, "texts.jsonl") == [[1, 2], [4], [5]]
+    chat = Tokenizer(
+        tokenizer_json(), chat_template="{% for each in messages %}{{ each.role }} w7 {{ each.content }} {% endfor %}"
+    )
+    messages = [{"role": "w1", "content": "w2"}, {"role": "w3", "content": "w4"}]
+    line = json.dumps({"messages": messages})
+    assert lines_of(chat, f"{line}\n{line}", 9, 5, "texts.jsonl") == [[1, 7, 2, 3, 7]] * 2
+    with pytest.raises(BadInput, match="the checkpoint has no chat template; give its texts as lines with a `text`"):
+        lines_of(tokenizer, line, 9, 5, "texts.jsonl")
     with pytest.raises(BadInput, match=r"^texts.jsonl:2: not a line such as"):
         lines_of(tokenizer, '"w1"\n{"prompt": "w2"}\n', 9, 2, "texts.jsonl")

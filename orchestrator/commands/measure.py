@@ -1,4 +1,4 @@
-"""`mergeyard activations MODEL [TEXTS] OUT`."""
+"""`mergeyard measure MODEL OUT`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from orchestrator.commands.inputs import print_json, watched
 from orchestrator.words import shortlist
 
 
-def activations(options: argparse.Namespace) -> int:
-    """`mergeyard activations MODEL [TEXTS] OUT`."""
-    from workers.activations.making import make_activations
+def measure(options: argparse.Namespace) -> int:
+    """`mergeyard measure MODEL OUT`."""
+    from workers.activations.making import make_statistics
 
-    for option in ("count", "tokens"):
+    for option in ("count", "tokens", "block"):
         if getattr(options, option) < 2:
             raise BadInput(f"--{option}: a whole number from 2 on, not {getattr(options, option)}")
 
@@ -24,12 +24,14 @@ def activations(options: argparse.Namespace) -> int:
         if watched(options):
             print(f"\r{number} of {texts} texts", end="\n" if number == texts else "", file=sys.stderr, flush=True)
 
-    made = make_activations(
+    made = make_statistics(
         options.model,
-        options.texts,
+        options.text,
         options.out,
+        kind=options.what,
         count=options.count,
         most=options.tokens,
+        block=options.block,
         device=named_device(options.device),
         progress=progress,
     )
@@ -39,7 +41,9 @@ def activations(options: argparse.Namespace) -> int:
     if not options.quiet:
         print(f"{made.file}: {made.tensors} tensors, {made.bytes:,} bytes, {made.digest}")
         print(f"read {made.tokens:,} tokens in {made.texts} texts, in {made.seconds:.1f} s")
-    if made.without:
+    if made.without and made.kind == "grams":
+        print(f"{shortlist(made.without)} are not linear layers of torch; regmean takes their weighted mean")
+    elif made.without:
         print(f"no inputs were seen of {shortlist(made.without)}; aim leaves them as they are merged")
     if made.unreached:
         print(f"no token has reached {shortlist(made.unreached)}; aim leaves them as they are merged")

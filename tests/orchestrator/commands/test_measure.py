@@ -1,4 +1,4 @@
-"""`mergeyard activations`: a file of statistics that a merge takes, the same again, and inputs that are refused."""
+"""`mergeyard measure`: a file of statistics that a merge takes, the same again, and inputs that are refused."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from safetensors.torch import load_file
 
 from tests.orchestrator.models import HEAD, HIDDEN, weights, write_model
 from workers.checkpoints.activations import open_activations
+from workers.checkpoints.grams import open_grams
 from workers.storage import open_store
 
 Mergeyard = Callable[..., Any]
+
+MEANS = ("--what", "means", "--device", "cpu")
 
 WORDS = {
     "model": {"type": "WordLevel", "vocab": {f"w{number}": number for number in range(48)}, "unk_token": "w0"},
@@ -40,7 +43,7 @@ def texts(tmp_path: Path) -> Path:
 
 def test_a_merge_takes_the_statistics_that_were_written(mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path):
     file = tmp_path / "stats" / "base.safetensors"
-    ended = mergeyard("activations", base, texts, file, "--count", 10, "--tokens", 6, "--device", "cpu", "--json")
+    ended = mergeyard("measure", base, file, "--text", texts, "--count", 10, "--tokens", 6, *MEANS, "--json")
     assert ended.code == 0, ended.err
     assert (ended.facts["texts"], ended.facts["tokens"]) == (10, 60)
     assert (ended.facts["without"], ended.facts["unreached"]) == ([], [])
@@ -66,7 +69,7 @@ def test_a_merge_takes_the_statistics_that_were_written(mergeyard: Mergeyard, ba
 def test_the_bundled_text_is_read_and_gives_the_same_bytes_again(mergeyard: Mergeyard, base: Path, tmp_path: Path):
     files = [tmp_path / f"{name}.safetensors" for name in ("one", "two")]
     for file in files:
-        ended = mergeyard("activations", base, file, "--count", 3, "--tokens", 32, "--device", "cpu")
+        ended = mergeyard("measure", base, file, "--count", 3, "--tokens", 32, *MEANS)
         assert ended.code == 0, ended.err
         assert "read 96 tokens in 3 texts" in ended.out
     assert files[0].read_bytes() == files[1].read_bytes()
@@ -74,14 +77,49 @@ def test_the_bundled_text_is_read_and_gives_the_same_bytes_again(mergeyard: Merg
         assert found.get_tensor(HEAD).shape == (1, HIDDEN)
 
 
+def test_a_merge_takes_the_gram_matrices_that_were_written(
+    mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path
+):
+    file = tmp_path / "base-grams.safetensors"
+    ended = mergeyard("measure", base, file, "--text", texts, "--device", "cpu", "--block", 20, "--json")
+    assert ended.code == 0, ended.err
+    assert (ended.facts["texts"], ended.facts["tensors"], ended.facts["without"]) == (12, 8, [])
+    assert ended.facts["digest"] == open_grams(str(file)).digest
+    assert ended.facts["bytes"] == file.stat().st_size
+    again = tmp_path / "again.safetensors"
+    assert mergeyard("measure", base, again, "--text", texts, "--device", "cpu", "--block", 20, "-q").code == 0
+    assert file.read_bytes() == again.read_bytes()
+    cos = write_model(base.parent / "cos", weights("cos"), tokenizer=WORDS)
+    document = tmp_path / "regmean.yml"
+    document.write_text(
+        f"merge_method: regmean\nmodels: [{{model: {base}}}, {{model: {cos}}}]\n"
+        f"grams: {{{base}: {file}, {cos}: {again}}}\ndtype: float32\n"
+    )
+    ended = mergeyard("merge", document, tmp_path / "out", "-q")
+    assert ended.code == 0, ended.err
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in merged.items():  # equal matrices give the mean
+        mean = (weights("base")[name].double() + weights("cos")[name].double()) / 2
+        assert tensor.double().numpy() == pytest.approx(mean.numpy(), rel=1e-5, abs=1e-6), name
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("{base}", "{here}/texts.jsonl", "{here}/out"), "a file of activations ends in .safetensors; give its whole"),
-        (("{base}", "{here}/texts.jsonl", "{here}/there.safetensors"), "there is such a file already; give another"),
-        (("{base}", "{here}/no.jsonl", "{here}/out.safetensors"), "no.jsonl cannot be read"),
-        (("{base}", "{here}/empty.txt", "{here}/out.safetensors"), "empty.txt: there is no text in it; give prose as"),
-        (("{here}", "{here}/texts.jsonl", "{here}/out.safetensors"), "parent model ("),
+        (
+            ("{base}", "{here}/out", "--text", "{here}/texts.jsonl"),
+            "a file of activations ends in .safetensors; give its whole",
+        ),
+        (
+            ("{base}", "{here}/there.safetensors", "--text", "{here}/texts.jsonl"),
+            "there is such a file already; give another",
+        ),
+        (("{base}", "{here}/out.safetensors", "--text", "{here}/no.jsonl"), "no.jsonl cannot be read"),
+        (
+            ("{base}", "{here}/out.safetensors", "--text", "{here}/empty.txt"),
+            "empty.txt: there is no text in it; give prose as",
+        ),
+        (("{here}", "{here}/out.safetensors", "--text", "{here}/texts.jsonl"), "parent model ("),
         (("{base}", "{here}/out.safetensors", "--count", "0"), "--count: a whole number from 2 on, not 0"),
     ],
 )
@@ -91,7 +129,7 @@ def test_wrong_inputs_are_refused_in_one_line(
     (tmp_path / "there.safetensors").write_bytes(b"")
     (tmp_path / "empty.txt").write_text(" \n")
     (tmp_path / "out").mkdir()
-    ended = mergeyard("activations", *(part.format(base=base, here=tmp_path) for part in arguments), "--device", "cpu")
+    ended = mergeyard("measure", *(part.format(base=base, here=tmp_path) for part in arguments), "--device", "cpu")
     assert ended.code == 2
     assert message in ended.err
     assert len(ended.err.splitlines()) == 1
@@ -100,14 +138,14 @@ def test_wrong_inputs_are_refused_in_one_line(
 
 def test_a_text_is_cut_to_the_context_of_the_model(mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path):
     write_model(base, weights("base"), config={"max_position_embeddings": 4}, tokenizer=WORDS)
-    ended = mergeyard("activations", base, texts, tmp_path / "out.safetensors", "--device", "cpu", "--json")
+    ended = mergeyard("measure", base, tmp_path / "out.safetensors", "--text", texts, *MEANS, "--json")
     assert ended.facts["tokens"] == 12 * 4
 
 
 def test_tokens_without_embeddings_are_refused(mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path):
     words = {**WORDS, "model": {**WORDS["model"], "vocab": {f"w{number}": number + 8 for number in range(48)}}}
     write_model(base, weights("base"), tokenizer=words)
-    ended = mergeyard("activations", base, texts, tmp_path / "out.safetensors", "--device", "cpu")
+    ended = mergeyard("measure", base, tmp_path / "out.safetensors", "--text", texts, *MEANS)
     assert ended.code == 2
     assert "the texts have token 55, and the model 48 rows of embeddings; give a checkpoint with its own" in ended.err
 
@@ -116,10 +154,10 @@ def test_model_texts_and_file_may_lie_in_a_bucket(
     mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path, s3_url: str
 ):
     local = tmp_path / "here.safetensors"
-    assert mergeyard("activations", base, texts, local, "--device", "cpu", "-q").code == 0
+    assert mergeyard("measure", base, local, "--text", texts, *MEANS, "-q").code == 0
     for file in (*base.iterdir(), texts):
         open_store(s3_url).write(file.name, file.read_bytes())
     there = f"{s3_url}/stats/there.safetensors"
-    ended = mergeyard("activations", s3_url, f"{s3_url}/{texts.name}", there, "--device", "cpu", "--json")
+    ended = mergeyard("measure", s3_url, there, "--text", f"{s3_url}/{texts.name}", *MEANS, "--json")
     assert ended.code == 0, ended.err
     assert ended.facts["digest"] == open_activations(str(local)).digest == open_activations(there).digest
