@@ -180,6 +180,8 @@ class RecipeTemplate:
         """The recipe at one point, the windows of `trajectories` as the models that they hold."""
         texts = {key: bound_text(text, bindings) for key, text in self.texts.items()}
         texts |= {key: one_of(texts[key], trajectories, self.places[key]) for key in _MODEL_KEYS if key in texts}
+        if self.foreign:
+            texts |= {key: texts[key].removeprefix("torch.") for key in ("dtype", "out_dtype") if key in texts}
         block, template = self.tokenizer, self.chat_template
         source, settings = (
             (texts.get("tokenizer_source"), None) if block is None else block.bind(bindings, trajectories)
@@ -218,6 +220,8 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
     node = node.without_anchors(KEYS)
     reader = Reader(foreign=foreign)
     keys = filled(reader.keys(node, KEYS, ("merge_method",)))
+    if foreign:  # a key without entries is none to mergekit
+        keys = {key: value for key, value in keys.items() if key not in PARTS or value.value}
     texts = {
         key: reader.text(model_name(keys[key]) if key in _MODEL_KEYS else keys[key])
         for key in _TEXT_KEYS

@@ -6,6 +6,7 @@ not known in this package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -18,6 +19,8 @@ from jobs.yaml_nodes import NUMBER, Node, nearest, quoted
 
 LATER: Mapping[str, bool] = {"later": True}
 """Metadata of a field that is newer than the first jobs: at its default it is not in digests, so that those stay."""
+
+_OCTAL = re.compile(r"[-+]?0[0-7]+")
 
 Scalar = Fraction | bool | str
 Gradient = tuple[Fraction, ...] | tuple[bool, ...]
@@ -236,7 +239,7 @@ class Reader:
                 return tuple(entry.boolean() for entry in node.sequence())
             return tuple(self._gradient_value(entry) for entry in node.sequence())
         if node.kind == "number":
-            return node.number()
+            return _unambiguous(node).number()
         if node.kind == "boolean":
             return node.boolean()
         number = _number_in_quotes(node)
@@ -246,7 +249,7 @@ class Reader:
         if node.kind == "string" and isinstance(parsed := self.text(node), Template):
             return parsed
         number = _number_in_quotes(node)
-        return node.number() if number is None else number
+        return _unambiguous(node).number() if number is None else number
 
 
 def filled(keys: Mapping[str, Node]) -> dict[str, Node]:
@@ -277,6 +280,13 @@ def _path_and_revision(node: Node) -> Node:
     if "revision" not in parts or parts["revision"].kind == "nothing":
         return parts["path"]
     return replace(parts["path"], value=f"{parts['path'].string()}@{parts['revision'].string()}")
+
+
+def _unambiguous(node: Node) -> Node:
+    """The node; `BadInput` for a number that YAML 1.1, and so mergekit, reads as an octal one."""
+    if isinstance(node.value, str) and _OCTAL.fullmatch(node.value):
+        raise node.error(f"{node.value} is {int(node.value, 8)} in YAML 1.1; write the number without a leading zero")
+    return node
 
 
 def _number_in_quotes(node: Node) -> Fraction | None:

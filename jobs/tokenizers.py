@@ -117,7 +117,7 @@ class _TokenTemplate:
 
 def tokenizer_template(node: Node, reader: Reader) -> TokenizerTemplate:
     """The block at `node`."""
-    keys = _given(node.mapping(KEYS))
+    keys = _given(reader.keys(node, KEYS))
     tokens = keys["tokens"].mapping() if "tokens" in keys else {}
     pad = keys.get("pad_to_multiple_of")
     return TokenizerTemplate(
@@ -164,7 +164,7 @@ def tokenizer_schema() -> dict[str, Any]:
 
 
 def _token(node: Node, reader: Reader) -> _TokenTemplate | None:
-    keys = {} if node.kind == "nothing" else _given(node.mapping(("source", "force")))
+    keys = {} if node.kind == "nothing" else _given(reader.keys(node, ("source", "force")))
     force = keys["force"].boolean() if "force" in keys else False
     if "source" not in keys:
         if force:

@@ -53,6 +53,34 @@ def test_strange_keys_of_a_document_for_mergekit_are_left_out_and_said():
         recipe_template(load_document(two_models("dtpye: float32\n"), "recipe.yml"), foreign=True)
 
 
+@pytest.mark.parametrize(
+    ("extra", "same", "ignored"),
+    [
+        ("dtype: torch.bfloat16\n", "dtype: bfloat16\n", ()),
+        ("slices: []\nmodules: {}\n", "", ()),
+        (
+            "tokenizer: {source: base, embed_slerp: true}\n",
+            "tokenizer: {source: base}\n",
+            ('recipe.yml:5: "embed_slerp" is not a key here and has no effect',),
+        ),
+    ],
+)
+def test_forms_that_mergekit_takes_are_taken(extra: str, same: str, ignored: tuple[str, ...]) -> None:
+    recipe = recipe_template(load_document(two_models(extra), "recipe.yml"), foreign=True).bind({})
+    assert (recipe, recipe.ignored) == (read(two_models(same)), ignored)
+    with pytest.raises(BadInput):
+        read(two_models(extra))
+
+
+def test_a_number_with_a_leading_zero_is_refused() -> None:
+    """PyYAML, which mergekit reads with, takes it as octal."""
+    assert yaml.safe_load("012") == 10
+    assert "012 is 10 in YAML 1.1; write the number without a leading zero" in refusal(
+        two_models("parameters: {weight: 012}\n")
+    )
+    assert read(two_models("parameters: {weight: 0.12}\n")).parameters["weight"] == Fraction(3, 25)
+
+
 def read(text: str, **bindings: Fraction | str) -> Recipe:
     return recipe_template(load_document(text, "recipe.yml")).bind(bindings)
 
