@@ -14,6 +14,7 @@ import pytest
 import yaml
 
 from tests.conformance import cases, tally, vocabulary_cases
+from tests.conformance.card_documents import CARDS
 from tests.conformance.checkpoints import write_parents
 from tests.conformance.deep_cases import ALIKE, DEEP
 from tests.conformance.generated import GENERATED_METHODS, documents, in_bf16, write_odd_parents
@@ -83,8 +84,8 @@ def mergekit(
     parents: Path, vocabularies: Path, deep: Path, drawn: Mapping[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Answer]:
     """mergekit's answers, by name: to every case and every drawn document, computed in float32; `bit exact NAME` in
-    bfloat16; `refused NAME`; `vocabulary NAME`; `sliced NAME`; `FORM of ARCHITECTURE`; `sharded output` in files of at
-    most 30 kB."""
+    bfloat16; `refused NAME`; `vocabulary NAME`; `sliced NAME`; `card NAME`; `FORM of ARCHITECTURE`; `sharded output` in
+    files of at most 30 kB."""
     if not ORACLE_PYTHON.exists():
         pytest.skip(MISSING)
     merges = [
@@ -103,6 +104,7 @@ def mergekit(
         for name, text in of_vocabularies.items()
     ]
     merges += [Merge(f"{form} of {each}", make(deep / each)) for form, make in DEEP.items() for each in ALIKE]
+    merges += [Merge(f"card {name}", text.replace("PARENTS", str(parents))) for name, text in CARDS.items()]
     sharded = cases.parsed(cases.CASES["linear-bf16"], parents)
     merges.append(Merge("sharded output", sharded, shard_bytes=30_000))
     return run_mergekit(merges, tmp_path_factory.mktemp("mergekit"))

@@ -19,10 +19,10 @@ MISSING = "mergekit's environment .venv-mergekit is not there; `make oracle` ins
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge to ask of mergekit."""
+    """One merge to ask of mergekit: of a document, or of its text."""
 
     name: str
-    document: dict[str, Any]
+    document: dict[str, Any] | str
     seed: int = 0
     shard_bytes: int = 5_000_000_000
 
@@ -41,7 +41,9 @@ def run_mergekit(merges: Sequence[Merge], root: Path) -> dict[str, Answer]:
     tasks = [
         {
             "name": merge.name,
-            "config": yaml.safe_dump(merge.document, sort_keys=False),
+            "config": merge.document
+            if isinstance(merge.document, str)
+            else yaml.safe_dump(merge.document, sort_keys=False),
             "out": str(root / merge.name),
             "seed": merge.seed,
             "shard_bytes": merge.shard_bytes,
