@@ -139,6 +139,10 @@ def _prompt(node: Node) -> str:
     return node.string()
 
 
+METRICS = Reads(
+    lambda node: {task: entry.string() for task, entry in node.mapping().items()},
+    {"type": "object", "additionalProperties": {"type": "string", "minLength": 1}},
+)
 PROMPT_SCHEMA = {"type": "string", "pattern": r"\{haystack\}[\s\S]*\{question\}"}
 ARGUMENTS_SCHEMA = {
     "type": "object",
@@ -283,8 +287,8 @@ class PerplexitySpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LmEvalSpec(AnsweringSpec):
-    """Tasks of lm-evaluation-harness."""
+class HarnessSpec(AnsweringSpec):
+    """The keys of tasks of lm-evaluation-harness."""
 
     tasks: Annotated[tuple[str, ...], "names of tasks or groups, or paths of their YAML files"]
     limit: Annotated[Count | None, "items of each task; without it, all"] = None
@@ -294,6 +298,17 @@ class LmEvalSpec(AnsweringSpec):
     metadata: Annotated[
         Mapping[str, Told], METADATA, "passed to tasks that build their prompts from it, such as max_seq_lengths"
     ] = field(default_factory=dict[str, Told])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LmEvalSpec(HarnessSpec):
+    """Tasks of lm-evaluation-harness; with `metrics`, every item of a task is asked by itself, as a search needs."""
+
+    metrics: Annotated[
+        Mapping[str, str],
+        METRICS,
+        "the metric of each task that counts, as `{arc_easy: acc}`; without it, all that can be a score",
+    ] = field(default_factory=dict[str, str], metadata=LATER)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -355,7 +370,7 @@ class Several:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GuardsSpec(LmEvalSpec):
+class GuardsSpec(HarnessSpec):
     """Tasks of lm-evaluation-harness that no kept point may lose: a point that surely does is out."""
 
     margin: Annotated[Margin, "points of 100 that each task may lose"] = 1.0
@@ -451,6 +466,14 @@ def _checked(spec: Spec, node: Node) -> Spec:
         if spec.field is None:
             raise node.error("json_field compares one field of the answer; name it, as `field: city`")
         raise node.mapping()["field"].error("`field:` has an effect only with `scorer: json_field`; take it out")
+    if isinstance(spec, LmEvalSpec) and spec.metrics:
+        place = node.mapping()["metrics"]
+        for task in spec.metrics.keys() - {*spec.tasks}:
+            raise place.error(f"{quoted(task)} is not a task of `tasks:`{suggestion(task, spec.tasks)}")
+        if missing := [task for task in spec.tasks if task not in spec.metrics]:
+            raise place.error(f"`metrics:` names the metric of every task; add that of {quoted(missing[0])}")
+        if spec.metadata:
+            raise place.error("tasks that make their texts by `metadata:` are asked whole; take `metrics:` out")
     if isinstance(spec, AnsweringSpec) and not spec.temperature:
         for key in ("top_p", "top_k", "samples"):
             if getattr(spec, key) != getattr(GREEDY, key):

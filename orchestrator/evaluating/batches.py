@@ -95,7 +95,14 @@ def searched_cells(asked: Questions, spec: SearchSpec) -> Sets:
     named = [each.metric for each in spec.maximize] + [each.metric for each in spec.at_least]
     benchmarks = {*asked.ranked, *(name.partition("@")[0] for name in named)} & BENCHMARKS.keys()
     for name in sorted(benchmarks):
-        if BENCHMARKS[name].raced is None:
+        key = BENCHMARKS[name].searched
+        whole = [planned for planned in asked.sets.values() if planned.benchmark == name and not planned.length]
+        if key and whole:
+            raise BadInput(
+                f"{whole[0].place}: points are searched on items that they answer one by one; name the metric that"
+                f" counts, as `{key}: {{{whole[0].task}: acc}}`"
+            )
+        if not key and BENCHMARKS[name].raced is None:
             titles = ", ".join(row for row in BENCHMARKS if BENCHMARKS[row].raced is not None)
             raise BadInput(
                 f"{spec.place}: points are searched on items that they answer in small blocks, those of {titles};"

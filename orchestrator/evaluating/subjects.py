@@ -375,9 +375,10 @@ def _check_fit(plan: Plan, layout: Layout, tokenizer: Tokenizer, sets: Sequence[
     if most is not None and longest.length > most:
         scaling = rope(text_fields(layout.config))[1]
         field = "the factor of the RoPE" if scaling and scaling["rope_type"] in STRETCHED else "max_position_embeddings"
+        remedy = "take the task out" if BENCHMARKS[longest.benchmark].searched else "take that length out"
         raise BadInput(
             f"{longest.place}: {longest.task} at {longest.length} tokens is beyond the model's {most};"
-            f" take that length out, or raise {field} in the parents' config"
+            f" {remedy}, or raise {field} in the parents' config"
         )
     engine = plan.job.engine.name
     for entry in sets:

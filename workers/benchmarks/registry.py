@@ -73,6 +73,8 @@ class Benchmark(Generic[Spec]):
     """The tasks of the whole benchmark as published, where a job may ask fewer, or others in their place."""
     raced: Callable[[Spec], tuple[int, int] | None] | None = None
     """(items of each set, neighbours that stay together) in a race; None if points cannot be raced on it."""
+    searched: str = ""
+    """The key with which points are searched on its items, though they cannot be raced on them."""
     depths: Callable[[Spec], int] | None = None
     """The number of depths of a grid in which item i lies at depth i mod that number; None without a grid."""
     position: Callable[[str], int] | None = None
@@ -158,6 +160,7 @@ BENCHMARKS: dict[str, Benchmark[Any]] = {
         answer=answer_lm_eval,
         files=check_task_files,
         rank=1,
+        searched="metrics",
     ),
     "mrcr": Benchmark[MrcrSpec](
         title="MRCR",

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import PLAINLY, Generation, Status
+from jobs.yaml_nodes import quoted, suggestion
 from workers.benchmarks.harness.asking import Asking, RequestCost, generation_settings, request_arguments
 from workers.benchmarks.harness.loading import check_library, errors_of, first_items, in_folder_of, load_tasks, quiet
 from workers.benchmarks.harness.metrics import Rule, Sample, metric_remarks, metric_rules
@@ -60,6 +61,89 @@ class SampleScore:
     sample: int = 0
 
 
+@dataclass(frozen=True, slots=True)
+class OneMetric:
+    """The only metric that is wanted, as `acc` or `exact_match,strict-match`, of these items of one leaf task.
+
+    Items count from 0 in the task's own order, also where a limit takes some of each length.
+    """
+
+    leaf: str
+    metric: str
+    items: range
+
+    def is_of(self, metric: str, filter_: str, filters: int) -> bool:
+        """Whether this is the metric under one of so many filters; without a filter, that of `none` or the only one."""
+        name, _, wanted = self.metric.partition(",")
+        return metric == name and (filter_ == wanted if wanted else filters == 1 or filter_ == "none")
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A leaf task, how many items of it are asked, and the tokens of the longest, with its answer of `new_tokens`."""
+
+    name: str
+    count: int
+    longest: int
+    new_tokens: int
+
+
+def leaves_of(told: Mapping[str, Any], metric: str, tokenizer: Tokenizer, generation: Generation) -> list[Leaf]:
+    """The leaf tasks of the task in `told`, whose keys are the arguments of `sample_scores`, measured without a model.
+
+    `BadInput` for a task that does not exist, whose data are not there, that has no such metric, or that scores texts.
+    """
+    check_library()
+    task, limit = str(told["task"]), told["limit"]
+    with in_folder_of(task), quiet(), ExitStack() as until_then:
+        leaves = load_tasks(task, json.dumps({}), told.get("num_fewshot"))
+        chats: dict[str, _Chat | None] = dict.fromkeys(leaves)
+        if told.get("chat_template") is not None:
+            chats = _chats(leaves, told, tokenizer, until_then)
+        return [
+            _measured(task, leaf, name, metric, first_items(leaf, limit), chats[name], tokenizer, generation, told)
+            for name, leaf in leaves.items()
+        ]
+
+
+def _measured(
+    task: str,
+    leaf: Task,
+    name: str,
+    metric: str,
+    numbers: Sequence[int],
+    chat: _Chat | None,
+    tokenizer: Tokenizer,
+    generation: Generation,
+    told: Mapping[str, Any],
+) -> Leaf:
+    drawn = bool(generation.temperature)
+    samples = _rehearsed(task, leaf, numbers, chat, drawn=drawn)
+    rules, filters = metric_rules(leaf, samples), {sample.filter for sample in samples}
+    one = OneMetric(name, metric, range(len(numbers)))
+    if leaf.OUTPUT_TYPE == "loglikelihood_rolling":
+        raise BadInput(f"lm_eval {task}: it scores whole texts, which are not asked one by one; take another task")
+    known = [title for title in rules if any(one.is_of(title, filter_, len(filters)) for filter_ in filters)]
+    if not known:
+        choices = [title if len(filters) == 1 else f"{title},{filter_}" for title in rules for filter_ in filters]
+        raise BadInput(f"lm_eval {task}: it has no metric {quoted(metric)}{suggestion(metric, choices)}")
+    if rules[known[0]].left_out:
+        raise BadInput(f"lm_eval {task}: {metric_remarks({name: rules})}; name another metric")
+    with errors_of(task):
+        _request(leaf, numbers, chat)
+    texts: list[str] = []
+    most = 0
+    for request in leaf.instances:
+        context, rest = request_arguments(request)
+        if isinstance(rest, str):
+            texts.append(f"{context}{rest}")
+        else:
+            texts.append(str(context))
+            most = max(most, told.get("max_new_tokens") or generation_settings(request, rest, drawn=drawn)[1])
+    longest = max(tokenizer.count_each(texts, special_tokens=chat is None), default=0)
+    return Leaf(name, len(numbers), longest + max(most, 1), most)  # at least the one that vLLM always generates
+
+
 def sample_scores(
     engine: Engine,
     task: str,
@@ -72,6 +156,7 @@ def sample_scores(
     chat: Mapping[str, Any] | None = None,
     generation: Generation = PLAINLY,
     max_new_tokens: int | None = None,
+    one: OneMetric | None = None,
     remark: Callable[[str], None] = lambda text: None,
 ) -> list[SampleScore]:
     """Every item of a task, of a group or of a YAML file of the user's own, scored by lm-evaluation-harness.
@@ -80,14 +165,17 @@ def sample_scores(
     stands before a text without context; `tokenizer` the folder of the tokenizer, which tasks that make their own texts
     are told beside `metadata`. With a `chat_template` in `chat` the prompts are put into it, with its `system` and
     `arguments`; `thoughts` there are those of generated answers. `generation` says how these are answered, and
-    `max_new_tokens` with how many tokens at the most. `remark` gets a line for the user on metrics that are left out or
-    scaled. `BadInput` for a task that does not exist, that samples, whose data are not there or of which no metric can
-    be kept: before the model is asked.
+    `max_new_tokens` with how many tokens at the most. With `one` its items alone are asked, and its metric alone is
+    given, as `leaf:metric`. `remark` gets a line for the user on metrics that are left out or scaled. `BadInput` for a
+    task that does not exist, that samples, whose data are not there or of which no metric can be kept: before the model
+    is asked.
     """
     check_library()
     with in_folder_of(task), quiet(), ExitStack() as until_then:
         told = {**({"tokenizer": str(tokenizer)} if tokenizer is not None else {}), **(metadata or {})}
         leaves = load_tasks(task, json.dumps(told), num_fewshot)
+        if one is not None:
+            leaves = {one.leaf: leaves[one.leaf]}
         chats: dict[str, _Chat | None] = dict.fromkeys(leaves)
         if chat is not None and chat.get("chat_template") is not None and tokenizer is not None:
             chats = _chats(leaves, chat, Tokenizer.from_folder(tokenizer), until_then)
@@ -100,6 +188,8 @@ def sample_scores(
             name: _rehearsed(task, leaf, picked[name], chats[name], drawn=drawn) for name, leaf in leaves.items()
         }
         rules = {name: metric_rules(leaf, rehearsed[name]) for name, leaf in leaves.items()}
+        if one is not None:
+            picked = {one.leaf: picked[one.leaf][one.items.start : one.items.stop]}
         if not any(not rule.left_out for each in rules.values() for rule in each.values()):
             raise BadInput(f"lm_eval {task}: no metric can be kept ({metric_remarks(rules)}); take another task")
         scores: list[SampleScore] = []
@@ -127,10 +217,14 @@ def sample_scores(
             known = rehearsed[name] if generates else []
             rules[name] = metric_rules(leaf, [*known, *(sample for samples, _ in rounds for sample in samples)])
             for number, (samples, costs) in enumerate(rounds):
-                scores += [replace(score, sample=number) for score in _scores_of(name, samples, rules[name], costs)]
+                scores += [
+                    replace(score, sample=number) for score in _scores_of(name, samples, rules[name], costs, one)
+                ]
             if over_long:
                 title = f"{name}:{OVER_LONG}"
                 scores += [SampleScore(title, at, "", float(at in over_long), True, 0, 0.0) for at in picked[name]]
+    if one is not None:
+        return _numbered(task, scores, one, picked[one.leaf])
     if all(score.metric.endswith(f":{OVER_LONG}") for score in scores):
         trouble = f"every item exceeds the model's {engine.max_length} tokens" if scores else metric_remarks(rules)
         remedy = "take another task"
@@ -141,6 +235,17 @@ def sample_scores(
     if remarks := metric_remarks(rules):
         remark(f"lm_eval {task}: {remarks}")
     return scores
+
+
+def _numbered(task: str, scores: Sequence[SampleScore], one: OneMetric, numbers: Sequence[int]) -> list[SampleScore]:
+    """The scores of one metric, whose items count from the first of the task; `BadInput` where an item has none."""
+    place = dict(zip(numbers, one.items, strict=True))
+    found = [replace(score, item=place[score.item]) for score in scores if score.metric == f"{one.leaf}:{one.metric}"]
+    if len({score.item for score in found}) < len(numbers):
+        raise BadInput(
+            f"lm_eval {task}: an item has no {one.metric}, or exceeds the context; take another metric or task"
+        )
+    return found
 
 
 def _answered(
@@ -156,18 +261,8 @@ def _answered(
 
     A request that a task repeats, for a vote, is asked as often where its answers are `drawn`; else it is asked once.
     """
-    from lm_eval.defaults import DEFAULT_OTHER_SEED
-
     with errors_of(task):
-        leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # examples are drawn anew
-        leaf.build_all_requests(
-            samples=list(numbers),
-            rank=0,
-            world_size=1,
-            apply_chat_template=chat is not None,
-            fewshot_as_multiturn=True,
-            chat_template=chat,
-        )
+        _request(leaf, numbers, chat)
     requests: Sequence[Instance] = leaf.instances
     for kind in dict.fromkeys(str(request.request_type) for request in requests):
         alike = [request for request in requests if request.request_type == kind]
@@ -177,6 +272,21 @@ def _answered(
     with errors_of(task):
         leaf.apply_filters()
         return list(_processed(leaf, numbers))
+
+
+def _request(leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None) -> None:
+    """Makes the requests of the items `numbers`, which are then the task's `instances`."""
+    from lm_eval.defaults import DEFAULT_OTHER_SEED
+
+    leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # examples are drawn anew
+    leaf.build_all_requests(
+        samples=list(numbers),
+        rank=0,
+        world_size=1,
+        apply_chat_template=chat is not None,
+        fewshot_as_multiturn=True,
+        chat_template=chat,
+    )
 
 
 def _processed(leaf: Task, numbers: Sequence[int]) -> Iterator[Sample]:
@@ -264,20 +374,24 @@ def _chats(
 
 
 def _scores_of(
-    name: str, samples: Sequence[Sample], rules: Mapping[str, Rule], costs: Mapping[int, RequestCost]
+    name: str,
+    samples: Sequence[Sample],
+    rules: Mapping[str, Rule],
+    costs: Mapping[int, RequestCost],
+    one: OneMetric | None,
 ) -> Iterator[SampleScore]:
-    """The scores of one leaf task; two metrics that come to the same are given once."""
-    several_filters = len({sample.filter for sample in samples}) > 1
+    """The scores of one leaf task, or of one metric of it; two metrics that come to the same are given once."""
+    filters = len({sample.filter for sample in samples})
     for sample in samples:
         cost = costs.get(sample.number, RequestCost())
         found = {
-            rules[metric].title: rules[metric].score(value)
+            rules[metric].title if one is None else one.metric: rules[metric].score(value)
             for metric, value in sample.metrics.items()
-            if not rules[metric].left_out
+            if not rules[metric].left_out and (one is None or one.is_of(metric, sample.filter, filters))
         }
         for title, score in found.items():
             yield SampleScore(
-                metric=f"{name}:{title},{sample.filter}" if several_filters else f"{name}:{title}",
+                metric=f"{name}:{title},{sample.filter}" if filters > 1 and one is None else f"{name}:{title}",
                 item=sample.number,
                 answer=_answer(sample),
                 score=score if cost.finite else 0.0,

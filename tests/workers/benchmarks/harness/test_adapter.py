@@ -17,8 +17,9 @@ import torch
 
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import Generation
-from workers.benchmarks.harness.adapter import SampleScore, sample_scores
+from workers.benchmarks.harness.adapter import OneMetric, SampleScore, leaves_of, sample_scores
 from workers.benchmarks.harness.asking import Asking
+from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Answer, Progress, Prompt
 from workers.engines.transformers_engine import TransformersEngine
 
@@ -131,6 +132,33 @@ def by_metric(scores: list[SampleScore]) -> dict[str, dict[int, float]]:
     for score in scores:
         found.setdefault(score.metric, {})[score.item] = score.score
     return found
+
+
+@pytest.mark.parametrize(("text", "metric"), [(CHOICE, "acc_norm"), (GENERATE, "exact_match")])
+def test_items_that_are_asked_by_themselves_score_as_in_the_whole_task(
+    engine: TransformersEngine, parents: Path, task: Callable[[str], str], text: str, metric: str
+) -> None:
+    path, tokenizer = task(text), Tokenizer.from_folder(parents / "long")
+    [leaf] = leaves_of({"task": path, "limit": 2}, metric, tokenizer, Generation())
+    assert leaf.count == 4, "two of each length"
+    whole = {score.item: score for score in sample_scores(engine, path, 2, beginning=END) if metric in score.metric}
+    assert max(score.tokens for score in whole.values()) / (3 if text == CHOICE else 1) < leaf.longest
+    one = OneMetric(leaf.name, metric, range(1, 3))
+    scores = sample_scores(engine, path, 2, beginning=END, one=one)
+    assert [(score.metric, score.item) for score in scores] == [(f"{leaf.name}:{metric}", item) for item in (1, 2)]
+    third = [*whole][2]
+    assert [score.score for score in scores] == [whole[1].score, whole[third].score]
+    assert [score.tokens for score in scores] == [whole[1].tokens, whole[third].tokens]
+
+
+def test_a_metric_that_a_task_does_not_have_is_refused_before_a_model_is_asked(
+    parents: Path, task: Callable[[str], str]
+) -> None:
+    path, tokenizer = task(CHOICE), Tokenizer.from_folder(parents / "long")
+    with pytest.raises(BadInput, match=r'it has no metric "acc_nrm"; did you mean "acc_norm"\?$'):
+        leaves_of({"task": path, "limit": None}, "acc_nrm", tokenizer, Generation())
+    with pytest.raises(BadInput, match="it scores whole texts, which are not asked one by one; take another task"):
+        leaves_of({"task": task(ROLLING), "limit": None}, "word_perplexity", tokenizer, Generation())
 
 
 def test_choices_score_as_with_the_harness_own_model(
