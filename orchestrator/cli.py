@@ -16,7 +16,7 @@ from types import FrameType
 from typing import Any
 
 from jobs.errors import Interrupted, MergeyardError, printable
-from orchestrator.commands.mergekit_options import OF_EXTRACTION, OF_MOE, add_mergekit_options
+from orchestrator.commands.mergekit_options import OF_EXTRACTION, OF_MOE, add_mergekit_options, add_options_of_evolve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -120,6 +120,25 @@ def parser() -> argparse.ArgumentParser:
     )
     _quiet(merge)
     add_mergekit_options(merge)
+
+    search = _verb(
+        verbs, "search", "search the best merge of a genome, as mergekit-evolve GENOME.yml --storage-path OUT"
+    )
+    search.add_argument("genome", metavar="GENOME.yml", help="a genome of mergekit-evolve, with its tasks")
+    search.add_argument("out", metavar="OUT", help="folder or bucket of the run")
+    search.add_argument("--job", action="store_true", help="print the job that the genome is, and run nothing")
+    search.add_argument("--max-fevals", type=int, default=100, metavar="N", help="points that are asked; default 100")
+    search.add_argument(
+        "--force-population-size", type=int, metavar="N", help="points that are proposed together; default 8"
+    )
+    search.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of the job; default 0")
+    search.add_argument("--vllm", action="store_true", help="answer with vLLM, at any length of context")
+    search.add_argument(
+        "--num-gpus", type=int, metavar="N", help="workers, each with a GPU; default: as many as there are"
+    )
+    search.add_argument("--no-save-final-model", action="store_true", help="search without writing the best merge")
+    _where(search)
+    add_options_of_evolve(search)
 
     extract = _verb(
         verbs, "extract-lora", "make a LoRA adapter of the change of a fine-tuned model, as mergekit-extract-lora"

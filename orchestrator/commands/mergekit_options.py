@@ -71,9 +71,43 @@ OF_MOE = {
 }
 """`moe` takes these in place of the options above of the same name."""
 
+OF_SEARCH = {
+    "--allow-crimes": CHANGES_NOTHING["--allow-crimes"],
+    "--in-memory": "points are always merged in the memory of the workers that ask them",
+    "--i-understand-the-depths-of-the-evils-i-am-unleashing": "no task is refused; judge the best merge by others",
+    "--merge-cuda": "points are merged on the device that asks them",
+    "--no-allow-crimes": "",
+    "--no-in-memory": "points are always merged in the memory of the workers that ask them",
+    "--no-merge-cuda": "points are merged on the device that asks them",
+    "--no-reshard": "",
+    "--no-trust-remote-code": "",
+    "--no-vllm": "",
+    "--no-wandb": "",
+    "--reshard": "tensors are read from the models as they are",
+    "--save-final-model": "",
+    **dict.fromkeys(("-s", "--strategy"), "every worker gets the next block of items as soon as it is free"),
+    "--sigma0": "the next points follow from all scores, on axes with steps",
+    "--trust-remote-code": "no code of a model is run",
+    **dict.fromkeys(("--wandb", "--wandb-project", "--wandb-entity"), "the run has a page, with every point and score"),
+}
+"""`search` takes these options of mergekit-evolve, in place of all above."""
+
+SEARCH_REFUSED = {
+    "--batch-size": "print the job with --job, and give `engine: {options: {batch: N}}`",
+    **dict.fromkeys(
+        ("--load-in-4bit", "--load-in-8bit"),
+        "a merge answers with the weights that are written, not with coarser ones; leave the option out",
+    ),
+    "--storage-path": "give the folder or URL as OUT, after the genome",
+    "--task-search-path": "name the task by the path of its YAML file under `tasks:`",
+    "--timeout": "print the job with --job, and give `budget: {hours: N}` of one worker",
+}
+
 WITH_VALUE = {
     *("--device", "-j", "--num-threads", "--out-shard-size", "--random-seed"),
     *("--lora-merge-cache", "--lora-merge-dtype", "--write-threads"),
+    *("-s", "--strategy", "--sigma0", "--wandb-project", "--wandb-entity", "--batch-size", "--storage-path"),
+    *("--task-search-path", "--timeout"),
 }
 SIZE_IN_MERGEKIT = re.compile(r"(\d+)([kKmMbB])", re.ASCII)
 THOUSANDS = {"k": 10**3, "m": 10**6, "b": 10**9}
@@ -97,15 +131,23 @@ class _Taken(argparse.Action):
 
 def add_mergekit_options(verb: argparse.ArgumentParser, own: Mapping[str, str] = {}) -> None:
     """Adds the options above, those of `own` with other reasons; `changes_nothing` lists those that were given."""
+    _add(verb, {**CHANGES_NOTHING, **own}, REFUSED)
+
+
+def add_options_of_evolve(verb: argparse.ArgumentParser) -> None:
+    """The same for the options of mergekit-evolve."""
+    _add(verb, OF_SEARCH, SEARCH_REFUSED)
+
+
+def _add(verb: argparse.ArgumentParser, reasons: Mapping[str, str], refused: Mapping[str, str]) -> None:
     group = verb.add_argument_group("options of mergekit that change nothing here")
-    reasons = {**CHANGES_NOTHING, **own}
-    for option in dict.fromkeys((*reasons, *REFUSED)):
+    for option in dict.fromkeys((*reasons, *refused)):
         group.add_argument(
             option,
             action=_Taken,
             nargs=None if option in WITH_VALUE else 0,
             metavar="X" if option in WITH_VALUE else None,
-            const=REFUSED[option] if option not in reasons else None,
+            const=refused[option] if option not in reasons else None,
             dest="changes_nothing",
             default=[],
             help=reasons.get(option) or argparse.SUPPRESS,

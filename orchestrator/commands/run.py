@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from jobs.errors import writing
+from jobs.job import Job
 from orchestrator.commands.inputs import print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
 from orchestrator.words import shortlist
@@ -12,13 +14,17 @@ from orchestrator.words import shortlist
 
 def run(options: argparse.Namespace) -> int:
     """`mergeyard run JOB.yaml`: merges, evaluates, judges and keeps the points of a job."""
+    return run_job(*read_job(options), options)
+
+
+def run_job(job: Job, folder: Path, options: argparse.Namespace) -> int:
+    """The same of a job that was read; its relative paths count from `folder`. Returns the exit code."""
     from orchestrator.judging.race import left_by_name
     from orchestrator.merging.driver import drive
     from orchestrator.planning.plan import make_plan
     from orchestrator.report.terminal.run import print_result, result_facts
     from orchestrator.watching import Watcher
 
-    job, folder = read_job(options)
     plan = make_plan(job, relative_to=folder)
     asked = asked_of(plan, folder)
     result = evaluated = verdict = None

@@ -11,6 +11,7 @@ from jobs.errors import BadInput, CorruptData
 from jobs.job import Job
 from jobs.yaml_nodes import quoted
 from workers.checkpoints.adapters import Adapter, open_adapter, with_adapter
+from workers.checkpoints.configs import text_fields
 from workers.checkpoints.opening import AdapterAlone, Checkpoint, Unmergeable, open_as_it_is, open_checkpoint
 
 KINDS = "give a path, or hf://, s3://, gs:// or az://"
@@ -61,6 +62,11 @@ def open_model(reference: str, name: str, place: str) -> Checkpoint:
     if found.unmergeable:
         raise BadInput(found.unmergeable)
     return found
+
+
+def layers_of(reference: str, place: str) -> int:
+    """The number of layers of the model at a reference, by its config; 1 where that has none."""
+    return int(text_fields(open_model(reference, reference, place).config).get("num_hidden_layers", 1))
 
 
 def locate(reference: str, relative_to: Path | None, place: str, *, bare_names: bool) -> tuple[str, str | None]:
