@@ -142,7 +142,7 @@ class Card:
         self.current_stream().synchronize()
 
     def get_device_properties(self, device: Any = None) -> Any:
-        return SimpleNamespace(total_memory=self.total, name="a card that is not there")
+        return SimpleNamespace(total_memory=self.total, name="a card that is not there", uuid="card-0")
 
     def set_per_process_memory_fraction(self, fraction: float, device: Any = None) -> None:
         _numbered(device)

@@ -27,9 +27,9 @@ def open_engine(
         longest = None if model.longest is None else model.longest + 1  # a scored window needs room for one more
         return OpenAIEngine(str(model.url), served, folder, asked_length=longest, **options)
     if model.engine == "vllm":
-        held = model.bytes - sum(tensor.bytes for tensor in model.tensors)
-        if device != "cpu":
-            options.setdefault("gpu_memory_utilization", fraction_beside(0 if model.as_it_is else held, device))
+        if device != "cpu":  # a point is merged beside vLLM, whole, and copied by it
+            held = 0 if model.as_it_is else model.bytes
+            options.setdefault("gpu_memory_utilization", fraction_beside(held, device))
         return _open_vllm(model, folder, weights, task, options)
     from workers.engines.transformers_engine import Limits, TransformersEngine
 

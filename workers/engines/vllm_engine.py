@@ -3,8 +3,8 @@
 vLLM keeps its prefix cache over a change of weights, by decision: asked the same prompt again it would answer with the
 keys and values of the merge before. `swap` therefore always ends by resetting it.
 
-The other half is `vllm_server`. Tensors are handed over one at a time through anonymous memory; the next is merged
-while vLLM loads the last.
+The other half is `vllm_server`. Tensors are handed over one at a time, on a GPU within its memory, else through
+anonymous memory of the host; the next is merged while vLLM loads the last.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from safetensors import safe_open
+from torch.multiprocessing import reductions
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_server
 from workers.engines.decoding import answer_of
 from workers.engines.engine import Answer, Progress, Prompt, check_room, check_window, longest_scored
 from workers.engines.tokenizer import encode_prompt, load_tokenizer
-from workers.engines.vllm_server import NEXT, receive_bytes, receive_message, send_message
+from workers.engines.vllm_server import NEXT, OPENED, gpu_of, receive_bytes, receive_message, send_message
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -331,16 +332,59 @@ def _settings(prompt: Prompt, *, after_thought: bool = False) -> dict[str, Any]:
 
 def _hand_over(workers: Sequence[socket.socket], weights: Iterable[tuple[str, Tensor]]) -> None:
     """Each tensor to every worker that asks for the next; while they load it, the one after is merged."""
+    opens: dict[socket.socket, bool] = {}
     for name, tensor in weights:
-        descriptor = _in_memory(tensor)
         message = {"name": name, "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
+        descriptor: int | None = None
         for worker in workers:
             receive_bytes(worker, len(NEXT))
+            if tensor.device.type != "cpu" and tensor.numel():
+                if worker not in opens:
+                    opens[worker] = _opens(worker, tensor.device)
+                if opens[worker]:
+                    send_message(worker, message | {"shared": _shared(tensor)})
+                    continue
+            if descriptor is None:
+                descriptor = _in_memory(tensor)
             send_message(worker, message, descriptor)
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)
     for worker in workers:
         receive_bytes(worker, len(NEXT))
         send_message(worker, {"end": True})
+    if any(opens.values()):
+        torch.cuda.ipc_collect()
+
+
+def _opens(worker: socket.socket, device: torch.device) -> bool:
+    """Whether a worker can open memory of a GPU: tried with one number, as what is never opened is never freed."""
+    try:
+        probe = _shared(torch.ones(1, device=device))
+    except RuntimeError:
+        return False
+    send_message(worker, {"probe": probe})
+    opened = receive_bytes(worker, len(OPENED)) == OPENED
+    receive_bytes(worker, len(NEXT))
+    return opened
+
+
+def _shared(tensor: Tensor) -> dict[str, Any]:
+    """How another process opens a tensor's memory on a GPU, which stays until that process has dropped it."""
+    parts: Any = reductions.reduce_tensor(tensor.detach().contiguous())[1]
+    _, size, stride, offset, _, _, _, handle, storage_bytes, storage_offset, _, *count, event, waits = parts
+    return {
+        "gpu": gpu_of(tensor.device),
+        "size": list(size),
+        "stride": list(stride),
+        "offset": offset,
+        "handle": handle.hex(),
+        "storage_bytes": storage_bytes,
+        "storage_offset": storage_offset,
+        "counter": count[0].hex(),
+        "counter_offset": count[1],
+        "event": event.hex(),
+        "waits": waits,
+    }
 
 
 def _in_memory(tensor: Tensor) -> int:

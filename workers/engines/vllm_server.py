@@ -3,10 +3,12 @@
 vLLM pins its own torch, so it cannot share ours. This module, alone on the path, imports the standard library, torch
 and vllm, connects to the engine's Unix socket and answers calls: a message is eight bytes of length (big endian) and as
 much JSON, an answer is `{"ok": …}` or `{"error": …}`. Weights come to each of vLLM's workers over a second socket,
-tensor by tensor: a message names the tensor, an anonymous memory file sent beside it holds its bytes, and the worker
-asks for the next.
+tensor by tensor: a message names the tensor, and the worker asks for the next.
 
-On a GPU the bytes cross the bus once, inside vLLM's loader; that path is the same code, not run here for want of a GPU.
+The bytes of a tensor on the worker's own GPU stay there: the message has CUDA's handle of the memory, and vLLM's loader
+copies from it. Other bytes lie in an anonymous memory file that is sent beside the message. Before the first handle the
+engine sends that of a single number, and the worker says whether it can open it: a worker of another GPU, or a
+container that shares no memory, cannot. The handles have not run on a GPU yet.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Iterator
 from typing import Any
 
 HEADER_BYTES = 8
-NEXT = b"n"
+NEXT, OPENED, REFUSED = b"n", b"o", b"r"
 
 
 def send_message(channel: socket.socket, message: dict[str, Any], descriptor: int | None = None) -> None:
@@ -62,12 +64,13 @@ class WeightReceiver:
     """Mixed into vLLM's worker (`worker_extension_cls`); its method is called in every worker process."""
 
     model_runner: Any
+    device: Any
 
     def receive_weights(self, address: str) -> None:
         """Replaces the weights by those from the socket, through vLLM's own loader (it fuses q, k and v)."""
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as channel:
             channel.connect(address)
-            self.model_runner.reload_weights(weights_iterator=_received(channel))
+            self.model_runner.reload_weights(weights_iterator=_received(channel, self.device))
         self._repack_tied_head()
 
     def _repack_tied_head(self) -> None:
@@ -81,7 +84,7 @@ class WeightReceiver:
             head.quant_method.process_weights_after_loading(head)
 
 
-def _received(channel: socket.socket) -> Iterator[tuple[str, Any]]:
+def _received(channel: socket.socket, device: Any) -> Iterator[tuple[str, Any]]:
     import torch
 
     while True:
@@ -89,9 +92,15 @@ def _received(channel: socket.socket) -> Iterator[tuple[str, Any]]:
         message, descriptor = receive_message(channel)
         if message.get("end"):
             return
+        if "probe" in message:
+            channel.sendall(_probed(message["probe"], device))
+            continue
+        shape, dtype = message["shape"], getattr(torch, message["dtype"])
+        if "shared" in message:
+            yield message["name"], _opened(message["shared"], dtype, device)
+            continue
         if descriptor is None:
             raise RuntimeError(message.get("abort", "a tensor came without its bytes"))
-        shape, dtype = message["shape"], getattr(torch, message["dtype"])
         if math.prod(shape) == 0:
             os.close(descriptor)
             yield message["name"], torch.empty(shape, dtype=dtype)
@@ -99,6 +108,50 @@ def _received(channel: socket.socket) -> Iterator[tuple[str, Any]]:
             memory = mmap.mmap(descriptor, 0)
             os.close(descriptor)
             yield message["name"], torch.frombuffer(memory, dtype=dtype).reshape(shape)
+
+
+def _probed(shared: dict[str, Any], device: Any) -> bytes:
+    """Whether this worker can open memory of the engine's GPU."""
+    import torch
+
+    try:
+        return OPENED if _opened(shared, torch.float32, device).tolist() == [1.0] else REFUSED
+    except RuntimeError:
+        traceback.print_exc()
+        return REFUSED
+
+
+def gpu_of(device: Any) -> str:
+    """The name of a GPU that is the same in every process."""
+    import torch
+
+    return str(torch.get_device_module(device).get_device_properties(device).uuid)
+
+
+def _opened(shared: dict[str, Any], dtype: Any, device: Any) -> Any:
+    """A tensor in the memory of another process on the same GPU; torch counts who still uses it."""
+    import torch
+    from torch.multiprocessing import reductions
+
+    if device.type == "cpu" or gpu_of(device) != shared["gpu"]:
+        raise RuntimeError(f"the weights are on GPU {shared['gpu']}, which is not this worker's {device}")
+    return reductions.rebuild_cuda_tensor(
+        torch.Tensor,
+        torch.Size(shared["size"]),
+        tuple(shared["stride"]),
+        shared["offset"],
+        torch.storage.TypedStorage,
+        dtype,
+        device.index,
+        bytes.fromhex(shared["handle"]),
+        shared["storage_bytes"],
+        shared["storage_offset"],
+        False,
+        bytes.fromhex(shared["counter"]),
+        shared["counter_offset"],
+        bytes.fromhex(shared["event"]),
+        shared["waits"],
+    )
 
 
 class Server:

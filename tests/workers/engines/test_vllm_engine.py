@@ -4,9 +4,11 @@ vLLM pins its own torch; without that environment these tests are skipped. The p
 tested without vLLM.
 """
 
+import inspect
 import os
 import socket
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from torch.multiprocessing import reductions
 
 from jobs.errors import BadInput, MergeyardError, WorkerLost
 from workers.engines import vllm_engine, vllm_server
@@ -38,12 +41,124 @@ def test_a_tensor_arrives_as_it_was_sent(tensor):
     ours, theirs = socket.socketpair()
     with ours, theirs:
         theirs.sendall(vllm_server.NEXT)
-        received = vllm_server._received(theirs)
+        received = vllm_server._received(theirs, torch.device("cpu"))
         descriptor = vllm_engine._in_memory(tensor)
         message = {"name": "w", "dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
         vllm_server.send_message(ours, message, descriptor)
         name, copy = next(received)
         assert name == "w" and copy.dtype == tensor.dtype and torch.equal(copy, tensor)
+
+
+class Handles:
+    """Stands in for CUDA's handles of memory between processes: the numbers of the parts that torch sends."""
+
+    def __init__(self):
+        self.tensors = []
+
+    def reduce(self, tensor):
+        self.tensors.append(tensor)
+        own = str(len(self.tensors) - 1).encode()
+        storage = tensor.untyped_storage().nbytes(), 512
+        place = tensor.size(), tensor.stride(), tensor.storage_offset()
+        return None, (
+            type(tensor),
+            *place,
+            None,
+            tensor.dtype,
+            0,
+            own,
+            *storage,
+            False,
+            b"c" + own,
+            3,
+            b"e" + own,
+            True,
+        )
+
+    def rebuild(self, cls, size, stride, offset, storage, dtype, device, handle, whole, begin, grad, *rest):
+        tensor = self.tensors[int(handle)]
+        assert (size, stride, offset, dtype, whole, begin) == (
+            tensor.size(),
+            tensor.stride(),
+            tensor.storage_offset(),
+            tensor.dtype,
+            tensor.untyped_storage().nbytes(),
+            512,
+        )
+        assert (device, grad, rest) == (0, False, (b"c" + handle, 3, b"e" + handle, True))
+        return tensor
+
+
+@pytest.fixture
+def handed_over(card, monkeypatch):
+    """handed_over(weights, device): what two workers, of this device and of a CPU, receive of the weights."""
+    handles = Handles()
+    monkeypatch.setattr(reductions, "reduce_tensor", handles.reduce)
+    monkeypatch.setattr(reductions, "rebuild_cuda_tensor", handles.rebuild)
+    collected = []
+    monkeypatch.setattr(torch.cuda, "ipc_collect", lambda: collected.append(True))
+
+    def handed_over(weights, device):
+        card.count_from_here()
+        pairs = [socket.socketpair() for _ in range(2)]
+        for channel in (channel for pair in pairs for channel in pair):
+            channel.settimeout(20)
+        received = [dict[str, torch.Tensor]() for _ in pairs]
+
+        def receive(theirs, into, device):
+            with theirs:
+                into.update(vllm_server._received(theirs, device))
+
+        with ThreadPoolExecutor() as pool:
+            ends = [
+                pool.submit(receive, theirs, into, asked)
+                for (_, theirs), into, asked in zip(pairs, received, (device, torch.device("cpu")), strict=True)
+            ]
+            vllm_engine._hand_over([ours for ours, _ in pairs], weights)
+            [end.result() for end in ends]
+        for ours, _ in pairs:
+            ours.close()
+        return *received, bool(collected)
+
+    return handed_over
+
+
+def test_weights_on_a_gpu_stay_there_for_a_worker_on_the_same_one(card, handed_over):
+    """Not on a GPU: torch's own handles need one. The worker on a CPU gets copies of the same tensors."""
+    flat = torch.arange(12.0).to("card")
+    weights = [("a", flat[:6].view(2, 3)), ("b", flat[8:]), ("empty", flat[:0])]
+    on_card, on_cpu, collected = handed_over(weights, torch.device("card", 0))
+    assert on_card["a"].device.type == "card" and on_card["a"].data_ptr() == flat.data_ptr() and collected
+    assert on_card["b"].data_ptr() == flat.data_ptr() + 32 and on_card["b"].tolist() == [8, 9, 10, 11]
+    assert on_card["empty"].shape == (0,)
+    assert on_cpu["a"].device.type == "cpu" and on_cpu["a"].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert card.bytes["from the card"] == 4 + 4 * (6 + 4) + 16, "the probe, the copies for the CPU, and b above"
+
+
+@pytest.mark.parametrize("fails", ["another GPU", "CUDA exports no memory", "CUDA opens no memory"])
+def test_weights_that_a_worker_cannot_open_come_through_the_host(card, handed_over, monkeypatch, fails):
+    def refuse(*_):
+        raise RuntimeError("CUDA error: operation not supported")
+
+    if fails == "another GPU":
+        monkeypatch.setattr(vllm_server, "gpu_of", lambda device: "card-1")
+    else:
+        name = "reduce_tensor" if fails == "CUDA exports no memory" else "rebuild_cuda_tensor"
+        monkeypatch.setattr(reductions, name, refuse)
+    tensor = torch.arange(4.0).to("card")
+    for received in handed_over([("a", tensor), ("b", tensor)], torch.device("card", 0))[:2]:
+        assert [(each.device.type, each.tolist()) for each in received.values()] == [("cpu", [0, 1, 2, 3])] * 2
+
+
+def test_torch_names_the_parts_of_a_handle_as_they_are_sent():
+    """The engine unpacks them by their places, and the worker puts them back."""
+    names = "tensor_cls tensor_size tensor_stride tensor_offset storage_cls dtype storage_device storage_handle"
+    names += " storage_size_bytes storage_offset_bytes requires_grad ref_counter_handle ref_counter_offset"
+    assert [*inspect.signature(reductions.rebuild_cuda_tensor).parameters] == [
+        *names.split(),
+        "event_handle",
+        "event_sync_required",
+    ]
 
 
 def test_a_message_survives_its_size():
