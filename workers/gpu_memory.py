@@ -6,9 +6,14 @@ and with them near ties, would differ between compared points.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from jobs.errors import MergeyardError
+
+Result = TypeVar("Result")
+
+REMEDY = "give a worker more of a GPU under `workers:`, use a larger GPU, or merge fewer parents"
 
 OUTSIDE_BYTES = 1 << 30
 """Of a card, what the CUDA context and the libraries of one process take beside its tensors."""
@@ -38,9 +43,27 @@ def check_fits(needed: int, device: str, thing: str) -> None:
     """Refuses a thing that takes more bytes than this process has of a GPU; a CPU's are checked before it starts."""
     if device != "cpu" and needed > (part := part_of(device)):
         raise MergeyardError(
-            f"{thing}: {needed / 1e9:.1f} GB on {device}, of which this worker has {part / 1e9:.1f} GB;"
-            " give a worker more of a GPU under `workers:`, use a larger GPU, or merge fewer parents"
+            f"{thing}: {needed / 1e9:.1f} GB on {device}, of which this worker has {part / 1e9:.1f} GB; {REMEDY}"
         )
+
+
+def in_pieces(work: Callable[[int], Result], elements: int, least: int, device: str, thing: str) -> tuple[Result, int]:
+    """`work(elements)`, which may be repeated, and the elements of a piece that it was given in the end.
+
+    Where a GPU's memory ends, torch gives back what it keeps for later; then the elements are halved, down to `least`.
+    """
+    freed = False
+    while True:
+        try:
+            return work(elements), elements
+        except (RuntimeError, MemoryError) as error:
+            if device == "cpu" or not is_out_of_memory(error):
+                raise
+        _card(device)[0].empty_cache()  # outside the handler, whose traceback holds the tensors that did not fit
+        if freed and elements <= least:
+            raise MergeyardError(f"{thing}: the memory of {device} that is left to this worker is too little; {REMEDY}")
+        elements = max(least, elements // 2) if freed else elements
+        freed = True
 
 
 def fraction_beside(held: int, device: str) -> float:

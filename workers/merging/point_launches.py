@@ -50,13 +50,15 @@ class PointLaunches:
         settings: Sequence[Setting],
         outputs: Mapping[str, Tensor],
         learn: Callable[[TensorMerge, Setting], None],
+        elements: int = ELEMENTS_A_LAUNCH,
     ) -> dict[str, Callable[[], int]]:
         """Begins to write those tensors of a point that a loop merges; `learn` adds the facts that are missing.
 
-        The result has, for each of them, a function that waits, and counts the elements that overflowed.
+        A launch has about as many `elements`. The result has, for each of those tensors, a function that waits, and
+        counts the elements that overflowed.
         """
         overflows: dict[str, Callable[[], int]] = {}
-        for chosen in _groups(self._tensors):
+        for chosen in _groups(self._tensors, elements):
             works: dict[str, list[tuple[TensorMerge, Setting, Work]]] = {}
             for tensor in chosen:
                 setting = settings[tensor.setting]
@@ -83,14 +85,14 @@ class PointLaunches:
         return None if found is None else Work(found, tile, output.view(-1))
 
 
-def _groups(tensors: Sequence[TensorMerge]) -> Iterator[list[TensorMerge]]:
+def _groups(tensors: Sequence[TensorMerge], enough: int) -> Iterator[list[TensorMerge]]:
     """Tensors in their order, cut where the elements of a group are enough for a launch."""
     group: list[TensorMerge] = []
     elements = 0
     for tensor in tensors:
         group.append(tensor)
         elements += tensor.elements
-        if elements >= ELEMENTS_A_LAUNCH:
+        if elements >= enough:
             yield group
             group, elements = [], 0
     yield group

@@ -16,10 +16,10 @@ import numpy as np
 from jobs.merge_tasks import DTYPE_BITS, Parent, Setting, TensorMerge
 from workers.checkpoints.dtypes import TORCH_NAMES, numpy_dtype
 from workers.digests import TensorHash, digest_of
-from workers.gpu_memory import check_fits
+from workers.gpu_memory import check_fits, in_pieces
 from workers.merging.deriving import PIECE_ELEMENTS, Deriving
 from workers.merging.given import given_facts
-from workers.merging.point_launches import PointLaunches, flat
+from workers.merging.point_launches import ELEMENTS_A_LAUNCH, PointLaunches, flat
 from workers.merging.streams import Mark, Streams
 from workers.merging.tiles import (
     FACT_UNITS,
@@ -29,7 +29,7 @@ from workers.merging.tiles import (
     learn,
     overflowed,
 )
-from workers.methods.tile import as_tensor
+from workers.methods.tile import TILE_ELEMENTS, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -71,6 +71,8 @@ class ResidentParents:
         self._device = device
         self._threads = max(1, threads) if device == "cpu" else 1  # one stream does the work, and needs the memory once
         self._facts = given_facts(tensors, activations, grams or {})
+        self._step = PIECE_ELEMENTS if device == "cpu" else GPU_PIECE_ELEMENTS
+        """Elements of a piece; fewer once a GPU's memory has ended."""
         self._streams = Streams(device)
         self._unread: dict[str, Tensor] = {}
         deriving = Deriving(parents)
@@ -79,7 +81,7 @@ class ResidentParents:
             for each in tensors
             for name, source in each.sources.items()
         }
-        memory = {} if device == "cpu" else flat(sources, device)
+        memory = {} if device == "cpu" else in_pieces(lambda _: flat(sources, device), 1, 1, device, "the parents")[0]
 
         def read(tensor: TensorMerge) -> dict[str, Elements]:
             raw = {name: deriving.whole(name, source, tensor.name) for name, source in tensor.sources.items()}
@@ -117,10 +119,13 @@ class ResidentParents:
             if digests is not None:
                 self._unread = dict(homes)
             homeless = {each.name: (each.dtype, each.elements) for each in self._tensors if each.name not in homes}
-            made = flat(homeless, self._device)
+            made, _ = in_pieces(lambda _: flat(homeless, self._device), 1, 1, self._device, "a point")
             homes |= {each.name: made[each.name].view(each.shape) for each in self._tensors if each.name in made}
         with ThreadPoolExecutor(self._threads, "merge") as pool:
-            launched = self._launches.begin(settings, homes, partial(self._learn, pool=pool)) if self._launches else {}
+            launched: Mapping[str, Callable[[], int]] = {}
+            if (launches := self._launches) is not None:
+                begin = partial(launches.begin, settings, homes, partial(self._learn, pool=pool))
+                launched, _ = in_pieces(begin, ELEMENTS_A_LAUNCH, GPU_PIECE_ELEMENTS, self._device, "a point")
             ahead: deque[tuple[TensorMerge, Tensor, Sequence[_Piece]]] = deque()
             waiting = 0
             for tensor in self._tensors:
@@ -174,34 +179,43 @@ class ResidentParents:
         if self._device == "cpu" and tensor.elements:
             elements = np.frombuffer(bytes_of(elements), numpy_dtype(tensor.dtype))
 
-        def merge(start: int) -> int:
+        def merge(start: int, step: int) -> int:
             piece = elements[start : start + step]
             _, broken = merger.run(start, raw, 0, [piece])
             parents = [raw[name][start : start + step] for name in setting.parents]
             return overflowed(piece, parents) if broken else 0
 
+        def merge_all(start: int) -> int:
+            stop = min(start + step, tensor.elements)
+
+            def merge_within(less: int) -> int:
+                return sum(merge(at, min(less, stop - at)) for at in range(start, stop, less))
+
+            overflow, less = in_pieces(merge_within, min(step, self._step), TILE_ELEMENTS, self._device, tensor.name)
+            self._step = min(self._step, less)
+            return overflow
+
         step = self._step
         starts = range(0, tensor.elements, step)
-        return [(elements[start : start + step], pool.submit(merge, start).result) for start in starts]
+        return [(elements[start : start + step], pool.submit(merge_all, start).result) for start in starts]
 
     def _learn(self, tensor: TensorMerge, setting: Setting, pool: ThreadPoolExecutor) -> None:
         """The facts about a tensor that a setting needs before its first element is merged."""
-        learn(
-            tensor,
-            setting,
-            self._raw[tensor.name],
-            self._facts[tensor.name],
-            self._step,
-            seed=self._seed,
-            numerics=self._numerics,
-            units=FACT_UNITS if self._device == "cpu" else None,
-            each=pool.map,
-        )
 
-    @property
-    def _step(self) -> int:
-        """Elements of a piece."""
-        return PIECE_ELEMENTS if self._device == "cpu" else GPU_PIECE_ELEMENTS
+        def learn_by(step: int) -> None:
+            learn(
+                tensor,
+                setting,
+                self._raw[tensor.name],
+                self._facts[tensor.name],
+                step,
+                seed=self._seed,
+                numerics=self._numerics,
+                units=FACT_UNITS if self._device == "cpu" else None,
+                each=pool.map,
+            )
+
+        _, self._step = in_pieces(learn_by, self._step, TILE_ELEMENTS, self._device, tensor.name)
 
     def _finished(
         self,

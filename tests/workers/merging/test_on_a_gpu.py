@@ -176,18 +176,23 @@ def test_parents_that_do_not_fit_are_refused_before_they_are_read(siblings: Path
     resident(plan, "card")
 
 
+def large(siblings: Path, folder: Path) -> Plan:
+    """A ties merge of one tensor of six tiles."""
+    for who in ("base", "a", "b"):
+        (folder / who).mkdir()
+        values = torch.randn(6 * TILE_ELEMENTS, generator=torch.Generator().manual_seed(len(who)))
+        save_file({"wide": values}, folder / who / "model.safetensors", metadata={"format": "pt"})
+        for name in ("config.json", "tokenizer.json"):
+            (folder / who / name).write_bytes((siblings / who / name).read_bytes())
+    return planned(folder, "ties", folder / "runs")
+
+
 def test_a_large_tensor_is_merged_in_pieces(
     siblings: Path, card: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At once, the intermediate results of ties for all of a tensor would be many times the tensor."""
     monkeypatch.setattr("workers.merging.resident.GPU_PIECE_ELEMENTS", TILE_ELEMENTS)
-    for who in ("base", "a", "b"):
-        (tmp_path / who).mkdir()
-        values = torch.randn(6 * TILE_ELEMENTS, generator=torch.Generator().manual_seed(len(who)))
-        save_file({"wide": values}, tmp_path / who / "model.safetensors", metadata={"format": "pt"})
-        for name in ("config.json", "tokenizer.json"):
-            (tmp_path / who / name).write_bytes((siblings / who / name).read_bytes())
-    plan = planned(tmp_path, "ties", tmp_path / "runs")
+    plan = large(siblings, tmp_path)
     card.lags = False
     parents = resident(plan, "card")
     settings = plan.points[0].settings
@@ -197,6 +202,45 @@ def test_a_large_tensor_is_merged_in_pieces(
     deque(parents.merged(settings), maxlen=0)
     tensor, piece = 6 * TILE_ELEMENTS * 4, TILE_ELEMENTS * 4
     assert card.peak - before <= tensor + 32 * piece, "the point, and the intermediate results of one piece"
+
+
+def test_where_memory_ends_caches_are_freed_and_then_pieces_are_halved(
+    siblings: Path, card: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A merge of all six tiles at once takes most; with less than that the bytes stay, down to a tile at a time."""
+    plan = large(siblings, tmp_path)
+    settings = plan.points[0].settings
+    expected: dict[str, str] = {}
+    deque(resident(plan, "cpu").merged(settings, expected), maxlen=0)
+    card.lags = False
+    parents = resident(plan, "card")
+    held, tensor, tile = card.live, 6 * TILE_ELEMENTS * 4, TILE_ELEMENTS * 4
+    card.count_from_here()
+    deque(parents.merged(settings), maxlen=0)
+    most = card.peak
+    assert most - held > tensor + 32 * tile, "so that half of it is another thing than a tile"
+    given_back: list[int] = []
+
+    def merged_with(total: int, after: int) -> dict[str, str]:
+        """The digests of new parents' point with so much memory, and with as much once caches were freed."""
+        card.total, found = 80 << 30, dict[str, str]()
+        given_back[:] = []
+        parents = resident(plan, "card")
+        monkeypatch.setattr(card, "empty_cache", lambda: given_back.append(setattr(card, "total", after) or after))
+        card.total = total
+        deque(parents.merged(settings, found), maxlen=0)
+        return found
+
+    del parents
+    assert merged_with(most - 1, most) == expected and len(given_back) == 1, "caches alone are enough"
+    short = held + tensor + 32 * tile
+    assert merged_with(short, short) == expected and 3 <= len(given_back) <= 20
+    with pytest.raises(MergeyardError, match=r"^wide: the memory of card that is left .*; give a worker more of a GPU"):
+        merged_with(held + tensor + tile, held + tensor + tile)
+    card.total = held + tile
+    with pytest.raises(MergeyardError, match=r"^a point: the memory of card that is left to this worker is too little"):
+        merged_with(held + tile, held + tile)
+    assert merged_with(80 << 30, 80 << 30) == expected, "more of a GPU is a remedy"
 
 
 def test_digests_of_a_loaded_model_are_read_by_another_thread_after_the_merge(
