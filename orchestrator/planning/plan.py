@@ -39,9 +39,6 @@ UPLOAD_BYTES = {"s3": 96 << 20, "gs": 96 << 20, "az": 96 << 20}
 MOST_UPLOADS = 256
 """Points in one task: each has a file or an upload open, and systems allow a process about a thousand."""
 
-READ_RATE, WRITE_RATE = 1.0e9, 0.5e9
-"""Bytes a second that one worker is assumed to read and to write, for the estimate of time alone."""
-
 
 @dataclass(frozen=True)
 class PlannedPoint:

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestrator.merging.driver import RunResult
-from orchestrator.planning.plan import READ_RATE, WRITE_RATE, Plan
+from orchestrator.planning.devices import BUS_RATE, READ_RATE, WRITE_RATE, merging
+from orchestrator.planning.plan import Plan
 from orchestrator.records.ledger import Ledger
 from orchestrator.words import count, duration, print_rows, short_length, shortlist, size
 from workers.digests import short
@@ -23,6 +24,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     workers = plan.job.workers.count or 1
     tasks = plan.tasks(found.keys(), workers)
     read, written = sum(task.bytes_read for task in tasks), sum(task.bytes_written for task in tasks)
+    spec = plan.job.workers
+    device = merging(tasks, spec) if spec.gpus > 0 else None
     return {
         "job": plan.job.name,
         "run": plan.run_url,
@@ -50,6 +53,9 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
         "memory_a_worker": plan.job.workers.memory_bytes,
         "buffers_a_worker": plan.job.workers.memory_bytes - FIXED_BYTES,
         "seconds_with_one_worker": round(max(read / READ_RATE, written / WRITE_RATE), 1),
+        "device": None
+        if device is None
+        else {"gpu_is_faster": device.gpu_is_faster, "cpus": max(1, int(spec.cpus)), "bytes_a_second": device.rate},
     }
 
 
@@ -74,6 +80,8 @@ def print_plan(facts: Mapping[str, Any]) -> None:
             f" {READ_RATE / 1e9:g} GB/s and writes {WRITE_RATE / 1e9:g} GB/s",
         ),
     ]
+    if facts["device"] is not None:
+        rows.append(("device", _device(facts["device"])))
     for name, same_as in list(facts["same_merge"].items())[:MOST_LINES]:
         rows.append(("same merge", f"{name} is {same_as}; merged once"))
     rows += [("note", remark) for remark in facts["remarks"][:MOST_LINES]]
@@ -81,6 +89,16 @@ def print_plan(facts: Mapping[str, Any]) -> None:
         rows += _evaluation_rows(facts["evaluation"])
     print(f"{facts['job']}\n")
     print_rows(rows)
+
+
+def _device(device: Mapping[str, Any]) -> str:
+    """The device that merges written points faster, and the reason."""
+    cpus = f"{device['cpus']} CPU{'s' if device['cpus'] > 1 else ''}"
+    rate = f"{device['bytes_a_second'] / 1e9:.2g} GB/s of parents"
+    storage = f"storage reads {READ_RATE / 1e9:g} GB/s and writes {WRITE_RATE / 1e9:g} GB/s"
+    if device["gpu_is_faster"]:
+        return f"a GPU merges written points faster: {cpus} for {rate}, but {storage}, the bus {BUS_RATE / 1e9:g} GB/s"
+    return f"CPUs merge written points as fast as a GPU: {cpus} for {rate}, and {storage}"
 
 
 def _parent_rows(
@@ -124,8 +142,8 @@ def _evaluation_rows(asked: Mapping[str, Any]) -> list[tuple[str, str]]:
         each, of_all = count(asked["generated_a_point"]), count(asked["generated"])
         rows.append(("to generate", f"at most {each} of these tokens each: {of_all} tokens"))
     if asked["faster_engine"]:
-        name = asked["faster_engine"]
-        rows.append(("engine", f"thoughts make decoding most of the work; `engine: {name}` decodes faster on a GPU"))
+        name, long = asked["faster_engine"], "thoughts" if asked["thinking"] else "long answers"
+        rows.append(("engine", f"{long} make decoding most of the work; `engine: {name}` decodes faster on a GPU"))
     if asked["race"] is not None:
         least = asked["race"]["least_tokens"]
         share = f"{least / asked['tokens']:.0%}" if asked["tokens"] else "all"
