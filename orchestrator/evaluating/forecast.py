@@ -46,6 +46,8 @@ from workers.benchmarks.registry import BENCHMARKS
 DISCORDANCE = 0.1
 CORRELATION = 0.1
 LEVEL = 0.05
+LONG_ANSWERS = 0.25
+"""Of the tokens of a length, those of answers that take most of the time: decoding one takes that of reading many."""
 
 
 Pair = Sequence[CellSample]
@@ -139,13 +141,14 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
         points = _most_points(job.search, asked)
     score = _ranked_score(asked, answers)
     slow = job.workers.gpus > 0 and job.engine.name == "transformers"
+    decodes = _generated(first) > LONG_ANSWERS * _tokens(first) > 0
     facts: dict[str, Any] = {
         "points": points,
         "baselines": len(asked.baselines),
         "items_a_point": _items(first),
         "tokens_a_point": _tokens(first),
         "thinking": _thinking(first),
-        "faster_engine": "vllm" if slow and _thinking(first) else None,
+        "faster_engine": "vllm" if slow and (_thinking(first) or decodes) else None,
         "samples": max(planned.generation.samples for planned in first.values()),
         "generated_a_point": _generated(first),
         "generated": sum(_generated(subject.sets) for subject in subjects),

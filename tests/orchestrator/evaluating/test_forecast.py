@@ -148,18 +148,21 @@ def test_thoughts_are_counted_beside_the_context(planned: Callable[..., dict[str
     assert thinks["generated_a_point"] == 10 * (128 + 64)
 
 
-def test_thoughts_on_a_gpu_are_better_asked_of_vllm(mergeyard: Mergeyard, tmp_path: Path) -> None:
+def test_long_answers_on_a_gpu_are_better_asked_of_vllm(mergeyard: Mergeyard, tmp_path: Path) -> None:
     keys: dict[str, Any] = {"parents": {name: str(PARENTS / name) for name in ("long", "fmt")}, "recipe": SOUP}
-    said = "thoughts make decoding most of the work; `engine: vllm` decodes faster on a GPU"
+    said = "make decoding most of the work; `engine: vllm` decodes faster on a GPU"
 
-    def told(*, thinking: Any = None, **more: Any) -> bool:
-        asked = ruler(items=10, **({} if thinking is None else {"thinking": thinking}))
+    def told(*, thinking: Any = None, length: int = 512, **more: Any) -> bool:
+        asked = ruler(items=10, lengths=[length], **({} if thinking is None else {"thinking": thinking}))
         (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys, grid={"w": [0.5]}, evaluate=asked, **more))
         ended = mergeyard("plan", tmp_path / "job.yaml")
         assert ended.code == 0, ended.err
+        written = "CPUs merge written points as fast as a GPU: 1 CPU for 2 GB/s of parents, and storage reads 1 GB/s"
+        assert (written in ended.out) == ("workers" in more)
         return said in ended.out
 
     gpus = {"workers": {"gpus": 1}}
+    assert told(length=256, **gpus), "128 tokens of an answer are half of the length"
     assert told(thinking={"budget": 64}, **gpus)
     assert not told(**gpus) and not told(thinking={"budget": 64})
     assert not told(thinking={"budget": 64}, engine="vllm", **gpus)
