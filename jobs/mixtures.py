@@ -7,7 +7,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.recipe import DTYPES
-from jobs.sources import model_name
+from jobs.sources import Reader, filled, model_name
 from jobs.yaml_nodes import Node, load_document
 
 KEYS = ("base_model", "experts", "gate_mode", "dtype", "experts_per_token", "shared_experts", "architecture")
@@ -31,7 +31,10 @@ class Expert:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mixture:
-    """One document. `shared` is the expert that every token goes through, if there is one."""
+    """One document. `shared` is the expert that every token goes through, if there is one.
+
+    `ignored` has a sentence for each key without effect.
+    """
 
     base_model: str
     experts: tuple[Expert, ...]
@@ -41,6 +44,7 @@ class Mixture:
     experts_per_token: int
     architecture: str | None
     place: str = field(compare=False)
+    ignored: tuple[str, ...] = field(default=(), compare=False)
 
     def models(self) -> tuple[str, ...]:
         """The base and every expert, once each."""
@@ -50,23 +54,24 @@ class Mixture:
 
 def load_mixture(text: str, name: str, *, all_same: bool) -> Mixture:
     """The mixture in a YAML file; `all_same` allows experts that are one model. `BadInput` with the line."""
-    node = load_document(text, name)
-    keys = {
-        key: value for key, value in node.mapping(KEYS, ("base_model", "experts")).items() if value.kind != "nothing"
-    }
-    experts = tuple(_expert(entry) for entry in keys["experts"].sequence())
-    shared = [_expert(entry) for entry in keys["shared_experts"].sequence()] if "shared_experts" in keys else []
+    node, reader = load_document(text, name), Reader(foreign=True)
+    keys = filled(reader.keys(node, KEYS, ("base_model", "experts")))
+    gate_mode = keys["gate_mode"].choice(GATE_MODES) if "gate_mode" in keys else "hidden"
+    experts = tuple(_expert(entry, reader, gate_mode) for entry in keys["experts"].sequence())
+    listed = keys["shared_experts"].sequence() if "shared_experts" in keys else ()
+    shared = [_expert(entry, reader, gate_mode) for entry in listed]
     if len(shared) > 1:
         raise BadInput(f"{shared[1].place}: `shared_experts` takes one model")
     mixture = Mixture(
         base_model=model_name(keys["base_model"]).string(),
         experts=experts,
         shared=shared[0] if shared else None,
-        gate_mode=keys["gate_mode"].choice(GATE_MODES) if "gate_mode" in keys else "hidden",
+        gate_mode=gate_mode,
         dtype=keys["dtype"].choice(DTYPES) if "dtype" in keys else None,
         experts_per_token=keys["experts_per_token"].integer(minimum=1) if "experts_per_token" in keys else 2,
         architecture=keys["architecture"].string() if "architecture" in keys else None,
         place=node.place,
+        ignored=tuple(reader.ignored),
     )
     _check(mixture, all_same=all_same)
     return mixture
@@ -97,13 +102,12 @@ def _check(mixture: Mixture, *, all_same: bool) -> None:
         )
 
 
-def _expert(node: Node) -> Expert:
-    keys = {
-        key: value for key, value in node.mapping(EXPERT_KEYS, ("source_model",)).items() if value.kind != "nothing"
-    }
+def _expert(node: Node, reader: Reader, gate_mode: str) -> Expert:
+    keys = filled(reader.keys(node, EXPERT_KEYS, ("source_model",)))
 
     def prompts(key: str) -> tuple[str, ...]:
-        return tuple(entry.string() for entry in keys[key].sequence()) if key in keys else ()
+        given = keys[key].sequence() if key in keys else ()
+        return tuple(entry.string() for entry in given if entry.value or gate_mode not in DRAWN)
 
     def scale(key: str) -> Any:
         return float(keys[key].number()) if key in keys else None

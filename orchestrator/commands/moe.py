@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 
 from jobs.errors import printable
 from jobs.mixtures import load_mixture
@@ -24,6 +25,9 @@ def moe(options: argparse.Namespace) -> int:
         print_reasons(options.changes_nothing, OF_MOE)
     text = read_text(options.config)
     mixture = load_mixture(text, options.config, all_same=options.i_understand_this_is_not_useful_without_training)
+    if not options.quiet:
+        for remark in mixture.ignored:
+            print(printable(remark), file=sys.stderr)
     asked = options.out_shard_size
     shard_bytes = shard_size(asked) or size_option("--out-shard-size", asked)
     models = {name: open_model(name, f"model{n}", mixture.place) for n, name in enumerate(mixture.models())}

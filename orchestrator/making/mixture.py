@@ -80,7 +80,7 @@ class Mixer:
         experts = [_plain(expert) for expert in mixture.experts]
         shared = _plain(mixture.shared) if mixture.shared is not None else None
         asked = {**asdict(mixture), "experts": experts, "shared": shared, "seed": seed, "shard_bytes": shard_bytes}
-        del asked["place"]
+        del asked["place"], asked["ignored"]
         self.output = Output(url, {"moe": asked}, {checkpoint.name: checkpoint for checkpoint in models.values()})
         self._reading = Deriving(all_places({checkpoint.name: checkpoint for checkpoint in models.values()}))
         self._layers = 1 + max(

@@ -54,6 +54,19 @@ def test_what_cannot_work_is_refused_with_its_line(old: str, new: str, words: st
     assert words in str(refusal.value) and str(refusal.value).startswith("moe.yml:")
 
 
+def test_forms_that_mergekit_moe_takes_are_taken() -> None:
+    mixture = load(TEXT.replace("[code]", "[code]\n  weight: 1") + "tokenizer_source: union\n")
+    assert mixture == load(TEXT)
+    assert mixture.ignored == (
+        'moe.yml:11: "tokenizer_source" is not a key here and has no effect',
+        'moe.yml:7: "weight" is not a key here and has no effect',
+    )
+    blank = TEXT.replace("[tale]", '[""]')
+    assert load(blank.replace("cheap_embed", "random")).experts[1].positive_prompts == ()
+    with pytest.raises(BadInput, match="is empty"):
+        load(blank)
+
+
 def test_the_remedies_work() -> None:
     load(TEXT.replace("{model: {path: org/two, revision: main}}", "org/one"), all_same=True)
     load(TEXT.replace("  positive_prompts: [tale]\n", "").replace("cheap_embed", "random"))
