@@ -179,8 +179,7 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     members = [parents[name] for name in recipe.references()]
     kin = adopted(members, donor_of(recipe))
     donor_name = kin.whole.name if kin.plain else donor_of(recipe)
-    stacked = recipe.slices or recipe.modules or kin.plain
-    untied = None if stacked or job.config_from is not None else untied_one(members)
+    untied = None if kin.plain or job.config_from is not None else untied_one(members)
     context_from = _parent_named(job, "config_from", job.config_from, parents) or untied or parents[donor_name]
     tokenizer_from = tokenizer_owner(recipe, parents, donor_name)
     if any(member.unmergeable for member in members):
@@ -238,7 +237,8 @@ def layout_of(job: Job, recipe: Recipe, parents: Mapping[str, Checkpoint], class
     if job.config_from is None:
         configured = [replace(own, config=new.config) for own, new in zip(stored, alike, strict=True)]
         remedy = job.setting("config_from", "PARENT")
-        check_configs(kin.comparable(configured), recipe.place, remedy, tying=untied is None)
+        tying = untied is None or not any(is_head(tensor.name, tied) for tensor in tensors)
+        check_configs(kin.comparable(configured), recipe.place, remedy, tying=tying)
     if recipe.tokenizer_source is None:
         check_tokenizers(members, recipe.place)
     if len(pieces) > 1:

@@ -16,7 +16,7 @@ from jobs.sources import Filtered
 from orchestrator.planning.layouts import Layout
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.planning.slicing import over
-from tests.orchestrator.models import CONFIG, EMBEDDINGS, write_model
+from tests.orchestrator.models import CONFIG, EMBEDDINGS, HEAD, weights, write_model
 
 Planning = Callable[..., Plan]
 
@@ -63,6 +63,20 @@ def test_one_slice_of_all_layers_is_the_merge_of_the_models(plan: Planning):
     assert whole.digest == sliced.digest
     assert whole.points[0].contents == sliced.points[0].contents
     assert layout_of(sliced).whole == ("cos", "fmt")
+
+
+@pytest.mark.parametrize("order", [("cos", "fmt"), ("fmt", "cos")])
+def test_a_stack_of_a_tied_and_an_untied_model_has_the_head_of_its_last_slice(
+    order: tuple[str, str], plan: Planning, parents: Path
+):
+    write_model(parents / "fmt", weights("fmt", tied=False))
+    slices = ", ".join(f"{{sources: [{{model: {name}, layer_range: [0, 1]}}]}}" for name in order)
+    planned = plan(recipe=f"\n  merge_method: passthrough\n  slices: [{slices}]\n", grid="")
+    layout = layout_of(planned)
+    found = origins(planned, layout)
+    assert found[EMBEDDINGS] == [f"{order[0]}/{EMBEDDINGS}"]
+    assert found[HEAD] == [f"cos/{EMBEDDINGS}" if order[1] == "cos" else f"fmt/{HEAD}"]
+    assert layout.config["tie_word_embeddings"] is False
 
 
 def test_two_slices_of_one_merge_are_the_merge_with_their_own_gradients(plan: Planning):
