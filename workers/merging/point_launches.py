@@ -50,7 +50,7 @@ class PointLaunches:
         settings: Sequence[Setting],
         outputs: Mapping[str, Tensor],
         learn: Callable[[TensorMerge, Setting], None],
-        elements: int = ELEMENTS_A_LAUNCH,
+        elements: int,
     ) -> dict[str, Callable[[], int]]:
         """Begins to write those tensors of a point that a loop merges; `learn` adds the facts that are missing.
 

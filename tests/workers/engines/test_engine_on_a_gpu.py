@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from jobs.evaluation_tasks import EvaluationTask, ItemSet, ModelSpec
 from jobs.merge_tasks import ParentTensor, TensorMerge
@@ -46,6 +47,25 @@ def test_answers_and_likelihoods_are_those_of_a_cpu(
         on_cpu.loglikelihoods(texts), on_card.loglikelihoods(texts), strict=True
     ):
         assert found == pytest.approx(expected, abs=1e-3) and greedy == also
+
+
+def test_sliding_windows_answer_as_on_a_cpu(parents: Path, card: Any, needle_prompt: Any) -> None:
+    config: dict[str, Any] = {"model_type": "gemma3_text", "sliding_window": 16, "hidden_size": 32, "head_dim": 8}
+    config |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48}
+    config |= {"layer_types": ["sliding_attention"] * 2, "vocab_size": 2048, "dtype": "float32"}
+    config |= {"max_position_embeddings": 512, "initializer_range": 0.2}
+    torch.manual_seed(5)
+    state = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config)).state_dict()
+    prompts = [needle_prompt("quiet-river", 4815162, lines, max_new_tokens=4) for lines in (3, 4)]
+
+    def answers(device: str) -> list[str]:
+        limits = Limits(chunk=50)
+        engine = TransformersEngine.from_state(
+            config, parents / "long", state.items(), device=device, dtype=torch.float32, limits=limits
+        )
+        return [answer.text for answer in engine.generate(prompts)]
+
+    assert answers("card") == answers("cpu")
 
 
 def test_a_step_waits_for_the_card_a_fixed_number_of_times(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from orchestrator.planning.plan import Plan
 from tests.orchestrator.models import weights, write_model
 from tests.workers.merging.test_resident import WITHOUT_STATISTICS, planned, same_bytes
 from workers.merging.resident import ResidentParents
+from workers.methods import launching
 from workers.methods.gpu_kernels import launch
 from workers.methods.gpu_kernels.language import interprets
 from workers.methods.gpu_kernels.rows import BLOCK
@@ -123,12 +125,35 @@ def test_tensors_without_a_place_are_views_of_one_buffer(siblings: Path) -> None
 def test_a_large_point_is_cut_into_several_launches(
     siblings: Path, launched: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.merging.point_launches.ELEMENTS_A_LAUNCH", 2 * BLOCK)
+    monkeypatch.setattr("workers.merging.resident.ELEMENTS_A_LAUNCH", 2 * BLOCK)
     plan = planned(siblings, "task_arithmetic")
     expected = dict(resident(plan, "cpu").merged(plan.points[0].settings))
     merged = dict(resident(plan, STAND_IN).merged(plan.points[0].settings))
     assert all(same_bytes(merged[name], expected[name]) for name in expected)
     assert len(launched) > 1
+
+
+def test_where_memory_ends_a_launch_has_fewer_tensors(
+    siblings: Path, launched: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several tensors of more than three blocks do not fit: caches are freed, then the elements of a launch halved."""
+    freed, run = list[bool](), launching.run
+
+    def short_of_memory(works: Any, arithmetic: str) -> Tensor:
+        if len(works) > 1 and sum(work.output.numel() for work in works) > 3 * BLOCK:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return run(works, arithmetic)
+
+    monkeypatch.setattr(launching, "run", short_of_memory)
+    monkeypatch.setattr("workers.merging.resident.GPU_PIECE_ELEMENTS", 1)
+    monkeypatch.setattr(
+        "workers.gpu_memory._card", lambda _: (SimpleNamespace(empty_cache=lambda: freed.append(True)),)
+    )
+    plan = planned(siblings, "task_arithmetic")
+    expected = dict(resident(plan, "cpu").merged(plan.points[0].settings))
+    merged = dict(resident(plan, STAND_IN).merged(plan.points[0].settings))
+    assert all(same_bytes(merged[name], expected[name]) for name in expected)
+    assert len(launched) > 1 and len(freed) > 2
 
 
 def test_overflows_are_counted_tensor_by_tensor(tmp_path: Path) -> None:
