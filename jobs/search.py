@@ -394,7 +394,7 @@ def space_schema() -> dict[str, Any]:
     return {"anyOf": [grid | {"additionalProperties": {"anyOf": [numbers, words, plain, knotted, subset]}}]}
 
 
-By = Literal["auto", "gp", "random", "sobol"]
+By = Literal["auto", "cma-es", "gp", "random", "sobol"]
 
 
 def _later(node: Node) -> tuple[Choice, ...]:
@@ -417,7 +417,9 @@ class SearchSpec:
         Reads(_constraints, _constraints_schema),
         "points that a figure may lose against a parent, as `{needle: {of: fmt, margin: 1.0}}`",
     ] = ()
-    by: Annotated[By, "how points are proposed; auto: gp up to 12 axes of numbers, sobol beyond"] = "auto"
+    by: Annotated[
+        By, "how points are proposed; auto: gp up to 12 axes of numbers, beyond cma-es, or sobol beside words"
+    ] = "auto"
     budget: Annotated[Budget, Reads(_budget, _budget_schema), "the end of the search"]
     batch: Annotated[
         int,
@@ -444,6 +446,13 @@ def read_search(node: Node) -> SearchSpec:
     """The section at `node`."""
     spec = read_spec(SearchSpec, node, given={"plain": node.plain()})
     keys = node.mapping()
+    words = [axis for axis in spec.space.axes if axis.kind == "words" and len(axis.values) > 1]
+    if spec.by == "cma-es" and words:
+        raise keys["by"].error(
+            f"cma-es draws numbers, and {quoted(words[0].name)} has words; take gp or sobol, or take the axis out"
+        )
+    if spec.by == "cma-es" and spec.space.size == 1:
+        raise keys["by"].error("the space has one point; take sobol")
     if "start" not in keys:
         return spec
     start = tuple(_start(entry, spec.space) for entry in keys["start"].sequence())

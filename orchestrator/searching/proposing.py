@@ -1,11 +1,12 @@
 """The next points: a pure function of the figures so far, the pending points, a number and a seed.
 
-`sobol` and `random` cover the space. `gp` asks where the improvement is expected to be largest: the incumbent is the
-best point by posterior mean, not the luckiest score; the improvement is that of the difference from it, with its
-posterior variance (noisy expected improvement: Letham et al. 2019; common random numbers: Pearce et al. 2022, arXiv
-1910.09259). A pending point is imagined: it has its posterior mean, and the variance around it shrinks (Ginsbourger et
-al. 2010). A constraint multiplies by its probability (Gardner et al. 2014). Several objectives are joined by random
-augmented Chebyshev weights, new ones for each point (ParEGO: Knowles 2006).
+`sobol` and `random` cover the space, `cma-es` draws around the best points (`evolving.py`). `gp` asks where the
+improvement is expected to be largest: the incumbent is the best point by posterior mean, not the luckiest score; the
+improvement is that of the difference from it, with its posterior variance (noisy expected improvement: Letham et al.
+2019; common random numbers: Pearce et al. 2022, arXiv 1910.09259). A pending point is imagined: it has its posterior
+mean, and the variance around it shrinks (Ginsbourger et al. 2010). A constraint multiplies by its probability (Gardner
+et al. 2014). Several objectives are joined by random augmented Chebyshev weights, new ones for each point (ParEGO:
+Knowles 2006).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from jobs.search import By, Choice, Objective, Space
 from orchestrator.searching.encoding import all_choices, decoded, encoded, features, squared_distances
+from orchestrator.searching.evolving import evolved, generation_size
 from orchestrator.searching.figures import Figures
 from orchestrator.searching.surface import Parameters, Surface, fit, kernel, posterior
 
@@ -48,10 +50,13 @@ class Evidence:
 
 
 def resolved(space: Space, by: By) -> By:
-    """The method behind `auto`: gp for at most `MOST_AXES` axes of numbers, sobol beyond."""
+    """The method behind `auto`: gp for at most `MOST_AXES` axes of numbers; beyond cma-es, or sobol beside words."""
     if by != "auto":
         return by
-    return "gp" if sum(len(axis.values) > 1 and axis.kind == "numbers" for axis in space.axes) <= MOST_AXES else "sobol"
+    varying = [axis.kind for axis in space.axes if len(axis.values) > 1]
+    if varying.count("numbers") <= MOST_AXES:
+        return "gp"
+    return "sobol" if "words" in varying else "cma-es"
 
 
 def propose(
@@ -64,15 +69,44 @@ def propose(
     number: int,
     seed: int,
     first: Objective,
+    start: Sequence[Choice] = (),
+    batch: int = 8,
 ) -> tuple[Proposal, ...]:
-    """At most `count` points that were not asked yet: fewer only where the space ends. Reasons name `first`."""
+    """At most `count` points that were not asked yet: fewer only where the space ends. Reasons name `first`.
+
+    cma-es draws its first points around the mean of `start`, and learns from whole batches of this size.
+    """
     by = resolved(space, by)
     known = {*evidence.choices, *pending}
     enough = len(evidence.choices) >= 4
+    if by == "cma-es" and count:
+        return _evolving(space, evidence, known, count, number, seed, start, batch)
     if by == "gp" and enough and count:
         return _improving(space, evidence, pending, count, _generator(seed, number), first)
     drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, len(known))
     reason = "drawn at random" if by == "random" else "covers the space (Sobol)"
+    return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
+
+
+def _evolving(
+    space: Space,
+    evidence: Evidence,
+    known: Collection[Choice],
+    count: int,
+    number: int,
+    seed: int,
+    start: Sequence[Choice],
+    batch: int,
+) -> tuple[Proposal, ...]:
+    """Points drawn by CMA-ES after all whole generations, in the order of asking."""
+    size = generation_size(space, batch)
+    whole = [slice(first, first + size) for first in range(0, len(evidence.choices) - size + 1, size)]
+    draws = _joined(*_surfaces(space, evidence, smooth=False), _generator(seed, 0)) if whole else np.empty((0, 0))
+    centre = np.mean([encoded(space, choice) for choice in (start or (space.middle(),))], axis=0)
+    key = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+    generations = [(evidence.choices[part], draws[:, part]) for part in whole]
+    drawn = evolved(space, generations, centre, size=size, seed=key)
+    reason = f"drawn by CMA-ES after {len(whole)} generations of {size} points"
     return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
 
 
@@ -92,22 +126,31 @@ class Verdict:
 
 def judge(space: Space, evidence: Evidence, *, by: By, seed: int) -> Verdict:
     """The verdict on the points that were asked; without `gp`, points say nothing about each other."""
-    by, random = resolved(space, by), _generator(seed, 0)
-    models = [_Model(space, evidence.choices, figure, smooth=by == "gp") for figure in evidence.objectives]
-    surfaces = [model.at(evidence.choices) for model in models]
-    margins = [
-        _Model(space, evidence.choices, figure, smooth=by == "gp").at(evidence.choices)
-        for figure in evidence.constraints
-    ]
-    kept = np.ones((DRAWS, len(evidence.choices)), dtype=np.bool_)
+    smooth = resolved(space, by) == "gp"
+    surfaces, margins = _surfaces(space, evidence, smooth=smooth)
+    winners = np.argmax(_joined(surfaces, margins, _generator(seed, 0)), axis=1)
+    best = np.bincount(winners, minlength=len(evidence.choices)) / DRAWS
+    feasible = np.prod([_above(margin.mean, margin.spread) for margin in margins] or [np.ones(len(best))], axis=0)
+    return Verdict(surfaces[0].mean, surfaces[0].spread, best, feasible)
+
+
+def _surfaces(space: Space, evidence: Evidence, *, smooth: bool) -> tuple[list[Surface], list[Surface]]:
+    """The posteriors of the objectives and of the constraints at the points that were asked."""
+
+    def at_points(figures: Sequence[Figures]) -> list[Surface]:
+        return [_Model(space, evidence.choices, figure, smooth=smooth).at(evidence.choices) for figure in figures]
+
+    return at_points(evidence.objectives), at_points(evidence.constraints)
+
+
+def _joined(surfaces: Sequence[Surface], margins: Sequence[Surface], random: np.random.Generator) -> FloatArray:
+    """Joint draws [draws, points] of the value of each point; one that breaks a constraint is below all others."""
+    kept = np.ones((DRAWS, len(surfaces[0].mean)), dtype=np.bool_)
     for margin in margins:
         kept &= _draws(margin, random, DRAWS) >= 0
     values = np.stack([_draws(surface, random, DRAWS) for surface in surfaces])
     joined = _chebyshev(values, random) if len(surfaces) > 1 else values[0]
-    winners = np.argmax(np.where(kept, joined, joined - 1e6), axis=1)
-    best = np.bincount(winners, minlength=len(evidence.choices)) / DRAWS
-    feasible = np.prod([_above(margin.mean, margin.spread) for margin in margins] or [np.ones(len(best))], axis=0)
-    return Verdict(surfaces[0].mean, surfaces[0].spread, best, feasible)
+    return np.where(kept, joined, joined - 1e6)
 
 
 def means_of(space: Space, evidence: Evidence, *, by: By) -> FloatArray:

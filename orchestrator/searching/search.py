@@ -189,6 +189,8 @@ class Search:
                 number=number,
                 seed=self._seed,
                 first=spec.maximize[0],
+                start=spec.start,
+                batch=spec.batch,
             )
         return Batch(number, proposals, promotions, self._digest(number))
 

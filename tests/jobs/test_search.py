@@ -209,6 +209,11 @@ def test_names_of_different_points_differ() -> None:
         (W, {"search": {"start": [{"w": w / 100} for w in range(9)]}}, "4: `start:` has 9 points, and the first"),
         (W, {"search": {"start": [{"w": 0}, {"w": 1}], "budget": {"points": 1}}}, "4: `start:` has 2 points, and the"),
         (W, {"search": {"budget": {"tokens": "9" * 5000}}}, '4: "search.budget.tokens" must be a number of tokens'),
+        (
+            {**W, "method": ["linear", "ties"]},
+            {"search": {"by": "cma-es"}},
+            '4: cma-es draws numbers, and "method" has words; take gp or sobol, or take the axis out',
+        ),
         (W, {"search": {"start": [{}]}}, "4: a point of `start:` names no axis; give a value as `w: …`, or take"),
         (W, {"search": {"at_least": {}}}, "4: `at_least:` names no figure; give one as"),
         (

@@ -201,7 +201,8 @@ def test_auto_is_gp_up_to_twelve_axes_of_numbers():
     many = tuple(numbers(f"a{index}", 10) for index in range(13))
     word = Axis("method", ("linear", "ties"), "words", "here")
     assert resolved(Space((*many[:12], word)), "auto") == "gp"
-    assert resolved(Space(many), "auto") == "sobol"
+    assert resolved(Space(many), "auto") == "cma-es"
+    assert resolved(Space((*many, word)), "auto") == "sobol"
     assert resolved(Space(many), "sobol") == "sobol"
 
 
