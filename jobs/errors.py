@@ -55,6 +55,10 @@ class FailedMidway(MergeyardError):
     """An error of exit code 2 that came after something was written; its words are those of its cause."""
 
 
+class NothingKept(MergeyardError):
+    """No point of a search may be kept; the scores of all are written."""
+
+
 class StorageError(MergeyardError):
     """A store could not carry out a request."""
 

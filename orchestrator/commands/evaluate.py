@@ -15,7 +15,7 @@ from jobs.job import read_job as job_at
 from jobs.merge_tasks import digest
 from jobs.yaml_nodes import node_of
 from orchestrator.commands.inputs import print_json, read_job, watched
-from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
+from orchestrator.commands.workplace import Workplace, asked_of, check_kept, evaluate_points, tell_evaluation
 
 
 def evaluate(options: argparse.Namespace) -> int:
@@ -34,6 +34,8 @@ def evaluate(options: argparse.Namespace) -> int:
     facts = tell_evaluation(plan, evaluated, verdict, quiet=options.json)
     if options.json:
         print_json(facts)
+    if job.gate is not None:
+        check_kept(job, evaluated)
     return 0 if verdict is None else verdict.verdict.exit_code
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jobs.errors import BadInput
 from orchestrator.commands.inputs import check_file, print_json, read_job, watched
-from orchestrator.commands.workplace import Workplace, asked_of, gated, tell_verdict
+from orchestrator.commands.workplace import Workplace, asked_of, check_kept, gated, tell_verdict
 
 
 def gate(options: argparse.Namespace) -> int:
@@ -32,8 +32,10 @@ def gate(options: argparse.Namespace) -> int:
     ):
         point = options.point
         if point is None or job.search is not None:  # a search finds the points of its run again
-            best = session.run().standing[0].point
-            point = point or best
+            result = session.run()
+            if point is None:
+                check_kept(job, result)
+            point = point or result.standing[0].point
         verdict = gated(session, plan, point)
     if options.junit:
         Path(options.junit).write_text(verdict.verdict.to_junit_xml(), encoding="utf-8")

@@ -8,7 +8,7 @@ from pathlib import Path
 from jobs.errors import writing
 from jobs.job import Job
 from orchestrator.commands.inputs import print_json, read_job, watched
-from orchestrator.commands.workplace import Workplace, asked_of, evaluate_points, tell_evaluation
+from orchestrator.commands.workplace import Workplace, asked_of, check_kept, evaluate_points, tell_evaluation
 from orchestrator.words import shortlist
 
 
@@ -34,7 +34,7 @@ def run_job(job: Job, folder: Path, options: argparse.Namespace) -> int:
             result = drive(plan, workplace.pool, watcher)
         if asked is not None:
             plan, evaluated, verdict = evaluate_points(plan, asked, workplace, watcher)
-        if job.keep.kind == "best" and evaluated is not None:
+        if job.keep.kind == "best" and evaluated is not None and not evaluated.unkept:
             best = [standing.point for standing in evaluated.candidates[: job.keep.count]]
             if left := left_by_name(evaluated.candidates, len(best)):
                 watcher.tell(f"names decide which points are kept: {shortlist(left)} scored as much as {best[-1]}")
@@ -53,4 +53,6 @@ def run_job(job: Job, folder: Path, options: argparse.Namespace) -> int:
         print_json((result_facts(result) if result is not None else {}) | facts)
     if result is not None:
         result.check_finite()
+    if evaluated is not None:
+        check_kept(job, evaluated)
     return 0 if verdict is None else verdict.verdict.exit_code

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from jobs.errors import BadInput, CorruptData
+from jobs.errors import BadInput, CorruptData, NothingKept
 from jobs.job import Job
 from orchestrator.commands.devices import best_device
 from workers.gpu_memory import take_part
@@ -128,7 +128,7 @@ def evaluate_points(
     ):
         result = session.run()
         plan = plan if plan.job.search is None else plan.of_search(session.planned)
-        if plan.job.gate is None:
+        if plan.job.gate is None or result.unkept:
             return plan, result, None
         return plan, result, gated(session, plan, result.standing[0].point)
 
@@ -142,6 +142,15 @@ def gated(session: Session, plan: Plan, point: str) -> Gated:
     verdict = gate(session, asked, plan.job.gate, point, chosen=len(asked.points) > 1)
     session.conclude(verdict.document())
     return verdict
+
+
+def check_kept(job: Job, result: EvaluationResult) -> None:
+    """Raises `NothingKept` where a point should be written or judged, and none is likely to keep `at_least:`."""
+    if result.unkept and (job.keep.kind == "best" or job.gate is not None):
+        raise NothingKept(
+            f"{result.unkept}; none is written or judged: allow a larger `margin:` in a job of another name, or judge"
+            " one by `mergeyard gate --point`"
+        )
 
 
 def tell_verdict(verdict: Gated) -> None:

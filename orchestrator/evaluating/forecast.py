@@ -202,6 +202,7 @@ def _search_facts(
         "rungs": list(search.rungs),
         "tokens_of_first_batch": opening,
         "tokens": whole,
+        "tokens_afterwards": (max(job.keep.count or 1, 1) + len(asked.baselines)) * _tokens(asked.sets),
         "hours": spec.budget.hours if whole is None else None if rate is None else round(whole * rate / 3600, 3),
     }
 

@@ -42,6 +42,7 @@ class EvaluationResult:
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
     merge as another point. `seed` is that of the items. While not `finished`, `standing` is how it stands now.
     `remarks` are those of the workers, one line each. `guards` are the findings of the guards, once it is finished.
+    `unkept` says of a search that no point is likely to keep its constraints; it is empty where one is.
     """
 
     rows: list[ScoreRow]
@@ -59,6 +60,7 @@ class EvaluationResult:
     remarks: tuple[str, ...] = ()
     samples: Sequence[ScoreRow] = ()
     guards: Sequence[Guarded] = ()
+    unkept: str = ""
 
     @property
     def broken(self) -> frozenset[str]:

@@ -142,7 +142,7 @@ class Session:
         )
         if asked.guards is not None and self._race is None:
             self._guards = judged(asked.guards, asked, self._guards_baseline(asked.guards), self.rows())
-        self._tell_remarks(self._unkept())
+        self._tell_remarks(filter(None, [self._unkept()]))
         self.noise = self._ask_again(asked.points[self._standing()[0].point])
         result = self._result(finished=True)
         self._running = False
@@ -155,13 +155,13 @@ class Session:
         """Whether a search has several objectives."""
         return self._search is not None and len(self._search.spec.maximize) > 1
 
-    def _unkept(self) -> tuple[str, ...]:
+    def _unkept(self) -> str:
         """That the first point of a search likely breaks `at_least:`, as then each other one does."""
         first = None if self._search is None else next(iter(self._search.standing()), None)
         if first is None or first.feasible >= 0.5:
-            return ()
+            return ""
         chance = f"with probability {first.feasible:.2f}"
-        return (f"no point is likely to keep `at_least:`; {first.point}, the first of the table, does {chance}",)
+        return f"no point is likely to keep `at_least:`; {first.point}, the first of the table, does {chance}"
 
     @property
     def best(self) -> list[str]:
@@ -534,8 +534,9 @@ class Session:
             race=asked.race,
             seed=asked.seed,
             finished=finished,
-            remarks=(*self._blocks.remarks(), *self._unkept()),
+            remarks=(*self._blocks.remarks(), *filter(None, [self._unkept()])),
             guards=tuple(self._guards),
+            unkept=self._unkept(),
         )
 
 

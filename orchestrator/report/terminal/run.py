@@ -180,6 +180,12 @@ def _search_rows(search: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tu
         rows.append(("to ask", f"at most {asked['points']:,} points, about {count(search['tokens'])} tokens{hours}"))
     else:
         rows.append(("to ask", f"as many points as {search['hours']:g} hours of one worker allow"))
+    rows.append(
+        (
+            "afterwards",
+            f"at most {count(search['tokens_afterwards'])} tokens: the best and the parents answer all items",
+        )
+    )
     return rows
 
 

@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import BadInput, CorruptData
+from jobs.errors import BadInput, CorruptData, NothingKept
 from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
-from jobs.job import load_job
+from jobs.job import GateSpec, Keep, load_job
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
+from orchestrator.commands.workplace import check_kept
 from orchestrator.evaluating.results import EvaluationResult, read_results
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, questions
@@ -344,7 +345,12 @@ def test_that_no_point_keeps_a_constraint_is_said(tmp_path: Path) -> None:
     search = {**SEARCH, "over": over, "start": [{"w": 1}], "at_least": {"ruler": {"of": "fmt", "margin": 1}}}
     plan, asked = planned(tmp_path, search=search)
     remark = "no point is likely to keep `at_least:`; w=0.7"
-    assert any(said.startswith(remark) for said in searched(plan, asked, log=[]).remarks)
+    found = searched(plan, asked, log=[])
+    assert found.unkept.startswith(remark) and found.unkept in found.remarks
+    check_kept(replace(plan.job, keep=Keep(kind="none")), found)
+    for asks in ({"keep": Keep(kind="best", count=1)}, {"gate": GateSpec(baseline="fmt")}):
+        with pytest.raises(NothingKept, match="none is written or judged: allow a larger `margin:`"):
+            check_kept(replace(plan.job, **{"keep": Keep(kind="none"), **asks}), found)
 
 
 class Slow(ScriptedEvaluators):
