@@ -294,6 +294,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/benchmarks/registry.py",
         "orchestrator/words.py",
         "orchestrator/judging",
+        "orchestrator/searching",
         "orchestrator/records",
         "orchestrator/planning",
         "orchestrator/merging",

@@ -37,6 +37,8 @@ def report(options: argparse.Namespace) -> int:
         print_leaderboard(found.lines, run.result)
         if found.recommendation is not None:
             print_sentence(found.recommendation.sentence, found.recommendation.why)
+        if found.searched:
+            print_sentence(" ".join(found.searched))
     page = write_page(found)  # last: a run on a read-only disk can be read
     if options.csv:
         with writing():

@@ -171,6 +171,7 @@ def tell_evaluation(
     """Prints the leaderboard and the verdict, and returns all there is to know as facts."""
     from orchestrator.report.leaderboard import leaderboard
     from orchestrator.report.live import written_page
+    from orchestrator.report.searched import facts
     from orchestrator.report.terminal.leaderboard import print_leaderboard, print_sentence
 
     lines = leaderboard(result)
@@ -181,6 +182,8 @@ def tell_evaluation(
             print_sentence(recommendation.sentence, recommendation.why)
         elif result.noise is not None:
             print_sentence(result.noise.words)
+        if result.search is not None:
+            print_sentence(" ".join(facts(result.search, None if verdict is None else verdict.document())))
         if verdict is not None:
             tell_verdict(verdict)
         if page is not None:

@@ -17,10 +17,11 @@ from jobs.errors import BadInput
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec
 from orchestrator.evaluating.pairing import pairs, tokens_of
+from orchestrator.evaluating.pairing import samples as found_samples
 from orchestrator.evaluating.results import ranked_rows
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, Subject, limit_of_tokens
-from orchestrator.judging.estimates import macro_mean
+from orchestrator.judging.estimates import Estimate, macro_mean, macro_score
 from orchestrator.judging.gate import GateRule, Verdict, doubted, judge, same_merge
 from orchestrator.judging.guards import ruled_out, with_guards
 from orchestrator.judging.samples import Cell
@@ -38,7 +39,7 @@ class Gated:
 
     `chosen` where the point is the best of several by these very items, which cannot grow: luck is part of its score.
     `noise` is how often the leader of the evaluation answered otherwise when asked the same again. `unanswered` counts
-    the questions without an answer, by the label of the model.
+    the questions without an answer, by the label of the model. `scores` are those on the items of the last look.
     """
 
     looks: tuple[Verdict, ...]
@@ -46,6 +47,7 @@ class Gated:
     chosen: bool
     noise: FlipRate | None = None
     unanswered: Mapping[str, Unanswered] = field(default_factory=dict[str, Unanswered])
+    scores: Mapping[str, Estimate] = field(default_factory=dict[str, Estimate])
 
     @property
     def verdict(self) -> Verdict:
@@ -61,8 +63,10 @@ class Gated:
         said = json.loads(self.verdict.to_json())
         noise = None if self.noise is None else asdict(self.noise)
         lost = {name: found.document() for name, found in self.unanswered.items()}
+        scores = {name: _score(found) for name, found in self.scores.items()}
         return {
-            **said, "fresh": self.fresh, "chosen": self.chosen, "noise": noise, "looks": looks, "unanswered": lost
+            **said, "fresh": self.fresh, "chosen": self.chosen, "noise": noise, "looks": looks, "unanswered": lost,
+            "scores": scores,
         }  # fmt: skip
 
 
@@ -106,8 +110,15 @@ def gate(session: Session, asked: Questions, spec: GateSpec, point: str, *, chos
         verdict = judge(samples, rule, new=new.label, old=old.label, tokens=tokens)
         looks.append(with_guards(doubted(verdict, lost[new.label], lost[old.label]), guarded))
         if verdict.outcome != "inconclusive" or not items.can_grow(growth):
-            return Gated(tuple(looks), items.fresh, chosen and not items.fresh, session.noise, lost)
+            scores = {label: macro_score(found_samples(rows)) for label, rows in answered.items()}
+            return Gated(tuple(looks), items.fresh, chosen and not items.fresh, session.noise, lost, scores)
         growth = items.next(growth, verdict)
+
+
+def _score(found: Estimate) -> dict[str, float | None]:
+    """In points of 100; `half` is half of the 95 % interval, None with one haystack."""
+    half = 50 * (found.high - found.low)
+    return {"score": 100 * found.mean, "half": half if math.isfinite(half) else None}
 
 
 def _baseline(asked: Questions, spec: GateSpec) -> Subject:

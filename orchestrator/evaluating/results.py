@@ -20,6 +20,7 @@ from orchestrator.judging.race import LEAST_HAYSTACKS, Departure, Standing
 from orchestrator.judging.sampled import by_item
 from orchestrator.judging.significance import FlipRate
 from orchestrator.records.documents import read_document, text_of
+from orchestrator.searching.findings import Findings
 from workers.benchmarks.harness.adapter import OVER_LONG
 from workers.benchmarks.registry import BENCHMARKS
 from workers.evaluating.scores import read_scores, write_scores
@@ -41,8 +42,9 @@ class EvaluationResult:
     Models go by the labels of `Subject`. `baselines` are the parents that are not the same merge as a point; `parents`
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
     merge as another point. `seed` is that of the items. While not `finished`, `standing` is how it stands now.
-    `remarks` are those of the workers, one line each. `guards` are the findings of the guards, once it is finished.
-    `unkept` says of a search that no point is likely to keep its constraints; it is empty where one is.
+    `remarks` are those of the workers, one line each. Once it is finished, `guards` are the findings of the guards, and
+    `search` those of a search. `unkept` says of a search that no point is likely to keep its constraints; it is empty
+    where one is.
     """
 
     rows: list[ScoreRow]
@@ -61,6 +63,7 @@ class EvaluationResult:
     samples: Sequence[ScoreRow] = ()
     guards: Sequence[Guarded] = ()
     unkept: str = ""
+    search: Findings | None = None
 
     @property
     def broken(self) -> frozenset[str]:
@@ -148,6 +151,7 @@ class EvaluationResult:
             "same": dict(self.same),
             "remarks": list(self.remarks),
             **({"guards": [asdict(guarded) for guarded in self.guards]} if self.guards else {}),
+            **({"search": self.search.document()} if self.search is not None else {}),
             **self.race_document(),
             "race": None if self.race is None else asdict(self.race),
         }
@@ -203,7 +207,10 @@ def _verdict(document: dict[str, Any]) -> dict[str, Any]:
     for look in looks:
         format(look["items"], "d")
         text_of(look, "outcome")
-    return {"fresh": False, "items_needed": None, **document}
+    for score in (scores := document.get("scores", {})).values():
+        format(score["score"], ".1f")
+        format(score["half"] or 0.0, ".1f")
+    return {"fresh": False, "items_needed": None, **document, "scores": scores}
 
 
 def _result(document: Mapping[str, Any]) -> EvaluationResult:
@@ -229,6 +236,7 @@ def _result(document: Mapping[str, Any]) -> EvaluationResult:
         finished=document["finished"],
         remarks=tuple(document.get("remarks", ())),  # a run of an earlier version has none
         guards=tuple(map(_guarded, document.get("guards", ()))),
+        search=Findings.read(document["search"]) if document.get("search") else None,
     )
 
 

@@ -35,6 +35,7 @@ from orchestrator.judging.significance import FlipRate, flip_rate
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.records.lease import Lease
 from orchestrator.records.ledger import Ledger
+from orchestrator.searching.findings import findings
 from orchestrator.searching.search import Batch, Search
 from orchestrator.watching import Watcher
 from workers.benchmarks.registry import BENCHMARKS
@@ -537,6 +538,7 @@ class Session:
             remarks=(*self._blocks.remarks(), *filter(None, [self._unkept()])),
             guards=tuple(self._guards),
             unkept=self._unkept(),
+            search=findings(self._search, asked.seed) if finished and self._search is not None else None,
         )
 
 

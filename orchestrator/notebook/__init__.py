@@ -23,8 +23,8 @@ from orchestrator.commands.inputs import read_text
 if TYPE_CHECKING:
     from orchestrator.merging.driver import RunResult
     from orchestrator.report.leaderboard import Line
-    from orchestrator.report.page import Section
     from orchestrator.report.run import Report
+    from orchestrator.report.sections import Section
 
 __all__ = ["Figure", "Leaderboard", "MergeyardError", "Run", "evaluate", "merge", "open_run", "plan"]
 

@@ -13,6 +13,8 @@ import math
 import re
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Literal
 from xml.etree import ElementTree
 
@@ -279,6 +281,69 @@ def profile(axis: str, lines: Sequence[Profile]) -> Markup:
         if any(line.name for line in lines):
             figure.legend(loc="lower left", ncols=1, borderaxespad=0.2, labelspacing=0.35)
         return svg_of(figure, "", [], f"score by {axis}. {'; '.join(texts)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Dot:
+    """A measured value at a place of a chart, half of its 95 % interval (0 draws none), and its tooltip."""
+
+    x: str
+    y: float
+    half: float
+    text: str
+
+
+def banded(
+    x: Sequence[str], y: Sequence[float], half: Sequence[float], dots: Sequence[Dot], x_title: str, y_title: str
+) -> Markup:
+    """A line with its 95 % band, and measured dots; numbers stand at their distances, words at equal ones."""
+    where = places([*x, *(dot.x for dot in dots)])
+    with new_figure(200, 54, 10, 66 if dots else 50) as (figure, axes):
+        at, middle, wide = [where[word] for word in x], np.array(y), np.array(half)
+        if wide.any():
+            axes.fill_between(at, middle - wide, middle + wide, color=OKABE_ITO[0], alpha=0.22, linewidth=0)
+        axes.plot(at, y, color=OKABE_ITO[0], linewidth=1.6, marker="" if len(x) > 24 else "o", markersize=4)
+        across = [where[dot.x] for dot in dots]
+        axes.vlines(
+            across,
+            [dot.y - dot.half for dot in dots],
+            [dot.y + dot.half for dot in dots],
+            color=OKABE_ITO[1],
+            linewidth=0.9,
+            alpha=0.7,
+        )
+        axes.scatter(across, [dot.y for dot in dots], s=20, marker="s", color=OKABE_ITO[1], gid="dots-", zorder=3)
+        if not all(map(_is_number, where)):
+            axes.set_xticks(range(len(where)), shortened([*where], 14))
+            axes.margins(x=0.15)
+        axes.set(xlabel=x_title, ylabel=y_title)
+        axes.grid(axis="y", linewidth=0.5)
+        axes.set_axisbelow(True)
+        if not wide.any():
+            axes.set_ylim(bottom=0)
+        if dots:
+            handles = [
+                Line2D([], [], color=OKABE_ITO[0], label="by the model, 95 %"),
+                Line2D([], [], linestyle="", marker="s", color=OKABE_ITO[1], label="by its own items"),
+            ]
+            figure.legend(handles=handles, loc="lower left", ncols=2, borderaxespad=0.2)
+        told = f"{y_title} by {x_title}, from {min(y):.1f} to {max(y):.1f}; the table below has the numbers"
+        return svg_of(figure, "dots-", [dot.text for dot in dots], told)
+
+
+def _is_number(word: str) -> bool:
+    try:
+        return math.isfinite(Fraction(word))
+    except (ValueError, ZeroDivisionError):
+        return False
+
+
+def places(words: Sequence[str]) -> dict[str, float]:
+    """Where each word stands: at its number, or at its index if one of them is no number."""
+    distinct = [*dict.fromkeys(words)]
+    if all(map(_is_number, distinct)):
+        return {word: float(Fraction(word)) for word in distinct}
+    return {word: float(index) for index, word in enumerate(distinct)}
 
 
 def importances(found: Sequence[Importance]) -> Markup:

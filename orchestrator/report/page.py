@@ -35,6 +35,8 @@ from orchestrator.report.leaderboard import (
 )
 from orchestrator.report.recommendation import rows_by_point
 from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
+from orchestrator.report.searched import search_sections
+from orchestrator.report.sections import Choice, Section, Table, bounds, importance_section, table_of
 from orchestrator.viewing.address import EXPORT, address
 from orchestrator.words import short_length, size
 from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks
@@ -119,7 +121,7 @@ def sections(report: Report, view: str = "") -> list[Section]:
     """The figures of the page, in order; their tiles lead to the answers where there is a page of them (`view`)."""
     everything = rows_by_point(report.run.result.rows)
     found = [
-        _search_section(report),
+        *_search_sections(report),
         *_grid_sections(report, view),
         *_axes_sections(report),
         _curve_section(report),
@@ -143,7 +145,7 @@ def _scale(lines: Sequence[Line]) -> tuple[float, float]:
     """The scale of the leaderboard's intervals: round limits around all of them."""
     finite = [line for line in lines if math.isfinite(line.half_width)]
     ends = [line.score + side * line.half_width for line in finite for side in (-1, 1)]
-    return _bounds([min(100.0, max(0.0, end)) for end in ends] or [0.0, 100.0])
+    return bounds([min(100.0, max(0.0, end)) for end in ends] or [0.0, 100.0])
 
 
 def _interval_style(low: float, high: float, line: Any) -> str:
@@ -155,52 +157,6 @@ def _interval_style(low: float, high: float, line: Any) -> str:
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Table:
-    """The numbers of a chart, for those who cannot see it or want them."""
-
-    title: str
-    head: tuple[str, ...]
-    rows: tuple[tuple[str | Number, ...], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Number:
-    """A number of a table, and the answers behind it as the arguments of `address`."""
-
-    text: str
-    answers: Mapping[str, Any]
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Charts that are shown together when this is chosen."""
-
-    name: str
-    charts: tuple[Any, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Section:
-    """A heading, words, charts and their numbers. With several `choices`, one is shown at a time."""
-
-    id: str
-    title: str
-    words: str
-    legend: tuple[Any, ...]
-    choosing: str
-    choices: tuple[Choice, ...]
-    tables: tuple[Table, ...]
-
-    @property
-    def half(self) -> bool:
-        """Whether another may stand beside it: one chart at a time."""
-        return all(len(choice.charts) == 1 for choice in self.choices) and len(self.legend) < 2
 
 
 def _grid_sections(report: Report, view: str) -> list[Section | None]:
@@ -243,7 +199,7 @@ def _grid_section(
     values = [tile.value for shown in maps for tile in shown.tiles.values()]
     if not values:
         return None
-    low, high = _bounds(values)
+    low, high = bounds(values)
     drawn = [(shown.title, charts.heatmap(shown, low, high, view=view)) for shown in maps if shown.tiles]
     if len(drawn) > MOST_MAPS:
         choices = tuple(Choice(title, (chart,)) for title, chart in drawn)
@@ -257,12 +213,12 @@ def _grid_section(
     )
     return Section(
         f"grid-{what}",
-        f"The grid by {what}",
+        f"The {'points' if report.run.asked else 'grid'} by {what}",
         f"Scores from 0 to 100.{hatched}",
         (charts.colour_bar(low, high, "score"),),
         what,
         choices,
-        tuple(_table(shown) for shown in maps),
+        tuple(table_of(shown) for shown in maps),
     )
 
 
@@ -271,7 +227,7 @@ def _axes_sections(report: Report) -> list[Section]:
     from orchestrator.report import charts
 
     run, result = report.run, report.run.result
-    if run.job is None or not result.finished:
+    if run.job is None or not result.finished or run.asked:  # a search has sections of its own
         return []
     found = axes.surface(run.job.points, rows_by_point(result.ranked_rows()), result.same)
     if found is None:
@@ -292,44 +248,20 @@ def _axes_sections(report: Report) -> list[Section]:
     if len(found.axes) < 2:
         return made
     importance = found.importance()
-    made += [_importance_section(found, importance), _pairs_section(found, importance)]
-    return [*made, _parallel_section(found)] if len(found.axes) > 2 else made
-
-
-def _importance_section(found: axes.Surface, importance: Sequence[axes.Importance]) -> Section:
-    from orchestrator.report import charts
-
     overlap = "" if found.full else " Not every combination is a point: shares overlap, and axes may stand for others."
-    return Section(
-        "importance",
-        "Which axis matters",
-        "The share of the variance between points that one axis alone explains, without noise, with its 95 %"
-        f" interval. An interval from 0 to 100: the differences between all points are within noise.{overlap}",
-        (),
-        "",
-        (Choice("", (charts.importances(importance),)),),
-        (
-            Table(
-                "",
-                ("axis", "share (%)", "95 % interval"),
-                tuple(
-                    (
-                        one.axis,
-                        "within noise" if math.isnan(one.share) else f"{100 * one.share:.0f}",
-                        f"{100 * one.low:.0f} to {100 * one.high:.0f}",
-                    )
-                    for one in importance
-                ),
-            ),
-        ),
+    words = (
+        "The share of the variance between points that one axis alone explains, without noise, with its 95 % interval."
+        f" An interval from 0 to 100: the differences between all points are within noise.{overlap}"
     )
+    made += [importance_section(importance, words), _pairs_section(found, importance)]
+    return [*made, _parallel_section(found)] if len(found.axes) > 2 else made
 
 
 def _pairs_section(found: axes.Surface, importance: Sequence[axes.Importance]) -> Section:
     from orchestrator.report import charts
 
     maps = found.maps([one.axis for one in importance[:MOST_PAIRED_AXES]])
-    low, high = _bounds(found.scores.tolist())
+    low, high = bounds(found.scores.tolist())
     return Section(
         "pairs",
         "Two axes at a time",
@@ -337,14 +269,14 @@ def _pairs_section(found: axes.Surface, importance: Sequence[axes.Importance]) -
         (charts.colour_bar(low, high, "score"),),
         "axes",
         tuple(Choice(shown.title, (charts.heatmap(replace(shown, title=""), low, high),)) for shown in maps),
-        tuple(_table(shown) for shown in maps),
+        tuple(table_of(shown) for shown in maps),
     )
 
 
 def _parallel_section(found: axes.Surface) -> Section:
     from orchestrator.report import charts
 
-    low, high = _bounds(found.scores.tolist())
+    low, high = bounds(found.scores.tolist())
     best = sorted(range(len(found.names)), key=lambda point: -found.scores[point])[:MOST_WITHOUT_COLUMNS]
     return Section(
         "parallel",
@@ -373,7 +305,13 @@ def _parallel_section(found: axes.Surface) -> Section:
     )
 
 
-def _search_section(report: Report) -> Section | None:
+def _search_sections(report: Report) -> list[Section | None]:
+    """The sections of a search; before its end, and of a run of an older version, the points in the order of asking."""
+    found = report.run.result.search
+    return [_asked_section(report)] if found is None else [*search_sections(found, report.run.asked, report.run.gate)]
+
+
+def _asked_section(report: Report) -> Section | None:
     """The scores of a search's points in the order of asking, and why each was asked."""
     from orchestrator.report import charts
 
@@ -417,29 +355,6 @@ def _profile_table(axis: str, line: axes.Profile) -> Table:
             (figures.value_word(value), f"{score:.1f}", f"{half:.1f}" if half else "") for value, score, half in rows
         ),
     )
-
-
-def _bounds(values: Sequence[float]) -> tuple[float, float]:
-    """Round limits of a scale, at least ten points apart."""
-    low, high = 10 * math.floor(min(values) / 10), 10 * math.ceil(max(values) / 10)
-    return (low, high) if high > low else (low, low + 10) if high < 100 else (high - 10, high)
-
-
-def _table(shown: figures.Map) -> Table:
-    return Table(
-        shown.title,
-        (shown.row_title, *shown.columns),
-        tuple(
-            (name, *(_told(shown.tiles.get((row, column))) for column in range(len(shown.columns))))
-            for row, name in enumerate(shown.rows)
-        ),
-    )
-
-
-def _told(tile: figures.MapTile | None) -> str | Number:
-    if tile is None:
-        return ""
-    return Number(f"{tile.value:.1f}{' (not sure)' if tile.sure is False else ''}", tile.answers)
 
 
 def _curve_section(report: Report) -> Section | None:
@@ -534,7 +449,7 @@ def _needle_section(report: Report, rows: Mapping[str, Sequence[ScoreRow]], view
             for maps in found
             for shown in (maps.scores, maps.differences)
             if shown is not None
-            for table in [_table(shown)]
+            for table in [table_of(shown)]
         ),
     )
 

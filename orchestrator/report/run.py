@@ -16,6 +16,7 @@ from orchestrator.evaluating.results import EvaluationResult, read_results, read
 from orchestrator.report.against_baseline import BaselineComparisons, compare_all
 from orchestrator.report.leaderboard import Line, leaderboard
 from orchestrator.report.recommendation import Recommendation, best_parent, recommend, rows_by_point
+from orchestrator.report.searched import facts
 from orchestrator.words import Collapses, shortlist
 from workers.storage import Store, open_store
 from workers.storage.records import read_receipt, read_record, read_sealed
@@ -131,6 +132,12 @@ class Report:
             collapses.add(receipt)
         return collapses.lines()
 
+    @property
+    def searched(self) -> list[str]:
+        """The facts of a search that has ended, one sentence each."""
+        found = self.run.result.search
+        return [] if found is None else facts(found, self.run.gate)
+
     def document(self) -> dict[str, Any]:
         """For `--json`."""
         compared = {} if self.comparisons is None else self.comparisons.overall
@@ -144,6 +151,7 @@ class Report:
             "comparisons": [comparison.document() for comparison in compared.values()],
             "gate": self.run.gate,
             "remarks": list(self.remarks),
+            **({} if self.run.result.search is None else {"search": self.run.result.search.document()}),
             **self.run.result.race_document(),
         }
 

@@ -82,7 +82,7 @@ def propose(
     if by == "cma-es" and count:
         return _evolving(space, evidence, known, count, number, seed, start, batch)
     if by == "gp" and enough and count:
-        return _improving(space, evidence, pending, count, _generator(seed, number), first)
+        return _improving(space, evidence, pending, count, generator(seed, number), first)
     drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, len(known))
     reason = "drawn at random" if by == "random" else "covers the space (Sobol)"
     return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
@@ -101,7 +101,7 @@ def _evolving(
     """Points drawn by CMA-ES after all whole generations, in the order of asking."""
     size = generation_size(space, batch)
     whole = [slice(first, first + size) for first in range(0, len(evidence.choices) - size + 1, size)]
-    draws = _joined(*_surfaces(space, evidence, smooth=False), _generator(seed, 0)) if whole else np.empty((0, 0))
+    draws = _joined(*_surfaces(space, evidence, smooth=False), generator(seed, 0)) if whole else np.empty((0, 0))
     centre = np.mean([encoded(space, choice) for choice in (start or (space.middle(),))], axis=0)
     key = int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
     generations = [(evidence.choices[part], draws[:, part]) for part in whole]
@@ -128,7 +128,7 @@ def judge(space: Space, evidence: Evidence, *, by: By, seed: int) -> Verdict:
     """The verdict on the points that were asked; without `gp`, points say nothing about each other."""
     smooth = resolved(space, by) == "gp"
     surfaces, margins = _surfaces(space, evidence, smooth=smooth)
-    winners = np.argmax(_joined(surfaces, margins, _generator(seed, 0)), axis=1)
+    winners = np.argmax(_joined(surfaces, margins, generator(seed, 0)), axis=1)
     best = np.bincount(winners, minlength=len(evidence.choices)) / DRAWS
     feasible = np.prod([_above(margin.mean, margin.spread) for margin in margins] or [np.ones(len(best))], axis=0)
     return Verdict(surfaces[0].mean, surfaces[0].spread, best, feasible)
@@ -138,7 +138,7 @@ def _surfaces(space: Space, evidence: Evidence, *, smooth: bool) -> tuple[list[S
     """The posteriors of the objectives and of the constraints at the points that were asked."""
 
     def at_points(figures: Sequence[Figures]) -> list[Surface]:
-        return [_Model(space, evidence.choices, figure, smooth=smooth).at(evidence.choices) for figure in figures]
+        return [Model(space, evidence.choices, figure, smooth=smooth).at(evidence.choices) for figure in figures]
 
     return at_points(evidence.objectives), at_points(evidence.constraints)
 
@@ -147,8 +147,8 @@ def _joined(surfaces: Sequence[Surface], margins: Sequence[Surface], random: np.
     """Joint draws [draws, points] of the value of each point; one that breaks a constraint is below all others."""
     kept = np.ones((DRAWS, len(surfaces[0].mean)), dtype=np.bool_)
     for margin in margins:
-        kept &= _draws(margin, random, DRAWS) >= 0
-    values = np.stack([_draws(surface, random, DRAWS) for surface in surfaces])
+        kept &= draws(margin, random, DRAWS) >= 0
+    values = np.stack([draws(surface, random, DRAWS) for surface in surfaces])
     joined = _chebyshev(values, random) if len(surfaces) > 1 else values[0]
     return np.where(kept, joined, joined - 1e6)
 
@@ -156,11 +156,11 @@ def _joined(surfaces: Sequence[Surface], margins: Sequence[Surface], random: np.
 def means_of(space: Space, evidence: Evidence, *, by: By) -> FloatArray:
     """Posterior means [objectives, points] of the points that were asked."""
     smooth = resolved(space, by) == "gp"
-    models = [_Model(space, evidence.choices, figure, smooth=smooth) for figure in evidence.objectives]
+    models = [Model(space, evidence.choices, figure, smooth=smooth) for figure in evidence.objectives]
     return np.stack([model.at(evidence.choices).mean for model in models])
 
 
-class _Model:
+class Model:
     """The posterior of one figure: a Gaussian process, or independent points with a common prior."""
 
     def __init__(self, space: Space, choices: Sequence[Choice], figure: Figures, *, smooth: bool) -> None:
@@ -201,8 +201,8 @@ def _improving(
     first: Objective,
 ) -> tuple[Proposal, ...]:
     """The points of the largest expected improvement, one after the other, each imagined before the next is sought."""
-    objectives = [_Model(space, evidence.choices, figure, smooth=True) for figure in evidence.objectives]
-    constraints = [_Model(space, evidence.choices, figure, smooth=True) for figure in evidence.constraints]
+    objectives = [Model(space, evidence.choices, figure, smooth=True) for figure in evidence.objectives]
+    constraints = [Model(space, evidence.choices, figure, smooth=True) for figure in evidence.constraints]
     known = (*evidence.choices, *(choice for choice in pending if choice not in evidence.choices))
     top = np.argsort(-objectives[0].at(evidence.choices).mean, kind="stable")[:4]
     pool = _pool(space, [evidence.choices[index] for index in top], {*known}, random)
@@ -257,7 +257,7 @@ def _expected_front_gain(
     surfaces: Sequence[Surface], looked_at: NDArray[np.bool_], random: np.random.Generator
 ) -> tuple[FloatArray, int]:
     """The same for one random weighting of several objectives, over joint draws of each surface."""
-    values = np.stack([_draws(surface, random, 64) for surface in surfaces])
+    values = np.stack([draws(surface, random, 64) for surface in surfaces])
     joined = _chebyshev(values, random, same=True)
     best = np.where(looked_at, joined, -np.inf).max(axis=1, keepdims=True)
     incumbent = int(np.argmax(np.where(looked_at, joined.mean(axis=0), -np.inf)))
@@ -280,7 +280,7 @@ def _imagined(surface: Surface, index: int, noise: float) -> Surface:
     return Surface(surface.mean, surface.covariance - np.outer(column, column) / (column[index] + noise))
 
 
-def _draws(surface: Surface, random: np.random.Generator, count: int) -> FloatArray:
+def draws(surface: Surface, random: np.random.Generator, count: int) -> FloatArray:
     """Joint draws [draws, points]."""
     values, vectors = np.linalg.eigh(surface.covariance)
     factor = vectors * np.sqrt(np.maximum(values, 0.0))
@@ -316,7 +316,7 @@ def _pool(
             single[2 * axis, axis] += widths[axis]
             single[2 * axis + 1, axis] -= widths[axis]
         near += decoded(space, np.clip(single, 0.0, 1.0))
-    wide = decoded(space, _sequence(space, random, LISTED // 2))
+    wide = decoded(space, sequence(space, random, LISTED // 2))
     return tuple(dict.fromkeys(choice for choice in (*near, *wide) if choice not in known))
 
 
@@ -324,20 +324,21 @@ def _sobol(space: Space, seed: int, skipped: int) -> Iterator[Choice]:
     """The points of one scrambled Sobol sequence, those after the first `skipped`."""
     from scipy.stats import qmc
 
-    sequence = qmc.Sobol(len(space.axes), scramble=True, rng=_generator(seed, 0))
+    points = qmc.Sobol(len(space.axes), scramble=True, rng=generator(seed, 0))
     if skipped:
-        sequence.fast_forward(skipped)
+        points.fast_forward(skipped)
     while True:
-        yield from decoded(space, np.asarray(sequence.random(1), dtype=np.float64))
+        yield from decoded(space, np.asarray(points.random(1), dtype=np.float64))
 
 
 def _random(space: Space, seed: int, number: int) -> Iterator[Choice]:
-    random = _generator(seed, number)
+    random = generator(seed, number)
     while True:
         yield from decoded(space, random.random((64, len(space.axes))))
 
 
-def _sequence(space: Space, random: np.random.Generator, count: int) -> FloatArray:
+def sequence(space: Space, random: np.random.Generator, count: int) -> FloatArray:
+    """Places of a scrambled Sobol sequence in the unit cube [count, axes]."""
     from scipy.stats import qmc
 
     return np.asarray(qmc.Sobol(len(space.axes), scramble=True, rng=random).random(count), dtype=np.float64)
@@ -359,5 +360,6 @@ def _unknown(space: Space, drawn: Iterator[Choice], known: Collection[Choice], c
     return [*found]
 
 
-def _generator(seed: int, number: int) -> np.random.Generator:
+def generator(seed: int, number: int) -> np.random.Generator:
+    """The random draws of this seed and number."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, number])))

@@ -139,7 +139,8 @@ class Search:
         self._items: dict[str, list[tuple[int, int]]] = {}  # of each point: batch, and items after it
         self._scores: dict[str, FloatArray] = {}
         self._tokens: dict[str, FloatArray] = {}
-        self._closed = 0
+        self.closed = 0
+        """Batches whose scores are complete."""
         self._left_in: dict[str, int] = {}  # the batch that was closed when a point left
         self._judged: dict[int, tuple[tuple[str, ...], Evidence, Verdict]] = {}
         self._spent_on_new = self._spent_on_promotions = self._spent_on_parents = 0.0
@@ -148,12 +149,12 @@ class Search:
     def due(self) -> int | None:
         """The number of the batch that must be added now, or None."""
         number = len(self.batches)
-        return None if self._ended or number > self._closed + 1 else number
+        return None if self._ended or number > self.closed + 1 else number
 
     @property
     def finished(self) -> bool:
         """Whether the last batch is closed."""
-        return self._ended and self._closed == len(self.batches)
+        return self._ended and self.closed == len(self.batches)
 
     @property
     def committed(self) -> float:
@@ -177,7 +178,7 @@ class Search:
             given = [choice for choice in spec.start if choice not in self.choices.values()] if number == 0 else []
             proposals = tuple(Proposal(choice, "asked for by `start`") for choice in given[:count])
         if count > len(proposals):
-            _, evidence, _ = self._evidence(number - 2)
+            _, evidence, _ = self.evidence(number - 2)
             asked = (*self.choices.values(), *(each.choice for each in proposals))
             pending = [choice for choice in asked if choice not in evidence.choices]
             proposals += propose(
@@ -240,7 +241,7 @@ class Search:
         Includes blocks that were returned before: the driver tracks blocks in progress.
         """
         found: list[Block] = []
-        for work in self._work[self._closed :]:
+        for work in self._work[self.closed :]:
             blocks = [block for each in work for block in self._missing(each)]
             found += sorted(blocks, key=lambda block: (-block.cost, block.cell, block.items.start, block.point))
         return found
@@ -270,18 +271,18 @@ class Search:
     def close(self) -> list[Departure]:
         """Closes every batch whose scores are complete, in order; returns the new departures."""
         before = len(self.departures)
-        while self._closed < len(self.batches) and not any(
-            True for work in self._work[self._closed] for _ in self._missing(work)
+        while self.closed < len(self.batches) and not any(
+            True for work in self._work[self.closed] for _ in self._missing(work)
         ):
-            self._closed += 1
-            leaving = self._leaving(self._closed - 1)
+            self.closed += 1
+            leaving = self._leaving(self.closed - 1)
             self.departures += leaving
-            self._left_in |= {each.point: self._closed - 1 for each in leaving}
+            self._left_in |= {each.point: self.closed - 1 for each in leaving}
         return self.departures[before:]
 
     def standing(self) -> tuple[Found, ...]:
         """All points of closed batches: those that keep the constraints first, by the model's score; ties by name."""
-        names, evidence, verdict = self._evidence(self._closed - 1)
+        names, evidence, verdict = self.evidence(self.closed - 1)
         left = {each.point: each for each in self.departures}
         sign = self.spec.maximize[0].sign
         rows = [
@@ -290,8 +291,8 @@ class Search:
                 choice,
                 sign * float(verdict.mean[index]),
                 float(verdict.spread[index]),
-                sign * self._observed(name, self._closed - 1),
-                self._answered(name, self._closed - 1),
+                sign * self._observed(name, self.closed - 1),
+                self._answered(name, self.closed - 1),
                 float(verdict.best[index]),
                 float(verdict.feasible[index]),
                 self._items[name][0][0],
@@ -303,7 +304,7 @@ class Search:
 
     def front(self) -> tuple[Found, ...]:
         """With several objectives: the points that no other one exceeds in all of them, by the model's means."""
-        _, evidence, _ = self._evidence(self._closed - 1)
+        _, evidence, _ = self.evidence(self.closed - 1)
         means = means_of(self.spec.space, evidence, by=self.spec.by)
         rows = {row.choice: row for row in self.standing()}
         kept: list[Found] = []
@@ -356,7 +357,7 @@ class Search:
 
     def _promotions(self, number: int, room: float) -> tuple[Promotion, ...]:
         """The likeliest best points, as many as the promotions' share of the cost allows, one rung each."""
-        names, _, verdict = self._evidence(number - 2)
+        names, _, verdict = self.evidence(number - 2)
         if not names:
             return ()
         left = {name for name, batch in self._left_in.items() if batch <= number - 2}
@@ -387,7 +388,7 @@ class Search:
             found.append(Promotion(self.choices[name], target))
         return tuple(found)
 
-    def _evidence(self, batch: int) -> tuple[tuple[str, ...], Evidence, Verdict]:
+    def evidence(self, batch: int) -> tuple[tuple[str, ...], Evidence, Verdict]:
         """The points that batches up to this one have asked, their figures, and the verdict on them."""
         if batch in self._judged:
             return self._judged[batch]
@@ -466,7 +467,7 @@ class Search:
         objective = self.spec.maximize[0]
         if len(self.spec.maximize) > 1 or objective.metric.startswith("output_tokens"):
             return []
-        names, _, verdict = self._evidence(batch)
+        names, _, verdict = self.evidence(batch)
         if not names:
             return []
         gone = {*self._left_in}

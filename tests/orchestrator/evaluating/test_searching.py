@@ -148,6 +148,7 @@ def test_eight_workers_write_the_same_batches(
     assert batches(tmp_path) == batches(whole[0])
     assert Counter(log) == Counter(whole[2])
     assert result.standing == whole[1].standing
+    assert result.search == whole[1].search is not None
 
 
 def test_killed_at_random_moments_it_writes_the_same_batches_and_asks_no_question_twice(

@@ -15,6 +15,7 @@ from jobs.sealing import sealed
 from orchestrator.report.live import LivePage, written_page
 from orchestrator.report.page import page, sections
 from orchestrator.report.run import PAGE, read_run, report_on
+from orchestrator.searching.findings import Findings, Measured, Place, Share, Step
 from tests.orchestrator.report.made_up import HOSTILE, TASKS, write_run
 from workers.storage import open_store
 
@@ -174,3 +175,51 @@ def test_a_search_shows_its_points_in_the_order_of_asking_and_why(tmp_path: Path
         (batch, name, score[name], f"<{name}>") for batch, name in (("0", names[2]), ("1", names[0]), ("1", names[1]))
     )
     assert f"&lt;{names[0]}&gt;" in page(report), "a reason is escaped"
+
+
+def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_on_fresh_items(tmp_path: Path) -> None:
+    run = read_run(write_run(tmp_path / "run"))
+    first, second = [standing.point for standing in run.result.standing][:2]
+    found = Findings(
+        size=1000,
+        objectives=("score", "-output_tokens"),
+        sure=False,
+        steps=(Step(0, 1, second, 60.0, 50.0, 70.0, 12.0), Step(1, 2, first, 70.0, 66.0, 74.0, 3.25)),
+        points=(
+            Measured(second, (61.0, 40.0), 55.0, 9.0, 10),
+            Measured(first, (70.0, 50.0), 75.0, 5.0, 40),
+        ),
+        front=(first, second),
+        importance=(Share("w", 0.75, 0.5, 0.9), Share("d", 0.1, 0.0, 0.3)),
+        axes=("w", "d"),
+        others="method=ties",
+        surface=tuple(
+            Place((w, d), mean, 4.0, behind, point)
+            for w, d, mean, behind, point in (
+                ("0.25", "0", 70.0, 0.0, first),
+                ("0.5", "0", 69.0, 2.0, None),
+                ("0.25", "1", 40.0, 3.0, second),
+            )
+        ),
+    )
+    gate = {"fresh": True, "new": first, "scores": {first: {"score": 67.0, "half": 3.0}}}
+    asked = ((0, second, "drawn"), (1, first, "<expected>"))
+    report = report_on(replace(run, result=replace(run.result, search=found), asked=asked))
+    report = replace(report, run=replace(report.run, gate={**(report.run.gate or {}), **gate}))
+    shown = {section.id: section for section in sections(report)}
+    words = shown["search"].words
+    assert f"asked 2 of 1,000 points, 40 items of each cell for {first}" in words and "70.0 ± 4.0" in words
+    assert "exceeds it by at most 3.2 points (95 %" in words
+    assert "w 75 % (50 to 90), d 10 % (0 to 30)" in words
+    assert f"{first}: 70.0 ± 4.0 in the search, 67.0 ± 3.0 on fresh items: a drop of 3.0 ± 5.0." in words
+    assert words.startswith(" ".join(report.searched)) and len(report.searched) == 4
+    trace, points = shown["search"].tables
+    assert trace.rows[1] == ("1", "2", first, "70.0 ± 4.0", "3.2")
+    assert points.rows[1] == ("1", first, "70.0", "50.0", "75.0 ± 5.0", "40", "<expected>")
+    assert [row[0] for row in shown["front"].tables[0].rows] == [second, first]
+    rows = tuple(tuple(map(str, row)) for row in shown["surface"].tables[0].rows)
+    assert rows == (("0.25", "70.0", "40.0"), ("0.5", "69.0 (not sure)", ""))
+    assert shown["importance"].tables[0].rows[0] == ("w", "75", "50 to 90")
+    text = page(report)
+    assert Elements(text).names.count("script") == 1 and "&lt;expected&gt;" in text
+    assert "w 0.5, d 0: 69.0 ± 4.0; 1.0 ± 2.0 behind the best" in text
