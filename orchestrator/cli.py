@@ -126,7 +126,9 @@ def parser() -> argparse.ArgumentParser:
     )
     search.add_argument("genome", metavar="GENOME.yml", help="a genome of mergekit-evolve, with its tasks")
     search.add_argument("out", metavar="OUT", help="folder or bucket of the run")
-    search.add_argument("--job", action="store_true", help="print the job that the genome is, and run nothing")
+    search.add_argument(
+        "--job", dest="print_job", action="store_true", help="print the job that the genome is, and run nothing"
+    )
     search.add_argument("--max-fevals", type=int, default=100, metavar="N", help="points that are asked; default 100")
     search.add_argument(
         "--force-population-size", type=int, metavar="N", help="points that are proposed together; default 8"

@@ -23,7 +23,7 @@ def search(options: argparse.Namespace) -> int:
     genome = load_genome(read_text(options.genome), options.genome)
     document = _document(genome, options)
     job = read_job(node_of(document, options.genome))
-    if options.job:
+    if options.print_job:
         print(yaml_text(document), end="")
         return 0
     return run_job(job, Path.cwd(), options)
