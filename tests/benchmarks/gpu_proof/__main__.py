@@ -46,7 +46,7 @@ from orchestrator.watching import Watcher
 from tests.benchmarks.make_checkpoints import EXAMPLE, SIZES
 from workers.engines.engine import Prompt
 from workers.engines.transformers_engine import Limits, TransformersEngine
-from workers.engines.vllm_engine import _hand_over
+from workers.engines.vllm_engine import PYTHON_VARIABLE, VllmEngine, _hand_over
 from workers.merging.resident import ResidentParents
 
 PAIR = "models: [{model: cos, parameters: {weight: WEIGHT}}, {model: fmt, parameters: {weight: 0.4}}]"
@@ -359,6 +359,26 @@ def speed(proof: Proof) -> None:
         with torch.inference_mode():
             took = proof.seconds(lambda ids=ids: engine.model.generate(ids, max_new_tokens=1, do_sample=False), 1)
         proof.say(f"prefill of {tokens}, transformers' generate", f"{tokens / took:,.0f} tokens/s", "", tokens / took)
+    engine.close()
+    if os.environ.get(PYTHON_VARIABLE):
+        del engine
+        gc.collect()
+        _speed_of_vllm(proof)
+
+
+def _speed_of_vllm(proof: Proof) -> None:
+    """Prefill and swaps of vLLM, where $MERGEYARD_VLLM_PYTHON names an environment with it."""
+    plan = proof.plan(proof.parents(), "linear", [0.3, 0.5, 0.7])
+    parents = proof.resident(plan, proof.device)
+    options: dict[str, Any] = {"enable_prefix_caching": False, "hf_overrides": {"max_position_embeddings": 140_000}}
+    options |= {"gpu_memory_utilization": 0.7} if proof.on_gpu else {"enforce_eager": True}
+    engine = VllmEngine(proof.parents() / "base", max_length=proof.lengths[-1] + 64, options=options)
+    engine.encode = lambda text, *, bare=False: [int(each) for each in text.split()]  # type: ignore[method-assign] # of numbers
+    for tokens in proof.lengths:
+        took = proof.seconds(lambda tokens=tokens: engine.generate([asked(tokens, time.perf_counter_ns() % 999, 1)]), 1)
+        proof.say(f"prefill of {tokens}, vLLM", f"{tokens / took:,.0f} tokens/s", "ours: 0.9 of it", tokens / took)
+    took = proof.seconds(lambda: engine.swap(parents.merged(plan.points[0].settings), "0"), 2)
+    proof.say("the next point in vLLM", f"{took * 1e3:.0f} ms", "", took * 1e3)
     engine.close()
 
 
