@@ -498,6 +498,7 @@ def svg_of(figure: Figure, group: str, texts: Sequence[str], label: str, links: 
                 element.attrib["pointer-events"] = "none"
         else:
             _drop_id(element)
+    _shorten(root)
     width, height = root.attrib["viewBox"].split()[2:]
     root.attrib.update({"width": width, "height": height, "role": "img", "aria-label": label})
     root.attrib.pop("version", None)
@@ -514,6 +515,53 @@ def _plain(element: ElementTree.Element) -> None:
     element.tail = None
     for name in [name for name in element.attrib if "}" in name]:
         element.attrib[name.split("}")[-1]] = element.attrib.pop(name)
+
+
+NUMBER = re.compile(r"-?\d+\.\d+")
+RECTANGLE = re.compile(r"^M(\S+) (\S+)L(\S+) \2L\3 (\S+)L\1 \4z$")
+MARKS = ("path", "use")
+
+
+def _shorten(root: ElementTree.Element) -> None:
+    """The same drawing in fewer characters: tenths of pixels, and a group has the declarations that all marks share."""
+    shapes = {part for defined in root.iter("defs") for part in defined.iter()}  # markers are too small for tenths
+    for element in root.iter():
+        if element not in shapes:
+            for name in element.attrib.keys() & {"d", "x", "y"}:
+                element.attrib[name] = _path(element.attrib[name])
+        for index, child in enumerate(element):
+            if child.attrib.keys() == {"clip-path"} and [mark.tag for mark in child] == ["use"]:
+                element[index] = child[0]  # a dot needs no group of its own
+                element[index].attrib |= child.attrib
+        if element.tag == "g" and "style" not in element.attrib:
+            _share(element, [mark for mark in element if mark.tag != "defs"])
+
+
+def _path(text: str) -> str:
+    shorter = NUMBER.sub(lambda found: f"{float(found[0]):.1f}".removesuffix(".0"), text)
+    shorter = re.sub(r"\s*([A-Za-z])\s*", r"\1", shorter).strip()
+    return RECTANGLE.sub(r"M\1 \2H\3V\4H\1z", shorter)
+
+
+def _share(group: ElementTree.Element, marks: Sequence[ElementTree.Element]) -> None:
+    """Moves the clip path and the inherited declarations that all marks have to the group."""
+    if len(marks) < 3 or any(mark.tag not in MARKS for mark in marks):
+        return
+    clips = {mark.get("clip-path") for mark in marks}
+    if None not in clips and len(clips) == 1:
+        group.attrib["clip-path"] = clips.pop() or ""
+        for mark in marks:
+            del mark.attrib["clip-path"]
+    styles = [mark.attrib.get("style", "").split("; ") for mark in marks]
+    common = set(styles[0]).intersection(*styles[1:])
+    kept = [each for each in styles[0] if each in common and each and not each.startswith("opacity")]
+    if not kept:
+        return
+    group.attrib["style"] = "; ".join(kept)
+    for mark, style in zip(marks, styles, strict=True):
+        mark.attrib["style"] = "; ".join(each for each in style if each not in kept)
+        if not mark.attrib["style"]:
+            del mark.attrib["style"]
 
 
 def _drop_id(element: ElementTree.Element) -> None:
