@@ -39,12 +39,13 @@ def published_card(
     config: Mapping[str, Any],
     line: Line | None,
     ranked: Sequence[str],
+    searched: Sequence[str] = (),
     not_on_hub: Sequence[str] = (),
 ) -> str:
     """A point's card as the hub gets it: with its licence, and with its results where there are any.
 
     Only parents that the hub knows stay in `base_model`: it refuses paths and buckets there. `not_on_hub` are names
-    that only look like its own.
+    that only look like its own. `searched` are the facts of a search that chose the point.
     """
     front = front_matter(card)
     bases = [base for base in front.pop("base_model", []) if HUB_NAME.fullmatch(base) and base not in not_on_hub]
@@ -55,7 +56,7 @@ def published_card(
         title = re.search(r"^# (.+)$", body, re.MULTILINE)
         head["model-index"] = [{"name": title[1] if title else line.name, "results": _index(line, ranked)}]
         before, mark, after = body.partition("## Parents\n")
-        body = before + _results(line, ranked, context_length(config)) + mark + after
+        body = before + _results(line, ranked, context_length(config), searched) + mark + after
     return f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---\n{body}"
 
 
@@ -78,7 +79,7 @@ def _index(line: Line, ranked: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
+def _results(line: Line, ranked: Sequence[str], claimed: Any, searched: Sequence[str]) -> str:
     spread = f" ± {line.half_width:.1f}" if math.isfinite(line.half_width) else ""
     rows = [(f"Score (0 to 100): {' and '.join(ranked)}, {line.items:,} items", f"{line.score:.1f}{spread}")]
     rows += [(f"at {short_length(length)}", f"{score:.1f}") for length, score in sorted(line.by_length.items())]
@@ -93,8 +94,8 @@ def _results(line: Line, ranked: Sequence[str], claimed: Any) -> str:
         meaning = f"{line.effective_of}: longest with a score of {RULER_THRESHOLD} or more{compared}"
         title = f"Effective context length ({meaning})"
         rows.append((title, f"{_reach(line.effective)}; the config claims {token_count(claimed)}"))
-    lines = ["## Results", "", "| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), "", ""]
-    return "\n".join(lines)
+    table = ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows), ""]
+    return "\n".join(["## Results", "", *table, *([" ".join(searched), ""] if searched else []), ""])
 
 
 def _finding(guarded: Guarded) -> str:

@@ -19,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from jobs.errors import BadInput, CorruptData, ObjectChanged
 from jobs.manifest import FileEntry, Manifest
 from jobs.sealing import sealed, unsealed
-from orchestrator.evaluating.results import read_results
+from orchestrator.evaluating.results import read_results, read_verdict
 from orchestrator.points.copying import copy_file, file_problem, publishing_facts, read_pieces
 from orchestrator.points.finding import CARD, MANIFEST, RECIPE, FoundPoint, check_files
 from orchestrator.points.licences import licences_of, reconciled_licence
 from orchestrator.points.published_card import published_card
 from orchestrator.report.leaderboard import Line, leaderboard
+from orchestrator.report.searched import facts
 from orchestrator.words import size
 from workers.storage import open_store
 
@@ -95,11 +96,11 @@ def _ours(point: FoundPoint, terms: Mapping[str, str]) -> dict[str, bytes]:
     """
     manifest, folders = point.manifest, _folder_names(point.manifest.parents.values())
     config = json.loads(bytes(point.store.read(f"{point.prefix}config.json")))
-    line, ranked = _results(point)
+    line, ranked, searched = _results(point)
     card = _renamed(bytes(point.store.read(f"{point.prefix}{CARD}")).decode(), folders)
     recipe = _renamed(bytes(point.store.read(f"{point.prefix}{RECIPE}")).decode(), folders)
     changed = {
-        CARD: published_card(card, terms, config, line, ranked, not_on_hub=[*folders.values()]).encode(),
+        CARD: published_card(card, terms, config, line, ranked, searched, not_on_hub=[*folders.values()]).encode(),
         RECIPE: recipe.encode(),
     }
     entries = {name: FileEntry(len(data), hashlib.sha256(data).hexdigest()) for name, data in changed.items()}
@@ -126,18 +127,24 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
     return text
 
 
-def _results(point: FoundPoint) -> tuple[Line | None, tuple[str, ...]]:
-    """The point's line of its run's leaderboard, and the benchmarks it ranks by; None where it has no scores."""
+def _results(point: FoundPoint) -> tuple[Line | None, tuple[str, ...], list[str]]:
+    """The point's line of its run's leaderboard, the benchmarks it ranks by, and the facts of a search that chose it.
+
+    None where it has no scores.
+    """
     if point.run is None:
-        return None, ()
+        return None, (), []
     try:
         result = read_results(point.run)
     except BadInput:
-        return None, ()
+        return None, (), []
     names = {point.name, point.manifest.point}
     names |= {result.same[name] for name in names if name in result.same}
     lines = [line for line in leaderboard(result) if line.kind == "point" and line.name in names]
-    return (lines[0] if lines else None), result.ranked
+    searched: list[str] = []
+    if result.search is not None and names & {result.search.steps[-1].best}:
+        searched = facts(result.search, read_verdict(open_store(point.run)))
+    return (lines[0] if lines else None), result.ranked, searched
 
 
 @contextmanager

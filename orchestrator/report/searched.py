@@ -157,7 +157,10 @@ def _surface(found: Findings) -> Section:
     from orchestrator.report import charts
 
     points = {each.point: each for each in found.points}
-    objective, others = found.objectives[0].removeprefix("-"), f" {found.others}." if found.others else ""
+    objective, others = (
+        found.objectives[0].removeprefix("-"),
+        f" The other axes stand at {found.others}." if found.others else "",
+    )
     if len(found.axes) == 1:
         x = [place.at[0] for place in found.surface]
         dots = [

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from jobs.sealing import sealed
+from orchestrator.points.published_card import published_card
 from orchestrator.report.live import LivePage, written_page
 from orchestrator.report.page import page, sections
 from orchestrator.report.run import PAGE, read_run, report_on
@@ -222,4 +223,6 @@ def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_o
     assert shown["importance"].tables[0].rows[0] == ("w", "75", "50 to 90")
     text = page(report)
     assert Elements(text).names.count("script") == 1 and "&lt;expected&gt;" in text
+    card = published_card("# p\n## Parents\n", {}, {}, report.lines[0], ("ruler",), report.searched)
+    assert f"|\n\n{' '.join(report.searched)}\n\n## Parents" in card
     assert "w 0.5, d 0: 69.0 ± 4.0; 1.0 ± 2.0 behind the best" in text
