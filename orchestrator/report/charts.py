@@ -529,10 +529,6 @@ def _shorten(root: ElementTree.Element) -> None:
         if element not in shapes:
             for name in element.attrib.keys() & {"d", "x", "y"}:
                 element.attrib[name] = _path(element.attrib[name])
-        for index, child in enumerate(element):
-            if child.attrib.keys() == {"clip-path"} and [mark.tag for mark in child] == ["use"]:
-                element[index] = child[0]  # a dot needs no group of its own
-                element[index].attrib |= child.attrib
         if element.tag == "g" and "style" not in element.attrib:
             _share(element, [mark for mark in element if mark.tag != "defs"])
 
@@ -545,10 +541,18 @@ def _path(text: str) -> str:
 
 def _share(group: ElementTree.Element, marks: Sequence[ElementTree.Element]) -> None:
     """Moves the clip path and the inherited declarations that all marks have to the group."""
-    if len(marks) < 3 or any(mark.tag not in MARKS for mark in marks):
+    if len(marks) < 3:
         return
     clips = {mark.get("clip-path") for mark in marks}
-    if None not in clips and len(clips) == 1:
+    shared = None not in clips and len(clips) == 1
+    if shared and all([part.tag for part in mark] == ["use"] and len(mark.attrib) == 1 for mark in marks):
+        for dot in marks:  # which needs no group of its own; the clip path of a `use` would move with it
+            group[[*group].index(dot)] = dot[0]
+            dot[0].attrib |= dot.attrib
+        marks = [mark for mark in group if mark.tag != "defs"]
+    if any(mark.tag not in MARKS for mark in marks):
+        return
+    if shared:
         group.attrib["clip-path"] = clips.pop() or ""
         for mark in marks:
             del mark.attrib["clip-path"]

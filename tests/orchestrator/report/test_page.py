@@ -58,6 +58,7 @@ def test_it_is_well_formed_and_holds_nothing_that_an_answer_brought(text: str) -
     assert elements.count("script") == 1
     assert not {"img", "iframe", "object", "link"} & set(elements)
     assert elements.count("svg") > 12
+    assert not re.search("<use[^>]*clip-path", text), "which would clip the mark at another place"
     assert HOSTILE not in text and "&lt;script&gt;alert(1)&lt;/script&gt;" in text
 
 
