@@ -180,7 +180,7 @@ def pieces_of(tokenizer: Tokenizer, text: str, count: int, most: int) -> list[Id
 
 
 def lines_of(tokenizer: Tokenizer, lines: str, count: int, most: int, place: str) -> list[Ids]:
-    """The first `count` texts of a JSONL file, each cut after `most` tokens; empty ones are passed over.
+    """The first `count` texts of a JSONL file, each cut after `most` tokens; those without tokens are passed over.
 
     A line is a text, an object with a `text`, or one with the `messages` of a chat, which the chat template of the
     model renders; `BadInput` for another.
@@ -199,7 +199,7 @@ def lines_of(tokenizer: Tokenizer, lines: str, count: int, most: int, place: str
             for text in _entries(lines, place)
             if not isinstance(text, str) or text.strip()
         )
-        return [ids[:most] for ids in islice(texts, count)]
+        return [ids[:most] for ids in islice(filter(None, texts), count)]
 
 
 def _entries(lines: str, place: str) -> Iterator[str | list[Any]]:
@@ -222,9 +222,13 @@ def _entries(lines: str, place: str) -> Iterator[str | list[Any]]:
 
 
 def _is_chat(value: Any) -> TypeGuard[list[Any]]:
-    return isinstance(value, list) and all(
-        isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
-        for each in value
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(each, dict) and isinstance(each.get("role"), str) and isinstance(each.get("content"), str)
+            for each in value
+        )
     )
 
 

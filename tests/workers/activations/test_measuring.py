@@ -237,3 +237,9 @@ def test_the_first_lines_are_read_to_their_most_tokens(tokenizer: Tokenizer):
         lines_of(tokenizer, line, 9, 5, "texts.jsonl")
     with pytest.raises(BadInput, match=r"^texts.jsonl:2: not a line such as"):
         lines_of(tokenizer, '"w1"\n{"prompt": "w2"}\n', 9, 2, "texts.jsonl")
+    with pytest.raises(BadInput, match=r"^texts.jsonl:1: not a line such as"):
+        lines_of(chat, '{"messages": []}', 9, 5, "texts.jsonl")
+    bare = json.loads(tokenizer_json()) | {"normalizer": {"type": "Replace", "pattern": {"String": "-"}, "content": ""}}
+    assert lines_of(Tokenizer(json.dumps(bare).encode()), '"---"\n"w5"', 9, 5, "texts.jsonl") == [
+        [5]
+    ]  # one has no tokens
