@@ -208,8 +208,7 @@ class TensorMerge:
     """One output tensor: name, dtype, shape, where each parent keeps it, and which setting of a point applies.
 
     `arithmetic` is the dtype to compute in, as safetensors names it. `activations` is the tensor's name in the
-    statistics of AIM; None where they have none. `grams` are the places of its Gram matrices, by model, if all models
-    have one.
+    statistics of AIM; None where they have none. `grams` are the places of its Gram matrices, by model.
     """
 
     name: str

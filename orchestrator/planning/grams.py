@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,8 +20,7 @@ from workers.checkpoints.opening import Checkpoint
 def with_grams(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe, folder: Path | None) -> Layout:
     """The layout whose tensors have the places of their Gram matrices, if the recipe names such files.
 
-    A tensor has them if each of its models has one. `BadInput` for files that are not of these models, or that were
-    measured with other blocks.
+    `BadInput` for files that are not of these models, or that were measured with other blocks.
     """
     if recipe.grams is None:
         return layout
@@ -41,13 +40,13 @@ def with_grams(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe
         sources = [(name, at) for name, at in tensor.sources.items() if name in files]
         found = {name: files[name].tensors.get(stored[name].get(at, tensor.name)) for name, at in sources}
         grams = {name: gram for name, gram in found.items() if gram is not None}
-        if len(tensor.shape) != 2 or not grams or len(grams) < len(found):
+        if len(tensor.shape) != 2 or not grams:
             return tensor
         _check_shapes(grams, tensor, place)
         return replace(tensor, grams=grams)
 
     shards = tuple(replace(shard, tensors=tuple(map(named, shard.tensors))) for shard in layout.shards)
-    remarks = _remarks([tensor for shard in shards for tensor in shard.tensors])
+    remarks = _remarks([tensor for shard in shards for tensor in shard.tensors], files.keys())
     return replace(layout, shards=shards, grams=files, remarks=(*layout.remarks, *remarks))
 
 
@@ -74,8 +73,9 @@ def _check_shapes(grams: Mapping[str, GramTensor], tensor: TensorMerge, place: s
         )
 
 
-def _remarks(tensors: Sequence[TensorMerge]) -> Iterator[str]:
-    """A sentence on the matrices that are merged by their mean."""
+def _remarks(tensors: Sequence[TensorMerge], models: Collection[str]) -> Iterator[str]:
+    """A sentence on the matrices that are merged by their mean, where all of these models have a part."""
     matrices = [each for each in tensors if len(each.shape) > 1 and not is_embedding(each.name)]
-    if without := [each.name for each in matrices if not each.grams and not is_head(each.name, {})]:
+    lacking = [each for each in matrices if any(name in models and name not in each.grams for name in each.sources)]
+    if without := [each.name for each in lacking if not is_head(each.name, {})]:
         yield f"grams: none for {shortlist(without)}; regmean takes their weighted mean"

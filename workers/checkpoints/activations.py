@@ -37,7 +37,7 @@ def split_url(url: str) -> tuple[str, str]:
     """(folder, name) of a file; `BadInput` for a folder."""
     folder, _, name = url.rpartition("/")
     if not name.endswith(".safetensors"):
-        raise BadInput(f"{url}: a file of activations ends in .safetensors; give its whole path")
+        raise BadInput(f"{url}: a file of statistics ends in .safetensors; give its whole path")
     return folder or url.removesuffix(name) or ".", name
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from jobs.errors import BadInput, CorruptData
 from jobs.merge_tasks import GramTensor, Parent, ParentFile, digest
+from workers.checkpoints.activations import split_url
 from workers.checkpoints.safetensors import header_bytes, read_header, read_metadata
 from workers.digests import digest_of
 from workers.storage import open_store
@@ -62,24 +63,24 @@ def _digest(matrix: Matrix) -> str:
 
 
 def is_for(shape: tuple[int, ...], channels: int) -> bool:
-    """Whether a Gram matrix of that shape is that of so many input channels."""
+    """Whether a Gram matrix of that shape is that of so many input channels, in the fewest parts of equal size."""
     blocks, size, other = shape
-    return size == other and blocks == math.ceil(channels / max(size, 1))
+    return size == other and 0 < blocks <= channels and size == math.ceil(channels / blocks)
 
 
 def open_grams(url: str) -> GramFile:
     """The file at a URL, of which the header alone is read. `BadInput` if it is another, `CorruptData` if damaged."""
-    folder, _, name = url.rpartition("/")
-    if not name.endswith(".safetensors"):
-        raise BadInput(f"{url}: a file of Gram matrices ends in .safetensors; give its whole path")
-    store = open_store(folder or url.removesuffix(name) or ".")
+    folder, name = split_url(url)
+    store = open_store(folder)
     info = store.locate(name)
     where, other = f"{store.pinned_url}/{name}", "give a file of `mergeyard measure`"
     entries = read_header(store, info)
     try:
         digests = json.loads(read_metadata(store, info).get(DIGESTS, "{}"))
-    except ValueError as error:
-        raise CorruptData(f"{where}: its digests are not JSON; {other}") from error
+    except ValueError:
+        digests = None
+    if not isinstance(digests, dict):
+        raise CorruptData(f"{where}: its digests are not a JSON object; {other}")
     tensors: dict[str, GramTensor] = {}
     for entry in entries:
         if entry.dtype != "F32" or len(entry.shape) != 3 or not isinstance(digests.get(entry.name), str):
@@ -91,9 +92,12 @@ def open_grams(url: str) -> GramFile:
 
 
 def read_gram(parent: Parent, gram: GramTensor) -> Matrix:
-    """One matrix, blocks × size × size. `CorruptData` if it is damaged, `ObjectChanged` if the file changed."""
+    """One matrix, blocks × size × size. `CorruptData` if it is damaged or not finite, `ObjectChanged` if it changed."""
     store, (file,) = open_store(parent.url), parent.files
     data = bytes(store.read(file.key, start=gram.start, length=gram.end - gram.start, etag=file.etag))
     if digest_of(data, like=gram.digest) != gram.digest:
         raise CorruptData(f"{parent.url}/{file.key}: {gram.name} is damaged; fetch the file again, or measure again")
-    return np.frombuffer(data, "<f4").reshape(gram.shape)
+    matrix = np.frombuffer(data, "<f4").reshape(gram.shape)
+    if not np.isfinite(matrix).all():
+        raise CorruptData(f"{parent.url}/{file.key}: {gram.name} has NaN or infinite elements; measure again")
+    return matrix

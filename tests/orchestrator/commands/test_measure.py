@@ -108,7 +108,7 @@ def test_a_merge_takes_the_gram_matrices_that_were_written(
     [
         (
             ("{base}", "{here}/out", "--text", "{here}/texts.jsonl"),
-            "a file of activations ends in .safetensors; give its whole",
+            "a file of statistics ends in .safetensors; give its whole",
         ),
         (
             ("{base}", "{here}/there.safetensors", "--text", "{here}/texts.jsonl"),

@@ -183,7 +183,7 @@ def test_other_files_than_statistics_are_refused(plan: Planning, parents: Path, 
             tmp_path / "no.safetensors",
             "no.safetensors does not exist; `mergeyard measure --what means` writes such a file",
         ),
-        (parents / "base", "a file of activations ends in .safetensors; give its whole path"),
+        (parents / "base", "a file of statistics ends in .safetensors; give its whole path"),
     ):
         with pytest.raises(BadInput, match=f"^job.yaml:14: .*{message}"):
             plan(grid="", recipe=recipe(file, "0.4"))

@@ -17,6 +17,7 @@ from jobs.errors import BadInput, CorruptData
 from orchestrator.planning.plan import Plan
 from tests.orchestrator.models import HIDDEN, INTERMEDIATE, LAYERS, weights
 from workers.checkpoints.grams import grams_bytes, open_grams, read_gram
+from workers.checkpoints.safetensors import header_bytes
 from workers.merging.resident import ResidentParents
 
 Mergeyard = Callable[..., Any]
@@ -163,6 +164,16 @@ def test_the_plan_names_matrices_without_statistics(plan: Planning, files: Path)
     ]
 
 
+def test_a_model_of_weight_0_needs_no_matrix(plan: Planning, files: Path):
+    """Its file is not in the key of the point, which so may not depend on it."""
+    content = grams("cos")
+    del content[("model.layers.1.self_attn.o_proj.weight",)]
+    write(files / "cos.safetensors", content)
+    tensors = [each for shard in plan(recipe=REGMEAN).points[0].layout.shards for each in shard.tensors]
+    [lacking] = [each for each in tensors if each.name == "model.layers.1.self_attn.o_proj.weight"]
+    assert lacking.grams.keys() == {"fmt"}
+
+
 def test_files_that_do_not_fit_are_refused(plan: Planning, files: Path, parents: Path):
     write(files / "cos.safetensors", grams("cos", blocks=1))
     with pytest.raises(
@@ -176,6 +187,15 @@ def test_files_that_do_not_fit_are_refused(plan: Planning, files: Path, parents:
     for who in ("cos", "fmt"):
         write(files / f"{who}.safetensors", {name: np.ones((1, 8, 8), np.float32)})
     with pytest.raises(BadInput, match=r"is \[1, 8, 8\] and the tensor \[32, 16\]; give the Gram matrices of cos"):
+        plan(recipe=REGMEAN)
+    shape = np.ones((1, 64, 64), np.float32)  # as of a wider model of the same family
+    for who in ("cos", "fmt"):
+        write(files / f"{who}.safetensors", {name: shape})
+    with pytest.raises(BadInput, match=r"is \[1, 64, 64\] and the tensor \[32, 16\]; give the Gram matrices of cos"):
+        plan(recipe=REGMEAN)
+    damaged = header_bytes([("w", "F32", (1, 1, 1))], {"digests": "[]"}) + bytes(4)
+    (files / "cos.safetensors").write_bytes(damaged)
+    with pytest.raises(BadInput, match=r"cos.safetensors: its digests are not a JSON object; give a file of `mergeyar"):
         plan(recipe=REGMEAN)
     (files / "cos.safetensors").write_bytes((parents / "cos" / "model.safetensors").read_bytes())
     with pytest.raises(BadInput, match=r"is not a Gram matrix with its digest; give a file of `mergeyard measure`"):
@@ -215,3 +235,10 @@ def test_a_damaged_matrix_ends_the_merge(files: Path):
     (files / "cos.safetensors").write_bytes(data)
     with pytest.raises(CorruptData, match=r"q_proj.weight .* is damaged; fetch the file again, or measure again"):
         read_gram(open_grams(str(files / "cos.safetensors")).parent, gram)
+
+
+def test_a_matrix_with_nan_ends_the_merge(files: Path):
+    write(files / "nan.safetensors", {("w",): np.full((1, 2, 2), np.nan, np.float32)})
+    file = open_grams(str(files / "nan.safetensors"))
+    with pytest.raises(CorruptData, match=r"nan.safetensors: w has NaN or infinite elements; measure again"):
+        read_gram(file.parent, file.tensors["w"])

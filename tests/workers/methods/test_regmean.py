@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from jobs.errors import MergeyardError
 from jobs.merge_tasks import Setting
 from tests.workers.methods.whole import answered, tiles_of
 from workers.merging.tiles import merge_tile, pass_of
@@ -31,7 +35,7 @@ def setting(weights: Sequence[float], alpha: float) -> Setting:
 def given(grams: Mapping[str, Numbers]) -> dict[Any, Any]:
     """The facts with Gram matrices; one of two axes is a single block."""
     blocks = {name: (gram if gram.ndim == 3 else gram[np.newaxis]).astype(np.float32) for name, gram in grams.items()}
-    return {GRAMS: Grams((), blocks.__getitem__, Kept())}
+    return {GRAMS: Grams(tuple((name, "gram") for name in grams), blocks.__getitem__, Kept())}
 
 
 def merged(models: Mapping[str, Numbers], facts: dict[Any, Any], chosen: Setting, units: int = 1) -> Numbers:
@@ -150,3 +154,50 @@ def test_a_pass_has_the_bits_of_the_formula_whatever_the_tiles(
         assert not any(broken.values()) and not any(overflowed)
         for output, of_tensor in zip(outputs, expected, strict=True):
             assert (output == of_tensor[tile.start : tile.start + tile.elements]).all()
+
+
+def test_a_model_without_a_matrix_leaves_the_weighted_mean_and_one_of_weight_0_does_not_count(
+    layers: tuple[dict[str, Numbers], dict[str, Numbers]], small_tiles: int
+):
+    models, inputs = layers
+    facts = given({name: gram(inputs[name]) for name in "ab"})
+    found = merged(models, facts, setting((0.5, 0.3, 0.2), 0.9))
+    assert found == pytest.approx(0.5 * models["a"] + 0.3 * models["b"] + 0.2 * models["c"], rel=1e-9, abs=1e-11)
+    two = merged(models, facts, setting((0.5, 0.5), 0.9))
+    assert abs(two - (models["a"] + models["b"]) / 2).max() > 0.1
+
+
+def test_matrices_that_rounding_has_made_singular_end_the_merge(small_tiles: int):
+    """In float32, the inputs of two channels that hardly differ can be correlated by more than 1."""
+    equal = np.full((IN, IN), 1 + 2e-6) - 2e-6 * np.eye(IN)
+    models = {name: np.ones((OUT, IN)) for name in "ab"}
+    facts = given(dict.fromkeys("ab", equal))
+    with pytest.raises(
+        MergeyardError, match=r"^gram: .* of a, b cannot be inverted with alpha 1; take an alpha of 0.999"
+    ):
+        merged(models, facts, setting((0.5, 0.5), 1.0))
+    assert merged(models, facts, setting((0.5, 0.5), 0.999)) == pytest.approx(models["a"])
+
+
+def test_matrices_are_computed_once_for_all_threads_and_the_last_are_kept_however_large(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(import_module("workers.methods.regmean"), "KEPT_BYTES", 100)
+    kept, computed = Kept(), list[str]()
+
+    def matrices(name: str) -> Any:
+        def compute() -> Any:
+            time.sleep(0.02)
+            computed.append(name)
+            return (np.zeros(90 if name == "large" else 6),)
+
+        return kept.matrices((name,), compute)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(matrices, ["large"] * 8))
+    assert computed == ["large"]
+    for name in ("one", "two", "one"):
+        matrices(name)
+    assert computed == ["large", "one", "two"]
+    matrices("large")
+    assert computed == ["large", "one", "two", "large"]
