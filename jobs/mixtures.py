@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.errors import BadInput
@@ -67,7 +67,7 @@ def load_mixture(text: str, name: str, *, all_same: bool) -> Mixture:
         experts=experts,
         shared=shared[0] if shared else None,
         gate_mode=gate_mode,
-        dtype=keys["dtype"].choice(DTYPES) if "dtype" in keys else None,
+        dtype=_dtype(keys["dtype"]) if "dtype" in keys else None,
         experts_per_token=keys["experts_per_token"].integer(minimum=1) if "experts_per_token" in keys else 2,
         architecture=keys["architecture"].string() if "architecture" in keys else None,
         place=node.place,
@@ -100,6 +100,11 @@ def _check(mixture: Mixture, *, all_same: bool) -> None:
             f"{experts[0].place}: all experts are one model, so that routing changes nothing; to train it afterwards,"
             " add --i-understand-this-is-not-useful-without-training"
         )
+
+
+def _dtype(node: Node) -> str:
+    """A dtype, which mergekit also takes as `torch.bfloat16`."""
+    return replace(node, value=node.string().removeprefix("torch.")).choice(DTYPES)
 
 
 def _expert(node: Node, reader: Reader, gate_mode: str) -> Expert:

@@ -61,6 +61,7 @@ def test_forms_that_mergekit_moe_takes_are_taken() -> None:
         'moe.yml:11: "tokenizer_source" is not a key here and has no effect',
         'moe.yml:7: "weight" is not a key here and has no effect',
     )
+    assert load(f"{TEXT}dtype: torch.float16\n") == load(f"{TEXT}dtype: float16\n")
     blank = TEXT.replace("[tale]", '[""]')
     assert load(blank.replace("cheap_embed", "random")).experts[1].positive_prompts == ()
     with pytest.raises(BadInput, match="is empty"):
