@@ -94,11 +94,12 @@ def print_plan(facts: Mapping[str, Any]) -> None:
 def _device(device: Mapping[str, Any]) -> str:
     """The device that merges written points faster, and the reason."""
     cpus = f"{device['cpus']} CPU{'s' if device['cpus'] > 1 else ''}"
-    rate = f"{device['bytes_a_second'] / 1e9:.2g} GB/s of parents"
+    verb = "merge" if device["cpus"] > 1 else "merges"
+    merge = f"{cpus} {verb} {device['bytes_a_second'] / 1e9:.2g} GB/s of parents"
     storage = f"storage reads {READ_RATE / 1e9:g} GB/s and writes {WRITE_RATE / 1e9:g} GB/s"
     if device["gpu_is_faster"]:
-        return f"a GPU merges written points faster: {cpus} for {rate}, but {storage}, the bus {BUS_RATE / 1e9:g} GB/s"
-    return f"CPUs merge written points as fast as a GPU: {cpus} for {rate}, and {storage}"
+        return f"a GPU merges written points faster: {merge}, {storage}, the bus carries {BUS_RATE / 1e9:g} GB/s"
+    return f"CPUs merge written points as fast as a GPU: {merge}, {storage}"
 
 
 def _parent_rows(

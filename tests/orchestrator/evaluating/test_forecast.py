@@ -157,7 +157,7 @@ def test_long_answers_on_a_gpu_are_better_asked_of_vllm(mergeyard: Mergeyard, tm
         (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys, grid={"w": [0.5]}, evaluate=asked, **more))
         ended = mergeyard("plan", tmp_path / "job.yaml")
         assert ended.code == 0, ended.err
-        written = "CPUs merge written points as fast as a GPU: 1 CPU for 2 GB/s of parents, and storage reads 1 GB/s"
+        written = "CPUs merge written points as fast as a GPU: 1 CPU merges 2 GB/s of parents, storage reads 1 GB/s"
         assert (written in ended.out) == ("workers" in more)
         return said in ended.out
 

@@ -11,17 +11,23 @@ import pytest
 from jobs.job import load_job
 from orchestrator.planning.devices import merging
 from orchestrator.planning.plan import Plan, make_plan
+from workers.checkpoints.grams import grams_bytes
 
 PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
 
 
 def planned(method: str, tmp_path: Path, points: int, **workers: Any) -> Plan:
     models = [{"model": name, "parameters": {"weight": "${w}"}} for name in ("long", "fmt")]
-    base = {"base_model": "base", "parameters": {"density": 0.5}} if method != "linear" else {}
+    more: dict[str, Any] = {"base_model": "base", "parameters": {"density": 0.5}}
+    if method == "regmean":
+        (tmp_path / "grams.safetensors").write_bytes(b"".join(grams_bytes({}, {})))
+        more = {"grams": dict.fromkeys(("long", "fmt"), str(tmp_path / "grams.safetensors"))}
+    elif method == "linear":
+        more = {}
     document = {
         "name": method,
-        "parents": {name: str(PARENTS / name) for name in ("long", "fmt", *(["base"] if base else []))},
-        "recipe": {"merge_method": method, "models": models, "dtype": "bfloat16", **base},
+        "parents": {name: str(PARENTS / name) for name in ("long", "fmt", *(["base"] if "base_model" in more else []))},
+        "recipe": {"merge_method": method, "models": models, "dtype": "bfloat16", **more},
         "grid": {"w": [(1 + at) / 10 for at in range(points)]},
         "output": str(tmp_path),
         "workers": {"gpus": 1, "memory": "4GB", **workers},
@@ -31,13 +37,14 @@ def planned(method: str, tmp_path: Path, points: int, **workers: Any) -> Plan:
 
 @pytest.mark.parametrize(
     ("method", "cpus", "points", "storage", "computing", "faster"),
-    # of a parent's bytes: read at 1, written at 0.5, and merged by a CPU at 2, 1 or 0.6 GB/s
+    # of a parent's bytes: read at 1, written at 0.5, and merged by a CPU at 2, 1, 0.6 or 0.03 GB/s
     [
         ("linear", 1, 1, 2, 2 / 2, False),
         ("ties", 1, 1, 3, 3 / 1, False),
         ("ties", 1, 4, 8, 4 * 3 / 1, True),
         ("dare_ties", 1, 1, 3, 3 / 0.6, True),
         ("dare_ties", 2, 1, 3, 3 / 1.2, False),
+        ("regmean", 2, 1, 2, 2 / 0.06, True),
     ],
 )
 def test_a_gpu_is_faster_where_cpus_are_slower_than_storage(
