@@ -9,7 +9,14 @@ from jobs.errors import BadInput
 from jobs.evaluate import BUDGET, AnsweringSpec, ThinkingSpec
 from jobs.evaluation_tasks import PLAINLY, Generation
 from workers.benchmarks.planned import located
-from workers.benchmarks.texts.chat_template import THOUGHT_ENDS, Thoughts, opening, switches, thought_end
+from workers.benchmarks.texts.chat_template import (
+    THOUGHT_ENDS,
+    Thoughts,
+    check_arguments,
+    opening,
+    switches,
+    thought_end,
+)
 from workers.benchmarks.texts.draws import Draw
 from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.engines.engine import Message, Sampling, Thought
@@ -41,6 +48,7 @@ def _thoughts(spec: AnsweringSpec, tokenizer: Tokenizer, *, worked_example: bool
     with located(spec.place):
         template = tokenizer.template()
         told = dict(spec.chat) if isinstance(spec.chat, Mapping) else {}
+        check_arguments(template, (*told, *(thinking.template if isinstance(thinking, ThinkingSpec) else ())))
         if thinking is not None:
             told = dict.fromkeys(switches(template), thinking is not False) | told
         end = thought_end(template)

@@ -125,6 +125,20 @@ def test_a_template_that_closes_the_thought_of_a_job_is_refused(tokenizer_json: 
     assert not settings(tokenizer_json, never, thinking=False).end, "the other remedy"
 
 
+@pytest.mark.parametrize(
+    ("more", "remedy"),
+    [
+        ({"chat": {"enable_thinkin": False}}, 'did you mean "enable_thinking"'),
+        ({"thinking": ThinkingSpec(template={"level": "high"})}, "take it out"),
+    ],
+)
+def test_an_argument_that_the_template_does_not_read_is_refused(
+    tokenizer_json: bytes, more: dict[str, Any], remedy: str
+) -> None:
+    with pytest.raises(BadInput, match=rf'^job.yaml:7: the chat template reads no "\w+"; {remedy}'):
+        settings(tokenizer_json, SWITCHED, **more)
+
+
 def test_plain_texts_think_where_the_job_says_so(tokenizer_json: bytes) -> None:
     assert settings(tokenizer_json, R1, chat=False) == PLAINLY
     thinks = settings(tokenizer_json, R1, chat=False, thinking=ThinkingSpec(budget=64))

@@ -12,13 +12,14 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from jobs.errors import BadInput
 from jobs.foreign_json import is_text
 from jobs.specs import Scalar
+from jobs.yaml_nodes import nearest, quoted
 from workers.benchmarks.texts import rendering
 
 RENDER_SECONDS = 10.0
@@ -239,6 +240,16 @@ def opening(end: str) -> str:
 def switches(template: str) -> tuple[str, ...]:
     """Those of `SWITCHES` that the template takes."""
     return tuple(name for name in SWITCHES if re.search(rf"\b{name}\b", template))
+
+
+def check_arguments(template: str, names: Iterable[str]) -> None:
+    """Refuses an argument that the template never names: jinja would ignore it, and the prompts stay as they are."""
+    known = {*re.findall(r"[A-Za-z_]\w*", template)}
+    for name in names:
+        if name not in known:
+            near = nearest(name, known)
+            remedy = f"did you mean {quoted(near)}?" if near else "take it out"
+            raise BadInput(f"the chat template reads no {quoted(name)}; {remedy}")
 
 
 def _line(text: str) -> str:
