@@ -9,7 +9,7 @@ ended.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -42,6 +42,12 @@ class Row:
     def tokens(self) -> int:
         """Tokens with keys and values before decoding starts; the last of each branch is decoding's first input."""
         return len(self.trunk) + sum(len(branch) - 1 for branch in self.branches)
+
+    def alone(self, members: Collection[int]) -> list[Row]:
+        """A row of its own for each of these members."""
+        asked = zip(self.members, self.branches, self.new_tokens, strict=True)
+        whole = [(who, np.concatenate([self.trunk, branch]), new) for who, branch, new in asked if who in members]
+        return [Row((who,), ids[:-1], (ids[-1:],), (new,)) for who, ids, new in whole]
 
 
 def common_prefix(left: Ids, right: Ids) -> int:

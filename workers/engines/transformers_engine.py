@@ -387,10 +387,15 @@ class TransformersEngine:
             finished = 0
             for slot in reversed(range(len(slots.rows))):
                 members = slots.rows[slot].members
-                if not all(growing[member].ended for member in members):
+                again: set[int] = set()
+                if len(members) > 1 and not all(growing[member].finite for member in members):
+                    # a NaN of one branch enters the sums of the others, masked or not: each gets a row of its own
+                    again = {who for who in members if not (growing[who].ended and growing[who].finite)}
+                    waiting.extend(slots.rows[slot].alone(again))
+                elif not all(growing[member].ended for member in members):
                     continue
-                finished += len(members)
-                outputs |= {member: growing.pop(member) for member in members}
+                finished += len(members) - len(again)
+                outputs |= {member: growing.pop(member) for member in members if member not in again}
                 if waiting:
                     place(slot)
                 else:

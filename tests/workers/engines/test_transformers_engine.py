@@ -333,6 +333,20 @@ def test_a_row_of_nans_leaves_the_row_that_takes_its_place_alone(engine, needle_
     assert [(answer.text, answer.finite) for answer in together] == [(answer.text, answer.finite) for answer in alone]
 
 
+def test_a_branch_of_nans_leaves_the_branches_of_its_row_alone(engine, needle_prompt):
+    embedding = engine.model.get_input_embeddings()
+    embedding.weight = torch.nn.Parameter(embedding.weight.detach().clone())  # the head keeps the whole weights
+    embedding.weight.data[engine.encode("~", bare=True)] = torch.nan
+    text = needle_prompt("quiet-river", 4815162, 20).text
+    cut = text.rindex("What is")
+    prompts = [Prompt(text[:cut], f"{more}{text[cut:]}", 9) for more in ("", "Look. ", "~", "Now then. ")]
+    alone = [engine.generate([prompt])[0] for prompt in prompts]
+    assert [answer.finite for answer in alone] == [True, True, False, True]
+    assert "4815162" in alone[0].text
+    together = engine.generate(prompts)
+    assert [(answer.text, answer.finite) for answer in together] == [(answer.text, answer.finite) for answer in alone]
+
+
 def reference_scores(model, ids):
     logits = model(torch.tensor([ids])).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].detach().numpy()
