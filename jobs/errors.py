@@ -3,6 +3,7 @@
     MergeyardError               1   something failed; the message says what, where and what to do
     ├── BadInput                 2   the user's input is wrong; nothing was written
     ├── FailedMidway             1   an error of exit code 2 that came after something was written
+    ├── NothingKept              1   no point of a search may be kept; the scores of all are written
     ├── StorageError             1
     │   ├── ObjectMissing        2   no such object, repository or revision
     │   │   └── BucketMissing    2   no such bucket

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.job import Job
@@ -27,26 +27,27 @@ def located(file: str, folder: Path | None) -> str:
 
 def with_located_statistics(job: Job, folder: Path | None) -> Job:
     """The job whose statistics are found from everywhere."""
-    documents: Sequence[dict[str, Any]] = job.recipe if isinstance(job.recipe, list) else [job.recipe]
-    if not any(document.get("aim") or document.get("grams") for document in documents):
-        return job
 
     def at(recipe: Recipe) -> Recipe:
         aim, grams = recipe.aim, recipe.grams
         aim = aim and replace(aim, statistics=located(aim.statistics, folder))
         return replace(recipe, aim=aim, grams=grams and {name: located(file, folder) for name, file in grams.items()})
 
-    def placed_document(document: dict[str, Any]) -> dict[str, Any]:
-        placed = dict(document)
+    def placed(document: Any) -> Any:
+        """A document, or a list of those that feed each other."""
+        if isinstance(document, list):
+            return [placed(each) for each in cast(list[Any], document)]
+        found = dict(document)
         if aim := document.get("aim"):
-            placed["aim"] = {**aim, "statistics": located(aim["statistics"], folder)}
+            found["aim"] = {**aim, "statistics": located(aim["statistics"], folder)}
         if grams := document.get("grams"):
-            placed["grams"] = {name: located(file, folder) for name, file in grams.items()}
-        return placed
+            found["grams"] = {name: located(file, folder) for name, file in grams.items()}
+        return found
 
-    placed = [*map(placed_document, documents)]
+    if (recipe := placed(job.recipe)) == job.recipe:
+        return job
     points = tuple(replace(point, recipe=at(point.recipe)) for point in job.points)
-    return replace(job, recipe=placed if isinstance(job.recipe, list) else placed[0], points=points)
+    return replace(job, recipe=recipe, points=points)
 
 
 def with_activations(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe, folder: Path | None) -> Layout:
