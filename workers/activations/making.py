@@ -33,6 +33,8 @@ from workers.storage import open_store
 Kind = Literal["grams", "means"]
 """Gram matrices for regmean, or mean |x| for AIM."""
 
+AS_TEXTS = "give its texts as lines with a `text`"
+
 
 @dataclass(frozen=True, slots=True)
 class Made:
@@ -190,20 +192,25 @@ def lines_of(tokenizer: Tokenizer, lines: str, count: int, most: int, place: str
 
         def rendered(messages: Sequence[Mapping[str, str]]) -> list[int]:
             if not chats:
-                template = ChatTemplate(_template(tokenizer), tokenizer.special_tokens, tokenizer.place)
-                chats.append(stack.enter_context(template))
+                template = _template(tokenizer)
+                chat = ChatTemplate(template, tokenizer.special_tokens, tokenizer.place, remedy=AS_TEXTS)
+                chats.append(stack.enter_context(chat))
             return tokenizer.as_bare().encode(chats[0].render(messages, open_turn=False))
 
-        texts = (
-            rendered(text) if isinstance(text, list) else tokenizer.encode(text)
-            for text in _entries(lines, place)
-            if not isinstance(text, str) or text.strip()
-        )
+        def encoded(number: int, text: str | list[Any]) -> list[int]:
+            if isinstance(text, str):
+                return tokenizer.encode(text) if text.strip() else []
+            try:
+                return rendered(text)
+            except BadInput as error:
+                raise BadInput(f"{place}:{number}: {error}") from error
+
+        texts = (encoded(number, text) for number, text in _entries(lines, place))
         return [ids[:most] for ids in islice(filter(None, texts), count)]
 
 
-def _entries(lines: str, place: str) -> Iterator[str | list[Any]]:
-    """The text or the messages of each line."""
+def _entries(lines: str, place: str) -> Iterator[tuple[int, str | list[Any]]]:
+    """The number of each line, and its text or messages."""
     for number, line in enumerate(lines.splitlines(), start=1):
         if not line.strip():
             continue
@@ -213,7 +220,7 @@ def _entries(lines: str, place: str) -> Iterator[str | list[Any]]:
             entry = None
         text = entry.get("text", entry.get("messages")) if isinstance(entry, dict) else entry
         if isinstance(text, str) or _is_chat(text):
-            yield text
+            yield number, text
             continue
         raise BadInput(
             f'{place}:{number}: not a line such as {{"text": "…"}} or {{"messages": [{{"role": "user", "content":'
@@ -234,5 +241,5 @@ def _is_chat(value: Any) -> TypeGuard[list[Any]]:
 
 def _template(tokenizer: Tokenizer) -> str:
     if tokenizer.chat_template is None:
-        raise BadInput(f"{tokenizer.place}: the checkpoint has no chat template; give its texts as lines with a `text`")
+        raise BadInput(f"{tokenizer.place}: the checkpoint has no chat template; {AS_TEXTS}")
     return tokenizer.chat_template

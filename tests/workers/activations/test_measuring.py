@@ -233,6 +233,9 @@ def test_the_first_lines_are_read_to_their_most_tokens(tokenizer: Tokenizer):
     messages = [{"role": "w1", "content": "w2"}, {"role": "w3", "content": "w4"}]
     line = json.dumps({"messages": messages})
     assert lines_of(chat, f"{line}\n{line}", 9, 5, "texts.jsonl") == [[1, 7, 2, 3, 7]] * 2
+    refusing = Tokenizer(tokenizer_json(), chat_template="{{ raise_exception('roles must alternate') }}")
+    with pytest.raises(BadInput, match=r"^texts.jsonl:2: .*roles must alternate\); give its texts as lines with a `te"):
+        lines_of(refusing, f'"w1"\n{line}', 9, 5, "texts.jsonl")
     with pytest.raises(BadInput, match="the checkpoint has no chat template; give its texts as lines with a `text`"):
         lines_of(tokenizer, line, 9, 5, "texts.jsonl")
     with pytest.raises(BadInput, match=r"^texts.jsonl:2: not a line such as"):

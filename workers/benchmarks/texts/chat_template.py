@@ -61,7 +61,7 @@ class ChatTemplate:
     """A chat template in a process of its own, which is killed when a conversation takes `RENDER_SECONDS`.
 
     `place` names the template in errors. `system` is a message in front of all conversations that have none, if it has
-    a text; `arguments` go to the template.
+    a text; `arguments` go to the template. `remedy` ends the errors.
     """
 
     def __init__(
@@ -73,8 +73,9 @@ class ChatTemplate:
         system: str = "",
         arguments: Arguments = (),
         thoughts: Thoughts = "closed",
+        remedy: str = REMEDY,
     ) -> None:
-        self._place = place
+        self._place, self._remedy = place, remedy
         self._system = system
         self._arguments = arguments
         self._thoughts = thoughts
@@ -122,7 +123,7 @@ class ChatTemplate:
         between, found, after = answered.partition(_MESSAGE)
         if not found or _MESSAGE in after or _ANSWER in after:
             shows = "shows a message twice" if found else "does not show a second message"
-            raise BadInput(f"{self._place}: the chat template {shows}; leave out cwe, or {REMEDY}")
+            raise BadInput(f"{self._place}: the chat template {shows}; leave out cwe, or {self._remedy}")
         return asked.partition(_MESSAGE)[2], between
 
     def _finished(self, text: str) -> str:
@@ -156,7 +157,7 @@ class ChatTemplate:
         before, *rest = text.split(_MESSAGE)
         if len(rest) != 1:
             shows = f"shows the {whose} message {len(rest)} times" if rest else f"does not show the {whose} message"
-            raise BadInput(f"{self._place}: the chat template {shows}; {REMEDY}")
+            raise BadInput(f"{self._place}: the chat template {shows}; {self._remedy}")
         return before, rest[0]
 
     def _rendered(
@@ -175,14 +176,16 @@ class ChatTemplate:
             case {"text": str(text)} if is_text(text):
                 return text
             case {"text": _}:
-                raise BadInput(f"{self._place}: the chat template writes half of a surrogate pair; {REMEDY}")
+                raise BadInput(f"{self._place}: the chat template writes half of a surrogate pair; {self._remedy}")
             case {"refused": str(told)}:
-                raise BadInput(f"{self._place}: the chat template refuses the conversation ({_line(told)}); {REMEDY}")
+                raise BadInput(
+                    f"{self._place}: the chat template refuses the conversation ({_line(told)}); {self._remedy}"
+                )
             case {"failed": str(told)}:
-                raise BadInput(f"{self._place}: the chat template fails ({_line(told)}); {REMEDY}")
+                raise BadInput(f"{self._place}: the chat template fails ({_line(told)}); {self._remedy}")
             case _:
                 raise BadInput(
-                    f"{self._place}: the chat template does not end within {RENDER_SECONDS:g} seconds; {REMEDY}"
+                    f"{self._place}: the chat template does not end within {RENDER_SECONDS:g} seconds; {self._remedy}"
                 )
 
     def _reply(self, line: str) -> dict[str, Any]:
