@@ -220,8 +220,8 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
     node = node.without_anchors(KEYS)
     reader = Reader(foreign=foreign)
     keys = filled(reader.keys(node, KEYS, ("merge_method",)))
-    if foreign:  # a key without entries is none to mergekit
-        keys = {key: value for key, value in keys.items() if key not in PARTS or value.value}
+    if foreign:  # a key without entries, or with an empty text, is none to mergekit
+        keys = {key: value for key, value in keys.items() if key not in _MAY_BE_EMPTY or value.value}
     texts = {
         key: reader.text(model_name(keys[key]) if key in _MODEL_KEYS else keys[key])
         for key in _TEXT_KEYS
@@ -299,6 +299,7 @@ _JINJA = re.compile(r"\{[{%]")
 _TEXT_KEYS = ("merge_method", "base_model", "dtype", "out_dtype", "tokenizer_source")
 
 _MODEL_KEYS = ("base_model", "tokenizer_source")
+_MAY_BE_EMPTY = (*PARTS, "dtype", "out_dtype", "chat_template")
 
 
 def _chat_template(node: Node, reader: Reader) -> str | Template:

@@ -58,6 +58,7 @@ def test_strange_keys_of_a_document_for_mergekit_are_left_out_and_said():
     [
         ("dtype: torch.bfloat16\n", "dtype: bfloat16\n", ()),
         ("slices: []\nmodules: {}\n", "", ()),
+        ("dtype: ''\nout_dtype: ''\nchat_template: ''\n", "", ()),
         (
             "tokenizer: {source: base, embed_slerp: true}\n",
             "tokenizer: {source: base}\n",
