@@ -25,7 +25,8 @@ def plan_facts(plan: Plan) -> dict[str, Any]:
     tasks = plan.tasks(found.keys(), workers)
     read, written = sum(task.bytes_read for task in tasks), sum(task.bytes_written for task in tasks)
     spec = plan.job.workers
-    device = merging(tasks, spec) if spec.gpus > 0 else None
+    writes = plan.job.keep.kind != "none"
+    device = merging(tasks, spec) if spec.gpus > 0 and writes else None
     return {
         "job": plan.job.name,
         "run": plan.run_url,

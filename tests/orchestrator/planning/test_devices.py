@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from jobs.job import load_job
+from jobs.job import Keep, load_job
 from orchestrator.planning.devices import merging
 from orchestrator.planning.plan import Plan, make_plan
+from orchestrator.report.terminal.run import plan_facts
 from workers.checkpoints.grams import grams_bytes
 
 PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
@@ -60,3 +62,9 @@ def test_a_gpu_is_faster_where_cpus_are_slower_than_storage(
 def test_nothing_to_merge_needs_no_device(tmp_path: Path) -> None:
     plan = planned("linear", tmp_path, 1)
     assert merging(plan.tasks(plan.units, 1), plan.job.workers) is None
+
+
+def test_a_job_that_writes_no_points_has_no_line_on_devices(tmp_path: Path) -> None:
+    plan = planned("linear", tmp_path, 1)
+    assert plan_facts(plan)["device"] is not None
+    assert plan_facts(replace(plan, job=replace(plan.job, keep=Keep(kind="none"))))["device"] is None
