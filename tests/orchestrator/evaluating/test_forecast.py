@@ -154,7 +154,9 @@ def test_long_answers_on_a_gpu_are_better_asked_of_vllm(mergeyard: Mergeyard, tm
 
     def told(*, thinking: Any = None, length: int = 512, **more: Any) -> bool:
         asked = ruler(items=10, lengths=[length], **({} if thinking is None else {"thinking": thinking}))
-        (tmp_path / "job.yaml").write_text(job_text(tmp_path, **keys, grid={"w": [0.5]}, evaluate=asked, **more))
+        (tmp_path / "job.yaml").write_text(
+            job_text(tmp_path, **keys, grid={"w": [0.5]}, evaluate=asked, keep="all", **more)
+        )
         ended = mergeyard("plan", tmp_path / "job.yaml")
         assert ended.code == 0, ended.err
         written = "CPUs merge written points as fast as a GPU: 1 CPU merges 2 GB/s of parents, storage reads 1 GB/s"
