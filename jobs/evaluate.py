@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, Protocol, TypeVar
 
@@ -395,11 +396,13 @@ class RaceSpec:
 class Evaluation:
     """The benchmarks that every point answers, by their keys in the job file; at least one.
 
-    Without a `race` every point answers every item.
+    Without a `race` every point answers every item. `weights` are those of benchmarks in the score, 1 where none is
+    given; they change no question.
     """
 
     benchmarks: Mapping[str, BenchmarkSpec]
     race: RaceSpec | None = None
+    weights: Mapping[str, float] = field(default_factory=dict[str, float])
     place: str = field(default="", compare=False)
 
     @property
@@ -409,15 +412,20 @@ class Evaluation:
 
     def digested(self) -> dict[str, Any]:
         """The content that the job's digest covers: every benchmark of `ALWAYS_DIGESTED`, asked or not."""
-        return {**dict.fromkeys(ALWAYS_DIGESTED), **self.benchmarks, "race": self.race}
+        weights = {"weights": self.weights} if self.weights else {}
+        return {**dict.fromkeys(ALWAYS_DIGESTED), **self.benchmarks, "race": self.race, **weights}
 
     def document(self) -> dict[str, Any]:
         """The section as plain data that reads back as the same."""
         race = {} if self.race is None else {"race": document_of(self.race)}
-        return {
-            key: spec.document() if isinstance(spec, Several) else document_of(spec)
-            for key, spec in self.benchmarks.items()
-        } | race
+        return (
+            {
+                key: spec.document() if isinstance(spec, Several) else document_of(spec)
+                for key, spec in self.benchmarks.items()
+            }
+            | race
+            | ({"weights": dict(self.weights)} if self.weights else {})
+        )
 
 
 SPECS: dict[str, type[BenchmarkSpec]] = {
@@ -444,12 +452,29 @@ ALWAYS_DIGESTED = ("ruler", "needle", "perplexity", "lm_eval")
 
 def read_evaluation(node: Node) -> Evaluation:
     """The section at `node`; `BadInput` without a benchmark."""
-    keys = node.mapping((*SPECS, "race"))
+    keys = node.mapping((*SPECS, "race", "weights"))
     asked = {key: _benchmark(SPECS[key], entry) for key, entry in keys.items() if key in SPECS}
     if not asked or all(SPECS[key] is GuardsSpec for key in asked):
         *others, last = RANKED
         raise node.error(f"nothing to evaluate; name a benchmark: {', '.join(others)} or {last}")
-    return Evaluation(benchmarks=asked, race=_race(keys["race"]) if "race" in keys else None, place=node.place)
+    return Evaluation(
+        benchmarks=asked,
+        race=_race(keys["race"]) if "race" in keys else None,
+        weights=_weights(keys["weights"], asked) if "weights" in keys else {},
+        place=node.place,
+    )
+
+
+def _weights(node: Node, asked: Collection[str]) -> dict[str, float]:
+    """The weights of benchmarks that are asked and rank points; those of 1 are as if they were not given."""
+    found: dict[str, float] = {}
+    for key, entry in node.mapping([name for name in RANKED if name in asked]).items():
+        weight = float(entry.number())
+        if not 0 < weight < math.inf:
+            raise entry.error(f"a weight must be above 0, not {entry.value}; to ignore {key}, take it out")
+        if weight != 1:
+            found[key] = weight
+    return found
 
 
 def _benchmark(kind: type[BenchmarkSpec], node: Node) -> BenchmarkSpec:
@@ -505,10 +530,17 @@ def _schema_of(spec: type[BenchmarkSpec]) -> dict[str, Any]:
 def evaluation_schema() -> dict[str, Any]:
     """The JSON Schema of the section."""
     race = {"anyOf": [SWITCH, schema_of(RaceSpec)]}
+    weight = {"type": "number", "exclusiveMinimum": 0}
+    weights = {
+        "type": "object",
+        "description": "the weights of benchmarks in the score; 1 where none is given",
+        "properties": {key: {**weight, "description": f"the weight of {key}"} for key in RANKED},
+        "additionalProperties": False,
+    }
     return {
         "type": "object",
         "description": "The benchmarks that every point answers; at least one.",
-        "properties": {key: _schema_of(spec) for key, spec in SPECS.items()} | {"race": race},
+        "properties": {key: _schema_of(spec) for key, spec in SPECS.items()} | {"race": race, "weights": weights},
         "anyOf": [{"required": [key]} for key in RANKED],
         "additionalProperties": False,
     }

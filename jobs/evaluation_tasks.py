@@ -172,7 +172,8 @@ class ScoreRow:
     counts prompt and answer.
     `finite` is False, and the score 0, where a logit was NaN or infinite. `status` says how the answer ended.
     `thought` is the text that the model wrote before its answer, `tokens_thought` its tokens, `tokens_out` those of
-    thought and answer. `sample` is the number of the answer where an item is answered several times.
+    thought and answer. `sample` is the number of the answer where an item is answered several times. `weight` is that
+    of the benchmark in the score; a worker leaves it at 1, as the job decides it.
     """
 
     point: str
@@ -198,6 +199,7 @@ class ScoreRow:
     tokens_thought: int = 0
     tokens_out: int = 0
     sample: int = 0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,10 +94,16 @@ class Blocks:
             yield self._kept(rows, request)
 
     def _kept(self, rows: Iterable[ScoreRow], request: Request) -> list[ScoreRow]:
-        """The rows under the name of who was asked: older files call a parent `parent-NAME`, as a point may be."""
-        kind, label = request.subject.kind, request.subject.label
+        """The rows under the name of who was asked: older files call a parent `parent-NAME`, as a point may be.
+
+        They have the weight that the job gives the benchmark now.
+        """
+        kind, label, weight = request.subject.kind, request.subject.label, request.cell.weight
         found = [
-            row if (row.kind, row.point) == (kind, label) else replace(row, kind=kind, point=label) for row in rows
+            row
+            if (row.kind, row.point, row.weight) == (kind, label, weight)
+            else replace(row, kind=kind, point=label, weight=weight)
+            for row in rows
         ]
         for row in found:
             if row.repeat == 0:

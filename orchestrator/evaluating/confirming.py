@@ -24,7 +24,7 @@ from orchestrator.evaluating.subjects import Questions, Subject, limit_of_tokens
 from orchestrator.judging.estimates import Estimate, macro_mean, macro_score
 from orchestrator.judging.gate import GateRule, Verdict, doubted, judge, same_merge
 from orchestrator.judging.guards import ruled_out, with_guards
-from orchestrator.judging.samples import Cell
+from orchestrator.judging.samples import Cell, cell_of
 from orchestrator.judging.significance import FlipRate
 from orchestrator.judging.unanswered import Unanswered, unanswered
 from workers.benchmarks.planned import PlannedSet
@@ -188,5 +188,5 @@ def _rows(rows: list[ScoreRow], label: str, ranked: Sequence[str], wanted: Mappi
     return [
         row
         for row in ranked_rows(rows, ranked)
-        if row.point == label and row.item in wanted.get(Cell(row.task, row.length, row.benchmark), everything)
+        if row.point == label and row.item in wanted.get(cell_of(row), everything)
     ]

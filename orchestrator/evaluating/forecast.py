@@ -38,7 +38,7 @@ from orchestrator.judging.power import (
     smallest_margin,
 )
 from orchestrator.judging.race import RUNGS
-from orchestrator.judging.samples import Cell, CellSample
+from orchestrator.judging.samples import Cell, CellSample, cell_of
 from orchestrator.judging.significance import design_effect
 from workers.benchmarks.planned import PlannedSet
 from workers.benchmarks.registry import BENCHMARKS
@@ -254,7 +254,7 @@ def _ranked_score(asked: Questions, answers: Sequence[ScoreRow]) -> _Score | Non
         return None
     by_parent: dict[str, list[ScoreRow]] = defaultdict(list)
     for row in answers:
-        if Cell(row.task, row.length, row.benchmark) in ranked:
+        if cell_of(row) in ranked:
             by_parent[row.point].append(row)
     pairs = [common_rows(one, other) for one, other in combinations(by_parent.values(), 2)]
     return _Score(ranked, [[sample_of(cell, found) for cell, found in pair.items()] for pair in pairs])

@@ -10,7 +10,7 @@ from jobs.errors import BadInput
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.gate import Tokens
-from orchestrator.judging.samples import Cell, CellSample, cell_sample, paired_sample
+from orchestrator.judging.samples import Cell, CellSample, cell_of, cell_sample, paired_sample
 from workers.benchmarks.registry import BENCHMARKS
 
 Question = tuple[str, str, int, int]
@@ -36,13 +36,25 @@ def pairs(new: Sequence[ScoreRow], old: Sequence[ScoreRow]) -> list[CellSample]:
 
 
 def common_rows(new: Sequence[ScoreRow], old: Sequence[ScoreRow]) -> dict[Cell, Pairs]:
-    """Both models' rows about the same questions, by cell in order."""
+    """Both models' rows about the same questions, by cell in order; `BadInput` where benchmarks weigh otherwise."""
     earlier = {question(row): row for row in old}
     common: dict[Cell, list[tuple[ScoreRow, ScoreRow]]] = defaultdict(list)
     for row in new:
         if (other := earlier.get(question(row))) is not None:
-            common[Cell(row.task, row.length, row.benchmark)].append((row, other))
+            common[cell_of(row)].append((row, other))
+    _check_weights([found[0] for found in common.values()])
     return {cell: common[cell] for cell in sorted(common)}
+
+
+def _check_weights(found: Pairs) -> None:
+    """`BadInput` if benchmarks weigh otherwise in the scores of the two: a factor that all have changes nothing."""
+    factors = {row.benchmark: row.weight / other.weight for row, other in found}
+    if len(set(factors.values())) > 1:
+        (row, other) = max(found, key=lambda pair: abs(factors[pair[0].benchmark] - 1))
+        raise BadInput(
+            f"{row.benchmark} weighs {row.weight:g} for {row.point} and {other.weight:g} for {other.point}, beside"
+            " other benchmarks; evaluate both with the same `evaluate.weights`"
+        )
 
 
 def sample_of(cell: Cell, found: Pairs) -> CellSample:
@@ -54,6 +66,7 @@ def sample_of(cell: Cell, found: Pairs) -> CellSample:
         [row.haystack for row, _ in found],
         losable=not BENCHMARKS[found[0][0].benchmark].is_likelihood,
         benchmark=cell.benchmark,
+        weight=cell.weight,
     )
 
 
@@ -65,13 +78,13 @@ def tokens_of(new: Sequence[ScoreRow], old: Sequence[ScoreRow], *, most: float, 
     or more than the limit.
     """
     whole = limit * max(1.0, most)
-    generating = {Cell(row.task, row.length, row.benchmark) for row in (*new, *old) if row.tokens_out}
+    generating = {cell_of(row) for row in (*new, *old) if row.tokens_out}
     written = _tokens_by_question(new, generating, lost=limit, limit=limit)
     earlier = _tokens_by_question(old, generating, lost=0, limit=limit)
     cells: dict[Cell, list[tuple[float, float, str]]] = defaultdict(list)
     for row in {question(row): row for row in new}.values():
         if (place := question(row)) in written.keys() & earlier.keys():
-            cells[Cell(row.task, row.length, row.benchmark)].append((written[place], earlier[place], row.haystack))
+            cells[cell_of(row)].append((written[place], earlier[place], row.haystack))
     cells = dict(sorted(cells.items()))
     if not cells:
         raise BadInput("gate.output_tokens: no answer has a count of tokens; take the key out")
@@ -86,6 +99,7 @@ def tokens_of(new: Sequence[ScoreRow], old: Sequence[ScoreRow], *, most: float, 
             [(most * other - own) / whole for own, other, _ in found],
             [haystack for *_, haystack in found],
             benchmark=cell.benchmark,
+            weight=cell.weight,
         )
         for cell, found in cells.items()
     ]
@@ -98,7 +112,7 @@ def _tokens_by_question(
     """The mean tokens of each question's answers in the cells whose questions are answered by a text."""
     found: dict[Question, list[int]] = defaultdict(list)
     for row in rows:
-        if Cell(row.task, row.length, row.benchmark) not in generating:
+        if cell_of(row) not in generating:
             continue
         unanswered = not row.finite or row.status in ("filtered", "failed")
         if row.tokens_out > limit:
@@ -119,7 +133,7 @@ def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:
     """One model's scores as the statistics take them: a sample for each task and length."""
     cells: dict[Cell, list[ScoreRow]] = {}
     for row in rows:
-        cells.setdefault(Cell(row.task, row.length, row.benchmark), []).append(row)
+        cells.setdefault(cell_of(row), []).append(row)
     return [
         cell_sample(
             cell.task,
@@ -127,6 +141,7 @@ def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:
             [row.score for row in members],
             [row.haystack for row in members],
             benchmark=cell.benchmark,
+            weight=cell.weight,
         )
         for cell, members in sorted(cells.items())
     ]

@@ -30,7 +30,7 @@ from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.guards import Guarded, broken
 from orchestrator.judging.race import RUNGS, Departure, Race, Standing
 from orchestrator.judging.sampled import by_item
-from orchestrator.judging.samples import Cell
+from orchestrator.judging.samples import Cell, cell_of
 from orchestrator.judging.significance import FlipRate, flip_rate
 from orchestrator.planning.plan import Plan, PlannedPoint
 from orchestrator.records.lease import Lease
@@ -553,7 +553,7 @@ def _common_items(subjects: Iterable[Subject], benchmarks: Collection[str]) -> d
 
 
 def _at(row: ScoreRow, label: str, cell: Cell) -> bool:
-    return row.point == label and Cell(row.task, row.length, row.benchmark) == cell
+    return row.point == label and cell_of(row) == cell
 
 
 def _said(batch: Batch, points: int) -> str:
@@ -571,7 +571,7 @@ def _standing(rows: Iterable[ScoreRow], points: Sequence[str]) -> tuple[Standing
     by_point: dict[str, dict[Cell, list[float]]] = {point: defaultdict(list) for point in points}
     for row in rows:
         if row.point in by_point:
-            by_point[row.point][Cell(row.task, row.length, row.benchmark)].append(row.score)
+            by_point[row.point][cell_of(row)].append(row.score)
     found: list[Standing] = []
     for point, cells in by_point.items():
         if cells:

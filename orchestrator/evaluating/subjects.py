@@ -181,9 +181,19 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
     )
     if plan.job.gate is not None and plan.job.gate.output_tokens is not None:
         limit_of_tokens(found, f"{plan.job.gate.place}: `output_tokens:`")
+    _check_weights(found, evaluation)
     if evaluation.guards is not None:
         found = replace(found, guards=_checked_guards(found, evaluation.guards, plan))
     return found
+
+
+def _check_weights(asked: Questions, evaluation: Evaluation) -> None:
+    """A weight has an effect only if its benchmark ranks points, and is not the only one that does."""
+    for name in evaluation.weights:
+        if asked.ranked == (name,) or name not in asked.ranked:
+            others = " and ".join(each for each in asked.ranked if each != name)
+            why = f"{others} alone ranks the points" if others else "no other benchmark ranks the points"
+            raise BadInput(f"{evaluation.place}: the weight of {name} has no effect, as {why}; take it out")
 
 
 def _checked_guards(asked: Questions, spec: GuardsSpec, plan: Plan) -> GuardsSpec:
@@ -327,7 +337,10 @@ def _layouts(
         key = tokenizer.digest, tokenizer.chat_template
         if key not in sets_of:
             made = planned_sets(evaluation, tokenizer, seed, reader, least)
-            sets_of[key] = {Cell(entry.task, entry.length, entry.benchmark): entry for entry in made}
+            sets_of[key] = {
+                Cell(entry.task, entry.length, entry.benchmark, evaluation.weights.get(entry.benchmark, 1.0)): entry
+                for entry in made
+            }
         sets = tuple(sets_of[key].values())
         _check_fit(plan, layout, tokenizer, sets)
         spec = _model_spec(plan, layout, together[layout], sets)

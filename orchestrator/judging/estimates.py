@@ -11,7 +11,7 @@ a seed.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -46,12 +46,15 @@ class Estimate:
 def macro_weights(cells: Sequence[Cell]) -> FloatArray:
     """Weight of each cell in the macro score, summing to 1.
 
-    Lengths weigh alike, benchmarks alike within a length, and tasks alike within a benchmark.
+    Lengths weigh alike, benchmarks by their weights within a length, and tasks alike within a benchmark.
     """
     tasks = Counter((cell.length, cell.benchmark) for cell in cells)
-    benchmarks = Counter(length for length, _ in tasks)
+    weights = {(cell.length, cell.benchmark): cell.weight for cell in cells}
+    by_length: dict[int, float] = defaultdict(float)
+    for (length, _), weight in weights.items():
+        by_length[length] += weight
     return np.array(
-        [1 / len(benchmarks) / benchmarks[cell.length] / tasks[cell.length, cell.benchmark] for cell in cells]
+        [cell.weight / len(by_length) / by_length[cell.length] / tasks[cell.length, cell.benchmark] for cell in cells]
     )
 
 

@@ -9,7 +9,7 @@ from statistics import fmean, median
 
 from jobs.evaluation_tasks import ScoreRow
 from orchestrator.judging.estimates import macro_weights
-from orchestrator.judging.samples import Cell
+from orchestrator.judging.samples import Cell, cell_of
 
 
 def by_item(rows: Sequence[ScoreRow]) -> list[ScoreRow]:
@@ -32,9 +32,7 @@ def pass_at(rows: Iterable[ScoreRow]) -> dict[int, float]:
     cells: dict[Cell, list[tuple[int, int]]] = {}
     for samples in _samples(rows):
         right = sum(row.score == 1 for row in samples)
-        cells.setdefault(Cell(samples[0].task, samples[0].length, samples[0].benchmark), []).append(
-            (len(samples), right)
-        )
+        cells.setdefault(cell_of(samples[0]), []).append((len(samples), right))
     least = {cell: min(count for count, _ in found) for cell, found in cells.items()}
     cells = {cell: found for cell, found in cells.items() if least[cell] > 1}
     if not cells:

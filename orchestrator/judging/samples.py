@@ -11,17 +11,24 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from jobs.errors import CorruptData
+from jobs.evaluation_tasks import ScoreRow
 
 FloatArray = NDArray[np.float64]
 Labels = NDArray[Any]
 
 
 class Cell(NamedTuple):
-    """One task of a benchmark at one context length in tokens."""
+    """One task of a benchmark at one context length in tokens; `weight` is that of the benchmark in the macro score."""
 
     task: str
     length: int
     benchmark: str = ""
+    weight: float = 1.0
+
+
+def cell_of(row: ScoreRow) -> Cell:
+    """The cell of an answer."""
+    return Cell(row.task, row.length, row.benchmark, row.weight)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,6 +53,7 @@ def cell_sample(
     haystacks: Sequence[Any] | Labels | None = None,
     *,
     benchmark: str = "",
+    weight: float = 1.0,
 ) -> CellSample:
     """A checked `CellSample`; without `haystacks` every item is a haystack of its own.
 
@@ -64,7 +72,7 @@ def cell_sample(
         labels = np.asarray(haystacks)
     if labels.shape != array.shape:
         raise CorruptData(f"{place}: {array.size} scores but {labels.size} haystacks; evaluate the cell again")
-    return CellSample(Cell(task, length, benchmark), array, labels)
+    return CellSample(Cell(task, length, benchmark, weight), array, labels)
 
 
 def paired_sample(
@@ -76,6 +84,7 @@ def paired_sample(
     *,
     losable: bool = True,
     benchmark: str = "",
+    weight: float = 1.0,
 ) -> CellSample:
     """Differences new − old of two models' scores on the same items, in the same order, as a `CellSample`."""
     new_scores, old_scores = np.asarray(new, dtype=np.float64), np.asarray(old, dtype=np.float64)
@@ -83,7 +92,7 @@ def paired_sample(
         raise CorruptData(
             f"{task} at {length}: {new_scores.size} scores against {old_scores.size}; compare the items both answered"
         )
-    sample = cell_sample(task, length, new_scores - old_scores, haystacks, benchmark=benchmark)
+    sample = cell_sample(task, length, new_scores - old_scores, haystacks, benchmark=benchmark, weight=weight)
     return replace(sample, losable=losable)
 
 

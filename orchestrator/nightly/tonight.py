@@ -32,7 +32,7 @@ from orchestrator.evaluating.session import OpenEvaluators, Session
 from orchestrator.evaluating.subjects import Questions, Subject, questions
 from orchestrator.judging.estimates import Estimate, macro_score
 from orchestrator.judging.gate import Outcome, joint_outcome
-from orchestrator.judging.samples import Cell
+from orchestrator.judging.samples import cell_of
 from orchestrator.merging.driver import drive
 from orchestrator.nightly.book import Blessed, Book, Night, Revision, Score, Scores, new_nonce
 from orchestrator.planning.plan import Plan, make_plan
@@ -390,8 +390,7 @@ def _scores(rows: Sequence[ScoreRow], subjects: Mapping[str, Subject], *, fresh:
         who: {
             question(row): row
             for row in rows
-            if row.point == subject.label
-            and (row.length == 0 or row.item >= chosen_by.get(Cell(row.task, row.length, row.benchmark), 0))
+            if row.point == subject.label and (row.length == 0 or row.item >= chosen_by.get(cell_of(row), 0))
         }
         for who, subject in subjects.items()
     }

@@ -18,7 +18,7 @@ from jobs.evaluation_tasks import ScoreRow
 from jobs.expressions import Value
 from jobs.grid import Point
 from orchestrator.judging.estimates import macro_weights
-from orchestrator.judging.samples import Cell, FloatArray
+from orchestrator.judging.samples import FloatArray, cell_of
 from orchestrator.report.figures import Map, MapTile, axis_values, value_word
 
 DRAWS = 400
@@ -176,8 +176,7 @@ def surface(points: Sequence[Point], rows: Mapping[str, Sequence[ScoreRow]], sam
 def _scores(names: Sequence[str], rows: Mapping[str, Sequence[ScoreRow]]) -> tuple[FloatArray, FloatArray] | None:
     """Scores [points] and draws [draws × points], from 0 to 100, on the items that every point answered."""
     answers = {
-        name: {(Cell(row.task, row.length, row.benchmark), row.haystack, row.item): row.score for row in rows[name]}
-        for name in dict.fromkeys(names)
+        name: {(cell_of(row), row.haystack, row.item): row.score for row in rows[name]} for name in dict.fromkeys(names)
     }
     common = sorted(set.intersection(*(set(of) for of in answers.values())))
     haystacks = {name: index for index, name in enumerate(sorted({haystack for _, haystack, _ in common}))}

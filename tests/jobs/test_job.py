@@ -180,6 +180,31 @@ def test_the_remedies_of_answers_are_read(keys: str) -> None:
     assert load(with_line(f"evaluate: {{needle: {{lengths: [64], {keys}}}}}")).evaluate is not None
 
 
+def test_weights_of_benchmarks_are_read_and_weights_of_one_are_none() -> None:
+    both = "evaluate: {ruler: {lengths: [64]}, needle: {lengths: [64]}"
+    plain = load(with_line(both + "}"))
+    weighted, alike = (
+        load(with_line(f"{both}, weights: {found}}}")) for found in ("{ruler: 3, needle: 1}", "{ruler: 1.0, needle: 1}")
+    )
+    assert weighted.evaluate is not None and weighted.evaluate.weights == {"ruler": 3.0}
+    assert alike.digest() == plain.digest() != weighted.digest()
+    assert weighted.evaluate.document()["weights"] == {"ruler": 3.0}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("{needle: 0}", "a weight must be above 0, not 0; to ignore needle, take it out"),
+        ("{needle: .inf}", "weights.needle"),
+        ("{ruler: 2}", 'unknown key "ruler"'),
+    ],
+)
+def test_weights_that_say_nothing_are_refused(weights: str, message: str) -> None:
+    with pytest.raises(BadInput) as raised:
+        load(with_line(f"evaluate: {{needle: {{lengths: [64]}}, weights: {weights}}}"))
+    assert message in str(raised.value)
+
+
 def test_keys_of_answers_leave_the_digest_of_jobs_without_them() -> None:
     def digest(keys: str) -> str:
         return load(with_line(f"evaluate: {{needle: {{lengths: [64]{keys}}}}}")).digest()

@@ -143,7 +143,7 @@ def test_most_types_follow_from_the_code() -> None:
 
 
 def test_every_benchmark_is_listed_and_none_is_asked_by_default() -> None:
-    assert tables()["evaluate"] == dict.fromkeys((*SPECS, "race"), "None")
+    assert tables()["evaluate"] == dict.fromkeys((*SPECS, "race", "weights"), "None")
 
 
 def test_the_defaults_of_the_top_level_are_those_of_the_code() -> None:

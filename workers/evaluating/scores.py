@@ -20,7 +20,7 @@ def _schema() -> Any:
     return pa.schema([pa.field(field.name, types[str(field.type)], nullable=False) for field in fields(ScoreRow)])
 
 
-LATER = ("kind", "status", "thought", "tokens_thought", "tokens_out", "sample")
+LATER = ("kind", "status", "thought", "tokens_thought", "tokens_out", "sample", "weight")
 """Columns that older files lack; they then have the defaults of `ScoreRow`."""
 
 REMARKS = b"mergeyard.remarks"

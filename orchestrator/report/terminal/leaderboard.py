@@ -164,7 +164,8 @@ def _perplexity_table(lines: Sequence[Line]) -> Any:
 
 
 def _footnote(lines: Sequence[Line], result: EvaluationResult) -> str:
-    of = " and ".join(result.ranked)
+    weights = {row.benchmark: row.weight for row in result.ranked_rows()}
+    of = " and ".join(name + (f" × {weights[name]:g}" if weights.get(name, 1) != 1 else "") for name in result.ranked)
     notes = [f"score: mean over lengths, over {of}, and over their tasks, with its 95 % interval"]
     if reach := context_note(result):
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")

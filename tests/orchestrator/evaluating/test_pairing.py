@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from jobs.errors import BadInput
@@ -59,3 +61,15 @@ def test_answers_whose_tokens_nobody_counted_are_refused() -> None:
         tokens_of(written("new", 101), written("old", 5), most=1, limit=100)
     empty = [row("new", "vt", 512, 0, 0.0, status="empty")]
     assert tokens_of(empty, written("old", 5), most=1, limit=100).new == 0
+
+
+def test_models_whose_benchmarks_weigh_otherwise_are_not_compared() -> None:
+    old = [*cell("old", "vt", 512, [1.0] * 4), *cell("old", "needle", 512, [0.0] * 4, benchmark="needle")]
+    new = [*cell("new", "vt", 512, [1.0] * 4, weight=3.0), *cell("new", "needle", 512, [0.0] * 4, benchmark="needle")]
+    with pytest.raises(
+        BadInput, match=r"ruler weighs 3 for new and 1 for old, beside other benchmarks; evaluate both with"
+    ):
+        pairs(new, old)
+    assert len(pairs(new[:4], old)) == 1  # one benchmark alone is the score, whatever it weighs
+    old = [replace(entry, weight=3.0) if entry.benchmark == "ruler" else entry for entry in old]
+    assert macro_difference(pairs(new, old)).mean == 0

@@ -27,6 +27,7 @@ from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, read_r
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import questions
 from orchestrator.planning.plan import make_plan
+from orchestrator.report.leaderboard import leaderboard
 from orchestrator.watching import Watcher
 from tests.model_server import serving
 from tests.orchestrator.conftest import Ended, files_under
@@ -177,6 +178,36 @@ def test_another_grid_over_the_same_run_is_refused(tmp_path: Path) -> None:
     evaluated(job_text(tmp_path))
     with pytest.raises(Exception, match="belongs to another job"):
         evaluated(job_text(tmp_path, grid={"w": [0.5]}))
+
+
+def test_other_weights_ask_nothing_again_and_change_the_scores(tmp_path: Path) -> None:
+    ruler, needle = {**RULER, "items": 6}, {"lengths": [256], "depths": 2, "items": 1, "haystack": "noise"}
+    asked = {"ruler": ruler, "needle": needle}
+    _, everything = evaluated(job_text(tmp_path, evaluate=asked))
+    result, again = evaluated(job_text(tmp_path, evaluate={**asked, "weights": {"ruler": 3}}))
+    assert everything and not again
+    assert {(row.benchmark, row.weight) for row in result.rows} == {("ruler", 3.0), ("needle", 1.0)}
+    assert read_results(str(tmp_path / "runs" / "tiny")) == result
+    for line in leaderboard(result):
+        parts = line.by_benchmark
+        assert line.score == pytest.approx((3 * parts["ruler"] + parts["needle"]) / 4)
+    alike, _ = evaluated(job_text(tmp_path, evaluate=asked))
+    assert {row.weight for row in alike.rows} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"ruler": RULER, "weights": {"ruler": 2}}, "the weight of ruler has no effect, as no other benchmark ranks"),
+        (
+            {"ruler": RULER, "perplexity": {"lengths": [256], "blocks": 2}, "weights": {"perplexity": 2}},
+            "the weight of perplexity has no effect, as ruler alone ranks the points; take it out",
+        ),
+    ],
+)
+def test_weights_without_an_effect_are_refused(tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        questions(make_plan(load_job(job_text(tmp_path, evaluate=keys), "job.yaml")))
 
 
 def test_more_items_ask_only_for_those(tmp_path: Path) -> None:

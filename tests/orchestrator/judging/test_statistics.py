@@ -110,6 +110,13 @@ def test_equal_cells_weigh_as_in_ruler():
     assert macro_weights(cells).tolist() == [0.25, 0.25, 0.5]
 
 
+def test_weights_are_those_of_the_benchmarks_asked_at_a_length():
+    tasks = [Cell("vt", 4096, "ruler", 3.0), Cell("cwe", 4096, "ruler", 3.0)]
+    cells = [*tasks, Cell("needle", 4096, "needle"), Cell("needle", 8192, "needle")]
+    # at 4096, 3 of 4 parts for the two tasks of RULER; at 8192, all for the needle
+    assert macro_weights(cells) == pytest.approx([3 / 16, 3 / 16, 1 / 8, 1 / 2])
+
+
 def test_bad_scores_are_refused_with_their_cell():
     with pytest.raises(CorruptData, match="vt at 4096"):
         cell_sample("vt", 4096, [0.5, math.nan])
