@@ -85,7 +85,7 @@ class Grams:
 def regmean(inputs: Inputs, *, weight: PerModel = (1.0,), alpha: float = 0.9) -> Tensor:
     """Σ Wᵢ·wᵢG̃ᵢ(Σ wⱼG̃ⱼ)⁻¹, where G̃ is a Gram matrix whose elements beside the diagonal are multiplied by `alpha`.
 
-    A tensor without Gram matrices is the weighted mean. `alpha` is 0.9 for most models of the paper; fusion_bench has
+    A tensor without Gram matrices is the weighted mean. The default of `alpha` is 0.9; fusion_bench has
     0.95 for CLIP and 0.6 for GPT-2.
     """
     found = _matrix_sum(inputs, weight, alpha)
