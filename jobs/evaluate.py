@@ -389,6 +389,9 @@ class RaceSpec:
     alpha: Annotated[
         Alpha | None, "chance that any of the best `keep` is dropped, in the whole race; without it, 3 standard errors"
     ] = None
+    output_tokens: Annotated[bool, "whether a point stays that writes fewer tokens than one of the best `keep`"] = (
+        field(default=False, metadata=LATER)
+    )
     place: str = field(default="", compare=False)
 
 

@@ -122,10 +122,11 @@ class EvaluationResult:
         spec = self.race.spec
         rival = "the leader" if spec.keep == 1 else f"each of the {spec.keep} best"
         sure = "3 standard errors" if spec.alpha is None else f"the bound for alpha {spec.alpha:g}"
+        shorter = "; a point with fewer tokens of output than one of these stays" if spec.output_tokens else ""
         return (
             f"a point leaves when its paired gap to {rival} on the same items exceeds {sure}, as a Student quantile of"
             " the haystacks so far, and is more than rare total losses explain; nobody leaves before"
-            f" {LEAST_HAYSTACKS} haystacks a task"
+            f" {LEAST_HAYSTACKS} haystacks a task{shorter}"
         )
 
     def race_document(self) -> dict[str, Any]:

@@ -231,6 +231,7 @@ class Session:
             items_per_haystack=1 if alone else share,
             items_shared_across_lengths=True,
             confirmation=planned.fresh,
+            shorter_stay=planned.spec.output_tokens,
         )
         while not race.decided:
             self._race_on(race)
@@ -244,7 +245,8 @@ class Session:
         requests = [Request(points[block.point], block.cell, block.items) for block in race.next_blocks()]
         for request, answered in self._answers(requests, f"racing {len(race.live)} points"):
             rows = by_item(answered)
-            race.record(request.subject.label, request.cell, [row.item for row in rows], [row.score for row in rows])
+            items, scores = [row.item for row in rows], [row.score for row in rows]
+            race.record(request.subject.label, request.cell, items, scores, [row.tokens_out for row in rows])
         for departure in race.eliminate():
             self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
 

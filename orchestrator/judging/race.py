@@ -113,6 +113,7 @@ class Race:
         items_shared_across_lengths: item i of a task is the same question at every length, so that lengths are
             dependent.
         confirmation: fresh items per cell, numbered after the last rung's, for the `keep` winners at the end.
+        shorter_stay: a point also stays while its answers have fewer tokens than those of one of the `keep` best.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Race:
         items_per_haystack: int = 1,
         items_shared_across_lengths: bool = False,
         confirmation: int = 0,
+        shorter_stay: bool = False,
     ) -> None:
         _refuse_nonsense(points, cells, rungs, keep, z, alpha)
         self.points = tuple(sorted(points))
@@ -143,6 +145,7 @@ class Race:
         self._cell_index = {cell: index for index, cell in enumerate(self.cells)}
         self._items = self.rungs[-1] + _whole_haystacks(confirmation, items_per_haystack)
         self._scores = np.full((len(points), len(cells), self._items), np.nan)
+        self._tokens = np.full_like(self._scores, np.nan) if shorter_stay else None
         self._live = np.ones(len(points), dtype=np.bool_)
         self._barred = np.zeros(len(points), dtype=np.bool_)
         self._rung = 0
@@ -182,8 +185,11 @@ class Race:
             missing = self._missing(self._winners(), self.rungs[-1], self._items)
         return sorted(missing, key=lambda block: (-block.cost, block.cell, block.items.start, block.point))
 
-    def record(self, point: str, cell: Cell, items: Sequence[int], scores: ArrayLike) -> None:
-        """Records the scores, each in [0, 1], of these items; in any order and any portions, also repeatedly.
+    def record(
+        self, point: str, cell: Cell, items: Sequence[int], scores: ArrayLike, tokens: ArrayLike | None = None
+    ) -> None:
+        """Records the scores, each in [0, 1], of these items, and the tokens of their answers, which `shorter_stay`
+        needs; in any order and any portions, also repeatedly.
 
         Raises `CorruptData` for a score out of range, or one that contradicts a recorded score.
         """
@@ -203,6 +209,8 @@ class Race:
                 f"{place}: an item has two different scores; keep the first evaluation and drop the other"
             )
         row[index] = values
+        if self._tokens is not None:
+            self._tokens[self._point_index[point], self._cell_index[cell], index] = tokens
 
     def eliminate(self) -> list[Departure]:
         """Decides every rung whose scores are complete; returns the new departures, worst first."""
@@ -279,11 +287,18 @@ class Race:
             gap = found.size
             multiplier = student_quantile(1 - self._tail, found.degrees_of_freedom)
             bound = multiplier * found.standard_error
-            if gap <= bound or found.rare > self._tail:
+            if gap <= bound or found.rare > self._tail or self._is_shorter(point, rival, items):
                 return None
             if closest is None or gap - bound < closest.gap - closest.bound:
                 closest = departure(self.points[point], self._rung, self.points[rival], found, multiplier, items)
         return closest
+
+    def _is_shorter(self, point: int, rival: int, items: int) -> bool:
+        """Whether the answers of the point have fewer tokens, weighted as the score is."""
+        if self._tokens is None:
+            return False
+        own, other = self._tokens[[point, rival], :, :items].mean(axis=2) @ self._pairing.weights
+        return bool(own < other)
 
     @property
     def _tail(self) -> float:

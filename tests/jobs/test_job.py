@@ -141,7 +141,13 @@ config_from: fmt"""
 
 @pytest.mark.parametrize(
     ("race", "expected"),
-    [("off", None), ("false", None), ("on", RaceSpec()), ("{keep: 2}", RaceSpec(keep=2))],
+    [
+        ("off", None),
+        ("false", None),
+        ("on", RaceSpec()),
+        ("{keep: 2}", RaceSpec(keep=2)),
+        ("{output_tokens: on}", RaceSpec(output_tokens=True)),
+    ],
 )
 def test_a_race_may_be_off(race: str, expected: RaceSpec | None) -> None:
     job = load(with_line(f"evaluate: {{needle: {{lengths: [64]}}, race: {race}}}"))

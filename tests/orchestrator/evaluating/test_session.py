@@ -268,6 +268,16 @@ def test_bad_points_leave_the_race_and_the_record_says_why(mergeyard: Mergeyard,
     assert record["cost_share"] == pytest.approx((3 * 10 + 2 * 30 + 15) / (5 * 30))
 
 
+def test_a_point_that_writes_less_than_the_best_stays_where_the_job_says_so(tmp_path: Path) -> None:
+    """A model of zeros ends every answer at once; the other bad one writes to the limit."""
+    job = scaled_race(race={"output_tokens": True}) | {"grid": {"w": [1.0, 0.3, 0.0]}}
+    result, _ = evaluated(job_text(tmp_path, **job))
+    assert [departure.point for departure in result.departures] == ["w0.3"]
+    written = {row.point: row.tokens_out for row in result.rows if row.item == 0}
+    assert written["w0"] == 0 < written["w1"] < written["w0.3"]
+    assert "fewer tokens of output" in result.rule
+
+
 def test_the_winner_is_confirmed_on_items_nobody_was_chosen_by(tmp_path: Path) -> None:
     result, _ = evaluated(job_text(tmp_path, **scaled_race()))
     winner, second = result.standing[:2]

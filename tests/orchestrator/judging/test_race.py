@@ -68,6 +68,16 @@ def test_a_point_leaves_on_the_figures_on_paper():
     }
 
 
+@pytest.mark.parametrize(("written", "left"), [(99, []), (100, ["bad"]), (101, ["bad"])])
+def test_a_point_that_writes_less_than_the_best_stays_where_the_race_says_so(written: int, left: list[str]) -> None:
+    for shorter_stay in (False, True):
+        race = Race(["good", "bad"], CELLS, rungs=[20], shorter_stay=shorter_stay)
+        for cell in CELLS:
+            race.record("good", cell, range(20), [1.0] * 20, [100] * 20)
+            race.record("bad", cell, range(20), [1.0] * 2 + [0.0] * 18, [written] * 20)
+        assert [departure.point for departure in race.eliminate()] == (left if shorter_stay else ["bad"])
+
+
 def test_rare_total_losses_keep_a_point_that_the_spread_would_drop():
     # a steady lead of 0.3 and no loss seen: if the leader loses q = 0.3/1.3 of its haystacks completely, the points are
     # equal; it loses none of n with (1/1.3)ⁿ, 0.0014 of 25 and 0.00084 of 27; a race of 3 standard errors asks 0.00135
