@@ -268,6 +268,7 @@ def test_bad_points_leave_the_race_and_the_record_says_why(mergeyard: Mergeyard,
     assert record["cost_share"] == pytest.approx((3 * 10 + 2 * 30 + 15) / (5 * 30))
 
 
+@pytest.mark.usefixtures("real_model")
 def test_a_point_that_writes_less_than_the_best_stays_where_the_job_says_so(tmp_path: Path) -> None:
     """A model of zeros ends every answer at once; the other bad one writes to the limit."""
     job = scaled_race(race={"output_tokens": True}) | {"grid": {"w": [1.0, 0.3, 0.0]}}
