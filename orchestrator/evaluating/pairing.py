@@ -120,7 +120,8 @@ def _tokens_by_question(
                 f"gate.output_tokens: {row.point} wrote {row.tokens_out} tokens where {limit} were allowed;"
                 " serve it from a server that keeps to max_tokens"
             )
-        if not (unanswered or row.tokens_out or row.status == "empty"):
+        silent = row.status == "empty" or (row.status == "unended" and not row.thought)
+        if not (unanswered or row.tokens_out or silent):
             raise BadInput(
                 f"gate.output_tokens: an answer of {row.point} has no count of tokens; serve it from a server that"
                 " reports `usage`, as vLLM and llama.cpp do, and ask again in a new `output:`"

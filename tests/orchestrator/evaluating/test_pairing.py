@@ -73,3 +73,11 @@ def test_models_whose_benchmarks_weigh_otherwise_are_not_compared() -> None:
     assert len(pairs(new[:4], old)) == 1  # one benchmark alone is the score, whatever it weighs
     old = [replace(entry, weight=3.0) if entry.benchmark == "ruler" else entry for entry in old]
     assert macro_difference(pairs(new, old)).mean == 0
+
+
+def test_a_model_that_ends_before_its_thought_wrote_no_tokens() -> None:
+    """Its first token is the end token. A thought whose tokens were not counted is refused."""
+    ended = [row("new", "vt", 512, 0, 0.0, tokens_out=0, status="unended")]
+    assert tokens_of(ended, written("old", 5), most=1, limit=100).new == 0
+    with pytest.raises(BadInput, match="has no count of tokens"):
+        tokens_of([replace(ended[0], thought="let me")], written("old", 5), most=1, limit=100)
