@@ -22,7 +22,7 @@ def facts(found: Findings, gate: Mapping[str, Any] | None) -> list[str]:
     lines = [
         f"The search asked {len(found.points)} of {found.size:,} points, {best.items} items of each cell for"
         f" {last.best}, the best by its model: {last.score:.1f} ± {_half(last.low, last.high):.1f}{unit}."
-        f" The best point of the space exceeds it by at most {last.regret:.1f}{unit or ' points'}"
+        f" The best {_looked_at(found)} is better by at most {last.regret:.1f}{unit or ' points'}"
         " (95 %, by the model)."
     ]
     if found.importance:
@@ -55,6 +55,11 @@ def _fresh(found: Findings, gate: Mapping[str, Any] | None) -> list[str]:
 
 def _half(low: float, high: float) -> float:
     return (high - low) / 2
+
+
+def _looked_at(found: Findings) -> str:
+    """The points that the regret bound is over: without a model of the surface, points say nothing of others."""
+    return "point of the space" if found.axes else "of the points asked"
 
 
 def _unit(found: Findings) -> str:
@@ -98,7 +103,7 @@ def _trace(found: Findings, asked: tuple[tuple[int, str, str], ...], gate: Mappi
         f"{' '.join(facts(found, gate))} First chart: the best point so far by the model, and each point in the order"
         " of asking. Points with few items are lucky or unlucky; the model draws them towards their neighbours. Second"
         " chart: the bound of the regret, the 95 % quantile of max f(x) − f(best) over draws f of the model, x over the"
-        " space. After few points the model is too sure, and the bound too low.",
+        f" {'space' if found.axes else 'points asked'}. After few points the model is too sure, and the bound too low.",
         (),
         "",
         (

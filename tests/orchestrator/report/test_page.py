@@ -16,6 +16,7 @@ from orchestrator.points.published_card import published_card
 from orchestrator.report.live import LivePage, written_page
 from orchestrator.report.page import page, sections
 from orchestrator.report.run import PAGE, read_run, report_on
+from orchestrator.report.searched import search_sections
 from orchestrator.searching.findings import Findings, Measured, Place, Share, Step
 from tests.orchestrator.report.made_up import HOSTILE, TASKS, write_run
 from workers.storage import open_store
@@ -211,7 +212,10 @@ def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_o
     shown = {section.id: section for section in sections(report)}
     words = shown["search"].words
     assert f"asked 2 of 1,000 points, 40 items of each cell for {first}" in words and "70.0 ± 4.0" in words
-    assert "exceeds it by at most 3.2 points (95 %" in words
+    assert "The best point of the space is better by at most 3.2 points (95 %" in words and "x over the space." in words
+    alone, *_ = search_sections(replace(found, axes=(), importance=(), surface=()), asked, None)
+    assert "The best of the points asked is better by at most 3.2 points" in alone.words, "no model of other points"
+    assert "x over the points asked." in alone.words and "of the space" not in alone.words
     assert "w 75 % (50 to 90), d 10 % (0 to 30)" in words
     assert f"{first}: 70.0 ± 4.0 in the search, 67.0 ± 3.0 on fresh items: a drop of 3.0 ± 5.0." in words
     assert words.startswith(" ".join(report.searched)) and len(report.searched) == 4
