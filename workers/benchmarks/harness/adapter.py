@@ -188,8 +188,9 @@ def sample_scores(
             name: _rehearsed(task, leaf, picked[name], chats[name], drawn=drawn) for name, leaf in leaves.items()
         }
         rules = {name: metric_rules(leaf, rehearsed[name]) for name, leaf in leaves.items()}
+        earlier = 0
         if one is not None:
-            picked = {one.leaf: picked[one.leaf][one.items.start : one.items.stop]}
+            picked, earlier = {one.leaf: picked[one.leaf][: one.items.stop]}, one.items.start
         if not any(not rule.left_out for each in rules.values() for rule in each.values()):
             raise BadInput(f"lm_eval {task}: no metric can be kept ({metric_remarks(rules)}); take another task")
         scores: list[SampleScore] = []
@@ -207,7 +208,9 @@ def sample_scores(
                     max_new_tokens=max_new_tokens,
                     sample=number,
                 )
-                samples = _answered(task, leaf, picked[name], in_chat, model.ask, drawn=drawn and generates)
+                samples = _answered(
+                    task, leaf, picked[name], in_chat, model.ask, drawn=drawn and generates, earlier=earlier
+                )
                 if model.remark:
                     remark(model.remark)
                 room = max(room, engine.max_length - model.shortest)
@@ -224,7 +227,7 @@ def sample_scores(
                 title = f"{name}:{OVER_LONG}"
                 scores += [SampleScore(title, at, "", float(at in over_long), True, 0, 0.0) for at in picked[name]]
     if one is not None:
-        return _numbered(task, scores, one, picked[one.leaf])
+        return _numbered(task, scores, one, picked[one.leaf][earlier:])
     if all(score.metric.endswith(f":{OVER_LONG}") for score in scores):
         trouble = f"every item exceeds the model's {engine.max_length} tokens" if scores else metric_remarks(rules)
         remedy = "take another task"
@@ -256,13 +259,14 @@ def _answered(
     ask: Callable[[str, Sequence[Instance]], Sequence[Any]],
     *,
     drawn: bool = False,
+    earlier: int = 0,
 ) -> list[Sample]:
-    """The items `numbers`, with the answers of `ask`, as lm-evaluation-harness scores them.
+    """The items `numbers` but the `earlier` first, with the answers of `ask`, as lm-evaluation-harness scores them.
 
     A request that a task repeats, for a vote, is asked as often where its answers are `drawn`; else it is asked once.
     """
     with errors_of(task):
-        _request(leaf, numbers, chat)
+        _request(leaf, numbers, chat, earlier)
     requests: Sequence[Instance] = leaf.instances
     for kind in dict.fromkeys(str(request.request_type) for request in requests):
         alike = [request for request in requests if request.request_type == kind]
@@ -274,8 +278,11 @@ def _answered(
         return list(_processed(leaf, numbers))
 
 
-def _request(leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None) -> None:
-    """Makes the requests of the items `numbers`, which are then the task's `instances`."""
+def _request(leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None, earlier: int = 0) -> None:
+    """Makes the requests of the items `numbers` but the `earlier` first, which are then the task's `instances`.
+
+    Examples are drawn item after item: those of an item are the same in each part only if they are drawn from item 0.
+    """
     from lm_eval.defaults import DEFAULT_OTHER_SEED
 
     leaf.set_fewshot_seed(seed=DEFAULT_OTHER_SEED)  # examples are drawn anew
@@ -287,6 +294,7 @@ def _request(leaf: Task, numbers: Sequence[int], chat: Callable[..., str] | None
         fewshot_as_multiturn=True,
         chat_template=chat,
     )
+    leaf.instances[:] = [request for request in leaf.instances if int(request.doc_id or 0) >= earlier]
 
 
 def _processed(leaf: Task, numbers: Sequence[int]) -> Iterator[Sample]:

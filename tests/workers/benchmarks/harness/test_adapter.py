@@ -151,6 +151,29 @@ def test_items_that_are_asked_by_themselves_score_as_in_the_whole_task(
     assert [score.tokens for score in scores] == [whole[1].tokens, whole[third].tokens]
 
 
+def test_an_item_has_the_same_examples_in_each_part_of_its_task(
+    engine: TransformersEngine, task: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The harness draws the examples of one item after those of another."""
+    path = task(GENERATE + "fewshot_split: test\nnum_fewshot: 2\n")
+    seen: list[str] = []
+    generate = engine.generate
+
+    def listening(prompts: Sequence[Prompt], *, progress: Progress | None = None) -> list[Answer]:
+        seen.extend(str(prompt) for prompt in prompts)
+        return generate(prompts, progress=progress)
+
+    monkeypatch.setattr(engine, "generate", listening)
+    sample_scores(engine, path, None, beginning=END)
+    whole = [*seen]
+    seen.clear()
+    for items in (range(1), range(1, 4), range(4, 6)):
+        one = OneMetric("tiny_generate", "exact_match", items)
+        scores = sample_scores(engine, path, None, beginning=END, one=one)
+        assert [score.item for score in scores] == [*items]
+    assert len({*whole}) == 6 and sorted(seen) == sorted(whole)
+
+
 def test_a_metric_that_a_task_does_not_have_is_refused_before_a_model_is_asked(
     parents: Path, task: Callable[[str], str]
 ) -> None:
