@@ -79,7 +79,7 @@ class Genome:
         `urls` has the URL of each reference, `layers` counts those of a model. `BadInput` for groups that do not divide
         them.
         """
-        names = parent_names(self.references())
+        names = parent_names(self.references(), self.base_model)
         count = self._groups(layers)
         axes = [*self._axes(names, count)]
         search: dict[str, Any] = {"over": {axis.name: axis.document for axis in axes}}
@@ -202,15 +202,19 @@ def _signs(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "_", text).strip("_")
 
 
-def parent_names(references: Sequence[str]) -> dict[str, str]:
-    """A name of each model: the last part of its reference, shortened and numbered where two are alike."""
+def parent_names(references: Sequence[str], base: str | None = None) -> dict[str, str]:
+    """A name of each model: the last part of its reference, shortened and numbered where two are alike.
+
+    No model is called `union`, and none but `base` is called `base`: a `tokenizer_source` means other things by these.
+    """
     names: dict[str, str] = {}
-    taken: set[str] = set()
+    taken: set[str] = {"union"}
     for reference in references:
         last = reference.partition("+")[0].rstrip("/").rpartition("/")[2].partition("@")[0]
         name = re.sub(r"[^A-Za-z0-9]+", "-", last).strip("-")[:32] or "model"
         numbered = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
-        names[reference] = next(each for each in numbered if each.lower() not in taken)
+        refused = taken if reference == base else taken | {"base"}
+        names[reference] = next(each for each in numbered if each.lower() not in refused)
         taken.add(names[reference].lower())
     return names
 

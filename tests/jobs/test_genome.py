@@ -81,6 +81,14 @@ def test_tasks_and_settings_reach_the_harness() -> None:
     assert document_of(TWO)["evaluate"]["lm_eval"]["chat"] is True
 
 
+def test_the_tokenizer_of_a_model_called_base_is_not_that_of_the_base_model() -> None:
+    genome = {**TIES, "models": ["other/base", "org/union"]}
+    for model, name in (("other/base", "base-2"), ("org/union", "union-2"), ("org/base", "base")):
+        document = document_of({**genome, "tokenizer_source": model})
+        assert document["recipe"]["tokenizer_source"] == name and document["parents"][name] == f"hf://{model}"
+    assert document_of({**genome, "tokenizer_source": "union"})["recipe"]["tokenizer_source"] == "union"
+
+
 def test_slerp_goes_from_one_model_to_the_other() -> None:
     document = document_of({**TWO, "merge_method": "slerp", "layer_granularity": 2})
     assert [*document["search"]["over"]] == ["t_0", "t_1"]
@@ -123,4 +131,5 @@ def test_names_are_the_last_parts_of_references() -> None:
     assert parent_names(["a/x.y@main", "b/X.Y", "/p/q/", "org/m+org/lora"]) == {
         "a/x.y@main": "x-y", "b/X.Y": "X-Y-2", "/p/q/": "q", "org/m+org/lora": "m"
     }  # fmt: skip
+    assert [*parent_names(["a/base", "b/union", "c/base"], "c/base").values()] == ["base-2", "union-2", "base"]
     assert [job_name(file) for file in ("jobs/my genome.yaml", "-.yml", "-")] == ["my-genome", "search", "search"]
