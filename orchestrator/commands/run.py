@@ -40,6 +40,8 @@ def run_job(job: Job, folder: Path, options: argparse.Namespace) -> int:
                 watcher.tell(f"names decide which points are kept: {shortlist(left)} scored as much as {best[-1]}")
             if len(best) < (job.keep.count or 0) and evaluated.broken:
                 watcher.tell(f"points kept: {len(best)}; {shortlist(sorted(evaluated.broken))} surely lost a guard")
+            if len(best) < (job.keep.count or 0) and evaluated.infeasible:
+                watcher.tell(f"points kept: {len(best)}; no other is likely to keep `at_least:`")
             if best:
                 plan = plan.keeping(best)
                 with writing():  # the evaluation has written its scores

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs.errors import MergeyardError
+from jobs.errors import MergeyardError, NothingKept
 from jobs.job import Job, load_job
 from orchestrator.evaluating.results import read_results, read_verdict
 from orchestrator.judging.gate import EXIT_CODES
@@ -38,6 +38,9 @@ def _code(plan: Plan, store: Store) -> int | None:
         result = read_results(plan.run_url, points=())
         if not result.finished:
             return None
+        unkept = result.infeasible and {standing.point for standing in result.standing} <= {*result.infeasible}
+        if unkept and (plan.job.keep.kind == "best" or plan.job.gate is not None):
+            return NothingKept.exit_code
         if plan.job.keep.kind == "best":
             kept = {standing.point for standing in result.candidates[: plan.job.keep.count]}
     written = {info.key for info in store.list("points/")}

@@ -43,8 +43,8 @@ class EvaluationResult:
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
     merge as another point. `seed` is that of the items. While not `finished`, `standing` is how it stands now.
     `remarks` are those of the workers, one line each. Once it is finished, `guards` are the findings of the guards, and
-    `search` those of a search. `unkept` says of a search that no point is likely to keep its constraints; it is empty
-    where one is.
+    `search` those of a search. `infeasible` are the points of a search that likely break its constraints; `unkept` says
+    that all do, and is empty where one does not.
     """
 
     rows: list[ScoreRow]
@@ -63,6 +63,7 @@ class EvaluationResult:
     samples: Sequence[ScoreRow] = ()
     guards: Sequence[Guarded] = ()
     unkept: str = ""
+    infeasible: tuple[str, ...] = ()
     search: Findings | None = None
 
     @property
@@ -72,8 +73,9 @@ class EvaluationResult:
 
     @property
     def candidates(self) -> tuple[Standing, ...]:
-        """The points that may be kept, best first: all but those that surely lost a guard."""
-        return tuple(entry for entry in self.standing if entry.point not in self.broken)
+        """The points that may be kept, best first: none that surely lost a guard, or likely breaks a constraint."""
+        out = {*self.broken, *self.infeasible}
+        return tuple(entry for entry in self.standing if entry.point not in out)
 
     @property
     def answers(self) -> Sequence[ScoreRow]:
@@ -152,6 +154,7 @@ class EvaluationResult:
             "same": dict(self.same),
             "remarks": list(self.remarks),
             **({"guards": [asdict(guarded) for guarded in self.guards]} if self.guards else {}),
+            **({"infeasible": list(self.infeasible)} if self.infeasible else {}),
             **({"search": self.search.document()} if self.search is not None else {}),
             **self.race_document(),
             "race": None if self.race is None else asdict(self.race),
@@ -237,6 +240,7 @@ def _result(document: Mapping[str, Any]) -> EvaluationResult:
         finished=document["finished"],
         remarks=tuple(document.get("remarks", ())),  # a run of an earlier version has none
         guards=tuple(map(_guarded, document.get("guards", ()))),
+        infeasible=tuple(document.get("infeasible", ())),
         search=Findings.read(document["search"]) if document.get("search") else None,
     )
 

@@ -164,11 +164,18 @@ class Session:
         chance = f"with probability {first.feasible:.2f}"
         return f"no point is likely to keep `at_least:`; {first.point}, the first of the table, does {chance}"
 
+    def _infeasible(self) -> tuple[str, ...]:
+        """The points of a search that likely break `at_least:`."""
+        rows = () if self._search is None else self._search.standing()
+        return tuple(row.point for row in rows if row.feasible < 0.5)
+
     @property
     def best(self) -> list[str]:
-        """The points that a search or a race keeps, best first, each merge once."""
-        keep = self._plan.job.keep.count or 1
-        return [entry.point for entry in self._standing() if entry.departed_at_rung is None][:keep]
+        """The points that a search or a race keeps, best first, each merge once; at least the first of all."""
+        keep, out = self._plan.job.keep.count or 1, self._infeasible()
+        standing = self._standing()
+        kept = [entry.point for entry in standing if entry.departed_at_rung is None and entry.point not in out]
+        return kept[:keep] or [standing[0].point]
 
     def conclude(self, verdict: Mapping[str, object]) -> None:
         """Writes the gate's verdict into the run, as `gate/verdict.json`."""
@@ -485,7 +492,8 @@ class Session:
             return tuple(
                 Standing(row.point, row.observed, row.items, None if row.left is None else row.left.rung, None)
                 for row in sorted(
-                    self._search.standing(), key=lambda row: (row.left is not None, row.choice not in front)
+                    self._search.standing(),
+                    key=lambda row: (row.feasible < 0.5, row.left is not None, row.choice not in front),
                 )
                 if row.point not in self.asked.same
             )
@@ -540,6 +548,7 @@ class Session:
             remarks=(*self._blocks.remarks(), *filter(None, [self._unkept()])),
             guards=tuple(self._guards),
             unkept=self._unkept(),
+            infeasible=self._infeasible(),
             search=findings(self._search, asked.seed) if finished and self._search is not None else None,
         )
 

@@ -55,6 +55,8 @@ class Recommendation:
     guards: Sequence[Guarded] = ()
     higher: Line | None = None
     """The merge with the highest score, if it is above the leader's: a search ranks by more than the score."""
+    infeasible: bool = False
+    """Whether the leader likely breaks the constraints of a search, as then each other merge does."""
 
     @property
     def sentence(self) -> str:
@@ -103,7 +105,7 @@ class Recommendation:
     def _kept(self) -> str | None:
         if self._refused:
             return None
-        return self.parent if self._sure < 0 or self._out else self.best.name
+        return self.parent if self._sure < 0 or self._out or self.infeasible else self.best.name
 
     @property
     def _out(self) -> bool:
@@ -137,6 +139,9 @@ class Recommendation:
         if self._out:
             keep = f"Keep the parent {self.parent_name}" if self.parent else "No recommendation"
             return f"{keep}: each merge that was left surely loses at a guard."
+        if self.infeasible:
+            keep = f"Keep the parent {self.parent_name}" if self.parent else "No recommendation"
+            return f"{keep}: no merge is likely to keep the constraints of the search."
         score = _score(self.best)
         tie = f"{len(self.tied)} points share the first place" if len(self.tied) > 1 and self._fresh is None else ""
         if self.parent == self.best.name:
@@ -303,6 +308,7 @@ def recommend(
         over_rivals=over_rivals,
         points=sum(name != parent for name in points),
         finished=result.finished,
+        infeasible=best.name in result.infeasible and best.name != parent,
         confirmed=None if standing is None else standing.confirmed,
         gate=gate,
         noise=result.noise,

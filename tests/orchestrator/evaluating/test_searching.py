@@ -20,6 +20,7 @@ from jobs.job import GateSpec, Keep, load_job
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
 from orchestrator.commands.workplace import check_kept
+from orchestrator.evaluating.outcome import recorded_code
 from orchestrator.evaluating.results import EvaluationResult, read_results
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, questions
@@ -349,9 +350,28 @@ def test_that_no_point_keeps_a_constraint_is_said(tmp_path: Path) -> None:
     found = searched(plan, asked, log=[])
     assert found.unkept.startswith(remark) and found.unkept in found.remarks
     check_kept(replace(plan.job, keep=Keep(kind="none")), found)
+    assert not found.candidates and recorded_code(plan.job, tmp_path) == 1, "the run has ended, and keeps nothing"
     for asks in ({"keep": Keep(kind="best", count=1)}, {"gate": GateSpec(baseline="fmt")}):
         with pytest.raises(NothingKept, match="none is written or judged: allow a larger `margin:`"):
             check_kept(replace(plan.job, **{"keep": Keep(kind="none"), **asks}), found)
+
+
+def test_a_search_keeps_no_second_point_that_breaks_a_constraint(tmp_path: Path) -> None:
+    """`long`, which is w = 1, is far below `fmt`; of three points that `keep:` wants, those near it are left out."""
+
+    def step(task: EvaluationTask, item: Item) -> float:
+        name = task.point.removeprefix("w=")
+        weight = {"long": 1.0, "fmt": 0.0}[name] if name in ("long", "fmt") else float(name)
+        return float(random.Random(item.index).random() < (0.9 if weight < 0.3 else 0.2))
+
+    search = {"over": {"w": [0, 0.5, 0.75, 1]}, "budget": {"points": 4}, "batch": 4}
+    search |= {"at_least": {"ruler": {"of": "fmt", "margin": 1}}}
+    plan, asked = planned(tmp_path, search=search, keep={"best": 3})
+    with Session.of(plan, asked, partial(ScriptedEvaluators, answer=step), Watcher(visible=False)) as session:
+        result, best = session.run(), session.best
+    assert len(result.standing) == 4 and not result.unkept
+    assert best == [entry.point for entry in result.candidates] == ["w=0"]
+    assert {*read_results(plan.run_url).infeasible} == {*result.infeasible} == {"w=0.5", "w=0.75", "w=1"}
 
 
 class Slow(ScriptedEvaluators):

@@ -143,6 +143,16 @@ def test_no_word_takes_a_test_that_shows_nothing_for_equality() -> None:
         assert not re.search(r"either|any will do|equally good|no difference", " ".join((found.sentence, *found.why)))
 
 
+def test_a_merge_that_breaks_the_constraints_of_a_search_is_not_kept() -> None:
+    found = said({"a": MOST, "old": NONE}, infeasible=("a",))
+    assert found.sentence == "Keep the parent old: no merge is likely to keep the constraints of the search."
+    assert found.document()["keep"] == "old"
+    alone = said({"a": MOST}, parents=(), infeasible=("a",))
+    assert alone.sentence.startswith("No recommendation: no merge is likely to keep the constraints")
+    assert alone.document()["keep"] is None
+    assert said({"a": MOST, "b": HALF, "old": NONE}, infeasible=("b",)).document()["keep"] == "a"
+
+
 def test_a_tie_is_called_a_tie() -> None:
     sixty = {f"p{number:02d}": MOST for number in range(60)}
     found = said({**sixty, "old": NONE, "z": HALF})
