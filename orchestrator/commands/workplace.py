@@ -147,9 +147,9 @@ def gated(session: Session, plan: Plan, point: str) -> Gated:
 def check_kept(job: Job, result: EvaluationResult) -> None:
     """Raises `NothingKept` where a point should be written or judged, and none is likely to keep `at_least:`."""
     if result.unkept and (job.keep.kind == "best" or job.gate is not None):
+        judge = "" if job.gate is None else ", or judge one by `mergeyard gate --point`"
         raise NothingKept(
-            f"{result.unkept}; none is written or judged: allow a larger `margin:` in a job of another name, or judge"
-            " one by `mergeyard gate --point`"
+            f"{result.unkept}; none is written or judged: allow a larger `margin:` in a job of another name{judge}"
         )
 
 

@@ -352,8 +352,9 @@ def test_that_no_point_keeps_a_constraint_is_said(tmp_path: Path) -> None:
     check_kept(replace(plan.job, keep=Keep(kind="none")), found)
     assert not found.candidates and recorded_code(plan.job, tmp_path) == 1, "the run has ended, and keeps nothing"
     for asks in ({"keep": Keep(kind="best", count=1)}, {"gate": GateSpec(baseline="fmt")}):
-        with pytest.raises(NothingKept, match="none is written or judged: allow a larger `margin:`"):
+        with pytest.raises(NothingKept, match="none is written or judged: allow a larger `margin:`") as refused:
             check_kept(replace(plan.job, **{"keep": Keep(kind="none"), **asks}), found)
+        assert ("gate --point" in str(refused.value)) == ("gate" in asks), "without a gate no point can be judged"
 
 
 def test_a_search_keeps_no_second_point_that_breaks_a_constraint(tmp_path: Path) -> None:
