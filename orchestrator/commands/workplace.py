@@ -149,7 +149,8 @@ def check_kept(job: Job, result: EvaluationResult) -> None:
     if result.unkept and (job.keep.kind == "best" or job.gate is not None):
         judge = "" if job.gate is None else ", or judge one by `mergeyard gate --point`"
         raise NothingKept(
-            f"{result.unkept}; none is written or judged: allow a larger `margin:` in a job of another name{judge}"
+            "no point is likely to keep `at_least:`; none is written or judged: allow a larger `margin:` in a job of"
+            f" another name{judge}"
         )
 
 

@@ -38,8 +38,7 @@ def _code(plan: Plan, store: Store) -> int | None:
         result = read_results(plan.run_url, points=())
         if not result.finished:
             return None
-        unkept = result.infeasible and {standing.point for standing in result.standing} <= {*result.infeasible}
-        if unkept and (plan.job.keep.kind == "best" or plan.job.gate is not None):
+        if result.unkept and (plan.job.keep.kind == "best" or plan.job.gate is not None):
             return NothingKept.exit_code
         if plan.job.keep.kind == "best":
             kept = {standing.point for standing in result.candidates[: plan.job.keep.count]}

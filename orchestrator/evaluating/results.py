@@ -43,8 +43,7 @@ class EvaluationResult:
     gives the label of every parent, a point's where it is the same merge; `same` names the points that are the same
     merge as another point. `seed` is that of the items. While not `finished`, `standing` is how it stands now.
     `remarks` are those of the workers, one line each. Once it is finished, `guards` are the findings of the guards, and
-    `search` those of a search. `infeasible` are the points of a search that likely break its constraints; `unkept` says
-    that all do, and is empty where one does not.
+    `search` those of a search. `infeasible` are the points of a search that likely break its constraints.
     """
 
     rows: list[ScoreRow]
@@ -62,7 +61,6 @@ class EvaluationResult:
     remarks: tuple[str, ...] = ()
     samples: Sequence[ScoreRow] = ()
     guards: Sequence[Guarded] = ()
-    unkept: str = ""
     infeasible: tuple[str, ...] = ()
     search: Findings | None = None
 
@@ -70,6 +68,11 @@ class EvaluationResult:
     def broken(self) -> frozenset[str]:
         """The points that surely lost a guard."""
         return broken(self.guards)
+
+    @property
+    def unkept(self) -> bool:
+        """Whether every point of a search likely breaks its constraints."""
+        return bool(self.infeasible) and {entry.point for entry in self.standing} <= {*self.infeasible}
 
     @property
     def candidates(self) -> tuple[Standing, ...]:

@@ -547,7 +547,6 @@ class Session:
             finished=finished,
             remarks=(*self._blocks.remarks(), *filter(None, [self._unkept()])),
             guards=tuple(self._guards),
-            unkept=self._unkept(),
             infeasible=self._infeasible(),
             search=findings(self._search, asked.seed) if finished and self._search is not None else None,
         )

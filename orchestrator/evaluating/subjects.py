@@ -216,7 +216,7 @@ def _checked_guards(asked: Questions, spec: GuardsSpec, plan: Plan) -> GuardsSpe
 
 
 def limit_of_tokens(asked: Questions, place: str) -> int:
-    """The most tokens that a model may write for a question; `BadInput` with the `place` if there is no such limit."""
+    """The most tokens that a model may write for a question; `BadInput` with the `place` where the job sets none."""
     sets = [
         planned
         for planned in asked.sets.values()

@@ -118,7 +118,7 @@ def by_slice(document: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """The base and the angle of each slice of slerp, wherever they are set."""
     for part in document["slices"]:
         own = {**document.get("parameters", {}), **part.get("parameters", {})}
-        yield part.get("base_model", document.get("base_model")), [each["model"] for each in part["sources"]], own["t"]  # type: ignore[misc]
+        yield part.get("base_model", document.get("base_model")), [each["model"] for each in part["sources"]], own["t"]
 
 
 @pytest.mark.heavy

@@ -40,7 +40,7 @@ def test_a_gene_becomes_an_axis_that_starts_where_mergekit_does() -> None:
     job = job_of(TIES)
     assert job.search is not None
     [start] = job.search.start
-    assert {name: float(value) for name, value in job.search.space.bindings(start).items()} == {  # type: ignore[arg-type]
+    assert {name: float(value) for name, value in job.search.space.bindings(start).items()} == {
         "weight_long": 0.5, "density_long": 1.0, "weight_long_2": 0.5, "density_long_2": 1.0
     }  # fmt: skip
     assert dict(job.parents) == {

@@ -165,7 +165,7 @@ def _texts(tokenizer: Tokenizer, file: str | None, count: int, most: int) -> lis
     as_lines = place.endswith((".jsonl", ".ndjson"))
     ids = lines_of(tokenizer, text, count, most, place) if as_lines else pieces_of(tokenizer, text, count, most)
     if not ids:
-        raise BadInput(f"{place}: there is no text in it; give prose as a .txt file, or JSONL")
+        raise BadInput(f"{place}: it has no text; give prose as a .txt file, or JSONL")
     return ids
 
 

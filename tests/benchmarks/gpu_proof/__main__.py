@@ -317,7 +317,7 @@ def opened(proof: Proof) -> tuple[TransformersEngine, int]:
     }
     engine = TransformersEngine.from_state(config, EXAMPLE, weights.items(), device=proof.device, version="0")
     engine._end_tokens = frozenset()
-    engine.encode = lambda text, *, bare=False: [int(each) for each in text.split()]  # type: ignore[method-assign] # of numbers
+    engine.encode = lambda text, *, bare=False: [int(each) for each in text.split()]
     return engine, sum(tensor.numel() for name, tensor in weights.items() if "embed" not in name and tensor.dim() > 1)
 
 
@@ -373,7 +373,7 @@ def _speed_of_vllm(proof: Proof) -> None:
     options: dict[str, Any] = {"enable_prefix_caching": False, "hf_overrides": {"max_position_embeddings": 140_000}}
     options |= {"gpu_memory_utilization": 0.7} if proof.on_gpu else {"enforce_eager": True}
     engine = VllmEngine(proof.parents() / "base", max_length=proof.lengths[-1] + 64, options=options)
-    engine.encode = lambda text, *, bare=False: [int(each) for each in text.split()]  # type: ignore[method-assign] # of numbers
+    engine.encode = lambda text, *, bare=False: [int(each) for each in text.split()]
     for tokens in proof.lengths:
         took = proof.seconds(lambda tokens=tokens: engine.generate([asked(tokens, time.perf_counter_ns() % 999, 1)]), 1)
         proof.say(f"prefill of {tokens}, vLLM", f"{tokens / took:,.0f} tokens/s", "ours: 0.9 of it", tokens / took)

@@ -117,7 +117,7 @@ def test_a_merge_takes_the_gram_matrices_that_were_written(
         (("{base}", "{here}/out.safetensors", "--text", "{here}/no.jsonl"), "no.jsonl cannot be read"),
         (
             ("{base}", "{here}/out.safetensors", "--text", "{here}/empty.txt"),
-            "empty.txt: there is no text in it; give prose as",
+            "empty.txt: it has no text; give prose as",
         ),
         (("{here}", "{here}/out.safetensors", "--text", "{here}/texts.jsonl"), "parent model ("),
         (("{base}", "{here}/out.safetensors", "--count", "0"), "--count: a whole number from 2 on, not 0"),

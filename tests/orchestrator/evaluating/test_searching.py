@@ -348,7 +348,7 @@ def test_that_no_point_keeps_a_constraint_is_said(tmp_path: Path) -> None:
     plan, asked = planned(tmp_path, search=search)
     remark = "no point is likely to keep `at_least:`; w=0.7"
     found = searched(plan, asked, log=[])
-    assert found.unkept.startswith(remark) and found.unkept in found.remarks
+    assert found.unkept and any(each.startswith(remark) for each in found.remarks)
     check_kept(replace(plan.job, keep=Keep(kind="none")), found)
     assert not found.candidates and recorded_code(plan.job, tmp_path) == 1, "the run has ended, and keeps nothing"
     for asks in ({"keep": Keep(kind="best", count=1)}, {"gate": GateSpec(baseline="fmt")}):

@@ -23,7 +23,7 @@ HILL = World(MANY, lambda place: 1.5 - 3 * float(np.sum((place - TOP) ** 2)))
 
 def search(**more: object) -> Search:
     start = (tuple([50] * 16),)
-    spec = SearchSpec(space=MANY, **({"budget": Budget(points=40), "batch": 8, "start": start} | more))  # type: ignore[arg-type]
+    spec = SearchSpec(space=MANY, **({"budget": Budget(points=40), "batch": 8, "start": start} | more))
     return Search(spec, CELLS, items=ITEMS, seed=3, costs=dict.fromkeys(CELLS, 1.0), rungs=(10, 20, 40))
 
 
@@ -51,7 +51,7 @@ def test_points_that_may_be_lucky_weigh_less_than_points_that_are_surely_good() 
 
 
 def test_draws_come_nearer_to_the_top_with_each_generation() -> None:
-    """On a noiseless hill, which shows that the points are told with their own values."""
+    """On a noiseless hill, so that each point must meet its own value."""
     size, generations = 16, []
     centre = np.full(16, 0.9)
     distances: list[float] = []
