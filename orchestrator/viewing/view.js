@@ -438,7 +438,11 @@ async function drawItem() {
   const [prompt, ...texts] = await Promise.all([
     promptOf(row),
     ...sides.map(async (side) => ({ row: side, answer: await answers.answers.of(side), thought: await answers.thoughts.of(side) })),
-  ]).catch((error) => { complain(error); return []; });
+  ]).catch((error) => {
+    complain(error);
+    if (number === drawing) panel.replaceChildren(element("p", { className: "nothing" }, error.message));
+    return [];
+  });
   if (number !== drawing || !texts?.length) return;
   const at = shown.indexOf(row);
   const same = panel.dataset.item === state.item;

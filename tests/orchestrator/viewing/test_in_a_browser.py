@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from jobs.errors import ObjectMissing
 from orchestrator.viewing import serving, site
 from orchestrator.viewing.exporting import export
 from orchestrator.viewing.serving import ViewServer
@@ -261,4 +262,24 @@ def test_a_server_that_ended_is_named(browser: Browser, tmp_path: Path) -> None:
         page = opened(browser, server.url)
         server.shutdown()
     press(page, "j")
-    assert "Run `mergeyard view` again" in until(page, f"{ITEM} && document.getElementById('item').innerText")
+    until(page, "document.getElementById('item').innerText.includes('Run `mergeyard view` again')")
+
+
+def test_an_answer_that_does_not_come_is_said_where_it_would_stand(
+    browser: Browser, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = ViewServer.read
+
+    def lacking(server: ViewServer, path: str) -> bytes:
+        if "/answers-" in path:
+            raise ObjectMissing(f"{path}: gone")
+        return read(server, path)
+
+    monkeypatch.setattr(ViewServer, "read", lacking)
+    with ViewServer(write_run(tmp_path / "run", right_rows()), 0) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        page = browser.open(server.url)
+        until(page, "document.querySelector('.row') && document.querySelector('#state.error') !== null")
+        press(page, "j")
+        until(page, "/answers-0.*: 404/.test(document.getElementById('item').innerText)")
+        server.shutdown()
