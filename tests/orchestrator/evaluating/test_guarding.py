@@ -167,6 +167,14 @@ def test_plan_says_the_loss_that_a_guard_sees(
         (evaluation(guards={**GUARDS, "baseline": "fnt"}), 'the baseline "fnt" is neither a parent nor a point'),
         (evaluation(guards={**GUARDS, "margin": 0}), "a margin is a number of points between 0 and 100"),
         (evaluation(guards={"tasks": ["gsm9k"]}), 'lm_eval has no task "gsm9k"; did you mean "gsm8k"?'),
+        *(
+            (
+                evaluation(guards={"tasks": [name]}),
+                f'lm_eval has no task "{name}", which is a benchmark of mergeyard; ask it as `{name}:` of `evaluate:`,'
+                " and name here tasks of lm-evaluation-harness, such as gsm8k\n",
+            )
+            for name in ("needle", "custom")
+        ),
     ],
 )
 def test_guards_that_cannot_work_are_refused(
