@@ -307,11 +307,13 @@ def test_a_race_that_broke_off_goes_on_to_the_same_end(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("real_model")
 def test_only_those_who_stay_answer_what_is_not_raced_over(tmp_path: Path) -> None:
     more = {"needle": {"lengths": [320], "depths": 2, "items": 1}, "perplexity": {"lengths": [256], "blocks": 2}}
-    result, _ = evaluated(job_text(tmp_path, **scaled_race(**more)))
+    (tmp_path / "own.jsonl").write_text('{"input": "1 2 3 1 2 3 1 2 3 1 2", "target": "3"}')
+    own = {"file": str(tmp_path / "own.jsonl"), "scorer": "contains", "max_new_tokens": 8}
+    result, _ = evaluated(job_text(tmp_path, **scaled_race(**more, custom=own)))
     answered = {(row.point, row.benchmark) for row in result.rows}
     stayed = {"w1", "w0.98"}
-    assert {point for point, benchmark in answered if benchmark == "needle"} == stayed
-    assert {point for point, benchmark in answered if benchmark == "perplexity"} == stayed
+    for name in ("needle", "perplexity", "custom"):
+        assert {point for point, benchmark in answered if benchmark == name} == stayed, name
     assert result.ranked == ("ruler",)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 
 from jobs.errors import BadInput
 from tests.markdown import fenced_blocks
 from tests.orchestrator.report.made_up import HOSTILE, write_run
+from tests.orchestrator.tiny_jobs import PARENTS, job_text
+from workers.storage import open_store
 
 ROOT = Path(__file__).parents[3]
 HOME = ROOT / "orchestrator" / "notebook"
@@ -63,6 +67,33 @@ def test_objects_show_themselves_and_escape_names(mergeyard: ModuleType, tmp_pat
     assert html.count("<tr>") == 1 + len(run.leaderboard.lines) == 1 + run.leaderboard.table().num_rows
     assert "<i>fell" not in html
     assert set(run.answers().column("answer").to_pylist()) >= {HOSTILE}
+
+
+def test_a_run_in_a_bucket_is_the_run_on_a_disk(mergeyard: ModuleType, tmp_path: Path, s3_url: str) -> None:
+    here, there = (
+        mergeyard.open_run(write_run(place, grid=(3, 2), items=3)) for place in (tmp_path / "run", f"{s3_url}/run")
+    )
+    assert there.url == f"{s3_url}/run" and there.verdict == here.verdict
+    assert there.leaderboard.html() == here.leaderboard.html()
+    answers, same = (run.answers().drop_columns(["depth"]) for run in (there, here))  # NaN where there is no needle
+    assert answers == same and answers.num_rows > 0
+    drawn, expected = (
+        {name: re.findall('aria-label="([^"]+)"', figure._repr_html_()) for name, figure in run.figures.items()}
+        for run in (there, here)
+    )
+    assert drawn == expected and len(drawn["profiles"]) == 2
+
+
+def test_jobs_as_objects_write_into_a_bucket(mergeyard: ModuleType, tmp_path: Path, s3_url: str) -> None:
+    job = yaml.safe_load(job_text(tmp_path))
+    facts = mergeyard.plan(job, output=s3_url)
+    run = mergeyard.evaluate(job, output=s3_url, in_process=True)
+    assert run.url == mergeyard.open_run(f"{s3_url}/tiny").url == f"{s3_url}/tiny"
+    assert {line.name for line in run.leaderboard.lines if line.kind == "point"} == {*facts["points"]}
+    assert not (tmp_path / "runs").exists()
+    soup = job["recipe"] | {"models": [{"model": str(PARENTS / "long"), "parameters": {"weight": 1}}]}
+    assert len(mergeyard.merge(soup, f"{s3_url}/soup").points) == 1
+    assert "config.json" in {info.key for info in open_store(f"{s3_url}/soup").list()}
 
 
 def test_errors_are_the_lines_of_the_commands(mergeyard: ModuleType, tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ output: runs
 
 
 def write_run(
-    folder: Path,
+    folder: Path | str,
     *,
     grid: tuple[int, int] = (5, 4),
     tasks: Sequence[str] = TASKS[:3],
@@ -60,7 +60,7 @@ def write_run(
     finished: bool = True,
     answer: str = HOSTILE,
 ) -> str:
-    """Writes the run into the folder and returns its URL."""
+    """Writes the run to the folder or URL and returns its URL."""
     text = job_text(*grid)
     names = [point.name for point in load_job(text, "job.yaml").points]
     rows = list(_rows(names, grid, tasks, lengths, items, answer))

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from workers.benchmarks.items import Item
+from jobs.evaluate import CustomSpec
+from workers.benchmarks.custom import plan_custom
+from workers.benchmarks.items import Item, read_items
 from workers.benchmarks.needle import even_depths, needle_items
+from workers.benchmarks.planned import Reader
 from workers.benchmarks.ruler.tasks import ruler_items
-from workers.benchmarks.scorers import SCORERS
+from workers.benchmarks.scorers import score as score_of
 from workers.benchmarks.texts.tokenizer import Tokenizer
 
 
@@ -21,7 +25,7 @@ def share_right(folder: Path, tokenizer: Tokenizer, items: list[Item]) -> float:
     for item in items:
         ids = torch.tensor([tokenizer.encode(item.text)])
         answer = model.generate(ids, max_new_tokens=item.max_new_tokens, do_sample=False)[0, ids.shape[1] :]
-        right += SCORERS[item.scorer](tokenizer.decode(answer.tolist()), item.answers)
+        right += score_of(item.scorer, tokenizer.decode(answer.tolist()), item.answers)
     return right / len(items)
 
 
@@ -46,3 +50,21 @@ def test_the_form_of_an_answer_is_what_one_parent_was_trained_for(
         tokenizer, 256, depths=even_depths(3), indices=range(12), seed=1, haystack="noise", answer='{"value": {value}}'
     )
     assert least <= share_right(parents / parent, tokenizer, items) <= most
+
+
+@pytest.mark.parametrize(
+    ("parent", "scorer", "score"),
+    [("long", "exact", 1), ("fmt", "exact", 0), ("fmt", "contains", 1), ("fmt", "json_field", 1), ("long", "f1", 1)],
+)
+def test_questions_of_ones_own_are_answered_to_the_end_that_the_model_sets(
+    tokenizer: Tokenizer, parents: Path, tmp_path: Path, parent: str, scorer: str, score: float
+) -> None:
+    """Nothing ends an answer but the model and its limit: `long` ends after the number, `fmt` writes JSON around it."""
+    torch.set_num_threads(1)
+    [needle] = ruler_items(tokenizer, "niah_single_1", 256, indices=range(1), seed=1, max_new_tokens=16)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"input": needle.text, "target": needle.answers[0]}))
+    field = {"field": "value"} if scorer == "json_field" else {}
+    [planned] = plan_custom(CustomSpec(file="own.jsonl", scorer=scorer, **field), tokenizer, 0, Reader(tmp_path), 0)
+    [item] = read_items(planned.build(range(1)))
+    assert item.max_new_tokens == 128
+    assert share_right(parents / parent, tokenizer, [item]) == score
