@@ -26,7 +26,7 @@ from jobs.expressions import AXIS_NAME, Bindings, Template, Value, format_number
 from jobs.ranges import range_schema, read_range
 from jobs.recipe import Recipe
 from jobs.sources import LATER
-from jobs.stages import StagesTemplate
+from jobs.stages import StagesTemplate, stage_in
 from jobs.trajectories import NO_TRAJECTORIES, Trajectories
 from jobs.yaml_nodes import Node, quoted, suggestion
 
@@ -53,9 +53,15 @@ class Point:
         return (*self.stages.values(), self.recipe)
 
     def parents(self) -> tuple[str, ...]:
-        """Every model that a recipe names and that is no stage, once each."""
+        """Every model that a recipe names and that is no stage, and every adapter on a stage, once each."""
         names = dict.fromkeys(name for recipe in self.recipes for name in recipe.parents())
-        return tuple(name for name in names if name not in self.stages)
+        found = {name: stage_in(name, self.stages) or ("", name) for name in names}
+        return tuple(dict.fromkeys(parent for _, parent in found.values() if parent))
+
+    def adapters(self) -> frozenset[str]:
+        """The parents that are adapters on stages, as `lora` in `half+lora`."""
+        found = (stage_in(name, self.stages) for recipe in self.recipes for name in recipe.parents())
+        return frozenset(stage[1] for stage in found if stage is not None and stage[1])
 
     def documents(self) -> list[dict[str, Any]]:
         """The mergekit documents: the stages with their names, and the point's own as the last."""

@@ -334,14 +334,9 @@ def _points(keys: Mapping[str, Node], trajectories: Trajectories) -> tuple[Point
 
 
 def _check_stages(template: StagesTemplate, points: Sequence[Point]) -> None:
-    """Refuses a stage that no point uses, and an adapter on a stage."""
+    """Refuses a stage that no point uses."""
     used = {name for point in points for name in point.stages}
     for name, stage in template.stages.items():
-        if adapted := next((each for each in points[0].parents() if each.startswith(f"{name}+")), None):
-            raise BadInput(
-                f"{stage.place}: {quoted(adapted)} applies an adapter to a merge of this file; write the merge first"
-                " (`mergeyard merge` with this document alone) and name its folder before the +"
-            )
         if name not in used:
             near = suggestion(name, points[0].parents())
             raise BadInput(f"{stage.place}: no merge uses {quoted(name)}; name it as a model, or take it out{near}")
@@ -454,10 +449,11 @@ def _check_references(job: Job) -> set[str]:
 
 
 def _place_of_reference(point: Point, reference: str) -> str:
-    recipe = next(recipe for recipe in point.recipes if reference in recipe.parents())
-    sources = (source.place for source in recipe.sources() if source.model == reference)
-    bases = (part.places["base_model"] for part in recipe.slices if part.base_model == reference)
-    key = "base_model" if reference == recipe.base_model else "tokenizer" if recipe.tokenizer else "tokenizer_source"
+    names = {reference, *(f"{stage}+{reference}" for stage in point.stages)}
+    recipe = next(recipe for recipe in point.recipes if not names.isdisjoint(recipe.parents()))
+    sources = (source.place for source in recipe.sources() if source.model in names)
+    bases = (part.places["base_model"] for part in recipe.slices if part.base_model in names)
+    key = "base_model" if recipe.base_model in names else "tokenizer" if recipe.tokenizer else "tokenizer_source"
     return next(sources, next(bases, recipe.place_of(key)))
 
 

@@ -6,7 +6,7 @@ any order. No stage may be left over, and none may lead back to itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,9 +46,11 @@ class StagesTemplate:
         A stage that no placeholder changes is the same object at every point. `BadInput` for a circle.
         """
         stages: dict[str, Recipe] = {}
+        names = [*self.stages, *([] if self.result_name is None else [self.result_name])]
 
         def add_stages_of(recipe: Recipe, path: tuple[str, ...]) -> None:
-            for name in recipe.parents():
+            for reference in recipe.parents():
+                name, _ = stage_in(reference, names) or (reference, "")
                 if name in path:
                     circle = " → ".join(quoted(each) for each in (*path[path.index(name) :], name))
                     raise BadInput(f"{recipe.place}: the merges {circle} feed each other in a circle; break it")
@@ -68,6 +70,14 @@ class StagesTemplate:
         if key not in self._bound:
             self._bound[key] = template.bind(bindings, trajectories)
         return self._bound[key]
+
+
+def stage_in(reference: str, stages: Iterable[str]) -> tuple[str, str] | None:
+    """(the stage that a model names, the adapter after its `+` or an empty text); None if it names no stage."""
+    for name in sorted(stages, key=len, reverse=True):
+        if reference == name or reference.startswith(f"{name}+"):
+            return name, reference[len(name) + 1 :]
+    return None
 
 
 def stages_template(node: Node, *, foreign: bool = False) -> StagesTemplate:
@@ -135,7 +145,9 @@ def _name(node: Node) -> str | None:
 
 def _unused(nodes: Sequence[Node]) -> list[Node]:
     """The documents that no other uses."""
-    used = {name for node in nodes for name in recipe_template(node, foreign=True).bind({}).parents()}
+    names = [name for node in nodes if (name := _name(node)) is not None]
+    models = [model for node in nodes for model in recipe_template(node, foreign=True).bind({}).parents()]
+    used = {found[0] for model in models if (found := stage_in(model, names)) is not None}
     results = [node for node in nodes if _name(node) not in used]
     if not results:
         raise nodes[-1].error("each merge feeds another; take the `name:` of the result out, and break the circle")

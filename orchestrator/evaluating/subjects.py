@@ -306,6 +306,7 @@ def _race(evaluation: Evaluation) -> RacePlan | None:
 def _baselines_alone(plan: Plan) -> list[PlannedPoint]:
     """The parents that no point is merged from, a gate's baselines, and those that are merged only in slices."""
     merged = {name for planned in plan.merges for name in planned.layout.whole}
+    merged |= {name for planned in plan.merges for name in planned.point.adapters()}
     return [parent_alone(plan, name) for name in plan.parents if name not in merged and _is_asked(plan, name)]
 
 

@@ -35,7 +35,7 @@ def model_card(
     layout, recipe = planned.layout, planned.point.recipe
     parents = plan.sources_of(planned.point)
     methods = dict.fromkeys(stage.merge_method for stage in planned.point.recipes)
-    stages = len(planned.point.recipes)
+    stages, adapters = len(planned.point.recipes), planned.point.adapters()
     front: dict[str, Any] = {
         "base_model": [*dict.fromkeys(map(repository, parents.values()))],
         "base_model_relation": "merge",
@@ -73,7 +73,7 @@ def model_card(
         f"# {planned.name}",
         "",
         f"A `{recipe.merge_method}` merge{f' in {stages} stages' if stages > 1 else ''} of"
-        f" {_listed(list(planned.point.parents()))}, made by mergeyard.",
+        f" {_listed([name for name in planned.point.parents() if name not in adapters])}, made by mergeyard.",
         "",
         "| | |",
         "|---|---|",
@@ -99,7 +99,7 @@ def model_card(
 
 def _weight(point: Point, name: str) -> str:
     """A parent's weight, in each stage that has one."""
-    if name not in point.parents():
+    if name not in point.parents() or name in point.adapters():
         return "adapter"
     of_stages = {stage: _weight_in(recipe, name) for stage, recipe in point.stages.items()}
     found = [f"{weight} in {code(stage)}" for stage, weight in of_stages.items() if weight]

@@ -10,7 +10,7 @@ from pathlib import Path
 from jobs.errors import BadInput, CorruptData
 from jobs.job import Job
 from jobs.yaml_nodes import quoted
-from workers.checkpoints.adapters import Adapter, open_adapter, with_adapter
+from workers.checkpoints.adapters import Adapter, adapter_alone, open_adapter, with_adapter
 from workers.checkpoints.configs import text_fields
 from workers.checkpoints.opening import AdapterAlone, Checkpoint, Unmergeable, open_as_it_is, open_checkpoint
 
@@ -23,16 +23,18 @@ _REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 def open_parents(job: Job, relative_to: Path | None, *, bare_names: bool) -> dict[str, Checkpoint]:
     """Every parent of the job; with `bare_names`, as mergekit documents have them, `org/name` is a repository.
 
-    `BadInput` for one that cannot be opened, of whatever error.
+    An adapter on a stage is itself. `BadInput` for one that cannot be opened, of whatever error.
     """
     located = {
         name: locate(reference, relative_to, job.place_of(f"parents.{name}"), bare_names=bare_names)
         for name, reference in ((name, job.parents[name]) for name in job.used_parents())
     }
 
+    on_stages = frozenset[str]().union(*(point.adapters() for point in job.points))
+
     def opened(name: str) -> Checkpoint | None:
         try:
-            return _opened(*located[name], name)
+            return _adapter(job, name, *located[name]) if name in on_stages else _opened(*located[name], name)
         except AdapterAlone:
             return None
         except CorruptData as error:  # to whoever plans a merge, a damaged parent is a wrong input
@@ -48,6 +50,20 @@ def open_parents(job: Job, relative_to: Path | None, *, bare_names: bool) -> dic
         base = _base_of(adapter, name, bases, relative_to)
         found[name] = with_adapter(open_checkpoint(base, name), adapter)
     return {name: found[name] for name in located}
+
+
+def _adapter(job: Job, name: str, url: str, second: str | None) -> Checkpoint:
+    """The adapter on a stage of that name; `BadInput` for two, and for one that is a model of its own too."""
+    place = job.place_of(f"parents.{name}")
+    if second is not None:
+        raise BadInput(f"{place}: {name} is a model with an adapter, and is applied to a merge; name the adapter alone")
+    found = adapter_alone(url, name)
+    if any(name in recipe.parents() for point in job.points for recipe in point.recipes):
+        raise BadInput(
+            f"{place}: {name} is applied to a merge, and is a model too; in the place of the model, write its base"
+            f" before it: `BASE+{job.parents[name]}`"
+        )
+    return found
 
 
 def open_model(reference: str, name: str, place: str) -> Checkpoint:

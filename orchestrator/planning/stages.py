@@ -17,12 +17,14 @@ from jobs.grid import Point
 from jobs.job import Job, Keep
 from jobs.merge_tasks import Derived, Merged, Setting, TensorMerge, canonical_json, digest
 from jobs.recipe import Recipe
+from jobs.stages import stage_in
 from jobs.yaml_nodes import quoted
 from orchestrator.planning.activations import with_activations
 from orchestrator.planning.beside import files_beside, read_beside
 from orchestrator.planning.grams import with_grams
 from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
 from orchestrator.planning.slicing import plain_recipes
+from workers.checkpoints.adapters import Adapter, with_adapter
 from workers.checkpoints.opening import Checkpoint
 from workers.methods import METHODS
 from workers.methods.binding import check_recipe, resolve
@@ -55,11 +57,13 @@ class Stages:
         """The layout of a point. Its parents and the owners of its files are parents of the job, never stages."""
         stages: dict[str, _Stage] = {}
         for name, recipe in point.stages.items():
+            self._add_adapted(recipe, point, stages)
             key = (id(recipe), *_members(recipe, stages))
             if key not in self._stages:
                 self._stages[key] = self._stage(name, recipe, stages)
             stages[name] = self._stages[key]
         recipe = point.recipe
+        self._add_adapted(recipe, point, stages)
         _check(recipe)
         key = (*layout_key(recipe), *_members(recipe, stages))
         if key not in self._layouts:
@@ -109,6 +113,22 @@ class Stages:
         shapes = {tensor: derived.shape for tensor, derived in tensors.items()}
         checkpoint = Checkpoint(name, url, layout.config, (), tensors, shapes, files)
         return _Stage(checkpoint, layout, readings, holding is not None)
+
+    def _add_adapted(self, recipe: Recipe, point: Point, stages: dict[str, _Stage]) -> None:
+        """Adds the stages to which the recipe applies adapters, under the names that it gives them."""
+        for reference in recipe.parents():
+            name, adapter = stage_in(reference, point.stages) or (reference, "")
+            if not adapter:
+                continue
+            key = id(stages[name].checkpoint), reference
+            if key not in self._stages:
+                self._stages[key] = self._adapted(reference, stages[name], self._parents[adapter])
+            stages[reference] = self._stages[key]
+
+    def _adapted(self, reference: str, stage: _Stage, parent: Checkpoint) -> _Stage:
+        """The stage with an adapter applied, as if it had been written before."""
+        adapter = Adapter(parent.url, parent.files, parent.config, parent.tensors, parent.shapes)
+        return replace(stage, checkpoint=with_adapter(replace(stage.checkpoint, name=reference), adapter, parent.name))
 
     def _rule(self, tensor: TensorMerge, setting: Setting) -> Merged:
         seed = self._job.seed if METHODS[setting.method].random else 0

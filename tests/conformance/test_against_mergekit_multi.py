@@ -7,10 +7,11 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 
 from orchestrator.cli import main
 from tests.conformance.oracle import MISSING, ORACLE_PYTHON
-from tests.orchestrator.models import load_model, weights, write_model
+from tests.orchestrator.models import load_model, weights, write_adapter, write_model
 
 pytestmark = pytest.mark.oracle
 
@@ -70,11 +71,26 @@ models: [{model: PARENTS/cos}]
 parameters: {t: 0.25}
 dtype: bfloat16
 """
+ADAPTED = """
+name: half
+merge_method: linear
+models: [{model: PARENTS/cos}, {model: PARENTS/fmt}]
+parameters: {weight: 0.5}
+dtype: float32
+---
+merge_method: task_arithmetic
+base_model: PARENTS/base
+models:
+- {model: half+PARENTS/lora, parameters: {weight: 0.75}}
+- {model: half, parameters: {weight: 0.25}}
+dtype: float32
+"""
 MULTI = """
 import sys
 from mergekit.scripts.multimerge import main
 for file, out in zip(sys.argv[1::2], sys.argv[2::2]):
-    main([file, "--out-path", out, "--intermediate-dir", f"{out}-stages", "--quiet"], standalone_mode=False)
+    folders = ["--out-path", out, "--intermediate-dir", f"{out}-stages", "--lora-merge-cache", f"{out}-adapted"]
+    main([file, *folders, "--quiet"], standalone_mode=False)
 """
 
 
@@ -82,7 +98,14 @@ for file, out in zip(sys.argv[1::2], sys.argv[2::2]):
 def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(tmp_path: Path) -> None:
     for who in ("base", "cos", "fmt"):
         write_model(tmp_path / who, weights(who))
-    ours = {"any-order": ANY_ORDER, "all-named": ALL_NAMED, "several": SEVERAL}
+    generator = torch.Generator().manual_seed(0)
+    parts = {
+        f"model.layers.{layer}.mlp.down_proj.lora_{key}.weight": 0.1 * torch.randn(shape, generator=generator)
+        for layer in range(2)
+        for key, shape in (("A", (2, 32)), ("B", (16, 2)))
+    }
+    write_adapter(tmp_path / "lora", parts, target_modules=["down_proj"])
+    ours = {"any-order": ANY_ORDER, "all-named": ALL_NAMED, "several": SEVERAL, "adapted": ADAPTED}
     for name, text in ours.items():
         file = tmp_path / f"{name}.yml"
         file.write_text(text.replace("PARENTS", str(tmp_path)))
@@ -102,3 +125,10 @@ def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(tmp_p
         expected, found = load_model(tmp_path / their), load_model(tmp_path / our)
         assert expected.keys() == found.keys()
         assert all(expected[key].equal(found[key]) for key in expected), their
+    expected, found = load_model(tmp_path / "their-adapted"), load_model(tmp_path / "our-adapted")
+    plain = load_model(tmp_path / "their-adapted-stages" / "half")
+    assert expected.keys() == found.keys() == plain.keys()
+    for key in expected:  # PEFT rounds B·A, ours is exact before its one rounding
+        torch.testing.assert_close(found[key], expected[key], rtol=1e-6, atol=1e-7)
+    changed = "model.layers.1.mlp.down_proj.weight"
+    assert (expected[changed] - plain[changed]).abs().max() > 0.01

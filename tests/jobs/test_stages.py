@@ -84,6 +84,17 @@ def test_a_document_of_a_file_is_written_as_the_stage_of_a_job() -> None:
     assert [document.get("name") for document in staged.points[0].documents()] == ["first", None]
 
 
+def test_an_adapter_after_the_name_of_a_merge_is_applied_to_it() -> None:
+    for model in ("first+some/lora", "{model: {path: first}, lora: some/lora}"):
+        (point,) = merge(FIRST, RESULT.replace("base_model: first", f"base_model: {model}")).points
+        assert [*point.stages] == ["first"]
+        assert point.parents() == ("a", "b", "c", "some/lora")
+        assert point.adapters() == {"some/lora"}
+    whole = FIRST.replace("name: first", "name: first+lora")
+    (point,) = merge(FIRST, whole, RESULT.replace("first", "first+lora").replace("c}", "first}")).points
+    assert ([*point.stages], point.adapters()) == (["first", "first+lora"], frozenset()), "the longest name"
+
+
 @pytest.mark.parametrize(
     ("documents", "message"),
     [
@@ -101,9 +112,8 @@ def test_a_document_of_a_file_is_written_as_the_stage_of_a_job() -> None:
             'merge.yml:1: no merge uses "first"; name it as a model, or take it out; did you mean "frist"?',
         ),
         (
-            (FIRST, RESULT.replace("first", "first+lora")),
-            'merge.yml:1: "first+lora" applies an adapter to a merge of this file; write the merge first'
-            " (`mergeyard merge` with this document alone) and name its folder before the +",
+            (FIRST.replace("a}", "second+lora}"), SECOND, RESULT),
+            'merge.yml:5: the merges "first" → "second" → "first" feed each other in a circle',
         ),
         (
             (FIRST, SECOND, f"name: some/third\n{RESULT}"),

@@ -59,7 +59,7 @@ class Adapter:
     url: str
     files: tuple[ParentFile, ...]
     config: Mapping[str, Any]
-    tensors: Mapping[str, ParentTensor]
+    tensors: Mapping[str, Source]
     shapes: Mapping[str, tuple[int, ...]]
 
     @property
@@ -133,21 +133,30 @@ def _mapping(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
-def with_adapter(base: Checkpoint, adapter: Adapter) -> Checkpoint:
-    """The base with the adapter applied, as `merge_and_unload` gives it.
+def adapter_alone(url: str, name: str) -> Checkpoint:
+    """The adapter at `url` as a checkpoint that is no model, but is applied to others; `BadInput` as `open_adapter`."""
+    where = f"parent {name}"
+    found = open_adapter(url, where)
+    refused = f"{where} ({found.url}): a LoRA adapter, not a whole model; write its base before it: `BASE+ADAPTER`"
+    return Checkpoint(name, found.url, found.config, found.files, found.tensors, found.shapes, {}, refused)
+
+
+def with_adapter(base: Checkpoint, adapter: Adapter, place: str = "") -> Checkpoint:
+    """The base with the adapter applied, as `merge_and_unload` gives it; `place` is the name of the adapter's place.
 
     A low-rank update of the head of a base that ties it to the embeddings gives it a head of its own, as the adapter
     was trained; PEFT would add it to the embeddings too. `BadInput` if the adapter does not fit the base.
     """
-    return _Application(base, adapter).result()
+    return _Application(base, adapter, place or base.adapter_name).result()
 
 
 class _Application:
     """One adapter on one base."""
 
-    def __init__(self, base: Checkpoint, adapter: Adapter) -> None:
-        self._base, self._adapter, self._place = base, adapter, base.adapter_name
-        self._where = f"parent {base.name} ({base.url}): adapter {adapter.url}"
+    def __init__(self, base: Checkpoint, adapter: Adapter, place: str) -> None:
+        self._base, self._adapter, self._place = base, adapter, place
+        where = f"parent {base.name} ({base.url})" if base.files else f"the merge {quoted(base.name)}"
+        self._where = f"{where}: adapter {adapter.url}"
         self._tensors: dict[str, Source] = dict(base.tensors)
         self._shapes: dict[str, tuple[int, ...]] = dict(base.shapes)
         self._embeddings = embeddings_in(base.tensors)

@@ -13,8 +13,10 @@ import yaml
 
 from jobs.job import load_job
 from jobs.manifest import Manifest
+from orchestrator.evaluating.subjects import _baselines_alone
+from orchestrator.planning.plan import make_plan
 from tests.orchestrator.conftest import files_under
-from tests.orchestrator.models import CONFIG, load_model, weights
+from tests.orchestrator.models import CONFIG, load_model, weights, write_adapter
 from workers.checkpoints.chat_templates import NAMED
 from workers.merging.resident import ResidentParents
 
@@ -140,6 +142,34 @@ def test_tokenizer_template_and_config_follow_as_if_the_stage_had_been_written(
     assert json.loads(files["config.json"])["initializer_range"] == 0.5
     assert json.loads(files["tokenizer_config.json"])["model_max_length"] == 99
     assert files["chat_template.jinja"].decode() == (asked.get("chat_template") or NAMED["chatml"])
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """A LoRA adapter of two weights, one of them the head, which the parents tie to the embeddings."""
+    generator = torch.Generator().manual_seed(3)
+    parts: dict[str, torch.Tensor] = {}
+    for module, name in {"model.layers.0.mlp.down_proj": "", "lm_head": "model.embed_tokens"}.items():
+        rows, columns = weights("cos")[f"{name or module}.weight"].shape
+        parts[f"{module}.lora_A.weight"] = torch.randn(2, columns, generator=generator) * 0.1
+        parts[f"{module}.lora_B.weight"] = torch.randn(rows, 2, generator=generator) * 0.1
+    return write_adapter(tmp_path / "lora", parts)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_an_adapter_is_applied_to_a_stage_as_if_that_had_been_written(
+    both_ways: Callable[..., Folders], parents: Path, adapter: Path, tmp_path: Path, dtype: str
+) -> None:
+    """The stage feeds one merge with the adapter and another without it."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    stages = {
+        one: document("slerp", parents / "cos", parents / "fmt", **T, dtype=dtype),
+        two: document("linear", None, f"{one}+{adapter}", parents / "base", **W, dtype=dtype),
+    }
+    result = document("dare_ties", one, two, f"{one}+{adapter}", **SPARSE, dtype="bfloat16")
+    at_once, by_step = both_ways(stages, result)
+    assert files_of(at_once) == files_of(by_step)
+    assert "lm_head.weight" in load_model(at_once)
 
 
 def test_a_point_names_its_real_parents_and_all_documents(
@@ -273,3 +303,85 @@ def test_stages_are_merged_in_the_memory_of_a_worker_too(
         found = {name: tensor.clone() for name, tensor in resident.merged(point.settings, {})}
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)) for name in found)
+
+
+ADAPTED = """
+  - name: half
+    merge_method: linear
+    models: [{model: cos}, {model: fmt}]
+    parameters: {weight: 1}
+  - merge_method: ties
+    base_model: half
+    models: [{model: half+lora, parameters: {weight: "${w}", density: 0.5}}]
+"""
+
+
+def test_an_adapter_on_a_stage_is_a_parent_of_the_job(
+    mergeyard: Mergeyard,
+    merged: Callable[..., Path],
+    job_text: Callable[..., str],
+    parents: Path,
+    adapter: Path,
+    tmp_path: Path,
+) -> None:
+    text = job_text(grid="{w: [0.5, 1]}", recipe=ADAPTED).replace("parents:\n", f"parents:\n  lora: {adapter}\n")
+    (tmp_path / "job.yaml").write_text(text)
+    ended = mergeyard("run", tmp_path / "job.yaml", "--in-process", "--json")
+    assert ended.code == 0, ended.err
+    planned = make_plan(load_job(text, "job.yaml"))
+    places = {name: checkpoint.parent for name, checkpoint in planned.parents.items()}
+    for point in planned.points:
+        written = tmp_path / "runs" / "soup" / "points" / point.name
+        document = yaml.safe_dump_all(point.point.documents())
+        for name in ("cos", "fmt", "half+lora"):
+            path = f"half+{adapter}" if name == "half+lora" else parents / name
+            document = document.replace(f"model: {name}\n", f"model: {path}\n")
+        assert files_of(written) == files_of(merged(*yaml.safe_load_all(document), to=tmp_path / point.name))
+        tensors = [tensor for shard in point.layout.shards for tensor in shard.tensors]
+        resident = ResidentParents(tensors, places, seed=0, numerics="float32")
+        found = {name: tensor.clone() for name, tensor in resident.merged(point.settings, {})}
+        expected = load_model(written)
+        assert all(torch.equal(found[name].view(torch.int16), expected[name].view(torch.int16)) for name in expected)
+    manifest = Manifest.from_json((written / "manifest.json").read_bytes())
+    assert manifest.parents["lora"] == str(adapter)
+    assert f"| `lora` | `{adapter}` | adapter |" in (written / "README.md").read_text()
+    assert [subject.name for subject in _baselines_alone(planned)] == ["cos", "fmt"], "an adapter answers nothing"
+    again = mergeyard("run", tmp_path / "job.yaml", "--in-process", "--json")
+    assert (again.code, again.facts["units_merged"]) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        ("one+PARENTS/cos", "adapter PARENTS/cos: no adapter_config.json there; after the + stands a LoRA adapter"),
+        ("one+PARENTS/cos+LORA2", "is a model with an adapter, and is applied to a merge; name the adapter alone"),
+        ("one+PARENTS/lost", "no folder PARENTS/lost"),
+        ("one+LORA2", "[2, 2] do not fit model.layers.0.mlp.down_proj.weight [16, 32]"),
+    ],
+)
+def test_what_is_no_adapter_of_a_stage_is_refused(
+    mergeyard: Mergeyard, parents: Path, tmp_path: Path, model: str, message: str
+) -> None:
+    other = {f"model.layers.0.mlp.down_proj.lora_{key}.weight": torch.ones(2, 2) for key in "AB"}
+    places = {"PARENTS": str(parents), "LORA2": str(write_adapter(tmp_path / "lora2", other))}
+    for key, value in places.items():
+        model, message = model.replace(key, value), message.replace(key, value)
+    one = {"name": "one", **document("slerp", parents / "cos", parents / "fmt", **T)}
+    (tmp_path / "merge.yml").write_text(yaml.safe_dump_all([one, document("linear", None, model, "one", **W)]))
+    ended = mergeyard("merge", tmp_path / "merge.yml", tmp_path / "out")
+    assert (ended.code, (tmp_path / "out").exists()) == (2, False)
+    assert message in ended.err
+
+
+def test_an_adapter_on_a_stage_is_no_model_beside_it(
+    mergeyard: Mergeyard, parents: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """The remedy is followed."""
+    one = {"name": "one", **document("slerp", parents / "cos", parents / "fmt", **T)}
+    file = tmp_path / "merge.yml"
+    file.write_text(yaml.safe_dump_all([one, document("linear", None, f"one+{adapter}", adapter, **W)]))
+    ended = mergeyard("merge", file, tmp_path / "out")
+    assert ended.code == 2
+    assert ended.err.rstrip().endswith(f"in the place of the model, write its base before it: `BASE+{adapter}`")
+    file.write_text(file.read_text().replace(f"model: {adapter}\n", f"model: {parents / 'base'}+{adapter}\n"))
+    assert mergeyard("merge", file, tmp_path / "out", "--quiet").code == 0
