@@ -20,6 +20,9 @@ export UV_FIND_LINKS := $(LOCAL_WHEELS)
 else
 TORCH_BUILD := --torch-backend=auto
 endif
+# A process that may not keep bytecode compiles torch anew: five seconds of CPU time at every start.
+unexport PYTHONDONTWRITEBYTECODE
+
 INSTALL := .venv/bin/uv pip install --quiet $(TORCH_BUILD) --constraint constraints.txt
 
 .PHONY: help setup oracle vllm azurite smollm2 demo quick test test-heavy conformance bench newest triton gpu-proof chaos check audit pins

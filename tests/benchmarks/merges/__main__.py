@@ -105,6 +105,7 @@ def main() -> None:
     size = options.parameters.lower()
     if size not in SIZES:
         parser.error(f"--parameters {options.parameters}: there are {', '.join(SIZES)}")
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each contender compiles its libraries at every start
     work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     results = work / "results.jsonl"
@@ -117,10 +118,11 @@ def main() -> None:
         if any(each["row"] == name and each["parameters"] == size for each in done):
             print(f"{name}: in {results}", flush=True)
             continue
-        row = every[name]()
+        row, known = every[name](), peer_of(name, size, done)
         if name not in MAKING:
-            in_empty_folder(rows("tiny", work)[name]().contenders["mergeyard"], work / "scratch")  # compiles its loops
-        known = peer_of(name, size, done)
+            for program, once in rows("tiny", work)[name]().contenders.items():
+                if program == "mergeyard" or (program == "mergekit" and not options.without_mergekit and not known):
+                    in_empty_folder(once, work / "scratch")  # compiles its code
         samples = measured(row, work / "scratch", options.repeat, without=options.without_mergekit or bool(known))
         result = described(row, size, {**samples, **({"mergekit": known} if known else {})})
         with results.open("a") as file:
