@@ -71,7 +71,7 @@ KEYS = {
 """The keys of a recipe and their meanings."""
 PARTS = ("models", "slices", "modules")
 """The keys that say which models go in; a recipe has one of them."""
-DTYPES = ("float32", "float16", "bfloat16")
+DTYPES = ("float32", "float16", "bfloat16", "float64")
 CHAT_TEMPLATES = ("auto", "alpaca", "chatml", "exaone", "llama3", "mistral")
 """mergekit's names of chat templates; `auto` is the commonest of the parents' own."""
 REFUSED_KEYS = {

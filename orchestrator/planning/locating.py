@@ -119,9 +119,9 @@ def _resolved(text: str, relative_to: Path | None, *, bare_names: bool) -> str |
     """The URL or the absolute path that a name stands for; None if it is neither a URL nor a folder."""
     if _is_url(text):
         return text
-    path = _path(text, relative_to)
-    if path.is_dir():
-        return str(path.resolve())
+    for path in (_path(text, relative_to), _path(text.removesuffix("@main"), relative_to)):
+        if path.is_dir():  # which has no revisions: mergekit reads it whatever stands after the @
+            return str(path.resolve())
     if text.startswith(("huggingface.co/", "hf.co/")):
         return f"https://{text}"
     return f"hf://{text}" if bare_names and _REPOSITORY.fullmatch(text) else None

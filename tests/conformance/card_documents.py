@@ -44,6 +44,15 @@ dtype: float32
 lazy_unpickle: true
 random_seed: 0
 """,
+    "float64, a weight of true, and a folder @main": """
+models:
+  - model: PARENTS/fp32/cos@main
+    parameters: {weight: true}
+  - model: PARENTS/fp32/fmt
+    parameters: {weight: 0.3}
+merge_method: linear
+dtype: float64
+""",
     "gradients and filters of task vectors": """
 models:
   - model: PARENTS/fp32/cos

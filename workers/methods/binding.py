@@ -139,14 +139,14 @@ def _value(parameter: Parameter, source: Source | None, recipe: Recipe, *, tenso
         value = setting_at(parameters[parameter.name], tensor_name=tensor, position=position)  # pyright: ignore[reportArgumentType]
         if value is None:
             continue
-        return _typed(parameter, value, place)
+        return _typed(parameter, value, place, foreign=recipe.foreign)
     if parameter.default is None:
         of_model = f" of model {source.model}" if source is not None else ""
         raise BadInput(f'{recipe.place}: no "{parameter.name}"{of_model} for tensor {tensor}; give it or a filter "*"')
     return parameter.default if isinstance(parameter.default, bool) else Fraction(repr(parameter.default))
 
 
-def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Exact:
+def _typed(parameter: Parameter, value: Fraction | bool | str, place: str, *, foreign: bool) -> Exact:
     if parameter.kind == "boolean":
         if isinstance(value, bool):
             return value
@@ -155,6 +155,8 @@ def _typed(parameter: Parameter, value: Fraction | bool | str, place: str) -> Ex
         if isinstance(value, str) and value.lower() in ("true", "false"):  # in quotes
             return value.lower() == "true"
         raise BadInput(f'{place}: "{parameter.name}" is true or false, not {value}')
+    if isinstance(value, bool) and foreign and parameter.kind == "number":  # of a document for mergekit
+        return Fraction(value)
     if isinstance(value, bool) or not isinstance(value, Fraction):
         raise BadInput(f'{place}: "{parameter.name}" is a number, not {value}')
     if parameter.kind == "integer" and value.denominator != 1:

@@ -225,6 +225,14 @@ REFUSED = {
         """,
         'job.yaml:3: "normalize" is true or false, not 2',
     ),
+    "word for a switch, which mergekit takes for true": (
+        """
+        merge_method: linear
+        models: [{model: a}]
+        parameters: {weight: 1, normalize: "off"}
+        """,
+        'job.yaml:3: "normalize" is true or false, not off',
+    ),
     "switch for a number": (
         """
         merge_method: linear
