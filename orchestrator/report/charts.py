@@ -83,6 +83,9 @@ MOST_NUMBERED = 240
 
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
+HIGHEST_MAP = 520
+"""Pixels of a map: one of many rows has thin ones, whose numbers are in its table and tooltips."""
+
 Scale = Literal["score", "difference"]
 
 
@@ -105,14 +108,15 @@ def heatmap(shown: Map, low: float, high: float, *, scale: Scale = "score", view
     left = 24 + LETTER * max(map(len, rows))
     wide = max(map(len, columns)) * LETTER > (WIDTH - left - 12) / len(columns) - 4
     bottom = 26 + (0.72 * LETTER * max(map(len, columns)) + 10 if wide else 16)
-    row_height = max(4.0, min(26.0, 900 / len(rows)))
+    row_height = max(4.0, min(26.0, HIGHEST_MAP / len(rows)))
+    line = 0.6 if row_height > 10 else 0.0  # between thin rows it would be most of the map
     with new_figure(len(rows) * row_height, left, 28 if shown.title else 8, bottom) as (figure, axes):
         colours, places = SCALES[scale], list(shown.tiles)
         norm = Normalize(low, high)
         values = np.array([shown.tiles[place].value for place in places])
         corners = [[(x, y), (x + 1, y), (x + 1, y + 1), (x, y + 1)] for y, x in places]
         axes.add_collection(
-            PolyCollection(corners, facecolors=colours(norm(values)), edgecolors=PAPER, linewidths=0.6, gid="tiles")
+            PolyCollection(corners, facecolors=colours(norm(values)), edgecolors=PAPER, linewidths=line, gid="tiles")
         )
         dark = _luminance(colours(norm(values))) < 0.47
         for is_dark, ink in ((True, "#ffffff"), (False, "#000000")):
@@ -230,12 +234,15 @@ def pareto(x: Metric, y: Metric, front: Sequence[str], noted: Mapping[str, str])
         axes.set_axisbelow(True)
         axes.margins(0.08)
         _name_front(axes, x, y, front)
-        handles = [
-            Line2D([], [], linestyle="", marker="o", color=OKABE_ITO[0], label="point"),
-            Line2D([], [], linestyle="", marker="o", markerfacecolor="none", color=OKABE_ITO[7], label="left early"),
-            Line2D([], [], linestyle="", marker="s", color=OKABE_ITO[1], label="parent"),
-            Line2D([], [], linestyle=(0, (3, 2)), color=INK, label="front"),
-        ]
+        marks = {
+            "": Line2D([], [], linestyle="", marker="o", color=OKABE_ITO[0], label="point"),
+            "left": Line2D(
+                [], [], linestyle="", marker="o", markerfacecolor="none", color=OKABE_ITO[7], label="left early"
+            ),
+            "parent": Line2D([], [], linestyle="", marker="s", color=OKABE_ITO[1], label="parent"),
+        }
+        handles = [mark for kind, mark in marks.items() if kind in {noted.get(name, "") for name in names}]
+        handles.append(Line2D([], [], linestyle=(0, (3, 2)), color=INK, label="front"))
         figure.legend(
             handles=handles,
             loc="lower left",
@@ -430,7 +437,7 @@ def _name_front(axes: Axes, x: Metric, y: Metric, front: Sequence[str]) -> None:
         axes.annotate(
             label,
             (x.values[name], y.values[name]),
-            xytext=(-7 if across > 0.5 else 7, -3),
+            xytext=(0, 7),  # no dot is better in both, so that most of them lie below
             textcoords="offset points",
             ha="right" if across > 0.5 else "left",
             fontsize=11.5,

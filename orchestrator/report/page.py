@@ -168,7 +168,10 @@ def _grid_sections(report: Report, view: str) -> list[Section | None]:
         return []
     points = () if run.job is None else run.job.points
     grid = figures.grid_of(points, [*names, *twins])
+    best = ""
     if not grid.columns and grid.row_title not in (points[0].bindings if points else ()):
+        if len(grid.rows) > MOST_WITHOUT_COLUMNS:
+            best = f" The {MOST_WITHOUT_COLUMNS} best of {len(grid.rows)} points."
         grid = figures.grid_of(points, names[:MOST_WITHOUT_COLUMNS])
     compared = report.comparisons
     by_length = {} if compared is None else figures.titled(compared.by_length)
@@ -178,8 +181,8 @@ def _grid_sections(report: Report, view: str) -> list[Section | None]:
     tasks = {task: {"task": task} for task in sorted({row.task for row in asked})}
     of_length, of_task = figures.scores_by_length(rows), figures.scores_by_task(rows)
     return [
-        _grid_section(report, view, grid, "length", "context length (tokens)", lengths, of_length, by_length),
-        _grid_section(report, view, grid, "task", "task", tasks, of_task, by_task),
+        _grid_section(report, view, grid, best, "length", "context length (tokens)", lengths, of_length, by_length),
+        _grid_section(report, view, grid, best, "task", "task", tasks, of_task, by_task),
     ]
 
 
@@ -187,6 +190,7 @@ def _grid_section(
     report: Report,
     view: str,
     grid: figures.MapGrid,
+    best: str,
     what: str,
     column_title: str,
     titles: Mapping[str, Mapping[str, Any]],
@@ -214,7 +218,7 @@ def _grid_section(
     return Section(
         f"grid-{what}",
         f"The {'points' if report.run.asked else 'grid'} by {what}",
-        f"Scores from 0 to 100.{hatched}",
+        f"Scores from 0 to 100.{best}{hatched}",
         (charts.colour_bar(low, high, "score"),),
         what,
         choices,

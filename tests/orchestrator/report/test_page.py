@@ -93,11 +93,14 @@ def test_a_page_of_an_unfinished_run_renews_itself(tmp_path: Path, text: str) ->
 
 
 def test_another_versions_job_file_costs_the_axes_alone(tmp_path: Path) -> None:
-    url = write_run(tmp_path)
+    url = write_run(tmp_path, grid=(7, 3), items=2)
     (tmp_path / "job.yaml").write_text("name: made-up\nof_a_later_version: true\n")
     run = read_run(url)
     assert run.job is None
-    Elements(page(report_on(run)))
+    text = page(report_on(run))
+    Elements(text)
+    assert text.count("The 20 best of 21 points.") == 2, "without axes there is a row per point"
+    assert "left early" in text and "95 %" not in re.findall("<h1>(.*?)</h1>", text)[0]
 
 
 def test_what_workers_remarked_is_a_list_and_older_runs_have_none(tmp_path: Path, text: str) -> None:
