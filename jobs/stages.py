@@ -12,7 +12,7 @@ from typing import Any
 
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template, Value
-from jobs.recipe import Recipe, RecipeTemplate, plain_recipe, recipe_schema, recipe_template
+from jobs.recipe import KEYS, Recipe, RecipeTemplate, plain_recipe, recipe_schema, recipe_template
 from jobs.trajectories import NO_TRAJECTORIES, Trajectories
 from jobs.yaml_nodes import Node, quoted
 
@@ -135,7 +135,7 @@ def stages_schema() -> dict[str, Any]:
 
 
 def _name(node: Node) -> str | None:
-    name = node.mapping().get("name")
+    name = node.without_anchors(KEYS).mapping().get("name")
     if name is None or name.kind == "nothing":
         return None
     if "${" in name.string():

@@ -68,12 +68,17 @@ def suggestion(name: str, choices: Collection[str]) -> str:
     return f"; choose from {', '.join(sorted(choices))}" if 0 < len(choices) <= 24 else ""
 
 
+def _twice(key: str, first: int) -> str:
+    return f"the key {quoted(key)} stands here twice (first on line {first})"
+
+
 @dataclass(frozen=True, slots=True)
 class Node:
     """One value of the document. `line` is the line of its key, or of the value itself inside a list.
 
     `value` is the scalar's text, the list's nodes or the mapping's nodes by key; `quoted` tells `"0.7"` from `0.7`.
     An alias is the node of its anchor, with the anchor's path and line. `repeated` says that an alias repeats it.
+    `earlier` is the line of an earlier value of the same key, where both have anchors; only `without_anchors` takes it.
     """
 
     value: str | tuple[Node, ...] | Mapping[str, Node]
@@ -82,6 +87,7 @@ class Node:
     line: int
     path: str
     repeated: bool = field(default=False, compare=False)
+    earlier: int = field(default=0, compare=False)
 
     @property
     def place(self) -> str:
@@ -111,10 +117,11 @@ class Node:
         """The nodes by key, in document order; with `known`, any other key is refused and the nearest offered."""
         if isinstance(self.value, str | tuple):
             self._refuse("a mapping")
-        if known is not None:
-            for key, node in self.value.items():
-                if key not in known:
-                    raise node.error(f"unknown key {quoted(key)}{suggestion(key, known)}")
+        for key, node in self.value.items():
+            if node.earlier:
+                raise node.error(_twice(key, node.earlier))
+            if known is not None and key not in known:
+                raise node.error(f"unknown key {quoted(key)}{suggestion(key, known)}")
         for key in required:
             if key not in self.value:
                 raise self.error(f"{self._subject()} needs the key {quoted(key)}")
@@ -124,7 +131,8 @@ class Node:
         """This mapping without unknown keys such as `x: &settings {…}`, whose value is there to be repeated."""
         if not isinstance(self.value, Mapping):
             return self
-        return replace(self, value={key: node for key, node in self.value.items() if key in known or not node.repeated})
+        kept = {key: node for key, node in self.value.items() if key in known or not (node.repeated or node.earlier)}
+        return replace(self, value=kept)
 
     def sequence(self) -> tuple[Node, ...]:
         """The nodes of a list that is not empty."""
@@ -368,16 +376,21 @@ class _Composer:
     def _entries(self, path: str, depth: int) -> dict[str, Node]:
         entries: dict[str, Node] = {}
         merged: dict[str, Node] = {}
+        anchored: set[str] = set()
         while not isinstance(event := next(self._events), yaml.MappingEndEvent):
             line = event.start_mark.line + 1
             key = self._key(event, line, depth)
             if key == "<<" and not event.style:
                 merged = {**self._merged(line, path, depth), **merged}
                 continue
-            if key in entries:
-                first = entries[key].line
-                raise BadInput(f"{self._name}:{line}: the key {quoted(key)} stands here twice (first on line {first})")
-            entries[key] = self._node(next(self._events), line, f"{path}.{key}" if path else key, depth + 1)
+            value = next(self._events)
+            has_anchor = value.anchor is not None and not isinstance(value, yaml.AliasEvent)
+            first = entries[key].line if key in entries else 0
+            if first and not (has_anchor and key in anchored):
+                raise BadInput(f"{self._name}:{line}: {_twice(key, first)}")
+            node = self._node(value, line, f"{path}.{key}" if path else key, depth + 1)
+            entries[key] = replace(node, earlier=first) if first else node
+            anchored |= {key} if has_anchor else set()
         return {**merged, **entries}
 
     def _merged(self, line: int, path: str, depth: int) -> Mapping[str, Node]:

@@ -53,6 +53,37 @@ models:
 merge_method: linear
 dtype: float64
 """,
+    "a self-merge with constants under one key": """
+const_tag: &MODEL PARENTS/fp32/cos
+const_tag: &RESIDUAL_SCALE_FACTOR 0.5
+const_tag: &QK_ATTENUATION_FACTOR 0.8408964153
+const_tag: &OUT_FACTOR 0.9
+scale-filter-env: &scale_filter_env
+  parameters:
+    scale:
+      - filter: o_proj
+        value: *RESIDUAL_SCALE_FACTOR
+      - filter: down_proj
+        value: *RESIDUAL_SCALE_FACTOR
+      - filter: q_proj
+        value: *QK_ATTENUATION_FACTOR
+      - filter: k_proj
+        value: *QK_ATTENUATION_FACTOR
+      - value: 1.0
+slices:
+  - sources:
+      - model: *MODEL
+        layer_range: [0, 1]
+  - sources:
+      - model: *MODEL
+        layer_range: [0, 1]
+        <<: *scale_filter_env
+  - sources:
+      - model: *MODEL
+        layer_range: [2, 3]
+merge_method: passthrough
+dtype: float32
+""",
     "gradients and filters of task vectors": """
 models:
   - model: PARENTS/fp32/cos

@@ -126,6 +126,19 @@ def test_a_value_stands_on_the_line_of_its_key() -> None:
     assert root["b"].sequence()[1].mapping()["y"].path == "b[1].y"
 
 
+def test_a_key_that_holds_anchors_may_stand_there_again() -> None:
+    """As in cards of self-merges, `const_tag: &MODEL …` again and again; an unknown key without anchors may not."""
+    root = load_document("tag: &a 1\ntag: &b 2\ntag: &c 3\nx: [*a, *b]\n", "job.yaml").without_anchors(["x"])
+    assert root.plain() == {"x": [1, 2]}
+    for text in ("x: &a 1\nx: &b 2\ny: [*a, *b]\n", "y: {x: &a 1, x: &b 2}\n"):
+        found = load_document(text, "job.yaml")
+        with pytest.raises(BadInput, match=r'the key "x" stands here twice \(first on line 1\)'):
+            found.without_anchors(["x", "y"]).mapping()["y"].mapping()
+    for text in ("x: &a 1\nx: 2\n", "x: 1\nx: &a 2\n", "y: &a 1\nx: &b 1\nx: *a\n"):
+        with pytest.raises(BadInput, match='the key "x" stands here twice'):
+            load_document(text, "job.yaml")
+
+
 def test_missing_key_is_named() -> None:
     with pytest.raises(BadInput, match=r'^job\.yaml:1: the document needs the key "parents"$'):
         load_document("name: x", "job.yaml").mapping(("name", "parents"), ("name", "parents"))
