@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
@@ -83,9 +83,10 @@ class _Score:
         for cell in self.sets:
             tasks[cell.task].append(cell)
         total = sum(max(haystacks[cell] for cell in cells) for cells in tasks.values())
+        cells = {"tasks": len(tasks), "lengths": round(len(self.sets) / len(tasks))}
         if measured := self.measured:
             discordance, units = (float(np.mean(values)) for values in zip(*measured, strict=True))
-            design = Design(total, total * units, largest, discordance)
+            design = Design(total, total * units, largest, discordance, **cells)
             return design, design
         per_haystack = {
             cell: design_effect(planned.questions, CORRELATION) / planned.questions
@@ -96,7 +97,8 @@ class _Score:
             sum(weights[cell] for cell in cells) ** 2 * max(per_haystack[cell] / haystacks[cell] for cell in cells)
             for cells in tasks.values()
         )
-        return Design(total, 1 / apart, largest, DISCORDANCE), Design(total, 1 / alike, largest, DISCORDANCE)
+        hopeful = Design(total, 1 / apart, largest, DISCORDANCE, **cells)
+        return hopeful, replace(hopeful, units=1 / alike)
 
     def at(self, length: int) -> _Score:
         sets = {cell: planned for cell, planned in self.sets.items() if cell.length == length}

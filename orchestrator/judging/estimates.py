@@ -170,12 +170,8 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     A small sample may hide a model that gains a little on most haystacks and loses a few haystacks completely. With a
     mean of g on the others and losses of size l, the claim implies that a haystack is lost with probability
     q = (g + claimed) / (g + l), so the number of losses is binomial. Returns the largest probability over the possible
-    sizes l: a whole haystack, even if none was lost, and the size of each observed loss. If `two_sided`, losses
-    with q ≤ 1/2 have `RARE_SHARE` of a test's level, and others the rest; the first adds P(as few haystacks that are
-    not lost), which is little as long as gains are smaller than losses, and is doubled at the most.
+    sizes l: a whole haystack, even if none was lost, and the size of each observed loss.
     """
-    from scipy.special import bdtr, bdtrc
-
     count, total = seen.means.size, float(seen.means.sum())
     losses = np.sort(-seen.means[seen.means < 0])[::-1]
     taken = np.arange(1, losses.size + 1)
@@ -186,12 +182,23 @@ def few_losses(seen: Haystacks, claimed: float, *, two_sided: bool = False) -> f
     if losses.size == 0 or losses[0] < seen.most:
         numbers, sizes, gains = np.append(numbers, 0.0), np.append(sizes, seen.most), np.append(gains, total / count)
     chances = np.clip((gains + claimed) / np.maximum(gains + sizes, 1e-12), 0.0, 1.0)
-    found = bdtr(numbers, count, chances)
-    if two_sided:
-        mirrored = bdtrc(count - numbers - 1, count, chances)
-        rare = np.minimum(found / RARE_SHARE + mirrored, 2 * found)
-        found = np.where(chances <= 0.5, rare, found / (1 - RARE_SHARE))
-    return min(1.0, float(found.max()))
+    return min(1.0, float(at_most(numbers, count, chances, two_sided=two_sided).max()))
+
+
+def at_most(numbers: FloatArray, count: int, chances: FloatArray, *, two_sided: bool) -> FloatArray:
+    """P(at most so many losses [losses] of `count` haystacks), each lost with its chance q [losses].
+
+    If `two_sided`, losses with q ≤ 1/2 have `RARE_SHARE` of a test's level, and others the rest; the first adds P(as
+    few haystacks that are not lost), which is little as long as gains are smaller than losses, and is doubled at the
+    most.
+    """
+    from scipy.special import bdtr, bdtrc
+
+    found = np.asarray(bdtr(numbers, count, chances), dtype=np.float64)
+    if not two_sided:
+        return found
+    rare = np.minimum(found / RARE_SHARE + bdtrc(count - numbers - 1, count, chances), 2 * found)
+    return np.where(chances <= 0.5, rare, found / (1 - RARE_SHARE))
 
 
 def _one_haystack_more(sample: CellSample) -> float:

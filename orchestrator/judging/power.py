@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 
 from orchestrator.judging.betting import BETS, STAKES
-from orchestrator.judging.estimates import RARE_SHARE
+from orchestrator.judging.estimates import at_most
 from orchestrator.judging.gate import POWER, RULES, unseen_variance
 from orchestrator.judging.samples import FloatArray
 from orchestrator.judging.significance import anytime_multiplier
@@ -29,19 +29,34 @@ class Design:
     """The questions behind one score: `haystacks` of all tasks, and the independent `units` that they are worth.
 
     `largest` is the change of the score by one haystack of one cell. With one unit a haystack, a loss is a whole
-    haystack. `discordance` is the share of units on which two models differ.
+    haystack. `discordance` is the share of units on which two models differ. Tasks share no haystacks, and `lengths` is
+    the number of cells of a task.
     """
 
     haystacks: int
     units: float
     largest: float
     discordance: float
+    tasks: int = 1
+    lengths: int = 1
 
     def grown(self, times: float) -> Design:
         """So many times the haystacks."""
         return replace(
             self, haystacks=math.ceil(self.haystacks * times), units=self.units * times, largest=self.largest / times
         )
+
+    def freedom(self, moved: FloatArray) -> FloatArray:
+        """Satterthwaite's degrees of freedom after so many gains and losses.
+
+        A cell without any has no variance, so few gains and losses leave the freedom of few cells. They fall into one
+        of g groups of cells each: the expected sum of squared numbers of the groups is moved + moved · (moved − 1)/g.
+        """
+        touched = min(max(self.lengths * self.haystacks / self.units, 1.0), self.lengths)
+        groups = self.tasks * self.lengths / touched
+        of_one = touched * max(1.0, self.haystacks / self.tasks - 1)
+        found = np.minimum(of_one * groups * moved / np.maximum(groups + moved - 1, 1), self.haystacks - 1)
+        return np.where(moved > 0, found, self.haystacks - 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +67,7 @@ class _Outcomes:
     lost: FloatArray
     mean: FloatArray
     variance: FloatArray
+    freedom: FloatArray
     whole: FloatArray
 
     @classmethod
@@ -74,15 +90,14 @@ class _Outcomes:
         mean = (gained - lost) / units
         variance = np.maximum(moved / units - mean**2, 0) / units * haystacks / max(1, haystacks - 1)
         whole = np.minimum(lost, haystacks) if units <= haystacks else np.zeros_like(lost)
-        return cls(*(found.ravel() for found in (gained, lost, mean, variance, whole)))
+        freedom = design.freedom(moved + np.zeros_like(lost))
+        return cls(*(found.ravel() for found in (gained, lost, mean, variance, freedom, whole)))
 
-    def few_losses(self, haystacks: int, claimed: float) -> FloatArray:
+    def few_losses(self, haystacks: int, claimed: float, *, two_sided: bool = False) -> FloatArray:
         """P(at most so few lost haystacks) if the true mean is −claimed: `estimates.few_losses` for whole haystacks."""
-        from scipy.special import bdtr
-
         gain = (self.mean * haystacks + self.whole) / np.maximum(haystacks - self.whole, 1)
         chance = np.clip((gain + claimed) / np.maximum(gain + 1, 1e-12), 0, 1)
-        return np.asarray(bdtr(self.whole, haystacks, chance), dtype=np.float64)
+        return at_most(self.whole, haystacks, chance, two_sided=two_sided)
 
 
 def power(design: Design, difference: float, alpha: float) -> float:
@@ -93,8 +108,8 @@ def power(design: Design, difference: float, alpha: float) -> float:
         return 0.0
     found = _Outcomes.of(design, difference)
     error = np.sqrt(found.variance + 2 * design.largest**2)
-    rare = found.few_losses(design.haystacks, 0.0) / RARE_SHARE
-    p = np.maximum(2 * stdtr(design.haystacks - 1, -found.mean / error), rare)
+    rare = found.few_losses(design.haystacks, 0.0, two_sided=True)
+    p = np.maximum(2 * stdtr(found.freedom, -found.mean / error), rare)
     return float(np.mean((found.mean > 0) & (p <= alpha)))
 
 
@@ -116,7 +131,7 @@ def passing(design: Design, margin: float, alpha: float, planned: int | None) ->
     statistic = (found.mean + margin) / np.sqrt(np.maximum(found.variance, unseen))
     rare = found.few_losses(haystacks, margin)
     if planned is None:
-        return float(np.mean(np.maximum(stdtr(haystacks - 1, -statistic), rare) <= alpha))
+        return float(np.mean(np.maximum(stdtr(found.freedom, -statistic), rare) <= alpha))
     part = alpha / RULES
     bound = (statistic >= anytime_multiplier(haystacks, planned, part)) & (rare <= part)
     return float(np.mean(bound | (_log_capital(found, design, margin) >= -math.log(part))))
@@ -160,7 +175,7 @@ def failing(design: Design, loss: float, margin: float, alpha: float) -> float:
     found = _Outcomes.of(design, loss)  # gains and losses exchanged
     unseen = np.maximum(unseen_variance(found.mean, -margin), margin * (1 - margin)) / haystacks
     statistic = (found.mean - margin) / np.sqrt(np.maximum(found.variance, unseen))
-    p = np.maximum(stdtr(haystacks - 1, -statistic), found.few_losses(haystacks, -margin))
+    p = np.maximum(stdtr(found.freedom, -statistic), found.few_losses(haystacks, -margin))
     return float(np.mean(p <= alpha))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from orchestrator.judging.estimates import few_losses, macro_difference, pooled
+from orchestrator.judging.estimates import few_losses, macro_difference, macro_mean, pooled
 from orchestrator.judging.gate import POWER, GateRule, judge
 from orchestrator.judging.guards import compare
 from orchestrator.judging.power import (
@@ -43,7 +44,7 @@ def answers(
 
 def design(haystacks: int, discordance: float, *, alike: bool) -> Design:
     total = 2 * haystacks
-    return Design(total, total * (1 if alike else 3), 1 / 6 / haystacks, discordance)
+    return Design(total, total * (1 if alike else 3), 1 / 6 / haystacks, discordance, tasks=2, lengths=3)
 
 
 @pytest.mark.parametrize("alike", [False, True])
@@ -74,6 +75,35 @@ def test_a_gate_passes_an_equal_model_as_often_as_said(
     )
     assert said >= 0.78
     assert passed / trials == pytest.approx(said, abs=0.05 + 2 * math.sqrt(0.16 / trials))
+
+
+@pytest.mark.parametrize("alike", [False, True])
+def test_few_differences_leave_the_freedom_of_few_cells(alike: bool) -> None:
+    values = np.zeros((2, 3, 11))
+    values[0, : 3 if alike else 1, 0] = -1.0
+    cells = [
+        cell_sample(task, length, values[row, column], [f"{task}-{number}" for number in range(11)])
+        for row, task in enumerate(("vt", "cwe"))
+        for column, length in enumerate(LENGTHS)
+    ]
+    expected = macro_mean(cells).degrees_of_freedom
+    assert expected == pytest.approx(21 if alike else 10)
+    found = design(11, 0.02, alike=alike).freedom(np.array([0.0, 1.0, 60.0]))
+    assert found.tolist() == pytest.approx([21, expected, 21])
+
+
+def test_a_gate_of_ten_haystacks_promises_no_more_than_it_finds() -> None:
+    found = passing(design(11, 0.02, alike=False), 0.15, 0.05, None)
+    assert found == pytest.approx(0.738, abs=0.05), "`judge` passes 738 of 1,000 such models; 22 - 1 degrees gave 0.92"
+
+
+@pytest.mark.parametrize(("haystacks", "gained"), [(6, 5.0), (6, 4.0), (24, 3.0)])
+def test_the_two_sided_guard_of_the_plan_is_that_of_the_tests(haystacks: int, gained: float) -> None:
+    outcomes = _Outcomes.of(Design(haystacks, haystacks, 1 / haystacks, 1.0), 0.8)
+    values = [1.0] * int(gained) + [-1.0] * (haystacks - int(gained))
+    expected = few_losses(pooled([cell_sample("vt", 4096, values)], np.ones(1)), 0.0, two_sided=True)
+    one = replace(outcomes, mean=np.array([np.mean(values)]), whole=np.array([haystacks - gained]))
+    assert min(1.0, float(one.few_losses(haystacks, 0.0, two_sided=True)[0])) == pytest.approx(expected)
 
 
 def test_models_that_agree_need_the_haystacks_of_the_gate() -> None:
