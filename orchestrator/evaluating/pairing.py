@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from statistics import fmean
 
 from jobs.errors import BadInput
@@ -27,34 +28,39 @@ def question(row: ScoreRow) -> Question:
 def pairs(new: Sequence[ScoreRow], old: Sequence[ScoreRow]) -> list[CellSample]:
     """Paired differences new − old, a sample for each task and length, on the questions that both answered.
 
-    `BadInput` when there are none.
+    `BadInput` when there are none, or where the two weigh benchmarks otherwise.
     """
     common = common_rows(new, old)
+    check_weights(common)
     if not common:
         raise BadInput("the two models have no items in common; evaluate both on the same benchmark, lengths and seed")
     return [sample_of(cell, found) for cell, found in common.items()]
 
 
 def common_rows(new: Sequence[ScoreRow], old: Sequence[ScoreRow]) -> dict[Cell, Pairs]:
-    """Both models' rows about the same questions, by cell in order; `BadInput` where benchmarks weigh otherwise."""
+    """Both models' rows about the same questions, by cell in order."""
     earlier = {question(row): row for row in old}
     common: dict[Cell, list[tuple[ScoreRow, ScoreRow]]] = defaultdict(list)
     for row in new:
         if (other := earlier.get(question(row))) is not None:
             common[cell_of(row)].append((row, other))
-    _check_weights([found[0] for found in common.values()])
     return {cell: common[cell] for cell in sorted(common)}
 
 
-def _check_weights(found: Pairs) -> None:
-    """`BadInput` if benchmarks weigh otherwise in the scores of the two: a factor that all have changes nothing."""
-    factors = {row.benchmark: row.weight / other.weight for row, other in found}
-    if len(set(factors.values())) > 1:
-        (row, other) = max(found, key=lambda pair: abs(factors[pair[0].benchmark] - 1))
-        raise BadInput(
-            f"{row.benchmark} weighs {row.weight:g} for {row.point} and {other.weight:g} for {other.point}, beside"
-            " other benchmarks; evaluate both with the same `evaluate.weights`"
-        )
+def check_weights(cells: Mapping[Cell, Pairs]) -> None:
+    """`BadInput` if the benchmarks of these cells weigh otherwise in the scores of the two models.
+
+    Only their ratios count: `weights: {ruler: 2}` and `{ruler: 1, needle: 0.5}` are one score of ruler and needle.
+    """
+    factors = {row.benchmark: (row.weight / other.weight, row, other) for (row, other), *_ in cells.values()}
+    ratios = [factor for factor, *_ in factors.values()]
+    if not ratios or math.isclose(min(ratios), max(ratios), rel_tol=1e-9):
+        return
+    _, row, other = max(factors.values(), key=lambda found: abs(found[0] - 1))
+    raise BadInput(
+        f"{row.benchmark} weighs {row.weight:g} for {row.point} and {other.weight:g} for {other.point}, beside"
+        " other benchmarks; evaluate both with the same `evaluate.weights`"
+    )
 
 
 def sample_of(cell: Cell, found: Pairs) -> CellSample:
@@ -114,20 +120,37 @@ def _tokens_by_question(
     for row in rows:
         if cell_of(row) not in generating:
             continue
-        unanswered = not row.finite or row.status in ("filtered", "failed")
         if row.tokens_out > limit:
             raise BadInput(
                 f"gate.output_tokens: {row.point} wrote {row.tokens_out} tokens where {limit} were allowed;"
                 " serve it from a server that keeps to max_tokens"
             )
-        silent = row.status == "empty" or (row.status == "unended" and not row.thought)
-        if not (unanswered or row.tokens_out or silent):
-            raise BadInput(
-                f"gate.output_tokens: an answer of {row.point} has no count of tokens; serve it from a server that"
-                " reports `usage`, as vLLM and llama.cpp do, and ask again in a new `output:`"
-            )
-        found[question(row)].append(lost if unanswered else row.tokens_out)
+        check_counted(row, "gate.output_tokens")
+        found[question(row)].append(lost if _lost(row) else row.tokens_out)
     return {place: fmean(tokens) for place, tokens in found.items()}
+
+
+def tokens_by_item(rows: Sequence[ScoreRow], lost: float) -> dict[int, float]:
+    """The tokens of all samples of each item of a cell; a sample without an answer has `lost`."""
+    found: dict[int, float] = defaultdict(float)
+    for row in rows:
+        found[row.item] += lost if _lost(row) else row.tokens_out
+    return found
+
+
+def check_counted(row: ScoreRow, place: str) -> None:
+    """`BadInput` with the `place` if the model wrote an answer, and nobody counted its tokens."""
+    silent = row.status == "empty" or (row.status == "unended" and not row.thought)
+    if not (_lost(row) or row.tokens_out or silent):
+        raise BadInput(
+            f"{place}: an answer of {row.point} has no count of tokens; serve it from a server that"
+            " reports `usage`, as vLLM and llama.cpp do, and ask again in a new `output:`"
+        )
+
+
+def _lost(row: ScoreRow) -> bool:
+    """Whether a question has no answer: the server refused or filtered it, or a logit was NaN."""
+    return not row.finite or row.status in ("filtered", "failed")
 
 
 def samples(rows: Sequence[ScoreRow]) -> list[CellSample]:

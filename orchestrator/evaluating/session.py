@@ -5,6 +5,7 @@ A block that has its file of scores is done: nothing is asked twice, in this run
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from orchestrator.cluster.pool import Evaluators
 from orchestrator.evaluating.batches import BatchFiles, make_search
 from orchestrator.evaluating.blocks import Blocks, Request, first_items
 from orchestrator.evaluating.guarding import GUARDS, judged
+from orchestrator.evaluating.pairing import check_counted, tokens_by_item
 from orchestrator.evaluating.results import VERDICT, EvaluationResult, ranked_rows, write_results
 from orchestrator.evaluating.subjects import Questions, RacePlan, Subject
 from orchestrator.judging.estimates import macro_weights
@@ -253,7 +255,13 @@ class Session:
         for request, answered in self._answers(requests, f"racing {len(race.live)} points"):
             rows = by_item(answered)
             items, scores = [row.item for row in rows], [row.score for row in rows]
-            race.record(request.subject.label, request.cell, items, scores, [row.tokens_out for row in rows])
+            tokens = None
+            if race.shorter_stay:  # a model that gives no answer is not one that writes less
+                for row in answered:
+                    check_counted(row, "race.output_tokens")
+                written = tokens_by_item(answered, math.inf)
+                tokens = [written[item] for item in items]
+            race.record(request.subject.label, request.cell, items, scores, tokens)
         for departure in race.eliminate():
             self._watcher.tell(f"{departure.point} leaves: {departure.reason}")
 
@@ -304,12 +312,19 @@ class Session:
         wanted: dict[tuple[str, Cell], int] = defaultdict(int)  # items of each name, and those asked of each subject
         begun: dict[tuple[str, Cell], int] = defaultdict(int)
         waiting: dict[str, tuple[EvaluationTask, Request]] = {}
+        asks_tokens = any(each.metric.startswith("output_tokens") for each in spec.maximize)
 
         def record(request: Request, rows: Sequence[ScoreRow]) -> None:
             for name in self._names_of(request.subject, search):
-                own = by_item([row for row in rows if row.item < wanted[name, request.cell]])
+                answered = [row for row in rows if row.item < wanted[name, request.cell]]
+                own = by_item(answered)
                 items, scores = [row.item for row in own], [row.score for row in own]
-                search.record(name, request.cell, items, scores, [float(row.tokens_out) for row in own])
+                tokens = [float(row.tokens_out) for row in own]
+                if asks_tokens:  # a point that gives no answer is not one that writes less
+                    planned = request.subject.sets[request.cell]
+                    written = tokens_by_item(answered, planned.generation.budget + planned.new_tokens)
+                    tokens = [written[item] for item in items]
+                search.record(name, request.cell, items, scores, tokens)
 
         def due() -> list[Request]:
             """The new requests of the next batch that has become due."""
@@ -333,7 +348,7 @@ class Session:
                         continue
                     wanted[block.point, cell] = stop
                     if start < begun[subject.label, cell]:  # the same merge has answered these, or is asked them now
-                        known = [row for row in self.rows() if _at(row, subject.label, cell) and row.item >= start]
+                        known = [row for row in self.answers() if _at(row, subject.label, cell) and row.item >= start]
                         record(Request(subject, cell, range(start, stop)), known)
                     start = max(start, begun[subject.label, cell])
                     if start < stop:

@@ -145,6 +145,7 @@ class Race:
         self._cell_index = {cell: index for index, cell in enumerate(self.cells)}
         self._items = self.rungs[-1] + _whole_haystacks(confirmation, items_per_haystack)
         self._scores = np.full((len(points), len(cells), self._items), np.nan)
+        self.shorter_stay = shorter_stay
         self._tokens = np.full_like(self._scores, np.nan) if shorter_stay else None
         self._live = np.ones(len(points), dtype=np.bool_)
         self._barred = np.zeros(len(points), dtype=np.bool_)
@@ -189,7 +190,7 @@ class Race:
         self, point: str, cell: Cell, items: Sequence[int], scores: ArrayLike, tokens: ArrayLike | None = None
     ) -> None:
         """Records the scores, each in [0, 1], of these items, and the tokens of their answers, which `shorter_stay`
-        needs; in any order and any portions, also repeatedly.
+        needs, infinite for a question without an answer; in any order and any portions, also repeatedly.
 
         Raises `CorruptData` for a score out of range, or one that contradicts a recorded score.
         """

@@ -11,7 +11,7 @@ import numpy as np
 
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import ScoreRow
-from orchestrator.evaluating.pairing import Pairs, common_rows, sample_of
+from orchestrator.evaluating.pairing import Pairs, check_weights, common_rows, sample_of
 from orchestrator.evaluating.results import ranked_rows
 from orchestrator.judging.estimates import macro_difference, macro_weights
 from orchestrator.judging.samples import Cell
@@ -125,6 +125,7 @@ def compare_models(a: ScoredModel, b: ScoredModel) -> Comparison:
     ranked = _ranked(a, b, common)
     tested = {cell: found for cell, found in common.items() if _is_tested(found[0][0], ranked)}
     macro = {cell: found for cell, found in tested.items() if found[0][0].benchmark in ranked}
+    check_weights(macro)
     lengths = sorted({cell.length for cell in macro})
     by_length = [{cell: found for cell, found in macro.items() if cell.length == length} for length in lengths]
     return Comparison(

@@ -8,7 +8,7 @@ import pytest
 
 from jobs.errors import BadInput
 from jobs.evaluation_tasks import ScoreRow
-from orchestrator.evaluating.pairing import pairs, tokens_of
+from orchestrator.evaluating.pairing import check_counted, pairs, tokens_by_item, tokens_of
 from orchestrator.judging.estimates import macro_difference
 from tests.orchestrator.scores import cell, row
 
@@ -81,3 +81,27 @@ def test_a_model_that_ends_before_its_thought_wrote_no_tokens() -> None:
     assert tokens_of(ended, written("old", 5), most=1, limit=100).new == 0
     with pytest.raises(BadInput, match="has no count of tokens"):
         tokens_of([replace(ended[0], thought="let me")], written("old", 5), most=1, limit=100)
+
+
+def test_weights_in_the_same_ratio_are_the_same_score() -> None:
+    """3 to 1 is 0.3 to 0.1, whose quotients differ in their last bit."""
+    rows = {
+        name: [
+            *cell(name, "vt", 512, [1.0] * 4, weight=3 * unit),
+            *cell(name, "needle", 512, [0.0] * 4, benchmark="needle", weight=unit),
+        ]
+        for name, unit in (("new", 1.0), ("old", 0.1))
+    }
+    assert 3.0 / (3 * 0.1) != 1.0 / 0.1
+    assert macro_difference(pairs(rows["new"], rows["old"])).mean == 0
+
+
+def test_an_answer_that_never_came_is_not_a_short_one() -> None:
+    """The tokens of an item are those of all its samples."""
+    lost = [row("w", "vt", 512, 1, 0.0, **why) for why in ({"status": "failed"}, {"finite": False, "tokens_out": 3})]
+    counted = [row("w", "vt", 512, 0, 1.0, tokens_out=count, sample=sample) for sample, count in enumerate((5, 7))]
+    assert tokens_by_item([*counted, *lost], lost=100) == {0: 12, 1: 200}
+    for answer in (*lost, *counted, row("w", "vt", 512, 2, 0.0, status="empty")):
+        check_counted(answer, "race.output_tokens")
+    with pytest.raises(BadInput, match=r"race\.output_tokens: an answer of w has no count of tokens"):
+        check_counted(row("w", "vt", 512, 2, 1.0), "race.output_tokens")

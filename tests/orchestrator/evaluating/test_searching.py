@@ -392,3 +392,30 @@ def test_the_hours_of_the_budget_end_the_search_for_good(tmp_path: Path) -> None
     log: list[str] = []
     searched(plan, asked, log=log)
     assert log == [] and batches(tmp_path) == found
+
+
+class Refusing(ScriptedEvaluators):
+    """A server that refuses all questions to w = 0.5, which then writes no token; all others write one word."""
+
+    def __init__(self, models: Mapping[str, ModelSpec]) -> None:
+        super().__init__(models, lambda task, item: 1.0)
+
+    def _row(self, task: EvaluationTask, item: Item) -> ScoreRow:
+        refused: dict[str, Any] = {"status": "failed", "score": 0.0}
+        return replace(super()._row(task, item), **(refused if task.point.endswith("0.5") else {"tokens_out": 1}))
+
+
+def test_a_point_that_the_server_refuses_is_not_the_one_that_writes_least(tmp_path: Path) -> None:
+    search = {**SEARCH, "budget": {"points": 4}, "maximize": "-output_tokens"}
+    plan, asked = planned(tmp_path, search=search, evaluate={"ruler": {**RULER, "items": 10}})
+    with Session.of(plan, asked, Refusing, Watcher(visible=False)) as session:
+        *others, last = session.run().standing
+    assert (last.point, last.score) == ("w=0.5", next(iter(asked.sets.values())).new_tokens)
+    assert {entry.score for entry in others} == {1.0}
+
+
+def test_a_point_that_the_server_refuses_leaves_a_race_for_fewer_tokens(tmp_path: Path) -> None:
+    race = {"ruler": {**RULER, "items": 30}, "race": {"output_tokens": True}}
+    plan = make_plan(load_job(job_text(tmp_path, grid={"w": [0.25, 0.5, 1]}, keep=None, evaluate=race), "job.yaml"))
+    with Session.of(plan, questions(plan), Refusing, Watcher(visible=False)) as session:
+        assert [departure.point for departure in session.run().departures] == ["w0.5"]

@@ -68,8 +68,8 @@ def test_a_point_leaves_on_the_figures_on_paper():
     }
 
 
-@pytest.mark.parametrize(("written", "left"), [(99, []), (100, ["bad"]), (101, ["bad"])])
-def test_a_point_that_writes_less_than_the_best_stays_where_the_race_says_so(written: int, left: list[str]) -> None:
+@pytest.mark.parametrize(("written", "left"), [(99, []), (100, ["bad"]), (math.inf, ["bad"])])
+def test_a_point_that_writes_less_than_the_best_stays_where_the_race_says_so(written: float, left: list[str]) -> None:
     for shorter_stay in (False, True):
         race = Race(["good", "bad"], CELLS, rungs=[20], shorter_stay=shorter_stay)
         for cell in CELLS:

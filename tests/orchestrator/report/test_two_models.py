@@ -53,6 +53,22 @@ NEW = answers("new", [1] * 12 + [0] * 2 + [1] * 20 + [0] * 14)
 # ---- the numbers
 
 
+def test_only_benchmarks_of_the_score_must_weigh_alike() -> None:
+    """The ratio of ruler to needle is the same; perplexity stands beside the score, at 1 in both runs."""
+
+    def rows(name: str, unit: float) -> list[ScoreRow]:
+        return [
+            *answers(name, [1.0, 0.0] * 3, weight=2 * unit),
+            *answers(name, [1.0, 0.0] * 3, task="needle", benchmark="needle", weight=unit),
+            *answers(name, [0.3] * 6, task="books_0", benchmark="perplexity"),
+        ]
+
+    assert compared(rows("old", 1.0), rows("new", 2.0)).overall.difference == 0
+    with pytest.raises(BadInput, match="ruler weighs 4 for new and 2 for old, beside other benchmarks"):
+        other = [replace(row, weight=1.0) if row.benchmark == "needle" else row for row in rows("new", 2.0)]
+        compared(rows("old", 1.0), other)
+
+
 def test_right_or_wrong_scores_get_mcnemars_exact_test() -> None:
     [line] = compared(OLD, NEW).cells
     assert (line.test, line.items, line.haystacks) == ("mcnemar", 48, 48)
