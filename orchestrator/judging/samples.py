@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -98,9 +99,29 @@ def paired_sample(
 
 def cluster_sums(values: FloatArray, labels: Labels) -> tuple[Labels, FloatArray, FloatArray]:
     """Cluster names in order, the sum of their values, their sizes: each of shape [clusters]."""
-    names, index = np.unique(labels, return_inverse=True)
+    names, index = _clusters(labels.dtype.str, labels.tobytes()) if _is_kept(labels) else _found(labels)
     sums = np.asarray(np.bincount(index, weights=values), dtype=np.float64)
     return names, sums, np.asarray(np.bincount(index), dtype=np.float64)
+
+
+KEPT_LABELS, KEPT_BYTES = 512, 1 << 16
+"""A report of many points asks some thousand times for the clusters of each cell: those of so many are kept."""
+
+
+def _is_kept(labels: Labels) -> bool:
+    return labels.nbytes <= KEPT_BYTES and not labels.dtype.hasobject
+
+
+@lru_cache(maxsize=KEPT_LABELS)
+def _clusters(dtype: str, labels: bytes) -> tuple[Labels, NDArray[np.intp]]:
+    return _found(np.frombuffer(labels, dtype))
+
+
+def _found(labels: Labels) -> tuple[Labels, NDArray[np.intp]]:
+    """Cluster names in order [clusters], and the place of each label among them [items]; neither to be written to."""
+    names, index = np.unique(labels, return_inverse=True)
+    names.flags.writeable = index.flags.writeable = False
+    return names, index
 
 
 # ---- quantiles -------------------------------------------------------------------------------------------------------
