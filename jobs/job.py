@@ -373,6 +373,8 @@ def _check(job: Job) -> None:
     if job.config_from is not None and job.config_from not in job.parents:
         near = suggestion(job.config_from, job.parents)
         raise BadInput(f"{job.place_of('config_from')}: {quoted(job.config_from)} is not a parent{near}")
+    if job.config_from is not None:
+        _check_model(job, job.config_from, job.place_of("config_from"))
     if job.gate is not None:
         _check_gate(job, job.gate)
     if job.search is not None:
@@ -474,6 +476,14 @@ def _check_baseline(job: Job, baseline: str | None, place: str) -> None:
     if baseline is not None and baseline not in job.parents and baseline not in points:
         near = suggestion(baseline, (*job.parents, *points))
         raise BadInput(f"{place}: the baseline {quoted(baseline)} is neither a parent nor a point{near}")
+    if baseline is not None and baseline not in points:
+        _check_model(job, baseline, place)
+
+
+def _check_model(job: Job, parent: str, place: str) -> None:
+    """Refuses a parent that is the adapter on a stage."""
+    if any(parent in point.adapters() for point in job.points):
+        raise BadInput(f"{place}: {quoted(parent)} is an adapter on a merge, and not a model; name another parent")
 
 
 def _canonical(value: Any) -> Any:

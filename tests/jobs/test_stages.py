@@ -175,6 +175,24 @@ def test_stages_of_a_job_are_refused_with_their_line(recipe: str, message: str) 
     assert str(caught.value).startswith(message)
 
 
+@pytest.mark.parametrize(
+    ("keys", "place"),
+    [
+        ({"config_from": "b"}, "job.yaml:5"),
+        ({"gate": "{baseline: b}", "evaluate": "{needle: {lengths: [256]}}"}, "job.yaml:5"),
+    ],
+)
+def test_an_adapter_on_a_stage_is_no_model_of_a_job(keys: dict[str, str], place: str) -> None:
+    recipe = """\
+  - {name: first, merge_method: linear, models: [{model: a}, {model: c}], parameters: {weight: 1}}
+  - {merge_method: slerp, base_model: first, models: [{model: first+b}], parameters: {t: "${t}"}}
+"""
+    load_job(job(recipe, grid="{t: [0.1]}"), "job.yaml")
+    with pytest.raises(BadInput) as caught:
+        load_job(job(recipe, grid="{t: [0.1]}", **keys), "job.yaml")
+    assert str(caught.value) == f'{place}: "b" is an adapter on a merge, and not a model; name another parent'
+
+
 def test_empty_documents_are_left_out_and_anchors_end_with_theirs() -> None:
     roots = load_documents("---\n# a card\n---\na: &x 1\n---\nb: 2\n---\n", "merge.yml")
     assert [(root.line, [*root.mapping()]) for root in roots] == [(4, ["a"]), (6, ["b"])]
