@@ -334,15 +334,18 @@ class Sample(Reduction):
         first = -tile.start % _SAMPLED
         if (parents := self.score.parents) is None:
             return [self.score.on_host(tile)[first::_SAMPLED]]
-        thinned = {
-            name: elements[first::_SAMPLED].copy() if isinstance(elements, np.ndarray) else elements[first::_SAMPLED]
-            for name in parents
-            for elements in [tile.raw[name]]
-        }
+        thinned = {name: _thinned(tile.raw[name], first) for name in parents}
         return [self.score.on_host(Tile(tile.tensor, tile.start, thinned, {}))]
 
     def combine(self, shares: Sequence[IntArray]) -> IntArray:
         return np.sort(np.concatenate(shares))
+
+
+def _thinned(elements: Any, first: int) -> Any:
+    if not isinstance(elements, np.ndarray):
+        return elements[first::_SAMPLED]
+    words = elements.view(f"u{elements.itemsize}")  # ml_dtypes copies its own element by element
+    return words[first::_SAMPLED].copy().view(elements.dtype)
 
 
 @dataclass(frozen=True, slots=True)
