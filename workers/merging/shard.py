@@ -15,10 +15,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, TensorMerge
 from workers.checkpoints.dtypes import numpy_dtype
@@ -59,6 +59,9 @@ LARGEST_PIECE = 2 << 20
 LARGEST_NEAR_SLAB = LARGEST_PIECE + ALIGNMENT
 """The most that one read of a parent fetches where a read is a copy of memory: one piece, for the cache of a core."""
 
+LEARNED_TOGETHER = 128 << 20
+"""The most bytes of all parents in one pass for facts: at its end, threads stand still."""
+
 Progress = Callable[[int, int], None]
 """Called from any thread with the bytes read and the bytes written since its last call."""
 
@@ -88,6 +91,7 @@ class Budget:
 
     slab: int
     slabs_ahead: int
+    queued: int
     piece: int
     held: int
 
@@ -98,10 +102,12 @@ class Budget:
         parents, points = len(task.parents), len(task.points)
         tile = TILE_ELEMENTS * max(DTYPE_BITS[tensor.dtype] for tensor in task.tensors) // 8
         piece = tile * min(LARGEST_PIECE // tile, max(1, room // 4 // task.threads // points // tile))
-        largest = LARGEST_NEAR_SLAB if all_near(task.parents) else LARGEST_SLAB
+        near = all_near(task.parents)
+        largest = LARGEST_NEAR_SLAB if near else LARGEST_SLAB
         slab = min(largest, max(room // 8 // parents // 4, 1 << 20))
         slabs_ahead = min(16, max(2, room // 8 // (slab * parents)))
-        return cls(slab, slabs_ahead, piece, max(0, room - room // 4 - 2 * slab * slabs_ahead * parents))
+        queued = max(task.threads, slabs_ahead if near else 0)  # a near slab takes no memory before a thread has it
+        return cls(slab, slabs_ahead, queued, piece, max(0, room - room // 4 - 2 * slab * slabs_ahead * parents))
 
 
 @dataclass(slots=True)
@@ -144,14 +150,12 @@ class _Merge:
         for writer in self.writers:
             writer.begin(header)
         given = given_facts(self.task.tensors, self.task.activations, self.task.grams)
-        groups = list(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows))
-        asks = [self._asks(group) for group in groups]
-        fits = [not ask or self._bytes(group) <= self.budget.held for group, ask in zip(groups, asks, strict=True)]
-        ahead = self._read(slab for group, fit in zip(groups, fits, strict=True) if fit for slab in group)
-        for group, ask, fit in zip(groups, asks, fits, strict=True):
+        groups = list(self._joined(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows)))
+        ahead = self._read(slab for group, _, fit in groups if fit for slab in group)
+        for group, ask, fit in groups:
             drawn: dict[Any, Any] = {}
-            names = [stretch.tensor.name for stretch in group[0]]
-            facts: dict[str, Facts] = {name: {**given[name], DRAWN: drawn} for name in names}
+            tensors = _tensors(group)
+            facts: dict[str, Facts] = {tensor.name: {**given[tensor.name], DRAWN: drawn} for tensor in tensors}
             if not fit:
                 self._learn(group, facts, lambda group=group: self._read(group), keep=False)
                 slabs: Iterable[Slab] = self._read(group)
@@ -160,7 +164,7 @@ class _Merge:
                 self._learn(group, facts, lambda held=held: held, keep=True)
             else:
                 slabs = (next(ahead) for _ in group)
-            mergers = {stretch.tensor.name: self._merger(stretch.tensor, facts) for stretch in group[0]}
+            mergers = {tensor.name: self._merger(tensor, facts) for tensor in tensors}
             for slab in slabs:
                 self._merge(slab, mergers)
             self._note(mergers.values())
@@ -180,7 +184,7 @@ class _Merge:
     def _in_rows(self, tensor: TensorMerge) -> bool:
         return in_rows(point.settings[tensor.setting] for point in self.task.points)
 
-    def _bytes(self, group: Sequence[Sequence[Stretch]]) -> int:
+    def _bytes(self, group: _Group) -> int:
         return sum(stretch.bytes_of(name) for slab in group for stretch in slab for name in stretch.tensor.sources)
 
     def _read(self, plan: Iterable[Sequence[Stretch]]) -> Iterator[Slab]:
@@ -203,8 +207,26 @@ class _Merge:
 
     # the facts about whole tensors that a method needs before it can merge the first element
 
-    def _asks(self, group: Sequence[Sequence[Stretch]]) -> bool:
-        return any(self._missing(stretch.tensor, {}) for stretch in group[0])
+    def _joined(self, groups: Iterable[_Group]) -> Iterator[tuple[_Group, bool, bool]]:
+        """Groups in their order, whether each asks for facts and whether it fits in memory meanwhile.
+
+        Neighbours that do both are joined: threads stand still at the end of each pass over a group.
+        """
+        joined: _Group = []
+        size = 0
+        for group in groups:
+            asks, more = any(self._missing(tensor, {}) for tensor in _tensors(group)), self._bytes(group)
+            fits = not asks or more <= self.budget.held
+            joins = asks and fits
+            if joined and not (joins and size + more <= min(LEARNED_TOGETHER, self.budget.held)):
+                yield joined, True, True
+                joined, size = [], 0
+            if joins:
+                joined, size = [*joined, *group], size + more
+            else:
+                yield group, asks, fits
+        if joined:
+            yield joined, True, True
 
     def _missing(self, tensor: TensorMerge, facts: Facts) -> list[Reduction]:
         settings = (point.settings[tensor.setting] for point in self.task.points)
@@ -212,7 +234,7 @@ class _Merge:
 
     def _learn(
         self,
-        group: Sequence[Sequence[Stretch]],
+        group: _Group,
         facts: Mapping[str, Facts],
         slabs: Callable[[], Iterable[Slab]],
         *,
@@ -220,20 +242,27 @@ class _Merge:
     ) -> None:
         """The facts of every tensor of a group: a pass over its slabs, then another while answers raise questions."""
         while missing := {
-            stretch.tensor.name: asked
-            for stretch in group[0]
-            if (asked := self._missing(stretch.tensor, facts[stretch.tensor.name]))
+            tensor.name: asked for tensor in _tensors(group) if (asked := self._missing(tensor, facts[tensor.name]))
         }:
             shares: dict[tuple[str, Reduction], list[Any]] = {}
             answering: deque[Future[_Shares]] = deque()
             for slab in slabs():
                 answering.append(self.compute.submit(self._shares, slab, missing, facts, keep=keep))
-                if len(answering) > self.task.threads:
-                    _add(shares, answering.popleft().result())
+                for some in self._oldest(answering):
+                    _add(shares, some)
             while answering:
                 _add(shares, answering.popleft().result())
-            for (name, question), of_units in shares.items():
-                facts[name][question] = question.combine(of_units)
+            combining = [(key, self.compute.submit(key[1].combine, of_units)) for key, of_units in shares.items()]
+            for (name, question), combined in combining:
+                facts[name][question] = combined.result()
+
+    def _oldest(self, under_way: deque[Future[_Result]]) -> Iterator[_Result]:
+        """The results of the older half, once too many are under way: a thread that is woken takes time from others."""
+        if len(under_way) > self.budget.queued:
+            half = len(under_way) // 2
+            wait([under_way[half - 1]])
+            for _ in range(half):
+                yield under_way.popleft().result()
 
     def _shares(
         self, slab: Slab, missing: Mapping[str, Sequence[Reduction]], facts: Mapping[str, Facts], *, keep: bool
@@ -269,8 +298,8 @@ class _Merge:
             self.reader.release(slab)
         left = _Countdown(len(pieces), lambda: self.reader.release(slab))
         for piece in pieces:
-            while len(self.merging) > self.task.threads or (self.merging and self.merging[0].done()):
-                self.merging.popleft().result()
+            for _ in self._oldest(self.merging):
+                pass
             self.merging.append(self.compute.submit(self._merge_piece, self.pieces, slab, piece, mergers, left))
             self.pieces += 1
 
@@ -319,7 +348,14 @@ class _Merge:
             writer.count_overflowed(stretch.tensor.name, elements)
 
 
+_Group = Sequence[Sequence[Stretch]]
 _Shares = dict[tuple[str, Reduction], list[Any]]
+_Result = TypeVar("_Result")
+
+
+def _tensors(group: _Group) -> list[TensorMerge]:
+    """The tensors of a group of slabs, each once."""
+    return [*{stretch.tensor.name: stretch.tensor for slab in group for stretch in slab}.values()]
 
 
 def _add(shares: _Shares, more: _Shares) -> None:

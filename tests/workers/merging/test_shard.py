@@ -237,7 +237,7 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
     order: list[str],
 ):
     smallest_slab = TILE * 8 + 64  # a tile of float64, and room to align it
-    budget = Budget(smallest_slab + slab, slabs_ahead, piece_tiles * TILE * 8, held)
+    budget = Budget(smallest_slab + slab, slabs_ahead, threads + slabs_ahead, piece_tiles * TILE * 8, held)
     for group in range(groups):
         points = {point: POINTS[point] for point in order[group::groups]}
         task = task_of(family(EVERY_KIND), points, threads=threads)
@@ -250,7 +250,7 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
 
 
 @pytest.mark.parametrize("first", ["linear", "ties", "dare", "della"])
-@pytest.mark.parametrize("budget", [None, Budget(slab=300, slabs_ahead=2, piece=64 * 8, held=0)])
+@pytest.mark.parametrize("budget", [None, Budget(slab=300, slabs_ahead=2, queued=2, piece=64 * 8, held=0)])
 def test_a_merge_that_is_computed_while_it_is_read_gives_the_bytes_of_one_that_was_written(
     first: str, budget: Budget | None
 ):
@@ -484,7 +484,7 @@ def test_the_error_of_one_piece_ends_the_waiting_of_all_others(point: str, struc
             raise StorageUnavailable("this piece is lost")
         put(self, number, data)
 
-    budget = Budget(TILE * 8 + 64, 2, TILE * 8, 0)
+    budget = Budget(TILE * 8 + 64, 2, 6, TILE * 8, 0)
     with pytest.MonkeyPatch.context() as patch, small_tiles(budget), threads_all_end():
         patch.setattr(ShardWriter, "put", failing)
         with pytest.raises(StorageUnavailable, match="this piece is lost"):
@@ -547,7 +547,7 @@ def a_bit_flips_on_its_way(url: str, struck: int | None) -> Iterator[list[str]]:
 @pytest.mark.parametrize("setting", [LINEAR, TIES], ids=["one pass", "several passes"])
 def test_a_bit_of_a_parent_that_flips_on_its_way_is_noticed_whichever_read_it_strikes(setting: Setting, held: int):
     parents = family({"large": ((11, 67), "float32"), "odd": ((7,), "bfloat16"), "empty": ((0,), "float32")})
-    budget = Budget(TILE * 8 + 64, 2, TILE * 8, held)
+    budget = Budget(TILE * 8 + 64, 2, 4, TILE * 8, held)
 
     def task() -> MergeTask:
         return with_digests(task_of(parents, {"point": setting}), parents)
