@@ -10,8 +10,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.reductions import Magnitude, Score, Threshold, threshold_of
-from workers.methods.tile import TILE_ELEMENTS, Inputs, Reduction, Tile, as_tensor, torch_named
+from workers.methods.kernels.divergence import divergences, softmaxes
+from workers.methods.kernels.dtypes import CODES
+from workers.methods.kernels.ranks import scaled_magnitudes
+from workers.methods.reductions import Score, Threshold, threshold_of
+from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, torch_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,13 +33,9 @@ class Exponentials(Reduction):
     parent: str
 
     def of(self, tile: Tile) -> list[_OfRows]:
-        shares: list[_OfRows] = []
-        for first, cuts, (values,) in _units_of(tile, self.parent):
-            greatest = np.maximum.reduceat(values, cuts)
-            with np.errstate(invalid="ignore"):  # a NaN or infinity in a parent gives NaN
-                sums = np.add.reduceat(np.exp(values - _spread(greatest, cuts, values.size)), cuts)
-            shares.append((first, np.stack([greatest, sums])))
-        return shares
+        return [
+            (first, softmaxes(values, tile.row, column)) for first, column, (values,) in _units_of(tile, self.parent)
+        ]
 
     def combine(self, shares: Sequence[_OfRows]) -> NDArray[np.float64]:
         rows = shares[-1][0] + shares[-1][1].shape[1]
@@ -63,22 +62,12 @@ class Divergences(Reduction):
         tile.known(Exponentials(self.base))
 
     def of(self, tile: Tile) -> list[_OfRows]:
+        known = [tile.known(Exponentials(name)) for name in (self.model, self.base)]
         shares: list[_OfRows] = []
-        for first, cuts, parents in _units_of(tile, self.model, self.base):
-            with np.errstate(all="ignore"):
-                p, q = (
-                    np.exp(values - _spread(greatest, cuts, values.size)) / _spread(sums, cuts, values.size)
-                    + _SMOOTHING
-                    for values, (greatest, sums) in zip(
-                        parents,
-                        (
-                            tile.known(Exponentials(name))[:, first : first + cuts.size]
-                            for name in (self.model, self.base)
-                        ),
-                        strict=True,
-                    )
-                )
-                shares.append((first, np.add.reduceat(p * np.log(p / q), cuts)))
+        for first, column, (model, base) in _units_of(tile, self.model, self.base):
+            rows = slice(first, first - (-(column + model.size) // tile.row))
+            of_model, of_base = (each[:, rows] for each in known)
+            shares.append((first, divergences(model, base, of_model, of_base, tile.row, column, _SMOOTHING)))
         return shares
 
     def combine(self, shares: Sequence[_OfRows]) -> NDArray[np.float64]:
@@ -88,21 +77,18 @@ class Divergences(Reduction):
         return np.maximum(total, 0)
 
 
-def _units_of(tile: Tile, *names: str) -> Iterator[tuple[int, NDArray[np.int64], list[NDArray[np.float64]]]]:
-    """For each unit of a tile: its first row, where each of its rows begins in it, and the parents' elements."""
+def _units_of(tile: Tile, *names: str) -> Iterator[tuple[int, int, list[Array]]]:
+    """For each unit of a tile: its first row, the column in which it begins, and the parents' elements on the host."""
     for place in range(0, tile.elements, TILE_ELEMENTS):
-        parts: list[Any] = [tile.raw[name][place : place + TILE_ELEMENTS] for name in names]
-        values = [
-            (part if isinstance(part, np.ndarray) else part.double().cpu().numpy()).astype(np.float64) for part in parts
-        ]
-        start, row = tile.start + place, tile.row
-        cuts = np.arange(start // row * row, start + values[0].size, row) - start
-        yield start // row, np.maximum(cuts, 0), values
+        first, column = divmod(tile.start + place, tile.row)
+        yield first, column, [_on_host(tile.raw[name][place : place + TILE_ELEMENTS]) for name in names]
 
 
-def _spread(of_rows: NDArray[np.float64], cuts: NDArray[np.int64], elements: int) -> NDArray[np.float64]:
-    """For each element of a unit the number of its row."""
-    return of_rows.repeat(np.diff(cuts, append=elements))
+def _on_host(elements: Any) -> Array:
+    """Elements in a dtype of the compiled loops."""
+    if not isinstance(elements, np.ndarray):
+        return elements.double().cpu().numpy()
+    return elements if elements.dtype in CODES else elements.astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,13 +108,11 @@ class Importance(Score):
 
     def on_host(self, tile: Tile) -> NDArray[np.int32]:
         def compute() -> NDArray[np.int32]:
-            sizes = Magnitude(self.model, self.base).on_host(tile).view(np.float32)
-            row = tile.row
-            first, stop = tile.start // row, -(-(tile.start + tile.elements) // row)
-            of_rows = tile.known(Divergences(self.model, self.base))[first:stop].repeat(row)
-            divergences = of_rows[tile.start - first * row :][: tile.elements]
-            with np.errstate(over="ignore", invalid="ignore"):
-                return np.abs((sizes * divergences).astype(np.float32)).view(np.int32)
+            model, base = (_on_host(tile.raw[name]) for name in (self.model, self.base))
+            first, column = divmod(tile.start, tile.row)
+            of_rows = tile.known(Divergences(self.model, self.base))
+            rows = of_rows[first : first - (-(column + tile.elements) // tile.row)]
+            return scaled_magnitudes(model, base, rows, tile.row, column)
 
         return tile.remember(("on host", self), compute)
 

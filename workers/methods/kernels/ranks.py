@@ -54,6 +54,44 @@ def magnitudes(model: Array, base: Array) -> NDArray[np.int32]:
     return bits
 
 
+@kernel("u16**", "u32**", "u64**", "i64*", "i64", "i64", "i64", "f64*", "f32**", "u32*")
+def _scaled_magnitudes(
+    halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, count: int, column: int, row: int,
+    factors: Pointer, lines: Pointer, bits: Pointer,
+) -> None:  # fmt: skip
+    begin, place = 0, 0
+    while begin < count:
+        end = min(count, begin + row - column)
+        factor = factors[place]
+        for first in range(begin, end, BLOCK):
+            size = min(BLOCK, end - first)
+            _differences(halves, words, longs, dtypes, first, size, lines, bits, first)
+            for i in range(first, first + size):
+                scaled = np.float32(np.float64(np.uint32(bits[i]).view(np.float32)) * factor)
+                bits[i] = np.uint32(scaled.view(np.uint32) & np.uint32(0x7FFFFFFF))
+        begin, place, column = end, place + 1, 0
+
+
+def scaled_magnitudes(
+    model: Array, base: Array, factors: NDArray[np.float64], row: int, column: int
+) -> NDArray[np.int32]:
+    """The `magnitudes` times the factor of their row in float64, rounded to float32; without the sign of a NaN.
+
+    The elements begin in a `column` of the first row.
+    """
+    pair = [np.ascontiguousarray(model), np.ascontiguousarray(base)]
+    assert pair[0].size == pair[1].size and factors.size == -(-(column + pair[0].size) // row)
+    bits, of_rows = np.empty(pair[0].size, np.int32), np.ascontiguousarray(factors)
+    lines, _memory = aligned_lines(2, 4 * BLOCK)
+    dtypes = np.array([CODES[each.dtype] for each in pair], np.int64)
+    raw = addresses(pair)
+    _scaled_magnitudes(
+        *(*3 * (address(raw),), address(dtypes), bits.size, column, row),
+        *(address(of_rows), address(lines), address(bits)),
+    )
+    return bits
+
+
 _COUNTS = 4  # of a unit: above the bracket, at its upper end, at its lower end, between
 
 

@@ -6,7 +6,14 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from workers.methods.kernels.ranks import Bracket, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
+from workers.methods.kernels.ranks import (
+    Bracket,
+    below_by_rank,
+    bracketed,
+    magnitudes,
+    magnitudes_bracketed,
+    scaled_magnitudes,
+)
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
 
@@ -27,6 +34,14 @@ def test_magnitudes_are_those_of_the_difference_in_float32(model: type, base: ty
 
 def as_lists(brackets: list[Bracket]) -> list[tuple[int, int, int, list[int]]]:
     return [(each.above, each.at_high, each.at_low, each.between.tolist()) for each in brackets]
+
+
+def test_magnitudes_are_scaled_row_by_row_and_rounded_once():
+    # 1.5 − 1, |0.5 − 1.5| and 2 − 2 times 0.1; then |1 − 5| times 1e-40, 3 − 0 times NaN: rows of three, the first cut
+    model, base = np.array([1.5, 0.5, 2, 1, 3], np.float32), np.array([1, 1.5, 2, 5, 0], np.float32)
+    found = scaled_magnitudes(model[1:], base[1:], np.array([0.1, 1e-40]), 3, 1).view(np.float32)
+    assert found.tolist() == [float(np.float32(0.1)), 0.0, float(np.float32(4e-40)), float(np.float32(3e-40))]
+    assert scaled_magnitudes(model[:1], base[:1], np.array([-np.nan]), 3, 0).tolist() == [0x7FC00000]
 
 
 @pytest.mark.parametrize(("elements", "unit"), [(0, 16), (1, 16), (5000, 2048), (5000, 256), (67, 16)])
