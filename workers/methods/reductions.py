@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 
 IntArray = NDArray[Any]
 
-_SAMPLED = 61
+SAMPLED = 61
+"""Of so many scores one is in the sample of a tensor. A prime: a sample of a matrix has elements of all columns."""
+
 _MARGINS = (5.0, 50.0, None)
 
 
@@ -198,11 +200,6 @@ class Score:
     Subclasses are frozen dataclasses.
     """
 
-    @property
-    def parents(self) -> Sequence[str] | None:
-        """The models and the base, of which one element makes the score of that element; None if it needs others."""
-        return None
-
     def ask(self, tile: Tile) -> None:
         """Asks `tile.known` for the facts that must be known before this score."""
 
@@ -214,11 +211,27 @@ class Score:
         """The same in the memory of the host."""
         return self.bits(tile).cpu().numpy()
 
+    def sampled(self, tile: Tile, first: int) -> NDArray[np.int32]:
+        """Every `SAMPLED`-th score from element `first` of a tile on, in the memory of the host."""
+        raise NotImplementedError
+
     def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
         """Where the scores of each unit lie."""
         if any(not isinstance(elements, np.ndarray) for elements in tile.raw.values()):
             return _bracketed_there(self.bits(tile), low, high)
         return bracketed(self.on_host(tile), low=low, high=high, unit=TILE_ELEMENTS)
+
+
+def thinned(tile: Tile, first: int, *names: str) -> Tile:
+    """Every `SAMPLED`-th element of these parents, from element `first` of a tile on."""
+
+    def part(elements: Any) -> Any:
+        if not isinstance(elements, np.ndarray):
+            return elements[first::SAMPLED]
+        words = elements.view(f"u{elements.itemsize}")  # ml_dtypes copies its own element by element
+        return words[first::SAMPLED].copy().view(elements.dtype)
+
+    return Tile(tile.tensor, tile.start, {name: part(tile.raw[name]) for name in names}, {})
 
 
 def _bracketed_there(bits: Tensor, low: int, high: int) -> list[Bracket]:
@@ -250,9 +263,8 @@ class Magnitude(Score):
     model: str
     base: str
 
-    @property
-    def parents(self) -> Sequence[str]:
-        return self.model, self.base
+    def sampled(self, tile: Tile, first: int) -> NDArray[np.int32]:
+        return self.on_host(thinned(tile, first, self.model, self.base))
 
     def bits(self, tile: Tile) -> Tensor:
         import torch
@@ -281,9 +293,8 @@ class Variance(Score):
     base: str
     dtype: str | None = None
 
-    @property
-    def parents(self) -> Sequence[str]:
-        return *self.models, self.base
+    def sampled(self, tile: Tile, first: int) -> NDArray[np.int32]:
+        return self.on_host(thinned(tile, first, *self.models, self.base))
 
     def bits(self, tile: Tile) -> Tensor:
         import torch
@@ -320,10 +331,7 @@ class Nonzero(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Sample(Reduction):
-    """Every 61st score as bits, sorted: the one sort of a tensor, which tells every rank where to look.
-
-    61 is prime, so that a sample of a matrix does not come from the same few columns.
-    """
+    """Every 61st score as bits, sorted: the one sort of a tensor, which bounds the place of every rank."""
 
     score: Score
 
@@ -331,21 +339,10 @@ class Sample(Reduction):
         self.score.ask(tile)
 
     def of(self, tile: Tile) -> list[IntArray]:
-        first = -tile.start % _SAMPLED
-        if (parents := self.score.parents) is None:
-            return [self.score.on_host(tile)[first::_SAMPLED]]
-        thinned = {name: _thinned(tile.raw[name], first) for name in parents}
-        return [self.score.on_host(Tile(tile.tensor, tile.start, thinned, {}))]
+        return [self.score.sampled(tile, -tile.start % SAMPLED)]
 
     def combine(self, shares: Sequence[IntArray]) -> IntArray:
         return np.sort(np.concatenate(shares))
-
-
-def _thinned(elements: Any, first: int) -> Any:
-    if not isinstance(elements, np.ndarray):
-        return elements[first::_SAMPLED]
-    words = elements.view(f"u{elements.itemsize}")  # ml_dtypes copies its own element by element
-    return words[first::_SAMPLED].copy().view(elements.dtype)
 
 
 @dataclass(frozen=True, slots=True)
