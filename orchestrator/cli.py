@@ -309,10 +309,12 @@ def parser() -> argparse.ArgumentParser:
     )
     measure.add_argument(
         "--what",
-        choices=("grams", "means"),
+        choices=("grams", "means", "deltas"),
         default="grams",
-        help="grams (default): products of the inputs of linear layers, for regmean; means: mean |x|, for aim",
+        help="grams (default): products of the inputs of linear layers, for regmean; means: mean |x|, for aim; deltas:"
+        " products of the differences from --base, for regmean without texts",
     )
+    measure.add_argument("--base", metavar="BASE", help="for --what deltas: the checkpoint that MODEL was trained from")
     measure.add_argument("--count", type=int, default=256, metavar="N", help="most texts to read; default 256")
     measure.add_argument("--tokens", type=int, default=512, metavar="N", help="most tokens of a text; default 512")
     measure.add_argument(

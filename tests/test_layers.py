@@ -196,6 +196,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/storage",
         "workers/checkpoints",
         "workers/methods",
+        "workers/methods/kernels",
         "workers/benchmarks/texts",
         "workers/benchmarks/planned.py",
     ),

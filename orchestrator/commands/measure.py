@@ -14,34 +14,43 @@ from orchestrator.words import shortlist
 
 def measure(options: argparse.Namespace) -> int:
     """`mergeyard measure MODEL OUT`."""
-    from workers.activations.making import make_statistics
+    from workers.activations.making import make_delta_grams, make_statistics
 
     for option in ("count", "tokens", "block"):
         if getattr(options, option) < 2:
             raise BadInput(f"--{option}: a whole number from 2 on, not {getattr(options, option)}")
 
+    if (options.what == "deltas") != (options.base is not None):
+        raise BadInput("--what deltas and --base BASE go together: give both, or neither")
+
     def progress(number: int, texts: int) -> None:
         if watched(options):
             print(f"\r{number} of {texts} texts", end="\n" if number == texts else "", file=sys.stderr, flush=True)
 
-    made = make_statistics(
-        options.model,
-        options.text,
-        options.out,
-        kind=options.what,
-        count=options.count,
-        most=options.tokens,
-        block=options.block,
-        device=named_device(options.device),
-        progress=progress,
-    )
+    if options.what == "deltas":
+        made = make_delta_grams(options.model, options.base, options.out, block=options.block)
+    else:
+        made = make_statistics(
+            options.model,
+            options.text,
+            options.out,
+            kind=options.what,
+            count=options.count,
+            most=options.tokens,
+            block=options.block,
+            device=named_device(options.device),
+            progress=progress,
+        )
     if options.json:
         print_json(dataclasses.asdict(made))
         return 0
     if not options.quiet:
         print(f"{made.file}: {made.tensors} tensors, {made.bytes:,} bytes, {made.digest}")
-        print(f"read {made.tokens:,} tokens in {made.texts} texts, in {made.seconds:.1f} s")
-    if made.without and made.kind == "grams":
+        read = f"{made.tokens:,} tokens in {made.texts} texts" if made.texts else "both checkpoints"
+        print(f"read {read}, in {made.seconds:.1f} s")
+    if made.without and made.kind == "deltas":
+        print(f"there are no differences of {shortlist(made.without)}; regmean takes their weighted mean")
+    elif made.without and made.kind == "grams":
         print(f"{shortlist(made.without)} are not linear layers of torch; regmean takes their weighted mean")
     elif made.without:
         print(f"no inputs were seen of {shortlist(made.without)}; aim leaves them as they are merged")

@@ -16,7 +16,8 @@ import numpy as np
 
 from jobs.errors import BadInput, writing
 from jobs.merge_tasks import Parent, ParentFile
-from workers.activations.measuring import Ids, measure, measure_grams
+from workers.activations.deltas import delta_grams, has_delta
+from workers.activations.measuring import Ids, Measured, measure, measure_grams
 from workers.benchmarks.planned import Reader
 from workers.benchmarks.texts.chat_template import ChatTemplate
 from workers.benchmarks.texts.haystacks import bundled_text
@@ -24,14 +25,14 @@ from workers.benchmarks.texts.tokenizer import Tokenizer
 from workers.checkpoints.activations import activations_bytes, digest_of_means, split_url
 from workers.checkpoints.configs import completed, context_length, text_fields
 from workers.checkpoints.fetching import fetch
-from workers.checkpoints.grams import digest_of_grams, grams_bytes
+from workers.checkpoints.grams import Written, write_grams
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.checkpoints.side_files import is_code
 from workers.methods.aim import overshadowed, relative
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
-Kind = Literal["grams", "means"]
-"""Gram matrices for regmean, or mean |x| for AIM."""
+Kind = Literal["grams", "means", "deltas"]
+"""Gram matrices for regmean, of inputs or of differences from a base, or mean |x| for AIM."""
 
 AS_TEXTS = "give its texts as lines with a `text`"
 
@@ -72,14 +73,10 @@ def make_statistics(
     """Reads at most `count` texts of at most `most` tokens with a model, and writes the statistics to `out`.
 
     A text is cut to the context of the model too. `texts` is the path or URL of a text or of JSONL; None is the bundled
-    prose. `block` is the most channels of a block of a Gram matrix. An existing file is never replaced. `BadInput` for
+    prose. `block` is the most channels of a block of a Gram matrix. An existing file is not replaced. `BadInput` for
     inputs that do not fit together.
     """
-    where, name = split_url(out)
-    target = open_store(where)
-    target.check_writable()
-    if any(info.key == name for info in target.list()):
-        raise BadInput(f"{out}: there is such a file already; give another name")
+    target, name = _target(out)
     checkpoint = open_checkpoint(model, "model")
     with tempfile.TemporaryDirectory(prefix="mergeyard-measure-") as room:
         folder = Path(checkpoint.url)
@@ -92,13 +89,21 @@ def make_statistics(
         started = time.monotonic()
         tokens = sum(map(len, ids))
         read = {"texts": texts or "bundled", "texts_read": str(len(ids)), "tokens": str(tokens)}
-        parts, found = _measured(folder, checkpoint, ids, kind, block, device, lambda at: progress(at, len(ids)), read)
-    with writing():
-        target.write(name, b"".join(parts), mode="create")
+        metadata = {"model": checkpoint.url, **read}
+
+        def seen(number: int) -> None:
+            progress(number, len(ids))
+
+        if kind == "grams":
+            measured = measure_grams(folder, checkpoint.shapes, ids, device, block, seen)
+            if not measured.sums:
+                raise BadInput(f"{checkpoint.url}: none of its layers is a torch.nn.Linear; regmean cannot merge it")
+            found = _of_grams(write_grams(target, name, measured.matrices(), metadata), measured.without)
+        else:
+            found = _write_means(target, name, measure(folder, checkpoint.shapes, ids, device, seen), metadata)
     return Made(
         file=f"{target.url}/{name}",
         kind=kind,
-        bytes=sum(map(len, parts)),
         texts=len(ids),
         tokens=tokens,
         seconds=round(time.monotonic() - started, 3),
@@ -106,31 +111,50 @@ def make_statistics(
     )
 
 
-def _measured(
-    folder: Path,
-    checkpoint: Checkpoint,
-    ids: Sequence[Ids],
-    kind: Kind,
-    block: int,
-    device: str,
-    progress: Callable[[int], None],
-    read: Mapping[str, str],
-) -> tuple[list[bytes], dict[str, Any]]:
-    """The parts of the file, and the fields of `Made` that depend on its kind."""
-    metadata = {"model": checkpoint.url, **read}
-    if kind == "grams":
-        measured = measure_grams(folder, checkpoint.shapes, ids, device, block, progress)
-        if not measured.grams:
-            raise BadInput(f"{checkpoint.url}: none of its layers is a torch.nn.Linear; regmean cannot merge it")
-        digest, tensors = digest_of_grams(measured.grams), len(measured.grams)
-        return grams_bytes(measured.grams, metadata), {
-            "digest": digest,
-            "tensors": tensors,
-            "without": measured.without,
-        }
-    means = measure(folder, checkpoint.shapes, ids, device, progress)
-    return [activations_bytes(means.means, metadata)], {
+def make_delta_grams(model: str, base: str, out: str, *, block: int) -> Made:
+    """Writes the Gram matrices of the differences of a model from its base to `out`; no text is read.
+
+    One matrix at a time is in memory. `BadInput` for checkpoints that do not fit together.
+    """
+    target, name = _target(out)
+    checkpoint, start = open_checkpoint(model, "model"), open_checkpoint(base, "base")
+    started = time.monotonic()
+    metadata = {"model": checkpoint.url, "base": start.url}
+    written = write_grams(target, name, delta_grams(checkpoint, start, block), metadata)
+    matrices = [each for each, shape in checkpoint.shapes.items() if len(shape) > 2 or has_delta(each, shape)]
+    without = tuple(each for each in matrices if each not in written.weights)
+    return Made(
+        file=f"{target.url}/{name}",
+        kind="deltas",
+        texts=0,
+        tokens=0,
+        seconds=round(time.monotonic() - started, 3),
+        **_of_grams(written, without),
+    )
+
+
+def _target(out: str) -> tuple[Store, str]:
+    """Store and key of the file to write, which is not there yet."""
+    where, name = split_url(out)
+    target = open_store(where)
+    target.check_writable()
+    if any(info.key == name for info in target.list()):
+        raise BadInput(f"{out}: there is such a file already; give another name")
+    return target, name
+
+
+def _of_grams(written: Written, without: tuple[str, ...]) -> dict[str, Any]:
+    """The fields of `Made` that depend on the statistics."""
+    return {"digest": written.digest, "bytes": written.bytes, "tensors": written.count, "without": without}
+
+
+def _write_means(target: Store, name: str, means: Measured, metadata: Mapping[str, str]) -> dict[str, Any]:
+    content = activations_bytes(means.means, metadata)
+    with writing():
+        target.write(name, content, mode="create")
+    return {
         "digest": digest_of_means(means.means),
+        "bytes": len(content),
         "tensors": len(means.means),
         "without": means.without,
         "unreached": means.unreached,

@@ -79,14 +79,20 @@ def measure(
 
 @dataclass(frozen=True, eq=False)
 class MeasuredGrams:
-    """XᵀX / tokens for each group of weights with the same inputs, as `workers.checkpoints.grams` stores it.
+    """XᵀX over all tokens for each group of weights with the same inputs, float64 of blocks × size × size.
 
     `without` are the matrices of the checkpoint that have none: experts, and weights that are stored transposed.
     """
 
-    grams: Mapping[tuple[str, ...], NDArray[np.float32]]
+    sums: dict[tuple[str, ...], Tensor]
     tokens: int
     without: tuple[str, ...]
+
+    def matrices(self) -> Iterator[tuple[tuple[str, ...], NDArray[np.float32]]]:
+        """XᵀX / tokens by weights in ascending order, as `workers.checkpoints.grams` stores it; frees each sum."""
+        for weights in sorted(self.sums):
+            total = self.sums.pop(weights)
+            yield weights, ((total + total.mT) / (2 * self.tokens)).float().cpu().numpy()
 
 
 def measure_grams(
@@ -134,16 +140,13 @@ def measure_grams(
             module.register_forward_pre_hook(partial(hook, weight))
     _read(model, texts, device, progress)
     tokens = sum(map(len, texts))
-    grams = {
-        tuple(sorted(groups[name])): ((total + total.mT) / (2 * tokens)).float().cpu().numpy()
-        for name, total in sums.items()
-    }
-    _check_finite(folder, {weights[0]: bool(np.isfinite(gram).all()) for weights, gram in grams.items()})
-    found = {weight for weights in grams for weight in weights}
+    grouped = {tuple(sorted(groups[name])): total for name, total in sums.items()}
+    _check_finite(folder, {weights[0]: bool(total.isfinite().all()) for weights, total in grouped.items()})
+    found = {weight for weights in grouped for weight in weights}
     matrices = [
         name for name, shape in shapes.items() if len(shape) > 1 and not is_embedding(name) and not is_head(name, {})
     ]
-    return MeasuredGrams(grams, tokens, tuple(name for name in matrices if name not in found))
+    return MeasuredGrams(grouped, tokens, tuple(name for name in matrices if name not in found))
 
 
 def _read(model: nn.Module, texts: Sequence[Ids], device: str, progress: Callable[[int], None]) -> None:

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import BadInput, CorruptData
+from jobs.errors import BadInput, CorruptData, ObjectExists, writing
 from jobs.merge_tasks import GramTensor, Parent, ParentFile, digest
 from workers.checkpoints.activations import split_url
 from workers.checkpoints.safetensors import header_bytes, read_header, read_metadata
 from workers.digests import digest_of
-from workers.storage import open_store
+from workers.storage import Store, open_store
 
 DIGESTS = "digests"
 """The key of the metadata that holds the digests, as JSON."""
+
+PART_BYTES = 16 << 20
 
 Matrix = NDArray[np.float32]
 
@@ -42,20 +45,46 @@ class GramFile:
         return sum(each.end - each.start for each in set(self.tensors.values()))
 
 
-def grams_bytes(grams: Mapping[tuple[str, ...], Matrix], metadata: Mapping[str, str]) -> list[bytes]:
-    """The file in parts, from the matrix for each group of weights; equal inputs give equal bytes."""
-    named = {" ".join(weights): np.ascontiguousarray(matrix, "<f4") for weights, matrix in sorted(grams.items())}
-    digests = {name: _digest(matrix) for name, matrix in named.items()}
-    header = header_bytes(
-        [(name, "F32", matrix.shape) for name, matrix in named.items()],
-        {**metadata, DIGESTS: json.dumps(digests, separators=(",", ":"))},
-    )
-    return [header, *(matrix.tobytes() for matrix in named.values())]
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A file of Gram matrices that was written; `weights` are the tensors that have one, `count` is of the matrices."""
+
+    digest: str
+    bytes: int
+    count: int
+    weights: frozenset[str]
 
 
-def digest_of_grams(grams: Mapping[tuple[str, ...], Matrix]) -> str:
-    """The digest of the matrices, without the metadata, as `GramFile` has it."""
-    return digest(sorted([" ".join(weights), _digest(matrix)] for weights, matrix in grams.items()))
+def write_grams(
+    store: Store, key: str, grams: Iterable[tuple[tuple[str, ...], Matrix]], metadata: Mapping[str, str]
+) -> Written:
+    """Writes the matrix for each group of weights, in ascending order of the groups; equal inputs give equal bytes.
+
+    One matrix at a time is in memory: the header comes first and has the digests, so that the matrices wait in a
+    temporary file. `ObjectExists` where there is such a file, of which nothing is changed.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    digests: dict[str, str] = {}
+    with tempfile.TemporaryFile(prefix="mergeyard-grams-") as waiting:
+        for weights, matrix in grams:
+            name, stored = " ".join(weights), np.ascontiguousarray(matrix, "<f4")
+            shapes[name], digests[name] = stored.shape, _digest(stored)
+            waiting.write(stored.data)
+        header = header_bytes(
+            [(name, "F32", shape) for name, shape in shapes.items()],
+            {**metadata, DIGESTS: json.dumps(digests, separators=(",", ":"))},
+        )
+        size = len(header) + waiting.tell()
+        waiting.seek(0)
+        if any(info.key == key for info in store.list(key)):
+            raise ObjectExists(f"{store.url}/{key}: there is such a file already; give another name")
+        with writing(), store.upload(key) as upload:
+            upload.write(header)
+            while part := waiting.read(PART_BYTES):
+                upload.write(part)
+            upload.commit()
+    content = digest(sorted([name, each] for name, each in digests.items()))
+    return Written(content, size, len(digests), frozenset(weight for name in digests for weight in name.split(" ")))
 
 
 def _digest(matrix: Matrix) -> str:

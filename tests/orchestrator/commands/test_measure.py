@@ -103,6 +103,38 @@ def test_a_merge_takes_the_gram_matrices_that_were_written(
         assert tensor.double().numpy() == pytest.approx(mean.numpy(), rel=1e-5, abs=1e-6), name
 
 
+def test_deltas_give_the_merge_of_the_least_interference(mergeyard: Mergeyard, base: Path, tmp_path: Path):
+    models = [write_model(base.parent / name, weights(name), tokenizer=WORDS) for name in ("cos", "fmt")]
+    files = [tmp_path / f"{model.name}.safetensors" for model in models]
+    for model, file in zip(models, files, strict=True):
+        ended = mergeyard("measure", model, file, "--what", "deltas", "--base", base, "--json")
+        assert ended.code == 0, ended.err
+        assert (ended.facts["kind"], ended.facts["tensors"], ended.facts["without"]) == ("deltas", 14, [])
+        assert ended.facts["digest"] == open_grams(str(file)).digest
+        assert ended.facts["bytes"] == file.stat().st_size
+    document = tmp_path / "regmean.yml"
+    listed = ", ".join(f"{model}: {file}" for model, file in zip(models, files, strict=True))
+    document.write_text(
+        f"merge_method: regmean\nparameters: {{alpha: 1}}\nmodels: [{{model: {models[0]}}}, {{model: {models[1]}}}]\n"
+        f"grams: {{{listed}}}\ndtype: float32\n"
+    )
+    ended = mergeyard("merge", document, tmp_path / "out", "-q")
+    assert ended.code == 0, ended.err
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name in sorted(open_grams(str(files[0])).tensors):
+        start = weights("base")[name].double().numpy()
+        deltas = [weights(who)[name].double().numpy() - start for who in ("cos", "fmt")]
+        factors = np.hstack([delta.T / np.linalg.norm(delta) for delta in deltas])
+        wanted = np.hstack([delta @ delta.T / np.linalg.norm(delta) for delta in deltas])
+        least = np.linalg.lstsq(factors.T, wanted.T, rcond=None)[0].T  # Σ ‖(τ − τᵢ)τᵢᵀ‖² / ‖τᵢ‖²
+        found = merged[name].double().numpy() - start
+        interference, minimum, mean = (
+            np.linalg.norm(each @ factors - wanted) for each in (found, least, sum(deltas) / 2)
+        )
+        assert interference <= minimum + 2e-3 * mean, name  # of matrices and weights in float32
+        assert minimum < 0.9 * mean
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -120,6 +152,7 @@ def test_a_merge_takes_the_gram_matrices_that_were_written(
             "empty.txt: it has no text; give prose as",
         ),
         (("{here}", "{here}/out.safetensors", "--text", "{here}/texts.jsonl"), "parent model ("),
+        (("{base}", "{here}/out.safetensors", "--what", "deltas"), "--what deltas and --base BASE go together"),
         (("{base}", "{here}/out.safetensors", "--count", "0"), "--count: a whole number from 2 on, not 0"),
     ],
 )

@@ -13,7 +13,8 @@ from jobs.job import Keep, load_job
 from orchestrator.planning.devices import merging
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.report.terminal.run import plan_facts
-from workers.checkpoints.grams import grams_bytes
+from workers.checkpoints.grams import write_grams
+from workers.storage import open_store
 
 PARENTS = Path(__file__).parents[3] / "jobs" / "examples" / "parents"
 
@@ -22,7 +23,7 @@ def planned(method: str, tmp_path: Path, points: int, **workers: Any) -> Plan:
     models = [{"model": name, "parameters": {"weight": "${w}"}} for name in ("long", "fmt")]
     more: dict[str, Any] = {"base_model": "base", "parameters": {"density": 0.5}}
     if method == "regmean":
-        (tmp_path / "grams.safetensors").write_bytes(b"".join(grams_bytes({}, {})))
+        write_grams(open_store(str(tmp_path)), "grams.safetensors", (), {})
         more = {"grams": dict.fromkeys(("long", "fmt"), str(tmp_path / "grams.safetensors"))}
     elif method == "linear":
         more = {}

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from jobs.errors import BadInput, CorruptData
 from orchestrator.planning.plan import Plan
 from tests.orchestrator.models import HIDDEN, INTERMEDIATE, LAYERS, weights
-from workers.checkpoints.grams import grams_bytes, open_grams, read_gram
+from workers.checkpoints.grams import open_grams, read_gram, write_grams
 from workers.checkpoints.safetensors import header_bytes
 from workers.merging.resident import ResidentParents
+from workers.storage import open_store
 
 Mergeyard = Callable[..., Any]
 Planning = Callable[..., Plan]
@@ -54,7 +55,8 @@ def grams(who: str, *, blocks: int = 2) -> dict[tuple[str, ...], Blocks]:
 
 
 def write(file: Path, content: dict[tuple[str, ...], Blocks]) -> None:
-    file.write_bytes(b"".join(grams_bytes(content, {})))
+    file.unlink(missing_ok=True)
+    write_grams(open_store(str(file.parent)), file.name, sorted(content.items()), {})
 
 
 @pytest.fixture

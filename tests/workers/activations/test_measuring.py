@@ -131,13 +131,14 @@ def test_the_gram_matrices_are_those_of_the_inputs_by_hand(tmp_path: Path):
     found = measure_grams(tmp_path, {name: each.shape for name, each in weights.items()}, texts, "cpu", 10)
     assert (found.tokens, found.without) == (len(TOKENS), ())
     layers = ("model.layers.0", "model.layers.1")
-    assert found.grams.keys() == {
+    grams = dict(found.matrices())
+    assert grams.keys() == {
         *(tuple(f"{layer}.self_attn.{key}_proj.weight" for key in "kqv") for layer in layers),
         *((f"{layer}.self_attn.o_proj.weight",) for layer in layers),
         *((f"{layer}.mlp.gate_proj.weight", f"{layer}.mlp.up_proj.weight") for layer in layers),
         *((f"{layer}.mlp.down_proj.weight",) for layer in layers),
     }
-    for names, gram in found.grams.items():
+    for names, gram in grams.items():
         inputs = np.array(by_hand.inputs[names[0]])
         blocks = np.split(inputs, 3 if "down" in names[0] else 1, axis=1)  # 24 channels are more than 10
         expected = [block.T @ block / len(TOKENS) for block in blocks]
