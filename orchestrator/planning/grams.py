@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
@@ -11,10 +12,14 @@ from jobs.merge_tasks import GramTensor, TensorMerge
 from jobs.recipe import Recipe
 from orchestrator.planning.activations import located
 from orchestrator.planning.layouts import Layout
-from orchestrator.words import shortlist
+from orchestrator.words import count, duration, shortlist
+from orchestrator.words import size as size_of
 from workers.checkpoints.canonical import is_embedding, is_head
 from workers.checkpoints.grams import GramFile, is_for, open_grams
 from workers.checkpoints.opening import Checkpoint
+
+SOLVED_A_SECOND, MULTIPLIED_A_SECOND = 20e9, 30e9
+"""Operations of one CPU in float64 and float32, of `kernels/dense.py` on one machine: for the estimate alone."""
 
 
 def with_grams(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe, folder: Path | None) -> Layout:
@@ -46,7 +51,8 @@ def with_grams(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe
         return replace(tensor, grams=grams)
 
     shards = tuple(replace(shard, tensors=tuple(map(named, shard.tensors))) for shard in layout.shards)
-    remarks = _remarks([tensor for shard in shards for tensor in shard.tensors], files.keys())
+    tensors = [tensor for shard in shards for tensor in shard.tensors]
+    remarks = (*_cost(tensors), *_remarks(tensors, files.keys()))
     return replace(layout, shards=shards, grams=files, remarks=(*layout.remarks, *remarks))
 
 
@@ -70,6 +76,31 @@ def _check_shapes(grams: Mapping[str, GramTensor], tensor: TensorMerge, place: s
         raise BadInput(
             f"{place}: the Gram matrix of {tensor.name} is {list(gram.shape)} and the tensor {list(tensor.shape)}; give"
             f" the Gram matrices of {first}: `mergeyard measure` writes them"
+        )
+
+
+def _cost(tensors: Sequence[TensorMerge]) -> Iterator[str]:
+    """A sentence on the bytes of the matrices, and on the arithmetic of one point where all models have a weight.
+
+    For each input a factor of the sum and a solution for each model, in float64; for each tensor a product with each
+    difference from the first model, in float32 where the merge is.
+    """
+    solved: dict[tuple[tuple[str, str], ...], float] = {}
+    stored: dict[tuple[str, str], int] = {}
+    multiplied = 0.0
+    for tensor in tensors:
+        if not tensor.grams:
+            continue
+        names = tuple(sorted((model, gram.name) for model, gram in tensor.grams.items()))
+        stored |= {(model, gram.name): gram.end - gram.start for model, gram in tensor.grams.items()}
+        blocks, size, _ = next(iter(tensor.grams.values())).shape
+        solved[names] = blocks * size**3 * (1 / 3 + 2 * len(names))
+        multiplied += 2.0 * prod(tensor.shape) * size * (len(names) - 1)
+    if stored:
+        seconds = sum(solved.values()) / SOLVED_A_SECOND + multiplied / MULTIPLIED_A_SECOND
+        yield (
+            f"grams: {size_of(sum(stored.values()))} of matrices; a point of regmean takes"
+            f" {count(sum(solved.values()) + multiplied)} operations, about {duration(seconds)} of one CPU"
         )
 
 
