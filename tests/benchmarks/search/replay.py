@@ -1,16 +1,16 @@
-"""Replays searches on stored answers: how far the found point is below the best, and by how much its score flatters.
+"""Replays searches on drawn answers: how far the found point is below the best, and by how much its score flatters.
 
-    python -m tests.benchmarks.search.truth FOLDER                # makes the answers; hours
-    python -m tests.benchmarks.search.replay FOLDER --seeds 100   # needs cmaes and optuna beside mergeyard
+    python -m tests.benchmarks.search.replay --seeds 100   # needs cmaes, optuna and pymoo beside mergeyard
 
-Three spaces. `line` (101 points between two parents) and `triangle` (231 mixtures of three) have the measured answers
-of FOLDER; between measured mixtures an item has the answer of one of the nearest, the nearer the likelier, so that the
-truth is linear there. `eight` (8 axes of 21 values) is synthetic: items of uneven difficulty around a smooth hill.
+Four spaces. `line` (101 points between two parents) and `triangle` (231 mixtures of three) have surfaces that are
+fitted to measured answers of the example parents (`counts.csv`, which `truth.py` makes). `flat` is a line on which all
+points are equally good. `eight` (8 axes of 21 values) is synthetic: items of uneven difficulty around a smooth hill.
 
-The truth is the mean over all stored items. A search sees a random part of them, in random order. The budget B is what
-a grid of 11 points (66 in the triangle, 16 random ones in `eight`) with the shipped race costs. Peers ask 40 items
-a candidate, the same for all, and show the best score seen, as they do: `random`; `evolve`, the rule of mergekit-evolve
-(CMA-ES from the middle, σ 1/6); Optuna's TPE and GP. `sobol` and `gp` are the shipped search.
+The truth is the mean over 2,000 items of each of five cells. A search may see the first 200. The budget B is what a
+grid of 11 points (66 in the triangle, 16 random ones in `eight`) with the shipped race costs. Peers ask 40 items of
+each cell for a candidate, the same for all, and show the best score seen, as they do: `random`; `evolve`, the rule of
+mergekit-evolve (CMA-ES from the middle, σ 1/6); Optuna's TPE and GP. `mergenetic` is its genetic algorithm on estimates
+by item response theory from 20 items (`estimated`). `sobol` and `gp` are the shipped search.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.special import expit, ndtri
 
 from jobs.search import Axis, Budget, Choice, SearchSpec, Space
 from orchestrator.judging.race import Race
@@ -30,7 +31,14 @@ from orchestrator.judging.samples import Cell
 from orchestrator.searching.encoding import all_choices, decoded
 from orchestrator.searching.search import Search
 
-ITEMS, PEERS_ITEMS = 200, 40
+COUNTS = Path(__file__).with_name("counts.csv")
+ITEMS, PEERS_ITEMS, ANCHORS = 200, 40, 20
+DRAWN = 2000
+"""Items of a cell."""
+SURFACE_LENGTH, ITEM_LENGTH = 0.3, 0.8
+"""Length scales (1 is the distance of two parents) of a cell's surface, and of an item's deviation from it. With the
+latter, right answers of two mixtures at distances 0.2, 0.4, 0.6, 0.8 and 1 have the correlations 0.59, 0.40, 0.29, 0.19
+and 0.14; measured on 72 items a cell of 21 mixtures: 0.57, 0.40, 0.23, 0.25 and 0.18."""
 Array = np.ndarray[Any, Any]
 
 
@@ -44,47 +52,63 @@ TRIANGLE = Space((axis("a", 20), axis("b", 20), axis("c", 20)), simplexes=(("a",
 EIGHT = Space(tuple(axis(f"x{index}", 20) for index in range(8)))
 
 
-class Measured:
-    """The answers of the three parents' mixtures, with random switches between measured neighbours."""
+def smoothness(first: Array, second: Array, length: float) -> Array:
+    """Matérn 3/2 between mixtures [points, 3]."""
+    distance = math.sqrt(3) * np.linalg.norm(first[:, None] - second[None], axis=-1) / math.sqrt(2) / length
+    return (1 + distance) * np.exp(-distance)
 
-    def __init__(self, folder: Path, space: Space, seed: int) -> None:
-        rounds = [np.load(path) for path in sorted(folder.glob("round-*.npz"))]
-        self._row = {tuple(point): row for row, point in enumerate(rounds[0]["points"].tolist())}
-        self._answers = np.concatenate([each["scores"] for each in rounds], axis=2)
-        self._steps = sum(rounds[0]["points"][0].tolist())
-        self._space, random = space, np.random.default_rng(seed)
-        self.cells, self.count = self._answers.shape[1:]
-        self.order = random.permutation(self.count)
-        self._switch = random.random((self.cells, self.count))
-        self.grid = [c for c in all_choices(space) if all(index % (10 if space is LINE else 2) == 0 for index in c)]
+
+class Fitted:
+    """Mixtures of the example parents: an item is right where the cell's surface plus its own deviation is positive.
+
+    Both are Gaussian processes over the mixtures. So an answer depends on the mixture alone, as a greedy decoding does.
+    """
+
+    def __init__(self, space: Space, seed: int, *, flat: bool = False) -> None:
+        table = np.loadtxt(COUNTS, delimiter=",", skiprows=1)
+        known, right, asked = table[:, :3], table[:, 4:], table[:, 3:4]
+        random = np.random.default_rng(seed)
+        self.choices = {choice: row for row, choice in enumerate(all_choices(space))}
+        places = np.array([mixture(space, choice) for choice in self.choices])
+        self.cells, self.count = right.shape[1], DRAWN
+        share = (right + 0.5) / (asked + 1)
+        level = ndtri(share)
+        error = share * (1 - share) / (asked + 1) * (2 * math.pi) * np.exp(level**2)
+        surfaces = np.empty((len(places), self.cells))
+        for cell in range(self.cells):
+            middle = float(level[:, cell].mean())
+            prior = 4 * smoothness(known, known, SURFACE_LENGTH) + np.diag(error[:, cell])
+            weights = np.linalg.solve(prior, level[:, cell] - middle)
+            surfaces[:, cell] = middle + 4 * smoothness(places, known, SURFACE_LENGTH) @ weights
+        if flat:
+            surfaces[:] = ndtri(0.8)
+        factor = np.linalg.cholesky(smoothness(places, places, ITEM_LENGTH) + 1e-9 * np.eye(len(places)))
+        deviations = factor @ random.standard_normal((len(places), self.cells * self.count))
+        self._right = deviations.reshape(len(places), self.cells, self.count) > -surfaces[:, :, None]
+        self._truth = self._right.mean(axis=(1, 2))
+        every = 10 if len(space.axes) == 1 else 2
+        self.grid = [choice for choice in self.choices if all(index % every == 0 for index in choice)]
+        self.parents = [choice for choice in self.choices if np.max(mixture(space, choice)) == 1]
+        self.ease = ndtri((self._right.sum(axis=0) + 0.5) / (len(places) + 1)) * 1.7
+        """Of each item [cells, items], as logit: 1.7 turns a probit into one."""
 
     def all_scores(self, choice: Choice) -> Array:
-        """Of all items [cells, items], in the order of this seed."""
-        shares = np.array([float(each) for each in self._space.bindings(choice).values() if isinstance(each, Fraction)])
-        weights = np.array([shares[0], 1 - shares[0], 0.0]) if self._space is LINE else shares
-        exact = weights * self._steps
-        floor = np.floor(exact + 1e-9)
-        rest, missing = exact - floor, round(self._steps - floor.sum())
-        corners: list[tuple[float, tuple[int, ...]]] = []
-        if missing == 0:
-            corners.append((1.0, tuple(floor.astype(int).tolist())))
-        for index in range(3):
-            up = np.eye(3)[index]
-            corner, weight = (floor + up, rest[index]) if missing == 1 else (floor + 1 - up, 1 - rest[index])
-            if missing and weight > 1e-9:
-                corners.append((float(weight), tuple(corner.astype(int).tolist())))
-        edges = np.cumsum([weight for weight, _ in corners])
-        chosen = np.minimum(np.searchsorted(edges, self._switch), len(corners) - 1)
-        stacked = np.stack([self._answers[self._row[corner]] for _, corner in corners])
-        return np.take_along_axis(stacked, chosen[None], axis=0)[0][:, self.order]
+        """Of all items [cells, items]."""
+        return self._right[self.choices[choice]].astype(float)
 
     def truth(self, choice: Choice) -> float:
         """Mean over all items."""
-        return float(self.all_scores(choice).mean())
+        return float(self._truth[self.choices[choice]])
 
     def best(self) -> float:
         """The highest truth of the space."""
-        return max(self.truth(choice) for choice in all_choices(self._space))
+        return float(self._truth.max())
+
+
+def mixture(space: Space, choice: Choice) -> Array:
+    """The shares of the three parents."""
+    shares = [float(each) for each in space.bindings(choice).values() if isinstance(each, Fraction)]
+    return np.array(shares if len(shares) == 3 else [shares[0], 1 - shares[0], 0.0])
 
 
 class Synthetic:
@@ -92,17 +116,18 @@ class Synthetic:
 
     def __init__(self, seed: int) -> None:
         random = np.random.default_rng(seed)
-        self.cells, self.count = 5, 2000
+        self.cells, self.count = 5, DRAWN
         self._top = random.random(8) * 0.6 + 0.2
         self._steep = random.permutation([9.0, 6.0, 3.0, 2.0, 1.0, 1.0, 0.5, 0.5])
-        self._ease = random.normal(1.5, 1.5, (5, self.count))
+        self.ease = random.normal(1.5, 1.5, (5, self.count))
         self._slope = random.normal(0, 0.7, (8, 5, self.count))
         self._seed = seed
         self.grid = decoded(EIGHT, random.random((16, 8)))
+        self.parents = [(0,) * 8, (20,) * 8]
 
     def _chances(self, choice: Choice) -> Array:
         place = np.array(choice) / 20 - self._top
-        logit = self._ease - float(self._steep @ place**2) + np.tensordot(place, self._slope, axes=1)
+        logit = self.ease - float(self._steep @ place**2) + np.tensordot(place, self._slope, axes=1)
         return 1 / (1 + np.exp(-logit))
 
     def all_scores(self, choice: Choice) -> Array:
@@ -125,7 +150,7 @@ class Synthetic:
             choice = better
 
 
-World = Measured | Synthetic
+World = Fitted | Synthetic
 
 
 def grid_and_race(world: World) -> tuple[Choice, float, float]:
@@ -143,11 +168,16 @@ def grid_and_race(world: World) -> tuple[Choice, float, float]:
     return names[winner.point], winner.score, race.spent() / world.cells
 
 
-def shipped(world: World, space: Space, by: Any, budget: float, seed: int) -> tuple[Choice, float, bool]:
-    """Winner, shown score and whether it is sure, of the shipped search."""
+Traced = list[tuple[float, Choice]]
+"""The best point so far, by the items a cell that were spent."""
+
+
+def shipped(world: World, space: Space, by: Any, budget: float, seed: int) -> tuple[Choice, float, bool, Traced]:
+    """Winner, shown score, whether it is sure, and the trace of the shipped search."""
     cells = [Cell(f"t{index}", 1) for index in range(world.cells)]
     spec = SearchSpec(space=space, by=by, budget=Budget(), batch=8)
     search = Search(spec, cells, items=ITEMS, seed=seed, limit=budget * world.cells)
+    trace: Traced = []
     while not search.finished:
         while search.due is not None:
             search.add(search.propose())
@@ -155,20 +185,75 @@ def shipped(world: World, space: Space, by: Any, budget: float, seed: int) -> tu
             scores = world.all_scores(search.choices[block.point])[cells.index(block.cell)]
             search.record(block.point, block.cell, block.items, scores[block.items.start : block.items.stop])
         search.close()
+        trace.append((search.committed / world.cells, search.standing()[0].choice))
     winner = search.standing()[0]
-    return winner.choice, winner.score, winner.best >= 0.95
+    return winner.choice, winner.score, winner.best >= 0.95, trace
 
 
-def peer(world: World, space: Space, budget: float, ask: Callable[..., Any]) -> tuple[Choice, float]:
+def peer(
+    world: World, space: Space, budget: float, ask: Callable[..., Any], scored: Callable[..., float], items: int
+) -> tuple[Choice, float, bool, Traced]:
     """The best score seen, over candidates from `ask(asked)`, which may look at the earlier ones."""
     seen: list[tuple[Choice, float]] = []
     known: dict[Choice, float] = {}
-    for _ in range(int(budget / PEERS_ITEMS)):
+    trace: Traced = []
+    for number in range(int(budget / items)):
         choice = decoded(space, np.asarray(ask(seen))[None])[0]
         if choice not in known:
-            known[choice] = float(world.all_scores(choice)[:, :PEERS_ITEMS].mean())
+            known[choice] = scored(world, choice)
         seen.append((choice, known[choice]))
-    return max(seen, key=lambda each: each[1])
+        trace.append(((number + 1) * items, max(seen, key=lambda each: each[1])[0]))
+    return *max(seen, key=lambda each: each[1]), False, trace
+
+
+def averaged(world: World, choice: Choice) -> float:
+    """The mean of the first items."""
+    return float(world.all_scores(choice)[:, :PEERS_ITEMS].mean())
+
+
+def estimated(world: World, choice: Choice) -> float:
+    """gmp-IRT of MERGE³ (arXiv 2502.10436) over the items of a search, from the first `ANCHORS` of each cell.
+
+    The bank of the items is the world's own, which favours it; ability is the most likely one. The ability that the
+    paper combines of those of the parents takes the same value, where there is one ability and the weights are free.
+    """
+    answers, total = world.all_scores(choice)[:, :ANCHORS], 0.0
+    for cell in range(world.cells):
+        ability = 0.0
+        for _ in range(30):  # Newton's steps; an ability that is all right or all wrong stays within ±30
+            chance = expit(ability + world.ease[cell, :ANCHORS])
+            slope = float(np.sum(answers[cell] - chance))
+            ability = float(np.clip(ability + slope / max(float(np.sum(chance * (1 - chance))), 0.1), -30, 30))
+        unseen = float(expit(ability + world.ease[cell, ANCHORS:ITEMS]).mean())
+        mean = float(answers[cell].mean())
+        total += 0.5 * mean + 0.5 * (ANCHORS / ITEMS * mean + (1 - ANCHORS / ITEMS) * unseen)
+    return total / world.cells
+
+
+def genetic(space: Space, seed: int) -> Callable[..., Any]:
+    """mergenetic's searcher: pymoo's genetic algorithm with SBX and polynomial mutation; a population of ten."""
+    from pymoo.algorithms.soo.nonconvex.ga import GA
+    from pymoo.core.problem import Problem
+
+    size = len(space.axes)
+    algorithm = GA(pop_size=10, eliminate_duplicates=True)
+    algorithm.setup(Problem(n_var=size, n_obj=1, xl=0.0, xu=1.0), termination=("n_gen", 10_000), seed=seed)
+    asked: list[Any] = []
+
+    def ask(seen: list[tuple[Choice, float]]) -> Array:
+        if not asked or len(seen) == asked[0]:
+            if asked:
+                population = asked[1]
+                scores = [[-score] for _, score in seen[-len(population) :]]
+                population.set("F", np.array(scores))
+                for each in population:
+                    each.evaluated.add("F")
+                algorithm.tell(infills=population)
+            population = algorithm.ask()
+            asked[:] = [len(seen) + len(population), population]
+        return asked[1][len(seen) - asked[0] + len(asked[1])].X
+
+    return ask
 
 
 def evolve(space: Space, seed: int) -> Callable[..., Any]:
@@ -211,49 +296,57 @@ def asker(method: str, space: Space, seed: int) -> Callable[..., Any]:
     """The peer's way to choose the next place of the unit cube, from the candidates so far."""
     if method == "evolve":
         return evolve(space, seed)
+    if method == "mergenetic":
+        return genetic(space, seed)
     if method in ("tpe", "optuna-gp"):
         return optuna_study(space, seed, method)
     random = np.random.default_rng(seed)
     return lambda seen: random.random(len(space.axes))
 
 
+METHODS = "gp,sobol,random,evolve,mergenetic,tpe,optuna-gp"
+
+
 def main() -> None:
     """Reads the arguments, replays, and prints a table for each space."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--spaces", default="line,triangle,eight")
-    parser.add_argument("--methods", default="gp,sobol,random,evolve,tpe,optuna-gp")
+    parser.add_argument("--spaces", default="line,triangle,flat,eight")
+    parser.add_argument("--methods", default=METHODS)
+    parser.add_argument("--budgets", default="0.5,1,2")
     arguments = parser.parse_args()
-    spaces = {"line": LINE, "triangle": TRIANGLE, "eight": EIGHT}
+    spaces = {"line": LINE, "triangle": TRIANGLE, "flat": LINE, "eight": EIGHT}
     for name in arguments.spaces.split(","):
-        space, regrets, flattery, sure, costs = spaces[name], {}, {}, [], []
+        space, regrets, flattery, sure, costs, reached = spaces[name], {}, {}, {}, [], {}
         for seed in range(arguments.seeds):
-            world = Synthetic(seed) if name == "eight" else Measured(arguments.folder, space, seed)
+            world = Synthetic(seed) if name == "eight" else Fitted(space, seed, flat=name == "flat")
             best = world.best()
             choice, shown, cost = grid_and_race(world)
             costs.append(cost)
-            found = {("grid + race", 1.0): (choice, shown)}
-            for share in (0.5, 1.0, 2.0):
+            aim = world.truth(choice)
+            found: dict[tuple[str, float], Any] = {("grid + race", 1.0): (choice, shown, False, [])}
+            for share in map(float, arguments.budgets.split(",")):
                 for method in arguments.methods.split(","):
                     if method in ("gp", "sobol"):
-                        choice, shown, is_sure = shipped(world, space, method, share * cost, seed)
-                        sure += [is_sure] if method == "gp" and share == 1 else []
-                        found[method, share] = choice, shown
+                        found[method, share] = shipped(world, space, method, share * cost, seed)
                         continue
-                    found[method, share] = peer(world, space, share * cost, asker(method, space, seed))
-            for key, (choice, shown) in found.items():
+                    ask = asker(method, space, seed)
+                    scored, items = (estimated, ANCHORS) if method == "mergenetic" else (averaged, PEERS_ITEMS)
+                    found[method, share] = peer(world, space, share * cost, ask, scored, items)
+            for key, (choice, shown, is_sure, trace) in found.items():
                 regrets.setdefault(key, []).append(100 * (best - world.truth(choice)))
                 flattery.setdefault(key, []).append(100 * (shown - float(world.all_scores(choice)[:, ITEMS:].mean())))
-        print(
-            f"{name}: {arguments.seeds} seeds, B = {np.mean(costs):.0f} items a cell, sure {np.mean(sure or [0]):.2f}"
-        )
+                sure.setdefault(key, []).append(is_sure)
+                enough = [spent / cost for spent, point in trace if world.truth(point) >= aim]
+                reached.setdefault(key, []).append(min(enough, default=math.inf))
+        print(f"{name}: {arguments.seeds} seeds, B = {np.mean(costs):.0f} items a cell")
         for key in sorted(regrets, key=lambda each: (each[1], each[0])):
             mean, error = np.mean(flattery[key]), np.std(flattery[key]) / math.sqrt(arguments.seeds)
             better = np.mean(np.array(regrets.get(("gp", key[1]), regrets[key])) <= np.array(regrets[key]))
             print(
                 f"  {key[0]:12s} {key[1]:3.1f} B: regret median {np.median(regrets[key]):5.2f}, mean "
-                f"{np.mean(regrets[key]):5.2f}; shown - fresh {mean:+5.2f} ± {error:.2f}; gp as good in {better:.2f}",
+                f"{np.mean(regrets[key]):5.2f}; shown - fresh {mean:+5.2f} ± {error:.2f}; gp as good in {better:.2f}; "
+                f"sure {np.mean(sure[key]):.2f}; reaches the grid's regret at {np.median(reached[key]):.2f} B",
                 flush=True,
             )
 
