@@ -28,7 +28,7 @@ from orchestrator.judging.pairing import Pairing
 from orchestrator.judging.race import LEAST_HAYSTACKS, Block, Departure, departure
 from orchestrator.judging.samples import Cell, FloatArray, student_quantile
 from orchestrator.searching.figures import Figures, figures
-from orchestrator.searching.proposing import Evidence, Proposal, Verdict, judge, means_of, propose
+from orchestrator.searching.proposing import Evidence, Proposal, Verdict, judge, means_of, propose, resolved
 
 RUNGS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 PROMOTED = 0.5
@@ -175,8 +175,7 @@ class Search:
         while count > 0 and self._cost([self.rungs[0]] * count) + self._first_parents_cost() > room:
             count -= 1
         if count > 0:
-            given = [choice for choice in spec.start if choice not in self.choices.values()] if number == 0 else []
-            proposals = tuple(Proposal(choice, "asked for by `start`") for choice in given[:count])
+            proposals = self._first(count) if number == 0 else ()
         if count > len(proposals):
             _, evidence, _ = self.evidence(number - 2)
             asked = (*self.choices.values(), *(each.choice for each in proposals))
@@ -319,6 +318,12 @@ class Search:
         """Whether the first point of the table is the best of those asked with a probability of 95 %."""
         standing = self.standing()
         return bool(standing) and standing[0].best >= SURE
+
+    def _first(self, count: int) -> tuple[Proposal, ...]:
+        """The points of `start`; without them, `gp` begins in the middle of the space, where nothing is extreme."""
+        if not self.spec.start and resolved(self.spec.space, self.spec.by) == "gp":
+            return (Proposal(self.spec.space.middle(), "the middle of the space"),)
+        return tuple(Proposal(choice, "asked for by `start`") for choice in self.spec.start[:count])
 
     @property
     def _ended(self) -> bool:

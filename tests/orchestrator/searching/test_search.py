@@ -107,6 +107,10 @@ def test_the_points_of_start_come_first():
     assert len({proposal.choice for proposal in batch.proposals}) == 8
 
 
+def test_without_start_the_middle_of_the_space_comes_first():
+    assert search().propose().proposals[0].choice == (50,)
+
+
 def test_a_small_space_is_asked_whole_and_the_search_ends():
     made = run(search(Space((numbers("w", 4),)), limit=None, budget=Budget(points=50)), World(LINE, lambda place: 0.0))
     assert len(made.choices) == 5
