@@ -409,7 +409,7 @@ def bars(costs: Sequence[StageCost]) -> Markup:
         axes.barh(range(len(costs)), [cost.seconds for cost in costs], color=OKABE_ITO[0], height=0.7)
         axes.set_yticks(range(len(costs)), labels)
         axes.invert_yaxis()
-        axes.set(xlabel="seconds of work, all workers together")
+        axes.set(xlabel="seconds of work, all workers together", xlim=(0, None))
         axes.tick_params(axis="y", length=0)
         axes.grid(axis="x", linewidth=0.5)
         axes.set_axisbelow(True)

@@ -167,6 +167,8 @@ def _footnote(lines: Sequence[Line], result: EvaluationResult) -> str:
     weights = {row.benchmark: row.weight for row in result.ranked_rows()}
     of = " and ".join(name + (f" × {weights[name]:g}" if weights.get(name, 1) != 1 else "") for name in result.ranked)
     notes = [f"score: mean over lengths, over {of}, and over their tasks, with its 95 % interval"]
+    if result.search is not None:
+        notes.append("points: in the order of the search's model, which draws scores of few items towards neighbours")
     if reach := context_note(result):
         notes.append(f"effective: longest length at which {reach} ≥ {RULER_THRESHOLD}")
     if warning := not_published(result):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 import re
 import time
@@ -17,6 +18,7 @@ from orchestrator.report.live import LivePage, written_page
 from orchestrator.report.page import page, sections
 from orchestrator.report.run import PAGE, read_run, report_on
 from orchestrator.report.searched import search_sections
+from orchestrator.report.terminal.leaderboard import print_leaderboard
 from orchestrator.searching.findings import Findings, Measured, Place, Share, Step
 from tests.orchestrator.report.made_up import HOSTILE, TASKS, write_run
 from workers.storage import open_store
@@ -183,7 +185,9 @@ def test_a_search_shows_its_points_in_the_order_of_asking_and_why(tmp_path: Path
     assert f"&lt;{names[0]}&gt;" in page(report), "a reason is escaped"
 
 
-def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_on_fresh_items(tmp_path: Path) -> None:
+def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_on_fresh_items(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = read_run(write_run(tmp_path / "run"))
     first, second = [standing.point for standing in run.result.standing][:2]
     found = Findings(
@@ -231,6 +235,9 @@ def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_o
     assert shown["importance"].tables[0].rows[0] == ("w", "75", "50 to 90")
     text = page(report)
     assert Elements(text).names.count("script") == 1 and "&lt;expected&gt;" in text
+    print_leaderboard(report.lines, report.run.result)
+    told = " ".join(capsys.readouterr().out.split())
+    assert all("in the order of the search's model" in where for where in (told, html.unescape(text)))
     card = published_card("# p\n## Parents\n", {}, {}, report.lines[0], ("ruler",), report.searched)
     assert f"|\n\n{' '.join(report.searched)}\n\n## Parents" in card
     assert "w 0.5, d 0: 69.0 ± 4.0; 1.0 ± 2.0 behind the best" in text
