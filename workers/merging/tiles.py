@@ -30,8 +30,8 @@ Elements = Any
 
 Facts = dict[Reduction, Any]
 
-FACT_UNITS = 4
-"""`TILE_ELEMENTS` of a tile that answers questions: to ask takes Python as long as the compiled loop needs for one."""
+FACT_UNITS = 8
+"""`TILE_ELEMENTS` of a tile that answers questions: one slab. Threads wait for each other while Python asks."""
 
 
 FEW = 64
