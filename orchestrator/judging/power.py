@@ -21,6 +21,7 @@ from orchestrator.judging.samples import FloatArray
 from orchestrator.judging.significance import anytime_multiplier
 
 QUANTILES = 40
+SPLITS = 5
 MOST_GROWTH = 1e6
 
 
@@ -46,17 +47,44 @@ class Design:
             self, haystacks=math.ceil(self.haystacks * times), units=self.units * times, largest=self.largest / times
         )
 
+    @property
+    def touched(self) -> float:
+        """The lengths at which a haystack is gained or lost together: all of them if they answer alike."""
+        return min(max(self.lengths * self.haystacks / self.units, 1.0), self.lengths)
+
+    @property
+    def groups(self) -> float:
+        """The groups of cells that answer independently of each other."""
+        return self.tasks * self.lengths / self.touched
+
+    @property
+    def of_a_task(self) -> float:
+        """The haystacks of a task."""
+        return max(2.0, self.haystacks / self.tasks)
+
     def freedom(self, moved: FloatArray) -> FloatArray:
         """Satterthwaite's degrees of freedom after so many gains and losses.
 
-        A cell without any has no variance, so few gains and losses leave the freedom of few cells. They fall into one
-        of g groups of cells each: the expected sum of squared numbers of the groups is moved + moved · (moved − 1)/g.
+        A cell without any has no variance, so few gains and losses leave the freedom of few cells: the expected sum of
+        their squared numbers in g groups is moved + moved · (moved − 1)/g.
         """
-        touched = min(max(self.lengths * self.haystacks / self.units, 1.0), self.lengths)
-        groups = self.tasks * self.lengths / touched
-        of_one = touched * max(1.0, self.haystacks / self.tasks - 1)
-        found = np.minimum(of_one * groups * moved / np.maximum(groups + moved - 1, 1), self.haystacks - 1)
-        return np.where(moved > 0, found, self.haystacks - 1)
+        of_one = self.touched * (self.of_a_task - 1)
+        found = of_one * self.groups * moved / np.maximum(self.groups + moved - 1, 1)
+        return np.where(moved > 0, np.minimum(found, self.haystacks - 1), self.haystacks - 1)
+
+    def inflations(self) -> FloatArray:
+        """The variance within cells, as multiples of the one around the common mean, equally likely [splits].
+
+        Gains and losses fall into the g groups by chance. The part of the variance between the groups, of g − 1
+        degrees of freedom, is not in that within cells, whose n haystacks have the factor n/(n − 1).
+        """
+        from scipy.special import chdtri
+
+        of_cell, whole = self.of_a_task, self.groups * self.of_a_task
+        within, common = of_cell / (of_cell - 1), whole / (whole - 1)
+        free = max(1.0, self.groups - 1)
+        between = chdtri(free, 1 - (np.arange(SPLITS) + 0.5) / SPLITS) / free
+        return np.maximum(within - (within - common) * between / between.mean(), 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,12 +114,12 @@ class _Outcomes:
 
         moved = drawn(np.array(units), discordance)[:, None]
         gained = drawn(moved, (discordance + difference) / 2 / discordance)
+        moved, gained = (np.broadcast_to(part[..., None], (*gained.shape, SPLITS)).ravel() for part in (moved, gained))
         lost = moved - gained
         mean = (gained - lost) / units
-        variance = np.maximum(moved / units - mean**2, 0) / units * haystacks / max(1, haystacks - 1)
+        variance = np.maximum(moved / units - mean**2, 0) / units * np.tile(design.inflations(), QUANTILES**2)
         whole = np.minimum(lost, haystacks) if units <= haystacks else np.zeros_like(lost)
-        freedom = design.freedom(moved + np.zeros_like(lost))
-        return cls(*(found.ravel() for found in (gained, lost, mean, variance, freedom, whole)))
+        return cls(gained, lost, mean, variance, design.freedom(moved), whole)
 
     def few_losses(self, haystacks: int, claimed: float, *, two_sided: bool = False) -> FloatArray:
         """P(at most so few lost haystacks) if the true mean is −claimed: `estimates.few_losses` for whole haystacks."""

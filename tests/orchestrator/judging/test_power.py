@@ -47,16 +47,28 @@ def design(haystacks: int, discordance: float, *, alike: bool) -> Design:
     return Design(total, total * (1 if alike else 3), 1 / 6 / haystacks, discordance, tasks=2, lengths=3)
 
 
-@pytest.mark.parametrize("alike", [False, True])
-@pytest.mark.parametrize("comparisons", [1, 10])
-def test_the_smallest_difference_is_found_eight_times_in_ten(alike: bool, comparisons: int) -> None:
+@pytest.mark.parametrize(
+    ("haystacks", "comparisons", "alike"),
+    [(36, 1, False), (36, 10, False), (36, 1, True), (36, 10, True), (10, 1, True)],
+)
+def test_the_smallest_difference_is_found_eight_times_in_ten(haystacks: int, comparisons: int, alike: bool) -> None:
+    """Of ten haystacks a task, how the gains fall on the tasks decides: without this, 67 % were found."""
     level, random, trials = 0.05 / comparisons, np.random.default_rng(4), 400
-    least = smallest_difference(design(36, 0.1, alike=alike), level)
-    assert 0.8 <= power(design(36, 0.1, alike=alike), least, level) < 0.9
+    of = design(haystacks, 0.1, alike=alike)
+    least = smallest_difference(of, level)
+    assert 0.8 <= power(of, least, level) < 0.9
     found = sum(
-        difference_test(macro_difference(answers(random, 36, least, 0.1, alike=alike))) <= level for _ in range(trials)
+        difference_test(macro_difference(answers(random, haystacks, least, 0.1, alike=alike))) <= level
+        for _ in range(trials)
     )
     assert found / trials == pytest.approx(0.8, abs=0.05 + 2 * math.sqrt(0.16 / trials))
+
+
+@pytest.mark.parametrize(("alike", "independent"), [(False, 66), (True, 22)])
+def test_the_variance_within_cells_is_right_on_average(alike: bool, independent: int) -> None:
+    found = design(11, 0.1, alike=alike).inflations()
+    assert found.mean() == pytest.approx(independent / (independent - 1)) and found.std() > 0.01
+    assert Design(11, 11.0, 1 / 11, 0.1).inflations().tolist() == pytest.approx([1.1] * 5), "one cell has one variance"
 
 
 @pytest.mark.parametrize("alike", [False, True])
