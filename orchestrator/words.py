@@ -6,7 +6,7 @@ import math
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os.path import commonprefix
 from typing import Any
 
@@ -127,3 +127,8 @@ class Collapses:
             if whole := sorted(point for point, tensors in points.items() if tensors == self._merged[point]):
                 lines.append(f"{shortlist(whole)}: the merge equals {parent}, bit for bit")
         return tuple(lines)
+
+
+def benchmark_words(weights: Mapping[str, float]) -> str:
+    """Benchmarks, and those weights that are not 1: `ruler × 2 and needle`."""
+    return " and ".join(name if weight == 1 else f"{name} × {weight:g}" for name, weight in weights.items())

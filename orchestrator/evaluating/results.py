@@ -101,6 +101,12 @@ class EvaluationResult:
         own = next((name for name, known in self.parents.items() if known == label), label)
         return own if own == label or label in self.baselines else f"{own} ({label})"
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each benchmark of the score."""
+        known = {row.benchmark: row.weight for row in self.rows}
+        return {name: known.get(name, 1.0) for name in self.ranked}
+
     def ranked_rows(self) -> list[ScoreRow]:
         """The rows that the ranking counts."""
         return ranked_rows(self.common_rows(), self.ranked)

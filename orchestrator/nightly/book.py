@@ -17,7 +17,7 @@ import secrets
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,6 +25,7 @@ from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing,
 from jobs.merge_tasks import FORMAT
 from jobs.sealing import sealed, unsealed
 from orchestrator.judging.gate import Outcome
+from orchestrator.words import benchmark_words
 from workers.storage import Store
 from workers.storage.records import read_record
 
@@ -99,7 +100,8 @@ class Night:
     model, and anchor. `alpha` is the level of a wrong pass. `point` is the candidate's URL, None if it was not written;
     `epoch` the one that the pointer moves to, None unless it passed. `judged_against` is the nonce of the pointer then,
     None while nothing was blessed. `changed` are the parents that are new since the night before. `seconds` counts the
-    call that finished the night; `items` are answers, of all models together.
+    call that finished the night; `items` are answers, of all models together. `benchmark_weights` are the job's
+    `evaluate.weights` that night: scores of nights with other weights are other scores.
     """
 
     number: int
@@ -120,10 +122,19 @@ class Night:
     judged_against: str | None
     epoch: int | None
     nonce: str
+    benchmark_weights: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def weighed(self) -> str:
+        """The weights of benchmarks that are not 1, in words."""
+        return benchmark_words(self.benchmark_weights)
 
     def to_json(self) -> bytes:
         """The record's file."""
-        return sealed({"format": FORMAT, **asdict(self)}, lines=True)
+        document = {"format": FORMAT, **asdict(self)}
+        if not self.benchmark_weights:  # an older version reads the record of a job without weights
+            del document["benchmark_weights"]
+        return sealed(document, lines=True)
 
     @classmethod
     def from_json(cls, data: bytes) -> Night:
@@ -141,6 +152,11 @@ class Night:
             return cls(**document)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptData(f"damaged, not the record of a night ({error}); {LOST_NIGHT}") from None
+
+
+def reweighed(before: Night, night: Night) -> bool:
+    """Whether the scores of two nights weigh benchmarks otherwise."""
+    return dict(before.benchmark_weights) != dict(night.benchmark_weights)
 
 
 def new_nonce() -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from orchestrator.nightly.book import Blessed, Night
+from orchestrator.nightly.book import Blessed, Night, reweighed
 from orchestrator.nightly.words import headline
 from orchestrator.report.html import render
 from orchestrator.words import short_length
@@ -29,6 +30,7 @@ def nights_page(name: str, history: Sequence[Night], blessed: Blessed | None) ->
         headline=_sentence(shown[-1], blessed),
         nights=shown,
         older=len(history) - len(shown),
+        reweighed={night.night for one, night in pairwise(history) if reweighed(one, night)},
         blessed=blessed,
         charts=[(_title(what), trend(shown, what, _lowest(shown))) for what in _scores_of(shown)],
     )

@@ -151,6 +151,7 @@ class Nightly:
             judged_against=None if blessed is None else blessed.nonce,
             epoch=epoch if passed else None,
             nonce=new_nonce(),
+            benchmark_weights={} if self.job.evaluate is None else dict(sorted(self.job.evaluate.weights.items())),
         )
 
     def _write(self, tonight: Plan, standing: Sequence[str], found: _Found) -> frozenset[str]:

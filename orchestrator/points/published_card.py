@@ -15,7 +15,7 @@ import yaml
 from orchestrator.judging.effective_length import RULER_THRESHOLD, EffectiveLength
 from orchestrator.judging.guards import Guarded
 from orchestrator.report.leaderboard import Line
-from orchestrator.words import code, short_length, token_count
+from orchestrator.words import benchmark_words, code, short_length, token_count
 from workers.checkpoints.configs import context_length
 
 
@@ -38,14 +38,15 @@ def published_card(
     licence: Mapping[str, str],
     config: Mapping[str, Any],
     line: Line | None,
-    ranked: Sequence[str],
+    ranked: Mapping[str, float],
     searched: Sequence[str] = (),
     not_on_hub: Sequence[str] = (),
 ) -> str:
     """A point's card as the hub gets it: with its licence, and with its results where there are any.
 
     Only parents that the hub knows stay in `base_model`: it refuses paths and buckets there. `not_on_hub` are names
-    that only look like its own. `searched` are the facts of a search that chose the point.
+    that only look like its own. `ranked` are the weights of the benchmarks of the score, and `searched` the facts of a
+    search that chose the point.
     """
     front = front_matter(card)
     bases = [base for base in front.pop("base_model", []) if HUB_NAME.fullmatch(base) and base not in not_on_hub]
@@ -60,9 +61,9 @@ def published_card(
     return f"---\n{yaml.safe_dump(head, sort_keys=False).strip()}\n---\n{body}"
 
 
-def _index(line: Line, ranked: Sequence[str]) -> list[dict[str, Any]]:
+def _index(line: Line, ranked: Mapping[str, float]) -> list[dict[str, Any]]:
     """The results of a `model-index`, each a score from 0 to 100."""
-    benchmark = " and ".join(ranked)
+    benchmark = benchmark_words(ranked)
     rows = [("mean", f"{benchmark}, mean", line.score)]
     rows += [
         (str(length), f"{benchmark} at {length:,} tokens", score) for length, score in sorted(line.by_length.items())
@@ -79,9 +80,9 @@ def _index(line: Line, ranked: Sequence[str]) -> list[dict[str, Any]]:
     ]
 
 
-def _results(line: Line, ranked: Sequence[str], claimed: Any, searched: Sequence[str]) -> str:
+def _results(line: Line, ranked: Mapping[str, float], claimed: Any, searched: Sequence[str]) -> str:
     spread = f" ± {line.half_width:.1f}" if math.isfinite(line.half_width) else ""
-    rows = [(f"Score (0 to 100): {' and '.join(ranked)}, {line.items:,} items", f"{line.score:.1f}{spread}")]
+    rows = [(f"Score (0 to 100): {benchmark_words(ranked)}, {line.items:,} items", f"{line.score:.1f}{spread}")]
     rows += [(f"at {short_length(length)}", f"{score:.1f}") for length, score in sorted(line.by_length.items())]
     rows += [(code(task), f"{score:.1f}") for task, score in line.beside.items()]
     rows += [(f"Guard {code(found.guard)}", f"{found.score:.1f}{_finding(found)}") for found in line.guards]

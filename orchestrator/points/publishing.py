@@ -127,24 +127,24 @@ def _renamed(text: str, names: Mapping[str, str]) -> str:
     return text
 
 
-def _results(point: FoundPoint) -> tuple[Line | None, tuple[str, ...], list[str]]:
-    """The point's line of its run's leaderboard, the benchmarks it ranks by, and the facts of a search that chose it.
+def _results(point: FoundPoint) -> tuple[Line | None, Mapping[str, float], list[str]]:
+    """The point's line of its run's leaderboard, the weights of the benchmarks of its score, and the facts of a search.
 
-    None where it has no scores.
+    The search is the one that chose the point. None where it has no scores.
     """
     if point.run is None:
-        return None, (), []
+        return None, {}, []
     try:
         result = read_results(point.run)
     except BadInput:
-        return None, (), []
+        return None, {}, []
     names = {point.name, point.manifest.point}
     names |= {result.same[name] for name in names if name in result.same}
     lines = [line for line in leaderboard(result) if line.kind == "point" and line.name in names]
     searched: list[str] = []
     if result.search is not None and names & {result.search.steps[-1].best}:
         searched = facts(result.search, read_verdict(open_store(point.run)))
-    return (lines[0] if lines else None), result.ranked, searched
+    return (lines[0] if lines else None), result.weights, searched
 
 
 @contextmanager

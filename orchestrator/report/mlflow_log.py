@@ -1,7 +1,8 @@
 """A run's figures for an MLflow server or a folder of `mlflow ui`: an MLflow run a point, under one of the whole.
 
 Parameters are the point's axes; metrics its score, its interval and its effective length, and the score at each length
-as a step. The page is an artifact. Logged again, the same MLflow runs are renewed.
+as a step. A tag names the benchmarks of the score, and their weights. The page is an artifact. Logged again, the same
+MLflow runs are renewed.
 """
 
 from __future__ import annotations
@@ -18,8 +19,11 @@ from jobs.expressions import format_number
 from orchestrator.report.leaderboard import Line
 from orchestrator.report.page import page
 from orchestrator.report.run import Report
+from orchestrator.words import benchmark_words
 
 MOST_PARAMETER_CHARACTERS = 500
+SCORE_OF = "mergeyard.score_of"
+"""The tag with the benchmarks of the score, and their weights."""
 
 
 def log_run(report: Report, uri: str) -> None:
@@ -63,6 +67,7 @@ def _log(report: Report, client: Any, experiment: Any) -> None:
     top = _run(client, number, report.run.url, "", report.run.name)
     if report.recommendation is not None:
         client.set_tag(top, "mlflow.note.content", report.recommendation.sentence)
+    client.set_tag(top, SCORE_OF, benchmark_words(report.run.result.weights))
     client.log_text(top, page(report), "index.html")
     client.set_terminated(top)
     for line in report.lines:
@@ -84,6 +89,7 @@ def _log_point(report: Report, client: Any, experiment: str, top: str, line: Lin
         Param(name, value[:MOST_PARAMETER_CHARACTERS]) for name, value in _bindings(report, line.name).items()
     ]
     client.log_batch(run, metrics=metrics, params=parameters)
+    client.set_tag(run, SCORE_OF, benchmark_words(report.run.result.weights))
     client.set_terminated(run)
 
 

@@ -38,7 +38,7 @@ from orchestrator.report.run import MOST_RECEIPTS, PAGE, Report
 from orchestrator.report.searched import search_sections
 from orchestrator.report.sections import Choice, Section, Table, bounds, importance_section, table_of
 from orchestrator.viewing.address import EXPORT, address
-from orchestrator.words import short_length, size
+from orchestrator.words import benchmark_words, short_length, size
 from workers.benchmarks.registry import BENCHMARKS, asked_benchmarks
 from workers.storage import open_store
 
@@ -76,6 +76,7 @@ def page(report: Report) -> str:
         HERE / "page.html.jinja",
         {"short": short_length, "bytes": size, "interval": partial(_interval_style, low, high)},
         **_context(report),
+        score_of=benchmark_words(report.run.result.weights),
         scale=(low, high),
         script=Markup(script),
         script_digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),

@@ -22,7 +22,7 @@ from orchestrator.report.leaderboard import (
     guard_names,
     not_published,
 )
-from orchestrator.words import short_length, shortened
+from orchestrator.words import benchmark_words, short_length, shortened
 
 
 def print_leaderboard(lines: Sequence[Line], result: EvaluationResult) -> None:
@@ -164,8 +164,7 @@ def _perplexity_table(lines: Sequence[Line]) -> Any:
 
 
 def _footnote(lines: Sequence[Line], result: EvaluationResult) -> str:
-    weights = {row.benchmark: row.weight for row in result.ranked_rows()}
-    of = " and ".join(name + (f" × {weights[name]:g}" if weights.get(name, 1) != 1 else "") for name in result.ranked)
+    of = benchmark_words(result.weights)
     notes = [f"score: mean over lengths, over {of}, and over their tasks, with its 95 % interval"]
     if result.search is not None:
         notes.append("points: in the order of the search's model, which draws scores of few items towards neighbours")

@@ -95,7 +95,7 @@ def _check_page_and_card(run: Path) -> None:
     assert sorted(marks) == [("50.0", " ✗"), ("89.0", " ✓"), ("90.0", " ✓"), ("90.0", " ✓")]
     result = read_results(str(run))
     lines = {line.name: line for line in leaderboard(result)}
-    cards = {name: published_card("# p\n## Parents\n", {}, {}, lines[name], result.ranked) for name in ("w0.8", "fmt")}
+    cards = {name: published_card("# p\n## Parents\n", {}, {}, lines[name], result.weights) for name in ("w0.8", "fmt")}
     [row] = [row for row in cards["w0.8"].splitlines() if "Guard" in row]
     assert row.startswith("| Guard `gsm8k` | 50.0; gsm8k -40.0 (") and row.endswith("the margin of 5 |")
     assert "| Guard `gsm8k` | 90.0 |" in cards["fmt"], "the baseline is not judged"

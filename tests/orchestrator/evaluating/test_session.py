@@ -27,7 +27,10 @@ from orchestrator.evaluating.results import EVALUATION, RESULTS, VERDICT, read_r
 from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import questions
 from orchestrator.planning.plan import make_plan
+from orchestrator.points.published_card import published_card
 from orchestrator.report.leaderboard import leaderboard
+from orchestrator.report.page import page
+from orchestrator.report.run import read_run, report_on
 from orchestrator.watching import Watcher
 from tests.model_server import serving
 from tests.orchestrator.conftest import Ended, files_under
@@ -191,6 +194,10 @@ def test_other_weights_ask_nothing_again_and_change_the_scores(tmp_path: Path) -
     for line in leaderboard(result):
         parts = line.by_benchmark
         assert line.score == pytest.approx((3 * parts["ruler"] + parts["needle"]) / 4)
+    shown = page(report_on(read_run(str(tmp_path / "runs" / "tiny"))))
+    assert "Mean over lengths, over ruler × 3 and needle, and over their tasks" in shown
+    card = published_card("# p\n## Parents\n", {}, {}, leaderboard(result)[0], result.weights)
+    assert "| Score (0 to 100): ruler × 3 and needle, " in card
     alike, _ = evaluated(job_text(tmp_path, evaluate=asked))
     assert {row.weight for row in alike.rows} == {1.0}
 

@@ -671,6 +671,17 @@ def test_the_page_shows_every_night_and_refers_to_nothing_else() -> None:
     assert not [part for part in ("http://", "https://", "<script", "<img", "url(", "@import") if part in within]
 
 
+def test_the_page_marks_the_nights_whose_scores_weigh_benchmarks_otherwise() -> None:
+    weights = ({}, {"ruler": 2.0}, {"ruler": 2.0}, {})
+    nights = [replace(a_night(number), benchmark_weights=found) for number, found in enumerate(weights, 1)]
+    assert [Night.from_json(night.to_json()) for night in nights] == nights
+    assert b"benchmark_weights" not in nights[0].to_json(), "an older version reads this record"
+    page = nights_page("soup", nights, None)
+    assert page.count("other weights from here") == 3, "once in the legend of each chart"
+    assert re.findall(r"; weights: ([^<]+)<", page) == ["all 1", "ruler × 2"], "the latest night first"
+    assert "weights" not in nights_page("soup", nights[1:3], None).split("<main>")[1]
+
+
 def test_the_page_shows_the_last_two_months() -> None:
     page = nights_page("soup", [a_night(number) for number in range(1, 101)], None)
     assert "The last 60 nights of 100" in page and "0041-abcdef01" in page and "0040-abcdef01" not in page

@@ -238,6 +238,6 @@ def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_o
     print_leaderboard(report.lines, report.run.result)
     told = " ".join(capsys.readouterr().out.split())
     assert all("in the order of the search's model" in where for where in (told, html.unescape(text)))
-    card = published_card("# p\n## Parents\n", {}, {}, report.lines[0], ("ruler",), report.searched)
+    card = published_card("# p\n## Parents\n", {}, {}, report.lines[0], {"ruler": 1.0}, report.searched)
     assert f"|\n\n{' '.join(report.searched)}\n\n## Parents" in card
     assert "w 0.5, d 0: 69.0 ± 4.0; 1.0 ± 2.0 behind the best" in text

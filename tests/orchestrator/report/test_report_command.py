@@ -166,6 +166,7 @@ def test_the_run_in_mlflow(run: str, tmp_path: Path) -> None:
     assert by_length == {4096, 8192} and all(0 <= value <= 100 for _, value in steps)
     top = next(entry for entry in runs if entry.info.run_name == "made-up")
     assert logged.data.tags["mlflow.parentRunId"] == top.info.run_id
+    assert {entry.data.tags["mergeyard.score_of"] for entry in (top, logged)} == {"ruler and needle"}
     assert [file.path for file in client.list_artifacts(top.info.run_id)] == ["index.html"]
 
 
