@@ -17,7 +17,7 @@ from workers.evaluating.scores import read_scores
 
 
 def write_job(folder: Path) -> Path:
-    """Six points and a parent, answering 24 items at two lengths, on two workers."""
+    """Six points and a parent, answering 12 items at two lengths, on two workers."""
     job: dict[str, Any] = {
         "name": "soup",
         "parents": {name: str(PARENTS / name) for name in ("long", "fmt")},
@@ -31,7 +31,7 @@ def write_job(folder: Path) -> Path:
         },
         "grid": {"w": [0.5, 0.6, 0.7, 0.8, 0.9, 1]},
         "point": "w{w}",
-        "evaluate": {"ruler": {"tasks": ["niah_single_1"], "lengths": [256, 512], "items": 24}},
+        "evaluate": {"ruler": {"tasks": ["niah_single_1"], "lengths": [256, 512], "items": 12}},
         "keep": "none",
         "workers": {"cpus": 0.5, "memory": "1200MB", "count": 2},
         "output": str(folder),
@@ -65,6 +65,6 @@ def test_a_worker_killed_in_the_middle_costs_time_alone(start: Callable[..., Com
 
     alone = start("run", write_job(tmp_path / "alone"), "--json", "--in-process").ended()
     assert rows(on_ray.facts) == rows(alone.facts)
-    assert len(rows(alone.facts)) == 7 * 2 * 24
+    assert len(rows(alone.facts)) == 7 * 2 * 12
     assert on_ray.facts["leaderboard"] == alone.facts["leaderboard"]
     assert command.survivors(seconds=20) == []
