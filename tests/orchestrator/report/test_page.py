@@ -132,8 +132,8 @@ def test_unanswered_questions_have_a_column_where_there_are_any(tmp_path: Path, 
     assert "<h1>No recommendation: of " in told
 
 
-def test_two_hundred_points_thirteen_tasks_six_lengths(tmp_path: Path) -> None:
-    lengths = [4096 << step for step in range(6)]
+def test_two_hundred_points_thirteen_tasks_three_lengths(tmp_path: Path) -> None:
+    lengths = [4096 << step for step in range(0, 6, 2)]
     url = write_run(tmp_path, grid=(20, 10), tasks=TASKS, lengths=lengths, items=4, answer="42")
     began = time.process_time()
     text = page(report_on(read_run(url)))
