@@ -139,7 +139,7 @@ def tokens_by_item(rows: Sequence[ScoreRow], lost: float) -> dict[int, float]:
 
 
 def check_counted(row: ScoreRow, place: str) -> None:
-    """`BadInput` with the `place` if the model wrote an answer, and nobody counted its tokens."""
+    """`BadInput` with the `place` if the model wrote an answer without a count of its tokens."""
     silent = row.status == "empty" or (row.status == "unended" and not row.thought)
     if not (_lost(row) or row.tokens_out or silent):
         raise BadInput(
