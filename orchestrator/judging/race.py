@@ -198,14 +198,14 @@ class Race:
         row = self._scores[self._point_index[point], self._cell_index[cell]]
         index = np.asarray(items, dtype=np.intp)
         place = f"{point}, {cell.task} at {cell.length}"
-        if values.shape != index.shape or not np.all((values >= 0) & (values <= 1)):
+        if values.shape != index.shape or not ((values >= 0) & (values <= 1)).all():
             raise CorruptData(f"{place}: expected {index.size} scores between 0 and 1; evaluate the items again")
         if index.size and not (index.min() >= 0 and index.max() < row.size):
             raise CorruptData(
                 f"{place}: item {index.max()} is not one of this race's {row.size}; check the item numbers"
             )
         known = row[index]
-        if np.any(~np.isnan(known) & (known != values)):
+        if (~np.isnan(known) & (known != values)).any():
             raise CorruptData(
                 f"{place}: an item has two different scores; keep the first evaluation and drop the other"
             )
@@ -246,16 +246,17 @@ class Race:
         return float(self._costs.sum() * len(self.points) * self.rungs[-1])
 
     def _missing(self, points: NDArray[np.intp], start: int, stop: int) -> list[Block]:
-        blocks: list[Block] = []
-        if start == stop:
-            return blocks
         gaps = np.isnan(self._scores[points, :, start:stop])
-        for row, column in np.argwhere(gaps.any(axis=2)).tolist():
-            edges = np.flatnonzero(np.diff(gaps[row, column].astype(np.int8), prepend=0, append=0)) + start
-            for first, last in edges.reshape(-1, 2).tolist():
-                cost = float(self._costs[column]) * (last - first)
-                blocks.append(Block(self.points[points[row]], self.cells[column], range(first, last), cost))
-        return blocks
+        edges = np.argwhere(np.diff(gaps.astype(np.int8), axis=2, prepend=0, append=0)).tolist()
+        return [
+            Block(
+                self.points[points[row]],
+                self.cells[column],
+                range(start + first, start + last),
+                float(self._costs[column]) * (last - first),
+            )
+            for (row, column, first), (_, _, last) in zip(edges[::2], edges[1::2], strict=True)
+        ]
 
     def _complete(self, items: int) -> bool:
         return not np.isnan(self._scores[self._live, :, :items]).any()
