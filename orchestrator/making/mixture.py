@@ -6,9 +6,9 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,11 +26,15 @@ from workers.checkpoints.configs import completed, with_dtype
 from workers.checkpoints.dtypes import DTYPE_NAMES, TORCH_NAMES, numpy_dtype
 from workers.checkpoints.opening import Checkpoint, all_places
 from workers.checkpoints.side_files import is_of_tokenizer
-from workers.making.gates import direction, drawn, embedded, hidden_states, tokenised
+from workers.making.gates import decoder, direction, drawn, embedded, hidden_states, tokenised
 from workers.making.writing import Made, write_file
+from workers.merging.buffers import keep_freed_memory
 from workers.merging.deriving import Deriving
 from workers.methods.tile import as_tensor
 from workers.storage import open_store
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MLP = re.compile(r"(model\.layers\.(\d+)\.)mlp\.(gate_proj|up_proj|down_proj)\.weight")
 EMBEDDINGS = "model.embed_tokens.weight"
@@ -110,6 +114,7 @@ class Mixer:
 
     def run(self, begin: Callable[[int], None], progress: Callable[[int], None]) -> MadeMixture:
         """Computes the routers, then writes the mixture tensor by tensor."""
+        keep_freed_memory()
         gates = self._gates()
         tensors = [*self._tensors(gates)]
         total = sum(tensor.bytes for tensor in tensors)
@@ -170,16 +175,15 @@ class Mixer:
         checkpoint = self._models[model]
 
         def pieces() -> Iterator[memoryview]:
-            whole = self._reading.whole(checkpoint.name, checkpoint.tensors[name], name)
-            for start in range(0, whole.size, PIECE_ELEMENTS):
-                piece = whole[start : start + PIECE_ELEMENTS]
+            read = self._reading.pieces(checkpoint.name, checkpoint.tensors[name], name, PIECE_ELEMENTS)
+            for number, piece in enumerate(read):
                 if expert is not None and (expert.noise_scale, expert.residual_scale) != (None, None):
                     piece = piece.astype(np.float32)
                     if expert.noise_scale is not None:
-                        piece = piece + expert.noise_scale * drawn(piece.shape, self._seed, to, start)
+                        piece = piece + expert.noise_scale * drawn(piece.shape, self._seed, to, number * PIECE_ELEMENTS)
                     if expert.residual_scale is not None and ".down_proj." in name:
                         piece = piece * np.float32(expert.residual_scale)
-                yield piece.astype(numpy_dtype(self._dtype)).view("u1").data
+                yield piece.astype(numpy_dtype(self._dtype), copy=False).view("u1").data
 
         return Made(to, self._dtype, checkpoint.shapes[name], pieces)
 
@@ -197,7 +201,7 @@ class Mixer:
 
     def _of_prompts(self, asked: Sequence[Expert]) -> list[np.ndarray[Any, Any]]:
         import torch
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoTokenizer
         from transformers.utils import logging
 
         logging.disable_progress_bar()
@@ -209,12 +213,12 @@ class Mixer:
             rows = self._base.shapes[EMBEDDINGS][0]
             embeddings, model = torch.empty(0), None
             if self._mixture.gate_mode == "cheap_embed":
-                at = self._reading.whole(self._base.name, self._base.tensors[EMBEDDINGS], EMBEDDINGS)
-                embeddings = as_tensor(at).reshape(self._base.shapes[EMBEDDINGS])
+                embeddings = self._weight(EMBEDDINGS)
             else:
-                model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, trust_remote_code=False)
+                model = decoder(folder, self._weight)
 
-            def state(prompts: Sequence[str]) -> Any:
+            @cache
+            def state(prompts: tuple[str, ...]) -> Any:
                 tokens = tokenised(tokenizer, prompts)
                 if int(tokens["input_ids"].max()) >= rows:
                     raise BadInput(
@@ -227,32 +231,29 @@ class Mixer:
 
             return [
                 direction(
-                    state(expert.positive_prompts),
-                    state(expert.negative_prompts) if expert.negative_prompts else None,
+                    state(tuple(expert.positive_prompts)),
+                    state(tuple(expert.negative_prompts)) if expert.negative_prompts else None,
                 )
                 .float()
                 .numpy()
                 for expert in asked
             ]
 
+    def _weight(self, name: str) -> Tensor:
+        """A tensor of the base."""
+        elements = self._reading.mapped(self._base.name, self._base.tensors[name], name)
+        return as_tensor(elements).reshape(self._base.shapes[name])
+
     def _fetch(self, folder: Path) -> None:
-        """The base's tokenizer and config in a folder; for hidden states its weights too."""
+        """The base's tokenizer and config in a folder."""
         store = open_store(self._base.url)
         names = {name for name in self._base.side_files if is_of_tokenizer(name) and "/" not in name} | {"config.json"}
-        if self._mixture.gate_mode != "cheap_embed":
-            if self._base.others or not self._base.files:
-                raise BadInput(f"{self._mixture.place}: hidden states need a base without an adapter; merge it first")
-            names |= {file.key for file in self._base.files}
-            names |= {info.key for info in store.list("model.safetensors.index.json")}
         for name in sorted(names):
             local = Path(store.url) / name
             if local.exists():
                 (folder / name).symlink_to(local)
             else:
-                size = store.locate(name).size
-                with (folder / name).open("wb") as file:
-                    for start in range(0, size, 64 << 20):
-                        file.write(store.read(name, start=start, length=min(64 << 20, size - start)))
+                (folder / name).write_bytes(store.read(name))
 
     def _config(self) -> dict[str, Any]:
         """config.json: the base's fields with every default, and those of the experts."""

@@ -15,9 +15,12 @@ import yaml
 from torch import Tensor
 
 from orchestrator.cli import main
+from tests.benchmarks.make_checkpoints import write_adapter
 from tests.conformance.architectures import TEXT, write_models
 from tests.conformance.checkpoints import TOKENIZER, TOKENIZER_FILES
 from tests.conformance.oracle import MISSING, ORACLE_PYTHON, run_making
+from tests.conformance.reference import checkpoint
+from workers.making.gates import decoder, hidden_states
 
 SIZES = {**TEXT, "vocab_size": 2048}
 DENSE = {
@@ -40,16 +43,22 @@ def document(family: Path, gate_mode: str) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def states(tmp_path_factory: pytest.TempPathFactory) -> Mapping[tuple[str, str], tuple[Any, dict[str, Tensor]]]:
-    """Our model, and the weights of mergekit's, of each case."""
-    if not ORACLE_PYTHON.exists():
-        pytest.skip(MISSING)
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with base, one and two of each kind."""
     root = tmp_path_factory.mktemp("mixtures")
     for name, make in DENSE.items():
         write_models(root / name, name, make())
         for who in ("base", "one", "two"):
             for file in TOKENIZER_FILES:
                 shutil.copy(TOKENIZER / file, root / name / who / file)
+    return root
+
+
+@pytest.fixture(scope="module")
+def states(root: Path) -> Mapping[tuple[str, str], tuple[Any, dict[str, Tensor]]]:
+    """Our model, and the weights of mergekit's, of each case."""
+    if not ORACLE_PYTHON.exists():
+        pytest.skip(MISSING)
     requests = []
     for name, gate_mode in CASES:
         config = root / f"{name}-{gate_mode}.yml"
@@ -93,3 +102,32 @@ def test_the_config_says_what_mergekit_s_says(case: tuple[str, str], states: Map
     assert (config.num_experts_per_tok, getattr(config, "num_local_experts", None) or config.num_experts) == (1, 2)
     assert config.rms_norm_eps == 1e-6 and config.rope_parameters["rope_theta"] == 10000.0
     assert config.tie_word_embeddings == (case[0] == "qwen2")
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("name", DENSE)
+def test_the_states_before_each_layer_are_those_of_the_whole_model(name: str, layers: int, root: Path) -> None:
+    config = transformers.AutoConfig.from_pretrained(root / name / "base", num_hidden_layers=layers)
+    config.layer_types = ["full_attention"] * layers
+    whole: Any = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    whole.config.save_pretrained(root / f"{name}-{layers}")
+    tokens = {"input_ids": torch.tensor([[0, 5, 6], [7, 8, 9]]), "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]])}
+    found = hidden_states(decoder(str(root / f"{name}-{layers}"), whole.state_dict().__getitem__), tokens, average=True)
+    with torch.no_grad():
+        wanted = whole.eval()(**tokens, output_hidden_states=True).hidden_states[:layers]
+    assert torch.equal(found, torch.stack(wanted).sum(dim=2).div(3).sum(dim=1).div(2))
+
+
+def test_a_base_with_an_adapter_routes_as_the_merged_one(root: Path) -> None:
+    write_adapter(root / "llama" / "base", root / "adapter")
+    adapted, merged = f"{root}/llama/base+{root}/adapter", root / "merged"
+    (root / "merge.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: {adapted}}}]\ndtype: bfloat16\n")
+    assert main(["merge", str(root / "merge.yml"), str(merged), "-q"]) == 0
+    for number, base in enumerate((adapted, str(merged), str(root / "llama" / "base"))):
+        config = {**document(root / "llama", "hidden"), "base_model": base}
+        (root / "config.yml").write_text(yaml.safe_dump(config))
+        assert main(["moe", str(root / "config.yml"), str(root / f"mixture{number}"), "-q"]) == 0
+    first, second, plain = (checkpoint(str(root / f"mixture{number}")) for number in range(3))
+    gates = [name for name in first if name.endswith("gate.weight")]
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert gates and not any(torch.equal(first[name], plain[name]) for name in gates[1:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,13 +41,35 @@ def embedded(embeddings: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
     return direction(rows.sum(dim=(0, 1)).unsqueeze(0), None)
 
 
+def decoder(folder: str, weight: Callable[[str], Tensor]) -> Any:
+    """The layers before the last of the model whose config is in `folder`, with its embeddings, in bfloat16.
+
+    A router needs the states before each layer: neither the last layer nor the head. `weight` has a tensor by name.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
+    model.rotary_emb = type(model.rotary_emb)(config)  # computed, not stored
+    model.norm = torch.nn.Identity()  # it would replace the last state
+    model.layers = model.layers[:-1]
+    names = [name for name, _ in model.named_parameters()]
+    model.load_state_dict({name: weight(f"model.{name}").to(torch.bfloat16) for name in names}, assign=True)
+    return model.eval()
+
+
 def hidden_states(model: Any, tokens: Any, *, average: bool) -> Tensor:
-    """(layers, hidden): the state before each layer at the last token, or its mean over tokens, mean over prompts."""
+    """(layers, hidden): the state before each layer at the last token, or its mean over tokens, mean over prompts.
+
+    `model` comes from `decoder`.
+    """
     import torch
 
     with torch.no_grad():
-        output = model(**tokens.to(model.device), output_hidden_states=True, return_dict=True)
-    states = torch.stack(output.hidden_states[:-1])
+        output = model(**tokens, output_hidden_states=True, use_cache=False, return_dict=True)
+    states = torch.stack([*output.hidden_states[:-1], output.last_hidden_state])  # of no layer, the embeddings alone
     at = states.sum(dim=2) / states.shape[2] if average else states[:, :, -1, :]
     return at.sum(dim=1) / at.shape[1]
 

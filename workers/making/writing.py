@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from typing_extensions import Buffer
@@ -35,16 +36,18 @@ def write_file(
 ) -> tuple[FileEntry, dict[str, TensorEntry]]:
     """Writes a file that becomes visible when it is whole; returns its entries in a manifest.
 
-    `progress` gets the bytes of each piece. Raises the errors of the store and of the tensors' functions.
+    `progress` gets the bytes of each piece, which a second thread hashes while this one writes it. A tensor may give
+    its pieces in the same memory. Raises the errors of the store and of the tensors' functions.
     """
     entries: dict[str, TensorEntry] = {}
-    with store.upload(key) as upload:
+    with ThreadPoolExecutor(1, "hash") as hasher, store.upload(key) as upload:
         upload.write(header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in tensors]))
         for tensor in tensors:
             hashed, written = TensorHash(), 0
             for piece in tensor.pieces():
-                hashed.update(piece)
+                of_piece = hasher.submit(hashed.update, piece)
                 upload.write(piece)
+                of_piece.result()
                 written += memoryview(piece).nbytes
                 if progress is not None:
                     progress(memoryview(piece).nbytes)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jobs.errors import NotFinite
+from jobs.errors import NotFinite, ObjectChanged
 from jobs.merge_tasks import Derived, LowRank, Merged, Parent, ParentTensor, Rows, Scaled, Source, Strided, TensorMerge
 from jobs.yaml_nodes import quoted
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
-from workers.digests import digest_of
+from workers.digests import TensorHash, digest_of
 from workers.merging.buffers import memory
 from workers.merging.parent_rules import low_rank, row_adapter, scaled, strided
 from workers.merging.tiles import Elements, Facts, TensorMerger, learn, overflowed
@@ -27,6 +28,11 @@ PIECE_ELEMENTS = 16 * TILE_ELEMENTS
 
 Compute = Callable[[Any, Derived, Sequence[Elements]], Elements]
 """From (rule, tensor, inputs) to the elements of the tensor; all elements are 1-D, each in its dtype."""
+
+
+def is_near(url: str) -> bool:
+    """Whether a store is memory or a folder, where a read takes no longer than a copy."""
+    return "://" not in url or url.startswith("memory://")
 
 
 class Deriving:
@@ -48,6 +54,40 @@ class Deriving:
             return RULES[type(source.rule)](source.rule, source, inputs)
         except NotFinite as error:
             raise NotFinite(f"the merge {quoted(parent)}: {error}") from None
+
+    def mapped(self, parent: str, source: Source, tensor: str) -> Elements:
+        """As `whole`; a stored tensor in a folder is not copied, its memory is that of the file. Do not write to it."""
+        if not isinstance(source, ParentTensor) or "://" in (url := self._parents[parent].url):
+            return self.whole(parent, source, tensor)
+        store, file = self._stores[parent], self._parents[parent].files[source.file]
+        data = np.memmap(Path(url) / file.key, np.uint8, "c")[source.start : source.end].view(np.ndarray)
+        if store.locate(file.key).etag != file.etag:
+            raise ObjectChanged(f"{url}/{file.key} changed while it was in use; run again to pin the new version")
+        if source.digest:
+            check_digest(digest_of(data.data, like=source.digest), store, file, tensor, source)
+        return data.view(numpy_dtype(source.dtype))
+
+    def pieces(self, parent: str, source: Source, tensor: str, elements: int) -> Iterator[Elements]:
+        """The elements of a tensor in order, at most so many at once; raises as `whole` does.
+
+        A stored tensor of a parent that is near is read piece by piece into the same memory: the next piece overwrites
+        this one.
+        """
+        if not isinstance(source, ParentTensor) or not is_near(self._parents[parent].url):
+            whole = self.whole(parent, source, tensor)
+            yield from (whole[start : start + elements] for start in range(0, whole.size, elements))
+            return
+        store, file = self._stores[parent], self._parents[parent].files[source.file]
+        dtype, hashed = numpy_dtype(source.dtype), TensorHash(source.digest) if source.digest else None
+        data = memory(min(elements * dtype.itemsize, source.end - source.start))
+        for start in range(source.start, source.end, elements * dtype.itemsize):
+            piece = data[: source.end - start]
+            store.read_into(file.key, piece.data, start=start, etag=file.etag)
+            if hashed is not None:
+                hashed.update(piece.data)
+            yield piece.view(dtype)
+        if hashed is not None:
+            check_digest(hashed.digest(), store, file, tensor, source)
 
     def in_parts(self, parent: str, source: Source, tensor: str) -> Callable[[int, int], Elements]:
         """A function that has the elements [first, end) of a tensor; raises as `whole` does.

@@ -14,7 +14,7 @@ from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.hashing import check_digest
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, memory
-from workers.merging.deriving import Deriving
+from workers.merging.deriving import Deriving, is_near
 from workers.merging.streams import Mark
 from workers.merging.tiles import Elements, bytes_of
 from workers.methods.tile import TILE_ELEMENTS, as_tensor
@@ -108,7 +108,7 @@ def _cut(tensor: TensorMerge, slab_bytes: int, row: int) -> Iterator[Stretch]:
 
 def all_near(parents: Mapping[str, Parent]) -> bool:
     """Whether every parent is in memory or in a folder, where a read takes no longer than a copy."""
-    return all("://" not in parent.url or parent.url.startswith("memory://") for parent in parents.values())
+    return all(is_near(parent.url) for parent in parents.values())
 
 
 class ParentReader:

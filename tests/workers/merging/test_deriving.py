@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from jobs.errors import CorruptData, ObjectChanged
 from jobs.merge_tasks import Derived, LowRank, Parent, ParentFile, ParentTensor, Source
 from workers.digests import digest_of
 from workers.merging.deriving import Deriving
@@ -39,3 +40,24 @@ def test_parts_of_an_adapted_tensor_have_the_bytes_of_the_whole(tmp_path: Path, 
         for stop in (first + 1, first + 7, ROWS * COLUMNS):
             stop = min(stop, ROWS * COLUMNS)
             assert part(first, stop).tobytes() == whole[first:stop].tobytes()
+
+
+def test_a_stored_tensor_comes_in_pieces_or_by_its_file_and_is_checked(tmp_path: Path) -> None:
+    data = np.random.default_rng(6).standard_normal(50).astype(ml_dtypes.bfloat16)
+    (tmp_path / "model").write_bytes(b"header" + data.tobytes())
+    store = open_store(str(tmp_path))
+    parent = Parent(store.pinned_url, tuple(ParentFile(info.key, info.size, info.etag) for info in store.list()))
+    for digest in ("", digest_of(data.tobytes())):
+        deriving, at = Deriving({"p": parent}), ParentTensor(0, "BF16", 6, 106, digest)
+        assert [piece.tolist() for piece in deriving.pieces("p", at, "w", 20)] == [
+            data[:20].tolist(), data[20:40].tolist(), data[40:].tolist()
+        ]  # fmt: skip
+        assert deriving.mapped("p", at, "w").tobytes() == data.tobytes()
+    wrong = ParentTensor(0, "BF16", 6, 106, digest_of(b"others"))
+    for read in (lambda: list(deriving.pieces("p", wrong, "w", 20)), lambda: deriving.mapped("p", wrong, "w")):
+        with pytest.raises(CorruptData, match="tensor w is not the one of manifest"):
+            read()
+    (tmp_path / "model").write_bytes(b"header" + bytes(100))
+    for read in (lambda: list(deriving.pieces("p", at, "w", 20)), lambda: deriving.mapped("p", at, "w")):
+        with pytest.raises(ObjectChanged):
+            read()
