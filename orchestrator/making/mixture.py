@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jobs.errors import BadInput, writing
-from jobs.manifest import FileEntry, TensorEntry
 from jobs.mixtures import DRAWN, Expert, Mixture
 from orchestrator.making.card import made_card
 from orchestrator.making.output import Output
@@ -27,7 +26,7 @@ from workers.checkpoints.dtypes import DTYPE_NAMES, TORCH_NAMES, numpy_dtype
 from workers.checkpoints.opening import Checkpoint, all_places
 from workers.checkpoints.side_files import is_of_tokenizer
 from workers.making.gates import decoder, direction, drawn, embedded, hidden_states, tokenised
-from workers.making.writing import Made, write_file
+from workers.making.writing import Made, write_files
 from workers.merging.buffers import keep_freed_memory
 from workers.merging.deriving import Deriving
 from workers.methods.tile import as_tensor
@@ -120,12 +119,8 @@ class Mixer:
         total = sum(tensor.bytes for tensor in tensors)
         begin(total)
         self.output.begin()
-        shards: dict[str, FileEntry] = {}
-        entries: dict[str, TensorEntry] = {}
         with writing():
-            for name, part in _cut(tensors, self._shard_bytes).items():
-                shards[name], found = write_file(self.output.store, name, part, progress)
-                entries |= found
+            shards, entries = write_files(self.output.store, _cut(tensors, self._shard_bytes), progress)
         copied, _ = copied_files(self._base, self._base, code=False, renumbered=False)
         owners = dict.fromkeys(copied, self._base.name)
         side = files_beside(owners, (), None, partial(read_beside, {self._base.name: self._base}))

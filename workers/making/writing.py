@@ -1,10 +1,12 @@
-"""A safetensors file written tensor by tensor, each made when its turn comes."""
+"""Safetensors files written tensor by tensor, each made when its turn comes."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import os
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, CancelledError, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 from typing_extensions import Buffer
@@ -14,6 +16,8 @@ from jobs.merge_tasks import DTYPE_BITS
 from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
 from workers.storage import Store
+
+FILES_AT_ONCE = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,35 @@ class Made:
     def bytes(self) -> int:
         """Stored size."""
         return math.prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+def write_files(
+    store: Store, files: Mapping[str, Sequence[Made]], progress: Callable[[int], None]
+) -> tuple[dict[str, FileEntry], dict[str, TensorEntry]]:
+    """As `write_file`, for the tensors of each file by its key; several files at once, most of it is the kernel's work.
+
+    An error ends the other files too: those that are not whole yet do not become visible.
+    """
+    stopped = threading.Event()
+
+    def unless_stopped(amount: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        progress(amount)
+
+    with ThreadPoolExecutor(min(FILES_AT_ONCE, os.cpu_count() or 1), "write") as pool:
+        begun = [pool.submit(write_file, store, key, tensors, unless_stopped) for key, tensors in files.items()]
+        try:
+            for ended in wait(begun, return_when=FIRST_EXCEPTION).done:
+                ended.result()
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    entries: dict[str, TensorEntry] = {}
+    for one in begun:
+        entries |= one.result()[1]
+    return {key: one.result()[0] for key, one in zip(files, begun, strict=True)}, entries
 
 
 def write_file(
