@@ -29,16 +29,14 @@ RAY = (
 """Tests that start Ray: two clusters at once starve each other."""
 
 ORACLE = "tests/conformance/test_against"
-"""Tests that share mergekit's answers, which take ten seconds."""
+"""Tests that share a process of mergekit, which takes ten seconds of CPU time to start."""
 
 SLOW = (
     *RAY,
     "tests/benchmarks",
     "tests/chaos",
-    "tests/conformance/test_adapters.py",
     "tests/conformance/test_architecture",
     "tests/conformance/test_fp8.py",
-    "tests/conformance/test_options.py",
     ORACLE,
     "tests/infra",
     "tests/orchestrator/cluster/test_ray",

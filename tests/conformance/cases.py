@@ -4,6 +4,7 @@ stands for the folder of checkpoints.py's families."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import yaml
 
 from tests.conformance.further_cases import DELLA, FURTHER, FURTHER_REFUSED
 from workers.methods import METHODS
+
+METHOD = re.compile(r"^merge_method: (\w+)$", re.MULTILINE)
 
 LINEAR = {
     "linear-bf16": """
@@ -591,12 +594,23 @@ BIT_EXACT = {
 
 def parsed(document: str, parents: Path) -> dict[str, Any]:
     """The document with the parents' folder filled in."""
-    return yaml.safe_load(document.replace("PARENTS", str(parents)))
+    return yaml.load(document.replace("PARENTS", str(parents)), yaml.CSafeLoader)
+
+
+def of_each_method(documents: dict[str, str], every: int) -> list[str]:
+    """The names of the first document of each method, and of every so-many-th after it."""
+    seen: Counter[str] = Counter()
+    chosen: list[str] = []
+    for name, text in documents.items():
+        method = METHOD.findall(text)[0]
+        chosen += [name] if seen[method] % every == 0 else []
+        seen[method] += 1
+    return chosen
 
 
 def ours(documents: dict[str, str]) -> dict[str, str]:
     """The documents of the methods that mergeyard has."""
-    return {name: text for name, text in documents.items() if yaml.safe_load(text)["merge_method"] in METHODS}
+    return {name: text for name, text in documents.items() if METHOD.findall(text)[0] in METHODS}
 
 
 def parents_disagree(text: str) -> bool:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+LAYERS = 3
+"""Of text; a vision tower has two, so that a gradient over the wrong stack shows."""
+
 ALIKE = ("llama", "tied llama", "qwen2", "qwen3", "mistral", "gemma2", "gemma3", "phi3", "gpt2")
 """mergekit stores mixtures of experts under other names, and fails for Bert and multimodal models."""
 

@@ -1,11 +1,11 @@
-"""mergekit from PyPI as a judge: many merges in one subprocess of its own environment."""
+"""mergekit from PyPI as a judge: a process of its own environment, which answers one question after another."""
 
 from __future__ import annotations
 
 import json
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,51 @@ import yaml
 HERE = Path(__file__).parent
 ORACLE_PYTHON = HERE.parents[1] / ".venv-mergekit" / "bin" / "python"
 MISSING = "mergekit's environment .venv-mergekit is not there; `make oracle` installs it"
+QUIET = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-@dataclass(frozen=True)
-class Merge:
-    """One merge to ask of mergekit: of a document, or of its text."""
+class Failed(Exception):
+    """What mergekit or PEFT raised, as text."""
 
-    name: str
-    document: dict[str, Any] | str
-    seed: int = 0
-    shard_bytes: int = 5_000_000_000
+
+class Oracle:
+    """The process, on one CPU thread: it starts at the first question, which takes ten seconds of CPU time."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """The answer of a function of `oracle_driver.py`; raises `Failed` where it raised."""
+        process = self._process or self._started()
+        assert process.stdin is not None and process.stdout is not None
+        process.stdin.write(json.dumps([request, arguments]) + "\n")
+        process.stdin.flush()
+        line = process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the oracle ended at {request} of {arguments}: {self._log.read_text()[-3000:]}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Failed(answer["error"])
+        return answer["value"]
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+
+    def _started(self) -> subprocess.Popen[str]:
+        with self._log.open("w") as log:
+            self._process = subprocess.Popen(
+                [ORACLE_PYTHON, HERE / "oracle_driver.py"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**os.environ, **QUIET},
+            )
+        return self._process
 
 
 @dataclass(frozen=True)
@@ -35,50 +70,31 @@ class Answer:
     error: str | None
 
 
-def run_mergekit(merges: Sequence[Merge], root: Path) -> dict[str, Answer]:
-    """Runs all merges on one CPU thread; each one's output goes to `root/<name>`. About 10 s to start, 0.2 s a
-    merge."""
-    tasks = [
-        {
-            "name": merge.name,
-            "config": merge.document
-            if isinstance(merge.document, str)
-            else yaml.safe_dump(merge.document, sort_keys=False),
-            "out": str(root / merge.name),
-            "seed": merge.seed,
-            "shard_bytes": merge.shard_bytes,
-        }
-        for merge in merges
-    ]
-    lines = [
-        json.loads(line[7:]) for line in _run("mergekit_driver.py", tasks).splitlines() if line.startswith("result ")
-    ]
-    if len(lines) != len(tasks):
-        raise RuntimeError(f"mergekit finished {len(lines)} of {len(tasks)} merges")
-    return {line["name"]: Answer(root / line["name"], line["error"]) for line in lines}
+class Answers(Mapping[str, Answer]):
+    """mergekit's merges of documents by name, each made when it is first looked at: 0.1 s."""
 
+    def __init__(self, oracle: Oracle, documents: Mapping[str, Callable[[], dict[str, Any] | str]], root: Path) -> None:
+        self._oracle, self._documents, self._root = oracle, documents, root
+        self._found: dict[str, Answer] = {}
 
-def run_making(requests: Sequence[dict[str, Any]]) -> None:
-    """Runs programs of mergekit, and PEFT, as `making_driver.py` says; about 15 s to start."""
-    _run("making_driver.py", requests)
+    def __getitem__(self, name: str) -> Answer:
+        if name not in self._found:
+            document = self._documents[name]()
+            self._found[name] = self.merge(name, document)
+        return self._found[name]
 
+    def merge(self, name: str, document: dict[str, Any] | str, shard_bytes: int = 5_000_000_000) -> Answer:
+        """The merge of a document, or of its text, in files of at most so many bytes."""
+        text = document if isinstance(document, str) else yaml.safe_dump(document, sort_keys=False)
+        folder = self._root / name
+        try:
+            self._oracle.ask("merge", config=text, out=str(folder), seed=0, shard_bytes=shard_bytes)
+        except Failed as failed:
+            return Answer(folder, str(failed))
+        return Answer(folder, None)
 
-def run_genomes(cases: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The documents of mergekit-evolve, as `evolve_driver.py` says; about 10 s to start."""
-    [line] = [line for line in _run("evolve_driver.py", cases).splitlines() if line.startswith("result ")]
-    return json.loads(line[7:])
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._documents)
 
-
-def _run(driver: str, tasks: Sequence[dict[str, Any]]) -> str:
-    quiet = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(
-        [str(ORACLE_PYTHON), str(HERE / driver)],
-        input=json.dumps(tasks),
-        capture_output=True,
-        text=True,
-        env={**os.environ, **quiet},
-        timeout=540,
-    )
-    if done.returncode:
-        raise RuntimeError(f"{driver} failed: {done.stderr[-3000:]}")
-    return done.stdout
+    def __len__(self) -> int:
+        return len(self._documents)

@@ -14,7 +14,7 @@ import yaml
 from jobs.genome import Genome, load_genome
 from jobs.job import Job, read_job
 from jobs.yaml_nodes import node_of
-from tests.conformance.oracle import MISSING, ORACLE_PYTHON, run_genomes
+from tests.conformance.oracle import Oracle
 
 PARENTS = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
 LAYERS = 3
@@ -122,11 +122,9 @@ def by_slice(document: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
 
 
 @pytest.mark.heavy
-def test_points_are_the_documents_of_mergekit() -> None:
-    if not ORACLE_PYTHON.exists():
-        pytest.skip(MISSING)
-    theirs = run_genomes([{"genome": case, "genotypes": genotypes(case)} for case in CASES.values()])
-    for (name, case), documents in zip(CASES.items(), theirs, strict=True):
+def test_points_are_the_documents_of_mergekit(oracle: Oracle) -> None:
+    for name, case in CASES.items():
+        documents = oracle.ask("documents_of_genome", genome=case, genotypes=genotypes(case))
         job = job_of(load_genome(text_of(case), "genome.yml"))
         assert job.search is not None and job.searched is not None
         paths = {path: parent for parent, path in job.parents.items()}

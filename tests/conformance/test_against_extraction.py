@@ -13,20 +13,20 @@ from torch import Tensor
 
 from orchestrator.cli import main
 from tests.conformance.architectures import write_family
-from tests.conformance.oracle import MISSING, ORACLE_PYTHON, run_making
+from tests.conformance.oracle import Oracle
 from tests.conformance.reference import checkpoint
 
-pytestmark = pytest.mark.skipif(not ORACLE_PYTHON.exists(), reason=MISSING)
 RANK = 5
 FAMILIES = {"untied": ["--embed-lora"], "fp32": [], "gpt2": [], "mixtral": []}
 
 
 @pytest.fixture(scope="module")
-def folders(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, tuple[Path, Path, Path]]:
+def folders(
+    oracle: Oracle, parents: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Mapping[str, tuple[Path, Path, Path]]:
     """Of each family: base, model, and a folder with our adapters and the answers of mergekit and PEFT."""
     root = tmp_path_factory.mktemp("adapters")
     found: dict[str, tuple[Path, Path, Path]] = {}
-    requests = []
     for family, options in FAMILIES.items():
         base, model = parents / family / "base", parents / family / "cos"
         if not base.exists():
@@ -36,22 +36,12 @@ def folders(parents: Path, tmp_path_factory: pytest.TempPathFactory) -> Mapping[
         for name, rank in (("whole", 999), ("narrow", RANK)):
             given = [str(model), str(base), str(out / name), "--rank", str(rank), "-q"]
             assert main(["extract-lora", *given, *options]) == 0
-        requests.append({"base": str(base), "adapter": str(out / "whole"), "out": str(out / "merged.safetensors")})
+        merged = str(out / "merged.safetensors")
+        oracle.ask("merge_adapter", base=str(base), adapter=str(out / "whole"), out=merged)
         if family in ("untied", "fp32"):
-            theirs = [
-                "--model",
-                model,
-                "--base-model",
-                base,
-                "--out-path",
-                out / "theirs",
-                "--max-rank",
-                RANK,
-                *options,
-            ]
-            requests.append({"program": "extract_lora", "arguments": [*map(str, theirs)]})
+            given = ["--model", model, "--base-model", base, "--out-path", out / "theirs", "--max-rank", RANK, *options]
+            oracle.ask("program", name="extract_lora", arguments=[*map(str, given)])
         found[family] = base, model, out
-    run_making(requests)
     return found
 
 

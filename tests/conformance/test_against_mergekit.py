@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from tests.conformance import cases, tally
-from tests.conformance.conftest import Ours, merge_ours
+from tests.conformance.conftest import Ours, in_ordinary_runs, merge_ours
 from tests.conformance.measures import find_masks
-from tests.conformance.oracle import Answer
+from tests.conformance.oracle import Answer, Answers
 from tests.conformance.reference import TaskVectors, checkpoint, merged
 from tests.conformance.verdicts import (
     SIGMAS,
@@ -39,35 +39,39 @@ def model_fields(folder: Path) -> dict[str, Any]:
     return {field: value for field, value in config.items() if field != "transformers_version"}
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`make test` takes every fourth of the cases of each method to mergekit, `make conformance` all."""
+    every = 4 if in_ordinary_runs(metafunc.config) else 1
+    for argument, documents in (("judged_case", cases.CASES), ("exact_case", BIT_EXACT)):
+        if argument in metafunc.fixturenames:
+            metafunc.parametrize(argument, cases.of_each_method(documents, every))
+
+
 @pytest.mark.parametrize("name", CASES)
-def test_every_merge_follows_the_formulas(name: str, ours: Ours, parents: Path) -> None:
+def test_every_merge_follows_the_formulas(name: str, ours: Ours, parents: Path, counting: bool) -> None:
     text = cases.CASES[name]
     document = cases.parsed(text, parents)
     assert_follows_formulas(ours(text), document)
-    tally.add(document["merge_method"], "formula", against_formulas(ours(text), document))
+    if counting:
+        tally.add(document["merge_method"], "formula", against_formulas(ours(text), document))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_every_merge_is_within_one_ulp_of_mergekit_in_float32(
-    name: str, ours: Ours, mergekit: Mapping[str, Answer], parents: Path
+def test_mergekit_in_float32_follows_the_formulas_and_every_merge_is_within_one_ulp_of_it(
+    judged_case: str, ours: Ours, mergekit: Mapping[str, Answer], parents: Path
 ) -> None:
-    document = cases.parsed(CASES[name], parents)
-    assert mergekit[name].error is None
-    counts = assert_within_one_ulp(ours(CASES[name]), mergekit[name].folder, document)
-    tally.add(document["merge_method"], "float32", counts)
+    text = cases.CASES[judged_case]
+    document, theirs = cases.parsed(text, parents), mergekit[judged_case]
+    assert theirs.error is None
+    assert_follows_formulas(theirs.folder, document)
+    if judged_case in CASES:
+        counts = assert_within_one_ulp(ours(text), theirs.folder, document)
+        tally.add(document["merge_method"], "float32", counts)
 
 
 @pytest.mark.parametrize("name", ONE_ROUNDING)
 def test_linear_and_task_arithmetic_are_rounded_once(name: str, ours: Ours, parents: Path) -> None:
     text = ONE_ROUNDING[name]
     assert share_correctly_rounded(ours(text), cases.parsed(text, parents)) >= 0.999
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`make test` takes every third of the cases in bfloat16, `make conformance` all."""
-    if "exact_case" in metafunc.fixturenames:
-        every = 3 if metafunc.config.getoption("--documents", 2) <= 2 else 1
-        metafunc.parametrize("exact_case", list(BIT_EXACT)[::every])
 
 
 def test_mergekit_numerics_repeat_mergekit_bit_for_bit(
@@ -123,14 +127,16 @@ def test_the_output_folder_holds_what_mergekit_writes(name: str, ours: Ours, mer
 
 
 def test_a_sharded_output_has_the_same_tensors_and_an_index_of_the_same_form(
-    mergekit: Mapping[str, Answer], parents: Path, tmp_path: Path
+    mergekit: Answers, parents: Path, tmp_path: Path
 ) -> None:
     text = cases.CASES["linear-bf16"]
-    config = yaml.safe_dump(cases.parsed(text, parents), sort_keys=False)
+    document = cases.parsed(text, parents)
+    sharded = mergekit.merge("sharded output", document, shard_bytes=30_000)
+    config = yaml.safe_dump(document, sort_keys=False)
     assert merge_ours(config, tmp_path / "out", "float32", "--out-shard-size", "30000") == 0
     index, theirs = (
         json.loads((folder / "model.safetensors.index.json").read_text())
-        for folder in (tmp_path / "out", mergekit["sharded output"].folder)
+        for folder in (tmp_path / "out", sharded.folder)
     )
     assert index["weight_map"].keys() == theirs["weight_map"].keys()
     assert index["metadata"]["total_size"] == theirs["metadata"]["total_size"]

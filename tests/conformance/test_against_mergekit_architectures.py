@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,20 @@ from tests.conformance.test_architectures import run_merge
 
 @pytest.mark.parametrize("architecture", ALIKE)
 def test_slices_with_gradients_and_filters_are_mergekit_s(
-    architecture: str, deep: Path, mergekit: Mapping[str, Answer], tmp_path: Path
+    architecture: str, deep: Callable[[str], Path], mergekit: Mapping[str, Answer], tmp_path: Path
 ) -> None:
-    assert_alike(mergekit[f"slices of {architecture}"], slices(deep / architecture), tmp_path / "merge")
+    assert_alike(mergekit[f"slices of {architecture}"], slices(deep(architecture)), tmp_path / "merge")
 
 
 @pytest.mark.parametrize("architecture", ALIKE)
 def test_a_stack_is_mergekit_s_where_it_has_one(
-    architecture: str, deep: Path, mergekit: Mapping[str, Answer], tmp_path: Path
+    architecture: str, deep: Callable[[str], Path], mergekit: Mapping[str, Answer], tmp_path: Path
 ) -> None:
     answer = mergekit[f"stack of {architecture}"]
     if architecture in LAYER_TYPES:
         assert "validate_layer_type" in (answer.error or "")
     else:
-        assert_alike(answer, stack(deep / architecture), tmp_path / "merge")
+        assert_alike(answer, stack(deep(architecture)), tmp_path / "merge")
 
 
 def assert_alike(answer: Answer, document: Mapping[str, Any], out: Path) -> None:

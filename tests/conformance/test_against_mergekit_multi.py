@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from orchestrator.cli import main
-from tests.conformance.oracle import MISSING, ORACLE_PYTHON
+from tests.conformance.oracle import Oracle
 from tests.orchestrator.models import load_model, weights, write_adapter, write_model
 
 pytestmark = pytest.mark.oracle
@@ -85,17 +83,9 @@ models:
 - {model: half, parameters: {weight: 0.25}}
 dtype: float32
 """
-MULTI = """
-import sys
-from mergekit.scripts.multimerge import main
-for file, out in zip(sys.argv[1::2], sys.argv[2::2]):
-    folders = ["--out-path", out, "--intermediate-dir", f"{out}-stages", "--lora-merge-cache", f"{out}-adapted"]
-    main([file, *folders, "--quiet"], standalone_mode=False)
-"""
 
 
-@pytest.mark.skipif(not ORACLE_PYTHON.exists(), reason=MISSING)
-def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(tmp_path: Path) -> None:
+def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(oracle: Oracle, tmp_path: Path) -> None:
     for who in ("base", "cos", "fmt"):
         write_model(tmp_path / who, weights(who))
     generator = torch.Generator().manual_seed(0)
@@ -112,9 +102,10 @@ def test_documents_that_feed_each_other_give_the_weights_of_mergekit_multi(tmp_p
         assert main(["merge", str(file), str(tmp_path / f"our-{name}"), "--numerics", "mergekit", "--quiet"]) == 0
     files = {name: tmp_path / f"{name}.yml" for name in ours}
     files["repeated"] = tmp_path / "our-any-order" / "mergekit_config.yml"
-    asked = [str(part) for name, file in files.items() for part in (file, tmp_path / f"their-{name}")]
-    quiet = {"PYTHONHASHSEED": "0", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    subprocess.run([ORACLE_PYTHON, "-c", MULTI, *asked], env={**os.environ, **quiet}, check=True, timeout=300)
+    for name, file in files.items():
+        out = str(tmp_path / f"their-{name}")
+        folders = ["--out-path", out, "--intermediate-dir", f"{out}-stages", "--lora-merge-cache", f"{out}-adapted"]
+        oracle.ask("program", name="multimerge", arguments=[str(file), *folders, "--quiet"])
     same = {
         "our-any-order": ("their-any-order", "their-repeated"),
         "our-all-named": ("their-all-named-stages/result",),

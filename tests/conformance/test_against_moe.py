@@ -18,7 +18,7 @@ from orchestrator.cli import main
 from tests.benchmarks.make_checkpoints import write_adapter
 from tests.conformance.architectures import TEXT, write_models
 from tests.conformance.checkpoints import TOKENIZER, TOKENIZER_FILES
-from tests.conformance.oracle import MISSING, ORACLE_PYTHON, run_making
+from tests.conformance.oracle import Oracle
 from tests.conformance.reference import checkpoint
 from workers.making.gates import decoder, hidden_states
 
@@ -55,17 +55,14 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def states(root: Path) -> Mapping[tuple[str, str], tuple[Any, dict[str, Tensor]]]:
+def states(oracle: Oracle, root: Path) -> Mapping[tuple[str, str], tuple[Any, dict[str, Tensor]]]:
     """Our model, and the weights of mergekit's, of each case."""
-    if not ORACLE_PYTHON.exists():
-        pytest.skip(MISSING)
-    requests = []
     for name, gate_mode in CASES:
         config = root / f"{name}-{gate_mode}.yml"
         config.write_text(yaml.safe_dump(document(root / name, gate_mode)))
         assert main(["moe", str(config), str(root / f"ours-{name}-{gate_mode}"), "-q"]) == 0
-        requests.append({"program": "moe", "arguments": [str(config), str(root / f"theirs-{name}-{gate_mode}")]})
-    run_making(requests)
+        theirs = [str(config), str(root / f"theirs-{name}-{gate_mode}")]
+        oracle.ask("program", name="moe", arguments=theirs)
 
     def load(folder: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)

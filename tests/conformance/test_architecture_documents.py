@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import torch
 
-from tests.conformance.architectures import ARCHITECTURES, layers, write_family
+from tests.conformance.architectures import ARCHITECTURES
+from tests.conformance.conftest import in_ordinary_runs
+from tests.conformance.deep_cases import LAYERS
 from tests.conformance.measures import explained
 from tests.conformance.reference import Array, checkpoint, linear
 from tests.conformance.test_architectures import doubles, loaded, run_merge
-
-DEEP = 3
-"""Layers of text; a vision tower has two, so that a gradient over the wrong stack shows."""
 
 VLMS = ("gemma3 VLM", "qwen2-vl", "llava")
 LAYER = re.compile(r"^(.*?\b(?:layers|layer|blocks|h))\.(\d+)\.")
@@ -28,19 +27,19 @@ BEFORE = re.compile(r"embed|wte|wpe")
 WEIGHTS = (0.7, 0.4)
 
 
-@pytest.fixture(scope="module")
-def families(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Writes the parents of an architecture at its first use; returns their folder."""
-    root = tmp_path_factory.mktemp("deep")
+IN_TURN = (
+    "test_a_filter_takes_the_tensors_with_its_text",
+    "test_two_slices_have_weights_of_their_own",
+    "test_a_union_of_vocabularies_has_a_row_for_every_token",
+)
 
-    def family(architecture: str) -> Path:
-        folder = root / architecture.replace(" ", "-")
-        if not folder.exists():
-            with layers(DEEP):
-                write_family(folder, architecture)
-        return folder
 
-    return family
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """`make test` takes each architecture to one of these tests, `make conformance` to all."""
+    if metafunc.definition.name in IN_TURN:
+        every = len(IN_TURN) if in_ordinary_runs(metafunc.config) else 1
+        names = [*ARCHITECTURES]
+        metafunc.parametrize("architecture", names[IN_TURN.index(metafunc.definition.name) % every :: every])
 
 
 def place(name: str) -> tuple[str, int] | None:
@@ -93,9 +92,9 @@ def in_its_module(architecture: str, slices: Sequence[Mapping[str, Any]]) -> dic
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_gradient_goes_over_the_layers_of_each_stack(
-    architecture: str, families: Callable[[str], Path], tmp_path: Path
+    architecture: str, deep: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    parents = families(architecture)
+    parents = deep(architecture)
     rising, falling = [0.1, 0.5, 0.2], [0.9, 0.3]
     models = [
         source(parents / "one", parameters={"weight": rising}),
@@ -110,19 +109,18 @@ def test_a_gradient_goes_over_the_layers_of_each_stack(
     assert_linear(merged, parents, weights_of)
 
 
-def test_a_wrong_weight_is_noticed(families: Callable[[str], Path], tmp_path: Path) -> None:
-    parents = families("qwen2")
+def test_a_wrong_weight_is_noticed(deep: Callable[[str], Path], tmp_path: Path) -> None:
+    parents = deep("qwen2")
     models = [source(parents / who, parameters={"weight": weight}) for who, weight in (("one", [0.1, 0.2]), ("two", 1))]
     merged = merge({"merge_method": "linear", "models": models}, tmp_path / "merge", "qwen2")
     with pytest.raises(AssertionError, match=r"model\.layers\.1\."):
         assert_linear(merged, parents, lambda name: (0.2 if ".2." in name else 0.1, 1.0))
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_filter_takes_the_tensors_with_its_text(
-    architecture: str, families: Callable[[str], Path], tmp_path: Path
+    architecture: str, deep: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    parents = families(architecture)
+    parents = deep(architecture)
     by_name = [
         {"filter": "att", "value": 0.9},
         {"filter": "embed", "value": 0.2},
@@ -144,11 +142,8 @@ def test_a_filter_takes_the_tensors_with_its_text(
     assert_linear(merged, parents, weights_of)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_two_slices_have_weights_of_their_own(
-    architecture: str, families: Callable[[str], Path], tmp_path: Path
-) -> None:
-    parents = families(architecture)
+def test_two_slices_have_weights_of_their_own(architecture: str, deep: Callable[[str], Path], tmp_path: Path) -> None:
+    parents = deep(architecture)
     first, last = (0.7, 0.4), (0.2, 0.9)
     slices = [
         {
@@ -157,7 +152,7 @@ def test_two_slices_have_weights_of_their_own(
                 for who, weight in zip(("one", "two"), weights, strict=True)
             ]
         }
-        for (begin, end), weights in (((0, 2), first), ((2, DEEP), last))
+        for (begin, end), weights in (((0, 2), first), ((2, LAYERS), last))
     ]
     merged = merge({"merge_method": "linear", **in_its_module(architecture, slices)}, tmp_path / "merge", architecture)
 
@@ -172,13 +167,13 @@ def test_two_slices_have_weights_of_their_own(
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_stack_of_two_models_loads_with_as_many_layers(
-    architecture: str, families: Callable[[str], Path], tmp_path: Path
+    architecture: str, deep: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    parents = families(architecture)
+    parents = deep(architecture)
     origins = [("one", 0), ("one", 1), ("two", 1), ("two", 2)]
     slices = [
         {"sources": [source(parents / "one", layer_range=[0, 2])]},
-        {"sources": [source(parents / "two", layer_range=[1, DEEP])]},
+        {"sources": [source(parents / "two", layer_range=[1, LAYERS])]},
     ]
     document = {"merge_method": "passthrough", **in_its_module(architecture, slices)}
     merged = merge(document, tmp_path / "merge", architecture)
@@ -200,11 +195,10 @@ def test_a_stack_of_two_models_loads_with_as_many_layers(
         assert whole.layer_types == [before.layer_types[layer] for _, layer in origins]
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_union_of_vocabularies_has_a_row_for_every_token(
-    architecture: str, families: Callable[[str], Path], tmp_path: Path
+    architecture: str, deep: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    parents = families(architecture)
+    parents = deep(architecture)
     size = 64
     words = [f"t{number}" for number in range(size)]
     vocabularies = {"one": words, "two": [*words[: size - 2], "x", "y"]}  # two lacks two tokens, and has two others

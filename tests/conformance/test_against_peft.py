@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conformance.conftest import merge_ours
+from tests.conformance.conftest import in_ordinary_runs, merge_ours
 from tests.conformance.measures import ulp_distance
-from tests.conformance.oracle import MISSING, ORACLE_PYTHON
+from tests.conformance.oracle import Oracle
 
 pytestmark = pytest.mark.oracle
 
@@ -28,23 +26,7 @@ IN_ORDINARY_RUNS = ("patterns", "dora", "saved-tied", "gpt2")
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`make test` takes four of the cases, `make conformance` all."""
     if "name" in metafunc.fixturenames:
-        few = metafunc.config.getoption("--documents", 2) <= 2
-        metafunc.parametrize("name", IN_ORDINARY_RUNS if few else CASES)
-
-
-@pytest.fixture(scope="module")
-def peft(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of PEFT's merges."""
-    if not ORACLE_PYTHON.exists():
-        pytest.skip(MISSING)
-    root = tmp_path_factory.mktemp("peft")
-    quiet = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    driver = Path(__file__).parent / "peft_driver.py"
-    names = IN_ORDINARY_RUNS if request.config.getoption("--documents", 2) <= 2 else CASES
-    subprocess.run(
-        [ORACLE_PYTHON, driver, root, *names], check=True, capture_output=True, env={**os.environ, **quiet}, timeout=300
-    )
-    return root
+        metafunc.parametrize("name", IN_ORDINARY_RUNS if in_ordinary_runs(metafunc.config) else CASES)
 
 
 def assert_merged_alike(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Tensor | None, tensor: str) -> None:
@@ -59,11 +41,13 @@ def assert_merged_alike(ours: torch.Tensor, theirs: torch.Tensor, base: torch.Te
         assert ((ours.double() - theirs).abs() <= 4 * torch.finfo(ours.dtype).eps * terms)[far].all(), tensor
 
 
-def test_an_adapter_is_applied_as_peft_merges_it(peft: Path, tmp_path: Path, name: str) -> None:
-    model = f"{peft / name / 'base'}+{peft / name / 'adapter'}"
+def test_an_adapter_is_applied_as_peft_merges_it(oracle: Oracle, tmp_path: Path, name: str) -> None:
+    oracle.ask("write_adapted", folder=str(tmp_path), name=name)
+    theirs_of = tmp_path / name
+    model = f"{theirs_of / 'base'}+{theirs_of / 'adapter'}"
     assert merge_ours(f"merge_method: passthrough\nmodels: [{{model: '{model}'}}]\n", tmp_path / "out") == 0
-    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(peft / name / "merged.safetensors")
-    base = load_file(peft / name / "base" / "model.safetensors")
+    ours, theirs = load_file(tmp_path / "out" / "model.safetensors"), load_file(theirs_of / "merged.safetensors")
+    base = load_file(theirs_of / "base" / "model.safetensors")
     if name in ("embeddings-tied", "gpt2", "gpt2-dora"):  # the state dict has the tied head too
         del theirs["lm_head.weight"]
     assert ours.keys() == theirs.keys()

@@ -1,10 +1,5 @@
-"""Run by the oracle's own Python: tiny bases, LoRA adapters of every kind, and PEFT's own merge of each.
+"""Imported by the oracle's own Python: tiny bases, LoRA adapters of every kind, and PEFT's own merge of each."""
 
-argv: the folder to fill, and the names of the cases. Each case gets `NAME/base` (a checkpoint), `NAME/adapter` (as PEFT
-saves it) and `NAME/merged.safetensors` (the state dict after merge_and_unload).
-"""
-
-import sys
 from pathlib import Path
 
 import torch
@@ -49,23 +44,21 @@ def base_of(name, dtype=torch.bfloat16, **config):
     return LlamaForCausalLM(LlamaConfig(vocab_size=40, max_position_embeddings=64, **llama, **config)).to(dtype)
 
 
-def main(root, names):
-    for name in names:
-        base, settings = CASES[name]
-        folder = root / name
-        base_of(name, **base).save_pretrained(folder / "base")
-        auto = GPT2LMHeadModel if name.startswith("gpt2") else LlamaForCausalLM
-        model = auto.from_pretrained(folder / "base", dtype="auto")
-        adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 12, **settings}, task_type="CAUSAL_LM"))
-        torch.manual_seed(2)
-        for parameter in adapted.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.1 * torch.randn_like(parameter)
-        adapted.save_pretrained(folder / "adapter", safe_serialization=name != "bin")
-        model = auto.from_pretrained(folder / "base", dtype="auto")
-        merged = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
-        tensors = {key: tensor.clone().contiguous() for key, tensor in merged.state_dict().items()}
-        save_file(tensors, folder / "merged.safetensors")
-
-
-main(Path(sys.argv[1]), sys.argv[2:])
+def write(root, name):
+    """Writes `root/NAME`: `base` (a checkpoint), `adapter` (as PEFT saves it), and `merged.safetensors` (the state
+    dict after merge_and_unload)."""
+    base, settings = CASES[name]
+    folder = Path(root, name)
+    base_of(name, **base).save_pretrained(folder / "base")
+    auto = GPT2LMHeadModel if name.startswith("gpt2") else LlamaForCausalLM
+    model = auto.from_pretrained(folder / "base", dtype="auto")
+    adapted = get_peft_model(model, LoraConfig(**{"r": 4, "lora_alpha": 12, **settings}, task_type="CAUSAL_LM"))
+    torch.manual_seed(2)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    adapted.save_pretrained(folder / "adapter", safe_serialization=name != "bin")
+    model = auto.from_pretrained(folder / "base", dtype="auto")
+    merged = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    tensors = {key: tensor.clone().contiguous() for key, tensor in merged.state_dict().items()}
+    save_file(tensors, folder / "merged.safetensors")
