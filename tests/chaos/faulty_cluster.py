@@ -18,7 +18,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from tests.benchmarks.make_checkpoints import Size, shapes, split, write_shard, write_small_files
 from tests.chaos.cluster import BUCKET, Cluster
 from tests.end_to_end.command import Command, Ended
-from tests.end_to_end.conftest import JOB, PARENTS, POINTS, SHARDS
+from tests.end_to_end.conftest import JOB, PARENTS, SHARDS
 from workers.evaluating.scores import read_scores
 
 TRY_AGAIN = 75
@@ -26,6 +26,7 @@ RUNS_AT_MOST = 6
 POLL_SECONDS = 0.1
 LOOK_SECONDS = 0.3
 DISK_MEGABYTES = 40
+POINTS, STEP = 11, 0.1
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def _evaluation() -> str:
     return "".join(f"{key}: {json.dumps(value)}\n" for key, value in lines.items()) + "output: OUTPUT\n"
 
 
-_MERGE = JOB.format(parents=f"s3://{BUCKET}/parents", workers="cpus: 1, memory: 2GB", output="OUTPUT")
+_MERGE = JOB.format(parents=f"s3://{BUCKET}/parents", workers="cpus: 1, memory: 2GB", step=STEP, output="OUTPUT")
 MERGE = Work("grid", _MERGE, POINTS, SHARDS)
 MERGE_TO_DISK = replace(MERGE, on_disk=True)
 MERGE_IN_PARTS = Work(
@@ -272,7 +273,7 @@ class FaultyCluster:
     def _upload_parents(self) -> None:
         """The example's parents as points of an earlier run, whose manifests have their tensors' digests."""
         made = self.cluster.folder / "parents.yaml"
-        job = JOB.format(parents=PARENTS, workers="cpus: 1, memory: 2GB", output=f"s3://{BUCKET}/made")
+        job = JOB.format(parents=PARENTS, workers="cpus: 1, memory: 2GB", step=STEP, output=f"s3://{BUCKET}/made")
         made.write_text(job.replace("{from: 0, to: 1, step: 0.1}", "[0, 1]").replace("200KB", "1GB"))
         assert self.cluster.command("run", made, "--in-process", "--json").ended().facts["units_merged"] == 2
         for name, point in (("long", "long1_fmt0"), ("fmt", "long0_fmt1")):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import json
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import chdir, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
+
+from orchestrator.cli import main
 
 ROOT = Path(__file__).parents[2]
 POLL_SECONDS = 0.05
@@ -40,6 +43,14 @@ class Ended:
         assert len(lines) == 1, self.err
         assert self.out == ""
         return lines[0]
+
+
+def run_here(*arguments: str | Path, folder: Path) -> Ended:
+    """The command in this process, which has imported its libraries already; for what Ray and signals do not change."""
+    out, err = io.StringIO(), io.StringIO()
+    with chdir(folder), redirect_stdout(out), redirect_stderr(err):
+        code = main([str(argument) for argument in arguments])
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 def _heed_interrupts() -> None:

@@ -14,13 +14,13 @@ from typing import Any
 
 import pytest
 
-from tests.end_to_end.command import ROOT, Command, Ended
+from tests.end_to_end.command import ROOT, Command, Ended, run_here
 from tests.fault_proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 from workers.storage import open_store
 
 PARENTS = ROOT / "jobs" / "examples" / "parents"
-POINTS = 11
+POINTS = 5
 SHARDS = 9
 UNITS = POINTS * SHARDS
 
@@ -33,7 +33,7 @@ recipe:
     - {{model: long, parameters: {{weight: "${{w}}"}}}}
     - {{model: fmt, parameters: {{weight: "${{1 - w}}"}}}}
   dtype: bfloat16
-grid: {{w: {{from: 0, to: 1, step: 0.1}}}}
+grid: {{w: {{from: 0, to: 1, step: {step}}}}}
 point: long{{w}}_fmt{{1-w}}
 workers: {{{workers}}}
 shard_size: 200KB
@@ -67,8 +67,13 @@ class Run:
 
 @pytest.fixture(scope="session")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home folder of every command here."""
-    return tmp_path_factory.mktemp("home")
+    """The home folder of every command here, with the compiled loops that this user has already."""
+    folder = tmp_path_factory.mktemp("home")
+    compiled = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "mergeyard")
+    compiled.mkdir(parents=True, exist_ok=True)
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "mergeyard").symlink_to(compiled)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -118,8 +123,24 @@ def mergeyard(start: Callable[..., Command]) -> Callable[..., Ended]:
 
 
 @pytest.fixture
+def here(tmp_path: Path) -> Callable[..., Ended]:
+    """`here("status", run, …)`: how the command ended in this process."""
+    return lambda *arguments: run_here(*arguments, folder=tmp_path)
+
+
+@pytest.fixture(scope="session")
+def foreign_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose packages have our packages' names, and are not ours."""
+    folder = tmp_path_factory.mktemp("foreign")
+    for package in ("jobs", "workers", "orchestrator"):
+        (folder / package).mkdir()
+        (folder / package / "__init__.py").write_text("raise ImportError('this is the package of somebody else')\n")
+    return folder
+
+
+@pytest.fixture
 def new_run(tmp_path: Path) -> Callable[..., Run]:
-    """`new_run(output, …)`: a job file of eleven points, nine shards each, that goes there."""
+    """`new_run(output, …)`: a job file of five points, nine shards each, that goes there."""
     made: list[Run] = []
 
     def make(output: str, **how: str) -> Run:
@@ -137,16 +158,16 @@ def write_job(
     workers: str = "cpus: 1, memory: 4GB",
 ) -> Run:
     """Writes a job file."""
-    job.write_text(JOB.format(parents=parents, workers=workers, output=output))
+    job.write_text(JOB.format(parents=parents, workers=workers, step=1 / (POINTS - 1), output=output))
     return Run(job, f"{output}/grid")
 
 
 @pytest.fixture(scope="session")
-def expected(launch: Callable[..., Command], tmp_path_factory: pytest.TempPathFactory) -> Run:
+def expected(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """The grid, merged in one process from local disk to local disk."""
     folder = tmp_path_factory.mktemp("expected")
     run = write_job(folder / "job.yaml", str(folder))
-    assert launch("run", run.job, "--in-process", "--json").ended().facts["units_merged"] == UNITS
+    assert run_here("run", run.job, "--in-process", "--json", folder=folder).facts["units_merged"] == UNITS
     return run
 
 

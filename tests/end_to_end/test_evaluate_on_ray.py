@@ -11,7 +11,7 @@ from typing import Any
 import psutil
 
 from jobs.evaluation_tasks import ScoreRow
-from tests.end_to_end.command import Command
+from tests.end_to_end.command import Command, run_here
 from tests.end_to_end.conftest import PARENTS
 from workers.evaluating.scores import read_scores
 
@@ -63,7 +63,7 @@ def test_a_worker_killed_in_the_middle_costs_time_alone(start: Callable[..., Com
     on_ray = command.ended()
     assert killed.pid not in {process.pid for process in psutil.process_iter()}
 
-    alone = start("run", write_job(tmp_path / "alone"), "--json", "--in-process").ended()
+    alone = run_here("run", write_job(tmp_path / "alone"), "--json", "--in-process", folder=tmp_path)
     assert rows(on_ray.facts) == rows(alone.facts)
     assert len(rows(alone.facts)) == 7 * 2 * 12
     assert on_ray.facts["leaderboard"] == alone.facts["leaderboard"]

@@ -30,9 +30,9 @@ def in_the_middle(command: Command, run: Run) -> dict[str, str]:
     return run.receipts()
 
 
-def assert_nothing_counts_as_done(run: Run, mergeyard: Callable[..., Ended]) -> None:
+def assert_nothing_counts_as_done(run: Run, here: Callable[..., Ended]) -> None:
     """No point has all its shards yet, and none passes for one that has."""
-    facts = mergeyard("status", run.url, "--json").facts
+    facts = here("status", run.url, "--json").facts
     assert (facts["points_done"], len(facts["waiting"]), facts["shards_done"]) == (0, POINTS, WRITABLE)
 
 
@@ -48,7 +48,7 @@ def assert_complete(run: Run, expected: Run, server: SeaweedFS) -> None:
 )
 def test_a_stopped_driver_leaves_no_process_and_running_again_does_nothing_twice(
     start: Callable[..., Command],
-    mergeyard: Callable[..., Ended],
+    here: Callable[..., Ended],
     new_run: Callable[..., Run],
     expected: Run,
     s3_url: str,
@@ -62,7 +62,7 @@ def test_a_stopped_driver_leaves_no_process_and_running_again_does_nothing_twice
     assert run.manifests() == {}
 
     if how == "kill":
-        assert_nothing_counts_as_done(run, mergeyard)
+        assert_nothing_counts_as_done(run, here)
         command.process.kill()
         assert command.ended().code == -signal.SIGKILL
         assert set(command.survivors(10, but=WAITING_FOR_THEIR_HEAD)) <= WAITING_FOR_THEIR_HEAD
@@ -75,7 +75,7 @@ def test_a_stopped_driver_leaves_no_process_and_running_again_does_nothing_twice
         assert command.survivors(seconds=20) == []
 
     held.heal()
-    facts = mergeyard("run", run.job, "--in-process", "--json").facts
+    facts = here("run", run.job, "--in-process", "--json").facts
     assert (facts["units_found"], facts["units_merged"]) == (WRITABLE, POINTS)
     assert before.items() <= run.receipts().items()
     assert_complete(run, expected, s3_server)
@@ -96,7 +96,7 @@ def test_a_driver_that_is_stopped_while_ray_starts_leaves_no_process(
 
 def test_of_two_drivers_of_one_run_one_works_and_the_other_says_so(
     start: Callable[..., Command],
-    mergeyard: Callable[..., Ended],
+    here: Callable[..., Ended],
     new_run: Callable[..., Run],
     expected: Run,
     s3_url: str,
@@ -106,7 +106,7 @@ def test_of_two_drivers_of_one_run_one_works_and_the_other_says_so(
     run = new_run(s3_url)
     first = start("run", run.job, "--in-process", "--json")
     first.until(lambda: run.receipts())
-    refusal = mergeyard("run", run.job, "--in-process").refused_with(75)
+    refusal = here("run", run.job, "--in-process").refused_with(75)
     assert f"already driven by process {first.process.pid}" in refusal
     held.heal()
     assert first.ended().facts["units_merged"] == UNITS
@@ -115,7 +115,7 @@ def test_of_two_drivers_of_one_run_one_works_and_the_other_says_so(
 
 def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_again_it_goes_on(
     start: Callable[..., Command],
-    mergeyard: Callable[..., Ended],
+    here: Callable[..., Ended],
     new_run: Callable[..., Run],
     expected: Run,
     small_disk: Path,
@@ -130,7 +130,7 @@ def test_a_disk_that_fills_up_ends_the_run_with_one_line_and_with_room_again_it_
     assert "no room left on this disk; free some" in command.ended().refused_with(1)
     (small_disk / "filler").unlink()
     before = run.receipts()
-    facts = mergeyard("run", run.job, "--in-process", "--json").facts
+    facts = here("run", run.job, "--in-process", "--json").facts
     assert facts["units_found"] == len(before) == UNITS - facts["units_merged"] > 0
     assert (run.manifests(), run.shards()) == (expected.manifests(), expected.shards())
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
-import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -13,11 +11,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
 
 from tests.end_to_end.command import Command, Ended
-from tests.end_to_end.conftest import JOB, PARENTS, POINTS, UNITS, Run, tensors
+from tests.end_to_end.conftest import PARENTS, POINTS, UNITS, Run, tensors
 from tests.fault_proxy import FaultProxy
 from tests.seaweedfs import SeaweedFS
 
@@ -52,7 +48,7 @@ def bytes_below(folder: Path) -> int:
 
 def test_a_grid_from_bucket_to_bucket_is_the_grid_merged_in_one_process_and_leaves_nothing_else(
     start: Callable[..., Command],
-    mergeyard: Callable[..., Ended],
+    here: Callable[..., Ended],
     new_run: Callable[..., Run],
     expected: Run,
     parents_in_bucket: str,
@@ -61,11 +57,13 @@ def test_a_grid_from_bucket_to_bucket_is_the_grid_merged_in_one_process_and_leav
     fault_proxy: FaultProxy,
     temporary: Path,
     home: Path,
+    foreign_code: Path,
 ) -> None:
+    """From a folder with packages of our names, which are not imported."""
     run = new_run(s3_url, parents=parents_in_bucket)
     sessions = set(temporary.rglob("session_2*"))
     open_files, temporary_bytes = [0], [bytes_below(temporary)]
-    command = start("run", run.job, "--json")
+    command = start("run", run.job, "--json", folder=foreign_code)
 
     while command.process.poll() is None:
         open_files.append(largest_open_file(command))
@@ -84,13 +82,12 @@ def test_a_grid_from_bucket_to_bucket_is_the_grid_merged_in_one_process_and_leav
 
     assert tensors(run.manifests()) == tensors(expected.manifests())
     assert run.shards() == expected.shards()
-    assert mergeyard("verify", run.url).code == 0
+    assert here("verify", run.url).code == 0
 
     assert command.survivors(seconds=20) == []
     assert set(temporary.rglob("session_2*")) == sessions
     left = {str(file.relative_to(home)) for file in home.rglob("*") if file.is_file()}
-    cached = (".cache/matplotlib/", ".cache/mergeyard/kernels/")  # its fonts; machine code
-    assert {name for name in left if not name.startswith(cached)} <= {".ray/auth_token"}
+    assert {name for name in left if not name.startswith(".cache/matplotlib/")} <= {".ray/auth_token"}  # but for fonts
     assert "Uploads" not in s3_server.client().list_multipart_uploads(Bucket="tests")
 
 
@@ -119,23 +116,3 @@ def test_workers_and_memory_change_no_byte(
         manifests.append(run.manifests())
     assert len(manifests[0]) == POINTS
     assert all(others == manifests[0] for others in manifests[1:])
-
-
-def test_what_a_worker_on_ray_refuses_names_the_shard_the_points_and_the_node(
-    mergeyard: Callable[..., Ended], tmp_path: Path
-) -> None:
-    for number, who in enumerate(("long", "fmt")):
-        shutil.copytree(PARENTS / who, tmp_path / "parents" / who)
-        weights = tmp_path / "parents" / who / "model.safetensors"
-        save_file({**load_file(weights), "model.counter": torch.tensor([number])}, weights, {"format": "pt"})
-    job = tmp_path / "job.yaml"
-    job.write_text(
-        JOB.format(parents=tmp_path / "parents", workers="cpus: 0.5, memory: 1200MB", output=tmp_path / "out")
-    )
-    ended = mergeyard("run", job)
-    assert ended.code == 1
-    assert re.fullmatch(
-        r"mergeyard: model-\d{5}-of-\d{5}\.safetensors of long[\d.]+_fmt[\d.]+.* on node [\d.]+: "
-        r"tensor model\.counter \(I64\) differs between long and fmt; integers cannot be merged, .*",
-        ended.err.splitlines()[-1],
-    )

@@ -9,9 +9,6 @@ Left out are pages, leases, and the example parents, which lie in jobs/examples/
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -19,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import BUCKET
-from tests.end_to_end.command import ROOT, Ended
+from tests.end_to_end.command import ROOT, run_here
 from tests.seaweedfs import SeaweedFS
 
 OLDER = Path(__file__).parent / "older_run"
@@ -58,15 +55,8 @@ def kept(client: Any, run: str) -> dict[str, bytes]:
     }
 
 
-def mergeyard(folder: Path, *arguments: str | Path) -> Ended:
-    command = [sys.executable, "-P", "-m", "orchestrator.cli", *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=240)
-    return Ended(ended.returncode, ended.stdout, ended.stderr)
-
-
 def resumed(name: str, folder: Path, code: int) -> dict[str, Any]:
-    ended = mergeyard(folder, "run", "--in-process", "--json", OLDER / f"{name}.yaml")
+    ended = run_here("run", "--in-process", "--json", OLDER / f"{name}.yaml", folder=folder)
     assert ended.code == code, ended.err
     return json.loads(ended.out)
 
@@ -77,7 +67,7 @@ def test_a_merged_run_is_found_whole_and_verifies(older: Any, tmp_path: Path) ->
     facts = resumed("merged", tmp_path, 0)
     assert (facts["units_merged"], facts["units_found"], facts["bytes_read"]) == (0, 9, 0)
     assert kept(older, "merged") == before
-    verified = mergeyard(tmp_path, "verify", f"s3://{BUCKET}/{PREFIX}runs/merged")
+    verified = run_here("verify", f"s3://{BUCKET}/{PREFIX}runs/merged", folder=tmp_path)
     assert (verified.code, verified.err) == (0, "")
 
 
@@ -98,19 +88,19 @@ def test_a_run_that_an_older_version_left_half_merged_goes_on(older: Any, tmp_pa
     tensors = json.loads(after["points/density0.5/manifest.json"])["tensors"].values()
     renewed = {entry["file"] for entry in tensors if entry["digest"].startswith("blake3:")}
     assert renewed == {lost.rsplit("/", 1)[1]} < {entry["file"] for entry in tensors}
-    verified = mergeyard(tmp_path, "verify", f"s3://{BUCKET}/{PREFIX}runs/merged")
+    verified = run_here("verify", f"s3://{BUCKET}/{PREFIX}runs/merged", folder=tmp_path)
     assert (verified.code, verified.err) == (0, "")
 
 
 def test_a_point_of_an_older_version_is_checked_as_a_parent(older: Any, tmp_path: Path) -> None:
     point = f"{PREFIX}runs/merged/points/density0.5"
     (tmp_path / "copy.yml").write_text(f"merge_method: passthrough\nmodels: [{{model: 's3://{BUCKET}/{point}'}}]\n")
-    assert mergeyard(tmp_path, "merge", "copy.yml", "whole", "--quiet").code == 0
+    assert run_here("merge", "copy.yml", "whole", "--quiet", folder=tmp_path).code == 0
     key = f"{point}/model-00002-of-00003.safetensors"
     data = bytearray(older.get_object(Bucket=BUCKET, Key=key)["Body"].read())
     data[-1] ^= 1
     older.put_object(Bucket=BUCKET, Key=key, Body=bytes(data))
-    ended = mergeyard(tmp_path, "merge", "copy.yml", "damaged", "--quiet")
+    ended = run_here("merge", "copy.yml", "damaged", "--quiet", folder=tmp_path)
     assert ended.code == 1 and "is not the one of manifest.json there" in ended.err, ended.err
 
 

@@ -18,16 +18,6 @@ from tests.seaweedfs import free_ports
 
 
 @pytest.fixture(scope="module")
-def foreign_code(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose packages have our packages' names, and are not ours."""
-    folder = tmp_path_factory.mktemp("foreign")
-    for package in ("jobs", "workers", "orchestrator"):
-        (folder / package).mkdir()
-        (folder / package / "__init__.py").write_text("raise ImportError('this is the package of somebody else')\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
 def address(home: Path, temporary: Path, foreign_code: Path) -> Iterator[str]:
     """Of the head of a Ray of one node, which asks for `TOKEN` and would import the foreign packages."""
     folder = temporary / "cluster"
@@ -89,27 +79,19 @@ def test_a_cluster_that_wants_a_token_is_refused_with_the_remedy(
 
 
 def test_a_cluster_that_is_not_there_now_is_one_to_try_again_and_that_is_said_at_once(
-    mergeyard: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path
+    here: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path
 ) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"  # bound, but nobody listens
-        refusal = mergeyard("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(75)
+        refusal = here("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(75)
     assert f"--address {address}: no Ray answers there" in refusal
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("address", ["head", "head:port", "http://head:6379", "127.0.0.1:0", "127.0.0.1:65536"])
 def test_an_address_that_is_none_is_bad_input(
-    mergeyard: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path, address: str
+    here: Callable[..., Ended], new_run: Callable[..., Run], tmp_path: Path, address: str
 ) -> None:
-    refusal = mergeyard("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(2)
+    refusal = here("run", new_run(str(tmp_path / "out")).job, "--address", address).refused_with(2)
     assert f"--address {address}: give host:port" in refusal
-
-
-@needs_linux
-def test_a_users_folder_with_packages_of_our_names_is_not_imported(
-    start: Callable[..., Command], new_run: Callable[..., Run], foreign_code: Path, tmp_path: Path
-) -> None:
-    run = new_run(str(tmp_path / "out"))
-    assert start("run", run.job, "--json", folder=foreign_code).ended().facts["units_merged"] == UNITS
