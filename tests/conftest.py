@@ -6,6 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from socketserver import BaseServer
 from typing import Any
 
 import pytest
@@ -34,6 +35,16 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
         for kernel in of_room():
             kernel.object_code()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting() -> Iterator[None]:
+    """Stores do not wait until a disk has their files, 5 ms each, as no test here survives a loss of power; and a
+    server of Python's library ends within 20 ms, not 500, of its `shutdown()`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        patch.setattr(BaseServer.serve_forever, "__defaults__", (0.02,))
+        yield
 
 
 @pytest.fixture(scope="session")
