@@ -1,7 +1,8 @@
 """From scores of items to the figures that a search sees: a mean for each point, and the covariance of their errors.
 
-Every point answers a beginning of one list of haystacks. So the errors of two points are correlated, and a point with
-few haystacks is corrected by what the parents, which answer all, score on these haystacks (control variates).
+Every point answers a beginning of one list of haystacks. So the errors of two points are correlated. A point with few
+haystacks is corrected by what points with more of them score on these and on the later ones, and by the parents, which
+answer all (control variates).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
-PRIOR_HAYSTACKS = 10.0
+PRIOR_HAYSTACKS = 100.0
 """A correlation of h haystacks has the weight h against this many of the mean over points."""
 POOLED_HAYSTACKS = 100.0
 """The same of a variance. It is large: of right-or-wrong answers, the lucky point seems to vary least."""
@@ -40,9 +41,6 @@ def figures(parts: FloatArray, counts: NDArray[np.intp], controls: FloatArray) -
     most = int(counts.max())
     inside = np.arange(most)[None, :] < counts[:, None]
     values = np.where(inside[:, None, :], parts[:, :, :most], 0.0)
-    group_means = values.sum(axis=2) / counts[:, None]
-    residuals = np.where(inside[:, None, :], values - group_means[:, :, None], 0.0).reshape(points, -1)
-    means = group_means.sum(axis=1)
     common = np.zeros((points, points))
     if len(controls):
         known = controls - controls.mean(axis=2, keepdims=True)
@@ -50,31 +48,49 @@ def figures(parts: FloatArray, counts: NDArray[np.intp], controls: FloatArray) -
         slopes = np.zeros((points, len(controls)))
         for count in np.unique(counts).tolist():
             these = np.flatnonzero(counts == count)
-            seen = known[:, :, :count].reshape(len(controls), -1)
-            local = (known[:, :, :count] - known[:, :, :count].mean(axis=2, keepdims=True)).reshape(len(controls), -1)
+            seen = known[:, :, :count]
+            local = (seen - seen.mean(axis=2, keepdims=True)).reshape(len(controls), -1)
             square = local @ local.T
             penalty = RIDGE * np.eye(len(controls)) * (np.trace(square) / len(controls) / count + 1e-9)
-            answered = residuals.reshape(points, groups, most)[these][:, :, :count].reshape(these.size, -1)
+            answered = values[these][:, :, :count].reshape(these.size, -1)
             slopes[these] = np.linalg.solve(square + penalty, local @ answered.T).T
-            means[these] -= slopes[these] @ seen.reshape(len(controls), groups, count).mean(axis=2).sum(axis=1)
-            left = answered - slopes[these] @ local
-            residuals.reshape(points, groups, most)[these, :, :count] = left.reshape(these.size, groups, count)
+            values[these, :, :count] -= np.tensordot(slopes[these], seen, axes=1)
         flat = known.reshape(len(controls), groups, all_of)
         spread = np.einsum("agh,bgh->ab", flat, flat) / max(all_of - 1, 1)
         common = slopes @ spread @ slopes.T / all_of
-    return Figures(means, common + _noise(residuals.reshape(points, groups, most), counts))
+    means, noise = _combined(values, counts)
+    return Figures(means, common + noise)
 
 
-def _noise(residuals: FloatArray, counts: NDArray[np.intp]) -> FloatArray:
-    """Covariance of the errors [points, points]: variances and correlations are shrunk towards their means.
+def _combined(values: FloatArray, counts: NDArray[np.intp]) -> tuple[FloatArray, FloatArray]:
+    """Means [points] by generalised least squares, and the covariance of their errors [points, points].
+
+    The haystacks between two counts are a measurement of their own, of all points that have answered them. Its errors
+    are correlated over these points, and independent of those of the other haystacks (Aitken 1935).
+    """
+    covariance = _covariance(values, counts)
+    precision, weighted, first = np.zeros_like(covariance), np.zeros(len(counts)), 0
+    for last in np.unique(counts).tolist():
+        these = np.flatnonzero(counts >= last)
+        inverse = (last - first) * np.linalg.inv(covariance[np.ix_(these, these)])
+        precision[np.ix_(these, these)] += inverse
+        weighted[these] += inverse @ values[these][:, :, first:last].mean(axis=2).sum(axis=1)
+        first = last
+    noise = np.linalg.inv(precision)
+    return noise @ weighted, (noise + noise.T) / 2
+
+
+def _covariance(values: FloatArray, counts: NDArray[np.intp]) -> FloatArray:
+    """Covariance of one haystack's parts [points, points]: variances and correlations are shrunk towards their means.
 
     The target is the one of Ledoit & Wolf 2004 ("Honey, I shrunk the sample covariance matrix"): equal correlations.
-    The mean of the first m and the mean of the first n ≥ m haystacks have the covariance σ/n.
     """
-    points = len(residuals)
-    flat = residuals.reshape(points, -1)
+    points, _, most = values.shape
+    inside = np.arange(most)[None, :] < counts[:, None]
+    group_means = values.sum(axis=2) / counts[:, None]
+    residuals = np.where(inside[:, None, :], values - group_means[:, :, None], 0.0)
     freedom = np.maximum(counts - 1, 1)
-    variances = np.sum(flat**2, axis=1) / freedom
+    variances = np.sum(residuals**2, axis=(1, 2)) / freedom
     typical = float(np.sum(variances * counts) / counts.sum())
     variances = (counts * variances + POOLED_HAYSTACKS * max(typical, 1e-6)) / (counts + POOLED_HAYSTACKS)
     shared = np.minimum(counts[:, None], counts[None, :])
@@ -93,6 +109,6 @@ def _noise(residuals: FloatArray, counts: NDArray[np.intp]) -> FloatArray:
     trusted = shared / (shared + PRIOR_HAYSTACKS)
     shrunk = np.where(others, trusted * correlations + (1 - trusted) * average, 1.0)
     deviations = np.sqrt(variances)
-    covariance = shrunk * np.outer(deviations, deviations) / np.maximum(counts[:, None], counts[None, :])
-    values, vectors = np.linalg.eigh(covariance)
-    return (vectors * np.maximum(values, 1e-3 * float(np.mean(np.diag(covariance))))) @ vectors.T
+    covariance = shrunk * np.outer(deviations, deviations)
+    eigenvalues, vectors = np.linalg.eigh(covariance)
+    return (vectors * np.maximum(eigenvalues, 1e-2 * float(np.mean(np.diag(covariance))))) @ vectors.T

@@ -8,18 +8,21 @@ from orchestrator.searching.figures import figures
 NOTHING = np.empty((0, 1, 0))
 
 
-def test_the_error_of_many_haystacks_is_the_textbook_one():
+def test_a_point_with_few_haystacks_is_corrected_by_those_with_more():
+    """The regression estimator of double sampling (Cochran 1977, 12.6): its slope and its variance by hand."""
     random = np.random.Generator(np.random.Philox(key=1))
     common, own = random.normal(0, 1, 4000), random.normal(0, 1, (3, 4000))
     parts = (common + own)[:, None, :]
     found = figures(parts, np.array([4000, 4000, 1000]), NOTHING)
     assert found.means[:2] == pytest.approx(parts[:2, 0].mean(axis=1))
-    assert found.means[2] == pytest.approx(parts[2, 0, :1000].mean())
-    assert np.diag(found.noise) == pytest.approx([2 / 4000, 2 / 4000, 2 / 1000], rel=0.1)
+    others = parts[:2, 0].mean(axis=0)
+    slope = 1 / 1.5  # the covariance of the point with the mean of the others, 1, by the variance of that, 1.5
+    corrected = parts[2, 0, :1000].mean() - slope * (others[:1000].mean() - others.mean())
+    assert found.means[2] == pytest.approx(corrected, abs=0.002)
+    assert np.diag(found.noise)[:2] == pytest.approx([2 / 4000] * 2, rel=0.1)
+    assert found.noise[2, 2] == pytest.approx((2 - 2 / 3) / 1000 + (2 / 3) / 4000, rel=0.1)
     assert found.noise[0, 1] == pytest.approx(1 / 4000, rel=0.1)
-    assert found.noise[0, 2] == pytest.approx(
-        1 / 4000, rel=0.1
-    )  # the mean of 1,000 shares a quarter with that of 4,000
+    assert found.noise[0, 2] == pytest.approx(slope * 1.5 / 4000, rel=0.1)
 
 
 def test_groups_add_up():
