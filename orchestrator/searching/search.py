@@ -33,9 +33,11 @@ from orchestrator.searching.proposing import Evidence, Proposal, Verdict, judge,
 RUNGS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 PROMOTED = 0.5
 """Share of the cost that goes to promotions while there are new points to ask."""
+SETTLED = 0.25
+"""Share of a limit that is kept for promotions after the last new point, so that the best one is no lucky one."""
 SURE = 0.95
 """A point is the best where the posterior says so with this probability."""
-UNLIKELY = 0.02
+UNLIKELY = 0.05
 """A point with a smaller probability to be the best is not promoted."""
 ALPHA = 0.05
 
@@ -172,7 +174,7 @@ class Search:
         count = spec.batch
         if spec.budget.points is not None:
             count = min(count, spec.budget.points - len(self.choices))
-        while count > 0 and self._cost([self.rungs[0]] * count) + self._first_parents_cost() > room:
+        while count > 0 and self._cost([self.rungs[0]] * count) + self._first_parents_cost() > self._room_for_new(room):
             count -= 1
         if count > 0:
             proposals = self._first(count) if number == 0 else ()
@@ -346,6 +348,10 @@ class Search:
     def _room(self) -> float:
         return math.inf if self._limit is None else self._limit - self.committed
 
+    def _room_for_new(self, room: float) -> float:
+        """What new points may cost of this room; all of it in the first batch."""
+        return room if self._limit is None or not self.batches else room - SETTLED * self._limit
+
     def _parents_cost(self, items: Sequence[int]) -> float:
         known = max((count for _, count in self._items.get("", ())), default=0)
         return len(self.parents) * self._cost([max(0, max(items, default=0) - known)])
@@ -367,9 +373,11 @@ class Search:
             return ()
         left = {name for name, batch in self._left_in.items() if batch <= number - 2}
         budget = self.spec.budget
-        asking = (budget.points is None or len(self.choices) < budget.points) and len(
-            self.choices
-        ) < self.spec.space.size
+        asking = (
+            (budget.points is None or len(self.choices) < budget.points)
+            and len(self.choices) < self.spec.space.size
+            and self._cost([self.rungs[0]]) <= self._room_for_new(room)
+        )
         allowed = PROMOTED / (1 - PROMOTED) * self._spent_on_new - self._spent_on_promotions if asking else math.inf
         top = [name for name in names if self._items[name][-1][1] == self.rungs[-1]]
         settled = sum(float(verdict.best[names.index(name)]) for name in top)

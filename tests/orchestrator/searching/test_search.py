@@ -86,6 +86,15 @@ def test_the_limit_is_kept_and_nearly_used(by: str, parents: tuple[str, ...]):
     assert made.committed > 2500
 
 
+def test_the_last_quarter_of_a_limit_asks_no_new_point():
+    made = run(search(), HILL)
+    new = len(made.choices) * made.rungs[0] * len(CELLS)
+    last = max(batch.number for batch in made.batches if batch.proposals)
+    later = [promotion for batch in made.batches[last + 1 :] for promotion in batch.promotions]
+    assert new <= 0.75 * 3000
+    assert later and made.standing()[0].items >= 40
+
+
 def test_points_are_counted_and_then_the_likely_ones_are_asked_more():
     made = run(search(limit=None, budget=Budget(points=20)), HILL)
     assert len(made.choices) == 20
