@@ -6,7 +6,7 @@ import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from socketserver import BaseServer
+from socketserver import BaseServer, StreamRequestHandler
 from typing import Any
 
 import pytest
@@ -39,11 +39,14 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def no_waiting() -> Iterator[None]:
-    """Stores do not wait until a disk has their files, 5 ms each, as no test here survives a loss of power; and a
-    server of Python's library ends within 20 ms, not 500, of its `shutdown()`."""
+    """Stores do not wait until a disk has their files, 5 ms each, as no test here survives a loss of power. A server
+    of Python's library ends within 20 ms, not 500, of its `shutdown()`, and sends its answer's head and body at once,
+    not 40 ms apart. A request to a store is first repeated after 10 ms, not 100."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         patch.setattr(BaseServer.serve_forever, "__defaults__", (0.02,))
+        patch.setattr(StreamRequestHandler, "disable_nagle_algorithm", True)
+        patch.setattr("workers.storage.retrying.FIRST_PAUSE_SECONDS", 0.01)
         yield
 
 

@@ -20,6 +20,7 @@ CONTENT = random.Random(3).randbytes(3 * MIB)
 @pytest.fixture
 def store(fault_proxy: FaultProxy, s3_url: str, monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "9")
+    monkeypatch.setattr("workers.storage.s3.PART_BYTES", 5 * MIB)  # the least that S3 takes
     return open_store(s3_url)
 
 
@@ -122,7 +123,7 @@ def test_a_lost_answer_does_not_turn_anothers_create_into_ours(store: Store, fau
 def test_an_upload_survives(
     store: Store, fault_proxy: FaultProxy, s3_server: SeaweedFS, method: str, fault: str, key: str
 ) -> None:
-    content = CONTENT * 7
+    content = CONTENT * 2
     fault_proxy.fail(method, fault, key=key)
     with store.upload("shard") as upload:
         upload.write(content)
@@ -137,13 +138,13 @@ def test_a_completed_upload_is_known_by_its_mark_when_the_service_forgot_it(
 ) -> None:
     """Amazon answers a second Complete with NoSuchUpload; SeaweedFS would repeat the first answer."""
     with store.upload("shard") as upload:
-        upload.write(CONTENT * 7)
+        upload.write(CONTENT * 2)
         fault_proxy.fail("POST", "lost_answer", key="uploadId=")
         fault_proxy.fail("POST", "no_such_upload", key="uploadId=")
         committed = upload.commit()
     assert fault_proxy.broken == 2
     assert committed == store.locate("shard")
-    assert committed.size == 7 * len(CONTENT)
+    assert committed.size == 2 * len(CONTENT)
 
 
 def test_an_upload_that_fails_for_good_leaves_nothing_open(
@@ -152,7 +153,7 @@ def test_an_upload_that_fails_for_good_leaves_nothing_open(
     monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "1")
     fault_proxy.fail("PUT", "busy", times=1000, key="partNumber=2")
     with pytest.raises(StorageUnavailable, match="shard part 2: 503 SlowDown"), store.upload("shard") as upload:
-        upload.write(CONTENT * 14)
+        upload.write(CONTENT * 4)
         upload.commit()
     assert open_uploads(s3_server, store) == []
     with pytest.raises(ObjectMissing):

@@ -14,12 +14,15 @@ from tests.seaweedfs import SeaweedFS
 from workers.storage import cloud
 from workers.storage.cloud import CloudStore, StreamedUpload
 
-MIB = 1 << 20
+MIB = 1 << 18
+"""A quarter of one, and so are the parts here."""
 CONTENT = random.Random(9).randbytes(70 * MIB)
 
 
 @pytest.fixture
-def store(s3_url: str) -> CloudStore:
+def store(s3_url: str, monkeypatch: pytest.MonkeyPatch) -> CloudStore:
+    for name in ("LARGEST_SINGLE_PUT", "STREAMED_PART_BYTES"):
+        monkeypatch.setattr(cloud, name, getattr(cloud, name) // 4)
     opened = cloud.open_cloud_store(s3_url)
     prefix = s3_url.removeprefix(f"s3://{BUCKET}/")
     return CloudStore(replace(opened._bucket, s3=None), prefix)
@@ -29,8 +32,8 @@ def store(s3_url: str) -> CloudStore:
 def test_what_is_streamed_reads_back(store: CloudStore, size: int) -> None:
     with store.upload("shard") as upload:
         assert isinstance(upload, StreamedUpload)
-        for start in range(0, size, 5_000_000):
-            upload.write(CONTENT[start : min(start + 5_000_000, size)])
+        for start in range(0, size, 1_300_000):
+            upload.write(CONTENT[start : min(start + 1_300_000, size)])
         with pytest.raises(ObjectMissing):
             store.locate("shard")
         committed = upload.commit()
