@@ -40,12 +40,13 @@ def test_prompts_fill_the_length_and_never_exceed_it(tokenizer: Tokenizer, task:
         proven(tokenizer, item, length, slack)
 
 
-@pytest.mark.parametrize("task", OFFLINE)
-def test_long_prompts_fill_the_length_too(tokenizer: Tokenizer, task: str) -> None:
-    [item] = ruler_items(tokenizer, task, 131_072, indices=[0], seed=7)
-    proven(tokenizer, item, 131_072, 2 * UNIT.get(task, 32))
+@pytest.mark.parametrize(("task", "length"), [*((task, 32_768) for task in OFFLINE), ("niah_multikey_1", 131_072)])
+def test_long_prompts_fill_the_length_too(tokenizer: Tokenizer, task: str, length: int) -> None:
+    [item] = ruler_items(tokenizer, task, length, indices=[0], seed=7)
+    proven(tokenizer, item, length, 2 * UNIT.get(task, 32))
 
 
+@pytest.mark.heavy
 def test_a_million_tokens_end_as_well(tokenizer: Tokenizer) -> None:
     [item] = ruler_items(tokenizer, "niah_single_2", 1_048_576, indices=[0], seed=7)
     proven(tokenizer, item, 1_048_576, 64)
