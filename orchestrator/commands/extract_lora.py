@@ -41,14 +41,11 @@ def extract_lora(options: argparse.Namespace) -> int:
         sv_epsilon=options.sv_epsilon,
         skip_undecomposable=options.skip_undecomposable,
     )
-    extractor = Extractor(open_model(model, "model", "MODEL"), open_model(base, "base", "BASE"), wish, out, device)
+    opened = open_model(model, "model", "MODEL"), open_model(base, "base", "BASE")
+    extractor = Extractor(*opened, wish, out, device=device, threads=options.threads or os.cpu_count() or 1)
     if extractor.output.is_whole():
         print(printable(f"{extractor.output.store.url}: this very adapter is there already"))
         return 0
-    if options.threads:
-        import torch
-
-        torch.set_num_threads(options.threads)
     with Watcher(visible=watched(options), tells=not options.quiet) as watcher:
         watcher.begin_writing(extractor.bytes_to_read, "extracting")
         extraction = extractor.run(watcher.advance)

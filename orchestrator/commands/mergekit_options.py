@@ -64,7 +64,7 @@ OF_EXTRACTION = {
 
 OF_MOE = {
     **dict.fromkeys(("--cuda", "--device", "--gpu-rich"), "`moe` computes on the CPU"),
-    **dict.fromkeys(("-j", "--num-threads"), "`moe` copies tensors in one thread"),
+    **dict.fromkeys(("-j", "--num-threads"), "`moe` writes up to four files at once"),
     **dict.fromkeys(("--load-in-4bit", "--load-in-8bit"), "the base answers prompts in bfloat16"),
     "--multi-gpu": "`moe` computes on the CPU",
     "--trust-remote-code": "no code of a model is run",

@@ -9,7 +9,9 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import IO, TYPE_CHECKING, Any, Literal
@@ -28,6 +30,7 @@ from workers.checkpoints.dtypes import FLOATS, torch_dtype
 from workers.checkpoints.opening import Checkpoint, all_places
 from workers.making.low_rank import low_rank, squares
 from workers.making.writing import Made, write_file
+from workers.merging.buffers import keep_freed_memory
 from workers.merging.deriving import Deriving
 from workers.methods.tile import as_tensor
 
@@ -37,9 +40,13 @@ if TYPE_CHECKING:
 FILE, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."
 PIECE_BYTES = 16 << 20
+PIECE_ELEMENTS = 1 << 18
 EXPERT = re.compile(r"\.experts\.\d+\.")
 
 How = Literal["low rank", "whole", "bias", "left out"]
+
+Compared = tuple[float, float, "Tensor | None", "Tensor | None"]
+"""The squared norms of a change and of what is lost of it, and B and A; no factors if it has none, or is no change."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,14 +152,18 @@ class Extraction:
 
 
 class Extractor:
-    """Makes one adapter. Raises `BadInput` at once for models that do not fit together."""
+    """Makes one adapter. Raises `BadInput` at once for models that do not fit together.
 
-    def __init__(self, model: Checkpoint, base: Checkpoint, wish: Wish, url: str, device: str) -> None:
+    On a CPU, as many tensors as `threads` are compared at once; `threads` does not change the adapter.
+    """
+
+    def __init__(self, model: Checkpoint, base: Checkpoint, wish: Wish, url: str, *, device: str, threads: int) -> None:
         wish.check()
         check_architecture([base, model], "extract-lora")
         self.output = Output(url, {"extract_lora": asdict(wish)}, {"base": base, "model": model})
         (self._base, self._model), _ = aligned([base, model], base)
         self._wish, self._device, self._origin = wish, device, base
+        self._threads = threads if device == "cpu" else 1
         names = model_names(json.dumps(base.config))
         self._modules = {**_guessed(self._model, names), **names.modules}
         self._reading = Deriving(all_places({base.name: base, model.name: model}))
@@ -165,16 +176,18 @@ class Extractor:
 
     def run(self, progress: Callable[[int], None]) -> Extraction:
         """Reads both models tensor by tensor and writes the adapter; a tensor that is stored whole is read twice."""
+        keep_freed_memory()
         decomposed: dict[str, list[Made]] = {}
         kept: list[Kept] = []
         whole = {part.module for part in self.parts if self._wish.saves(part.module)}
         try:
-            with tempfile.TemporaryFile() as spool:  # a file begins with the sizes of its tensors: the ranks
-                for part in self.parts:
-                    change = self._change(part)
-                    norm = math.nan if change is None else squares(change)
-                    if part.how == "low rank" and change is not None and (norm > 0 or part.is_expert):
-                        lost, factors = self._factors(part, change, spool)
+            with (
+                tempfile.TemporaryFile() as spool,  # a file begins with the sizes of its tensors: the ranks
+                closing(self._all_compared()) as all_compared,
+            ):
+                for part, (norm, lost, b, a) in all_compared:
+                    if b is not None and a is not None:
+                        factors = self._spooled(part, b, a, spool)
                         if rank := factors[0].shape[0]:
                             decomposed[part.module] = factors
                         if norm > 0:
@@ -202,33 +215,57 @@ class Extractor:
     def _bytes(self, part: Part) -> int:
         return _size(self._model, part.tensor) + (_size(self._base, part.base) if part.base is not None else 0)
 
-    def _change(self, part: Part) -> Tensor | None:
-        """The model's tensor less the base's, in float32; None if the base has none."""
+    def _all_compared(self) -> Generator[tuple[Part, Compared]]:
+        """All parts in order, each compared on one processor, so that their number does not change the rounding."""
+        import torch
+
+        with ThreadPoolExecutor(self._threads, "compare", torch.set_num_threads, (1,)) as pool:
+            try:
+                yield from zip(self.parts, pool.map(self._compared, self.parts), strict=True)
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _compared(self, part: Part) -> Compared:
+        import torch
+
         if part.base is None:
-            return None
-        change = self._whole(self._model, part.tensor)
-        change -= self._whole(self._base, part.base)
-        if not bool(change.isfinite().all()):
-            raise BadInput(f"tensor {part.tensor} holds NaN or infinity; -e {part.module} leaves it out")
-        return change
-
-    def _whole(self, member: Checkpoint, name: str) -> Tensor:
-        import torch
-
-        elements = self._reading.whole(member.name, member.tensors[name], name)
-        return as_tensor(elements).to(self._device, torch.float32).reshape(member.shapes[name])
-
-    def _factors(self, part: Part, change: Tensor, spool: IO[bytes]) -> tuple[float, list[Made]]:
-        """(the squared norm of what is lost, A and B, whose bytes lie in `spool`)."""
-        import torch
-
+            return math.nan, 0.0, None, None
+        if part.how != "low rank":
+            return self._finite(part, sum(map(squares, self._changes(part, part.base)))), 0.0, None, None
+        change, norm = torch.empty(math.prod(self._model.shapes[part.tensor])), 0.0
+        places = change.split(PIECE_ELEMENTS)
+        for place, piece in zip(places, self._changes(part, part.base), strict=True):
+            norm += squares(place.copy_(piece))
+        if self._finite(part, norm) == 0 and not part.is_expert:
+            return norm, 0.0, None, None
+        change = change.reshape(self._model.shapes[part.tensor]).to(self._device)
         change = change.T if part.transposed else change
         wish, name = self._wish, self._model.tensors[part.tensor].dtype
         factors = low_rank(change, wish.max_rank, wish.sv_epsilon, distribute=wish.distribute_scale)
         b, a = (factor.to(torch_dtype(name)) for factor in factors)
+        lost = squares(change, b, a)
         if part.is_expert:
             more = min(wish.max_rank, *change.shape) - len(a)
             b, a = (torch.nn.functional.pad(b, (0, more)), torch.nn.functional.pad(a, (0, 0, 0, more)))
+        return norm, lost, b, a
+
+    def _finite(self, part: Part, norm: float) -> float:
+        if not math.isfinite(norm):
+            raise BadInput(f"tensor {part.tensor} holds NaN or infinity; -e {part.module} leaves it out")
+        return norm
+
+    def _changes(self, part: Part, base: str) -> Iterator[Tensor]:
+        """The model's tensor less the base's, 1-D in float32, in pieces of at most `PIECE_ELEMENTS`."""
+        ours, theirs = (
+            self._reading.pieces(member.name, member.tensors[name], name, PIECE_ELEMENTS)
+            for member, name in ((self._model, part.tensor), (self._base, base))
+        )
+        for new, old in zip(ours, theirs, strict=True):
+            yield as_tensor(new).float() - as_tensor(old).float()
+
+    def _spooled(self, part: Part, b: Tensor, a: Tensor, spool: IO[bytes]) -> list[Made]:
+        """A and B, whose bytes lie in `spool`."""
+        name = self._model.tensors[part.tensor].dtype
         suffixes = (
             ("lora_embedding_A", "lora_embedding_B") if part.kind == "embedding" else ("lora_A.weight", "lora_B.weight")
         )
@@ -239,14 +276,15 @@ class Extractor:
             spool.write(data)
             pieces = partial(_read_pieces, spool, start, len(data))
             made.append(Made(f"{PREFIX}{part.module}.{suffix}", name, tuple(factor.shape), pieces))
-        return squares(change, b, a), made
+        return made
 
     def _stored(self, part: Part, name: str) -> Made:
         """The model's own tensor under this name."""
         at, shape = self._model.tensors[part.tensor], self._model.shapes[part.tensor]
 
-        def pieces() -> Iterable[memoryview]:
-            return [self._reading.whole(self._model.name, at, part.tensor).view("u1").data]
+        def pieces() -> Iterator[memoryview]:
+            for piece in self._reading.pieces(self._model.name, at, part.tensor, PIECE_ELEMENTS):
+                yield piece.view("u1").data
 
         return Made(f"{PREFIX}{name}", at.dtype, shape, pieces)
 

@@ -65,6 +65,14 @@ def test_at_full_rank_the_adapter_gives_the_model_back(
     assert any("lora_embedding_A" in name for name in names) == (options != [] and family == "untied")
 
 
+def test_threads_do_not_change_the_adapter(mergeyard: Mergeyard, models: Path):
+    for threads in (1, 3):
+        out = models / str(threads) / "adapter"
+        ended = mergeyard("extract-lora", models / "cos", models / "base", out, "-q", "--rank", "3", "-j", threads)
+        assert ended.code == 0, ended.err
+    assert files_under(models / "1") == files_under(models / "3")
+
+
 def test_the_error_is_that_of_the_rank_and_is_printed(mergeyard: Mergeyard, models: Path):
     out = models / "adapter"
     ended = mergeyard("extract-lora", models / "cos", models / "base", out, "--rank", "3", "--json", "-q")

@@ -32,6 +32,38 @@ def test_the_error_is_the_tail_of_the_singular_values(shape: tuple[int, int], ra
     assert squares(change) == pytest.approx(norm, rel=1e-12)
 
 
+@pytest.mark.parametrize("rank", [1, 16])
+@pytest.mark.parametrize("spectrum", ["flat", "root", "inverse", "steep", "spikes", "three"])
+@pytest.mark.parametrize("shape", [(700, 400), (400, 700)])
+def test_a_searched_subspace_is_within_a_thousandth_of_the_best(
+    shape: tuple[int, int], spectrum: str, rank: int
+) -> None:
+    place = torch.arange(400, dtype=torch.float64)
+    singular = {
+        "flat": torch.ones(400),
+        "root": (place + 1) ** -0.5,
+        "inverse": 1 / (place + 1),
+        "steep": torch.exp(-place / 2),
+        "spikes": torch.where(place < 16, 1.0, 0.01),
+        "three": (place < 3).double(),
+    }[spectrum]
+    left, right = (torch.linalg.qr(matrix(side, 400).double())[0] for side in (700, 401))
+    change = ((left * singular) @ right[:400].T).float()
+    change = change if shape[0] == 700 else change.T
+    b, a = low_rank(change, rank, 0.0, distribute=True)
+    best, norm = tail(change, rank), squares(change)
+    assert len(a) == min(rank, 3 if spectrum == "three" else 99)
+    assert best - 1e-12 * norm <= squares(change, b, a) <= best * 1.001**2 + 1e-12 * norm
+    direct = float(((change.double() - b @ a) ** 2).sum())
+    assert squares(change, b, a) == pytest.approx(direct, rel=1e-6, abs=1e-12 * norm)
+
+
+def test_the_search_ends_where_the_spectrum_is_that_of_noise() -> None:
+    change = matrix(700, 400)
+    b, a = low_rank(change, 16, 0.0, distribute=True)
+    assert tail(change, 16) < squares(change, b, a) <= tail(change, 16) * 1.001**2  # not the exact vectors
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_at_full_rank_nothing_is_lost(shape: tuple[int, int]) -> None:
     change = matrix(*shape)
