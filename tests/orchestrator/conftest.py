@@ -102,6 +102,19 @@ def real_model() -> None:
     """The models of this test answer themselves."""
 
 
+@pytest.fixture
+def figures() -> None:
+    """The pages that this test writes have their figures."""
+
+
+@pytest.fixture(autouse=True)
+def light_pages_and_disks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have no figures, which take two seconds, unless the test uses `figures`. No test here cuts the power."""
+    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+    if "figures" not in request.fixturenames:
+        monkeypatch.setattr("orchestrator.report.page.sections", lambda report, view="": [])
+
+
 @pytest.fixture(autouse=True)
 def answers(request: pytest.FixtureRequest) -> Iterator[None]:
     """Evaluations in this process ask a function, unless the test uses `real_model`."""

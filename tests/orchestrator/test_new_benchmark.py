@@ -127,6 +127,7 @@ Mergeyard = Callable[..., Ended]
 
 
 @pytest.mark.usefixtures("recall")
+@pytest.mark.usefixtures("figures")
 def test_a_new_benchmark_goes_through_every_command(
     mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
 ) -> None:

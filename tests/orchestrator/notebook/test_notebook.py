@@ -36,6 +36,7 @@ def test_the_distribution_has_it_at_the_top_level() -> None:
     assert (HOME / "mergeyard" / "py.typed").is_file()
 
 
+@pytest.mark.usefixtures("figures")
 def test_the_lines_on_the_front_page_run(
     mergeyard: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -59,6 +60,7 @@ def test_the_lines_on_the_front_page_run(
     assert (tmp_path / "runs" / "soup" / "config.json").is_file()
 
 
+@pytest.mark.usefixtures("figures")
 def test_objects_show_themselves_and_escape_names(mergeyard: ModuleType, tmp_path: Path) -> None:
     run = mergeyard.open_run(write_run(tmp_path / "run", grid=(3, 2), items=3))
     assert {"grid-length", "profiles", "importance", "pairs"} <= {*run.figures}
@@ -69,6 +71,7 @@ def test_objects_show_themselves_and_escape_names(mergeyard: ModuleType, tmp_pat
     assert set(run.answers().column("answer").to_pylist()) >= {HOSTILE}
 
 
+@pytest.mark.usefixtures("figures")
 def test_a_run_in_a_bucket_is_the_run_on_a_disk(mergeyard: ModuleType, tmp_path: Path, s3_url: str) -> None:
     here, there = (
         mergeyard.open_run(write_run(place, grid=(3, 2), items=3)) for place in (tmp_path / "run", f"{s3_url}/run")
