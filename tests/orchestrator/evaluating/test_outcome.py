@@ -205,8 +205,9 @@ def test_a_verdict_ends_a_job_and_is_its_exit_code(mergeyard: Mergeyard, dashboa
 
 def test_a_long_log_is_not_asked_for_every_second(dashboard: Dashboard, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ray_submission, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(ray_submission, "LOG_BYTES_A_SECOND", 1000)
     dashboard.remember("mergeyard-0", 0)
-    dashboard.log = "a line of a long log\n" * 10**6
+    dashboard.log = "a line of a long log\n" * 10**4
     cluster, said = RayJobs(dashboard.address), list[str]()
     submission = cluster.latest("mergeyard-0")
     assert submission is not None

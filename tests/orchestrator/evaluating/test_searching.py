@@ -155,9 +155,9 @@ def test_eight_workers_write_the_same_batches(
 def test_killed_at_random_moments_it_writes_the_same_batches_and_asks_no_question_twice(
     tmp_path: Path, whole: tuple[Path, EvaluationResult, list[str]]
 ) -> None:
-    """Fifty moments, in rounds until the search ends: a killed driver leaves only files behind."""
+    """Fifteen moments, in rounds until the search ends: a killed driver leaves only files behind."""
     moments, kills, round_number = random.Random(7), 0, 0
-    while kills < 50:
+    while kills < 15:
         folder, log = tmp_path / str(round_number), list[str]()
         plan, asked = planned(folder)
         while True:
