@@ -394,7 +394,7 @@ def space_schema() -> dict[str, Any]:
     return {"anyOf": [grid | {"additionalProperties": {"anyOf": [numbers, words, plain, knotted, subset]}}]}
 
 
-By = Literal["auto", "cma-es", "gp", "random", "sobol"]
+By = Literal["auto", "cma-es", "gp", "greedy", "random", "sobol"]
 
 
 def _later(node: Node) -> tuple[Choice, ...]:
@@ -453,6 +453,8 @@ def read_search(node: Node) -> SearchSpec:
         )
     if spec.by == "cma-es" and spec.space.size == 1:
         raise keys["by"].error("the space has one point; take sobol")
+    if spec.by == "greedy":
+        _check_greedy(spec, keys)
     if "start" not in keys:
         return spec
     start = tuple(_start(entry, spec.space) for entry in keys["start"].sequence())
@@ -468,6 +470,21 @@ def read_search(node: Node) -> SearchSpec:
             f"`start:` has {len(start)} points, and the budget {spec.budget.points}; take some of them out"
         )
     return replace(spec, start=start)
+
+
+def _check_greedy(spec: SearchSpec, keys: Mapping[str, Node]) -> None:
+    """That the search is over one subset alone, for one score."""
+    tied = {name for names in spec.space.subsets.values() for name in names}
+    others = [axis.name for axis in spec.space.axes if axis.name not in tied and len(axis.values) > 1]
+    if len(spec.space.subsets) != 1:
+        raise keys["by"].error("greedy decides over one subset; give one alone, as `soup: {subset: [a, b, c]}`")
+    if others:
+        raise keys["by"].error(f"greedy decides over one subset, and nothing else; take {quoted(others[0])} out")
+    if len(spec.maximize) > 1 or spec.maximize[0].sign < 0 or spec.maximize[0].metric.startswith("output_tokens"):
+        raise keys["maximize"].error("greedy maximises one score; name one, such as score")
+    for key in ("at_least", "start"):
+        if key in keys:
+            raise keys[key].error(f"greedy begins with each model alone, and keeps no constraint; take `{key}:` out")
 
 
 def search_schema() -> dict[str, Any]:

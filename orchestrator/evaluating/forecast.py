@@ -40,6 +40,7 @@ from orchestrator.judging.power import (
 from orchestrator.judging.race import RUNGS
 from orchestrator.judging.samples import Cell, CellSample, cell_of
 from orchestrator.judging.significance import design_effect
+from orchestrator.searching import greedy
 from workers.benchmarks.planned import PlannedSet
 from workers.benchmarks.registry import BENCHMARKS
 
@@ -170,7 +171,7 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
 def _most_points(spec: SearchSpec, asked: Questions) -> int:
     """The most points that a search can ask; hours limit nothing that is known beforehand."""
     search = make_search(asked, spec, spec.space.described)
-    limits = [spec.space.size]
+    limits = [2 * len(greedy.singles(spec.space)) - 1 if spec.by == "greedy" else spec.space.size]
     if spec.budget.points is not None:
         limits.append(spec.budget.points)
     if spec.budget.tokens is not None:
@@ -193,7 +194,8 @@ def _search_facts(
     opening = (len(first.proposals) + len(search.parents)) * search.rungs[0] * item
     whole = spec.budget.tokens
     if whole is None and spec.budget.points is not None:
-        whole = 2 * points * search.rungs[0] * item + len(search.parents) * search.rungs[-1] * item
+        each = search.rungs[-1] if spec.by == "greedy" else 2 * search.rungs[0]
+        whole = points * each * item + len(search.parents) * search.rungs[-1] * item
     tokens, seconds = sum(row.tokens for row in answers), sum(row.seconds for row in answers)
     rate = seconds / tokens if tokens else None
     return {

@@ -62,6 +62,12 @@ class Pairing:
         error, freedom = self._error(parts)
         return Gap(float(parts.sum()), error, freedom, few_losses(self._pooled(parts), 0.0))
 
+    def spare(self, rival: FloatArray, point: FloatArray, margin: float) -> Gap:
+        """How far the point is above the rival less the margin, a share of 1; `rare` is that of the point's losses."""
+        parts = self.parts(point - rival)
+        error, freedom = self._error(parts)
+        return Gap(float(parts.sum()) + margin, error, freedom, few_losses(self._pooled(parts), margin))
+
     def _error(self, parts: FloatArray) -> tuple[float, float]:
         """Standard error of the gap, clustered by haystack, and its degrees of freedom."""
         haystacks = parts.shape[1]

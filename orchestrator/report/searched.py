@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.report import axes, figures
 from orchestrator.report.sections import Choice, Section, Table, bounds, importance_section, table_of
 from orchestrator.searching.findings import Findings, Measured
+from orchestrator.searching.greedy import ALPHA, MARGIN
 
 MOST_NAMED_AXES = 4
 
@@ -31,6 +32,11 @@ def facts(found: Findings, gate: Mapping[str, Any] | None) -> list[str]:
             for each in found.importance[:MOST_NAMED_AXES]
         ]
         lines.append(f"Of the variance over the space, one axis alone explains: {', '.join(shares)}.")
+    if found.ingredients:
+        stay = [each.model for each in found.ingredients if each.stays]
+        lines.append(
+            f"The greedy soup is {' + '.join(stay)}, {len(stay)} of {len(found.ingredients)} models that were tried."
+        )
     if len(found.objectives) > 1:
         lines.append(f"The front of {' and '.join(found.objectives)} has {len(found.front)} points.")
     return [*lines, *_fresh(found, gate)]
@@ -71,6 +77,8 @@ def search_sections(
 ) -> list[Section]:
     """The trace, the surface, the importance of the axes and the front."""
     made = [_trace(found, asked, gate)]
+    if found.ingredients:
+        made.append(_ingredients(found))
     if found.surface:
         made.append(_surface(found))
     if found.importance:
@@ -152,6 +160,35 @@ def _trace(found: Findings, asked: tuple[tuple[int, str, str], ...], gate: Mappi
                         reason,
                     )
                     for batch, each, reason in order
+                ),
+            ),
+        ),
+    )
+
+
+def _ingredients(found: Findings) -> Section:
+    """The verdict on each model of a greedy soup."""
+    return Section(
+        "ingredients",
+        "The ingredients of the soup",
+        "The models in the order of trying, the best alone first. A model stays if the soup is surely not worse with it"
+        f" by {MARGIN:.1f} points, on the same items, at {100 * ALPHA:g} % over all models and rungs.",
+        (),
+        "",
+        (),
+        (
+            Table(
+                "",
+                ("model", "stays", "gain", "items a cell", "why"),
+                tuple(
+                    (
+                        each.model,
+                        "yes" if each.stays else "no",
+                        f"{each.gain:+.1f} ± {each.allowed:.1f}" if each.allowed else "",
+                        str(each.items),
+                        each.reason,
+                    )
+                    for each in found.ingredients
                 ),
             ),
         ),

@@ -19,8 +19,9 @@ import numpy as np
 
 from jobs.expressions import format_number
 from jobs.search import Choice, Space
+from orchestrator.searching import greedy
 from orchestrator.searching.encoding import all_choices, decoded
-from orchestrator.searching.proposing import Evidence, Model, Verdict, draws, generator, resolved, sequence
+from orchestrator.searching.proposing import Evidence, Model, draws, generator, resolved, sequence
 from orchestrator.searching.search import Search
 
 NORMAL = 1.96
@@ -105,6 +106,8 @@ class Findings:
     axes: tuple[str, ...]
     others: str
     surface: tuple[Place, ...]
+    ingredients: tuple[greedy.Ingredient, ...] = ()
+    """Of a greedy soup: the verdict on each model that was tried, in this order."""
 
     def document(self) -> dict[str, Any]:
         """For evaluation.json."""
@@ -124,13 +127,14 @@ class Findings:
             axes=tuple(document["axes"]),
             others=document["others"],
             surface=tuple(Place(**each | {"at": tuple(each["at"])}) for each in document["surface"]),
+            ingredients=tuple(greedy.Ingredient(**each) for each in document.get("ingredients", ())),
         )
 
 
 def findings(search: Search, seed: int) -> Findings | None:
     """The findings of a search; None before a batch of points is closed."""
     spec, space = search.spec, search.spec.space
-    names, evidence, verdict = search.evidence(search.closed - 1)
+    names, evidence, _ = search.evidence(search.closed - 1)
     if not names:
         return None
     objective = spec.maximize[0]
@@ -158,7 +162,9 @@ def findings(search: Search, seed: int) -> Findings | None:
         shares = _importance(space, models[0], seed) if len(varying) > 1 else []
         chosen = [each.axis for each in shares[:2]] or [space.axes[varying[0]].name]
         axes = [index for index, axis in enumerate(space.axes) if axis.name in chosen]
-    best = evidence.choices[incumbent(verdict)]
+    leader = search.leader(search.closed - 1)
+    assert leader is not None, "there are points"
+    best = evidence.choices[leader]
     return Findings(
         size=space.size,
         objectives=tuple(each.document() for each in spec.maximize),
@@ -170,12 +176,8 @@ def findings(search: Search, seed: int) -> Findings | None:
         axes=tuple(space.axes[index].name for index in axes),
         others=_others(space, best, axes),
         surface=_surface(space, models[0], best, axes, unit, asked) if axes else (),
+        ingredients=search.soup(search.closed - 1).ingredients if spec.by == "greedy" else (),
     )
-
-
-def incumbent(verdict: Verdict) -> int:
-    """The index of the best point by the model's mean, of those that likely keep the constraints if there are any."""
-    return int(np.argmax(np.where(verdict.feasible >= 0.5, verdict.mean, verdict.mean - 1e6)))
 
 
 def regret_bound(space: Space, evidence: Evidence, best: int, *, smooth: bool, seed: int) -> float:
@@ -206,7 +208,8 @@ def _steps(search: Search, seed: int, unit: float) -> tuple[Step, ...]:
     found: list[Step] = []
     for number in closed:
         names, evidence, verdict = search.evidence(number)
-        best = incumbent(verdict)
+        best = search.leader(number)
+        assert best is not None, "the batch asked something"
         score, half = float(verdict.mean[best]) * unit, NORMAL * float(verdict.spread[best]) * abs(unit)
         regret = regret_bound(search.spec.space, evidence, best, smooth=smooth, seed=seed) * abs(unit)
         found.append(

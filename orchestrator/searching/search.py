@@ -27,6 +27,7 @@ from orchestrator.judging.estimates import macro_weights
 from orchestrator.judging.pairing import Pairing
 from orchestrator.judging.race import LEAST_HAYSTACKS, Block, Departure, departure
 from orchestrator.judging.samples import Cell, FloatArray, student_quantile
+from orchestrator.searching import greedy
 from orchestrator.searching.figures import Figures, figures
 from orchestrator.searching.proposing import Evidence, Proposal, Verdict, judge, means_of, propose, resolved
 
@@ -166,6 +167,8 @@ class Search:
     def propose(self) -> Batch:
         """The batch that is due, from the closed batches before the last one. At most a second for 300 points."""
         number = len(self.batches)
+        if self.spec.by == "greedy":
+            return self._greedy(number)
         spec, room = self.spec, self._room()
         proposals: tuple[Proposal, ...] = ()
         promotions = self._promotions(number, room)
@@ -301,7 +304,10 @@ class Search:
             )
             for index, (name, choice) in enumerate(zip(names, evidence.choices, strict=True))
         ]
-        return tuple(sorted(rows, key=lambda row: (row.feasible < 0.5, -sign * row.score, row.point)))
+        soup = self.soup(self.closed - 1).choice if self.spec.by == "greedy" else None
+        return tuple(
+            sorted(rows, key=lambda row: (row.choice != soup, row.feasible < 0.5, -sign * row.score, row.point))
+        )
 
     def front(self) -> tuple[Found, ...]:
         """With several objectives: the points that no other one exceeds in all of them, by the model's means."""
@@ -315,11 +321,57 @@ class Search:
                 kept.append(rows[choice])
         return tuple(kept)
 
+    def soup(self, batch: int) -> greedy.Soup:
+        """The greedy soup by the scores up to this batch."""
+        columns, weights = self._weighted(self.spec.maximize[0].metric)
+        pairing = Pairing([self.cells[column] for column in columns], self._haystack, self._shared, weights)
+        scores = {
+            choice: self._scores[name][columns, : self._answered(name, batch)] for name, choice in self.choices.items()
+        }
+        return greedy.soup(self.spec.space, scores, pairing, self.rungs, haystack=self._haystack)
+
+    def leader(self, batch: int) -> int | None:
+        """The index of the best point when this batch is closed: the soup, or the one with the highest mean."""
+        names, _, verdict = self.evidence(batch)
+        if not names:
+            return None
+        if self.spec.by == "greedy" and (soup := self.soup(batch).choice) is not None:
+            return names.index(self._name(soup))
+        return int(np.argmax(np.where(verdict.feasible >= 0.5, verdict.mean, verdict.mean - 1e6)))
+
     @property
     def sure(self) -> bool:
         """Whether the first point of the table is the best of those asked with a probability of 95 %."""
         standing = self.standing()
         return bool(standing) and standing[0].best >= SURE
+
+    def _greedy(self, number: int) -> Batch:
+        """Each model alone on all items; then one model after the other joins the soup, or does not."""
+        alone, room = greedy.singles(self.spec.space), self._room()
+        most = self.spec.budget.points
+        missing = [choice for choice in alone if choice not in self.choices.values()][: self.spec.batch]
+        new = [Proposal(choice, "a model alone: greedy tries the best of them first") for choice in missing]
+        wanted = {choice: self.rungs[-1] for choice in self.choices.values() if choice in alone}
+        soup = self.soup(number - 2)
+        if soup.choice is not None and soup.tried is not None:
+            if soup.tried not in self.choices.values():
+                described = self.spec.space.described
+                new = [Proposal(soup.tried, f"is {described(soup.choice)} as good with one more model?")]
+            else:
+                wanted = dict.fromkeys((soup.choice, soup.tried), soup.items)
+        promotions: list[Promotion] = []
+        for choice, items in wanted.items():
+            asked = [*(each.items for each in promotions), items]
+            cost = self._cost([items - self._known(choice)])
+            if self._known(choice) < items and cost + self._parents_cost(asked) <= room:
+                promotions.append(Promotion(choice, items))
+                room -= cost
+        room -= self._parents_cost([each.items for each in promotions] or [0])
+        if most is not None:
+            new = new[: max(0, most - len(self.choices))]
+        while new and self._cost([self.rungs[0]] * len(new)) + self._first_parents_cost() > room:
+            new.pop()
+        return Batch(number, tuple(new), tuple(promotions), self._digest(number))
 
     def _first(self, count: int) -> tuple[Proposal, ...]:
         """The points of `start`; without them, `gp` begins in the middle of the space, where nothing is extreme."""
@@ -478,7 +530,7 @@ class Search:
         probability `ALPHA` at the most, as in the race.
         """
         objective = self.spec.maximize[0]
-        if len(self.spec.maximize) > 1 or objective.metric.startswith("output_tokens"):
+        if self.spec.by == "greedy" or len(self.spec.maximize) > 1 or objective.metric.startswith("output_tokens"):
             return []
         names, _, verdict = self.evidence(batch)
         if not names:

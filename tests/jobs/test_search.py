@@ -214,6 +214,22 @@ def test_names_of_different_points_differ() -> None:
             {"search": {"by": "cma-es"}},
             '4: cma-es draws numbers, and "method" has words; take gp or sobol, or take the axis out',
         ),
+        (W, {"search": {"by": "greedy"}}, "4: greedy decides over one subset; give one alone, as `soup: {subset: "),
+        (
+            {**W, "soup": {"subset": ["a", "b"]}},
+            {"search": {"by": "greedy"}},
+            '4: greedy decides over one subset, and nothing else; take "w" out',
+        ),
+        (
+            {"w": {"subset": ["a", "b"]}},
+            {"search": {"by": "greedy", "maximize": "-score"}},
+            "4: greedy maximises one score; name one, such as score",
+        ),
+        (
+            {"w": {"subset": ["a", "b"]}},
+            {"search": {"by": "greedy", "start": [{"w": ["a"]}]}},
+            "4: greedy begins with each model alone, and keeps no constraint; take `start:` out",
+        ),
         (W, {"search": {"start": [{}]}}, "4: a point of `start:` names no axis; give a value as `w: …`, or take"),
         (W, {"search": {"at_least": {}}}, "4: `at_least:` names no figure; give one as"),
         (

@@ -20,6 +20,7 @@ from orchestrator.report.run import PAGE, read_run, report_on
 from orchestrator.report.searched import search_sections
 from orchestrator.report.terminal.leaderboard import print_leaderboard
 from orchestrator.searching.findings import Findings, Measured, Place, Share, Step
+from orchestrator.searching.greedy import Ingredient
 from tests.growth import growth
 from tests.orchestrator.report.made_up import HOSTILE, TASKS, write_run
 from workers.storage import open_store
@@ -243,6 +244,16 @@ def test_a_search_that_ended_shows_trace_surface_importance_front_and_the_drop_o
     alone, *_ = search_sections(replace(found, axes=(), importance=(), surface=()), asked, None)
     assert "The best of the points asked is better by at most 3.2 points" in alone.words, "no model of other points"
     assert "x over the points asked." in alone.words and "of the space" not in alone.words
+    tried = (
+        Ingredient("a", True, 0.0, 0.0, 40, "the best alone"),
+        Ingredient("b", False, -2.5, 4.375, 40, "not sure"),
+    )
+    told_soup, soup, *_ = search_sections(replace(found, ingredients=tried), asked, None)
+    assert "The greedy soup is a, 1 of 2 models that were tried." in told_soup.words
+    assert soup.tables[0].rows == (
+        ("a", "yes", "", "40", "the best alone"),
+        ("b", "no", "-2.5 ± 4.4", "40", "not sure"),
+    )
     assert "w 75 % (50 to 90), d 10 % (0 to 30)" in words
     assert f"{first}: 70.0 ± 4.0 in the search, 67.0 ± 3.0 on fresh items: a drop of 3.0 ± 5.0." in words
     assert words.startswith(" ".join(report.searched)) and len(report.searched) == 4
