@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +47,12 @@ def tokenizer_json(parents: Path) -> bytes:
 
 
 def settings(tokenizer_json: bytes, template: str, **more: Any) -> Generation:
-    files = {"tokenizer.json": tokenizer_json}
-    return generation_of(spec(**more), Tokenizer.from_files(files, place="here", chat_template=template), 0)[1]
+    return generation_of(spec(**more), chat_of(tokenizer_json, template), 0)[1]
+
+
+@cache  # one process renders the template for all tests of it
+def chat_of(tokenizer_json: bytes, template: str) -> Tokenizer:
+    return Tokenizer.from_files({"tokenizer.json": tokenizer_json}, place="here", chat_template=template)
 
 
 EMPTY = "<assistant><think>\n\n</think>\n\n"
