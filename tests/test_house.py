@@ -12,7 +12,6 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -182,18 +181,6 @@ def test_merging_and_an_engine_run_without_a_cluster_or_a_bucket(tmp_path: Path)
     assert unwritten == written == [1.0, 1.0, 1.0]
 
 
-@pytest.mark.serial
-def test_help_answers_within_half_a_second():
-    seconds: list[float] = []
-    while len(seconds) < 5 and min(seconds, default=1.0) >= 0.5:  # other work on the machine may slow some of them
-        start = time.perf_counter()
-        done = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, timeout=60)
-        seconds.append(time.perf_counter() - start)
-        assert (done.returncode, done.stderr) == (0, "")
-        assert done.stdout.startswith("usage: mergeyard")
-    assert min(seconds) < 0.5, seconds
-
-
 def cpu_seconds(*command: str | Path) -> float:
     """The CPU time of one process, which other work on the machine hardly changes."""
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -204,12 +191,20 @@ def cpu_seconds(*command: str | Path) -> float:
 
 
 @pytest.mark.serial
+def test_help_takes_little_more_than_the_start_of_numpy():
+    said = subprocess.run([COMMAND, "--help"], capture_output=True, text=True, timeout=60)
+    assert (said.returncode, said.stderr) == (0, "") and said.stdout.startswith("usage: mergeyard")
+    start = min(cpu_seconds(sys.executable, "-c", "import numpy, yaml") for _ in range(3))
+    assert min(cpu_seconds(COMMAND, "--help") for _ in range(3)) < 1.5 * start
+
+
+@pytest.mark.serial
 @pytest.mark.parametrize("command", ["merge", "plan", "status"])
 def test_a_little_command_takes_little_more_than_the_start_of_python(tmp_path: Path, command: str):
     models = [{"model": str(PARENTS / name), "parameters": {"weight": 0.5}} for name in ("fmt", "long")]
     (tmp_path / "config.yaml").write_text(json.dumps({"merge_method": "linear", "models": models}))
-    merges = [["merge", tmp_path / "config.yaml", tmp_path / f"merge{number}", "--quiet"] for number in range(4)]
-    first, *others = merges if command == "merge" else [LIGHT[command]] * 4
+    merges = [["merge", tmp_path / "config.yaml", tmp_path / f"merge{number}", "--quiet"] for number in range(3)]
+    first, *others = merges if command == "merge" else [LIGHT[command]] * 3
     cpu_seconds(COMMAND, *first)  # compiles the loops
     start = min(cpu_seconds(sys.executable, "-c", "import numpy, yaml") for _ in others)
     assert min(cpu_seconds(COMMAND, *other) for other in others) < 16 * start, (

@@ -87,13 +87,13 @@ def check(text: str) -> None:
         assert [point.recipe.document() for point in pickle.loads(pickle.dumps(job)).points]
 
 
-@settings(max_examples=400, deadline=2000, derandomize=True)
+@settings(max_examples=400, deadline=20_000, derandomize=True)
 @given(mutated())
 def test_a_damaged_job_is_a_job_or_bad_input(text: str) -> None:
     check(text)
 
 
-@settings(max_examples=200, deadline=2000, derandomize=True)
+@settings(max_examples=200, deadline=20_000, derandomize=True)
 @given(st.text(max_size=200) | st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
 def test_any_text_is_a_job_or_bad_input(text: str) -> None:
     check(text)

@@ -174,7 +174,7 @@ def test_paths_that_end_alike_are_told_apart_by_the_names_that_the_refusal_asks_
 
 
 def test_points_that_differ_only_after_rounding_are_refused() -> None:
-    assert "are both called" in refusal("w: {from: 0, to: 1, num: 70001}")
+    assert "are both called" in refusal("w: {from: 0.5, to: 0.50001, num: 4}")
 
 
 @pytest.mark.parametrize("point", ["a b", "-{w}", "../{w}", "é{w}", "x" * 300, "a/{w}", ".{w}", "{method}"])

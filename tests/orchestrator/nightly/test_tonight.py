@@ -394,7 +394,7 @@ def test_a_night_that_was_recorded_and_not_told_of_is_told_of_with_its_exit_code
 
 
 def test_two_at_once_are_one(first_night: tuple[NightlyFolder, Told], after_first: Path, mergeyard: Mergeyard) -> None:
-    with Lease(book_at(after_first).store, "lease.json", seconds=3, heartbeat=0.2):
+    with Lease(book_at(after_first).store, "lease.json", seconds=6, heartbeat=0.2):
         ended = mergeyard("nightly", first_night[0].job, "--in-process", "--output", after_first)
     assert ended.code == 75 and "already driven by process" in ended.err
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import struct
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +18,7 @@ from jobs.job import Job, load_job
 from jobs.merge_tasks import DTYPE_BITS
 from orchestrator.planning.compatibility import HARMLESS
 from orchestrator.planning.plan import MOST_UPLOADS, Plan, make_plan
+from tests.growth import growth
 from tests.orchestrator.models import CONFIG, EMBEDDINGS, HEAD, HIDDEN, LAYERS, TOKENIZER, shapes, weights, write_model
 
 Planning = Callable[..., Plan]
@@ -174,15 +174,13 @@ def test_a_task_never_holds_more_files_open_than_a_process_may(plan: Planning):
     assert max(len(task.points) for task in planned.tasks([], 1)) <= MOST_UPLOADS
 
 
-@pytest.mark.serial
-def test_ten_thousand_points_are_planned_in_seconds(job: Jobs, parents: Path):
-    started = time.perf_counter()
-    planned = make_plan(job(grid="{w: {from: 0, to: 1, num: 10000}}"))
-    tasks = planned.tasks([], 8)
-    seconds = time.perf_counter() - started
-    assert (len(planned.points), sum(len(task.points) for task in tasks)) == (10_000, 10_000)
-    print(f"{seconds:.1f} s")
-    assert seconds < 20
+def test_the_time_to_plan_points_grows_as_their_number(job: Jobs, parents: Path):
+    def planned(count: int) -> None:
+        made = make_plan(job(grid=f"{{w: {{from: 0, to: 1, num: {count + 1}}}}}"))
+        tasks = made.tasks([], 8)
+        assert (len(made.points), sum(len(task.points) for task in tasks)) == (count + 1, count + 1)
+
+    assert growth(planned, 500, 5000, at_most=15) <= 15, "10 if linear, 100 if quadratic"
 
 
 def test_points_that_are_not_written_cost_nothing_a_shard(plan: Planning):
