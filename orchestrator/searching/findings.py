@@ -78,8 +78,8 @@ class Place:
 class Measured:
     """A point as the model sees it: its figures, half of their 95 % interval by its own items, and these items a cell.
 
-    `figures` are the model's means of all objectives. `value` and `half` are those of the first one, without the model:
-    by the point's items, corrected by what the parents score on them.
+    `figures` are the model's means of all objectives, the first as in `Verdict.shown`. `value` and `half` are those of
+    the first one, without the model: by the point's items, corrected by what others score on them.
     """
 
     point: str
@@ -134,7 +134,7 @@ class Findings:
 def findings(search: Search, seed: int) -> Findings | None:
     """The findings of a search; None before a batch of points is closed."""
     spec, space = search.spec, search.spec.space
-    names, evidence, _ = search.evidence(search.closed - 1)
+    names, evidence, verdict = search.evidence(search.closed - 1)
     if not names:
         return None
     objective = spec.maximize[0]
@@ -142,7 +142,8 @@ def findings(search: Search, seed: int) -> Findings | None:
     smooth = resolved(space, spec.by) == "gp"
     models = [Model(space, evidence.choices, figure, smooth=smooth) for figure in evidence.objectives]
     units = [each.sign * (1.0 if each.metric.startswith("output_tokens") else 100.0) for each in spec.maximize]
-    means = [model.at(evidence.choices).mean * scale for model, scale in zip(models, units, strict=True)]
+    means = [verdict.shown * units[0]]
+    means += [model.at(evidence.choices).mean * scale for model, scale in zip(models[1:], units[1:], strict=True)]
     rows = {row.choice: row for row in search.standing()}
     asked = {choice: row.point for choice, row in rows.items()}
     measured = [
@@ -210,7 +211,7 @@ def _steps(search: Search, seed: int, unit: float) -> tuple[Step, ...]:
         names, evidence, verdict = search.evidence(number)
         best = search.leader(number)
         assert best is not None, "the batch asked something"
-        score, half = float(verdict.mean[best]) * unit, NORMAL * float(verdict.spread[best]) * abs(unit)
+        score, half = float(verdict.shown[best]) * unit, NORMAL * float(verdict.spread[best]) * abs(unit)
         regret = regret_bound(search.spec.space, evidence, best, smooth=smooth, seed=seed) * abs(unit)
         found.append(
             Step(

@@ -116,12 +116,18 @@ class Verdict:
 
     `mean` and `spread` are the posterior's of the first objective; `best` is the probability to be the best point that
     keeps the constraints, `feasible` that of keeping them.
+
+    `shown` is the mean, but of points that likely keep the constraints at most the average of the means by `best`.
+    Where several points are as good, the highest mean is a lucky one, and the average over the likely winners is not
+    (the smoothing of Efron 2014, "Estimation and accuracy after model selection"). With several objectives it is the
+    mean.
     """
 
     mean: FloatArray
     spread: FloatArray
     best: FloatArray
     feasible: FloatArray
+    shown: FloatArray
 
 
 def judge(space: Space, evidence: Evidence, *, by: By, seed: int) -> Verdict:
@@ -131,7 +137,10 @@ def judge(space: Space, evidence: Evidence, *, by: By, seed: int) -> Verdict:
     winners = np.argmax(_joined(surfaces, margins, generator(seed, 0)), axis=1)
     best = np.bincount(winners, minlength=len(evidence.choices)) / DRAWS
     feasible = np.prod([_above(margin.mean, margin.spread) for margin in margins] or [np.ones(len(best))], axis=0)
-    return Verdict(surfaces[0].mean, surfaces[0].spread, best, feasible)
+    mean = surfaces[0].mean
+    most = float(best @ mean) if len(surfaces) == 1 else math.inf
+    shown = np.where(feasible >= 0.5, np.minimum(mean, most), mean)
+    return Verdict(mean, surfaces[0].spread, best, feasible, shown)
 
 
 def _surfaces(space: Space, evidence: Evidence, *, smooth: bool) -> tuple[list[Surface], list[Surface]]:

@@ -68,7 +68,7 @@ class Batch:
 class Found:
     """A row of the table. `score` and `spread` are the model's mean and standard deviation of the first objective.
 
-    The score of the best point is drawn towards its neighbours and rivals, so that it is not the luckiest one.
+    Of the best points, `score` is at most the average of the likely winners (`Verdict.shown`), and so no lucky one.
     `observed` is the plain mean of its items. `best` is the probability to be the best point that keeps the
     constraints, `feasible` that of keeping them; `batch` is the one that proposed it.
     """
@@ -293,7 +293,7 @@ class Search:
             Found(
                 name,
                 choice,
-                sign * float(verdict.mean[index]),
+                sign * float(verdict.shown[index]),
                 float(verdict.spread[index]),
                 sign * self._observed(name, self.closed - 1),
                 self._answered(name, self.closed - 1),
@@ -304,9 +304,10 @@ class Search:
             )
             for index, (name, choice) in enumerate(zip(names, evidence.choices, strict=True))
         ]
+        means = dict(zip(names, verdict.mean.tolist(), strict=True))
         soup = self.soup(self.closed - 1).choice if self.spec.by == "greedy" else None
         return tuple(
-            sorted(rows, key=lambda row: (row.choice != soup, row.feasible < 0.5, -sign * row.score, row.point))
+            sorted(rows, key=lambda row: (row.choice != soup, row.feasible < 0.5, -means[row.point], row.point))
         )
 
     def front(self) -> tuple[Found, ...]:
@@ -460,7 +461,7 @@ class Search:
         names = tuple(name for name in self.choices if self._items[name][0][0] <= batch)
         if not names:
             nothing = np.empty(0)
-            return (), Evidence((), ()), Verdict(nothing, nothing, nothing, nothing)
+            return (), Evidence((), ()), Verdict(nothing, nothing, nothing, nothing, nothing)
         counts = np.array([self._answered(name, batch) for name in names], dtype=np.intp)
         parents = max((items for number, items in self._items.get("", ()) if number <= batch), default=0)
         found: list[Figures] = []

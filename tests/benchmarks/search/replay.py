@@ -2,15 +2,16 @@
 
     python -m tests.benchmarks.search.replay --seeds 100   # needs cmaes, optuna and pymoo beside mergeyard
 
-Four spaces. `line` (101 points between two parents) and `triangle` (231 mixtures of three) have surfaces that are
-fitted to measured answers of the example parents (`counts.csv`, which `truth.py` makes). `flat` is a line on which all
-points are equally good. `eight` (8 axes of 21 values) is synthetic: items of uneven difficulty around a smooth hill.
+Five spaces. `line` (101 points between two parents) and `triangle` (231 mixtures of three) have surfaces that are
+fitted to measured answers of the example parents (`counts.csv`, which `truth.py` makes). The best points of both lie on
+the grid or beside it; `coarse` is the triangle with a grid that misses them. `flat` is a line on which all points are
+equally good. `eight` (8 axes of 21 values) is synthetic: items of uneven difficulty around a smooth hill.
 
 The truth is the mean over 2,000 items of each of five cells. A search may see the first 200. The budget B is what a
-grid of 11 points (66 in the triangle, 16 random ones in `eight`) with the shipped race costs. Peers ask 40 items of
-each cell for a candidate, the same for all, and show the best score seen, as they do: `random`; `evolve`, the rule of
-mergekit-evolve (CMA-ES from the middle, σ 1/6); Optuna's TPE and GP. `mergenetic` is its genetic algorithm on estimates
-by item response theory from 20 items (`estimated`). `sobol` and `gp` are the shipped search.
+grid of 11 points (66 in the triangle, 21 in `coarse`, 16 random ones in `eight`) with the shipped race costs. Peers ask
+40 items of each cell for a candidate, the same for all, and show the best score seen, as they do: `random`; `evolve`,
+the rule of mergekit-evolve (CMA-ES from the middle, σ 1/6); Optuna's TPE and GP. `mergenetic` is its genetic algorithm
+on estimates by item response theory from 20 items (`estimated`). `sobol` and `gp` are the shipped search.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Fitted:
     Both are Gaussian processes over the mixtures. So an answer depends on the mixture alone, as a greedy decoding does.
     """
 
-    def __init__(self, space: Space, seed: int, *, flat: bool = False) -> None:
+    def __init__(self, space: Space, seed: int, *, flat: bool = False, every: int = 0) -> None:
         table = np.loadtxt(COUNTS, delimiter=",", skiprows=1)
         known, right, asked = table[:, :3], table[:, 4:], table[:, 3:4]
         random = np.random.default_rng(seed)
@@ -86,7 +87,7 @@ class Fitted:
         deviations = factor @ random.standard_normal((len(places), self.cells * self.count))
         self._right = deviations.reshape(len(places), self.cells, self.count) > -surfaces[:, :, None]
         self._truth = self._right.mean(axis=(1, 2))
-        every = 10 if len(space.axes) == 1 else 2
+        every = every or (10 if len(space.axes) == 1 else 2)
         self.grid = [choice for choice in self.choices if all(index % every == 0 for index in choice)]
         self.parents = [choice for choice in self.choices if np.max(mixture(space, choice)) == 1]
         self.ease = ndtri((self._right.sum(axis=0) + 0.5) / (len(places) + 1)) * 1.7
@@ -311,15 +312,19 @@ def main() -> None:
     """Reads the arguments, replays, and prints a table for each space."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--spaces", default="line,triangle,flat,eight")
+    parser.add_argument("--spaces", default="line,triangle,coarse,flat,eight")
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--budgets", default="0.5,1,2")
     arguments = parser.parse_args()
-    spaces = {"line": LINE, "triangle": TRIANGLE, "flat": LINE, "eight": EIGHT}
+    spaces = {"line": LINE, "triangle": TRIANGLE, "coarse": TRIANGLE, "flat": LINE, "eight": EIGHT}
     for name in arguments.spaces.split(","):
         space, regrets, flattery, sure, costs, reached = spaces[name], {}, {}, {}, [], {}
         for seed in range(arguments.seeds):
-            world = Synthetic(seed) if name == "eight" else Fitted(space, seed, flat=name == "flat")
+            world = (
+                Synthetic(seed)
+                if name == "eight"
+                else Fitted(space, seed, flat=name == "flat", every=4 if name == "coarse" else 0)
+            )
             best = world.best()
             choice, shown, cost = grid_and_race(world)
             costs.append(cost)

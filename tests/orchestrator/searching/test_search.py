@@ -9,7 +9,7 @@ import pytest
 from jobs.errors import CorruptData
 from jobs.search import Axis, Budget, Constraint, Objective, SearchSpec, Space
 from orchestrator.searching.figures import Figures
-from orchestrator.searching.proposing import Evidence, propose, resolved
+from orchestrator.searching.proposing import Evidence, judge, propose, resolved
 from orchestrator.searching.search import Batch, Search
 from tests.orchestrator.searching.worlds import CELLS, ITEMS, LINE, MIXED, TRIANGLE, World, numbers, run
 
@@ -93,6 +93,16 @@ def test_the_last_quarter_of_a_limit_asks_no_new_point():
     later = [promotion for batch in made.batches[last + 1 :] for promotion in batch.promotions]
     assert new <= 0.75 * 3000
     assert later and made.standing()[0].items >= 40
+
+
+def test_the_best_of_equal_points_is_not_shown_with_the_luckiest_mean():
+    space = Space((numbers("w", 9),))
+    scores = np.array([0.9, 0.8, 0.8, 0.8, 0.8, 0.2, 0.2, 0.2, 0.2, 0.1])
+    figures = Figures(scores, 0.01 * np.eye(10))
+    found = judge(space, Evidence(tuple((index,) for index in range(10)), (figures,)), by="sobol", seed=1)
+    assert found.best[0] < 0.6 and np.all(found.best[1:5] > 0.05)
+    assert found.shown[0] == pytest.approx(found.best @ found.mean) and found.shown[0] < found.mean[0]
+    assert found.shown[5:] == pytest.approx(found.mean[5:])
 
 
 def test_points_are_counted_and_then_the_likely_ones_are_asked_more():
