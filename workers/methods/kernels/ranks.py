@@ -354,7 +354,7 @@ def below_by_rank(
     """
     assert all(each.flags.c_contiguous and each.itemsize == 4 for each in (bits, numbers, limits))
     assert bits.size % row == 0 and limits.size == row and skipped + numbers.size <= bits.size
-    digits = max(4, min(8, row.bit_length() - 3))  # an eighth to a quarter as many buckets as elements, 16 to 256
+    digits = max(4, min(11, row.bit_length() - 3))  # an eighth to a quarter as many buckets as elements, 16 to 2,048
     mask = np.empty(numbers.size, np.bool_)
     keys, order = np.empty((2, row), np.uint32)
     doubtful = np.empty(row + 1, np.int64)
