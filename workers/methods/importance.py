@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.kernels.divergence import divergences, softmaxes
+from workers.methods.kernels.divergence import divergences, exponentials, softmaxes
 from workers.methods.kernels.dtypes import CODES
 from workers.methods.kernels.ranks import scaled_magnitudes
 from workers.methods.reductions import SAMPLED, Magnitude, Score, Threshold, threshold_of
@@ -46,7 +46,7 @@ class Exponentials(Reduction):
         with np.errstate(invalid="ignore"):
             for first, (greatest, sums) in shares:
                 within = slice(first, first + greatest.size)
-                found[1, within] += sums * np.exp(greatest - found[0, within])
+                found[1, within] += sums * exponentials(greatest - found[0, within])
         return found
 
 

@@ -123,6 +123,19 @@ def softmaxes(elements: Array, row: int, column: int) -> NDArray[np.float64]:
     return found
 
 
+@kernel("f64*", "i64")
+def _exponentials(values: Pointer, count: int) -> None:
+    for i in range(count):
+        values[i] = _exp(values[i])
+
+
+def exponentials(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """exp of numbers ≤ 0, and at least exp(−700)."""
+    found = np.array(values, np.float64, order="C")
+    _exponentials(address(found), found.size)
+    return found
+
+
 @kernel(
     *("u16**", "u32**", "u64**", "i64*", "i64", "i64", "i64"),
     *("f64*", "f64*", "f64*", "f64*", "f64", "f64**", "f64*"),

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from workers.methods.kernels import divergence
-from workers.methods.kernels.divergence import divergences, softmaxes
+from workers.methods.kernels.divergence import divergences, exponentials, softmaxes
 
 SMOOTHING = 1e-8
 
@@ -57,12 +57,18 @@ def test_a_row_with_an_element_that_is_no_number_has_no_divergence():
     assert sums[2] == pytest.approx(1e-8 * np.log(1e-8 / q[0]) + (1 + 1e-8) * np.log((1 + 1e-8) / (q[1] + 1e-8)))
 
 
+def test_exponentials_of_numbers_that_are_none():
+    assert exponentials(np.array([-np.inf, -1e9, 0.0])) == pytest.approx([0, 0, 1], abs=1e-300)
+    assert np.isnan(exponentials(np.array([np.nan])))
+
+
 def test_the_functions_err_by_less_than_two_units_in_the_last_place():
     rng = np.random.default_rng(0)
     powers = [0.0, *-(10 ** rng.uniform(-12, 2.8, 300)), *rng.uniform(-3, 0, 300)]
     numbers = [1.0, *10 ** rng.uniform(-8, 8, 300), *1 + 10 ** rng.uniform(-12, -1, 150), *rng.uniform(0.6, 1, 150)]
     with localcontext(prec=40), np.errstate(over="ignore"):
         for x in powers:
+            assert exponentials(np.array([x])) == divergence._exp(np.float64(x))
             assert abs(divergence._exp(np.float64(x)) - (exact := float(Decimal(x).exp()))) < 2 * np.spacing(exact)
         for x in numbers:
             exact = float(Decimal(float(x)).ln())
