@@ -140,14 +140,14 @@ def test_no_common_items_are_refused():
 
 @pytest.mark.parametrize(("items", "gain", "loss"), [(300, 0.0, 0.01), (1000, 0.0, 0.01), (2000, 0.05, 0.06)])
 def test_wrong_passes_and_wrong_fails_stay_within_alpha(items: int, gain: float, loss: float):
-    random, trials = keyed(items), 1500
+    random, trials = keyed(items), 600
     outcomes = [judge(one_cell(flips(random, items, gain, loss))).outcome for _ in range(trials)]
     assert_rate(outcomes.count("pass"), trials, 0.05)
     assert_rate(outcomes.count("fail"), trials, 0.05)
 
 
 def test_wrong_verdicts_stay_within_alpha_with_questions_that_share_haystacks():
-    random, trials, passes, fails, blind = keyed(3), 1000, 0, 0, 0
+    random, trials, passes, fails, blind = keyed(3), 400, 0, 0, 0
     haystacks = np.repeat(np.arange(250), 4)
     for _ in range(trials):
         # a haystack is lost or won as a whole half of the time; the mean is −0.01
@@ -163,7 +163,7 @@ def test_wrong_verdicts_stay_within_alpha_with_questions_that_share_haystacks():
 
 
 def test_wrong_verdicts_over_lengths_stay_within_alpha():
-    random, trials, lengths = keyed(4), 500, (4096, 8192, 16384, 32768, 65536, 131072)
+    random, trials, lengths = keyed(4), 200, (4096, 8192, 16384, 32768, 65536, 131072)
     rule, passes, fails, unadjusted = GateRule(length_margin=1.0), 0, 0, 0
     for _ in range(trials):
         at_margin = [cell_sample("vt", length, flips(random, 400, 0.05, 0.06), np.arange(400)) for length in lengths]
@@ -218,7 +218,7 @@ def test_items_needed_for_a_fail_count_the_correction_over_lengths():
 
 
 def test_topping_up_is_legal_only_in_the_anytime_mode():
-    random, trials = keyed(7), 300
+    random, trials = keyed(7), 100
     looks = range(400, 4001, 400)
     fixed, anytime = GateRule(), GateRule(planned_haystacks=2000)
     wrong = {"pass": 0, "fail": 0}
