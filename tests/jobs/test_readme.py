@@ -55,7 +55,12 @@ def completed(fragment: dict[str, Any]) -> dict[str, Any]:
     }
     job = {"name": "fragment", "parents": parents, "recipe": recipe, "output": "runs"} | fragment
     if "search" in job:
-        recipe["parameters"] = {axis: f"${{{axis}}}" for axis in job["search"]["over"]}
+        over = job["search"]["over"]
+        subsets = {axis: axis_of["subset"] for axis, axis_of in over.items() if "subset" in axis_of}
+        recipe["parameters"] = {axis: f"${{{axis}}}" for axis in over if axis not in subsets}
+        for axis, models in subsets.items():
+            job["parents"] = {name: f"s3://models/{name}" for name in models}
+            recipe["models"] = [{"model": f"${{{axis}}}"}]
         job["evaluate"] = {"ruler": {"lengths": [4096]}}
     return job
 
