@@ -485,6 +485,11 @@ def _check_greedy(spec: SearchSpec, keys: Mapping[str, Node]) -> None:
     for key in ("at_least", "start"):
         if key in keys:
             raise keys[key].error(f"greedy begins with each model alone, and keeps no constraint; take `{key}:` out")
+    most, models = spec.budget.points, len(tied)
+    if most is not None and most <= models:
+        raise keys["budget"].error(
+            f"greedy asks {models} models alone and then soups, and the budget has {most} points; give {2 * models - 1}"
+        )
 
 
 def search_schema() -> dict[str, Any]:

@@ -230,6 +230,11 @@ def test_names_of_different_points_differ() -> None:
             {"search": {"by": "greedy", "start": [{"w": ["a"]}]}},
             "4: greedy begins with each model alone, and keeps no constraint; take `start:` out",
         ),
+        (
+            {"w": {"subset": ["a", "b", "c"]}},
+            {"search": {"by": "greedy", "budget": {"points": 3}}},
+            "4: greedy asks 3 models alone and then soups, and the budget has 3 points; give 5",
+        ),
         (W, {"search": {"start": [{}]}}, "4: a point of `start:` names no axis; give a value as `w: …`, or take"),
         (W, {"search": {"at_least": {}}}, "4: `at_least:` names no figure; give one as"),
         (
