@@ -149,7 +149,7 @@ class Network:
         if name not in self._first or self._first[name].poll() is not None:
             hold = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity")
             self._first[name] = subprocess.Popen([*enter, "--", *hold])
-        while not (inside := _children(self._first[name].pid)):
+        while not (inside := _children(self._first[name].pid)) or not _sleeps(inside[0]):
             time.sleep(0.01)
         return (*enter, f"--pid=/proc/{inside[0]}/ns/pid", f"--mount=/proc/{inside[0]}/ns/mnt", "--")
 
@@ -215,6 +215,11 @@ def _neighbour(address: str, device: str) -> tuple[str, ...]:
 
 def _children(pid: int) -> list[int]:
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def _sleeps(pid: int) -> bool:
+    """Whether the first process of a namespace has mounted its `/proc`, after which it only sleeps."""
+    return Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
 
 
 def _run(*command: str) -> str:

@@ -76,6 +76,7 @@ def test_an_export_is_every_file_and_a_second_one_leaves_no_old_answers(tmp_path
     assert (found.files, found.bytes) == (len(files) - 1, sum(map(len, files.values())) - len("of somebody"))
 
 
+@pytest.mark.usefixtures("figures")
 def test_an_export_without_an_address_goes_into_the_run_and_the_report_links_to_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
