@@ -149,7 +149,7 @@ class Network:
         if name not in self._first or self._first[name].poll() is not None:
             hold = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc", "sleep", "infinity")
             self._first[name] = subprocess.Popen([*enter, "--", *hold])
-        while not (inside := _children(self._first[name].pid)) or not _sleeps(inside[0]):
+        while not (inside := [child for child in _children(self._first[name].pid) if _sleeps(child)]):
             time.sleep(0.01)
         return (*enter, f"--pid=/proc/{inside[0]}/ns/pid", f"--mount=/proc/{inside[0]}/ns/mnt", "--")
 
@@ -196,6 +196,8 @@ class Network:
         for pid in self.processes(name):
             with suppress(ProcessLookupError):
                 os.kill(pid, how)
+        if how == signal.SIGKILL and name in self._first:
+            self._first.pop(name).wait()
 
     def _namespace(self, name: str) -> str:
         return f"{self._prefix}-{name}"
@@ -219,7 +221,9 @@ def _children(pid: int) -> list[int]:
 
 def _sleeps(pid: int) -> bool:
     """Whether the first process of a namespace has mounted its `/proc`, after which it only sleeps."""
-    return Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
+    with suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/comm").read_text() == "sleep\n"
+    return False
 
 
 def _run(*command: str) -> str:

@@ -46,8 +46,8 @@ SMALL = {
 """Twelve items at a fixed number: with no difference, an error of √(0.3·0.7/12) = 0.13 within a margin of 0.3."""
 
 LARGER = {
-    "evaluate": {"ruler": {"tasks": ["niah_single_1"], "lengths": [1024], "items": 14}},
-    "gate": {"baseline": "released", "margin": 30, "budget": 14},
+    "evaluate": {"ruler": {"tasks": ["niah_single_1"], "lengths": [1024], "items": 24}},
+    "gate": {"baseline": "released", "margin": 30, "budget": 24},
 }
 """So many that three losses in four are surely more than the margin."""
 
