@@ -35,7 +35,7 @@ RUNGS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 PROMOTED = 0.5
 """Share of the cost that goes to promotions while there are new points to ask."""
 SETTLED = 0.25
-"""Share of a limit that is kept for promotions after the last new point, so that the best one is no lucky one."""
+"""The share of a limit that is kept for promotions after the last new point: the best point then has many items."""
 SURE = 0.95
 """A point is the best where the posterior says so with this probability."""
 UNLIKELY = 0.05

@@ -108,9 +108,8 @@ def figures() -> None:
 
 
 @pytest.fixture(autouse=True)
-def light_pages_and_disks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pages have no figures, which take two seconds, unless the test uses `figures`. No test here cuts the power."""
-    monkeypatch.setattr("os.fsync", lambda descriptor: None)
+def light_pages(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pages have no figures, which take two seconds, unless the test uses `figures`."""
     if "figures" not in request.fixturenames:
         monkeypatch.setattr("orchestrator.report.page.sections", lambda report, view="": [])
 
