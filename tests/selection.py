@@ -116,7 +116,7 @@ SLOW = (
 """Tests that start a model, a process or a server, or that compute for long: how their names begin."""
 
 SLOW_FIXTURES = {"chat", "fault_proxy", "harness_task", "hub_server", "killed_driver", "mounted", "quirky_s3"}
-SLOW_FIXTURES |= {"azurite", "gcs_server", "real_model", "s3_server", "served_long"}
+SLOW_FIXTURES |= {"azurite", "gcs_server", "real_model", "s3_server", "served_long", "sleeper"}
 SERVERS = {"s3": "s3_server", "azure": "azurite", "gcs": "gcs_server"}
 QUICK_SECONDS = 8.0
 """Of CPU time; a machine with other work takes two or three times that of a quiet one."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from jobs.errors import CorruptData, ObjectChanged, ObjectExists, ObjectMissing, RunBusy, StorageError, StorageRefused
 from jobs.sealing import sealed
@@ -25,12 +25,17 @@ WATCH_SECONDS = 1.5 * HEARTBEAT_SECONDS
 RELEASE_SECONDS = 5.0
 """How long an ending driver tries to give its lease back; if the store is away, the next one waits for it to expire."""
 
+ENDED = ("Z", "X")
+PAUSED = ("T", "t")
+"""States of a process in proc(5)."""
+
 
 class Lease:
     """The right to drive a run, held while in the `with` block and renewed by a thread.
 
-    A second driver is refused with `RunBusy`. A dead driver's lease is taken over: at once if it ran on this machine,
-    else when its nonce has not changed for the length of a lease on our own clock, so clocks need not agree.
+    A second driver is refused with `RunBusy`: at once if the first one is a living process of this machine. A dead
+    driver's lease is taken over: at once if it ran on this machine, else when its nonce has not changed for the length
+    of a lease on our own clock, so clocks need not agree.
     Each renewal carries the driver's `progress`, for `mergeyard status`.
     """
 
@@ -93,7 +98,10 @@ class Lease:
             self._check_conditions()
             return
         holder, etag = self._held()
-        if not (holder["released"] or _dead_here(holder)):
+        life = "dead" if holder["released"] else _life(holder)
+        if life == "alive" and _is_fresh(holder):
+            raise self._driven_by(holder)
+        if life != "dead":
             self._wait_for_expiry(holder, etag)
         self._epoch = holder["epoch"] + 1
         try:
@@ -124,10 +132,13 @@ class Lease:
             time.sleep(min(1.0, holder["seconds"] / 10))
             info = self._store.locate(self._key)
             if info.etag != etag:
-                raise RunBusy(
-                    f"{self._store.url}: already driven by process {holder['process']} on {holder['host']};"
-                    " follow it with `mergeyard status`, or stop it first"
-                )
+                raise self._driven_by(holder)
+
+    def _driven_by(self, holder: Mapping[str, Any]) -> RunBusy:
+        return RunBusy(
+            f"{self._store.url}: already driven by process {holder['process']} on {holder['host']};"
+            " follow it with `mergeyard status`, or stop it first"
+        )
 
     def _renew_until_stopped(self) -> None:
         while not self._stop.wait(self._heartbeat):
@@ -167,7 +178,7 @@ class Lease:
                 "host": socket.gethostname(),
                 "machine": _machine(),
                 "process": os.getpid(),
-                "process_started": _process_started(os.getpid()),
+                "process_started": _process(os.getpid()).started,
                 "seconds": self._seconds,
                 "nonce": f"{self._name}-{self._moves}",
                 "released": released,
@@ -183,7 +194,8 @@ def driver_of(store: Store, key: str) -> dict[str, Any] | None:
 
     `state` is "running", "dead" (its process on this machine has ended) or "silent" (it did not renew the lease while
     we watched). `heard` is the number of seconds since the last renewal by the two machines' clocks, None for a driver
-    of an older version. Watches the lease for at most `WATCH_SECONDS`, and only if its last renewal is old.
+    of an older version. Watches the lease for at most `WATCH_SECONDS`, and only if its last renewal is old and its
+    process is paused or not one of this machine.
     """
     try:
         etag = store.locate(key).etag
@@ -192,13 +204,11 @@ def driver_of(store: Store, key: str) -> dict[str, Any] | None:
         return None
     if holder["released"]:
         return None
-    heard = time.time() - holder["renewed"] if "renewed" in holder else None
-    if holder["machine"] == _machine():
-        state = "dead" if _dead_here(holder) else "running"
-    elif heard is not None and abs(heard) < holder["seconds"]:
-        state = "running"
+    heard, life = _heard(holder), _life(holder)
+    if life == "dead":
+        state = "dead"
     else:
-        state = "running" if _renewed(store, key, etag) else "silent"
+        state = "running" if life == "alive" or _is_fresh(holder) or _renewed(store, key, etag) else "silent"
     return {
         "host": holder["host"],
         "process": holder["process"],
@@ -219,21 +229,66 @@ def _renewed(store: Store, key: str, etag: str) -> bool:
     return False
 
 
-def _machine() -> str:
-    """Tells one boot of one machine from all others; a container counts as a machine of its own."""
+def _heard(holder: Mapping[str, Any]) -> float | None:
+    return time.time() - holder["renewed"] if "renewed" in holder else None
+
+
+def _is_fresh(holder: Mapping[str, Any]) -> bool:
+    heard = _heard(holder)
+    return heard is not None and abs(heard) < holder["seconds"]
+
+
+def _life(holder: Mapping[str, Any]) -> Literal["alive", "dead", "unknown"]:
+    """Whether the process that holds a lease lives, if this machine can be sure of it.
+
+    A paused process may sleep for ever, so it is "unknown". So is one of another machine, container or boot, and one of
+    a system that does not show when a process started.
+    """
+    machine = _machine()
+    if machine is None or holder.get("machine") != machine or holder.get("process_started") is None:
+        return "unknown"
+    found = _process(holder["process"])
+    if found.started is None:
+        return "unknown" if _exists(holder["process"]) else "dead"
+    if found.started != holder["process_started"] or found.state in ENDED:
+        return "dead"
+    return "unknown" if found.state in PAUSED else "alive"
+
+
+def _machine() -> str | None:
+    """One boot of one machine and one namespace of processes: within it a number means one process at a time.
+
+    None where the system does not show it, or where /proc is that of another namespace.
+    """
     try:
+        if str(Path("/proc/self").readlink()) != str(os.getpid()):
+            return None
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip() + str(Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        return f"{socket.gethostname()}-{os.uname().release}"
-
-
-def _process_started(process: int) -> str | None:
-    """When a process of this machine started, in clock ticks since boot (proc(5)); None when there is none."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[19]
     except OSError:
         return None
 
 
-def _dead_here(holder: Mapping[str, Any]) -> bool:
-    return holder["machine"] == _machine() and _process_started(holder["process"]) != holder["process_started"]
+class _Process(NamedTuple):
+    """A process of this machine: its state, and its start in clock ticks since boot (proc(5)); None if hidden."""
+
+    state: str | None
+    started: str | None
+
+
+def _process(number: int) -> _Process:
+    try:
+        fields = Path(f"/proc/{number}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return _Process(None, None)
+    return _Process(fields[0], fields[19])
+
+
+def _exists(number: int) -> bool:
+    """Whether a process has this number, also where /proc hides the processes of other users."""
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True

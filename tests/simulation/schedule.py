@@ -480,8 +480,11 @@ def _standing_in(schedule: Schedule) -> Generator[None]:
         inner: Any = stores.get(url) or open_store(url)
         return FaultyStore(inner, world.current, schedule.seen if url in stores else _unseen)
 
-    def started(number: int) -> str | None:
-        return "at boot" if world.processes[number].alive else None
+    def stat(number: int) -> SimpleNamespace:
+        process = world.processes[number]
+        begins, ends = process.paused
+        state = "T" if begins <= world.now < ends else "S"
+        return SimpleNamespace(state=state, started="at boot" if process.alive else None)
 
     of_the_lease = {
         "time": Time(world),
@@ -489,7 +492,8 @@ def _standing_in(schedule: Schedule) -> Generator[None]:
         "secrets": SimpleNamespace(token_hex=lambda size: f"{next(nonces):032x}"),
         "os": SimpleNamespace(getpid=lambda: world.current.number),
         "_machine": lambda: world.current.machine,
-        "_process_started": started,
+        "_process": stat,
+        "_exists": lambda number: world.processes[number].alive,
     }
     with (
         patch.multiple(orchestrator.records.lease, **of_the_lease),

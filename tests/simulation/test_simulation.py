@@ -272,10 +272,10 @@ PLANTED: dict[Callable[[pytest.MonkeyPatch], None], str] = {
 
 
 FIRST: dict[Callable[[pytest.MonkeyPatch], None], int] = {
-    manifest_of_a_replaced_driver: 120,
+    manifest_of_a_replaced_driver: 2630,
     lease_that_is_renewed_while_it_is_read: 220,
     heartbeat_that_knows_only_its_last_words: 325,
-    upload_swept_away_ends_the_run: 645,
+    upload_swept_away_ends_the_run: 755,
     replacement_ignored: 1290,
 }
 """The first seed that is played for a rare bug: no earlier one found it when this was written."""

@@ -21,6 +21,7 @@ from safetensors.torch import save
 from jobs.errors import BadInput, CorruptData, ObjectMissing, RunBusy, StorageRefused, StorageUnavailable
 from jobs.merge_tasks import Receipt
 from jobs.sealing import sealed, unsealed
+from orchestrator.records import lease as leases
 from orchestrator.records.lease import Lease, driver_of
 from orchestrator.records.ledger import Ledger
 from orchestrator.records.places import Places
@@ -67,10 +68,12 @@ def test_drivers_follow_one_another_with_rising_epochs(store: Store):
         assert lease_of(store)["released"] is True
 
 
-def test_a_second_driver_is_refused_while_the_first_is_alive(store: Store):
-    with Lease(store, KEY, seconds=5, heartbeat=0.1) as first:
+def test_a_second_driver_on_this_machine_is_refused_at_once(store: Store):
+    with Lease(store, KEY, heartbeat=600) as first:  # which renews nothing during this test
+        started = time.monotonic()
         with pytest.raises(RunBusy) as refused, Lease(store, KEY):
             pass
+        assert time.monotonic() - started < 15, "the lease runs for thirty seconds"
         assert refused.value.exit_code == 75
         line = str(refused.value)
         assert line.startswith(f"{store.url}: already driven by process ")
@@ -135,6 +138,72 @@ def test_a_process_that_got_the_dead_drivers_number_is_not_taken_for_it(killed_d
     lease_of(killed_driver, process=os.getpid())  # alive, but started at another time
     with Lease(killed_driver, KEY) as lease:
         assert lease.epoch == 2
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process of this machine that sleeps."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        yield process
+        process.kill()
+
+
+def held_by(store: Store, process: int, **changed: Any) -> None:
+    """Writes the lease of a driver that is this process and renewed it just now."""
+    with Lease(store, KEY):
+        pass
+    _, started = leases._process(process)
+    held = {"released": False, "epoch": 1, "process": process, "process_started": started, "renewed": time.time()}
+    lease_of(store, **held | changed)
+
+
+def seconds_to_take_over(store: Store) -> float:
+    started = time.monotonic()
+    with Lease(store, KEY) as taken:
+        assert taken.epoch == 2
+        return time.monotonic() - started
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"renewed": 0},  # it lives, but something keeps it from renewing
+        {"machine": None},  # of a system that does not show which boot this is
+        {"machine": "the same boot, other namespace"},
+        {"process_started": None},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_a_living_process_that_may_not_hold_the_lease_any_more_is_waited_for(
+    store: Store, sleeper: subprocess.Popen[bytes], changed: dict[str, Any]
+):
+    held_by(store, sleeper.pid, seconds=0.4, **changed)
+    assert 0.4 <= seconds_to_take_over(store) < 15
+
+
+def test_a_paused_process_is_waited_for_and_one_that_was_killed_is_not(store: Store, sleeper: subprocess.Popen[bytes]):
+    sleeper.send_signal(signal.SIGSTOP)
+    wait_until(lambda: leases._process(sleeper.pid).state == "T")
+    held_by(store, sleeper.pid, seconds=0.4)
+    assert seconds_to_take_over(store) >= 0.4
+    sleeper.kill()
+    wait_until(lambda: leases._process(sleeper.pid).state == "Z")  # until its parent has asked for its exit code
+    held_by(store, sleeper.pid, seconds=30)
+    assert seconds_to_take_over(store) < 15
+
+
+@pytest.mark.parametrize(("exists", "least", "most"), [(True, 0.4, 15), (False, 0, 15)])
+def test_a_process_hidden_by_the_system_is_waited_for_if_its_number_is_in_use(
+    store: Store, monkeypatch: pytest.MonkeyPatch, exists: bool, least: float, most: float
+):
+    held_by(store, 1, seconds=0.4 if exists else 30)
+    monkeypatch.setattr(leases, "_process", lambda number: leases._Process(None, None))
+
+    def kill(number: int, signal: int) -> None:
+        raise PermissionError if exists else ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert least <= seconds_to_take_over(store) < most
 
 
 def test_a_silent_driver_elsewhere_is_waited_for_then_replaced(store: Store):
