@@ -11,6 +11,7 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -386,6 +387,7 @@ def imports(tree: ast.Module, package: tuple[str, ...]) -> Iterator[tuple[int, s
                 pass
 
 
+@cache
 def room_of(path: str) -> str | None:
     """The room of a file, or of a dotted name written with slashes, relative to the root; None if it has none."""
     found = [room for room in ROOMS if f"{path.removesuffix('.py')}/".startswith(f"{room.removesuffix('.py')}/")]
@@ -416,20 +418,29 @@ def _upwards(here: str | None, there: str | None) -> str | None:
     return f"{there} is above {here}" if above else f"{there} is not in the row of {here} in ROOMS"
 
 
-def sources(root: Path, *packages: str) -> Iterator[tuple[str, ast.Module]]:
-    """Path relative to the root and syntax tree of every module."""
-    for path in sorted(path for package in packages for path in (root / package).rglob("*.py")):
-        yield path.relative_to(root).as_posix(), ast.parse(path.read_text())
+@cache
+def modules(root: Path) -> Mapping[str, tuple[bool, list[tuple[int, str]]]]:
+    """By path relative to the root: whether a module has more than a docstring, and its imports.
+
+    A test may import anything but infra, so only tests with that word are parsed.
+    """
+    found: dict[str, tuple[bool, list[tuple[int, str]]]] = {}
+    for path in sorted(path for package in (*PACKAGES, "tests") for path in (root / package).rglob("*.py")):
+        here, text = path.relative_to(root), path.read_text()
+        if here.parts[0] in PACKAGES or "infra" in text:
+            tree = ast.parse(text)
+            more = any(not isinstance(node, ast.Expr) for node in tree.body)
+            found[here.as_posix()] = more, [*imports(tree, here.parent.parts)]
+    return found
 
 
 def violations(root: Path) -> list[str]:
     """One line for every file without a room, and for every import under `root` that a rule forbids."""
     found: list[str] = []
-    for path, tree in sources(root, *PACKAGES, "tests"):
-        says_more = any(not isinstance(node, ast.Expr) for node in tree.body)  # than a docstring
-        if path.split("/")[0] in PACKAGES and room_of(path) is None and says_more:
+    for path, (more, imported) in modules(root).items():
+        if path.split("/")[0] in PACKAGES and room_of(path) is None and more:
             found.append(f"{path}:1: stands in no room; add one to ROOMS and to README's map")
-        for line, name in imports(tree, Path(path).parent.parts):
+        for line, name in imported:
             if reason := objection(path, name):
                 found.append(f"{path}:{line}: imports {name}: {reason}")
     return found
@@ -441,9 +452,9 @@ def test_imports_go_down_the_staircase_and_libraries_keep_to_their_rooms():
 
 def test_every_row_names_rooms_below_it_and_only_those_that_it_uses():
     used: dict[str, set[str]] = defaultdict(set)
-    for path, tree in sources(ROOT, *PACKAGES):
+    for path, (_, imported) in modules(ROOT).items():
         here = room_of(path)
-        for _, name in imports(tree, Path(path).parent.parts):
+        for _, name in imported:
             there = room_of(name.replace(".", "/"))
             if here is not None and there is not None and here != there:
                 used[here].add(there)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from workers.benchmarks.perplexity import first_position, position_blocks
 from workers.benchmarks.registry import BENCHMARKS
 
 ROOT = Path(__file__).parents[3]
+QUOTED = re.compile(f"""["']({"|".join(BENCHMARKS)})["']""")
 MAY_NAME = ("workers/benchmarks/", "jobs/evaluate.py")
 EXCEPTIONS = {
     # not the benchmark, but the quantity that likelihoods are shown as: JSON keys, a section's id, an axis, a metric
@@ -36,9 +38,11 @@ EXCEPTIONS = {
 def named(root: Path) -> Iterator[tuple[str, str]]:
     """(file, string) of every string constant that is a benchmark's key, where none may be."""
     for path in sorted(path for top in ("jobs", "workers", "orchestrator") for path in (root / top).rglob("*.py")):
-        file = path.relative_to(root).as_posix()
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Constant) and node.value in {*BENCHMARKS} and not file.startswith(MAY_NAME):
+        file, text = path.relative_to(root).as_posix(), path.read_text(encoding="utf-8")
+        if file.startswith(MAY_NAME) or not QUOTED.search(text):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Constant) and node.value in {*BENCHMARKS}:
                 yield file, str(node.value)
 
 
