@@ -312,6 +312,7 @@ class Session:
         wanted: dict[tuple[str, Cell], int] = defaultdict(int)  # items of each name, and those asked of each subject
         begun: dict[tuple[str, Cell], int] = defaultdict(int)
         waiting: dict[str, tuple[EvaluationTask, Request]] = {}
+        of_parents = [*self.asked.parents.values()]
         asks_tokens = any(each.metric.startswith("output_tokens") for each in spec.maximize)
 
         def record(request: Request, rows: Sequence[ScoreRow]) -> None:
@@ -338,7 +339,8 @@ class Session:
                 self.asked = self.asked.joined(found)
                 subjects = [self._subject(planned.name) for planned in found]
                 self.make(each for each in subjects if any(of.digest not in self._sets for of in each.sets.values()))
-                search.add(batch)
+                parents = [planned.name for planned in found if self._subject(planned.name) in of_parents]
+                search.add(batch, parents)
                 if batch.proposals or batch.promotions:
                     self._watcher.tell(_said(batch, len(search.choices)))
                 for block in search.next_blocks():

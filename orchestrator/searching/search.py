@@ -15,7 +15,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -144,6 +144,7 @@ class Search:
         self._tokens: dict[str, FloatArray] = {}
         self.closed = 0
         """Batches whose scores are complete."""
+        self._free: set[str] = set()  # points whose answers are those of a parent
         self._left_in: dict[str, int] = {}  # the batch that was closed when a point left
         self._judged: dict[int, tuple[tuple[str, ...], Evidence, Verdict]] = {}
         self._spent_on_new = self._spent_on_promotions = self._spent_on_parents = 0.0
@@ -172,7 +173,7 @@ class Search:
         spec, room = self.spec, self._room()
         proposals: tuple[Proposal, ...] = ()
         promotions = self._promotions(number, room)
-        room -= self._cost([(promotion.items - self._known(promotion.choice)) for promotion in promotions])
+        room -= self._promotions_cost(promotions)
         room -= self._parents_cost([promotion.items for promotion in promotions])
         count = spec.batch
         if spec.budget.points is not None:
@@ -199,8 +200,10 @@ class Search:
             )
         return Batch(number, proposals, promotions, self._digest(number))
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: Batch, free: Collection[str] = ()) -> None:
         """Adds the batch that is due, as it was written.
+
+        `free` names points of it that are parents: the cost of their answers counts once, with the parents.
 
         Raises `CorruptData` for another number, or a batch that was made from other scores or batches.
         """
@@ -211,6 +214,8 @@ class Search:
             raise CorruptData(
                 f"batch {number}: made from other scores than those in the store; restore them, or begin a new run"
             )
+        self._free |= {*free}
+        self._spent_on_promotions += self._promotions_cost(batch.promotions)
         work: list[_Work] = []
         for proposal in batch.proposals:
             name = self._name(proposal.choice)
@@ -232,10 +237,8 @@ class Search:
             for known in (self._scores, self._tokens):
                 old = known.get(each.point, np.empty((len(self.cells), 0)))
                 known[each.point] = np.pad(old, ((0, 0), (0, each.stop - old.shape[1])), constant_values=np.nan)
-        self._spent_on_new += self._cost([self.rungs[0]] * len(batch.proposals))
-        self._spent_on_promotions += self._cost(
-            [each.stop - each.start for each in work if each.point not in self.parents and each.start]
-        )
+        new = [proposal for proposal in batch.proposals if self._name(proposal.choice) not in self._free]
+        self._spent_on_new += self._cost([self.rungs[0]] * len(new))
         self.batches.append(batch)
         self._work.append(work)
 
@@ -363,9 +366,10 @@ class Search:
         promotions: list[Promotion] = []
         for choice, items in wanted.items():
             asked = [*(each.items for each in promotions), items]
-            cost = self._cost([items - self._known(choice)])
+            promotion = Promotion(choice, items)
+            cost = self._promotions_cost([promotion])
             if self._known(choice) < items and cost + self._parents_cost(asked) <= room:
-                promotions.append(Promotion(choice, items))
+                promotions.append(promotion)
                 room -= cost
         room -= self._parents_cost([each.items for each in promotions] or [0])
         if most is not None:
@@ -397,6 +401,10 @@ class Search:
 
     def _cost(self, items: Sequence[int]) -> float:
         return float(sum(items)) * self._unit
+
+    def _promotions_cost(self, promotions: Sequence[Promotion]) -> float:
+        asked = [each for each in promotions if self._name(each.choice) not in self._free]
+        return self._cost([each.items - self._known(each.choice) for each in asked])
 
     def _room(self) -> float:
         return math.inf if self._limit is None else self._limit - self.committed
@@ -446,12 +454,11 @@ class Search:
             if name in left or items == self.rungs[-1] or items != self._answered(name, number - 2):
                 continue
             target = self.rungs[self.rungs.index(items) + 1]
-            cost = self._cost([target - items])
-            parents = self._parents_cost([*(each.items for each in found), target])
-            spent = self._cost([each.items - self._known(each.choice) for each in found])
-            if spent + cost > allowed or spent + cost + parents > room:
+            wanted = [*found, Promotion(self.choices[name], target)]
+            spent = self._promotions_cost(wanted)
+            if spent > allowed or spent + self._parents_cost([each.items for each in wanted]) > room:
                 break
-            found.append(Promotion(self.choices[name], target))
+            found = wanted
         return tuple(found)
 
     def evidence(self, batch: int) -> tuple[tuple[str, ...], Evidence, Verdict]:

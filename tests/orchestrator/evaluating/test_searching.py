@@ -26,7 +26,7 @@ from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, questions
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
-from tests.orchestrator.tiny_jobs import RULER, job_text
+from tests.orchestrator.tiny_jobs import RULER, SOUP, job_text
 from workers.benchmarks.items import Item
 
 SEARCH = {
@@ -262,6 +262,27 @@ def test_a_budget_of_tokens_is_kept(tmp_path: Path) -> None:
     result = searched(plan, asked)
     assert sum(row.tokens for row in result.rows) <= 40_000
     assert len(result.standing) >= 4
+
+
+def test_a_greedy_soup_asks_its_models_once_where_they_are_parents(tmp_path: Path) -> None:
+    """Of 20 items, `long` alone answers 15, `fmt` 10 and the soup 19: tokens for three models are enough."""
+    right = {"long": 15, "fmt": 10, "soup=long": 15, "soup=fmt": 10, "soup=long+fmt": 19}
+    recipe = {**SOUP, "models": [{"model": "${soup}", "parameters": {"weight": 1}}]}
+    tokens = 3 * 20 * 256
+    search = {"over": {"soup": {"subset": ["long", "fmt"]}}, "by": "greedy", "budget": {"tokens": tokens}}
+    plan, asked = planned(tmp_path, recipe=recipe, search=search)
+
+    def answer(task: EvaluationTask, item: Item) -> float:
+        return float(item.index < right[task.point])
+
+    log: list[str] = []
+    with Session.of(plan, asked, partial(ScriptedEvaluators, answer=answer), Watcher(visible=False)) as session:
+        result = session.run()
+    assert result.search is not None
+    assert [(each.model, each.stays) for each in result.search.ingredients] == [("long", True), ("fmt", True)]
+    assert result.standing[0].point == "soup=long+fmt" and result.parents == {"long": "soup=long", "fmt": "soup=fmt"}
+    assert sum(row.tokens for row in result.rows) <= tokens
+    assert searched(plan, asked, log=log).standing == result.standing and not log
 
 
 def test_words_make_points_of_other_layouts(tmp_path: Path) -> None:
