@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from workers.methods.kernels.divergence import divergences, exponentials, softmaxes
 from workers.methods.kernels.dtypes import CODES
 from workers.methods.kernels.ranks import scaled_magnitudes
-from workers.methods.reductions import SAMPLED, Magnitude, Score, Threshold, threshold_of
+from workers.methods.reductions import SAMPLED, SAMPLED_RUN, Magnitude, Score, Threshold, threshold_of
 from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, torch_named
 
 if TYPE_CHECKING:
@@ -118,7 +118,8 @@ class Importance(Score):
 
     def sampled(self, tile: Tile, first: int) -> NDArray[np.int32]:
         sizes = Magnitude(self.model, self.base).sampled(tile, first).view(np.float32)
-        rows = (tile.start + first + SAMPLED * np.arange(sizes.size)) // tile.row
+        runs = first + SAMPLED * np.arange(sizes.size // SAMPLED_RUN)
+        rows = (tile.start + SAMPLED_RUN * runs[:, None] + np.arange(SAMPLED_RUN)).reshape(-1) // tile.row
         with np.errstate(over="ignore", invalid="ignore"):
             scaled = (sizes * tile.known(Divergences(self.model, self.base))[rows]).astype(np.float32)
         return np.abs(scaled).view(np.int32)

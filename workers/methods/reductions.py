@@ -29,7 +29,11 @@ if TYPE_CHECKING:
 IntArray = NDArray[Any]
 
 SAMPLED = 61
-"""Of so many scores one is in the sample of a tensor. A prime: a sample of a matrix has elements of all columns."""
+"""Of so many runs of `SAMPLED_RUN` scores one is in the sample of a tensor, so that few lines of memory are read.
+
+A prime: a sample of a matrix has elements of all columns."""
+
+SAMPLED_RUN = 4
 
 _MARGINS = (5.0, 50.0, None)
 
@@ -212,7 +216,7 @@ class Score:
         return self.bits(tile).cpu().numpy()
 
     def sampled(self, tile: Tile, first: int) -> NDArray[np.int32]:
-        """Every `SAMPLED`-th score from element `first` of a tile on, in the memory of the host."""
+        """Every `SAMPLED`-th run of scores, from run `first` of a tile on, in the memory of the host."""
         raise NotImplementedError
 
     def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
@@ -223,13 +227,14 @@ class Score:
 
 
 def thinned(tile: Tile, first: int, *names: str) -> Tile:
-    """Every `SAMPLED`-th element of these parents, from element `first` of a tile on."""
+    """Every `SAMPLED`-th run of elements of these parents, from run `first` of a tile on."""
 
     def part(elements: Any) -> Any:
+        whole = elements[: len(elements) // SAMPLED_RUN * SAMPLED_RUN]
         if not isinstance(elements, np.ndarray):
-            return elements[first::SAMPLED]
-        words = elements.view(f"u{elements.itemsize}")  # ml_dtypes copies its own element by element
-        return words[first::SAMPLED].copy().view(elements.dtype)
+            return whole.view(-1, SAMPLED_RUN)[first::SAMPLED].reshape(-1)
+        runs = whole.view(f"V{SAMPLED_RUN * elements.itemsize}")
+        return runs[first::SAMPLED].copy().view(elements.dtype)
 
     return Tile(tile.tensor, tile.start, {name: part(tile.raw[name]) for name in names}, {})
 
@@ -331,7 +336,7 @@ class Nonzero(Reduction):
 
 @dataclass(frozen=True, slots=True)
 class Sample(Reduction):
-    """Every 61st score as bits, sorted: the one sort of a tensor, which bounds the place of every rank."""
+    """One score of 61 as bits, sorted: the one sort of a tensor, which bounds the place of every rank."""
 
     score: Score
 
@@ -339,7 +344,7 @@ class Sample(Reduction):
         self.score.ask(tile)
 
     def of(self, tile: Tile) -> list[IntArray]:
-        return [self.score.sampled(tile, -tile.start % SAMPLED)]
+        return [self.score.sampled(tile, -(tile.start // SAMPLED_RUN) % SAMPLED)]
 
     def combine(self, shares: Sequence[IntArray]) -> IntArray:
         return np.sort(np.concatenate(shares))
