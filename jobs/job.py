@@ -426,14 +426,14 @@ def _check_search(job: Job, search: SearchSpec) -> None:
             raise BadInput(
                 f"{constraint.place}: {quoted(constraint.of)} is not a parent{suggestion(constraint.of, job.parents)}"
             )
-    for metric in (*(each.metric for each in search.maximize), *(each.metric for each in search.at_least)):
-        name, _, length = metric.partition("@")
+    for figure in (*search.maximize, *search.at_least):
+        name, _, length = figure.metric.partition("@")
         if name in SPECS and name not in evaluation.benchmarks:
-            raise BadInput(f"{search.place}: {quoted(metric)} is not asked; add `{name}:` under `evaluate:`")
+            raise BadInput(f"{figure.place}: {quoted(figure.metric)} is not asked; add `{name}:` under `evaluate:`")
         of = [spec for key, spec in evaluation.benchmarks.items() if name not in SPECS or key == name]
         lengths = {str(known) for spec in of for known in getattr(spec, "lengths", ())}
         if length and length not in lengths:
-            raise BadInput(f"{search.place}: nothing is asked at {length} tokens{suggestion(length, lengths)}")
+            raise BadInput(f"{figure.place}: nothing is asked at {length} tokens{suggestion(length, lengths)}")
 
 
 def _check_references(job: Job) -> set[str]:

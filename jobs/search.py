@@ -140,6 +140,7 @@ class Objective:
 
     metric: str
     sign: Literal[1, -1] = 1
+    place: str = field(default="", compare=False)
 
     def shown(self, value: float) -> str:
         """A value in its unit: a share of right answers as points of 100, tokens as they are."""
@@ -321,7 +322,7 @@ def _metric(node: Node, text: str) -> Objective:
         near = suggestion(found["name"] if found else text, metrics())
         raise node.error(f"{quoted(text)} is not a figure of a point{near}")
     name = found["name"] if found["length"] is None else f"{found['name']}@{int(found['length'])}"
-    return Objective(name, -1 if found["sign"] else 1)
+    return Objective(name, -1 if found["sign"] else 1, node.place)
 
 
 def _objectives(node: Node) -> tuple[Objective, ...]:

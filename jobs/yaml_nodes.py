@@ -91,8 +91,8 @@ class Node:
 
     @property
     def place(self) -> str:
-        """File and line, `job.yaml:14`."""
-        return f"{self.document}:{self.line}"
+        """File and line, `job.yaml:14`; the document alone where no file holds it."""
+        return f"{self.document}:{self.line}" if self.line else self.document
 
     @property
     def kind(self) -> Kind:
@@ -260,16 +260,16 @@ def load_documents(text: str, name: str) -> tuple[Node, ...]:
 
 
 def node_of(value: Any, document: str, path: str = "") -> Node:
-    """The node of plain data, as if a file called `document` held it on its first line."""
+    """The node of plain data; `document` stands in errors, without a line."""
     if isinstance(value, Mapping):
         entries = {key: node_of(part, document, f"{path}.{key}" if path else key) for key, part in value.items()}
-        return Node(entries, False, document, 1, path)
+        return Node(entries, False, document, 0, path)
     if isinstance(value, list | tuple):
         parts = tuple(node_of(part, document, f"{path}[{index}]") for index, part in enumerate(value))
-        return Node(parts, False, document, 1, path)
+        return Node(parts, False, document, 0, path)
     if isinstance(value, bool) or value is None:
-        return Node("" if value is None else str(value).lower(), False, document, 1, path)
-    return Node(str(value), isinstance(value, str), document, 1, path)
+        return Node("" if value is None else str(value).lower(), False, document, 0, path)
+    return Node(str(value), isinstance(value, str), document, 0, path)
 
 
 def yaml_text(value: Any) -> str:

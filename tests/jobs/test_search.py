@@ -254,6 +254,16 @@ def test_a_refusal_names_place_and_remedy(over: dict[str, Any], keys: dict[str, 
     assert "\n" not in said and said.startswith(f"job.yaml:{error}"), said
 
 
+@pytest.mark.parametrize("key", ["maximize: needle", "at_least: {score@300: {of: a}}"])
+def test_a_figure_that_is_not_asked_is_named_with_its_line(key: str) -> None:
+    text = text_of(W).replace('"budget"', '"by": "auto",\n  "budget"').replace('"by": "auto"', key)
+    with pytest.raises(BadInput, match=r"^job\.yaml:4: .* asked"):
+        load_job(text, "job.yaml")
+    text = text.replace(key, f"\n {key}")
+    with pytest.raises(BadInput, match=r"^job\.yaml:5: .* asked"):
+        load_job(text, "job.yaml")
+
+
 def test_too_many_kinds_are_refused() -> None:
     words = {f"m{number}": ["linear", "ties", "slerp"] for number in range(6)}
     recipe = {"merge_method": "${m0}${m1}${m2}${m3}${m4}${m5}"}
