@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from importlib.metadata import version
+from itertools import pairwise
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
-from jobs.errors import Interrupted, MergeyardError, printable
+from jobs.errors import BadInput, Interrupted, MergeyardError, printable
 from orchestrator.commands.mergekit_options import OF_EXTRACTION, OF_MOE, add_mergekit_options, add_options_of_evolve
 
 
@@ -23,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
     previous = signal.signal(signal.SIGTERM, _stop)
     try:
+        check_values(sys.argv[1:] if arguments is None else arguments)
         options = parser().parse_args(arguments)
         name = options.command.replace("-", "_")
         verb = import_module(f"orchestrator.commands.{name}")
@@ -49,9 +52,24 @@ def _stop(signum: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def check_values(arguments: Sequence[str]) -> None:
+    """Refuses an option with an empty value: an unset variable of a shell, which would count as no option."""
+    for option, value in pairwise((*arguments, "-")):
+        name, equals, given = option.partition("=")
+        if name.startswith("--") and not (given if equals else value):
+            raise BadInput(f"{name}: the value is empty; give one, or leave the option out")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Refuses a wrong command line as all other input: in a line, with exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        raise BadInput(f"{message}; see `{self.prog} --help`")
+
+
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    top = argparse.ArgumentParser(
+    top = _Parser(
         prog="mergeyard",
         description="Merge whole grids of LLM checkpoints on Ray, straight out of object storage.",
         epilog="Exit codes: 0 done, 1 failed or different, 2 bad input, 3 inconclusive, 75 try again.",
@@ -81,7 +99,9 @@ def parser() -> argparse.ArgumentParser:
         metavar="N,N,…",
         help="context lengths of RULER in tokens; default 4096",
     )
-    evaluate.add_argument("--items", type=int, default=100, metavar="N", help="items per task and length; default 100")
+    evaluate.add_argument(
+        "--items", type=_from(1), default=100, metavar="N", help="items per task and length; default 100"
+    )
     evaluate.add_argument("--tasks", type=_words, default=(), metavar="T,T,…", help="tasks of RULER; default: all")
     evaluate.add_argument("--server", metavar="URL", help="ask this OpenAI-compatible server of the MODEL")
     evaluate.add_argument(
@@ -129,14 +149,16 @@ def parser() -> argparse.ArgumentParser:
     search.add_argument(
         "--job", dest="print_job", action="store_true", help="print the job that the genome is, and run nothing"
     )
-    search.add_argument("--max-fevals", type=int, default=100, metavar="N", help="points that are asked; default 100")
     search.add_argument(
-        "--force-population-size", type=int, metavar="N", help="points that are proposed together; default 8"
+        "--max-fevals", type=_from(1), default=100, metavar="N", help="points that are asked; default 100"
+    )
+    search.add_argument(
+        "--force-population-size", type=_from(1), metavar="N", help="points that are proposed together; default 8"
     )
     search.add_argument("--random-seed", type=int, default=0, metavar="N", help="seed of the job; default 0")
     search.add_argument("--vllm", action="store_true", help="answer with vLLM, at any length of context")
     search.add_argument(
-        "--num-gpus", type=int, metavar="N", help="workers, each with a GPU; default: as many as there are"
+        "--num-gpus", type=_from(0), metavar="N", help="workers, each with a GPU; default: as many as there are"
     )
     search.add_argument("--no-save-final-model", action="store_true", help="search without writing the best merge")
     _where(search)
@@ -222,7 +244,7 @@ def parser() -> argparse.ArgumentParser:
     )
     view.add_argument("--at", metavar="ADDRESS", help="open the page at this part of its address, such as 'point=a'")
     view.add_argument(
-        "--port", type=int, default=8642, metavar="N", help="port on 127.0.0.1; default 8642; 0: a free one"
+        "--port", type=_from(0), default=8642, metavar="N", help="port on 127.0.0.1; default 8642; 0: a free one"
     )
     view.add_argument("--no-browser", action="store_true", help="print the address, and open no browser")
     view.add_argument("--json", action="store_true", help="print the address or the export as JSON")
@@ -236,7 +258,7 @@ def parser() -> argparse.ArgumentParser:
         help="RUN/POINT, RUN for its best point, RUN/PARENT (or RUN/parents/PARENT), or a checkpoint",
     )
     compare.add_argument("b", metavar="B", help="the other model; differences are B − A")
-    compare.add_argument("--flips", type=int, default=10, metavar="N", help="items to show; default 10")
+    compare.add_argument("--flips", type=_from(0), default=10, metavar="N", help="items to show; default 10")
     compare.add_argument("--json", action="store_true", help="print it as JSON")
 
     gate = _verb(
@@ -268,7 +290,7 @@ def parser() -> argparse.ArgumentParser:
 
     prune = _verb(verbs, "prune", "list the points of a run; --yes removes those that lost")
     prune.add_argument("run", metavar="RUN", help="job file, or folder or URL of the run")
-    prune.add_argument("--keep", type=int, default=3, metavar="N", help="best points to keep; default 3")
+    prune.add_argument("--keep", type=_from(0), default=3, metavar="N", help="best points to keep; default 3")
     prune.add_argument("--yes", action="store_true", help="remove the listed points")
     prune.add_argument("--json", action="store_true", help="print it as JSON")
 
@@ -315,11 +337,11 @@ def parser() -> argparse.ArgumentParser:
         " products of the differences from --base, for regmean without texts",
     )
     measure.add_argument("--base", metavar="BASE", help="for --what deltas: the checkpoint that MODEL was trained from")
-    measure.add_argument("--count", type=int, default=256, metavar="N", help="most texts to read; default 256")
-    measure.add_argument("--tokens", type=int, default=512, metavar="N", help="most tokens of a text; default 512")
+    measure.add_argument("--count", type=_from(1), default=256, metavar="N", help="most texts to read; default 256")
+    measure.add_argument("--tokens", type=_from(2), default=512, metavar="N", help="most tokens of a text; default 512")
     measure.add_argument(
         "--block",
-        type=int,
+        type=_from(2),
         default=1024,
         metavar="N",
         help="most channels of a block, for inputs wider than the hidden states; default 1024",
@@ -349,7 +371,7 @@ def _job(verb: argparse.ArgumentParser) -> None:
 def _machine(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         *("-j", "--threads", "--num-threads"),
-        type=int,
+        type=_from(1),
         default=None,
         metavar="N",
         help="threads; default: one per processor",
@@ -374,8 +396,22 @@ def _where(verb: argparse.ArgumentParser) -> None:
     _quiet(verb)
 
 
+def _from(least: int) -> Callable[[str], int]:
+    """Reads a whole number that is not below `least`."""
+
+    def number(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,18}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"give a whole number from {least} on, not {text!r}")
+        return int(text)
+
+    return number
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"give whole numbers such as 4096,8192, not {text!r}") from None
 
 
 def _words(text: str) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ from jobs.errors import BadInput, MergeyardError, Unavailable, WorkerLost
 from jobs.job import WorkerSpec
 from jobs.specs import SHARES_OF_ONE
 from orchestrator.cluster.again import LOSSES, TRIES, Failure
-from orchestrator.cluster.reaching import check_reachable, reach
+from orchestrator.cluster.reaching import check_address, check_reachable, reach
 from workers.fingerprint import fingerprint, package_folders
 
 log = logging.getLogger(__name__)
@@ -226,12 +226,8 @@ def _start() -> Path:
 
 def _connect(address: str) -> None:
     """Joins a running Ray and sends the code along; `Unavailable` where there is none now."""
+    check_address(address)
     if address != "auto":
-        host, _, port = address.rpartition(":")
-        if not port.isdigit() or not 0 < int(port) < 1 << 16 or "/" in host:
-            raise BadInput(
-                f"--address {address}: give host:port of the cluster's head (Ray's own port is 6379), or auto"
-            )
         check_reachable(address, address, "no Ray", "is its head running?")
     with TemporaryDirectory() as code:
         for folder in package_folders():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from jobs.errors import BadInput
 from orchestrator.commands.inputs import print_json, run_url
 
 
@@ -14,8 +13,6 @@ def compare(options: argparse.Namespace) -> int:
     from orchestrator.report.terminal.comparison import print_comparison
     from orchestrator.report.two_models import compare_models, with_expected
 
-    if options.flips < 0:
-        raise BadInput(f"--flips: {options.flips}; give the number of items to show, 0 for none")
     a, b = find_models((options.a, options.b), run_url)
     comparison = compare_models(a, b)
     if options.json:

@@ -6,7 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from jobs.errors import BadInput
 from jobs.genome import Genome, job_name, load_genome
 from jobs.job import read_job
 from jobs.yaml_nodes import node_of, yaml_text
@@ -33,9 +32,6 @@ def _document(genome: Genome, options: argparse.Namespace) -> dict[str, Any]:
     """The job as plain data, with the settings of the command line."""
     from orchestrator.planning.locating import layers_of, locate
 
-    for option, least in (("max_fevals", 1), ("force_population_size", 1), ("num_gpus", 0)):
-        if (given := getattr(options, option)) is not None and given < least:
-            raise BadInput(f"--{option.replace('_', '-')} {given}: give {least} or more")
     layers = layers_of(genome.models[0], genome.place) if genome.layer_granularity else 1
     urls = {
         reference: "+".join(part for part in locate(reference, Path.cwd(), genome.place, bare_names=True) if part)

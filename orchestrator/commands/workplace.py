@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import BadInput, CorruptData, NothingKept
 from jobs.job import Job
+from orchestrator.cluster.reaching import check_address
 from orchestrator.commands.devices import best_device
 from workers.gpu_memory import take_part
 
@@ -30,6 +31,8 @@ class Workplace:
     """Where a command's work is done: a Ray cluster or this process. Started when first used, closed at the end."""
 
     def __init__(self, job: Job, options: argparse.Namespace) -> None:
+        if options.address is not None:
+            check_address(options.address)
         self._job, self._options = job, options
         self._opened = ExitStack()
 

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -939,3 +940,36 @@ def test_a_job_may_come_from_standard_input(
     with job_file().open() as text:
         monkeypatch.setattr(sys, "stdin", text)
         assert mergeyard("plan", "-", "--json").facts["points"] == ["w0.25", "w0.5"]
+
+
+# ---- the command line
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "the following arguments are required: COMMAND; see `mergeyard --help`"),
+        ("run", "the following arguments are required: JOB.yaml; see `mergeyard run --help`"),
+        ("nope", "invalid choice: 'nope' (choose from 'plan', "),
+        (
+            "evaluate m --lengths 4k",
+            "argument --lengths: give whole numbers such as 4096,8192, not '4k'; see",
+        ),
+        ("evaluate m --items 0", "argument --items: give a whole number from 1 on, not '0'"),
+        ("merge c o --threads 0", "argument -j/--threads/--num-threads: give a whole number from 1 on, not '0'"),
+        ("merge c o -j -2", "argument -j/--threads/--num-threads: give a whole number from 1 on, not '-2'"),
+        ("measure m o --count 0", "argument --count: give a whole number from 1 on, not '0'"),
+        ("measure m o --tokens 1", "argument --tokens: give a whole number from 2 on, not '1'"),
+        ("compare a b --flips -1", "argument --flips: give a whole number from 0 on, not '-1'"),
+        ("run JOB --output ''", "--output: the value is empty; give one, or leave the option out"),
+        ("run JOB --output= --json", "--output: the value is empty; give one, or leave the option out"),
+        ("gate JOB --point '' -q", "--point: the value is empty; give one, or leave the option out"),
+        ("run JOB --address nonsense", "--address nonsense: give host:port of the cluster's head"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_in_a_line(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, line: str, said: str
+):
+    words = [str(job_file()) if word == "JOB" else word for word in shlex.split(line)]
+    assert_refused(mergeyard(*words), said)
+    assert not run_folder.exists()

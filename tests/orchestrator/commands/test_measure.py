@@ -153,7 +153,10 @@ def test_deltas_give_the_merge_of_the_least_interference(mergeyard: Mergeyard, b
         ),
         (("{here}", "{here}/out.safetensors", "--text", "{here}/texts.jsonl"), "parent model ("),
         (("{base}", "{here}/out.safetensors", "--what", "deltas"), "--what deltas and --base BASE go together"),
-        (("{base}", "{here}/out.safetensors", "--count", "0"), "--count: a whole number from 2 on, not 0"),
+        (
+            ("{base}", "{here}/out.safetensors", "--count", "0"),
+            "--count: give a whole number from 1 on",
+        ),
     ],
 )
 def test_wrong_inputs_are_refused_in_one_line(

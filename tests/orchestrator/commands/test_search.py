@@ -52,7 +52,10 @@ def test_an_option_of_mergekit_evolve_changes_nothing_or_is_refused_with_its_rem
         ended = mergeyard("search", GENOME, tmp_path, *([option, "2"] if option in WITH_VALUE else [option]))
         assert (ended.code, ended.err) == (2, f"mergeyard: {option}: {remedy}\n")
     ended = mergeyard("search", GENOME, tmp_path, "--max-fevals", "0")
-    assert (ended.code, ended.err) == (2, "mergeyard: --max-fevals 0: give 1 or more\n")
+    assert (ended.code, ended.err) == (
+        2,
+        "mergeyard: argument --max-fevals: give a whole number from 1 on, not '0'; see `mergeyard search --help`\n",
+    )
 
 
 def test_a_search_over_whole_tasks_of_the_harness_is_refused_with_the_key_that_is_missing(
