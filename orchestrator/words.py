@@ -36,6 +36,11 @@ def count(number: float) -> str:
     return f"{number:.3g} T"
 
 
+def counted(number: int, noun: str) -> str:
+    """A number and its noun: "1 point", "2,000 points"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def size(count_bytes: float) -> str:
     """Bytes in decimal units: 3.1 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):

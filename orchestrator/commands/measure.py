@@ -9,16 +9,12 @@ import sys
 from jobs.errors import BadInput
 from orchestrator.commands.devices import named_device
 from orchestrator.commands.inputs import print_json, watched
-from orchestrator.words import shortlist
+from orchestrator.words import counted, shortlist
 
 
 def measure(options: argparse.Namespace) -> int:
     """`mergeyard measure MODEL OUT`."""
     from workers.activations.making import make_delta_grams, make_statistics
-
-    for option in ("count", "tokens", "block"):
-        if getattr(options, option) < 2:
-            raise BadInput(f"--{option}: a whole number from 2 on, not {getattr(options, option)}")
 
     if (options.what == "deltas") != (options.base is not None):
         raise BadInput("--what deltas and --base BASE go together: give both, or neither")
@@ -46,7 +42,7 @@ def measure(options: argparse.Namespace) -> int:
         return 0
     if not options.quiet:
         print(f"{made.file}: {made.tensors} tensors, {made.bytes:,} bytes, {made.digest}")
-        read = f"{made.tokens:,} tokens in {made.texts} texts" if made.texts else "both checkpoints"
+        read = f"{made.tokens:,} tokens in {counted(made.texts, 'text')}" if made.texts else "both checkpoints"
         print(f"read {read}, in {made.seconds:.1f} s")
     if made.without and made.kind == "deltas":
         print(f"there are no differences of {shortlist(made.without)}; regmean takes their weighted mean")

@@ -40,6 +40,7 @@ from orchestrator.records.ledger import Ledger
 from orchestrator.searching.findings import findings
 from orchestrator.searching.search import Batch, Search
 from orchestrator.watching import Watcher
+from orchestrator.words import counted
 from workers.benchmarks.registry import BENCHMARKS
 from workers.benchmarks.sets import stored
 
@@ -586,7 +587,8 @@ def _at(row: ScoreRow, label: str, cell: Cell) -> bool:
 def _said(batch: Batch, points: int) -> str:
     """A line about a batch, for whoever watches."""
     promoted = f", {len(batch.promotions)} with more items" if batch.promotions else ""
-    return f"batch {batch.number}: {len(batch.proposals)} new points{promoted}; {points} points so far"
+    new = counted(len(batch.proposals), "new point")
+    return f"batch {batch.number}: {new}{promoted}; {counted(points, 'point')} so far"
 
 
 def _place(row: ScoreRow) -> tuple[str, int, int]:

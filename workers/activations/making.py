@@ -185,7 +185,7 @@ def _check_tokens(texts: Sequence[Ids], checkpoint: Checkpoint) -> None:
 
 def _texts(tokenizer: Tokenizer, file: str | None, count: int, most: int) -> list[Ids]:
     place = file or "the bundled text"
-    text = Reader().prose(file, "TEXTS") if file else bundled_text()
+    text = Reader().prose(file, "--text") if file else bundled_text()
     as_lines = place.endswith((".jsonl", ".ndjson"))
     ids = lines_of(tokenizer, text, count, most, place) if as_lines else pieces_of(tokenizer, text, count, most)
     if not ids:

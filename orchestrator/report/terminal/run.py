@@ -9,7 +9,7 @@ from orchestrator.merging.driver import RunResult
 from orchestrator.planning.devices import BUS_RATE, READ_RATE, WRITE_RATE, merging
 from orchestrator.planning.plan import Plan
 from orchestrator.records.ledger import Ledger
-from orchestrator.words import count, duration, print_rows, short_length, shortlist, size
+from orchestrator.words import count, counted, duration, print_rows, short_length, shortlist, size
 from workers.digests import short
 from workers.merging.shard import FIXED_BYTES
 
@@ -299,10 +299,10 @@ def print_result(result: RunResult) -> None:
     if len(names) > MOST_LINES:
         print(f"… and {len(names) - MOST_LINES} more")
     _warn(result)
-    merged = f"{result.units_merged} shards merged" + (
+    merged = f"{counted(result.units_merged, 'shard')} merged" + (
         f", {result.units_found} found done" if result.units_found else ""
     )
-    print(f"\n{len(names)} points in {result.url}/points  ({merged}, {size(result.bytes_read)} read)")
+    print(f"\n{counted(len(names), 'point')} in {result.url}/points  ({merged}, {size(result.bytes_read)} read)")
 
 
 def print_merge(result: RunResult) -> None:

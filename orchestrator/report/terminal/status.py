@@ -13,7 +13,7 @@ from jobs.job import Job, load_job
 from orchestrator.evaluating.results import EvaluationResult, read_results, read_verdict
 from orchestrator.records.lease import driver_of
 from orchestrator.records.places import Places
-from orchestrator.words import count, duration, print_rows, shortlist, size
+from orchestrator.words import count, counted, duration, print_rows, shortlist, size
 from workers.storage import Store, open_store
 from workers.storage.records import read_record
 
@@ -162,7 +162,7 @@ def print_status(facts: Mapping[str, Any]) -> None:
     rows.append(("driver", _driver_words(facts)))
     progress = (facts["driver"] or {}).get("progress", {})
     if progress.get("failed"):
-        rows.append(("tried again", f"{progress['failed']} tasks"))
+        rows.append(("tried again", counted(progress["failed"], "task")))
         rows += [("", failure) for failure in progress["failures"]]
     if facts["waiting"]:
         rows.append(("waiting", shortlist(facts["waiting"])))

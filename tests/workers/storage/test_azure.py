@@ -117,5 +117,5 @@ def test_a_grid_is_merged_resumed_and_verified(az_url: str, tmp_path: Path, caps
     (shard,) = [info.key for info in store.list("points/w0.75/") if info.key.endswith(".safetensors")]
     store.delete(shard)
     assert main(["run", str(tmp_path / "job.yaml"), "--in-process"]) == 0
-    assert "(1 shards merged, 2 found done" in capsys.readouterr().out
+    assert "(1 shard merged, 2 found done" in capsys.readouterr().out
     assert main(["verify", f"{az_url}/t"]) == 0

@@ -185,5 +185,5 @@ def test_a_grid_is_merged_evaluated_resumed_and_verified(
         store.delete(shard)
         assert main(command) == 0
         printed = capsys.readouterr()
-        assert "(1 shards merged, 2 found done" in printed.out and "evaluating" not in printed.out + printed.err
+        assert "(1 shard merged, 2 found done" in printed.out and "evaluating" not in printed.out + printed.err
     assert main(["verify", f"{gs_url}/t"]) == 0
