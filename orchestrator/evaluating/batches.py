@@ -23,6 +23,7 @@ from workers.benchmarks.registry import BENCHMARKS
 from workers.storage import Store
 
 PREFIX = "search/"
+REMEDY = "remove it; it is proposed again from the scores"
 
 
 class BatchFiles:
@@ -42,7 +43,7 @@ class BatchFiles:
                 return batch
             except ObjectExists:
                 pass  # an earlier write of ours whose answer never came
-        batch = read_document(self._store, key, _batch, "remove it; it is proposed again from the scores")
+        batch = read_document(self._store, key, _batch, REMEDY)
         for choice in (*(each.choice for each in batch.proposals), *(each.choice for each in batch.promotions)):
             if not self._spec.space.admits(choice):
                 raise CorruptData(
@@ -72,6 +73,13 @@ class BatchFiles:
                 for promotion in batch.promotions
             ],
         }
+
+
+def asked_points(store: Store) -> list[str]:
+    """The names of the points that the search of a run has asked so far, in their order; none without a search."""
+    keys = sorted(info.key for info in store.list(PREFIX))
+    batches = (read_document(store, key, lambda batch: batch["proposals"], REMEDY) for key in keys)
+    return [text_of(entry, "name") for proposals in batches for entry in proposals]
 
 
 def _batch(document: dict[str, Any]) -> Batch:

@@ -17,7 +17,7 @@ from jobs.yaml_nodes import quoted, suggestion
 from orchestrator.evaluating.results import EVALUATION, EvaluationResult, read_results
 from orchestrator.judging.significance import FlipRate
 from workers.benchmarks.registry import BENCHMARKS
-from workers.storage import open_store
+from workers.storage import Store, open_store
 from workers.storage.records import read_record, read_sealed
 
 
@@ -126,15 +126,23 @@ def _checkpoint(word: str, runs: Sequence[str]) -> _Named:
     url = open_store(word).url
     digest = None if word.startswith("hf://") else _merge_digest(url)
     for run in runs:
-        plan = read_record(open_store(run), "plan.json")
+        store = open_store(run)
+        plan = read_record(store, "plan.json")
         result = read_results(run, points=())
         for name, parent in plan["parents"].items():
             if parent["url"] == url or ("@" not in url and parent["url"].split("@")[0] == url):
                 return _Named(run, _label(name, result, run, "parent"))
-        for point in plan["points"]:
-            if digest is not None and point["digest"] == digest:
-                return _Named(run, _label(point["name"], result, run, "point"))
+        if digest is not None:
+            points = {point["digest"]: point["name"] for point in plan["points"]} or _written(store)
+            if digest in points:
+                return _Named(run, _label(points[digest], result, run, "point"))
     raise BadInput(f"{word}: {' and '.join(runs)} scored no such point or checkpoint; `mergeyard evaluate` scores any")
+
+
+def _written(store: Store) -> dict[str, str]:
+    """The digest and the name of each point that was written; the plan of a search lists none."""
+    keys = [info.key for info in store.list("points/") if info.key.endswith("/manifest.json")]
+    return {found.digest: found.point for found in (read_record(store, key, Manifest.from_json) for key in keys)}
 
 
 def _merge_digest(url: str) -> str | None:

@@ -10,6 +10,7 @@ from typing import Any
 
 from jobs.errors import BadInput, MergeyardError, ObjectMissing
 from jobs.job import Job, load_job
+from orchestrator.evaluating.batches import asked_points
 from orchestrator.evaluating.results import EvaluationResult, read_results, read_verdict
 from orchestrator.records.lease import driver_of
 from orchestrator.records.places import Places
@@ -42,7 +43,7 @@ def status_facts(run_url: str) -> dict[str, Any]:
     plan = read_record(store, places.record("plan.json"))
     sizes = {info.key: info.size for info in store.list("points/")}
     done = {key.split("/")[1] for key in sizes if key.endswith("/manifest.json")}
-    points = [entry["name"] for entry in plan["points"]]
+    points = [entry["name"] for entry in plan["points"]] or asked_points(store)
     pruned = set(_pruned(store)) - done
     job, result = _job(store), _result(run_url)
     wanted = sorted(done, key=points.index) if _is_concluded_night(store) else _wanted(points, job, result)

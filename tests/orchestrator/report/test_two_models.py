@@ -342,6 +342,26 @@ def test_what_cannot_be_compared_is_refused_in_one_line(
     assert (ended.code, ended.out) == (2, "") and message in ended.err and ended.err.count("\n") == 1
 
 
+def test_the_written_point_of_a_search_is_counted_by_status_and_found_by_its_copy(
+    mergeyard: Mergeyard, tmp_path: Path
+) -> None:
+    search = {"over": {"w": [0.2, 0.4, 0.95]}, "budget": {"points": 3}}
+    job = job_text(tmp_path, grid=None, keep=None, search=search)
+    (tmp_path / "job.yaml").write_text(job)
+    run = tmp_path / "runs" / "tiny"
+    assert mergeyard("evaluate", tmp_path / "job.yaml", "--in-process", "--quiet").code == 0
+    waiting = mergeyard("status", run, "--json").facts
+    assert (waiting["points"], waiting["points_wanted"], waiting["points_done"]) == (3, 1, 0)
+    assert mergeyard("run", tmp_path / "job.yaml", "--in-process", "--quiet").code == 0
+    assert "1 of 1 complete, the best of 3" in mergeyard("status", run).out
+    assert "the best of 3; complete" in mergeyard("status", run.parent).out
+    [point] = (run / "points").iterdir()
+    assert point.name == waiting["waiting"][0]
+    shutil.copytree(point, tmp_path / "copy")
+    facts = mergeyard("compare", run / "long", tmp_path / "copy", "--json").facts
+    assert facts["b"]["name"] == point.name
+
+
 def test_a_negative_number_of_flips_is_refused(mergeyard: Mergeyard) -> None:
     assert mergeyard("compare", "a", "b", "--flips", -1).code == 2
 
