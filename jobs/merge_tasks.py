@@ -203,12 +203,21 @@ class GramTensor:
     digest: str
 
 
+FISHER = "Fisher information of "
+
+
+def fisher_of(model: str) -> str:
+    """The name under which tasks read the Fisher information of a model, beside those of the parents."""
+    return f"{FISHER}{model}"
+
+
 @dataclass(frozen=True, slots=True)
 class TensorMerge:
     """One output tensor: name, dtype, shape, where each parent keeps it, and which setting of a point applies.
 
     `arithmetic` is the dtype to compute in, as safetensors names it. `activations` is the tensor's name in the
-    statistics of AIM; None where they have none. `grams` are the places of its Gram matrices, by model.
+    statistics of AIM; None where they have none. `grams` are the places of its Gram matrices, by model. `fishers` are
+    the means of its Fisher information by model, which itself is among the sources under the name `fisher_of`.
     """
 
     name: str
@@ -219,6 +228,7 @@ class TensorMerge:
     arithmetic: str
     activations: str | None = None
     grams: Mapping[str, GramTensor] = field(default_factory=dict[str, "GramTensor"])
+    fishers: Mapping[str, float] = field(default_factory=dict[str, float])
 
     @property
     def elements(self) -> int:

@@ -17,7 +17,7 @@ from typing import Any
 from jobs.aim import Aim, AimTemplate, aim_schema, aim_template
 from jobs.errors import BadInput
 from jobs.expressions import Bindings, Template
-from jobs.grams import Grams, GramsTemplate, bound_grams, grams_schema, grams_template
+from jobs.measured import Files, FilesTemplate, bound_files, files_schema, files_template
 from jobs.slices import (
     Module,
     ModuleTemplate,
@@ -66,6 +66,7 @@ KEYS = {
     "chat_template": "a template in place of the tokenizer's: `auto`, a name or Jinja text",
     "aim": "statistics of the base's activations, which shrink task vectors",
     "grams": "for each model, the Gram matrices of its inputs, which `regmean` needs",
+    "fisher": "for each model, its Fisher information, which `fisher` needs",
     "name": "a label, which is not used",
 }
 """The keys of a recipe and their meanings."""
@@ -101,7 +102,8 @@ class Recipe:
     chat_template: str | None = None
     tokenizer: TokenizerSettings | None = field(default=None, metadata=LATER)
     aim: Aim | None = field(default=None, metadata=LATER)
-    grams: Grams | None = field(default=None, metadata=LATER)
+    grams: Files | None = field(default=None, metadata=LATER)
+    fisher: Files | None = field(default=None, metadata=LATER)
     slices: tuple[Slice, ...] = field(default=(), metadata=LATER)
     modules: tuple[Module, ...] = field(default=(), metadata=LATER)
     place: str = field(compare=False)
@@ -126,8 +128,9 @@ class Recipe:
             document["tokenizer"] = self.tokenizer.document(document.pop("tokenizer_source"))
         if self.aim is not None:
             document["aim"] = self.aim.document()
-        if self.grams is not None:
-            document["grams"] = dict(self.grams)
+        for key, files in (("grams", self.grams), ("fisher", self.fisher)):
+            if files is not None:
+                document[key] = dict(files)
         return document
 
     def references(self) -> tuple[str, ...]:
@@ -169,7 +172,8 @@ class RecipeTemplate:
     chat_template: str | Template | None
     tokenizer: TokenizerTemplate | None
     aim: AimTemplate | None
-    grams: GramsTemplate | None
+    grams: FilesTemplate | None
+    fisher: FilesTemplate | None
     place: str
     places: Mapping[str, str]
     placeholders: tuple[Template, ...]
@@ -199,7 +203,8 @@ class RecipeTemplate:
             chat_template=None if template is None else bound_text(template, bindings),
             tokenizer=settings,
             aim=None if self.aim is None else self.aim.bind(bindings),
-            grams=None if self.grams is None else bound_grams(self.grams, bindings),
+            grams=None if self.grams is None else bound_files(self.grams, bindings),
+            fisher=None if self.fisher is None else bound_files(self.fisher, bindings),
             place=self.place,
             places=self.places,
             foreign=self.foreign,
@@ -250,7 +255,8 @@ def recipe_template(node: Node, *, foreign: bool = False) -> RecipeTemplate:
         chat_template=_chat_template(keys["chat_template"], reader) if "chat_template" in keys else None,
         tokenizer=tokenizer_template(keys["tokenizer"], reader) if "tokenizer" in keys else None,
         aim=aim_template(keys["aim"], reader) if "aim" in keys else None,
-        grams=grams_template(keys["grams"], reader) if "grams" in keys else None,
+        grams=files_template("grams", keys["grams"], reader) if "grams" in keys else None,
+        fisher=files_template("fisher", keys["fisher"], reader) if "fisher" in keys else None,
         place=node.place,
         places={key: value.place for key, value in keys.items()} | parameter_places,
         placeholders=tuple(reader.placeholders),
@@ -283,7 +289,8 @@ def recipe_schema() -> dict[str, Any]:
         "tokenizer_source": model,
         "tokenizer": tokenizer_schema(),
         "aim": aim_schema(),
-        "grams": grams_schema(),
+        "grams": files_schema(),
+        "fisher": files_schema(),
     }
     text = {"type": ["string", "null"]}
     return {

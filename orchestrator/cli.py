@@ -321,7 +321,7 @@ def parser() -> argparse.ArgumentParser:
     completion.add_argument("shell", choices=("bash", "zsh", "fish"), help="the shell that reads the script")
     completion.set_defaults(command_line=parser)
 
-    measure = _verb(verbs, "measure", "read texts with a model, and write statistics for `grams:` or `aim:`")
+    measure = _verb(verbs, "measure", "read texts with a model, and write statistics for `grams:`, `fisher:` or `aim:`")
     measure.add_argument("model", metavar="MODEL", help="folder or URL of a checkpoint: a parent, or the base for aim")
     measure.add_argument("out", metavar="OUT", help="path or URL of the file, which ends in .safetensors")
     measure.add_argument(
@@ -331,10 +331,10 @@ def parser() -> argparse.ArgumentParser:
     )
     measure.add_argument(
         "--what",
-        choices=("grams", "means", "deltas"),
+        choices=("grams", "means", "deltas", "fisher"),
         default="grams",
         help="grams (default): products of the inputs of linear layers, for regmean; means: mean |x|, for aim; deltas:"
-        " products of the differences from --base, for regmean without texts",
+        " products of the differences from --base, for regmean without texts; fisher: squares of gradients, for fisher",
     )
     measure.add_argument("--base", metavar="BASE", help="for --what deltas: the checkpoint that MODEL was trained from")
     measure.add_argument("--count", type=_from(1), default=256, metavar="N", help="most texts to read; default 256")

@@ -86,9 +86,10 @@ def _only_here(job: Job, output: str) -> Iterator[str]:
     for recipe in (point.recipe for point in job.points):
         if recipe.aim is not None and "://" not in recipe.aim.statistics:
             yield f"{recipe.place_of('aim')}: `statistics:` names the local file {recipe.aim.statistics}"
-        for model, file in (recipe.grams or {}).items():
-            if "://" not in file:
-                yield f"{recipe.place_of('grams')}: `grams:` names the local file {file} of {model}"
+        for key, files in (("grams", recipe.grams), ("fisher", recipe.fisher)):
+            for model, file in (files or {}).items():
+                if "://" not in file:
+                    yield f"{recipe.place_of(key)}: `{key}:` names the local file {file} of {model}"
     if "://" not in output:
         yield f"{job.place_of('output')}: the output is the local folder {output}"
 

@@ -48,9 +48,13 @@ def measure(options: argparse.Namespace) -> int:
         print(f"there are no differences of {shortlist(made.without)}; regmean takes their weighted mean")
     elif made.without and made.kind == "grams":
         print(f"{shortlist(made.without)} are not linear layers of torch; regmean takes their weighted mean")
+    elif made.without and made.kind == "fisher":
+        print(f"{shortlist(made.without)} have no gradients; fisher takes their weighted mean")
     elif made.without:
         print(f"no inputs were seen of {shortlist(made.without)}; aim leaves them as they are merged")
-    if made.unreached:
+    if made.unreached and made.kind == "fisher":
+        print(f"all gradients of {shortlist(made.unreached)} are zero; the other models decide there")
+    elif made.unreached:
         print(f"no token has reached {shortlist(made.unreached)}; aim leaves them as they are merged")
     if made.overshadowed:
         names = shortlist(made.overshadowed)

@@ -420,7 +420,7 @@ def _model_spec(plan: Plan, layout: Layout, family: Family, sets: Sequence[Plann
     names = [name for name in tokenizer.side_files if is_of_tokenizer(name) and "/" not in name and not is_code(name)]
     known = all(entry.length for entry in sets)
     tensors = tuple(tensor for shard in family.shards for tensor in shard.tensors)
-    places = all_places(plan.parents)
+    places = {**all_places(plan.parents), **family.fishers}
     return ModelSpec(
         run=plan.run_url,
         tensors=tensors,

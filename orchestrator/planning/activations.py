@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from jobs.errors import BadInput, CorruptData, ObjectMissing
 from jobs.job import Job
@@ -19,19 +19,33 @@ from workers.checkpoints.canonical import is_embedding, is_head
 from workers.checkpoints.opening import Checkpoint
 from workers.methods.aim import fits, overshadowed, relative
 
+File = TypeVar("File")
+
 
 def located(file: str, folder: Path | None) -> str:
     """A URL as it is, a path made absolute."""
     return file if "://" in file else str((folder or Path.cwd()) / Path(file).expanduser())
 
 
+def opened(read: Callable[[str], File], url: str, place: str, option: str = "") -> File:
+    """A file that `read` opens; `option` is that of the command which writes such a file. `BadInput` at `place`."""
+    try:
+        return read(url)
+    except (BadInput, CorruptData, ObjectMissing) as error:
+        remedy = f"; `mergeyard measure{option}` writes such a file" if isinstance(error, ObjectMissing) else ""
+        raise BadInput(f"{place}: {error}{remedy}") from error
+
+
 def with_located_statistics(job: Job, folder: Path | None) -> Job:
     """The job whose statistics are found from everywhere."""
 
     def at(recipe: Recipe) -> Recipe:
-        aim, grams = recipe.aim, recipe.grams
-        aim = aim and replace(aim, statistics=located(aim.statistics, folder))
-        return replace(recipe, aim=aim, grams=grams and {name: located(file, folder) for name, file in grams.items()})
+        aim = recipe.aim and replace(recipe.aim, statistics=located(recipe.aim.statistics, folder))
+        grams, fisher = (
+            files and {name: located(file, folder) for name, file in files.items()}
+            for files in (recipe.grams, recipe.fisher)
+        )
+        return replace(recipe, aim=aim, grams=grams, fisher=fisher)
 
     def placed(document: Any) -> Any:
         """A document, or a list of those that feed each other."""
@@ -40,8 +54,9 @@ def with_located_statistics(job: Job, folder: Path | None) -> Job:
         found = dict(document)
         if aim := document.get("aim"):
             found["aim"] = {**aim, "statistics": located(aim["statistics"], folder)}
-        if grams := document.get("grams"):
-            found["grams"] = {name: located(file, folder) for name, file in grams.items()}
+        for key in ("grams", "fisher"):
+            if files := document.get(key):
+                found[key] = {name: located(file, folder) for name, file in files.items()}
         return found
 
     if (recipe := placed(job.recipe)) == job.recipe:
@@ -61,11 +76,7 @@ def with_activations(layout: Layout, parents: Mapping[str, Checkpoint], recipe: 
     if recipe.base_model is None or {*bases_of(recipe.slices, recipe.modules)} - {recipe.base_model}:
         raise BadInput(f"{place}: aim has the statistics of one base; give all parts one `base_model`, beside `aim:`")
     base = parents[recipe.base_model]
-    try:
-        activations = open_activations(located(recipe.aim.statistics, folder))
-    except (BadInput, CorruptData, ObjectMissing) as error:
-        remedy = "; `mergeyard measure --what means` writes such a file" if isinstance(error, ObjectMissing) else ""
-        raise BadInput(f"{place}: {error}{remedy}") from error
+    activations = opened(open_activations, located(recipe.aim.statistics, folder), place, " --what means")
     means, stored = activations.means, {at: name for name, at in base.tensors.items()}
     where = f"{place}: {activations.parent.url}/{activations.parent.files[0].key}"
     other = f"give the statistics of {base.name}: `mergeyard measure --what means` writes them"

@@ -7,15 +7,15 @@ from dataclasses import replace
 from math import prod
 from pathlib import Path
 
-from jobs.errors import BadInput, CorruptData, ObjectMissing
+from jobs.errors import BadInput
 from jobs.merge_tasks import GramTensor, TensorMerge
 from jobs.recipe import Recipe
-from orchestrator.planning.activations import located
+from orchestrator.planning.activations import located, opened
 from orchestrator.planning.layouts import Layout
 from orchestrator.words import count, duration, shortlist
 from orchestrator.words import size as size_of
 from workers.checkpoints.canonical import is_embedding, is_head
-from workers.checkpoints.grams import GramFile, is_for, open_grams
+from workers.checkpoints.grams import is_for, open_grams
 from workers.checkpoints.opening import Checkpoint
 
 SOLVED_A_SECOND, MULTIPLIED_A_SECOND = 20e9, 30e9
@@ -31,7 +31,7 @@ def with_grams(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe
         return layout
     place = recipe.place_of("grams")
     models = [name for name in dict.fromkeys(source.model for source in recipe.sources()) if name in recipe.grams]
-    files = {name: _opened(located(recipe.grams[name], folder), place) for name in models}
+    files = {name: opened(open_grams, located(recipe.grams[name], folder), place) for name in models}
     stored = {name: {at: tensor for tensor, at in parents[name].tensors.items()} for name in models}
     for name, file in files.items():
         if unknown := sorted(file.tensors.keys() - parents[name].tensors.keys()):
@@ -54,14 +54,6 @@ def with_grams(layout: Layout, parents: Mapping[str, Checkpoint], recipe: Recipe
     tensors = [tensor for shard in shards for tensor in shard.tensors]
     remarks = (*_cost(tensors), *_remarks(tensors, files.keys()))
     return replace(layout, shards=shards, grams=files, remarks=(*layout.remarks, *remarks))
-
-
-def _opened(url: str, place: str) -> GramFile:
-    try:
-        return open_grams(url)
-    except (BadInput, CorruptData, ObjectMissing) as error:
-        remedy = "; `mergeyard measure` writes such a file" if isinstance(error, ObjectMissing) else ""
-        raise BadInput(f"{place}: {error}{remedy}") from error
 
 
 def _check_shapes(grams: Mapping[str, GramTensor], tensor: TensorMerge, place: str) -> None:

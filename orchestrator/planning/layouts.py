@@ -40,6 +40,7 @@ from workers.checkpoints.activations import Activations
 from workers.checkpoints.canonical import aligned, is_head, stored_name
 from workers.checkpoints.configs import with_own_head, with_token_ids, with_vocabulary
 from workers.checkpoints.dtypes import DTYPE_NAMES, FLOATS, TORCH_NAMES
+from workers.checkpoints.fishers import FisherFile
 from workers.checkpoints.grams import GramFile
 from workers.checkpoints.opening import Checkpoint
 from workers.checkpoints.stacks import layer_of
@@ -78,7 +79,7 @@ class Layout:
     `tokenizer_stands_in` the donor has no tokenizer, and no recipe chose the one of `tokenizer_from`. `as_it_is` are
     the files of a checkpoint that is evaluated and not merged; it has no shards. `added_tokens` are those that the
     tokenizer of `tokenizer_from` lacks. `activations` are the statistics for AIM, `grams` the files of Gram matrices by
-    member.
+    member, `fishers` those of Fisher information.
     """
 
     shards: tuple[Shard, ...]
@@ -101,6 +102,7 @@ class Layout:
     remarks: tuple[str, ...] = ()
     activations: Activations | None = None
     grams: Mapping[str, GramFile] = field(default_factory=dict[str, GramFile])
+    fishers: Mapping[str, FisherFile] = field(default_factory=dict[str, FisherFile])
 
     @cached_property
     def bytes(self) -> int:

@@ -14,7 +14,7 @@ from jobs.errors import BadInput, CorruptData
 from jobs.grid import Point
 from jobs.job import Job, Keep
 from jobs.manifest import Manifest
-from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest, places_read
+from jobs.merge_tasks import FORMAT, NUMERICS, MergeTask, Setting, ShardOfPoint, digest, fisher_of, places_read
 from jobs.yaml_nodes import yaml_text
 from orchestrator.planning.activations import with_located_statistics
 from orchestrator.planning.content_keys import ContentKeys
@@ -28,6 +28,7 @@ from orchestrator.words import shortlist
 from workers.checkpoints.opening import Checkpoint, all_places
 from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
+from workers.methods import METHODS
 from workers.methods.binding import without_effect
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import Store, open_store
@@ -238,7 +239,14 @@ class Plan:
             )
             for planned in members
         )
-        used = {name for planned in members for setting in planned.settings for name in setting.parents}
+        settings = [setting for planned in members for setting in planned.settings]
+        used = {name for setting in settings for name in setting.parents}
+        used |= {
+            fisher_of(model)
+            for setting in settings
+            if METHODS[setting.method].given == "fisher"
+            for model in setting.models
+        }
         tensors = tuple(
             replace(tensor, sources={name: at for name, at in tensor.sources.items() if name in used})
             for tensor in shard.tensors
@@ -249,7 +257,9 @@ class Plan:
             shard=shard.name,
             tensors=tensors,
             points=points,
-            parents={name: place for name, place in all_places(self.parents).items() if name in read},
+            parents={
+                name: place for name, place in {**all_places(self.parents), **family.fishers}.items() if name in read
+            },
             seed=self.job.seed,
             numerics=self.job.numerics,
             memory_bytes=self.job.workers.memory_bytes,

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from jobs.merge_tasks import Parent, TensorMerge
+from jobs.merge_tasks import Parent, TensorMerge, fisher_of
 from orchestrator.planning.layouts import Layout, Shard
 from workers.checkpoints.activations import Activations
 
@@ -35,6 +35,11 @@ class Family:
         """The files of Gram matrices by model, which all layouts have in common."""
         return {model: file.parent for model, file in self.layouts[0].grams.items()}
 
+    @property
+    def fishers(self) -> dict[str, Parent]:
+        """The files of Fisher information, which all layouts have in common, by the names that tasks give them."""
+        return {fisher_of(model): file.parent for model, file in self.layouts[0].fishers.items()}
+
 
 def families(layouts: Iterable[Layout], most_parents: int) -> Mapping[Layout, Family]:
     """The family of each layout: those with common parents are together, unless they have more than `most_parents`."""
@@ -57,10 +62,10 @@ def _skeleton(layout: Layout) -> tuple[object, ...]:
     if not layout.shards:
         return (layout,)
     statistics = None if layout.activations is None else layout.activations.digest
-    grams = tuple(sorted((model, file.digest) for model, file in layout.grams.items()))
+    files = [(model, file.digest) for each in (layout.grams, layout.fishers) for model, file in sorted(each.items())]
     return (
         statistics,
-        grams,
+        *files,
         *(
             (
                 shard.name,
@@ -73,6 +78,7 @@ def _skeleton(layout: Layout) -> tuple[object, ...]:
                         each.arithmetic,
                         each.activations,
                         *each.grams.items(),
+                        *each.fishers.items(),
                     )
                     for each in shard.tensors
                 ),

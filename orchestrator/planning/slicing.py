@@ -59,7 +59,8 @@ def plain_recipes(recipe: Recipe) -> tuple[Recipe, ...]:
             found.append(replace(recipe, models=module.models, modules=(), parameters=parameters, places=places))
         found += [_of_slice(recipe, part, module) for part in module.slices]
     rest = Source(model=donor_of(recipe), parameters={}, place=recipe.place)
-    plain = replace(recipe, models=(rest,), modules=(), parameters={}, base_model=None, aim=None, grams=None)
+    plain = replace(recipe, models=(rest,), modules=(), parameters={}, base_model=None)
+    plain = replace(plain, aim=None, grams=None, fisher=None)
     return (*found, replace(plain, merge_method="passthrough"))
 
 

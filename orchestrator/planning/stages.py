@@ -21,6 +21,7 @@ from jobs.stages import stage_in
 from jobs.yaml_nodes import quoted
 from orchestrator.planning.activations import with_activations
 from orchestrator.planning.beside import files_beside, read_beside
+from orchestrator.planning.fishers import with_fishers
 from orchestrator.planning.grams import with_grams
 from orchestrator.planning.layouts import Layout, TensorClasses, layout_of
 from orchestrator.planning.slicing import plain_recipes
@@ -76,20 +77,17 @@ class Stages:
         layout = layout_of(job, recipe, checkpoints, self._classes)
         layout = with_activations(layout, checkpoints, recipe, self._folder)
         layout = with_grams(layout, checkpoints, recipe, self._folder)
+        layout = with_fishers(layout, checkpoints, recipe, self._folder)
         return _of_parents(layout, {name: stage.layout for name, stage in stages.items()})
 
     def _stage(self, name: str, recipe: Recipe, stages: Mapping[str, _Stage]) -> _Stage:
         _check(recipe)
-        if recipe.aim is not None:
-            raise BadInput(
-                f"{recipe.place_of('aim')}: a merge that feeds another has no `aim:`; write {quoted(name)} first, and"
-                " name the result"
-            )
-        if recipe.grams is not None:
-            raise BadInput(
-                f"{recipe.place_of('grams')}: a merge that feeds another has no `grams:`; write {quoted(name)} first,"
-                " and name the result"
-            )
+        for key in ("aim", "grams", "fisher"):
+            if getattr(recipe, key) is not None:
+                raise BadInput(
+                    f"{recipe.place_of(key)}: a merge that feeds another has no `{key}:`; write {quoted(name)} first,"
+                    " and name the result"
+                )
         readings = sum(stages[other].readings if other in stages else 1 for other in recipe.references())
         if readings > MOST_READINGS:
             raise BadInput(
@@ -169,7 +167,7 @@ def layout_key(recipe: Recipe) -> tuple[Any, ...]:
     dtypes = recipe.dtype, recipe.out_dtype
     tokens = canonical_json(recipe.tokenizer.document("") if recipe.tokenizer else None)
     key = recipe.references(), recipe.base_model, dtypes, recipe.tokenizer_source, tokens, recipe.chat_template
-    key = *key, recipe.aim and recipe.aim.statistics, canonical_json(recipe.grams)
+    key = *key, recipe.aim and recipe.aim.statistics, canonical_json([recipe.grams, recipe.fisher])
     plain = plain_recipes(recipe)
     ranges = tuple(tuple((source.model, source.layer_range) for source in part.models) for part in plain)
     key = *key, tuple(module.name for module in recipe.modules), ranges, tuple(part.base_model for part in plain)

@@ -1,1 +1,1 @@
-"""Statistics of the activations of a model that reads texts, for AIM and regmean."""
+"""Statistics of the activations and gradients of a model that reads texts, for AIM, regmean and fisher."""

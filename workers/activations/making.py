@@ -17,22 +17,25 @@ import numpy as np
 from jobs.errors import BadInput, writing
 from jobs.merge_tasks import Parent, ParentFile
 from workers.activations.deltas import delta_grams, has_delta
+from workers.activations.gradients import measure_fisher
 from workers.activations.measuring import Ids, Measured, measure, measure_grams
 from workers.benchmarks.planned import Reader
 from workers.benchmarks.texts.chat_template import ChatTemplate
 from workers.benchmarks.texts.haystacks import bundled_text
 from workers.benchmarks.texts.tokenizer import Tokenizer
-from workers.checkpoints.activations import activations_bytes, digest_of_means, split_url
+from workers.checkpoints.activations import activations_bytes, digest_of_means
 from workers.checkpoints.configs import completed, context_length, text_fields
 from workers.checkpoints.fetching import fetch
-from workers.checkpoints.grams import Written, write_grams
+from workers.checkpoints.fishers import write_fisher
+from workers.checkpoints.grams import write_grams
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.checkpoints.side_files import is_code
+from workers.checkpoints.statistics import Written, split_url
 from workers.methods.aim import overshadowed, relative
 from workers.storage import Store, open_store
 
-Kind = Literal["grams", "means", "deltas"]
-"""Gram matrices for regmean, of inputs or of differences from a base, or mean |x| for AIM."""
+Kind = Literal["grams", "means", "deltas", "fisher"]
+"""Gram matrices for regmean, of inputs or of differences from a base, mean |x| for AIM, or squares of gradients."""
 
 AS_TEXTS = "give its texts as lines with a `text`"
 
@@ -98,7 +101,11 @@ def make_statistics(
             measured = measure_grams(folder, checkpoint.shapes, ids, device, block, seen)
             if not measured.sums:
                 raise BadInput(f"{checkpoint.url}: none of its layers is a torch.nn.Linear; regmean cannot merge it")
-            found = _of_grams(write_grams(target, name, measured.matrices(), metadata), measured.without)
+            found = _of_written(write_grams(target, name, measured.matrices(), metadata), measured.without)
+        elif kind == "fisher":
+            fisher = measure_fisher(folder, checkpoint.shapes, ids, device, seen)
+            found = _of_written(write_fisher(target, name, fisher.squares, metadata), fisher.without)
+            found["unreached"] = fisher.unreached
         else:
             found = _write_means(target, name, measure(folder, checkpoint.shapes, ids, device, seen), metadata)
     return Made(
@@ -122,14 +129,14 @@ def make_delta_grams(model: str, base: str, out: str, *, block: int) -> Made:
     metadata = {"model": checkpoint.url, "base": start.url}
     written = write_grams(target, name, delta_grams(checkpoint, start, block), metadata)
     matrices = [each for each, shape in checkpoint.shapes.items() if len(shape) > 2 or has_delta(each, shape)]
-    without = tuple(each for each in matrices if each not in written.weights)
+    without = tuple(each for each in matrices if each not in written.names)
     return Made(
         file=f"{target.url}/{name}",
         kind="deltas",
         texts=0,
         tokens=0,
         seconds=round(time.monotonic() - started, 3),
-        **_of_grams(written, without),
+        **_of_written(written, without),
     )
 
 
@@ -143,9 +150,9 @@ def _target(out: str) -> tuple[Store, str]:
     return target, name
 
 
-def _of_grams(written: Written, without: tuple[str, ...]) -> dict[str, Any]:
+def _of_written(written: Written, without: tuple[str, ...]) -> dict[str, Any]:
     """The fields of `Made` that depend on the statistics."""
-    return {"digest": written.digest, "bytes": written.bytes, "tensors": written.count, "without": without}
+    return {"digest": written.digest, "bytes": written.bytes, "tensors": len(written.names), "without": without}
 
 
 def _write_means(target: Store, name: str, means: Measured, metadata: Mapping[str, str]) -> dict[str, Any]:

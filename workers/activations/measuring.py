@@ -55,7 +55,7 @@ def measure(
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
-    model = _loaded(folder).to(device)
+    model = loaded(folder).to(device)
     seen = _Seen(model)
     with seen.products:
         _read(model, texts, device, progress)
@@ -111,7 +111,7 @@ def measure_grams(
     """
     import torch
 
-    model = _loaded(folder).to(device)
+    model = loaded(folder).to(device)
     hidden = model.config.get_text_config().hidden_size
     sums: dict[str, Tensor] = {}
     groups: dict[str, list[str]] = {}
@@ -163,7 +163,8 @@ def _check_finite(folder: Path, finite: Mapping[str, bool]) -> None:
         raise BadInput(f"{folder}: the inputs of {broken[0]} are NaN or infinite; give a model that reads these texts")
 
 
-def _loaded(folder: Path) -> Any:
+def loaded(folder: Path, dtype: str = "auto") -> Any:
+    """The model of a folder, in its own dtype by default, to be read with and not trained. `BadInput` if it cannot."""
     import transformers
 
     transformers.utils.logging.disable_progress_bar()
@@ -172,7 +173,7 @@ def _loaded(folder: Path) -> Any:
         [name, *_] = config.architectures or ["AutoModelForCausalLM"]
         loader: Any = getattr(transformers, name, transformers.AutoModelForCausalLM)
         model = loader.from_pretrained(
-            folder, config=config, dtype="auto", local_files_only=True, trust_remote_code=False
+            folder, config=config, dtype=dtype, local_files_only=True, trust_remote_code=False
         )
     except (ValueError, OSError, ImportError) as error:
         reason = str(error).strip().partition("\n")[0]

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from jobs.errors import BadInput, CorruptData
 from jobs.merge_tasks import Parent, ParentFile
 from workers.checkpoints.safetensors import header_bytes, read_header
+from workers.checkpoints.statistics import split_url
 from workers.digests import digest_of
 from workers.storage import open_store
 
@@ -31,14 +32,6 @@ class Activations:
     parent: Parent
     digest: str
     means: Means
-
-
-def split_url(url: str) -> tuple[str, str]:
-    """(folder, name) of a file; `BadInput` for a folder."""
-    folder, _, name = url.rpartition("/")
-    if not name.endswith(".safetensors"):
-        raise BadInput(f"{url}: a file of statistics ends in .safetensors; give its whole path")
-    return folder or url.removesuffix(name) or ".", name
 
 
 def activations_bytes(means: Means, metadata: Mapping[str, str]) -> bytes:

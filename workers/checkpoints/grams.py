@@ -7,26 +7,26 @@ fill the last. The metadata has the digest of each.
 
 from __future__ import annotations
 
-import json
 import math
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.errors import BadInput, CorruptData, ObjectExists, writing
-from jobs.merge_tasks import GramTensor, Parent, ParentFile, digest
-from workers.checkpoints.activations import split_url
-from workers.checkpoints.safetensors import header_bytes, read_header, read_metadata
+from jobs.errors import BadInput, CorruptData
+from jobs.merge_tasks import GramTensor, Parent, ParentFile
+from workers.checkpoints.safetensors import read_header, read_metadata
+from workers.checkpoints.statistics import (
+    DIGESTS,
+    Written,
+    digest_of_all,
+    read_mapping,
+    split_url,
+    write_statistics,
+)
 from workers.digests import digest_of
 from workers.storage import Store, open_store
-
-DIGESTS = "digests"
-"""The key of the metadata that holds the digests, as JSON."""
-
-PART_BYTES = 16 << 20
 
 Matrix = NDArray[np.float32]
 
@@ -45,50 +45,11 @@ class GramFile:
         return sum(each.end - each.start for each in set(self.tensors.values()))
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
-    """A file of Gram matrices that was written; `weights` are the tensors that have one, `count` is of the matrices."""
-
-    digest: str
-    bytes: int
-    count: int
-    weights: frozenset[str]
-
-
 def write_grams(
     store: Store, key: str, grams: Iterable[tuple[tuple[str, ...], Matrix]], metadata: Mapping[str, str]
 ) -> Written:
-    """Writes the matrix for each group of weights, in ascending order of the groups; equal inputs give equal bytes.
-
-    One matrix at a time is in memory: the header comes first and has the digests, so that the matrices wait in a
-    temporary file. `ObjectExists` where there is such a file, of which nothing is changed.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    digests: dict[str, str] = {}
-    with tempfile.TemporaryFile(prefix="mergeyard-grams-") as waiting:
-        for weights, matrix in grams:
-            name, stored = " ".join(weights), np.ascontiguousarray(matrix, "<f4")
-            shapes[name], digests[name] = stored.shape, _digest(stored)
-            waiting.write(stored.data)
-        header = header_bytes(
-            [(name, "F32", shape) for name, shape in shapes.items()],
-            {**metadata, DIGESTS: json.dumps(digests, separators=(",", ":"))},
-        )
-        size = len(header) + waiting.tell()
-        waiting.seek(0)
-        if any(info.key == key for info in store.list(key)):
-            raise ObjectExists(f"{store.url}/{key}: there is such a file already; give another name")
-        with writing(), store.upload(key) as upload:
-            upload.write(header)
-            while part := waiting.read(PART_BYTES):
-                upload.write(part)
-            upload.commit()
-    content = digest(sorted([name, each] for name, each in digests.items()))
-    return Written(content, size, len(digests), frozenset(weight for name in digests for weight in name.split(" ")))
-
-
-def _digest(matrix: Matrix) -> str:
-    return digest_of(np.ascontiguousarray(matrix, "<f4").data.cast("B"))
+    """Writes the matrix for each group of weights, in ascending order of the groups, as `write_statistics` does."""
+    return write_statistics(store, key, ((" ".join(weights), matrix) for weights, matrix in grams), metadata)
 
 
 def is_for(shape: tuple[int, ...], channels: int) -> bool:
@@ -104,19 +65,14 @@ def open_grams(url: str) -> GramFile:
     info = store.locate(name)
     where, other = f"{store.pinned_url}/{name}", "give a file of `mergeyard measure`"
     entries = read_header(store, info)
-    try:
-        digests = json.loads(read_metadata(store, info).get(DIGESTS, "{}"))
-    except ValueError:
-        digests = None
-    if not isinstance(digests, dict):
-        raise CorruptData(f"{where}: its digests are not a JSON object; {other}")
+    digests = read_mapping(read_metadata(store, info), DIGESTS, where)
     tensors: dict[str, GramTensor] = {}
     for entry in entries:
         if entry.dtype != "F32" or len(entry.shape) != 3 or not isinstance(digests.get(entry.name), str):
             raise BadInput(f"{where}: {entry.name} is not a Gram matrix with its digest; {other}")
         gram = GramTensor(entry.name, entry.shape, entry.start, entry.end, digests[entry.name])
         tensors |= dict.fromkeys(entry.name.split(" "), gram)
-    content = digest(sorted([entry.name, digests[entry.name]] for entry in entries))
+    content = digest_of_all({entry.name: digests[entry.name] for entry in entries})
     return GramFile(Parent(store.pinned_url, (ParentFile(info.key, info.size, info.etag),)), content, tensors)
 
 

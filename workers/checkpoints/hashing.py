@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 from jobs.errors import CorruptData, StorageUnavailable
-from jobs.merge_tasks import ParentFile, ParentTensor
+from jobs.merge_tasks import FISHER, ParentFile, ParentTensor
 from workers.checkpoints.safetensors import TensorHeader, read_header
 from workers.digests import TensorHash
 from workers.storage import ObjectInfo, Store
@@ -45,8 +45,8 @@ def has_digests(store: Store, info: ObjectInfo, digests: Mapping[str, str]) -> b
     return names == set(digests) and not changed_tensors(store, info.key, tensors, digests)
 
 
-def check_digest(found: str, store: Store, file: ParentFile, tensor: str, source: ParentTensor) -> None:
-    """Whether a parent's tensor came as its manifest has it.
+def check_digest(found: str, store: Store, file: ParentFile, parent: str, tensor: str, source: ParentTensor) -> None:
+    """Whether a tensor came as the manifest of its parent has it, or the file of its Fisher information.
 
     If not, it is read again: `StorageUnavailable` when it was damaged on its way, `CorruptData` when where it lies.
     """
@@ -56,4 +56,6 @@ def check_digest(found: str, store: Store, file: ParentFile, tensor: str, source
     again = range_digest(store, file.key, source.start, source.end, etag=file.etag, like=source.digest)
     if again == source.digest:
         raise StorageUnavailable(f"{where} was damaged on its way; use https://, which notices, and run again")
+    if parent.startswith(FISHER):
+        raise CorruptData(f"{where} is damaged; fetch the file again, or measure again")
     raise CorruptData(f"{where} is not the one of manifest.json there; put it right, or remove that manifest")

@@ -64,7 +64,7 @@ class Deriving:
         if store.locate(file.key).etag != file.etag:
             raise ObjectChanged(f"{url}/{file.key} changed while it was in use; run again to pin the new version")
         if source.digest:
-            check_digest(digest_of(data.data, like=source.digest), store, file, tensor, source)
+            check_digest(digest_of(data.data, like=source.digest), store, file, parent, tensor, source)
         return data.view(numpy_dtype(source.dtype))
 
     def pieces(self, parent: str, source: Source, tensor: str, elements: int) -> Iterator[Elements]:
@@ -87,7 +87,7 @@ class Deriving:
                 hashed.update(piece.data)
             yield piece.view(dtype)
         if hashed is not None:
-            check_digest(hashed.digest(), store, file, tensor, source)
+            check_digest(hashed.digest(), store, file, parent, tensor, source)
 
     def in_parts(self, parent: str, source: Source, tensor: str) -> Callable[[int, int], Elements]:
         """A function that has the elements [first, end) of a tensor; raises as `whole` does.
@@ -126,7 +126,7 @@ class Deriving:
         if at.end > at.start:  # a bucket cannot be asked for an empty range
             store.read_into(file.key, data.data, start=at.start, etag=file.etag)
             if at.digest:
-                check_digest(digest_of(data.data, like=at.digest), store, file, tensor, at)
+                check_digest(digest_of(data.data, like=at.digest), store, file, parent, tensor, at)
         return data.view(numpy_dtype(at.dtype))
 
 

@@ -10,6 +10,7 @@ from workers.checkpoints.activations import read_activations
 from workers.checkpoints.grams import Matrix, read_gram
 from workers.merging.tiles import Facts
 from workers.methods.aim import ACTIVATIONS, relative
+from workers.methods.fisher import FISHERS
 from workers.methods.regmean import GRAMS, Grams, Kept
 
 
@@ -25,6 +26,8 @@ def given_facts(
         if grams and tensor.grams:
             names = tuple((model, gram.name) for model, gram in sorted(tensor.grams.items()))
             of_tensor[GRAMS] = Grams(names, partial(_read, grams, tensor.grams), kept)
+        if tensor.fishers:
+            of_tensor[FISHERS] = tensor.fishers
         facts[tensor.name] = of_tensor
     return facts
 

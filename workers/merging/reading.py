@@ -187,7 +187,7 @@ class ParentReader:
         if stretch.stop == tensor.elements:
             del passing[name, tensor.name]
             check_digest(
-                so_far.digest(), self._stores[name], self._parents[name].files[source.file], tensor.name, source
+                so_far.digest(), self._stores[name], self._parents[name].files[source.file], name, tensor.name, source
             )
 
     def release(self, slab: Slab) -> None:

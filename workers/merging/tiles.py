@@ -236,7 +236,7 @@ def has_loop(tensor: TensorMerge, setting: Setting, device: str) -> bool:
     """Whether the pass of a setting has a compiled loop on a device."""
     if device == "cpu":
         return True
-    if METHODS[setting.method].products:
+    if METHODS[setting.method].by_torch:
         return False
     from workers.methods.launching import launches  # imports Triton, where it is installed
 

@@ -13,6 +13,7 @@ from workers.methods.breadcrumbs import breadcrumbs, breadcrumbs_pass, breadcrum
 from workers.methods.consensus_ta import consensus_ta, consensus_ta_pass
 from workers.methods.dare import dare_linear, dare_linear_pass, dare_ties, dare_ties_pass
 from workers.methods.della import della, della_linear, della_linear_pass, della_pass
+from workers.methods.fisher import fisher, fisher_pass
 from workers.methods.karcher import karcher, karcher_pass
 from workers.methods.linear import linear, linear_pass
 from workers.methods.model_stock import model_stock, model_stock_collapse, model_stock_pass
@@ -52,7 +53,7 @@ class Method:
     models", or "unused". `fused` gives the formula as one pass over memory, from settings that `simplified` has made.
     `whole_rows`: the method asks for whole rows of its tensors, `Tile.around`. `random`: its draws depend on the seed.
     `collapse` says in words, from the facts of a tensor, that its merge is not one. `given` is the key of a recipe that
-    names the method's statistics. `products`: the pass multiplies matrices, which on a GPU torch does in the formula.
+    names the method's statistics. `by_torch`: on a GPU the formula merges, the pass has no loop there.
     """
 
     merge: Callable[..., Tensor]
@@ -60,8 +61,8 @@ class Method:
     whole_rows: bool = False
     random: bool = False
     collapse: Callable[..., str | None] | None = None
-    given: Literal["grams"] | None = None
-    products: bool = False
+    given: Literal["grams", "fisher"] | None = None
+    by_torch: bool = False
     base: Literal["required", "optional", "one of the models", "unused"] = "unused"
     fewest: int = 1
     most: int | None = None
@@ -109,7 +110,8 @@ METHODS: Mapping[str, Method] = {
     "karcher": Method(karcher, karcher_pass),
     "model_stock": Method(model_stock, model_stock_pass, base="required", fewest=2, collapse=model_stock_collapse),
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
-    "regmean": Method(regmean, regmean_pass, whole_rows=True, given="grams", products=True),
+    "regmean": Method(regmean, regmean_pass, whole_rows=True, given="grams", by_torch=True),
+    "fisher": Method(fisher, fisher_pass, given="fisher", by_torch=True),
     "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, whole_rows=True, base="required", most=1),
     "nearswap": Method(nearswap, nearswap_pass, base="required", most=1),
     "passthrough": Method(passthrough, passthrough_pass, most=1),

@@ -18,6 +18,7 @@ from jobs.recipe import Recipe
 from jobs.sources import Source, setting_at
 from jobs.yaml_nodes import NEAR, nearest
 from workers.methods import METHODS, Method, Parameter
+from workers.methods.fisher import LEAST_FLOOR
 
 Exact = Fraction | bool
 
@@ -66,11 +67,7 @@ def check_recipe(recipe: Recipe) -> None:
     if method.base in ("required", "one of the models") and recipe.base_model is None:
         raise BadInput(f"{recipe.place}: {recipe.merge_method} needs a base_model")
     models = _merged_models(recipe, method)
-    if method.given == "grams" and (lacking := [each for each in models if each.model not in (recipe.grams or {})]):
-        raise BadInput(
-            f"{lacking[0].place}: {recipe.merge_method} needs the Gram matrices of {lacking[0].model}; write them by"
-            f" `mergeyard measure`, and name the file under `grams:` of the recipe"
-        )
+    _check_given(recipe, method, models)
     if _only_the_base(recipe, method):
         return
     if len(models) < method.fewest or (method.most is not None and len(models) > method.most):
@@ -82,6 +79,19 @@ def check_recipe(recipe: Recipe) -> None:
             of_base = " counting the base" if method.base == "one of the models" else " beside the base"
         raise BadInput(
             f"{recipe.place}: {recipe.merge_method} merges {wanted} model(s){of_base}, the recipe names {len(models)}"
+        )
+
+
+def _check_given(recipe: Recipe, method: Method, models: Sequence[Source]) -> None:
+    """Refuses a model whose statistics the method needs and the recipe does not name."""
+    if method.given is None:
+        return
+    files = {"grams": recipe.grams, "fisher": recipe.fisher}[method.given] or {}
+    needed, what = ("Gram matrices", "") if method.given == "grams" else ("Fisher information", " --what fisher")
+    if lacking := [each for each in models if each.model not in files]:
+        raise BadInput(
+            f"{lacking[0].place}: {recipe.merge_method} needs the {needed} of {lacking[0].model}; write the file by"
+            f" `mergeyard measure{what}`, and name it under `{method.given}:` of the recipe"
         )
 
 
@@ -219,6 +229,12 @@ def _check_shares(recipe: Recipe, values: Mapping[str, Exact | tuple[Exact, ...]
         if not 0 <= alpha <= 1:
             place = recipe.place_of("alpha")
             raise BadInput(f"{place}: alpha {float(alpha):g} at tensor {tensor} is outside [0, 1]")
+    if recipe.merge_method == "fisher":
+        floor = cast(Fraction, values["floor"])
+        if not LEAST_FLOOR <= floor <= 1:
+            place = recipe.place_of("floor")
+            raise BadInput(f"{place}: floor {float(floor):g} at tensor {tensor} is outside [{LEAST_FLOOR:g}, 1]")
+    if recipe.merge_method in ("regmean", "fisher"):
         weights = cast(tuple[Fraction, ...], values["weight"])
         if min(weights) < 0 or not any(weights):
             place, shown = recipe.place_of("weight"), ", ".join(f"{float(each):g}" for each in weights)
@@ -279,8 +295,8 @@ def simplified(bound: Bound, *, place: str) -> Bound:
             return bound
         case "sce":
             return _simplified_sce(bound)
-        case "regmean":
-            return _simplified_regmean(bound)
+        case "regmean" | "fisher":
+            return _simplified_ratios(bound)
         case "consensus_ta":
             return _simplified_consensus_ta(bound)
         case "nearswap":
@@ -400,7 +416,7 @@ def _simplified_consensus_ta(bound: Bound) -> Bound:
     return Bound("consensus_ta", models, bound.base, values)
 
 
-def _simplified_regmean(bound: Bound) -> Bound:
+def _simplified_ratios(bound: Bound) -> Bound:
     """The weights count by their ratios; weight 0 leaves."""
     models, weights = _without_zeros(bound.models, bound.per_model("weight"))
     if len(models) == 1:

@@ -17,6 +17,7 @@ from workers.methods.gpu_kernels.rows import Head, Row, Term
 from workers.methods.nearswap import NO_DISTANCE
 from workers.methods.passes import (
     Consensus,
+    FisherMean,
     Kept,
     MatrixSum,
     Overlap,
@@ -75,6 +76,7 @@ def _row(work: Work, lists: list[Tensor]) -> Row:
         numbers = listed(each.factors.astype(np.float64))
         head, mode = head._replace(factors=numbers, width=width, stride=stride, deep=deep), rows.RELAXES
         each = each.merged
+    assert not isinstance(each, FisherMean | MatrixSum), "torch merges these on a GPU"
     if each.base is not None:
         head, mode = head._replace(base=_address(tile, each.base)), mode | rows.BASED
     match each:
@@ -115,8 +117,6 @@ def _row(work: Work, lists: list[Tensor]) -> Row:
             terms = _terms(tile, (each.model,), (0.0,))
         case Relaxed():
             raise AssertionError("a merge is relaxed once")
-        case MatrixSum():
-            raise AssertionError("torch multiplies matrices on a GPU")
     return Row(kind, mode, _name(tile.raw[_parent_of(each)]), _name(output), head, tuple(terms))
 
 

@@ -134,6 +134,21 @@ class MatrixSum:
 
 
 @dataclass(frozen=True, slots=True)
+class FisherMean:
+    """x₀ + Σ gᵢ·(xᵢ − x₀) / Σ gᵢ, element by element in the arithmetic dtype; see `fisher`.
+
+    gᵢ = weightᵢ · max(Fᵢ · inverse, floor), where Fᵢ is the element of the parent of that place in `fishers`. The sums
+    run from left to right, and the first leaves x₀ out.
+    """
+
+    models: tuple[str, ...]
+    fishers: tuple[str, ...]
+    weights: tuple[float, ...]
+    inverse: float
+    floor: float
+
+
+@dataclass(frozen=True, slots=True)
 class Relaxed:
     """base + (merged − base) · factor, element by element in the arithmetic dtype; see `aim`.
 
@@ -147,4 +162,4 @@ class Relaxed:
     places: tuple[int, int, int]
 
 
-Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap | MatrixSum | Relaxed
+Pass = WeightedSum | Consensus | SelectedConsensus | Overlap | TallConsensus | Swap | MatrixSum | FisherMean | Relaxed

@@ -11,12 +11,14 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import run_overlap, run_selected, run_tall
 from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.fisher_mean import run_fisher_means
 from workers.methods.kernels.relaxation import Relaxation, run_relaxations
 from workers.methods.kernels.swap import run_swaps
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
 from workers.methods.nearswap import NO_DISTANCE
 from workers.methods.passes import (
     Consensus,
+    FisherMean,
     Kept,
     MatrixSum,
     Overlap,
@@ -211,6 +213,30 @@ def _matrix_sums(
     return np.array(broken, np.bool_), np.array(overflowed, np.bool_)
 
 
+def _fisher_means(
+    passes: Sequence[FisherMean], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
+) -> Flags:
+    flags: dict[str, bool] = {}
+    overflowed = np.zeros(len(passes), np.bool_)
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for index, each in enumerate(passes):
+        alike.setdefault((each.models, each.fishers, each.inverse, each.floor), []).append(index)
+    for (models, fishers, inverse, floor), points in alike.items():
+        names = (*models, *fishers)
+        of_parents, overflowed[points] = run_fisher_means(
+            [cast(Array, tile.raw[name]) for name in names],
+            [passes[index].weights for index in points],
+            inverse,
+            floor,
+            [outputs[index] for index in points],
+            arithmetic,
+        )
+        for name, flag in zip(names, of_parents.tolist(), strict=True):
+            _place(name, places)
+            flags[name] = flags.get(name, False) or flag
+    return np.array([flags[name] for name in places], np.bool_), overflowed
+
+
 def _relaxed(
     passes: Sequence[Relaxed], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
@@ -303,6 +329,7 @@ RUNNERS: dict[type, Callable[..., Flags]] = {
     TallConsensus: _tall,
     Swap: _swaps,
     MatrixSum: _matrix_sums,
+    FisherMean: _fisher_means,
     Relaxed: _relaxed,
 }
 """The passes that have a compiled loop."""

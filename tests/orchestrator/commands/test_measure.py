@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from tests.orchestrator.models import HEAD, HIDDEN, weights, write_model
 from workers.checkpoints.activations import open_activations
+from workers.checkpoints.fishers import open_fisher
 from workers.checkpoints.grams import open_grams
 from workers.storage import open_store
 
@@ -133,6 +134,37 @@ def test_deltas_give_the_merge_of_the_least_interference(mergeyard: Mergeyard, b
         )
         assert interference <= minimum + 2e-3 * mean, name  # of matrices and weights in float32
         assert minimum < 0.9 * mean
+
+
+def test_a_merge_takes_the_fisher_information_that_was_written(
+    mergeyard: Mergeyard, base: Path, texts: Path, tmp_path: Path
+):
+    models = [base, write_model(base.parent / "cos", weights("cos"), tokenizer=WORDS)]
+    files = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for model, file in zip([*models, base], files, strict=True):
+        ended = mergeyard(
+            "measure", model, file, "--what", "fisher", "--text", texts, "--count", 4, "--device", "cpu", "--json"
+        )
+        assert ended.code == 0, ended.err
+        assert (ended.facts["kind"], ended.facts["texts"], ended.facts["without"]) == ("fisher", 4, [])
+        assert ended.facts["digest"] == open_fisher(str(file)).digest
+        assert ended.facts["bytes"] == file.stat().st_size
+    assert files[0].read_bytes() == files[2].read_bytes()
+    document = tmp_path / "fisher.yml"
+    document.write_text(
+        f"merge_method: fisher\nmodels: [{{model: {models[0]}}}, {{model: {models[1]}}}]\n"
+        f"fisher: {{{models[0]}: {files[0]}, {models[1]}: {files[1]}}}\ndtype: float32\n"
+    )
+    ended = mergeyard("merge", document, tmp_path / "out", "-q")
+    assert ended.code == 0, ended.err
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    fishers = [load_file(file) for file in files[:2]]
+    for name, tensor in merged.items():
+        f, g = (each[name].double().numpy() for each in fishers)
+        x, y = (weights(who)[name].double().numpy() for who in ("base", "cos"))
+        least = 1e-6 * (f.mean() + g.mean()) / 2
+        f, g = np.maximum(f, least), np.maximum(g, least)
+        assert tensor.double().numpy() == pytest.approx((f * x + g * y) / (f + g), rel=1e-5, abs=1e-6), name
 
 
 @pytest.mark.parametrize(
