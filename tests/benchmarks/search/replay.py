@@ -1,6 +1,6 @@
 """Replays searches on drawn answers: how far the found point is below the best, and by how much its score flatters.
 
-    python -m tests.benchmarks.search.replay --seeds 100   # needs cmaes, optuna and pymoo beside mergeyard
+    python -m tests.benchmarks.search.replay ROWS.jsonl --seeds 100   # needs cmaes, optuna and pymoo beside mergeyard
 
 Five spaces. `line` (101 points between two parents) and `triangle` (231 mixtures of three) have surfaces that are
 fitted to measured answers of the example parents (`counts.csv`, which `truth.py` makes). The best points of both lie on
@@ -12,12 +12,19 @@ grid of 11 points (66 in the triangle, 21 in `coarse`, 16 random ones in `eight`
 40 items of each cell for a candidate, the same for all, and show the best score seen, as they do: `random`; `evolve`,
 the rule of mergekit-evolve (CMA-ES from the middle, σ 1/6); Optuna's TPE and GP. `mergenetic` is its genetic algorithm
 on estimates by item response theory from 20 items (`estimated`). `sobol` and `gp` are the shipped search.
+
+Two rows show what remains where nothing is searched. `three-best` asks only the three best points, as many items of
+each as B allows. `all-items` asks the 200 items of every point, whatever that costs. Both take the highest mean.
+
+Each run of a method is a line of ROWS.jsonl. Runs that stand there are not repeated.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import time
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -59,6 +66,24 @@ def smoothness(first: Array, second: Array, length: float) -> Array:
     return (1 + distance) * np.exp(-distance)
 
 
+def surface(table: Array, places: Array) -> Array:
+    """Probits of the cells' scores [places, cells] at mixtures [places, 3], from rows of `counts.csv`.
+
+    A Gaussian process for each cell, with the binomial error of the counts as its noise.
+    """
+    known, asked, right = table[:, :3], table[:, 3:4], table[:, 4:]
+    share = (right + 0.5) / (asked + 1)
+    level = ndtri(share)
+    error = share * (1 - share) / (asked + 1) * (2 * math.pi) * np.exp(level**2)
+    found = np.empty((len(places), right.shape[1]))
+    for cell in range(right.shape[1]):
+        middle = float(level[:, cell].mean())
+        prior = 4 * smoothness(known, known, SURFACE_LENGTH) + np.diag(error[:, cell])
+        weights = np.linalg.solve(prior, level[:, cell] - middle)
+        found[:, cell] = middle + 4 * smoothness(places, known, SURFACE_LENGTH) @ weights
+    return found
+
+
 class Fitted:
     """Mixtures of the example parents: an item is right where the cell's surface plus its own deviation is positive.
 
@@ -66,21 +91,12 @@ class Fitted:
     """
 
     def __init__(self, space: Space, seed: int, *, flat: bool = False, every: int = 0) -> None:
-        table = np.loadtxt(COUNTS, delimiter=",", skiprows=1)
-        known, right, asked = table[:, :3], table[:, 4:], table[:, 3:4]
         random = np.random.default_rng(seed)
-        self.choices = {choice: row for row, choice in enumerate(all_choices(space))}
-        places = np.array([mixture(space, choice) for choice in self.choices])
-        self.cells, self.count = right.shape[1], DRAWN
-        share = (right + 0.5) / (asked + 1)
-        level = ndtri(share)
-        error = share * (1 - share) / (asked + 1) * (2 * math.pi) * np.exp(level**2)
-        surfaces = np.empty((len(places), self.cells))
-        for cell in range(self.cells):
-            middle = float(level[:, cell].mean())
-            prior = 4 * smoothness(known, known, SURFACE_LENGTH) + np.diag(error[:, cell])
-            weights = np.linalg.solve(prior, level[:, cell] - middle)
-            surfaces[:, cell] = middle + 4 * smoothness(places, known, SURFACE_LENGTH) @ weights
+        self.points = list(all_choices(space))
+        self._rows = {choice: row for row, choice in enumerate(self.points)}
+        places = np.array([mixture(space, choice) for choice in self.points])
+        surfaces = surface(np.loadtxt(COUNTS, delimiter=",", skiprows=1), places)
+        self.cells, self.count = surfaces.shape[1], DRAWN
         if flat:
             surfaces[:] = ndtri(0.8)
         factor = np.linalg.cholesky(smoothness(places, places, ITEM_LENGTH) + 1e-9 * np.eye(len(places)))
@@ -88,18 +104,17 @@ class Fitted:
         self._right = deviations.reshape(len(places), self.cells, self.count) > -surfaces[:, :, None]
         self._truth = self._right.mean(axis=(1, 2))
         every = every or (10 if len(space.axes) == 1 else 2)
-        self.grid = [choice for choice in self.choices if all(index % every == 0 for index in choice)]
-        self.parents = [choice for choice in self.choices if np.max(mixture(space, choice)) == 1]
+        self.grid = [choice for choice in self.points if all(index % every == 0 for index in choice)]
         self.ease = ndtri((self._right.sum(axis=0) + 0.5) / (len(places) + 1)) * 1.7
         """Of each item [cells, items], as logit: 1.7 turns a probit into one."""
 
     def all_scores(self, choice: Choice) -> Array:
         """Of all items [cells, items]."""
-        return self._right[self.choices[choice]].astype(float)
+        return self._right[self._rows[choice]].astype(float)
 
     def truth(self, choice: Choice) -> float:
         """Mean over all items."""
-        return float(self._truth[self.choices[choice]])
+        return float(self._truth[self._rows[choice]])
 
     def best(self) -> float:
         """The highest truth of the space."""
@@ -124,7 +139,7 @@ class Synthetic:
         self._slope = random.normal(0, 0.7, (8, 5, self.count))
         self._seed = seed
         self.grid = decoded(EIGHT, random.random((16, 8)))
-        self.parents = [(0,) * 8, (20,) * 8]
+        self.points = self._peak()
 
     def _chances(self, choice: Choice) -> Array:
         place = np.array(choice) / 20 - self._top
@@ -141,13 +156,18 @@ class Synthetic:
         return float(self._chances(choice).mean())
 
     def best(self) -> float:
-        """The highest truth that a climb along the axes from the top finds."""
+        """The highest truth of `points`."""
+        return max(map(self.truth, self.points))
+
+    def _peak(self) -> list[Choice]:
+        """The point at which a climb along the axes from the top ends, and its neighbours."""
         choice = tuple(round(20 * float(each)) for each in self._top)
         while True:
             near = [(*choice[:at], choice[at] + by, *choice[at + 1 :]) for at in range(8) for by in (-1, 1)]
-            better = max((each for each in near if min(each) >= 0 and max(each) <= 20), key=self.truth)
+            near = [each for each in near if min(each) >= 0 and max(each) <= 20]
+            better = max(near, key=self.truth)
             if self.truth(better) <= self.truth(choice):
-                return self.truth(choice)
+                return [choice, *near]
             choice = better
 
 
@@ -305,55 +325,109 @@ def asker(method: str, space: Space, seed: int) -> Callable[..., Any]:
     return lambda seen: random.random(len(space.axes))
 
 
-METHODS = "gp,sobol,random,evolve,mergenetic,tpe,optuna-gp"
+def told(world: World, points: list[Choice], items: int, seed: int) -> tuple[Choice, float, bool, Traced]:
+    """The point with the highest mean over its first items of each cell; of equal ones, a random one."""
+    means = np.array([world.all_scores(point)[:, :items].mean() for point in points])
+    chosen = int(np.random.default_rng(seed).choice(np.flatnonzero(means == means.max())))
+    return points[chosen], float(means[chosen]), False, []
+
+
+def played(world: World, space: Space, method: str, budget: float, seed: int) -> tuple[Choice, float, bool, Traced]:
+    """Winner, shown score, whether it is sure, and the trace of a method."""
+    if method in ("gp", "sobol"):
+        return shipped(world, space, method, budget, seed)
+    if method == "all-items":
+        return told(world, world.points, ITEMS, seed)
+    if method == "three-best":
+        best = sorted(world.points, key=world.truth)[-3:]
+        return told(world, best, min(ITEMS, int(budget / len(best))), seed)
+    scored, items = (estimated, ANCHORS) if method == "mergenetic" else (averaged, PEERS_ITEMS)
+    return peer(world, space, budget, asker(method, space, seed), scored, items)
+
+
+NEVER = 99.0
+METHODS = "gp,sobol,random,evolve,mergenetic,tpe,optuna-gp,three-best,all-items"
+SPACES = {"line": LINE, "triangle": TRIANGLE, "coarse": TRIANGLE, "flat": LINE, "eight": EIGHT}
+Key = tuple[str, int, float, str]
+"""Space, seed, budget in units of B, method."""
+
+
+def replay(name: str, seed: int, wanted: list[tuple[float, str]]) -> list[dict[str, Any]]:
+    """A row for each of these budgets and methods. Regret and flattery are in points of 100, budgets in units of B."""
+    space = SPACES[name]
+    every = 4 if name == "coarse" else 0
+    world = Synthetic(seed) if name == "eight" else Fitted(space, seed, flat=name == "flat", every=every)
+    choice, shown, cost = grid_and_race(world)
+    best, aim = world.best(), world.truth(choice)
+    rows: list[dict[str, Any]] = []
+    for share, method in wanted:
+        began = time.process_time()
+        found = (choice, shown, False, []) if method == "grid" else played(world, space, method, share * cost, seed)
+        point, score, sure, trace = found
+        reached = min((spent / cost for spent, each in trace if world.truth(each) >= aim), default=NEVER)
+        row = {"space": name, "seed": seed, "share": share, "method": method, "B": cost, "sure": bool(sure)}
+        row["regret"] = 100 * (best - world.truth(point))
+        row["flattery"] = 100 * (score - float(world.all_scores(point)[:, ITEMS:].mean()))
+        rows.append(row | {"reached": reached, "seconds": time.process_time() - began})
+    return rows
+
+
+def key_of(row: dict[str, Any]) -> Key:
+    """What a row is about."""
+    return row["space"], row["seed"], row["share"], row["method"]
+
+
+def table(rows: list[dict[str, Any]]) -> list[str]:
+    """A line for each space, budget and method; ± is a standard error.
+
+    `gp better` is the share of the common seeds, `at` the median spending until the point is as good as the grid's.
+    """
+    groups: dict[Any, dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["space"], row["share"], row["method"]), {})[row["seed"]] = row
+    lines: list[str] = []
+    for (space, share, method), found in sorted(groups.items()):
+        names = ("regret", "flattery", "reached", "sure", "seconds")
+        each = {name: np.array([row[name] for row in found.values()], dtype=float) for name in names}
+        mean = {name: float(values.mean()) for name, values in each.items()}
+        error = {name: float(values.std()) / math.sqrt(len(found)) for name, values in each.items()}
+        gp = groups.get((space, share, "gp"), {})
+        better = [gp[seed]["regret"] < row["regret"] for seed, row in found.items() if seed in gp] or [False]
+        middle, ever = np.median(each["reached"]), np.mean(each["reached"] < NEVER)
+        lines.append(
+            f"{space:8s} {share:3.1f} B {method:10s} {len(found):3d} seeds: regret median "
+            f"{np.median(each['regret']):5.2f}, mean {mean['regret']:5.2f} ± {error['regret']:.2f}; shown - fresh "
+            f"{mean['flattery']:+5.2f} ± {error['flattery']:.2f}; gp better {np.mean(better):.2f}; sure "
+            f"{mean['sure']:.2f}; at {middle:5.2f} B, ever in {ever:.2f}; {mean['seconds']:.2f} s"
+        )
+    return lines
 
 
 def main() -> None:
-    """Reads the arguments, replays, and prints a table for each space."""
+    """Reads the arguments, replays what is missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("rows", type=Path)
     parser.add_argument("--seeds", type=int, default=100)
-    parser.add_argument("--spaces", default="line,triangle,coarse,flat,eight")
+    parser.add_argument("--spaces", default=",".join(SPACES))
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--budgets", default="0.5,1,2")
     arguments = parser.parse_args()
-    spaces = {"line": LINE, "triangle": TRIANGLE, "coarse": TRIANGLE, "flat": LINE, "eight": EIGHT}
+    file: Path = arguments.rows
+    rows = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {key_of(row) for row in rows}
     for name in arguments.spaces.split(","):
-        space, regrets, flattery, sure, costs, reached = spaces[name], {}, {}, {}, [], {}
+        asked = [(1.0, "grid")]
+        asked += [
+            (share, each) for share in map(float, arguments.budgets.split(",")) for each in arguments.methods.split(",")
+        ]
+        asked = [each for each in asked if (name, each[1]) != ("eight", "all-items")]
         for seed in range(arguments.seeds):
-            world = (
-                Synthetic(seed)
-                if name == "eight"
-                else Fitted(space, seed, flat=name == "flat", every=4 if name == "coarse" else 0)
-            )
-            best = world.best()
-            choice, shown, cost = grid_and_race(world)
-            costs.append(cost)
-            aim = world.truth(choice)
-            found: dict[tuple[str, float], Any] = {("grid + race", 1.0): (choice, shown, False, [])}
-            for share in map(float, arguments.budgets.split(",")):
-                for method in arguments.methods.split(","):
-                    if method in ("gp", "sobol"):
-                        found[method, share] = shipped(world, space, method, share * cost, seed)
-                        continue
-                    ask = asker(method, space, seed)
-                    scored, items = (estimated, ANCHORS) if method == "mergenetic" else (averaged, PEERS_ITEMS)
-                    found[method, share] = peer(world, space, share * cost, ask, scored, items)
-            for key, (choice, shown, is_sure, trace) in found.items():
-                regrets.setdefault(key, []).append(100 * (best - world.truth(choice)))
-                flattery.setdefault(key, []).append(100 * (shown - float(world.all_scores(choice)[:, ITEMS:].mean())))
-                sure.setdefault(key, []).append(is_sure)
-                enough = [spent / cost for spent, point in trace if world.truth(point) >= aim]
-                reached.setdefault(key, []).append(min(enough, default=math.inf))
-        print(f"{name}: {arguments.seeds} seeds, B = {np.mean(costs):.0f} items a cell")
-        for key in sorted(regrets, key=lambda each: (each[1], each[0])):
-            mean, error = np.mean(flattery[key]), np.std(flattery[key]) / math.sqrt(arguments.seeds)
-            better = np.mean(np.array(regrets.get(("gp", key[1]), regrets[key])) <= np.array(regrets[key]))
-            print(
-                f"  {key[0]:12s} {key[1]:3.1f} B: regret median {np.median(regrets[key]):5.2f}, mean "
-                f"{np.mean(regrets[key]):5.2f}; shown - fresh {mean:+5.2f} ± {error:.2f}; gp as good in {better:.2f}; "
-                f"sure {np.mean(sure[key]):.2f}; reaches the grid's regret at {np.median(reached[key]):.2f} B",
-                flush=True,
-            )
+            missing = [each for each in asked if (name, seed, *each) not in known]
+            new = replay(name, seed, missing) if missing else []
+            rows += new
+            with file.open("a") as out:
+                out.writelines(json.dumps(row) + "\n" for row in new)
+    print("\n".join(table(rows)))
 
 
 if __name__ == "__main__":
