@@ -56,6 +56,7 @@ class BatchFiles:
             "format": FORMAT,
             "number": batch.number,
             "seen": batch.seen,
+            "items": batch.items,
             "proposals": [
                 {
                     "name": self._name(proposal.choice),
@@ -92,6 +93,7 @@ def _batch(document: dict[str, Any]) -> Batch:
             Promotion(tuple(map(int, entry["choice"])), int(entry["items"])) for entry in document["promotions"]
         ),
         seen=text_of(document, "seen"),
+        items=None if document.get("items") is None else int(document["items"]),
     )
 
 

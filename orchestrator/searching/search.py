@@ -31,7 +31,9 @@ from orchestrator.searching import greedy
 from orchestrator.searching.figures import Figures, figures
 from orchestrator.searching.proposing import Evidence, Proposal, Verdict, judge, means_of, propose, resolved
 
-RUNGS = (10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+RUNGS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
+FIRST_ITEMS_BEFORE = 10
+"""Items a cell of a new point in batches that do not say it: their rungs began here. Greedy soups still begin here."""
 PROMOTED = 0.5
 """Share of the cost that goes to promotions while there are new points to ask."""
 SETTLED = 0.25
@@ -55,6 +57,7 @@ class Promotion:
 class Batch:
     """What is asked together. `seen` is the digest of the earlier batches and of the scores that it was made from.
 
+    `items` is the number of items of each cell that a new point answers, None in batches of older versions.
     A batch without proposals and promotions waits for the one before it; two of them, or the first, end the search.
     """
 
@@ -62,6 +65,7 @@ class Batch:
     proposals: tuple[Proposal, ...]
     promotions: tuple[Promotion, ...]
     seen: str
+    items: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +136,9 @@ class Search:
         self.choices: dict[str, Choice] = {}
         whole = [math.ceil(rung / items_per_haystack) * items_per_haystack for rung in (*rungs, items)]
         self.rungs = tuple(dict.fromkeys(rung for rung in whole if rung <= whole[-1]))
+        self._before = min((rung for rung in self.rungs if rung >= FIRST_ITEMS_BEFORE), default=self.rungs[-1])
+        if spec.by == "greedy":
+            self.rungs = self.rungs[self.rungs.index(self._before) :]
         self._seed, self._limit, self._name = seed, limit, name or spec.space.described
         self._unit = float(sum(cell.length if costs is None else costs[cell] for cell in cells))
         self._costs = {cell: float(cell.length) if costs is None else costs[cell] for cell in cells}
@@ -198,7 +205,7 @@ class Search:
                 start=spec.start,
                 batch=spec.batch,
             )
-        return Batch(number, proposals, promotions, self._digest(number))
+        return Batch(number, proposals, promotions, self._digest(number), self.rungs[0])
 
     def add(self, batch: Batch, free: Collection[str] = ()) -> None:
         """Adds the batch that is due, as it was written.
@@ -216,12 +223,13 @@ class Search:
             )
         self._free |= {*free}
         self._spent_on_promotions += self._promotions_cost(batch.promotions)
+        items = self._before if batch.items is None else batch.items
         work: list[_Work] = []
         for proposal in batch.proposals:
             name = self._name(proposal.choice)
             self.choices[name] = proposal.choice
             self._items[name] = []
-            work.append(_Work(name, 0, self.rungs[0]))
+            work.append(_Work(name, 0, items))
         for promotion in batch.promotions:
             name = self._name(promotion.choice)
             work.append(_Work(name, self._known(promotion.choice), promotion.items))
@@ -238,7 +246,7 @@ class Search:
                 old = known.get(each.point, np.empty((len(self.cells), 0)))
                 known[each.point] = np.pad(old, ((0, 0), (0, each.stop - old.shape[1])), constant_values=np.nan)
         new = [proposal for proposal in batch.proposals if self._name(proposal.choice) not in self._free]
-        self._spent_on_new += self._cost([self.rungs[0]] * len(new))
+        self._spent_on_new += self._cost([items] * len(new))
         self.batches.append(batch)
         self._work.append(work)
 
@@ -376,7 +384,7 @@ class Search:
             new = new[: max(0, most - len(self.choices))]
         while new and self._cost([self.rungs[0]] * len(new)) + self._first_parents_cost() > room:
             new.pop()
-        return Batch(number, tuple(new), tuple(promotions), self._digest(number))
+        return Batch(number, tuple(new), tuple(promotions), self._digest(number), self.rungs[0])
 
     def _first(self, count: int) -> tuple[Proposal, ...]:
         """The points of `start`; without them, `gp` begins in the middle of the space, where nothing is extreme."""

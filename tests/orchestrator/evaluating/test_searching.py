@@ -228,7 +228,10 @@ def test_workers_are_busy_while_the_search_asks_new_points(tmp_path: Path) -> No
     assert shares[-1] >= 0.95, shares
 
 
-def test_points_that_leave_are_departures_as_those_of_a_race(tmp_path: Path) -> None:
+def test_points_that_leave_are_departures_as_those_of_a_race(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five items of one cell show nothing surely: the rungs begin at ten."""
+    monkeypatch.setattr("orchestrator.evaluating.batches.RUNGS", (10, 20))
+
     def cliff(task: EvaluationTask, item: Item) -> float:
         name = task.point.removeprefix("w=")
         return float(name not in ("fmt", "0", "0.1") and random.Random(f"{name} {item.index}").random() < 0.95)
@@ -332,13 +335,13 @@ def test_a_damaged_batch_file_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_a_budget_below_the_first_batch_is_refused(tmp_path: Path) -> None:
-    """One point and two parents answer ten items; an item has 256 tokens."""
+    """One point and two parents answer five items; an item has 256 tokens."""
     plan, asked = planned(tmp_path, search={**SEARCH, "budget": {"tokens": 1}})
     with pytest.raises(BadInput, match=r"give `tokens: (\d+)` or more") as refused:
         searched(plan, asked)
     assert not (tmp_path / "runs").exists()
     least = int(re.findall(r"\d+", str(refused.value))[-1])
-    assert least == 3 * 10 * 256
+    assert least == 3 * 5 * 256
     plan, asked = planned(tmp_path / "again", search={**SEARCH, "budget": {"tokens": least}})
     assert len(searched(plan, asked).standing) == 1, "the remedy works"
 
@@ -404,12 +407,12 @@ class Slow(ScriptedEvaluators):
 
 
 def test_the_hours_of_the_budget_end_the_search_for_good(tmp_path: Path) -> None:
-    """A point and the parents' first items take ten minutes each: the first two batches take an hour and a half."""
+    """A point and the parents' first items take five minutes each: the first three batches take an hour and more."""
     plan, asked = planned(tmp_path, search={**SEARCH, "budget": {"hours": 1}, "by": "sobol"})
     with Session.of(plan, asked, partial(Slow, answer=hill), Watcher(visible=False)) as session:
         session.run()
     found = batches(tmp_path)
-    assert 2 <= sum(bool(json.loads(data)["proposals"]) for data in found.values()) <= 3
+    assert 3 <= sum(bool(json.loads(data)["proposals"]) for data in found.values()) <= 4
     log: list[str] = []
     searched(plan, asked, log=log)
     assert log == [] and batches(tmp_path) == found

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from jobs.errors import CorruptData
 from jobs.search import Axis, Budget, Constraint, Objective, SearchSpec, Space
 from orchestrator.searching.figures import Figures
 from orchestrator.searching.proposing import Evidence, judge, propose, resolved
-from orchestrator.searching.search import Batch, Search
+from orchestrator.searching.search import RUNGS, Batch, Search
 from tests.orchestrator.searching.worlds import CELLS, ITEMS, LINE, MIXED, TRIANGLE, World, numbers, run
 
 COSTS = dict.fromkeys(CELLS, 1.0)
@@ -18,10 +20,16 @@ HILL = World(LINE, lambda place: 1.5 - 12 * float((place[0] - 0.7) ** 2))
 
 
 def search(
-    space: Space = LINE, *, limit: float | None = 3000.0, seed: int = 1, parents: tuple[str, ...] = (), **more
+    space: Space = LINE,
+    *,
+    limit: float | None = 3000.0,
+    seed: int = 1,
+    parents: tuple[str, ...] = (),
+    rungs: Sequence[int] = RUNGS,
+    **more,
 ) -> Search:
     spec = SearchSpec(space=space, **({"by": "gp", "budget": Budget()} | more))
-    return Search(spec, CELLS, items=ITEMS, seed=seed, costs=COSTS, limit=limit, parents=parents)
+    return Search(spec, CELLS, items=ITEMS, seed=seed, costs=COSTS, limit=limit, parents=parents, rungs=rungs)
 
 
 @pytest.mark.heavy
@@ -38,6 +46,16 @@ def test_a_search_goes_on_from_its_batches_and_scores():
     whole = run(search(), HILL)
     again = run(search(), HILL, written=whole.batches[:3])
     assert again.batches == whole.batches
+
+
+def test_points_of_batches_that_do_not_say_it_have_answered_ten_items():
+    """Such batches are of a version whose rungs began at ten. The search goes on from them."""
+    before = run(search(rungs=RUNGS[1:]), HILL).batches[:4]
+    written = [replace(batch, items=None) for batch in before]
+    made = run(search(), HILL, written=written)
+    assert made.batches[:4] == written and len(made.batches) > 4
+    answered = [made._scores[made._name(batch.proposals[-1].choice)].shape[1] for batch in made.batches[:5]]
+    assert min(answered[:4]) == 10 and answered[4] == 5
 
 
 def test_a_batch_made_from_other_scores_is_refused():
@@ -115,7 +133,7 @@ def test_points_are_counted_and_then_the_likely_ones_are_asked_more():
 def test_the_search_finds_the_hill_and_asks_most_near_it():
     places = [run(search(seed=seed), HILL).standing()[0].choice[0] / 100 for seed in range(4)]
     assert all(abs(place - 0.7) < 0.12 for place in places)
-    asked = np.array([choice[0] / 100 for choice in run(search(), HILL).choices.values()])
+    asked = np.array([choice[0] / 100 for choice in run(search(limit=1500.0), HILL).choices.values()])
     assert np.mean(np.abs(asked - 0.7) < 0.2) > 0.5
 
 
@@ -195,14 +213,14 @@ def test_few_of_equal_points_leave():
 
 
 def test_a_far_worse_point_leaves():
-    made = run(search(limit=6000.0), World(LINE, lambda place: 3.0 if place[0] > 0.5 else -3.0))
+    made = run(search(limit=6000.0, rungs=RUNGS[1:]), World(LINE, lambda place: 3.0 if place[0] > 0.5 else -3.0))
     assert {departure.point for departure in made.departures}
     assert all(made.choices[departure.point][0] <= 50 for departure in made.departures)
 
 
 def test_a_score_that_should_be_small_leaves_by_a_gap_above_zero():
     world = World(LINE, lambda place: 3.0 if place[0] > 0.5 else -3.0)
-    made = run(search(limit=6000.0, maximize=(Objective("score", -1),)), world)
+    made = run(search(limit=6000.0, rungs=RUNGS[1:], maximize=(Objective("score", -1),)), world)
     assert made.departures
     assert all(re.match(r"\d", departure.reason) for departure in made.departures)
 
