@@ -29,6 +29,7 @@ MOST_AXES = 12
 """Axes of numbers up to which `auto` is a Gaussian process."""
 LISTED = 1024
 """Spaces of at most so many points are looked at whole; of larger ones, so many points are looked at."""
+CLIMBS = 4
 DRAWS = 512
 
 
@@ -215,12 +216,11 @@ def _improving(
     known = (*evidence.choices, *(choice for choice in pending if choice not in evidence.choices))
     top = np.argsort(-objectives[0].at(evidence.choices).mean, kind="stable")[:4]
     pool = _pool(space, [evidence.choices[index] for index in top], {*known}, random)
+    if space.size > LISTED and len(objectives) == 1:
+        pool = _climbed(space, pool, evidence.choices[top[0]], objectives[0], constraints, known, random)
     everywhere = (*known, *pool)
     surfaces = [model.at(everywhere) for model in objectives]
-    allowed = np.ones(len(everywhere))
-    for model in constraints:
-        margin = model.at(everywhere)
-        allowed *= _above(margin.mean, margin.spread)
+    allowed = _allowed(constraints, everywhere)
     noises = [float(np.median(np.diag(figure.noise))) for figure in evidence.objectives]
     for index in range(len(evidence.choices), len(known)):
         surfaces = [_imagined(surface, index, noise) for surface, noise in zip(surfaces, noises, strict=True)]
@@ -247,6 +247,39 @@ def _improving(
         open_[chosen] = False
         surfaces = [_imagined(surface, chosen, noise) for surface, noise in zip(surfaces, noises, strict=True)]
     return tuple(found)
+
+
+def _allowed(constraints: Sequence[Model], choices: Sequence[Choice]) -> FloatArray:
+    """The probability that each point keeps the constraints."""
+    margins = [model.at(choices) for model in constraints]
+    return np.prod([_above(margin.mean, margin.spread) for margin in margins] or [np.ones(len(choices))], axis=0)
+
+
+def _climbed(
+    space: Space,
+    pool: Sequence[Choice],
+    best: Choice,
+    objective: Model,
+    constraints: Sequence[Model],
+    known: Collection[Choice],
+    random: np.random.Generator,
+) -> tuple[Choice, ...]:
+    """The points of the largest expected improvement on `best`, of the pool and of neighbours of the best few of it.
+
+    Neighbours of these are looked at in turn, `CLIMBS` times: in eight axes, few points of a pool are near the maximum.
+    """
+    worth: dict[Choice, float] = {}
+    ranked, new = list[Choice](), [*pool]
+    for _ in range(CLIMBS + 1):
+        looked_at = np.arange(len(new) + 1) == 0
+        gain, _ = _expected_gain(objective.at((best, *new)), np.ones(len(new) + 1), looked_at)
+        worth |= dict(zip(new, (gain[1:] * _allowed(constraints, new)).tolist(), strict=True))
+        ranked = sorted(worth, key=worth.__getitem__, reverse=True)
+        near = dict.fromkeys(_near(space, ranked[:4], random))
+        new = [choice for choice in near if choice not in worth and choice not in known]
+        if not new:
+            break
+    return tuple(ranked[: LISTED // 2])
 
 
 def _expected_gain(surface: Surface, allowed: FloatArray, looked_at: NDArray[np.bool_]) -> tuple[FloatArray, int]:
@@ -313,6 +346,13 @@ def _pool(
     """The points to look at: all of a small space; of a large one Sobol points, and neighbours of the best points."""
     if space.size <= LISTED:
         return tuple(choice for choice in all_choices(space) if choice not in known)
+    near = _near(space, best, random)
+    wide = decoded(space, sequence(space, random, LISTED // 2))
+    return tuple(dict.fromkeys(choice for choice in (*near, *wide) if choice not in known))
+
+
+def _near(space: Space, best: Sequence[Choice], random: np.random.Generator) -> list[Choice]:
+    """Neighbours of these points: normal steps along some axes, and one step along each."""
     near: list[Choice] = []
     for choice in best:
         place = encoded(space, choice)
@@ -325,8 +365,7 @@ def _pool(
             single[2 * axis, axis] += widths[axis]
             single[2 * axis + 1, axis] -= widths[axis]
         near += decoded(space, np.clip(single, 0.0, 1.0))
-    wide = decoded(space, sequence(space, random, LISTED // 2))
-    return tuple(dict.fromkeys(choice for choice in (*near, *wide) if choice not in known))
+    return near
 
 
 def _sobol(space: Space, seed: int, skipped: int) -> Iterator[Choice]:

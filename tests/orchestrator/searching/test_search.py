@@ -10,6 +10,7 @@ import pytest
 
 from jobs.errors import CorruptData
 from jobs.search import Axis, Budget, Constraint, Objective, SearchSpec, Space
+from orchestrator.searching import proposing
 from orchestrator.searching.figures import Figures
 from orchestrator.searching.proposing import Evidence, judge, propose, resolved
 from orchestrator.searching.search import RUNGS, Batch, Search
@@ -263,6 +264,21 @@ def test_a_batch_of_three_hundred_points_and_twelve_axes_takes_a_second():
         times.append(time.perf_counter() - began)
     assert len({proposal.choice for proposal in found} - {*choices}) == 8
     assert min(times) < 1.0
+
+
+def test_neighbours_of_the_best_of_a_pool_promise_more(monkeypatch: pytest.MonkeyPatch):
+    """Of 40 points in eight axes around a hill, in points of 100 as the reason says them."""
+    space = Space(tuple(numbers(f"a{index}", 20) for index in range(8)))
+    choices = np.random.Generator(np.random.Philox(key=5)).integers(0, 21, (40, 8))
+    means = 0.9 - 0.3 * np.sum((choices / 20 - 0.4) ** 2, axis=1)
+    evidence = Evidence(tuple(map(tuple, choices.tolist())), (Figures(means, 1e-4 * np.eye(40)),))
+
+    def promised(climbs: int) -> float:
+        monkeypatch.setattr(proposing, "CLIMBS", climbs)
+        [found] = propose(space, evidence, (), by="gp", count=1, number=2, seed=1, first=Objective("score"))
+        return float(re.findall(r"by ([\d.]+)", found.reason)[0])
+
+    assert promised(4) > 1.2 * promised(0)
 
 
 @pytest.mark.parametrize("batch", [1, 3, 8, 20])
