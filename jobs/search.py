@@ -116,6 +116,17 @@ class Space:
             chosen |= dict.fromkeys(group, 1)
         return tuple(chosen[axis.name] for axis in self.axes)
 
+    def corners(self) -> dict[str, Choice]:
+        """The middle with one axis of a simplex at 1 and its others at 0, by the name of this axis."""
+        column = {axis.name: index for index, axis in enumerate(self.axes)}
+        found: dict[str, Choice] = {}
+        for group in self.simplexes:
+            for name in group:
+                chosen = dict(enumerate(self.middle())) | {column[other]: 0 for other in group}
+                chosen[column[name]] = len(self.axes[column[name]].values) - 1
+                found[name] = tuple(chosen.values())
+        return found
+
     def described(self, choice: Choice) -> str:
         """`w=0.3_layers=0,0.5,1_soup=a+b`: exact, and different for different points."""
         bound, parts = self.bindings(choice), dict[str, str]()

@@ -387,10 +387,13 @@ class Search:
         return Batch(number, tuple(new), tuple(promotions), self._digest(number), self.rungs[0])
 
     def _first(self, count: int) -> tuple[Proposal, ...]:
-        """The points of `start`; without them, `gp` begins in the middle of the space, where nothing is extreme."""
-        if not self.spec.start and resolved(self.spec.space, self.spec.by) == "gp":
-            return (Proposal(self.spec.space.middle(), "the middle of the space"),)
-        return tuple(Proposal(choice, "asked for by `start`") for choice in self.spec.start[:count])
+        """The points of `start`; without them, `gp` begins in the middle of the space and with each parent alone."""
+        spec = self.spec
+        if spec.start or resolved(spec.space, spec.by) != "gp":
+            return tuple(Proposal(choice, "asked for by `start`") for choice in spec.start[:count])
+        alone = {choice: f"{name} alone" for name, choice in spec.space.corners().items()}
+        found = {spec.space.middle(): "the middle of the space"} | alone
+        return tuple(itertools.starmap(Proposal, found.items()))[:count]
 
     @property
     def _ended(self) -> bool:

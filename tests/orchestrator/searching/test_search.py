@@ -149,6 +149,12 @@ def test_without_start_the_middle_of_the_space_comes_first():
     assert search().propose().proposals[0].choice == (50,)
 
 
+def test_each_parent_alone_follows_the_middle_of_a_simplex():
+    proposals = search(TRIANGLE).propose().proposals
+    assert [each.choice for each in proposals[:4]] == [(6, 7, 7), (20, 0, 0), (0, 20, 0), (0, 0, 20)]
+    assert [each.reason for each in proposals[1:4]] == ["a alone", "b alone", "c alone"]
+
+
 def test_a_small_space_is_asked_whole_and_the_search_ends():
     made = run(search(Space((numbers("w", 4),)), limit=None, budget=Budget(points=50)), World(LINE, lambda place: 0.0))
     assert len(made.choices) == 5
