@@ -54,8 +54,8 @@ class FaultyStore:
     def sweep(self, prefix: str = "") -> int:
         return self._do("sweep", prefix, lambda: self._inner.sweep(prefix))
 
-    def upload(self, key: str) -> FaultyUpload:
-        return FaultyUpload(self._do, self._inner.upload(key))
+    def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> FaultyUpload:
+        return FaultyUpload(self._do, self._inner.upload(key, mode=mode))
 
     def free_bytes(self) -> int | None:
         return None

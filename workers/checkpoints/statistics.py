@@ -63,13 +63,14 @@ def write_statistics(
         )
         size = len(header) + waiting.tell()
         waiting.seek(0)
-        if any(info.key == key for info in store.list(key)):
-            raise ObjectExists(f"{store.url}/{key}: there is such a file already; give another name")
-        with writing(), store.upload(key) as upload:
-            upload.write(header)
-            while part := waiting.read(PART_BYTES):
-                upload.write(part)
-            upload.commit()
+        try:
+            with writing(), store.upload(key, mode="create") as upload:
+                upload.write(header)
+                while part := waiting.read(PART_BYTES):
+                    upload.write(part)
+                upload.commit()
+        except ObjectExists:
+            raise ObjectExists(f"{store.url}/{key}: there is such a file already; give another name") from None
     return Written(digest_of_all(digests), size, tuple(digests))
 
 

@@ -192,13 +192,13 @@ class CloudStore:
             replaced["version"] = meta["version"] or ""
         return self._put(key, memoryview(data).cast("B"), replaced)
 
-    def upload(self, key: str) -> Upload:
+    def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> Upload:
         path = self._path(check_key(key))
         if self._bucket.s3:
             return MultipartUpload(
-                self._bucket.s3, key, path, lambda data: self._put(key, memoryview(data), "overwrite")
+                self._bucket.s3, key, path, lambda data: self._put(key, memoryview(data), mode), mode
             )
-        return StreamedUpload(self, key)
+        return StreamedUpload(self, key, mode)
 
     def delete(self, key: str) -> None:
         check_key(key)
@@ -381,9 +381,10 @@ class UploadAborted(Exception):
 class StreamedUpload:
     """An object of GCS or Azure sent in parts by obstore, on a thread of its own, while the caller goes on."""
 
-    def __init__(self, store: CloudStore, key: str) -> None:
+    def __init__(self, store: CloudStore, key: str, mode: Literal["create", "overwrite"]) -> None:
         self._store = store
         self._key = key
+        self._mode: Literal["create", "overwrite"] = mode
         self._total = 0
         self._part = bytearray()
         self._parts: queue.Queue[bytes | UploadAborted | None] = queue.Queue(maxsize=1)
@@ -402,8 +403,10 @@ class StreamedUpload:
                 self._part.clear()
 
     def commit(self) -> ObjectInfo:
-        if self._sent is None:
-            return self._store.write(self._key, self._part) if self._total <= LARGEST_SINGLE_PUT else self._finish()
+        if self._sent is None and self._total <= LARGEST_SINGLE_PUT:
+            return self._store.write(self._key, self._part, mode=self._mode)
+        if self._mode == "create" and any(info.key == self._key for info in self._store.list(self._key)):
+            raise ObjectExists(f"{self._store.url}/{self._key} is already there")
         return self._finish()
 
     def abort(self) -> None:

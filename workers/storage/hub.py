@@ -149,7 +149,7 @@ class HubStore:
     def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
         self._refuse()
 
-    def upload(self, key: str) -> Upload:
+    def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> Upload:
         self._refuse()
 
     def delete(self, key: str) -> None:

@@ -96,17 +96,17 @@ class LocalStore:
                         yield ObjectInfo(key, found.st_size, _etag(found), outside)
 
     def write(self, key: str, data: Buffer, *, mode: Literal["create", "overwrite"] = "overwrite") -> ObjectInfo:
-        with self.upload(key) as upload:
+        with self.upload(key, mode=mode) as upload:
             upload.write(data)
-            return upload.publish(upload.place_if_absent if mode == "create" else upload.replace)
+            return upload.commit()
 
     def swap(self, key: str, data: Buffer, *, etag: str) -> ObjectInfo:
         with self.upload(key) as upload:
             upload.write(data)
             return upload.publish(lambda: upload.replace_if(etag))
 
-    def upload(self, key: str) -> LocalUpload:
-        return LocalUpload(key, self._path(key))
+    def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> LocalUpload:
+        return LocalUpload(key, self._path(key), mode)
 
     def delete(self, key: str) -> None:
         """Also removes the object's lock file and the folders that it leaves empty, as if they had never been."""
@@ -164,9 +164,10 @@ class LocalStore:
 class LocalUpload:
     """A file being written beside its final name, locked for as long as its writer lives."""
 
-    def __init__(self, key: str, path: Path) -> None:
+    def __init__(self, key: str, path: Path, mode: Literal["create", "overwrite"]) -> None:
         self._key = key
         self._path = path
+        self._mode = mode
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
         self._open = True
         self._written = self._on_its_way = 0
@@ -183,7 +184,7 @@ class LocalUpload:
                 self._start_writeback()
 
     def commit(self) -> ObjectInfo:
-        return self.publish(self.replace)
+        return self.publish(self.place_if_absent if self._mode == "create" else self.replace)
 
     def abort(self) -> None:
         if self._open:

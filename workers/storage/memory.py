@@ -70,8 +70,8 @@ class MemoryStore:
                 raise ObjectChanged(f"{self._place(key)} was replaced by another writer")
             return self._put(key, content)
 
-    def upload(self, key: str) -> MemoryUpload:
-        upload = MemoryUpload(self, check_key(key))
+    def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> MemoryUpload:
+        upload = MemoryUpload(self, check_key(key), mode)
         with self._lock:
             self._uploads.add(upload)
         return upload
@@ -100,6 +100,8 @@ class MemoryStore:
             if upload not in self._uploads:
                 raise StorageUnavailable(f"the upload of {self._place(upload.key)} was aborted; start it again")
             self._uploads.discard(upload)
+            if upload.mode == "create" and upload.key in self._objects:
+                raise ObjectExists(f"{self._place(upload.key)} is already there")
             return self._put(upload.key, data)
 
     def forget(self, upload: MemoryUpload) -> None:
@@ -125,8 +127,9 @@ class MemoryStore:
 class MemoryUpload:
     """An object of a `MemoryStore` being written."""
 
-    def __init__(self, store: MemoryStore, key: str) -> None:
+    def __init__(self, store: MemoryStore, key: str, mode: Literal["create", "overwrite"]) -> None:
         self.key = key
+        self.mode = mode
         self._store = store
         self._data = bytearray()
 

@@ -9,13 +9,22 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 from urllib.parse import urlsplit
 
 from botocore.exceptions import BotoCoreError, ClientError
 from typing_extensions import Buffer
 
-from jobs.errors import CorruptData, MergeyardError, ObjectMissing, StorageError, StorageRefused, StorageUnavailable
+from jobs.errors import (
+    CorruptData,
+    MergeyardError,
+    ObjectChanged,
+    ObjectExists,
+    ObjectMissing,
+    StorageError,
+    StorageRefused,
+    StorageUnavailable,
+)
 from workers.storage.retrying import patiently
 from workers.storage.s3_settings import S3Settings
 from workers.storage.store import ObjectInfo
@@ -109,12 +118,20 @@ class MultipartUpload:
     The upload carries a random mark as metadata, so that after a lost answer one can tell whether it came through.
     """
 
-    def __init__(self, bucket: S3Bucket, key: str, path: str, write_small: Callable[[bytearray], ObjectInfo]) -> None:
+    def __init__(
+        self,
+        bucket: S3Bucket,
+        key: str,
+        path: str,
+        write_small: Callable[[bytearray], ObjectInfo],
+        mode: Literal["create", "overwrite"],
+    ) -> None:
         self._bucket = bucket
         self._key = key
         self._path = path
         self._place = f"s3://{bucket.name}/{path}"
         self._write_small = write_small
+        self._condition = {"IfNoneMatch": "*"} if mode == "create" else {}
         self._upload_id: str | None = None
         self._mark = secrets.token_hex(16)
         self._part = bytearray()
@@ -201,13 +218,20 @@ class MultipartUpload:
             self._bucket.call(
                 self._place,
                 lambda: self._bucket.client.complete_multipart_upload(
-                    Bucket=self._bucket.name, Key=self._path, UploadId=upload_id, MultipartUpload={"Parts": parts}
+                    Bucket=self._bucket.name,
+                    Key=self._path,
+                    UploadId=upload_id,
+                    MultipartUpload={"Parts": parts},
+                    **self._condition,
                 ),
             )
-        except ObjectMissing:
+        except (ObjectMissing, ObjectChanged) as error:
             # an earlier try may have come through and only its answer been lost
-            if not self._came_through():
-                raise self._swept() from None
+            if self._came_through():
+                return
+            if isinstance(error, ObjectChanged):
+                raise ObjectExists(f"{self._place} is already there") from None
+            raise self._swept() from None
 
     def _swept(self) -> StorageUnavailable:
         """Another driver's `sweep` took this upload for a dead one's: a new upload mends it."""

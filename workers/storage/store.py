@@ -38,7 +38,10 @@ class Upload(Protocol):
         ...
 
     def commit(self) -> ObjectInfo:
-        """Make the object visible, whole and durable, replacing any earlier one under the key."""
+        """Make the object visible, whole and durable, replacing any earlier one under the key.
+
+        Of an upload that creates, `ObjectExists` if there is one, which stays as it is.
+        """
         ...
 
     def abort(self) -> None:
@@ -102,8 +105,12 @@ class Store(Protocol):
         """
         ...
 
-    def upload(self, key: str) -> Upload:
-        """Begin a large object of unknown size."""
+    def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> Upload:
+        """Begin a large object of unknown size; with `create`, of many that commit, one wins.
+
+        GCS and Azure have no such condition for objects in parts, those of more than 16 MiB: there `commit` looks
+        whether there is an object, and then replaces one that came since.
+        """
         ...
 
     def delete(self, key: str) -> None:

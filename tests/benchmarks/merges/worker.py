@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from typing_extensions import Buffer
@@ -105,7 +105,7 @@ def planned(job: Path) -> Plan:
 class _Dropping(MemoryStore):
     """Keeps receipts, and counts the bytes of shards without keeping them."""
 
-    def upload(self, key: str) -> Any:
+    def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> Any:
         return _Dropped(key)
 
 

@@ -176,6 +176,19 @@ def test_of_racing_creates_exactly_one_wins(store: Store) -> None:
         assert bytes(store.read(key)) == b"racer %d" % winners[0]
 
 
+@pytest.mark.parametrize("size", [1000, 17 * MIB])
+def test_of_two_uploads_that_create_the_second_changes_nothing(store: Store, size: int) -> None:
+    with store.upload("name", mode="create") as first, store.upload("name", mode="create") as second:
+        for upload, byte in ((first, b"1"), (second, b"2")):
+            upload.write(byte * size)
+        first.commit()
+        with pytest.raises(ObjectExists, match="name is already there"):
+            second.commit()
+    assert bytes(store.read("name")) == b"1" * size
+    assert [info.key for info in store.list()] == ["name"]
+    assert store.sweep() == 0
+
+
 def test_swap_wants_the_current_version(store: Store) -> None:
     first = store.write("pointer", b"epoch 1")
     second = store.swap("pointer", b"epoch 2", etag=first.etag)
