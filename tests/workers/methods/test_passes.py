@@ -49,6 +49,7 @@ def parameters(rng: np.random.Generator, method: str, models: int) -> tuple[tupl
         "k": float(rng.choice([1, 2])),
         "r": 0.1,
         "alpha": 0.2,
+        "floor": 1e-6,
         "scale": tuple(float(rng.choice([1.0, 0.3])) for _ in range(models)),
         **{name: bool(rng.random() < 0.5) for name in ("filter_wise", "nuslerp_row_wise", "nuslerp_flatten")},
         "normalize_weights": False,
