@@ -57,7 +57,7 @@ def measure_fisher(
     from transformers.core_model_loading import revert_weight_conversion
 
     model = loaded(folder, "float32")
-    squares = _sums_of_squares(model.to(device).requires_grad_(True))
+    squares = _sums_of_squares(model.to(device))
     for number, ids in enumerate(texts):
         logits = getattr(model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False), "logits", None)
         if logits is None or logits.shape[:2] != (1, len(ids)):
@@ -96,7 +96,8 @@ def _sums_of_squares(model: nn.Module) -> dict[Any, Tensor]:
         parameter.grad = None
 
     for each in model.parameters():
-        each.register_post_accumulate_grad_hook(add)
+        if each.is_floating_point():
+            each.requires_grad_(True).register_post_accumulate_grad_hook(add)
     return sums
 
 
