@@ -35,6 +35,20 @@ def squared_distances(space: Space, first: FloatArray, second: FloatArray) -> Fl
     return np.where(words[:, None, None], (gaps != 0).astype(np.float64), gaps**2)
 
 
+def scaled(space: Space, places: FloatArray, lengths: FloatArray) -> FloatArray:
+    """Features in units of their length scales [points, columns]: Euclidean distances are those of the kernel.
+
+    A word is a column for each word of its axis, so that two words are at a distance of 1 before the scaling.
+    """
+    columns: list[FloatArray] = []
+    for column, axis, length in zip(places.T, space.axes, lengths.tolist(), strict=True):
+        if axis.kind == "words":
+            columns += [np.sqrt(0.5) / length * (column == word) for word in range(len(axis.values))]
+        else:
+            columns.append(column / length)
+    return np.stack(columns, axis=1)
+
+
 def decoded(space: Space, cube: FloatArray) -> list[Choice]:
     """The points at these places of the unit cube [points, axes]; uniform over the space if the places are.
 

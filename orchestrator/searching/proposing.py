@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.search import By, Choice, Objective, Space
-from orchestrator.searching.encoding import all_choices, decoded, encoded, features, squared_distances
+from orchestrator.searching.encoding import all_choices, decoded, encoded, features, scaled, squared_distances
 from orchestrator.searching.evolving import evolved, generation_size
 from orchestrator.searching.figures import Figures
 from orchestrator.searching.surface import Parameters, Surface, fit, kernel, posterior
@@ -175,11 +175,10 @@ class Model:
 
     def __init__(self, space: Space, choices: Sequence[Choice], figure: Figures, *, smooth: bool) -> None:
         self._space, self._figure, self._smooth = space, figure, smooth
-        self._seen = features(space, choices)
-        squares = squared_distances(space, self._seen, self._seen)
+        seen = features(space, choices)
         if smooth:
             varying = np.array([len(axis.values) > 1 for axis in space.axes])
-            found = fit(squares[varying], figure.means, figure.noise)
+            found = fit(squared_distances(space, seen, seen)[varying], figure.means, figure.noise)
             lengths = np.ones(len(space.axes))
             lengths[varying] = found.lengths
             self._parameters = Parameters(found.amplitude, lengths, found.nugget)
@@ -187,16 +186,18 @@ class Model:
             noise = float(np.mean(np.diag(figure.noise)))
             spread = math.sqrt(max(float(np.var(figure.means)) - noise, noise / 16, 1e-6))
             self._parameters = Parameters(spread, np.full(len(space.axes), 1e-6), 0.0)
-        self._prior = kernel(self._parameters, squares)
+        self._seen = scaled(space, seen, self._parameters.lengths)
+        self._prior = kernel(self._parameters.amplitude, self._seen, self._seen)
 
     def at(self, choices: Sequence[Choice]) -> Surface:
         """The posterior at these points."""
-        wanted = features(self._space, choices)
-        nugget = self._parameters.nugget**2 * np.eye(len(self._seen))
+        parameters = self._parameters
+        wanted = scaled(self._space, features(self._space, choices), parameters.lengths)
+        nugget = parameters.nugget**2 * np.eye(len(self._seen))
         return posterior(
             self._prior,
-            kernel(self._parameters, squared_distances(self._space, wanted, self._seen)),
-            kernel(self._parameters, squared_distances(self._space, wanted, wanted)),
+            kernel(parameters.amplitude, wanted, self._seen),
+            kernel(parameters.amplitude, wanted, wanted),
             self._figure.means,
             self._figure.noise + nugget,
         )

@@ -45,10 +45,12 @@ class Surface:
         return np.sqrt(np.maximum(np.diag(self.covariance), 1e-16))
 
 
-def kernel(parameters: Parameters, squares: FloatArray) -> FloatArray:
-    """Prior covariance [a, b] from the squared distances along each axis [axes, a, b]."""
-    distance = ROOT_5 * np.sqrt(np.tensordot(parameters.lengths**-2.0, squares, axes=1))
-    return parameters.amplitude**2 * (1 + distance + distance**2 / 3) * np.exp(-distance)
+def kernel(amplitude: float, first: FloatArray, second: FloatArray) -> FloatArray:
+    """Prior covariance [first, second] of places [points, columns] in units of the length scales."""
+    from scipy.spatial.distance import cdist
+
+    distance = ROOT_5 * np.asarray(cdist(first, second), dtype=np.float64)
+    return amplitude**2 * (1 + distance + distance**2 / 3) * np.exp(-distance)
 
 
 def fit(squares: FloatArray, means: FloatArray, noise: FloatArray) -> Parameters:

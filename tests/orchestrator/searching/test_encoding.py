@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jobs.search import Space
-from orchestrator.searching.encoding import all_choices, decoded, encoded, features, squared_distances
+from orchestrator.searching.encoding import all_choices, decoded, encoded, features, scaled, squared_distances
 from tests.orchestrator.searching.worlds import LINE, MIXED, TRIANGLE
 
 
@@ -40,3 +40,6 @@ def test_uniform_places_are_uniform_on_a_simplex():
 def test_words_are_one_apart_and_numbers_as_far_as_their_values():
     seen = features(MIXED, [(0, 0, 1, 1), (5, 2, 1, 1)])
     assert squared_distances(MIXED, seen, seen)[:, 0, 1].tolist() == [0.25, 1.0, 0.0, 0.0]
+    lengths = np.array([0.5, 2.0, 1.0, 1.0])
+    first, second = scaled(MIXED, seen, lengths)
+    assert np.sum((first - second) ** 2) == pytest.approx((0.5 / 0.5) ** 2 + (1 / 2.0) ** 2)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from orchestrator.searching.surface import Parameters, fit, kernel, posterior
+from orchestrator.searching.surface import fit, kernel, posterior
 
 
 def squares(first: np.ndarray, second: np.ndarray) -> np.ndarray:
@@ -14,7 +14,7 @@ def squares(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 def test_the_kernel_is_matern_five_halves():
     place = np.array([[0.0, 0.0], [0.3, 0.4]])
-    found = kernel(Parameters(2.0, np.array([0.5, 0.5]), 0.0), squares(place, place))
+    found = kernel(2.0, place / 0.5, place / 0.5)
     distance = math.sqrt(5) * 1.0
     assert found[0, 1] == pytest.approx(4 * (1 + distance + 5 / 3) * math.exp(-distance))
     assert found[0, 0] == pytest.approx(4)
@@ -24,11 +24,11 @@ def test_the_posterior_is_that_of_the_joint_normal_distribution():
     """A flat prior of the mean is a prior of large variance: then the formula of conditional normals."""
     random = np.random.Generator(np.random.Philox(key=1))
     seen, wanted = random.random((6, 2)), random.random((4, 2))
-    parameters = Parameters(0.7, np.array([0.4, 0.9]), 0.0)
+    lengths = np.array([0.4, 0.9])
     factor = random.normal(0, 0.1, (6, 6))
     noise, means = factor @ factor.T + 0.01 * np.eye(6), random.normal(0, 1, 6)
     prior, crossed, new = (
-        kernel(parameters, squares(a, b)) for a, b in ((seen, seen), (wanted, seen), (wanted, wanted))
+        kernel(0.7, a / lengths, b / lengths) for a, b in ((seen, seen), (wanted, seen), (wanted, wanted))
     )
     found = posterior(prior, crossed, new, means, noise)
     gain = (crossed + 1e4) @ np.linalg.inv(prior + 1e4 + noise)
@@ -40,7 +40,7 @@ def test_noise_that_two_points_share_does_not_blur_their_difference():
     shared = np.full((2, 2), 0.05**2) + 1e-8 * np.eye(2)
     apart = np.eye(2) * 0.05**2
     place = np.array([[0.0], [1.0]])
-    prior = kernel(Parameters(0.1, np.array([0.5]), 0.0), squares(place, place))
+    prior = kernel(0.1, place / 0.5, place / 0.5)
     spreads = []
     for noise in (shared, apart):
         covariance = posterior(prior, prior, prior, np.array([0.5, 0.6]), noise).covariance
