@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.kernels.divergence import divergences, exponentials, softmaxes
+from workers.methods.kernels.divergence import divergences, exponentials, row_divergences, softmaxes
 from workers.methods.kernels.dtypes import CODES
 from workers.methods.kernels.ranks import scaled_magnitudes
 from workers.methods.reductions import SAMPLED, SAMPLED_RUN, Magnitude, Score, Threshold, threshold_of
-from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, torch_named
+from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, together, torch_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,23 +60,44 @@ class Divergences(Reduction):
     base: str
 
     def ask(self, tile: Tile) -> None:
-        tile.known(Exponentials(self.model))
-        tile.known(Exponentials(self.base))
+        if tile.row > TILE_ELEMENTS:
+            together(partial(tile.known, Exponentials(name)) for name in (self.model, self.base))
 
     def of(self, tile: Tile) -> list[_OfRows]:
-        known = [tile.known(Exponentials(name)) for name in (self.model, self.base)]
-        shares: list[_OfRows] = []
+        row, shares = tile.row, list[_OfRows]()
         for first, column, (model, base) in _units_of(tile, self.model, self.base):
-            rows = slice(first, first - (-(column + model.size) // tile.row))
-            of_model, of_base = (each[:, rows] for each in known)
-            shares.append((first, divergences(model, base, of_model, of_base, tile.row, column, _SMOOTHING)))
+            begin = min(-column % row, model.size)
+            end = model.size - (model.size - begin) % row
+            found = [row_divergences(model[begin:end], base[begin:end], row, _SMOOTHING)]
+            if begin:
+                found.insert(0, self._of_part(tile, first, column, model[:begin], base[:begin]))
+            if end < model.size:
+                found.append(self._of_part(tile, first + (column + end) // row, 0, model[end:], base[end:]))
+            shares.append((first, np.concatenate(found)))
         return shares
+
+    def _of_part(self, tile: Tile, number: int, column: int, model: Array, base: Array) -> NDArray[np.float64]:
+        """The share of elements of one row, from a column on."""
+        of_model, of_base = (_softmax_of_row(tile, name, number) for name in (self.model, self.base))
+        return divergences(model, base, of_model, of_base, tile.row, column, _SMOOTHING)
 
     def combine(self, shares: Sequence[_OfRows]) -> NDArray[np.float64]:
         total = np.zeros(shares[-1][0] + shares[-1][1].size)
         for first, sums in shares:
             total[first : first + sums.size] += sums
         return np.maximum(total, 0)
+
+
+def _softmax_of_row(tile: Tile, parent: str, number: int) -> NDArray[np.float64]:
+    """The `Exponentials` of one row, of which a tile has a part."""
+    fact, row = Exponentials(parent), tile.row
+    if row > TILE_ELEMENTS:
+        return tile.known(fact)[:, number : number + 1]
+    start, end = number * row, (number + 1) * row
+    elements = _on_host(tile.around[parent][start - tile.around_start : end - tile.around_start])
+    cuts = [start, *range(start - start % TILE_ELEMENTS + TILE_ELEMENTS, end, TILE_ELEMENTS), end]
+    parts = [(low - start, elements[low - start : high - start]) for low, high in itertools.pairwise(cuts)]
+    return fact.combine([(0, softmaxes(part, row, column)) for column, part in parts])
 
 
 def _units_of(tile: Tile, *names: str) -> Iterator[tuple[int, int, list[Array]]]:
@@ -128,10 +151,9 @@ class Importance(Score):
 def cutoff(tile: Tile, score: Score) -> Threshold:
     """Keeps the scores that reach median + 1.5 · (upper − lower quartile): exact, at ranks ⌊q·(n − 1)⌋ of n."""
     elements = math.prod(tile.shape)
-    lower, median, upper = (
-        float(np.int32(threshold_of(tile, score, elements - fourths * (elements - 1) // 4).bits).view(np.float32))
-        for fourths in (1, 2, 3)
-    )
+    counts = [elements - fourths * (elements - 1) // 4 for fourths in (1, 2, 3)]
+    ranked = together(partial(threshold_of, tile, score, count) for count in counts)
+    lower, median, upper = (float(np.int32(each.bits).view(np.float32)) for each in ranked)
     limit = median + 1.5 * (upper - lower)
     least = np.float32(limit)
     if float(least) < limit:

@@ -197,3 +197,53 @@ def divergences(
         *(address(lines), address(found)),
     )
     return found
+
+
+@kernel("u16**", "u32**", "u64**", "i64*", "i64", "i64", "f64", "f64**", "f64*")
+def _row_divergences(
+    halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, rows: int, row: int, smoothing: float,
+    lines: Pointer, sums: Pointer,
+) -> None:  # fmt: skip
+    p, q, of_row = lines[0], lines[1], lines[2]
+    width = min(BLOCK, row)
+    for place in range(rows):
+        for parent in range(2):
+            line = lines[parent]
+            widened(dtypes[parent], halves[parent], words[parent], longs[parent], place * row, row, line)
+            for i in range(width):
+                of_row[i] = -np.inf
+            for first in range(0, row, BLOCK):
+                for i in range(min(BLOCK, row - first)):
+                    of_row[i] = line[first + i] if line[first + i] > of_row[i] else of_row[i]
+            top = of_row[0]
+            for i in range(width):
+                top = max(top, of_row[i])
+            for i in range(width):
+                of_row[i] = 0.0
+            for first in range(0, row, BLOCK):
+                for i in range(min(BLOCK, row - first)):
+                    line[first + i] = _exp(line[first + i] - top)
+                    of_row[i] = of_row[i] + line[first + i]
+            share = 1 / _sum(of_row, width)
+            for i in range(row):
+                line[i] = line[i] * share + smoothing
+        for i in range(width):
+            of_row[i] = 0.0
+        for first in range(0, row, BLOCK):
+            for i in range(min(BLOCK, row - first)):
+                ratio = p[first + i] / q[first + i]
+                of_row[i] = of_row[i] + p[first + i] * (_log(ratio) + (ratio - ratio))
+        sums[place] = _sum(of_row, width)
+
+
+def row_divergences(model: Array, base: Array, row: int, smoothing: float) -> NDArray[np.float64]:
+    """The `divergences` of whole rows, in fewer steps to the same bits: an exponential is computed once."""
+    pair = [np.ascontiguousarray(each) for each in (model, base)]
+    assert pair[0].size == pair[1].size and pair[0].size % row == 0
+    found = np.empty(pair[0].size // row)
+    lines, _memory = aligned_lines(3, 8 * max(BLOCK, row))
+    raw, dtypes = addresses(pair), np.array([CODES[each.dtype] for each in pair], np.int64)
+    _row_divergences(
+        *(*3 * (address(raw),), address(dtypes), found.size, row, smoothing, address(lines), address(found))
+    )
+    return found

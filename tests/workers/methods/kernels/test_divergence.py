@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from workers.methods.kernels import divergence
-from workers.methods.kernels.divergence import divergences, exponentials, softmaxes
+from workers.methods.kernels.divergence import divergences, exponentials, row_divergences, softmaxes
 
 SMOOTHING = 1e-8
 
@@ -33,7 +33,9 @@ def test_rows_have_the_divergence_of_their_softmaxes(shape: tuple[int, int], dty
     p, q = (np.exp(values) / np.exp(values).sum(axis=1, keepdims=True) + SMOOTHING for values in wide)
     expected = (p * np.log(p / q)).sum(axis=1)
     model, base = (each.ravel() for each in parents)
-    assert divergences(model, base, *found, shape[1], 0, SMOOTHING) == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    sums = divergences(model, base, *found, shape[1], 0, SMOOTHING)
+    assert sums == pytest.approx(expected, rel=1e-9, abs=1e-15)
+    assert row_divergences(model, base, shape[1], SMOOTHING).tolist() == sums.tolist()
 
 
 def test_a_row_is_cut_anywhere():
@@ -52,6 +54,7 @@ def test_a_row_with_an_element_that_is_no_number_has_no_divergence():
     assert np.isnan(found[0][1]).tolist() == [True, True, False]
     sums = divergences(model, base, *found, 2, 0, SMOOTHING)
     assert np.isnan(sums).tolist() == [True, True, False]
+    assert np.array_equal(row_divergences(model, base, 2, SMOOTHING), sums, equal_nan=True)
     # softmaxes (0, 1) and (1, √e)/(1 + √e)
     q = np.exp([0, 0.5]) / np.exp([0, 0.5]).sum()
     assert sums[2] == pytest.approx(1e-8 * np.log(1e-8 / q[0]) + (1 + 1e-8) * np.log((1 + 1e-8) / (q[1] + 1e-8)))
