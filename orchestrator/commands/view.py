@@ -36,9 +36,9 @@ def _export(url: str, options: argparse.Namespace) -> int:
     from orchestrator.viewing.site import read_site
 
     site = read_site(url, live=False)
-    with writing():
-        found = export(site, options.export or f"{url}/{EXPORT.rstrip('/')}")
-        if not options.export:  # the report links to it
+    found = export(site, options.export or f"{url}/{EXPORT.rstrip('/')}")
+    if not options.export:  # the report links to it
+        with writing():
             from orchestrator.report.page import write_page
             from orchestrator.report.run import read_run, report_on
 

@@ -24,7 +24,7 @@ from orchestrator.planning.sharing import Family, families
 from orchestrator.planning.slicing import plain_recipes
 from orchestrator.planning.stages import Stages, settings_of
 from orchestrator.records.places import FLAT, SEVERAL, Places
-from orchestrator.words import shortlist
+from orchestrator.words import shortlist, size
 from workers.checkpoints.opening import Checkpoint, all_places
 from workers.checkpoints.side_files import has_tokenizer, is_code
 from workers.merging.shard import FIXED_BYTES
@@ -207,8 +207,7 @@ class Plan:
         missing = self.bytes_to_write - sum(there.get(key, 0) for key in self.units.values())
         if free < missing:
             raise BadInput(
-                f"{self.run_url}: {missing / 1e9:.3g} GB to write and {free / 1e9:.3g} GB free;"
-                " make room, or give another `output:`"
+                f"{self.run_url}: {size(missing)} to write and {size(free)} free; make room, or choose another output"
             )
 
     @cached_property

@@ -36,6 +36,7 @@ def copy_point(point: FoundPoint, url: str, say: Callable[[str], None]) -> dict[
     if foreign is not None and MANIFEST not in there:  # files come whole: this one is not ours to replace
         raise BadInput(f"{target.url}: holds something else, {foreign}; choose another folder")
     sent = 0
+    target.check_writable()
     with writing():
         for name in files:
             if name in problems and problems[name] is None:

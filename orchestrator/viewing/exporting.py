@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from jobs.errors import writing
 from orchestrator.viewing.site import Site
 from workers.storage import open_store
 
@@ -32,10 +33,11 @@ def export(site: Site, url: str) -> Export:
     def write(path: str) -> int:
         return store.write(path, site.read(path)).size
 
-    with ThreadPoolExecutor(WRITES_AT_ONCE, "export") as pool:
-        sizes = [*pool.map(write, paths), *map(write, (run, index))]
-    kept = {*paths}
-    for info in store.list("rows/"):
-        if info.key not in kept:
-            store.delete(info.key)
+    with writing():
+        with ThreadPoolExecutor(WRITES_AT_ONCE, "export") as pool:
+            sizes = [*pool.map(write, paths), *map(write, (run, index))]
+        kept = {*paths}
+        for info in store.list("rows/"):
+            if info.key not in kept:
+                store.delete(info.key)
     return Export(store.url, len(sizes), sum(sizes))

@@ -912,7 +912,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ):
     disk = mounted("size=16k")
     ended = mergeyard("run", job_file(), "--in-process", "--output", disk)
-    assert_refused(ended, " GB free; make room, or give another `output:`")
+    assert_refused(ended, " free; make room, or choose another output")
     assert list(disk.iterdir()) == []
 
 

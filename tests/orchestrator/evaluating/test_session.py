@@ -130,7 +130,7 @@ def test_a_lack_of_room_that_is_seen_once_the_scores_are_there_is_no_bad_input(
     job = job_file(keep={"best": 1})
     ended = mergeyard("run", job, "--in-process")
     assert (ended.code, len(results(job.parent))) == (1, 36)
-    assert " GB to write and 0 GB free; make room" in ended.err.splitlines()[-1]
+    assert " MB to write and 0 B free; make room" in ended.err.splitlines()[-1]
 
 
 # ---- what is asked, and asked again

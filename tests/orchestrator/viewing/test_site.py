@@ -128,6 +128,13 @@ def test_a_folder_without_answers_is_one_line_with_a_remedy(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_place_that_cannot_hold_an_export_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", right_rows(items=2))
+    (tmp_path / "file").write_text("of somebody")
+    assert main(["view", run, "--export", str(tmp_path / "file" / "out")]) == 2
+    assert "is a file, not a folder; choose another path" in capsys.readouterr().err
+
+
 def test_an_empty_evaluation_is_one_line_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     url = write_run(tmp_path, [], finished=False)
     assert main(["view", url]) == 2
