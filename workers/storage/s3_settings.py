@@ -10,6 +10,7 @@ import os
 import ssl
 from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 from urllib.parse import urlsplit
@@ -20,6 +21,7 @@ from botocore import UNSIGNED
 from botocore.client import Config
 from botocore.exceptions import BotoCoreError
 from botocore.handlers import disable_signing
+from botocore.loaders import Loader, create_loader
 from botocore.utils import get_environ_proxies
 from obstore.auth.boto3 import Boto3CredentialProvider
 from obstore.exceptions import BaseError
@@ -82,6 +84,7 @@ class S3Settings:
     @classmethod
     def _resolved(cls, bucket: str) -> S3Settings:
         core = botocore.session.get_session()
+        core.register_component("data_loader", _models(core.get_config_variable("data_path")))
         session = boto3.session.Session(botocore_session=core)
         region = os.environ.get("AWS_REGION") or session.region_name or "us-east-1"
         unsigned = _flag("AWS_SKIP_SIGNATURE") or False
@@ -178,6 +181,12 @@ class S3Settings:
             "requester pays": "yes" if self.requester_pays else "no",
             "checksums": "sent" if self.checksums else "only where required",
         }
+
+
+@cache
+def _models(path: str | None) -> Loader:
+    """botocore's descriptions of S3, which take longer to read than all else that a new bucket needs."""
+    return create_loader(path)
 
 
 def _options(unsigned: bool, digests: bool) -> Config:

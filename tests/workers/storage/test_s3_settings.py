@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import obstore
 import pytest
+from botocore.loaders import JSONFileLoader
 
 from jobs.errors import AccessDenied, BadInput
 from tests.quirky_s3 import BUCKET, Asked, QuirkyS3, company_certificates
@@ -215,3 +216,11 @@ def test_keys_stay_in_obstore_for_less_than_boto3_renews_them_ahead(quirky_s3: Q
     keys = cast("Any", objects).credential_provider()
     assert keys["access_key_id"] == "test"
     assert keys["expires_at"] - datetime.now(UTC) < timedelta(minutes=10)
+
+
+def test_the_descriptions_of_s3_are_read_once(quirky_s3: QuirkyS3, monkeypatch: pytest.MonkeyPatch) -> None:
+    S3Settings.resolved("one")
+    read: list[str] = []
+    monkeypatch.setattr(JSONFileLoader, "load_file", lambda self, path: read.append(path))
+    assert S3Settings.resolved("another").endpoint == quirky_s3.endpoint
+    assert read == []
