@@ -370,6 +370,7 @@ def _check(job: Job) -> None:
             raise BadInput(
                 f"{place}: the parent {quoted(parent)} is used nowhere; use it in the recipe, or take it out"
             )
+    _check_measured(job)
     if job.config_from is not None and job.config_from not in job.parents:
         near = suggestion(job.config_from, job.parents)
         raise BadInput(f"{job.place_of('config_from')}: {quoted(job.config_from)} is not a parent{near}")
@@ -448,6 +449,19 @@ def _check_references(job: Job) -> set[str]:
             if name in job.parents:
                 raise BadInput(f"{stage.place}: {quoted(name)} is the name of a parent too; give the merge another")
     return used
+
+
+def _check_measured(job: Job) -> None:
+    """Refuses a file of statistics for a model that no point merges."""
+    named = {
+        name: point.recipe.place_of(key)
+        for point in job.points
+        for key, files in (("grams", point.recipe.grams), ("fisher", point.recipe.fisher))
+        for name in files or ()
+    }
+    merged = {source.model for point in job.points if named for source in point.recipe.sources()}
+    for name in sorted(named.keys() - merged - job.parents.keys()):
+        raise BadInput(f"{named[name]}: {quoted(name)} is not in `parents:`{suggestion(name, job.parents)}")
 
 
 def _place_of_reference(point: Point, reference: str) -> str:

@@ -125,6 +125,8 @@ def make_delta_grams(model: str, base: str, out: str, *, block: int) -> Made:
     """
     target, name = _target(out)
     checkpoint, start = open_checkpoint(model, "model"), open_checkpoint(base, "base")
+    if checkpoint.url == start.url:
+        raise BadInput(f"--base {base}: the very checkpoint that is measured; give the one that it was trained from")
     started = time.monotonic()
     metadata = {"model": checkpoint.url, "base": start.url}
     written = write_grams(target, name, delta_grams(checkpoint, start, block), metadata)

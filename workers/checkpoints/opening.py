@@ -223,7 +223,10 @@ def _shards(
         raise AdapterAlone(f"{where}: a LoRA adapter, not a whole model; write its base before it: `BASE+ADAPTER`")
     if any(name.endswith(".gguf") for name in listed):
         raise Unmergeable(f"{where}: GGUF weights are quantised; give the safetensors checkpoint they came from")
-    raise Unmergeable(f"{where}: none of {', '.join(f'{name}, {name}.index.json' for name in _WEIGHTS)} there")
+    raise Unmergeable(
+        f"{where}: none of {', '.join(f'{name}, {name}.index.json' for name in _WEIGHTS)} there;"
+        " name the folder of a checkpoint"
+    )
 
 
 def _digests(store: Store, listed: Mapping[str, ObjectInfo]) -> Mapping[str, str]:

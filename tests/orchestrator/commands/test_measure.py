@@ -186,6 +186,10 @@ def test_a_merge_takes_the_fisher_information_that_was_written(
         (("{here}", "{here}/out.safetensors", "--text", "{here}/texts.jsonl"), "parent model ("),
         (("{base}", "{here}/out.safetensors", "--what", "deltas"), "--what deltas and --base BASE go together"),
         (
+            ("{base}", "{here}/out.safetensors", "--what", "deltas", "--base", "{base}"),
+            "the very checkpoint that is measured; give the one that it was trained from",
+        ),
+        (
             ("{base}", "{here}/out.safetensors", "--count", "0"),
             "--count: give a whole number from 1 on",
         ),

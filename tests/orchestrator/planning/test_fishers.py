@@ -167,7 +167,8 @@ def test_files_that_do_not_fit_are_refused(plan: Planning, files: Path, parents:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("fmt: fmt.safetensors", "cos2: fmt.safetensors"), "fisher needs the Fisher information of fmt; write the"),
+        (("fmt: fmt.safetensors", "cos2: fmt.safetensors"), '"cos2" is not in `parents:`; did you mean "cos"?'),
+        ((", fmt: fmt.safetensors", ""), "fisher needs the Fisher information of fmt; write the"),
         (("{cos: cos.safetensors, fmt: fmt.safetensors}", "{}"), "`fisher:` names a file for each model, such as"),
         (("${w}", "-0.5"), "the weights -0.5, 0.75 at tensor .* must not be negative, nor all be zero"),
         (("dtype: float32", "parameters: {floor: 0}"), r"floor 0 at tensor .* is outside \[1e-12, 1\]"),

@@ -225,8 +225,9 @@ def test_files_that_do_not_fit_are_refused(plan: Planning, files: Path, parents:
     [
         (
             ("fmt: fmt.safetensors", "cos2: fmt.safetensors"),
-            "regmean needs the Gram matrices of fmt; write the file by",
+            '"cos2" is not in `parents:`; did you mean "cos"?',
         ),
+        ((", fmt: fmt.safetensors", ""), "regmean needs the Gram matrices of fmt; write the file by"),
         (("{cos: cos.safetensors, fmt: fmt.safetensors}", "{}"), "`grams:` names a file for each model, such as"),
         (("${w}", "-0.5"), "the weights -0.5, 0.75 at tensor .* must not be negative, nor all be zero"),
         (("dtype: float32", "parameters: {alpha: 1.5}"), r"alpha 1.5 at tensor .* is outside \[0, 1\]"),
