@@ -322,6 +322,8 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     `relative_to` is the folder that relative parent paths count from; `flat` puts the only point right into the
     output, and several points into folders there. Raises `BadInput` for whatever cannot work.
     """
+    if job.output.startswith("hf://"):
+        open_store(job.output).check_writable()  # which refuses it without asking the hub
     parents = open_parents(job, relative_to, bare_names=flat)
     output = open_store(job.output).url
     try:

@@ -934,6 +934,16 @@ def test_a_disk_that_is_read_only_is_refused(
     assert_refused(ended, "is on a read-only file system; choose another output folder")
 
 
+def test_the_hub_is_no_output_of_a_run(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], config: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # which nobody asks
+    said = "hf://me/runs can only be read; write to a folder or bucket, then use `mergeyard publish`"
+    for verb in ("plan", "run"):
+        assert_refused(mergeyard(verb, job_file(), "--output", "hf://me/runs"), said)
+    assert_refused(mergeyard("merge", config, "hf://me/runs"), said)
+
+
 def test_a_job_may_come_from_standard_input(
     mergeyard: Mergeyard, job_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ):
