@@ -38,8 +38,8 @@ class ContentKeys:
         given: list[Any] = []
         if layout.activations is not None and any(setting.omega is not None for setting in settings):
             given.append(layout.activations.digest)
-        for key, files in (("grams", layout.grams), ("fisher", layout.fishers)):
-            used = {model for setting in settings if METHODS[setting.method].given == key for model in setting.models}
+        for kind, files in (("grams", layout.grams), ("fisher", layout.fishers)):
+            used = {model for setting in settings if METHODS[setting.method].given == kind for model in setting.models}
             if used:
                 given.append({model: files[model].digest for model in sorted(used)})
         return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed, *given])
