@@ -304,11 +304,11 @@ def is_job(block: Block) -> bool:
 def complaint_about(words: list[str]) -> str:
     """What the command line's own parser says against `mergeyard WORDS…`; empty if it takes them."""
     parser: argparse.ArgumentParser = importlib.import_module("orchestrator.cli").parser()
-    with contextlib.redirect_stderr(io.StringIO()) as said, contextlib.redirect_stdout(io.StringIO()):
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit):  # of --help and --version
         try:
             parser.parse_args(words)
-        except SystemExit as exit:
-            return said.getvalue() if exit.code else ""
+        except BadInput as error:
+            return str(error)
     return ""
 
 
