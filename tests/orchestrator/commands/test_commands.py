@@ -937,7 +937,7 @@ def test_a_disk_that_is_read_only_is_refused(
 def test_the_hub_is_no_output_of_a_run(
     mergeyard: Mergeyard, job_file: Callable[..., Path], config: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # which nobody asks
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nothing listens there
     said = "hf://me/runs can only be read; write to a folder or bucket, then use `mergeyard publish`"
     for verb in ("plan", "run"):
         assert_refused(mergeyard(verb, job_file(), "--output", "hf://me/runs"), said)
