@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from jobs.errors import BadInput
+from jobs.yaml_nodes import nearest, quoted
 from orchestrator.commands.inputs import check_file, print_json, read_job, watched
 from orchestrator.commands.workplace import Workplace, asked_of, check_kept, gated, tell_verdict
+
+if TYPE_CHECKING:
+    from orchestrator.evaluating.subjects import Questions
+    from orchestrator.planning.plan import Plan
 
 
 def gate(options: argparse.Namespace) -> int:
@@ -23,19 +29,20 @@ def gate(options: argparse.Namespace) -> int:
     plan = make_plan(job, relative_to=folder)
     asked = asked_of(plan, folder)
     assert asked is not None, "a job with a gate has an evaluation"
-    if options.point is not None and job.search is None:
-        asked.subject(options.point)
+    if options.point is not None:
+        _check_point(plan, asked, options.point)
     with (
         Workplace(job, options) as workplace,
         Watcher(visible=watched(options), tells=not options.quiet) as watcher,
         Session.of(plan, asked, workplace.evaluators, watcher) as session,
     ):
         point = options.point
-        if point is None or job.search is not None:  # a search finds the points of its run again
+        if point is None:
             result = session.run()
-            if point is None:
-                check_kept(job, result)
-            point = point or result.standing[0].point
+            check_kept(job, result)
+            point = result.standing[0].point
+        elif job.search is not None:
+            session.recall()
         verdict = gated(session, plan, point)
     if options.junit:
         Path(options.junit).write_text(verdict.verdict.to_junit_xml(), encoding="utf-8")
@@ -46,3 +53,25 @@ def gate(options: argparse.Namespace) -> int:
         if verdict.noise is not None:
             print(f"  {verdict.noise.words}")
     return verdict.verdict.exit_code
+
+
+def _check_point(plan: Plan, asked: Questions, name: str) -> None:
+    """Refuses a name of neither a parent nor a point, which in a search is one that was asked by now."""
+    from orchestrator.evaluating.batches import asked_points
+    from workers.storage import open_store
+
+    if plan.job.search is None:
+        asked.subject(name)
+        return
+    points = asked_points(open_store(plan.run_url))
+    if name in points or name in asked.parents:
+        return
+    if not points:
+        raise BadInput(
+            f"{plan.run_url}: the search has asked no point yet; run the job, then name one, or name a parent"
+        )
+    near = nearest(name, [*points, *asked.parents])
+    raise BadInput(
+        f"{plan.run_url}: the search has not asked {quoted(name)}{f', but {quoted(near)}' if near else ''}; to ask it,"
+        " put it under `start:` of a job of another name"
+    )

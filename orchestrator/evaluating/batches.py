@@ -6,7 +6,7 @@ A file is written once. The listing of these files and of the scores is the whol
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -43,6 +43,13 @@ class BatchFiles:
                 return batch
             except ObjectExists:
                 pass  # an earlier write of ours whose answer never came
+        return self._read(key)
+
+    def written(self) -> Iterator[Batch]:
+        """The batches that lie there, in their order."""
+        return map(self._read, sorted(self._there))
+
+    def _read(self, key: str) -> Batch:
         batch = read_document(self._store, key, _batch, REMEDY)
         for choice in (*(each.choice for each in batch.proposals), *(each.choice for each in batch.promotions)):
             if not self._spec.space.admits(choice):

@@ -154,6 +154,14 @@ class Session:
         write_results(self._ledger.store, result)
         return result
 
+    def recall(self) -> None:
+        """Adds the points that the search of this run has asked so far, without asking anything."""
+        spec, searched = self._plan.job.search, self._plan.job.searched
+        assert spec is not None and searched is not None, "a job with a search has its recipe"
+        planner, point = self._plan.planner.afresh(), cache(searched.point)
+        for batch in BatchFiles(self._ledger.store, spec, lambda choice: point(choice).name).written():
+            self.asked = self.asked.joined(planner(point(proposal.choice) for proposal in batch.proposals))
+
     @property
     def _several(self) -> bool:
         """Whether a search has several objectives."""

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,8 @@ from orchestrator.evaluating.session import Session
 from orchestrator.evaluating.subjects import Questions, questions
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
+from tests.orchestrator.conftest import Ended
+from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import RULER, SOUP, job_text
 from workers.benchmarks.items import Item
 
@@ -35,6 +38,9 @@ SEARCH = {
     "batch": 4,
     "start": [{"w": 0}, {"w": 0.5}, {"w": 1}],
 }
+GIVEN: dict[str, Any] = {
+    "grid": None, "point": None, "keep": None, "search": SEARCH, "evaluate": {"ruler": {**RULER, "items": 20}}
+}  # fmt: skip
 
 
 class Pulled(Exception):
@@ -80,10 +86,7 @@ class Several(ScriptedEvaluators):
 
 
 def planned(folder: Path, **keys: Any) -> tuple[Plan, Questions]:
-    given: dict[str, Any] = {
-        "grid": None, "point": None, "keep": None, "search": SEARCH, "evaluate": {"ruler": {**RULER, "items": 20}}
-    }  # fmt: skip
-    plan = make_plan(load_job(job_text(folder, **(given | keys)), "job.yaml"))
+    plan = make_plan(load_job(job_text(folder, **(GIVEN | keys)), "job.yaml"))
     return plan, questions(plan)
 
 
@@ -258,6 +261,40 @@ def test_another_search_in_the_same_run_is_refused(whole: tuple[Path, Evaluation
     plan, asked = planned(whole[0], search={**SEARCH, "batch": 5})
     with pytest.raises(BadInput, match="belongs to another job, with another search, recipe or evaluation; give"):
         searched(plan, asked)
+
+
+def test_a_gate_judges_a_named_point_without_searching_further(
+    whole: tuple[Path, EvaluationResult, list[str]], tmp_path: Path, mergeyard: Callable[..., Ended]
+) -> None:
+    shutil.copytree(whole[0], tmp_path, dirs_exist_ok=True)
+    (tmp_path / "runs/tiny/search" / max(batches(tmp_path))).unlink()  # as if it were stopped
+    before = batches(tmp_path)
+    job = tmp_path / "job.yaml"
+    job.write_text(job_text(tmp_path, **GIVEN, gate={"baseline": "long"}))
+    with scripted(hill):
+        ended = mergeyard("gate", job, "--in-process", "--point", "w=0.5", "--json")
+        assert ended.code == 0, ended.err
+        assert (ended.facts["new"], ended.facts["fresh"]) == ("w=0.5", True)
+        refused = mergeyard("gate", job, "--in-process", "--point", "w=0.51")
+    assert refused.code == 2
+    assert refused.err == (
+        f'mergeyard: {tmp_path}/runs/tiny: the search has not asked "w=0.51", but "w=0.5"; to ask it, put it under'
+        " `start:` of a job of another name\n"
+    )
+    assert batches(tmp_path) == before
+
+
+def test_a_gate_refuses_a_named_point_before_the_search(tmp_path: Path, mergeyard: Callable[..., Ended]) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(job_text(tmp_path, **GIVEN, gate={"baseline": "long"}))
+    with scripted(hill):
+        refused = mergeyard("gate", job, "--in-process", "--point", "w=0.5")
+    assert (refused.code, refused.err) == (
+        2,
+        f"mergeyard: {tmp_path}/runs/tiny: the search has asked no point yet; run the job, then name one, or name a"
+        " parent\n",
+    )
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_budget_of_tokens_is_kept(tmp_path: Path) -> None:
