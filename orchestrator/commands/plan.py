@@ -33,5 +33,5 @@ def planned(job: Job, folder: Path, address: str | None = None) -> dict[str, Any
     asked = asked_of(plan, folder)
     plan.check_output()
     check_workers(job, address)
-    evaluation = None if asked is None else evaluation_facts(plan.job, asked, parents_answers(plan.run_url, asked))
+    evaluation = None if asked is None else evaluation_facts(plan, asked, parents_answers(plan.run_url, asked))
     return {**plan_facts(plan), "evaluation": evaluation}

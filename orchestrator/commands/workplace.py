@@ -116,7 +116,7 @@ def evaluate_points(
     from orchestrator.report.live import LivePage
     from orchestrator.report.terminal.run import can_show, gate_forecast, guards_forecast, not_asked
 
-    facts = evaluation_facts(plan.job, asked, parents_answers(plan.run_url, asked))
+    facts = evaluation_facts(plan, asked, parents_answers(plan.run_url, asked))
     for line in not_asked(facts["too_long"]):
         watcher.tell(f"not asked: {line}")
     if facts["sees"] is not None:

@@ -20,8 +20,8 @@ import numpy as np
 from jobs.errors import BadInput, CorruptData
 from jobs.evaluate import GuardsSpec
 from jobs.evaluation_tasks import ScoreRow
-from jobs.job import GateSpec, Job
-from jobs.search import SearchSpec
+from jobs.job import GateSpec
+from jobs.search import Choice, SearchSpec
 from orchestrator.evaluating.batches import make_search, searched_cells
 from orchestrator.evaluating.confirming import BUDGET
 from orchestrator.evaluating.pairing import common_rows, sample_of
@@ -40,6 +40,7 @@ from orchestrator.judging.power import (
 from orchestrator.judging.race import RUNGS
 from orchestrator.judging.samples import Cell, CellSample, cell_of
 from orchestrator.judging.significance import design_effect
+from orchestrator.planning.plan import Plan
 from orchestrator.searching import greedy
 from workers.benchmarks.planned import PlannedSet
 from workers.benchmarks.registry import BENCHMARKS
@@ -132,13 +133,13 @@ def parents_answers(run_url: str, asked: Questions) -> list[ScoreRow]:
     return [row for row in ranked_rows(rows, asked.ranked) if row.items in sets]
 
 
-def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = ()) -> dict[str, Any]:
+def evaluation_facts(plan: Plan, asked: Questions, answers: Sequence[ScoreRow] = ()) -> dict[str, Any]:
     """For `mergeyard plan`: items, tokens that are read at the most, and the smallest differences that show.
 
     `answers` are those of the parents, as far as they are known. Tokens count the room for thoughts and answers. The
     size of a task of lm-evaluation-harness is not known here.
     """
-    subjects = [*asked.points.values(), *asked.baselines]
+    job, subjects = plan.job, [*asked.points.values(), *asked.baselines]
     first, points = asked.sets, len(asked.points)
     if job.search is not None:
         points = _most_points(job.search, asked)
@@ -161,7 +162,7 @@ def evaluation_facts(job: Job, asked: Questions, answers: Sequence[ScoreRow] = (
         "too_long": dict(sum((Counter({of.task: of.too_long}) for of in first.values()), Counter[str]())),
         "race": None if asked.race is None else {"least_tokens": _least_tokens(asked, asked.race)},
         "sees": None if score is None else _sees(score, points),
-        "search": None if job.search is None else _search_facts(job, job.search, asked, points, answers),
+        "search": None if job.search is None else _search_facts(plan, job.search, asked, points, answers),
         "guards": None if asked.guards is None else _guards(asked.guards, len(asked.points)),
         "gate": None if score is None or job.gate is None else _gate(score, job.gate),
     }
@@ -181,28 +182,36 @@ def _most_points(spec: SearchSpec, asked: Questions) -> int:
 
 
 def _search_facts(
-    job: Job, spec: SearchSpec, asked: Questions, points: int, answers: Sequence[ScoreRow]
+    plan: Plan, spec: SearchSpec, asked: Questions, points: int, answers: Sequence[ScoreRow]
 ) -> dict[str, Any]:
     """The space, the first batch, and the cost of the search: at the least, and of the first batch with the parents.
 
-    Hours are those of one worker; they are known once the parents have answered.
+    A point that is a parent costs nothing of its own. Hours are those of one worker; they are known once the parents
+    have answered.
     """
-    assert job.searched is not None, "a job with a search has its recipe"
+    job, searched = plan.job, plan.job.searched
+    assert searched is not None, "a job with a search has its recipe"
     search = make_search(asked, spec, spec.space.described)
-    first = search.propose()
     item = sum(planned.tokens for planned in searched_cells(asked, spec).values())
-    opening = (len(first.proposals) + len(search.parents)) * search.rungs[0] * item
+
+    def parents_among(choices: Sequence[Choice]) -> int:
+        found = asked.joined(plan.planner.afresh()(map(searched.point, choices)))
+        return sum(subject.kind == "parent" for subject in found.points.values())
+
+    first = [proposal.choice for proposal in search.propose().proposals]
+    opening = (len(first) - parents_among(first) + len(search.parents)) * search.rungs[0] * item
     whole = spec.budget.tokens
     if whole is None and spec.budget.points is not None:
         each = search.rungs[-1] if spec.by == "greedy" else 2 * search.rungs[0]
-        whole = points * each * item + len(search.parents) * search.rungs[-1] * item
+        known = greedy.singles(spec.space) if spec.by == "greedy" else first
+        whole = (points - parents_among(known)) * each * item + len(search.parents) * search.rungs[-1] * item
     tokens, seconds = sum(row.tokens for row in answers), sum(row.seconds for row in answers)
     rate = seconds / tokens if tokens else None
     return {
         "axes": {axis.name: len(axis.values) for axis in spec.space.axes},
         "size": spec.space.size,
         "by": spec.by,
-        "first_batch": [job.searched.point(proposal.choice).name for proposal in first.proposals],
+        "first_batch": [searched.point(choice).name for choice in first],
         "rungs": list(search.rungs),
         "tokens_of_first_batch": opening,
         "tokens": whole,

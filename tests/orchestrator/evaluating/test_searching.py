@@ -21,6 +21,7 @@ from jobs.job import GateSpec, Keep, load_job
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
 from orchestrator.commands.workplace import check_kept
+from orchestrator.evaluating.forecast import evaluation_facts
 from orchestrator.evaluating.outcome import recorded_code
 from orchestrator.evaluating.results import EvaluationResult, read_results
 from orchestrator.evaluating.session import Session
@@ -311,6 +312,8 @@ def test_a_greedy_soup_asks_its_models_once_where_they_are_parents(tmp_path: Pat
     tokens = 3 * 20 * 256
     search = {"over": {"soup": {"subset": ["long", "fmt"]}}, "by": "greedy", "budget": {"tokens": tokens}}
     plan, asked = planned(tmp_path, recipe=recipe, search=search)
+    forecast = evaluation_facts(*planned(tmp_path, recipe=recipe, search={**search, "budget": {"points": 3}}))["search"]
+    assert (forecast["tokens"], forecast["tokens_of_first_batch"]) == (tokens, 2 * 10 * 256)
 
     def answer(task: EvaluationTask, item: Item) -> float:
         return float(item.index < right[task.point])
