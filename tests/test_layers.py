@@ -194,6 +194,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),
     "workers/activations": (
         "jobs",
+        "workers/gpu_memory.py",
         "workers/storage",
         "workers/checkpoints",
         "workers/methods",

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import islice
+from math import prod
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
@@ -31,11 +33,15 @@ from workers.checkpoints.grams import write_grams
 from workers.checkpoints.opening import Checkpoint, open_checkpoint
 from workers.checkpoints.side_files import is_code
 from workers.checkpoints.statistics import Written, split_url
+from workers.gpu_memory import part_of
 from workers.methods.aim import overshadowed, relative
 from workers.storage import Store, open_store
 
 Kind = Literal["grams", "means", "deltas", "fisher"]
 """Gram matrices for regmean, of inputs or of differences from a base, mean |x| for AIM, or squares of gradients."""
+
+FISHER_BYTES = 8
+"""Bytes for each weight while its Fisher information is measured: itself and F, both in float32."""
 
 AS_TEXTS = "give its texts as lines with a `text`"
 
@@ -77,10 +83,12 @@ def make_statistics(
 
     A text is cut to the context of the model too. `texts` is the path or URL of a text or of JSONL; None is the bundled
     prose. `block` is the most channels of a block of a Gram matrix. An existing file is not replaced. `BadInput` for
-    inputs that do not fit together.
+    inputs that do not fit together, or a model that is too large for its Fisher information.
     """
     target, name = _target(out)
     checkpoint = open_checkpoint(model, "model")
+    if kind == "fisher":
+        _check_memory(checkpoint, device)
     with tempfile.TemporaryDirectory(prefix="mergeyard-measure-") as room:
         folder = Path(checkpoint.url)
         if not folder.is_dir():
@@ -179,6 +187,18 @@ def _needed(checkpoint: Checkpoint) -> Parent:
             beside[info.key] = info
     files = [ParentFile(key, info.size, info.etag) for key, info in beside.items()]
     return Parent(checkpoint.url, (*checkpoint.files, *files))
+
+
+def _check_memory(checkpoint: Checkpoint, device: str) -> None:
+    """Refuses a model whose weights and F do not fit into memory even without activations."""
+    needed = FISHER_BYTES * sum(map(prod, checkpoint.shapes.values()))
+    there = part_of(device) if device != "cpu" else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > there:
+        place = "this machine" if device == "cpu" else device
+        raise BadInput(
+            f"{checkpoint.url}: its weights and their Fisher information take {needed / 1e9:.1f} GB in float32, and"
+            f" {place} has {there / 1e9:.1f} GB; measure it on one with more memory"
+        )
 
 
 def _check_tokens(texts: Sequence[Ids], checkpoint: Checkpoint) -> None:

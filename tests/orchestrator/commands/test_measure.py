@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,21 @@ def test_tokens_without_embeddings_are_refused(mergeyard: Mergeyard, base: Path,
     ended = mergeyard("measure", base, tmp_path / "out.safetensors", "--text", texts, *MEANS)
     assert ended.code == 2
     assert "the texts have token 55, and the model 48 rows of embeddings; give a checkpoint with its own" in ended.err
+
+
+def test_fisher_information_beyond_the_memory_is_refused_before_the_model_is_loaded(
+    mergeyard: Mergeyard, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    needed = 8 * sum(tensor.numel() for tensor in weights("base").values())
+    file = tmp_path / "out.safetensors"
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": 1, "SC_PHYS_PAGES": needed - 1}.__getitem__)
+    ended = mergeyard("measure", base, file, "--what", "fisher", "--device", "cpu")
+    assert (ended.code, ended.err) == (
+        2,
+        f"mergeyard: {base}: its weights and their Fisher information take {needed / 1e9:.1f} GB in float32, and this"
+        f" machine has {needed / 1e9:.1f} GB; measure it on one with more memory\n",
+    )
+    assert not file.exists()
 
 
 def test_model_texts_and_file_may_lie_in_a_bucket(
