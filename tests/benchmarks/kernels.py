@@ -86,7 +86,7 @@ def measure(elements: int, rounds: int) -> Mapping[str, float]:
         "magnitudes": (1, tiles(lambda _, raw: magnitudes(*raw))),
         "bracket of a cutoff": (
             1,
-            tiles(lambda _, raw: magnitudes_bracketed(*raw, low=low, high=high, unit=TILE_ELEMENTS)),
+            tiles(lambda _, raw: magnitudes_bracketed(*raw, [(low, high)], unit=TILE_ELEMENTS)),
         ),
         "random bits, numpy": (1, tiles(lambda start, _: np.random.Philox(key=start).random_raw(TILE_ELEMENTS // 2))),
         "random bits": (1, tiles(lambda start, _: random_bits((start, 0), 0, TILE_ELEMENTS))),

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from workers.methods.kernels.divergence import divergences, exponentials, row_divergences, softmaxes
+from workers.methods.kernels.divergence import divergences
 from workers.methods.kernels.dtypes import CODES
-from workers.methods.kernels.ranks import scaled_magnitudes
-from workers.methods.reductions import SAMPLED, SAMPLED_RUN, Magnitude, Score, Threshold, threshold_of
-from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, together, torch_named
+from workers.methods.kernels.ranks import Bracket, Ends, RowFactors, magnitudes, magnitudes_bracketed
+from workers.methods.reductions import (
+    MARGINS,
+    SAMPLED,
+    SAMPLED_RUN,
+    Cutoff,
+    Magnitude,
+    Score,
+    Threshold,
+    first_found,
+    first_sampled,
+)
+from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, torch_named
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,87 +32,45 @@ if TYPE_CHECKING:
 _SMOOTHING = 1e-8
 """Added to every probability, so that none is zero."""
 
-_OfRows = tuple[int, NDArray[np.float64]]
-"""The first row that a unit of a tensor touches, and a number for each row that it touches, or two."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class OfRows:
+    """KL(softmax(row of the model) ‖ softmax(row of the base)) of each row, and a sorted sample of the importances."""
+
+    divergences: NDArray[np.float64]
+    sample: NDArray[np.int32]
 
 
-@dataclass(frozen=True, slots=True)
-class Exponentials(Reduction):
-    """For each row of a parent its greatest element m, and Σ exp(x − m), in float64: an array of two lines."""
-
-    parent: str
-
-    def of(self, tile: Tile) -> list[_OfRows]:
-        return [
-            (first, softmaxes(values, tile.row, column)) for first, column, (values,) in _units_of(tile, self.parent)
-        ]
-
-    def combine(self, shares: Sequence[_OfRows]) -> NDArray[np.float64]:
-        rows = shares[-1][0] + shares[-1][1].shape[1]
-        found = np.stack([np.full(rows, -np.inf), np.zeros(rows)])
-        for first, (greatest, _) in shares:
-            of_unit = found[0, first : first + greatest.size]
-            np.maximum(of_unit, greatest, out=of_unit)
-        with np.errstate(invalid="ignore"):
-            for first, (greatest, sums) in shares:
-                within = slice(first, first + greatest.size)
-                found[1, within] += sums * exponentials(greatest - found[0, within])
-        return found
+_Share = tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int64]]
 
 
 @dataclass(frozen=True, slots=True)
 class Divergences(Reduction):
-    """KL(softmax(row of `model`) ‖ softmax(row of `base`)) of each row in float64, at least 0; a vector is one row."""
+    """`OfRows` of a tensor; a vector is one row. The sample has the places of `reductions.Sample`."""
 
     model: str
     base: str
 
-    def ask(self, tile: Tile) -> None:
-        if tile.row > TILE_ELEMENTS:
-            together(partial(tile.known, Exponentials(name)) for name in (self.model, self.base))
+    def of(self, tile: Tile) -> list[_Share]:
+        """The divergences of the rows that begin in a tile, and |δ| of the sampled elements with their rows."""
+        row, names = tile.row, (self.model, self.base)
+        start, stop = (-(-place // row) * row for place in (tile.start, tile.start + tile.elements))
+        inside = slice(start - tile.around_start, stop - tile.around_start)
+        model, base = (_on_host(tile.around[name][inside]) for name in names)
+        assert model.size == stop - start, "read without the whole rows of a tile"
+        found = divergences(model, base, row, start=start, unit=TILE_ELEMENTS, smoothing=_SMOOTHING)
+        first = first_sampled(tile)
+        sizes = Magnitude(*names).sampled(tile, first)
+        runs = first + SAMPLED * np.arange(sizes.size // SAMPLED_RUN)
+        places = tile.start + SAMPLED_RUN * runs[:, None] + np.arange(SAMPLED_RUN)
+        return [(found, sizes, places.reshape(-1) // row)]
 
-    def of(self, tile: Tile) -> list[_OfRows]:
-        row, shares = tile.row, list[_OfRows]()
-        for first, column, (model, base) in _units_of(tile, self.model, self.base):
-            begin = min(-column % row, model.size)
-            end = model.size - (model.size - begin) % row
-            found = [row_divergences(model[begin:end], base[begin:end], row, _SMOOTHING)]
-            if begin:
-                found.insert(0, self._of_part(tile, first, column, model[:begin], base[:begin]))
-            if end < model.size:
-                found.append(self._of_part(tile, first + (column + end) // row, 0, model[end:], base[end:]))
-            shares.append((first, np.concatenate(found)))
-        return shares
-
-    def _of_part(self, tile: Tile, number: int, column: int, model: Array, base: Array) -> NDArray[np.float64]:
-        """The share of elements of one row, from a column on."""
-        of_model, of_base = (_softmax_of_row(tile, name, number) for name in (self.model, self.base))
-        return divergences(model, base, of_model, of_base, tile.row, column, _SMOOTHING)
-
-    def combine(self, shares: Sequence[_OfRows]) -> NDArray[np.float64]:
-        total = np.zeros(shares[-1][0] + shares[-1][1].size)
-        for first, sums in shares:
-            total[first : first + sums.size] += sums
-        return np.maximum(total, 0)
-
-
-def _softmax_of_row(tile: Tile, parent: str, number: int) -> NDArray[np.float64]:
-    """The `Exponentials` of one row, of which a tile has a part."""
-    fact, row = Exponentials(parent), tile.row
-    if row > TILE_ELEMENTS:
-        return tile.known(fact)[:, number : number + 1]
-    start, end = number * row, (number + 1) * row
-    elements = _on_host(tile.around[parent][start - tile.around_start : end - tile.around_start])
-    cuts = [start, *range(start - start % TILE_ELEMENTS + TILE_ELEMENTS, end, TILE_ELEMENTS), end]
-    parts = [(low - start, elements[low - start : high - start]) for low, high in itertools.pairwise(cuts)]
-    return fact.combine([(0, softmaxes(part, row, column)) for column, part in parts])
-
-
-def _units_of(tile: Tile, *names: str) -> Iterator[tuple[int, int, list[Array]]]:
-    """For each unit of a tile: its first row, the column in which it begins, and the parents' elements on the host."""
-    for place in range(0, tile.elements, TILE_ELEMENTS):
-        first, column = divmod(tile.start + place, tile.row)
-        yield first, column, [_on_host(tile.raw[name][place : place + TILE_ELEMENTS]) for name in names]
+    def combine(self, shares: Sequence[_Share]) -> OfRows:
+        found, sizes, rows = (np.concatenate(each) for each in zip(*shares, strict=True))
+        found = np.maximum(found, 0)
+        with np.errstate(over="ignore", invalid="ignore"):
+            importances = (sizes.view(np.float32) * found[rows]).astype(np.float32)
+        return OfRows(found, np.sort(np.abs(importances).view(np.int32)))
 
 
 def _on_host(elements: Any) -> Array:
@@ -116,44 +82,60 @@ def _on_host(elements: Any) -> Array:
 
 @dataclass(frozen=True, slots=True)
 class Importance(Score):
-    """|δ| in float32 times the `Divergences` of its row, rounded to float32."""
+    """|δ| in float32 times the divergence of its row, rounded to float32."""
 
     model: str
     base: str
 
-    def ask(self, tile: Tile) -> None:
-        tile.known(Divergences(self.model, self.base))
-
-    def bits(self, tile: Tile) -> Tensor:
-        import torch
-
-        return torch.from_numpy(self.on_host(tile)).to(as_tensor(tile.raw[self.model]).device)
-
     def on_host(self, tile: Tile) -> NDArray[np.int32]:
-        def compute() -> NDArray[np.int32]:
-            model, base = (_on_host(tile.raw[name]) for name in (self.model, self.base))
-            first, column = divmod(tile.start, tile.row)
-            of_rows = tile.known(Divergences(self.model, self.base))
-            rows = of_rows[first : first - (-(column + tile.elements) // tile.row)]
-            return scaled_magnitudes(model, base, rows, tile.row, column)
+        model, base = self._on_host(tile)
+        return magnitudes(model, base, self.factors(tile))
 
-        return tile.remember(("on host", self), compute)
+    def bracketed_at(self, tile: Tile, ends: Sequence[Ends]) -> list[list[Bracket]]:
+        """Where the scores of each unit lie, for several brackets."""
+        model, base = self._on_host(tile)
+        return magnitudes_bracketed(model, base, ends, unit=TILE_ELEMENTS, factors=self.factors(tile))
 
-    def sampled(self, tile: Tile, first: int) -> NDArray[np.int32]:
-        sizes = Magnitude(self.model, self.base).sampled(tile, first).view(np.float32)
-        runs = first + SAMPLED * np.arange(sizes.size // SAMPLED_RUN)
-        rows = (tile.start + SAMPLED_RUN * runs[:, None] + np.arange(SAMPLED_RUN)).reshape(-1) // tile.row
-        with np.errstate(over="ignore", invalid="ignore"):
-            scaled = (sizes * tile.known(Divergences(self.model, self.base))[rows]).astype(np.float32)
-        return np.abs(scaled).view(np.int32)
+    def factors(self, tile: Tile) -> RowFactors:
+        """The divergences of the rows of a tile."""
+        first, column = divmod(tile.start, tile.row)
+        end = -(-(tile.start + tile.elements) // tile.row)
+        return RowFactors(tile.known(Divergences(self.model, self.base)).divergences[first:end], tile.row, column)
+
+    def _on_host(self, tile: Tile) -> list[Array]:
+        return [_on_host(tile.raw[name]) for name in (self.model, self.base)]
 
 
-def cutoff(tile: Tile, score: Score) -> Threshold:
-    """Keeps the scores that reach median + 1.5 · (upper − lower quartile): exact, at ranks ⌊q·(n − 1)⌋ of n."""
+@dataclass(frozen=True, slots=True)
+class Quartiles(Reduction):
+    """The bits of the importances at ranks ⌊q·(n − 1)⌋ of n, q = 1/4, 1/2, 3/4: exact, or None as of `Cutoff`."""
+
+    score: Importance
+    elements: int
+    margin: float | None
+
+    def ask(self, tile: Tile) -> None:
+        self.score.factors(tile)
+
+    def of(self, tile: Tile) -> list[tuple[Bracket, ...]]:
+        sample = tile.known(Divergences(self.score.model, self.score.base)).sample
+        ends = [each.ends(sample, self.elements) for each in self._cutoffs()]
+        return [*zip(*self.score.bracketed_at(tile, ends), strict=True)]
+
+    def combine(self, shares: Sequence[tuple[Bracket, ...]]) -> tuple[int, ...] | None:
+        found = [each.combine(of_one) for each, of_one in zip(self._cutoffs(), zip(*shares, strict=True), strict=True)]
+        return tuple(each.bits for each in found if each is not None) if None not in found else None
+
+    def _cutoffs(self) -> list[Cutoff]:
+        ranks = (self.elements - fourths * (self.elements - 1) // 4 for fourths in (1, 2, 3))
+        return [Cutoff(self.score, rank, self.margin) for rank in ranks]
+
+
+def cutoff(tile: Tile, score: Importance) -> Threshold:
+    """Keeps the scores that reach median + 1.5 · (upper − lower quartile)."""
     elements = math.prod(tile.shape)
-    counts = [elements - fourths * (elements - 1) // 4 for fourths in (1, 2, 3)]
-    ranked = together(partial(threshold_of, tile, score, count) for count in counts)
-    lower, median, upper = (float(np.int32(each.bits).view(np.float32)) for each in ranked)
+    found = first_found(tile, (Quartiles(score, elements, margin) for margin in MARGINS))
+    lower, median, upper = (float(np.int32(bits).view(np.float32)) for bits in found)
     limit = median + 1.5 * (upper - lower)
     least = np.float32(limit)
     if float(least) < limit:

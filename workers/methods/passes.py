@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from workers.methods.reductions import Coin, Score, Threshold
+from workers.methods.importance import Importance
+from workers.methods.reductions import Coin, Threshold
 from workers.methods.tile import Array
 
 Along = Literal["tensor", "rows", "columns"]
@@ -34,7 +35,7 @@ class WeightedSum:
 class Kept:
     """One task vector δ of a consensus: factor · δ where it is kept, else zero; then times its weight.
 
-    `among` keeps the elements that a threshold on |δ|, or on another `score`, keeps; `beyond` drops those that another
+    `among` keeps the elements that a threshold on |δ|, or on a `score`, keeps; `beyond` drops those that another
     keeps; `coin` decides element by element; None keeps all. `factor` is not multiplied if it is None.
     """
 
@@ -44,7 +45,7 @@ class Kept:
     beyond: Threshold | None = None
     coin: Coin | None = None
     factor: float | None = None
-    score: Score | None = None
+    score: Importance | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
-from workers.methods.kernels.ranks import Bracket, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
+from workers.methods.kernels.ranks import Bracket, Ends, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
@@ -35,7 +35,8 @@ A prime: a sample of a matrix has elements of all columns."""
 
 SAMPLED_RUN = 4
 
-_MARGINS = (5.0, 50.0, None)
+MARGINS = (5.0, 50.0, None)
+"""Those of `Cutoff`, one after the other."""
 
 
 def unit_sums(values: Tensor) -> list[float]:
@@ -223,7 +224,7 @@ class Score:
         """Where the scores of each unit lie."""
         if any(not isinstance(elements, np.ndarray) for elements in tile.raw.values()):
             return _bracketed_there(self.bits(tile), low, high)
-        return bracketed(self.on_host(tile), low=low, high=high, unit=TILE_ELEMENTS)
+        return bracketed(self.on_host(tile), (low, high), unit=TILE_ELEMENTS)
 
 
 def thinned(tile: Tile, first: int, *names: str) -> Tile:
@@ -278,12 +279,15 @@ class Magnitude(Score):
 
     def on_host(self, tile: Tile) -> NDArray[np.int32]:
         if arrays := host_arrays(tile, self.model, self.base):
-            return tile.remember(("on host", self), lambda: magnitudes(*arrays))
+            model, base = arrays
+            return tile.remember(("on host", self), lambda: magnitudes(model, base))
         return self.bits(tile).cpu().numpy()
 
     def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
         if arrays := host_arrays(tile, self.model, self.base):
-            return magnitudes_bracketed(*arrays, low=low, high=high, unit=TILE_ELEMENTS)
+            model, base = arrays
+            (found,) = magnitudes_bracketed(model, base, [(low, high)], unit=TILE_ELEMENTS)
+            return found
         return Score.bracketed(self, tile, low, high)
 
 
@@ -344,10 +348,15 @@ class Sample(Reduction):
         self.score.ask(tile)
 
     def of(self, tile: Tile) -> list[IntArray]:
-        return [self.score.sampled(tile, -(tile.start // SAMPLED_RUN) % SAMPLED)]
+        return [self.score.sampled(tile, first_sampled(tile))]
 
     def combine(self, shares: Sequence[IntArray]) -> IntArray:
         return np.sort(np.concatenate(shares))
+
+
+def first_sampled(tile: Tile) -> int:
+    """The first run of a tile that is in the sample."""
+    return -(tile.start // SAMPLED_RUN) % SAMPLED
 
 
 @dataclass(frozen=True, slots=True)
@@ -378,13 +387,14 @@ class Cutoff(Reduction):
         tile.known(Sample(self.score))
 
     def of(self, tile: Tile) -> list[Bracket]:
-        low, high = self._bracket(tile.known(Sample(self.score)), self.count / math.prod(tile.shape))
-        return self.score.bracketed(tile, low, high)
+        return self.score.bracketed(tile, *self.ends(tile.known(Sample(self.score)), math.prod(tile.shape)))
 
-    def _bracket(self, sample: IntArray, density: float) -> tuple[int, int]:
+    def ends(self, sample: IntArray, elements: int) -> Ends:
+        """The scores between which the one of this rank lies among so many elements."""
         lowest, highest = 0, int(np.iinfo(np.int32).max)
         if self.margin is None or not sample.size:
             return lowest, highest
+        density = self.count / elements
         rank = density * sample.size
         slack = self.margin * math.sqrt(rank * (1 - density)) + 2
         below, above = math.ceil(sample.size - rank + slack), math.floor(sample.size - rank - slack)
@@ -457,11 +467,12 @@ def threshold_of(tile: Tile, score: Score, count: int) -> Threshold:
     if count <= 0:
         units = -(-math.prod(tile.shape) // TILE_ELEMENTS)
         return Threshold(int(np.iinfo(np.int32).max), 0, [0] * (units + 1))
-    for margin in _MARGINS:
-        threshold: Threshold | None = tile.known(Cutoff(score, count, margin))
-        if threshold is not None:
-            return threshold
-    raise AssertionError("the whole range holds every rank")
+    return first_found(tile, (Cutoff(score, count, margin) for margin in MARGINS))
+
+
+def first_found(tile: Tile, questions: Iterable[Reduction]) -> Any:
+    """The first answer that is not None, or `NotYetKnown`."""
+    return next(answer for each in questions if (answer := tile.known(each)) is not None)
 
 
 def share_of(tile: Tile, density: float) -> int:

@@ -289,16 +289,14 @@ def _each_alone(
 
 
 def _trimmed(kept: Kept, base: str, places: dict[str, int], tile: Tile) -> Trimmed:
-    mask = None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model, base)
-    if kept.among is not None and kept.score is not None:
-        mask = among_on_host(tile, kept.among, kept.score)
     return Trimmed(
         _place(kept.model, places),
         _place(base, places),
-        None if kept.among is None or kept.score is not None else _limit(kept.among, tile),
+        None if kept.among is None else _limit(kept.among, tile),
         None if kept.beyond is None else _limit(kept.beyond, tile),
-        mask,
+        None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model, base),
         kept.factor,
+        None if kept.score is None else kept.score.factors(tile),
     )
 
 

@@ -11,13 +11,14 @@ from numpy.typing import NDArray
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+from workers.methods.kernels.ranks import RowFactors, multiplied
 from workers.methods.kernels.relaxation import RELAXES, REPEATS, Relaxation, Relaxations, relaxed
 
 EVERY, NONE = -1, 0x7FFFFFFF
 """Bits of a magnitude above which every element lies, or none."""
 
 _ELECTS, _NORMALIZES = 1, 2
-_FIELDS = 7  # of a trimmed task vector, see `_consensus`
+_FIELDS = 8  # of a trimmed task vector, see `_consensus`
 
 
 def _consensus(
@@ -30,6 +31,9 @@ def _consensus(
     trimmed: int,
     factors: Pointer,
     masks: Pointer,
+    row_factors: Pointer,
+    row: int,
+    column: int,
     points: int,
     bases: Pointer,
     ends: Pointer,
@@ -57,8 +61,8 @@ def _consensus(
     """For each block: every parent as a line of numbers, then every trimmed task vector, then every point.
 
     `vectors` holds of each task vector (line of the model, line of the base, keep above, equals to keep, drop above,
-    equals to drop, has a mask). "Equals" counts those left of the elements that are exactly as large as the limit; −1
-    means that nothing has to be counted. Point p has the terms up to `ends[p]`, which index `vectors`.
+    equals to drop, has a mask, has row factors). "Equals" counts those left of the elements that are exactly as large
+    as the limit; −1 means that nothing has to be counted. Point p has the terms up to `ends[p]`, which index `vectors`.
     A point that `REPEATS` has the consensus of the one before; one that `RELAXES` has factors in `relaxations`.
     """
     for first in range(0, count, BLOCK):
@@ -69,7 +73,11 @@ def _consensus(
         for vector in range(trimmed):
             at = _FIELDS * vector
             model, base, into = lines[vectors[at]], lines[vectors[at + 1]], lines[parents + vector]
-            if vectors[at + 3] >= 0 or vectors[at + 5] >= 0:
+            if vectors[at + 7]:
+                _trim_by_rows(
+                    model, base, np.int32(vectors[at + 2]), row_factors[vector], row, column + first, into, size
+                )
+            elif vectors[at + 3] >= 0 or vectors[at + 5] >= 0:
                 _trim_counting(model, base, vectors, at, into, size)
             else:
                 _trim(model, base, np.int32(vectors[at + 2]), np.int32(vectors[at + 4]), into, size)
@@ -123,6 +131,22 @@ def _trim(model: Pointer, base: Pointer, above: np.int32, beyond: np.int32, delt
     for i in range(count):
         bits = magnitude_bits(model[i], base[i])
         delta[i] = (model[i] - base[i]) * np.float32((bits > above) & (bits <= beyond))
+
+
+def _trim_by_rows(
+    model: Pointer, base: Pointer, above: np.int32, factors: Pointer, row: int, place: int, delta: Pointer, count: int
+) -> None:
+    """The same by magnitudes times the factors of their rows; `place` counts from the start of the first row."""
+    done = 0
+    while done < count:
+        of_row = (place + done) // row
+        end = min(count, row * (of_row + 1) - place)
+        factor = factors[of_row]
+        for i in range(done, end):
+            magnitude = np.uint32(magnitude_bits(model[i], base[i])).view(np.float32)
+            bits = np.int32(multiplied(magnitude, factor))
+            delta[i] = (model[i] - base[i]) * np.float32(bits > above)
+        done = end
 
 
 def _trim_counting(model: Pointer, base: Pointer, vectors: Pointer, at: int, delta: Pointer, count: int) -> None:
@@ -248,7 +272,7 @@ _TENSORS = ("u16**", "u32**", "u64**")
 _KERNELS = {
     name: kernel(
         *(*_TENSORS, "i64*", "i64"),
-        *("i64*", "i64", f"{short}*", "u8**"),
+        *("i64*", "i64", f"{short}*", "u8**", "f64**", "i64", "i64"),
         *("i64", "i64*", "i64*", "i64*", f"{short}*"),
         *("i64*", f"{short}**", "i64", "i64", "i64", f"{short}*", "i64", "i64"),
         *(*_TENSORS, "i64", "u8*", "u8*", f"{short}**", f"{short}*", f"{short}*", f"{short}*"),
@@ -272,7 +296,8 @@ class Limit:
 class Trimmed:
     """model − base, kept where it is above one limit and not above the other and its mask is 1; then times `factor`.
 
-    Parents are places in a list. A limit of None keeps all, or drops none. The mask has one byte an element.
+    Parents are places in a list. A limit of None keeps all, or drops none. The mask has one byte an element. With
+    `scaled`, magnitudes times the factors of their rows are held against `among`, which then keeps no equals, alone.
     """
 
     model: int
@@ -281,6 +306,7 @@ class Trimmed:
     beyond: Limit | None = None
     mask: NDArray[np.bool_] | None = None
     factor: float | None = None
+    scaled: RowFactors | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -318,6 +344,9 @@ def run_mixtures(
     vectors = np.array([_fields(each) for each in trimmed], np.int64)
     factors = np.array([1.0 if each.factor is None else each.factor for each in trimmed], dtype)
     masks = addresses([np.zeros(1, np.bool_) if each.mask is None else each.mask for each in trimmed])
+    scaled = [each.scaled for each in trimmed if each.scaled is not None]
+    row, column = (scaled[0].row, scaled[0].column) if scaled else (1, 0)
+    of_rows = addresses([np.zeros(1) if each.scaled is None else each.scaled.factors for each in trimmed])
     ends = np.cumsum([len(each.terms) for each in mixtures])
     terms = np.array([place for each in mixtures for place, _ in each.terms], np.int64)
     weights = np.array([weight for each in mixtures for _, weight in each.terms], dtype)
@@ -332,7 +361,7 @@ def run_mixtures(
     raw_at, out_at = address(raw), address(out)
     _KERNELS[arithmetic](
         *(raw_at, raw_at, raw_at, address(dtypes), len(parents)),
-        *(address(vectors), len(trimmed), address(factors), address(masks)),
+        *(address(vectors), len(trimmed), address(factors), address(masks), address(of_rows), row, column),
         *(len(mixtures), address(bases), address(ends), address(terms), address(weights)),
         *(*relaxations.arguments, address(scales), start, elements),
         *(out_at, out_at, out_at, CODES[outputs[0].dtype]),
@@ -345,4 +374,5 @@ def run_mixtures(
 def _fields(each: Trimmed) -> tuple[int, ...]:
     among, beyond = each.among or Limit(EVERY), each.beyond or Limit(NONE)
     equals = tuple(-1 if limit.equals is None else limit.equals for limit in (among, beyond))
-    return each.model, each.base, among.bits, equals[0], beyond.bits, equals[1], each.mask is not None
+    has = each.mask is not None, each.scaled is not None
+    return each.model, each.base, among.bits, equals[0], beyond.bits, equals[1], *has

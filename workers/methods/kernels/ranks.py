@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,12 +13,24 @@ from workers.methods.kernels.dtypes import BF16, CODES, of_bfloat16, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
 
-@kernel("u16**", "u32**", "u64**", "i64*", "i64", "f32**", "u32*")
+@dataclass(frozen=True, slots=True, eq=False)
+class RowFactors:
+    """A factor for each row of so many elements that a part of a tensor touches; it begins in a column of the first."""
+
+    factors: NDArray[np.float64]
+    row: int
+    column: int
+
+
+@kernel("u16**", "u32**", "u64**", "i64*", "i64", "f64*", "i64", "i64", "f32**", "u32*")
 def _magnitudes(
-    halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, count: int, lines: Pointer, bits: Pointer
-) -> None:
+    halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, count: int, factors: Pointer, row: int,
+    column: int, lines: Pointer, bits: Pointer,
+) -> None:  # fmt: skip
     for first in range(0, count, BLOCK):
-        _differences(halves, words, longs, dtypes, first, min(BLOCK, count - first), lines, bits, first)
+        size = min(BLOCK, count - first)
+        _differences(halves, words, longs, dtypes, first, size, lines, bits, first)
+        _multiply(bits, first, size, factors, row, column + first)
 
 
 def _differences(
@@ -41,63 +54,59 @@ def _magnitude(model: np.float32, base: np.float32) -> np.uint32:
     return np.uint32(np.float32(model - base).view(np.uint32) & np.uint32(0x7FFFFFFF))
 
 
-def magnitudes(model: Array, base: Array) -> NDArray[np.int32]:
-    """|model − base| in float32, as integers whose order is the order of magnitudes; a NaN is the greatest."""
+def _multiply(bits: Pointer, at: int, size: int, factors: Pointer, row: int, place: int) -> None:
+    """Multiplies so many magnitudes, from `at` on, by the factors of their rows in float64, if there are rows.
+
+    The elements begin at a `place` from the start of the first row.
+    """
+    done = 0
+    while row and done < size:
+        of_row = (place + done) // row
+        end = min(size, row * (of_row + 1) - place)
+        factor = factors[of_row]
+        for i in range(at + done, at + end):
+            bits[i] = multiplied(np.uint32(bits[i]).view(np.float32), factor)
+        done = end
+
+
+def multiplied(magnitude: np.float32, factor: np.float64) -> np.uint32:
+    """The bits of the product, rounded to float32, without the sign of a NaN."""
+    return np.uint32(np.float32(np.float64(magnitude) * factor).view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
+def magnitudes(model: Array, base: Array, factors: RowFactors | None = None) -> NDArray[np.int32]:
+    """|model − base| in float32, as integers whose order is the order of magnitudes; a NaN is the greatest.
+
+    With factors, times that of the row in float64, rounded to float32.
+    """
     pair = [np.ascontiguousarray(model), np.ascontiguousarray(base)]
     assert pair[0].size == pair[1].size
-    bits = np.empty(pair[0].size, np.int32)
+    bits, of_rows = np.empty(pair[0].size, np.int32), _of_rows(factors, pair[0].size)
     lines, _memory = aligned_lines(2, 4 * BLOCK)
     dtypes = np.array([CODES[each.dtype] for each in pair], np.int64)
     raw = addresses(pair)
     at = address(raw)
-    _magnitudes(at, at, at, address(dtypes), bits.size, address(lines), address(bits))
-    return bits
-
-
-@kernel("u16**", "u32**", "u64**", "i64*", "i64", "i64", "i64", "f64*", "f32**", "u32*")
-def _scaled_magnitudes(
-    halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, count: int, column: int, row: int,
-    factors: Pointer, lines: Pointer, bits: Pointer,
-) -> None:  # fmt: skip
-    begin, place = 0, 0
-    while begin < count:
-        end = min(count, begin + row - column)
-        factor = factors[place]
-        for first in range(begin, end, BLOCK):
-            size = min(BLOCK, end - first)
-            _differences(halves, words, longs, dtypes, first, size, lines, bits, first)
-            for i in range(first, first + size):
-                scaled = np.float32(np.float64(np.uint32(bits[i]).view(np.float32)) * factor)
-                bits[i] = np.uint32(scaled.view(np.uint32) & np.uint32(0x7FFFFFFF))
-        begin, place, column = end, place + 1, 0
-
-
-def scaled_magnitudes(
-    model: Array, base: Array, factors: NDArray[np.float64], row: int, column: int
-) -> NDArray[np.int32]:
-    """The `magnitudes` times the factor of their row in float64, rounded to float32; without the sign of a NaN.
-
-    The elements begin in a `column` of the first row.
-    """
-    pair = [np.ascontiguousarray(model), np.ascontiguousarray(base)]
-    assert pair[0].size == pair[1].size and factors.size == -(-(column + pair[0].size) // row)
-    bits, of_rows = np.empty(pair[0].size, np.int32), np.ascontiguousarray(factors)
-    lines, _memory = aligned_lines(2, 4 * BLOCK)
-    dtypes = np.array([CODES[each.dtype] for each in pair], np.int64)
-    raw = addresses(pair)
-    _scaled_magnitudes(
-        *(*3 * (address(raw),), address(dtypes), bits.size, column, row),
-        *(address(of_rows), address(lines), address(bits)),
+    _magnitudes(
+        *(at, at, at, address(dtypes), bits.size),
+        *(address(of_rows.factors), of_rows.row, of_rows.column, address(lines), address(bits)),
     )
     return bits
+
+
+def _of_rows(factors: RowFactors | None, elements: int) -> RowFactors:
+    """The factors of so many elements, without rows if there are none."""
+    if factors is None:
+        return RowFactors(np.empty(0), 0, 0)
+    assert factors.factors.size == -(-(factors.column + elements) // factors.row)
+    return RowFactors(np.ascontiguousarray(factors.factors), factors.row, factors.column)
 
 
 _COUNTS = 4  # of a unit: above the bracket, at its upper end, at its lower end, between
 
 
 @kernel(
-    *("u16**", "u32**", "u64**", "i64*", "i64", "u32*", "i64", "i64", "u32", "u32"),
-    *("f32**", "u32*", "u8*", "u64*", "u32*", "i64*"),
+    *("u16**", "u32**", "u64**", "i64*", "i64", "u32*", "i64", "i64", "f64*", "i64", "i64"),
+    *("u32*", "u32*", "i64", "f32**", "u32*", "u8*", "u64*", "u32**", "i64*"),
 )
 def _bracketed(
     halves: Pointer,
@@ -108,49 +117,60 @@ def _bracketed(
     numbers: Pointer,
     count: int,
     unit: int,
-    low: int,
-    high: int,
+    factors: Pointer,
+    row: int,
+    column: int,
+    lows: Pointer,
+    highs: Pointer,
+    brackets: int,
     lines: Pointer,
     block: Pointer,
     flags: Pointer,
     eights: Pointer,
-    between: Pointer,
+    betweens: Pointer,
     counts: Pointer,
 ) -> None:
     """Ranks the magnitudes of the differences of two tensors if they `differ`, else the given numbers.
 
     `flags` and `eights` are the same bytes: eight elements that are not between the ends are passed by at once.
+    `counts` has for each bracket those of each unit, then one number for each bracket.
     """
-    found = 0
     step = min(BLOCK, unit)
+    units = -(-count // unit)
+    totals = _COUNTS * units * brackets
     for first in range(0, count, step):
         size = min(step, count - first)
         if differ:
             _differences(halves, words, longs, dtypes, first, size, lines, block, 0)
+            _multiply(block, 0, size, factors, row, column + first)
         else:
             for i in range(size):
                 block[i] = numbers[first + i]
-        above, at_high, at_low = np.uint32(0), np.uint32(0), np.uint32(0)
-        for i in range(size):
-            number = block[i]
-            above = np.uint32(above + np.uint32(number > high))
-            at_high = np.uint32(at_high + np.uint32(number == high))
-            at_low = np.uint32(at_low + np.uint32(number == low))
-            flags[i] = (number > low) & (number < high)
         whole = -(-size // 8)
-        for i in range(size, 8 * whole):
-            flags[i] = 0
-        before = found
-        for eight in range(whole):
-            if eights[eight]:
-                for i in range(8 * eight, 8 * eight + 8):  # every number is stored, and the next overwrites the others
-                    between[found] = block[i]
-                    found += flags[i]
-        at = _COUNTS * (first // unit)
-        counts[at] += above
-        counts[at + 1] += at_high
-        counts[at + 2] += at_low
-        counts[at + 3] += found - before
+        for bracket in range(brackets):
+            low, high, between = lows[bracket], highs[bracket], betweens[bracket]
+            above, at_high, at_low = np.uint32(0), np.uint32(0), np.uint32(0)
+            for i in range(size):
+                number = block[i]
+                above = np.uint32(above + np.uint32(number > high))
+                at_high = np.uint32(at_high + np.uint32(number == high))
+                at_low = np.uint32(at_low + np.uint32(number == low))
+                flags[i] = (number > low) & (number < high)
+            for i in range(size, 8 * whole):
+                flags[i] = 0
+            before = counts[totals + bracket]
+            found = before
+            for eight in range(whole):
+                if eights[eight]:
+                    for i in range(8 * eight, 8 * eight + 8):  # every number is stored, and the next overwrites it
+                        between[found] = block[i]
+                        found += flags[i]
+            at = _COUNTS * (units * bracket + first // unit)
+            counts[at] += above
+            counts[at + 1] += at_high
+            counts[at + 2] += at_low
+            counts[at + 3] += found - before
+            counts[totals + bracket] = found
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -168,37 +188,56 @@ class Bracket:
     between: NDArray[np.int32]
 
 
-def bracketed(bits: NDArray[np.int32], *, low: int, high: int, unit: int) -> list[Bracket]:
-    """Where so many numbers of each unit lie, none negative; 0 ≤ low ≤ high."""
+Ends = tuple[int, int]
+"""The low and the high end of a bracket: 0 ≤ low ≤ high."""
+
+
+def bracketed(bits: NDArray[np.int32], ends: Ends, *, unit: int) -> list[Bracket]:
+    """Where so many numbers of each unit lie, none negative."""
     assert bits.flags.c_contiguous and bits.itemsize == 4
-    return _brackets(None, bits, low, high, unit)
+    (found,) = _brackets(None, bits, [ends], unit, None)
+    return found
 
 
-def magnitudes_bracketed(model: Array, base: Array, *, low: int, high: int, unit: int) -> list[Bracket]:
-    """The same of the `magnitudes`, without a list of all of them."""
+def magnitudes_bracketed(
+    model: Array, base: Array, ends: Sequence[Ends], *, unit: int, factors: RowFactors | None = None
+) -> list[list[Bracket]]:
+    """The same of the `magnitudes` for several brackets, without a list of all of them."""
     pair = [np.ascontiguousarray(model), np.ascontiguousarray(base)]
     assert pair[0].size == pair[1].size
-    return _brackets(pair, pair[0], low, high, unit)
+    return _brackets(pair, pair[0], ends, unit, factors)
 
 
-def _brackets(pair: list[Array] | None, numbers: Array, low: int, high: int, unit: int) -> list[Bracket]:
+def _brackets(
+    pair: list[Array] | None, numbers: Array, ends: Sequence[Ends], unit: int, factors: RowFactors | None
+) -> list[list[Bracket]]:
     assert unit <= BLOCK or unit % BLOCK == 0
-    units = -(-numbers.size // unit)
-    between = np.empty(numbers.size + 8, np.int32)
-    counts = np.zeros((units, _COUNTS), np.int64)
+    units, of_rows = -(-numbers.size // unit), _of_rows(factors, numbers.size)
+    between = np.empty((len(ends), numbers.size + 8), np.int32)
+    counts = np.zeros(len(ends) * (_COUNTS * units + 1), np.int64)
+    lows, highs = np.array(ends, np.uint32).T.copy()
     lines, _memory = aligned_lines(4, 4 * BLOCK)
-    raw = addresses(pair or [])
+    raw, into = addresses(pair or []), addresses([*between])
     dtypes = np.array([CODES[each.dtype] for each in pair or []], np.int64)
     at, flags = address(raw), int(lines[3])
     _bracketed(
-        *(at, at, at, address(dtypes), pair is not None, address(numbers), numbers.size, unit, low, high),
-        *(address(lines), int(lines[2]), flags, flags, address(between), address(counts)),
+        *(at, at, at, address(dtypes), pair is not None, address(numbers), numbers.size, unit),
+        *(address(of_rows.factors), of_rows.row, of_rows.column, address(lows), address(highs), len(ends)),
+        *(address(lines), int(lines[2]), flags, flags, address(into), address(counts)),
     )
-    ends = np.cumsum(counts[:, 3])
-    inside = between[: ends[-1] if units else 0].copy()
+    return [
+        _of_units(*each)
+        for each in zip(ends, between, counts[: -len(ends)].reshape(len(ends), units, _COUNTS), strict=True)
+    ]
+
+
+def _of_units(ends: Ends, between: NDArray[np.int32], counts: NDArray[np.int64]) -> list[Bracket]:
+    low, high = ends
+    until = np.cumsum(counts[:, 3]).tolist()
+    inside = between[: until[-1] if until else 0].copy()
     return [
         Bracket(low, high, above, at_high, 0 if low == high else at_low, inside[end - found : end])
-        for (above, at_high, at_low, found), end in zip(counts.tolist(), ends.tolist(), strict=True)
+        for (above, at_high, at_low, found), end in zip(counts.tolist(), until, strict=True)
     ]
 
 

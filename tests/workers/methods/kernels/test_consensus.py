@@ -7,6 +7,7 @@ import pytest
 
 from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.memory import BLOCK
+from workers.methods.kernels.ranks import RowFactors, magnitudes
 
 ELEMENTS = 3 * BLOCK + 100
 
@@ -36,3 +37,16 @@ def test_only_the_first_of_equals_are_kept_and_only_the_first_dropped(
             kept, gone = False, gone - 1
         expected.append(value if kept else 0.0)
     assert out.tolist() == expected
+
+
+@pytest.mark.parametrize(("row", "column"), [(1, 0), (700, 650), (5 * BLOCK, 3)])
+def test_magnitudes_times_the_factors_of_their_rows_are_held_against_a_limit(row: int, column: int):
+    rng = np.random.default_rng(row)
+    model, base = rng.standard_normal((2, ELEMENTS)).astype(np.float32)
+    factors = RowFactors(rng.random(-(-(column + ELEMENTS) // row)), row, column)
+    scores = magnitudes(model, base, factors)
+    limit = int(np.median(scores))
+    out = np.empty(ELEMENTS, np.float32)
+    trimmed = Trimmed(0, 1, Limit(limit), scaled=factors)
+    run_mixtures([model, base], [trimmed], [Mixture(1, ((0, 1.0),), False, False, 1.0)], [out], "float32")
+    assert out.tolist() == (base + (model - base) * (scores > limit)).tolist()

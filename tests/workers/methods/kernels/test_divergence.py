@@ -1,4 +1,4 @@
-"""The compiled softmaxes and divergences against numpy's, and their functions against decimal arithmetic."""
+"""The compiled divergences of softmaxes against numpy's, and their functions against decimal arithmetic."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from workers.methods.kernels import divergence
-from workers.methods.kernels.divergence import divergences, exponentials, row_divergences, softmaxes
+from workers.methods.kernels.divergence import divergences
 
 SMOOTHING = 1e-8
 
@@ -21,48 +21,73 @@ def pair(shape: tuple[int, int], dtype: Any) -> tuple[Any, Any]:
     return (base.astype(float) + rng.standard_normal(shape) * 0.1).astype(dtype), base
 
 
+def found(model: Any, base: Any, row: int, *, start: int = 0, unit: int = 1 << 17) -> list[float]:
+    return divergences(model, base, row, start=start, unit=unit, smoothing=SMOOTHING).tolist()
+
+
+def by_numpy(model: Any, base: Any) -> Any:
+    """KL of the softmaxes of rows."""
+    wide = (each.astype(float) for each in (model, base))
+    p, q = (np.exp(values) / np.exp(values).sum(axis=1, keepdims=True) + SMOOTHING for values in wide)
+    return (p * np.log(p / q)).sum(axis=1)
+
+
 @pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float32, np.float64])
 @pytest.mark.parametrize("shape", [(5, 3), (11, 700), (1, 1100)])
-def test_rows_have_the_divergence_of_their_softmaxes(shape: tuple[int, int], dtype: Any):
-    parents = pair(shape, dtype)
-    wide = [each.astype(float) for each in parents]
-    found = [softmaxes(each.ravel(), shape[1], 0) for each in parents]
-    for (tops, sums), values in zip(found, wide, strict=True):
-        assert (tops == values.max(axis=1)).all()
-        assert sums == pytest.approx(np.exp(values - values.max(axis=1, keepdims=True)).sum(axis=1), rel=1e-13)
-    p, q = (np.exp(values) / np.exp(values).sum(axis=1, keepdims=True) + SMOOTHING for values in wide)
-    expected = (p * np.log(p / q)).sum(axis=1)
-    model, base = (each.ravel() for each in parents)
-    sums = divergences(model, base, *found, shape[1], 0, SMOOTHING)
-    assert sums == pytest.approx(expected, rel=1e-9, abs=1e-15)
-    assert row_divergences(model, base, shape[1], SMOOTHING).tolist() == sums.tolist()
+@pytest.mark.parametrize("scale", [1, 0.02], ids=["far", "near"])
+def test_rows_have_the_divergence_of_their_softmaxes(shape: tuple[int, int], dtype: Any, scale: float):
+    model, base = ((each.astype(float) * scale).astype(dtype) for each in pair(shape, dtype))
+    expected = by_numpy(model, base)
+    assert found(model.ravel(), base.ravel(), shape[1]) == pytest.approx(expected, rel=1e-9, abs=1e-15)
 
 
-def test_a_row_is_cut_anywhere():
-    model, base = (each.ravel() for each in pair((4, 700), np.float32))
-    found = [softmaxes(each, 700, 0) for each in (model, base)]
-    whole = divergences(model, base, *found, 700, 0, SMOOTHING)
-    before = divergences(model[:900], base[:900], *(each[:, :2] for each in found), 700, 0, SMOOTHING)
-    after = divergences(model[900:], base[900:], *(each[:, 1:] for each in found), 700, 200, SMOOTHING)
-    assert [before[0], before[1] + after[0], *after[1:]] == pytest.approx(whole.tolist(), rel=1e-9)
+@pytest.mark.parametrize(("start", "unit"), [(0, 1024), (700, 1024), (1400, 256)], ids=["cut", "early", "wide"])
+def test_a_row_that_is_cut_has_the_divergence_of_the_whole_but_for_rounding(start: int, unit: int):
+    model, base = pair((4, 700), np.float32)
+    sums = found(model.ravel(), base.ravel(), 700, start=start, unit=unit)
+    whole = found(model.ravel(), base.ravel(), 700)
+    assert sums == pytest.approx(by_numpy(model, base), rel=1e-9)
+    assert sums != whole
+    cut = [place // unit != (place + 699) // unit for place in range(start, start + 2800, 700)]
+    assert [one for one, is_cut in zip(sums, cut, strict=True) if not is_cut] == [
+        one for one, is_cut in zip(whole, cut, strict=True) if not is_cut
+    ]
+
+
+def by_parts(model: list[float], base: list[float], cut: int) -> float:
+    """The divergence of a row that is cut once, in the order of the compiled loop, for at most 2 elements a part."""
+
+    def softmax(row: list[float]) -> list[float]:
+        parts = [part for part in (row[:cut], row[cut:]) if part]
+        total = 0.0
+        for part in parts:
+            total += sum(divergence._exp(np.float64(x - max(part))) for x in part) * divergence._exp(
+                np.float64(max(part) - max(row))
+            )
+        return [divergence._exp(np.float64(x - max(row))) * (1 / total) + SMOOTHING for x in row]
+
+    terms = [p * divergence._log(np.float64(p / q)) for p, q in zip(softmax(model), softmax(base), strict=True)]
+    return float(sum(terms[:cut]) + sum(terms[cut:]))
+
+
+@pytest.mark.parametrize("cut", [0, 1, 2])
+@pytest.mark.parametrize("step", [1e-3, 0.3, 3])
+def test_the_compiled_loop_has_the_bits_of_its_functions(cut: int, step: float):
+    rows = np.random.default_rng(cut).standard_normal((40, 2, 2 + cut % 2)) * step
+    for model, base in rows:
+        sums = found(model, base, model.size, start=8 - cut if cut else 0, unit=8)
+        assert sums == [by_parts(model.tolist(), base.tolist(), cut)]
 
 
 def test_a_row_with_an_element_that_is_no_number_has_no_divergence():
     model = np.array([1, np.nan, 2, np.inf, -np.inf, 1])
     base = np.array([1, 1.5, np.nan, 0, 0.5, 1])
-    found = [softmaxes(each, 2, 0) for each in (model, base)]
-    assert np.isnan(found[0][1]).tolist() == [True, True, False]
-    sums = divergences(model, base, *found, 2, 0, SMOOTHING)
-    assert np.isnan(sums).tolist() == [True, True, False]
-    assert np.array_equal(row_divergences(model, base, 2, SMOOTHING), sums, equal_nan=True)
-    # softmaxes (0, 1) and (1, √e)/(1 + √e)
-    q = np.exp([0, 0.5]) / np.exp([0, 0.5]).sum()
-    assert sums[2] == pytest.approx(1e-8 * np.log(1e-8 / q[0]) + (1 + 1e-8) * np.log((1 + 1e-8) / (q[1] + 1e-8)))
-
-
-def test_exponentials_of_numbers_that_are_none():
-    assert exponentials(np.array([-np.inf, -1e9, 0.0])) == pytest.approx([0, 0, 1], abs=1e-300)
-    assert np.isnan(exponentials(np.array([np.nan])))
+    for unit in (2, 3, 1024):  # the second row is cut, or none
+        sums = found(model, base, 2, unit=unit)
+        assert np.isnan(sums).tolist() == [True, True, False]
+        # softmaxes (0, 1) and (1, √e)/(1 + √e)
+        q = np.exp([0, 0.5]) / np.exp([0, 0.5]).sum()
+        assert sums[2] == pytest.approx(1e-8 * np.log(1e-8 / q[0]) + (1 + 1e-8) * np.log((1 + 1e-8) / (q[1] + 1e-8)))
 
 
 def test_the_functions_err_by_less_than_two_units_in_the_last_place():
@@ -70,8 +95,8 @@ def test_the_functions_err_by_less_than_two_units_in_the_last_place():
     powers = [0.0, *-(10 ** rng.uniform(-12, 2.8, 300)), *rng.uniform(-3, 0, 300)]
     numbers = [1.0, *10 ** rng.uniform(-8, 8, 300), *1 + 10 ** rng.uniform(-12, -1, 150), *rng.uniform(0.6, 1, 150)]
     with localcontext(prec=40), np.errstate(over="ignore"):
+        assert np.isnan(divergence._exp(np.float64(np.nan))) and divergence._exp(np.float64(-np.inf)) < 1e-300
         for x in powers:
-            assert exponentials(np.array([x])) == divergence._exp(np.float64(x))
             assert abs(divergence._exp(np.float64(x)) - (exact := float(Decimal(x).exp()))) < 2 * np.spacing(exact)
         for x in numbers:
             exact = float(Decimal(float(x)).ln())

@@ -8,11 +8,11 @@ import pytest
 
 from workers.methods.kernels.ranks import (
     Bracket,
+    RowFactors,
     below_by_rank,
     bracketed,
     magnitudes,
     magnitudes_bracketed,
-    scaled_magnitudes,
 )
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
@@ -39,9 +39,9 @@ def as_lists(brackets: list[Bracket]) -> list[tuple[int, int, int, list[int]]]:
 def test_magnitudes_are_scaled_row_by_row_and_rounded_once():
     # 1.5 − 1, |0.5 − 1.5| and 2 − 2 times 0.1; then |1 − 5| times 1e-40, 3 − 0 times NaN: rows of three, the first cut
     model, base = np.array([1.5, 0.5, 2, 1, 3], np.float32), np.array([1, 1.5, 2, 5, 0], np.float32)
-    found = scaled_magnitudes(model[1:], base[1:], np.array([0.1, 1e-40]), 3, 1).view(np.float32)
+    found = magnitudes(model[1:], base[1:], RowFactors(np.array([0.1, 1e-40]), 3, 1)).view(np.float32)
     assert found.tolist() == [float(np.float32(0.1)), 0.0, float(np.float32(4e-40)), float(np.float32(3e-40))]
-    assert scaled_magnitudes(model[:1], base[:1], np.array([-np.nan]), 3, 0).tolist() == [0x7FC00000]
+    assert magnitudes(model[:1], base[:1], RowFactors(np.array([-np.nan]), 3, 0)).tolist() == [0x7FC00000]
 
 
 @pytest.mark.parametrize(("elements", "unit"), [(0, 16), (1, 16), (5000, 2048), (5000, 256), (67, 16)])
@@ -57,7 +57,7 @@ def test_a_bracket_counts_its_ends_and_holds_what_is_between(elements: int, unit
         )
         for part in (bits[start : start + unit].tolist() for start in range(0, elements, unit))
     ]
-    assert as_lists(bracketed(bits, low=low, high=high, unit=unit)) == expected
+    assert as_lists(bracketed(bits, (low, high), unit=unit)) == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -65,15 +65,20 @@ def test_the_brackets_of_two_tensors_are_those_of_their_magnitudes(dtype: type):
     rng = np.random.default_rng(0)
     a, b = (rng.standard_normal(5001).astype(dtype) for _ in range(2))
     bits = magnitudes(a, b)
-    low, high = sorted(bits[:2].tolist())
-    found = magnitudes_bracketed(a, b, low=low, high=high, unit=2048)
-    assert as_lists(found) == as_lists(bracketed(bits, low=low, high=high, unit=2048))
+    first, second, third = sorted(bits[:3].tolist())
+    ends = [(first, second), (second, third), (0, third)]
+    found = magnitudes_bracketed(a, b, ends, unit=2048)
+    assert [as_lists(each) for each in found] == [as_lists(bracketed(bits, each, unit=2048)) for each in ends]
+    factors = RowFactors(rng.random(1 + 5001 // 700 + 1), 700, 650)
+    scaled = magnitudes(a, b, factors)
+    found = magnitudes_bracketed(a, b, ends, unit=2048, factors=factors)
+    assert [as_lists(each) for each in found] == [as_lists(bracketed(scaled, each, unit=2048)) for each in ends]
 
 
 def test_the_greatest_number_can_be_an_end():
     bits = np.array([2**31 - 1, 0, 2**31 - 2, 5], np.int32)
-    assert as_lists(bracketed(bits, low=5, high=2**31 - 2, unit=16)) == [(1, 1, 1, [])]
-    assert as_lists(bracketed(bits, low=5, high=2**31 - 1, unit=16)) == [(0, 1, 1, [2**31 - 2])]
+    assert as_lists(bracketed(bits, (5, 2**31 - 2), unit=16)) == [(1, 1, 1, [])]
+    assert as_lists(bracketed(bits, (5, 2**31 - 1), unit=16)) == [(0, 1, 1, [2**31 - 2])]
 
 
 @pytest.mark.parametrize(("rows", "row"), [(1, 2), (7, 3), (5, 600), (3, 5000), (1, 70_000)])
