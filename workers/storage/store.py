@@ -108,8 +108,8 @@ class Store(Protocol):
     def upload(self, key: str, *, mode: Literal["create", "overwrite"] = "overwrite") -> Upload:
         """Begin a large object of unknown size; with `create`, of many that commit, one wins.
 
-        GCS and Azure have no such condition for objects in parts, those of more than 16 MiB: there `commit` looks
-        whether there is an object, and then replaces one that came since.
+        Of objects in parts, those of more than 16 MiB, GCS takes no condition (its XML API answers 400), and obstore
+        passes none on to Azure: there `commit` looks whether there is an object, and replaces one that came since.
         """
         ...
 
