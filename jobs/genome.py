@@ -20,6 +20,7 @@ from decimal import Decimal
 from typing import Any
 
 from jobs.grid import POINT_NAME
+from jobs.kinds_of_files import check_kind
 from jobs.sources import filled, model_name
 from jobs.yaml_nodes import Node, load_document, quoted
 
@@ -230,6 +231,7 @@ def load_genome(text: str, name: str) -> Genome:
     cannot have.
     """
     node = load_document(text, name)
+    check_kind(node, "genome")
     keys = filled(node.mapping(KEYS, ("genome", "tasks")))
     genome = filled(keys["genome"].mapping(GENOME_KEYS, ("models", "merge_method")))
     method = genome["merge_method"].choice(tuple(GENES))

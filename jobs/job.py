@@ -19,6 +19,7 @@ from jobs.errors import BadInput
 from jobs.evaluate import SPECS, Alpha, Count, Evaluation, GuardsSpec, Margin, evaluation_schema, read_evaluation
 from jobs.expressions import name_template
 from jobs.grid import POINT_NAME, Grid, Point, expand, grid_schema, parse_grid
+from jobs.kinds_of_files import check_kind
 from jobs.merge_tasks import digest
 from jobs.search import SearchedRecipe, SearchSpec, read_search, search_schema
 from jobs.sources import LATER
@@ -229,7 +230,9 @@ class Job:
 
 def load_job(text: str, name: str, output: str | None = None) -> Job:
     """The job in `text`; `name` is the file's name in error messages, `output` replaces the file's."""
-    return read_job(load_document(text, name), output)
+    node = load_document(text, name)
+    check_kind(node, "recipe")
+    return read_job(node, output)
 
 
 def read_job(node: Node, output: str | None = None) -> Job:
@@ -254,7 +257,9 @@ def load_merge_document(text: str, name: str, output: str) -> Job:
 
     Its point is called `merge`. Where documents that have names make several results, there is a point for each.
     """
-    results = results_in_order(load_documents(text, name))
+    documents = load_documents(text, name)
+    check_kind(documents[0], "merge_method")
+    results = results_in_order(documents)
     templates = [stages_template(node, foreign=True) for node in results]
     grid = parse_grid(None, templates[0].place)
     points = tuple(expand(template, grid, None)[0] for template in templates)

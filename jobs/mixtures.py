@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from jobs.errors import BadInput
+from jobs.kinds_of_files import check_kind
 from jobs.recipe import DTYPES
 from jobs.sources import Reader, filled, model_name
 from jobs.yaml_nodes import Node, load_document
@@ -55,6 +56,7 @@ class Mixture:
 def load_mixture(text: str, name: str, *, all_same: bool) -> Mixture:
     """The mixture in a YAML file; `all_same` allows experts that are one model. `BadInput` with the line."""
     node, reader = load_document(text, name), Reader(foreign=True)
+    check_kind(node, "experts")
     keys = filled(reader.keys(node, KEYS, ("base_model", "experts")))
     gate_mode = keys["gate_mode"].choice(GATE_MODES) if "gate_mode" in keys else "hidden"
     experts = tuple(_expert(entry, reader, gate_mode) for entry in keys["experts"].sequence())

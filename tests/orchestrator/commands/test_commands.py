@@ -823,6 +823,24 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+@pytest.mark.parametrize(
+    ("command", "file", "message"),
+    [
+        ("plan", "mergekit.yml", "2: this is a mergekit document: `mergeyard merge FILE OUT` merges it"),
+        ("plan", "evolve/genome.yml", "2: this is a genome of mergekit-evolve: `mergeyard search FILE OUT` runs its"),
+        ("search", "search.yaml", "6: this is a job: `mergeyard run FILE` runs it"),
+        ("merge", "search.yaml", "6: this is a job: `mergeyard run FILE` runs it"),
+        ("moe", "mergekit.yml", "2: this is a mergekit document: `mergeyard merge FILE OUT` merges it"),
+    ],
+)
+def test_a_file_of_another_kind_is_refused_with_its_command(
+    command: str, file: str, message: str, mergeyard: Mergeyard, tmp_path: Path
+):
+    path = Path(__file__).parents[3] / "jobs" / "examples" / file
+    ended = mergeyard(command, path, *([] if command == "plan" else [tmp_path / "out"]))
+    assert_refused(ended, f"{path}:{message}")
+
+
 @pytest.mark.parametrize("command", [("plan",), ("run", "--in-process")])
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_wrong_job_is_refused_before_anything_is_written(
