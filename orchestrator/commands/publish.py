@@ -6,8 +6,9 @@ import argparse
 import sys
 from typing import TYPE_CHECKING
 
-from jobs.errors import BadInput, printable
+from jobs.errors import BadInput, ObjectMissing, printable
 from orchestrator.commands.inputs import print_json, run_url, watched
+from orchestrator.words import shortlist
 
 if TYPE_CHECKING:
     from orchestrator.points.finding import FoundPoint
@@ -44,11 +45,17 @@ def publish(options: argparse.Namespace) -> int:
 
 def _point(text: str) -> FoundPoint:
     """A finished point, given as RUN/POINT, as its folder, or as the folder of a lone merge."""
-    from orchestrator.points.finding import find_merge, find_point
+    from orchestrator.points.finding import find_merge, find_point, finished_points
     from workers.storage import open_store
 
     run, _, point = text.rstrip("/").rpartition("/")
-    inside = f"points/{point}/manifest.json"
-    if run and not run.endswith(("/points", ":/")) and any(open_store(run_url(run)).list(inside)):
+    run = "" if run.endswith(("/points", ":/")) else run
+    if run and any(open_store(run_url(run)).list(f"points/{point}/manifest.json")):
         return find_point(run_url(run), point)
-    return find_merge(text)
+    try:
+        return find_merge(text)
+    except ObjectMissing:
+        for place in (text, run):  # a run without a point, or a point that the run did not write
+            if place and (names := finished_points(run_url(place))):
+                raise ObjectMissing(f"{text}: no finished point there; {place} has {shortlist(names)}") from None
+        raise

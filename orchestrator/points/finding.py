@@ -39,6 +39,12 @@ def find_point(run: str, point: str) -> FoundPoint:
     return FoundPoint(point, store, f"points/{owner}/", manifest, run)
 
 
+def finished_points(run: str) -> list[str]:
+    """The names of the points of a run that have their manifests; none where there is no run."""
+    keys = (info.key.split("/") for info in open_store(run).list("points/"))
+    return sorted(parts[1] for parts in keys if parts[2:] == [MANIFEST])
+
+
 def find_merge(url: str) -> FoundPoint:
     """A point by the URL of its folder, inside or outside a run."""
     store = open_store(url)

@@ -270,7 +270,9 @@ def test_other_weights_and_public_places_are_refused(mergeyard: Mergeyard, run: 
     refused(mergeyard("publish", run / "w0.7", "hf://someone/open"), "public already; say --public")
     assert mergeyard("publish", run / "w0.7", "hf://someone/open", "--public", "--json").facts["private"] is False
     refused(mergeyard("publish", run / "w0.7", "hf://someone/open@main"), "neither revision nor folder")
-    refused(mergeyard("publish", run / "w0.9", "hf://someone/soup"), "no finished point there")
+    refused(mergeyard("publish", run / "w0.9", "hf://someone/soup"), f"/w0.9: no finished point there; {run} has w0.")
+    refused(mergeyard("publish", run, "hf://someone/soup"), f"{run}: no finished point there; {run} has w0.")
+    refused(mergeyard("publish", run.parent, "hf://someone/soup"), "no finished point there; see `mergeyard status`")
 
 
 def test_a_repository_that_is_private_stays_so_and_is_said_to_be(
