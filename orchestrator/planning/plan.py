@@ -137,6 +137,9 @@ class Plan:
         found = dict.fromkeys(said for part in plain for said in without_effect(part))
         for place in (place for recipe in recipes for place in recipe.residual_weights()):
             found[f"{place}: residual_weight has no effect, as in mergekit"] = None
+        race = None if self.job.evaluate is None else self.job.evaluate.race
+        if race is not None and self.job.search is not None:
+            found[f"{race.place}: race has no effect in a search, whose points race from its first batch on"] = None
         for layout in dict.fromkeys(planned.layout for planned in self.points):
             for parent in dict.fromkeys(layout.left_out.values()):
                 names = [name for name, owner in layout.left_out.items() if owner == parent]

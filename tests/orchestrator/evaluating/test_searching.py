@@ -298,6 +298,11 @@ def test_a_gate_refuses_a_named_point_before_the_search(tmp_path: Path, mergeyar
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_race_beside_a_search_is_named(tmp_path: Path) -> None:
+    plan, _ = planned(tmp_path, evaluate={**GIVEN["evaluate"], "race": {"keep": 2}})
+    assert any(re.search(r":\d+: race has no effect in a search, whose points race", line) for line in plan.remarks)
+
+
 def test_a_budget_of_tokens_is_kept(tmp_path: Path) -> None:
     plan, asked = planned(tmp_path, search={**SEARCH, "budget": {"tokens": 40_000}})
     result = searched(plan, asked)
