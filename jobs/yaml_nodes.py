@@ -65,7 +65,8 @@ def suggestion(name: str, choices: Collection[str]) -> str:
     """`; did you mean "weight"?`, or the choices where none is near and they are few, or nothing."""
     if near := nearest(name, choices):
         return f"; did you mean {quoted(near)}?"
-    return f"; choose from {', '.join(sorted(choices))}" if 0 < len(choices) <= 24 else ""
+    in_order = sorted(choices, key=lambda choice: (len(choice) if choice.isdecimal() else 0, choice))  # 256 before 1024
+    return f"; choose from {', '.join(in_order)}" if 0 < len(in_order) <= 24 else ""
 
 
 def _twice(key: str, first: int) -> str:

@@ -233,5 +233,6 @@ def test_errors_stay_on_one_line_whatever_they_quote() -> None:
 
 
 def test_suggestion_lists_the_choices_where_none_is_near() -> None:
+    assert suggestion("4096", {"256", "1024", "512"}) == "; choose from 256, 512, 1024"
     assert suggestion("zzz", ("all", "none")) == "; choose from all, none"
     assert suggestion("zzz", ()) == ""
