@@ -116,16 +116,25 @@ class Space:
             chosen |= dict.fromkeys(group, 1)
         return tuple(chosen[axis.name] for axis in self.axes)
 
-    def corners(self) -> dict[str, Choice]:
-        """The middle with one axis of a simplex at 1 and its others at 0, by the name of this axis."""
+    def ends(self) -> dict[str, Choice]:
+        """Points that are likely to be the parents, by a reason for each.
+
+        With simplexes, the middle with one axis of a simplex at 1 and its others at 0; otherwise the middle with all
+        axes of numbers at their least, and at their greatest.
+        """
         column = {axis.name: index for index, axis in enumerate(self.axes)}
-        found: dict[str, Choice] = {}
+        moved: dict[str, dict[int, int]] = {}
         for group in self.simplexes:
             for name in group:
-                chosen = dict(enumerate(self.middle())) | {column[other]: 0 for other in group}
-                chosen[column[name]] = len(self.axes[column[name]].values) - 1
-                found[name] = tuple(chosen.values())
-        return found
+                most = len(self.axes[column[name]].values) - 1
+                moved[f"{name} alone"] = {column[other]: most if other == name else 0 for other in group}
+        members = {name for group in self.subsets.values() for name in group}
+        numbers = [axis for axis in self.axes if axis.kind == "numbers" and axis.name not in members]
+        if not moved and numbers:
+            moved["the least of every axis"] = {column[axis.name]: 0 for axis in numbers}
+            moved["the greatest of every axis"] = {column[axis.name]: len(axis.values) - 1 for axis in numbers}
+        middle = dict(enumerate(self.middle()))
+        return {reason: tuple((middle | places).values()) for reason, places in moved.items()}
 
     def described(self, choice: Choice) -> str:
         """`w=0.3_layers=0,0.5,1_soup=a+b`: exact, and different for different points."""

@@ -29,6 +29,9 @@ MOST_AXES = 12
 """Axes of numbers up to which `auto` is a Gaussian process."""
 LISTED = 1024
 """Spaces of at most so many points are looked at whole; of larger ones, so many points are looked at."""
+WIDE = 2
+"""In larger spaces one of so many new points of `gp` is of the Sobol sequence: the process foresees nothing far from
+its points, and does not look for a narrow high hill beside a wide low one."""
 CLIMBS = 4
 DRAWS = 512
 
@@ -82,11 +85,16 @@ def propose(
     enough = len(evidence.choices) >= 4
     if by == "cma-es" and count:
         return _evolving(space, evidence, known, count, number, seed, start, batch)
+    improving: tuple[Proposal, ...] = ()
+    covered = len(known)
     if by == "gp" and enough and count:
-        return _improving(space, evidence, pending, count, generator(seed, number), first)
-    drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, len(known))
+        wide = sum(at % WIDE == WIDE - 1 for at in range(len(known), len(known) + count)) if space.size > LISTED else 0
+        improving = _improving(space, evidence, pending, count - wide, generator(seed, number), first)
+        known |= {proposal.choice for proposal in improving}
+        count, covered = wide, covered // WIDE
+    drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, covered)
     reason = "drawn at random" if by == "random" else "covers the space (Sobol)"
-    return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
+    return improving + tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
 
 
 def _evolving(

@@ -387,12 +387,12 @@ class Search:
         return Batch(number, tuple(new), tuple(promotions), self._digest(number), self.rungs[0])
 
     def _first(self, count: int) -> tuple[Proposal, ...]:
-        """The points of `start`; without them, `gp` begins in the middle of the space and with each parent alone."""
+        """The points of `start`; without them, `gp` begins in the middle of the space and at its ends."""
         spec = self.spec
         if spec.start or resolved(spec.space, spec.by) != "gp":
             return tuple(Proposal(choice, "asked for by `start`") for choice in spec.start[:count])
-        alone = {choice: f"{name} alone" for name, choice in spec.space.corners().items()}
-        found = {spec.space.middle(): "the middle of the space"} | alone
+        ends = {choice: reason for reason, choice in spec.space.ends().items()}
+        found = {spec.space.middle(): "the middle of the space"} | ends
         return tuple(itertools.starmap(Proposal, found.items()))[:count]
 
     @property

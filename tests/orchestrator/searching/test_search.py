@@ -155,6 +155,29 @@ def test_each_parent_alone_follows_the_middle_of_a_simplex():
     assert [each.reason for each in proposals[1:4]] == ["a alone", "b alone", "c alone"]
 
 
+def test_the_ends_follow_the_middle_of_a_space_without_simplexes():
+    """There the parents of a mixture by layers lie; an axis of words stays at its first word."""
+    proposals = (
+        search(Space((numbers("a", 4), numbers("b", 10), Axis("m", ("x", "y"), "words", "")))).propose().proposals
+    )
+    assert [each.choice for each in proposals[:3]] == [(2, 5, 0), (0, 0, 0), (4, 10, 0)]
+    assert [each.reason for each in proposals[1:3]] == ["the least of every axis", "the greatest of every axis"]
+
+
+@pytest.mark.parametrize(("axes", "covering"), [(4, 4), (2, 0)])
+def test_half_of_the_new_points_of_a_large_space_covers_it(axes: int, covering: int):
+    """441 points of two axes are looked at whole. The points around one hill promise nothing elsewhere."""
+    space = Space(tuple(numbers(f"a{index}", 20) for index in range(axes)))
+    choices = np.unique(np.random.Generator(np.random.Philox(key=6)).integers(4, 9, (24, axes)), axis=0)
+    means = 0.6 - 0.3 * np.sum((choices / 20 - 0.3) ** 2, axis=1)
+    evidence = Evidence(tuple(map(tuple, choices.tolist())), (Figures(means, 1e-4 * np.eye(len(means))),))
+    found = propose(space, evidence, (), by="gp", count=8, number=2, seed=1, first=Objective("score"))
+    assert len({each.choice for each in found}) == 8
+    assert [each.reason.startswith("covers the space") for each in found] == [False] * (8 - covering) + [
+        True
+    ] * covering
+
+
 def test_a_small_space_is_asked_whole_and_the_search_ends():
     made = run(search(Space((numbers("w", 4),)), limit=None, budget=Budget(points=50)), World(LINE, lambda place: 0.0))
     assert len(made.choices) == 5
