@@ -45,16 +45,17 @@ END = 0
 SETTLING, FAR = 2, 0.05
 """After these rounds, points whose score is so far below the best one are asked no more, nor are cells without a right
 answer, which count as wrong."""
-Weights = tuple[int, int, int]
+Point = tuple[int, ...]
+"""In twentieths: the weights of three parents, or the eight shares of one of two (`truth_eight.py`)."""
 
 
-def simplex(step: int) -> list[Weights]:
+def simplex(step: int) -> list[Point]:
     """Weights in twentieths, in steps of 1/step, that sum to one."""
     unit = PARTS // step
     return [(a * unit, b * unit, (step - a - b) * unit) for a in range(step + 1) for b in range(step + 1 - a)]
 
 
-LINE: list[Weights] = [(part, PARTS - part, 0) for part in range(PARTS + 1)]
+LINE: list[Point] = [(part, PARTS - part, 0) for part in range(PARTS + 1)]
 SETS = {
     "line": LINE,
     "fifths": [point for point in simplex(5) if point not in LINE],
@@ -92,13 +93,21 @@ def question(tokenizer: Tokenizer, item: Item) -> Question:
     return Question(prompt, tuple(map(ids, answers)))
 
 
-def merged(weights: list[dict[str, Any]], point: Weights) -> dict[str, Any]:
+def merged(weights: list[dict[str, Any]], point: Point) -> dict[str, Any]:
     """The linear merge of the parents with these weights, in bfloat16."""
-    shares = [part / PARTS for part in point]
     return {
-        name: sum(share * each[name].float() for share, each in zip(shares, weights, strict=True)).bfloat16()
+        name: sum(part / PARTS * each[name].float() for part, each in zip(parts, weights, strict=False)).bfloat16()
         for name in weights[0]
+        for parts in [point if len(point) == len(NAMES) else two_parts(name, point)]
     }
+
+
+def two_parts(name: str, point: Point) -> Point:
+    """The parts of long and fmt in a tensor. A point has those of long in the attention of each of the three layers, in
+    their MLPs, in the embeddings and in the norms."""
+    layer = int(name.split(".")[2]) if ".layers." in name else 0
+    at = layer if "self_attn" in name else 3 + layer if ".mlp." in name else 6 if "embed" in name else 7
+    return point[at], PARTS - point[at]
 
 
 def without_needle(tokenizer: Tokenizer) -> Any:
@@ -112,12 +121,12 @@ def file_of(folder: Path, name: str, number: int) -> Path:
     return folder / f"{name}-{number:03d}.npz"
 
 
-def ask(folder: Path, idle: set[tuple[Weights, int]], name: str, number: int) -> str:
-    """Asks the points of a set the items of a round, but for the cells in `idle`; writes the file, says how long.
+def ask(folder: Path, idle: set[tuple[Point, int]], name: str, points: list[Point], number: int) -> str:
+    """Asks these points of a set the items of a round, but for the cells in `idle`; writes the file, says how long.
 
     A right answer is 1, a wrong one 0; -1 was not asked.
     """
-    began, points, path = time.monotonic(), SETS[name], file_of(folder, name, number)
+    began, path = time.monotonic(), file_of(folder, name, number)
     weights, tokenizer = opened()
     indices = range(number * ROUND, (number + 1) * ROUND)
     cells = [[question(tokenizer, item) for item in items_of(tokenizer, cell, indices)] for cell in CELLS]
@@ -136,10 +145,10 @@ def ask(folder: Path, idle: set[tuple[Weights, int]], name: str, number: int) ->
     return f"{path.stem}: {np.sum(right >= 0)} answers, {time.monotonic() - began:.0f} s"
 
 
-def gathered(folder: Path, rounds: int | None = None) -> dict[Weights, np.ndarray[Any, Any]]:
+def gathered(folder: Path, rounds: int | None = None) -> dict[Point, np.ndarray[Any, Any]]:
     """The answers [cells, items] of each point, in all rounds of the folder or in the first ones; -1: not asked."""
-    found: dict[Weights, list[Any]] = {}
-    for path in sorted(folder.glob("*-*.npz")):
+    found: dict[Point, list[Any]] = {}
+    for path in sorted(folder.glob("*-*.npz"), key=lambda path: path.stem.split("-")[::-1]):
         if rounds is None or int(path.stem.split("-")[1]) < rounds:
             made = np.load(path)
             for point, right in zip(made["points"].tolist(), made["right"], strict=True):
@@ -148,14 +157,14 @@ def gathered(folder: Path, rounds: int | None = None) -> dict[Weights, np.ndarra
     return {point: np.concatenate(each, axis=1) for point, each in sorted(found.items())}
 
 
-def settled(answers: dict[Weights, np.ndarray[Any, Any]]) -> set[tuple[Weights, int]]:
+def settled(answers: dict[Point, np.ndarray[Any, Any]]) -> set[tuple[Point, int]]:
     """The cells of points that are asked no more."""
     least = max(float(right.mean()) for right in answers.values()) - FAR
     cells = [(point, cell, right) for point, right in answers.items() for cell in range(len(CELLS))]
     return {(point, cell) for point, cell, right in cells if right.mean() < least or not right[cell].any()}
 
 
-def correlations(answers: dict[Weights, np.ndarray[Any, Any]]) -> dict[float, float]:
+def correlations(answers: dict[Point, np.ndarray[Any, Any]]) -> dict[float, float]:
     """Of the answers of two points to the same items, by distance (1 between two parents).
 
     Averages over the pairs and cells of a distance in which both points are right and wrong 5 % of the time or more.
@@ -184,9 +193,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(arguments.processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         for numbers in (range(min(SETTLING, arguments.rounds)), range(SETTLING, arguments.rounds)):
-            idle = settled(gathered(folder, SETTLING)) if numbers.start else set[tuple[Weights, int]]()
-            asked = [(name, number) for number in numbers for name in arguments.points.split(",")]
-            missing = [each for each in asked if not file_of(folder, *each).exists()]
+            idle = settled(gathered(folder, SETTLING)) if numbers.start else set[tuple[Point, int]]()
+            asked = [(name, SETS[name], number) for number in numbers for name in arguments.points.split(",")]
+            missing = [each for each in asked if not file_of(folder, each[0], each[2]).exists()]
             for line in pool.map(functools.partial(ask, folder, idle), *zip(*missing, strict=True)) if missing else ():
                 print(line, flush=True)
     answers = {point: right == 1 for point, right in gathered(folder).items()}
