@@ -18,6 +18,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import ndtri
 
 PARTS = 20
+"""A share of a parent is a number of these."""
 COUNTS = Path(__file__).with_name("counts_eight.csv")
 LEAST, MOST = 0.1, 20.0
 """Limits of a length scale, in units of an axis: beyond the second, the axis plays no role."""
@@ -33,7 +34,8 @@ def matern(distance: Any) -> Any:
 class Surface:
     """Probits of a cell's score over the space: a Gaussian process with a length scale for each axis.
 
-    Its noise is the binomial error of the counts. Length scales, amplitude and mean are the likeliest ones.
+    Its noise is the binomial error of the counts. Length scales, amplitude and mean are the likeliest ones under a weak
+    prior.
     """
 
     def __init__(self, places: Array, right: Array, asked: Array) -> None:
@@ -62,8 +64,7 @@ class Surface:
         found = minimize(loss, np.zeros(count + 2), jac=True, method="L-BFGS-B", bounds=bounds, options={"maxiter": 60})
         self.lengths, self.amplitude = np.exp(found.x[:count]), float(np.exp(found.x[count]))
         self.middle = float(found.x[-1])
-        prior = self.amplitude * matern(cdist(places / self.lengths, places / self.lengths))
-        self._factor = np.linalg.cholesky(prior + np.diag(noise + 1e-6))
+        self._factor = np.linalg.cholesky(self._across(places) + np.diag(noise + 1e-6))
         self._weights = np.linalg.solve(self._factor.T, np.linalg.solve(self._factor, level - self.middle))
 
     def left_out(self) -> Array:
@@ -73,14 +74,17 @@ class Surface:
 
     def at(self, places: Array) -> tuple[Array, Array]:
         """Mean and standard deviation of the probit at these places [places, axes]."""
-        across = self.amplitude * matern(cdist(places / self.lengths, self._places / self.lengths))
+        across = self._across(places)
         spread = self.amplitude - np.sum(np.linalg.solve(self._factor, across.T) ** 2, axis=0)
         return self.middle + across @ self._weights, np.sqrt(np.maximum(spread, 0))
 
     def mean(self, places: Array) -> Array:
         """Mean of the probit at these places [places, axes]."""
-        across = self.amplitude * matern(cdist(places / self.lengths, self._places / self.lengths))
-        return self.middle + across @ self._weights
+        return self.middle + self._across(places) @ self._weights
+
+    def _across(self, places: Array) -> Array:
+        """The prior covariance [places, measured points] of these places with the measured ones."""
+        return self.amplitude * matern(cdist(places / self.lengths, self._places / self.lengths))
 
 
 def surfaces(table: Array) -> list[Surface]:

@@ -41,7 +41,7 @@ from orchestrator.judging.samples import Cell
 from orchestrator.searching.encoding import all_choices, decoded
 from orchestrator.searching.search import Search
 from tests.benchmarks.search import eight
-from tests.benchmarks.search.eight import PARTS, measured
+from tests.benchmarks.search.eight import PARTS, matern, measured
 
 COUNTS = Path(__file__).with_name("counts.csv")
 ITEMS, PEERS_ITEMS, ANCHORS = 200, 40, 20
@@ -70,8 +70,7 @@ EIGHT = Space(tuple(axis(f"x{index}", 20) for index in range(8)))
 
 def smoothness(first: Array, second: Array, length: float) -> Array:
     """Matérn 3/2 between mixtures [points, 3]."""
-    distance = math.sqrt(3) * np.linalg.norm(first[:, None] - second[None], axis=-1) / math.sqrt(2) / length
-    return (1 + distance) * np.exp(-distance)
+    return matern(np.linalg.norm(first[:, None] - second[None], axis=-1) / math.sqrt(2) / length)
 
 
 def surface(table: Array, places: Array) -> Array:

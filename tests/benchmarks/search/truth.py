@@ -28,6 +28,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.benchmarks.search.batched import Model, Question, groups_of
+from tests.benchmarks.search.eight import PARTS
 from workers.benchmarks.items import Item
 from workers.benchmarks.needle import even_depths, needle_items
 from workers.benchmarks.ruler.tasks import ruler_items
@@ -39,7 +40,6 @@ NAMES = ("long", "fmt", "base")
 CELLS = (("ruler", 256), ("ruler", 512), ("ruler", 1024), ("needle", 256), ("needle", 512))
 ROUND = 72
 SEED = 17
-PARTS = 20
 END = 0
 """The token that ends an answer."""
 SETTLING, FAR = 2, 0.05
