@@ -72,26 +72,10 @@ def host_arrays(tile: Tile, *names: str) -> list[Array] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Dot(Reduction):
-    """Σ aᵢ·bᵢ in float64; the products of two float32 numbers are exact there."""
-
-    a: str
-    b: str
-
-    def of(self, tile: Tile) -> list[float]:
-        if arrays := host_arrays(tile, self.a, self.b):
-            return sums_of_products(arrays, [Product(0, 1)], unit=TILE_ELEMENTS, dtype="float64")[:, 0].tolist()
-        return unit_sums(tile.parent(self.a, "float64") * tile.parent(self.b, "float64"))
-
-    def combine(self, shares: Sequence[float]) -> float:
-        return _total(shares)
-
-
-@dataclass(frozen=True, slots=True)
 class Gram(Reduction):
     """Σ aᵢ·bᵢ in float64 for all pairs of models, or of their task vectors with a base: a symmetric matrix.
 
-    Models and task vectors are taken in `dtype`, "float32" or "float64".
+    Models and task vectors are taken in `dtype`, "float32" or "float64". Products of two float32 numbers are exact.
     """
 
     models: tuple[str, ...]

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import SelectedConsensus
-from workers.methods.reductions import Nonzero, SquaresSelected, Variance, largest, threshold_of
+from workers.methods.reductions import Nonzero, Sample, SquaresSelected, Variance, largest, threshold_of
 from workers.methods.tile import Inputs, ones_where, together
 
 if TYPE_CHECKING:
@@ -63,10 +63,12 @@ def sce_collapse(inputs: Inputs, *, select_topk: float) -> str | None:
 
 
 def _count(inputs: Inputs, select_topk: float) -> int | None:
-    """How many elements take part; None: all."""
+    """How many elements take part; None: all. The sample that finds them is asked for in the same pass."""
     if select_topk >= 1:
         return None
-    return int(inputs.tile.known(Nonzero(_variance(inputs))) * select_topk)
+    variance = _variance(inputs)
+    nonzero, _ = together(partial(inputs.tile.known, fact) for fact in (Nonzero(variance), Sample(variance)))
+    return int(nonzero * select_topk)
 
 
 def _weights(inputs: Inputs, count: int | None) -> Sequence[float]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import WeightedSum
-from workers.methods.reductions import Dot
+from workers.methods.reductions import Gram
 from workers.methods.tile import Inputs, torch_named
 
 if TYPE_CHECKING:
@@ -40,12 +40,8 @@ def _shares(inputs: Inputs, t: float) -> Mapping[str, float]:
     if not others:
         return {inputs.base_name: 1.0}
     start, end = inputs.base_name, others[0]
-    shares = _coefficients(
-        t,
-        dot=inputs.tile.known(Dot(start, end)),
-        norm_start=math.sqrt(inputs.tile.known(Dot(start, start))),
-        norm_end=math.sqrt(inputs.tile.known(Dot(end, end))),
-    )
+    (of_start, dot), (_, of_end) = inputs.tile.known(Gram((start, end), None, "float64")).tolist()
+    shares = _coefficients(t, dot=dot, norm_start=math.sqrt(of_start), norm_end=math.sqrt(of_end))
     return {start: inputs.number(shares[0]), end: inputs.number(shares[1])}
 
 

@@ -14,7 +14,7 @@ from tests.workers.methods.whole import answered, tiles_of
 from workers.methods import tile
 from workers.methods.reductions import (
     L1,
-    Dot,
+    Gram,
     GramOfLines,
     L1Kept,
     Magnitude,
@@ -123,11 +123,11 @@ def test_dot_products_and_norms_are_those_of_the_whole_tensor(units: int, small_
     deltas = noise(100, 7).bfloat16()
     exact = deltas.double()
     for fact, expected in (
-        (Dot("model", "model"), exact @ exact),
-        (Dot("model", "base"), 0.0),
+        (Gram(("model",), None, "float64"), exact @ exact),
         (L1("model", "base", "float32"), exact.abs().sum()),
     ):
-        assert known(deltas, fact, units) == pytest.approx(float(expected), rel=1e-14)
+        (found,) = np.ravel(known(deltas, fact, units))
+        assert found == pytest.approx(float(expected), rel=1e-14)
 
 
 @pytest.mark.parametrize("along", ["rows", "columns"])
@@ -155,8 +155,10 @@ def test_products_of_lines_are_those_of_each_line(
 def test_infinities_of_both_signs_sum_to_nan(small_tiles: int):
     parents = {"a": torch.tensor([math.inf] * small_tiles + [-math.inf] * small_tiles), "b": torch.ones(32)}
     facts: dict[Reduction, Any] = {}
-    (dot, *_) = answered(tiles_of(parents, facts), facts, lambda tile: tile.known(Dot("a", "b")))
-    assert math.isnan(dot)
+    (products, *_) = answered(
+        tiles_of(parents, facts), facts, lambda tile: tile.known(Gram(("a", "b"), None, "float64"))
+    )
+    assert np.isnan(products[0, 1])
 
 
 def test_the_kept_mass_is_that_of_the_largest(small_tiles: int):
