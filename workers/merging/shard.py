@@ -6,7 +6,8 @@ again, then hashes and writes it when the pieces before are through:
     parents ──slabs──▶ pieces ──all points──▶ hash ──▶ write: one upload a point
 
 A method that needs a fact about a whole tensor first (a norm, a cutoff) makes the loop pass over the tensor's slabs
-again: in memory when they fit in the task's budget, else by reading them anew.
+again: in memory when they fit in the task's budget, else by reading them anew. A large tensor in a local file is read
+anew too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from jobs.merge_tasks import DTYPE_BITS, MergeTask, Receipt, TensorMerge
+from jobs.merge_tasks import DTYPE_BITS, MergeTask, ParentTensor, Receipt, TensorMerge
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
@@ -60,7 +61,10 @@ LARGEST_NEAR_SLAB = LARGEST_PIECE + ALIGNMENT
 """The most that one read of a parent fetches where a read is a copy of memory: one piece, for the cache of a core."""
 
 LEARNED_TOGETHER = 128 << 20
-"""The most bytes of all parents in one pass for facts: at its end, threads stand still."""
+"""The most bytes of all parents in one pass for facts: at its end, threads stand still.
+
+A larger tensor is read anew for each pass where a read is a copy of memory: that takes less than fresh memory does.
+"""
 
 Progress = Callable[[int, int], None]
 """Called from any thread with the bytes read and the bytes written since its last call."""
@@ -215,8 +219,9 @@ class _Merge:
         joined: _Group = []
         size = 0
         for group in groups:
-            asks, more = any(self._missing(tensor, {}) for tensor in _tensors(group)), self._bytes(group)
-            fits = not asks or more <= self.budget.held
+            tensors, more = _tensors(group), self._bytes(group)
+            asks = any(self._missing(tensor, {}) for tensor in tensors)
+            fits = not asks or more <= self._most_held(tensors)
             joins = asks and fits
             if joined and not (joins and size + more <= min(LEARNED_TOGETHER, self.budget.held)):
                 yield joined, True, True
@@ -227,6 +232,12 @@ class _Merge:
                 yield group, asks, fits
         if joined:
             yield joined, True, True
+
+    def _most_held(self, tensors: Iterable[TensorMerge]) -> int:
+        """The most bytes of a group in memory while its facts are learned."""
+        copied = self.device == "cpu" and all_near(self.task.parents)
+        stored = all(isinstance(source, ParentTensor) for tensor in tensors for source in tensor.sources.values())
+        return min(LEARNED_TOGETHER, self.budget.held) if copied and stored else self.budget.held
 
     def _missing(self, tensor: TensorMerge, facts: Facts) -> list[Reduction]:
         settings = (point.settings[tensor.setting] for point in self.task.points)

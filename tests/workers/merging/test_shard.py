@@ -71,6 +71,7 @@ DELLA = Setting(
         ("weight", (0.5, 0.5)),
     ),
 )
+SCE = Setting("sce", ("a", "b"), "base", (("select_topk", 0.5),))
 POINTS = {"linear": LINEAR, "ties": TIES, "dare": DARE, "slerp": SLERP, "copy": COPY, "della": DELLA}
 
 Shapes = Mapping[str, tuple[tuple[int, ...], str]]
@@ -310,6 +311,29 @@ def test_a_worker_of_little_memory_makes_the_same_bytes_from_tiles_of_the_real_s
         budget = replace(Budget.of(held), slab=1 << 20, held=0)
         patch.setattr(Budget, "of", classmethod(lambda cls, task: budget))
         assert digests(merge_task(held)) == expected
+
+
+@pytest.mark.parametrize(
+    ("point", "passes"),
+    [(COPY, 0), (LINEAR, 0), (SLERP, 1), (DARE, 1), (DELLA, 1), (SCE, 3), (TIES, 3)],
+    ids=["copy", "linear", "slerp", "dare_ties", "della", "sce", "ties"],
+)
+def test_a_large_tensor_in_memory_or_a_folder_is_read_anew_for_each_pass_and_not_held(point: Setting, passes: int):
+    """The passes are the fewest: facts that need no other one are learned together."""
+    parents = family({"large": ((40, 1000), "float32")})
+
+    def merged() -> tuple[dict[str, dict[str, str]], int]:
+        (receipt,) = receipts = merge_task(task_of(parents, {"point": point}))
+        return digests(receipts), receipt.bytes_read
+
+    with pytest.MonkeyPatch.context() as patch:
+        held, once = merged()
+        patch.setattr("workers.merging.shard.LEARNED_TOGETHER", 1000)
+        anew, for_all_passes = merged()
+        patch.setattr("workers.merging.shard.all_near", lambda parents: False)
+        afar, from_afar = merged()
+    assert (for_all_passes, from_afar) == ((passes + 1) * once, once)
+    assert held == anew == afar
 
 
 # ---- the right bytes
