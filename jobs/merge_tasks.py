@@ -294,7 +294,7 @@ class MergeTask:
 
     @property
     def bytes_read(self) -> int:
-        """Parent bytes this task reads when every tensor fits in memory."""
+        """Parent bytes this task reads, each once. Large tensors that need facts may be read more often."""
         return sum(stored_bytes(source) for tensor in self.tensors for source in tensor.sources.values())
 
     @property

@@ -1,4 +1,4 @@
-"""The fused merge: one shard of a group of points, each parent tensor read once, every point computed from it.
+"""The fused merge: one shard of a group of points, all computed from each parent tensor when it is read.
 
 A few threads take pieces of the tensors in turn. Each merges its piece for all points in memory that it uses again and
 again, then hashes and writes it when the pieces before are through:
@@ -234,10 +234,14 @@ class _Merge:
             yield joined, True, True
 
     def _most_held(self, tensors: Iterable[TensorMerge]) -> int:
-        """The most bytes of a group in memory while its facts are learned."""
-        copied = self.device == "cpu" and all_near(self.task.parents)
-        stored = all(isinstance(source, ParentTensor) for tensor in tensors for source in tensor.sources.values())
-        return min(LEARNED_TOGETHER, self.budget.held) if copied and stored else self.budget.held
+        """The most bytes of a group in memory while its facts are learned.
+
+        A tensor with a digest, which each read would check anew, is held where it fits, and so is a derived one.
+        """
+        sources = [source for tensor in tensors for source in tensor.sources.values()]
+        cheap = all(isinstance(source, ParentTensor) and not source.digest for source in sources)
+        near = self.device == "cpu" and all_near(self.task.parents)
+        return min(LEARNED_TOGETHER, self.budget.held) if near and cheap else self.budget.held
 
     def _missing(self, tensor: TensorMerge, facts: Facts) -> list[Reduction]:
         settings = (point.settings[tensor.setting] for point in self.task.points)

@@ -318,22 +318,24 @@ def test_a_worker_of_little_memory_makes_the_same_bytes_from_tiles_of_the_real_s
     [(COPY, 0), (LINEAR, 0), (SLERP, 1), (DARE, 1), (DELLA, 1), (SCE, 3), (TIES, 3)],
     ids=["copy", "linear", "slerp", "dare_ties", "della", "sce", "ties"],
 )
-def test_a_large_tensor_in_memory_or_a_folder_is_read_anew_for_each_pass_and_not_held(point: Setting, passes: int):
-    """The passes are the fewest: facts that need no other one are learned together."""
-    parents = family({"large": ((40, 1000), "float32")})
+def test_a_large_tensor_that_is_near_is_read_anew_for_each_pass_and_not_held(point: Setting, passes: int):
+    """The passes are the fewest: facts that need no other one are learned together. A digest is not taken anew."""
+    parents = family({"large": ((400, 1000), "bfloat16")})
 
-    def merged() -> tuple[dict[str, dict[str, str]], int]:
-        (receipt,) = receipts = merge_task(task_of(parents, {"point": point}))
+    def merged(checked: bool = False) -> tuple[dict[str, dict[str, str]], int]:
+        task = task_of(parents, {"point": point})
+        (receipt,) = receipts = merge_task(with_digests(task, parents) if checked else task)
         return digests(receipts), receipt.bytes_read
 
     with pytest.MonkeyPatch.context() as patch:
         held, once = merged()
         patch.setattr("workers.merging.shard.LEARNED_TOGETHER", 1000)
         anew, for_all_passes = merged()
+        checked, with_digest = merged(checked=True)
         patch.setattr("workers.merging.shard.all_near", lambda parents: False)
         afar, from_afar = merged()
-    assert (for_all_passes, from_afar) == ((passes + 1) * once, once)
-    assert held == anew == afar
+    assert (for_all_passes, with_digest, from_afar) == ((passes + 1) * once, once, once)
+    assert held == anew == checked == afar
 
 
 # ---- the right bytes
