@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 from jobs.errors import BadInput, CorruptData, ObjectExists
@@ -16,6 +17,7 @@ from jobs.merge_tasks import FORMAT
 from jobs.sealing import sealed
 from jobs.search import Choice, SearchSpec
 from orchestrator.evaluating.subjects import Questions, Sets
+from orchestrator.planning.plan import Plan
 from orchestrator.records.documents import read_document, text_of
 from orchestrator.searching.proposing import Proposal
 from orchestrator.searching.search import RUNGS, Batch, Promotion, Search
@@ -128,7 +130,23 @@ def searched_cells(asked: Questions, spec: SearchSpec) -> Sets:
     return {cell: planned for cell, planned in asked.sets.items() if planned.benchmark in benchmarks}
 
 
-def make_search(asked: Questions, spec: SearchSpec, name: Callable[[Choice], str]) -> Search:
+def mergeable(plan: Plan) -> Callable[[Choice], bool]:
+    """Whether the recipe of the job can be planned for a point of its search: some weights sum to zero, say."""
+    searched = plan.job.searched
+    assert searched is not None, "a job with a search has its recipe"
+
+    @cache
+    def planned(choice: Choice) -> bool:
+        try:
+            plan.planner.afresh()([searched.point(choice)])
+        except BadInput:
+            return False
+        return True
+
+    return planned
+
+
+def make_search(plan: Plan, asked: Questions, spec: SearchSpec, name: Callable[[Choice], str]) -> Search:
     """The search that a job asks, at its beginning. Every point answers the same number of items of each cell.
 
     `BadInput` for items that are less than a haystack, or a budget of tokens that is less than the first batch.
@@ -152,6 +170,7 @@ def make_search(asked: Questions, spec: SearchSpec, name: Callable[[Choice], str
         rungs=[rung for rung in dict.fromkeys(-(-rung // share) * share for rung in RUNGS) if rung < items] + [items],
         items_per_haystack=1 if all(planned.questions == 1 for planned in sets.values()) else share,
         items_shared_across_lengths=True,
+        mergeable=mergeable(plan),
     )
     least = (1 + len(parents)) * search.rungs[0] * sum(planned.tokens for planned in sets.values())
     if spec.budget.tokens is not None and spec.budget.tokens < least:

@@ -142,7 +142,7 @@ def evaluation_facts(plan: Plan, asked: Questions, answers: Sequence[ScoreRow] =
     job, subjects = plan.job, [*asked.points.values(), *asked.baselines]
     first, points = asked.sets, len(asked.points)
     if job.search is not None:
-        points = _most_points(job.search, asked)
+        points = _most_points(plan, job.search, asked)
     score = _ranked_score(asked, answers)
     slow = job.workers.gpus > 0 and job.engine.name == "transformers"
     decodes = _generated(first) > LONG_ANSWERS * _tokens(first) > 0
@@ -169,9 +169,9 @@ def evaluation_facts(plan: Plan, asked: Questions, answers: Sequence[ScoreRow] =
     return facts
 
 
-def _most_points(spec: SearchSpec, asked: Questions) -> int:
+def _most_points(plan: Plan, spec: SearchSpec, asked: Questions) -> int:
     """The most points that a search can ask; hours limit nothing that is known beforehand."""
-    search = make_search(asked, spec, spec.space.described)
+    search = make_search(plan, asked, spec, spec.space.described)
     limits = [2 * len(greedy.singles(spec.space)) - 1 if spec.by == "greedy" else spec.space.size]
     if spec.budget.points is not None:
         limits.append(spec.budget.points)
@@ -191,7 +191,7 @@ def _search_facts(
     """
     job, searched = plan.job, plan.job.searched
     assert searched is not None, "a job with a search has its recipe"
-    search = make_search(asked, spec, spec.space.described)
+    search = make_search(plan, asked, spec, spec.space.described)
     item = sum(planned.tokens for planned in searched_cells(asked, spec).values())
 
     def parents_among(choices: Sequence[Choice]) -> int:
@@ -199,6 +199,8 @@ def _search_facts(
         return sum(subject.kind == "parent" for subject in found.points.values())
 
     first = [proposal.choice for proposal in search.propose().proposals]
+    if not first:
+        plan.planner.afresh()([searched.point(spec.space.middle())])  # its refusal is that of all points
     opening = (len(first) - parents_among(first) + len(search.parents)) * search.rungs[0] * item
     whole = spec.budget.tokens
     if whole is None and spec.budget.points is not None:

@@ -112,7 +112,9 @@ class Session:
         `renewed` is called each time that the results in the store were renewed during `run`.
         """
         if plan.job.search is not None:
-            make_search(asked, plan.job.search, plan.job.search.space.described)  # refused before anything is written
+            make_search(
+                plan, asked, plan.job.search, plan.job.search.space.described
+            )  # refused before anything is written
         ledger = Ledger(plan.run_url, plan.places)
         with Lease(ledger.store, plan.places.record("lease.json"), watcher.facts) as lease:
             ledger.claim(plan.job_text(), plan.document())
@@ -316,7 +318,7 @@ class Session:
         job, planner = self._plan.job, self._plan.planner.afresh()
         assert job.searched is not None, "a job with a search has its recipe"
         point = cache(job.searched.point)
-        search = self._search = make_search(self.asked, spec, lambda choice: point(choice).name)
+        search = self._search = make_search(self._plan, self.asked, spec, lambda choice: point(choice).name)
         files = BatchFiles(self._ledger.store, spec, lambda choice: point(choice).name)
         wanted: dict[tuple[str, Cell], int] = defaultdict(int)  # items of each name, and those asked of each subject
         begun: dict[tuple[str, Cell], int] = defaultdict(int)

@@ -12,8 +12,9 @@ Knowles 2006).
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,8 +76,9 @@ def propose(
     first: Objective,
     start: Sequence[Choice] = (),
     batch: int = 8,
+    mergeable: Callable[[Choice], bool] = lambda choice: True,
 ) -> tuple[Proposal, ...]:
-    """At most `count` points that were not asked yet: fewer only where the space ends. Reasons name `first`.
+    """At most `count` mergeable points that were not asked yet: fewer only where the space ends. Reasons name `first`.
 
     cma-es draws its first points around the mean of `start`, and learns from whole batches of this size.
     """
@@ -84,17 +86,17 @@ def propose(
     known = {*evidence.choices, *pending}
     enough = len(evidence.choices) >= 4
     if by == "cma-es" and count:
-        return _evolving(space, evidence, known, count, number, seed, start, batch)
+        return _evolving(space, evidence, known, count, number, seed, start, batch, mergeable)
     improving: tuple[Proposal, ...] = ()
     covered = len(known)
     if by == "gp" and enough and count:
         wide = sum(at % WIDE == WIDE - 1 for at in range(len(known), len(known) + count)) if space.size > LISTED else 0
-        improving = _improving(space, evidence, pending, count - wide, generator(seed, number), first)
+        improving = _improving(space, evidence, pending, count - wide, generator(seed, number), first, mergeable)
         known |= {proposal.choice for proposal in improving}
         count, covered = wide, covered // WIDE
     drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, covered)
     reason = "drawn at random" if by == "random" else "covers the space (Sobol)"
-    return improving + tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
+    return improving + tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count, mergeable))
 
 
 def _evolving(
@@ -106,6 +108,7 @@ def _evolving(
     seed: int,
     start: Sequence[Choice],
     batch: int,
+    mergeable: Callable[[Choice], bool],
 ) -> tuple[Proposal, ...]:
     """Points drawn by CMA-ES after all whole generations, in the order of asking."""
     size = generation_size(space, batch)
@@ -116,7 +119,7 @@ def _evolving(
     generations = [(evidence.choices[part], draws[:, part]) for part in whole]
     drawn = evolved(space, generations, centre, size=size, seed=key)
     reason = f"drawn by CMA-ES after {len(whole)} generations of {size} points"
-    return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count))
+    return tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count, mergeable))
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +221,7 @@ def _improving(
     count: int,
     random: np.random.Generator,
     first: Objective,
+    mergeable: Callable[[Choice], bool],
 ) -> tuple[Proposal, ...]:
     """The points of the largest expected improvement, one after the other, each imagined before the next is sought."""
     objectives = [Model(space, evidence.choices, figure, smooth=True) for figure in evidence.objectives]
@@ -243,6 +247,9 @@ def _improving(
             gain, incumbent = _expected_front_gain(surfaces, looked_at, random)
         worth = np.where(open_, gain * allowed, -np.inf)
         chosen = int(np.argmax(worth))
+        open_[chosen] = False
+        if not mergeable(everywhere[chosen]):
+            continue
         mean, spread = surfaces[0].mean[chosen], surfaces[0].spread[chosen]
         against = space.described(everywhere[incumbent])
         shown = f"foreseen {first.shown(first.sign * float(mean))} ± {first.shown(float(spread))}"
@@ -253,7 +260,6 @@ def _improving(
         if constraints:
             reason += f"; keeps the constraints with probability {allowed[chosen]:.2f}"
         found.append(Proposal(everywhere[chosen], reason))
-        open_[chosen] = False
         surfaces = [_imagined(surface, chosen, noise) for surface, noise in zip(surfaces, noises, strict=True)]
     return tuple(found)
 
@@ -401,19 +407,24 @@ def sequence(space: Space, random: np.random.Generator, count: int) -> FloatArra
     return np.asarray(qmc.Sobol(len(space.axes), scramble=True, rng=random).random(count), dtype=np.float64)
 
 
-def _unknown(space: Space, drawn: Iterator[Choice], known: Collection[Choice], count: int) -> list[Choice]:
+def _unknown(
+    space: Space,
+    drawn: Iterator[Choice],
+    known: Collection[Choice],
+    count: int,
+    mergeable: Callable[[Choice], bool],
+) -> list[Choice]:
     """The first `count` drawn points that are not known; after many vain draws, those of a small space in order."""
     found: dict[Choice, None] = {}
     for _ in range(64 * count + 256):
         if len(found) == count:
             return [*found]
         choice = next(drawn)
-        if choice not in known:
+        if choice not in known and choice not in found and mergeable(choice):
             found[choice] = None
     if space.size <= 100 * LISTED:
-        for choice in all_choices(space):
-            if len(found) < count and choice not in known:
-                found[choice] = None
+        unknown = (choice for choice in all_choices(space) if choice not in known and choice not in found)
+        found |= dict.fromkeys(islice((c for c in islice(unknown, LISTED) if mergeable(c)), count - len(found)))
     return [*found]
 
 

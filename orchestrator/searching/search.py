@@ -111,6 +111,7 @@ class Search:
         limit: the most that may be spent on points and parents, in units of the costs.
         name: the name of a point, unique.
         items_per_haystack, items_shared_across_lengths: as in `Race`.
+        mergeable: whether a point is a merge; the search proposes no other, but for `start` and greedy soups.
     """
 
     def __init__(
@@ -128,6 +129,7 @@ class Search:
         rungs: Sequence[int] = RUNGS,
         items_per_haystack: int = 1,
         items_shared_across_lengths: bool = False,
+        mergeable: Callable[[Choice], bool] = lambda choice: True,
     ) -> None:
         self.spec, self.cells, self.parents = spec, tuple(cells), tuple(parents)
         self.batches: list[Batch] = []
@@ -143,6 +145,7 @@ class Search:
         self._unit = float(sum(cell.length if costs is None else costs[cell] for cell in cells))
         self._costs = {cell: float(cell.length) if costs is None else costs[cell] for cell in cells}
         self._haystack, self._shared = items_per_haystack, items_shared_across_lengths
+        self._mergeable = mergeable
         self._column = {cell: index for index, cell in enumerate(self.cells)}
         self._ranked = tuple(ranked)
         self._work: list[list[_Work]] = []
@@ -204,6 +207,7 @@ class Search:
                 first=spec.maximize[0],
                 start=spec.start,
                 batch=spec.batch,
+                mergeable=self._mergeable,
             )
         return Batch(number, proposals, promotions, self._digest(number), self.rungs[0])
 
@@ -391,9 +395,10 @@ class Search:
         spec = self.spec
         if spec.start or resolved(spec.space, spec.by) != "gp":
             return tuple(Proposal(choice, "asked for by `start`") for choice in spec.start[:count])
-        ends = {choice: reason for reason, choice in spec.space.ends().items()}
-        found = {spec.space.middle(): "the middle of the space"} | ends
-        return tuple(itertools.starmap(Proposal, found.items()))[:count]
+        found = {spec.space.middle(): "the middle of the space"}
+        for reason, choice in spec.space.ends().items():
+            found.setdefault(choice, reason)
+        return tuple(Proposal(*each) for each in found.items() if self._mergeable(each[0]))[:count]
 
     @property
     def _ended(self) -> bool:

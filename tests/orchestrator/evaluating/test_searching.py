@@ -333,6 +333,37 @@ def test_a_greedy_soup_asks_its_models_once_where_they_are_parents(tmp_path: Pat
     assert searched(plan, asked, log=log).standing == result.standing and not log
 
 
+def weighted(first: str, second: str) -> dict[str, Any]:
+    models = [{"model": name, "parameters": {"weight": of}} for name, of in (("long", first), ("fmt", second))]
+    return {"merge_method": "linear", "dtype": "bfloat16", "models": models}
+
+
+def test_points_that_cannot_be_merged_are_not_asked(tmp_path: Path) -> None:
+    """The weights of a = b = 0 sum to zero, and this point is an end of the space."""
+    axis = {"from": 0, "to": 1, "step": 0.5}
+    search = {"over": {"a": axis, "b": axis}, "budget": {"points": 12}}
+    plan, asked = planned(tmp_path, recipe=weighted("${a}", "${b}"), search=search)
+    assert "a=1_b=1" in evaluation_facts(plan, asked)["search"]["first_batch"]
+    with Session.of(plan, asked, partial(ScriptedEvaluators, answer=flat), Watcher(visible=False)) as session:
+        session.run()
+    written = [json.loads(data)["proposals"] for data in batches(tmp_path).values()]
+    names = [entry["name"] for proposals in written for entry in proposals]
+    assert len(names) == 8 and "a=0_b=0" not in names
+
+
+@pytest.mark.parametrize(
+    ("recipe", "more"),
+    [(weighted("${a}", "${-a}"), {}), (weighted("${a}", "${a}"), {"start": [{"a": 0}]})],
+    ids=["all", "start"],
+)
+def test_where_all_points_or_one_of_start_cannot_be_merged_the_reason_is_given(
+    recipe: dict[str, Any], more: dict[str, Any], tmp_path: Path
+) -> None:
+    over = {"a": {"from": 0, "to": 1, "step": 0.5}}
+    with pytest.raises(BadInput, match="the weights sum to zero and normalize divides by the sum"):
+        evaluation_facts(*planned(tmp_path, recipe=recipe, search={"over": over, "budget": {"points": 3}, **more}))
+
+
 def test_words_make_points_of_other_layouts(tmp_path: Path) -> None:
     recipe = {
         "merge_method": "${method}",

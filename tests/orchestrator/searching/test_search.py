@@ -2,14 +2,14 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from jobs.errors import CorruptData
-from jobs.search import Axis, Budget, Constraint, Objective, SearchSpec, Space
+from jobs.search import Axis, Budget, Choice, Constraint, Objective, SearchSpec, Space
 from orchestrator.searching import proposing
 from orchestrator.searching.figures import Figures
 from orchestrator.searching.proposing import Evidence, judge, propose, resolved
@@ -27,10 +27,12 @@ def search(
     seed: int = 1,
     parents: tuple[str, ...] = (),
     rungs: Sequence[int] = RUNGS,
+    mergeable: Callable[[Choice], bool] = lambda choice: True,
     **more,
 ) -> Search:
     spec = SearchSpec(space=space, **({"by": "gp", "budget": Budget()} | more))
-    return Search(spec, CELLS, items=ITEMS, seed=seed, costs=COSTS, limit=limit, parents=parents, rungs=rungs)
+    given = {"costs": COSTS, "limit": limit, "parents": parents, "rungs": rungs, "mergeable": mergeable}
+    return Search(spec, CELLS, items=ITEMS, seed=seed, **given)
 
 
 @pytest.mark.heavy
@@ -176,6 +178,20 @@ def test_half_of_the_new_points_of_a_large_space_covers_it(axes: int, covering: 
     assert [each.reason.startswith("covers the space") for each in found] == [False] * (8 - covering) + [
         True
     ] * covering
+
+
+@pytest.mark.parametrize("by", ["gp", "sobol", "random", "cma-es"])
+def test_no_point_is_asked_that_cannot_be_merged(by: str):
+    """Neither an end of the space, nor the points that promise most; `start` asks what it names."""
+    made = run(search(by=by, mergeable=lambda choice: 10 <= choice[0] < 60), HILL)
+    assert len(made.choices) > 5 and all(10 <= choice[0] < 60 for choice in made.choices.values())
+    started = search(by=by, start=((0,),), mergeable=lambda choice: choice[0] > 0)
+    assert started.propose().proposals[0].choice == (0,)
+
+
+def test_the_middle_is_called_the_middle_where_it_is_an_end_too():
+    made = search(Space((numbers("a", 2), numbers("b", 2))))
+    assert made.propose().proposals[0].reason == "the middle of the space"
 
 
 def test_a_small_space_is_asked_whole_and_the_search_ends():
