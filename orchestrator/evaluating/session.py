@@ -111,10 +111,8 @@ class Session:
 
         `renewed` is called each time that the results in the store were renewed during `run`.
         """
-        if plan.job.search is not None:
-            make_search(
-                plan, asked, plan.job.search, plan.job.search.space.described
-            )  # refused before anything is written
+        if (spec := plan.job.search) is not None:
+            make_search(plan, asked, spec, spec.space.described)  # refused before anything is written
         ledger = Ledger(plan.run_url, plan.places)
         with Lease(ledger.store, plan.places.record("lease.json"), watcher.facts) as lease:
             ledger.claim(plan.job_text(), plan.document())

@@ -28,8 +28,9 @@ from orchestrator.judging.pairing import Pairing
 from orchestrator.judging.race import LEAST_HAYSTACKS, Block, Departure, departure
 from orchestrator.judging.samples import Cell, FloatArray, student_quantile
 from orchestrator.searching import greedy
+from orchestrator.searching.encoding import all_choices
 from orchestrator.searching.figures import Figures, figures
-from orchestrator.searching.proposing import Evidence, Proposal, Verdict, judge, means_of, propose, resolved
+from orchestrator.searching.proposing import LISTED, Evidence, Proposal, Verdict, judge, means_of, propose, resolved
 
 RUNGS = (5, 10, 20, 40, 80, 160, 320, 640, 1280, 2560)
 FIRST_ITEMS_BEFORE = 10
@@ -436,6 +437,13 @@ class Search:
     def _first_parents_cost(self) -> float:
         return self._parents_cost([self.rungs[0]])
 
+    def _has_more(self) -> bool:
+        """Whether a point that can be merged was not asked yet; where very many were not, one is taken for granted."""
+        space, asked = self.spec.space, {*self.choices.values()}
+        if space.size > LISTED + len(asked):
+            return True
+        return any(choice not in asked and self._mergeable(choice) for choice in all_choices(space))
+
     def _known(self, choice: Choice) -> int:
         return self._items[self._name(choice)][-1][1]
 
@@ -452,7 +460,7 @@ class Search:
         budget = self.spec.budget
         asking = (
             (budget.points is None or len(self.choices) < budget.points)
-            and len(self.choices) < self.spec.space.size
+            and self._has_more()
             and self._cost([self.rungs[0]]) <= self._room_for_new(room)
         )
         allowed = PROMOTED / (1 - PROMOTED) * self._spent_on_new - self._spent_on_promotions if asking else math.inf

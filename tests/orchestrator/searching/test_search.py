@@ -189,6 +189,15 @@ def test_no_point_is_asked_that_cannot_be_merged(by: str):
     assert started.propose().proposals[0].choice == (0,)
 
 
+def test_promotions_go_on_where_the_rest_of_a_small_space_cannot_be_merged():
+    space = Space((numbers("w", 20),))
+    flat = World(space, lambda place: 0.5)
+    made = run(search(space, limit=None, mergeable=lambda choice: 12 <= choice[0] <= 18), flat)
+    assert len(made.choices) == 7
+    likely = [found for found in made.standing() if found.best >= 0.05 and found.left is None]
+    assert len(likely) > 1 and all(found.items == ITEMS for found in likely)
+
+
 def test_the_middle_is_called_the_middle_where_it_is_an_end_too():
     made = search(Space((numbers("a", 2), numbers("b", 2))))
     assert made.propose().proposals[0].reason == "the middle of the space"
