@@ -35,6 +35,9 @@ WIDE = 2
 its points, and does not look for a narrow high hill beside a wide low one."""
 CLIMBS = 4
 DRAWS = 512
+WIDER = 1.5
+"""So many times the posterior's spread are the draws that find the likely winners, whose average is shown: in replays,
+the winner's error is 1.0 to 1.5 times the spread. Without it the score was up to 0.4 points too high."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,10 +132,10 @@ class Verdict:
     `mean` and `spread` are the posterior's of the first objective; `best` is the probability to be the best point that
     keeps the constraints, `feasible` that of keeping them.
 
-    `shown` is the mean, but of points that likely keep the constraints at most the average of the means by `best`.
-    Where several points are as good, the highest mean is a lucky one, and the average over the likely winners is not
-    (the smoothing of Efron 2014, "Estimation and accuracy after model selection"). With several objectives it is the
-    mean.
+    `shown` is the mean, but of points that likely keep the constraints at most the average of the means over the likely
+    winners, those of draws that are `WIDER` than the posterior of a `gp`. Where several points are as good, the highest
+    mean is a lucky one, and this average is not (the smoothing of Efron 2014, "Estimation and accuracy after model
+    selection"). With several objectives it is the mean.
     """
 
     mean: FloatArray
@@ -146,13 +149,19 @@ def judge(space: Space, evidence: Evidence, *, by: By, seed: int) -> Verdict:
     """The verdict on the points that were asked; without `gp`, points say nothing about each other."""
     smooth = resolved(space, by) == "gp"
     surfaces, margins = _surfaces(space, evidence, smooth=smooth)
-    winners = np.argmax(_joined(surfaces, margins, generator(seed, 0)), axis=1)
-    best = np.bincount(winners, minlength=len(evidence.choices)) / DRAWS
+    joined = _joined(surfaces, margins, generator(seed, 0))
+    best = _winning(joined)
     feasible = np.prod([_above(margin.mean, margin.spread) for margin in margins] or [np.ones(len(best))], axis=0)
     mean = surfaces[0].mean
-    most = float(best @ mean) if len(surfaces) == 1 else math.inf
+    wider = mean + (WIDER if smooth else 1.0) * (joined - mean)
+    most = float(_winning(wider) @ mean) if len(surfaces) == 1 else math.inf
     shown = np.where(feasible >= 0.5, np.minimum(mean, most), mean)
     return Verdict(mean, surfaces[0].spread, best, feasible, shown)
+
+
+def _winning(joined: FloatArray) -> FloatArray:
+    """Share of the draws [draws, points] in which each point is the best [points]."""
+    return np.bincount(np.argmax(joined, axis=1), minlength=joined.shape[1]) / len(joined)
 
 
 def _surfaces(space: Space, evidence: Evidence, *, smooth: bool) -> tuple[list[Surface], list[Surface]]:

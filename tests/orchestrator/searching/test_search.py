@@ -124,6 +124,8 @@ def test_the_best_of_equal_points_is_not_shown_with_the_luckiest_mean():
     assert found.best[0] < 0.6 and np.all(found.best[1:5] > 0.05)
     assert found.shown[0] == pytest.approx(found.best @ found.mean) and found.shown[0] < found.mean[0]
     assert found.shown[5:] == pytest.approx(found.mean[5:])
+    smooth = judge(space, Evidence(tuple((index,) for index in range(10)), (figures,)), by="gp", seed=1)
+    assert smooth.shown.max() < smooth.best @ smooth.mean  # more points are taken for likely winners than are so
 
 
 def test_points_are_counted_and_then_the_likely_ones_are_asked_more():
