@@ -58,7 +58,8 @@ def table(results: Sequence[Result]) -> str:
     """Markdown: one table of seconds and ratios, one of memory."""
     first = results[0]
     lines = [
-        f"{first['parameters'].upper()} parameters; {first['machine']}; {first['date']}, commit {first['commit']}.",
+        f"{first['parameters'].upper()} parameters, unless a row says another number; {first['machine']};"
+        f" {first['date']}, commit {first['commit']}.",
         "",
         "| work | floor, s | synced, s | mergeyard, s | its CPU, s | mergekit, s | its CPU, s | faster | less CPU |"
         " × floor | asked |",
@@ -73,7 +74,12 @@ def table(results: Sequence[Result]) -> str:
             ratio(result, "mergekit", "mergeyard", "cpu"),
             ratio(result, "mergeyard", "floor"),
         ]
-        cells = [name_of(result), *seconds, *(f"{each:.3g} ×" if each else "" for each in ratios), asked(result)]
+        cells = [
+            name_of(result, first["parameters"]),
+            *seconds,
+            *(f"{each:.3g} ×" if each else "" for each in ratios),
+            asked(result),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     held = [result for result in results if result["limit_bytes"] is not None]
     if held:
@@ -98,8 +104,10 @@ def peak(result: Result, program: str) -> float:
     return max(sample["rss"] for sample in result["samples"][program]) / 2**30
 
 
-def name_of(result: Result) -> str:
-    """The row in words."""
+def name_of(result: Result, usual: str) -> str:
+    """The row in words, with the number of parameters where it is not the usual one."""
+    if result["parameters"] != usual:
+        return f"{name_of(result, result['parameters'])}, {result['parameters'].upper()}"
     if result["row"] in IN_WORDS:
         return f"{IN_WORDS[result['row']]}, written"
     method = f"`{result['row'].partition('-')[0]}`"
@@ -175,7 +183,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
                 )
         for who, colour in COLOURS.items():
             axes.scatter([], [], color=colour, s=26, label=who)
-        axes.set_yticks(range(len(timed)), [name_of(result).replace("`", "") for result in timed])
+        axes.set_yticks(range(len(timed)), [name_of(each, results[0]["parameters"]).replace("`", "") for each in timed])
         axes.set_ylim(len(timed) - 0.4, -0.6)
         axes.set_xscale("log")
         axes.set_xlabel("seconds, logarithmic; × is mergekit over mergeyard")

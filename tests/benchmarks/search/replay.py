@@ -434,7 +434,8 @@ def main() -> None:
     """Reads the arguments, replays what is missing, and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("rows", type=Path)
-    parser.add_argument("--seeds", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=100, help="how many")
+    parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--spaces", default=",".join(SPACES))
     parser.add_argument("--methods", default=METHODS)
     parser.add_argument("--budgets", default="0.5,1,2")
@@ -448,7 +449,7 @@ def main() -> None:
             (share, each) for share in map(float, arguments.budgets.split(",")) for each in arguments.methods.split(",")
         ]
         asked = [each for each in asked if (name, each[1]) != ("eight", "all-items")]
-        for seed in range(arguments.seeds):
+        for seed in range(arguments.first_seed, arguments.first_seed + arguments.seeds):
             missing = [each for each in asked if (name, seed, *each) not in known]
             new = replay(name, seed, missing) if missing else []
             rows += new

@@ -164,8 +164,8 @@ def settled(answers: dict[Point, np.ndarray[Any, Any]]) -> set[tuple[Point, int]
     return {(point, cell) for point, cell, right in cells if right.mean() < least or not right[cell].any()}
 
 
-def correlations(answers: dict[Point, np.ndarray[Any, Any]]) -> dict[float, float]:
-    """Of the answers of two points to the same items, by distance (1 between two parents).
+def correlations(answers: dict[Point, np.ndarray[Any, Any]], unit: float, step: float) -> dict[float, float]:
+    """Of the answers of two points to the same items, by their distance in steps; `unit` axes are the distance 1.
 
     Averages over the pairs and cells of a distance in which both points are right and wrong 5 % of the time or more.
     """
@@ -173,11 +173,12 @@ def correlations(answers: dict[Point, np.ndarray[Any, Any]]) -> dict[float, floa
     points = [*answers]
     for at, first in enumerate(points):
         for second in points[at + 1 :]:
+            distance = float(np.linalg.norm(np.subtract(first, second))) / PARTS / unit
+            near = round(round(distance / step) * step, 2)
             count = min(answers[first].shape[1], answers[second].shape[1])
-            distance = float(np.linalg.norm(np.subtract(first, second))) / PARTS / 2**0.5
             for left, right in zip(answers[first][:, :count], answers[second][:, :count], strict=True):
                 if 0.05 <= left.mean() <= 0.95 and 0.05 <= right.mean() <= 0.95:
-                    found.setdefault(round(distance, 2), []).append(float(np.corrcoef(left, right)[0, 1]))
+                    found.setdefault(near, []).append(float(np.corrcoef(left, right)[0, 1]))
     return {distance: float(np.mean(each)) for distance, each in sorted(found.items())}
 
 
@@ -204,7 +205,7 @@ def main() -> None:
         shares = (f"{part / PARTS:g}" for part in point)
         lines.append(",".join([*shares, str(right.shape[1]), *map(str, right.sum(axis=1).tolist())]))
     (folder / "counts.csv").write_text("\n".join(lines) + "\n")
-    print({distance: round(value, 2) for distance, value in correlations(answers).items()})
+    print({distance: round(value, 2) for distance, value in correlations(answers, 2**0.5, 0.01).items()})
 
 
 if __name__ == "__main__":

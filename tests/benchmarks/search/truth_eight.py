@@ -4,7 +4,8 @@
 
 256 points of a Sobol sequence answer 72 items of each cell. Then 64 points four times: those that the surfaces fitted
 so far promise most, each at least `APART` from the others. At last the 12 best points answer 28 × 72 = 2,016 items. The
-rounds lie in FOLDER as those of `truth.py`; rounds that exist are left as they are. It writes FOLDER/counts_eight.csv.
+rounds lie in FOLDER as those of `truth.py`; rounds that exist are left as they are. It writes FOLDER/counts_eight.csv,
+with the answers of both parents, which are the corners of the space, from `counts.csv`.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import multiprocessing
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from tests.benchmarks.search.truth import CELLS, Point, ask, correlations, file_
 
 AXES = ("attention0", "attention1", "attention2", "mlp0", "mlp1", "mlp2", "embeddings", "norms")
 FIRST, CLIMBS, EACH, BEST, ROUNDS = 256, 4, 64, 12, 28
+COUNTS = Path(__file__).with_name("counts.csv")
 APART = 0.2
 """Of new points, in units of an axis: points of one place would show one thing many times."""
 Array = np.ndarray[Any, Any]
@@ -34,6 +37,20 @@ Array = np.ndarray[Any, Any]
 def rows_of(answers: dict[Point, Any]) -> Array:
     """A row for each point: its parts, the items of a cell, and the right answers of each cell."""
     return np.array([[*point, right.shape[1], *(right == 1).sum(axis=1)] for point, right in answers.items()], float)
+
+
+def parents() -> Array:
+    """The rows of both parents, whose answers to the same items `truth.py` has asked."""
+    table = np.loadtxt(COUNTS, delimiter=",", skiprows=1)
+    ends = {0: (0, 1, 0), PARTS: (1, 0, 0)}
+    return np.array([[*[end] * 8, *table[(table[:, :3] == of).all(axis=1)][0, 3:]] for end, of in ends.items()])
+
+
+def chosen(file: Path, choose: Callable[[], list[Point]]) -> list[Point]:
+    """The points in a file, which is written before any of them is asked: a run that was stopped asks the same."""
+    if not file.exists():
+        np.savetxt(file, choose(), "%d")
+    return [tuple(map(int, row)) for row in np.loadtxt(file, ndmin=2)]
 
 
 def near(points: Array, random: np.random.Generator, count: int) -> Array:
@@ -95,22 +112,18 @@ def main() -> None:
         asked([(f"first{at:02d}", points[at * 16 : at * 16 + 16], 0) for at in range(FIRST // 16)])
         for climb in range(CLIMBS):
             name = f"climb{climb}"
-            if not file_of(folder, f"{name}z", 0).exists():
-                new = promising(rows_of(gathered(folder)), EACH, climb)
-                asked([(f"{name}{letter}", new[at::4], 0) for at, letter in enumerate("wxyz")])
+            new = chosen(folder / f"{name}.txt", lambda climb=climb: promising(rows_of(gathered(folder)), EACH, climb))
+            asked([(f"{name}{letter}", new[at::4], 0) for at, letter in enumerate("wxyz")])
             table = rows_of(gathered(folder))
             top = table[np.argsort(-table[:, 9:].sum(axis=1))[:5]]
             print(climb, [[*map(int, row[:8]), round(100 * row[9:].sum() / row[8] / 5, 1)] for row in top], flush=True)
-        if not file_of(folder, "best", 1).exists():
-            top = best(rows_of(gathered(folder)), BEST)
-        else:
-            top = [tuple(point) for point in np.load(file_of(folder, "best", 1))["points"].tolist()]
+        top = chosen(folder / "best.txt", lambda: best(rows_of(gathered(folder)), BEST))
         asked([("best", top, number) for number in range(1, ROUNDS)])
     answers = gathered(folder)
     lines = [",".join([*AXES, "items", *(f"{benchmark}@{length}" for benchmark, length in CELLS)])]
-    lines += [",".join(str(int(value)) for value in row) for row in rows_of(answers)]
+    lines += [",".join(str(int(value)) for value in row) for row in (*rows_of(answers), *parents())]
     (folder / "counts_eight.csv").write_text("\n".join(lines) + "\n")
-    print({distance: round(value, 2) for distance, value in correlations(answers).items()})
+    print({distance: round(value, 2) for distance, value in correlations(answers, 1.0, 0.4).items()})
 
 
 if __name__ == "__main__":
