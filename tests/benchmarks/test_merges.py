@@ -5,8 +5,6 @@ The unit is CPU time, because other work on the machine stretches seconds.
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,6 +18,7 @@ from tests.benchmarks.merges import figures, worker
 from tests.benchmarks.merges.__main__ import main as merges
 from tests.benchmarks.merges.copying import read_and_copy
 from tests.benchmarks.merges.documents import RECIPES, document, grid_job
+from tests.growth import growth
 from workers.merging import shard
 
 ROUNDS = 3
@@ -34,26 +33,17 @@ def parents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "made"
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """CPU seconds."""
-    before = time.process_time()
-    work()
-    return time.process_time() - before
-
-
-def copies_of_a_merge(method: str, parents: Path, folder: Path) -> float:
-    """CPU seconds of a merge over those of the plain copy just before it, in the cheapest of a few rounds.
-
-    The first round may compile. A shared machine may be twice as fast in one round as in the next.
-    """
+def copies_of_a_merge(method: str, parents: Path, folder: Path, at_most: float) -> float:
+    """CPU seconds of the merge over those of the plain copy, measured in turn."""
     (folder / "config.yaml").write_text(yaml.safe_dump(document(method, parents)))
     *read, copied = (parents / who / "model.safetensors" for who in RECIPES[method].parents)
-    return min(
-        1
-        / seconds(lambda: read_and_copy(read, copied, folder, 1, synced=True))
-        * seconds(lambda: main(["merge", str(folder / "config.yaml"), str(folder / "merge"), "--quiet"]))
-        for _ in range(ROUNDS)
-    )
+
+    def copy_or_merge(merges: int) -> object:
+        if merges:
+            return main(["merge", str(folder / "config.yaml"), str(folder / "merge"), "--quiet"])
+        return read_and_copy(read, copied, folder, 1, synced=True)
+
+    return growth(copy_or_merge, 0, 1, at_most)
 
 
 @pytest.mark.serial
@@ -62,7 +52,7 @@ def test_a_written_merge_costs_at_most_twice_its_copies(
     method: str, copies: float, parents: Path, tmp_path: Path
 ) -> None:
     with ProcessPoolExecutor(1, get_context("spawn")) as alone:  # without the memory and threads of earlier tests
-        found = alone.submit(copies_of_a_merge, method, parents, tmp_path).result()
+        found = alone.submit(copies_of_a_merge, method, parents, tmp_path, 2 * copies).result()
     assert found < 2 * copies, f"{found:.1f} copies instead of {copies}"
 
 
