@@ -16,6 +16,7 @@ A point is a `Choice`: the index of its value on each axis. The points of a spac
 from __future__ import annotations
 
 import itertools
+import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -524,7 +525,8 @@ def search_schema() -> dict[str, Any]:
 class SearchedRecipe:
     """The recipe of a search: `point` makes one point, `kinds` has one point of each kind.
 
-    Points of one kind differ in numbers alone, so that they share parents, method and layout.
+    Points of one kind differ in numbers alone, so that they share parents, method and layout. The first point with a
+    name has it alone: make points in the order of asking, and `unnamed` ones of those that may not be asked.
     """
 
     def __init__(
@@ -535,6 +537,7 @@ class SearchedRecipe:
         self._naming = None if naming is None else name_template(naming.string(), naming.place)
         self._templates: dict[tuple[tuple[str, ...], ...], StagesTemplate] = {}
         self._taken: dict[str, Choice | None] = dict.fromkeys(parents)
+        self._names: dict[Choice, str] = {}
         self._check_used()
         if self._naming is not None:
             self._check_naming(self._naming)
@@ -545,13 +548,29 @@ class SearchedRecipe:
 
     def point(self, choice: Choice) -> Point:
         """The point of this choice; its name is its own among all that were made here."""
-        bound, described = self._space.bindings(choice), self._space.described(choice)
-        name = described if self._naming is None else self._naming.render(bound)
-        if self._naming is None and not POINT_NAME.fullmatch(name):
-            name = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", name)
-        if not POINT_NAME.fullmatch(name) or self._taken.setdefault(name, choice) != choice:
-            name = f"point-{digest(described)[:16]}"
-        return Point(name, bound, *self.template(choice).bind(bound, self._trajectories))
+        return replace(self.unnamed(choice), name=self._name(choice))
+
+    def unnamed(self, choice: Choice) -> Point:
+        """The point of this choice, which takes no name."""
+        bound = self._space.bindings(choice)
+        return Point("unnamed", bound, *self.template(choice).bind(bound, self._trajectories))
+
+    def named(self, choice: Choice, name: str) -> bool:
+        """Gives a choice the name that it has in the files of a run; whether no other choice or parent has it."""
+        if self._names.setdefault(choice, name) != name or self._taken.setdefault(name, choice) != choice:
+            return False
+        return POINT_NAME.fullmatch(name) is not None
+
+    def _name(self, choice: Choice) -> str:
+        if choice not in self._names:
+            described = self._space.described(choice)
+            name = described if self._naming is None else self._naming.render(self._space.bindings(choice))
+            if self._naming is None and not POINT_NAME.fullmatch(name):
+                name = re.sub(r"[^A-Za-z0-9._+=,-]+", "-", name)
+            if not POINT_NAME.fullmatch(name) or self._taken.setdefault(name, choice) != choice:
+                name = f"point-{digest(described)[:16]}"
+            self._names[choice] = name
+        return self._names[choice]
 
     def template(self, choice: Choice) -> StagesTemplate:
         """The recipe with the models of its subsets, whose placeholders wait for the values of the axes."""
@@ -566,9 +585,7 @@ class SearchedRecipe:
         space, middle = self._space, self._space.middle()
         outside = _names_outside_parameters(self._node)
         deciding = [
-            number
-            for number, axis in enumerate(space.axes)
-            if axis.name in outside or axis.name.partition(".")[0] in outside
+            number for number, axis in enumerate(space.axes) if {axis.name, axis.name.partition(".")[0]} & outside
         ]
         count = prod(len(space.axes[number].values) for number in deciding)
         if count > MOST_KINDS:
@@ -584,6 +601,21 @@ class SearchedRecipe:
             if space.admits(choice):
                 points.append(self.point(choice))
         return tuple(points)
+
+    def others_of_kind(self, point: Point, start: Sequence[Choice]) -> Iterator[Point]:
+        """Other points that differ from this one in numbers alone: of `start`, the ends, and 64 drawn ones; unnamed."""
+        space, outside = self._space, _names_outside_parameters(self._node)
+        deciding = {axis.name for axis in space.axes if {axis.name, axis.name.partition(".")[0]} & outside}
+        numbers = random.Random(0)
+        drawn = (_drawn(space, numbers) for _ in range(64))
+        for choice in itertools.chain(start, space.ends().values(), drawn):
+            bound = {name: point.bindings[name] for name in deciding}
+            moved = tuple(
+                axis.values.index(bound[axis.name]) if axis.name in bound else index
+                for axis, index in zip(space.axes, choice, strict=True)
+            )
+            if space.admits(moved):
+                yield self.unnamed(moved)
 
     def _check_used(self) -> None:
         space = self._space
@@ -613,6 +645,16 @@ class SearchedRecipe:
                     f"{naming.place}: points that differ in {axis.name} alone would have one name; write"
                     f" {{{axis.name}}} there, or take `point:` out"
                 )
+
+
+def _drawn(space: Space, numbers: random.Random) -> Choice:
+    """A point of the space: each axis by itself, the steps of a simplex cut at random places."""
+    chosen = {axis.name: numbers.randrange(len(axis.values)) for axis in space.axes}
+    for group in space.simplexes:
+        steps = next(len(axis.values) for axis in space.axes if axis.name == group[0]) - 1
+        cuts = [0, *sorted(numbers.randint(0, steps) for _ in group[1:]), steps]
+        chosen |= {name: after - before for name, (before, after) in zip(group, itertools.pairwise(cuts), strict=True)}
+    return tuple(chosen[axis.name] for axis in space.axes)
 
 
 def _unfolded(node: Node, space: Space, members: Mapping[str, Sequence[str]]) -> Node:

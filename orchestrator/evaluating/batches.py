@@ -15,7 +15,8 @@ from jobs.errors import BadInput, CorruptData, ObjectExists
 from jobs.expressions import format_number
 from jobs.merge_tasks import FORMAT
 from jobs.sealing import sealed
-from jobs.search import Choice, SearchSpec
+from jobs.search import Choice, SearchedRecipe, SearchSpec
+from jobs.yaml_nodes import quoted
 from orchestrator.evaluating.subjects import Questions, Sets
 from orchestrator.planning.plan import Plan
 from orchestrator.records.documents import read_document, text_of
@@ -31,13 +32,13 @@ REMEDY = "remove it; it is proposed again from the scores"
 class BatchFiles:
     """The batch files of a run."""
 
-    def __init__(self, store: Store, spec: SearchSpec, name: Callable[[Choice], str]) -> None:
-        self._store, self._spec, self._name = store, spec, name
+    def __init__(self, store: Store, spec: SearchSpec, searched: SearchedRecipe) -> None:
+        self._store, self._spec, self._searched = store, spec, searched
         self._there = {info.key for info in store.list(PREFIX)}
 
     def read_or_write(self, number: int, propose: Callable[[], Batch]) -> Batch:
         """The batch that lies there, or else the proposed one, which is written."""
-        key = f"{PREFIX}{number:06d}.json"
+        key = key_of(number)
         if key not in self._there:
             batch = propose()
             try:
@@ -52,11 +53,15 @@ class BatchFiles:
         return map(self._read, sorted(self._there))
 
     def _read(self, key: str) -> Batch:
-        batch = read_document(self._store, key, _batch, REMEDY)
-        for choice in (*(each.choice for each in batch.proposals), *(each.choice for each in batch.promotions)):
+        batch, names = read_document(self._store, key, lambda document: (_batch(document), _names(document)), REMEDY)
+        for choice, name in names:
             if not self._spec.space.admits(choice):
                 raise CorruptData(
                     f"{self._store.url}/{key}: {list(choice)} is not a point of this search; remove the run"
+                )
+            if not self._searched.named(choice, name):
+                raise CorruptData(
+                    f"{self._store.url}/{key}: another point than {list(choice)} is {quoted(name)}; remove the run"
                 )
         return batch
 
@@ -68,7 +73,7 @@ class BatchFiles:
             "items": batch.items,
             "proposals": [
                 {
-                    "name": self._name(proposal.choice),
+                    "name": self._searched.point(proposal.choice).name,
                     "bindings": {
                         axis: format_number(value) if isinstance(value, Fraction) else value
                         for axis, value in self._spec.space.bindings(proposal.choice).items()
@@ -79,10 +84,19 @@ class BatchFiles:
                 for proposal in batch.proposals
             ],
             "promotions": [
-                {"name": self._name(promotion.choice), "choice": list(promotion.choice), "items": promotion.items}
+                {
+                    "name": self._searched.point(promotion.choice).name,
+                    "choice": list(promotion.choice),
+                    "items": promotion.items,
+                }
                 for promotion in batch.promotions
             ],
         }
+
+
+def key_of(number: int) -> str:
+    """The file of a batch."""
+    return f"{PREFIX}{number:06d}.json"
 
 
 def asked_points(store: Store) -> list[str]:
@@ -104,6 +118,11 @@ def _batch(document: dict[str, Any]) -> Batch:
         seen=text_of(document, "seen"),
         items=None if document.get("items") is None else int(document["items"]),
     )
+
+
+def _names(document: dict[str, Any]) -> list[tuple[Choice, str]]:
+    entries = [*document["proposals"], *document["promotions"]]
+    return [(tuple(map(int, entry["choice"])), text_of(entry, "name")) for entry in entries]
 
 
 def searched_cells(asked: Questions, spec: SearchSpec) -> Sets:
@@ -130,33 +149,40 @@ def searched_cells(asked: Questions, spec: SearchSpec) -> Sets:
     return {cell: planned for cell, planned in asked.sets.items() if planned.benchmark in benchmarks}
 
 
-def mergeable(plan: Plan) -> Callable[[Choice], bool]:
-    """Whether the recipe of the job can be planned for a point of its search: some weights sum to zero, say."""
+def refusals(plan: Plan) -> Callable[[Choice], str]:
+    """Why the recipe of the job makes no merge at a point of its search, as weights that sum to zero; empty if it does.
+
+    It takes half a millisecond, and keeps its answers.
+    """
     searched = plan.job.searched
     assert searched is not None, "a job with a search has its recipe"
 
     @cache
-    def planned(choice: Choice) -> bool:
+    def refusal(choice: Choice) -> str:
         try:
-            plan.planner.afresh()([searched.point(choice)])
-        except BadInput:
-            return False
-        return True
+            plan.planner.afresh()([searched.unnamed(choice)])
+        except BadInput as error:
+            return str(error)
+        return ""
 
-    return planned
+    return refusal
 
 
 def make_search(plan: Plan, asked: Questions, spec: SearchSpec, name: Callable[[Choice], str]) -> Search:
     """The search that a job asks, at its beginning. Every point answers the same number of items of each cell.
 
-    `BadInput` for items that are less than a haystack, or a budget of tokens that is less than the first batch.
+    `BadInput` for a point of `start` that cannot be merged, items that are less than a haystack, or a budget of tokens
+    that is less than the first batch.
     """
+    assert plan.job.searched is not None, "a job with a search has its recipe"
+    plan.planner.afresh()(map(plan.job.searched.unnamed, spec.start))
     sets = searched_cells(asked, spec)
     share = math.lcm(*(planned.share for planned in sets.values()))
     items = min(planned.count for planned in sets.values()) // share * share
     if not items:
         raise BadInput(f"{spec.place}: a search asks whole haystacks of {share} questions; give at least {share} items")
     parents = [subject.label for subject in asked.parents.values()]
+    refusal = refusals(plan)
     search = Search(
         spec,
         [*sets],
@@ -170,7 +196,7 @@ def make_search(plan: Plan, asked: Questions, spec: SearchSpec, name: Callable[[
         rungs=[rung for rung in dict.fromkeys(-(-rung // share) * share for rung in RUNGS) if rung < items] + [items],
         items_per_haystack=1 if all(planned.questions == 1 for planned in sets.values()) else share,
         items_shared_across_lengths=True,
-        mergeable=mergeable(plan),
+        mergeable=lambda choice: not refusal(choice),
     )
     least = (1 + len(parents)) * search.rungs[0] * sum(planned.tokens for planned in sets.values())
     if spec.budget.tokens is not None and spec.budget.tokens < least:

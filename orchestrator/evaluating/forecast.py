@@ -22,7 +22,7 @@ from jobs.evaluate import GuardsSpec
 from jobs.evaluation_tasks import ScoreRow
 from jobs.job import GateSpec
 from jobs.search import Choice, SearchSpec
-from orchestrator.evaluating.batches import make_search, searched_cells
+from orchestrator.evaluating.batches import make_search, refusals, searched_cells
 from orchestrator.evaluating.confirming import BUDGET
 from orchestrator.evaluating.pairing import common_rows, sample_of
 from orchestrator.evaluating.results import ranked_rows, read_results
@@ -42,12 +42,16 @@ from orchestrator.judging.samples import Cell, CellSample, cell_of
 from orchestrator.judging.significance import design_effect
 from orchestrator.planning.plan import Plan
 from orchestrator.searching import greedy
+from orchestrator.searching.encoding import all_choices, decoded
+from orchestrator.searching.proposing import generator, sequence
 from workers.benchmarks.planned import PlannedSet
 from workers.benchmarks.registry import BENCHMARKS
 
 DISCORDANCE = 0.1
 CORRELATION = 0.1
 LEVEL = 0.05
+TRIED = 256
+"""Points of a space that are tried, to say how many cannot be merged."""
 LONG_ANSWERS = 0.25
 """Of the tokens of a length, those of answers that take most of the time: decoding one takes that of reading many."""
 
@@ -212,6 +216,7 @@ def _search_facts(
     return {
         "axes": {axis.name: len(axis.values) for axis in spec.space.axes},
         "size": spec.space.size,
+        "refused": _refused(plan, spec),
         "by": spec.by,
         "first_batch": [searched.point(choice).name for choice in first],
         "rungs": list(search.rungs),
@@ -220,6 +225,17 @@ def _search_facts(
         "tokens_afterwards": (max(job.keep.count or 1, 1) + len(asked.baselines)) * _tokens(asked.sets),
         "hours": spec.budget.hours if whole is None else None if rate is None else round(whole * rate / 3600, 3),
     }
+
+
+def _refused(plan: Plan, spec: SearchSpec) -> dict[str, Any] | None:
+    """How many points of a sample cannot be merged, and why not one of them; None if all can. They are not asked."""
+    space, refusal = spec.space, refusals(plan)
+    drawn = all_choices(space) if space.size <= TRIED else decoded(space, sequence(space, generator(0, 0), TRIED))
+    tried = [*dict.fromkeys(drawn)]
+    found = [(choice, why) for choice in tried if (why := refusal(choice))]
+    if not found:
+        return None
+    return {"points": len(found), "of": len(tried), "point": space.described(found[0][0]), "why": found[0][1]}
 
 
 def _items(sets: Sets) -> int:

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Protocol
 
-from jobs.errors import writing
+from jobs.errors import BadInput, writing
 from jobs.evaluate import GuardsSpec
 from jobs.evaluation_tasks import EvaluationTask, ItemSet, ModelSpec, ScoreRow
 from jobs.merge_tasks import FORMAT, digest
@@ -22,7 +22,7 @@ from jobs.sealing import sealed
 from jobs.search import Choice, SearchSpec
 from orchestrator.cluster.dispatching import Pace, dispatch
 from orchestrator.cluster.pool import Evaluators
-from orchestrator.evaluating.batches import BatchFiles, make_search
+from orchestrator.evaluating.batches import BatchFiles, key_of, make_search
 from orchestrator.evaluating.blocks import Blocks, Request, first_items
 from orchestrator.evaluating.guarding import GUARDS, judged
 from orchestrator.evaluating.pairing import check_counted, tokens_by_item
@@ -158,9 +158,9 @@ class Session:
         """Adds the points that the search of this run has asked so far, without asking anything."""
         spec, searched = self._plan.job.search, self._plan.job.searched
         assert spec is not None and searched is not None, "a job with a search has its recipe"
-        planner, point = self._plan.planner.afresh(), cache(searched.point)
-        for batch in BatchFiles(self._ledger.store, spec, lambda choice: point(choice).name).written():
-            self.asked = self.asked.joined(planner(point(proposal.choice) for proposal in batch.proposals))
+        planner = self._plan.planner.afresh()
+        for batch in BatchFiles(self._ledger.store, spec, searched).written():
+            self.asked = self.asked.joined(planner(searched.point(proposal.choice) for proposal in batch.proposals))
 
     @property
     def _several(self) -> bool:
@@ -317,7 +317,7 @@ class Session:
         assert job.searched is not None, "a job with a search has its recipe"
         point = cache(job.searched.point)
         search = self._search = make_search(self._plan, self.asked, spec, lambda choice: point(choice).name)
-        files = BatchFiles(self._ledger.store, spec, lambda choice: point(choice).name)
+        files = BatchFiles(self._ledger.store, spec, job.searched)
         wanted: dict[tuple[str, Cell], int] = defaultdict(int)  # items of each name, and those asked of each subject
         begun: dict[tuple[str, Cell], int] = defaultdict(int)
         waiting: dict[str, tuple[EvaluationTask, Request]] = {}
@@ -343,7 +343,11 @@ class Session:
             while not requests and search.due is not None:
                 self._lease.confirm()
                 batch = files.read_or_write(search.due, lambda: self._proposed(search, spec))
-                found = planner(point(proposal.choice) for proposal in batch.proposals)
+                try:
+                    found = planner(point(proposal.choice) for proposal in batch.proposals)
+                except BadInput as error:  # older versions asked such points
+                    place = f"{self._ledger.store.url}/{key_of(batch.number)}"
+                    raise BadInput(f"{error}; {place} asks this point: remove this file, and run again") from error
                 self.planned += found
                 self.asked = self.asked.joined(found)
                 subjects = [self._subject(planned.name) for planned in found]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
@@ -331,7 +332,7 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
     output = open_store(job.output).url
     try:
         planner = PointPlanner(job, Stages(job, parents, relative_to), ContentKeys(job, parents))
-        points = planner(job.points)
+        points = planner(job.points) if job.searched is None else _kinds(planner, job)
     except CorruptData as error:  # to whoever plans a merge, a damaged tokenizer is a wrong input
         raise BadInput(str(error)) from error
     if flat:
@@ -339,6 +340,23 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
         _check_free(plan)
         return plan
     return Plan(job, f"{output}/{job.name}", parents, points, planner.afresh(), folder=relative_to)
+
+
+def _kinds(planner: PointPlanner, job: Job) -> tuple[PlannedPoint, ...]:
+    """One point of each kind that a search may ask; `BadInput` of the first one if none of a kind can be merged."""
+    assert job.search is not None and job.searched is not None, "a job with a search has its recipe"
+    found: list[PlannedPoint] = []
+    for point in job.points:
+        try:
+            found += planner([point])
+        except BadInput:
+            for other in job.searched.others_of_kind(point, job.search.start):
+                with suppress(BadInput):
+                    found += planner([replace(other, name=point.name)])
+                    break
+            else:
+                raise
+    return tuple(found)
 
 
 def _check_free(plan: Plan) -> None:

@@ -4,14 +4,14 @@ All of it is a function of the batches and the scores: it comes from the model t
 figures are in the unit of the first objective: points of 100, or tokens.
 
 **Regret bound.** The 95 % quantile, over 512 joint draws f of the posterior, of max f(x) − f(best): the maximum is over
-the points x of the space that keep the constraints in this draw, the best is the incumbent. Both have the same draw, so
-that the noise of shared items cancels. Of a space of more than 512 points, as many Sobol points and all asked ones
-count.
+the mergeable points x of the space that keep the constraints in this draw, the best is the incumbent. Both have the
+same draw, so that the noise of shared items cancels. Of a space of more than 512 points, as many Sobol points and all
+asked ones count.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -176,12 +176,20 @@ def findings(search: Search, seed: int) -> Findings | None:
         importance=tuple(shares),
         axes=tuple(space.axes[index].name for index in axes),
         others=_others(space, best, axes),
-        surface=_surface(space, models[0], best, axes, unit, asked) if axes else (),
+        surface=_surface(search, models[0], best, axes, unit, asked) if axes else (),
         ingredients=search.soup(search.closed - 1).ingredients if spec.by == "greedy" else (),
     )
 
 
-def regret_bound(space: Space, evidence: Evidence, best: int, *, smooth: bool, seed: int) -> float:
+def regret_bound(
+    space: Space,
+    evidence: Evidence,
+    best: int,
+    *,
+    smooth: bool,
+    seed: int,
+    mergeable: Callable[[Choice], bool] = lambda choice: True,
+) -> float:
     """As this file says, in shares of 1; without a model of the surface, over the points that were asked."""
     looked_at = evidence.choices
     if smooth:
@@ -190,7 +198,7 @@ def regret_bound(space: Space, evidence: Evidence, best: int, *, smooth: bool, s
             if space.size <= MOST_LOOKED_AT
             else decoded(space, sequence(space, generator(seed, 1), MOST_LOOKED_AT))
         )
-        looked_at = tuple(dict.fromkeys((*evidence.choices, *more)))
+        looked_at = tuple(dict.fromkeys((*evidence.choices, *filter(mergeable, more))))
     random = generator(seed, 2)
     drawn = draws(Model(space, evidence.choices, evidence.objectives[0], smooth=smooth).at(looked_at), random, DRAWS)
     kept = np.ones(drawn.shape, dtype=np.bool_)
@@ -212,7 +220,8 @@ def _steps(search: Search, seed: int, unit: float) -> tuple[Step, ...]:
         best = search.leader(number)
         assert best is not None, "the batch asked something"
         score, half = float(verdict.shown[best]) * unit, NORMAL * float(verdict.spread[best]) * abs(unit)
-        regret = regret_bound(search.spec.space, evidence, best, smooth=smooth, seed=seed) * abs(unit)
+        space, mergeable = search.spec.space, search.mergeable
+        regret = regret_bound(space, evidence, best, smooth=smooth, seed=seed, mergeable=mergeable) * abs(unit)
         found.append(
             Step(
                 number,
@@ -253,9 +262,10 @@ def _importance(space: Space, model: Model, seed: int) -> list[Share]:
 
 
 def _surface(
-    space: Space, model: Model, best: Choice, axes: Sequence[int], unit: float, asked: Mapping[Choice, str]
+    search: Search, model: Model, best: Choice, axes: Sequence[int], unit: float, asked: Mapping[Choice, str]
 ) -> tuple[Place, ...]:
-    """The model over one or two axes, the others at the best point; without places that are no points of the space."""
+    """The model over one or two axes, the others at the best point; without places that are no merges of the space."""
+    space = search.spec.space
     most = MOST_ALONE if len(axes) == 1 else MOST_PAIRED
     levels = [
         sorted({*np.linspace(0, count - 1, min(most, count)).round().astype(int).tolist(), best[axis]})
@@ -267,7 +277,7 @@ def _surface(
     choices: list[Choice] = []
     for index in np.ndindex(*map(len, levels)):
         moved = moved_to(space, best, {axis: of[at] for axis, of, at in zip(axes, levels, index, strict=True)})
-        if moved is not None:
+        if moved is not None and (moved in asked or search.mergeable(moved)):
             choices.append(moved)
     surface = model.at(choices)
     top = int(np.argmax(surface.mean))

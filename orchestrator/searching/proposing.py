@@ -96,7 +96,7 @@ def propose(
         wide = sum(at % WIDE == WIDE - 1 for at in range(len(known), len(known) + count)) if space.size > LISTED else 0
         improving = _improving(space, evidence, pending, count - wide, generator(seed, number), first, mergeable)
         known |= {proposal.choice for proposal in improving}
-        count, covered = wide, covered // WIDE
+        count, covered = count - len(improving), covered // WIDE
     drawn = _random(space, seed, number) if by == "random" else _sobol(space, seed, covered)
     reason = "drawn at random" if by == "random" else "covers the space (Sobol)"
     return improving + tuple(Proposal(choice, reason) for choice in _unknown(space, drawn, known, count, mergeable))
@@ -239,7 +239,8 @@ def _improving(
     top = np.argsort(-objectives[0].at(evidence.choices).mean, kind="stable")[:4]
     pool = _pool(space, [evidence.choices[index] for index in top], {*known}, random)
     if space.size > LISTED and len(objectives) == 1:
-        pool = _climbed(space, pool, evidence.choices[top[0]], objectives[0], constraints, known, random)
+        ranked = _climbed(space, pool, evidence.choices[top[0]], objectives[0], constraints, known, random, mergeable)
+        pool = _first_mergeable(ranked, LISTED // 2, 8 * max(count, 1), mergeable)
     everywhere = (*known, *pool)
     surfaces = [model.at(everywhere) for model in objectives]
     allowed = _allowed(constraints, everywhere)
@@ -287,10 +288,12 @@ def _climbed(
     constraints: Sequence[Model],
     known: Collection[Choice],
     random: np.random.Generator,
-) -> tuple[Choice, ...]:
+    mergeable: Callable[[Choice], bool],
+) -> list[Choice]:
     """The points of the largest expected improvement on `best`, of the pool and of neighbours of the best few of it.
 
     Neighbours of these are looked at in turn, `CLIMBS` times: in eight axes, few points of a pool are near the maximum.
+    The best few can be merged: otherwise all neighbours may lie where no point can.
     """
     worth: dict[Choice, float] = {}
     ranked, new = list[Choice](), [*pool]
@@ -299,11 +302,21 @@ def _climbed(
         gain, _ = _expected_gain(objective.at((best, *new)), np.ones(len(new) + 1), looked_at)
         worth |= dict(zip(new, (gain[1:] * _allowed(constraints, new)).tolist(), strict=True))
         ranked = sorted(worth, key=worth.__getitem__, reverse=True)
-        near = dict.fromkeys(_near(space, ranked[:4], random))
+        best_few = [*islice(filter(mergeable, ranked), 4)]
+        near = dict.fromkeys(_near(space, best_few, random))
         new = [choice for choice in near if choice not in worth and choice not in known]
         if not new:
             break
-    return tuple(ranked[: LISTED // 2])
+    return ranked
+
+
+def _first_mergeable(
+    ranked: Sequence[Choice], most: int, enough: int, mergeable: Callable[[Choice], bool]
+) -> tuple[Choice, ...]:
+    """At most so many of these points, in their order, of which the first `enough` can be merged; others may not be."""
+    sure = [*islice(filter(mergeable, ranked), enough)]
+    rest = ranked[ranked.index(sure[-1]) + 1 :] if len(sure) == enough else []
+    return (*sure, *rest)[:most]
 
 
 def _expected_gain(surface: Surface, allowed: FloatArray, looked_at: NDArray[np.bool_]) -> tuple[FloatArray, int]:

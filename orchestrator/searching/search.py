@@ -112,7 +112,8 @@ class Search:
         limit: the most that may be spent on points and parents, in units of the costs.
         name: the name of a point, unique.
         items_per_haystack, items_shared_across_lengths: as in `Race`.
-        mergeable: whether a point is a merge; the search proposes no other, but for `start` and greedy soups.
+        mergeable: whether a point is a merge; the search proposes no other, but for `start` and greedy soups. A call
+            may take milliseconds, and points are asked for again: it should keep its answers.
     """
 
     def __init__(
@@ -146,7 +147,7 @@ class Search:
         self._unit = float(sum(cell.length if costs is None else costs[cell] for cell in cells))
         self._costs = {cell: float(cell.length) if costs is None else costs[cell] for cell in cells}
         self._haystack, self._shared = items_per_haystack, items_shared_across_lengths
-        self._mergeable = mergeable
+        self.mergeable = mergeable
         self._column = {cell: index for index, cell in enumerate(self.cells)}
         self._ranked = tuple(ranked)
         self._work: list[list[_Work]] = []
@@ -183,7 +184,7 @@ class Search:
             return self._greedy(number)
         spec, room = self.spec, self._room()
         proposals: tuple[Proposal, ...] = ()
-        promotions = self._promotions(number, room)
+        promotions = self._promotions(number, room, more=self._wants_new(room))
         room -= self._promotions_cost(promotions)
         room -= self._parents_cost([promotion.items for promotion in promotions])
         count = spec.batch
@@ -208,8 +209,10 @@ class Search:
                 first=spec.maximize[0],
                 start=spec.start,
                 batch=spec.batch,
-                mergeable=self._mergeable,
+                mergeable=self.mergeable,
             )
+            if not proposals:  # a large space without another point that can be merged, as far as was looked
+                promotions = self._promotions(number, self._room(), more=False)
         return Batch(number, proposals, promotions, self._digest(number), self.rungs[0])
 
     def add(self, batch: Batch, free: Collection[str] = ()) -> None:
@@ -399,7 +402,7 @@ class Search:
         found = {spec.space.middle(): "the middle of the space"}
         for reason, choice in spec.space.ends().items():
             found.setdefault(choice, reason)
-        return tuple(Proposal(*each) for each in found.items() if self._mergeable(each[0]))[:count]
+        return tuple(Proposal(*each) for each in found.items() if self.mergeable(each[0]))[:count]
 
     @property
     def _ended(self) -> bool:
@@ -437,12 +440,14 @@ class Search:
     def _first_parents_cost(self) -> float:
         return self._parents_cost([self.rungs[0]])
 
-    def _has_more(self) -> bool:
-        """Whether a point that can be merged was not asked yet; where very many were not, one is taken for granted."""
-        space, asked = self.spec.space, {*self.choices.values()}
+    def _wants_new(self, room: float) -> bool:
+        """Whether the budget has room for a new point and there is one; in large spaces one is taken for granted."""
+        space, asked, most = self.spec.space, {*self.choices.values()}, self.spec.budget.points
+        if (most is not None and len(asked) >= most) or self._cost([self.rungs[0]]) > self._room_for_new(room):
+            return False
         if space.size > LISTED + len(asked):
             return True
-        return any(choice not in asked and self._mergeable(choice) for choice in all_choices(space))
+        return any(choice not in asked and self.mergeable(choice) for choice in all_choices(space))
 
     def _known(self, choice: Choice) -> int:
         return self._items[self._name(choice)][-1][1]
@@ -451,22 +456,16 @@ class Search:
         """Items a cell that the point has answered when this batch is closed."""
         return max((items for number, items in self._items[name] if number <= batch), default=0)
 
-    def _promotions(self, number: int, room: float) -> tuple[Promotion, ...]:
-        """The likeliest best points, as many as the promotions' share of the cost allows, one rung each."""
+    def _promotions(self, number: int, room: float, *, more: bool) -> tuple[Promotion, ...]:
+        """The likeliest best points, one rung each: within the share of the cost while `more` points are to be new."""
         names, _, verdict = self.evidence(number - 2)
         if not names:
             return ()
         left = {name for name, batch in self._left_in.items() if batch <= number - 2}
-        budget = self.spec.budget
-        asking = (
-            (budget.points is None or len(self.choices) < budget.points)
-            and self._has_more()
-            and self._cost([self.rungs[0]]) <= self._room_for_new(room)
-        )
-        allowed = PROMOTED / (1 - PROMOTED) * self._spent_on_new - self._spent_on_promotions if asking else math.inf
+        allowed = PROMOTED / (1 - PROMOTED) * self._spent_on_new - self._spent_on_promotions if more else math.inf
         top = [name for name in names if self._items[name][-1][1] == self.rungs[-1]]
         settled = sum(float(verdict.best[names.index(name)]) for name in top)
-        if not asking and settled >= SURE:
+        if not more and settled >= SURE:
             return ()
         found: list[Promotion] = []
         order = np.argsort(-verdict.best, kind="stable").tolist()

@@ -11,7 +11,7 @@ import pytest
 from jobs.errors import BadInput
 from jobs.expressions import format_number
 from jobs.job import Job, load_job
-from jobs.search import Budget, Constraint, Objective
+from jobs.search import Budget, Constraint, Objective, SearchedRecipe
 from jobs.yaml_nodes import yaml_text
 
 PARENTS = {"a": "pa", "b": "pb", "c": "pc"}
@@ -175,6 +175,27 @@ def test_names_of_different_points_differ() -> None:
     assert rounded.searched is not None
     names = [rounded.searched.point((index,)).name for index in range(101)]
     assert len({*names}) == 101 and names[1] == f"p{format_number(Fraction(1, 300))}"
+
+
+def test_only_points_that_are_made_take_names() -> None:
+    """1/2 and 1/2 + 1/2 · 0 have one name; the first point with it has it alone."""
+    over = {axis: {"from": 0, "to": 1, "step": 0.5} for axis in ("a", "b")}
+    models = [{"model": name, "parameters": {"weight": f"${{{axis}}}"}} for name, axis in (("a", "a"), ("b", "b"))]
+
+    def recipe() -> SearchedRecipe:
+        job = job_of(over, models, point="p{a+b}")
+        assert job.searched is not None
+        return job.searched
+
+    searched = recipe()
+    searched.unnamed((0, 1))
+    assert searched.point((1, 0)).name == "p0.5"
+    second = searched.point((0, 1)).name
+    assert second.startswith("point-")
+    resumed = recipe()
+    assert resumed.named((0, 1), second) and resumed.named((1, 0), "p0.5")
+    assert (resumed.point((0, 1)).name, resumed.point((1, 0)).name) == (second, "p0.5")
+    assert not resumed.named((0, 1), "p0.5") and not resumed.named((0, 2), "p0.5") and not resumed.named((0, 0), "a")
 
 
 @pytest.mark.parametrize(

@@ -169,11 +169,17 @@ def _search_rows(search: Mapping[str, Any], asked: Mapping[str, Any]) -> list[tu
     """The space of a search, its first batch and its cost."""
     axes = [f"{name} ({values})" for name, values in search["axes"].items()]
     rungs = ", ".join(map(str, search["rungs"]))
+    refused = search["refused"]
+    never = refused and (
+        f"{refused['points']} of {refused['of']} points that were tried, which cannot be merged, as"
+        f" {refused['point']}: {refused['why']}"
+    )
     rows = [
         (
             "search",
             f"{search['size']:,} points on {len(axes)} {'axis' if len(axes) == 1 else 'axes'}: {shortlist(axes)}",
         ),
+        *([("never asked", never)] if never else []),
         ("first batch", f"{shortlist(search['first_batch'])}; {count(search['tokens_of_first_batch'])} tokens"),
         ("items", f"{rungs} of each task and length: more for points that may be the best"),
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from jobs.errors import BadInput, CorruptData, NothingKept
+from jobs.errors import BadInput, CorruptData, FailedMidway, NothingKept
 from jobs.evaluation_tasks import BlockScores, EvaluationTask, ModelSpec, ScoreRow
 from jobs.job import GateSpec, Keep, load_job
 from jobs.sealing import sealed, unsealed
@@ -360,8 +360,97 @@ def test_where_all_points_or_one_of_start_cannot_be_merged_the_reason_is_given(
     recipe: dict[str, Any], more: dict[str, Any], tmp_path: Path
 ) -> None:
     over = {"a": {"from": 0, "to": 1, "step": 0.5}}
+    keys = {"recipe": recipe, "search": {"over": over, "budget": {"points": 3}, **more}}
     with pytest.raises(BadInput, match="the weights sum to zero and normalize divides by the sum"):
-        evaluation_facts(*planned(tmp_path, recipe=recipe, search={"over": over, "budget": {"points": 3}, **more}))
+        evaluation_facts(*planned(tmp_path, **keys))
+    with (
+        pytest.raises(BadInput, match="the weights sum to zero"),
+        Session.of(*planned(tmp_path, **keys), Flat, Watcher(visible=False)),
+    ):
+        pass
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_middle_of_a_space_need_not_be_a_merge(tmp_path: Path) -> None:
+    """The weights of a = b = 0 sum to zero."""
+    axis = {"from": -1, "to": 1, "step": 0.5}
+    search = {"over": {"a": axis, "b": axis}, "budget": {"points": 4}}
+    found = evaluation_facts(*planned(tmp_path, recipe=weighted("${a}", "${b}"), search=search))["search"]
+    assert found["first_batch"][:2] == ["a=-1_b=-1", "a=1_b=1"]
+    refused = found["refused"]
+    assert (refused["points"], refused["of"], refused["point"]) == (5, 25, "a=-1_b=1"), "those with a = −b"
+    assert "the weights sum to zero" in refused["why"]
+
+
+@pytest.mark.parametrize("by", ["random", "gp"])
+def test_points_keep_their_names_when_a_search_goes_on(by: str, tmp_path: Path) -> None:
+    """Several points are p4 by `point:`; the first that is asked has the name, whatever else was looked at."""
+    axis = {"from": 1, "to": 3, "step": 1}
+    search = {"over": {"a": axis, "b": axis}, "budget": {"points": 8}, "batch": 1, "by": by}
+    keys: dict[str, Any] = {"recipe": weighted("${a}", "${b}"), "search": search, "point": "p{a+b}"}
+    asked: list[tuple[str, ...]] = []
+    for _ in range(2):
+        log: list[str] = []
+        with Session.of(*planned(tmp_path, **keys), partial(Flat, log=log), Watcher(visible=False)) as session:
+            asked.append(tuple(sorted(entry.point for entry in session.run().standing)))
+        assert bool(log) == (len(asked) == 1), "a finished search asks nothing"
+    assert asked[0] == asked[1] and len({*asked[0]}) > 4
+    filed = {
+        entry["name"]: entry["choice"] for data in batches(tmp_path).values() for entry in json.loads(data)["proposals"]
+    }
+    with Session.of(*planned(tmp_path, **keys), Flat, Watcher(visible=False)) as session:
+        session.recall()
+        bound = {name: point.planned.point.bindings for name, point in session.asked.points.items()}
+    assert {name: [int(values[axis]) - 1 for axis in "ab"] for name, values in bound.items()} == {
+        name: choice for name, choice in filed.items() if name in bound
+    }
+
+
+class Flat(ScriptedEvaluators):
+    """Answers `flat`, and logs the blocks."""
+
+    def __init__(self, models: Mapping[str, ModelSpec], log: list[str] | None = None) -> None:
+        super().__init__(models, flat)
+        self._log = [] if log is None else log
+
+    def submit(self, worker: int, task: EvaluationTask) -> None:
+        self._log.append(task.key)
+        super().submit(worker, task)
+
+
+def test_a_batch_that_an_older_version_could_not_merge_is_named(tmp_path: Path) -> None:
+    """Such a version wrote the batch, and failed. The search goes on when its file is removed."""
+    axis = {"from": 0, "to": 1, "step": 0.5}
+    search = {"over": {"a": axis, "b": axis}, "budget": {"points": 4}, "by": "sobol"}
+    plan, asked = planned(tmp_path, recipe=weighted("${a}", "${b}"), search=search)
+    with pytest.raises(Pulled), Session.of(plan, asked, Broken, Watcher(visible=False)) as session:
+        session.run()
+    path = tmp_path / "runs/tiny/search/000000.json"
+    content = unsealed(path.read_bytes())
+    content["proposals"][0] |= {"choice": [0, 0], "name": "a=0_b=0"}
+    path.write_bytes(sealed(content, lines=True))
+    again = planned(tmp_path, recipe=weighted("${a}", "${b}"), search=search)
+    with (
+        pytest.raises(
+            FailedMidway, match=r"sum to zero.*000000\.json asks this point: remove this file, and run again"
+        ),
+        Session.of(*again, Flat, Watcher(visible=False)) as session,
+    ):
+        session.run()
+    path.unlink()
+    again = planned(tmp_path, recipe=weighted("${a}", "${b}"), search=search)
+    with Session.of(*again, Flat, Watcher(visible=False)) as session:
+        assert session.run().standing
+
+
+class Broken(ScriptedEvaluators):
+    """Pulls the plug at the first question."""
+
+    def __init__(self, models: Mapping[str, ModelSpec]) -> None:
+        super().__init__(models, flat)
+
+    def submit(self, worker: int, task: EvaluationTask) -> None:
+        raise Pulled
 
 
 def test_words_make_points_of_other_layouts(tmp_path: Path) -> None:

@@ -30,6 +30,23 @@ def test_a_space_that_is_known_exactly_has_no_regret() -> None:
     assert second == pytest.approx(0.8, abs=1e-3), "from the worst corner to the best"
 
 
+def test_points_that_cannot_be_merged_are_in_neither_the_bound_nor_the_map() -> None:
+    """The score rises to the corner of all ones, and half of the square before it cannot be merged."""
+    space = Space((numbers("x", 20), numbers("y", 20)))
+    spec = SearchSpec(space=space, by="gp", budget=Budget(points=24), batch=4)
+    search = Search(spec, CELLS, items=40, seed=1, mergeable=lambda choice: sum(choice) <= 20)
+    run(search, World(space, lambda place: 5 * float(place.sum()) - 5))
+    found = findings(search, seed=1)
+    assert found is not None
+    assert found.steps[-1].regret < 15, "to a corner that can be merged, not the 45 to the best one"
+    column = {axis.name: axis.values for axis in space.axes}
+    places = [
+        [column[axis].index(Fraction(at)) for axis, at in zip(found.axes, each.at, strict=True)]
+        for each in found.surface
+    ]
+    assert max(map(sum, places)) <= 20 < len(places)
+
+
 def test_the_bound_of_two_equal_points_is_the_quantile_of_half_a_normal() -> None:
     """Equal means m, prior spread s = noise / 4 (the least), so that each has the variance 1 / (1/s² + 1/noise)."""
     noise = 0.04

@@ -191,6 +191,28 @@ def test_no_point_is_asked_that_cannot_be_merged(by: str):
     assert started.propose().proposals[0].choice == (0,)
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_gp_looks_beside_the_points_that_promise_most_but_cannot_be_merged(batch: int):
+    """The score rises towards a + b > 20, where nothing can be merged; half of the points are of Sobol's sequence."""
+    space = Space((numbers("a", 41), numbers("b", 41)))
+    rising = World(space, lambda place: 3 * float(place.sum()) - 2)
+    made = search(space, limit=None, batch=batch, budget=Budget(points=24), mergeable=lambda choice: sum(choice) <= 20)
+    run(made, rising)
+    reasons = [proposal.reason for each in made.batches for proposal in each.proposals]
+    assert len(reasons) == 24 and sum(reason.startswith("expected") for reason in reasons) >= 4
+    assert max(sum(choice) for choice in made.choices.values()) == 20
+
+
+@pytest.mark.parametrize("by", ["gp", "sobol"])
+def test_promotions_go_on_where_hardly_a_point_of_a_large_space_can_be_merged(by: str):
+    space = Space((numbers("a", 60), numbers("b", 60)))
+    rising = World(space, lambda place: float(place[1]))
+    made = run(
+        search(space, by=by, limit=None, budget=Budget(points=60), mergeable=lambda choice: choice[0] == 7), rising
+    )
+    assert made.finished and made.standing()[0].items == ITEMS
+
+
 def test_promotions_go_on_where_the_rest_of_a_small_space_cannot_be_merged():
     space = Space((numbers("w", 20),))
     flat = World(space, lambda place: 0.5)
