@@ -290,9 +290,9 @@ class _Merge:
                 tensor, name = stretch.tensor, stretch.tensor.name
                 if name not in missing:
                     continue
-                place = (stretch.start, stretch.stop, raw, stretch.first)
-                for tile in tiles(tensor, *place, facts[name], self.task.seed, units=FACT_UNITS):
-                    for question in missing[name]:
+                place, asked = (stretch.start, stretch.stop, raw, stretch.first), missing[name]
+                for tile in tiles(tensor, *place, facts[name], self.task.seed, units=FACT_UNITS, asked=asked):
+                    for question in asked:
                         shares.setdefault((name, question), []).extend(question.of(tile))
         if not keep:
             self.reader.release(slab)

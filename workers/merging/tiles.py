@@ -195,16 +195,17 @@ def tiles(
     seed: int,
     *,
     units: int | None = 1,
+    asked: Sequence[Reduction] = (),
 ) -> Iterator[Tile]:
     """The elements `[start, stop)` cut into tiles of so many `TILE_ELEMENTS`; None leaves them whole.
 
-    `around` has those from `first` on.
+    `around` has those from `first` on; `asked` are the facts that are sought.
     """
     step = max(1, stop - start) if units is None else units * TILE_ELEMENTS
     for at in range(start, stop, step):
         inside = slice(at - first, min(at + step, stop) - first)
         raw = {name: elements[inside] for name, elements in around.items()}
-        yield Tile(tensor.name, at, raw, facts, seed, tensor.shape, around, first)
+        yield Tile(tensor.name, at, raw, facts, seed, tensor.shape, around, first, asked)
 
 
 def in_rows(settings: Iterable[Setting]) -> bool:
@@ -324,7 +325,8 @@ def learn(
 
         def answer(start: int, asked: Sequence[Reduction] = asked) -> _Shares:
             one_torch_thread()
-            found = [*tiles(tensor, start, min(start + step, tensor.elements), raw, 0, facts, seed, units=units)]
+            place = start, min(start + step, tensor.elements)
+            found = [*tiles(tensor, *place, raw, 0, facts, seed, units=units, asked=asked)]
             return [[share for tile in found for share in question.of(tile)] for question in asked]
 
         answers = [*each(answer, range(0, tensor.elements, step))]

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
 from workers.methods.kernels.ranks import Bracket, Ends, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
-from workers.methods.kernels.unit_sums import Product
+from workers.methods.kernels.unit_sums import Product, drawn_sums
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
 
@@ -482,6 +482,10 @@ class Coin:
         """An element is kept if its 32 random bits are below this, without a spread."""
         return round(self.density * (1 << 32))
 
+    def by_rank(self, tile: Tile) -> bool:
+        """Whether elements of a row have different probabilities."""
+        return bool(self.spread) and tile.row > 1
+
     def limits(self, row: int) -> NDArray[np.uint32]:
         """By the rank in a row of so many elements: an element is kept if its random bits are below this."""
         steps = np.arange(row) / (row - 1)
@@ -553,7 +557,7 @@ def drawn(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
     def decide() -> Tensor:
         from workers.methods.gpu_kernels.random import drawn as drawn_there
 
-        limits = _limits_by_rank(tile, coin, model, base) if coin.spread and tile.row > 1 else coin.limit
+        limits = _limits_by_rank(tile, coin, model, base) if coin.by_rank(tile) else coin.limit
         return drawn_there(tile.random_key(coin.method, model), tile.start, tile.elements, limits, elements.device)
 
     return tile.remember(("drawn", coin, model, base), decide)
@@ -590,7 +594,7 @@ def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.b
     def decide() -> NDArray[np.bool_]:
         if (before := _drawn_before(tile, coin, model, base)) is not None:
             return before
-        if coin.spread and tile.row > 1:
+        if coin.by_rank(tile):
             return _drawn_by_rank(tile, coin, model, base)
         bits = tile.random_bits(coin.method, model)
         return bits < np.uint32(coin.limit) if coin.limit < 1 << 32 else np.ones(bits.size, np.bool_)
@@ -640,13 +644,32 @@ class L1Kept(Reduction):
 
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
+            coin = self.kept.coin
+            if coin is not None:
+                _keep_drawn(tile, coin, self.model, self.base)
+                if not coin.by_rank(tile):
+                    return self._of_coins(tile, coin, arrays)
             arrays.append(self.kept.on_host(tile, self.model, self.base))
-            if self.kept.coin is not None:
-                _keep_drawn(tile, self.kept.coin, self.model, self.base)
             products = [Product((0, 1), 2, magnitude=True)]
             return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
         mask = self.kept.mask(tile, self.model, self.base)
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * mask)
+
+    def _of_coins(self, tile: Tile, coin: Coin, arrays: Sequence[Array]) -> list[float]:
+        """This share, found with those of all coins of its method that are asked for: a grid's densities."""
+        asked = [each.kept.coin for each in tile.asked if isinstance(each, L1Kept) and self._is_beside(each)]
+        alike = {each for each in asked if each and each.method == coin.method and not each.by_rank(tile)}
+        limits = tuple(sorted({each.limit for each in (coin, *alike)}))
+
+        def found() -> NDArray[np.float64]:
+            (model, base), bits = arrays, tile.random_bits(coin.method, self.model)
+            return drawn_sums(model, base, bits, limits, unit=TILE_ELEMENTS, dtype=self.dtype)
+
+        sums = tile.remember((L1Kept, self.model, self.base, self.dtype, coin.method, limits), found)
+        return sums[:, limits.index(coin.limit)].tolist()
+
+    def _is_beside(self, other: L1Kept) -> bool:
+        return (self.model, self.base, self.dtype) == (other.model, other.base, other.dtype)
 
     def combine(self, shares: Sequence[float]) -> float:
         return _total(shares)

@@ -100,7 +100,8 @@ class Tile:
 
     `raw` maps parent to 1-D elements in the parent's own dtype, in the memory of the host or of a GPU. `facts` is
     shared by all tiles of the tensor. `shape` is that of the whole tensor. `around` is what `raw` was cut from, the
-    elements from `around_start` on; they hold whole rows wherever a method asks for `whole_rows`.
+    elements from `around_start` on; they hold whole rows wherever a method asks for `whole_rows`. `asked` are the facts
+    that this look at the tensor finds, among which may be some that are found together.
     """
 
     tensor: str
@@ -111,6 +112,7 @@ class Tile:
     shape: tuple[int, ...] = ()
     around: Mapping[str, Array | Tensor] = field(default_factory=dict[str, "Array | Tensor"])
     around_start: int = 0
+    asked: Sequence[Reduction] = ()
     _memory: dict[Hashable, Any] = field(default_factory=dict[Hashable, Any])
 
     @property

@@ -119,6 +119,79 @@ def _unit_sums(
             results[first // unit * count + product] = sums[last]
 
 
+@kernel(
+    *("u16**", "u32**", "u64**", "i64*", "i64", "u32*", "i64*", "i64"),
+    *("i64", "i64", "i64", "f64**", "f64*", "f64*"),
+)
+def _drawn_sums(
+    halves: Pointer,
+    words: Pointer,
+    longs: Pointer,
+    dtypes: Pointer,
+    narrow: int,
+    bits_of: Pointer,
+    limits: Pointer,
+    count: int,
+    elements: int,
+    unit: int,
+    width: int,
+    lines: Pointer,
+    sums: Pointer,
+    results: Pointer,
+) -> None:
+    """For each unit and each limit: the sum of |model − base| over the elements whose bits are below the limit.
+
+    The tree and the order are those of `_unit_sums`. `bits_of` goes up to the end of the last unit.
+    """
+    groups = unit // width // 4
+    bits = 0
+    while 1 << bits < groups:
+        bits += 1
+    for first in range(0, elements, unit):
+        for parent in range(2):  # brings the unit into a cache
+            size = min(unit, elements - first)
+            if any_nonfinite(dtypes[parent], halves[parent], words[parent], longs[parent], first, size):
+                results[first // unit * count] = np.nan
+        for group in range(groups):
+            row = _reversed(group, bits)
+            for part in range(4):
+                start = first + (row + (2 * (part % 2) + part // 2) * groups) * width
+                size = max(0, min(width, elements - start))
+                for parent in range(2):
+                    line = lines[4 * parent + part]
+                    widened(dtypes[parent], halves[parent], words[parent], longs[parent], start, size, line)
+                    for i in range(size, width):
+                        line[i] = 0.0
+                    if narrow and dtypes[parent] == F64:
+                        _narrowed(line, width)
+                _subtracted(lines[part], lines[4 + part], lines[part], width)
+                if narrow:
+                    _narrowed(lines[part], width)
+            carries = 0
+            while (group >> carries) & 1:
+                carries += 1
+            start = first + row * width
+            for place in range(count):
+                joining = place * (bits + 2) * width
+                leaf = joining if carries else joining + width
+                _drawn_magnitudes(
+                    lines[0], lines[1], lines[2], lines[3],
+                    bits_of, start, start + 2 * groups * width, start + groups * width, start + 3 * groups * width,
+                    limits[place], sums, leaf, width,
+                )  # fmt: skip
+                for level in range(carries):
+                    into = joining + (carries + 1) * width if level == carries - 1 else joining
+                    _added(sums, joining + (level + 1) * width, joining, into, width)
+        for place in range(count):
+            last = (place * (bits + 2) + bits + 1) * width
+            half = width // 2
+            while half:
+                for i in range(half):
+                    sums[last + i] = sums[last + i] + sums[last + half + i]
+                half //= 2
+            results[first // unit * count + place] = sums[last]
+
+
 def _reversed(number: int, bits: int) -> int:
     """The number whose lowest `bits` bits are in the opposite order."""
     result = 0
@@ -152,6 +225,20 @@ def _kept_magnitudes(
 ) -> None:  # fmt: skip
     for i in range(count):
         sums[at + i] = (abs(a[i]) * e[i] + abs(b[i]) * f[i]) + (abs(c[i]) * g[i] + abs(d[i]) * h[i])
+
+
+def _drawn_magnitudes(
+    a: Pointer, b: Pointer, c: Pointer, d: Pointer, bits: Pointer, of_a: int, of_b: int, of_c: int, of_d: int,
+    limit: int, sums: Pointer, at: int, count: int,
+) -> None:  # fmt: skip
+    for i in range(count):
+        sums[at + i] = (
+            abs(a[i]) * np.float64(np.int64(bits[of_a + i]) < limit)
+            + abs(b[i]) * np.float64(np.int64(bits[of_b + i]) < limit)
+        ) + (
+            abs(c[i]) * np.float64(np.int64(bits[of_c + i]) < limit)
+            + abs(d[i]) * np.float64(np.int64(bits[of_d + i]) < limit)
+        )
 
 
 def _magnitudes(a: Pointer, b: Pointer, c: Pointer, d: Pointer, sums: Pointer, at: int, count: int) -> None:
@@ -191,5 +278,31 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     _unit_sums(
         *(at, at, at, address(dtypes), len(parents), address(pairs), len(places), dtype == "float32"),
         *(address(of_products), len(products), elements, unit, width, address(lines), int(sums[0]), address(results)),
+    )
+    return results
+
+
+def drawn_sums(
+    model: Array, base: Array, bits: NDArray[np.uint32], limits: Sequence[int], *, unit: int, dtype: str
+) -> NDArray[np.float64]:
+    """For each unit (first axis) and each limit (second axis) Σ |model − base| over the elements of bits below it.
+
+    `unit`, `dtype` and the order of the additions are those of `unit_sums`; so is a number that is not finite, which
+    makes its sum NaN even where it is not drawn.
+    """
+    pair = model, base
+    elements, width = model.size, min(WIDTH, unit // 4)
+    assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, bits))
+    drawn = np.pad(bits, (0, -elements % unit)) if elements % unit else bits
+    levels = (unit // width // 4).bit_length() + 1
+    lines, _memory = aligned_lines(8, 8 * width)
+    sums, _more_memory = aligned_lines(1, 8 * width * levels * len(limits))
+    results = np.empty((-(-elements // unit), len(limits)))
+    dtypes, of_limits = np.array([CODES[each.dtype] for each in pair], np.int64), np.array(limits, np.int64)
+    raw = addresses(pair)
+    at = address(raw)
+    _drawn_sums(
+        *(at, at, at, address(dtypes), dtype == "float32", address(drawn), address(of_limits), len(limits)),
+        *(elements, unit, width, address(lines), int(sums[0]), address(results)),
     )
     return results

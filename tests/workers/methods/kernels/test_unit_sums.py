@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import ml_dtypes
@@ -12,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.workers.methods.whole import answered, tiles_of
-from workers.methods.kernels.unit_sums import Product, unit_sums
+from workers.methods.kernels.unit_sums import Product, drawn_sums, unit_sums
 from workers.methods.reductions import L1, Coin, Gram, L1Kept, Selection
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, torch_named
 
@@ -53,6 +54,23 @@ def test_sums_have_the_bits_of_the_tree(elements: int, unit: int, arithmetic: st
     sums = unit_sums([*parents, kept], products, unit=unit, dtype=arithmetic)
     for of_product, expected in zip(sums.T, values, strict=True):
         assert bits(of_product) == bits(by_tree(expected, unit))
+
+
+@pytest.mark.parametrize("arithmetic", ["float32", "float64"])
+@pytest.mark.parametrize("dtypes", [DTYPES[:1] * 2, DTYPES[1:3], DTYPES[3:] * 2], ids=str)
+@pytest.mark.parametrize(("elements", "unit"), [(1, 4), (117, 16), (5000, 1024), (300_001, TILE_ELEMENTS)])
+def test_sums_of_what_is_drawn_have_the_bits_of_the_tree(elements: int, unit: int, dtypes: Any, arithmetic: str):
+    rng = np.random.default_rng(elements)
+    model, base = (rng.standard_normal(elements).astype(dtype) for dtype in dtypes)
+    model[elements // 2] = math.inf  # spoils sums of units, drawn or not
+    numbers = rng.integers(0, 1 << 32, elements, np.uint32)
+    numbers[0], limits = (1 << 32) - 1, [0, 1, 1 << 30, (1 << 32) - 1, 1 << 32]
+    found = drawn_sums(model, base, numbers, limits, unit=unit, dtype=arithmetic)
+    a, b = (as_tensor(each).to(torch_named(arithmetic)) for each in (model, base))
+    for of_limit, limit in zip(found.T, limits, strict=True):
+        mask = torch.from_numpy((numbers < limit).astype(np.float32))
+        expected = by_tree((a - b).abs() * mask, unit)
+        assert bits(np.nan_to_num(of_limit, posinf=1e300)) == bits(np.nan_to_num(expected, posinf=1e300))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -105,3 +123,16 @@ def test_the_sum_of_what_is_kept_is_equal_on_arrays_and_on_tensors(kept: Selecti
         tiles = tiles_of(raw, facts)
         known.append(bits([entry for share in answered(tiles, facts, fact.of) for entry in share]))
     assert known[0] == known[1]
+
+
+def test_densities_of_a_grid_are_summed_together_as_alone():
+    rng = np.random.default_rng(6)
+    arrays = {name: rng.standard_normal(200_000).astype(ml_dtypes.bfloat16) for name in "abc"}
+    coins = [Coin("dare_linear", share / 16) for share in range(1, 16)]
+    others = [Coin("dare_ties", 0.5), Coin("della", 0.5, 0.1)]
+    asked = [L1Kept(model, "c", Selection(coin=coin), "float32") for coin in (*coins, *others) for model in "ab"]
+    asked += [L1("a", "c", "float32")]
+    for alone in tiles_of(arrays, {}, shape=(400, 500)):
+        together = replace(alone, asked=asked, _memory={})
+        for fact in asked:
+            assert bits(np.array(fact.of(together))) == bits(np.array(fact.of(replace(alone, _memory={}))))
