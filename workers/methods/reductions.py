@@ -7,11 +7,12 @@ vector width, on a GPU's block order or on how many tiles were in memory at once
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, combinations_with_replacement
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
 from workers.methods.kernels.ranks import Bracket, Ends, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
-from workers.methods.kernels.unit_sums import Product, drawn_sums
+from workers.methods.kernels.unit_sums import Product, kept_sums
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
 
@@ -493,11 +494,16 @@ class Coin:
         return np.rint(chances * (1 << 32)).clip(0, (1 << 32) - 1).astype(np.uint32)
 
 
-def _drawn_by_rank(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
-    """Which elements a coin with a spread keeps."""
+def _drawn_by_rank(
+    tile: Tile, coins: Sequence[Coin], model: str, base: str, into: Sequence[NDArray[np.bool_]] | None = None
+) -> Sequence[NDArray[np.bool_]]:
+    """Which elements each of some coins of one method with a spread keeps."""
     rows = _whole_rows(tile, model, base)
-    sizes, numbers = Magnitude(model, base).on_host(rows), tile.random_bits(coin.method, model)
-    return below_by_rank(sizes, tile.row, numbers, coin.limits(tile.row), tile.start - rows.start)
+    sizes, numbers = Magnitude(model, base).on_host(rows), tile.random_bits(coins[0].method, model)
+    limits = [coin.limits(tile.row) for coin in coins]
+    masks = [np.empty(tile.elements, np.bool_) for _ in coins] if into is None else into
+    below_by_rank(sizes, tile.row, numbers, limits, masks, tile.start - rows.start)
+    return masks
 
 
 def _whole_rows(tile: Tile, model: str, base: str) -> Tile:
@@ -537,15 +543,12 @@ class Selection:
         most = largest(tile, score, self.most)
         return most - largest(tile, score, self.but) if self.but else most
 
-    def on_host(self, tile: Tile, model: str, base: str) -> NDArray[np.float32]:
-        """The same in the memory of the host."""
-        if self.coin is not None:
-            return drawn_on_host(tile, self.coin, model, base).astype(np.float32)
+    def on_host(self, tile: Tile, model: str, base: str) -> NDArray[np.bool_]:
+        """The same in the memory of the host, without a coin."""
+        assert self.coin is None, "a coin's decision is `drawn_on_host`"
         score = Magnitude(model, base)
         kept = np.ones(tile.elements, np.bool_) if self.most is None else largest_on_host(tile, score, self.most)
-        if self.but:
-            kept &= ~largest_on_host(tile, score, self.but)
-        return kept.astype(np.float32)
+        return kept & ~largest_on_host(tile, score, self.but) if self.but else kept
 
 
 def drawn(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
@@ -588,14 +591,27 @@ _SORTED_ON_GPU = 1 << 24
 """Elements that are sorted at a time: their places take 128 MiB."""
 
 
+def draw_together(tile: Tile, coins: Iterable[Coin], model: str, base: str) -> None:
+    """Decides for several coins, which `drawn_on_host` finds then; those that go by rank share one look at a row."""
+    open_: dict[str, list[Coin]] = {}
+    for coin in dict.fromkeys(coins):
+        if (before := _drawn_before(tile, coin, model, base)) is not None:
+            tile.remember((coin, model, base), lambda before=before: before)
+        elif coin.by_rank(tile):
+            open_.setdefault(coin.method, []).append(coin)
+    for alike in open_.values():
+        for coin, mask in zip(alike, _drawn_by_rank(tile, alike, model, base), strict=True):
+            tile.remember((coin, model, base), lambda mask=mask: mask)
+
+
 def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
-    """The same in the memory of the host."""
+    """The same as `drawn` in the memory of the host."""
 
     def decide() -> NDArray[np.bool_]:
         if (before := _drawn_before(tile, coin, model, base)) is not None:
             return before
         if coin.by_rank(tile):
-            return _drawn_by_rank(tile, coin, model, base)
+            return _drawn_by_rank(tile, [coin], model, base)[0]
         bits = tile.random_bits(coin.method, model)
         return bits < np.uint32(coin.limit) if coin.limit < 1 << 32 else np.ones(bits.size, np.bool_)
 
@@ -609,11 +625,10 @@ MOST_DRAWN = 4096
 """Units of `TILE_ELEMENTS` that are held, a bit an element: 64 MiB."""
 
 
-def _keep_drawn(tile: Tile, coin: Coin, model: str, base: str) -> None:
+def _keep_drawn(tile: Tile, coin: Coin, model: str, base: str, mask: NDArray[np.bool_]) -> None:
     held = tile.facts.get(DRAWN)
     if held is None or len(held) >= MOST_DRAWN:
         return
-    mask = drawn_on_host(tile, coin, model, base)
     for unit in range(*tile.units):
         begin = unit * TILE_ELEMENTS - tile.start
         held[coin, model, base, tile.tensor, unit] = np.packbits(mask[begin : begin + TILE_ELEMENTS])
@@ -644,40 +659,34 @@ class L1Kept(Reduction):
 
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
-            coin = self.kept.coin
-            if coin is not None:
-                _keep_drawn(tile, coin, self.model, self.base)
-                if not coin.by_rank(tile):
-                    return self._of_coins(tile, coin, arrays)
-            arrays.append(self.kept.on_host(tile, self.model, self.base))
-            products = [Product((0, 1), 2, magnitude=True)]
-            return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
+            return _sums_together(tile, self, arrays, self.masks_on_host)
         mask = self.kept.mask(tile, self.model, self.base)
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * mask)
 
-    def _of_coins(self, tile: Tile, coin: Coin, arrays: Sequence[Array]) -> list[float]:
-        """This share, found with those of all coins of its method that are asked for: a grid's densities."""
-        asked = [each.kept.coin for each in tile.asked if isinstance(each, L1Kept) and self._is_beside(each)]
-        alike = {each for each in asked if each and each.method == coin.method and not each.by_rank(tile)}
-        limits = tuple(sorted({each.limit for each in (coin, *alike)}))
-
-        def found() -> NDArray[np.float64]:
-            (model, base), bits = arrays, tile.random_bits(coin.method, self.model)
-            return drawn_sums(model, base, bits, limits, unit=TILE_ELEMENTS, dtype=self.dtype)
-
-        sums = tile.remember((L1Kept, self.model, self.base, self.dtype, coin.method, limits), found)
-        return sums[:, limits.index(coin.limit)].tolist()
-
-    def _is_beside(self, other: L1Kept) -> bool:
-        return (self.model, self.base, self.dtype) == (other.model, other.base, other.dtype)
+    def masks_on_host(self, tile: Tile, group: Sequence[L1Kept]) -> list[NDArray[np.bool_]]:
+        """Which elements count for each of a group, until a thread's next call."""
+        model, base = self.model, self.base
+        coins = {each.kept.coin for each in group if each.kept.coin is not None}
+        drawn: dict[Coin, NDArray[np.bool_]] = {}
+        scratch = iter(_scratch(len(coins), tile.elements))
+        for method in {coin.method for coin in coins}:
+            bits = tile.random_bits(method, model)
+            alike = [coin for coin in coins if coin.method == method]
+            by_rank = [coin for coin in alike if coin.by_rank(tile)]
+            for coin in alike:
+                drawn[coin] = next(scratch)
+                if coin not in by_rank:
+                    np.less(bits, coin.limit, out=drawn[coin])
+            if by_rank:
+                _drawn_by_rank(tile, by_rank, model, base, [drawn[coin] for coin in by_rank])
+        for coin, mask in drawn.items():
+            _keep_drawn(tile, coin, model, base, mask)
+        return [
+            each.kept.on_host(tile, model, base) if each.kept.coin is None else drawn[each.kept.coin] for each in group
+        ]
 
     def combine(self, shares: Sequence[float]) -> float:
         return _total(shares)
-
-
-def _zero_but(kept: NDArray[np.bool_], elements: Array) -> Array:
-    """The elements that are kept, +0 for the rest: of bfloat16, `np.where` takes 40 times as long."""
-    return (elements.view(f"u{elements.itemsize}") * kept).view(elements.dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -696,18 +705,65 @@ class SquaresSelected(Reduction):
 
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
-            if self.count is not None:
-                kept = largest_on_host(tile, self.score, self.count)
-                arrays = [_zero_but(kept, each) for each in arrays]
-            products = [Product((0, 1), (0, 1))]
-            return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
+            return _sums_together(tile, self, arrays, self.masks_on_host)
         squares = tile.delta(self.model, self.base, self.dtype).double().square()
         if self.count is not None:
             squares = squares * largest(tile, self.score, self.count)
         return unit_sums(squares)
 
+    def masks_on_host(self, tile: Tile, group: Sequence[SquaresSelected]) -> list[NDArray[np.bool_]]:
+        """Which elements count for each of a group."""
+        return [
+            np.ones(tile.elements, np.bool_) if each.count is None else largest_on_host(tile, each.score, each.count)
+            for each in group
+        ]
+
     def combine(self, shares: Sequence[float]) -> float:
         return _total(shares)
+
+
+_of_thread = threading.local()
+
+
+def _scratch(count: int, elements: int) -> NDArray[np.bool_]:
+    """Masks in memory that a thread uses again: fresh memory costs as much as a mask."""
+    held: NDArray[np.bool_] | None = getattr(_of_thread, "masks", None)
+    if held is None or held.size < count * elements:
+        _of_thread.masks = held = np.empty(count * elements, np.bool_)
+    return held[: count * elements].reshape(count, elements)
+
+
+_KeptSum = TypeVar("_KeptSum", L1Kept, SquaresSelected)
+
+SUMMED_TOGETHER = 16
+"""Sums of one task vector that are found in one look: a mask takes a byte an element."""
+
+
+def _beside(tile: Tile, question: _KeptSum) -> list[_KeptSum]:
+    """The sums that are asked for of the same task vector: of a grid's settings."""
+    kind, like = type(question), (question.model, question.base, question.dtype)
+    asked = [each for each in tile.asked if isinstance(each, kind)]
+    return [each for each in asked if (each.model, each.base, each.dtype) == like] or [question]
+
+
+def _sums_together(
+    tile: Tile,
+    question: _KeptSum,
+    arrays: Sequence[Array],
+    masks_of: Callable[[Tile, Sequence[_KeptSum]], Sequence[NDArray[np.bool_]]],
+) -> list[float]:
+    """The shares of a question, found with those of the questions beside it."""
+    beside = _beside(tile, question)
+    place = beside.index(question)
+    first = place // SUMMED_TOGETHER * SUMMED_TOGETHER
+    group = beside[first : first + SUMMED_TOGETHER]
+
+    def found() -> NDArray[np.float64]:
+        (model, base), masks = arrays, masks_of(tile, group)
+        squares = isinstance(question, SquaresSelected)
+        return kept_sums(model, base, masks, squares=squares, unit=TILE_ELEMENTS, dtype=question.dtype)
+
+    return tile.remember(("kept sums", *group), found)[:, place - first].tolist()
 
 
 def overlap(

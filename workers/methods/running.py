@@ -29,7 +29,7 @@ from workers.methods.passes import (
     TallConsensus,
     WeightedSum,
 )
-from workers.methods.reductions import Threshold, Variance, among_on_host, drawn_on_host
+from workers.methods.reductions import Coin, Threshold, Variance, among_on_host, draw_together, drawn_on_host
 from workers.methods.regression import rows_of, summed
 from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import TILE_ELEMENTS, Array, Tile
@@ -113,6 +113,13 @@ def _weighted_sums(
 def _consensus(
     passes: Sequence[Consensus | Relaxed], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
+    coins: dict[tuple[str, str], list[Coin]] = {}
+    for each, _, _ in _relaxations(passes):
+        for kept in each.kept:
+            if kept.coin is not None:
+                coins.setdefault((kept.model, each.base), []).append(kept.coin)
+    for (model, base), of_pair in coins.items():
+        draw_together(tile, of_pair, model, base)
     vectors: dict[tuple[Any, ...], int] = {}  # a task vector that several points trim alike is trimmed once
     trimmed: list[Trimmed] = []
 

@@ -249,23 +249,25 @@ _LOOKS = 32
 
 
 @kernel(
-    *("u32*", "u32*", "u32*", "i64", "i64", "i64", "i64", "i64", "u8*"),
-    *("u32*", "u32*", "u32*", "i64*", "u64*", "u64*", "i64*"),
+    *("u32*", "u32*", "u32**", "i64", "i64", "i64", "i64", "i64", "i64", "u8**"),
+    *("u32*", "u32*", "u32*", "i64*", "u32*", "u64*", "u64*", "i64*"),
 )
 def _below_by_rank(
     bits: Pointer,
     numbers: Pointer,
-    limits: Pointer,
+    limits_of: Pointer,
+    settings: int,
     rows: int,
     row: int,
     skipped: int,
     count: int,
     shift: int,
-    mask: Pointer,
+    masks: Pointer,
     keys: Pointer,
     order: Pointer,
     tables: Pointer,
     doubtful: Pointer,
+    ranks: Pointer,
     one: Pointer,
     other: Pointer,
     counts: Pointer,
@@ -300,39 +302,45 @@ def _below_by_rank(
             tables[everywhere + bucket] &= number
         start = np.int64(0)
         for bucket in range(buckets):
-            inside = np.int64(tables[bucket])
             tables[before + bucket] = start
-            if inside:
-                a, b = limits[start], limits[start + inside - 1]
-                tables[lower + bucket] = min(a, b)
-                tables[width + bucket] = max(a, b) - min(a, b)
-            start += inside
+            start += np.int64(tables[bucket])
         begin, end = max(0, skipped - first), min(row, skipped + count - first)
         at = first - skipped
-        found = 0
-        for i in range(begin, end):  # no branch has to be guessed
-            bucket, number = keys[i], numbers[at + i]
-            mask[at + i] = number < tables[lower + bucket]
-            doubtful[found] = i
-            found += np.uint32(number - tables[lower + bucket]) < tables[width + bucket]
-        looks = 0
-        for place in range(found):
-            i = doubtful[place]
-            bucket = keys[i]
-            if tables[anywhere + bucket] == tables[everywhere + bucket]:
-                mask[at + i] = numbers[at + i] < limits[tables[before + bucket] + order[i]]
+        ranked = False
+        for setting in range(settings):
+            limits, mask = limits_of[setting], masks[setting]
+            for bucket in range(buckets):
+                inside, start = np.int64(tables[bucket]), np.int64(tables[before + bucket])
+                if inside:
+                    a, b = limits[start], limits[start + inside - 1]
+                    tables[lower + bucket] = min(a, b)
+                    tables[width + bucket] = max(a, b) - min(a, b)
+            found = 0
+            for i in range(begin, end):  # no branch has to be guessed
+                bucket, number = keys[i], numbers[at + i]
+                mask[at + i] = number < tables[lower + bucket]
+                doubtful[found] = i
+                found += np.uint32(number - tables[lower + bucket]) < tables[width + bucket]
+            looks = 0
+            for place in range(found):
+                i = doubtful[place]
+                bucket = keys[i]
+                if tables[anywhere + bucket] == tables[everywhere + bucket]:
+                    mask[at + i] = numbers[at + i] < limits[tables[before + bucket] + order[i]]
+                else:
+                    doubtful[looks] = i
+                    looks += 1
+            if looks <= _LOOKS and not ranked:
+                for look in range(looks):
+                    i = doubtful[look]
+                    mask[at + i] = numbers[at + i] < limits[_rank(bits, first, row, i)]
             else:
-                doubtful[looks] = i
-                looks += 1
-        if looks <= _LOOKS:
-            for look in range(looks):
-                i = doubtful[look]
-                mask[at + i] = numbers[at + i] < limits[_rank(bits, first, row, i)]
-        else:
-            _sorted_ranks(bits, first, row, keys, one, other, counts)
-            for look in range(looks):
-                i = doubtful[look]
-                mask[at + i] = numbers[at + i] < limits[keys[i]]
+                if not ranked:
+                    _sorted_ranks(bits, first, row, ranks, one, other, counts)
+                    ranked = True
+                for look in range(looks):
+                    i = doubtful[look]
+                    mask[at + i] = numbers[at + i] < limits[ranks[i]]
 
 
 def _rank(bits: Pointer, first: int, row: int, i: int) -> int:
@@ -384,25 +392,30 @@ def _sorted_ranks(
 
 
 def below_by_rank(
-    bits: NDArray[np.int32], row: int, numbers: NDArray[np.uint32], limits: NDArray[np.uint32], skipped: int = 0
-) -> NDArray[np.bool_]:
-    """Which numbers are below the limit of their element's rank in its row, `limits[rank]`.
+    bits: NDArray[np.int32],
+    row: int,
+    numbers: NDArray[np.uint32],
+    limits: Sequence[NDArray[np.uint32]],
+    masks: Sequence[NDArray[np.bool_]],
+    skipped: int = 0,
+) -> None:
+    """Writes for each of the limits which numbers are below that of their element's rank in its row, `limits[…][rank]`.
 
     The rank counts the elements of the row that are smaller, or equal and before it. `bits` are whole rows, none
     negative; the numbers are those of the elements from `skipped` on. Limits nowhere fall, or nowhere rise.
     """
-    assert all(each.flags.c_contiguous and each.itemsize == 4 for each in (bits, numbers, limits))
-    assert bits.size % row == 0 and limits.size == row and skipped + numbers.size <= bits.size
+    assert all(each.flags.c_contiguous and each.itemsize == 4 for each in (bits, numbers, *limits))
+    assert all(each.flags.c_contiguous and each.size == numbers.size for each in masks) and len(masks) == len(limits)
+    assert bits.size % row == 0 and skipped + numbers.size <= bits.size and {each.size for each in limits} == {row}
     digits = max(4, min(11, row.bit_length() - 3))  # an eighth to a quarter as many buckets as elements, 16 to 2,048
-    mask = np.empty(numbers.size, np.bool_)
-    keys, order = np.empty((2, row), np.uint32)
+    keys, order, ranks = np.empty((3, row), np.uint32)
     doubtful = np.empty(row + 1, np.int64)
     tables = np.empty(6 * ((1 << digits) + 1), np.uint32)
     one, other = np.empty((2, row), np.uint64)
     counts = np.empty(_DIGITS * _VALUES, np.int64)
+    of_limits, of_masks = addresses(limits), addresses(masks)
     _below_by_rank(
-        *(address(bits), address(numbers), address(limits), bits.size // row, row, skipped, numbers.size),
-        *(_SPAN - digits, address(mask), address(keys), address(order), address(tables)),
-        *(address(doubtful), address(one), address(other), address(counts)),
+        *(address(bits), address(numbers), address(of_limits), len(limits), bits.size // row, row, skipped),
+        *(numbers.size, _SPAN - digits, address(of_masks), address(keys), address(order), address(tables)),
+        *(address(doubtful), address(ranks), address(one), address(other), address(counts)),
     )
-    return mask

@@ -120,17 +120,17 @@ def _unit_sums(
 
 
 @kernel(
-    *("u16**", "u32**", "u64**", "i64*", "i64", "u32*", "i64*", "i64"),
+    *("u16**", "u32**", "u64**", "i64*", "i64", "i64", "u8**", "i64"),
     *("i64", "i64", "i64", "f64**", "f64*", "f64*"),
 )
-def _drawn_sums(
+def _kept_sums(
     halves: Pointer,
     words: Pointer,
     longs: Pointer,
     dtypes: Pointer,
     narrow: int,
-    bits_of: Pointer,
-    limits: Pointer,
+    squares: int,
+    masks: Pointer,
     count: int,
     elements: int,
     unit: int,
@@ -139,9 +139,9 @@ def _drawn_sums(
     sums: Pointer,
     results: Pointer,
 ) -> None:
-    """For each unit and each limit: the sum of |model − base| over the elements whose bits are below the limit.
+    """For each unit and each mask: the sum of |model − base|, or of its square, times the mask.
 
-    The tree and the order are those of `_unit_sums`. `bits_of` goes up to the end of the last unit.
+    The tree and the order are those of `_unit_sums`. The masks go up to the end of the last unit.
     """
     groups = unit // width // 4
     bits = 0
@@ -167,6 +167,7 @@ def _drawn_sums(
                 _subtracted(lines[part], lines[4 + part], lines[part], width)
                 if narrow:
                     _narrowed(lines[part], width)
+                _sizes(lines[part], squares, width)
             carries = 0
             while (group >> carries) & 1:
                 carries += 1
@@ -174,10 +175,10 @@ def _drawn_sums(
             for place in range(count):
                 joining = place * (bits + 2) * width
                 leaf = joining if carries else joining + width
-                _drawn_magnitudes(
+                _kept(
                     lines[0], lines[1], lines[2], lines[3],
-                    bits_of, start, start + 2 * groups * width, start + groups * width, start + 3 * groups * width,
-                    limits[place], sums, leaf, width,
+                    masks[place], start, start + 2 * groups * width, start + groups * width, start + 3 * groups * width,
+                    sums, leaf, width,
                 )  # fmt: skip
                 for level in range(carries):
                     into = joining + (carries + 1) * width if level == carries - 1 else joining
@@ -227,17 +228,22 @@ def _kept_magnitudes(
         sums[at + i] = (abs(a[i]) * e[i] + abs(b[i]) * f[i]) + (abs(c[i]) * g[i] + abs(d[i]) * h[i])
 
 
-def _drawn_magnitudes(
-    a: Pointer, b: Pointer, c: Pointer, d: Pointer, bits: Pointer, of_a: int, of_b: int, of_c: int, of_d: int,
-    limit: int, sums: Pointer, at: int, count: int,
+def _sizes(line: Pointer, squares: int, count: int) -> None:
+    if squares:
+        for i in range(count):
+            line[i] = line[i] * line[i]
+    else:
+        for i in range(count):
+            line[i] = abs(line[i])
+
+
+def _kept(
+    a: Pointer, b: Pointer, c: Pointer, d: Pointer, mask: Pointer, of_a: int, of_b: int, of_c: int, of_d: int,
+    sums: Pointer, at: int, count: int,
 ) -> None:  # fmt: skip
     for i in range(count):
-        sums[at + i] = (
-            abs(a[i]) * np.float64(np.int64(bits[of_a + i]) < limit)
-            + abs(b[i]) * np.float64(np.int64(bits[of_b + i]) < limit)
-        ) + (
-            abs(c[i]) * np.float64(np.int64(bits[of_c + i]) < limit)
-            + abs(d[i]) * np.float64(np.int64(bits[of_d + i]) < limit)
+        sums[at + i] = (a[i] * np.float64(mask[of_a + i]) + b[i] * np.float64(mask[of_b + i])) + (
+            c[i] * np.float64(mask[of_c + i]) + d[i] * np.float64(mask[of_d + i])
         )
 
 
@@ -282,27 +288,27 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     return results
 
 
-def drawn_sums(
-    model: Array, base: Array, bits: NDArray[np.uint32], limits: Sequence[int], *, unit: int, dtype: str
+def kept_sums(
+    model: Array, base: Array, masks: Sequence[NDArray[np.bool_]], *, squares: bool, unit: int, dtype: str
 ) -> NDArray[np.float64]:
-    """For each unit (first axis) and each limit (second axis) Σ |model − base| over the elements of bits below it.
+    """For each unit (first axis) and each mask (second axis) Σ |model − base| · mask, or Σ (model − base)² · mask.
 
-    `unit`, `dtype` and the order of the additions are those of `unit_sums`; so is a number that is not finite, which
-    makes its sum NaN even where it is not drawn.
+    `unit`, `dtype` and the order of the additions are those of `unit_sums`: a number that is not finite spoils the sum
+    of its unit, kept or not.
     """
     pair = model, base
     elements, width = model.size, min(WIDTH, unit // 4)
-    assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, bits))
-    drawn = np.pad(bits, (0, -elements % unit)) if elements % unit else bits
+    assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, *masks))
+    whole = [np.pad(each, (0, -elements % unit)) if elements % unit else each for each in masks]
     levels = (unit // width // 4).bit_length() + 1
     lines, _memory = aligned_lines(8, 8 * width)
-    sums, _more_memory = aligned_lines(1, 8 * width * levels * len(limits))
-    results = np.empty((-(-elements // unit), len(limits)))
-    dtypes, of_limits = np.array([CODES[each.dtype] for each in pair], np.int64), np.array(limits, np.int64)
-    raw = addresses(pair)
+    sums, _more_memory = aligned_lines(1, 8 * width * levels * len(masks))
+    results = np.empty((-(-elements // unit), len(masks)))
+    dtypes = np.array([CODES[each.dtype] for each in pair], np.int64)
+    raw, of_masks = addresses(pair), addresses(whole)
     at = address(raw)
-    _drawn_sums(
-        *(at, at, at, address(dtypes), dtype == "float32", address(drawn), address(of_limits), len(limits)),
+    _kept_sums(
+        *(at, at, at, address(dtypes), dtype == "float32", squares, address(of_masks), len(masks)),
         *(elements, unit, width, address(lines), int(sums[0]), address(results)),
     )
     return results

@@ -94,7 +94,12 @@ def test_a_number_is_held_against_the_limit_of_the_rank_that_a_stable_sort_gives
     limits = np.sort(rng.integers(1, 2**32, row, np.uint32))[:: -1 if falling else 1].copy()
     exactly = limits[ranks] - rng.integers(0, 2, ranks.size, np.uint32)  # not below the limit, or just below it
     numbers = np.where(rng.random(ranks.size) < near, exactly, rng.integers(0, 2**32, ranks.size, np.uint32))
-    mask = below_by_rank(bits.ravel(), row, numbers, limits)
-    assert (mask == (numbers < limits[ranks])).all()
+    several = [limits, limits[::-1].copy(), np.full(row, 1 << 31, np.uint32), limits]
+    masks = [np.empty(numbers.size, np.bool_) for _ in several]
+    below_by_rank(bits.ravel(), row, numbers, several, masks)
+    for mask, each in zip(masks, several, strict=True):
+        assert (mask == (numbers < each[ranks])).all()
     part = slice(row // 3, bits.size - row // 2)
-    assert (below_by_rank(bits.ravel(), row, numbers[part].copy(), limits, row // 3) == mask[part]).all()
+    mask = np.empty(part.stop - part.start, np.bool_)
+    below_by_rank(bits.ravel(), row, numbers[part].copy(), [limits], [mask], row // 3)
+    assert (mask == (numbers < limits[ranks])[part]).all()

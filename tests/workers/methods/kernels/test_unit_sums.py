@@ -13,8 +13,8 @@ import torch
 from numpy.typing import NDArray
 
 from tests.workers.methods.whole import answered, tiles_of
-from workers.methods.kernels.unit_sums import Product, drawn_sums, unit_sums
-from workers.methods.reductions import L1, Coin, Gram, L1Kept, Selection
+from workers.methods.kernels.unit_sums import Product, kept_sums, unit_sums
+from workers.methods.reductions import L1, Coin, Gram, L1Kept, Selection, SquaresSelected, Variance
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, torch_named
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
@@ -59,18 +59,18 @@ def test_sums_have_the_bits_of_the_tree(elements: int, unit: int, arithmetic: st
 @pytest.mark.parametrize("arithmetic", ["float32", "float64"])
 @pytest.mark.parametrize("dtypes", [DTYPES[:1] * 2, DTYPES[1:3], DTYPES[3:] * 2], ids=str)
 @pytest.mark.parametrize(("elements", "unit"), [(1, 4), (117, 16), (5000, 1024), (300_001, TILE_ELEMENTS)])
-def test_sums_of_what_is_drawn_have_the_bits_of_the_tree(elements: int, unit: int, dtypes: Any, arithmetic: str):
+def test_sums_of_what_is_kept_have_the_bits_of_the_tree(elements: int, unit: int, dtypes: Any, arithmetic: str):
     rng = np.random.default_rng(elements)
     model, base = (rng.standard_normal(elements).astype(dtype) for dtype in dtypes)
-    model[elements // 2] = math.inf  # spoils sums of units, drawn or not
-    numbers = rng.integers(0, 1 << 32, elements, np.uint32)
-    numbers[0], limits = (1 << 32) - 1, [0, 1, 1 << 30, (1 << 32) - 1, 1 << 32]
-    found = drawn_sums(model, base, numbers, limits, unit=unit, dtype=arithmetic)
+    model[elements // 2] = math.inf  # spoils the sum of its unit, kept or not
+    masks = [rng.random(elements) < share for share in (0, 0.1, 0.5, 1)]
     a, b = (as_tensor(each).to(torch_named(arithmetic)) for each in (model, base))
-    for of_limit, limit in zip(found.T, limits, strict=True):
-        mask = torch.from_numpy((numbers < limit).astype(np.float32))
-        expected = by_tree((a - b).abs() * mask, unit)
-        assert bits(np.nan_to_num(of_limit, posinf=1e300)) == bits(np.nan_to_num(expected, posinf=1e300))
+    for squares in (False, True):
+        sizes = (a - b).double().square() if squares else (a - b).abs()
+        found = kept_sums(model, base, masks, squares=squares, unit=unit, dtype=arithmetic)
+        for of_mask, mask in zip(found.T, masks, strict=True):
+            expected = by_tree(sizes * torch.from_numpy(mask.astype(np.float64)), unit)
+            assert bits(np.nan_to_num(of_mask, posinf=1e300)) == bits(np.nan_to_num(expected, posinf=1e300))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -125,14 +125,22 @@ def test_the_sum_of_what_is_kept_is_equal_on_arrays_and_on_tensors(kept: Selecti
     assert known[0] == known[1]
 
 
-def test_densities_of_a_grid_are_summed_together_as_alone():
+def test_settings_of_a_grid_are_summed_together_as_alone():
     rng = np.random.default_rng(6)
-    arrays = {name: rng.standard_normal(200_000).astype(ml_dtypes.bfloat16) for name in "abc"}
-    coins = [Coin("dare_linear", share / 16) for share in range(1, 16)]
-    others = [Coin("dare_ties", 0.5), Coin("della", 0.5, 0.1)]
-    asked = [L1Kept(model, "c", Selection(coin=coin), "float32") for coin in (*coins, *others) for model in "ab"]
-    asked += [L1("a", "c", "float32")]
-    for alone in tiles_of(arrays, {}, shape=(400, 500)):
-        together = replace(alone, asked=asked, _memory={})
+    arrays = {name: rng.standard_normal(300_000).astype(ml_dtypes.bfloat16) for name in "abc"}
+    kept = [Selection(coin=Coin("dare_linear", share / 20)) for share in range(1, 20)]
+    kept += [Selection(coin=Coin("della", 0.5, spread / 10)) for spread in range(4)] + [Selection(coin=Coin("d", 0.5))]
+    kept += [Selection(most=count) for count in (9, 70_000)] + [Selection(most=70_000, but=900)]
+    asked: list[Reduction] = [L1Kept(model, "c", each, "float32") for each in kept for model in "ab"]
+    counts = (None, 0, 7, 90_000)
+    asked += [
+        SquaresSelected(model, "c", Variance(("a", "b"), "c"), each, "float64") for each in counts for model in "ab"
+    ]
+    facts: dict[Reduction, Any] = {}
+    tiles = tiles_of(arrays, facts, shape=(600, 500))
+    for fact in asked:
+        answered(tiles, facts, fact.ask)
+    for tile in tiles:
+        together = replace(tile, asked=asked, _memory={})
         for fact in asked:
-            assert bits(np.array(fact.of(together))) == bits(np.array(fact.of(replace(alone, _memory={}))))
+            assert bits(np.array(fact.of(together))) == bits(np.array(fact.of(replace(tile, _memory={}))))
