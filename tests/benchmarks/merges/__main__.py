@@ -61,10 +61,6 @@ POINTS = 16
 MAKING = ("moe", "extract-lora")
 ENOUGH_SECONDS = 100.0
 """mergekit's runs of one row together; after that it is not repeated."""
-FILLER_BYTES = 1 << 42
-ENOUGH_FREE = 800 << 20
-PATIENCE = 2 << 30
-"""`fill_memory`: the file's size, the free bytes to stop at, and the bytes to read while no fewer are free."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +101,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "bench", help="folder on the disk to measure")
     parser.add_argument("--without-mergekit", action="store_true", help="leave the peer out")
     parser.add_argument("--publish", action="store_true", help="renew the table and plot in tests/benchmarks")
-    parser.add_argument(
-        "--fill-memory", action="store_true", help="before each run, let the page cache take the free memory"
-    )
     options = parser.parse_args()
     size = options.parameters.lower()
     if size not in SIZES:
@@ -130,8 +123,7 @@ def main() -> None:
             for program, once in rows("tiny", work)[name]().contenders.items():
                 if program == "mergeyard" or (program == "mergekit" and not options.without_mergekit and not known):
                     in_empty_folder(once, work / "scratch")  # compiles its code
-        without = options.without_mergekit or bool(known)
-        samples = measured(row, work / "scratch", options.repeat, without=without, fill=options.fill_memory)
+        samples = measured(row, work / "scratch", options.repeat, without=options.without_mergekit or bool(known))
         result = described(row, size, {**samples, **({"mergekit": known} if known else {})})
         with results.open("a") as file:
             file.write(json.dumps(result) + "\n")
@@ -321,42 +313,25 @@ def warm(parents: Path) -> None:
             pass
 
 
-def fill_memory(path: Path) -> None:
-    """Reads a file without data until the page cache has taken the free memory.
-
-    A host takes the free pages of a virtual machine back, and gives new ones out twenty times as slowly as the
-    machine's own. The file is read on from where the last call stopped, so that every block is new.
-    """
-    place = path.with_suffix(".place")
-    offset = int(place.read_text()) if place.exists() else 0
-    buffer = bytearray(copying.BLOCK)
-    lowest, since = psutil.virtual_memory().free, 0
-    with path.open("wb+", buffering=0) as file:
-        file.truncate(FILLER_BYTES)
-        file.seek(offset)
-        while lowest > ENOUGH_FREE and since < PATIENCE:
-            offset = offset + file.readinto(buffer) if offset < FILLER_BYTES else file.seek(0)
-            since += len(buffer)
-            if psutil.virtual_memory().free < lowest:
-                lowest, since = psutil.virtual_memory().free, 0
-    place.write_text(str(offset))
-
-
 # ---------------------------------------------------------------- measuring
 
 
-def measured(row: Row, scratch: Path, repeat: int, *, without: bool, fill: bool) -> dict[str, list[Sample]]:
-    """The samples of each contender; they take turns, so that load from elsewhere meets them alike."""
+def measured(row: Row, scratch: Path, repeat: int, *, without: bool) -> dict[str, list[Sample]]:
+    """The samples of each contender; they take turns, so that load from elsewhere meets them alike.
+
+    The floor runs once before. A host takes free pages of a virtual machine back and gives new ones out twenty times as
+    slowly as the machine's own: the first contender would wait for them, and the next ones have its memory.
+    """
     contenders = {name: run for name, run in row.contenders.items() if name != "mergekit" or not without}
     if "mergekit" in contenders and not MERGEKIT.exists():
         raise SystemExit(f"{MERGEKIT} is missing: `make oracle` installs it, or give --without-mergekit")
     samples: dict[str, list[Sample]] = {name: [] for name in contenders}
+    if "floor" in contenders:
+        in_empty_folder(contenders["floor"], scratch)
     for _ in range(repeat):
         for name, contender in contenders.items():
             if name == "mergekit" and sum(sample.wall for sample in samples[name]) > ENOUGH_SECONDS:
                 continue
-            if fill:
-                fill_memory(scratch.with_name("filler"))
             warm(row.parents)
             samples[name].append(in_empty_folder(contender, scratch))
     return samples
