@@ -546,6 +546,14 @@ class SearchedRecipe:
         """A copy is made anew of the same documents: templates hold functions, which cannot be pickled."""
         return SearchedRecipe, self._made_of
 
+    def anew(self) -> SearchedRecipe:
+        """The same recipe, its names as before the first point that is asked."""
+        other = SearchedRecipe.__new__(SearchedRecipe)
+        other.__dict__.update(self.__dict__)
+        other._taken, other._names = dict.fromkeys(self._made_of[-1]), {}
+        other.kinds()
+        return other
+
     def point(self, choice: Choice) -> Point:
         """The point of this choice; its name is its own among all that were made here."""
         return replace(self.unnamed(choice), name=self._name(choice))
@@ -583,7 +591,7 @@ class SearchedRecipe:
     def kinds(self) -> tuple[Point, ...]:
         """One point of each kind, in the order of the axes; `BadInput` where there are too many kinds."""
         space, middle = self._space, self._space.middle()
-        outside = _names_outside_parameters(self._node)
+        outside = _names_of_kinds(self._node)
         deciding = [
             number for number, axis in enumerate(space.axes) if {axis.name, axis.name.partition(".")[0]} & outside
         ]
@@ -591,8 +599,8 @@ class SearchedRecipe:
         if count > MOST_KINDS:
             place = space.axes[deciding[0]].place
             raise BadInput(
-                f"{place}: the words, checkpoints and subsets make {count} kinds of merges; at most {MOST_KINDS},"
-                " take some of them out"
+                f"{place}: words, checkpoints, subsets and the axes of merges that feed others make {count} kinds of"
+                f" merges; at most {MOST_KINDS}, take some of them out"
             )
         points: list[Point] = []
         for values in itertools.product(*(range(len(space.axes[number].values)) for number in deciding)):
@@ -604,7 +612,7 @@ class SearchedRecipe:
 
     def others_of_kind(self, point: Point, start: Sequence[Choice]) -> Iterator[Point]:
         """Other points that differ from this one in numbers alone: of `start`, the ends, and 64 drawn ones; unnamed."""
-        space, outside = self._space, _names_outside_parameters(self._node)
+        space, outside = self._space, _names_of_kinds(self._node)
         deciding = {axis.name for axis in space.axes if {axis.name, axis.name.partition(".")[0]} & outside}
         numbers = random.Random(0)
         drawn = (_drawn(space, numbers) for _ in range(64))
@@ -703,11 +711,18 @@ def _alone(name: str) -> str:
     return rf"(?<![\w.]){re.escape(name)}(?![\w.])"
 
 
-def _names_outside_parameters(node: Node) -> set[str]:
+def _names_of_kinds(node: Node) -> set[str]:
+    """The axes that make kinds of points: those outside parameters, and all of the merges that feed others."""
+    merges = node.value if isinstance(node.value, tuple) else ()
+    feeding = [each for each in merges if isinstance(each.value, Mapping) and "name" in each.value]
+    return _names_outside_parameters(node).union(*(_names_outside_parameters(each, but="") for each in feeding))
+
+
+def _names_outside_parameters(node: Node, but: str = "parameters") -> set[str]:
     """The axes in texts that are not below `parameters:`: those that choose method, models and files."""
     if isinstance(node.value, tuple):
-        return {name for each in node.value for name in _names_outside_parameters(each)}
+        return {name for each in node.value for name in _names_outside_parameters(each, but)}
     if not isinstance(node.value, str):
-        inside = [each for key, each in node.value.items() if key != "parameters"]
-        return {name for each in inside for name in _names_outside_parameters(each)}
+        inside = [each for key, each in node.value.items() if key != but]
+        return {name for each in inside for name in _names_outside_parameters(each, but)}
     return {name for inner in PLACEHOLDER.findall(node.value) for name in REFERENCE.findall(inner)}

@@ -193,8 +193,9 @@ def _search_facts(
     A point that is a parent costs nothing of its own. Hours are those of one worker; they are known once the parents
     have answered.
     """
-    job, searched = plan.job, plan.job.searched
-    assert searched is not None, "a job with a search has its recipe"
+    job = plan.job
+    assert job.searched is not None, "a job with a search has its recipe"
+    searched = job.searched.anew()  # the names of a run are those of its batches, which may differ from these
     search = make_search(plan, asked, spec, spec.space.described)
     item = sum(planned.tokens for planned in searched_cells(asked, spec).values())
 
@@ -204,7 +205,7 @@ def _search_facts(
 
     first = [proposal.choice for proposal in search.propose().proposals]
     if not first:
-        plan.planner.afresh()([searched.point(spec.space.middle())])  # its refusal is that of all points
+        plan.planner.afresh()([searched.unnamed(spec.space.middle())])  # its refusal is that of all points
     opening = (len(first) - parents_among(first) + len(search.parents)) * search.rungs[0] * item
     whole = spec.budget.tokens
     if whole is None and spec.budget.points is not None:

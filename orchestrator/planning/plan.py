@@ -343,7 +343,7 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
 
 
 def _kinds(planner: PointPlanner, job: Job) -> tuple[PlannedPoint, ...]:
-    """One point of each kind that a search may ask; `BadInput` of the first one if none of a kind can be merged."""
+    """One point of each kind that a search may ask; `BadInput` if none of a kind that is tried can be merged."""
     assert job.search is not None and job.searched is not None, "a job with a search has its recipe"
     found: list[PlannedPoint] = []
     for point in job.points:

@@ -600,8 +600,10 @@ def draw_together(tile: Tile, coins: Iterable[Coin], model: str, base: str) -> N
         elif coin.by_rank(tile):
             open_.setdefault(coin.method, []).append(coin)
     for alike in open_.values():
-        for coin, mask in zip(alike, _drawn_by_rank(tile, alike, model, base), strict=True):
-            tile.remember((coin, model, base), lambda mask=mask: mask)
+        for first in range(0, len(alike), SUMMED_TOGETHER):  # a coin's limits take four bytes an element of a row
+            group = alike[first : first + SUMMED_TOGETHER]
+            for coin, mask in zip(group, _drawn_by_rank(tile, group, model, base), strict=True):
+                tile.remember((coin, model, base), lambda mask=mask: mask)
 
 
 def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
@@ -739,11 +741,23 @@ SUMMED_TOGETHER = 16
 """Sums of one task vector that are found in one look: a mask takes a byte an element."""
 
 
-def _beside(tile: Tile, question: _KeptSum) -> list[_KeptSum]:
-    """The sums that are asked for of the same task vector: of a grid's settings."""
-    kind, like = type(question), (question.model, question.base, question.dtype)
-    asked = [each for each in tile.asked if isinstance(each, kind)]
-    return [each for each in asked if (each.model, each.base, each.dtype) == like] or [question]
+def _group_of(tile: Tile, question: _KeptSum) -> tuple[Sequence[_KeptSum], int]:
+    """The sums of the same task vector that are found with this one, of a grid's settings, and its place among them."""
+    kind = type(question)
+
+    def groups() -> dict[_KeptSum, tuple[Sequence[_KeptSum], int]]:
+        alike: dict[tuple[str, str, str], list[_KeptSum]] = {}
+        for each in tile.asked:
+            if isinstance(each, kind):
+                alike.setdefault((each.model, each.base, each.dtype), []).append(each)
+        cut = [
+            of_vector[first : first + SUMMED_TOGETHER]
+            for of_vector in alike.values()
+            for first in range(0, len(of_vector), SUMMED_TOGETHER)
+        ]
+        return {each: (group, place) for group in cut for place, each in enumerate(group)}
+
+    return tile.remember(("groups", kind), groups).get(question, ([question], 0))
 
 
 def _sums_together(
@@ -753,17 +767,14 @@ def _sums_together(
     masks_of: Callable[[Tile, Sequence[_KeptSum]], Sequence[NDArray[np.bool_]]],
 ) -> list[float]:
     """The shares of a question, found with those of the questions beside it."""
-    beside = _beside(tile, question)
-    place = beside.index(question)
-    first = place // SUMMED_TOGETHER * SUMMED_TOGETHER
-    group = beside[first : first + SUMMED_TOGETHER]
+    group, place = _group_of(tile, question)
 
     def found() -> NDArray[np.float64]:
         (model, base), masks = arrays, masks_of(tile, group)
         squares = isinstance(question, SquaresSelected)
         return kept_sums(model, base, masks, squares=squares, unit=TILE_ELEMENTS, dtype=question.dtype)
 
-    return tile.remember(("kept sums", *group), found)[:, place - first].tolist()
+    return tile.remember(("kept sums", group[0]), found)[:, place].tolist()
 
 
 def overlap(

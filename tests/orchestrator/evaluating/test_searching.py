@@ -391,7 +391,9 @@ def test_points_keep_their_names_when_a_search_goes_on(by: str, tmp_path: Path) 
     asked: list[tuple[str, ...]] = []
     for _ in range(2):
         log: list[str] = []
-        with Session.of(*planned(tmp_path, **keys), partial(Flat, log=log), Watcher(visible=False)) as session:
+        plan, questions_ = planned(tmp_path, **keys)
+        evaluation_facts(plan, questions_)  # as `run` says them first
+        with Session.of(plan, questions_, partial(Flat, log=log), Watcher(visible=False)) as session:
             asked.append(tuple(sorted(entry.point for entry in session.run().standing)))
         assert bool(log) == (len(asked) == 1), "a finished search asks nothing"
     assert asked[0] == asked[1] and len({*asked[0]}) > 4
@@ -404,6 +406,37 @@ def test_points_keep_their_names_when_a_search_goes_on(by: str, tmp_path: Path) 
     assert {name: [int(values[axis]) - 1 for axis in "ab"] for name, values in bound.items()} == {
         name: choice for name, choice in filed.items() if name in bound
     }
+
+
+def test_a_name_in_a_batch_file_holds_though_another_would_be_free(tmp_path: Path) -> None:
+    """Older versions gave names also to points that they did not ask."""
+    axis = {"from": 1, "to": 3, "step": 1}
+    search = {"over": {"a": axis, "b": axis}, "budget": {"points": 4}, "batch": 2, "by": "sobol"}
+    keys: dict[str, Any] = {"recipe": weighted("${a}", "${b}"), "search": search, "point": "p{a*b}"}
+    with pytest.raises(Pulled), Session.of(*planned(tmp_path, **keys), Broken, Watcher(visible=False)) as session:
+        session.run()
+    path = tmp_path / "runs/tiny/search/000000.json"
+    content = unsealed(path.read_bytes())
+    other = next(entry for entry in content["proposals"] if entry["choice"] != [1, 1])  # whose name is planned
+    other["name"] = "point-0123456789abcdef"
+    path.write_bytes(sealed(content, lines=True))
+    (tmp_path / "runs/tiny/search/000001.json").unlink(missing_ok=True)  # made from the first
+    plan, asked = planned(tmp_path, **keys)
+    evaluation_facts(plan, asked)
+    with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
+        assert "point-0123456789abcdef" in {entry.point for entry in session.run().standing}
+
+
+def test_an_axis_of_a_merge_that_feeds_another_is_searched(tmp_path: Path) -> None:
+    half = {"name": "half", **weighted("${a}", 0.5)}
+    last = weighted(0.5, "${b}")
+    last["models"][0]["model"] = "half"
+    over = {"a": [0.2, 0.4, 0.6], "b": {"from": 0.1, "to": 0.9, "step": 0.1}}
+    plan, asked = planned(tmp_path, recipe=[half, last], search={"over": over, "budget": {"points": 6}, "batch": 3})
+    assert len(plan.points) == 3, "a kind for each value of `a`"
+    assert evaluation_facts(plan, asked)["search"]["size"] == 27
+    with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
+        assert len(session.run().standing) == 6
 
 
 class Flat(ScriptedEvaluators):
