@@ -175,15 +175,16 @@ def make_search(plan: Plan, asked: Questions, spec: SearchSpec, name: Callable[[
     `BadInput` for a point of `start` that cannot be merged, items that are less than a haystack, or a budget of tokens
     that is less than the first batch.
     """
-    assert plan.job.searched is not None, "a job with a search has its recipe"
-    plan.planner.afresh()(map(plan.job.searched.unnamed, spec.start))
+    refusal = refusals(plan)
+    for choice in spec.start:
+        if why := refusal(choice):
+            raise BadInput(f"{why}; `start:` asks this point, {spec.space.described(choice)}: take it out there")
     sets = searched_cells(asked, spec)
     share = math.lcm(*(planned.share for planned in sets.values()))
     items = min(planned.count for planned in sets.values()) // share * share
     if not items:
         raise BadInput(f"{spec.place}: a search asks whole haystacks of {share} questions; give at least {share} items")
     parents = [subject.label for subject in asked.parents.values()]
-    refusal = refusals(plan)
     search = Search(
         spec,
         [*sets],
