@@ -82,7 +82,7 @@ def measure(elements: int, rounds: int) -> Mapping[str, float]:
         ),
         "dot product": (1, tiles(lambda _, raw: sums(raw, [Product(0, 1)]))),
         "three products of slerp": (1, tiles(lambda _, raw: sums(raw, [Product(0, 1), Product(0, 0), Product(1, 1)]))),
-        "L1 norm of a task vector": (1, tiles(lambda _, raw: sums(raw, [Product((0, 1), magnitude=True)]))),
+        "L1 norm of a task vector": (1, tiles(lambda _, raw: sums(raw, [Product((0, 1))]))),
         "magnitudes": (1, tiles(lambda _, raw: magnitudes(*raw))),
         "bracket of a cutoff": (
             1,

@@ -172,7 +172,7 @@ class L1(Reduction):
 
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
-            products = [Product((0, 1), magnitude=True)]
+            products = [Product((0, 1))]
             return sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)[:, 0].tolist()
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs())
 

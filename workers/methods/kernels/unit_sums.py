@@ -26,11 +26,10 @@ Operand = int | tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """a · b, or |a| · b with `magnitude`; |a| without b."""
+    """a · b, or |a| without b."""
 
     a: Operand
     b: Operand | None = None
-    magnitude: bool = False
 
 
 @kernel(
@@ -55,7 +54,7 @@ def _unit_sums(
     sums: Pointer,
     results: Pointer,
 ) -> None:
-    """For each unit and each product (a line, another or −1, whether the first enters as its magnitude): the sum.
+    """For each unit and each product (a line, another or −1): the sum.
 
     A unit is a matrix of rows of `width` elements. The first two additions of the tree join four rows; these are in
     memory together, as four parts of each parent's and each delta's line. `narrow` takes parents and deltas to the
@@ -66,9 +65,8 @@ def _unit_sums(
     while 1 << bits < groups:
         bits += 1
     for first in range(0, elements, unit):
-        for parent in range(parents):  # a look at the unit in its order brings it into a cache at the speed of memory
-            size = min(unit, elements - first)
-            if any_nonfinite(dtypes[parent], halves[parent], words[parent], longs[parent], first, size):
+        for parent in range(parents):
+            if _seen(dtypes[parent], halves[parent], words[parent], longs[parent], first, min(unit, elements - first)):
                 results[first // unit * count] = np.nan
         for group in range(groups):
             row = _reversed(group, bits)
@@ -76,23 +74,17 @@ def _unit_sums(
                 start = first + (row + (2 * (part % 2) + part // 2) * groups) * width
                 size = max(0, min(width, elements - start))
                 for parent in range(parents):
-                    line = lines[4 * parent + part]
-                    widened(dtypes[parent], halves[parent], words[parent], longs[parent], start, size, line)
-                    for i in range(size, width):
-                        line[i] = 0.0
-                    if narrow and dtypes[parent] == F64:
-                        _narrowed(line, width)
+                    line, half, word, long = lines[4 * parent + part], halves[parent], words[parent], longs[parent]
+                    _padded(dtypes[parent], half, word, long, start, size, narrow, line, width)
                 for delta in range(deltas):
                     a, b = 4 * pairs[2 * delta] + part, 4 * pairs[2 * delta + 1] + part
                     line = lines[4 * (parents + delta) + part]
                     _subtracted(lines[a], lines[b], line, width)
                     if narrow:
                         _narrowed(line, width)
-            carries = 0
-            while (group >> carries) & 1:
-                carries += 1
+            carries = _carries(group)
             for product in range(count):
-                a, b = 4 * products[3 * product], 4 * products[3 * product + 1]
+                a, b = 4 * products[2 * product], 4 * products[2 * product + 1]
                 joining = product * (bits + 2) * width
                 leaf = joining if carries else joining + width
                 if b < 0:
@@ -100,23 +92,10 @@ def _unit_sums(
                 else:
                     c, d = lines[b], lines[b + 1]
                     e, f = lines[b + 2], lines[b + 3]
-                    if products[3 * product + 2]:
-                        _kept_magnitudes(
-                            lines[a], lines[a + 1], lines[a + 2], lines[a + 3], c, d, e, f, sums, leaf, width
-                        )
-                    else:
-                        _products(lines[a], lines[a + 1], lines[a + 2], lines[a + 3], c, d, e, f, sums, leaf, width)
-                for level in range(carries):
-                    into = joining + (carries + 1) * width if level == carries - 1 else joining
-                    _added(sums, joining + (level + 1) * width, joining, into, width)
+                    _products(lines[a], lines[a + 1], lines[a + 2], lines[a + 3], c, d, e, f, sums, leaf, width)
+                _join(sums, joining, carries, width)
         for product in range(count):
-            last = (product * (bits + 2) + bits + 1) * width
-            half = width // 2
-            while half:
-                for i in range(half):
-                    sums[last + i] = sums[last + i] + sums[last + half + i]
-                half //= 2
-            results[first // unit * count + product] = sums[last]
+            results[first // unit * count + product] = _folded(sums, (product * (bits + 2) + bits + 1) * width, width)
 
 
 @kernel(
@@ -148,9 +127,8 @@ def _kept_sums(
     while 1 << bits < groups:
         bits += 1
     for first in range(0, elements, unit):
-        for parent in range(2):  # brings the unit into a cache
-            size = min(unit, elements - first)
-            if any_nonfinite(dtypes[parent], halves[parent], words[parent], longs[parent], first, size):
+        for parent in range(2):
+            if _seen(dtypes[parent], halves[parent], words[parent], longs[parent], first, min(unit, elements - first)):
                 results[first // unit * count] = np.nan
         for group in range(groups):
             row = _reversed(group, bits)
@@ -158,19 +136,13 @@ def _kept_sums(
                 start = first + (row + (2 * (part % 2) + part // 2) * groups) * width
                 size = max(0, min(width, elements - start))
                 for parent in range(2):
-                    line = lines[4 * parent + part]
-                    widened(dtypes[parent], halves[parent], words[parent], longs[parent], start, size, line)
-                    for i in range(size, width):
-                        line[i] = 0.0
-                    if narrow and dtypes[parent] == F64:
-                        _narrowed(line, width)
+                    line, half, word, long = lines[4 * parent + part], halves[parent], words[parent], longs[parent]
+                    _padded(dtypes[parent], half, word, long, start, size, narrow, line, width)
                 _subtracted(lines[part], lines[4 + part], lines[part], width)
                 if narrow:
                     _narrowed(lines[part], width)
                 _sizes(lines[part], squares, width)
-            carries = 0
-            while (group >> carries) & 1:
-                carries += 1
+            carries = _carries(group)
             start = first + row * width
             for place in range(count):
                 joining = place * (bits + 2) * width
@@ -180,17 +152,51 @@ def _kept_sums(
                     masks[place], start, start + 2 * groups * width, start + groups * width, start + 3 * groups * width,
                     sums, leaf, width,
                 )  # fmt: skip
-                for level in range(carries):
-                    into = joining + (carries + 1) * width if level == carries - 1 else joining
-                    _added(sums, joining + (level + 1) * width, joining, into, width)
+                _join(sums, joining, carries, width)
         for place in range(count):
-            last = (place * (bits + 2) + bits + 1) * width
-            half = width // 2
-            while half:
-                for i in range(half):
-                    sums[last + i] = sums[last + i] + sums[last + half + i]
-                half //= 2
-            results[first // unit * count + place] = sums[last]
+            results[first // unit * count + place] = _folded(sums, (place * (bits + 2) + bits + 1) * width, width)
+
+
+def _seen(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int) -> np.bool_:
+    """Reads a unit in its order, which brings it into a cache at the speed of memory: is any number not finite?"""
+    return any_nonfinite(code, halves, words, longs, start, count)
+
+
+def _padded(
+    code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int, narrow: int, line: Pointer,
+    width: int,
+) -> None:  # fmt: skip
+    """A row of a parent, with zeros behind its elements."""
+    widened(code, halves, words, longs, start, count, line)
+    for i in range(count, width):
+        line[i] = 0.0
+    if narrow and code == F64:
+        _narrowed(line, width)
+
+
+def _carries(number: int) -> int:
+    """How many of the lowest bits are 1 before the first 0: so many open sums are joined."""
+    carries = 0
+    while (number >> carries) & 1:
+        carries += 1
+    return carries
+
+
+def _join(sums: Pointer, joining: int, carries: int, width: int) -> None:
+    """Adds so many open sums, the youngest first, to the one that joins."""
+    for level in range(carries):
+        into = joining + (carries + 1) * width if level == carries - 1 else joining
+        _added(sums, joining + (level + 1) * width, joining, into, width)
+
+
+def _folded(sums: Pointer, at: int, width: int) -> np.float64:
+    """The sum of a row, by halves."""
+    half = width // 2
+    while half:
+        for i in range(half):
+            sums[at + i] = sums[at + i] + sums[at + half + i]
+        half //= 2
+    return sums[at]
 
 
 def _reversed(number: int, bits: int) -> int:
@@ -218,14 +224,6 @@ def _products(
 ) -> None:  # fmt: skip
     for i in range(count):
         sums[at + i] = (a[i] * e[i] + b[i] * f[i]) + (c[i] * g[i] + d[i] * h[i])
-
-
-def _kept_magnitudes(
-    a: Pointer, b: Pointer, c: Pointer, d: Pointer, e: Pointer, f: Pointer, g: Pointer, h: Pointer,
-    sums: Pointer, at: int, count: int,
-) -> None:  # fmt: skip
-    for i in range(count):
-        sums[at + i] = (abs(a[i]) * e[i] + abs(b[i]) * f[i]) + (abs(c[i]) * g[i] + abs(d[i]) * h[i])
 
 
 def _sizes(line: Pointer, squares: int, count: int) -> None:
@@ -268,9 +266,7 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     def line(operand: Operand) -> int:
         return operand if isinstance(operand, int) else len(parents) + places.setdefault(operand, len(places))
 
-    of_products = np.array(
-        [(line(each.a), -1 if each.b is None else line(each.b), each.magnitude) for each in products], np.int64
-    )
+    of_products = np.array([(line(each.a), -1 if each.b is None else line(each.b)) for each in products], np.int64)
     pairs = np.array([*places], np.int64)
     elements, width = parents[0].size, min(WIDTH, unit // 4)
     assert all(each.size == elements and each.flags.c_contiguous for each in parents)

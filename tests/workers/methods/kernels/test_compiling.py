@@ -162,7 +162,7 @@ bits = np.random.default_rng(0).integers(0, 1 << 16, (3, 70_000), np.uint16)
 parents = [*np.where(bits & 0x7F80 == 0x7F80, 0, bits).astype(np.uint16).view(ml_dtypes.bfloat16)]
 outputs = [np.empty(70_000, np.float16) for _ in range(2)]
 WeightedSums(3, [Sum(((0, 0.3), (1, 0.7))), Sum(((0, 0.3), (1, 1.1)), base=2)], "float32").run(parents, outputs)
-sums = unit_sums(parents, [Product(0, 1), Product((0, 2), magnitude=True)], unit=1 << 13, dtype="float32")
+sums = unit_sums(parents, [Product(0, 1), Product((0, 2))], unit=1 << 13, dtype="float32")
 print(hashlib.sha256(b"".join(each.tobytes() for each in (*outputs, sums))).hexdigest())
 """
 
