@@ -76,11 +76,33 @@ class Space:
     @property
     def size(self) -> int:
         """How many points there are."""
-        grouped = {name for group in (*self.simplexes, *self.subsets.values()) for name in group}
-        free = prod(len(axis.values) for axis in self.axes if axis.name not in grouped)
-        by_name = {axis.name: axis for axis in self.axes}
-        simplexes = (comb(len(by_name[group[0]].values) - 2 + len(group), len(group) - 1) for group in self.simplexes)
-        return free * prod(simplexes) * prod(2 ** len(group) - 1 for group in self.subsets.values())
+        return prod(map(self.count, self.groups))
+
+    @property
+    def groups(self) -> tuple[tuple[str, ...], ...]:
+        """The axes of each simplex and of each subset together, and every other axis by itself."""
+        tied = {name: group for group in (*self.simplexes, *self.subsets.values()) for name in group}
+        return tuple(dict.fromkeys(tied.get(axis.name, (axis.name,)) for axis in self.axes))
+
+    def count(self, group: Sequence[str]) -> int:
+        """How many choices of the axes of a group there are."""
+        values = self._values(group)
+        if group in self.simplexes:
+            return comb(values - 2 + len(group), len(group) - 1)
+        return 2 ** len(group) - 1 if group in self.subsets.values() else values
+
+    def choices(self, group: Sequence[str]) -> Iterator[Choice]:
+        """The choices of the axes of a group, in ascending order."""
+        values = range(self._values(group))
+        if group not in self.simplexes:
+            every = itertools.product(values, repeat=len(group))
+            yield from every if group not in self.subsets.values() else filter(any, every)
+            return
+        for cuts in itertools.combinations_with_replacement(values, len(group) - 1):
+            yield tuple(after - before for before, after in itertools.pairwise((0, *cuts, values[-1])))
+
+    def _values(self, group: Sequence[str]) -> int:
+        return next(len(axis.values) for axis in self.axes if axis.name == group[0])
 
     def bindings(self, choice: Choice) -> dict[str, Value]:
         """The value of each axis."""
@@ -110,7 +132,7 @@ class Space:
         """The first word of each axis, the middle of its numbers, equal weights, every member of a subset."""
         chosen = {axis.name: 0 if axis.kind == "words" else len(axis.values) // 2 for axis in self.axes}
         for group in self.simplexes:
-            steps = next(len(axis.values) for axis in self.axes if axis.name == group[0]) - 1
+            steps = self._values(group) - 1
             for place, name in enumerate(group):
                 chosen[name] = (steps * (place + 1)) // len(group) - (steps * place) // len(group)
         for group in self.subsets.values():
@@ -591,38 +613,45 @@ class SearchedRecipe:
     def kinds(self) -> tuple[Point, ...]:
         """One point of each kind, in the order of the axes; `BadInput` where there are too many kinds."""
         space, middle = self._space, self._space.middle()
-        outside = _names_of_kinds(self._node)
-        deciding = [
-            number for number, axis in enumerate(space.axes) if {axis.name, axis.name.partition(".")[0]} & outside
-        ]
-        count = prod(len(space.axes[number].values) for number in deciding)
+        deciding = self._deciding()
+        count = prod(map(space.count, deciding))
         if count > MOST_KINDS:
-            place = space.axes[deciding[0]].place
+            place = next(axis.place for axis in space.axes if axis.name == deciding[0][0])
             raise BadInput(
                 f"{place}: words, checkpoints, subsets and the axes of merges that feed others make {count} kinds of"
                 f" merges; at most {MOST_KINDS}, take some of them out"
             )
         points: list[Point] = []
-        for values in itertools.product(*(range(len(space.axes[number].values)) for number in deciding)):
-            chosen = dict(zip(deciding, values, strict=True))
-            choice = tuple(chosen.get(number, index) for number, index in enumerate(middle))
-            if space.admits(choice):
-                points.append(self.point(choice))
+        names = [name for group in deciding for name in group]
+        for values in itertools.product(*map(space.choices, deciding)):
+            chosen = dict(zip(names, itertools.chain(*values), strict=True))
+            choice = (chosen.get(axis.name, index) for axis, index in zip(space.axes, middle, strict=True))
+            points.append(self.point(tuple(choice)))
         return tuple(points)
+
+    def words(self, point: Point) -> tuple[Value, ...]:
+        """The values of a point that choose its method, its models and its files."""
+        outside = _names_outside_parameters(self._node)
+        return tuple(value for name, value in point.bindings.items() if {name, name.partition(".")[0]} & outside)
+
+    def _deciding(self) -> list[tuple[str, ...]]:
+        """The groups of axes whose values make kinds of points."""
+        names = _names_of_kinds(self._node)
+        return [group for group in self._space.groups if any({name, name.partition(".")[0]} & names for name in group)]
 
     def others_of_kind(self, point: Point, start: Sequence[Choice]) -> Iterator[Point]:
         """Other points that differ from this one in numbers alone: of `start`, the ends, and 64 drawn ones; unnamed."""
-        space, outside = self._space, _names_of_kinds(self._node)
-        deciding = {axis.name for axis in space.axes if {axis.name, axis.name.partition(".")[0]} & outside}
-        numbers = random.Random(0)
+        space, numbers = self._space, random.Random(0)
+        bound = {name: point.bindings[name] for group in self._deciding() for name in group}
         drawn = (_drawn(space, numbers) for _ in range(64))
+        seen = {tuple(axis.values.index(point.bindings[axis.name]) for axis in space.axes)}
         for choice in itertools.chain(start, space.ends().values(), drawn):
-            bound = {name: point.bindings[name] for name in deciding}
             moved = tuple(
                 axis.values.index(bound[axis.name]) if axis.name in bound else index
                 for axis, index in zip(space.axes, choice, strict=True)
             )
-            if space.admits(moved):
+            if space.admits(moved) and moved not in seen:
+                seen.add(moved)
                 yield self.unnamed(moved)
 
     def _check_used(self) -> None:
@@ -713,8 +742,7 @@ def _alone(name: str) -> str:
 
 def _names_of_kinds(node: Node) -> set[str]:
     """The axes that make kinds of points: those outside parameters, and all of the merges that feed others."""
-    merges = node.value if isinstance(node.value, tuple) else ()
-    feeding = [each for each in merges if isinstance(each.value, Mapping) and "name" in each.value]
+    feeding = node.value[:-1] if isinstance(node.value, tuple) else ()
     return _names_outside_parameters(node).union(*(_names_outside_parameters(each, but="") for each in feeding))
 
 

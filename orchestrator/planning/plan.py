@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import BadInput, CorruptData
+from jobs.expressions import Value
 from jobs.grid import Point
 from jobs.job import Job, Keep
 from jobs.manifest import Manifest
@@ -343,20 +344,26 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
 
 
 def _kinds(planner: PointPlanner, job: Job) -> tuple[PlannedPoint, ...]:
-    """One point of each kind that a search may ask; `BadInput` if none of a kind that is tried can be merged."""
+    """One point of each kind that a search may ask and merge; `BadInput` if there is none of the same words."""
     assert job.search is not None and job.searched is not None, "a job with a search has its recipe"
-    found: list[PlannedPoint] = []
+    searched = job.searched
+    found: dict[str, tuple[PlannedPoint, ...]] = {}
+    refused: dict[tuple[Value, ...], BadInput] = {}
     for point in job.points:
         try:
-            found += planner([point])
-        except BadInput:
-            for other in job.searched.others_of_kind(point, job.search.start):
+            found[point.name] = planner([point])
+        except BadInput as error:
+            refused.setdefault(searched.words(point), error)
+            for other in searched.others_of_kind(point, job.search.start):
                 with suppress(BadInput):
-                    found += planner([replace(other, name=point.name)])
+                    found[point.name] = planner([replace(other, name=point.name)])
                     break
-            else:
-                raise
-    return tuple(found)
+    for point in job.points:
+        if point.name in found:
+            refused.pop(searched.words(point), None)
+    for error in refused.values():
+        raise error
+    return tuple(planned for of_kind in found.values() for planned in of_kind)
 
 
 def _check_free(plan: Plan) -> None:

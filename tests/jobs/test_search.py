@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from fractions import Fraction
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from jobs.errors import BadInput
 from jobs.expressions import format_number
 from jobs.job import Job, load_job
-from jobs.search import Budget, Constraint, Objective, SearchedRecipe
+from jobs.search import Axis, Budget, Constraint, Objective, SearchedRecipe, Space
 from jobs.yaml_nodes import yaml_text
 
 PARENTS = {"a": "pa", "b": "pb", "c": "pc"}
@@ -290,3 +291,20 @@ def test_too_many_kinds_are_refused() -> None:
     recipe = {"merge_method": "${m0}${m1}${m2}${m3}${m4}${m5}"}
     with pytest.raises(BadInput, match="make 729 kinds of merges; at most 256, take some of them out"):
         job_of({**W, **words}, recipe=recipe)
+
+
+def test_choices_of_a_group_are_those_that_the_space_admits() -> None:
+    axes = (*(axis(name, 5) for name in "xy"), axis("w", 3), *(axis(f"soup.{name}", 2) for name in "abc"), axis("z", 5))
+    space = Space(axes, simplexes=(("x", "y", "z"),), subsets={"soup": ("soup.a", "soup.b", "soup.c")})
+    ranges = [range(len(axis.values)) for axis in space.axes]
+    admitted = [choice for choice in itertools.product(*ranges) if space.admits(choice)]
+    names = [each.name for each in axes]
+    order = [names.index(name) for group in space.groups for name in group]
+    assert names[order[2]] == "z", "behind its simplex"
+    made = [tuple(itertools.chain(*parts)) for parts in itertools.product(*map(space.choices, space.groups))]
+    assert made == sorted(tuple(choice[place] for place in order) for choice in admitted)
+    assert len(made) == space.size == 15 * 3 * 7
+
+
+def axis(name: str, values: int) -> Axis:
+    return Axis(name, tuple(Fraction(value, values - 1) for value in range(values)), "numbers", "job.yaml:1")

@@ -21,6 +21,7 @@ from jobs.job import GateSpec, Keep, load_job
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
 from orchestrator.commands.workplace import check_kept
+from orchestrator.evaluating.batches import asked_points
 from orchestrator.evaluating.forecast import evaluation_facts
 from orchestrator.evaluating.outcome import recorded_code
 from orchestrator.evaluating.results import EvaluationResult, read_results
@@ -32,6 +33,7 @@ from tests.orchestrator.conftest import Ended
 from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import RULER, SOUP, job_text
 from workers.benchmarks.items import Item
+from workers.storage import open_store
 
 SEARCH = {
     "over": {"w": {"from": 0, "to": 1, "step": 0.01}},
@@ -437,6 +439,35 @@ def test_an_axis_of_a_merge_that_feeds_another_is_searched(tmp_path: Path) -> No
     assert evaluation_facts(plan, asked)["search"]["size"] == 27
     with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
         assert len(session.run().standing) == 6
+
+
+AXIS = {"from": 0, "to": 1, "step": 0.5}
+LEAST = {"from": 0.1, "to": 2, "step": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "over", "kinds"),
+    [
+        (("${a}", 0.5), ("${b}", "${c}"), {"simplex": {"axes": ["a", "b", "c"], "step": 0.25}}, 14),
+        (("${a}", "${b}"), (0.5, 0.5), {"a": AXIS, "b": AXIS}, 8),
+        ((0.5, 0.5), ("${a}", "${b}"), {"a": LEAST, "b": LEAST}, 1),
+        ((0.5, 0.5), ("${a}", "${b}"), {"a": AXIS, "b": AXIS}, 1),
+    ],
+    ids=["a simplex of both", "one that sums to zero", "many of a result", "a result that sums to zero"],
+)
+@pytest.mark.parametrize("name", [{}, {"name": "final"}], ids=["", "named"])
+def test_merges_that_feed_others_make_kinds_of_points(
+    first: tuple[Any, Any], last: tuple[Any, Any], over: dict[str, Any], kinds: int, name: Any, tmp_path: Path
+) -> None:
+    result = {**name, **weighted(*last)}
+    result["models"][0]["model"] = "half"
+    search = {"over": over, "budget": {"points": 6}, "batch": 3}
+    plan, asked = planned(tmp_path, recipe=[{"name": "half", **weighted(*first)}, result], search=search)
+    assert len(plan.points) == kinds
+    evaluation_facts(plan, asked)
+    with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
+        session.run()
+    assert len({*asked_points(open_store(str(tmp_path / "runs/tiny")))}) == 6
 
 
 class Flat(ScriptedEvaluators):
