@@ -60,9 +60,14 @@ class Deriving:
         if not isinstance(source, ParentTensor) or "://" in (url := self._parents[parent].url):
             return self.whole(parent, source, tensor)
         store, file = self._stores[parent], self._parents[parent].files[source.file]
+
+        def check() -> None:
+            if store.locate(file.key).etag != file.etag:
+                raise ObjectChanged(f"{url}/{file.key} changed while it was in use; run again to pin the new version")
+
+        check()  # an empty file cannot be mapped
         data = np.memmap(Path(url) / file.key, np.uint8, "c")[source.start : source.end].view(np.ndarray)
-        if store.locate(file.key).etag != file.etag:
-            raise ObjectChanged(f"{url}/{file.key} changed while it was in use; run again to pin the new version")
+        check()
         if source.digest:
             check_digest(digest_of(data.data, like=source.digest), store, file, parent, tensor, source)
         return data.view(numpy_dtype(source.dtype))

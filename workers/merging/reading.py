@@ -68,6 +68,10 @@ class Slab:
         self.copied.before_mine()
         return self._raw
 
+    def forget(self) -> None:
+        """Holds the memory of what was read no longer."""
+        self._raw, self.buffers = (), ()
+
 
 def plan_slabs(
     tensors: Sequence[TensorMerge], slab_bytes: int, in_rows: Callable[[TensorMerge], bool] = lambda tensor: False
@@ -197,6 +201,7 @@ class ParentReader:
             slab.copied.wait()  # else the next bytes overtake the copy of these
         with self._lock:
             self._free.extend(buffer for buffer in slab.buffers if buffer.size == self._slab_bytes)
+        slab.forget()  # other memory, as that of derived tensors, is free before the next slabs are read
 
     def _read(self, name: str, stretches: Sequence[Stretch]) -> tuple[Bytes, dict[int, Elements]]:
         """One parent's part of a slab: the buffer, and a typed 1-D view of it for each stretch the parent has."""

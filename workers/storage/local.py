@@ -71,20 +71,27 @@ class LocalStore:
     def read(self, key: str, *, start: int = 0, length: int | None = None, etag: str | None = None) -> Buffer:
         path = self._path(key)
         with _readable_errors(path):
-            file = self._files.open(path)
+            file = self._opened(path, etag)
             wanted = length_within(str(path), file.size, start, length)
             if wanted > LARGEST_SYSTEM_READ:
                 whole = bytearray(wanted)
-                file.read_into(memoryview(whole), start, etag)
+                file.read_into(memoryview(whole), start)
                 return whole
-            return file.read(start, wanted, etag)
+            return file.read(start, wanted)
 
     def read_into(self, key: str, buffer: memoryview, *, start: int = 0, etag: str | None = None) -> None:
         path = self._path(key)
         with _readable_errors(path):
-            file = self._files.open(path)
+            file = self._opened(path, etag)
             length_within(str(path), file.size, start, buffer.nbytes)
-            file.read_into(buffer.cast("B"), start, etag)
+            file.read_into(buffer.cast("B"), start)
+
+    def _opened(self, path: Path, etag: str | None) -> _OpenFile:
+        """The file; `ObjectChanged` before a word about its size if it is another version."""
+        file = self._files.open(path)
+        if etag is not None and etag != file.etag:
+            raise file.changed()
+        return file
 
     def list(self, prefix: str = "") -> Iterator[ObjectInfo]:
         for path in self._walk(prefix):
@@ -281,33 +288,31 @@ class _OpenFile:
         if hasattr(self, "_descriptor"):
             close(self._descriptor)
 
-    def read(self, start: int, length: int, etag: str | None) -> bytes:
+    def read(self, start: int, length: int) -> bytes:
         """At most `LARGEST_SYSTEM_READ` bytes as one new object."""
-        with self._same_version(etag):
+        with self._same_version():
             data = os.pread(self._descriptor, length, start)
         if len(data) < length:
-            raise self._changed()
+            raise self.changed()
         return data
 
-    def read_into(self, buffer: memoryview, start: int, etag: str | None) -> None:
-        with self._same_version(etag):
+    def read_into(self, buffer: memoryview, start: int) -> None:
+        with self._same_version():
             done = 0
             while done < buffer.nbytes:
                 piece = buffer[done : done + LARGEST_SYSTEM_READ]
                 got = os.preadv(self._descriptor, [piece], start + done)
                 if not got:
-                    raise self._changed()
+                    raise self.changed()
                 done += got
 
     @contextmanager
-    def _same_version(self, etag: str | None) -> Generator[None, None, None]:
-        if etag is not None and etag != self.etag:
-            raise self._changed()
+    def _same_version(self) -> Generator[None, None, None]:
         yield
         if _etag(os.fstat(self._descriptor)) != self.etag:
-            raise self._changed()
+            raise self.changed()
 
-    def _changed(self) -> ObjectChanged:
+    def changed(self) -> ObjectChanged:
         return ObjectChanged(f"{self._path} changed while it was in use; run again to pin the new version")
 
 

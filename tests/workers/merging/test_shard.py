@@ -7,10 +7,12 @@ import itertools
 import json
 import resource
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +39,7 @@ from jobs.merge_tasks import (
 from workers.checkpoints.dtypes import FLOATS
 from workers.checkpoints.safetensors import read_header
 from workers.digests import digest_of
+from workers.merging.reading import ParentReader, Stretch
 from workers.merging.shard import Budget, merge_task
 from workers.merging.writing import ShardWriter
 from workers.storage import open_store
@@ -337,6 +340,40 @@ def test_a_large_tensor_that_is_near_is_read_anew_for_each_pass_and_not_held(poi
     assert (for_all_passes, with_digest) == ((passes + 1) * once, once)
     assert from_afar == 3 * 2 * 1300 * 1000  # in one slab: no row that two slabs need is read twice
     assert held == anew == checked == afar
+
+
+def test_what_is_read_of_derived_tensors_is_free_before_the_next_tensors_are_read():
+    """One tensor of three derived parents fills the memory for facts; the next waits for it."""
+    shapes: Shapes = {f"t{number}": ((40, 100), "bfloat16") for number in range(4)}
+    parents = family(shapes)
+    task = task_of(parents, {"ties": TIES}, threads=1)
+    tensors = tuple(
+        replace(tensor, sources={name: as_derived(tensor, name) for name in tensor.sources}) for tensor in task.tensors
+    )
+    alive: list[weakref.ref[Any]] = []
+    most = 0
+    read = ParentReader._derived
+
+    def derived(self: ParentReader, name: str, stretch: Stretch) -> Any:
+        nonlocal most
+        elements = read(self, name, stretch)
+        alive.append(weakref.ref(elements if elements.base is None else elements.base))
+        most = max(most, len({id(each()) for each in alive if each() is not None}))
+        return elements
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ParentReader, "_derived", derived)
+        budget = replace(Budget.of(task), slab=2 * 40 * 50, held=3 * 2 * 40 * 100)
+        patch.setattr(Budget, "of", classmethod(lambda cls, task: budget))
+        merge_task(replace(task, tensors=tensors))
+    assert most == 3
+
+
+def as_derived(tensor: TensorMerge, name: str) -> Derived:
+    """The tensor of a parent as the result of a merge of that parent alone."""
+    alone = Setting("linear", (name,), None, (("normalize", False), ("weight", (0.7,))))
+    rule = Merged(tensor.name, tensor.arithmetic, "float32", 7, alone)
+    return Derived(tensor.dtype, tensor.shape, rule, ((name, tensor.sources[name]),))
 
 
 # ---- the right bytes

@@ -161,6 +161,17 @@ def test_a_replaced_object_is_not_read_under_its_old_etag(store: Store) -> None:
     assert bytes(store.read("name", start=1, length=5, etag=new.etag)) == some_bytes(1000, seed=2)[1:6]
 
 
+@pytest.mark.parametrize("size", [0, 10])
+def test_an_object_replaced_by_a_shorter_one_has_changed(store: Store, size: int) -> None:
+    old = store.write("name", some_bytes(1000, seed=1))
+    store.read("name", start=500, length=5, etag=old.etag)
+    store.write("name", some_bytes(size, seed=2))
+    with pytest.raises(ObjectChanged, match="name changed while it was in use; run again"):
+        store.read("name", start=500, length=5, etag=old.etag)
+    with pytest.raises(ObjectChanged, match="name changed while it was in use; run again"):
+        store.read_into("name", memoryview(bytearray(10)), start=500, etag=old.etag)
+
+
 def test_create_refuses_an_object_that_is_there(store: Store) -> None:
     store.write("name", b"first", mode="create")
     with pytest.raises(ObjectExists, match="name"):
