@@ -6,18 +6,28 @@ numpy depend on the instructions of a processor. Both err by less than 2 units i
 
 from __future__ import annotations
 
+from functools import cache
+
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
-from workers.methods.kernels.dtypes import CODES, widened
+from workers.methods.kernels.dtypes import BF16, CODES, F16, largest_half, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
 _LEAST = -700.0
 """exp of less is taken as exp of this, 10⁻³⁰⁴."""
 
-_NEAR, _BELOW, _ABOVE = -0.34, 0.75, 1.3
-"""Where no power of 2 is needed: exp of a number from `_NEAR` to 0, log of one from `_BELOW` to `_ABOVE`."""
+_NEAR = -0.34, 0.34
+"""exp of a number between these needs no power of 2."""
+
+_SMALL = 256.0
+"""Exponentials of numbers up to this size, and their sums, are normal numbers."""
+
+_SMALL_BFLOAT16, _SMALL_FLOAT16 = 0x4380, 0x5C00  # the bits of 256
+
+_ALIKE = 1 / 16
+"""Up to this share of their sum, two numbers' difference gives the logarithm of their ratio by a short series."""
 
 _INTEGER = 6755399441055744.0  # 1.5 · 2⁵²: the last bits of a number of this size are those of an integer
 _INTEGER_BITS = 0x4338000000000000
@@ -27,7 +37,7 @@ _HALF_ROOT_BITS = 0x3FE6A09E667F3BCD  # of √½
 
 
 def _exp(x: np.float64) -> np.float64:
-    """exp(x) of x ≤ 0: 2ᵏ · exp(r) with |r| ≤ ln(2)/2."""
+    """exp(x) of x < 700: 2ᵏ · exp(r) with |r| ≤ ln(2)/2."""
     x = np.float64(_LEAST) if x < _LEAST else x
     moved = np.float64(x * _LOG2_E + _INTEGER)
     k = moved - _INTEGER
@@ -53,16 +63,11 @@ def _exp_near(r: np.float64) -> np.float64:
 
 
 def _log(x: np.float64) -> np.float64:
-    """log(x) of a normal x > 0: k · ln 2 + log(1 + f) with 1 + f between √½ and √2."""
+    """log(x) of a normal x > 0: k · ln 2 + log(1 + f) with 1 + f between √½ and √2, as in the fdlibm of Sun."""
     bits = np.float64(x).view(np.int64)
     k = np.int64((bits - np.int64(_HALF_ROOT_BITS)) >> np.int64(52))
     f = np.int64(bits - np.int64(k << np.int64(52))).view(np.float64) - 1.0
     power = np.int64(k + np.int64(_INTEGER_BITS)).view(np.float64) - _INTEGER
-    return power * _LN2_HIGH - (_lost(f, power * _LN2_LOW) - f)
-
-
-def _lost(f: np.float64, more: np.float64) -> np.float64:
-    """f − log(1 + f) − more, as in the fdlibm of Sun."""
     s = f / (2.0 + f)
     z = s * s
     rest = z * 1.479819860511658591e-01 + 1.531383769920937332e-01
@@ -72,7 +77,23 @@ def _lost(f: np.float64, more: np.float64) -> np.float64:
     rest = z * rest + 3.999999999940941908e-01
     rest = z * rest + 6.666666666666735130e-01
     half = 0.5 * f * f
-    return np.float64(half - (s * (half + z * rest) + more))
+    return power * _LN2_HIGH - ((half - (s * (half + z * rest) + power * _LN2_LOW)) - f)
+
+
+def _alike(p: np.float64, q: np.float64) -> np.bool_:
+    return abs(p - q) <= (p + q) * _ALIKE
+
+
+def _log_of_ratio(p: np.float64, q: np.float64) -> np.float64:
+    """log(p/q) = 2 · artanh(s), s = (p − q)/(p + q), of two numbers that are nearly alike: its series up to s¹³."""
+    s = (p - q) / (p + q)
+    z = s * s
+    rest = z * (2 / 13) + (2 / 11)
+    rest = z * rest + (2 / 9)
+    rest = z * rest + (2 / 7)
+    rest = z * rest + (2 / 5)
+    rest = z * rest + (2 / 3)
+    return s * (z * rest + 2.0)
 
 
 def _sum(line: Pointer, count: int) -> np.float64:
@@ -106,24 +127,50 @@ def _greatest_of(values: Pointer, count: int, lanes: Pointer) -> np.float64:
     return _greatest(lanes, width)
 
 
-def _to_exponentials(values: Pointer, count: int, top: np.float64, lanes: Pointer) -> np.float64:
-    """Puts exp(x − top) in place of so many numbers. Returns the sum."""
+def _origin(
+    code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int, line: Pointer, lanes: Pointer
+) -> np.float64:
+    """The greatest of so many elements, or 0 where all are small: exponentials are taken of them less their origin."""
+    if code <= F16 and largest_half(halves, start, count) <= (_SMALL_BFLOAT16 if code == BF16 else _SMALL_FLOAT16):
+        return np.float64(0.0)
+    widened(code, halves, words, longs, start, count, line)
+    far = np.int64(0)
+    for i in range(count):
+        far += np.int64(not abs(line[i]) <= _SMALL)  # as NaN is
+    return _greatest_of(line, count, lanes) if far else np.float64(0.0)
+
+
+def _exponentials(
+    code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int, origin: np.float64,
+    table: Pointer, line: Pointer,
+) -> None:  # fmt: skip
+    """Writes exp(x − origin) of so many elements to a line. The table has it of all halves, for origin 0."""
+    if origin == 0.0 and code <= F16:
+        for i in range(count):
+            line[i] = table[halves[start + i]]
+        return
+    widened(code, halves, words, longs, start, count, line)
+    for first in range(0, count, BLOCK):
+        end = min(first + BLOCK, count)
+        far = np.int64(0)
+        for i in range(first, end):
+            far += np.int64(not (line[i] - origin >= _NEAR[0] and line[i] - origin <= _NEAR[1]))
+        if far:
+            for i in range(first, end):
+                line[i] = _exp(line[i] - origin)
+        else:
+            for i in range(first, end):
+                line[i] = _exp_near(line[i] - origin)
+
+
+def _sum_of(values: Pointer, count: int, lanes: Pointer) -> np.float64:
+    """Σ of so many numbers, which stay."""
     width = min(BLOCK, count)
     for i in range(width):
         lanes[i] = 0.0
     for first in range(0, count, BLOCK):
-        size = min(BLOCK, count - first)
-        far = np.int64(0)
-        for i in range(size):
-            far += np.int64(not values[first + i] - top >= _NEAR)  # as NaN is
-        if far:
-            for i in range(size):
-                values[first + i] = _exp(values[first + i] - top)
-                lanes[i] = lanes[i] + values[first + i]
-        else:
-            for i in range(size):
-                values[first + i] = _exp_near(values[first + i] - top)
-                lanes[i] = lanes[i] + values[first + i]
+        for i in range(min(BLOCK, count - first)):
+            lanes[i] = lanes[i] + values[first + i]
     return _sum(lanes, width)
 
 
@@ -138,29 +185,30 @@ def _sum_of_terms(
         size = min(BLOCK, count - first)
         far = np.int64(0)
         for i in range(size):
-            p[first + i] = p[first + i] * of_p + smoothing
-            q[first + i] = p[first + i] / (q[first + i] * of_q + smoothing)
-            far += np.int64(not (q[first + i] >= _BELOW and q[first + i] <= _ABOVE))
+            one, other = p[first + i] * of_p + smoothing, q[first + i] * of_q + smoothing
+            far += np.int64(not _alike(one, other))
+            p[first + i], q[first + i] = one, other
         if far:
             for i in range(size):
-                ratio = q[first + i]
-                lanes[i] = lanes[i] + p[first + i] * (_log(ratio) + (ratio - ratio))  # `_log` loses a NaN
+                one, other = p[first + i], q[first + i]
+                ratio = one / other
+                log = _log_of_ratio(one, other) if _alike(one, other) else _log(ratio)
+                lanes[i] = lanes[i] + one * (log + (ratio - ratio))  # `_log` loses a NaN
         else:
             for i in range(size):
-                f = q[first + i] - 1.0
-                lanes[i] = lanes[i] + p[first + i] * (f - _lost(f, np.float64(0.0)))
+                lanes[i] = lanes[i] + p[first + i] * _log_of_ratio(p[first + i], q[first + i])
     return _sum(lanes, width)
 
 
-@kernel("u16**", "u32**", "u64**", "i64*", "i64", "i64", "i64", "i64", "f64", "f64**", "f64*", "f64*")
+@kernel("u16**", "u32**", "u64**", "i64*", "i64", "i64", "i64", "i64", "f64", "f64**", "f64**", "f64*", "f64*")
 def _divergences(
     halves: Pointer, words: Pointer, longs: Pointer, dtypes: Pointer, rows: int, row: int, start: int, unit: int,
-    smoothing: float, lines: Pointer, of_parts: Pointer, sums: Pointer,
+    smoothing: float, tables: Pointer, lines: Pointer, of_parts: Pointer, sums: Pointer,
 ) -> None:  # fmt: skip
     """A row that lies in several units has so many parts, and its sums are those of its parts.
 
-    A part of a parent is a line of numbers, then of exponentials. `of_parts` has the greatest number and the sum of the
-    exponentials for each part, then both of each parent's row.
+    A part of a parent is a line of exponentials. `of_parts` has the origin and the sum of the exponentials for each
+    part, then both of each parent's row.
     """
     lanes = lines[2]
     for place in range(rows):
@@ -168,13 +216,13 @@ def _divergences(
         until = unit - (start + begin) % unit  # the end of the first part
         for parent in range(2):
             code, half, word, long = dtypes[parent], halves[parent], words[parent], longs[parent]
-            line, at, part, end = lines[parent], 4, 0, min(row, until)
+            line, table, at, part, end = lines[parent], tables[parent], 4, 0, min(row, until)
             top = -np.inf
             while part < row:
-                widened(code, half, word, long, begin + part, end - part, line)
-                of_parts[at] = _greatest_of(line, end - part, lanes)
-                of_parts[at + 1] = _to_exponentials(line, end - part, of_parts[at], lanes)
-                top = max(top, of_parts[at])
+                origin = _origin(code, half, word, long, begin + part, end - part, line, lanes)
+                _exponentials(code, half, word, long, begin + part, end - part, origin, table, line)
+                of_parts[at], of_parts[at + 1] = origin, _sum_of(line, end - part, lanes)
+                top = max(top, origin)
                 at, part, end = at + 2, end, min(row, end + unit)
             total = 0.0
             for each in range(4, at, 2):
@@ -186,11 +234,26 @@ def _divergences(
             if end - part < row:
                 for parent in range(2):
                     code, half, word, long = dtypes[parent], halves[parent], words[parent], longs[parent]
-                    widened(code, half, word, long, begin + part, end - part, lines[parent])
-                    _to_exponentials(lines[parent], end - part, of_parts[2 * parent], lanes)
+                    origin, table, line = of_parts[2 * parent], tables[parent], lines[parent]
+                    _exponentials(code, half, word, long, begin + part, end - part, origin, table, line)
             total += _sum_of_terms(lines[0], lines[1], end - part, of_parts[1], of_parts[3], smoothing, lanes)
             part, end = end, min(row, end + unit)
         sums[place] = total
+
+
+@kernel("i64", "u16*", "f64*")
+def _exponentials_of_halves(code: int, halves: Pointer, table: Pointer) -> None:
+    widened(code, halves, halves, halves, 0, 1 << 16, table)
+    for i in range(1 << 16):
+        table[i] = _exp(table[i]) if abs(table[i]) <= _SMALL else np.nan
+
+
+@cache
+def _table(code: int) -> NDArray[np.float64]:
+    """exp of every small number of a dtype of two bytes, by its bits."""
+    table, halves = np.empty(1 << 16), np.arange(1 << 16, dtype=np.uint16)
+    _exponentials_of_halves(code, address(halves), address(table))
+    return table
 
 
 def divergences(model: Array, base: Array, row: int, *, start: int, unit: int, smoothing: float) -> NDArray[np.float64]:
@@ -204,9 +267,11 @@ def divergences(model: Array, base: Array, row: int, *, start: int, unit: int, s
     found = np.empty(pair[0].size // row)
     of_parts = np.empty(4 + 2 * (row // unit + 2))
     lines, _memory = aligned_lines(3, 8 * max(BLOCK, min(row, unit)))
-    raw, dtypes = addresses(pair), np.array([CODES[each.dtype] for each in pair], np.int64)
+    codes = [CODES[each.dtype] for each in pair]
+    dtypes, tables = np.array(codes, np.int64), [_table(min(code, F16)) for code in codes]
+    raw, of_tables = addresses(pair), addresses(tables)
     _divergences(
         *(*3 * (address(raw),), address(dtypes), found.size, row, start, unit, smoothing),
-        *(address(lines), address(of_parts), address(found)),
+        *(address(of_tables), address(lines), address(of_parts), address(found)),
     )
     return found

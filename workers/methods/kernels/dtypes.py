@@ -68,11 +68,8 @@ def rounded(
 
 def any_nonfinite(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int) -> np.bool_:
     """Whether any of `count` elements from `start` on is NaN or infinite."""
-    largest = np.uint16(0)
     if code in (BF16, F16):
-        for i in range(count):
-            largest = max(largest, np.uint16(halves[start + i] & np.uint16(0x7FFF)))
-        return largest >= (0x7F80 if code == BF16 else 0x7C00)
+        return largest_half(halves, start, count) >= (0x7F80 if code == BF16 else 0x7C00)
     if code == F32:
         most = np.uint32(0)
         for i in range(count):
@@ -82,6 +79,14 @@ def any_nonfinite(code: int, halves: Pointer, words: Pointer, longs: Pointer, st
     for i in range(count):
         top = max(top, np.uint64(longs[start + i] & np.uint64(0x7FFFFFFFFFFFFFFF)))
     return top >= np.uint64(0x7FF0000000000000)
+
+
+def largest_half(halves: Pointer, start: int, count: int) -> np.uint16:
+    """The bits of the largest magnitude of so many elements of two bytes; a NaN is the largest."""
+    largest = np.uint16(0)
+    for i in range(count):
+        largest = max(largest, np.uint16(halves[start + i] & np.uint16(0x7FFF)))
+    return largest
 
 
 def of_bfloat16(half: np.uint16) -> np.float32:

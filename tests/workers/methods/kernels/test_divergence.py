@@ -59,19 +59,31 @@ def by_parts(model: list[float], base: list[float], cut: int) -> float:
 
     def softmax(row: list[float]) -> list[float]:
         parts = [part for part in (row[:cut], row[cut:]) if part]
+        origins = [origin_of(part) for part in parts]
         total = 0.0
-        for part in parts:
-            total += sum(divergence._exp(np.float64(x - max(part))) for x in part) * divergence._exp(
-                np.float64(max(part) - max(row))
-            )
-        return [divergence._exp(np.float64(x - max(row))) * (1 / total) + SMOOTHING for x in row]
+        for part, origin in zip(parts, origins, strict=True):
+            total += sum(exp(x - origin) for x in part) * exp(origin - max(origins))
+        return [exp(x - max(origins)) * (1 / total) + SMOOTHING for x in row]
 
-    terms = [p * divergence._log(np.float64(p / q)) for p, q in zip(softmax(model), softmax(base), strict=True)]
+    def log_of_ratio(p: float, q: float) -> float:
+        alike = abs(p - q) <= (p + q) / 16
+        return divergence._log_of_ratio(p, q) if alike else divergence._log(np.float64(p / q))
+
+    terms = [p * log_of_ratio(p, q) for p, q in zip(softmax(model), softmax(base), strict=True)]
     return float(sum(terms[:cut]) + sum(terms[cut:]))
 
 
+def exp(x: float) -> float:
+    return float(divergence._exp(np.float64(x)))
+
+
+def origin_of(part: list[float]) -> float:
+    """0 where all numbers are small."""
+    return 0.0 if max(abs(x) for x in part) <= 256 else max(part)
+
+
 @pytest.mark.parametrize("cut", [0, 1, 2])
-@pytest.mark.parametrize("step", [1e-3, 0.3, 3])
+@pytest.mark.parametrize("step", [1e-3, 0.3, 3, 300])
 def test_the_compiled_loop_has_the_bits_of_its_functions(cut: int, step: float):
     rows = np.random.default_rng(cut).standard_normal((40, 2, 2 + cut % 2)) * step
     for model, base in rows:
@@ -92,7 +104,7 @@ def test_a_row_with_an_element_that_is_no_number_has_no_divergence():
 
 def test_the_functions_err_by_less_than_two_units_in_the_last_place():
     rng = np.random.default_rng(0)
-    powers = [0.0, *-(10 ** rng.uniform(-12, 2.8, 300)), *rng.uniform(-3, 0, 300)]
+    powers = [0.0, *-(10 ** rng.uniform(-12, 2.8, 300)), *rng.uniform(-3, 3, 300), *rng.uniform(0, 256, 100)]
     numbers = [1.0, *10 ** rng.uniform(-8, 8, 300), *1 + 10 ** rng.uniform(-12, -1, 150), *rng.uniform(0.6, 1, 150)]
     with localcontext(prec=40), np.errstate(over="ignore"):
         assert np.isnan(divergence._exp(np.float64(np.nan))) and divergence._exp(np.float64(-np.inf)) < 1e-300
@@ -101,3 +113,17 @@ def test_the_functions_err_by_less_than_two_units_in_the_last_place():
         for x in numbers:
             exact = float(Decimal(float(x)).ln())
             assert abs(divergence._log(np.float64(x)) - exact) <= 2 * np.spacing(abs(exact))
+        for x, share in zip(10 ** rng.uniform(-8, 0, 300), 10 ** rng.uniform(-12, np.log10(0.12), 300), strict=True):
+            for p, q in ((x, x * (1 + share)), (x * (1 + share), x)):
+                assert abs(p - q) <= (p + q) / 16
+                exact = float((Decimal(float(p)) / Decimal(float(q))).ln())
+                assert abs(divergence._log_of_ratio(p, q) - exact) <= 3 * np.spacing(abs(exact))
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("scale", [0.02, 3, 300])
+def test_exponentials_of_two_bytes_are_those_of_wide_numbers(dtype: Any, scale: float):
+    rows = (np.random.default_rng(2).standard_normal((2, 30, 70)) * scale).astype(dtype)
+    model, base = (each.ravel() for each in rows)
+    for unit in (64, 1024):
+        assert found(model, base, 70, unit=unit) == found(model.astype(float), base.astype(float), 70, unit=unit)
