@@ -244,13 +244,13 @@ def _of_units(ends: Ends, between: NDArray[np.int32], counts: NDArray[np.int64])
 _DIGITS, _VALUES = 4, 256
 _SPAN = 26
 """Buckets divide 2²⁶ numbers: float32 magnitudes from the largest of a row down to 2⁻⁸ of it."""
-_LOOKS = 32
-"""To look through a row more often than this takes longer than to sort it."""
+_STEPS = 8
+"""To move numbers by more steps than this for each element of a row takes longer than to sort it by its bytes."""
 
 
 @kernel(
     *("u32*", "u32*", "u32**", "i64", "i64", "i64", "i64", "i64", "i64", "u8**"),
-    *("u32*", "u32*", "u32*", "i64*", "u32*", "u64*", "u64*", "i64*"),
+    *("u32*", "u32*", "u32*", "u64*", "u64*", "i64*"),
 )
 def _below_by_rank(
     bits: Pointer,
@@ -264,94 +264,68 @@ def _below_by_rank(
     shift: int,
     masks: Pointer,
     keys: Pointer,
-    order: Pointer,
-    tables: Pointer,
-    doubtful: Pointer,
+    table: Pointer,
     ranks: Pointer,
     one: Pointer,
     other: Pointer,
     counts: Pointer,
 ) -> None:
-    """Counts each row into buckets, which bound the rank of an element; few numbers lie between the limits of both.
+    """Ranks each row once; then a number is held against the limit of its rank for every setting."""
+    for first in range(0, rows * row, row):
+        if not _near_ranks(bits, first, row, shift, keys, table, ranks, one):
+            _sorted_ranks(bits, first, row, ranks, one, other, counts)
+        begin, end = max(0, skipped - first), min(row, skipped + count - first)
+        at = first - skipped
+        for setting in range(settings):
+            limits, mask = limits_of[setting], masks[setting]
+            for i in range(begin, end):
+                mask[at + i] = numbers[at + i] < limits[ranks[i]]
 
-    A bucket of equal magnitudes gives the rank itself. `tables` has for each bucket how many are in it, the bits that
-    any of them has, those that all have, the least limit, how far it is to the greatest, and how many are in the
-    buckets before.
+
+def _near_ranks(
+    bits: Pointer, first: int, row: int, shift: int, keys: Pointer, table: Pointer, ranks: Pointer, line: Pointer
+) -> np.bool_:
+    """Counts a row into buckets, where each number is near its rank, and moves it there; False if it is far.
+
+    A number to sort has the magnitude in its upper half and the place in the row in its lower.
     """
     span = np.uint32(1 << _SPAN)
     buckets = (1 << (_SPAN - shift)) + 1
-    anywhere, everywhere, lower, width, before = buckets, 2 * buckets, 3 * buckets, 4 * buckets, 5 * buckets
-    for first in range(0, rows * row, row):
-        top = np.uint32(0)
-        for i in range(row):
-            top = max(top, bits[first + i])
-        lowest = top - span + np.uint32(1) if top >= span else np.uint32(0)
-        for i in range(row):
-            number = bits[first + i]
-            place = np.uint32(max(number, lowest) - lowest) >> np.uint32(shift)
-            keys[i] = place + np.uint32(number != np.uint32(0))
-        for bucket in range(buckets):
-            tables[bucket] = 0
-            tables[anywhere + bucket] = 0
-            tables[everywhere + bucket] = np.uint32(0xFFFFFFFF)
-        for i in range(row):
-            bucket, number = keys[i], bits[first + i]
-            order[i] = tables[bucket]
-            tables[bucket] += np.uint32(1)
-            tables[anywhere + bucket] |= number
-            tables[everywhere + bucket] &= number
-        start = np.int64(0)
-        for bucket in range(buckets):
-            tables[before + bucket] = start
-            start += np.int64(tables[bucket])
-        begin, end = max(0, skipped - first), min(row, skipped + count - first)
-        at = first - skipped
-        ranked = False
-        for setting in range(settings):
-            limits, mask = limits_of[setting], masks[setting]
-            for bucket in range(buckets):
-                inside, start = np.int64(tables[bucket]), np.int64(tables[before + bucket])
-                if inside:
-                    a, b = limits[start], limits[start + inside - 1]
-                    tables[lower + bucket] = min(a, b)
-                    tables[width + bucket] = max(a, b) - min(a, b)
-            found = 0
-            for i in range(begin, end):  # no branch has to be guessed
-                bucket, number = keys[i], numbers[at + i]
-                mask[at + i] = number < tables[lower + bucket]
-                doubtful[found] = i
-                found += np.uint32(number - tables[lower + bucket]) < tables[width + bucket]
-            looks = 0
-            for place in range(found):
-                i = doubtful[place]
-                bucket = keys[i]
-                if tables[anywhere + bucket] == tables[everywhere + bucket]:
-                    mask[at + i] = numbers[at + i] < limits[tables[before + bucket] + order[i]]
-                else:
-                    doubtful[looks] = i
-                    looks += 1
-            if looks <= _LOOKS and not ranked:
-                for look in range(looks):
-                    i = doubtful[look]
-                    mask[at + i] = numbers[at + i] < limits[_rank(bits, first, row, i)]
-            else:
-                if not ranked:
-                    _sorted_ranks(bits, first, row, ranks, one, other, counts)
-                    ranked = True
-                for look in range(looks):
-                    i = doubtful[look]
-                    mask[at + i] = numbers[at + i] < limits[ranks[i]]
-
-
-def _rank(bits: Pointer, first: int, row: int, i: int) -> int:
-    """How many of a row are smaller than its element i, or equal and before it."""
-    number = bits[first + i]
-    rank = 0
-    for j in range(first, first + i):
-        rank += bits[j] <= number
-    for j in range(first + i, first + row):
-        rank += bits[j] < number
-    return rank
+    top = np.uint32(0)
+    for i in range(row):
+        top = max(top, bits[first + i])
+    lowest = top - span + np.uint32(1) if top >= span else np.uint32(0)
+    for i in range(row):
+        number = bits[first + i]
+        place = np.uint32(max(number, lowest) - lowest) >> np.uint32(shift)
+        keys[i] = place + np.uint32(number != np.uint32(0))
+    for bucket in range(buckets):
+        table[bucket] = 0
+    for i in range(row):
+        table[keys[i]] += np.uint32(1)
+    before = np.uint32(0)
+    for bucket in range(buckets):
+        inside = table[bucket]
+        table[bucket] = before
+        before = np.uint32(before + inside)
+    for i in range(row):
+        place = table[keys[i]]
+        table[keys[i]] = np.uint32(place + np.uint32(1))
+        line[place] = (np.uint64(bits[first + i]) << np.uint64(32)) | np.uint64(i)
+    left = _STEPS * row
+    for i in range(1, row):
+        number = line[i]
+        place = i
+        while place > 0 and line[place - 1] > number:
+            line[place] = line[place - 1]
+            place -= 1
+        line[place] = number
+        left -= i - place
+        if left < 0:
+            return False
+    for i in range(row):
+        ranks[line[i] & np.uint64(0xFFFFFFFF)] = i
+    return True
 
 
 def _sorted_ranks(
@@ -359,8 +333,7 @@ def _sorted_ranks(
 ) -> None:
     """Sorts a row by its bytes from the lowest to the highest, each time keeping the order of equals.
 
-    A number to sort has the magnitude in its upper half and the place in the row in its lower. A byte that is the same
-    in the whole row is skipped.
+    A byte that is the same in the whole row is skipped.
     """
     for value in range(_DIGITS * _VALUES):
         counts[value] = 0
@@ -402,20 +375,19 @@ def below_by_rank(
     """Writes for each of the limits which numbers are below that of their element's rank in its row, `limits[…][rank]`.
 
     The rank counts the elements of the row that are smaller, or equal and before it. `bits` are whole rows, none
-    negative; the numbers are those of the elements from `skipped` on. Limits nowhere fall, or nowhere rise.
+    negative; the numbers are those of the elements from `skipped` on.
     """
     assert all(each.flags.c_contiguous and each.itemsize == 4 for each in (bits, numbers, *limits))
     assert all(each.flags.c_contiguous and each.size == numbers.size for each in masks) and len(masks) == len(limits)
     assert bits.size % row == 0 and skipped + numbers.size <= bits.size and {each.size for each in limits} == {row}
-    digits = max(4, min(11, row.bit_length() - 3))  # an eighth to a quarter as many buckets as elements, 16 to 2,048
-    keys, order, ranks = np.empty((3, row), np.uint32)
-    doubtful = np.empty(row + 1, np.int64)
-    tables = np.empty(6 * ((1 << digits) + 1), np.uint32)
+    digits = max(4, min(13, row.bit_length()))  # one to two buckets an element, 16 to 8,192
+    keys, ranks = np.empty((2, row), np.uint32)
+    table = np.empty((1 << digits) + 1, np.uint32)
     one, other = np.empty((2, row), np.uint64)
     counts = np.empty(_DIGITS * _VALUES, np.int64)
     of_limits, of_masks = addresses(limits), addresses(masks)
     _below_by_rank(
         *(address(bits), address(numbers), address(of_limits), len(limits), bits.size // row, row, skipped),
-        *(numbers.size, _SPAN - digits, address(of_masks), address(keys), address(order), address(tables)),
-        *(address(doubtful), address(ranks), address(one), address(other), address(counts)),
+        *(numbers.size, _SPAN - digits, address(of_masks), address(keys), address(table), address(ranks)),
+        *(address(one), address(other), address(counts)),
     )
