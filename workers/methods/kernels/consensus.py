@@ -73,17 +73,18 @@ def _consensus(
         for vector in range(trimmed):
             at = _FIELDS * vector
             model, base, into = lines[vectors[at]], lines[vectors[at + 1]], lines[parents + vector]
+            above, beyond, factor = np.int32(vectors[at + 2]), np.int32(vectors[at + 4]), factors[vector]
+            if vectors[at + 6] and above == EVERY and beyond == NONE:
+                _masked(model, base, masks[vector], first, factor, into, size)
+                continue
             if vectors[at + 7]:
-                _trim_by_rows(
-                    model, base, np.int32(vectors[at + 2]), row_factors[vector], row, column + first, into, size
-                )
+                _trim_by_rows(model, base, above, row_factors[vector], row, column + first, into, size)
             elif vectors[at + 3] >= 0 or vectors[at + 5] >= 0:
                 _trim_counting(model, base, vectors, at, into, size)
             else:
-                _trim(model, base, np.int32(vectors[at + 2]), np.int32(vectors[at + 4]), into, size)
+                _trim(model, base, above, beyond, into, size)
             if vectors[at + 6]:
                 _mask(masks[vector], first, into, size)
-            factor = factors[vector]
             if factor != 1:
                 for i in range(size):
                     into[i] = into[i] * factor
@@ -182,6 +183,14 @@ def _equals(model: Pointer, base: Pointer, limit: np.int32, count: int) -> int:
     for i in range(count):
         found += magnitude_bits(model[i], base[i]) == limit
     return found
+
+
+def _masked(
+    model: Pointer, base: Pointer, mask: Pointer, start: int, factor: float, delta: Pointer, count: int
+) -> None:
+    """The task vector times its mask and its factor."""
+    for i in range(count):
+        delta[i] = (model[i] - base[i]) * np.float32(mask[start + i]) * factor
 
 
 def _mask(mask: Pointer, start: int, delta: Pointer, count: int) -> None:

@@ -148,13 +148,13 @@ def _bracketed(
                 block[i] = numbers[first + i]
         whole = -(-size // 8)
         for bracket in range(brackets):
-            low, high, between = lows[bracket], highs[bracket], betweens[bracket]
-            above, at_high, at_low = np.uint32(0), np.uint32(0), np.uint32(0)
+            low, high, between = np.int32(lows[bracket]), np.int32(highs[bracket]), betweens[bracket]
+            above, at_high, at_low = np.int32(0), np.int32(0), np.int32(0)
             for i in range(size):
-                number = block[i]
-                above = np.uint32(above + np.uint32(number > high))
-                at_high = np.uint32(at_high + np.uint32(number == high))
-                at_low = np.uint32(at_low + np.uint32(number == low))
+                number = np.int32(block[i])  # none is negative, and vectors of unsigned numbers are compared slowly
+                above = np.int32(above + np.int32(number > high))
+                at_high = np.int32(at_high + np.int32(number == high))
+                at_low = np.int32(at_low + np.int32(number == low))
                 flags[i] = (number > low) & (number < high)
             for i in range(size, 8 * whole):
                 flags[i] = 0
