@@ -22,7 +22,10 @@ FORMAT = 1
 """Version of everything this module describes; part of every unit key: an old receipt never matches new work."""
 
 NUMERICS = 1
-"""Version of the arithmetic. Raise it whenever a change could alter one bit of one output."""
+"""Version of the arithmetic. Raise it whenever a change could alter one bit of one output.
+
+If that concerns one method alone, raise the `revision` of the method instead.
+"""
 
 
 def canonical_json(value: Any) -> str:

@@ -86,14 +86,14 @@ class Space:
 
     def count(self, group: Sequence[str]) -> int:
         """How many choices of the axes of a group there are."""
-        values = self._values(group)
+        values = self.length(group)
         if group in self.simplexes:
             return comb(values - 2 + len(group), len(group) - 1)
         return 2 ** len(group) - 1 if group in self.subsets.values() else values
 
     def choices(self, group: Sequence[str]) -> Iterator[Choice]:
         """The choices of the axes of a group, in ascending order."""
-        values = range(self._values(group))
+        values = range(self.length(group))
         if group not in self.simplexes:
             every = itertools.product(values, repeat=len(group))
             yield from every if group not in self.subsets.values() else filter(any, every)
@@ -101,7 +101,8 @@ class Space:
         for cuts in itertools.combinations_with_replacement(values, len(group) - 1):
             yield tuple(after - before for before, after in itertools.pairwise((0, *cuts, values[-1])))
 
-    def _values(self, group: Sequence[str]) -> int:
+    def length(self, group: Sequence[str]) -> int:
+        """How many values each axis of a group has."""
         return next(len(axis.values) for axis in self.axes if axis.name == group[0])
 
     def bindings(self, choice: Choice) -> dict[str, Value]:
@@ -132,7 +133,7 @@ class Space:
         """The first word of each axis, the middle of its numbers, equal weights, every member of a subset."""
         chosen = {axis.name: 0 if axis.kind == "words" else len(axis.values) // 2 for axis in self.axes}
         for group in self.simplexes:
-            steps = self._values(group) - 1
+            steps = self.length(group) - 1
             for place, name in enumerate(group):
                 chosen[name] = (steps * (place + 1)) // len(group) - (steps * place) // len(group)
         for group in self.subsets.values():
@@ -636,8 +637,13 @@ class SearchedRecipe:
 
     def _deciding(self) -> list[tuple[str, ...]]:
         """The groups of axes whose values make kinds of points."""
-        names = _names_of_kinds(self._node)
-        return [group for group in self._space.groups if any({name, name.partition(".")[0]} & names for name in group)]
+        names, subsets = _names_of_kinds(self._node), self._space.subsets.values()
+        in_stages = isinstance(self._node.value, tuple)  # each choice of a subset has merges of its own
+        return [
+            group
+            for group in self._space.groups
+            if any({name, name.partition(".")[0]} & names for name in group) or (in_stages and group in subsets)
+        ]
 
     def others_of_kind(self, point: Point, start: Sequence[Choice]) -> Iterator[Point]:
         """Other points that differ from this one in numbers alone: of `start`, the ends, and 64 drawn ones; unnamed."""
@@ -688,7 +694,7 @@ def _drawn(space: Space, numbers: random.Random) -> Choice:
     """A point of the space: each axis by itself, the steps of a simplex cut at random places."""
     chosen = {axis.name: numbers.randrange(len(axis.values)) for axis in space.axes}
     for group in space.simplexes:
-        steps = next(len(axis.values) for axis in space.axes if axis.name == group[0]) - 1
+        steps = space.length(group) - 1
         cuts = [0, *sorted(numbers.randint(0, steps) for _ in group[1:]), steps]
         chosen |= {name: after - before for name, (before, after) in zip(group, itertools.pairwise(cuts), strict=True)}
     return tuple(chosen[axis.name] for axis in space.axes)

@@ -153,17 +153,25 @@ def searched_cells(asked: Questions, spec: SearchSpec) -> Sets:
 def refusals(plan: Plan) -> Callable[[Choice], str]:
     """Why the recipe of the job makes no merge at a point of its search, as weights that sum to zero; empty if it does.
 
-    It takes half a millisecond, more where merges feed others, and keeps its answers.
+    Nor is a point asked of a kind that the plan has no point of. An answer takes half a millisecond, more where merges
+    feed others, and is kept.
     """
-    searched = plan.job.searched
-    assert searched is not None, "a job with a search has its recipe"
+    job, searched = plan.job, plan.job.searched
+    assert job.search is not None and searched is not None, "a job with a search has its recipe"
+    space = job.search.space
+    layouts = {planned.layout for planned in plan.points}
 
     @cache
     def refusal(choice: Choice) -> str:
         try:
-            plan.planner.afresh()([searched.unnamed(choice)])
+            (planned,) = plan.planner.afresh()([searched.unnamed(choice)])
         except BadInput as error:
             return str(error)
+        if planned.layout not in layouts:
+            return (
+                f"{job.place_of('recipe')}: of the points with the words and the first merges of"
+                f" {space.described(choice)}, none that was tried can be merged"
+            )
         return ""
 
     return refusal

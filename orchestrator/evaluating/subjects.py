@@ -151,7 +151,7 @@ def questions(plan: Plan, folder: Path | None = None, seed: int | None = None) -
     race = _race(evaluation) if plan.job.search is None else None
     alone = _baselines_alone(plan)
     seed = plan.job.seed if seed is None else seed
-    # two kinds of points may be one merge by different numbers: a search asks either
+    # two kinds may be the same merge with layouts of their own, and a search asks points of both
     merges = plan.merges if plan.job.search is None else plan.points
     asked = _layouts(plan, [*merges, *alone], evaluation, race, Reader(folder), seed)
     models: dict[str, ModelSpec] = {}

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jobs.job import Job
-from jobs.merge_tasks import FORMAT, NUMERICS, ParentTensor, Setting, Source, digest
+from jobs.merge_tasks import FORMAT, NUMERICS, Merged, ParentTensor, Setting, Source, digest
 from orchestrator.planning.layouts import Layout, Shard
 from workers.checkpoints.opening import Checkpoint, all_places
 from workers.methods import METHODS
@@ -42,6 +42,8 @@ class ContentKeys:
             used = {model for setting in settings if METHODS[setting.method].given == kind for model in setting.models}
             if used:
                 given.append({model: files[model].digest for model in sorted(used)})
+        if revised := {setting.method: revision for setting in settings if (revision := revision_of(setting))}:
+            given.append(revised)
         return digest([FORMAT, NUMERICS, self._job.numerics, key, bound, seed, *given])
 
     def _of_layout(self, layout: Layout, settings: Sequence[Setting]) -> tuple[tuple[str, ...], str]:
@@ -70,6 +72,13 @@ class ContentKeys:
         if isinstance(source, ParentTensor):
             file = self._parents[name].files[source.file]
             return [file.etag, file.size, source.dtype, source.start]
-        rule = [type(source.rule).__name__, dataclasses.asdict(source.rule)]
+        rule: list[Any] = [type(source.rule).__name__, dataclasses.asdict(source.rule)]
+        if isinstance(source.rule, Merged) and (revision := revision_of(source.rule.setting)):
+            rule.append(revision)
         inputs = [[label, self._source(label, part)] for label, part in source.inputs]
         return [source.dtype, list(source.shape), rule, inputs]
+
+
+def revision_of(setting: Setting) -> int:
+    """How often the bits of a merge have changed since `NUMERICS`."""
+    return METHODS[setting.method].revision

@@ -344,7 +344,7 @@ def make_plan(job: Job, *, relative_to: Path | None = None, flat: bool = False) 
 
 
 def _kinds(planner: PointPlanner, job: Job) -> tuple[PlannedPoint, ...]:
-    """One point of each kind that a search may ask and merge; `BadInput` if there is none of the same words."""
+    """One point of each kind that can be merged; `BadInput` where no kind with the same words and models can."""
     assert job.search is not None and job.searched is not None, "a job with a search has its recipe"
     searched = job.searched
     found: dict[str, tuple[PlannedPoint, ...]] = {}

@@ -53,7 +53,8 @@ class Method:
     models", or "unused". `fused` gives the formula as one pass over memory, from settings that `simplified` has made.
     `whole_rows`: the method asks for whole rows of its tensors, `Tile.around`. `random`: its draws depend on the seed.
     `collapse` says in words, from the facts of a tensor, that its merge is not one. `given` is the key of a recipe that
-    names the method's statistics. `by_torch`: on a GPU the formula merges, the pass has no loop there.
+    names the method's statistics. `by_torch`: on a GPU the formula merges, the pass has no loop there. `revision`
+    counts the changes of its bits since `NUMERICS`.
     """
 
     merge: Callable[..., Tensor]
@@ -63,6 +64,7 @@ class Method:
     collapse: Callable[..., str | None] | None = None
     given: Literal["grams", "fisher"] | None = None
     by_torch: bool = False
+    revision: int = 0
     base: Literal["required", "optional", "one of the models", "unused"] = "unused"
     fewest: int = 1
     most: int | None = None
@@ -112,7 +114,7 @@ METHODS: Mapping[str, Method] = {
     "consensus_ta": Method(consensus_ta, consensus_ta_pass, base="required"),
     "regmean": Method(regmean, regmean_pass, whole_rows=True, given="grams", by_torch=True),
     "fisher": Method(fisher, fisher_pass, given="fisher", by_torch=True),
-    "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, whole_rows=True, base="required", most=1),
+    "arcee_fusion": Method(arcee_fusion, arcee_fusion_pass, whole_rows=True, revision=1, base="required", most=1),
     "nearswap": Method(nearswap, nearswap_pass, base="required", most=1),
     "passthrough": Method(passthrough, passthrough_pass, most=1),
 }

@@ -21,7 +21,7 @@ from jobs.job import GateSpec, Keep, load_job
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.scripted import ScriptedEvaluators
 from orchestrator.commands.workplace import check_kept
-from orchestrator.evaluating.batches import asked_points
+from orchestrator.evaluating.batches import asked_points, refusals
 from orchestrator.evaluating.forecast import evaluation_facts
 from orchestrator.evaluating.outcome import recorded_code
 from orchestrator.evaluating.results import EvaluationResult, read_results
@@ -468,6 +468,32 @@ def test_merges_that_feed_others_make_kinds_of_points(
     with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
         session.run()
     assert len({*asked_points(open_store(str(tmp_path / "runs/tiny")))}) == 6
+
+
+def test_a_subset_of_weights_is_searched_beside_merges_that_feed_others(tmp_path: Path) -> None:
+    result = weighted("${soup.long}", "${soup.fmt}")
+    result["models"][0]["model"] = "half"
+    search = {"over": {"soup": {"subset": ["long", "fmt"]}}, "budget": {"points": 3}, "batch": 3}
+    plan, asked = planned(tmp_path, recipe=[{"name": "half", **weighted(0.5, 0.5)}, result], search=search)
+    with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
+        session.run()
+    assert {*asked_points(open_store(str(tmp_path / "runs/tiny")))} == {"soup=long", "soup=fmt", "soup=long+fmt"}
+
+
+def test_a_kind_without_a_planned_point_is_not_asked(tmp_path: Path) -> None:
+    """With a = 1 only the density at b = 0.1 is none above 1, which neither the middle nor the ends have."""
+    density = {"density": "${1 + a*(b - 0.1)*(b - 0.1)}", "weight": 1}
+    models = [{"model": "half", "parameters": density}]
+    result = {"merge_method": "ties", "dtype": "bfloat16", "base_model": "fmt", "models": models}
+    over = {"a": [0, 1], "b": {"from": 0, "to": 1, "step": 0.001}}
+    recipe = [{"name": "half", **weighted("${a + 1}", 0.5)}, result]
+    plan, asked = planned(tmp_path, recipe=recipe, search={"over": over, "budget": {"points": 4}, "batch": 2})
+    assert [planned.point.bindings["a"] for planned in plan.points] == [0]
+    refusal = refusals(plan)
+    assert not refusal((0, 100)) and "first merges of a=1_b=0.1, none that was tried can be" in refusal((1, 100))
+    with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
+        session.run()
+    assert {name[:4] for name in asked_points(open_store(str(tmp_path / "runs/tiny")))} == {"a=0_"}
 
 
 class Flat(ScriptedEvaluators):

@@ -7,6 +7,7 @@ import json
 import struct
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from orchestrator.planning.compatibility import HARMLESS
 from orchestrator.planning.plan import MOST_UPLOADS, Plan, make_plan
 from tests.growth import growth
 from tests.orchestrator.models import CONFIG, EMBEDDINGS, HEAD, HIDDEN, LAYERS, TOKENIZER, shapes, weights, write_model
+from workers.methods import METHODS
 
 Planning = Callable[..., Plan]
 Jobs = Callable[..., Job]
@@ -153,6 +155,25 @@ def test_a_plan_is_another_when_its_parents_recipe_or_seed_are(plan: Planning, p
     assert plan(workers="{memory: 2GB, cpus: 2}").digest == first
     write_model(parents / "cos", weights("cos"), config={"attention_dropout": 0.5})
     assert plan().digest != first
+
+
+def test_a_method_whose_bits_have_changed_has_other_keys_and_no_other_method_has(
+    plan: Planning, monkeypatch: pytest.MonkeyPatch
+):
+    fusion = "{merge_method: arcee_fusion, dtype: float32, base_model: cos, models: [{model: fmt}]}"
+    half = "{name: half, " + fusion[1:]
+    even = "{merge_method: linear, dtype: float32, models: [{model: half}, {model: fmt}], parameters: {weight: 1}}"
+    recipes = (" " + fusion, f"\n- {half}\n- {even}\n", EVEN)
+
+    def keys() -> list[tuple[str, tuple[str, ...]]]:
+        points = [plan(recipe=recipe, grid="").points[0] for recipe in recipes]
+        return [(point.digest, point.units) for point in points]
+
+    before = keys()
+    changed = {**METHODS, "arcee_fusion": replace(METHODS["arcee_fusion"], revision=7)}
+    monkeypatch.setattr("orchestrator.planning.content_keys.METHODS", changed)
+    alike = [[one == other for one, other in zip(*both, strict=True)] for both in zip(before, keys(), strict=True)]
+    assert alike == [[False, False], [False, False], [True, True]]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 7, 100])
