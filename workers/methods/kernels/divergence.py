@@ -245,12 +245,12 @@ def _divergences(
 def _exponentials_of_halves(code: int, halves: Pointer, table: Pointer) -> None:
     widened(code, halves, halves, halves, 0, 1 << 16, table)
     for i in range(1 << 16):
-        table[i] = _exp(table[i]) if abs(table[i]) <= _SMALL else np.nan
+        table[i] = _exp(table[i]) if table[i] <= _SMALL else np.nan  # greater ones have another origin
 
 
 @cache
 def _table(code: int) -> NDArray[np.float64]:
-    """exp of every small number of a dtype of two bytes, by its bits."""
+    """exp of every number up to `_SMALL` of a dtype of two bytes, by its bits."""
     table, halves = np.empty(1 << 16), np.arange(1 << 16, dtype=np.uint16)
     _exponentials_of_halves(code, address(halves), address(table))
     return table
@@ -268,7 +268,7 @@ def divergences(model: Array, base: Array, row: int, *, start: int, unit: int, s
     of_parts = np.empty(4 + 2 * (row // unit + 2))
     lines, _memory = aligned_lines(3, 8 * max(BLOCK, min(row, unit)))
     codes = [CODES[each.dtype] for each in pair]
-    dtypes, tables = np.array(codes, np.int64), [_table(min(code, F16)) for code in codes]
+    dtypes, tables = np.array(codes, np.int64), [_table(code) if code <= F16 else np.empty(0) for code in codes]
     raw, of_tables = addresses(pair), addresses(tables)
     _divergences(
         *(*3 * (address(raw),), address(dtypes), found.size, row, start, unit, smoothing),

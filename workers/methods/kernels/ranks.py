@@ -284,7 +284,7 @@ def _below_by_rank(
 
 def _near_ranks(
     bits: Pointer, first: int, row: int, shift: int, keys: Pointer, table: Pointer, ranks: Pointer, line: Pointer
-) -> np.bool_:
+) -> bool:
     """Counts a row into buckets, where each number is near its rank, and moves it there; False if it is far.
 
     A number to sort has the magnitude in its upper half and the place in the row in its lower.

@@ -1,4 +1,4 @@
-"""Which of the elements that equal a limit are kept: against a count of them in their order."""
+"""Which elements of a task vector are kept: by limits, of which some equals count, and by masks."""
 
 from __future__ import annotations
 
@@ -50,3 +50,21 @@ def test_magnitudes_times_the_factors_of_their_rows_are_held_against_a_limit(row
     trimmed = Trimmed(0, 1, Limit(limit), scaled=factors)
     run_mixtures([model, base], [trimmed], [Mixture(1, ((0, 1.0),), False, False, 1.0)], [out], "float32")
     assert out.tolist() == (base + (model - base) * (scores > limit)).tolist()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("factor", [None, 1 / 3, 0.0])
+@pytest.mark.parametrize("among", [None, Limit(int(np.float32(0.5).view(np.int32)))], ids=["all", "among"])
+def test_a_mask_keeps_what_is_above_a_limit_too_and_a_factor_multiplies_it(
+    dtype: str, factor: float | None, among: Limit | None
+):
+    rng = np.random.default_rng(4)
+    model, base = rng.standard_normal((2, ELEMENTS)).astype(dtype)
+    model[::97], base[::89] = np.nan, np.inf
+    mask, out = rng.random(ELEMENTS) < 0.5, np.empty(ELEMENTS, dtype)
+    trimmed = Trimmed(0, 1, among, mask=mask, factor=factor)
+    run_mixtures([model, base], [trimmed], [Mixture(1, ((0, 1.0),), False, False, 1.0)], [out], dtype)
+    with np.errstate(invalid="ignore"):
+        kept = mask if among is None else mask & (magnitudes(model, base) > among.bits)
+        expected = base + (model - base) * kept * np.dtype(dtype).type(1 if factor is None else factor)
+    assert np.array_equal(out, expected, equal_nan=True)

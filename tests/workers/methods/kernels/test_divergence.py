@@ -127,3 +127,17 @@ def test_exponentials_of_two_bytes_are_those_of_wide_numbers(dtype: Any, scale: 
     model, base = (each.ravel() for each in rows)
     for unit in (64, 1024):
         assert found(model, base, 70, unit=unit) == found(model.astype(float), base.astype(float), 70, unit=unit)
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("first", [0.0, -0.0, -0.5])
+@pytest.mark.parametrize("least", [-255, -256, -258, -3000, -np.inf])
+@pytest.mark.parametrize("start", [0, 1021, 1022, 1023], ids=["whole", "3 + 1", "2 + 2", "1 + 3"])
+def test_a_row_whose_least_number_is_far_below_zero_has_its_divergence(
+    dtype: Any, first: float, least: float, start: int
+):
+    model, base = np.array([first, -2, least, -1], dtype), np.array([first, -1, -1, -1.5], dtype)
+    (sums,) = found(model, base, 4, start=start, unit=1024)
+    assert [sums] == found(model.astype(float), base.astype(float), 4, start=start, unit=1024)
+    expected = by_numpy(model.reshape(1, 4), base.reshape(1, 4))[0]
+    assert sums == pytest.approx(expected, rel=1e-9)

@@ -103,3 +103,13 @@ def test_a_number_is_held_against_the_limit_of_the_rank_that_a_stable_sort_gives
     mask = np.empty(part.stop - part.start, np.bool_)
     below_by_rank(bits.ravel(), row, numbers[part].copy(), [limits], [mask], row // 3)
     assert (mask == (numbers < limits[ranks])[part]).all()
+
+
+def test_magnitudes_that_are_infinite_or_no_number_have_ranks():
+    bits = np.random.default_rng(8).standard_normal((40, 300)).astype(np.float32).view(np.int32) & 0x7FFFFFFF
+    bits[::2, 7], bits[::3, 20:60], bits[::4, 299] = 0x7F800000, 0x7FC00000, 0x7FFFFFFF
+    ranks = np.argsort(np.argsort(bits, axis=1, kind="stable"), axis=1, kind="stable").ravel()
+    limits = np.random.default_rng(9).integers(1, 2**32, 300, np.uint32)
+    numbers, mask = np.random.default_rng(10).integers(0, 2**32, bits.size, np.uint32), np.empty(bits.size, np.bool_)
+    below_by_rank(bits.ravel(), 300, numbers, [limits], [mask])
+    assert (mask == (numbers < limits[ranks])).all()
