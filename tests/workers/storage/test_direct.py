@@ -1,0 +1,131 @@
+"""Uploads into a folder that go on past the page cache, because it takes bytes too slowly."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from jobs.errors import StorageError
+from workers.storage import direct, local, open_store
+from workers.storage.direct import BLOCK, MOST_UNDER_WAY, PIECE_BYTES, DirectWriter
+
+WRITEBACK = 3 * BLOCK + 100
+
+
+@pytest.fixture(autouse=True)
+def slow_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The cache is slow from the first writeback on; the positions from which files were written past it."""
+    begun: list[int] = []
+
+    class Noted(DirectWriter):
+        def __init__(self, descriptor: int, position: int) -> None:
+            begun.append(position)
+            super().__init__(descriptor, position)
+
+    monkeypatch.setattr(local, "WRITEBACK_BYTES", WRITEBACK)
+    monkeypatch.setattr(local, "SLOW_WRITEBACK_SECONDS", 0)
+    monkeypatch.setattr(local, "can_write_directly", lambda descriptor: True)
+    monkeypatch.setattr(local, "DirectWriter", Noted)
+    return begun
+
+
+def written(folder: Path, data: bytes, cuts: list[int]) -> bytes:
+    """The file of an upload that is written in parts."""
+    store = open_store(folder)
+    with store.upload("model") as upload:
+        for start, stop in zip([0, *cuts], [*cuts, len(data)], strict=True):
+            upload.write(memoryview(data)[start:stop])
+        info = upload.commit()
+    assert info.size == len(data) and [each.name for each in folder.iterdir()] == ["model"]
+    return bytes(store.read("model", etag=info.etag))
+
+
+@pytest.mark.parametrize(
+    "size", [0, WRITEBACK, 4 * BLOCK, 4 * BLOCK + 1, 4 * BLOCK + PIECE_BYTES, 12 * PIECE_BYTES + 77]
+)
+@pytest.mark.parametrize("seed", range(3))
+def test_the_file_has_the_bytes_however_they_are_cut(
+    tmp_path: Path, slow_cache: list[int], size: int, seed: int
+) -> None:
+    numbers = random.Random(seed)
+    data = numbers.randbytes(size)
+    cuts = sorted(numbers.randint(0, size) for _ in range(8))
+    assert written(tmp_path, data, cuts) == data
+    cut = sorted({0, *cuts, size})
+    reached = next((end for end in cut if end >= WRITEBACK), size)
+    assert slow_cache == (
+        [-(-reached // BLOCK) * BLOCK] if size > reached and size >= -(-reached // BLOCK) * BLOCK else []
+    )
+
+
+def test_a_fast_cache_has_all_of_the_file(
+    tmp_path: Path, slow_cache: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "SLOW_WRITEBACK_SECONDS", 60)
+    data = random.Random(0).randbytes(20 * BLOCK)
+    assert written(tmp_path, data, [7 * BLOCK]) == data and not slow_cache
+
+
+@pytest.mark.parametrize("refuses", ["the writes", "the flag"])
+def test_a_file_system_that_refuses_gets_the_bytes_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
+) -> None:
+    pwrite, control = os.pwrite, fcntl.fcntl
+
+    def refused_write(descriptor: int, data: memoryview, position: int) -> int:
+        if control(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return pwrite(descriptor, data, position)
+
+    def refused_flag(descriptor: int, command: int, flags: int = 0) -> int:
+        if command == fcntl.F_SETFL and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return control(descriptor, command, flags)
+
+    if refuses == "the writes":
+        monkeypatch.setattr(direct.os, "pwrite", refused_write)
+    else:
+        monkeypatch.setattr(direct.fcntl, "fcntl", refused_flag)
+    data = random.Random(1).randbytes(3 * PIECE_BYTES + 5)
+    assert written(tmp_path, data, [4 * BLOCK]) == data
+
+
+def test_a_part_of_a_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(direct.os, "pwrite", lambda file, data, at: pwrite(file, data[: 3 * BLOCK], at))
+    data = random.Random(2).randbytes(3 * PIECE_BYTES + 5)
+    assert written(tmp_path, data, [4 * BLOCK]) == data
+
+
+@pytest.mark.parametrize("end", ["commit", "write"])
+def test_a_full_disk_is_said_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    def full(descriptor: int, data: memoryview, position: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(direct.os, "pwrite", full)
+    store = open_store(tmp_path)
+    upload = store.upload("model")
+    write: Callable[[], object] = lambda: upload.write(bytes(PIECE_BYTES))  # noqa: E731
+    with pytest.raises(StorageError, match="no room left on this disk"), upload:
+        write()
+        for _ in range(2 if end == "commit" else 100 * MOST_UNDER_WAY):
+            write()
+        upload.commit()
+    assert not [*tmp_path.iterdir()]
+    monkeypatch.undo()
+    assert all(direct._room.acquire(blocking=False) for _ in range(MOST_UNDER_WAY)), "a place is lost"
+    for _ in range(MOST_UNDER_WAY):
+        direct._room.release()
+
+
+def test_an_upload_that_is_given_up_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    with open_store(tmp_path).upload("model") as upload:
+        for _ in range(20):
+            upload.write(bytes(PIECE_BYTES))
+    assert not [*tmp_path.iterdir()]
