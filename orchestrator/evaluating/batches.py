@@ -169,8 +169,8 @@ def refusals(plan: Plan) -> Callable[[Choice], str]:
             return str(error)
         if planned.layout not in layouts:
             return (
-                f"{job.place_of('recipe')}: of the points with the words and the first merges of"
-                f" {space.described(choice)}, none that was tried can be merged"
+                f"{job.place_of('recipe')}: {space.described(choice)} is of a kind of which no point could be merged"
+                " when the search was planned"
             )
         return ""
 

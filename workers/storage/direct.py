@@ -1,52 +1,39 @@
-"""Writing the rest of a file past the page cache: from aligned memory to the disk, by threads beside the caller's.
+"""Writing the rest of a file past the page cache, from aligned memory to the disk.
 
-Memory for the cache can cost more than the disk does. A virtual machine may ask its host for every fresh page, at 4 s a
-GiB, and a kernel with many unwritten pages makes each writer wait. The disk then takes 1 GB/s for a tenth of the CPU
-time.
+Fresh memory for the cache can cost more than the disk does: a virtual machine may have to ask its host for every page.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
-import threading
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor, wait
 from errno import EINVAL
-from functools import cache
-from mmap import mmap
-
-import numpy as np
+from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 BLOCK = 4096
-"""Bytes of which addresses, places and sizes are multiples: no disk and no file system in use asks for more."""
+"""Bytes of which addresses, places and sizes are multiples; where a disk wants more, the cache gets the bytes."""
 
 PIECE_BYTES = 1 << 20
-THREADS = 2
-MOST_UNDER_WAY = 8
-"""Pieces of all files that are being written: enough for a disk, and beside one piece a file all the memory."""
 
 _O_DIRECT = getattr(os, "O_DIRECT", 0)
-_room = threading.BoundedSemaphore(MOST_UNDER_WAY)
-_free: deque[mmap] = deque()
 
 
 def can_write_directly(descriptor: int) -> bool:
-    """Whether a file is on a disk of this machine: network and memory file systems have no device with a number."""
+    """Whether a file lies on a block device: networks, memory, btrfs and overlays have no major number."""
     return bool(_O_DIRECT) and os.major(os.fstat(descriptor).st_dev) != 0
 
 
 class DirectWriter:
-    """Takes the bytes of a file from a multiple of `BLOCK` on; `finish` or `abandon` it before the file is closed.
+    """Takes the bytes of a file from a multiple of `BLOCK` on; the caller closes the file.
 
-    Any method but `abandon` raises the `OSError` of an earlier write.
+    `write` and `finish` raise `OSError`, and again that of an earlier write.
     """
 
     def __init__(self, descriptor: int, position: int) -> None:
         assert position % BLOCK == 0
         self._descriptor, self._position = descriptor, position
-        self._piece, self._filled = _memory(), 0
-        self._under_way: deque[Future[None]] = deque()
+        self._piece, self._filled = mmap(-1, PIECE_BYTES, flags=MAP_PRIVATE | MAP_ANONYMOUS), 0
+        self._error: OSError | None = None
         _switch(descriptor, on=True)
 
     def write(self, data: memoryview) -> None:
@@ -54,43 +41,27 @@ class DirectWriter:
         done = 0
         while done < len(data):
             part = data[done : done + PIECE_BYTES - self._filled]
-            into = np.frombuffer(self._piece, np.uint8)[self._filled : self._filled + len(part)]
-            into[:] = np.frombuffer(part, np.uint8)  # without Python's lock, unlike a memoryview
+            self._piece[self._filled : self._filled + len(part)] = part
             self._filled += len(part)
             done += len(part)
             if self._filled == PIECE_BYTES:
-                self._send()
+                self._put()
 
     def finish(self) -> None:
-        """Waits until all is written; the last bytes, which fill no block, go through the cache."""
-        self._wait()
+        """Writes the last bytes, which fill no block, through the cache."""
         _switch(self._descriptor, on=False)
-        _write(self._descriptor, memoryview(self._piece)[: self._filled], self._position)
-        _free.append(self._piece)
+        self._put()
 
-    def abandon(self) -> None:
-        """Waits until nothing writes to the file any more."""
-        wait(self._under_way)
-
-    def _send(self) -> None:
-        while self._under_way and self._under_way[0].done():
-            self._under_way.popleft().result()
-        _room.acquire()
-        self._under_way.append(_threads().submit(_write_piece, self._descriptor, self._piece, self._position))
-        self._position += PIECE_BYTES
-        self._piece, self._filled = _memory(), 0
-
-    def _wait(self) -> None:
-        while self._under_way:
-            self._under_way.popleft().result()
-
-
-def _write_piece(descriptor: int, piece: mmap, position: int) -> None:
-    try:
-        _write(descriptor, memoryview(piece), position)
-    finally:
-        _free.append(piece)
-        _room.release()
+    def _put(self) -> None:
+        if self._error is not None:
+            raise self._error
+        try:
+            _write(self._descriptor, memoryview(self._piece)[: self._filled], self._position)
+        except OSError as error:
+            self._error = error
+            raise
+        self._position += self._filled
+        self._filled = 0
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:
@@ -101,7 +72,7 @@ def _write(descriptor: int, data: memoryview, position: int) -> None:
         except OSError as error:
             if error.errno != EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _O_DIRECT:
                 raise
-            _switch(descriptor, on=False)  # this file system wants it otherwise: through the cache, then
+            _switch(descriptor, on=False)
 
 
 def _switch(descriptor: int, *, on: bool) -> None:
@@ -112,16 +83,3 @@ def _switch(descriptor: int, *, on: bool) -> None:
     except OSError as error:
         if error.errno != EINVAL:
             raise
-
-
-def _memory() -> mmap:
-    """A piece of memory that begins at a page."""
-    try:
-        return _free.popleft()
-    except IndexError:
-        return mmap(-1, PIECE_BYTES)
-
-
-@cache
-def _threads() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(THREADS, "past the cache")

@@ -37,7 +37,7 @@ OPEN_FILES = 32
 LARGEST_SYSTEM_READ = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 WRITE_BUFFER_BYTES = 1 << 20
 WRITEBACK_BYTES = 32 << 20
-SLOW_WRITEBACK_SECONDS = 0.05  # for so many bytes: a page cache takes them in 0.01, the disk often in 0.03
+SLOW_WRITEBACK_SECONDS = 0.05  # of CPU time for so many bytes: 0.01 is common
 PARTIAL = ".partial"
 LOCK = ".lock"
 NO_FLOCK = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL}  # of Lustre without `-o flock`, and of some NFS
@@ -181,7 +181,7 @@ class LocalUpload:
         self._open = True
         self._written = self._on_its_way = 0
         self._seconds = 0.0
-        """In writes to the page cache since the last writeback."""
+        """CPU time of writes to the page cache since the last writeback."""
         self._direct: DirectWriter | None = None
         self._to_be_direct = False
         with _readable_errors(path):
@@ -192,15 +192,20 @@ class LocalUpload:
 
     def write(self, data: Buffer) -> None:
         """Goes on past the page cache where this takes bytes more slowly than a disk does."""
-        view = memoryview(data).cast("B")
+        if not self._open:
+            raise ValueError(f"{self._path}: the upload has ended")
+        view = memoryview(data)
+        if not view.nbytes:
+            return
+        view = view.cast("B")
         with _readable_errors(self._path):
             if self._direct is not None:
                 self._direct.write(view)
                 return
             head = view[: -self._written % BLOCK] if self._to_be_direct else view
-            began = time.perf_counter()
+            began = time.thread_time()  # without the waiting for Python's lock
             self._written += self._file.write(head)
-            self._seconds += time.perf_counter() - began
+            self._seconds += time.thread_time() - began
             if self._to_be_direct and self._written % BLOCK == 0:
                 self._file.flush()
                 self._direct = DirectWriter(self._file.fileno(), self._written)
@@ -215,8 +220,6 @@ class LocalUpload:
         if self._open:
             self._open = False
             self._partial.unlink(missing_ok=True)
-            if self._direct is not None:
-                self._direct.abandon()
             with suppress(OSError):  # bytes that could not be flushed were to be thrown away
                 self._file.close()
 

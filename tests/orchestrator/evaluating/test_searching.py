@@ -490,7 +490,7 @@ def test_a_kind_without_a_planned_point_is_not_asked(tmp_path: Path) -> None:
     plan, asked = planned(tmp_path, recipe=recipe, search={"over": over, "budget": {"points": 4}, "batch": 2})
     assert [planned.point.bindings["a"] for planned in plan.points] == [0]
     refusal = refusals(plan)
-    assert not refusal((0, 100)) and "first merges of a=1_b=0.1, none that was tried can be" in refusal((1, 100))
+    assert not refusal((0, 100)) and "a=1_b=0.1 is of a kind of which no point could be merged" in refusal((1, 100))
     with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
         session.run()
     assert {name[:4] for name in asked_points(open_store(str(tmp_path / "runs/tiny")))} == {"a=0_"}

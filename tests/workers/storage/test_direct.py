@@ -6,14 +6,16 @@ import errno
 import fcntl
 import os
 import random
-from collections.abc import Callable
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from jobs.errors import StorageError
 from workers.storage import direct, local, open_store
-from workers.storage.direct import BLOCK, MOST_UNDER_WAY, PIECE_BYTES, DirectWriter
+from workers.storage.direct import BLOCK, PIECE_BYTES, DirectWriter, can_write_directly
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="this system has no O_DIRECT")
 
 WRITEBACK = 3 * BLOCK + 100
 
@@ -103,29 +105,50 @@ def test_a_part_of_a_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.M
     assert written(tmp_path, data, [4 * BLOCK]) == data
 
 
-@pytest.mark.parametrize("end", ["commit", "write"])
-def test_a_full_disk_is_said_and_nothing_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+@pytest.mark.parametrize("again", ["write", "commit"])
+def test_a_full_disk_is_said_as_often_as_it_is_asked_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
     def full(descriptor: int, data: memoryview, position: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(direct.os, "pwrite", full)
-    store = open_store(tmp_path)
-    upload = store.upload("model")
-    write: Callable[[], object] = lambda: upload.write(bytes(PIECE_BYTES))  # noqa: E731
+    upload = open_store(tmp_path).upload("model")
+    upload.write(bytes(4 * BLOCK))
+    with monkeypatch.context() as patch:
+        patch.setattr(direct.os, "pwrite", full)
+        with pytest.raises(StorageError, match="no room left on this disk"):
+            upload.write(bytes(PIECE_BYTES))
     with pytest.raises(StorageError, match="no room left on this disk"), upload:
-        write()
-        for _ in range(2 if end == "commit" else 100 * MOST_UNDER_WAY):
-            write()
-        upload.commit()
+        upload.write(bytes(PIECE_BYTES)) if again == "write" else upload.commit()
     assert not [*tmp_path.iterdir()]
-    monkeypatch.undo()
-    assert all(direct._room.acquire(blocking=False) for _ in range(MOST_UNDER_WAY)), "a place is lost"
-    for _ in range(MOST_UNDER_WAY):
-        direct._room.release()
 
 
-def test_an_upload_that_is_given_up_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+def test_an_upload_that_is_given_up_leaves_nothing_and_takes_no_more(tmp_path: Path) -> None:
     with open_store(tmp_path).upload("model") as upload:
-        for _ in range(20):
+        for _ in range(3):
             upload.write(bytes(PIECE_BYTES))
     assert not [*tmp_path.iterdir()]
+    with pytest.raises(ValueError, match="the upload has ended"):
+        upload.write(b"more")
+
+
+def test_whole_pieces_pass_the_cache_and_the_rest_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pwrite, passed = os.pwrite, list[tuple[int, bool]]()
+
+    def noted(descriptor: int, data: memoryview, position: int) -> int:
+        passed.append((len(data), bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)))
+        return pwrite(descriptor, data, position)
+
+    monkeypatch.setattr(direct.os, "pwrite", noted)
+    with (tmp_path / "probe").open("wb") as file:
+        if not can_write_directly(file.fileno()):
+            pytest.skip("the temporary folder is on no block device")
+    (tmp_path / "probe").unlink()
+    assert written(tmp_path, bytes(4 * BLOCK + 2 * PIECE_BYTES + 7), [4 * BLOCK])
+    assert passed == [(PIECE_BYTES, True), (PIECE_BYTES, True), (7, False)]
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no file system in memory here")
+def test_a_file_in_memory_is_not_on_a_block_device() -> None:
+    with tempfile.TemporaryFile(dir="/dev/shm") as file:
+        assert not can_write_directly(file.fileno())
