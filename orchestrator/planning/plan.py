@@ -122,13 +122,23 @@ class Plan:
         The results of a search depend on the items too, whatever is judged or written afterwards.
         """
         if self.job.search is not None:
-            return replace(self.pinned, gate=None, keep=Keep(), points=()).digest()
+            asked = replace(self.pinned, gate=None, keep=Keep(), points=()).digest()
+            return digest([asked, self.revisions]) if self.revisions else asked
         return digest(
             [
                 [planned.name, planned.digest, planned.layout.beside, planned.layout.chat_template]
                 for planned in self.points
             ]
         )
+
+    @cached_property
+    def revisions(self) -> dict[str, int]:
+        """The revision of each method in the points' documents that was revised."""
+        recipes = (
+            recipe for planned in self.points for recipe in (planned.point.recipe, *planned.point.stages.values())
+        )
+        methods = sorted({recipe.merge_method for recipe in recipes})
+        return {method: METHODS[method].revision for method in methods if METHODS[method].revision}
 
     @cached_property
     def remarks(self) -> tuple[str, ...]:
@@ -293,6 +303,7 @@ class Plan:
         return {
             "format": FORMAT,
             "numerics_version": NUMERICS,
+            **({"revisions": self.revisions} if self.revisions else {}),
             "digest": self.digest,
             "job": self.job.name,
             "seed": self.job.seed,

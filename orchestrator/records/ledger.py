@@ -103,8 +103,11 @@ def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         before = earlier["parents"].get(name)
         if before is not None and before != parent:
             return f"or its parent {name} has changed since;"
+    known = earlier.get("revisions", {})
+    revised = [method for method, revision in now.get("revisions", {}).items() if known.get(method) != revision]
+    version = f"or a version began it whose {revised[0]} has other last bits;" if revised else ""
     if not earlier["points"] or not now["points"]:  # of a search
-        return "with another search, recipe or evaluation;"
+        return version or "with another search, recipe or evaluation;"
     before_points = {entry["name"] for entry in earlier["points"]}
     points = {entry["name"] for entry in now["points"]}
     if before_points != points and _merges(earlier) == _merges(now):
@@ -112,4 +115,4 @@ def _difference(earlier: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         return f"whose points have other names, such as {example}: name them so by `point:`, or"
     if before_points != points:
         return f"with {len(before_points)} points, {len(points - before_points)} of yours not among them;"
-    return "whose points of the same names are other merges;"
+    return version or "whose points of the same names are other merges;"

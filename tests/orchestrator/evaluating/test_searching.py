@@ -33,6 +33,7 @@ from tests.orchestrator.conftest import Ended
 from tests.orchestrator.scripts import scripted
 from tests.orchestrator.tiny_jobs import RULER, SOUP, job_text
 from workers.benchmarks.items import Item
+from workers.methods import METHODS
 from workers.storage import open_store
 
 SEARCH = {
@@ -478,6 +479,24 @@ def test_a_subset_of_weights_is_searched_beside_merges_that_feed_others(tmp_path
     with Session.of(plan, asked, Flat, Watcher(visible=False)) as session:
         session.run()
     assert {*asked_points(open_store(str(tmp_path / "runs/tiny")))} == {"soup=long", "soup=fmt", "soup=long+fmt"}
+
+
+@pytest.mark.parametrize(("feeding", "stays"), [("arcee_fusion", False), ("linear", True)])
+def test_a_search_is_another_where_the_bits_of_a_method_have_changed(
+    feeding: str, stays: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models = [{"model": "fmt"}] if feeding == "arcee_fusion" else [{"model": name} for name in ("long", "fmt")]
+    half: dict[str, Any] = {"name": "half", "merge_method": feeding, "dtype": "bfloat16", "models": models}
+    half |= {"base_model": "long"} if feeding == "arcee_fusion" else {"parameters": {"weight": 1}}
+    result = weighted("${w}", 0.5)
+    result["models"][0]["model"] = "half"
+    search = {"over": {"w": [0.2, 0.4]}, "budget": {"points": 2}}
+    digests: list[str] = []
+    for revision in (0, 1):
+        changed = {**METHODS, "arcee_fusion": replace(METHODS["arcee_fusion"], revision=revision)}
+        monkeypatch.setattr("orchestrator.planning.plan.METHODS", changed)
+        digests.append(planned(tmp_path, recipe=[half, result], search=search)[0].digest)
+    assert (digests[0] == digests[1]) == stays
 
 
 def test_a_kind_without_a_planned_point_is_not_asked(tmp_path: Path) -> None:

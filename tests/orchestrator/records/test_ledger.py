@@ -287,6 +287,9 @@ def plan(digest: str = "d", points: tuple[str, ...] = ("p",), **parents: str) ->
     }
 
 
+REVISED = {"revisions": {"arcee_fusion": 1}}
+
+
 def test_a_run_is_claimed_by_its_first_job_and_again_by_the_same(store: Store):
     ledger = Ledger(store.url, Places())
     ledger.claim("text", plan())
@@ -301,6 +304,9 @@ def test_a_run_is_claimed_by_its_first_job_and_again_by_the_same(store: Store):
         (plan("e", ("p", "q")), "with 1 points, 1 of yours not among them;"),
         (plan("e", ("p",), a="s3://moved"), "or its parent a has changed since;"),
         (plan("e", ("p",), a="s3://here"), "whose points of the same names are other merges;"),
+        (plan("e", ("p",)) | REVISED, "or a version began it whose arcee_fusion has other last bits;"),
+        (plan("e", ()) | REVISED, "or a version began it whose arcee_fusion has other last bits;"),
+        (plan("e", ()), "with another search, recipe or evaluation;"),
     ],
 )
 def test_a_run_of_another_job_is_refused_with_the_difference(store: Store, other: dict[str, Any], difference: str):
