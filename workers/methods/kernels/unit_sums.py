@@ -14,11 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
-from workers.methods.kernels.dtypes import CODES, F64, any_nonfinite, widened
+from workers.methods.kernels.dtypes import CODES, any_nonfinite, widened
 from workers.methods.kernels.memory import Array, address, addresses, aligned_lines
 
 WIDTH = 256
 """Elements of a row at most: the open sums of one product stay in a core's second cache."""
+
+LINES = {"float32": "f32**", "float64": "f64**"}
 
 Operand = int | tuple[int, int]
 """A parent, or (a parent, the base that is subtracted from it), as places in a list."""
@@ -32,10 +34,6 @@ class Product:
     b: Operand | None = None
 
 
-@kernel(
-    *("u16**", "u32**", "u64**", "i64*", "i64", "i64*", "i64", "i64", "i64*", "i64"),
-    *("i64", "i64", "i64", "f64**", "f64*", "f64*"),
-)
 def _unit_sums(
     halves: Pointer,
     words: Pointer,
@@ -44,7 +42,6 @@ def _unit_sums(
     parents: int,
     pairs: Pointer,
     deltas: int,
-    narrow: int,
     products: Pointer,
     count: int,
     elements: int,
@@ -57,8 +54,8 @@ def _unit_sums(
     """For each unit and each product (a line, another or −1): the sum.
 
     A unit is a matrix of rows of `width` elements. The first two additions of the tree join four rows; these are in
-    memory together, as four parts of each parent's and each delta's line. `narrow` takes parents and deltas to the
-    nearest float32. `sums` has a row for what joins now, and one for each open sum, for each product.
+    memory together, as four parts of each parent's and each delta's line. `sums` has a row for what joins now, and one
+    for each open sum, for each product.
     """
     groups = unit // width // 4
     bits = 0
@@ -75,13 +72,10 @@ def _unit_sums(
                 size = max(0, min(width, elements - start))
                 for parent in range(parents):
                     line, half, word, long = lines[4 * parent + part], halves[parent], words[parent], longs[parent]
-                    _padded(dtypes[parent], half, word, long, start, size, narrow, line, width)
+                    _padded(dtypes[parent], half, word, long, start, size, line, width)
                 for delta in range(deltas):
                     a, b = 4 * pairs[2 * delta] + part, 4 * pairs[2 * delta + 1] + part
-                    line = lines[4 * (parents + delta) + part]
-                    _subtracted(lines[a], lines[b], line, width)
-                    if narrow:
-                        _narrowed(line, width)
+                    _subtracted(lines[a], lines[b], lines[4 * (parents + delta) + part], width)
             carries = _carries(group)
             for product in range(count):
                 a, b = 4 * products[2 * product], 4 * products[2 * product + 1]
@@ -89,6 +83,8 @@ def _unit_sums(
                 leaf = joining if carries else joining + width
                 if b < 0:
                     _magnitudes(lines[a], lines[a + 1], lines[a + 2], lines[a + 3], sums, leaf, width)
+                elif a == b:
+                    _squares(lines[a], lines[a + 1], lines[a + 2], lines[a + 3], sums, leaf, width)
                 else:
                     c, d = lines[b], lines[b + 1]
                     e, f = lines[b + 2], lines[b + 3]
@@ -98,16 +94,11 @@ def _unit_sums(
             results[first // unit * count + product] = _folded(sums, (product * (bits + 2) + bits + 1) * width, width)
 
 
-@kernel(
-    *("u16**", "u32**", "u64**", "i64*", "i64", "i64", "u8**", "i64"),
-    *("i64", "i64", "i64", "f64**", "f64*", "f64*"),
-)
 def _kept_sums(
     halves: Pointer,
     words: Pointer,
     longs: Pointer,
     dtypes: Pointer,
-    narrow: int,
     squares: int,
     masks: Pointer,
     count: int,
@@ -115,6 +106,7 @@ def _kept_sums(
     unit: int,
     width: int,
     lines: Pointer,
+    sizes: Pointer,
     sums: Pointer,
     results: Pointer,
 ) -> None:
@@ -137,18 +129,16 @@ def _kept_sums(
                 size = max(0, min(width, elements - start))
                 for parent in range(2):
                     line, half, word, long = lines[4 * parent + part], halves[parent], words[parent], longs[parent]
-                    _padded(dtypes[parent], half, word, long, start, size, narrow, line, width)
+                    _padded(dtypes[parent], half, word, long, start, size, line, width)
                 _subtracted(lines[part], lines[4 + part], lines[part], width)
-                if narrow:
-                    _narrowed(lines[part], width)
-                _sizes(lines[part], squares, width)
+                _sizes(lines[part], sizes[part], squares, width)
             carries = _carries(group)
             start = first + row * width
             for place in range(count):
                 joining = place * (bits + 2) * width
                 leaf = joining if carries else joining + width
                 _kept(
-                    lines[0], lines[1], lines[2], lines[3],
+                    sizes[0], sizes[1], sizes[2], sizes[3],
                     masks[place], start, start + 2 * groups * width, start + groups * width, start + 3 * groups * width,
                     sums, leaf, width,
                 )  # fmt: skip
@@ -163,15 +153,12 @@ def _seen(code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int
 
 
 def _padded(
-    code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int, narrow: int, line: Pointer,
-    width: int,
-) -> None:  # fmt: skip
-    """A row of a parent, with zeros behind its elements."""
+    code: int, halves: Pointer, words: Pointer, longs: Pointer, start: int, count: int, line: Pointer, width: int
+) -> None:
+    """A row of a parent in the line's dtype, with zeros behind its elements."""
     widened(code, halves, words, longs, start, count, line)
     for i in range(count, width):
         line[i] = 0.0
-    if narrow and code == F64:
-        _narrowed(line, width)
 
 
 def _carries(number: int) -> int:
@@ -207,12 +194,6 @@ def _reversed(number: int, bits: int) -> int:
     return result
 
 
-def _narrowed(line: Pointer, count: int) -> None:
-    """Rounding a difference of two float32 numbers from float64 gives their difference in float32: 53 ≥ 2 · 24 + 2."""
-    for i in range(count):
-        line[i] = np.float64(np.float32(line[i]))
-
-
 def _subtracted(a: Pointer, b: Pointer, into: Pointer, count: int) -> None:
     for i in range(count):
         into[i] = a[i] - b[i]
@@ -223,16 +204,24 @@ def _products(
     sums: Pointer, at: int, count: int,
 ) -> None:  # fmt: skip
     for i in range(count):
-        sums[at + i] = (a[i] * e[i] + b[i] * f[i]) + (c[i] * g[i] + d[i] * h[i])
+        sums[at + i] = (np.float64(a[i]) * np.float64(e[i]) + np.float64(b[i]) * np.float64(f[i])) + (
+            np.float64(c[i]) * np.float64(g[i]) + np.float64(d[i]) * np.float64(h[i])
+        )
 
 
-def _sizes(line: Pointer, squares: int, count: int) -> None:
+def _squares(a: Pointer, b: Pointer, c: Pointer, d: Pointer, sums: Pointer, at: int, count: int) -> None:
+    for i in range(count):
+        w, x, y, z = np.float64(a[i]), np.float64(b[i]), np.float64(c[i]), np.float64(d[i])
+        sums[at + i] = (w * w + x * x) + (y * y + z * z)
+
+
+def _sizes(line: Pointer, into: Pointer, squares: int, count: int) -> None:
     if squares:
         for i in range(count):
-            line[i] = line[i] * line[i]
+            into[i] = np.float64(line[i]) * np.float64(line[i])
     else:
         for i in range(count):
-            line[i] = abs(line[i])
+            into[i] = np.float64(abs(line[i]))
 
 
 def _kept(
@@ -247,12 +236,29 @@ def _kept(
 
 def _magnitudes(a: Pointer, b: Pointer, c: Pointer, d: Pointer, sums: Pointer, at: int, count: int) -> None:
     for i in range(count):
-        sums[at + i] = (abs(a[i]) + abs(b[i])) + (abs(c[i]) + abs(d[i]))
+        sums[at + i] = (np.float64(abs(a[i])) + np.float64(abs(b[i]))) + (np.float64(abs(c[i])) + np.float64(abs(d[i])))
 
 
 def _added(sums: Pointer, a: int, b: int, into: int, count: int) -> None:
     for i in range(count):
         sums[into + i] = sums[a + i] + sums[b + i]
+
+
+_UNIT_SUMS = {
+    name: kernel(
+        *("u16**", "u32**", "u64**", "i64*", "i64", "i64*", "i64", "i64*", "i64"),
+        *("i64", "i64", "i64", line, "f64*", "f64*"),
+    )(_unit_sums)
+    for name, line in LINES.items()
+}
+_KEPT_SUMS = {
+    name: kernel(
+        *("u16**", "u32**", "u64**", "i64*", "i64", "u8**", "i64"),
+        *("i64", "i64", "i64", line, "f64**", "f64*", "f64*"),
+    )(_kept_sums)
+    for name, line in LINES.items()
+}
+"""By the dtype of parents and of differences."""
 
 
 def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: int, dtype: str) -> NDArray[np.float64]:
@@ -271,14 +277,14 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     elements, width = parents[0].size, min(WIDTH, unit // 4)
     assert all(each.size == elements and each.flags.c_contiguous for each in parents)
     levels = (unit // width // 4).bit_length() + 1
-    lines, _memory = aligned_lines(4 * (len(parents) + len(places)), 8 * width)
+    lines, _memory = aligned_lines(4 * (len(parents) + len(places)), np.dtype(dtype).itemsize * width)
     sums, _more_memory = aligned_lines(1, 8 * width * levels * len(products))
     results = np.empty((-(-elements // unit), len(products)))
     dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
     raw = addresses(parents)
     at = address(raw)
-    _unit_sums(
-        *(at, at, at, address(dtypes), len(parents), address(pairs), len(places), dtype == "float32"),
+    _UNIT_SUMS[dtype](
+        *(at, at, at, address(dtypes), len(parents), address(pairs), len(places)),
         *(address(of_products), len(products), elements, unit, width, address(lines), int(sums[0]), address(results)),
     )
     return results
@@ -297,14 +303,15 @@ def kept_sums(
     assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, *masks))
     whole = [np.pad(each, (0, -elements % unit)) if elements % unit else each for each in masks]
     levels = (unit // width // 4).bit_length() + 1
-    lines, _memory = aligned_lines(8, 8 * width)
+    lines, _memory = aligned_lines(8, np.dtype(dtype).itemsize * width)
+    sizes, _memory_of_sizes = aligned_lines(4, 8 * width)
     sums, _more_memory = aligned_lines(1, 8 * width * levels * len(masks))
     results = np.empty((-(-elements // unit), len(masks)))
     dtypes = np.array([CODES[each.dtype] for each in pair], np.int64)
     raw, of_masks = addresses(pair), addresses(whole)
     at = address(raw)
-    _kept_sums(
-        *(at, at, at, address(dtypes), dtype == "float32", squares, address(of_masks), len(masks)),
-        *(elements, unit, width, address(lines), int(sums[0]), address(results)),
+    _KEPT_SUMS[dtype](
+        *(at, at, at, address(dtypes), squares, address(of_masks), len(masks)),
+        *(elements, unit, width, address(lines), address(sizes), int(sums[0]), address(results)),
     )
     return results
