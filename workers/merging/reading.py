@@ -104,7 +104,9 @@ def plan_slabs(
 def _cut(tensor: TensorMerge, slab_bytes: int, row: int) -> Iterator[Stretch]:
     width = max(DTYPE_BITS[source.dtype] // 8 for source in tensor.sources.values())
     room = slab_bytes // width - 2 * (row - 1)
-    step = max(room // TILE_ELEMENTS, -(-row // TILE_ELEMENTS)) * TILE_ELEMENTS
+    tiles = -(-tensor.elements // TILE_ELEMENTS)
+    most = max(room // TILE_ELEMENTS, -(-row // TILE_ELEMENTS))
+    step = -(-tiles // -(-tiles // most)) * TILE_ELEMENTS  # slabs alike: threads that share them end together
     for start in range(0, tensor.elements, step):
         stop = min(start + step, tensor.elements)
         yield Stretch(tensor, start, stop, start // row * row, -(-stop // row) * row)

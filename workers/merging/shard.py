@@ -1,7 +1,7 @@
 """The fused merge: one shard of a group of points, all computed from each parent tensor when it is read.
 
-A few threads take pieces of the tensors in turn. Each merges its piece for all points in memory that it uses again and
-again, then hashes and writes it when the pieces before are through:
+A few threads take pieces of the tensors in turn. Each merges its piece for all points, into memory that is used again
+and again. Other threads hash and write the pieces in their order, while the first ones merge or learn facts:
 
     parents ──slabs──▶ pieces ──all points──▶ hash ──▶ write: one upload a point
 
@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import count
+from queue import LifoQueue
 from typing import Any, TypeVar
 
 from jobs.merge_tasks import DTYPE_BITS, MergeTask, ParentTensor, Receipt, TensorMerge
@@ -54,11 +56,14 @@ LARGEST_SLAB = 8 << 20
 WIDEST_ELEMENT = 8
 """Bytes of the widest dtype."""
 
-LARGEST_PIECE = 2 << 20
+LARGEST_PIECE = 8 << 20
 """The most bytes of one point that are merged and written in one go: Python takes as long for a piece of any size."""
 
 LARGEST_NEAR_SLAB = LARGEST_PIECE + ALIGNMENT
 """The most that one read of a parent fetches where a read is a copy of memory: one piece, for the cache of a core."""
+
+PIECES_AHEAD = 4
+"""The most merged pieces that wait for their writing: the disk is busy with them while facts are learned."""
 
 LEARNED_TOGETHER = 128 << 20
 """The most bytes of all parents in one pass for facts: at its end, threads stand still.
@@ -91,12 +96,16 @@ def merge_task(
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """How a task's memory is dealt out; every size in bytes."""
+    """How a task's memory is dealt out; every size in bytes.
+
+    `outputs` counts the merged pieces in memory, each of all points.
+    """
 
     slab: int
     slabs_ahead: int
     queued: int
     piece: int
+    outputs: int
     held: int
 
     @classmethod
@@ -105,13 +114,16 @@ class Budget:
         room = max(task.memory_bytes - FIXED_BYTES, 256 << 20)
         parents, points = len(task.parents), len(task.points)
         tile = TILE_ELEMENTS * max(DTYPE_BITS[tensor.dtype] for tensor in task.tensors) // 8
-        piece = tile * min(LARGEST_PIECE // tile, max(1, room // 4 // task.threads // points // tile))
+        most = room // 4 // points
+        outputs = max(2 * task.threads, min(task.threads + PIECES_AHEAD, most // LARGEST_PIECE))
+        piece = tile * min(LARGEST_PIECE // tile, max(1, most // outputs // tile))
         near = all_near(task.parents)
         largest = LARGEST_NEAR_SLAB if near else LARGEST_SLAB
         slab = min(largest, max(room // 8 // parents // 4, 1 << 20))
         slabs_ahead = min(16, max(2, room // 8 // (slab * parents)))
         queued = max(task.threads, slabs_ahead if near else 0)  # a near slab takes no memory before a thread has it
-        return cls(slab, slabs_ahead, queued, piece, max(0, room - room // 4 - 2 * slab * slabs_ahead * parents))
+        held = max(0, room - room // 4 - 2 * slab * slabs_ahead * parents)
+        return cls(slab, slabs_ahead, queued, piece, outputs, held)
 
 
 @dataclass(slots=True)
@@ -120,6 +132,15 @@ class _Piece:
 
     parts: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Lane:
+    """Two threads that hash and write some of the points: while one has work, it need not be woken."""
+
+    of: slice
+    hashing: ThreadPoolExecutor
+    writing: ThreadPoolExecutor
 
 
 class _Merge:
@@ -139,14 +160,31 @@ class _Merge:
         self.reader = stack.enter_context(
             ParentReader(task.parents, self.budget.slab, device=device, progress=progress)
         )
+        lanes = min(task.threads, len(writers))
+        self.lanes = [
+            _Lane(
+                slice(index, None, lanes),
+                *(stack.enter_context(ThreadPoolExecutor(1, name)) for name in ("hash", "write")),
+            )
+            for index in range(lanes)
+        ]  # they end after `compute`, whose pieces they write
         self.compute = stack.enter_context(ThreadPoolExecutor(task.threads, "merge"))
         self.streams = Streams(device)
-        self.own = threading.local()
-        """Each thread's memory for the output of one piece."""
-        self.pieces = 0
+        self.free: LifoQueue[Bytes | None] = LifoQueue()
+        """Memory for one piece of all points, made at its first use: that of the last one written is in a cache."""
+        for _ in range(self.budget.outputs):
+            self.free.put(None)
+        self.pieces = count()
+        self.waiting: deque[tuple[int, Slab, _Piece, Mapping[str, TensorMerger], _Countdown]] = deque()
+        """Pieces to merge, numbered."""
+        self.merged: dict[int, tuple[Bytes, int]] = {}
+        """Pieces that wait for the one before: their memory, and the bytes of each point."""
+        self.passed_on = 0
+        self.passing_on = threading.Lock()
         self.alike: list[Mapping[tuple[int, str], bool]] = []
         self.merging: deque[Future[None]] = deque()
-        self.checks: deque[Future[None]] = deque()
+        self.behind: deque[Future[None]] = deque()
+        """Checks of what was read, and writes."""
 
     def run(self) -> None:
         """The header, then every tensor in the order of the output."""
@@ -172,7 +210,9 @@ class _Merge:
             for slab in slabs:
                 self._merge(slab, mergers)
             self._note(mergers.values())
-        for future in (*self.merging, *self.checks):
+        for future in self.merging:
+            future.result()
+        for future in self.behind:  # all are there once all is merged
             future.result()
         for alike in self.alike:
             for (place, parent), holds in alike.items():
@@ -204,9 +244,9 @@ class _Merge:
 
     def _checked(self, slab: Slab, passing: dict[tuple[str, str], TensorHash]) -> Slab:
         """The slab, whose bytes are checked meanwhile; nothing is published before the check has passed."""
-        self.checks.extend(self.reader.check(slab, passing))
-        while self.checks and self.checks[0].done():
-            self.checks.popleft().result()
+        self.behind.extend(self.reader.check(slab, passing))
+        while self.behind and self.behind[0].done():
+            self.behind.popleft().result()
         return slab
 
     # the facts about whole tensors that a method needs before it can merge the first element
@@ -315,16 +355,18 @@ class _Merge:
         for piece in pieces:
             for _ in self._oldest(self.merging):
                 pass
-            self.merging.append(self.compute.submit(self._merge_piece, self.pieces, slab, piece, mergers, left))
-            self.pieces += 1
+            self.waiting.append((next(self.pieces), slab, piece, mergers, left))
+            self.merging.append(self.compute.submit(self._merge_next))
 
-    def _merge_piece(
-        self, number: int, slab: Slab, piece: _Piece, mergers: Mapping[str, TensorMerger], left: _Countdown
-    ) -> None:
-        """Merges one piece for every point; then hashes and writes it, in the order of the numbers."""
+    def _merge_next(self) -> None:
+        """Merges the next piece for every point, and passes it on.
+
+        It takes its memory first: so the oldest piece always has some, and the writing always goes on.
+        """
+        whole = self._room()
+        number, slab, piece, mergers, left = self.waiting.popleft()
         try:
-            rows = self._rows(piece.bytes)
-            at = 0
+            at, rows = 0, self._rows(whole, piece.bytes)
             for index, start, stop in piece.parts:
                 tensor = slab.stretches[index].tensor
                 size = (stop - start) * DTYPE_BITS[tensor.dtype] // 8
@@ -333,19 +375,47 @@ class _Merge:
                     self._merge_part(mergers[tensor.name], slab, index, start, outputs)
                 at += size
             left.one()
-            for writer, row in zip(self.writers, rows, strict=True):
-                writer.put(number, row.data)
-        except BaseException as error:
-            for writer in self.writers:
-                writer.fail(error)
+        finally:
+            self._pass_on(number, whole, piece.bytes)
+
+    def _room(self) -> Bytes:
+        """Memory for one piece of every point; waits until one is written."""
+        whole = self.free.get()
+        if whole is not None:
+            return whole
+        try:
+            return memory(len(self.writers) * self.budget.piece, pinned=self.device != "cpu")
+        except BaseException:
+            self.free.put(None)  # else the threads that wait would wait for ever
             raise
 
-    def _rows(self, size: int) -> Sequence[Bytes]:
-        """A piece of each point, aligned for every dtype, in this thread's memory."""
-        if not hasattr(self.own, "rows"):
-            points, pinned = len(self.writers), self.device != "cpu"
-            self.own.rows = memory(points * self.budget.piece, pinned=pinned).reshape(points, self.budget.piece)
-        return list(self.own.rows[:, :size])
+    def _rows(self, whole: Bytes, size: int) -> Sequence[Bytes]:
+        """A piece of each point, aligned for every dtype."""
+        return list(whole.reshape(len(self.writers), self.budget.piece)[:, :size])
+
+    def _pass_on(self, number: int, whole: Bytes, size: int) -> None:
+        """Gives pieces to the threads that hash and write, in the order of their numbers."""
+        with self.passing_on:
+            self.merged[number] = whole, size
+            while (piece := self.merged.pop(self.passed_on, None)) is not None:
+                self.passed_on += 1
+                self._write(*piece)
+
+    def _write(self, whole: Bytes, size: int) -> None:
+        """Has a piece of every point hashed and written; then its memory is free."""
+        left = _Countdown(2 * len(self.lanes), lambda: self.free.put(whole))
+
+        def each(of: slice, step: Callable[[ShardWriter, memoryview], None]) -> None:
+            try:
+                for writer, row in zip(self.writers[of], rows[of], strict=True):
+                    step(writer, row.data)
+            finally:
+                left.one()
+
+        rows = self._rows(whole, size)
+        for lane in self.lanes:
+            self.behind.append(lane.hashing.submit(each, lane.of, ShardWriter.hash))
+            self.behind.append(lane.writing.submit(each, lane.of, ShardWriter.write))
 
     def _merge_part(
         self, merger: TensorMerger, slab: Slab, index: int, start: int, outputs: Sequence[Elements]

@@ -6,8 +6,7 @@ import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from types import TracebackType
 
 from typing_extensions import Buffer
@@ -20,7 +19,7 @@ from workers.storage.records import read_receipt
 
 
 class ShardWriter:
-    """Writes one unit. Bytes are hashed and written in the order of `tensors`; `publish` makes them visible."""
+    """Writes one unit. All bytes are hashed and written in the order of `tensors`; `publish` makes them visible."""
 
     def __init__(
         self,
@@ -39,7 +38,6 @@ class ShardWriter:
         self._collapsed: Counter[str] = Counter()
         self._alike: Counter[str] = Counter()
         self._counting = threading.Lock()
-        self._hashing, self._writing = Turns(), Turns()
         self._hash = TensorHash()
         self._hashed = 0
         self._upload = store.upload(point.key)
@@ -56,24 +54,9 @@ class ShardWriter:
         """The file's header."""
         self._upload.write(header)
 
-    def put(self, number: int, data: Buffer) -> None:
-        """The next bytes of the tensors, cut anyhow into pieces with the numbers 0, 1, …
-
-        Waits for the pieces before: each is put by another thread, which must have begun. Raises the error of `fail`.
-        """
+    def hash(self, data: Buffer) -> None:
+        """The next bytes of the tensors, cut anyhow. One thread at a time calls it, in the order of the bytes."""
         view = memoryview(data)
-        with self._hashing.turn(number):
-            self._update(view)
-        with self._writing.turn(number):
-            self._upload.write(view)
-        self._progress(0, len(view))
-
-    def fail(self, error: BaseException) -> None:
-        """Ends the waiting for a piece that will not come."""
-        for turns in (self._hashing, self._writing):
-            turns.fail(error)
-
-    def _update(self, view: memoryview) -> None:
         position = 0
         while position < len(view):
             self._finish_empty()
@@ -84,6 +67,12 @@ class ShardWriter:
             position = end
             if self._hashed == size:
                 self._finish_tensor()
+
+    def write(self, data: Buffer) -> None:
+        """The same bytes, which another thread may hash meanwhile."""
+        view = memoryview(data)
+        self._upload.write(view)
+        self._progress(0, len(view))
 
     def count_overflowed(self, tensor: str, elements: int) -> None:
         """Elements of a tensor that the merge made NaN or infinite. Several threads may call it."""
@@ -165,33 +154,6 @@ class ShardWriter:
     def _finish_tensor(self) -> None:
         self._digests[self._sizes[len(self._digests)][0]] = self._hash.digest()
         self._hash, self._hashed = TensorHash(), 0
-
-
-class Turns:
-    """Lets threads through one at a time, in the order of their numbers."""
-
-    def __init__(self) -> None:
-        self._next = 0
-        self._error: BaseException | None = None
-        self._change = threading.Condition()
-
-    @contextmanager
-    def turn(self, number: int) -> Generator[None]:
-        """Waits for all smaller numbers to have had their turn; raises the error of `fail` if one never will."""
-        with self._change:
-            self._change.wait_for(lambda: self._next == number or self._error is not None)
-            if self._error is not None:
-                raise self._error
-        yield
-        with self._change:
-            self._next += 1
-            self._change.notify_all()
-
-    def fail(self, error: BaseException) -> None:
-        """Nobody waits any more."""
-        with self._change:
-            self._error = self._error or error
-            self._change.notify_all()
 
 
 def _worker() -> str:

@@ -8,11 +8,12 @@ import json
 import resource
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -224,6 +225,7 @@ def reference() -> dict[str, tuple[bytes, dict[str, str]]]:
 @given(
     slab=st.integers(0, 2000),
     piece_tiles=st.integers(1, 4),
+    outputs=st.integers(1, 5),
     held=st.sampled_from([0, 1500, 10**9]),
     slabs_ahead=st.integers(1, 3),
     threads=st.sampled_from([1, 2, 4]),
@@ -234,6 +236,7 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
     reference: dict[str, tuple[bytes, dict[str, str]]],
     slab: int,
     piece_tiles: int,
+    outputs: int,
     held: int,
     slabs_ahead: int,
     threads: int,
@@ -241,7 +244,7 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
     order: list[str],
 ):
     smallest_slab = TILE * 8 + 64  # a tile of float64, and room to align it
-    budget = Budget(smallest_slab + slab, slabs_ahead, threads + slabs_ahead, piece_tiles * TILE * 8, held)
+    budget = Budget(smallest_slab + slab, slabs_ahead, threads + slabs_ahead, piece_tiles * TILE * 8, outputs, held)
     for group in range(groups):
         points = {point: POINTS[point] for point in order[group::groups]}
         task = task_of(family(EVERY_KIND), points, threads=threads)
@@ -254,7 +257,7 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
 
 
 @pytest.mark.parametrize("first", ["linear", "ties", "dare", "della"])
-@pytest.mark.parametrize("budget", [None, Budget(slab=300, slabs_ahead=2, queued=2, piece=64 * 8, held=0)])
+@pytest.mark.parametrize("budget", [None, Budget(slab=300, slabs_ahead=2, queued=2, piece=64 * 8, outputs=2, held=0)])
 def test_a_merge_that_is_computed_while_it_is_read_gives_the_bytes_of_one_that_was_written(
     first: str, budget: Budget | None
 ):
@@ -539,20 +542,33 @@ def test_a_disk_that_fails_while_a_shard_is_written_leaves_neither_shard_nor_rec
 
 @pytest.mark.parametrize("struck", [0, 1, 5])
 @pytest.mark.parametrize("point", ["linear", "copy"])
-def test_the_error_of_one_piece_ends_the_waiting_of_all_others(point: str, struck: int):
+@pytest.mark.parametrize("step", ["hash", "write"])
+def test_the_error_of_one_piece_ends_the_waiting_of_all_others(step: str, point: str, struck: int):
     task = task_of(family({"large": ((11, 67), "float32")}), threads=4)
-    put = ShardWriter.put
+    right, pieces = getattr(ShardWriter, step), Counter[str]()
 
-    def failing(self: ShardWriter, number: int, data: memoryview) -> None:
-        if (self.point.point, number) == (point, struck):
+    def failing(self: ShardWriter, data: memoryview) -> None:
+        pieces[self.point.point] += 1
+        if (self.point.point, pieces[self.point.point]) == (point, struck + 1):
             raise StorageUnavailable("this piece is lost")
-        put(self, number, data)
+        right(self, data)
 
-    budget = Budget(TILE * 8 + 64, 2, 6, TILE * 8, 0)
+    budget = Budget(TILE * 8 + 64, 2, 6, TILE * 8, 4, 0)
     with pytest.MonkeyPatch.context() as patch, small_tiles(budget), threads_all_end():
-        patch.setattr(ShardWriter, "put", failing)
+        patch.setattr(ShardWriter, step, failing)
         with pytest.raises(StorageUnavailable, match="this piece is lost"):
             merge_task(task)
+    assert list(open_store(task.run).list()) == []
+
+
+def test_no_thread_waits_for_memory_that_the_machine_does_not_have(monkeypatch: pytest.MonkeyPatch):
+    def none(*_: object, **__: object) -> NoReturn:
+        raise MemoryError
+
+    task = task_of(family({"large": ((11, 67), "float32")}), threads=4)
+    monkeypatch.setattr("workers.merging.shard.memory", none)
+    with small_tiles(Budget(TILE * 8 + 64, 2, 6, TILE * 8, 2, 0)), threads_all_end(), pytest.raises(MemoryError):
+        merge_task(task)
     assert list(open_store(task.run).list()) == []
 
 
@@ -611,7 +627,7 @@ def a_bit_flips_on_its_way(url: str, struck: int | None) -> Iterator[list[str]]:
 @pytest.mark.parametrize("setting", [LINEAR, TIES], ids=["one pass", "several passes"])
 def test_a_bit_of_a_parent_that_flips_on_its_way_is_noticed_whichever_read_it_strikes(setting: Setting, held: int):
     parents = family({"large": ((11, 67), "float32"), "odd": ((7,), "bfloat16"), "empty": ((0,), "float32")})
-    budget = Budget(TILE * 8 + 64, 2, 4, TILE * 8, held)
+    budget = Budget(TILE * 8 + 64, 2, 4, TILE * 8, 4, held)
 
     def task() -> MergeTask:
         return with_digests(task_of(parents, {"point": setting}), parents)
