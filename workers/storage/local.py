@@ -37,6 +37,7 @@ OPEN_FILES = 32
 LARGEST_SYSTEM_READ = 1 << 30  # Linux moves at most 2 GiB - 4 KiB in one call
 WRITE_BUFFER_BYTES = 1 << 20
 WRITEBACK_BYTES = 32 << 20
+FIRST_WRITEBACK_BYTES = 8 << 20  # shows soon whether the cache is slow
 SLOW_WRITEBACK_SECONDS = 0.05  # of CPU time for so many bytes: 0.01 is common
 PARTIAL = ".partial"
 LOCK = ".lock"
@@ -180,6 +181,8 @@ class LocalUpload:
         self._partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}{PARTIAL}")
         self._open = True
         self._written = self._on_its_way = 0
+        self._due = FIRST_WRITEBACK_BYTES
+        """Bytes that are written when the next writeback begins."""
         self._seconds = 0.0
         """CPU time of writes to the page cache since the last writeback."""
         self._direct: DirectWriter | None = None
@@ -210,7 +213,7 @@ class LocalUpload:
                 self._file.flush()
                 self._direct = DirectWriter(self._file.fileno(), self._written)
                 self._direct.write(view[len(head) :])
-            elif self._written - self._on_its_way >= WRITEBACK_BYTES:
+            elif self._written >= self._due:
                 self._start_writeback()
 
     def commit(self) -> ObjectInfo:
@@ -290,7 +293,7 @@ class LocalUpload:
             os.posix_fadvise(self._file.fileno(), self._on_its_way, length, os.POSIX_FADV_DONTNEED)
         slow = self._seconds > SLOW_WRITEBACK_SECONDS * length / WRITEBACK_BYTES
         self._to_be_direct = slow and can_write_directly(self._file.fileno())
-        self._on_its_way, self._seconds = self._written, 0.0
+        self._on_its_way, self._due, self._seconds = self._written, self._written + WRITEBACK_BYTES, 0.0
 
     def __enter__(self) -> LocalUpload:
         return self

@@ -30,6 +30,7 @@ def slow_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             begun.append(position)
             super().__init__(descriptor, position)
 
+    monkeypatch.setattr(local, "FIRST_WRITEBACK_BYTES", WRITEBACK)
     monkeypatch.setattr(local, "WRITEBACK_BYTES", WRITEBACK)
     monkeypatch.setattr(local, "SLOW_WRITEBACK_SECONDS", 0)
     monkeypatch.setattr(local, "can_write_directly", lambda descriptor: True)
