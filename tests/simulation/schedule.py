@@ -449,10 +449,11 @@ def _merge(schedule: Schedule, process: Process, task: MergeTask, bad: bool) -> 
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in task.tensors])
         for writer in writers:
             writer.begin(header)
-            for number, tensor in enumerate(task.tensors):
+            for tensor in task.tensors:
                 data = merged_bytes(writer.point.settings[tensor.setting], tensor)
                 data = bytes([data[0] ^ 1]) + data[1:] if bad else data
-                writer.put(number, data)
+                writer.hash(data)
+                writer.write(data)
         schedule.world.sleep(schedule.world.random.uniform(0.1, 3.0))
         receipts: list[Receipt] = []
         for writer in writers:

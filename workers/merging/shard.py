@@ -29,7 +29,7 @@ from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
 from workers.merging.buffers import Bytes, keep_freed_memory, memory
 from workers.merging.given import given_facts
-from workers.merging.reading import ALIGNMENT, ParentReader, Slab, Stretch, all_near, plan_slabs
+from workers.merging.reading import ParentReader, Slab, Stretch, all_near, plan_slabs
 from workers.merging.streams import Streams
 from workers.merging.tiles import (
     FACT_UNITS,
@@ -51,19 +51,19 @@ FIXED_BYTES = 1 << 30
 """Memory of a worker beside its buffers: Python, torch and the intermediate results of its threads."""
 
 LARGEST_SLAB = 8 << 20
-"""The most that one read of one parent fetches: enough for an object store, little enough to stay in a cache."""
-
-WIDEST_ELEMENT = 8
-"""Bytes of the widest dtype."""
+"""The most that one read of one parent fetches: enough for an object store."""
 
 LARGEST_PIECE = 8 << 20
 """The most bytes of one point that are merged and written in one go: Python takes as long for a piece of any size."""
 
-LARGEST_NEAR_SLAB = LARGEST_PIECE + ALIGNMENT
-"""The most that one read of a parent fetches where a read is a copy of memory: one piece, for the cache of a core."""
+LARGEST_PIECES = 32 << 20
+"""The most bytes of all points together, but 2 MiB of each: methods hold masks of a piece for every point."""
 
 PIECES_AHEAD = 4
-"""The most merged pieces that wait for their writing: the disk is busy with them while facts are learned."""
+"""So many merged pieces at least, or one for each thread, may wait: they are written while facts are learned."""
+
+MOST_LANES = 8
+"""The most pairs of threads that hash and write: a disk or a bucket is no faster with more."""
 
 LEARNED_TOGETHER = 128 << 20
 """The most bytes of all parents in one pass for facts: at its end, threads stand still.
@@ -114,12 +114,11 @@ class Budget:
         room = max(task.memory_bytes - FIXED_BYTES, 256 << 20)
         parents, points = len(task.parents), len(task.points)
         tile = TILE_ELEMENTS * max(DTYPE_BITS[tensor.dtype] for tensor in task.tensors) // 8
-        most = room // 4 // points
-        outputs = max(2 * task.threads, min(task.threads + PIECES_AHEAD, most // LARGEST_PIECE))
-        piece = tile * min(LARGEST_PIECE // tile, max(1, most // outputs // tile))
+        output, largest = room // 4 // points, min(LARGEST_PIECE, max(LARGEST_PIECES // points, 2 << 20))
+        outputs = max(2, min(task.threads + max(task.threads, PIECES_AHEAD), output // tile))
+        piece = tile * max(1, min(largest, output // outputs) // tile)
         near = all_near(task.parents)
-        largest = LARGEST_NEAR_SLAB if near else LARGEST_SLAB
-        slab = min(largest, max(room // 8 // parents // 4, 1 << 20))
+        slab = min(LARGEST_SLAB, max(room // 8 // parents // max(4, task.threads), 1 << 20))
         slabs_ahead = min(16, max(2, room // 8 // (slab * parents)))
         queued = max(task.threads, slabs_ahead if near else 0)  # a near slab takes no memory before a thread has it
         held = max(0, room - room // 4 - 2 * slab * slabs_ahead * parents)
@@ -136,7 +135,7 @@ class _Piece:
 
 @dataclass(frozen=True, slots=True)
 class _Lane:
-    """Two threads that hash and write some of the points: while one has work, it need not be woken."""
+    """Two threads that hash and write some of the points. A thread that has work need not be woken."""
 
     of: slice
     hashing: ThreadPoolExecutor
@@ -160,7 +159,7 @@ class _Merge:
         self.reader = stack.enter_context(
             ParentReader(task.parents, self.budget.slab, device=device, progress=progress)
         )
-        lanes = min(task.threads, len(writers))
+        lanes = min(task.threads, len(writers), MOST_LANES)
         self.lanes = [
             _Lane(
                 slice(index, None, lanes),
@@ -169,9 +168,14 @@ class _Merge:
             for index in range(lanes)
         ]  # they end after `compute`, whose pieces they write
         self.compute = stack.enter_context(ThreadPoolExecutor(task.threads, "merge"))
+        self.over = False
+        stack.callback(self._end)  # before the threads have done what is queued
         self.streams = Streams(device)
         self.free: LifoQueue[Bytes | None] = LifoQueue()
-        """Memory for one piece of all points, made at its first use: that of the last one written is in a cache."""
+        """Memory for pieces, each of all points; None is memory that is made at its first use.
+
+        What was written last comes first, since it is still in a cache.
+        """
         for _ in range(self.budget.outputs):
             self.free.put(None)
         self.pieces = count()
@@ -184,7 +188,7 @@ class _Merge:
         self.alike: list[Mapping[tuple[int, str], bool]] = []
         self.merging: deque[Future[None]] = deque()
         self.behind: deque[Future[None]] = deque()
-        """Checks of what was read, and writes."""
+        """Checks of what was read; hashes and writes."""
 
     def run(self) -> None:
         """The header, then every tensor in the order of the output."""
@@ -218,6 +222,10 @@ class _Merge:
             for (place, parent), holds in alike.items():
                 self.writers[place].count_alike(parent, int(holds))
 
+    def _end(self) -> None:
+        """After an error, nothing that is queued is done: not all of a shard is right."""
+        self.over = True
+
     def _note(self, mergers: Iterable[TensorMerger]) -> None:
         """Merges that are not, as far as facts show; whether any equals a parent is seen when all of it is merged."""
         for merger in mergers:
@@ -245,9 +253,13 @@ class _Merge:
     def _checked(self, slab: Slab, passing: dict[tuple[str, str], TensorHash]) -> Slab:
         """The slab, whose bytes are checked meanwhile; nothing is published before the check has passed."""
         self.behind.extend(self.reader.check(slab, passing))
+        self._notice()
+        return slab
+
+    def _notice(self) -> None:
+        """Raises the error of the oldest check, hash or write, if that has failed."""
         while self.behind and self.behind[0].done():
             self.behind.popleft().result()
-        return slab
 
     # the facts about whole tensors that a method needs before it can merge the first element
 
@@ -355,17 +367,20 @@ class _Merge:
         for piece in pieces:
             for _ in self._oldest(self.merging):
                 pass
+            self._notice()
             self.waiting.append((next(self.pieces), slab, piece, mergers, left))
             self.merging.append(self.compute.submit(self._merge_next))
 
     def _merge_next(self) -> None:
         """Merges the next piece for every point, and passes it on.
 
-        It takes its memory first: so the oldest piece always has some, and the writing always goes on.
+        A thread takes memory before it takes a piece, so the oldest piece always has memory.
         """
         whole = self._room()
         number, slab, piece, mergers, left = self.waiting.popleft()
         try:
+            if self.over:
+                return
             at, rows = 0, self._rows(whole, piece.bytes)
             for index, start, stop in piece.parts:
                 tensor = slab.stretches[index].tensor
@@ -375,6 +390,9 @@ class _Merge:
                     self._merge_part(mergers[tensor.name], slab, index, start, outputs)
                 at += size
             left.one()
+        except BaseException:
+            self._end()
+            raise
         finally:
             self._pass_on(number, whole, piece.bytes)
 
@@ -399,7 +417,11 @@ class _Merge:
             self.merged[number] = whole, size
             while (piece := self.merged.pop(self.passed_on, None)) is not None:
                 self.passed_on += 1
-                self._write(*piece)
+                try:
+                    self._write(*piece)
+                except BaseException:  # no thread could begin: others wait for memory, and some may still use this
+                    self.free.put(None)
+                    raise
 
     def _write(self, whole: Bytes, size: int) -> None:
         """Has a piece of every point hashed and written; then its memory is free."""
@@ -408,7 +430,11 @@ class _Merge:
         def each(of: slice, step: Callable[[ShardWriter, memoryview], None]) -> None:
             try:
                 for writer, row in zip(self.writers[of], rows[of], strict=True):
-                    step(writer, row.data)
+                    if not self.over:
+                        step(writer, row.data)
+            except BaseException:
+                self._end()
+                raise
             finally:
                 left.one()
 

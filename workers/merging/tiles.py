@@ -31,7 +31,7 @@ Elements = Any
 Facts = dict[Reduction, Any]
 
 FACT_UNITS = 8
-"""`TILE_ELEMENTS` of a tile that answers questions: one slab. Threads wait for each other while Python asks."""
+"""`TILE_ELEMENTS` of a tile that answers questions. Threads wait for each other while Python asks."""
 
 
 FEW = 64

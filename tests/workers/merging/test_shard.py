@@ -7,9 +7,11 @@ import itertools
 import json
 import resource
 import threading
+import time
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -41,8 +43,9 @@ from workers.checkpoints.dtypes import FLOATS
 from workers.checkpoints.safetensors import read_header
 from workers.digests import digest_of
 from workers.merging.reading import ParentReader, Stretch
-from workers.merging.shard import Budget, merge_task
+from workers.merging.shard import FIXED_BYTES, Budget, merge_task
 from workers.merging.writing import ShardWriter
+from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
 
 numbers = itertools.count()
@@ -570,6 +573,53 @@ def test_no_thread_waits_for_memory_that_the_machine_does_not_have(monkeypatch: 
     with small_tiles(Budget(TILE * 8 + 64, 2, 6, TILE * 8, 2, 0)), threads_all_end(), pytest.raises(MemoryError):
         merge_task(task)
     assert list(open_store(task.run).list()) == []
+
+
+def test_no_thread_waits_where_none_can_be_begun_that_writes(monkeypatch: pytest.MonkeyPatch):
+    def submit(self: ThreadPoolExecutor, *call: Any, **named: Any) -> Future[Any]:
+        if self._thread_name_prefix == "write":
+            raise RuntimeError("can't start new thread")
+        return right(self, *call, **named)
+
+    right = ThreadPoolExecutor.submit
+    task = task_of(family({"large": ((11, 67), "float32")}), threads=4)
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", submit)
+    with small_tiles(Budget(TILE * 8 + 64, 2, 6, TILE * 8, 2, 0)), threads_all_end(), pytest.raises(RuntimeError):
+        merge_task(task)
+    assert list(open_store(task.run).list()) == []
+
+
+def test_after_an_error_nothing_is_written_that_was_queued():
+    task = task_of(family({"large": ((110, 67), "float32")}), threads=1)
+    right, writes = ShardWriter.write, list[str]()
+
+    def failing(self: ShardWriter, data: memoryview) -> None:
+        writes.append(self.point.point)
+        if len(writes) == 3:
+            time.sleep(0.2)  # meanwhile the others are queued
+            raise StorageUnavailable("the disk is full")
+        right(self, data)
+
+    with pytest.MonkeyPatch.context() as patch, small_tiles(Budget(TILE * 8 + 64, 2, 6, TILE * 8, 60, 0)):
+        patch.setattr(ShardWriter, "write", failing)
+        with threads_all_end(), pytest.raises(StorageUnavailable, match="the disk is full"):
+            merge_task(task)
+    assert len(writes) < 20, "of 116 pieces, of two points each"
+
+
+@pytest.mark.parametrize("points", [1, 16, 64])
+@pytest.mark.parametrize("threads", [1, 2, 16, 64])
+def test_what_is_merged_stays_within_a_quarter_of_the_memory(points: int, threads: int):
+    task = replace(
+        task_of(family({"x": ((9,), "float32")}), {str(point): LINEAR for point in range(points)}, threads=threads),
+        memory_bytes=4_000_000_000,
+    )
+    budget = Budget.of(task)
+    room = task.memory_bytes - FIXED_BYTES
+    assert budget.outputs >= 2 and budget.piece >= 4 * TILE_ELEMENTS
+    assert points * budget.outputs * budget.piece <= room // 4
+    assert threads * budget.slab * len(task.parents) <= room // 8
+    assert points * budget.piece <= max(32 << 20, points * 2 << 20), "each method may hold a mask of it for each point"
 
 
 def test_a_parent_that_changed_is_refused_and_nothing_is_written():
