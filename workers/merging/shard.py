@@ -59,6 +59,9 @@ LARGEST_PIECE = 8 << 20
 LARGEST_PIECES = 32 << 20
 """The most bytes of all points together, but 2 MiB of each: methods hold masks of a piece for every point."""
 
+OUTPUT_OF_A_THREAD = 128 << 20
+"""The most memory for merged pieces of all points: more is no faster, and fresh memory costs time."""
+
 PIECES_AHEAD = 4
 """So many merged pieces at least, or one for each thread, may wait: they are written while facts are learned."""
 
@@ -110,11 +113,12 @@ class Budget:
 
     @classmethod
     def of(cls, task: MergeTask) -> Budget:
-        """An eighth for reading ahead, a quarter for output, the rest for tensors held whole."""
+        """An eighth for reading ahead, at most a quarter for output, the rest for tensors held whole."""
         room = max(task.memory_bytes - FIXED_BYTES, 256 << 20)
         parents, points = len(task.parents), len(task.points)
         tile = TILE_ELEMENTS * max(DTYPE_BITS[tensor.dtype] for tensor in task.tensors) // 8
-        output, largest = room // 4 // points, min(LARGEST_PIECE, max(LARGEST_PIECES // points, 2 << 20))
+        output = min(room // 4, OUTPUT_OF_A_THREAD * task.threads) // points
+        largest = min(LARGEST_PIECE, max(LARGEST_PIECES // points, 2 << 20))
         outputs = max(2, min(task.threads + max(task.threads, PIECES_AHEAD), output // tile))
         piece = tile * max(1, min(largest, output // outputs) // tile)
         near = all_near(task.parents)

@@ -617,7 +617,7 @@ def test_what_is_merged_stays_within_a_quarter_of_the_memory(points: int, thread
     budget = Budget.of(task)
     room = task.memory_bytes - FIXED_BYTES
     assert budget.outputs >= 2 and budget.piece >= 4 * TILE_ELEMENTS
-    assert points * budget.outputs * budget.piece <= room // 4
+    assert points * budget.outputs * budget.piece <= min(room // 4, threads * (128 << 20))
     assert threads * budget.slab * len(task.parents) <= room // 8
     assert points * budget.piece <= max(32 << 20, points * 2 << 20), "each method may hold a mask of it for each point"
 
