@@ -57,13 +57,13 @@ LARGEST_PIECE = 8 << 20
 """The most bytes of one point that are merged and written in one go: Python takes as long for a piece of any size."""
 
 LARGEST_PIECES = 32 << 20
-"""The most bytes of all points together, but 2 MiB of each: methods hold masks of a piece for every point."""
+"""The most bytes of one piece for all points, though each point may have 2 MiB: methods hold masks of it for each."""
 
 OUTPUT_OF_A_THREAD = 128 << 20
-"""The most memory for merged pieces of all points: more is no faster, and fresh memory costs time."""
+"""The memory for merged pieces of all points, for each thread; more where threads would wait for each other."""
 
 PIECES_AHEAD = 4
-"""So many merged pieces at least, or one for each thread, may wait: they are written while facts are learned."""
+"""So many merged pieces, or one for each thread, wait where memory allows: they are written while facts are learned."""
 
 MOST_LANES = 8
 """The most pairs of threads that hash and write: a disk or a bucket is no faster with more."""
@@ -113,13 +113,14 @@ class Budget:
 
     @classmethod
     def of(cls, task: MergeTask) -> Budget:
-        """An eighth for reading ahead, at most a quarter for output, the rest for tensors held whole."""
+        """An eighth for reading ahead, a quarter for output, or two pieces; the rest for tensors held whole."""
         room = max(task.memory_bytes - FIXED_BYTES, 256 << 20)
         parents, points = len(task.parents), len(task.points)
         tile = TILE_ELEMENTS * max(DTYPE_BITS[tensor.dtype] for tensor in task.tensors) // 8
-        output = min(room // 4, OUTPUT_OF_A_THREAD * task.threads) // points
+        wanted = task.threads + max(task.threads, PIECES_AHEAD)
+        output = min(room // 4, max(OUTPUT_OF_A_THREAD * task.threads, wanted * tile * points)) // points
         largest = min(LARGEST_PIECE, max(LARGEST_PIECES // points, 2 << 20))
-        outputs = max(2, min(task.threads + max(task.threads, PIECES_AHEAD), output // tile))
+        outputs = max(2, min(wanted, output // tile))
         piece = tile * max(1, min(largest, output // outputs) // tile)
         near = all_near(task.parents)
         slab = min(LARGEST_SLAB, max(room // 8 // parents // max(4, task.threads), 1 << 20))
@@ -227,7 +228,7 @@ class _Merge:
                 self.writers[place].count_alike(parent, int(holds))
 
     def _end(self) -> None:
-        """After an error, nothing that is queued is done: not all of a shard is right."""
+        """Has the threads skip what is queued: not all of a shard would be right."""
         self.over = True
 
     def _note(self, mergers: Iterable[TensorMerger]) -> None:
@@ -261,7 +262,7 @@ class _Merge:
         return slab
 
     def _notice(self) -> None:
-        """Raises the error of the oldest check, hash or write, if that has failed."""
+        """Raises the error of a check, hash or write that is done, in their order."""
         while self.behind and self.behind[0].done():
             self.behind.popleft().result()
 
@@ -408,6 +409,7 @@ class _Merge:
         try:
             return memory(len(self.writers) * self.budget.piece, pinned=self.device != "cpu")
         except BaseException:
+            self._end()
             self.free.put(None)  # else the threads that wait would wait for ever
             raise
 
@@ -424,6 +426,7 @@ class _Merge:
                 try:
                     self._write(*piece)
                 except BaseException:  # no thread could begin: others wait for memory, and some may still use this
+                    self._end()
                     self.free.put(None)
                     raise
 

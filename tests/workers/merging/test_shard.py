@@ -604,22 +604,27 @@ def test_after_an_error_nothing_is_written_that_was_queued():
         patch.setattr(ShardWriter, "write", failing)
         with threads_all_end(), pytest.raises(StorageUnavailable, match="the disk is full"):
             merge_task(task)
-    assert len(writes) < 20, "of 116 pieces, of two points each"
+    assert len(writes) < 20, "of 58 pieces of six points"
 
 
-@pytest.mark.parametrize("points", [1, 16, 64])
+@pytest.mark.parametrize("points", [1, 16, 64, 256])
 @pytest.mark.parametrize("threads", [1, 2, 16, 64])
-def test_what_is_merged_stays_within_a_quarter_of_the_memory(points: int, threads: int):
-    task = replace(
-        task_of(family({"x": ((9,), "float32")}), {str(point): LINEAR for point in range(points)}, threads=threads),
-        memory_bytes=4_000_000_000,
+@pytest.mark.parametrize("gigabytes", [2, 4, 64])
+@pytest.mark.parametrize(("dtype", "width"), [("bfloat16", 2), ("float64", 8)])
+def test_what_is_merged_stays_within_a_quarter_of_the_memory(
+    points: int, threads: int, gigabytes: int, dtype: str, width: int
+):
+    settings = {str(point): LINEAR for point in range(points)}
+    task = task_of(family({"x": ((9,), dtype)}), settings, threads=threads)
+    budget = Budget.of(replace(task, memory_bytes=gigabytes * 10**9))
+    room, tile = gigabytes * 10**9 - FIXED_BYTES, width * TILE_ELEMENTS
+    wanted = threads + max(threads, 4)
+    assert budget.outputs >= max(2, min(wanted, room // 4 // points // tile)), "else threads wait for each other"
+    assert points * budget.outputs * budget.piece <= max(
+        2 * points * tile, min(room // 4, max(threads * 128 << 20, wanted * points * tile))
     )
-    budget = Budget.of(task)
-    room = task.memory_bytes - FIXED_BYTES
-    assert budget.outputs >= 2 and budget.piece >= 4 * TILE_ELEMENTS
-    assert points * budget.outputs * budget.piece <= min(room // 4, threads * (128 << 20))
-    assert threads * budget.slab * len(task.parents) <= room // 8
-    assert points * budget.piece <= max(32 << 20, points * 2 << 20), "each method may hold a mask of it for each point"
+    assert threads * budget.slab * len(task.parents) <= max(room // 8, threads * len(task.parents) << 20)
+    assert points * budget.piece <= points * max(tile, 2 << 20, (32 << 20) // points), "methods hold masks of it"
 
 
 def test_a_parent_that_changed_is_refused_and_nothing_is_written():

@@ -31,7 +31,7 @@ def slow_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             super().__init__(descriptor, position)
 
     monkeypatch.setattr(local, "FIRST_WRITEBACK_BYTES", WRITEBACK)
-    monkeypatch.setattr(local, "WRITEBACK_BYTES", WRITEBACK)
+    monkeypatch.setattr(local, "WRITEBACK_BYTES", 2 * WRITEBACK)
     monkeypatch.setattr(local, "SLOW_WRITEBACK_SECONDS", 0)
     monkeypatch.setattr(local, "can_write_directly", lambda descriptor: True)
     monkeypatch.setattr(local, "DirectWriter", Noted)
@@ -73,6 +73,16 @@ def test_a_fast_cache_has_all_of_the_file(
     monkeypatch.setattr(local, "SLOW_WRITEBACK_SECONDS", 60)
     data = random.Random(0).randbytes(20 * BLOCK)
     assert written(tmp_path, data, [7 * BLOCK]) == data and not slow_cache
+
+
+def test_the_first_writeback_comes_sooner_than_the_others(
+    tmp_path: Path, slow_cache: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "SLOW_WRITEBACK_SECONDS", 60)
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(local.os, "posix_fadvise", lambda file, start, length, advice: begun.append((start, length)))
+    written(tmp_path, bytes(20 * BLOCK), [block * BLOCK for block in range(1, 20)])
+    assert begun == [(0, 4 * BLOCK), (4 * BLOCK, 7 * BLOCK), (11 * BLOCK, 7 * BLOCK)]
 
 
 @pytest.mark.parametrize("refuses", ["the writes", "the flag"])
