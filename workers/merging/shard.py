@@ -66,7 +66,7 @@ PIECES_AHEAD = 4
 """So many merged pieces, or one for each thread, wait where memory allows: they are written while facts are learned."""
 
 MOST_LANES = 8
-"""The most pairs of threads that hash and write: a disk or a bucket is no faster with more."""
+"""The most pairs of threads that hash and write. More do not make a disk or a bucket faster."""
 
 LEARNED_TOGETHER = 128 << 20
 """The most bytes of all parents in one pass for facts: at its end, threads stand still.
