@@ -224,7 +224,7 @@ class Mixer:
                     return embedded(embeddings, tokens["input_ids"], tokens["attention_mask"])
                 return hidden_states(model, tokens, average=self._mixture.gate_mode == "hidden_avg")
 
-            return [
+            directions = [
                 direction(
                     state(tuple(expert.positive_prompts)),
                     state(tuple(expert.negative_prompts)) if expert.negative_prompts else None,
@@ -233,6 +233,8 @@ class Mixer:
                 .numpy()
                 for expert in asked
             ]
+            self._reading.release()
+            return directions
 
     def _weight(self, name: str) -> Tensor:
         """A tensor of the base."""

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jobs.errors import NotFinite, ObjectChanged
+from jobs.errors import NotFinite
 from jobs.merge_tasks import Derived, LowRank, Merged, Parent, ParentTensor, Rows, Scaled, Source, Strided, TensorMerge
 from jobs.yaml_nodes import quoted
 from workers.checkpoints.dtypes import numpy_dtype
@@ -21,6 +20,7 @@ from workers.merging.parent_rules import low_rank, row_adapter, scaled, strided
 from workers.merging.tiles import Elements, Facts, TensorMerger, learn, overflowed
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
+from workers.storage.local import LocalStore, MappedBytes
 
 PIECE_ELEMENTS = 16 * TILE_ELEMENTS
 """What one thread merges at a time: large enough to cost little, small enough that no thread waits long for others."""
@@ -41,6 +41,7 @@ class Deriving:
     def __init__(self, parents: Mapping[str, Parent]) -> None:
         self._parents = parents
         self._stores = {name: open_store(parent.url) for name, parent in parents.items()}
+        self._mapped: list[MappedBytes] = []
 
     def whole(self, parent: str, source: Source, tensor: str) -> Elements:
         """The elements of a tensor, 1-D and in the source's dtype; errors as of the stores and of `check_digest`.
@@ -56,21 +57,23 @@ class Deriving:
             raise NotFinite(f"the merge {quoted(parent)}: {error}") from None
 
     def mapped(self, parent: str, source: Source, tensor: str) -> Elements:
-        """As `whole`; a stored tensor in a folder is not copied, its memory is that of the file. Do not write to it."""
-        if not isinstance(source, ParentTensor) or "://" in (url := self._parents[parent].url):
+        """As `whole`, until `release`; a stored tensor in a folder is not copied: its memory is that of the file."""
+        store = self._stores[parent]
+        if not isinstance(source, ParentTensor) or not isinstance(store, LocalStore):
             return self.whole(parent, source, tensor)
-        store, file = self._stores[parent], self._parents[parent].files[source.file]
-
-        def check() -> None:
-            if store.locate(file.key).etag != file.etag:
-                raise ObjectChanged(f"{url}/{file.key} changed while it was in use; run again to pin the new version")
-
-        check()  # an empty file cannot be mapped
-        data = np.memmap(Path(url) / file.key, np.uint8, "c")[source.start : source.end].view(np.ndarray)
-        check()
+        file = self._parents[parent].files[source.file]
+        part = store.mapped(file.key, start=source.start, length=source.end - source.start, etag=file.etag)
+        if part is None:
+            return self.whole(parent, source, tensor)
+        self._mapped.append(part)
         if source.digest:
-            check_digest(digest_of(data.data, like=source.digest), store, file, parent, tensor, source)
-        return data.view(numpy_dtype(source.dtype))
+            check_digest(digest_of(part.data, like=source.digest), store, file, parent, tensor, source)
+        return np.frombuffer(part.data, numpy_dtype(source.dtype))
+
+    def release(self) -> None:
+        """Ends the use of all that was `mapped`: `ObjectChanged` or `StorageError` if it has not stayed as it was."""
+        while self._mapped:
+            self._mapped.pop().release()
 
     def pieces(self, parent: str, source: Source, tensor: str, elements: int) -> Iterator[Elements]:
         """The elements of a tensor in order, at most so many at once; raises as `whole` does.

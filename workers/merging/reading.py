@@ -1,4 +1,7 @@
-"""Parents' bytes for stretches of tensors: neighbours in a file come in one request, into reused memory."""
+"""Parents' bytes for stretches of tensors: neighbours in a file come in one request, into reused memory.
+
+A file in a folder is not copied: its bytes are used where they lie.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import partial
 from types import TracebackType
+
+import numpy as np
 
 from jobs.merge_tasks import DTYPE_BITS, Parent, ParentTensor, TensorMerge, stored_bytes
 from workers.checkpoints.dtypes import numpy_dtype
@@ -19,11 +24,21 @@ from workers.merging.streams import Mark
 from workers.merging.tiles import Elements, bytes_of
 from workers.methods.tile import TILE_ELEMENTS, as_tensor
 from workers.storage import open_store
+from workers.storage.local import LocalStore, MappedBytes
 
 ALIGNMENT = 64
 READS_AT_ONCE = 16
 
 _Parts = Sequence[Mapping[str, Elements]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One parent's part of a slab: a typed 1-D view for each stretch that the parent has, and the memory of these."""
+
+    views: Mapping[int, Elements]
+    buffer: Bytes | None
+    mapped: Sequence[MappedBytes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,15 +60,15 @@ class Slab:
     """Stretches that follow each other in the output, with what is read of every parent for each, in its dtype."""
 
     def __init__(
-        self, stretches: Sequence[Stretch], read: Callable[[], tuple[_Parts, Sequence[Bytes]]], device: str
+        self, stretches: Sequence[Stretch], read: Callable[[], tuple[_Parts, Sequence[_Read]]], device: str
     ) -> None:
         self.stretches = stretches
-        self.buffers: Sequence[Bytes] = ()
+        self.reads: Sequence[_Read] = ()
         self.checks: list[Future[None]] = []
         self.copied: Mark | None = None
         """The copies of the buffers to a GPU, once they are begun."""
         self._device = device
-        self._read: Callable[[], tuple[_Parts, Sequence[Bytes]]] | None = read
+        self._read: Callable[[], tuple[_Parts, Sequence[_Read]]] | None = read
         self._raw: _Parts = ()
         self._lock = threading.Lock()
 
@@ -62,7 +77,7 @@ class Slab:
         """The elements of each stretch by parent; waits until they are read, or reads them."""
         with self._lock:
             if self._read is not None:
-                self._raw, self.buffers = self._read()
+                self._raw, self.reads = self._read()
                 self._read, self.copied = None, Mark(self._device)
         assert self.copied is not None
         self.copied.before_mine()
@@ -70,7 +85,7 @@ class Slab:
 
     def forget(self) -> None:
         """Holds the memory of what was read no longer."""
-        self._raw, self.buffers = (), ()
+        self._raw, self.reads = (), ()
 
 
 def plan_slabs(
@@ -113,16 +128,16 @@ def _cut(tensor: TensorMerge, slab_bytes: int, row: int) -> Iterator[Stretch]:
 
 
 def all_near(parents: Mapping[str, Parent]) -> bool:
-    """Whether every parent is in memory or in a folder, where a read takes no longer than a copy."""
+    """Whether every parent is in memory or in a folder, where a read takes a copy of memory or less."""
     return all(is_near(parent.url) for parent in parents.values())
 
 
 class ParentReader:
     """Reads slabs of pinned parents. `bytes_read` counts the bytes requested from the stores.
 
-    Several slabs are read at once and ahead, unless all parents are near: then whoever needs a slab reads it, into the
-    cache of its core. Of a parent that has a manifest, `check` holds every tensor against its digest. A derived tensor
-    is in memory as a whole until the last part of it is read, unless `Deriving.in_parts` has it by rows.
+    Several slabs are read at once and ahead, unless all parents are near: then whoever needs a slab reads it. Of a
+    parent that has a manifest, `check` holds every tensor against its digest. A derived tensor is in memory as a whole
+    until the last part of it is read, unless `Deriving.in_parts` has it by rows.
     """
 
     def __init__(
@@ -159,13 +174,13 @@ class ParentReader:
         else:
             reads = {name: self._pool.submit(self._read, name, stretches).result for name in parents}
 
-        def read() -> tuple[_Parts, Sequence[Bytes]]:
+        def read() -> tuple[_Parts, Sequence[_Read]]:
             found = {name: read() for name, read in reads.items()}
             parts = [
-                {name: self._placed(found[name][1][index]) for name in stretch.tensor.sources}
+                {name: self._placed(found[name].views[index]) for name in stretch.tensor.sources}
                 for index, stretch in enumerate(stretches)
             ]
-            return parts, [buffer for buffer, _ in found.values()]
+            return parts, [*found.values()]
 
         return Slab(stretches, read, self._device)
 
@@ -197,36 +212,57 @@ class ParentReader:
             )
 
     def release(self, slab: Slab) -> None:
-        """Gives a slab's memory back; its tensors must not be looked at any more."""
+        """Gives a slab's memory back; its tensors must not be looked at any more.
+
+        Raises `ObjectChanged` or `StorageError` if a mapped file has not stayed as it was.
+        """
         wait(slab.checks)
         if slab.copied is not None:
             slab.copied.wait()  # else the next bytes overtake the copy of these
+        for read in slab.reads:
+            for part in read.mapped:
+                part.release()
+        buffers = [read.buffer for read in slab.reads if read.buffer is not None]
         with self._lock:
-            self._free.extend(buffer for buffer in slab.buffers if buffer.size == self._slab_bytes)
+            self._free.extend(buffer for buffer in buffers if buffer.size == self._slab_bytes)
         slab.forget()  # other memory, as that of derived tensors, is free before the next slabs are read
 
-    def _read(self, name: str, stretches: Sequence[Stretch]) -> tuple[Bytes, dict[int, Elements]]:
-        """One parent's part of a slab: the buffer, and a typed 1-D view of it for each stretch the parent has."""
+    def _read(self, name: str, stretches: Sequence[Stretch]) -> _Read:
+        """One parent's part of a slab; bytes that cannot be mapped are read into a buffer."""
         runs = _runs(name, stretches)
-        buffer = self._buffer(runs[-1].at + runs[-1].size) if runs else memory(0)
-        whole = buffer.data
+        mapped = [self._mapped(name, run, stretches) for run in runs]
+        buffer = self._buffer(runs[-1].at + runs[-1].size) if None in mapped else None
         views: dict[int, Elements] = {}
-        for run in runs:
-            if run.size:  # a bucket cannot be asked for an empty range
-                file = self._parents[name].files[run.file]
-                self._stores[name].read_into(
-                    file.key, whole[run.at : run.at + run.size], start=run.start, etag=file.etag
-                )
+        for run, lies in zip(runs, mapped, strict=True):
+            if lies is not None:
+                data = np.frombuffer(lies.data, np.uint8)
+            else:
+                assert buffer is not None
+                data = buffer[run.at : run.at + run.size]
+                if run.size:  # a bucket cannot be asked for an empty range
+                    file = self._parents[name].files[run.file]
+                    self._stores[name].read_into(file.key, data.data, start=run.start, etag=file.etag)
             for index, at, size in run.parts:
                 dtype = numpy_dtype(stretches[index].tensor.sources[name].dtype)
-                views[index] = buffer[at : at + size].view(dtype)
+                views[index] = data[at - run.at : at - run.at + size].view(dtype)
             with self._lock:
                 self.bytes_read += run.size
             self._progress(run.size, 0)
         for index, stretch in enumerate(stretches):
             if name in stretch.tensor.sources and index not in views:
                 views[index] = self._derived(name, stretch)
-        return buffer, views
+        return _Read(views, buffer, [each for each in mapped if each is not None])
+
+    def _mapped(self, name: str, run: _Run, stretches: Sequence[Stretch]) -> MappedBytes | None:
+        """A run in a folder, for a CPU, where its tensors lie at multiples of their width."""
+        store = self._stores[name]
+        if self._device != "cpu" or not isinstance(store, LocalStore):
+            return None
+        widths = (DTYPE_BITS[stretches[index].tensor.sources[name].dtype] // 8 for index, _, _ in run.parts)
+        if any((run.start + at - run.at) % width for width, (_, at, _) in zip(widths, run.parts, strict=True)):
+            return None
+        file = self._parents[name].files[run.file]
+        return store.mapped(file.key, start=run.start, length=run.size, etag=file.etag)
 
     def _derived(self, name: str, stretch: Stretch) -> Elements:
         """A stretch of a parent's derived tensor; what all its stretches need is read once."""

@@ -6,8 +6,8 @@ and again. Other threads hash and write the pieces in their order, while the fir
     parents ──slabs──▶ pieces ──all points──▶ hash ──▶ write: one upload a point
 
 A method that needs a fact about a whole tensor first (a norm, a cutoff) makes the loop pass over the tensor's slabs
-again: in memory when they fit in the task's budget, else by reading them anew. A large tensor in a local file is read
-anew too.
+again: in memory when they fit in the task's budget, else by reading them anew. Bytes in a local file are not copied:
+they are used where the page cache has them.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ MOST_LANES = 8
 LEARNED_TOGETHER = 128 << 20
 """The most bytes of all parents in one pass for facts: at its end, threads stand still.
 
-A larger tensor is read anew for each pass where a read is a copy of memory: that takes less than fresh memory does.
+A larger tensor in a folder is read anew for each pass, where it lies.
 """
 
 Progress = Callable[[int, int], None]

@@ -31,6 +31,7 @@ from jobs.errors import (
 )
 from workers.storage.direct import BLOCK, DirectWriter, can_write_directly
 from workers.storage.keys import check_key, check_prefix, length_within
+from workers.storage.mapping import CAN_MAP, Mapping
 from workers.storage.store import ObjectInfo
 
 OPEN_FILES = 32
@@ -88,6 +89,14 @@ class LocalStore:
             file = self._opened(path, etag)
             length_within(str(path), file.size, start, buffer.nbytes)
             file.read_into(buffer.cast("B"), start)
+
+    def mapped(self, key: str, *, start: int, length: int, etag: str | None = None) -> MappedBytes | None:
+        """The bytes that `read` would copy, where they lie; None where the file system maps no files."""
+        path = self._path(key)
+        with _readable_errors(path):
+            file = self._opened(path, etag)
+            length_within(str(path), file.size, start, length)
+            return file.mapped(start, length) if length else None
 
     def _opened(self, path: Path, etag: str | None) -> _OpenFile:
         """The file; `ObjectChanged` before a word about its size if it is another version."""
@@ -304,24 +313,42 @@ class LocalUpload:
         self.abort()
 
 
+class MappedBytes:
+    """Bytes of a file where they lie, as `data`: to be used until `release`, and to be believed after it."""
+
+    def __init__(self, file: _OpenFile, mapping: Mapping, start: int, length: int) -> None:
+        self._file, self._mapping = file, mapping
+        mapping.fetch(start, length)
+        self.data = mapping.data[start : start + length]
+
+    def release(self) -> None:
+        """`ObjectChanged` if the file was changed since it was opened, `StorageError` if it could not be read."""
+        self._mapping.release(len(self.data))
+        self._file.check_version()
+        if self._mapping.broken:
+            raise StorageError(f"{self._file.path}: a part of it cannot be read; check this disk and run again")
+
+
 class _OpenFile:
     """An open file and the version it had when it was opened; closed when the last reader lets go of it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        found = os.fstat(self._descriptor)
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        found = os.fstat(self.descriptor)
         self.size = found.st_size
         self.etag = _etag(found)
+        self._mapping: Mapping | None = None
+        self._not_mapped = not CAN_MAP
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: Python may be ending
-        if hasattr(self, "_descriptor"):
-            close(self._descriptor)
+        if hasattr(self, "descriptor"):
+            close(self.descriptor)
 
     def read(self, start: int, length: int) -> bytes:
         """At most `LARGEST_SYSTEM_READ` bytes as one new object."""
         with self._same_version():
-            data = os.pread(self._descriptor, length, start)
+            data = os.pread(self.descriptor, length, start)
         if len(data) < length:
             raise self.changed()
         return data
@@ -331,19 +358,32 @@ class _OpenFile:
             done = 0
             while done < buffer.nbytes:
                 piece = buffer[done : done + LARGEST_SYSTEM_READ]
-                got = os.preadv(self._descriptor, [piece], start + done)
+                got = os.preadv(self.descriptor, [piece], start + done)
                 if not got:
                     raise self.changed()
                 done += got
 
+    def mapped(self, start: int, length: int) -> MappedBytes | None:
+        """None where the file system maps no files."""
+        if self._mapping is None and not self._not_mapped:
+            try:
+                self._mapping = Mapping(self.descriptor, self.size)
+            except OSError:
+                self._not_mapped = True
+        return None if self._mapping is None else MappedBytes(self, self._mapping, start, length)
+
     @contextmanager
     def _same_version(self) -> Generator[None, None, None]:
         yield
-        if _etag(os.fstat(self._descriptor)) != self.etag:
+        self.check_version()
+
+    def check_version(self) -> None:
+        """`ObjectChanged` if the file was changed in its place since it was opened."""
+        if _etag(os.fstat(self.descriptor)) != self.etag:
             raise self.changed()
 
     def changed(self) -> ObjectChanged:
-        return ObjectChanged(f"{self._path} changed while it was in use; run again to pin the new version")
+        return ObjectChanged(f"{self.path} changed while it was in use; run again to pin the new version")
 
 
 class _OpenFiles:

@@ -44,6 +44,7 @@ from workers.checkpoints.safetensors import read_header
 from workers.digests import digest_of
 from workers.merging.reading import ParentReader, Stretch
 from workers.merging.shard import FIXED_BYTES, Budget, merge_task
+from workers.merging.tiles import TensorMerger
 from workers.merging.writing import ShardWriter
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
@@ -136,11 +137,12 @@ def task_of(
     names: Sequence[str] | None = None,
     memory_bytes: int = 2 * 10**9,
     threads: int = 2,
+    at: str = "memory://parents",
 ) -> MergeTask:
     """One shard of these tensors for these points; floats are stored as they are in `a`, wider ones first."""
     number = next(numbers)
     opened = {
-        name: pinned(f"memory://parents-{number}-{name}", tensors if isinstance(tensors, bytes) else save(tensors))
+        name: pinned(f"{at}-{number}-{name}", tensors if isinstance(tensors, bytes) else save(tensors))
         for name, tensors in parents.items()
     }
     _, tensors_of_a, shapes = opened["a"]
@@ -234,6 +236,7 @@ def reference() -> dict[str, tuple[bytes, dict[str, str]]]:
     threads=st.sampled_from([1, 2, 4]),
     groups=st.integers(1, 5),
     order=st.permutations(list(POINTS)),
+    near=st.booleans(),
 )
 def test_bytes_do_not_depend_on_memory_threads_or_grouping(
     reference: dict[str, tuple[bytes, dict[str, str]]],
@@ -245,12 +248,15 @@ def test_bytes_do_not_depend_on_memory_threads_or_grouping(
     threads: int,
     groups: int,
     order: list[str],
+    near: bool,
+    tmp_path: Path,
 ):
     smallest_slab = TILE * 8 + 64  # a tile of float64, and room to align it
     budget = Budget(smallest_slab + slab, slabs_ahead, threads + slabs_ahead, piece_tiles * TILE * 8, outputs, held)
     for group in range(groups):
         points = {point: POINTS[point] for point in order[group::groups]}
-        task = task_of(family(EVERY_KIND), points, threads=threads)
+        at = str(tmp_path / "parents") if near else "memory://parents"
+        task = task_of(family(EVERY_KIND), points, threads=threads, at=at)
         with threads_all_end(), small_tiles(budget):
             receipts = merge_task(task)
         for receipt in receipts:
@@ -484,11 +490,13 @@ def by_hand(parts: Mapping[str, tuple[str, Tensor]], blanks: int = 0) -> bytes:
     return len(text).to_bytes(8, "little") + text + data
 
 
+@pytest.mark.parametrize("mapped", [True, False])
 @pytest.mark.parametrize("blanks", range(8))
-def test_tensors_at_odd_places_of_a_parents_file_are_read(blanks: int):
+def test_tensors_at_odd_places_of_a_parents_file_are_read(blanks: int, mapped: bool, tmp_path: Path):
     double = torch.randn(9, generator=torch.Generator().manual_seed(1)).double()
     content = by_hand({"tiny": ("BOOL", torch.tensor([True])), "x": ("F64", double)}, blanks)
-    task = task_of({"a": content, "b": content}, {"copy": COPY, "linear": LINEAR})
+    at = str(tmp_path / "parents") if mapped else "memory://parents"
+    task = task_of({"a": content, "b": content}, {"copy": COPY, "linear": LINEAR}, at=at)
     merge_task(task)
     assert torch.equal(load(shard(task, "copy"))["x"], double)
     assert torch.allclose(load(shard(task, "linear"))["x"], double, rtol=1e-15)
@@ -634,6 +642,31 @@ def test_a_parent_that_changed_is_refused_and_nothing_is_written():
     with threads_all_end(), pytest.raises(ObjectChanged):
         merge_task(task)
     assert list(open_store(task.run).list()) == []
+
+
+@pytest.mark.parametrize("setting", [LINEAR, TIES], ids=["one pass", "several passes"])
+@pytest.mark.parametrize("change", ["cut short", "written to"])
+def test_a_file_that_changes_while_it_is_merged_is_refused_and_nothing_is_written(
+    setting: Setting, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Its bytes are memory of this process: where they end, a read finds zeros and not the end of the process."""
+    parents = family({"large": ((3, 1 << 20), "float32")})
+    task = task_of(parents, {"point": setting}, at=str(tmp_path / "parents"))
+    place = Path(task.parents["b"].url) / "model.safetensors"
+    real = TensorMerger.run
+    struck: list[int] = []
+
+    def run(self: TensorMerger, start: int, *others: Any) -> tuple[bool, list[int]]:
+        if not struck:
+            struck.append(start)
+            with place.open("r+b") as file:
+                file.truncate(1000) if change == "cut short" else file.write(b"\x01")
+        return real(self, start, *others)
+
+    monkeypatch.setattr(TensorMerger, "run", run)
+    with threads_all_end(), pytest.raises(ObjectChanged, match=rf"{place} changed while it was in use; run again"):
+        merge_task(task)
+    assert struck and list(open_store(task.run).list()) == []
 
 
 def with_digests(task: MergeTask, parents: Mapping[str, dict[str, Tensor]], like: str = "blake3:") -> MergeTask:
