@@ -111,7 +111,8 @@ SLOW = (
     "tests/workers/storage/test_local.py::test_a_full_disk",
     "tests/workers/storage/test_local.py::test_of_racing_processes",
     "tests/workers/storage/test_local.py::test_what_a_killed_writer_left",
-    "tests/workers/storage/test_mapping.py::test_a_read_of_other_memory",
+    "tests/workers/storage/test_mapping.py::test_a_bus_error_elsewhere",
+    "tests/workers/storage/test_mapping.py::test_files_are_mapped_by_many_threads",
     "tests/workers/storage/test_open_store.py::test_a_folder_is_opened_without_any_cloud_library",
 )
 """Tests that start a model, a process or a server, or that compute for long: how their names begin."""

@@ -191,7 +191,10 @@ class Mixer:
             uniform = mixture.gate_mode == "uniform_random"
             shape = (len(asked), hidden)
             return np.stack([drawn(shape, self._seed, "gate", n, uniform=uniform) for n in range(self._layers)])
-        rows = self._of_prompts(asked)
+        try:
+            rows = self._of_prompts(asked)
+        finally:  # if a file has changed, this may be why the prompts failed
+            self._reading.release()
         return np.stack([np.broadcast_to(row, (self._layers, hidden)) for row in rows], axis=1)
 
     def _of_prompts(self, asked: Sequence[Expert]) -> list[np.ndarray[Any, Any]]:
@@ -224,7 +227,7 @@ class Mixer:
                     return embedded(embeddings, tokens["input_ids"], tokens["attention_mask"])
                 return hidden_states(model, tokens, average=self._mixture.gate_mode == "hidden_avg")
 
-            directions = [
+            return [
                 direction(
                     state(tuple(expert.positive_prompts)),
                     state(tuple(expert.negative_prompts)) if expert.negative_prompts else None,
@@ -233,8 +236,6 @@ class Mixer:
                 .numpy()
                 for expert in asked
             ]
-            self._reading.release()
-            return directions
 
     def _weight(self, name: str) -> Tensor:
         """A tensor of the base."""

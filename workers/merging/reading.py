@@ -1,6 +1,6 @@
 """Parents' bytes for stretches of tensors: neighbours in a file come in one request, into reused memory.
 
-A file in a folder is not copied: its bytes are used where they lie.
+For a CPU, bytes in the page cache are used where they lie, if the system maps the file.
 """
 
 from __future__ import annotations
@@ -152,6 +152,8 @@ class ParentReader:
         self._deriving = Deriving(parents)
         self._opened: dict[tuple[str, str], _Opened] = {}
         self._free: list[Bytes] = []
+        self._in_use: dict[str, MappedBytes] = {}
+        """Of each mapped file, by the store's URL and the key, the bytes that were used last."""
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READS_AT_ONCE, "read")
         self._checkers = {name: ThreadPoolExecutor(1, "check") for name in parents}
@@ -165,6 +167,9 @@ class ParentReader:
     ) -> None:
         for pool in (self._pool, *self._checkers.values()):
             pool.shutdown(cancel_futures=True)
+        if isinstance(error, Exception):  # if a file has changed meanwhile, this may be why
+            for part in self._in_use.values():
+                part.release()
 
     def submit(self, stretches: Sequence[Stretch]) -> Slab:
         """A slab that will be read; `raw` waits for it."""
@@ -228,7 +233,7 @@ class ParentReader:
         slab.forget()  # other memory, as that of derived tensors, is free before the next slabs are read
 
     def _read(self, name: str, stretches: Sequence[Stretch]) -> _Read:
-        """One parent's part of a slab; bytes that cannot be mapped are read into a buffer."""
+        """One parent's part of a slab; bytes that are not mapped are read into a buffer."""
         runs = _runs(name, stretches)
         mapped = [self._mapped(name, run, stretches) for run in runs]
         buffer = self._buffer(runs[-1].at + runs[-1].size) if None in mapped else None
@@ -254,7 +259,7 @@ class ParentReader:
         return _Read(views, buffer, [each for each in mapped if each is not None])
 
     def _mapped(self, name: str, run: _Run, stretches: Sequence[Stretch]) -> MappedBytes | None:
-        """A run in a folder, for a CPU, where its tensors lie at multiples of their width."""
+        """A run that is in the page cache, for a CPU, if its tensors lie at multiples of their width."""
         store = self._stores[name]
         if self._device != "cpu" or not isinstance(store, LocalStore):
             return None
@@ -262,7 +267,11 @@ class ParentReader:
         if any((run.start + at - run.at) % width for width, (_, at, _) in zip(widths, run.parts, strict=True)):
             return None
         file = self._parents[name].files[run.file]
-        return store.mapped(file.key, start=run.start, length=run.size, etag=file.etag)
+        part = store.mapped(file.key, start=run.start, length=run.size, etag=file.etag)
+        if part is None or not part.are_cached():
+            return None
+        self._in_use[f"{store.url}/{file.key}"] = part
+        return part
 
     def _derived(self, name: str, stretch: Stretch) -> Elements:
         """A stretch of a parent's derived tensor; what all its stretches need is read once."""
@@ -303,7 +312,7 @@ class _Opened:
 
 @dataclass(slots=True)
 class _Run:
-    """Bytes `[start, start + size)` of one file, read to `at` in the buffer; `parts` are (stretch, at, size)."""
+    """Bytes `[start, start + size)` of one file, at `at` of a buffer if they are read; `parts`: (stretch, at, size)."""
 
     file: int
     start: int

@@ -6,8 +6,7 @@ and again. Other threads hash and write the pieces in their order, while the fir
     parents ──slabs──▶ pieces ──all points──▶ hash ──▶ write: one upload a point
 
 A method that needs a fact about a whole tensor first (a norm, a cutoff) makes the loop pass over the tensor's slabs
-again: in memory when they fit in the task's budget, else by reading them anew. Bytes in a local file are not copied:
-they are used where the page cache has them.
+again: in memory when they fit in the task's budget, else by reading them anew.
 """
 
 from __future__ import annotations

@@ -91,7 +91,7 @@ class LocalStore:
             file.read_into(buffer.cast("B"), start)
 
     def mapped(self, key: str, *, start: int, length: int, etag: str | None = None) -> MappedBytes | None:
-        """The bytes that `read` would copy, where they lie; None where the file system maps no files."""
+        """The bytes that `read` would copy, where they lie; None if there are none, or the system does not map them."""
         path = self._path(key)
         with _readable_errors(path):
             file = self._opened(path, etag)
@@ -318,15 +318,24 @@ class MappedBytes:
 
     def __init__(self, file: _OpenFile, mapping: Mapping, start: int, length: int) -> None:
         self._file, self._mapping = file, mapping
-        mapping.fetch(start, length)
+        self._last = start + length - 1
         self.data = mapping.data[start : start + length]
+
+    def are_cached(self) -> bool:
+        """Whether the last of them, and so most likely all, are in the page cache.
+
+        Of others, `read_into` asks the disk for more at once than their use would.
+        """
+        return self._mapping.is_cached(self._last)
 
     def release(self) -> None:
         """`ObjectChanged` if the file was changed since it was opened, `StorageError` if it could not be read."""
         self._mapping.release(len(self.data))
-        self._file.check_version()
-        if self._mapping.broken:
-            raise StorageError(f"{self._file.path}: a part of it cannot be read; check this disk and run again")
+        with _readable_errors(self._file.path):
+            self._file.check_version()
+            if (place := self._mapping.broken_at) is not None:
+                self._file.read_into(memoryview(bytearray(1)), place)
+                raise StorageUnavailable(f"{self._file.path}: a part of it could not be read for a while; run again")
 
 
 class _OpenFile:
@@ -364,10 +373,12 @@ class _OpenFile:
                 done += got
 
     def mapped(self, start: int, length: int) -> MappedBytes | None:
-        """None where the file system maps no files."""
+        """None where the system does not map the file."""
         if self._mapping is None and not self._not_mapped:
             try:
                 self._mapping = Mapping(self.descriptor, self.size)
+            except ValueError:
+                raise self.changed() from None
             except OSError:
                 self._not_mapped = True
         return None if self._mapping is None else MappedBytes(self, self._mapping, start, length)

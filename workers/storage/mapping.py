@@ -1,24 +1,26 @@
 """Files as memory: what is in the page cache is used where it lies, while `pread` takes 0.5 ns to copy a byte.
 
 A process that reads a mapped file dies by SIGBUS where another process has cut the file short, or its disk fails. Here
-such a read finds zeros instead, and `Mapping.broken` is true.
+such a read finds zeros, and so does each later one of the rest of the file; `Mapping.broken_at` says from where on.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import itertools
 import mmap
 import os
+import resource
 import signal
 import sys
+import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
-CAN_MAP = sys.platform == "linux" and sys.maxsize > 1 << 32
+CAN_MAP = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
 """Elsewhere the structures of signals are others: files are read."""
 
 RELEASED_BYTES = 32 << 20
@@ -26,16 +28,20 @@ RELEASED_BYTES = 32 << 20
 
 MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
 SA_SIGINFO = 4
-ADDRESS_IN_SIGINFO = 16
+CODE_IN_SIGINFO, ADDRESS_IN_SIGINFO = 8, 16
+RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
 
 
 class Mapping:
     """All `size` bytes of an open file as `data`; more than zero. They are unmapped with the last view.
 
-    What is written to it stays in this process. Raises OSError where the system cannot map the file.
+    What is written to it stays in this process. Raises OSError where the system cannot map the file, or a limit on
+    addresses (`ulimit -v`) would count it as memory, and ValueError if the file has become shorter.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
+        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
+            raise OSError(errno.ENOMEM, "addresses are limited")
         _mind_bus_errors()
         self._descriptor = descriptor
         self._pages = mmap.mmap(
@@ -50,16 +56,18 @@ class Mapping:
         weakref.finalize(self._pages, _MAPPED.pop, number).atexit = False
 
     @property
-    def broken(self) -> bool:
-        """Whether a part of it could not be read and has become zeros."""
-        return self._range.broken
+    def broken_at(self) -> int | None:
+        """The first byte that could not be read: from its page on, all bytes have become zeros."""
+        return self._range.broken_at
 
-    def fetch(self, start: int, length: int) -> None:
-        """Begins to read bytes that are not in the page cache: at their first use, few pages would come at a time."""
+    def is_cached(self, place: int) -> bool:
+        """Whether a byte is in the page cache; False where the system does not say so, as of a file on a network."""
+        if RWF_NOWAIT is None:
+            return False
         try:
-            os.preadv(self._descriptor, [bytearray(1)], start + length - 1, os.RWF_NOWAIT)
-        except OSError:
-            self._advise(mmap.MADV_WILLNEED, start, length)
+            return os.preadv(self._descriptor, [bytearray(1)], place, RWF_NOWAIT) == 1
+        except (OSError, NotImplementedError):
+            return False
 
     def release(self, length: int) -> None:
         """Counts bytes that are no longer used. Now and then the process lets go of all, which the cache may keep.
@@ -69,12 +77,8 @@ class Mapping:
         self._released += length
         if self._released >= RELEASED_BYTES:
             self._released = 0
-            self._advise(mmap.MADV_DONTNEED, 0, len(self.data))
-
-    def _advise(self, advice: int, start: int, length: int) -> None:
-        page = start - start % mmap.PAGESIZE
-        with suppress(OSError):
-            self._pages.madvise(advice, page, start + length - page)
+            with suppress(OSError):
+                self._pages.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(slots=True)
@@ -83,7 +87,7 @@ class _Range:
 
     first: int
     end: int
-    broken: bool = False
+    broken_at: int | None = None
 
 
 _NUMBERS = itertools.count()
@@ -101,31 +105,58 @@ class _Action(ctypes.Structure):
     )
 
 
-@cache
-def _mind_bus_errors() -> Any:
-    """Handles SIGBUS from now on; what it returns lives as long as the process.
+class _BusErrors:
+    """The handler of SIGBUS, in Python, on the thread whose load failed.
 
-    The handler is Python, on the thread whose load failed. That is safe: compiled loops, which have given up Python's
-    lock, load from a mapping, and so do copies and digests; none holds a lock that the handler needs.
+    Compiled loops, which have given up Python's lock, load from a mapping, and so do copies and digests. None of them
+    holds a lock that the handler needs.
     """
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    earlier = _Action()
 
-    def on_bus_error(number: int, info: int, context: int) -> None:
-        try:
-            address = ctypes.c_size_t.from_address(info + ADDRESS_IN_SIGINFO).value
-            (range_,) = [each for each in list(_MAPPED.values()) if each.first <= address < each.end]
-            range_.broken = True
-            page = address // mmap.PAGESIZE * mmap.PAGESIZE
-            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED
-            if libc.mmap(page, range_.end - page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) != page:
-                raise MemoryError
-        except BaseException:  # another's memory: the load fails again, and the earlier handler has it
-            libc.sigaction(signal.SIGBUS, ctypes.byref(earlier), None)
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
+        self._function = kind(self._on_error)
+        self._ours = _Action(handler=ctypes.cast(self._function, ctypes.c_void_p), flags=SA_SIGINFO)
+        self._earlier = _Action()
 
-    handler = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(on_bus_error)
-    action = _Action(handler=ctypes.cast(handler, ctypes.c_void_p), flags=SA_SIGINFO)
-    libc.sigaction(signal.SIGBUS, ctypes.byref(action), ctypes.byref(earlier))
-    return handler
+    def install(self) -> None:
+        """Handles SIGBUS from now on, unless it does so already."""
+        found = _Action()
+        self._libc.sigaction(signal.SIGBUS, None, ctypes.byref(found))
+        if found.handler != self._ours.handler:
+            self._earlier = found
+            self._act_by(self._ours)
+
+    def _act_by(self, action: _Action) -> None:
+        self._libc.sigaction(signal.SIGBUS, ctypes.byref(action), None)
+
+    def _on_error(self, number: int, info: int, context: int) -> None:
+        if ctypes.c_int.from_address(info + CODE_IN_SIGINFO).value <= 0:  # sent by a program, and not by a load
+            self._act_by(_Action())
+            signal.raise_signal(signal.SIGBUS)
+        elif not self._became_zeros(ctypes.c_size_t.from_address(info + ADDRESS_IN_SIGINFO).value):
+            self._act_by(self._earlier)  # the load fails again
+
+    def _became_zeros(self, address: int) -> bool:
+        """Whether the address lies in a mapped file, whose rest has become zeros."""
+        for each in list(_MAPPED.values()):
+            if each.first <= address < each.end:
+                each.broken_at = address - each.first
+                page = address // mmap.PAGESIZE * mmap.PAGESIZE
+                flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE
+                return self._libc.mmap(page, each.end - page, mmap.PROT_READ | mmap.PROT_WRITE, flags, -1, 0) == page
+        return False
+
+
+_BUS_ERRORS: list[Any] = []
+_INSTALLING = threading.Lock()
+
+
+def _mind_bus_errors() -> None:
+    """Installs the one handler of this process, which lives as long as this does."""
+    with _INSTALLING:
+        if not _BUS_ERRORS:
+            _BUS_ERRORS.append(_BusErrors())
+        _BUS_ERRORS[0].install()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import ml_dtypes
@@ -62,3 +63,18 @@ def test_a_stored_tensor_comes_in_pieces_or_by_its_file_and_is_checked(tmp_path:
         for read in (lambda: list(deriving.pieces("p", at, "w", 20)), lambda: deriving.mapped("p", at, "w")):
             with pytest.raises(ObjectChanged):
                 read()
+
+
+def test_a_file_that_changes_while_it_is_used_where_it_lies_is_refused_at_the_end(tmp_path: Path) -> None:
+    data = np.arange(5000, dtype=np.float32)
+    (tmp_path / "model").write_bytes(data.tobytes())
+    store = open_store(str(tmp_path))
+    parent = Parent(store.pinned_url, tuple(ParentFile(info.key, info.size, info.etag) for info in store.list()))
+    deriving, at = Deriving({"p": parent}), ParentTensor(0, "F32", 4, 20000, "")
+    assert np.array_equal(deriving.mapped("p", at, "w"), data[1:])
+    deriving.release()
+    elements = deriving.mapped("p", at, "w")
+    os.truncate(tmp_path / "model", 0)
+    assert not elements.any()
+    with pytest.raises(ObjectChanged, match="model changed while it was in use; run again"):
+        deriving.release()

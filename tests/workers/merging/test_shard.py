@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import resource
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -44,7 +45,7 @@ from workers.checkpoints.safetensors import read_header
 from workers.digests import digest_of
 from workers.merging.reading import ParentReader, Stretch
 from workers.merging.shard import FIXED_BYTES, Budget, merge_task
-from workers.merging.tiles import TensorMerger
+from workers.merging.tiles import TensorMerger, tiles
 from workers.merging.writing import ShardWriter
 from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
@@ -645,28 +646,59 @@ def test_a_parent_that_changed_is_refused_and_nothing_is_written():
 
 
 @pytest.mark.parametrize("setting", [LINEAR, TIES], ids=["one pass", "several passes"])
+@pytest.mark.parametrize("anew", [False, True], ids=["held", "read anew"])
+@pytest.mark.parametrize("when", ["learn", "merge"])
 @pytest.mark.parametrize("change", ["cut short", "written to"])
 def test_a_file_that_changes_while_it_is_merged_is_refused_and_nothing_is_written(
-    setting: Setting, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, anew: bool, when: str, change: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Its bytes are memory of this process: where they end, a read finds zeros and not the end of the process."""
-    parents = family({"large": ((3, 1 << 20), "float32")})
-    task = task_of(parents, {"point": setting}, at=str(tmp_path / "parents"))
+    task = task_of(family({"only": ((2, 1 << 20), "bfloat16")}), {"point": setting}, at=str(tmp_path / "parents"))
+    place = Path(task.parents["b"].url) / "model.safetensors"
+    struck: list[bool] = []
+
+    def strike(real: Callable[..., Any]) -> Callable[..., Any]:
+        def striking(*given: Any, **named: Any) -> Any:
+            if not struck:
+                struck.append(True)
+                with place.open("r+b") as file:
+                    file.seek(2 << 20)
+                    file.truncate(1000) if change == "cut short" else file.write(b"\x01")
+            return real(*given, **named)
+
+        return striking
+
+    if when == "merge":
+        monkeypatch.setattr(TensorMerger, "run", strike(TensorMerger.run))
+    else:
+        monkeypatch.setattr("workers.merging.shard.tiles", strike(tiles))
+    if anew:
+        monkeypatch.setattr("workers.merging.shard.LEARNED_TOGETHER", 1000)
+    with threads_all_end():
+        if (when, setting) == ("learn", LINEAR):  # it learns nothing
+            merge_task(task)
+            assert not struck
+            return
+        with pytest.raises(ObjectChanged, match=rf"{place} changed while it was in use; run again"):
+            merge_task(task)
+    assert struck and list(open_store(task.run).list()) == []
+
+
+def test_a_file_that_changes_is_named_and_not_what_followed_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Integers differ from those of the other parent once they are zeros."""
+    parents = {"a": {"only": torch.arange(1 << 18)}, "b": {"only": torch.arange(1 << 18)}}
+    task = task_of(parents, {"point": LINEAR}, at=str(tmp_path / "parents"))
     place = Path(task.parents["b"].url) / "model.safetensors"
     real = TensorMerger.run
-    struck: list[int] = []
 
-    def run(self: TensorMerger, start: int, *others: Any) -> tuple[bool, list[int]]:
-        if not struck:
-            struck.append(start)
-            with place.open("r+b") as file:
-                file.truncate(1000) if change == "cut short" else file.write(b"\x01")
-        return real(self, start, *others)
+    def run(self: TensorMerger, *given: Any) -> tuple[bool, list[int]]:
+        os.truncate(place, 1000)
+        return real(self, *given)
 
     monkeypatch.setattr(TensorMerger, "run", run)
-    with threads_all_end(), pytest.raises(ObjectChanged, match=rf"{place} changed while it was in use; run again"):
+    with pytest.raises(ObjectChanged, match=f"{place} changed while it was in use") as raised:
         merge_task(task)
-    assert struck and list(open_store(task.run).list()) == []
+    assert isinstance(raised.value.__context__, BadInput)
 
 
 def with_digests(task: MergeTask, parents: Mapping[str, dict[str, Tensor]], like: str = "blake3:") -> MergeTask:
