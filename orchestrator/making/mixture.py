@@ -193,8 +193,10 @@ class Mixer:
             return np.stack([drawn(shape, self._seed, "gate", n, uniform=uniform) for n in range(self._layers)])
         try:
             rows = self._of_prompts(asked)
-        finally:  # if a file has changed, this may be why the prompts failed
+        except Exception:  # if a file has changed, this may be why
             self._reading.release()
+            raise
+        self._reading.release()
         return np.stack([np.broadcast_to(row, (self._layers, hidden)) for row in rows], axis=1)
 
     def _of_prompts(self, asked: Sequence[Expert]) -> list[np.ndarray[Any, Any]]:

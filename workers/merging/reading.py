@@ -1,6 +1,6 @@
 """Parents' bytes for stretches of tensors: neighbours in a file come in one request, into reused memory.
 
-For a CPU, bytes in the page cache are used where they lie, if the system maps the file.
+For a CPU, bytes in the page cache are used where they lie, where the system maps the file.
 """
 
 from __future__ import annotations
@@ -152,8 +152,7 @@ class ParentReader:
         self._deriving = Deriving(parents)
         self._opened: dict[tuple[str, str], _Opened] = {}
         self._free: list[Bytes] = []
-        self._in_use: dict[str, MappedBytes] = {}
-        """Of each mapped file, by the store's URL and the key, the bytes that were used last."""
+        self._in_use: set[MappedBytes] = set()
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(READS_AT_ONCE, "read")
         self._checkers = {name: ThreadPoolExecutor(1, "check") for name in parents}
@@ -168,7 +167,7 @@ class ParentReader:
         for pool in (self._pool, *self._checkers.values()):
             pool.shutdown(cancel_futures=True)
         if isinstance(error, Exception):  # if a file has changed meanwhile, this may be why
-            for part in self._in_use.values():
+            for part in self._in_use:
                 part.release()
 
     def submit(self, stretches: Sequence[Stretch]) -> Slab:
@@ -224,11 +223,12 @@ class ParentReader:
         wait(slab.checks)
         if slab.copied is not None:
             slab.copied.wait()  # else the next bytes overtake the copy of these
-        for read in slab.reads:
-            for part in read.mapped:
-                part.release()
+        mapped = [part for read in slab.reads for part in read.mapped]
+        for part in mapped:
+            part.release()
         buffers = [read.buffer for read in slab.reads if read.buffer is not None]
         with self._lock:
+            self._in_use.difference_update(mapped)
             self._free.extend(buffer for buffer in buffers if buffer.size == self._slab_bytes)
         slab.forget()  # other memory, as that of derived tensors, is free before the next slabs are read
 
@@ -270,7 +270,8 @@ class ParentReader:
         part = store.mapped(file.key, start=run.start, length=run.size, etag=file.etag)
         if part is None or not part.are_cached():
             return None
-        self._in_use[f"{store.url}/{file.key}"] = part
+        with self._lock:
+            self._in_use.add(part)
         return part
 
     def _derived(self, name: str, stretch: Stretch) -> Elements:

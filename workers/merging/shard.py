@@ -70,7 +70,7 @@ MOST_LANES = 8
 LEARNED_TOGETHER = 128 << 20
 """The most bytes of all parents in one pass for facts: at its end, threads stand still.
 
-A larger tensor in a folder is read anew for each pass, where it lies.
+A larger tensor in a folder is read anew for each pass: from the page cache, that takes less than fresh memory does.
 """
 
 Progress = Callable[[int, int], None]

@@ -31,7 +31,7 @@ from jobs.errors import (
 )
 from workers.storage.direct import BLOCK, DirectWriter, can_write_directly
 from workers.storage.keys import check_key, check_prefix, length_within
-from workers.storage.mapping import CAN_MAP, Mapping
+from workers.storage.mapping import CAN_MAP, Mapping, mind_bus_errors
 from workers.storage.store import ObjectInfo
 
 OPEN_FILES = 32
@@ -381,7 +381,10 @@ class _OpenFile:
                 raise self.changed() from None
             except OSError:
                 self._not_mapped = True
-        return None if self._mapping is None else MappedBytes(self, self._mapping, start, length)
+        if self._mapping is None:
+            return None
+        mind_bus_errors()
+        return MappedBytes(self, self._mapping, start, length)
 
     @contextmanager
     def _same_version(self) -> Generator[None, None, None]:

@@ -18,7 +18,7 @@ import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 CAN_MAP = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
 """Elsewhere the structures of signals are others: files are read."""
@@ -27,22 +27,23 @@ RELEASED_BYTES = 32 << 20
 """To let go of memory, every core must be asked: so it is done for several reads at once."""
 
 MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
-SA_SIGINFO = 4
+SA_SIGINFO, SA_RESETHAND = 4, -0x80000000
 CODE_IN_SIGINFO, ADDRESS_IN_SIGINFO = 8, 16
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
+OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 class Mapping:
     """All `size` bytes of an open file as `data`; more than zero. They are unmapped with the last view.
 
-    What is written to it stays in this process. Raises OSError where the system cannot map the file, or a limit on
-    addresses (`ulimit -v`) would count it as memory, and ValueError if the file has become shorter.
+    What is written to it stays in this process. Raises OSError where the system cannot map the file or would count all
+    of it as memory, and ValueError if the file has become shorter.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
-        if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
-            raise OSError(errno.ENOMEM, "addresses are limited")
-        _mind_bus_errors()
+        if _counts_as_memory():
+            raise OSError(errno.ENOMEM, "a mapped file counts as memory here")
+        mind_bus_errors()
         self._descriptor = descriptor
         self._pages = mmap.mmap(
             descriptor, size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
@@ -61,7 +62,7 @@ class Mapping:
         return self._range.broken_at
 
     def is_cached(self, place: int) -> bool:
-        """Whether a byte is in the page cache; False where the system does not say so, as of a file on a network."""
+        """Whether a byte is in the page cache; False where the system does not say so, as on a network or in tmpfs."""
         if RWF_NOWAIT is None:
             return False
         try:
@@ -79,6 +80,16 @@ class Mapping:
             self._released = 0
             with suppress(OSError):
                 self._pages.madvise(mmap.MADV_DONTNEED)
+
+
+def _counts_as_memory() -> bool:
+    """Whether a limit (`ulimit -v`, `ulimit -d`) or the system's strict accounting has no room for addresses alone."""
+    limits = (resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    if any(limit != resource.RLIM_INFINITY for limit in limits):
+        return True
+    with suppress(OSError):
+        return OVERCOMMIT.read_text().strip() == "2"
+    return False
 
 
 @dataclass(slots=True)
@@ -109,7 +120,8 @@ class _BusErrors:
     """The handler of SIGBUS, in Python, on the thread whose load failed.
 
     Compiled loops, which have given up Python's lock, load from a mapping, and so do copies and digests. None of them
-    holds a lock that the handler needs.
+    holds a lock that the handler needs. A failed load elsewhere is left to the earlier handler, and ends the process if
+    that does not; so does a SIGBUS that a program sends.
     """
 
     def __init__(self) -> None:
@@ -137,11 +149,12 @@ class _BusErrors:
             self._act_by(_Action())
             signal.raise_signal(signal.SIGBUS)
         elif not self._became_zeros(ctypes.c_size_t.from_address(info + ADDRESS_IN_SIGINFO).value):
-            self._act_by(self._earlier)  # the load fails again
+            once = self._earlier.flags | SA_RESETHAND  # the load fails again, and a third time by default
+            self._act_by(_Action(self._earlier.handler, self._earlier.mask, once, self._earlier.restorer))
 
     def _became_zeros(self, address: int) -> bool:
         """Whether the address lies in a mapped file, whose rest has become zeros."""
-        for each in list(_MAPPED.values()):
+        for each in reversed(list(_MAPPED.values())):  # one that was unmapped may be there still
             if each.first <= address < each.end:
                 each.broken_at = address - each.first
                 page = address // mmap.PAGESIZE * mmap.PAGESIZE
@@ -150,12 +163,12 @@ class _BusErrors:
         return False
 
 
-_BUS_ERRORS: list[Any] = []
+_BUS_ERRORS: list[_BusErrors] = []
 _INSTALLING = threading.Lock()
 
 
-def _mind_bus_errors() -> None:
-    """Installs the one handler of this process, which lives as long as this does."""
+def mind_bus_errors() -> None:
+    """Installs the one handler of this process, which lives as long as this does, or again where another took over."""
     with _INSTALLING:
         if not _BUS_ERRORS:
             _BUS_ERRORS.append(_BusErrors())
