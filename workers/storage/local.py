@@ -318,7 +318,7 @@ class MappedBytes:
 
     def __init__(self, file: _OpenFile, mapping: Mapping, start: int, length: int) -> None:
         self._file, self._mapping = file, mapping
-        self._last = start + length - 1
+        self._place = start, length
         self.data = mapping.data[start : start + length]
 
     def are_cached(self) -> bool:
@@ -326,11 +326,11 @@ class MappedBytes:
 
         Of others, `read_into` asks the disk for more at once than their use would.
         """
-        return self._mapping.is_cached(self._last)
+        return self._mapping.is_cached(sum(self._place) - 1)
 
     def release(self) -> None:
         """`ObjectChanged` if the file was changed since it was opened, `StorageError` if it could not be read."""
-        self._mapping.release(len(self.data))
+        self._mapping.release(*self._place)
         with _readable_errors(self._file.path):
             self._file.check_version()
             if (place := self._mapping.broken_at) is not None:

@@ -49,7 +49,7 @@ class Mapping:
             descriptor, size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
         self.data = memoryview(self._pages)
-        self._released = 0
+        self._released, self._first, self._end = 0, size, 0
         first = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self._range = _Range(first, first - (-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         number = next(_NUMBERS)
@@ -70,16 +70,18 @@ class Mapping:
         except (OSError, NotImplementedError):
             return False
 
-    def release(self, length: int) -> None:
-        """Counts bytes that are no longer used. Now and then the process lets go of all, which the cache may keep.
+    def release(self, start: int, length: int) -> None:
+        """Counts bytes that are no longer used. Now and then the process lets go of them, which the cache may keep.
 
-        Else they would count as its memory. Who uses others meanwhile finds them in the cache again.
+        Else they would count as its memory. Who uses others between them finds those in the cache again.
         """
         self._released += length
+        self._first, self._end = min(self._first, start), max(self._end, start + length)
         if self._released >= RELEASED_BYTES:
-            self._released = 0
+            page = self._first - self._first % mmap.PAGESIZE
             with suppress(OSError):
-                self._pages.madvise(mmap.MADV_DONTNEED)
+                self._pages.madvise(mmap.MADV_DONTNEED, page, self._end - page)
+            self._released, self._first, self._end = 0, len(self.data), 0
 
 
 def _counts_as_memory() -> bool:
