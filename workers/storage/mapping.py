@@ -75,13 +75,15 @@ class Mapping:
 
         Else they would count as its memory. Who uses others between them finds those in the cache again.
         """
+        first, end = min(self._first, start), max(self._end, start + length)
         self._released += length
-        self._first, self._end = min(self._first, start), max(self._end, start + length)
-        if self._released >= RELEASED_BYTES:
-            page = self._first - self._first % mmap.PAGESIZE
-            with suppress(OSError):
-                self._pages.madvise(mmap.MADV_DONTNEED, page, self._end - page)
-            self._released, self._first, self._end = 0, len(self.data), 0
+        if self._released < RELEASED_BYTES:
+            self._first, self._end = first, end
+            return
+        self._released, self._first, self._end = 0, len(self.data), 0
+        page = first - first % mmap.PAGESIZE
+        with suppress(OSError):
+            self._pages.madvise(mmap.MADV_DONTNEED, page, end - page)
 
 
 def _counts_as_memory() -> bool:

@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,25 @@ def test_released_bytes_are_not_memory_of_the_process_for_long(store: LocalStore
         mapped.release()
         assert of_files() - before <= (32 << 20) + (size // 16)
     assert of_files() - before < 8 << 20
+
+
+def test_threads_release_bytes_at_once(store: LocalStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [store.mapped("parent", start=start, length=PAGE) for start in range(0, SIZE - PAGE, PAGE)]
+    monkeypatch.setattr("workers.storage.mapping.RELEASED_BYTES", PAGE)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def release(first: int) -> None:
+        for number in range(2000):
+            part = parts[(first + number) % len(parts)]
+            assert part is not None
+            part.release()
+
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            assert [*pool.map(release, range(8))] == [None] * 8
+    finally:
+        sys.setswitchinterval(interval)
 
 
 PROGRAM = """
