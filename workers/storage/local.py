@@ -31,7 +31,7 @@ from jobs.errors import (
 )
 from workers.storage.direct import BLOCK, DirectWriter, can_write_directly
 from workers.storage.keys import check_key, check_prefix, length_within
-from workers.storage.mapping import CAN_MAP, Mapping, mind_bus_errors
+from workers.storage.mapping import CAN_MAP, Mapping
 from workers.storage.store import ObjectInfo
 
 OPEN_FILES = 32
@@ -319,7 +319,7 @@ class MappedBytes:
     def __init__(self, file: _OpenFile, mapping: Mapping, start: int, length: int) -> None:
         self._file, self._mapping = file, mapping
         self._place = start, length
-        self.data = mapping.data[start : start + length]
+        self.data = mapping.part(start, length)
 
     def are_cached(self) -> bool:
         """Whether the last of them, and so most likely all, are in the page cache.
@@ -356,21 +356,21 @@ class _OpenFile:
 
     def read(self, start: int, length: int) -> bytes:
         """At most `LARGEST_SYSTEM_READ` bytes as one new object."""
-        with self._same_version():
-            data = os.pread(self.descriptor, length, start)
+        data = os.pread(self.descriptor, length, start)
+        self.check_version()
         if len(data) < length:
             raise self.changed()
         return data
 
     def read_into(self, buffer: memoryview, start: int) -> None:
-        with self._same_version():
-            done = 0
-            while done < buffer.nbytes:
-                piece = buffer[done : done + LARGEST_SYSTEM_READ]
-                got = os.preadv(self.descriptor, [piece], start + done)
-                if not got:
-                    raise self.changed()
-                done += got
+        done = 0
+        while done < buffer.nbytes:
+            piece = buffer[done : done + LARGEST_SYSTEM_READ]
+            got = os.preadv(self.descriptor, [piece], start + done)
+            if not got:
+                raise self.changed()
+            done += got
+        self.check_version()
 
     def mapped(self, start: int, length: int) -> MappedBytes | None:
         """None where the system does not map the file."""
@@ -381,15 +381,7 @@ class _OpenFile:
                 raise self.changed() from None
             except OSError:
                 self._not_mapped = True
-        if self._mapping is None:
-            return None
-        mind_bus_errors()
-        return MappedBytes(self, self._mapping, start, length)
-
-    @contextmanager
-    def _same_version(self) -> Generator[None, None, None]:
-        yield
-        self.check_version()
+        return None if self._mapping is None else MappedBytes(self, self._mapping, start, length)
 
     def check_version(self) -> None:
         """`ObjectChanged` if the file was changed in its place since it was opened."""

@@ -34,7 +34,7 @@ OVERCOMMIT = Path("/proc/sys/vm/overcommit_memory")
 
 
 class Mapping:
-    """All `size` bytes of an open file as `data`; more than zero. They are unmapped with the last view.
+    """All `size` bytes of an open file, more than zero. They are unmapped with the last view of a `part`.
 
     What is written to it stays in this process. Raises OSError where the system cannot map the file or would count all
     of it as memory, and ValueError if the file has become shorter.
@@ -43,18 +43,21 @@ class Mapping:
     def __init__(self, descriptor: int, size: int) -> None:
         if _counts_as_memory():
             raise OSError(errno.ENOMEM, "a mapped file counts as memory here")
-        mind_bus_errors()
         self._descriptor = descriptor
         self._pages = mmap.mmap(
             descriptor, size, flags=mmap.MAP_PRIVATE | MAP_NORESERVE, prot=mmap.PROT_READ | mmap.PROT_WRITE
         )
-        self.data = memoryview(self._pages)
         self._released, self._first, self._end = 0, size, 0
         first = ctypes.addressof(ctypes.c_char.from_buffer(self._pages))
         self._range = _Range(first, first - (-size // mmap.PAGESIZE) * mmap.PAGESIZE)
         number = next(_NUMBERS)
         _MAPPED[number] = self._range
         weakref.finalize(self._pages, _MAPPED.pop, number).atexit = False
+
+    def part(self, start: int, length: int) -> memoryview:
+        """Bytes `[start, start + length)`. To load one that cannot be read does not end the process from now on."""
+        _mind_bus_errors()
+        return memoryview(self._pages)[start : start + length]
 
     @property
     def broken_at(self) -> int | None:
@@ -67,7 +70,7 @@ class Mapping:
             return False
         try:
             return os.preadv(self._descriptor, [bytearray(1)], place, RWF_NOWAIT) == 1
-        except (OSError, NotImplementedError):
+        except (OSError, NotImplementedError):  # not cached; or the file system, or Python's libc, lacks the flag
             return False
 
     def release(self, start: int, length: int) -> None:
@@ -80,7 +83,7 @@ class Mapping:
         if self._released < RELEASED_BYTES:
             self._first, self._end = first, end
             return
-        self._released, self._first, self._end = 0, len(self.data), 0
+        self._released, self._first, self._end = 0, len(self._pages), 0
         page = first - first % mmap.PAGESIZE
         with suppress(OSError):
             self._pages.madvise(mmap.MADV_DONTNEED, page, end - page)
@@ -171,7 +174,7 @@ _BUS_ERRORS: list[_BusErrors] = []
 _INSTALLING = threading.Lock()
 
 
-def mind_bus_errors() -> None:
+def _mind_bus_errors() -> None:
     """Installs the one handler of this process, which lives as long as this does, or again where another took over."""
     with _INSTALLING:
         if not _BUS_ERRORS:
