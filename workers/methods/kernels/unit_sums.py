@@ -171,9 +171,10 @@ def _carries(number: int) -> int:
 
 def _join(sums: Pointer, joining: int, carries: int, width: int) -> None:
     """Adds so many open sums, the youngest first, to the one that joins."""
-    for level in range(carries):
-        into = joining + (carries + 1) * width if level == carries - 1 else joining
-        _added(sums, joining + (level + 1) * width, joining, into, width)
+    for level in range(1, carries):
+        _add(sums, joining + level * width, joining, width)
+    if carries:
+        _added(sums, joining + carries * width, joining, joining + (carries + 1) * width, width)
 
 
 def _folded(sums: Pointer, at: int, width: int) -> np.float64:
@@ -237,6 +238,12 @@ def _kept(
 def _magnitudes(a: Pointer, b: Pointer, c: Pointer, d: Pointer, sums: Pointer, at: int, count: int) -> None:
     for i in range(count):
         sums[at + i] = (np.float64(abs(a[i])) + np.float64(abs(b[i]))) + (np.float64(abs(c[i])) + np.float64(abs(d[i])))
+
+
+def _add(sums: Pointer, a: int, to: int, count: int) -> None:
+    """In place: of one loop for both, the compiler would not use vectors where two of three rows are the same."""
+    for i in range(count):
+        sums[to + i] += sums[a + i]
 
 
 def _added(sums: Pointer, a: int, b: int, into: int, count: int) -> None:
