@@ -22,7 +22,7 @@ from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
 from workers.storage.local import LocalStore, MappedBytes
 
-PIECE_ELEMENTS = 16 * TILE_ELEMENTS
+PIECE_ELEMENTS = 32 * TILE_ELEMENTS
 """What one thread merges at a time: large enough to cost little, small enough that no thread waits long for others."""
 
 
