@@ -10,9 +10,10 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
-from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines, are_pairs
 from workers.methods.kernels.ranks import RowFactors, multiplied
 from workers.methods.kernels.relaxation import RELAXES, REPEATS, Relaxation, Relaxations, relaxed
+from workers.methods.kernels.short_consensus import elected, elected_mean, short_consensus
 
 EVERY, NONE = -1, 0x7FFFFFFF
 """Bits of a magnitude above which every element lies, or none."""
@@ -203,25 +204,16 @@ def _mix_two(
 ) -> None:
     """base + scale · the consensus of two task vectors of weights x and y: what `_sum` and `_elect` do, in one go."""
     total[0] = 1
-    plus, none = total[0], x - x  # of the dtype of the arithmetic, which literals are not
+    plus = total[0]  # of the dtype of the arithmetic, which literals are not
     if not mode & _ELECTS:
         for i in range(count):
             total[i] = base[i] + (a[i] * x + b[i] * y) * scale
     elif not mode & _NORMALIZES:
         for i in range(count):
-            one, other = a[i] * x, b[i] * y
-            sign = plus if one + other >= none else -plus
-            one, other = one * sign, other * sign
-            one, other = none if one < none else one, none if other < none else other
-            total[i] = base[i] + (one + other) * sign * scale
+            total[i] = base[i] + elected(a[i] * x, b[i] * y, plus) * scale
     else:
         for i in range(count):
-            one, other = a[i] * x, b[i] * y
-            sign = plus if one + other >= none else -plus
-            one, other = one * sign, other * sign
-            divisor = (x if one > none else none) + (y if other > none else none)
-            one, other = none if one < none else one, none if other < none else other
-            total[i] = base[i] + (one + other) * sign / (plus if divisor == none else divisor) * scale
+            total[i] = base[i] + elected_mean(a[i] * x, b[i] * y, x, y, plus) * scale
 
 
 def _sum(
@@ -335,6 +327,24 @@ class Mixture:
     repeats: bool = False
 
 
+def _done_short(parents: Sequence[Array], trimmed: Sequence[Trimmed], each: Mixture, output: Array) -> bool:
+    """Whether `short_consensus` has a loop for this point, and found nothing that is not finite."""
+    if not each.elects or each.relaxation is not None or len(each.terms) != 2:
+        return False
+    limits = [vector.among or Limit(EVERY) for vector in trimmed]
+    others = [each for vector in trimmed for each in (vector.beyond, vector.mask, vector.factor, vector.scaled)]
+    if any(other is not None for other in (*others, *(limit.equals for limit in limits))):
+        return False
+    (one, x), (two, y) = each.terms
+    broken = np.zeros(1, np.bool_)
+    places = each.base, trimmed[one].model, trimmed[two].model
+    short_consensus(
+        *(*(address(parents[place]) for place in places), limits[one].bits, limits[two].bits, x, y, each.scale),
+        *(each.normalizes, output.size // 2, address(output), address(broken)),
+    )
+    return not broken[0]
+
+
 def run_mixtures(
     parents: Sequence[Array],
     trimmed: Sequence[Trimmed],
@@ -350,6 +360,9 @@ def run_mixtures(
     """
     elements, dtype = len(parents[0]), np.dtype(arithmetic)
     assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
+    short = arithmetic == "float32" and len(mixtures) == 1 and are_pairs((*parents, *outputs))
+    if short and _done_short(parents, trimmed, mixtures[0], outputs[0]):
+        return np.zeros(len(parents), np.bool_), np.zeros(1, np.bool_)
     vectors = np.array([_fields(each) for each in trimmed], np.int64)
     factors = np.array([1.0 if each.factor is None else each.factor for each in trimmed], dtype)
     masks = addresses([np.zeros(1, np.bool_) if each.mask is None else each.mask for each in trimmed])

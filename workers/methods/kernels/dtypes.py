@@ -15,6 +15,9 @@ BF16, F16, F32, F64 = range(4)
 CODES = {np.dtype(name): code for code, name in enumerate((ml_dtypes.bfloat16, np.float16, np.float32, np.float64))}
 """The number of each dtype in a kernel."""
 
+ROUNDS_TO_INFINITY = np.uint32(0x7F7F8000)
+"""The bits of the smallest float32 magnitude that is infinite in bfloat16; those of infinity and NaN are greater."""
+
 ARITHMETIC = ("float32", "float64")
 """The dtypes that kernels compute in."""
 
@@ -42,10 +45,13 @@ def rounded(
     most = np.uint32(0)
     if code == BF16:
         for i in range(count):
-            half = to_bfloat16(np.float32(values[i]))
-            most = max(most, np.uint32(half & np.uint16(0x7FFF)))
-            halves[start + i] = half
-        return most >= np.uint32(0x7F80)
+            most = max(most, magnitude(values[i]))
+            halves[start + i] = np.uint16(_nearest(values[i]) >> np.uint32(16))
+        if most < ROUNDS_TO_INFINITY:
+            return False
+        for i in range(count):
+            halves[start + i] = to_bfloat16(values[i])
+        return True
     if code == F16:
         for i in range(count):
             half = _to_half(np.float32(values[i]))
@@ -94,6 +100,33 @@ def of_bfloat16(half: np.uint16) -> np.float32:
     return np.uint32(np.uint32(half) << np.uint32(16)).view(np.float32)
 
 
+def lower(word: np.uint32) -> np.float32:
+    """float32 of the first of two bfloat16 numbers in a word."""
+    return np.uint32(word << np.uint32(16)).view(np.float32)
+
+
+def higher(word: np.uint32) -> np.float32:
+    """float32 of the second of two bfloat16 numbers in a word."""
+    return np.uint32(word & np.uint32(0xFFFF0000)).view(np.float32)
+
+
+def magnitude(number: np.float32) -> np.uint32:
+    """The bits of a number without its sign."""
+    return np.uint32(np.float32(number).view(np.uint32) & np.uint32(0x7FFFFFFF))
+
+
+def paired(low: np.float32, high: np.float32) -> np.uint32:
+    """The word of two numbers as bfloat16, neither NaN."""
+    return np.uint32(np.uint32(_nearest(low) >> np.uint32(16)) | np.uint32(_nearest(high) & np.uint32(0xFFFF0000)))
+
+
+def _nearest(number: np.float32) -> np.uint32:
+    """bfloat16 of a number that is not NaN, in the upper half."""
+    bits = np.float32(number).view(np.uint32)
+    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
+    return np.uint32(bits + np.uint32(0x7FFF) + odd)
+
+
 def _of_half(half: np.uint16) -> np.float32:
     """float32 of a float16: its exponent is moved, and the multiplication corrects it, subnormals included."""
     magnitude = np.uint32(half & np.uint16(0x7FFF))
@@ -122,7 +155,5 @@ def _to_half(value: np.float32) -> np.uint16:
 
 def to_bfloat16(value: np.float32) -> np.uint16:
     """bfloat16 of a float32. Of NaN it has all bits set, as torch writes it on x86."""
-    bits = np.float32(value).view(np.uint32)
-    odd = np.uint32(np.uint32(bits >> np.uint32(16)) & np.uint32(1))
-    nearest = np.uint32(np.uint32(bits + np.uint32(0x7FFF) + odd) >> np.uint32(16))
+    nearest = np.uint32(_nearest(value) >> np.uint32(16))
     return np.uint16(nearest if value == value else np.uint32(0xFFFF))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
@@ -27,6 +28,11 @@ def address(array: Array) -> int:
 def addresses(arrays: Sequence[Array]) -> NDArray[np.uint64]:
     """Where each array begins."""
     return np.array([address(each) for each in arrays], np.uint64)
+
+
+def are_pairs(arrays: Sequence[Array]) -> bool:
+    """Whether each array consists of words that have two bfloat16 numbers."""
+    return all(each.dtype == ml_dtypes.bfloat16 and each.size % 2 == address(each) % 4 == 0 for each in arrays)
 
 
 def aligned_lines(count: int, size: int) -> tuple[NDArray[np.uint64], Array]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
-from workers.methods.kernels.dtypes import BF16, CODES, of_bfloat16, widened
+from workers.methods.kernels.dtypes import BF16, CODES, magnitude, of_bfloat16, widened
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
 
@@ -41,17 +41,13 @@ def _differences(
     if dtypes[0] == BF16 and dtypes[1] == BF16:  # without a line of memory between
         model, base = halves[0], halves[1]
         for i in range(size):
-            bits[at + i] = _magnitude(of_bfloat16(model[first + i]), of_bfloat16(base[first + i]))
+            bits[at + i] = magnitude(of_bfloat16(model[first + i]) - of_bfloat16(base[first + i]))
         return
     a, b = lines[0], lines[1]
     for parent in range(2):
         widened(dtypes[parent], halves[parent], words[parent], longs[parent], first, size, lines[parent])
     for i in range(size):
-        bits[at + i] = _magnitude(np.float32(a[i]), np.float32(b[i]))
-
-
-def _magnitude(model: np.float32, base: np.float32) -> np.uint32:
-    return np.uint32(np.float32(model - base).view(np.uint32) & np.uint32(0x7FFFFFFF))
+        bits[at + i] = magnitude(a[i] - b[i])
 
 
 def _multiply(bits: Pointer, at: int, size: int, factors: Pointer, row: int, place: int) -> None:
@@ -69,9 +65,9 @@ def _multiply(bits: Pointer, at: int, size: int, factors: Pointer, row: int, pla
         done = end
 
 
-def multiplied(magnitude: np.float32, factor: np.float64) -> np.uint32:
+def multiplied(number: np.float32, factor: np.float64) -> np.uint32:
     """The bits of the product, rounded to float32, without the sign of a NaN."""
-    return np.uint32(np.float32(np.float64(magnitude) * factor).view(np.uint32) & np.uint32(0x7FFFFFFF))
+    return magnitude(np.float32(np.float64(number) * factor))
 
 
 def magnitudes(model: Array, base: Array, factors: RowFactors | None = None) -> NDArray[np.int32]:

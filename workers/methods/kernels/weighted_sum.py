@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
-from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
+from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines, are_pairs
 from workers.methods.kernels.relaxation import RELAXES, REPEATS, Relaxation, Relaxations, relaxed
 from workers.methods.kernels.short_sum import short_sums
 
@@ -220,13 +219,14 @@ class WeightedSums:
         broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
         raw, out = addresses(parents), addresses(outputs)
         raw_at, out_at = address(raw), address(out)
-        if self._short and all(each.dtype == ml_dtypes.bfloat16 for each in (*parents, *outputs)):
+        if self._short and are_pairs((*parents, *outputs)):
             short_sums(
-                *(raw_at, self._parents, len(outputs), address(self._bases), address(self._ends)),
-                *(address(self._models), address(self._numbers), elements, out_at),
-                *(address(broken[0]), address(broken[1])),
+                *(raw_at, len(outputs), address(self._bases), address(self._ends), address(self._models)),
+                *(address(self._numbers), elements // 2, out_at, address(broken[1])),
             )
-            return broken
+            if not broken[1].any():
+                return broken
+            broken[1][:] = False
         lines, _memory = aligned_lines(self._lines + 3, BLOCK * self._arithmetic.itemsize)
         dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
         self._kernel(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.consensus import EVERY, NONE, Limit, Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.memory import BLOCK
 from workers.methods.kernels.ranks import RowFactors, magnitudes
 
@@ -68,3 +69,47 @@ def test_a_mask_keeps_what_is_above_a_limit_too_and_a_factor_multiplies_it(
         kept = mask if among is None else mask & (magnitudes(model, base) > among.bits)
         expected = base + (model - base) * kept * np.dtype(dtype).type(1 if factor is None else factor)
     assert np.array_equal(out, expected, equal_nan=True)
+
+
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("normalizes", [True, False])
+@pytest.mark.parametrize("seed", range(8))
+def test_two_trimmed_vectors_of_bfloat16_agree_on_a_sign(seed: int, normalizes: bool, odd: int):
+    """By words of two elements where addresses are those of words; every second seed has a NaN or an infinity."""
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 2000)) * 2
+    raw = np.array([*rng.standard_normal((3, count + odd)) * 10.0 ** rng.integers(-4, 3, count + odd)])
+    raw[:, rng.random(count + odd) < 0.1] = 0.0
+    if seed % 2:
+        raw[rng.integers(3), rng.integers(count + odd)] = rng.choice([np.nan, np.inf, -np.inf])
+    base, a, b = parents = raw.astype(ml_dtypes.bfloat16)[:, odd:]
+    limits = [rng.choice([None, Limit(int(rng.choice(magnitudes(each, base)))), Limit(NONE)]) for each in (a, b)]
+    weights, scale = [float(each) for each in rng.choice([1.0, 0.0, -0.3, 0.7], 2)], float(rng.choice([1.0, 0.6]))
+    trimmed = [Trimmed(1, 0, limits[0]), Trimmed(2, 0, limits[1])]
+    out = np.empty(count + odd, ml_dtypes.bfloat16)[odd:]
+    mixture = Mixture(0, ((0, weights[0]), (1, weights[1])), True, normalizes, scale)
+    broken = run_mixtures([*parents], trimmed, [mixture], [out], "float32")
+
+    one = np.float32(1)
+    with np.errstate(all="ignore"):
+        ground = base.astype(np.float32)
+        terms = np.array([
+            (each.astype(np.float32) - ground)
+            * (magnitudes(each, base) > (EVERY if limit is None else limit.bits)).astype(np.float32)
+            * np.float32(weight)
+            for each, limit, weight in zip((a, b), limits, weights, strict=True)
+        ])  # fmt: skip
+        sign = np.where(terms[0] + terms[1] >= 0, one, -one)
+        turned = terms * sign
+        total = np.where(turned < 0, 0 * one, turned)
+        divisor = np.where(turned > 0, np.array(weights, np.float32)[:, None], 0 * one).sum(axis=0, dtype=np.float32)
+        total = (total[0] + total[1]) * sign
+        if normalizes:
+            total = total / np.where(divisor == 0, one, divisor)
+        expected = (ground + total * np.float32(scale)).astype(ml_dtypes.bfloat16)
+    assert np.array_equal(out, expected, equal_nan=True)
+    assert (np.signbit(out) == np.signbit(expected))[~np.isnan(expected)].all()
+    assert [each.tolist() for each in broken] == [
+        [not np.isfinite(each).all() for each in parents] if not np.isfinite(expected).all() else [False] * 3,
+        [not np.isfinite(expected).all()],
+    ]

@@ -146,12 +146,16 @@ def test_random_passes_have_the_bits_of_torch(seed: int):
         assert same(output, by_torch(each, tile, arithmetic).to(torch_named(dtype)))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_random_passes_of_bfloat16_have_the_bits_of_torch(seed: int):
-    """Most of them have a loop of their own."""
+@pytest.mark.parametrize("finite", [True, False])
+@pytest.mark.parametrize("odd", [0, 1])
+@pytest.mark.parametrize("seed", range(12))
+def test_random_passes_of_bfloat16_have_the_bits_of_torch(seed: int, odd: int, finite: bool):
+    """Most of them have a loop of their own, over words of two elements where each address is one of words."""
     rng = np.random.default_rng(seed)
     count, names = int(rng.integers(1, 10_000)), "abcd"
-    raw = {name: numbers(rng, count, "bfloat16") for name in names}
+    raw = {name: numbers(rng, count + odd, "bfloat16")[odd:] for name in names}
+    for values in raw.values() if finite else ():
+        values[~np.isfinite(values)] = 7
     passes: list[WeightedSum] = []
     for _ in range(rng.integers(1, 5)):
         base, *models = rng.permutation([*names])[: rng.integers(2, 4 + seed % 2)].tolist()
@@ -167,6 +171,27 @@ def test_random_passes_of_bfloat16_have_the_bits_of_torch(seed: int):
     assert overflowed == [not np.isfinite(output).all() for output in outputs]
     for each, output in zip(passes, outputs, strict=True):
         assert same(output, by_torch(each, tile, "float32").bfloat16())
+
+
+@pytest.mark.parametrize("place", [0, 1, 4096, 8192])
+@pytest.mark.parametrize("with_base", [False, True])
+def test_a_bfloat16_sum_is_infinite_from_the_number_on_that_rounds_to_infinity(with_base: bool, place: int):
+    """Half a unit in the last place above the largest bfloat16, which is odd, is infinity; below it, that bfloat16."""
+    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    unit = 2.0**120
+    a, b, zero = (
+        np.ones(8193, ml_dtypes.bfloat16),
+        np.zeros(8193, ml_dtypes.bfloat16),
+        np.zeros(8193, ml_dtypes.bfloat16),
+    )
+    a[place], b[place] = largest, unit
+    for part, expected in ((0.4999, largest), (0.5, math.inf)):
+        each = WeightedSum(("a", "b"), (1.0, part), "zero" if with_base else None)
+        output = np.empty(8193, ml_dtypes.bfloat16)
+        tile = Tile("x", 0, {"a": a, "b": b, "zero": zero}, {}, shape=(8193,))
+        _, overflowed = run([each], tile, [output], "float32")
+        assert (float(output[place]), overflowed) == (expected, [math.isinf(expected)])
+        assert (np.delete(output, place) == 1).all()
 
 
 def test_bits_do_not_depend_on_the_cut_or_on_the_other_points():
