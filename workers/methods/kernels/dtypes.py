@@ -47,11 +47,11 @@ def rounded(
         for i in range(count):
             most = max(most, magnitude(values[i]))
             halves[start + i] = np.uint16(_nearest(values[i]) >> np.uint32(16))
-        if most < ROUNDS_TO_INFINITY:
-            return False
-        for i in range(count):
-            halves[start + i] = to_bfloat16(values[i])
-        return True
+        found = most >= ROUNDS_TO_INFINITY
+        if found:
+            for i in range(count):
+                halves[start + i] = to_bfloat16(values[i])
+        return found
     if code == F16:
         for i in range(count):
             half = _to_half(np.float32(values[i]))

@@ -6,10 +6,15 @@ has two elements. `consensus` trims once for many points; for one, an element co
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import ROUNDS_TO_INFINITY, higher, lower, magnitude, paired
+
+Number = Any
+"""Of the dtype of the arithmetic, float32 or float64."""
 
 
 @kernel("u32*", "u32*", "u32*", "i64", "i64", "f32", "f32", "f32", "i64", "i64", "u32*", "u8*")
@@ -59,8 +64,8 @@ def _kept(delta: np.float32, above: np.int32) -> np.float32:
     return delta * np.float32(np.int32(magnitude(delta)) > above)
 
 
-def elected(one: float, other: float, plus: float) -> float:
-    """The sum of those of two terms that have its sign. `plus` is 1 in the dtype of the arithmetic."""
+def elected(one: Number, other: Number, plus: Number) -> Number:
+    """The sum of those of two terms that have its sign. `plus` is 1."""
     none = plus - plus
     sign = plus if one + other >= none else -plus
     one, other = one * sign, other * sign
@@ -68,7 +73,7 @@ def elected(one: float, other: float, plus: float) -> float:
     return (one + other) * sign
 
 
-def elected_mean(one: float, other: float, x: float, y: float, plus: float) -> float:
+def elected_mean(one: Number, other: Number, x: Number, y: Number, plus: Number) -> Number:
     """The same, divided by the weights of the terms that it has: x of one, y of the other."""
     none = plus - plus
     sign = plus if one + other >= none else -plus
