@@ -259,13 +259,18 @@ class ParentReader:
         return _Read(views, buffer, [each for each in mapped if each is not None])
 
     def _mapped(self, name: str, run: _Run, stretches: Sequence[Stretch]) -> MappedBytes | None:
-        """A run that is in the page cache, for a CPU, if its tensors lie at multiples of their width."""
+        """A run that is in the page cache, for a CPU, if its tensors lie at multiples of their width and lack digests.
+
+        Mapped bytes may leave the cache and be read from the disk again after they were held against a digest.
+        """
         store = self._stores[name]
         if self._device != "cpu" or not isinstance(store, LocalStore):
             return None
-        widths = (DTYPE_BITS[stretches[index].tensor.sources[name].dtype] // 8 for index, _, _ in run.parts)
-        if any((run.start + at - run.at) % width for width, (_, at, _) in zip(widths, run.parts, strict=True)):
-            return None
+        for index, at, _ in run.parts:
+            source = stretches[index].tensor.sources[name]
+            assert isinstance(source, ParentTensor)
+            if source.digest or (run.start + at - run.at) % (DTYPE_BITS[source.dtype] // 8):
+                return None
         file = self._parents[name].files[run.file]
         part = store.mapped(file.key, start=run.start, length=run.size, etag=file.etag)
         if part is None or not part.are_cached():

@@ -31,7 +31,7 @@ from jobs.errors import (
 )
 from workers.storage.direct import BLOCK, DirectWriter, can_write_directly
 from workers.storage.keys import check_key, check_prefix, length_within
-from workers.storage.mapping import CAN_MAP, Mapping
+from workers.storage.mapping import Mapping
 from workers.storage.store import ObjectInfo
 
 OPEN_FILES = 32
@@ -348,7 +348,7 @@ class _OpenFile:
         self.size = found.st_size
         self.etag = _etag(found)
         self._mapping: Mapping | None = None
-        self._not_mapped = not CAN_MAP
+        self._not_mapped = False
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:  # bound here: Python may be ending
         if hasattr(self, "descriptor"):

@@ -20,13 +20,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-CAN_MAP = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64")
-"""Elsewhere the structures of signals are others: files are read."""
+CAN_MAP = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64") and sys.maxsize > 1 << 32
+"""Elsewhere the structures of signals are others: a load that fails ends the process, and merges read files."""
 
 RELEASED_BYTES = 32 << 20
 """To let go of memory, every core must be asked: so it is done for several reads at once."""
 
-MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000
+MAP_FIXED, MAP_NORESERVE = 0x10, 0x4000 if sys.platform == "linux" else 0
 SA_SIGINFO, SA_RESETHAND = 4, -0x80000000
 CODE_IN_SIGINFO, ADDRESS_IN_SIGINFO = 8, 16
 RWF_NOWAIT = getattr(os, "RWF_NOWAIT", None)
@@ -41,7 +41,7 @@ class Mapping:
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
-        if _counts_as_memory():
+        if counts_as_memory():
             raise OSError(errno.ENOMEM, "a mapped file counts as memory here")
         self._descriptor = descriptor
         self._pages = mmap.mmap(
@@ -66,7 +66,7 @@ class Mapping:
 
     def is_cached(self, place: int) -> bool:
         """Whether a byte is in the page cache; False where the system does not say so, as on a network or in tmpfs."""
-        if RWF_NOWAIT is None:
+        if RWF_NOWAIT is None or not CAN_MAP:
             return False
         try:
             return os.preadv(self._descriptor, [bytearray(1)], place, RWF_NOWAIT) == 1
@@ -89,7 +89,7 @@ class Mapping:
             self._pages.madvise(mmap.MADV_DONTNEED, page, end - page)
 
 
-def _counts_as_memory() -> bool:
+def counts_as_memory() -> bool:
     """Whether a limit (`ulimit -v`, `ulimit -d`) or the system's strict accounting has no room for addresses alone."""
     limits = (resource.getrlimit(each)[0] for each in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
     if any(limit != resource.RLIM_INFINITY for limit in limits):
@@ -176,6 +176,8 @@ _INSTALLING = threading.Lock()
 
 def _mind_bus_errors() -> None:
     """Installs the one handler of this process, which lives as long as this does, or again where another took over."""
+    if not CAN_MAP:
+        return
     with _INSTALLING:
         if not _BUS_ERRORS:
             _BUS_ERRORS.append(_BusErrors())
