@@ -22,7 +22,7 @@ from workers.methods.tile import TILE_ELEMENTS
 from workers.storage import open_store
 from workers.storage.local import LocalStore, MappedBytes
 
-PIECE_ELEMENTS = 32 * TILE_ELEMENTS
+PIECE_ELEMENTS = 16 * TILE_ELEMENTS
 """What one thread merges at a time: large enough to cost little, small enough that no thread waits long for others."""
 
 
@@ -57,15 +57,17 @@ class Deriving:
             raise NotFinite(f"the merge {quoted(parent)}: {error}") from None
 
     def mapped(self, parent: str, source: Source, tensor: str) -> Elements:
-        """As `whole`, until `release`; a tensor in a folder, without a digest, is not copied but used where it lies."""
+        """As `whole`, until `release`; a stored tensor in a folder is not copied: its memory is that of the file."""
         store = self._stores[parent]
-        if not isinstance(source, ParentTensor) or not isinstance(store, LocalStore) or source.digest:
+        if not isinstance(source, ParentTensor) or not isinstance(store, LocalStore):
             return self.whole(parent, source, tensor)
         file = self._parents[parent].files[source.file]
         part = store.mapped(file.key, start=source.start, length=source.end - source.start, etag=file.etag)
         if part is None:
             return self.whole(parent, source, tensor)
         self._mapped.append(part)
+        if source.digest:
+            check_digest(digest_of(part.data, like=source.digest), store, file, parent, tensor, source)
         return np.frombuffer(part.data, numpy_dtype(source.dtype))
 
     def release(self) -> None:

@@ -331,6 +331,8 @@ def _done_short(parents: Sequence[Array], trimmed: Sequence[Trimmed], each: Mixt
     """Whether `short_consensus` has a loop for this point, and found nothing that is not finite."""
     if not each.elects or each.relaxation is not None or len(each.terms) != 2:
         return False
+    if any(vector.base != each.base for vector in trimmed):
+        return False
     limits = [vector.among or Limit(EVERY) for vector in trimmed]
     others = [each for vector in trimmed for each in (vector.beyond, vector.mask, vector.factor, vector.scaled)]
     if any(other is not None for other in (*others, *(limit.equals for limit in limits))):
@@ -355,8 +357,8 @@ def run_mixtures(
 ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
     """Writes every point's elements, each rounded once: `outputs` are of one dtype and as long as each parent.
 
-    The elements begin at `start` of the tensor. Returns for each parent, and for each output, whether any element is
-    NaN or infinite.
+    No output overlaps a parent. The elements begin at `start` of the tensor. Returns for each parent, and for each
+    output, whether any element is NaN or infinite.
     """
     elements, dtype = len(parents[0]), np.dtype(arithmetic)
     assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))

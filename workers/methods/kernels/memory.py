@@ -31,7 +31,10 @@ def addresses(arrays: Sequence[Array]) -> NDArray[np.uint64]:
 
 
 def are_pairs(arrays: Sequence[Array]) -> bool:
-    """Whether each array consists of words that have two bfloat16 numbers."""
+    """Whether each array consists of words that have two bfloat16 numbers.
+
+    In a file, a tensor of an odd size may put all later ones between words: they take the general loops.
+    """
     return all(each.dtype == ml_dtypes.bfloat16 and each.size % 2 == address(each) % 4 == 0 for each in arrays)
 
 

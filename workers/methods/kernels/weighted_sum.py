@@ -210,8 +210,8 @@ class WeightedSums:
     ) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
         """Writes every point's elements, each rounded once: `outputs` are of one dtype and as long as each parent.
 
-        The elements begin at `start` of a tensor whose rows have `row` elements. Returns for each parent, and for each
-        output, whether any element is NaN or infinite.
+        No output overlaps a parent. The elements begin at `start` of a tensor whose rows have `row` elements. Returns
+        for each parent, and for each output, whether any element is NaN or infinite.
         """
         elements = len(parents[0])
         assert len(parents) == self._parents and len(outputs) == len(self._bases)

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from workers.methods.kernels import consensus
 from workers.methods.kernels.consensus import EVERY, NONE, Limit, Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.memory import BLOCK
 from workers.methods.kernels.ranks import RowFactors, magnitudes
@@ -71,11 +72,19 @@ def test_a_mask_keeps_what_is_above_a_limit_too_and_a_factor_multiplies_it(
     assert np.array_equal(out, expected, equal_nan=True)
 
 
+def unused(*_: object) -> None:
+    raise AssertionError("the general loop")
+
+
 @pytest.mark.parametrize("odd", [0, 1])
 @pytest.mark.parametrize("normalizes", [True, False])
 @pytest.mark.parametrize("seed", range(8))
-def test_two_trimmed_vectors_of_bfloat16_agree_on_a_sign(seed: int, normalizes: bool, odd: int):
+def test_two_trimmed_vectors_of_bfloat16_agree_on_a_sign(
+    seed: int, normalizes: bool, odd: int, monkeypatch: pytest.MonkeyPatch
+):
     """By words of two elements where addresses are those of words; every second seed has a NaN or an infinity."""
+    if not odd and seed % 2 == 0:
+        monkeypatch.setitem(consensus._KERNELS, "float32", unused)  # pyright: ignore[reportPrivateUsage]
     rng = np.random.default_rng(seed)
     count = int(rng.integers(1, 2000)) * 2
     raw = np.array([*rng.standard_normal((3, count + odd)) * 10.0 ** rng.integers(-4, 3, count + odd)])
@@ -113,3 +122,21 @@ def test_two_trimmed_vectors_of_bfloat16_agree_on_a_sign(seed: int, normalizes: 
         [not np.isfinite(each).all() for each in parents] if not np.isfinite(expected).all() else [False] * 3,
         [not np.isfinite(expected).all()],
     ]
+
+
+@pytest.mark.parametrize("elements", [101, 102])
+@pytest.mark.parametrize("place", [0, 1, 100])
+@pytest.mark.parametrize("normalizes", [True, False])
+def test_a_bfloat16_consensus_is_infinite_from_the_number_on_that_rounds_to_infinity(
+    normalizes: bool, place: int, elements: int
+):
+    """Half a unit in the last place above the largest bfloat16, which is odd, is infinity; below it, that bfloat16."""
+    largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
+    base, a, b = np.zeros((3, elements), ml_dtypes.bfloat16)
+    a[place], b[place] = largest, 1.0
+    for part, expected in ((0.4999, largest), (0.5, np.inf)):
+        out = np.empty(elements, ml_dtypes.bfloat16)
+        mixture = Mixture(0, ((0, 1.0), (1, 0.0)), True, normalizes, 1 + part / 255)
+        _, broken = run_mixtures([base, a, b], [Trimmed(1, 0), Trimmed(2, 0)], [mixture], [out], "float32")
+        assert (float(out[place]), broken.tolist()) == (expected, [np.isinf(expected)])
+        assert not np.delete(out, place).any()

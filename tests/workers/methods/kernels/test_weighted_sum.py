@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from workers.methods.kernels import weighted_sum
 from workers.methods.kernels.memory import BLOCK
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
 from workers.methods.passes import WeightedSum
@@ -146,19 +147,27 @@ def test_random_passes_have_the_bits_of_torch(seed: int):
         assert same(output, by_torch(each, tile, arithmetic).to(torch_named(dtype)))
 
 
-@pytest.mark.parametrize("finite", [True, False])
+def unused(*_: object) -> None:
+    raise AssertionError("the general loop")
+
+
 @pytest.mark.parametrize("odd", [0, 1])
-@pytest.mark.parametrize("seed", range(12))
-def test_random_passes_of_bfloat16_have_the_bits_of_torch(seed: int, odd: int, finite: bool):
-    """Most of them have a loop of their own, over words of two elements where each address is one of words."""
+@pytest.mark.parametrize("seed", range(20))
+def test_random_passes_of_bfloat16_have_the_bits_of_torch(seed: int, odd: int, monkeypatch: pytest.MonkeyPatch):
+    """Sums of few terms have a loop of their own, over words of two elements where each address is one of words.
+
+    Every second seed has numbers that are not finite, and others sums of three terms: these take the general loop.
+    """
     rng = np.random.default_rng(seed)
-    count, names = int(rng.integers(1, 10_000)), "abcd"
+    count, names = 2 * int(rng.integers(1, 5_000)), "abcd"
     raw = {name: numbers(rng, count + odd, "bfloat16")[odd:] for name in names}
-    for values in raw.values() if finite else ():
+    for values in raw.values() if seed % 2 == 0 else ():
         values[~np.isfinite(values)] = 7
+    if seed % 4 == 0 and not odd:
+        monkeypatch.setitem(weighted_sum._KERNELS, "float32", unused)  # pyright: ignore[reportPrivateUsage]
     passes: list[WeightedSum] = []
     for _ in range(rng.integers(1, 5)):
-        base, *models = rng.permutation([*names])[: rng.integers(2, 4 + seed % 2)].tolist()
+        base, *models = rng.permutation([*names])[: rng.integers(2, 4 + (seed % 4 == 2))].tolist()
         if len(models) > 1 and rng.random() < 0.5:
             base = None
         factors = tuple(rng.choice([1.0, 0.0, rng.normal()]) for _ in models)
@@ -173,23 +182,24 @@ def test_random_passes_of_bfloat16_have_the_bits_of_torch(seed: int, odd: int, f
         assert same(output, by_torch(each, tile, "float32").bfloat16())
 
 
-@pytest.mark.parametrize("place", [0, 1, 4096, 8192])
-@pytest.mark.parametrize("with_base", [False, True])
-def test_a_bfloat16_sum_is_infinite_from_the_number_on_that_rounds_to_infinity(with_base: bool, place: int):
+@pytest.mark.parametrize("elements", [8193, 8194])
+@pytest.mark.parametrize("place", [0, 1, 4095, 4096, 8192])
+@pytest.mark.parametrize("models", ["a", "ab"])
+@pytest.mark.parametrize("base", [None, "zero"])
+def test_a_bfloat16_sum_is_infinite_from_the_number_on_that_rounds_to_infinity(
+    base: str | None, models: str, place: int, elements: int
+):
     """Half a unit in the last place above the largest bfloat16, which is odd, is infinity; below it, that bfloat16."""
     largest = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
-    unit = 2.0**120
-    a, b, zero = (
-        np.ones(8193, ml_dtypes.bfloat16),
-        np.zeros(8193, ml_dtypes.bfloat16),
-        np.zeros(8193, ml_dtypes.bfloat16),
-    )
-    a[place], b[place] = largest, unit
+    raw = {name: np.full(elements, number, ml_dtypes.bfloat16) for name, number in (("a", 1), ("b", 0), ("zero", 0))}
+    raw["a"][place], raw["b"][place] = largest, 2.0**120  # the unit
     for part, expected in ((0.4999, largest), (0.5, math.inf)):
-        each = WeightedSum(("a", "b"), (1.0, part), "zero" if with_base else None)
-        output = np.empty(8193, ml_dtypes.bfloat16)
-        tile = Tile("x", 0, {"a": a, "b": b, "zero": zero}, {}, shape=(8193,))
-        _, overflowed = run([each], tile, [output], "float32")
+        factors = (1.0, part)[: len(models)]
+        if models == "a":  # the largest times so much
+            factors = (1 + part / 255,)
+        output = np.empty(elements, ml_dtypes.bfloat16)
+        tile = Tile("x", 0, raw, {}, shape=(elements,))
+        _, overflowed = run([WeightedSum(tuple(models), factors, base)], tile, [output], "float32")
         assert (float(output[place]), overflowed) == (expected, [math.isinf(expected)])
         assert (np.delete(output, place) == 1).all()
 
