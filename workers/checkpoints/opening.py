@@ -115,6 +115,10 @@ def open_checkpoint(url: str, name: str, *, quantised: bool = False) -> Checkpoi
     listed = {key: info for key, info in everything.items() if "/" not in key}
     where = f"parent {name} ({store.pinned_url})"
     if not listed:
+        inside = sorted(key.removesuffix("/config.json") for key in everything if key.endswith("/config.json"))
+        if inside:
+            more = f" and {len(inside) - 3} more" if len(inside) > 3 else ""
+            raise ObjectMissing(f"{where}: only folders there; name one of {', '.join(inside[:3])}{more}")
         raise ObjectMissing(f"{where}: nothing there; check the path")
     beside = {key: everything[key] for key in side_files(everything)}
     for key, info in (beside | listed).items():

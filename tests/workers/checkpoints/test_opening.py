@@ -511,6 +511,17 @@ def test_masks_and_indices_of_plain_models_are_not_quantised(folder: Folder):
     assert open_checkpoint(str(folder({"model.safetensors": tensors})), "cos").tensors.keys() == tensors.keys()
 
 
+@pytest.mark.parametrize(
+    ("count", "named"), [(1, "run/0"), (3, "run/0, run/1, run/2"), (5, "run/0, run/1, run/2 and 2 more")]
+)
+def test_the_checkpoints_inside_a_folder_that_is_none_are_named(count: int, named: str, folder: Folder, tmp_path: Path):
+    for number in range(count):
+        (tmp_path / f"run/{number}").mkdir(parents=True)
+        folder({f"run/{number}/config.json": b"{}"}, False)
+    with pytest.raises(ObjectMissing, match=rf"parent cos \(.*\): only folders there; name one of {named}$"):
+        open_checkpoint(str(tmp_path), "cos")
+
+
 @pytest.mark.parametrize("kind", BAD_CHECKPOINTS)
 def test_a_bad_checkpoint_is_refused_in_one_line_that_names_it(kind: str, folder: Folder):
     files, config, error, line = BAD_CHECKPOINTS[kind]
