@@ -18,7 +18,10 @@ from jobs.errors import CorruptData, ObjectChanged, StorageError, StorageUnavail
 from workers.storage.local import LocalStore
 from workers.storage.mapping import CAN_MAP, Mapping, counts_as_memory
 
-pytestmark = pytest.mark.skipif(not CAN_MAP or counts_as_memory(), reason="files are mapped on Linux, x86-64 or ARM")
+pytestmark = pytest.mark.skipif(
+    not CAN_MAP or counts_as_memory(),
+    reason="no files are mapped but on Linux (x86-64, ARM), without a limit of addresses",
+)
 
 SIZE = 300_000
 PAGE = os.sysconf("SC_PAGE_SIZE")
