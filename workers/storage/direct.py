@@ -8,6 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 from errno import EINVAL
+from functools import partial
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 
 BLOCK = 4096
@@ -31,17 +32,21 @@ class DirectWriter:
 
     def __init__(self, descriptor: int, position: int) -> None:
         assert position % BLOCK == 0
+        import numpy as np  # a folder is opened without it
+
         self._descriptor, self._position = descriptor, position
-        self._piece, self._filled = mmap(-1, PIECE_BYTES, flags=MAP_PRIVATE | MAP_ANONYMOUS), 0
+        self._array = partial(np.frombuffer, dtype=np.uint8)
+        self._piece = self._array(mmap(-1, PIECE_BYTES, flags=MAP_PRIVATE | MAP_ANONYMOUS))
+        self._filled = 0
         self._error: OSError | None = None
         _switch(descriptor, on=True)
 
     def write(self, data: memoryview) -> None:
         """The next bytes, which are copied."""
-        done = 0
-        while done < len(data):
-            part = data[done : done + PIECE_BYTES - self._filled]
-            self._piece[self._filled : self._filled + len(part)] = part
+        taken, done = self._array(data), 0
+        while done < len(taken):
+            part = taken[done : done + PIECE_BYTES - self._filled]
+            self._piece[self._filled : self._filled + len(part)] = part  # NumPy gives up Python's lock meanwhile
             self._filled += len(part)
             done += len(part)
             if self._filled == PIECE_BYTES:
@@ -56,7 +61,7 @@ class DirectWriter:
         if self._error is not None:
             raise self._error
         try:
-            _write(self._descriptor, memoryview(self._piece)[: self._filled], self._position)
+            _write(self._descriptor, self._piece[: self._filled].data, self._position)
         except OSError as error:
             self._error = error
             raise

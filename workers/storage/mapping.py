@@ -18,6 +18,7 @@ import threading
 import weakref
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 CAN_MAP = sys.platform == "linux" and os.uname().machine in ("x86_64", "aarch64") and sys.maxsize > 1 << 32
@@ -85,8 +86,16 @@ class Mapping:
             return
         self._released, self._first, self._end = 0, len(self._pages), 0
         page = first - first % mmap.PAGESIZE
-        with suppress(OSError):
-            self._pages.madvise(mmap.MADV_DONTNEED, page, end - page)
+        _libc().madvise(self._range.first + page, end - page, mmap.MADV_DONTNEED)  # `mmap.madvise` keeps Python's lock
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    return libc
 
 
 def counts_as_memory() -> bool:
@@ -132,9 +141,7 @@ class _BusErrors:
     """
 
     def __init__(self) -> None:
-        self._libc = ctypes.CDLL(None, use_errno=True)
-        self._libc.mmap.restype = ctypes.c_void_p
-        self._libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+        self._libc = _libc()
         kind = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)
         self._function = kind(self._on_error)
         self._ours = _Action(handler=ctypes.cast(self._function, ctypes.c_void_p), flags=SA_SIGINFO)
