@@ -14,10 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
-from workers.methods.kernels.dtypes import CODES, any_nonfinite, widened
+from workers.methods.kernels.dtypes import BF16, CODES, any_nonfinite, of_bfloat16, widened
 from workers.methods.kernels.memory import Array, address, addresses, aligned_lines
 
-WIDTH = 256
+WIDTH = 512
 """Elements of a row at most: the open sums of one product stay in a core's second cache."""
 
 LINES = {"float32": "f32**", "float64": "f64**"}
@@ -40,6 +40,7 @@ def _unit_sums(
     longs: Pointer,
     dtypes: Pointer,
     parents: int,
+    needed: Pointer,
     pairs: Pointer,
     deltas: int,
     products: Pointer,
@@ -55,7 +56,7 @@ def _unit_sums(
 
     A unit is a matrix of rows of `width` elements. The first two additions of the tree join four rows; these are in
     memory together, as four parts of each parent's and each delta's line. `sums` has a row for what joins now, and one
-    for each open sum, for each product.
+    for each open sum, for each product. A parent that is not `needed` has no line: its deltas are those of bfloat16.
     """
     groups = unit // width // 4
     bits = 0
@@ -71,11 +72,15 @@ def _unit_sums(
                 start = first + (row + (2 * (part % 2) + part // 2) * groups) * width
                 size = max(0, min(width, elements - start))
                 for parent in range(parents):
-                    line, half, word, long = lines[4 * parent + part], halves[parent], words[parent], longs[parent]
-                    _padded(dtypes[parent], half, word, long, start, size, line, width)
+                    if needed[parent]:
+                        line, half, word, long = lines[4 * parent + part], halves[parent], words[parent], longs[parent]
+                        _padded(dtypes[parent], half, word, long, start, size, line, width)
                 for delta in range(deltas):
-                    a, b = 4 * pairs[2 * delta] + part, 4 * pairs[2 * delta + 1] + part
-                    _subtracted(lines[a], lines[b], lines[4 * (parents + delta) + part], width)
+                    a, b, line = pairs[2 * delta], pairs[2 * delta + 1], lines[4 * (parents + delta) + part]
+                    if needed[a] and needed[b]:
+                        _subtracted(lines[4 * a + part], lines[4 * b + part], line, width)
+                    else:
+                        _differences(halves[a], halves[b], start, size, line, width)
             carries = _carries(group)
             for product in range(count):
                 a, b = 4 * products[2 * product], 4 * products[2 * product + 1]
@@ -157,6 +162,14 @@ def _padded(
 ) -> None:
     """A row of a parent in the line's dtype, with zeros behind its elements."""
     widened(code, halves, words, longs, start, count, line)
+    for i in range(count, width):
+        line[i] = 0.0
+
+
+def _differences(model: Pointer, base: Pointer, start: int, count: int, line: Pointer, width: int) -> None:
+    """A row of differences of bfloat16 numbers in float32, without lines of both, with zeros behind them."""
+    for i in range(count):
+        line[i] = of_bfloat16(model[start + i]) - of_bfloat16(base[start + i])
     for i in range(count, width):
         line[i] = 0.0
 
@@ -253,7 +266,7 @@ def _added(sums: Pointer, a: int, b: int, into: int, count: int) -> None:
 
 _UNIT_SUMS = {
     name: kernel(
-        *("u16**", "u32**", "u64**", "i64*", "i64", "i64*", "i64", "i64*", "i64"),
+        *("u16**", "u32**", "u64**", "i64*", "i64", "u8*", "i64*", "i64", "i64*", "i64"),
         *("i64", "i64", "i64", line, "f64*", "f64*"),
     )(_unit_sums)
     for name, line in LINES.items()
@@ -288,10 +301,13 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     sums, _more_memory = aligned_lines(1, 8 * width * levels * len(products))
     results = np.empty((-(-elements // unit), len(products)))
     dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
+    short = dtype == "float32" and all(dtypes[list(pair)].tolist() == [BF16, BF16] for pair in places)
+    alone = {each for product in products for each in (product.a, product.b) if isinstance(each, int)}
+    needed = np.array([not (places and short) or place in alone for place in range(len(parents))], np.bool_)
     raw = addresses(parents)
     at = address(raw)
     _UNIT_SUMS[dtype](
-        *(at, at, at, address(dtypes), len(parents), address(pairs), len(places)),
+        *(at, at, at, address(dtypes), len(parents), address(needed), address(pairs), len(places)),
         *(address(of_products), len(products), elements, unit, width, address(lines), int(sums[0]), address(results)),
     )
     return results
