@@ -896,5 +896,15 @@ def test_a_sum_beyond_the_largest_number_of_its_dtype_is_counted(kind: str, larg
     assert receipt.nonfinite == ()
 
 
+@pytest.mark.parametrize("differs", [None, 0, 63, 64, 1000, 1024, 29_999])
+def test_a_merge_has_the_bytes_of_a_parent_where_no_element_differs(differs: int | None):
+    parents = family({"x": ((30_000,), "bfloat16")})
+    parents["b"]["x"] = parents["a"]["x"].clone()
+    if differs is not None:
+        parents["b"]["x"][differs] += 1
+    (receipt,) = merge_task(task_of(parents, {"linear": LINEAR}))
+    assert receipt.alike == ({"a": 1, "b": 1} if differs is None else {})
+
+
 def by_name(task: MergeTask) -> dict[str, TensorMerge]:
     return {tensor.name: tensor for tensor in task.tensors}
