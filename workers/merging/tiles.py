@@ -30,7 +30,7 @@ Elements = Any
 
 Facts = dict[Reduction, Any]
 
-FACT_UNITS = 16
+FACT_UNITS = 32
 """`TILE_ELEMENTS` of a tile that answers questions. Threads wait for each other while Python asks."""
 
 
