@@ -246,7 +246,7 @@ _STEPS = 8
 
 @kernel(
     *("u32*", "u32*", "u32**", "i64", "i64", "i64", "i64", "i64", "i64", "u8**"),
-    *("u32*", "u32*", "u32*", "u64*", "u64*", "i64*"),
+    *("u32*", "u32*", "u32*", "u64*", "u64*", "i64*", "u32*", "u32*"),
 )
 def _below_by_rank(
     bits: Pointer,
@@ -265,17 +265,45 @@ def _below_by_rank(
     one: Pointer,
     other: Pointer,
     counts: Pointer,
+    ranked: Pointer,
+    words: Pointer,
 ) -> None:
-    """Ranks each row once; then a number is held against the limit of its rank for every setting."""
+    """Ranks each row once; then a number is held against the limit of its rank for every setting.
+
+    The numbers are put in the order of their ranks, where vectors compare them: a word has a bit for each of 32
+    settings. In the order of the elements, each bit goes to its mask.
+    """
     for first in range(0, rows * row, row):
         if not _near_ranks(bits, first, row, shift, keys, table, ranks, one):
             _sorted_ranks(bits, first, row, ranks, one, other, counts)
         begin, end = max(0, skipped - first), min(row, skipped + count - first)
         at = first - skipped
-        for setting in range(settings):
-            limits, mask = limits_of[setting], masks[setting]
+        for i in range(begin, end):
+            ranked[ranks[i]] = numbers[at + i] ^ _TOP
+        for group in range(0, settings, 32):
+            together = min(32, settings - group)
+            for rank in range(row):
+                words[rank] = 0
+            for setting in range(together):
+                _compare(ranked, limits_of[group + setting], words, np.uint32(setting), row)
             for i in range(begin, end):
-                mask[at + i] = numbers[at + i] < limits[ranks[i]]
+                keys[i] = words[ranks[i]]
+            for setting in range(together):
+                _spread(keys, masks[group + setting], np.uint32(setting), begin, end, at)
+
+
+def _compare(ranked: Pointer, limits: Pointer, words: Pointer, bit: np.uint32, count: int) -> None:
+    for i in range(count):
+        words[i] |= np.uint32(np.uint32(np.int32(ranked[i]) < np.int32(limits[i] ^ _TOP)) << bit)
+
+
+def _spread(words: Pointer, mask: Pointer, bit: np.uint32, begin: int, end: int, at: int) -> None:
+    for i in range(begin, end):
+        mask[at + i] = np.uint8((words[i] >> bit) & np.uint32(1))
+
+
+_TOP = np.uint32(1 << 31)
+"""Vectors compare numbers without a sign slowly; without their highest bit, others are in the same order."""
 
 
 def _near_ranks(
@@ -381,9 +409,10 @@ def below_by_rank(
     table = np.empty((1 << digits) + 1, np.uint32)
     one, other = np.empty((2, row), np.uint64)
     counts = np.empty(_DIGITS * _VALUES, np.int64)
+    ranked, words = np.zeros((2, row), np.uint32)
     of_limits, of_masks = addresses(limits), addresses(masks)
     _below_by_rank(
         *(address(bits), address(numbers), address(of_limits), len(limits), bits.size // row, row, skipped),
         *(numbers.size, _SPAN - digits, address(of_masks), address(keys), address(table), address(ranks)),
-        *(address(one), address(other), address(counts)),
+        *(address(one), address(other), address(counts), address(ranked), address(words)),
     )

@@ -105,6 +105,20 @@ def test_a_number_is_held_against_the_limit_of_the_rank_that_a_stable_sort_gives
     assert (mask == (numbers < limits[ranks])[part]).all()
 
 
+@pytest.mark.parametrize("settings", [1, 31, 32, 33, 70])
+def test_every_setting_has_a_mask_of_its_own(settings: int):
+    """The bits of 32 share a word."""
+    rng = np.random.default_rng(settings)
+    bits, numbers = rng.integers(0, 99, (7, 50), np.int32), rng.integers(0, 2**32, 350, np.uint32)
+    ranks = np.argsort(np.argsort(bits, axis=1, kind="stable"), axis=1, kind="stable").ravel()
+    limits = [rng.integers(0, 2**32, 50, np.uint32) for _ in range(settings)]
+    masks = [np.empty(numbers.size, np.bool_) for _ in limits]
+    below_by_rank(bits.ravel(), 50, numbers, limits, masks)
+    for mask, each in zip(masks, limits, strict=True):
+        assert (mask == (numbers < each[ranks])).all()
+        assert set(mask.view(np.uint8)) == {0, 1}
+
+
 def test_magnitudes_that_are_infinite_or_no_number_have_ranks():
     bits = np.random.default_rng(8).standard_normal((40, 300)).astype(np.float32).view(np.int32) & 0x7FFFFFFF
     bits[::2, 7], bits[::3, 20:60], bits[::4, 299] = 0x7F800000, 0x7FC00000, 0x7FFFFFFF
