@@ -7,16 +7,24 @@ import ctypes
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.methods.kernels.memory import address
+
 Bytes = NDArray[np.uint8]
 
 
-def memory(size: int, *, pinned: bool = False) -> Bytes:
-    """`size` bytes with whatever is in them, page-locked for a GPU."""
-    if not pinned:
-        return np.empty(size, np.uint8)
-    import torch
+PAGE = 4096
 
-    return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+
+def memory(size: int, *, pinned: bool = False) -> Bytes:
+    """`size` bytes with whatever is in them from the start of a page on, page-locked for a GPU."""
+    if pinned:
+        import torch
+
+        whole = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True).numpy()
+    else:
+        whole = np.empty(size + PAGE, np.uint8)
+    begin = -address(whole) % PAGE
+    return whole[begin : begin + size]
 
 
 def keep_freed_memory() -> None:

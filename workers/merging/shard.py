@@ -26,7 +26,7 @@ from jobs.merge_tasks import DTYPE_BITS, MergeTask, ParentTensor, Receipt, Tenso
 from workers.checkpoints.dtypes import numpy_dtype
 from workers.checkpoints.safetensors import header_bytes
 from workers.digests import TensorHash
-from workers.merging.buffers import Bytes, keep_freed_memory, memory
+from workers.merging.buffers import PAGE, Bytes, keep_freed_memory, memory
 from workers.merging.given import given_facts
 from workers.merging.reading import ParentReader, Slab, Stretch, all_near, plan_slabs
 from workers.merging.streams import Streams
@@ -131,10 +131,14 @@ class Budget:
 
 @dataclass(slots=True)
 class _Piece:
-    """Part of a slab that one thread merges for all points: (stretch, first element, end) and its bytes a point."""
+    """Part of a slab that one thread merges for all points: (stretch, first element, end) and its bytes a point.
+
+    `place` is that of its first byte in the file.
+    """
 
     parts: list[tuple[int, int, int]] = field(default_factory=list[tuple[int, int, int]])
     bytes: int = 0
+    place: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +189,10 @@ class _Merge:
         self.pieces = count()
         self.waiting: deque[tuple[int, Slab, _Piece, Mapping[str, TensorMerger], _Countdown]] = deque()
         """Pieces to merge, numbered."""
-        self.merged: dict[int, tuple[Bytes, int]] = {}
-        """Pieces that wait for the one before: their memory, and the bytes of each point."""
+        self.cut = 0
+        """The place of the next piece in the file."""
+        self.merged: dict[int, tuple[Bytes, Sequence[Bytes]]] = {}
+        """Pieces that wait for the one before: their memory, and in it the bytes of each point."""
         self.passed_on = 0
         self.passing_on = threading.Lock()
         self.alike: list[Mapping[tuple[int, str], bool]] = []
@@ -199,6 +205,7 @@ class _Merge:
         header = header_bytes([(tensor.name, tensor.dtype, tensor.shape) for tensor in self.task.tensors])
         for writer in self.writers:
             writer.begin(header)
+        self.cut = len(header)
         given = given_facts(self.task.tensors, self.task.activations, self.task.grams)
         groups = list(self._joined(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows)))
         ahead = self._read(slab for group, _, fit in groups if fit for slab in group)
@@ -372,6 +379,8 @@ class _Merge:
             for _ in self._oldest(self.merging):
                 pass
             self._notice()
+            piece.place = self.cut
+            self.cut += piece.bytes
             self.waiting.append((next(self.pieces), slab, piece, mergers, left))
             self.merging.append(self.compute.submit(self._merge_next))
 
@@ -382,10 +391,11 @@ class _Merge:
         """
         whole = self._room()
         number, slab, piece, mergers, left = self.waiting.popleft()
+        rows = self._rows(whole, piece)
         try:
             if self.over:
                 return
-            at, rows = 0, self._rows(whole, piece.bytes)
+            at = 0
             for index, start, stop in piece.parts:
                 tensor = slab.stretches[index].tensor
                 size = (stop - start) * DTYPE_BITS[tensor.dtype] // 8
@@ -398,7 +408,7 @@ class _Merge:
             self._end()
             raise
         finally:
-            self._pass_on(number, whole, piece.bytes)
+            self._pass_on(number, whole, rows)
 
     def _room(self) -> Bytes:
         """Memory for one piece of every point; waits until one is written."""
@@ -406,20 +416,21 @@ class _Merge:
         if whole is not None:
             return whole
         try:
-            return memory(len(self.writers) * self.budget.piece, pinned=self.device != "cpu")
+            return memory(len(self.writers) * (self.budget.piece + PAGE), pinned=self.device != "cpu")
         except BaseException:
             self._end()
             self.free.put(None)  # else the threads that wait would wait for ever
             raise
 
-    def _rows(self, whole: Bytes, size: int) -> Sequence[Bytes]:
-        """A piece of each point, aligned for every dtype."""
-        return list(whole.reshape(len(self.writers), self.budget.piece)[:, :size])
+    def _rows(self, whole: Bytes, piece: _Piece) -> Sequence[Bytes]:
+        """A piece of each point, at the place in a page that it has in the file: so a disk can take it from there."""
+        begin = piece.place % PAGE
+        return list(whole.reshape(len(self.writers), -1)[:, begin : begin + piece.bytes])
 
-    def _pass_on(self, number: int, whole: Bytes, size: int) -> None:
+    def _pass_on(self, number: int, whole: Bytes, rows: Sequence[Bytes]) -> None:
         """Gives pieces to the threads that hash and write, in the order of their numbers."""
         with self.passing_on:
-            self.merged[number] = whole, size
+            self.merged[number] = whole, rows
             while (piece := self.merged.pop(self.passed_on, None)) is not None:
                 self.passed_on += 1
                 try:
@@ -429,7 +440,7 @@ class _Merge:
                     self.free.put(None)
                     raise
 
-    def _write(self, whole: Bytes, size: int) -> None:
+    def _write(self, whole: Bytes, rows: Sequence[Bytes]) -> None:
         """Has a piece of every point hashed and written; then its memory is free."""
         left = _Countdown(2 * len(self.lanes), lambda: self.free.put(whole))
 
@@ -444,7 +455,6 @@ class _Merge:
             finally:
                 left.one()
 
-        rows = self._rows(whole, size)
         for lane in self.lanes:
             self.behind.append(lane.hashing.submit(each, lane.of, ShardWriter.hash))
             self.behind.append(lane.writing.submit(each, lane.of, ShardWriter.write))

@@ -10,6 +10,11 @@ import os
 from errno import EINVAL
 from functools import partial
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 BLOCK = 4096
 """Bytes of which addresses, places and sizes are multiples; where a disk wants more, the cache gets the bytes."""
@@ -42,31 +47,44 @@ class DirectWriter:
         _switch(descriptor, on=True)
 
     def write(self, data: memoryview) -> None:
-        """The next bytes, which are copied."""
-        taken, done = self._array(data), 0
+        """The next bytes. Of those that have the place in a block that they have in the file, few are copied."""
+        taken = self._array(data)
+        if (taken.__array_interface__["data"][0] - self._position - self._filled) % BLOCK == 0:
+            first = min(len(taken), -self._filled % BLOCK)
+            end = first + (len(taken) - first) // BLOCK * BLOCK
+            if first < end:
+                self._copy(taken[:first])
+                self._put(self._piece[: self._filled])
+                self._filled = 0
+                self._put(taken[first:end])
+                taken = taken[end:]
+        self._copy(taken)
+
+    def _copy(self, taken: NDArray[np.uint8]) -> None:
+        done = 0
         while done < len(taken):
             part = taken[done : done + PIECE_BYTES - self._filled]
             self._piece[self._filled : self._filled + len(part)] = part  # NumPy gives up Python's lock meanwhile
             self._filled += len(part)
             done += len(part)
             if self._filled == PIECE_BYTES:
-                self._put()
+                self._put(self._piece)
+                self._filled = 0
 
     def finish(self) -> None:
         """Writes the last bytes, which fill no block, through the cache."""
         _switch(self._descriptor, on=False)
-        self._put()
+        self._put(self._piece[: self._filled])
 
-    def _put(self) -> None:
+    def _put(self, some: NDArray[np.uint8]) -> None:
         if self._error is not None:
             raise self._error
         try:
-            _write(self._descriptor, self._piece[: self._filled].data, self._position)
+            _write(self._descriptor, some.data, self._position)
         except OSError as error:
             self._error = error
             raise
-        self._position += self._filled
-        self._filled = 0
+        self._position += len(some)
 
 
 def _write(descriptor: int, data: memoryview, position: int) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import random
 import tempfile
+from mmap import mmap
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,30 @@ def test_the_file_has_the_bytes_however_they_are_cut(
     assert slow_cache == (
         [-(-reached // BLOCK) * BLOCK] if size > reached and size >= -(-reached // BLOCK) * BLOCK else []
     )
+
+
+@pytest.mark.parametrize("apart", [0, 8, BLOCK // 2])
+def test_whole_blocks_at_their_place_are_not_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int
+) -> None:
+    """A file begins at a block; its bytes here do so too, or lie apart from that."""
+    pwrite, sizes = os.pwrite, list[int]()
+
+    def noted(descriptor: int, data: memoryview, position: int) -> int:
+        sizes.append(len(data))
+        return pwrite(descriptor, data, position)
+
+    monkeypatch.setattr(direct.os, "pwrite", noted)
+    data = random.Random(3).randbytes(5 * PIECE_BYTES + 77)
+    memory = mmap(-1, len(data) + apart)
+    memory[apart:] = data
+    with open_store(tmp_path).upload("model") as upload:
+        for start, stop in itertools.pairwise([0, 4 * BLOCK, 4 * BLOCK + 99, 3 * PIECE_BYTES + 5, len(data)]):
+            upload.write(memoryview(memory)[apart + start : apart + stop])
+        upload.commit()
+    assert (tmp_path / "model").read_bytes() == data
+    assert (max(sizes) > PIECE_BYTES) is (apart == 0)
+    assert sum(sizes) == len(data) - 4 * BLOCK
 
 
 def test_a_fast_cache_has_all_of_the_file(
