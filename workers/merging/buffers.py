@@ -11,8 +11,8 @@ from workers.methods.kernels.memory import address
 
 Bytes = NDArray[np.uint8]
 
-
 PAGE = 4096
+"""A multiple of `direct.BLOCK`."""
 
 
 def memory(size: int, *, pinned: bool = False) -> Bytes:
@@ -20,9 +20,8 @@ def memory(size: int, *, pinned: bool = False) -> Bytes:
     if pinned:
         import torch
 
-        whole = torch.empty(size + PAGE, dtype=torch.uint8, pin_memory=True).numpy()
-    else:
-        whole = np.empty(size + PAGE, np.uint8)
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True).numpy()
+    whole = np.empty(size + PAGE, np.uint8)
     begin = -address(whole) % PAGE
     return whole[begin : begin + size]
 

@@ -21,15 +21,8 @@ from workers.merging.deriving import Deriving
 from workers.merging.given import given_facts
 from workers.merging.point_launches import ELEMENTS_A_LAUNCH, PointLaunches, flat
 from workers.merging.streams import Mark, Streams
-from workers.merging.tiles import (
-    FACT_UNITS,
-    Elements,
-    TensorMerger,
-    bytes_of,
-    learn,
-    overflowed,
-)
-from workers.methods.tile import TILE_ELEMENTS, as_tensor
+from workers.merging.tiles import Elements, TensorMerger, bytes_of, learn, overflowed
+from workers.methods.tile import FACT_UNITS, TILE_ELEMENTS, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -31,7 +31,6 @@ from workers.merging.given import given_facts
 from workers.merging.reading import ParentReader, Slab, Stretch, all_near, plan_slabs
 from workers.merging.streams import Streams
 from workers.merging.tiles import (
-    FACT_UNITS,
     Elements,
     Facts,
     TensorMerger,
@@ -354,7 +353,8 @@ class _Merge:
                 if name not in missing:
                     continue
                 place, asked = (stretch.start, stretch.stop, raw, stretch.first), missing[name]
-                for tile in tiles(tensor, *place, facts[name], self.task.seed, units=FACT_UNITS, asked=asked):
+                units = min(question.units for question in asked)
+                for tile in tiles(tensor, *place, facts[name], self.task.seed, units=units, asked=asked):
                     for question in asked:
                         shares.setdefault((name, question), []).extend(question.of(tile))
         if not keep:
@@ -391,8 +391,9 @@ class _Merge:
         """
         whole = self._room()
         number, slab, piece, mergers, left = self.waiting.popleft()
-        rows = self._rows(whole, piece)
+        rows: Sequence[Bytes] = ()
         try:
+            rows = self._rows(whole, piece)
             if self.over:
                 return
             at = 0
@@ -416,15 +417,19 @@ class _Merge:
         if whole is not None:
             return whole
         try:
-            return memory(len(self.writers) * (self.budget.piece + PAGE), pinned=self.device != "cpu")
+            each = self.budget.piece + (PAGE if self.device == "cpu" else 0)
+            return memory(len(self.writers) * each, pinned=self.device != "cpu")
         except BaseException:
             self._end()
             self.free.put(None)  # else the threads that wait would wait for ever
             raise
 
     def _rows(self, whole: Bytes, piece: _Piece) -> Sequence[Bytes]:
-        """A piece of each point, at the place in a page that it has in the file: so a disk can take it from there."""
-        begin = piece.place % PAGE
+        """A piece of each point, at the place in a page that it has in the file: so a disk can take it from there.
+
+        Page-locked memory is rounded up to a power of two, and not all drivers let a disk read it.
+        """
+        begin = piece.place % PAGE if self.device == "cpu" else 0
         return list(whole.reshape(len(self.writers), -1)[:, begin : begin + piece.bytes])
 
     def _pass_on(self, number: int, whole: Bytes, rows: Sequence[Bytes]) -> None:

@@ -20,7 +20,7 @@ from workers.checkpoints.dtypes import FLOATS, TORCH_NAMES, any_nonfinite, nonfi
 from workers.methods import METHODS, running
 from workers.methods.aim import relaxed, relaxed_pass
 from workers.methods.passes import Pass
-from workers.methods.tile import TILE_ELEMENTS, Inputs, NotYetKnown, Reduction, Tile, as_tensor
+from workers.methods.tile import FACT_UNITS, TILE_ELEMENTS, Inputs, NotYetKnown, Reduction, Tile, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,10 +29,6 @@ Elements = Any
 """1-D elements of a tensor in its own dtype: a numpy array, or a torch tensor on a GPU."""
 
 Facts = dict[Reduction, Any]
-
-FACT_UNITS = 32
-"""`TILE_ELEMENTS` of a tile that answers questions. Threads wait for each other while Python asks."""
-
 
 FEW = 64
 """Elements by which two stretches nearly always differ already."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, combinations_with_replacement
-from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from workers.methods.kernels.dtypes import ARITHMETIC, CODES
 from workers.methods.kernels.ranks import Bracket, Ends, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
 from workers.methods.kernels.unit_sums import Product, kept_sums
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
-from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
+from workers.methods.tile import FACT_UNITS, TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -327,6 +327,7 @@ class Nonzero(Reduction):
 class Sample(Reduction):
     """One score of 61 as bits, sorted: the one sort of a tensor, which bounds the place of every rank."""
 
+    units: ClassVar[int] = 2 * FACT_UNITS
     score: Score
 
     def ask(self, tile: Tile) -> None:
@@ -364,6 +365,7 @@ class Cutoff(Reduction):
     closely. That this misses is possible and noticed; then a greater margin is asked for, and None means everything.
     """
 
+    units: ClassVar[int] = 2 * FACT_UNITS
     score: Score
     count: int
     margin: float | None

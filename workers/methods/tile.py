@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import ml_dtypes
 import numpy as np
@@ -28,6 +28,9 @@ TILE_ELEMENTS = 1 << 17
 
 Sums over a whole tensor are sums of the tiles' sums, so this constant is part of the numerics. A `Tile` may span
 several of these units (on a GPU a whole tensor), but begins at a multiple of one."""
+
+FACT_UNITS = 16
+"""`TILE_ELEMENTS` of a tile that answers questions. Threads wait for each other while Python asks."""
 
 PerModel = tuple[float, ...]
 """A parameter given per model, in the order of `Inputs.models`."""
@@ -80,7 +83,12 @@ def together(questions: Iterable[Callable[[], Value]]) -> list[Value]:
 
 
 class Reduction:
-    """A fact about a whole tensor, put together from its tiles' shares. Subclasses are frozen dataclasses."""
+    """A fact about a whole tensor, put together from its tiles' shares. Subclasses are frozen dataclasses.
+
+    `units` are those of a tile that answers. Masks and formulas take memory for each of its elements.
+    """
+
+    units: ClassVar[int] = FACT_UNITS
 
     def ask(self, tile: Tile) -> None:
         """Asks `tile.known` for the facts that must be known before this one."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import fcntl
 import os
-from errno import EINVAL
+from errno import EFAULT, EINVAL
 from functools import partial
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, mmap
 from typing import TYPE_CHECKING
@@ -93,7 +93,8 @@ def _write(descriptor: int, data: memoryview, position: int) -> None:
         try:
             done += os.pwrite(descriptor, data[done:], position + done)
         except OSError as error:
-            if error.errno != EINVAL or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _O_DIRECT:
+            # refused for its place, or for memory that a driver has mapped; what else is wrong, the cache says too
+            if error.errno not in (EFAULT, EINVAL) or not fcntl.fcntl(descriptor, fcntl.F_GETFL) & _O_DIRECT:
                 raise
             _switch(descriptor, on=False)
 

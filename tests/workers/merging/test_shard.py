@@ -48,7 +48,7 @@ from workers.merging.shard import FIXED_BYTES, Budget, merge_task
 from workers.merging.tiles import TensorMerger, tiles
 from workers.merging.writing import ShardWriter
 from workers.methods.tile import TILE_ELEMENTS
-from workers.storage import open_store
+from workers.storage import direct, local, open_store
 from workers.storage.local import LocalStore, MappedBytes
 from workers.storage.mapping import CAN_MAP, counts_as_memory
 
@@ -894,6 +894,28 @@ def test_a_sum_beyond_the_largest_number_of_its_dtype_is_counted(kind: str, larg
     (receipt,) = merge_task(task_of(parents, {"total": total}))
     assert receipt.overflowed == {"x": 1}
     assert receipt.nonfinite == ()
+
+
+def test_past_the_page_cache_pieces_are_written_from_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The header, and a tensor of an odd size, take the pieces from the start of a page."""
+    pwrite, sizes = os.pwrite, list[int]()
+
+    def noted(descriptor: int, data: memoryview, position: int) -> int:
+        sizes.append(len(data))
+        return pwrite(descriptor, data, position)
+
+    monkeypatch.setattr(direct.os, "pwrite", noted)
+    monkeypatch.setattr(local, "FIRST_WRITEBACK_BYTES", 1 << 20)
+    monkeypatch.setattr(local, "SLOW_WRITEBACK_SECONDS", 0)
+    monkeypatch.setattr(local, "can_write_directly", lambda descriptor: True)
+    parents = family({"odd": ((77,), "bfloat16"), "large": ((3000, 4000), "bfloat16")})
+    points = {"one": LINEAR, "other": LINEAR}
+    task, kept = task_of(parents, points, run=str(tmp_path)), task_of(parents, points)
+    assert digests(merge_task(task)) == digests(merge_task(kept))
+    for point in task.points:
+        assert (tmp_path / point.key).read_bytes() == open_store(kept.run).read(point.key)
+    assert sum(size > direct.PIECE_BYTES for size in sizes) == 2 * len(points), "two of three pieces"
+    assert direct.PIECE_BYTES not in sizes, "the size of what is copied"
 
 
 @pytest.mark.parametrize("differs", [None, 0, 63, 64, 1000, 1024, 29_999])

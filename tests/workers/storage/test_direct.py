@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import itertools
 import os
 import random
 import tempfile
@@ -40,7 +39,14 @@ def slow_cache(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return begun
 
 
-def written(folder: Path, data: bytes, cuts: list[int]) -> bytes:
+def placed(data: bytes, apart: int) -> memoryview:
+    """The bytes in memory, so far from their place in a page: those of 0 are not copied, those of 8 are."""
+    memory = mmap(-1, len(data) + apart)
+    memory[apart:] = data
+    return memoryview(memory)[apart:]
+
+
+def written(folder: Path, data: bytes | memoryview, cuts: list[int]) -> bytes:
     """The file of an upload that is written in parts."""
     store = open_store(folder)
     with store.upload("model") as upload:
@@ -81,14 +87,8 @@ def test_whole_blocks_at_their_place_are_not_copied(
         return pwrite(descriptor, data, position)
 
     monkeypatch.setattr(direct.os, "pwrite", noted)
-    data = random.Random(3).randbytes(5 * PIECE_BYTES + 77)
-    memory = mmap(-1, len(data) + apart)
-    memory[apart:] = data
-    with open_store(tmp_path).upload("model") as upload:
-        for start, stop in itertools.pairwise([0, 4 * BLOCK, 4 * BLOCK + 99, 3 * PIECE_BYTES + 5, len(data)]):
-            upload.write(memoryview(memory)[apart + start : apart + stop])
-        upload.commit()
-    assert (tmp_path / "model").read_bytes() == data
+    data = placed(random.Random(3).randbytes(5 * PIECE_BYTES + 77), apart)
+    assert written(tmp_path, data, [4 * BLOCK, 4 * BLOCK + 99, 3 * PIECE_BYTES + 5]) == data
     assert (max(sizes) > PIECE_BYTES) is (apart == 0)
     assert sum(sizes) == len(data) - 4 * BLOCK
 
@@ -111,15 +111,16 @@ def test_the_first_writeback_comes_sooner_than_the_others(
     assert begun == [(0, 4 * BLOCK), (4 * BLOCK, 7 * BLOCK), (11 * BLOCK, 7 * BLOCK)]
 
 
-@pytest.mark.parametrize("refuses", ["the writes", "the flag"])
+@pytest.mark.parametrize("apart", [0, 8])
+@pytest.mark.parametrize("refuses", ["the writes", "the memory", "the flag"])
 def test_a_file_system_that_refuses_gets_the_bytes_through_the_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refuses: str, apart: int
 ) -> None:
     pwrite, control = os.pwrite, fcntl.fcntl
 
     def refused_write(descriptor: int, data: memoryview, position: int) -> int:
         if control(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
-            raise OSError(errno.EINVAL, "Invalid argument")
+            raise OSError(errno.EINVAL if refuses == "the writes" else errno.EFAULT, "refused")
         return pwrite(descriptor, data, position)
 
     def refused_flag(descriptor: int, command: int, flags: int = 0) -> int:
@@ -127,24 +128,26 @@ def test_a_file_system_that_refuses_gets_the_bytes_through_the_cache(
             raise OSError(errno.EINVAL, "Invalid argument")
         return control(descriptor, command, flags)
 
-    if refuses == "the writes":
+    if refuses != "the flag":
         monkeypatch.setattr(direct.os, "pwrite", refused_write)
     else:
         monkeypatch.setattr(direct.fcntl, "fcntl", refused_flag)
-    data = random.Random(1).randbytes(3 * PIECE_BYTES + 5)
+    data = placed(random.Random(1).randbytes(3 * PIECE_BYTES + 5), apart)
     assert written(tmp_path, data, [4 * BLOCK]) == data
 
 
-def test_a_part_of_a_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("apart", [0, 8])
+def test_a_part_of_a_write_is_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, apart: int) -> None:
     pwrite = os.pwrite
     monkeypatch.setattr(direct.os, "pwrite", lambda file, data, at: pwrite(file, data[: 3 * BLOCK], at))
-    data = random.Random(2).randbytes(3 * PIECE_BYTES + 5)
+    data = placed(random.Random(2).randbytes(3 * PIECE_BYTES + 5), apart)
     assert written(tmp_path, data, [4 * BLOCK]) == data
 
 
+@pytest.mark.parametrize("apart", [0, 8])
 @pytest.mark.parametrize("again", ["write", "commit"])
 def test_a_full_disk_is_said_as_often_as_it_is_asked_and_nothing_stays(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str, apart: int
 ) -> None:
     def full(descriptor: int, data: memoryview, position: int) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -154,9 +157,9 @@ def test_a_full_disk_is_said_as_often_as_it_is_asked_and_nothing_stays(
     with monkeypatch.context() as patch:
         patch.setattr(direct.os, "pwrite", full)
         with pytest.raises(StorageError, match="no room left on this disk"):
-            upload.write(bytes(PIECE_BYTES))
+            upload.write(placed(bytes(PIECE_BYTES), apart))
     with pytest.raises(StorageError, match="no room left on this disk"), upload:
-        upload.write(bytes(PIECE_BYTES)) if again == "write" else upload.commit()
+        upload.write(placed(bytes(PIECE_BYTES), apart)) if again == "write" else upload.commit()
     assert not [*tmp_path.iterdir()]
 
 
@@ -181,7 +184,7 @@ def test_whole_pieces_pass_the_cache_and_the_rest_does_not(tmp_path: Path, monke
         if not can_write_directly(file.fileno()):
             pytest.skip("the temporary folder is on no block device")
     (tmp_path / "probe").unlink()
-    assert written(tmp_path, bytes(4 * BLOCK + 2 * PIECE_BYTES + 7), [4 * BLOCK])
+    assert written(tmp_path, placed(bytes(4 * BLOCK + 2 * PIECE_BYTES + 7), 8), [4 * BLOCK])
     assert passed == [(PIECE_BYTES, True), (PIECE_BYTES, True), (7, False)]
 
 

@@ -303,7 +303,7 @@ def _spread(words: Pointer, mask: Pointer, bit: np.uint32, begin: int, end: int,
 
 
 _TOP = np.uint32(1 << 31)
-"""Vectors compare numbers without a sign slowly; without their highest bit, others are in the same order."""
+"""Vectors compare numbers without a sign slowly; with this bit flipped, numbers with a sign have the same order."""
 
 
 def _near_ranks(
