@@ -47,8 +47,10 @@ def test_sums_have_the_bits_of_the_tree(elements: int, unit: int, dtypes: Any, a
     for parent in parents:
         parent[rng.random(elements) < 0.1] = -0.0
     products = [Product(0, 1), Product((3, 2), (1, 2)), Product((2, 0)), Product(3), Product((3, 1))]
+    products += [Product(1, 1), Product((3, 2), (3, 2))]
     a, b, c, d = (as_tensor(each).to(torch_named(arithmetic)) for each in parents)
     values = [a.double() * b.double(), (d - c).double() * (b - c).double(), (c - a).abs(), d.abs(), (d - b).abs()]
+    values += [b.double() ** 2, (d - c).double() ** 2]
     sums = unit_sums(parents, products, unit=unit, dtype=arithmetic)
     for of_product, expected in zip(sums.T, values, strict=True):
         assert bits(of_product) == bits(by_tree(expected, unit))
