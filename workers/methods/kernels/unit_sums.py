@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import BF16, CODES, any_nonfinite, of_bfloat16, widened
-from workers.methods.kernels.memory import Array, address, addresses, aligned_lines
+from workers.methods.kernels.memory import Array, address, addresses, aligned_lines, are_pairs
+from workers.methods.kernels.short_products import LEAST_UNIT, ones_below, products_of_two, reversed_bits
 
 WIDTH = 512
 """Elements of a row at most: the open sums of one product stay in a core's second cache."""
@@ -67,7 +68,7 @@ def _unit_sums(
             if _seen(dtypes[parent], halves[parent], words[parent], longs[parent], first, min(unit, elements - first)):
                 results[first // unit * count] = np.nan
         for group in range(groups):
-            row = _reversed(group, bits)
+            row = reversed_bits(group, bits)
             for part in range(4):
                 start = first + (row + (2 * (part % 2) + part // 2) * groups) * width
                 size = max(0, min(width, elements - start))
@@ -81,7 +82,7 @@ def _unit_sums(
                         _subtracted(lines[4 * a + part], lines[4 * b + part], line, width)
                     else:
                         _differences(halves[a], halves[b], start, size, line, width)
-            carries = _carries(group)
+            carries = ones_below(group)
             for product in range(count):
                 a, b = 4 * products[2 * product], 4 * products[2 * product + 1]
                 joining = product * (bits + 2) * width
@@ -128,7 +129,7 @@ def _kept_sums(
             if _seen(dtypes[parent], halves[parent], words[parent], longs[parent], first, min(unit, elements - first)):
                 results[first // unit * count] = np.nan
         for group in range(groups):
-            row = _reversed(group, bits)
+            row = reversed_bits(group, bits)
             for part in range(4):
                 start = first + (row + (2 * (part % 2) + part // 2) * groups) * width
                 size = max(0, min(width, elements - start))
@@ -137,7 +138,7 @@ def _kept_sums(
                     _padded(dtypes[parent], half, word, long, start, size, line, width)
                 _subtracted(lines[part], lines[4 + part], lines[part], width)
                 _sizes(lines[part], sizes[part], squares, width)
-            carries = _carries(group)
+            carries = ones_below(group)
             start = first + row * width
             for place in range(count):
                 joining = place * (bits + 2) * width
@@ -167,19 +168,12 @@ def _padded(
 
 
 def _differences(model: Pointer, base: Pointer, start: int, count: int, line: Pointer, width: int) -> None:
-    """A row of differences of bfloat16 numbers in float32, without lines of both, with zeros behind them."""
+    """A row of differences of bfloat16 numbers in the line's dtype, without lines of both, with zeros behind them."""
     for i in range(count):
-        line[i] = of_bfloat16(model[start + i]) - of_bfloat16(base[start + i])
+        line[i] = of_bfloat16(model[start + i])
+        line[i] -= of_bfloat16(base[start + i])
     for i in range(count, width):
         line[i] = 0.0
-
-
-def _carries(number: int) -> int:
-    """How many of the lowest bits are 1 before the first 0: so many open sums are joined."""
-    carries = 0
-    while (number >> carries) & 1:
-        carries += 1
-    return carries
 
 
 def _join(sums: Pointer, joining: int, carries: int, width: int) -> None:
@@ -198,14 +192,6 @@ def _folded(sums: Pointer, at: int, width: int) -> np.float64:
             sums[at + i] = sums[at + i] + sums[at + half + i]
         half //= 2
     return sums[at]
-
-
-def _reversed(number: int, bits: int) -> int:
-    """The number whose lowest `bits` bits are in the opposite order."""
-    result = 0
-    for bit in range(bits):
-        result |= ((number >> bit) & 1) << (bits - 1 - bit)
-    return result
 
 
 def _subtracted(a: Pointer, b: Pointer, into: Pointer, count: int) -> None:
@@ -287,6 +273,8 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     `unit` is a power of two, at least 4; zeros fill the last unit. Parents and differences are numbers of `dtype`,
     "float32" or "float64"; the products and the sums are float64.
     """
+    if dtype == "float64" and unit >= LEAST_UNIT and (two := _two_vectors(parents, products)):
+        return products_of_two(*two, unit=unit)
     places: dict[tuple[int, int], int] = {}
 
     def line(operand: Operand) -> int:
@@ -301,7 +289,7 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     sums, _more_memory = aligned_lines(1, 8 * width * levels * len(products))
     results = np.empty((-(-elements // unit), len(products)))
     dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
-    short = dtype == "float32" and all(dtypes[list(pair)].tolist() == [BF16, BF16] for pair in places)
+    short = all(dtypes[list(pair)].tolist() == [BF16, BF16] for pair in places)
     alone = {each for product in products for each in (product.a, product.b) if isinstance(each, int)}
     needed = np.array([not (places and short) or place in alone for place in range(len(parents))], np.bool_)
     raw = addresses(parents)
@@ -311,6 +299,18 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
         *(address(of_products), len(products), elements, unit, width, address(lines), int(sums[0]), address(results)),
     )
     return results
+
+
+def _two_vectors(parents: Sequence[Array], products: Sequence[Product]) -> tuple[Array, Array, Array | None] | None:
+    """The models and the base of a Gram matrix of two vectors, if all are pairs of bfloat16."""
+    a, b = products[0].a, products[-1].a
+    if [*products] != [Product(a, a), Product(a, b), Product(b, b)]:
+        return None
+    (model, base), (other, of_other) = (each if isinstance(each, tuple) else (each, None) for each in (a, b))
+    used = [parents[place] for place in (model, other, base) if place is not None]
+    if base != of_other or not are_pairs(used):
+        return None
+    return parents[model], parents[other], None if base is None else parents[base]
 
 
 def kept_sums(

@@ -56,6 +56,31 @@ def test_sums_have_the_bits_of_the_tree(elements: int, unit: int, dtypes: Any, a
         assert bits(of_product) == bits(by_tree(expected, unit))
 
 
+@pytest.mark.parametrize("based", [False, True], ids=["models", "task vectors"])
+@pytest.mark.parametrize(
+    ("elements", "unit"),
+    [(2, 2048), (2048, 2048), (5002, 2048), (9001, 4096), (20_480, 4096), (300_002, TILE_ELEMENTS)],
+)
+def test_the_products_of_two_vectors_of_bfloat16_have_the_bits_of_the_tree(elements: int, unit: int, based: bool):
+    """An odd size is not in words of two elements, and takes the general loop."""
+    rng = np.random.default_rng(elements)
+    parents: list[Array] = [
+        (rng.standard_normal(elements) * 10.0 ** rng.integers(-20, 4, elements)).astype(ml_dtypes.bfloat16)
+        for _ in range(3)
+    ]
+    for parent in parents:
+        parent[rng.random(elements) < 0.1] = -0.0
+    parents[1][-1] = math.inf  # spoils the last unit alone
+    a, b, c = (as_tensor(each).double() for each in parents)
+    vectors = (c - a, b - a) if based else (c, b)
+    two = ((2, 0), (1, 0)) if based else (2, 1)
+    pairs = [(0, 0), (0, 1), (1, 1)]
+    sums = unit_sums(parents, [Product(two[x], two[y]) for x, y in pairs], unit=unit, dtype="float64")
+    for of_product, (x, y) in zip(sums.T, pairs, strict=True):
+        expected = by_tree(vectors[x] * vectors[y], unit)
+        assert bits(np.nan_to_num(of_product, nan=1e301)) == bits(np.nan_to_num(expected, nan=1e301))
+
+
 @pytest.mark.parametrize("arithmetic", ["float32", "float64"])
 @pytest.mark.parametrize("dtypes", [DTYPES[:1] * 2, DTYPES[1:3], DTYPES[3:] * 2], ids=str)
 @pytest.mark.parametrize(("elements", "unit"), [(1, 4), (117, 16), (5000, 1024), (300_001, TILE_ELEMENTS)])
