@@ -41,7 +41,7 @@ from workers.merging.tiles import (
     tiles,
 )
 from workers.merging.writing import ShardWriter
-from workers.methods.reductions import DRAWN
+from workers.methods.reductions import DRAWN, DrawnBefore
 from workers.methods.tile import TILE_ELEMENTS, Reduction
 from workers.storage import open_store
 
@@ -209,7 +209,7 @@ class _Merge:
         groups = list(self._joined(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows)))
         ahead = self._read(slab for group, _, fit in groups if fit for slab in group)
         for group, ask, fit in groups:
-            drawn: dict[Any, Any] = {}
+            drawn = DrawnBefore()
             tensors = _tensors(group)
             facts: dict[str, Facts] = {tensor.name: {**given[tensor.name], DRAWN: drawn} for tensor in tensors}
             if not fit:

@@ -7,9 +7,8 @@ vector width, on a GPU's block order or on how many tiles were in memory at once
 from __future__ import annotations
 
 import math
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import accumulate, combinations_with_replacement
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
@@ -19,6 +18,8 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
+from workers.methods.kernels.masks import MOST_MASKS, Mask, Words, mask_of
+from workers.methods.kernels.random import random_below
 from workers.methods.kernels.ranks import Bracket, Ends, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
 from workers.methods.kernels.unit_sums import Product, kept_sums
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
@@ -496,16 +497,39 @@ class Coin:
         return np.rint(chances * (1 << 32)).clip(0, (1 << 32) - 1).astype(np.uint32)
 
 
-def _drawn_by_rank(
-    tile: Tile, coins: Sequence[Coin], model: str, base: str, into: Sequence[NDArray[np.bool_]] | None = None
-) -> Sequence[NDArray[np.bool_]]:
-    """Which elements each of some coins of one method with a spread keeps."""
-    rows = _whole_rows(tile, model, base)
-    sizes, numbers = Magnitude(model, base).on_host(rows), tile.random_bits(coins[0].method, model)
-    limits = [coin.limits(tile.row) for coin in coins]
-    masks = [np.empty(tile.elements, np.bool_) for _ in coins] if into is None else into
-    below_by_rank(sizes, tile.row, numbers, limits, masks, tile.start - rows.start)
-    return masks
+@dataclass(frozen=True, slots=True, eq=False)
+class Drawn:
+    """What some coins have decided for elements from the unit `first` on: each coin has a bit of a word."""
+
+    coins: Mapping[Coin, int]
+    words: Words
+    first: int
+
+
+def _draw(tile: Tile, coins: Sequence[Coin], model: str, base: str) -> Drawn:
+    """Lets at most 16 coins of one method decide, which all or none go by rank."""
+    places = {coin: place for place, coin in enumerate(coins)}
+    method = coins[0].method
+    if coins[0].by_rank(tile):
+        rows = _whole_rows(tile, model, base)
+        sizes, numbers = Magnitude(model, base).on_host(rows), tile.random_bits(method, model)
+        words = below_by_rank(
+            sizes, tile.row, numbers, [coin.limits(tile.row) for coin in coins], tile.start - rows.start
+        )
+    else:
+        limits = [coin.limit for coin in coins]
+        words = random_below(tile.random_key(method, model), tile.start, tile.elements, limits)
+    return Drawn(places, words, tile.units[0])
+
+
+def _drawn_groups(tile: Tile, coins: Iterable[Coin]) -> Iterator[Sequence[Coin]]:
+    """Coins that `_draw` lets decide together."""
+    alike: dict[tuple[str, bool], list[Coin]] = {}
+    for coin in dict.fromkeys(coins):
+        alike.setdefault((coin.method, coin.by_rank(tile)), []).append(coin)
+    for group in alike.values():
+        for first in range(0, len(group), MOST_MASKS):
+            yield group[first : first + MOST_MASKS]
 
 
 def _whole_rows(tile: Tile, model: str, base: str) -> Tile:
@@ -557,7 +581,8 @@ def drawn(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
     """Which elements a coin keeps, element by element: 1 or 0 as uint8, where the model's elements are."""
     elements = tile.raw[model]
     if isinstance(elements, np.ndarray) or not runs_on(str(elements.device)):
-        return as_tensor(drawn_on_host(tile, coin, model, base).view(np.uint8)).to(as_tensor(elements).device)
+        mask = drawn_on_host(tile, coin, model, base).array()
+        return as_tensor(mask.view(np.uint8)).to(as_tensor(elements).device)
 
     def decide() -> Tensor:
         from workers.methods.gpu_kernels.random import drawn as drawn_there
@@ -595,29 +620,25 @@ _SORTED_ON_GPU = 1 << 24
 
 def draw_together(tile: Tile, coins: Iterable[Coin], model: str, base: str) -> None:
     """Decides for several coins, which `drawn_on_host` finds then; those that go by rank share one look at a row."""
-    open_: dict[str, list[Coin]] = {}
+    open_: list[Coin] = []
     for coin in dict.fromkeys(coins):
         if (before := _drawn_before(tile, coin, model, base)) is not None:
             tile.remember((coin, model, base), lambda before=before: before)
-        elif coin.by_rank(tile):
-            open_.setdefault(coin.method, []).append(coin)
-    for alike in open_.values():
-        for first in range(0, len(alike), SUMMED_TOGETHER):  # a coin's limits take four bytes an element of a row
-            group = alike[first : first + SUMMED_TOGETHER]
-            for coin, mask in zip(group, _drawn_by_rank(tile, group, model, base), strict=True):
-                tile.remember((coin, model, base), lambda mask=mask: mask)
+        else:
+            open_.append(coin)
+    for group in _drawn_groups(tile, open_):
+        drawn = _draw(tile, group, model, base)
+        for coin, place in drawn.coins.items():
+            tile.remember((coin, model, base), lambda drawn=drawn, place=place: Mask(drawn.words, place))
 
 
-def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_]:
+def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> Mask:
     """The same as `drawn` in the memory of the host."""
 
-    def decide() -> NDArray[np.bool_]:
+    def decide() -> Mask:
         if (before := _drawn_before(tile, coin, model, base)) is not None:
             return before
-        if coin.by_rank(tile):
-            return _drawn_by_rank(tile, [coin], model, base)[0]
-        bits = tile.random_bits(coin.method, model)
-        return bits < np.uint32(coin.limit) if coin.limit < 1 << 32 else np.ones(bits.size, np.bool_)
+        return Mask(_draw(tile, [coin], model, base).words)
 
     return tile.remember((coin, model, base), decide)
 
@@ -625,28 +646,55 @@ def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.b
 DRAWN = Reduction()
 """The fact that holds what coins have decided for another fact, where the pass over the tensor follows soon."""
 
-MOST_DRAWN = 4096
-"""Units of `TILE_ELEMENTS` that are held, a bit an element: 64 MiB."""
+MOST_DRAWN = 512
+"""Units of `TILE_ELEMENTS` that are held, with a word for each element: 128 MiB."""
 
 
-def _keep_drawn(tile: Tile, coin: Coin, model: str, base: str, mask: NDArray[np.bool_]) -> None:
-    held = tile.facts.get(DRAWN)
-    if held is None or len(held) >= MOST_DRAWN:
+@dataclass(slots=True)
+class DrawnBefore:
+    """`DRAWN`: what was decided of each unit of each tensor, by (coin, model, base, tensor, unit)."""
+
+    units: int = 0
+    held: dict[tuple[Coin, str, str, str, int], Drawn] = field(
+        default_factory=dict["tuple[Coin, str, str, str, int]", Drawn]
+    )
+
+
+def _keep_drawn(tile: Tile, drawn: Drawn, model: str, base: str) -> None:
+    before: DrawnBefore | None = tile.facts.get(DRAWN)
+    first, end = tile.units
+    if before is None or before.units + end - first > MOST_DRAWN:
         return
-    for unit in range(*tile.units):
-        begin = unit * TILE_ELEMENTS - tile.start
-        held[coin, model, base, tile.tensor, unit] = np.packbits(mask[begin : begin + TILE_ELEMENTS])
+    before.units += end - first
+    for unit in range(first, end):
+        for coin in drawn.coins:
+            before.held[coin, model, base, tile.tensor, unit] = drawn
 
 
-def _drawn_before(tile: Tile, coin: Coin, model: str, base: str) -> NDArray[np.bool_] | None:
+def _drawn_before(tile: Tile, coin: Coin, model: str, base: str) -> Mask | None:
     """What a coin has decided for all elements of a tile, if that is held."""
-    held = tile.facts.get(DRAWN)
-    if not held:
+    before: DrawnBefore | None = tile.facts.get(DRAWN)
+    if before is None:
         return None
-    units = [held.get((coin, model, base, tile.tensor, unit)) for unit in range(*tile.units)]
-    if any(unit is None for unit in units):
+    first, end = tile.units
+    parts: dict[Drawn, list[int]] = {}
+    for unit in range(first, end):
+        drawn = before.held.get((coin, model, base, tile.tensor, unit))
+        if drawn is None:
+            return None
+        parts.setdefault(drawn, []).append(unit)
+    places = {drawn.coins[coin] for drawn in parts}
+    if len(places) > 1:
         return None
-    return np.unpackbits(np.concatenate(units), count=tile.elements).view(np.bool_)
+
+    def words() -> Words:
+        pieces = [
+            drawn.words[(units[0] - drawn.first) * TILE_ELEMENTS : (units[-1] + 1 - drawn.first) * TILE_ELEMENTS]
+            for drawn, units in parts.items()
+        ]
+        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+    return Mask(tile.remember(("words", *parts), words)[: tile.elements], places.pop())
 
 
 @dataclass(frozen=True, slots=True)
@@ -667,27 +715,15 @@ class L1Kept(Reduction):
         mask = self.kept.mask(tile, self.model, self.base)
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * mask)
 
-    def masks_on_host(self, tile: Tile, group: Sequence[L1Kept]) -> list[NDArray[np.bool_]]:
-        """Which elements count for each of a group, until a thread's next call."""
+    def masks_on_host(self, tile: Tile, group: Sequence[L1Kept]) -> list[Mask]:
+        """Which elements count for each of a group."""
         model, base = self.model, self.base
-        coins = {each.kept.coin for each in group if each.kept.coin is not None}
-        drawn: dict[Coin, NDArray[np.bool_]] = {}
-        scratch = iter(_scratch(len(coins), tile.elements))
-        for method in {coin.method for coin in coins}:
-            bits = tile.random_bits(method, model)
-            alike = [coin for coin in coins if coin.method == method]
-            by_rank = [coin for coin in alike if coin.by_rank(tile)]
-            for coin in alike:
-                drawn[coin] = next(scratch)
-                if coin not in by_rank:
-                    np.less(bits, coin.limit, out=drawn[coin])
-            if by_rank:
-                _drawn_by_rank(tile, by_rank, model, base, [drawn[coin] for coin in by_rank])
-        for coin, mask in drawn.items():
-            _keep_drawn(tile, coin, model, base, mask)
-        return [
-            each.kept.on_host(tile, model, base) if each.kept.coin is None else drawn[each.kept.coin] for each in group
-        ]
+        masks: dict[Selection, Mask] = {}
+        for coins in _drawn_groups(tile, (each.kept.coin for each in group if each.kept.coin is not None)):
+            drawn = _draw(tile, coins, model, base)
+            _keep_drawn(tile, drawn, model, base)
+            masks |= {Selection(coin=coin): Mask(drawn.words, place) for coin, place in drawn.coins.items()}
+        return [masks.get(each.kept) or mask_of(each.kept.on_host(tile, model, base)) for each in group]
 
     def combine(self, shares: Sequence[float]) -> float:
         return _total(shares)
@@ -715,10 +751,14 @@ class SquaresSelected(Reduction):
             squares = squares * largest(tile, self.score, self.count)
         return unit_sums(squares)
 
-    def masks_on_host(self, tile: Tile, group: Sequence[SquaresSelected]) -> list[NDArray[np.bool_]]:
+    def masks_on_host(self, tile: Tile, group: Sequence[SquaresSelected]) -> list[Mask]:
         """Which elements count for each of a group."""
         return [
-            np.ones(tile.elements, np.bool_) if each.count is None else largest_on_host(tile, each.score, each.count)
+            mask_of(
+                np.ones(tile.elements, np.bool_)
+                if each.count is None
+                else largest_on_host(tile, each.score, each.count)
+            )
             for each in group
         ]
 
@@ -726,21 +766,10 @@ class SquaresSelected(Reduction):
         return _total(shares)
 
 
-_of_thread = threading.local()
-
-
-def _scratch(count: int, elements: int) -> NDArray[np.bool_]:
-    """Masks in memory that a thread uses again: fresh memory costs as much as a mask."""
-    held: NDArray[np.bool_] | None = getattr(_of_thread, "masks", None)
-    if held is None or held.size < count * elements:
-        _of_thread.masks = held = np.empty(count * elements, np.bool_)
-    return held[: count * elements].reshape(count, elements)
-
-
 _KeptSum = TypeVar("_KeptSum", L1Kept, SquaresSelected)
 
-SUMMED_TOGETHER = 16
-"""Sums of one task vector that are found in one look: a mask takes a byte an element."""
+SUMMED_TOGETHER = MOST_MASKS
+"""Sums of one task vector that are found in one look."""
 
 
 def _group_of(tile: Tile, question: _KeptSum) -> tuple[Sequence[_KeptSum], int]:
@@ -766,7 +795,7 @@ def _sums_together(
     tile: Tile,
     question: _KeptSum,
     arrays: Sequence[Array],
-    masks_of: Callable[[Tile, Sequence[_KeptSum]], Sequence[NDArray[np.bool_]]],
+    masks_of: Callable[[Tile, Sequence[_KeptSum]], Sequence[Mask]],
 ) -> list[float]:
     """The shares of a question, found with those of the questions beside it."""
     group, place = _group_of(tile, question)

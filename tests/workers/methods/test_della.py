@@ -15,7 +15,7 @@ from tests.workers.methods.test_passes import parents
 from tests.workers.methods.whole import answered, tiles_of
 from workers.merging.tiles import pass_of
 from workers.methods import reductions
-from workers.methods.reductions import DRAWN, Coin, drawn_on_host
+from workers.methods.reductions import DRAWN, Coin, DrawnBefore, drawn_on_host
 from workers.methods.running import run
 from workers.methods.tile import Reduction
 
@@ -29,7 +29,7 @@ def chances(deltas: list[float], shape: tuple[int, ...], coin: Coin, units: int 
         kept = 0
         for limit in limits:
             drawn = replace(tile, _memory={("bits", coin.method, "x"): np.full(tile.elements, limit - 1, np.uint32)})
-            kept += drawn_on_host(drawn, coin, "x", "base").astype(int)
+            kept += drawn_on_host(drawn, coin, "x", "base").array().astype(int)
         found.extend(limits[kept - 1] / 2**32)
     return found
 
@@ -110,7 +110,7 @@ def test_della_elects_a_sign_and_averages(merge: Any):
     assert set(merged.tolist()) == {3.0, -1.0, 0.0}
 
 
-@pytest.mark.parametrize("most", [4096, 4])
+@pytest.mark.parametrize("most", [512, 4])
 def test_what_a_norm_has_drawn_is_not_drawn_again(small_tiles: int, monkeypatch: pytest.MonkeyPatch, most: int):
     raw: Any = parents(np.random.default_rng(2), 11 * 13, "BF16")
     merge = Setting(
@@ -126,7 +126,7 @@ def test_what_a_norm_has_drawn_is_not_drawn_again(small_tiles: int, monkeypatch:
         tiles = tiles_of(raw, facts, units=3, seed=3, shape=(11, 13))
         each: Any = answered(tiles, facts, lambda tile: pass_of(tile, merge, "F32", ""))[0]
         if most > 4 and DRAWN in facts:
-            monkeypatch.setattr(reductions, "_drawn_by_rank", None)
+            monkeypatch.setattr(reductions, "_draw", None)
         found = b""
         for tile in tiles_of(raw, facts, units=4, seed=3, shape=(11, 13)):
             output = np.zeros(tile.elements, raw["base"].dtype)
@@ -135,7 +135,7 @@ def test_what_a_norm_has_drawn_is_not_drawn_again(small_tiles: int, monkeypatch:
         return found
 
     expected = merged({})
-    held: dict[Any, Any] = {}
-    assert merged({DRAWN: held}) == expected
+    before = DrawnBefore()
+    assert merged({DRAWN: before}) == expected
     units = -(-143 // small_tiles)
-    assert len(held) == 2 * units if most > 4 else 4 <= len(held) < 2 * units
+    assert len(before.held) == before.units == (2 * units if most > 4 else 3)

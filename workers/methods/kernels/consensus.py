@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
+from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines, are_pairs
 from workers.methods.kernels.ranks import RowFactors, multiplied
 from workers.methods.kernels.relaxation import RELAXES, REPEATS, Relaxation, Relaxations, relaxed
@@ -62,9 +63,10 @@ def _consensus(
     """For each block: every parent as a line of numbers, then every trimmed task vector, then every point.
 
     `vectors` holds of each task vector (line of the model, line of the base, keep above, equals to keep, drop above,
-    equals to drop, has a mask, has row factors). "Equals" counts those left of the elements that are exactly as large
-    as the limit; −1 means that nothing has to be counted. Point p has the terms up to `ends[p]`, which index `vectors`.
-    A point that `REPEATS` has the consensus of the one before; one that `RELAXES` has factors in `relaxations`.
+    equals to drop, the bit of its mask or 0, has row factors). "Equals" counts those left of the elements that are
+    exactly as large as the limit; −1 means that nothing has to be counted. Point p has the terms up to `ends[p]`, which
+    index `vectors`. A point that `REPEATS` has the consensus of the one before; one that `RELAXES` has factors in
+    `relaxations`.
     """
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
@@ -76,7 +78,7 @@ def _consensus(
             model, base, into = lines[vectors[at]], lines[vectors[at + 1]], lines[parents + vector]
             above, beyond, factor = np.int32(vectors[at + 2]), np.int32(vectors[at + 4]), factors[vector]
             if vectors[at + 6] and above == EVERY and beyond == NONE:
-                _masked(model, base, masks[vector], first, factor, into, size)
+                _masked(model, base, masks[vector], np.uint16(vectors[at + 6]), first, factor, into, size)
                 continue
             if vectors[at + 7]:
                 _trim_by_rows(model, base, above, row_factors[vector], row, column + first, into, size)
@@ -85,7 +87,7 @@ def _consensus(
             else:
                 _trim(model, base, above, beyond, into, size)
             if vectors[at + 6]:
-                _mask(masks[vector], first, into, size)
+                _mask(masks[vector], np.uint16(vectors[at + 6]), first, into, size)
             if factor != 1:
                 for i in range(size):
                     into[i] = into[i] * factor
@@ -187,16 +189,23 @@ def _equals(model: Pointer, base: Pointer, limit: np.int32, count: int) -> int:
 
 
 def _masked(
-    model: Pointer, base: Pointer, mask: Pointer, start: int, factor: float, delta: Pointer, count: int
+    model: Pointer,
+    base: Pointer,
+    words: Pointer,
+    bit: np.uint16,
+    start: int,
+    factor: float,
+    delta: Pointer,
+    count: int,
 ) -> None:
     """The task vector times its mask and its factor."""
     for i in range(count):
-        delta[i] = (model[i] - base[i]) * np.float32(mask[start + i]) * factor
+        delta[i] = (model[i] - base[i]) * np.float32((words[start + i] & bit) != 0) * factor
 
 
-def _mask(mask: Pointer, start: int, delta: Pointer, count: int) -> None:
+def _mask(words: Pointer, bit: np.uint16, start: int, delta: Pointer, count: int) -> None:
     for i in range(count):
-        delta[i] = delta[i] * np.float32(mask[start + i])
+        delta[i] = delta[i] * np.float32((words[start + i] & bit) != 0)
 
 
 def _mix_two(
@@ -273,7 +282,7 @@ _TENSORS = ("u16**", "u32**", "u64**")
 _KERNELS = {
     name: kernel(
         *(*_TENSORS, "i64*", "i64"),
-        *("i64*", "i64", f"{short}*", "u8**", "f64**", "i64", "i64"),
+        *("i64*", "i64", f"{short}*", "u16**", "f64**", "i64", "i64"),
         *("i64", "i64*", "i64*", "i64*", f"{short}*"),
         *("i64*", f"{short}**", "i64", "i64", "i64", f"{short}*", "i64", "i64"),
         *(*_TENSORS, "i64", "u8*", "u8*", f"{short}**", f"{short}*", f"{short}*", f"{short}*"),
@@ -297,15 +306,15 @@ class Limit:
 class Trimmed:
     """model − base, kept where it is above one limit and not above the other and its mask is 1; then times `factor`.
 
-    Parents are places in a list. A limit of None keeps all, or drops none. The mask has one byte an element. With
-    `scaled`, magnitudes times the factors of their rows are held against `among`, which then keeps no equals, alone.
+    Parents are places in a list. A limit of None keeps all, or drops none. With `scaled`, magnitudes times the factors
+    of their rows are held against `among`, which then keeps no equals, alone.
     """
 
     model: int
     base: int
     among: Limit | None = None
     beyond: Limit | None = None
-    mask: NDArray[np.bool_] | None = None
+    mask: Mask | None = None  # of words of two bytes
     factor: float | None = None
     scaled: RowFactors | None = None
 
@@ -367,7 +376,7 @@ def run_mixtures(
         return np.zeros(len(parents), np.bool_), np.zeros(1, np.bool_)
     vectors = np.array([_fields(each) for each in trimmed], np.int64)
     factors = np.array([1.0 if each.factor is None else each.factor for each in trimmed], dtype)
-    masks = addresses([np.zeros(1, np.bool_) if each.mask is None else each.mask for each in trimmed])
+    masks = addresses([np.zeros(1, np.uint16) if each.mask is None else each.mask.words for each in trimmed])
     scaled = [each.scaled for each in trimmed if each.scaled is not None]
     row, column = (scaled[0].row, scaled[0].column) if scaled else (1, 0)
     of_rows = addresses([np.zeros(1) if each.scaled is None else each.scaled.factors for each in trimmed])
@@ -398,5 +407,5 @@ def run_mixtures(
 def _fields(each: Trimmed) -> tuple[int, ...]:
     among, beyond = each.among or Limit(EVERY), each.beyond or Limit(NONE)
     equals = tuple(-1 if limit.equals is None else limit.equals for limit in (among, beyond))
-    has = each.mask is not None, each.scaled is not None
-    return each.model, each.base, among.bits, equals[0], beyond.bits, equals[1], *has
+    bit = 0 if each.mask is None else 1 << each.mask.bit
+    return each.model, each.base, among.bits, equals[0], beyond.bits, equals[1], bit, each.scaled is not None

@@ -5,11 +5,14 @@ The bits are those of `numpy.random.Philox`, which holds Python's lock while it 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
-from workers.methods.kernels.memory import address
+from workers.methods.kernels.masks import MOST_MASKS, Words
+from workers.methods.kernels.memory import address, aligned_lines
 
 ELEMENTS_A_STEP = 8
 """One step of the counter gives four 64-bit words, and so 32 bits for each of eight elements."""
@@ -20,7 +23,7 @@ _LOW = np.uint64(0xFFFFFFFF)
 _HALF = np.uint64(32)
 
 
-def random_words(key_0: int, key_1: int, first: int, steps: int, words: Pointer) -> None:
+def random_words(key_0: int, key_1: int, first: int | np.uint64, steps: int, words: Pointer) -> None:
     """Writes four 64-bit words for each of `steps` counters from `first` on; numpy's first counter is 1.
 
     A product of 128 bits is put together from products of 32-bit halves, which processors compute several at a time.
@@ -71,3 +74,60 @@ def random_bits(key: tuple[int, int], start: int, elements: int) -> NDArray[np.u
     words = np.empty(4 * steps, np.uint64)
     _random_words(*key, start // ELEMENTS_A_STEP + 1, steps, address(words))
     return words.view(np.uint32)[:elements]
+
+
+_BLOCK = 1024
+"""Elements whose bits and words stay in a core's first cache while each limit meets them."""
+
+_TOP = np.uint32(1 << 31)
+"""Vectors compare numbers without a sign slowly; with this bit flipped, numbers with a sign have the same order."""
+
+
+@kernel("u64", "u64", "u64", "i64", "i64*", "i64", "u64*", "u32*", "u16*")
+def _random_below(
+    key_0: int,
+    key_1: int,
+    first: np.uint64,
+    elements: int,
+    limits: Pointer,
+    settings: int,
+    bits: Pointer,
+    numbers: Pointer,
+    words: Pointer,
+) -> None:
+    """Bit s of an element's word: are its random bits below limit s? `bits` and `numbers` are the same memory."""
+    for start in range(0, elements, _BLOCK):
+        size = min(_BLOCK, elements - start)
+        counter = first + np.uint64(start // ELEMENTS_A_STEP)
+        random_words(key_0, key_1, counter, (size + ELEMENTS_A_STEP - 1) // ELEMENTS_A_STEP, bits)
+        for i in range(size):
+            numbers[i] = np.uint32(numbers[i] ^ _TOP)
+            words[start + i] = 0
+        for setting in range(settings):
+            bit, limit = np.uint16(1 << setting), limits[setting]
+            if limit >> 32:
+                for i in range(start, start + size):
+                    words[i] |= bit
+            else:
+                _add_bit(numbers, np.int32(np.uint32(limit) ^ _TOP), words, start, bit, size)
+
+
+def _add_bit(numbers: Pointer, limit: np.int32, words: Pointer, start: int, bit: np.uint16, count: int) -> None:
+    nothing = np.uint16(0)
+    for i in range(count):
+        words[start + i] |= bit if np.int32(numbers[i]) < limit else nothing
+
+
+def random_below(key: tuple[int, int], start: int, elements: int, limits: Sequence[int]) -> Words:
+    """For each element from `start` on, a multiple of 8, a word: bit s says whether `random_bits` are below limit s.
+
+    At most 16 limits, of 0 to 2³².
+    """
+    assert len(limits) <= MOST_MASKS
+    words, of_limits = np.empty(elements, np.uint16), np.array(limits, np.int64)
+    lines, _memory = aligned_lines(1, 4 * _BLOCK)
+    at = int(lines[0])
+    _random_below(
+        *(*key, start // ELEMENTS_A_STEP + 1, elements, address(of_limits), len(limits), at, at, address(words))
+    )
+    return words

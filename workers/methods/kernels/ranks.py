@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import BF16, CODES, magnitude, of_bfloat16, widened
+from workers.methods.kernels.masks import MOST_MASKS, Words
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
 
@@ -245,8 +246,8 @@ _STEPS = 8
 
 
 @kernel(
-    *("u32*", "u32*", "u32**", "i64", "i64", "i64", "i64", "i64", "i64", "u8**"),
-    *("u32*", "u32*", "u32*", "u64*", "u64*", "i64*", "u32*", "u32*"),
+    *("u32*", "u32*", "u32**", "i64", "i64", "i64", "i64", "i64", "i64", "u16*"),
+    *("u32*", "u32*", "u32*", "u64*", "u64*", "i64*", "u32*", "u16*"),
 )
 def _below_by_rank(
     bits: Pointer,
@@ -258,7 +259,7 @@ def _below_by_rank(
     skipped: int,
     count: int,
     shift: int,
-    masks: Pointer,
+    into: Pointer,
     keys: Pointer,
     table: Pointer,
     ranks: Pointer,
@@ -270,8 +271,8 @@ def _below_by_rank(
 ) -> None:
     """Ranks each row once; then a number is held against the limit of its rank for every setting.
 
-    The numbers are put in the order of their ranks, where vectors compare them: a word has a bit for each of 32
-    settings. In the order of the elements, each bit goes to its mask.
+    The numbers are put in the order of their ranks, where vectors compare them: a word has a bit for each setting. The
+    words then go back to the order of the elements.
     """
     for first in range(0, rows * row, row):
         if not _near_ranks(bits, first, row, shift, keys, table, ranks, one):
@@ -280,26 +281,18 @@ def _below_by_rank(
         at = first - skipped
         for i in range(begin, end):
             ranked[ranks[i]] = numbers[at + i] ^ _TOP
-        for group in range(0, settings, 32):
-            together = min(32, settings - group)
-            for rank in range(row):
-                words[rank] = 0
-            for setting in range(together):
-                _compare(ranked, limits_of[group + setting], words, np.uint32(setting), row)
-            for i in range(begin, end):
-                keys[i] = words[ranks[i]]
-            for setting in range(together):
-                _spread(keys, masks[group + setting], np.uint32(setting), begin, end, at)
+        for rank in range(row):
+            words[rank] = 0
+        for setting in range(settings):
+            _compare(ranked, limits_of[setting], words, np.uint16(1 << setting), row)
+        for i in range(begin, end):
+            into[at + i] = words[ranks[i]]
 
 
-def _compare(ranked: Pointer, limits: Pointer, words: Pointer, bit: np.uint32, count: int) -> None:
+def _compare(ranked: Pointer, limits: Pointer, words: Pointer, bit: np.uint16, count: int) -> None:
+    nothing = np.uint16(0)
     for i in range(count):
-        words[i] |= np.uint32(np.uint32(np.int32(ranked[i]) < np.int32(limits[i] ^ _TOP)) << bit)
-
-
-def _spread(words: Pointer, mask: Pointer, bit: np.uint32, begin: int, end: int, at: int) -> None:
-    for i in range(begin, end):
-        mask[at + i] = np.uint8((words[i] >> bit) & np.uint32(1))
+        words[i] |= bit if np.int32(ranked[i]) < np.int32(limits[i] ^ _TOP) else nothing
 
 
 _TOP = np.uint32(1 << 31)
@@ -393,26 +386,26 @@ def below_by_rank(
     row: int,
     numbers: NDArray[np.uint32],
     limits: Sequence[NDArray[np.uint32]],
-    masks: Sequence[NDArray[np.bool_]],
     skipped: int = 0,
-) -> None:
-    """Writes for each of the limits which numbers are below that of their element's rank in its row, `limits[…][rank]`.
+) -> Words:
+    """For each number a word: bit s says whether it is below that of limits s which its element's rank in its row has.
 
     The rank counts the elements of the row that are smaller, or equal and before it. `bits` are whole rows, none
-    negative; the numbers are those of the elements from `skipped` on.
+    negative; the numbers are those of the elements from `skipped` on. There are at most 16 limits, each for all ranks.
     """
     assert all(each.flags.c_contiguous and each.itemsize == 4 for each in (bits, numbers, *limits))
-    assert all(each.flags.c_contiguous and each.size == numbers.size for each in masks) and len(masks) == len(limits)
+    assert len(limits) <= MOST_MASKS
     assert bits.size % row == 0 and skipped + numbers.size <= bits.size and {each.size for each in limits} == {row}
     digits = max(4, min(13, row.bit_length()))  # one to two buckets an element, 16 to 8,192
-    keys, ranks = np.empty((2, row), np.uint32)
+    keys, ranks, ranked = np.zeros((3, row), np.uint32)
     table = np.empty((1 << digits) + 1, np.uint32)
     one, other = np.empty((2, row), np.uint64)
     counts = np.empty(_DIGITS * _VALUES, np.int64)
-    ranked, words = np.zeros((2, row), np.uint32)
-    of_limits, of_masks = addresses(limits), addresses(masks)
+    words, into = np.empty(row, np.uint16), np.empty(numbers.size, np.uint16)
+    of_limits = addresses(limits)
     _below_by_rank(
         *(address(bits), address(numbers), address(of_limits), len(limits), bits.size // row, row, skipped),
-        *(numbers.size, _SPAN - digits, address(of_masks), address(keys), address(table), address(ranks)),
+        *(numbers.size, _SPAN - digits, address(into), address(keys), address(table), address(ranks)),
         *(address(one), address(other), address(counts), address(ranked), address(words)),
     )
+    return into

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import BF16, CODES, any_nonfinite, of_bfloat16, widened
+from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.memory import Array, address, addresses, aligned_lines, are_pairs
 from workers.methods.kernels.short_products import LEAST_UNIT, ones_below, products_of_two, reversed_bits
 
@@ -107,6 +108,7 @@ def _kept_sums(
     dtypes: Pointer,
     squares: int,
     masks: Pointer,
+    bits_of: Pointer,
     count: int,
     elements: int,
     unit: int,
@@ -118,7 +120,7 @@ def _kept_sums(
 ) -> None:
     """For each unit and each mask: the sum of |model − base|, or of its square, times the mask.
 
-    The tree and the order are those of `_unit_sums`. The masks go up to the end of the last unit.
+    The tree and the order are those of `_unit_sums`. The words of masks go up to the end of the last unit.
     """
     groups = unit // width // 4
     bits = 0
@@ -145,7 +147,8 @@ def _kept_sums(
                 leaf = joining if carries else joining + width
                 _kept(
                     sizes[0], sizes[1], sizes[2], sizes[3],
-                    masks[place], start, start + 2 * groups * width, start + groups * width, start + 3 * groups * width,
+                    masks[place], bits_of[place],
+                    start, start + 2 * groups * width, start + groups * width, start + 3 * groups * width,
                     sums, leaf, width,
                 )  # fmt: skip
                 _join(sums, joining, carries, width)
@@ -225,13 +228,13 @@ def _sizes(line: Pointer, into: Pointer, squares: int, count: int) -> None:
 
 
 def _kept(
-    a: Pointer, b: Pointer, c: Pointer, d: Pointer, mask: Pointer, of_a: int, of_b: int, of_c: int, of_d: int,
-    sums: Pointer, at: int, count: int,
+    a: Pointer, b: Pointer, c: Pointer, d: Pointer, words: Pointer, bit: np.uint16 | np.uint8,
+    of_a: int, of_b: int, of_c: int, of_d: int, sums: Pointer, at: int, count: int,
 ) -> None:  # fmt: skip
     for i in range(count):
-        sums[at + i] = (a[i] * np.float64(mask[of_a + i]) + b[i] * np.float64(mask[of_b + i])) + (
-            c[i] * np.float64(mask[of_c + i]) + d[i] * np.float64(mask[of_d + i])
-        )
+        sums[at + i] = (
+            a[i] * np.float64((words[of_a + i] & bit) != 0) + b[i] * np.float64((words[of_b + i] & bit) != 0)
+        ) + (c[i] * np.float64((words[of_c + i] & bit) != 0) + d[i] * np.float64((words[of_d + i] & bit) != 0))
 
 
 def _magnitudes(a: Pointer, b: Pointer, c: Pointer, d: Pointer, sums: Pointer, at: int, count: int) -> None:
@@ -258,13 +261,14 @@ _UNIT_SUMS = {
     for name, line in LINES.items()
 }
 _KEPT_SUMS = {
-    name: kernel(
-        *("u16**", "u32**", "u64**", "i64*", "i64", "u8**", "i64"),
+    (name, size): kernel(
+        *("u16**", "u32**", "u64**", "i64*", "i64", f"{word}**", f"{word}*", "i64"),
         *("i64", "i64", "i64", line, "f64**", "f64*", "f64*"),
     )(_kept_sums)
     for name, line in LINES.items()
+    for size, word in ((1, "u8"), (2, "u16"))
 }
-"""By the dtype of parents and of differences."""
+"""By the dtype of parents and of differences, and the bytes of a word of masks."""
 
 
 def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: int, dtype: str) -> NDArray[np.float64]:
@@ -314,7 +318,7 @@ def _two_vectors(parents: Sequence[Array], products: Sequence[Product]) -> tuple
 
 
 def kept_sums(
-    model: Array, base: Array, masks: Sequence[NDArray[np.bool_]], *, squares: bool, unit: int, dtype: str
+    model: Array, base: Array, masks: Sequence[Mask], *, squares: bool, unit: int, dtype: str
 ) -> NDArray[np.float64]:
     """For each unit (first axis) and each mask (second axis) Σ |model − base| · mask, or Σ (model − base)² · mask.
 
@@ -323,18 +327,22 @@ def kept_sums(
     """
     pair = model, base
     elements, width = model.size, min(WIDTH, unit // 4)
-    assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, *masks))
-    whole = [np.pad(each, (0, -elements % unit)) if elements % unit else each for each in masks]
+    assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, *(mask.words for mask in masks)))
+    word = np.result_type(*(mask.words.dtype for mask in masks))
+    whole = {id(mask.words): mask.words.astype(word, copy=False) for mask in masks}
+    if elements % unit:
+        whole = {key: np.pad(each, (0, -elements % unit)) for key, each in whole.items()}
     levels = (unit // width // 4).bit_length() + 1
     lines, _memory = aligned_lines(8, np.dtype(dtype).itemsize * width)
     sizes, _memory_of_sizes = aligned_lines(4, 8 * width)
     sums, _more_memory = aligned_lines(1, 8 * width * levels * len(masks))
     results = np.empty((-(-elements // unit), len(masks)))
     dtypes = np.array([CODES[each.dtype] for each in pair], np.int64)
-    raw, of_masks = addresses(pair), addresses(whole)
+    raw, of_masks = addresses(pair), addresses([whole[id(mask.words)] for mask in masks])
+    bits = np.array([1 << mask.bit for mask in masks], word)
     at = address(raw)
-    _KEPT_SUMS[dtype](
-        *(at, at, at, address(dtypes), squares, address(of_masks), len(masks)),
+    _KEPT_SUMS[dtype, word.itemsize](
+        *(at, at, at, address(dtypes), squares, address(of_masks), address(bits), len(masks)),
         *(elements, unit, width, address(lines), address(sizes), int(sums[0]), address(results)),
     )
     return results

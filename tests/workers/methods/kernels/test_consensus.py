@@ -8,6 +8,7 @@ import pytest
 
 from workers.methods.kernels import consensus
 from workers.methods.kernels.consensus import EVERY, NONE, Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.memory import BLOCK
 from workers.methods.kernels.ranks import RowFactors, magnitudes
 
@@ -64,7 +65,8 @@ def test_a_mask_keeps_what_is_above_a_limit_too_and_a_factor_multiplies_it(
     model, base = rng.standard_normal((2, ELEMENTS)).astype(dtype)
     model[::97], base[::89] = np.nan, np.inf
     mask, out = rng.random(ELEMENTS) < 0.5, np.empty(ELEMENTS, dtype)
-    trimmed = Trimmed(0, 1, among, mask=mask, factor=factor)
+    words = np.uint16(1 << 15) * mask + rng.integers(0, 1 << 15, ELEMENTS, np.uint16)  # the other bits are not its own
+    trimmed = Trimmed(0, 1, among, mask=Mask(words, 15), factor=factor)
     run_mixtures([model, base], [trimmed], [Mixture(1, ((0, 1.0),), False, False, 1.0)], [out], dtype)
     with np.errstate(invalid="ignore"):
         kept = mask if among is None else mask & (magnitudes(model, base) > among.bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.workers.methods.whole import answered, tiles_of
+from workers.methods.kernels.masks import Mask, mask_of
 from workers.methods.kernels.unit_sums import Product, kept_sums, unit_sums
 from workers.methods.reductions import L1, Coin, Gram, L1Kept, Selection, SquaresSelected, Variance
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, torch_named
@@ -90,9 +92,14 @@ def test_sums_of_what_is_kept_have_the_bits_of_the_tree(elements: int, unit: int
     model[elements // 2] = math.inf  # spoils the sum of its unit, kept or not
     masks = [rng.random(elements) < share for share in (0, 0.1, 0.5, 1)]
     a, b = (as_tensor(each).to(torch_named(arithmetic)) for each in (model, base))
-    for squares in (False, True):
+    words = rng.integers(0, 1 << 12, elements, np.uint16)
+    for bit, mask in enumerate(masks):
+        words += mask * np.uint16(1 << (12 + bit))
+    given = [Mask(words, 12 + bit) for bit in range(4)], [mask_of(mask) for mask in masks]
+    mixed = [*given[0][:2], *given[1][2:]]
+    for squares, of_call in product((False, True), (*given, mixed)):
         sizes = (a - b).double().square() if squares else (a - b).abs()
-        found = kept_sums(model, base, masks, squares=squares, unit=unit, dtype=arithmetic)
+        found = kept_sums(model, base, of_call, squares=squares, unit=unit, dtype=arithmetic)
         for of_mask, mask in zip(found.T, masks, strict=True):
             expected = by_tree(sizes * torch.from_numpy(mask.astype(np.float64)), unit)
             assert bits(np.nan_to_num(of_mask, posinf=1e300)) == bits(np.nan_to_num(expected, posinf=1e300))

@@ -1,0 +1,28 @@
+"""Masks of the elements of a tensor: an element has one word for up to 16 of them, in which each has a bit."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+MOST_MASKS = 16
+
+Words = NDArray[np.uint16]
+
+
+class Mask(NamedTuple):
+    """The elements whose word has this bit. A mask alone may have words of one byte: those of an array of bool."""
+
+    words: Words | NDArray[np.uint8]
+    bit: int = 0
+
+    def array(self) -> NDArray[np.bool_]:
+        """Whether the mask has each element."""
+        return (self.words & self.words.dtype.type(1 << self.bit)) != 0
+
+
+def mask_of(kept: NDArray[np.bool_]) -> Mask:
+    """An array as a mask."""
+    return Mask(kept.view(np.uint8))
