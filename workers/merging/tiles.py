@@ -336,9 +336,11 @@ _Shares = list[list[Any]]
 
 def _probe(tensor: TensorMerge, facts: Facts, seed: int) -> Tile:
     """A tile to ask for facts and passes: one zero of each parent, in a row of zeros."""
-    zeros = {name: np.zeros(1, np.float32) for name in tensor.sources}
-    row = {name: np.zeros(tensor.shape[-1:] or (1,), np.float32) for name in zeros}
-    return Tile(tensor.name, 0, zeros, facts, seed, tensor.shape, row)
+    zero, row = np.zeros(1, np.float32), np.zeros(tensor.shape[-1:] or (1,), np.float32)
+    return Tile(
+        *(tensor.name, 0, dict.fromkeys(tensor.sources, zero), facts, seed, tensor.shape),
+        dict.fromkeys(tensor.sources, row),
+    )
 
 
 def _first_unknown(reduction: Reduction, tile: Tile) -> list[Reduction]:

@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
 from workers.methods.kernels.masks import MOST_MASKS, Mask, Words, mask_of
+from workers.methods.kernels.memory import are_pairs
 from workers.methods.kernels.random import random_below
 from workers.methods.kernels.ranks import Bracket, Ends, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
+from workers.methods.kernels.short_products import LEAST_UNIT, products_of_two
 from workers.methods.kernels.unit_sums import Product, kept_sums
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
 from workers.methods.tile import FACT_UNITS, TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, together
@@ -88,6 +90,9 @@ class Gram(Reduction):
         pairs = [*combinations_with_replacement(range(len(self.models)), 2)]
         names = self.models if self.base is None else (*self.models, self.base)
         if arrays := host_arrays(tile, *names):
+            of_two = len(self.models) == 2 and self.dtype == "float64" and TILE_ELEMENTS >= LEAST_UNIT
+            if of_two and are_pairs(arrays):
+                return [*products_of_two(*arrays, unit=TILE_ELEMENTS)]
             lines = [place if self.base is None else (place, len(self.models)) for place in range(len(self.models))]
             products = [Product(lines[a], lines[b]) for a, b in pairs]
             return [*sums_of_products(arrays, products, unit=TILE_ELEMENTS, dtype=self.dtype)]

@@ -163,11 +163,12 @@ def _folded(sums: Pointer, at: int) -> np.float64:
     return sums[at] + sums[at + _HALF]
 
 
-def products_of_two(a: Array, b: Array, base: Array | None, *, unit: int) -> NDArray[np.float64]:
+def products_of_two(a: Array, b: Array, base: Array | None = None, *, unit: int) -> NDArray[np.float64]:
     """a · a, a · b and b · b (second axis) of each unit (first axis); a − base and b − base where there is a base.
 
     All are pairs of bfloat16 and of one size, and a unit has at least `LEAST_UNIT`. The arithmetic is float64.
     """
+    assert unit >= LEAST_UNIT
     assert all(each is None or (each.size == a.size and each.flags.c_contiguous) for each in (a, b, base))
     levels = (unit // LEAST_UNIT).bit_length()
     lines, _memory = aligned_lines(1, 8 * 11 * WIDTH)

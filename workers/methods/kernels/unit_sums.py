@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import BF16, CODES, any_nonfinite, of_bfloat16, widened
 from workers.methods.kernels.masks import Mask
-from workers.methods.kernels.memory import Array, address, addresses, aligned_lines, are_pairs
-from workers.methods.kernels.short_products import LEAST_UNIT, ones_below, products_of_two, reversed_bits
+from workers.methods.kernels.memory import Array, address, addresses, aligned_lines
+from workers.methods.kernels.short_products import ones_below, reversed_bits
 
 WIDTH = 512
 """Elements of a row at most: the open sums of one product stay in a core's second cache."""
@@ -277,8 +277,6 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
     `unit` is a power of two, at least 4; zeros fill the last unit. Parents and differences are numbers of `dtype`,
     "float32" or "float64"; the products and the sums are float64.
     """
-    if dtype == "float64" and unit >= LEAST_UNIT and (two := _two_vectors(parents, products)):
-        return products_of_two(*two, unit=unit)
     places: dict[tuple[int, int], int] = {}
 
     def line(operand: Operand) -> int:
@@ -303,18 +301,6 @@ def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: in
         *(address(of_products), len(products), elements, unit, width, address(lines), int(sums[0]), address(results)),
     )
     return results
-
-
-def _two_vectors(parents: Sequence[Array], products: Sequence[Product]) -> tuple[Array, Array, Array | None] | None:
-    """The models and the base of a Gram matrix of two vectors, if all are pairs of bfloat16."""
-    a, b = products[0].a, products[-1].a
-    if [*products] != [Product(a, a), Product(a, b), Product(b, b)]:
-        return None
-    (model, base), (other, of_other) = (each if isinstance(each, tuple) else (each, None) for each in (a, b))
-    used = [parents[place] for place in (model, other, base) if place is not None]
-    if base != of_other or not are_pairs(used):
-        return None
-    return parents[model], parents[other], None if base is None else parents[base]
 
 
 def kept_sums(
