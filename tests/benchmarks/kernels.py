@@ -19,8 +19,9 @@ import torch
 
 from workers.merging.buffers import keep_freed_memory
 from workers.methods import METHODS
-from workers.methods.kernels.random import random_bits
+from workers.methods.kernels.random import random_below, random_bits
 from workers.methods.kernels.ranks import magnitudes, magnitudes_bracketed
+from workers.methods.kernels.short_products import products_of_two
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as compiled_sums
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
@@ -81,7 +82,7 @@ def measure(elements: int, rounds: int) -> Mapping[str, float]:
             tiles(lambda _, raw: unit_sums(as_tensor(raw[0]).double() * as_tensor(raw[1]).double())),
         ),
         "dot product": (1, tiles(lambda _, raw: sums(raw, [Product(0, 1)]))),
-        "three products of slerp": (1, tiles(lambda _, raw: sums(raw, [Product(0, 1), Product(0, 0), Product(1, 1)]))),
+        "three products of slerp": (1, tiles(lambda _, raw: products_of_two(*raw, unit=TILE_ELEMENTS))),
         "L1 norm of a task vector": (1, tiles(lambda _, raw: sums(raw, [Product((0, 1))]))),
         "magnitudes": (1, tiles(lambda _, raw: magnitudes(*raw))),
         "bracket of a cutoff": (
@@ -90,6 +91,10 @@ def measure(elements: int, rounds: int) -> Mapping[str, float]:
         ),
         "random bits, numpy": (1, tiles(lambda start, _: np.random.Philox(key=start).random_raw(TILE_ELEMENTS // 2))),
         "random bits": (1, tiles(lambda start, _: random_bits((start, 0), 0, TILE_ELEMENTS))),
+        f"random bits, against {POINTS} limits": (
+            POINTS,
+            tiles(lambda start, _: random_below((start, 0), 0, TILE_ELEMENTS, range(1 << 28, 17 << 28, 1 << 28))),
+        ),
     }
     best = dict.fromkeys(work, float("inf"))
     for _ in range(rounds):  # in turns, so that load from elsewhere meets them alike

@@ -55,7 +55,7 @@ LARGEST_PIECE = 8 << 20
 """The most bytes of one point that are merged and written in one go: Python takes as long for a piece of any size."""
 
 LARGEST_PIECES = 32 << 20
-"""The most bytes of one piece for all points, though each point may have 2 MiB: methods hold masks of it for each."""
+"""The most bytes of one piece for all points, though each point may have 2 MiB: methods hold lines and words for it."""
 
 OUTPUT_OF_A_THREAD = 128 << 20
 """The memory for merged pieces of all points, for each thread; more where threads would wait for each other."""
@@ -209,21 +209,7 @@ class _Merge:
         groups = list(self._joined(plan_slabs(self.task.tensors, self.budget.slab, self._in_rows)))
         ahead = self._read(slab for group, _, fit in groups if fit for slab in group)
         for group, ask, fit in groups:
-            drawn = DrawnBefore()
-            tensors = _tensors(group)
-            facts: dict[str, Facts] = {tensor.name: {**given[tensor.name], DRAWN: drawn} for tensor in tensors}
-            if not fit:
-                self._learn(group, facts, lambda group=group: self._read(group), keep=False)
-                slabs: Iterable[Slab] = self._read(group)
-            elif ask:
-                slabs = held = [next(ahead) for _ in group]
-                self._learn(group, facts, lambda held=held: held, keep=True)
-            else:
-                slabs = (next(ahead) for _ in group)
-            mergers = {tensor.name: self._merger(tensor, facts) for tensor in tensors}
-            for slab in slabs:
-                self._merge(slab, mergers)
-            self._note(mergers.values())
+            self._merge_group(group, ask, ahead if fit else None, given)
         for future in self.merging:
             future.result()
         for future in self.behind:  # all are there once all is merged
@@ -231,6 +217,24 @@ class _Merge:
         for alike in self.alike:
             for (place, parent), holds in alike.items():
                 self.writers[place].count_alike(parent, int(holds))
+
+    def _merge_group(self, group: _Group, ask: bool, ahead: Iterator[Slab] | None, given: Mapping[str, Facts]) -> None:
+        """Learns the facts of a group of slabs and sends it on its way; its slabs are read anew unless `ahead` fits."""
+        drawn = DrawnBefore()
+        tensors = _tensors(group)
+        facts: dict[str, Facts] = {tensor.name: {**given[tensor.name], DRAWN: drawn} for tensor in tensors}
+        if ahead is None:
+            self._learn(group, facts, lambda: self._read(group), keep=False)
+            slabs: Iterable[Slab] = self._read(group)
+        elif ask:
+            slabs = held = [next(ahead) for _ in group]
+            self._learn(group, facts, lambda: held, keep=True)
+        else:
+            slabs = (next(ahead) for _ in group)
+        mergers = {tensor.name: self._merger(tensor, facts) for tensor in tensors}
+        for slab in slabs:
+            self._merge(slab, mergers)
+        self._note(mergers.values())
 
     def _end(self) -> None:
         """Has the threads skip what is queued: not all of a shard would be right."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import accumulate, combinations_with_replacement
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -504,11 +504,25 @@ class Coin:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Drawn:
-    """What some coins have decided for elements from the unit `first` on: each coin has a bit of a word."""
+    """What some coins have decided for elements from the unit `first` on: each coin has a bit of a word.
+
+    What one coin has decided is held as bytes, of eight elements each.
+    """
 
     coins: Mapping[Coin, int]
-    words: Words
+    words: Words | NDArray[np.uint8]
     first: int
+
+    def held(self) -> Drawn:
+        """The same in as little memory as can be had fast."""
+        return self if len(self.coins) > 1 else replace(self, words=np.packbits(self.words != 0))
+
+    def part(self, first: int, end: int) -> Words:
+        """The words of units `[first, end)`, of which the last may be cut short."""
+        begin, stop = (TILE_ELEMENTS * (unit - self.first) for unit in (first, end))
+        if self.words.dtype == np.uint16:
+            return cast(Words, self.words[begin:stop])
+        return np.unpackbits(cast("NDArray[np.uint8]", self.words[begin // 8 : stop // 8])).astype(np.uint16)
 
 
 def _draw(tile: Tile, coins: Sequence[Coin], model: str, base: str) -> Drawn:
@@ -624,7 +638,7 @@ _SORTED_ON_GPU = 1 << 24
 
 
 def draw_together(tile: Tile, coins: Iterable[Coin], model: str, base: str) -> None:
-    """Decides for several coins, which `drawn_on_host` finds then; those that go by rank share one look at a row."""
+    """Decides for several coins, which `drawn_on_host` finds then: they share random bits, and ranks of rows."""
     open_: list[Coin] = []
     for coin in dict.fromkeys(coins):
         if (before := _drawn_before(tile, coin, model, base)) is not None:
@@ -632,9 +646,9 @@ def draw_together(tile: Tile, coins: Iterable[Coin], model: str, base: str) -> N
         else:
             open_.append(coin)
     for group in _drawn_groups(tile, open_):
-        drawn = _draw(tile, group, model, base)
-        for coin, place in drawn.coins.items():
-            tile.remember((coin, model, base), lambda drawn=drawn, place=place: Mask(drawn.words, place))
+        decided = _draw(tile, group, model, base)
+        for coin, place in decided.coins.items():
+            tile.remember((coin, model, base), lambda words=decided.words, place=place: Mask(words, place))
 
 
 def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> Mask:
@@ -651,29 +665,29 @@ def drawn_on_host(tile: Tile, coin: Coin, model: str, base: str) -> Mask:
 DRAWN = Reduction()
 """The fact that holds what coins have decided for another fact, where the pass over the tensor follows soon."""
 
-MOST_DRAWN = 512
-"""Units of `TILE_ELEMENTS` that are held, with a word for each element: 128 MiB."""
+MOST_DRAWN = 128 << 20
+"""Bytes of such decisions that are held."""
 
 
 @dataclass(slots=True)
 class DrawnBefore:
     """`DRAWN`: what was decided of each unit of each tensor, by (coin, model, base, tensor, unit)."""
 
-    units: int = 0
+    bytes: int = 0
     held: dict[tuple[Coin, str, str, str, int], Drawn] = field(
         default_factory=dict["tuple[Coin, str, str, str, int]", Drawn]
     )
 
 
-def _keep_drawn(tile: Tile, drawn: Drawn, model: str, base: str) -> None:
+def _keep_drawn(tile: Tile, decided: Drawn, model: str, base: str) -> None:
     before: DrawnBefore | None = tile.facts.get(DRAWN)
-    first, end = tile.units
-    if before is None or before.units + end - first > MOST_DRAWN:
+    if before is None or before.bytes >= MOST_DRAWN:
         return
-    before.units += end - first
-    for unit in range(first, end):
-        for coin in drawn.coins:
-            before.held[coin, model, base, tile.tensor, unit] = drawn
+    kept = decided.held()
+    before.bytes += kept.words.nbytes
+    for unit in range(*tile.units):
+        for coin in kept.coins:
+            before.held[coin, model, base, tile.tensor, unit] = kept
 
 
 def _drawn_before(tile: Tile, coin: Coin, model: str, base: str) -> Mask | None:
@@ -681,25 +695,25 @@ def _drawn_before(tile: Tile, coin: Coin, model: str, base: str) -> Mask | None:
     before: DrawnBefore | None = tile.facts.get(DRAWN)
     if before is None:
         return None
-    first, end = tile.units
-    parts: dict[Drawn, list[int]] = {}
-    for unit in range(first, end):
-        drawn = before.held.get((coin, model, base, tile.tensor, unit))
-        if drawn is None:
+    runs: list[tuple[Drawn, int, int]] = []
+    """What has decided for units `[first, end)`."""
+    for unit in range(*tile.units):
+        decided = before.held.get((coin, model, base, tile.tensor, unit))
+        if decided is None:
             return None
-        parts.setdefault(drawn, []).append(unit)
-    places = {drawn.coins[coin] for drawn in parts}
-    if len(places) > 1:
+        if runs and runs[-1][0] is decided:
+            runs[-1] = decided, runs[-1][1], unit + 1
+        else:
+            runs.append((decided, unit, unit + 1))
+    place = runs[0][0].coins[coin]
+    if any(decided.coins[coin] != place for decided, _, _ in runs):
         return None
 
     def words() -> Words:
-        pieces = [
-            drawn.words[(units[0] - drawn.first) * TILE_ELEMENTS : (units[-1] + 1 - drawn.first) * TILE_ELEMENTS]
-            for drawn, units in parts.items()
-        ]
-        return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+        parts = [decided.part(first, end) for decided, first, end in runs]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts))[: tile.elements]
 
-    return Mask(tile.remember(("words", *parts), words)[: tile.elements], places.pop())
+    return Mask(tile.remember(("words", *runs), words), place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -717,6 +731,9 @@ class L1Kept(Reduction):
     def of(self, tile: Tile) -> list[float]:
         if (arrays := host_arrays(tile, self.model, self.base)) and self.dtype in ARITHMETIC:
             return _sums_together(tile, self, arrays, self.masks_on_host)
+        if isinstance(tile.raw[self.model], np.ndarray):
+            coins = (each.kept.coin for each in _group_of(tile, self)[0])
+            draw_together(tile, (coin for coin in coins if coin is not None), self.model, self.base)
         mask = self.kept.mask(tile, self.model, self.base)
         return unit_sums(tile.delta(self.model, self.base, self.dtype).abs() * mask)
 
@@ -725,9 +742,9 @@ class L1Kept(Reduction):
         model, base = self.model, self.base
         masks: dict[Selection, Mask] = {}
         for coins in _drawn_groups(tile, (each.kept.coin for each in group if each.kept.coin is not None)):
-            drawn = _draw(tile, coins, model, base)
-            _keep_drawn(tile, drawn, model, base)
-            masks |= {Selection(coin=coin): Mask(drawn.words, place) for coin, place in drawn.coins.items()}
+            decided = _draw(tile, coins, model, base)
+            _keep_drawn(tile, decided, model, base)
+            masks |= {Selection(coin=coin): Mask(decided.words, place) for coin, place in decided.coins.items()}
         return [masks.get(each.kept) or mask_of(each.kept.on_host(tile, model, base)) for each in group]
 
     def combine(self, shares: Sequence[float]) -> float:

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from jobs.merge_tasks import Setting
 from tests.workers.methods.test_passes import parents
-from tests.workers.methods.whole import answered, tiles_of
+from tests.workers.methods.whole import tiles_of
 from workers.merging.tiles import pass_of
 from workers.methods import reductions
 from workers.methods.reductions import DRAWN, Coin, DrawnBefore, drawn_on_host
 from workers.methods.running import run
-from workers.methods.tile import Reduction
+from workers.methods.tile import NotYetKnown, Reduction
 
 
 def chances(deltas: list[float], shape: tuple[int, ...], coin: Coin, units: int = 1) -> list[float]:
@@ -110,32 +110,52 @@ def test_della_elects_a_sign_and_averages(merge: Any):
     assert set(merged.tolist()) == {3.0, -1.0, 0.0}
 
 
-@pytest.mark.parametrize("most", [512, 4])
-def test_what_a_norm_has_drawn_is_not_drawn_again(small_tiles: int, monkeypatch: pytest.MonkeyPatch, most: int):
+@pytest.mark.parametrize("method", ["della", "dare_ties"])
+@pytest.mark.parametrize("settings", [1, 3, 20])
+@pytest.mark.parametrize("share", [1.0, 0.3])
+def test_what_a_norm_has_drawn_is_not_drawn_again(
+    small_tiles: int, monkeypatch: pytest.MonkeyPatch, method: str, settings: int, share: float
+):
+    """Of some settings the second model keeps all. With a share, there is room for so much of what is drawn."""
     raw: Any = parents(np.random.default_rng(2), 11 * 13, "BF16")
-    merge = Setting(
-        *("della", ("a", "b"), "base"),
-        (
-            *(("weight", (0.3, 0.6)), ("density", (0.5, 0.4)), ("epsilon", (0.1, 0.2))),
-            *(("normalize", True), ("rescale", True), ("lambda", 1.0)),
-        ),
-    )
-    monkeypatch.setattr(reductions, "MOST_DRAWN", most)
+
+    def setting(number: int) -> Setting:
+        densities = 0.3 + number / 50, 1.0 if number % 3 == 2 else 0.8 - number / 50
+        own = (("epsilon", (0.1, 0.2)),) if method == "della" else ()
+        given = ("weight", (0.3, 0.6)), ("density", densities), *own, ("normalize", True), ("rescale", True)
+        return Setting(method, ("a", "b"), "base", (*given, ("lambda", 1.0)))
+
+    merges = [setting(number) for number in range(settings)]
+    draw = reductions._draw  # pyright: ignore[reportPrivateUsage]
+    drawn: list[int] = []
+
+    def counted(tile: Any, coins: Any, model: str, base: str) -> Any:
+        drawn.append(len(coins))
+        return draw(tile, coins, model, base)
+
+    monkeypatch.setattr(reductions, "_draw", counted)
 
     def merged(facts: dict[Reduction, Any]) -> bytes:
-        tiles = tiles_of(raw, facts, units=3, seed=3, shape=(11, 13))
-        each: Any = answered(tiles, facts, lambda tile: pass_of(tile, merge, "F32", ""))[0]
-        if most > 4 and DRAWN in facts:
-            monkeypatch.setattr(reductions, "_draw", None)
+        tiles, asked = tiles_of(raw, facts, units=3, seed=3, shape=(11, 13)), dict[Reduction, None]()
+        for each in merges:
+            with pytest.raises(NotYetKnown) as question:
+                pass_of(tiles[0], each, "F32", "")
+            asked |= dict.fromkeys(question.value.reductions)
+        tiles = [replace(tile, asked=[*asked]) for tile in tiles]
+        facts |= {fact: fact.combine([share for tile in tiles for share in fact.of(tile)]) for fact in asked}
+        passes: list[Any] = [pass_of(tiles[0], each, "F32", "") for each in merges]
+        drawn.clear()
         found = b""
         for tile in tiles_of(raw, facts, units=4, seed=3, shape=(11, 13)):
-            output = np.zeros(tile.elements, raw["base"].dtype)
-            run([each], tile, [output], "float32")
-            found += output.tobytes()
+            outputs = [np.zeros(tile.elements, raw["base"].dtype) for _ in passes]
+            run(passes, tile, outputs, "float32")
+            found += b"".join(output.tobytes() for output in outputs)
         return found
 
-    expected = merged({})
-    before = DrawnBefore()
-    assert merged({DRAWN: before}) == expected
-    units = -(-143 // small_tiles)
-    assert len(before.held) == before.units == (2 * units if most > 4 else 3)
+    expected, of_merge = merged({}), sum(drawn)
+    everything = DrawnBefore()
+    assert merged({DRAWN: everything}) == expected and not drawn
+    monkeypatch.setattr(reductions, "MOST_DRAWN", everything.bytes * share)
+    some = DrawnBefore()
+    assert merged({DRAWN: some}) == expected
+    assert (not drawn) if share == 1 else 0 < sum(drawn) < of_merge

@@ -371,12 +371,14 @@ def run_mixtures(
     """
     elements, dtype = len(parents[0]), np.dtype(arithmetic)
     assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
+    masks = [each.mask.words for each in trimmed if each.mask is not None]
+    assert all(each.dtype == np.uint16 and each.size == elements and each.flags.c_contiguous for each in masks)
     short = arithmetic == "float32" and len(mixtures) == 1 and are_pairs((*parents, *outputs))
     if short and _done_short(parents, trimmed, mixtures[0], outputs[0]):
         return np.zeros(len(parents), np.bool_), np.zeros(1, np.bool_)
     vectors = np.array([_fields(each) for each in trimmed], np.int64)
     factors = np.array([1.0 if each.factor is None else each.factor for each in trimmed], dtype)
-    masks = addresses([np.zeros(1, np.uint16) if each.mask is None else each.mask.words for each in trimmed])
+    of_masks = addresses([np.zeros(1, np.uint16) if each.mask is None else each.mask.words for each in trimmed])
     scaled = [each.scaled for each in trimmed if each.scaled is not None]
     row, column = (scaled[0].row, scaled[0].column) if scaled else (1, 0)
     of_rows = addresses([np.zeros(1) if each.scaled is None else each.scaled.factors for each in trimmed])
@@ -394,7 +396,7 @@ def run_mixtures(
     raw_at, out_at = address(raw), address(out)
     _KERNELS[arithmetic](
         *(raw_at, raw_at, raw_at, address(dtypes), len(parents)),
-        *(address(vectors), len(trimmed), address(factors), address(masks), address(of_rows), row, column),
+        *(address(vectors), len(trimmed), address(factors), address(of_masks), address(of_rows), row, column),
         *(len(mixtures), address(bases), address(ends), address(terms), address(weights)),
         *(*relaxations.arguments, address(scales), start, elements),
         *(out_at, out_at, out_at, CODES[outputs[0].dtype]),

@@ -388,7 +388,7 @@ def below_by_rank(
     limits: Sequence[NDArray[np.uint32]],
     skipped: int = 0,
 ) -> Words:
-    """For each number a word: bit s says whether it is below that of limits s which its element's rank in its row has.
+    """For each number a word: bit s says whether it is below `limits[s][rank]`, by the rank of its element in its row.
 
     The rank counts the elements of the row that are smaller, or equal and before it. `bits` are whole rows, none
     negative; the numbers are those of the elements from `skipped` on. There are at most 16 limits, each for all ranks.

@@ -1,7 +1,7 @@
 """a · a, a · b and b · b of two vectors of bfloat16 by the tree of `unit_sums`, in float64, without lines of parents.
 
 A word of memory has two elements. A row of sums has those of the first elements of words, then those of the second; the
-tree joins both halves last. So every sum has the bits of `unit_sums`, in half of its time.
+tree joins both halves last. So every sum has the bits of `unit_sums`, in 0.6 of its time.
 """
 
 from __future__ import annotations
@@ -168,7 +168,7 @@ def products_of_two(a: Array, b: Array, base: Array | None = None, *, unit: int)
 
     All are pairs of bfloat16 and of one size, and a unit has at least `LEAST_UNIT`. The arithmetic is float64.
     """
-    assert unit >= LEAST_UNIT
+    assert unit >= LEAST_UNIT and unit & (unit - 1) == 0
     assert all(each is None or (each.size == a.size and each.flags.c_contiguous) for each in (a, b, base))
     levels = (unit // LEAST_UNIT).bit_length()
     lines, _memory = aligned_lines(1, 8 * 11 * WIDTH)
