@@ -90,8 +90,8 @@ class Gram(Reduction):
         pairs = [*combinations_with_replacement(range(len(self.models)), 2)]
         names = self.models if self.base is None else (*self.models, self.base)
         if arrays := host_arrays(tile, *names):
-            of_two = len(self.models) == 2 and self.dtype == "float64" and TILE_ELEMENTS >= LEAST_UNIT
-            if of_two and are_pairs(arrays):
+            of_two = len(self.models) == 2 and self.dtype == "float64" and are_pairs(arrays)
+            if of_two and TILE_ELEMENTS >= LEAST_UNIT:  # tests have smaller units
                 return [*products_of_two(*arrays, unit=TILE_ELEMENTS)]
             lines = [place if self.base is None else (place, len(self.models)) for place in range(len(self.models))]
             products = [Product(lines[a], lines[b]) for a, b in pairs]
