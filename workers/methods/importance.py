@@ -91,8 +91,7 @@ class Importance(Score):
         model, base = self._on_host(tile)
         return magnitudes(model, base, self.factors(tile))
 
-    def bracketed_at(self, tile: Tile, ends: Sequence[Ends]) -> list[list[Bracket]]:
-        """Where the scores of each unit lie, for several brackets."""
+    def bracketed(self, tile: Tile, ends: Sequence[Ends]) -> list[Bracket]:
         model, base = self._on_host(tile)
         return magnitudes_bracketed(model, base, ends, unit=TILE_ELEMENTS, factors=self.factors(tile))
 
@@ -120,7 +119,7 @@ class Quartiles(Reduction):
     def of(self, tile: Tile) -> list[tuple[Bracket, ...]]:
         sample = tile.known(Divergences(self.score.model, self.score.base)).sample
         ends = [each.ends(sample, self.elements) for each in self._cutoffs()]
-        return [*zip(*self.score.bracketed_at(tile, ends), strict=True)]
+        return [tuple(self.score.bracketed(tile, ends))]
 
     def combine(self, shares: Sequence[tuple[Bracket, ...]]) -> tuple[int, ...] | None:
         found = [each.combine(of_one) for each, of_one in zip(self._cutoffs(), zip(*shares, strict=True), strict=True)]

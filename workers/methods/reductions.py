@@ -18,10 +18,20 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import overlap_counts, variance_bits
 from workers.methods.kernels.dtypes import ARITHMETIC, CODES
-from workers.methods.kernels.masks import MOST_MASKS, Mask, Words, mask_of
+from workers.methods.kernels.masks import MOST_MASKS, Mask, Words
 from workers.methods.kernels.memory import are_pairs
 from workers.methods.kernels.random import random_below
-from workers.methods.kernels.ranks import Bracket, Ends, below_by_rank, bracketed, magnitudes, magnitudes_bracketed
+from workers.methods.kernels.ranks import (
+    EVERY,
+    Bracket,
+    Ends,
+    Limit,
+    above,
+    below_by_rank,
+    bracketed,
+    magnitudes,
+    magnitudes_bracketed,
+)
 from workers.methods.kernels.short_products import LEAST_UNIT, products_of_two
 from workers.methods.kernels.unit_sums import Product, kept_sums
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
@@ -211,11 +221,11 @@ class Score:
         """Every `SAMPLED`-th run of scores, from run `first` of a tile on, in the memory of the host."""
         raise NotImplementedError
 
-    def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
-        """Where the scores of each unit lie."""
+    def bracketed(self, tile: Tile, ends: Sequence[Ends]) -> list[Bracket]:
+        """Where the scores of each unit lie, for several brackets."""
         if any(not isinstance(elements, np.ndarray) for elements in tile.raw.values()):
-            return _bracketed_there(self.bits(tile), low, high)
-        return bracketed(self.on_host(tile), (low, high), unit=TILE_ELEMENTS)
+            return [_bracketed_there(self.bits(tile), *each) for each in ends]
+        return bracketed(self.on_host(tile), ends, unit=TILE_ELEMENTS)
 
 
 def thinned(tile: Tile, first: int, *names: str) -> Tile:
@@ -231,11 +241,12 @@ def thinned(tile: Tile, first: int, *names: str) -> Tile:
     return Tile(tile.tensor, tile.start, {name: part(tile.raw[name]) for name in names}, {})
 
 
-def _bracketed_there(bits: Tensor, low: int, high: int) -> list[Bracket]:
+def _bracketed_there(bits: Tensor, low: int, high: int) -> Bracket:
     """`bracketed` where the scores are: only counts, and the scores between, come to the host."""
     import torch
 
-    found: list[Bracket] = []
+    counts: list[list[int]] = []
+    between: list[NDArray[np.int32]] = [np.empty(0, np.int32)]
     whole = bits.numel() // TILE_ELEMENTS * TILE_ELEMENTS
     for part, unit in ((bits[:whole], TILE_ELEMENTS), (bits[whole:], bits.numel() - whole)):
         if not part.numel():
@@ -243,14 +254,9 @@ def _bracketed_there(bits: Tensor, low: int, high: int) -> list[Bracket]:
         units = part.view(-1, unit)
         inside = (units > low) & (units < high)
         kinds = units > high, units == high, (units == low) & (low != high), inside
-        counts = torch.stack([each.sum(dim=1) for each in kinds], dim=1).tolist()
-        between = units[inside].cpu().numpy()
-        ends = accumulate(count for *_, count in counts)
-        found += [
-            Bracket(low, high, above, at_high, at_low, between[end - count : end])
-            for (above, at_high, at_low, count), end in zip(counts, ends, strict=True)
-        ]
-    return found
+        counts += torch.stack([each.sum(dim=1) for each in kinds], dim=1).tolist()
+        between.append(units[inside].cpu().numpy())
+    return Bracket(low, high, np.array(counts, np.int64).reshape(-1, 4), np.concatenate(between))
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,12 +280,11 @@ class Magnitude(Score):
             return tile.remember(("on host", self), lambda: magnitudes(model, base))
         return self.bits(tile).cpu().numpy()
 
-    def bracketed(self, tile: Tile, low: int, high: int) -> list[Bracket]:
+    def bracketed(self, tile: Tile, ends: Sequence[Ends]) -> list[Bracket]:
         if arrays := host_arrays(tile, self.model, self.base):
             model, base = arrays
-            (found,) = magnitudes_bracketed(model, base, [(low, high)], unit=TILE_ELEMENTS)
-            return found
-        return Score.bracketed(self, tile, low, high)
+            return magnitudes_bracketed(model, base, ends, unit=TILE_ELEMENTS)
+        return Score.bracketed(self, tile, ends)
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +385,15 @@ class Cutoff(Reduction):
         tile.known(Sample(self.score))
 
     def of(self, tile: Tile) -> list[Bracket]:
-        return self.score.bracketed(tile, *self.ends(tile.known(Sample(self.score)), math.prod(tile.shape)))
+        asked = [each for each in tile.asked if isinstance(each, Cutoff) and each.score == self.score]
+        group = asked if self in asked else [self]  # of all settings of a grid, found in one look
+
+        def found() -> dict[Cutoff, Bracket]:
+            sample, elements = tile.known(Sample(self.score)), math.prod(tile.shape)
+            ends = [each.ends(sample, elements) for each in group]
+            return dict(zip(group, self.score.bracketed(tile, ends), strict=True))
+
+        return [tile.remember(("brackets", group[0]), found)[self]]
 
     def ends(self, sample: IntArray, elements: int) -> Ends:
         """The scores between which the one of this rank lies among so many elements."""
@@ -397,26 +410,26 @@ class Cutoff(Reduction):
         )
 
     def combine(self, shares: Sequence[Bracket]) -> Threshold | None:
-        wanted = self.count - sum(each.above for each in shares)
-        at_high = [each.at_high for each in shares]
+        larger, at_high, at_low, inside = np.concatenate([each.counts for each in shares]).T
+        wanted = self.count - int(larger.sum())
         if wanted < 1:
             return None
-        if wanted <= (highest := sum(at_high)):
+        if wanted <= (highest := int(at_high.sum())):
             return _threshold(shares[0].high, wanted, at_high)
         wanted -= highest
         between = np.concatenate([each.between for each in shares])
         if wanted <= between.size:
             bits = int(np.partition(between, -wanted)[-wanted])
-            equal = [int(np.count_nonzero(each.between == bits)) for each in shares]
+            units = np.searchsorted(np.cumsum(inside), np.flatnonzero(between == bits), side="right")
+            equal = np.bincount(units, minlength=inside.size)
             return _threshold(bits, wanted - int(np.count_nonzero(between > bits)), equal)
         wanted -= between.size
-        at_low = [each.at_low for each in shares]
-        return _threshold(shares[0].low, wanted, at_low) if wanted <= sum(at_low) else None
+        return _threshold(shares[0].low, wanted, at_low) if wanted <= at_low.sum() else None
 
 
-def _threshold(bits: int, equals: int, equal: Sequence[int]) -> Threshold:
+def _threshold(bits: int, equals: int, equal: NDArray[np.int64]) -> Threshold:
     """From the number of equal ones in each unit."""
-    return Threshold(bits, equals, [0, *accumulate(equal)])
+    return Threshold(bits, equals, [0, *accumulate(equal.tolist())])
 
 
 def largest(tile: Tile, score: Score, count: int) -> Tensor:
@@ -438,21 +451,35 @@ def largest(tile: Tile, score: Score, count: int) -> Tensor:
     return tile.remember(("largest", score, count), decide)
 
 
-def largest_on_host(tile: Tile, score: Score, count: int) -> NDArray[np.bool_]:
-    """The same on the host."""
-    return among_on_host(tile, threshold_of(tile, score, count), score)
+def largest_on_host(tile: Tile, score: Score, counts: Sequence[int | None]) -> Words:
+    """The same on the host for at most 16 counts, each with a bit; None: all scores."""
+
+    def decide() -> Words:
+        if not any(counts):  # without the scores
+            bits = sum(1 << place for place, count in enumerate(counts) if count is None)
+            return np.full(tile.elements, bits, np.uint16)
+        found = [None if count is None else threshold_of(tile, score, count) for count in counts]
+        return above(score.on_host(tile), [limit_of(tile, each) for each in found])
+
+    return tile.remember(("largest on host", score, *counts), decide)
 
 
 def among_on_host(tile: Tile, threshold: Threshold, score: Score) -> NDArray[np.bool_]:
     """Which elements of a tile a threshold on their scores keeps."""
-    bits = score.on_host(tile)
+    return above(score.on_host(tile), [limit_of(tile, threshold)]) != 0
+
+
+def limit_of(tile: Tile, threshold: Threshold | None) -> Limit:
+    """A threshold as it holds for a tile: some of the elements equal to it may have been counted before. None: all."""
+    if threshold is None:
+        return Limit(EVERY)
     first, end = tile.units
     room = threshold.equals - threshold.equal_before[first]
-    equal_here = threshold.equal_before[end] - threshold.equal_before[first]
-    kept = bits > threshold.bits - (0 < equal_here <= room)
-    if 0 < room < equal_here:
-        kept[np.flatnonzero(bits == threshold.bits)[:room]] = True
-    return kept
+    if room <= 0:
+        return Limit(threshold.bits)
+    if room >= threshold.equal_before[end] - threshold.equal_before[first]:
+        return Limit(threshold.bits - 1)
+    return Limit(threshold.bits, room)
 
 
 def threshold_of(tile: Tile, score: Score, count: int) -> Threshold:
@@ -510,7 +537,7 @@ class Drawn:
     """
 
     coins: Mapping[Coin, int]
-    words: Words | NDArray[np.uint8]
+    words: IntArray
     first: int
 
     def held(self) -> Drawn:
@@ -587,13 +614,6 @@ class Selection:
             return 1 - largest(tile, score, self.but)
         most = largest(tile, score, self.most)
         return most - largest(tile, score, self.but) if self.but else most
-
-    def on_host(self, tile: Tile, model: str, base: str) -> NDArray[np.bool_]:
-        """The same in the memory of the host, without a coin."""
-        assert self.coin is None, "a coin's decision is `drawn_on_host`"
-        score = Magnitude(model, base)
-        kept = np.ones(tile.elements, np.bool_) if self.most is None else largest_on_host(tile, score, self.most)
-        return kept & ~largest_on_host(tile, score, self.but) if self.but else kept
 
 
 def drawn(tile: Tile, coin: Coin, model: str, base: str) -> Tensor:
@@ -745,7 +765,12 @@ class L1Kept(Reduction):
             decided = _draw(tile, coins, model, base)
             _keep_drawn(tile, decided, model, base)
             masks |= {Selection(coin=coin): Mask(decided.words, place) for coin, place in decided.coins.items()}
-        return [masks.get(each.kept) or mask_of(each.kept.on_host(tile, model, base)) for each in group]
+        if by_rank := [*dict.fromkeys(each.kept for each in group if each.kept.coin is None)]:
+            most, but = [each.most for each in by_rank], [each.but for each in by_rank]
+            score = Magnitude(model, base)
+            words = largest_on_host(tile, score, most) & ~largest_on_host(tile, score, but)
+            masks |= {kept: Mask(words, place) for place, kept in enumerate(by_rank)}
+        return [masks[each.kept] for each in group]
 
     def combine(self, shares: Sequence[float]) -> float:
         return _total(shares)
@@ -775,14 +800,8 @@ class SquaresSelected(Reduction):
 
     def masks_on_host(self, tile: Tile, group: Sequence[SquaresSelected]) -> list[Mask]:
         """Which elements count for each of a group."""
-        return [
-            mask_of(
-                np.ones(tile.elements, np.bool_)
-                if each.count is None
-                else largest_on_host(tile, each.score, each.count)
-            )
-            for each in group
-        ]
+        words = largest_on_host(tile, self.score, [each.count for each in group])
+        return [Mask(words, place) for place in range(len(group))]
 
     def combine(self, shares: Sequence[float]) -> float:
         return _total(shares)
@@ -799,10 +818,10 @@ def _group_of(tile: Tile, question: _KeptSum) -> tuple[Sequence[_KeptSum], int]:
     kind = type(question)
 
     def groups() -> dict[_KeptSum, tuple[Sequence[_KeptSum], int]]:
-        alike: dict[tuple[str, str, str], list[_KeptSum]] = {}
+        alike: dict[tuple[Any, ...], list[_KeptSum]] = {}
         for each in tile.asked:
             if isinstance(each, kind):
-                alike.setdefault((each.model, each.base, each.dtype), []).append(each)
+                alike.setdefault((each.model, each.base, each.dtype, getattr(each, "score", None)), []).append(each)
         cut = [
             of_vector[first : first + SUMMED_TOGETHER]
             for of_vector in alike.values()

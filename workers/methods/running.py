@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import run_overlap, run_selected, run_tall
-from workers.methods.kernels.consensus import Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.consensus import Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.fisher_mean import run_fisher_means
+from workers.methods.kernels.masks import MOST_MASKS
+from workers.methods.kernels.ranks import above
 from workers.methods.kernels.relaxation import Relaxation, run_relaxations
 from workers.methods.kernels.swap import run_swaps
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
@@ -29,12 +31,11 @@ from workers.methods.passes import (
     TallConsensus,
     WeightedSum,
 )
-from workers.methods.reductions import Coin, Threshold, Variance, among_on_host, draw_together, drawn_on_host
+from workers.methods.reductions import Coin, Variance, draw_together, drawn_on_host, limit_of
 from workers.methods.regression import rows_of, summed
 from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import TILE_ELEMENTS, Array, Tile
 
-Agreement = TypeVar("Agreement", SelectedConsensus, Overlap, TallConsensus)
 Flags = tuple[NDArray[np.bool_], NDArray[np.bool_]]
 
 MERGED_UNITS = 8
@@ -152,47 +153,47 @@ def _selected(
     outputs: Sequence[Array],
     arithmetic: str,
 ) -> Flags:
-    def one(each: SelectedConsensus, parents: Sequence[Array], output: Array) -> tuple[NDArray[np.bool_], bool]:
-        mask = None
-        if each.among is not None:
-            mask = among_on_host(tile, each.among, Variance(each.models, each.base))
-        return run_selected(parents, each.weights, LEAST_DIVISOR, mask, output, arithmetic)
+    def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
+        of_first, some = passes[points[0]], [passes[index] for index in points]
+        if any(each.among for each in some):
+            bits = Variance(of_first.models, of_first.base).on_host(tile)
+            words = above(bits, [limit_of(tile, each.among) for each in some])
+        else:
+            words = np.full(tile.elements, np.iinfo(np.uint16).max, np.uint16)
+        into = [outputs[index] for index in points]
+        return run_selected(parents, [each.weights for each in some], LEAST_DIVISOR, words, into, arithmetic)
 
-    return _each_alone(passes, places, tile, outputs, one)
+    return _by_parents([(*each.models, each.base) for each in passes], places, tile, run, at_once=MOST_MASKS)
 
 
 def _overlap(
     passes: Sequence[Overlap], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
-    def one(each: Overlap, parents: Sequence[Array], output: Array) -> tuple[NDArray[np.bool_], bool]:
-        return run_overlap(parents, each.factors, each.epsilon, output, arithmetic)
+    def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
+        each = passes[points[0]]
+        return run_overlap(parents, each.factors, each.epsilon, outputs[points[0]], arithmetic)
 
-    return _each_alone(passes, places, tile, outputs, one)
+    return _by_parents([(*each.models, each.base) for each in passes], places, tile, run, at_once=1)
 
 
 def _tall(
     passes: Sequence[TallConsensus], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
-    def one(each: TallConsensus, parents: Sequence[Array], output: Array) -> tuple[NDArray[np.bool_], bool]:
-        return run_tall(parents, each.weights, each.ratios, each.k, each.scale, output, arithmetic)
+    def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
+        each = passes[points[0]]
+        return run_tall(parents, each.weights, each.ratios, each.k, each.scale, outputs[points[0]], arithmetic)
 
-    return _each_alone(passes, places, tile, outputs, one)
+    return _by_parents([(*each.models, each.base) for each in passes], places, tile, run, at_once=1)
 
 
 def _swaps(
     passes: Sequence[Swap], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
-    flags: dict[str, bool] = {}
-    overflowed = np.zeros(len(passes), np.bool_)
-    for names in dict.fromkeys((each.base, each.model) for each in passes):
-        points = [index for index, each in enumerate(passes) if (each.base, each.model) == names]
-        base, other = (cast(Array, tile.raw[name]) for name in names)
-        shares, into = [passes[index].t for index in points], [outputs[index] for index in points]
-        of_parents, overflowed[points] = run_swaps(base, other, shares, NO_DISTANCE, into, arithmetic)
-        for name, flag in zip(names, of_parents.tolist(), strict=True):
-            _place(name, places)
-            flags[name] = flags.get(name, False) or flag
-    return np.array([flags[name] for name in places], np.bool_), overflowed
+    def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
+        (base, other), into = parents, [outputs[index] for index in points]
+        return run_swaps(base, other, [passes[index].t for index in points], NO_DISTANCE, into, arithmetic)
+
+    return _by_parents([(each.base, each.model) for each in passes], places, tile, run)
 
 
 def _matrix_sums(
@@ -223,25 +224,13 @@ def _matrix_sums(
 def _fisher_means(
     passes: Sequence[FisherMean], places: dict[str, int], tile: Tile, outputs: Sequence[Array], arithmetic: str
 ) -> Flags:
-    flags: dict[str, bool] = {}
-    overflowed = np.zeros(len(passes), np.bool_)
-    alike: dict[tuple[Any, ...], list[int]] = {}
-    for index, each in enumerate(passes):
-        alike.setdefault((each.models, each.fishers, each.inverse, each.floor), []).append(index)
-    for (models, fishers, inverse, floor), points in alike.items():
-        names = (*models, *fishers)
-        of_parents, overflowed[points] = run_fisher_means(
-            [cast(Array, tile.raw[name]) for name in names],
-            [passes[index].weights for index in points],
-            inverse,
-            floor,
-            [outputs[index] for index in points],
-            arithmetic,
-        )
-        for name, flag in zip(names, of_parents.tolist(), strict=True):
-            _place(name, places)
-            flags[name] = flags.get(name, False) or flag
-    return np.array([flags[name] for name in places], np.bool_), overflowed
+    def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
+        of_first, weights = passes[points[0]], [passes[index].weights for index in points]
+        into = [outputs[index] for index in points]
+        return run_fisher_means(parents, weights, of_first.inverse, of_first.floor, into, arithmetic)
+
+    names = [(*each.models, *each.fishers) for each in passes]
+    return _by_parents(names, places, tile, run, [(each.inverse, each.floor) for each in passes])
 
 
 def _relaxed(
@@ -275,47 +264,42 @@ def _relaxed(
     return np.array([flags[name] for name in places], np.bool_), overflowed
 
 
-def _each_alone(
-    passes: Sequence[Agreement],
+def _by_parents(
+    names: Sequence[Sequence[str]],
     places: dict[str, int],
     tile: Tile,
-    outputs: Sequence[Array],
-    one: Callable[[Agreement, Sequence[Array], Array], tuple[NDArray[np.bool_], bool]],
+    run: Callable[[Sequence[int], Sequence[Array]], Flags],
+    others: Sequence[Hashable] = (),
+    *,
+    at_once: int | None = None,
 ) -> Flags:
-    """Point by point, from the models' elements and then the base's."""
+    """Points that read the same parents, and are alike in `others`, in one run of at most so many."""
     flags: dict[str, bool] = {}
-    overflowed: list[bool] = []
-    for each, output in zip(passes, outputs, strict=True):
-        names = (*each.models, each.base)
-        of_parents, of_output = one(each, [cast(Array, tile.raw[name]) for name in names], output)
-        for name, flag in zip(names, of_parents, strict=True):
-            _place(name, places)
-            flags[name] = flags.get(name, False) or bool(flag)
-        overflowed.append(of_output)
-    return np.array([flags[name] for name in places], np.bool_), np.array(overflowed, np.bool_)
+    overflowed = np.zeros(len(names), np.bool_)
+    alike: dict[Hashable, list[int]] = {}
+    for index, key in enumerate(zip(names, others, strict=True) if others else names):
+        alike.setdefault(key, []).append(index)
+    for group in alike.values():
+        parents = [cast(Array, tile.raw[name]) for name in names[group[0]]]
+        for first in range(0, len(group), at_once or len(group)):
+            points = group[first : first + (at_once or len(group))]
+            of_parents, overflowed[points] = run(points, parents)
+            for name, flag in zip(names[points[0]], of_parents.tolist(), strict=True):
+                _place(name, places)
+                flags[name] = flags.get(name, False) or flag
+    return np.array([flags[name] for name in places], np.bool_), overflowed
 
 
 def _trimmed(kept: Kept, base: str, places: dict[str, int], tile: Tile) -> Trimmed:
     return Trimmed(
         _place(kept.model, places),
         _place(base, places),
-        None if kept.among is None else _limit(kept.among, tile),
-        None if kept.beyond is None else _limit(kept.beyond, tile),
+        None if kept.among is None else limit_of(tile, kept.among),
+        None if kept.beyond is None else limit_of(tile, kept.beyond),
         None if kept.coin is None else drawn_on_host(tile, kept.coin, kept.model, base),
         kept.factor,
         None if kept.score is None else kept.score.factors(tile),
     )
-
-
-def _limit(threshold: Threshold, tile: Tile) -> Limit:
-    """A threshold as it holds for this tile: some of the elements equal to it may have been counted before."""
-    first, end = tile.units
-    room = threshold.equals - threshold.equal_before[first]
-    if room <= 0:
-        return Limit(threshold.bits)
-    if room >= threshold.equal_before[end] - threshold.equal_before[first]:
-        return Limit(threshold.bits - 1)
-    return Limit(threshold.bits, room)
 
 
 def _place(name: str, places: dict[str, int]) -> int:

@@ -83,7 +83,25 @@ def test_a_pass_has_the_bits_of_the_formula(method: str, arithmetic: str, stored
     rng = np.random.default_rng(zlib.crc32(f"{method} {arithmetic} {stored}".encode()))
     shape = int(rng.integers(2, 20)), int(rng.integers(5, 40))
     raw: Any = parents(rng, shape[0] * shape[1], stored)
-    settings = [setting(rng, method) for _ in range(6)]
+    assert_bits_of_formulas([setting(rng, method) for _ in range(6)], raw, shape, arithmetic, stored)
+
+
+@pytest.mark.parametrize("size", [1.0, 2.0**-6])
+@pytest.mark.parametrize("method", COMPILED)
+def test_a_grid_has_the_bits_of_the_formulas(method: str, size: float, small_tiles: int):
+    rng = np.random.default_rng(zlib.crc32(f"{method} {size}".encode()))
+    raw: Any = {name: (each * size).astype(each.dtype) for name, each in parents(rng, 7 * 11, "BF16").items()}
+    of_first, other = setting(rng, method), setting(rng, method)  # 18 points of the same models, 2 of others
+    settings = [
+        Setting(method, of_first.models, of_first.base, parameters(rng, method, len(of_first.models)))
+        for _ in range(18)
+    ]
+    assert_bits_of_formulas([*settings[:9], other, *settings[9:], other], raw, (7, 11), "F32", "BF16")
+
+
+def assert_bits_of_formulas(
+    settings: list[Setting], raw: Any, shape: tuple[int, int], arithmetic: str, stored: str
+) -> None:
     facts: dict[Reduction, Any] = {}
     formulas = [
         torch.cat(

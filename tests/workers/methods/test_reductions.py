@@ -192,10 +192,9 @@ def test_tensors_of_torch_are_bracketed_as_arrays_are(elements: int, limits: tup
     rng = np.random.default_rng(elements)
     raw = {"a": rng.integers(-4, 5, elements).astype(np.float32), "base": np.zeros(elements, np.float32)}
     low, high = (int(np.float32(limit).view(np.int32)) for limit in limits)
-    found, expected = (
-        Magnitude("a", "base").bracketed(Tile("x", 0, of, {}), low, high)
+    (found,), (expected,) = (
+        Magnitude("a", "base").bracketed(Tile("x", 0, of, {}), [(low, high)])
         for of in ({name: torch.from_numpy(each) for name, each in raw.items()}, raw)
     )
-    counts = [[(each.above, each.at_high, each.at_low) for each in of] for of in (found, expected)]
-    assert counts[0] == counts[1]
-    assert [each.between.tolist() for each in found] == [each.between.tolist() for each in expected]
+    assert found.counts.tolist() == expected.counts.tolist()
+    assert found.between.tolist() == expected.between.tolist()

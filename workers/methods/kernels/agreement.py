@@ -9,10 +9,11 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.compiling import Kernel, Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
+from workers.methods.kernels.masks import MOST_MASKS, Words
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines
 
-Flags = tuple[NDArray[np.bool_], bool]
-"""For each parent, and for the output, whether any element is NaN or infinite."""
+Flags = tuple[NDArray[np.bool_], NDArray[np.bool_]]
+"""For each parent, and for each output, whether any element is NaN or infinite."""
 
 
 def _deltas(
@@ -63,55 +64,82 @@ def _selected(
     longs: Pointer,
     dtypes: Pointer,
     models: int,
+    points: int,
     weights: Pointer,
     least: float,
-    has_mask: int,
-    mask: Pointer,
+    masks: Pointer,
+    bits: Pointer,
     count: int,
     out_halves: Pointer,
     out_words: Pointer,
     out_longs: Pointer,
     out_dtype: int,
     broken_parents: Pointer,
-    broken_output: Pointer,
+    broken_points: Pointer,
     lines: Pointer,
+    none: Pointer,
+    merged: Pointer,
     total: Pointer,
     signs: Pointer,
     divisor: Pointer,
 ) -> None:
-    """See `passes.SelectedConsensus`; the mask has a byte for each element."""
+    """See `passes.SelectedConsensus`: points by their weights and by the bits of their masks in a word an element.
+
+    `none` is the result where a mask has not an element: of task vectors times zero, which have signs, or are NaN.
+    Points that have the weights of the one before have its `merged` elements.
+    """
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
         _deltas(halves, words, longs, dtypes, models, first, size, lines, broken_parents)
+        base = lines[models]
         for model in range(models):
             delta = lines[model]
-            if has_mask:
-                for i in range(size):
-                    delta[i] = delta[i] * np.float32(mask[first + i])
-            if model == 0:
-                for i in range(size):
-                    total[i] = delta[i]
-            else:
-                for i in range(size):
-                    total[i] = total[i] + delta[i]
+            for i in range(size):
+                nothing = delta[i] * np.float32(0) * np.float32(0)
+                none[i] = nothing if model == 0 else none[i] + nothing
+                total[i] = delta[i] if model == 0 else total[i] + delta[i]
         for i in range(size):
+            none[i] = base[i] + none[i] / least
             signs[i] = 1 if total[i] >= 0 else -1
-        for model in range(models):
-            delta, weight = lines[model], weights[model]
-            nothing = weight - weight  # a zero of the right dtype
-            if model == 0:
+        for point in range(points):
+            own = point * models
+            same = point > 0
+            for model in range(models):
+                same = same and weights[own + model] == weights[own - models + model]
+            if not same:
+                _weighed(lines, signs, weights, own, models, merged, divisor, size)
                 for i in range(size):
-                    share = weight if delta[i] * signs[i] > 0 else nothing
-                    total[i] = delta[i] * share
-                    divisor[i] = share
-            else:
-                for i in range(size):
-                    share = weight if delta[i] * signs[i] > 0 else nothing
-                    total[i] = total[i] + delta[i] * share
-                    divisor[i] = divisor[i] + share
-        for i in range(size):
-            total[i] = total[i] / (least if divisor[i] < least else divisor[i])
-        _stored(lines[models], total, first, size, out_dtype, out_halves, out_words, out_longs, broken_output)
+                    merged[i] = base[i] + merged[i] / (least if divisor[i] < least else divisor[i])
+            _chosen(masks, first, bits[point], merged, none, total, size)
+            if rounded(out_dtype, total, size, out_halves[point], out_words[point], out_longs[point], first):
+                broken_points[point] = 1
+
+
+def _chosen(
+    masks: Pointer, first: int, bit: np.uint16, merged: Pointer, none: Pointer, into: Pointer, size: int
+) -> None:
+    for i in range(size):
+        one, other = merged[i], none[i]  # loaded in any case: vectors have no branches
+        into[i] = one if (masks[first + i] & bit) != 0 else other
+
+
+def _weighed(
+    lines: Pointer, signs: Pointer, weights: Pointer, at: int, models: int, total: Pointer, divisor: Pointer, size: int
+) -> None:
+    """Σ δᵢ·wᵢ and Σ wᵢ over the models whose δᵢ has the sign; zero times the others."""
+    for model in range(models):
+        delta, weight = lines[model], weights[at + model]
+        nothing = weight - weight  # a zero of the right dtype
+        if model == 0:
+            for i in range(size):
+                share = weight if delta[i] * signs[i] > 0 else nothing
+                total[i] = delta[i] * share
+                divisor[i] = share
+        else:
+            for i in range(size):
+                share = weight if delta[i] * signs[i] > 0 else nothing
+                total[i] = total[i] + delta[i] * share
+                divisor[i] = divisor[i] + share
 
 
 def _overlapping(
@@ -273,8 +301,8 @@ _TENSORS = ("u16**", "u32**", "u64**")
 _SHORT = {"float32": "f32", "float64": "f64"}
 _SELECTED = {
     name: kernel(
-        *(*_TENSORS, "i64*", "i64", f"{short}*", short, "i64", "u8*", "i64", *_TENSORS, "i64", "u8*", "u8*"),
-        *(f"{short}**", f"{short}*", f"{short}*", f"{short}*"),
+        *(*_TENSORS, "i64*", "i64", "i64", f"{short}*", short, "u16*", "u16*", "i64", *_TENSORS, "i64"),
+        *("u8*", "u8*", f"{short}**", f"{short}*", f"{short}*", f"{short}*", f"{short}*", f"{short}*"),
     )(_selected)
     for name, short in _SHORT.items()
 }
@@ -312,28 +340,33 @@ class _Memory:
         self.parents = (*3 * (address(self._raw),), address(self._dtypes), self.models)
         self.lines = (address(self._lines), *map(int, self._lines[len(parents) :]))
 
-    def run(self, kernel: Kernel, output: Array, *arguments: float) -> Flags:
-        """Writes one point by a kernel with these arguments of its own."""
-        out, broken = addresses([output]), np.zeros(1, np.bool_)
+    def run(self, kernel: Kernel, outputs: Sequence[Array], *arguments: float) -> Flags:
+        """Writes points, or the one of a kernel that takes no more, by a kernel with these arguments of its own."""
+        out, broken = addresses(outputs), np.zeros(len(outputs), np.bool_)
         kernel(
-            *(*self.parents, *arguments, self.elements, *3 * (address(out),), CODES[output.dtype]),
+            *(*self.parents, *arguments, self.elements, *3 * (address(out),), CODES[outputs[0].dtype]),
             *(address(self.broken), address(broken), *self.lines),
         )
-        return self.broken, bool(broken[0])
+        return self.broken, broken
 
 
 def run_selected(
     parents: Sequence[Array],
-    weights: Sequence[float],
+    weights: Sequence[Sequence[float]],
     least: float,
-    mask: NDArray[np.bool_] | None,
-    output: Array,
+    words: Words,
+    outputs: Sequence[Array],
     arithmetic: str,
 ) -> Flags:
-    """Writes one point of `passes.SelectedConsensus`: parents are the models, then the base; `least` is 10⁻⁶."""
-    memory, numbers = _Memory(parents, arithmetic, 3), np.array(weights, arithmetic)
-    chosen = mask is not None, 0 if mask is None else address(mask)
-    return memory.run(_SELECTED[arithmetic], output, address(numbers), least, *chosen)
+    """Writes points of `passes.SelectedConsensus`: parents are the models, then the base; `least` is 10⁻⁶.
+
+    There are at most 16 points. Bit p of a word says whether point p selects the element.
+    """
+    assert words.size == parents[0].size and len(outputs) <= MOST_MASKS
+    memory, numbers = _Memory(parents, arithmetic, 5), np.array(weights, arithmetic)
+    bits = np.uint16(1) << np.arange(len(outputs), dtype=np.uint16)
+    chosen = address(numbers), least, address(words), address(bits)
+    return memory.run(_SELECTED[arithmetic], outputs, len(outputs), *chosen)
 
 
 def run_overlap(
@@ -342,7 +375,7 @@ def run_overlap(
     """Writes one point of `passes.Overlap`: parents are the models, then the base."""
     memory = _Memory(parents, arithmetic, 3)
     numbers = np.array([1.0] * memory.models if factors is None else factors, arithmetic)
-    return memory.run(_OVERLAPPING[arithmetic], output, address(numbers), factors is not None, epsilon)
+    return memory.run(_OVERLAPPING[arithmetic], [output], address(numbers), factors is not None, epsilon)
 
 
 def run_tall(
@@ -357,7 +390,7 @@ def run_tall(
     """Writes one point of `passes.TallConsensus`: parents are the models, then the base."""
     memory = _Memory(parents, arithmetic, 2)
     numbers = np.array([weights, ratios], arithmetic)
-    return memory.run(_TALL[arithmetic], output, address(numbers[0]), address(numbers[1]), k, scale)
+    return memory.run(_TALL[arithmetic], [output], address(numbers[0]), address(numbers[1]), k, scale)
 
 
 def overlap_counts(parents: Sequence[Array], epsilon: float, arithmetic: str) -> list[tuple[int, int]]:

@@ -12,12 +12,9 @@ from workers.methods.kernels.compiling import Pointer, kernel
 from workers.methods.kernels.dtypes import CODES, any_nonfinite, rounded, widened
 from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.memory import BLOCK, Array, address, addresses, aligned_lines, are_pairs
-from workers.methods.kernels.ranks import RowFactors, multiplied
+from workers.methods.kernels.ranks import EVERY, NONE, Limit, RowFactors, multiplied
 from workers.methods.kernels.relaxation import RELAXES, REPEATS, Relaxation, Relaxations, relaxed
 from workers.methods.kernels.short_consensus import elected, elected_mean, short_consensus
-
-EVERY, NONE = -1, 0x7FFFFFFF
-"""Bits of a magnitude above which every element lies, or none."""
 
 _ELECTS, _NORMALIZES = 1, 2
 _FIELDS = 8  # of a trimmed task vector, see `_consensus`
@@ -291,17 +288,6 @@ _KERNELS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """Elements above `bits` of magnitude; of those equal to it the first `equals`, counted from the first element.
-
-    `equals` of None keeps none of them.
-    """
-
-    bits: int
-    equals: int | None = None
-
-
 @dataclass(frozen=True, slots=True, eq=False)
 class Trimmed:
     """model − base, kept where it is above one limit and not above the other and its mask is 1; then times `factor`.
@@ -314,7 +300,7 @@ class Trimmed:
     base: int
     among: Limit | None = None
     beyond: Limit | None = None
-    mask: Mask | None = None  # of words of two bytes
+    mask: Mask | None = None
     factor: float | None = None
     scaled: RowFactors | None = None
 
@@ -372,7 +358,7 @@ def run_mixtures(
     elements, dtype = len(parents[0]), np.dtype(arithmetic)
     assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
     masks = [each.mask.words for each in trimmed if each.mask is not None]
-    assert all(each.dtype == np.uint16 and each.size == elements and each.flags.c_contiguous for each in masks)
+    assert all(each.size == elements and each.flags.c_contiguous for each in masks)
     short = arithmetic == "float32" and len(mixtures) == 1 and are_pairs((*parents, *outputs))
     if short and _done_short(parents, trimmed, mixtures[0], outputs[0]):
         return np.zeros(len(parents), np.bool_), np.zeros(1, np.bool_)

@@ -13,16 +13,11 @@ Words = NDArray[np.uint16]
 
 
 class Mask(NamedTuple):
-    """The elements whose word has this bit. A mask alone may have words of one byte: those of an array of bool."""
+    """The elements whose word has this bit."""
 
-    words: Words | NDArray[np.uint8]
+    words: Words
     bit: int = 0
 
     def array(self) -> NDArray[np.bool_]:
         """Whether the mask has each element."""
-        return (self.words & self.words.dtype.type(1 << self.bit)) != 0
-
-
-def mask_of(kept: NDArray[np.bool_]) -> Mask:
-    """An array as a mask."""
-    return Mask(kept.view(np.uint8))
+        return (self.words & np.uint16(1 << self.bit)) != 0

@@ -103,7 +103,7 @@ _COUNTS = 4  # of a unit: above the bracket, at its upper end, at its lower end,
 
 @kernel(
     *("u16**", "u32**", "u64**", "i64*", "i64", "u32*", "i64", "i64", "f64*", "i64", "i64"),
-    *("u32*", "u32*", "i64", "f32**", "u32*", "u8*", "u64*", "u32**", "i64*"),
+    *("u32*", "u32*", "i64", "f32**", "u32*", "u8*", "u64*", "u32**", "i64", "i64", "i64*"),
 )
 def _bracketed(
     halves: Pointer,
@@ -125,18 +125,27 @@ def _bracketed(
     flags: Pointer,
     eights: Pointer,
     betweens: Pointer,
+    room: int,
+    begin: int,
     counts: Pointer,
 ) -> None:
     """Ranks the magnitudes of the differences of two tensors if they `differ`, else the given numbers.
 
     `flags` and `eights` are the same bytes: eight elements that are not between the ends are passed by at once.
-    `counts` has for each bracket those of each unit, then one number for each bracket.
+    `counts` has for each bracket those of each unit, then how many between were found for each bracket. Begins at an
+    element, and stops where a bracket may not have room for a block: the last of `counts` is the element to go on from.
     """
     step = min(BLOCK, unit)
     units = -(-count // unit)
     totals = _COUNTS * units * brackets
-    for first in range(0, count, step):
+    for first in range(begin, count, step):
         size = min(step, count - first)
+        most = np.int64(0)
+        for bracket in range(brackets):
+            most = max(most, counts[totals + bracket])
+        if most + step > room:
+            counts[totals + brackets] = first
+            return
         if differ:
             _differences(halves, words, longs, dtypes, first, size, lines, block, 0)
             _multiply(block, 0, size, factors, row, column + first)
@@ -168,38 +177,40 @@ def _bracketed(
             counts[at + 2] += at_low
             counts[at + 3] += found - before
             counts[totals + bracket] = found
+    counts[totals + brackets] = count
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Bracket:
-    """How many numbers of a unit are above `high`, equal to it and equal to `low`; and those between, in their order.
+    """For each unit how many numbers are above `high`, equal to it, equal to `low` and between; and those between.
 
-    Where `low` and `high` are one number, those equal to it count as `at_high`.
+    `counts` is units × 4; the numbers between are in their order. Where `low` and `high` are one number, those equal to
+    it count as equal to `high`.
     """
 
     low: int
     high: int
-    above: int
-    at_high: int
-    at_low: int
+    counts: NDArray[np.int64]
     between: NDArray[np.int32]
 
 
 Ends = tuple[int, int]
 """The low and the high end of a bracket: 0 ≤ low ≤ high."""
 
+MOST_BETWEEN = 4 << 20
+"""Numbers between the ends of all brackets for which there is memory at once."""
 
-def bracketed(bits: NDArray[np.int32], ends: Ends, *, unit: int) -> list[Bracket]:
-    """Where so many numbers of each unit lie, none negative."""
+
+def bracketed(bits: NDArray[np.int32], ends: Sequence[Ends], *, unit: int) -> list[Bracket]:
+    """Where so many numbers of each unit lie, none negative, for several brackets."""
     assert bits.flags.c_contiguous and bits.itemsize == 4
-    (found,) = _brackets(None, bits, [ends], unit, None)
-    return found
+    return _brackets(None, bits, ends, unit, None)
 
 
 def magnitudes_bracketed(
     model: Array, base: Array, ends: Sequence[Ends], *, unit: int, factors: RowFactors | None = None
-) -> list[list[Bracket]]:
-    """The same of the `magnitudes` for several brackets, without a list of all of them."""
+) -> list[Bracket]:
+    """The same of the `magnitudes`, without a list of all of them."""
     pair = [np.ascontiguousarray(model), np.ascontiguousarray(base)]
     assert pair[0].size == pair[1].size
     return _brackets(pair, pair[0], ends, unit, factors)
@@ -207,35 +218,83 @@ def magnitudes_bracketed(
 
 def _brackets(
     pair: list[Array] | None, numbers: Array, ends: Sequence[Ends], unit: int, factors: RowFactors | None
-) -> list[list[Bracket]]:
+) -> list[Bracket]:
     assert unit <= BLOCK or unit % BLOCK == 0
-    units, of_rows = -(-numbers.size // unit), _of_rows(factors, numbers.size)
-    between = np.empty((len(ends), numbers.size + 8), np.int32)
-    counts = np.zeros(len(ends) * (_COUNTS * units + 1), np.int64)
+    count, of_rows = numbers.size, _of_rows(factors, numbers.size)
+    room = max(BLOCK, min(count, MOST_BETWEEN // len(ends)))
+    memory = np.empty((len(ends), room + 8), np.int32)
+    of_units = np.zeros(len(ends) * _COUNTS * -(-count // unit) + len(ends) + 1, np.int64)
+    found, reached = of_units[-len(ends) - 1 : -1], of_units[-1:]
     lows, highs = np.array(ends, np.uint32).T.copy()
     lines, _memory = aligned_lines(4, 4 * BLOCK)
-    raw, into = addresses(pair or []), addresses([*between])
+    raw, into = addresses(pair or []), address(memory) + memory.strides[0] * np.arange(len(ends), dtype=np.uint64)
     dtypes = np.array([CODES[each.dtype] for each in pair or []], np.int64)
     at, flags = address(raw), int(lines[3])
-    _bracketed(
-        *(at, at, at, address(dtypes), pair is not None, address(numbers), numbers.size, unit),
-        *(address(of_rows.factors), of_rows.row, of_rows.column, address(lows), address(highs), len(ends)),
-        *(address(lines), int(lines[2]), flags, flags, address(into), address(counts)),
-    )
+    between: list[list[NDArray[np.int32]]] = [[] for _ in ends]
+    while reached[0] < count:
+        found[:] = 0
+        _bracketed(
+            *(at, at, at, address(dtypes), pair is not None, address(numbers), count, unit),
+            *(address(of_rows.factors), of_rows.row, of_rows.column, address(lows), address(highs), len(ends)),
+            *(address(lines), int(lines[2]), flags, flags, address(into), room, int(reached[0]), address(of_units)),
+        )
+        for parts, line, size in zip(between, memory, found.tolist(), strict=True):
+            parts.append(line[:size].copy())
+    counts = of_units[: -len(ends) - 1].reshape(len(ends), -1, _COUNTS)
+    counts[lows == highs, :, 2] = 0
     return [
-        _of_units(*each)
-        for each in zip(ends, between, counts[: -len(ends)].reshape(len(ends), units, _COUNTS), strict=True)
+        Bracket(low, high, of_each, np.concatenate([np.empty(0, np.int32), *parts]) if len(parts) != 1 else parts[0])
+        for (low, high), of_each, parts in zip(ends, counts, between, strict=True)
     ]
 
 
-def _of_units(ends: Ends, between: NDArray[np.int32], counts: NDArray[np.int64]) -> list[Bracket]:
-    low, high = ends
-    until = np.cumsum(counts[:, 3]).tolist()
-    inside = between[: until[-1] if until else 0].copy()
-    return [
-        Bracket(low, high, above, at_high, 0 if low == high else at_low, inside[end - found : end])
-        for (above, at_high, at_low, found), end in zip(counts.tolist(), until, strict=True)
-    ]
+EVERY, NONE = -1, 0x7FFFFFFF
+"""Numbers above which every number lies, or none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Numbers above `bits`; of those equal to it the first `equals`, counted from the first element.
+
+    `equals` of None has none of them.
+    """
+
+    bits: int
+    equals: int | None = None
+
+
+@kernel("u32*", "i64", "i64*", "i64*", "i64", "u16*")
+def _above(bits: Pointer, count: int, limits: Pointer, left: Pointer, settings: int, words: Pointer) -> None:
+    nothing = np.uint16(0)
+    for first in range(0, count, BLOCK):
+        size = min(BLOCK, count - first)
+        for i in range(first, first + size):
+            words[i] = nothing
+        for setting in range(settings):
+            bit, limit = np.uint16(1 << setting), np.int32(limits[setting])
+            if left[setting] > 0:
+                equal = np.int32(0)
+                for i in range(first, first + size):
+                    equal = np.int32(equal + np.int32(np.int32(bits[i]) == limit))
+                if equal <= left[setting]:
+                    left[setting] -= equal
+                    limit = np.int32(limit - 1)
+                else:
+                    for i in range(first, first + size):
+                        if np.int32(bits[i]) == limit and left[setting] > 0:
+                            left[setting] -= 1
+                            words[i] |= bit
+            for i in range(first, first + size):
+                words[i] |= bit if np.int32(bits[i]) > limit else nothing
+
+
+def above(bits: NDArray[np.int32], limits: Sequence[Limit]) -> Words:
+    """For each number, none negative, a word: bit s says whether limit s has it. There are at most 16 limits."""
+    assert bits.flags.c_contiguous and bits.itemsize == 4 and len(limits) <= MOST_MASKS
+    words = np.empty(bits.size, np.uint16)
+    numbers, left = np.array([(each.bits, each.equals or 0) for each in limits], np.int64).reshape(-1, 2).T.copy()
+    _above(address(bits), bits.size, address(numbers), address(left), len(limits), address(words))
+    return words
 
 
 _DIGITS, _VALUES = 4, 256

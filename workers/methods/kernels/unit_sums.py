@@ -228,7 +228,7 @@ def _sizes(line: Pointer, into: Pointer, squares: int, count: int) -> None:
 
 
 def _kept(
-    a: Pointer, b: Pointer, c: Pointer, d: Pointer, words: Pointer, bit: np.uint16 | np.uint8,
+    a: Pointer, b: Pointer, c: Pointer, d: Pointer, words: Pointer, bit: np.uint16,
     of_a: int, of_b: int, of_c: int, of_d: int, sums: Pointer, at: int, count: int,
 ) -> None:  # fmt: skip
     for i in range(count):
@@ -261,14 +261,13 @@ _UNIT_SUMS = {
     for name, line in LINES.items()
 }
 _KEPT_SUMS = {
-    (name, size): kernel(
-        *("u16**", "u32**", "u64**", "i64*", "i64", f"{word}**", f"{word}*", "i64"),
+    name: kernel(
+        *("u16**", "u32**", "u64**", "i64*", "i64", "u16**", "u16*", "i64"),
         *("i64", "i64", "i64", line, "f64**", "f64*", "f64*"),
     )(_kept_sums)
     for name, line in LINES.items()
-    for size, word in ((1, "u8"), (2, "u16"))
 }
-"""By the dtype of parents and of differences, and the bytes of a word of masks."""
+"""By the dtype of parents and of differences."""
 
 
 def unit_sums(parents: Sequence[Array], products: Sequence[Product], *, unit: int, dtype: str) -> NDArray[np.float64]:
@@ -314,8 +313,7 @@ def kept_sums(
     pair = model, base
     elements, width = model.size, min(WIDTH, unit // 4)
     assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, *(mask.words for mask in masks)))
-    word = np.result_type(*(mask.words.dtype for mask in masks))
-    whole = {id(mask.words): mask.words.astype(word, copy=False) for mask in masks}
+    whole = {id(mask.words): mask.words for mask in masks}
     if elements % unit:
         whole = {key: np.pad(each, (0, -elements % unit)) for key, each in whole.items()}
     levels = (unit // width // 4).bit_length() + 1
@@ -325,9 +323,9 @@ def kept_sums(
     results = np.empty((-(-elements // unit), len(masks)))
     dtypes = np.array([CODES[each.dtype] for each in pair], np.int64)
     raw, of_masks = addresses(pair), addresses([whole[id(mask.words)] for mask in masks])
-    bits = np.array([1 << mask.bit for mask in masks], word)
+    bits = np.array([1 << mask.bit for mask in masks], np.uint16)
     at = address(raw)
-    _KEPT_SUMS[dtype, word.itemsize](
+    _KEPT_SUMS[dtype](
         *(at, at, at, address(dtypes), squares, address(of_masks), address(bits), len(masks)),
         *(elements, unit, width, address(lines), address(sizes), int(sums[0]), address(results)),
     )

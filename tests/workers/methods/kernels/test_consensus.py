@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from workers.methods.kernels import consensus
-from workers.methods.kernels.consensus import EVERY, NONE, Limit, Mixture, Trimmed, run_mixtures
+from workers.methods.kernels.consensus import Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.memory import BLOCK
-from workers.methods.kernels.ranks import RowFactors, magnitudes
+from workers.methods.kernels.ranks import EVERY, NONE, Limit, RowFactors, magnitudes
 
 ELEMENTS = 3 * BLOCK + 100
 

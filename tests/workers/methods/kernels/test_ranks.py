@@ -6,10 +6,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from workers.methods.kernels import ranks
 from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.ranks import (
+    EVERY,
+    NONE,
     Bracket,
+    Limit,
     RowFactors,
+    above,
     below_by_rank,
     bracketed,
     magnitudes,
@@ -33,8 +38,11 @@ def test_magnitudes_are_those_of_the_difference_in_float32(model: type, base: ty
     assert (magnitudes(a[::3], b[::3]) == bits[::3]).all()
 
 
-def as_lists(brackets: list[Bracket]) -> list[tuple[int, int, int, list[int]]]:
-    return [(each.above, each.at_high, each.at_low, each.between.tolist()) for each in brackets]
+def as_lists(bracket: Bracket) -> list[tuple[int, int, int, list[int]]]:
+    units = np.split(bracket.between, np.cumsum(bracket.counts[:-1, 3])) if len(bracket.counts) else []
+    counts = bracket.counts.tolist()
+    assert [len(unit) for unit in units] == [inside for *_, inside in counts]
+    return [(above, high, low, unit.tolist()) for (above, high, low, _), unit in zip(counts, units, strict=True)]
 
 
 def test_magnitudes_are_scaled_row_by_row_and_rounded_once():
@@ -58,7 +66,20 @@ def test_a_bracket_counts_its_ends_and_holds_what_is_between(elements: int, unit
         )
         for part in (bits[start : start + unit].tolist() for start in range(0, elements, unit))
     ]
-    assert as_lists(bracketed(bits, (low, high), unit=unit)) == expected
+    (found,) = bracketed(bits, [(low, high)], unit=unit)
+    assert as_lists(found) == expected
+
+
+@pytest.mark.parametrize(("elements", "unit"), [(5000, 512), (5000, 16), (300, 512), (7 * 512, 2048)])
+@pytest.mark.parametrize("room", [1, 700, 5000])
+def test_brackets_are_the_same_whatever_memory_there_is(
+    elements: int, unit: int, room: int, monkeypatch: pytest.MonkeyPatch
+):
+    bits = np.random.default_rng(elements).integers(0, 101, elements, np.int32)
+    ends = [(0, 101), (40, 60), (50, 50), (0, 2**31 - 1), (99, 100)]
+    expected = [as_lists(bracketed(bits, [each], unit=unit)[0]) for each in ends]
+    monkeypatch.setattr(ranks, "MOST_BETWEEN", room)
+    assert [as_lists(each) for each in bracketed(bits, ends, unit=unit)] == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -69,17 +90,35 @@ def test_the_brackets_of_two_tensors_are_those_of_their_magnitudes(dtype: type):
     first, second, third = sorted(bits[:3].tolist())
     ends = [(first, second), (second, third), (0, third)]
     found = magnitudes_bracketed(a, b, ends, unit=2048)
-    assert [as_lists(each) for each in found] == [as_lists(bracketed(bits, each, unit=2048)) for each in ends]
+    assert [as_lists(each) for each in found] == [as_lists(each) for each in bracketed(bits, ends, unit=2048)]
     factors = RowFactors(rng.random(1 + 5001 // 700 + 1), 700, 650)
     scaled = magnitudes(a, b, factors)
     found = magnitudes_bracketed(a, b, ends, unit=2048, factors=factors)
-    assert [as_lists(each) for each in found] == [as_lists(bracketed(scaled, each, unit=2048)) for each in ends]
+    assert [as_lists(each) for each in found] == [as_lists(each) for each in bracketed(scaled, ends, unit=2048)]
 
 
 def test_the_greatest_number_can_be_an_end():
     bits = np.array([2**31 - 1, 0, 2**31 - 2, 5], np.int32)
-    assert as_lists(bracketed(bits, (5, 2**31 - 2), unit=16)) == [(1, 1, 1, [])]
-    assert as_lists(bracketed(bits, (5, 2**31 - 1), unit=16)) == [(0, 1, 1, [2**31 - 2])]
+    one, other = bracketed(bits, [(5, 2**31 - 2), (5, 2**31 - 1)], unit=16)
+    assert as_lists(one) == [(1, 1, 1, [])]
+    assert as_lists(other) == [(0, 1, 1, [2**31 - 2])]
+
+
+@pytest.mark.parametrize("elements", [0, 1, 511, 5000])
+@pytest.mark.parametrize("settings", [1, 5, 16])
+def test_a_limit_has_what_is_above_it_and_the_first_of_its_equals(elements: int, settings: int):
+    rng = np.random.default_rng(elements + settings)
+    bits = rng.integers(0, 9, elements, np.int32)
+    limits = [Limit(int(rng.integers(0, 9)), int(rng.choice([0, 1, 30, 700, 10_000]))) for _ in range(settings)]
+    limits[-1] = [Limit(EVERY), Limit(NONE), Limit(4)][settings % 3]
+    words = above(bits, limits)
+    for place, limit in enumerate(limits):
+        expected, left = [], limit.equals or 0
+        for number in bits.tolist():
+            expected.append(number > limit.bits or (number == limit.bits and left > 0))
+            left -= number == limit.bits
+        assert Mask(words, place).array().tolist() == expected
+    assert not (words >> np.uint16(settings - 1) >> np.uint16(1)).any()
 
 
 @pytest.mark.parametrize(("rows", "row"), [(1, 2), (7, 3), (5, 600), (3, 5000), (1, 70_000)])

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from tests.workers.methods.whole import answered, tiles_of
-from workers.methods.kernels.masks import Mask, mask_of
+from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.short_products import products_of_two
 from workers.methods.kernels.unit_sums import Product, kept_sums, unit_sums
 from workers.methods.reductions import L1, Coin, Gram, L1Kept, Selection, SquaresSelected, Variance
@@ -93,7 +93,7 @@ def test_sums_of_what_is_kept_have_the_bits_of_the_tree(elements: int, unit: int
     words = rng.integers(0, 1 << 12, elements, np.uint16)
     for bit, mask in enumerate(masks):
         words += mask * np.uint16(1 << (12 + bit))
-    given = [Mask(words, 12 + bit) for bit in range(4)], [mask_of(mask) for mask in masks]
+    given = [Mask(words, 12 + bit) for bit in range(4)], [Mask(mask.astype(np.uint16)) for mask in masks]
     mixed = [*given[0][:2], *given[1][2:]]
     for squares, of_call in product((False, True), (*given, mixed)):
         sizes = (a - b).double().square() if squares else (a - b).abs()
