@@ -9,6 +9,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from importlib.metadata import version
 from typing import Any
@@ -27,6 +28,8 @@ from workers.storage import ObjectInfo, Store
 from workers.storage.records import read_record
 
 VERSIONED = ("mergeyard", "torch", "numpy", "safetensors")
+
+WRITES_AT_ONCE = 8
 
 
 class Gatherer:
@@ -53,8 +56,8 @@ class Gatherer:
         for unit in planned.units:
             collapses.add(receipts[unit])
         files = self._files(planned, overflowed, collapses.lines())
-        for name, data in files.items():
-            self._store.write(self._plan.places.file(planned.name, name), data)
+        with ThreadPoolExecutor(WRITES_AT_ONCE, "files") as pool:  # each waits for a disk or a bucket
+            list(pool.map(partial(self._write, planned.name), files.items()))
         return self._publish(self._manifest(planned, receipts, files, weights))
 
     def complete_twin(self, planned: PlannedPoint, original: Manifest) -> Manifest:
@@ -84,6 +87,10 @@ class Gatherer:
         except ObjectExists:
             return self._published(manifest.point, manifest.weights) or manifest
         return manifest
+
+    def _write(self, point: str, file: tuple[str, bytes]) -> None:
+        name, data = file
+        self._store.write(self._plan.places.file(point, name), data)
 
     def _key(self, point: str) -> str:
         return self._plan.places.file(point, "manifest.json")

@@ -28,6 +28,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import orchestrator.merging.gathering
 import orchestrator.planning.beside
 import orchestrator.records.lease
 import orchestrator.records.ledger
@@ -500,6 +501,7 @@ def _standing_in(schedule: Schedule) -> Generator[None]:
         patch.multiple(orchestrator.records.lease, **of_the_lease),
         patch.multiple(orchestrator.records.ledger, open_store=open_simulated, ThreadPoolExecutor=Inline),
         patch.object(orchestrator.planning.beside, "open_store", open_simulated),
+        patch.object(orchestrator.merging.gathering, "ThreadPoolExecutor", Inline),
         patch.object(workers.checkpoints.hashing, "ThreadPoolExecutor", Inline),
     ):
         yield

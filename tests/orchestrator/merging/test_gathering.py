@@ -6,6 +6,7 @@ import hashlib
 import html
 import json
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -29,6 +30,7 @@ from tests.orchestrator.conftest import LINEAR, files_under
 from tests.orchestrator.models import CONFIG, HEAD, load_model, weights, write_model
 from workers.checkpoints.chat_templates import NAMED
 from workers.digests import weights_digest
+from workers.storage.local import LocalStore
 
 Planning = Callable[..., Plan]
 
@@ -99,6 +101,18 @@ def test_the_manifest_is_the_last_file(finished: Path):
     for name in ("w0.25", "w0.5"):
         times = {path.name: path.stat().st_mtime_ns for path in point(finished, name).iterdir()}
         assert max(times, key=lambda name: times[name]) == "manifest.json"
+
+
+def test_the_files_of_a_point_do_not_wait_for_each_other(plan: Planning, monkeypatch: pytest.MonkeyPatch):
+    write, six = LocalStore.write, threading.Barrier(6, timeout=60)
+
+    def meet(store: LocalStore, key: str, data: bytes, **more: Any) -> Any:
+        if "/points/" in f"/{key}" and not key.endswith("manifest.json"):
+            six.wait()
+        return write(store, key, data, **more)
+
+    monkeypatch.setattr(LocalStore, "write", meet)
+    assert len(run(plan(shard_size=3000)).points) == 2
 
 
 def test_the_recipe_beside_a_point_is_the_points_recipe(finished: Path, plan: Planning):
