@@ -385,8 +385,7 @@ class Cutoff(Reduction):
         tile.known(Sample(self.score))
 
     def of(self, tile: Tile) -> list[Bracket]:
-        asked = [each for each in tile.asked if isinstance(each, Cutoff) and each.score == self.score]
-        group = asked if self in asked else [self]  # of all settings of a grid, found in one look
+        group = tile.remember("cutoffs of a score", partial(self._groups, tile.asked)).get(self, [self])
 
         def found() -> dict[Cutoff, Bracket]:
             sample, elements = tile.known(Sample(self.score)), math.prod(tile.shape)
@@ -394,6 +393,15 @@ class Cutoff(Reduction):
             return dict(zip(group, self.score.bracketed(tile, ends), strict=True))
 
         return [tile.remember(("brackets", group[0]), found)[self]]
+
+    @staticmethod
+    def _groups(asked: Iterable[Reduction]) -> dict[Cutoff, list[Cutoff]]:
+        """Each with those of the same score, of all settings of a grid: they are found in one look."""
+        alike: dict[Score, list[Cutoff]] = {}
+        for each in asked:
+            if isinstance(each, Cutoff):
+                alike.setdefault(each.score, []).append(each)
+        return {each: group for group in alike.values() for each in group}
 
     def ends(self, sample: IntArray, elements: int) -> Ends:
         """The scores between which the one of this rank lies among so many elements."""
@@ -453,15 +461,11 @@ def largest(tile: Tile, score: Score, count: int) -> Tensor:
 
 def largest_on_host(tile: Tile, score: Score, counts: Sequence[int | None]) -> Words:
     """The same on the host for at most 16 counts, each with a bit; None: all scores."""
-
-    def decide() -> Words:
-        if not any(counts):  # without the scores
-            bits = sum(1 << place for place, count in enumerate(counts) if count is None)
-            return np.full(tile.elements, bits, np.uint16)
-        found = [None if count is None else threshold_of(tile, score, count) for count in counts]
-        return above(score.on_host(tile), [limit_of(tile, each) for each in found])
-
-    return tile.remember(("largest on host", score, *counts), decide)
+    if not any(counts):  # without the scores
+        bits = sum(1 << place for place, count in enumerate(counts) if count is None)
+        return np.full(tile.elements, bits, np.uint16)
+    found = [None if count is None else threshold_of(tile, score, count) for count in counts]
+    return above(score.on_host(tile), [limit_of(tile, each) for each in found])
 
 
 def among_on_host(tile: Tile, threshold: Threshold, score: Score) -> NDArray[np.bool_]:
@@ -800,7 +804,10 @@ class SquaresSelected(Reduction):
 
     def masks_on_host(self, tile: Tile, group: Sequence[SquaresSelected]) -> list[Mask]:
         """Which elements count for each of a group."""
-        words = largest_on_host(tile, self.score, [each.count for each in group])
+        counts = [each.count for each in group]
+        words = tile.remember(  # the models share them
+            ("largest on host", self.score, *counts), lambda: largest_on_host(tile, self.score, counts)
+        )
         return [Mask(words, place) for place in range(len(group))]
 
     def combine(self, shares: Sequence[float]) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -155,9 +156,11 @@ def _selected(
 ) -> Flags:
     def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
         of_first, some = passes[points[0]], [passes[index] for index in points]
-        if any(each.among for each in some):
+        # zero times a weight that is no number is none either: what is not selected is as what is
+        limits = [each.among if all(map(math.isfinite, each.weights)) else None for each in some]
+        if any(limits):
             bits = Variance(of_first.models, of_first.base).on_host(tile)
-            words = above(bits, [limit_of(tile, each.among) for each in some])
+            words = above(bits, [limit_of(tile, each) for each in limits])
         else:
             words = np.full(tile.elements, np.iinfo(np.uint16).max, np.uint16)
         into = [outputs[index] for index in points]

@@ -94,11 +94,11 @@ class Reduction:
         """Asks `tile.known` for the facts that must be known before this one."""
 
     def of(self, tile: Tile) -> list[Any]:
-        """This tile's share, an entry for each unit it spans."""
+        """This tile's share, one entry or one for each unit it spans."""
         raise NotImplementedError
 
     def combine(self, shares: Sequence[Any]) -> Any:
-        """The fact, from the entries of all units in order."""
+        """The fact, from the entries of all tiles in order."""
         raise NotImplementedError
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from workers.methods import launching, running
 from workers.methods.aim import ACTIVATIONS
 from workers.methods.gpu_kernels.language import interprets
 from workers.methods.gpu_kernels.rows import BLOCK
-from workers.methods.passes import Consensus, Kept, Pass, WeightedSum
+from workers.methods.passes import Consensus, Kept, Pass, SelectedConsensus, WeightedSum
 from workers.methods.reductions import Coin, Reduction, Threshold
 from workers.methods.tile import Array, Tile, as_tensor
 
@@ -99,6 +100,8 @@ SPECIAL_PASSES = {
         elect=True,
         scale=0.7,
     ),
+    "sce": SelectedConsensus("base", ("a", "b"), (0.7, 0.3), Threshold(0x3F000000, 0, [0, 0])),
+    "sce without weights": SelectedConsensus("base", ("a", "b"), (math.nan, 0.0), Threshold(0x3F000000, 0, [0, 0])),
 }
 
 

@@ -88,15 +88,33 @@ def test_a_pass_has_the_bits_of_the_formula(method: str, arithmetic: str, stored
 
 @pytest.mark.parametrize("size", [1.0, 2.0**-6])
 @pytest.mark.parametrize("method", COMPILED)
-def test_a_grid_has_the_bits_of_the_formulas(method: str, size: float, small_tiles: int):
+def test_a_grid_has_the_bits_of_the_formulas(method: str, size: float):
     rng = np.random.default_rng(zlib.crc32(f"{method} {size}".encode()))
-    raw: Any = {name: (each * size).astype(each.dtype) for name, each in parents(rng, 7 * 11, "BF16").items()}
+    raw: Any = {name: (each * size).astype(each.dtype) for name, each in parents(rng, 23 * 61, "BF16").items()}
     of_first, other = setting(rng, method), setting(rng, method)  # 18 points of the same models, 2 of others
     settings = [
         Setting(method, of_first.models, of_first.base, parameters(rng, method, len(of_first.models)))
         for _ in range(18)
     ]
-    assert_bits_of_formulas([*settings[:9], other, *settings[9:], other], raw, (7, 11), "F32", "BF16")
+    assert_bits_of_formulas([*settings[:9], other, *settings[9:], other], raw, (23, 61), "F32", "BF16")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_sce_is_no_number_where_its_formula_is_none(value: float):
+    rng = np.random.default_rng(12)
+    raw: Any = parents(rng, 2000, "BF16")
+    raw["a"][1500] = value
+    facts: dict[Reduction, Any] = {}
+    (tile,) = tiles_of(raw, facts)
+    settings = [Setting("sce", ("a", "b"), "base", (("select_topk", share),)) for share in (0.2, 0.7, 1.0)]
+    settings.append(Setting("sce", ("b", "c"), "base", (("select_topk", 0.5),)))
+    outputs = [np.zeros(tile.elements, STORED["BF16"]) for _ in settings]
+    (passes,) = answered([tile], facts, lambda each: [pass_of(each, one, "F32", "") for one in settings])
+    run([each for each in passes if each is not None], tile, outputs, "float32")
+    for output, each in zip(outputs, settings, strict=True):
+        (formula,) = answered([tile], facts, lambda one, each=each: merge_tile(one, each, "F32", ""))
+        assert (np.isnan(output.astype(np.float32)) == formula.isnan().numpy()).all()
+        assert formula.isnan().any() == ("a" in each.models)
 
 
 def assert_bits_of_formulas(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,15 +12,19 @@ import torch
 from torch import Tensor
 
 from tests.workers.methods.whole import answered, tiles_of
-from workers.methods import tile
+from workers.methods import reductions, tile
+from workers.methods.kernels.ranks import Bracket
 from workers.methods.reductions import (
     L1,
+    MARGINS,
+    Cutoff,
     Gram,
     GramOfLines,
     L1Kept,
     Magnitude,
     Sample,
     Selection,
+    Variance,
     largest,
     share_of,
     unit_sums,
@@ -184,6 +189,34 @@ def test_ranks_of_one_tensor_share_one_sample_and_none_keeps_nothing(small_tiles
         mask = torch.cat(answered(tiles, facts, lambda tile, count=count: largest(tile, score, count)))
         assert torch.equal(mask.bool(), kept_by_numpy(deltas, count / 400) if count else torch.zeros(400).bool())
     assert [fact for fact in facts if isinstance(fact, Sample)] == [Sample(score)]
+
+
+def test_the_cutoffs_of_a_grid_are_found_in_one_look_as_alone(small_tiles: int, monkeypatch: pytest.MonkeyPatch):
+    rng = np.random.default_rng(3)
+    raw: Any = {name: rng.integers(-90, 90, 2000).astype(np.float32) for name in ("a", "b", "base")}
+    scores = Magnitude("a", "base"), Variance(("a", "b"), "base"), Magnitude("b", "base")
+    asked = [Cutoff(score, count, margin) for count in (1, 30, 700, 2000) for margin in MARGINS for score in scores]
+    facts: dict[Reduction, Any] = {}
+    tiles = tiles_of(raw, facts, units=50)
+    for fact in asked:
+        answered(tiles, facts, fact.ask)
+    looks: list[int] = []
+    for name in ("bracketed", "magnitudes_bracketed"):
+        found = getattr(reductions, name)
+        monkeypatch.setattr(reductions, name, lambda *of, found=found, **unit: looks.append(1) or found(*of, **unit))
+    shares: dict[Cutoff, list[Bracket]] = {}
+    for each in tiles:
+        together = replace(each, asked=asked, _memory={})
+        for fact in asked:
+            shares.setdefault(fact, []).extend(fact.of(together))
+    assert len(looks) == len(scores) * len(tiles) and len(tiles) == 3
+    for fact in asked:
+        alone = [fact.of(replace(each, _memory={}))[0] for each in tiles]
+        assert [each.counts.tolist() for each in shares[fact]] == [each.counts.tolist() for each in alone]
+        assert [each.between.tolist() for each in shares[fact]] == [each.between.tolist() for each in alone]
+        ranked = np.sort(np.concatenate([fact.score.on_host(replace(each, _memory={})) for each in tiles]))
+        threshold = fact.combine(shares[fact])
+        assert (threshold is None and fact.margin is not None) or threshold.bits == ranked[-fact.count]
 
 
 @pytest.mark.parametrize("elements", [1, 15, 16, 83])

@@ -228,7 +228,7 @@ def _selected(
     for i in tl.static_range(MODELS):
         delta = (models[i] - ground) * kept
         weight = _number(row + _HEAD + i * _TERM + _WEIGHT, ARITHMETIC)
-        share = tl.where(delta * sign > 0, weight, 0.0)
+        share = tl.where(delta * sign > 0, weight, weight - weight)  # NaN where the weight is
         if i == 0:
             total = delta * share
             divisor = share

@@ -1,4 +1,4 @@
-"""base + what the task vectors of one point have in common, by the rules of `sce`, `ram` and `consensus_ta`."""
+"""base + what the task vectors of a point have in common, by the rules of `sce`, `ram` and `consensus_ta`."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def _selected(
 ) -> None:
     """See `passes.SelectedConsensus`: points by their weights and by the bits of their masks in a word an element.
 
-    `none` is the result where a mask has not an element: of task vectors times zero, which have signs, or are NaN.
-    Points that have the weights of the one before have its `merged` elements.
+    `none` is the result where a mask lacks an element: of zeros, which have signs, or NaN where a task vector is.
+    Weights are finite, or a mask has all elements. Points that have the weights of the one before have its `merged`
+    elements.
     """
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)
@@ -362,7 +363,7 @@ def run_selected(
 
     There are at most 16 points. Bit p of a word says whether point p selects the element.
     """
-    assert words.size == parents[0].size and len(outputs) <= MOST_MASKS
+    assert words.dtype == np.uint16 and words.size == parents[0].size and len(outputs) <= MOST_MASKS
     memory, numbers = _Memory(parents, arithmetic, 5), np.array(weights, arithmetic)
     bits = np.uint16(1) << np.arange(len(outputs), dtype=np.uint16)
     chosen = address(numbers), least, address(words), address(bits)

@@ -313,6 +313,7 @@ def kept_sums(
     pair = model, base
     elements, width = model.size, min(WIDTH, unit // 4)
     assert all(each.size == elements and each.flags.c_contiguous for each in (*pair, *(mask.words for mask in masks)))
+    assert all(mask.words.dtype == np.uint16 for mask in masks)
     whole = {id(mask.words): mask.words for mask in masks}
     if elements % unit:
         whole = {key: np.pad(each, (0, -elements % unit)) for key, each in whole.items()}
