@@ -156,7 +156,7 @@ def _selected(
 ) -> Flags:
     def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
         of_first, some = passes[points[0]], [passes[index] for index in points]
-        # zero times a weight that is no number is none either: what is not selected is as what is
+        # a weight that is NaN makes every element NaN, selected or not
         limits = [each.among if all(map(math.isfinite, each.weights)) else None for each in some]
         if any(limits):
             bits = Variance(of_first.models, of_first.base).on_host(tile)
