@@ -41,7 +41,7 @@ from workers.merging.tiles import (
     tiles,
 )
 from workers.merging.writing import ShardWriter
-from workers.methods.reductions import DRAWN, DrawnBefore
+from workers.methods.coins import DRAWN, DrawnBefore
 from workers.methods.tile import TILE_ELEMENTS, Reduction
 from workers.storage import open_store
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from workers.methods.importance import Importance, cutoff, kept_by_mergekit
 from workers.methods.passes import Consensus, Kept
-from workers.methods.reductions import among_on_host
+from workers.methods.ranking import among_on_host
 from workers.methods.tile import Inputs
 
 if TYPE_CHECKING:

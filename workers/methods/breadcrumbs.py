@@ -9,7 +9,7 @@ import math
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import Consensus
-from workers.methods.reductions import Selection
+from workers.methods.selections import Selection
 from workers.methods.task_vectors import merged, merged_pass
 from workers.methods.tile import Inputs, PerModel
 

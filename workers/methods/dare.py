@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from workers.methods.coins import Coin
 from workers.methods.passes import Consensus
-from workers.methods.reductions import Coin, Selection
+from workers.methods.selections import Selection
 from workers.methods.task_vectors import merged, merged_pass
 from workers.methods.tile import Inputs, PerModel
 

@@ -13,18 +13,8 @@ from numpy.typing import NDArray
 from workers.methods.kernels.divergence import divergences
 from workers.methods.kernels.dtypes import CODES
 from workers.methods.kernels.ranks import Bracket, Ends, RowFactors, magnitudes, magnitudes_bracketed
-from workers.methods.reductions import (
-    MARGINS,
-    SAMPLED,
-    SAMPLED_RUN,
-    Cutoff,
-    Magnitude,
-    Score,
-    Threshold,
-    first_found,
-    first_sampled,
-)
-from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, torch_named
+from workers.methods.ranking import MARGINS, SAMPLED, SAMPLED_RUN, Cutoff, Magnitude, Score, Threshold, first_sampled
+from workers.methods.tile import TILE_ELEMENTS, Array, Inputs, Reduction, Tile, as_tensor, first_found, torch_named
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from workers.methods.coins import drawn
 from workers.methods.gpu_kernels import rows
 from workers.methods.gpu_kernels.launch import launch, runs_on
 from workers.methods.gpu_kernels.random import signed
@@ -28,7 +29,7 @@ from workers.methods.passes import (
     TallConsensus,
     WeightedSum,
 )
-from workers.methods.reductions import Magnitude, Score, Threshold, Variance, among_on_host, drawn
+from workers.methods.ranking import Magnitude, Score, Threshold, Variance, among_on_host
 from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import TILE_ELEMENTS, Array, Tile, as_tensor
 

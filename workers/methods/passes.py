@@ -9,8 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from workers.methods.coins import Coin
 from workers.methods.importance import Importance
-from workers.methods.reductions import Coin, Threshold
+from workers.methods.ranking import Threshold
 from workers.methods.tile import Array
 
 Along = Literal["tensor", "rows", "columns"]

@@ -10,11 +10,11 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.methods.coins import Coin, draw_together, drawn_on_host
 from workers.methods.kernels.agreement import run_overlap, run_selected, run_tall
 from workers.methods.kernels.consensus import Mixture, Trimmed, run_mixtures
 from workers.methods.kernels.fisher_mean import run_fisher_means
 from workers.methods.kernels.masks import MOST_MASKS
-from workers.methods.kernels.ranks import above
 from workers.methods.kernels.relaxation import Relaxation, run_relaxations
 from workers.methods.kernels.swap import run_swaps
 from workers.methods.kernels.weighted_sum import Sum, WeightedSums
@@ -32,7 +32,7 @@ from workers.methods.passes import (
     TallConsensus,
     WeightedSum,
 )
-from workers.methods.reductions import Coin, Variance, draw_together, drawn_on_host, limit_of
+from workers.methods.ranking import Variance, limit_of, selected
 from workers.methods.regression import rows_of, summed
 from workers.methods.sce import LEAST_DIVISOR
 from workers.methods.tile import TILE_ELEMENTS, Array, Tile
@@ -156,13 +156,9 @@ def _selected(
 ) -> Flags:
     def run(points: Sequence[int], parents: Sequence[Array]) -> Flags:
         of_first, some = passes[points[0]], [passes[index] for index in points]
-        # a weight that is NaN makes every element NaN, selected or not
-        limits = [each.among if all(map(math.isfinite, each.weights)) else None for each in some]
-        if any(limits):
-            bits = Variance(of_first.models, of_first.base).on_host(tile)
-            words = above(bits, [limit_of(tile, each) for each in limits])
-        else:
-            words = np.full(tile.elements, np.iinfo(np.uint16).max, np.uint16)
+        # a weight that is not finite makes every element NaN, selected or not
+        thresholds = [each.among if all(map(math.isfinite, each.weights)) else None for each in some]
+        words = selected(tile, Variance(of_first.models, of_first.base), thresholds)
         into = [outputs[index] for index in points]
         return run_selected(parents, [each.weights for each in some], LEAST_DIVISOR, words, into, arithmetic)
 

@@ -12,7 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import SelectedConsensus
-from workers.methods.reductions import Nonzero, Sample, SquaresSelected, Variance, largest, threshold_of
+from workers.methods.ranking import Nonzero, Sample, Variance, largest, threshold_of
+from workers.methods.selections import SquaresSelected
 from workers.methods.tile import Inputs, ones_where, together
 
 if TYPE_CHECKING:

@@ -10,7 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import Consensus, Kept
-from workers.methods.reductions import L1, L1Kept, Selection
+from workers.methods.reductions import L1
+from workers.methods.selections import L1Kept, Selection
 from workers.methods.tile import Inputs, PerModel, divided, ones_where, positive, together
 
 if TYPE_CHECKING:

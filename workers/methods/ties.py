@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from workers.methods.passes import Consensus
-from workers.methods.reductions import Selection, share_of
+from workers.methods.ranking import share_of
+from workers.methods.selections import Selection
 from workers.methods.task_vectors import merged, merged_pass
 from workers.methods.tile import Inputs, PerModel
 

@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
 
+from workers.methods.kernels.dtypes import CODES
 from workers.methods.kernels.random import random_bits
 
 if TYPE_CHECKING:
@@ -82,6 +83,11 @@ def together(questions: Iterable[Callable[[], Value]]) -> list[Value]:
     return answers
 
 
+def first_found(tile: Tile, questions: Iterable[Reduction]) -> Any:
+    """The first answer that is not None, or `NotYetKnown`."""
+    return next(answer for each in questions if (answer := tile.known(each)) is not None)
+
+
 class Reduction:
     """A fact about a whole tensor, put together from its tiles' shares. Subclasses are frozen dataclasses.
 
@@ -94,7 +100,7 @@ class Reduction:
         """Asks `tile.known` for the facts that must be known before this one."""
 
     def of(self, tile: Tile) -> list[Any]:
-        """This tile's share, one entry or one for each unit it spans."""
+        """This tile's share, either one entry, or one for each unit that it spans."""
         raise NotImplementedError
 
     def combine(self, shares: Sequence[Any]) -> Any:
@@ -175,6 +181,20 @@ class Tile:
         name = "\0".join((str(self.seed), method, model, self.tensor)).encode()
         digest = hashlib.sha256(name).digest()
         return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:16], "little")
+
+
+def host_arrays(tile: Tile, *names: str) -> list[Array] | None:
+    """The elements of parents, if compiled loops can read them: in the memory of the host, in a dtype of theirs."""
+    arrays = [
+        np.ascontiguousarray(each)
+        for name in names
+        if isinstance(each := tile.raw[name], np.ndarray) and each.dtype in CODES
+    ]
+    return arrays if len(arrays) == len(names) else None
+
+
+def units_of(elements: Array) -> list[Array]:
+    return [elements[start : start + TILE_ELEMENTS] for start in range(0, len(elements), TILE_ELEMENTS)]
 
 
 def ones_where(holds: Literal["ge", "gt", "eq"], values: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ from jobs.merge_tasks import (
     ShardOfPoint,
     TensorMerge,
 )
+from tests.workers.methods.whole import change_tiles
 from workers.checkpoints.dtypes import FLOATS
 from workers.checkpoints.safetensors import read_header
 from workers.digests import digest_of
@@ -203,15 +204,7 @@ TILE = 64
 def small_tiles(budget: Budget | None = None) -> Iterator[None]:
     """Tiles of 64 elements, so that small tensors have many; and this budget, whatever the task's memory."""
     with pytest.MonkeyPatch.context() as patch:
-        for module in (
-            "workers.methods.tile",
-            "workers.methods.reductions",
-            "workers.merging.shard",
-            "workers.merging.tiles",
-            "workers.merging.reading",
-            "workers.merging.deriving",
-        ):
-            patch.setattr(f"{module}.TILE_ELEMENTS", TILE)
+        change_tiles(patch, TILE)
         if budget is not None:
             patch.setattr(Budget, "of", classmethod(lambda cls, task: budget))
         yield

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from jobs.merge_tasks import Setting
-from tests.workers.methods.whole import answered, tiles_of
+from tests.workers.methods.whole import answered, change_tiles, tiles_of
 from workers.merging.tiles import merge_tile
 from workers.methods import METHODS
 from workers.methods.tile import Reduction
@@ -22,11 +22,7 @@ SMALL = 16
 @pytest.fixture
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> int:
     """Tiles of so few elements that a tensor of a hundred has several; how many."""
-    # first, since it takes the number from the others when it is imported
-    monkeypatch.setattr("workers.methods.launching.TILE_ELEMENTS", SMALL)
-    monkeypatch.setattr("workers.methods.tile.TILE_ELEMENTS", SMALL)
-    monkeypatch.setattr("workers.methods.reductions.TILE_ELEMENTS", SMALL)
-    monkeypatch.setattr("workers.methods.importance.TILE_ELEMENTS", SMALL)
+    change_tiles(monkeypatch, SMALL)
     return SMALL
 
 

@@ -58,7 +58,6 @@ def test_a_task_vector_shrinks_by_the_activation_of_its_input_channel(kind: str,
 def test_a_pass_has_the_bits_of_the_formula(
     method: str, arithmetic: str, stored: str, small_tiles: int, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr("workers.methods.running.TILE_ELEMENTS", small_tiles)
     monkeypatch.setattr("workers.methods.running.MERGED_UNITS", 2)
     rng = np.random.default_rng(zlib.crc32(f"{method} {arithmetic} {stored}".encode()))
     shape, of_means = [*SHAPES.values()][int(rng.integers(len(SHAPES)))]

@@ -9,7 +9,7 @@ import torch
 
 from tests.workers.methods.whole import tiles_of
 from workers.methods.breadcrumbs import breadcrumbs_pass
-from workers.methods.reductions import Cutoff, Magnitude
+from workers.methods.ranking import Cutoff, Magnitude
 from workers.methods.tile import Inputs, NotYetKnown
 
 DELTA = [5.0, -1.0, 4.0, -3.0, 2.0, -6.0, 0.5, 7.0, 8.0, -9.0]  # by magnitude: −9, 8, 7, −6, 5, 4, −3, 2, −1, ½

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from jobs.merge_tasks import Setting
 from tests.workers.methods.test_passes import parents
-from tests.workers.methods.whole import tiles_of
+from tests.workers.methods.whole import change_tiles, tiles_of
 from workers.merging.tiles import pass_of
-from workers.methods import reductions
-from workers.methods.reductions import DRAWN, Coin, DrawnBefore, drawn_on_host
+from workers.methods import coins, selections
+from workers.methods.coins import DRAWN, Coin, DrawnBefore, drawn_on_host
 from workers.methods.running import run
 from workers.methods.tile import NotYetKnown, Reduction
 
@@ -84,8 +84,7 @@ def test_rows_of_one_element_and_an_epsilon_of_zero_leave_the_density(
 def test_no_tiling_changes_an_element(merge: Any, monkeypatch: pytest.MonkeyPatch):
     deltas = torch.randn(40, 13, generator=torch.Generator().manual_seed(1))
     whole = kept(merge, deltas, shape=(40, 13), rescale=True)
-    for room in ("tile", "reductions"):
-        monkeypatch.setattr(f"workers.methods.{room}.TILE_ELEMENTS", 16)
+    change_tiles(monkeypatch, 16)
     for units in (1, 3):
         assert torch.equal(kept(merge, deltas, shape=(40, 13), rescale=True, units=units), whole)
 
@@ -126,14 +125,15 @@ def test_what_a_norm_has_drawn_is_not_drawn_again(
         return Setting(method, ("a", "b"), "base", (*given, ("lambda", 1.0)))
 
     merges = [setting(number) for number in range(settings)]
-    draw = reductions._draw  # pyright: ignore[reportPrivateUsage]
+    draw = coins.draw
     drawn: list[int] = []
 
     def counted(tile: Any, coins: Any, model: str, base: str) -> Any:
         drawn.append(len(coins))
         return draw(tile, coins, model, base)
 
-    monkeypatch.setattr(reductions, "_draw", counted)
+    for module in (coins, selections):
+        monkeypatch.setattr(module, "draw", counted)
 
     def merged(facts: dict[Reduction, Any]) -> bytes:
         tiles, asked = tiles_of(raw, facts, units=3, seed=3, shape=(11, 13)), dict[Reduction, None]()
@@ -155,7 +155,7 @@ def test_what_a_norm_has_drawn_is_not_drawn_again(
     expected, of_merge = merged({}), sum(drawn)
     everything = DrawnBefore()
     assert merged({DRAWN: everything}) == expected and not drawn
-    monkeypatch.setattr(reductions, "MOST_DRAWN", everything.bytes * share)
+    monkeypatch.setattr(coins, "MOST_DRAWN", everything.bytes * share)
     some = DrawnBefore()
     assert merged({DRAWN: some}) == expected
     assert (not drawn) if share == 1 else 0 < sum(drawn) < of_merge

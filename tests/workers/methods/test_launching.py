@@ -17,11 +17,12 @@ from tests.workers.methods.whole import answered, tiles_of
 from workers.merging.tiles import TensorMerger, learn, pass_of
 from workers.methods import launching, running
 from workers.methods.aim import ACTIVATIONS
+from workers.methods.coins import Coin
 from workers.methods.gpu_kernels.language import interprets
 from workers.methods.gpu_kernels.rows import BLOCK
 from workers.methods.passes import Consensus, Kept, Pass, SelectedConsensus, WeightedSum
-from workers.methods.reductions import Coin, Reduction, Threshold
-from workers.methods.tile import Array, Tile, as_tensor
+from workers.methods.ranking import Threshold
+from workers.methods.tile import Array, Reduction, Tile, as_tensor
 
 pytestmark = pytest.mark.skipif(not interprets(), reason="Triton is not interpreted here; `make triton` does")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from jobs.merge_tasks import Setting
-from tests.workers.methods.whole import answered, tiles_of
+from tests.workers.methods.whole import answered, change_tiles, tiles_of
 from workers.merging.tiles import merge_tile
 
 ZERO = {"base": [0.0, 0.0, 0.0, 0.0]}
@@ -189,8 +189,7 @@ def test_seed_model_tensor_and_method_have_coins_of_their_own(merge: Any, other:
 def test_the_coins_do_not_depend_on_the_tiling(merge: Any, monkeypatch: pytest.MonkeyPatch):
     whole = kept(merge, 0.3)
     for elements in (16, 64, 1024):
-        monkeypatch.setattr("workers.methods.tile.TILE_ELEMENTS", elements)
-        monkeypatch.setattr("workers.methods.reductions.TILE_ELEMENTS", elements)
+        change_tiles(monkeypatch, elements)
         assert torch.equal(kept(merge, 0.3), whole)
         assert torch.equal(kept(merge, 0.3, units=3), whole)
 

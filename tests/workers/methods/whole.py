@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import pytest
+import torch
 from torch import Tensor
 
+import workers.merging.shard  # modules take `TILE_ELEMENTS` from `tile` when they are imported: before it is changed
+import workers.methods.launching  # noqa: F401
 from workers.methods import tile
 from workers.methods.tile import Array, NotYetKnown, Reduction, Tile
 
 Answer = TypeVar("Answer")
+
+
+def change_tiles(patch: pytest.MonkeyPatch, elements: int) -> None:
+    """Tiles of so many elements, in all modules of workers."""
+    for name, module in [*sys.modules.items()]:
+        if name.startswith("workers.") and "TILE_ELEMENTS" in vars(module):
+            patch.setattr(module, "TILE_ELEMENTS", elements)
 
 
 def tiles_of(
@@ -41,3 +53,19 @@ def answered(tiles: Sequence[Tile], facts: dict[Reduction, Any], ask: Callable[[
             for fact in question.reductions:
                 answered(tiles, facts, fact.ask)
                 facts[fact] = fact.combine([entry for share in answered(tiles, facts, fact.of) for entry in share])
+
+
+def tiles_and_facts(deltas: Tensor, units: int = 1) -> tuple[list[Tile], dict[Reduction, Any]]:
+    """Tiles of a model whose task vector is `deltas`, `units` of `TILE_ELEMENTS` in each."""
+    facts: dict[Reduction, Any] = {}
+    return tiles_of({"model": deltas, "base": torch.zeros_like(deltas)}, facts, units=units), facts
+
+
+def known(deltas: Tensor, fact: Reduction, units: int = 1) -> Any:
+    """The value of a fact."""
+    tiles, facts = tiles_and_facts(deltas, units)
+    return answered(tiles, facts, lambda tile: tile.known(fact))[0]
+
+
+def noise(count: int, seed: int) -> Tensor:
+    return torch.randn(count, generator=torch.Generator().manual_seed(seed))

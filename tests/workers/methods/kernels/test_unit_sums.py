@@ -14,10 +14,13 @@ import torch
 from numpy.typing import NDArray
 
 from tests.workers.methods.whole import answered, tiles_of
+from workers.methods.coins import Coin
 from workers.methods.kernels.masks import Mask
 from workers.methods.kernels.short_products import products_of_two
 from workers.methods.kernels.unit_sums import Product, kept_sums, unit_sums
-from workers.methods.reductions import L1, Coin, Gram, L1Kept, Selection, SquaresSelected, Variance
+from workers.methods.ranking import Variance
+from workers.methods.reductions import L1, Gram
+from workers.methods.selections import L1Kept, Selection, SquaresSelected
 from workers.methods.tile import TILE_ELEMENTS, Array, Reduction, Tile, as_tensor, torch_named
 
 DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32, np.float64)
