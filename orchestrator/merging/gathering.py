@@ -30,6 +30,7 @@ from workers.storage.records import read_record
 VERSIONED = ("mergeyard", "torch", "numpy", "safetensors")
 
 WRITES_AT_ONCE = 8
+"""Files of a point that are written at once: each waits for a disk or a bucket."""
 
 
 class Gatherer:
@@ -56,7 +57,7 @@ class Gatherer:
         for unit in planned.units:
             collapses.add(receipts[unit])
         files = self._files(planned, overflowed, collapses.lines())
-        with ThreadPoolExecutor(WRITES_AT_ONCE, "files") as pool:  # each waits for a disk or a bucket
+        with ThreadPoolExecutor(WRITES_AT_ONCE, "files") as pool:
             list(pool.map(partial(self._write, planned.name), files.items()))
         return self._publish(self._manifest(planned, receipts, files, weights))
 

@@ -18,7 +18,7 @@ import yaml
 from blake3 import blake3
 from safetensors.torch import load_file
 
-from jobs.errors import CorruptData
+from jobs.errors import CorruptData, StorageError
 from jobs.manifest import Manifest
 from jobs.recipe import recipe_template
 from jobs.yaml_nodes import load_document
@@ -104,7 +104,7 @@ def test_the_manifest_is_the_last_file(finished: Path):
 
 
 def test_the_files_of_a_point_do_not_wait_for_each_other(plan: Planning, monkeypatch: pytest.MonkeyPatch):
-    write, six = LocalStore.write, threading.Barrier(6, timeout=60)
+    write, six = LocalStore.write, threading.Barrier(6, timeout=60)  # all files but shards and manifest
 
     def meet(store: LocalStore, key: str, data: bytes, **more: Any) -> Any:
         if "/points/" in f"/{key}" and not key.endswith("manifest.json"):
@@ -113,6 +113,24 @@ def test_the_files_of_a_point_do_not_wait_for_each_other(plan: Planning, monkeyp
 
     monkeypatch.setattr(LocalStore, "write", meet)
     assert len(run(plan(shard_size=3000)).points) == 2
+
+
+def test_a_point_is_complete_only_once_each_of_its_files_is_written(
+    plan: Planning, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    planned, write = plan(shard_size=3000), LocalStore.write
+
+    def refuse(store: LocalStore, key: str, data: bytes, **more: Any) -> Any:
+        if key.endswith("README.md"):
+            raise StorageError(f"{key}: the disk is full")
+        return write(store, key, data, **more)
+
+    with monkeypatch.context() as patch, pytest.raises(StorageError, match=r"README\.md: the disk is full"):
+        patch.setattr(LocalStore, "write", refuse)
+        run(planned)
+    folder = tmp_path / "runs" / "soup" / "points"
+    assert [*folder.rglob("config.json")] and not [*folder.rglob("manifest.json")]
+    assert len(run(planned).points) == len([*folder.rglob("manifest.json")]) == 2
 
 
 def test_the_recipe_beside_a_point_is_the_points_recipe(finished: Path, plan: Planning):

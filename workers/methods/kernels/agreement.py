@@ -85,9 +85,9 @@ def _selected(
 ) -> None:
     """See `passes.SelectedConsensus`: points by their weights and by the bits of their masks in a word an element.
 
-    `none` is the result where a mask lacks an element: of zeros, which have signs, or NaN where a task vector is.
-    Weights are finite, or a mask has all elements. Points that have the weights of the one before have its `merged`
-    elements.
+    `none` is the result where a mask lacks an element: of zeros, which have signs, or NaN where a task vector is
+    NaN or infinite. The mask of a point has all elements if a weight is not finite. Points that have the weights of the
+    one before have its `merged` elements.
     """
     for first in range(0, count, BLOCK):
         size = min(BLOCK, count - first)

@@ -112,11 +112,11 @@ def test_the_greatest_number_can_be_an_end():
 
 @pytest.mark.parametrize("elements", [0, 1, 511, 5000])
 @pytest.mark.parametrize("settings", [1, 5, 16])
-@pytest.mark.parametrize("last", [Limit(EVERY), Limit(NONE), Limit(4), Limit(4, 30)], ids=str)
+@pytest.mark.parametrize("last", [Limit(EVERY), Limit(NONE), Limit(4), Limit(4, 30), Limit(4, 300)], ids=str)
 def test_a_limit_has_what_is_above_it_and_the_first_of_its_equals(elements: int, settings: int, last: Limit):
     rng = np.random.default_rng(elements + settings)
     bits = rng.integers(0, 9, elements, np.int32)
-    limits = [Limit(int(rng.integers(0, 9)), int(rng.choice([0, 1, 30, 700, 10_000]))) for _ in range(settings)]
+    limits = [Limit(int(rng.integers(0, 9)), int(rng.choice([0, 1, 30, 300, 700, 10_000]))) for _ in range(settings)]
     limits[-1] = last
     words = above(bits, limits)
     for place, limit in enumerate(limits):
