@@ -43,7 +43,7 @@ def gpu_of(actor):
 
 def plan_of(parents, name):
     return make_plan(load_job(json.dumps({"name": name, "parents": {n: f"{parents}/{n}" for n in ("long", "fmt")},
-        "recipe": recipe, "output": runs, "shard_size": "400KB"}), "job.yaml"))
+        "recipe": recipe, "output": runs, "shard_size": "700KB"}), "job.yaml"))
 
 recipe = {"merge_method": "linear", "models": [{"model": "long"}, {"model": "fmt"}], "dtype": "bfloat16",
           "parameters": {"weight": 0.5}}
@@ -82,7 +82,7 @@ def test_two_workers_share_a_gpu_and_a_process_merges_one_task(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
     assert (found["workers"], found["device"]) == (2, "cuda")
-    assert len(set(found["processes"])) == len(found["processes"]) >= 4
+    assert len(set(found["processes"])) == len(found["processes"]) >= 2
     assert set(found["gpus"]) == {"0"} and len(found["gpus"]) > len(found["processes"])
     assert found["evaluators"] == ["0", "0"]
     assert re.fullmatch(
