@@ -38,6 +38,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/special_tokens.py": (),
     "workers/parquet.py": ("jobs",),
     "workers/gpu_memory.py": ("jobs",),
+    "workers/half_products.py": (),
     "workers/storage": ("jobs", "workers/services.py"),
     "workers/checkpoints": ("jobs", "workers/digests.py", "workers/storage"),
     "workers/methods/kernels": (),
@@ -52,9 +53,16 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
         "workers/methods",
         "workers/methods/kernels",
     ),
-    "workers/making": ("jobs", "workers/digests.py", "workers/storage", "workers/checkpoints"),
+    "workers/making": (
+        "jobs",
+        "workers/half_products.py",
+        "workers/digests.py",
+        "workers/storage",
+        "workers/checkpoints",
+    ),
     "workers/engines": (
         "jobs",
+        "workers/half_products.py",
         "workers/gpu_memory.py",
         "workers/services.py",
         "workers/special_tokens.py",
@@ -194,6 +202,7 @@ ROOMS: Mapping[str, tuple[str, ...]] = {
     "workers/benchmarks/sets.py": ("jobs", "workers/storage", "workers/benchmarks/planned.py"),
     "workers/activations": (
         "jobs",
+        "workers/half_products.py",
         "workers/gpu_memory.py",
         "workers/storage",
         "workers/checkpoints",

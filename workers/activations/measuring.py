@@ -152,6 +152,9 @@ def measure_grams(
 def _read(model: nn.Module, texts: Sequence[Ids], device: str, progress: Callable[[int], None]) -> None:
     import torch
 
+    from workers.half_products import speed_up
+
+    speed_up(model)
     with torch.inference_mode():
         for number, ids in enumerate(texts, start=1):
             model(input_ids=torch.tensor([list(ids)], device=device), use_cache=False)

@@ -32,8 +32,9 @@ from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from jobs.errors import BadInput, MergeyardError
+from workers import half_products
 from workers.checkpoints.configs import rope, stretched
-from workers.engines import attention, half_products
+from workers.engines import attention
 from workers.engines.decoding import Growing, Slots, answer_of
 from workers.engines.engine import (
     Answer,

@@ -49,6 +49,8 @@ def decoder(folder: str, weight: Callable[[str], Tensor]) -> Any:
     import torch
     from transformers import AutoConfig, AutoModel
 
+    from workers.half_products import speed_up
+
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     with torch.device("meta"):
         model: Any = AutoModel.from_config(config, dtype=torch.bfloat16, trust_remote_code=False)
@@ -57,6 +59,7 @@ def decoder(folder: str, weight: Callable[[str], Tensor]) -> Any:
     model.layers = model.layers[:-1]
     names = [name for name, _ in model.named_parameters()]
     model.load_state_dict({name: weight(f"model.{name}").to(torch.bfloat16) for name in names}, assign=True)
+    speed_up(model)
     return model.eval()
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from workers.engines import half_products
-from workers.engines.half_products import LEAST_ROWS, LinearInFloat32, speed_up
+from workers import half_products
+from workers.half_products import LEAST_ROWS, LinearInFloat32, speed_up
 
 HALVES = [torch.bfloat16, torch.float16]
 

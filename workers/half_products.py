@@ -2,7 +2,8 @@
 
 Such a CPU has no AVX-512, as most laptops have none. PyTorch's own kernel then multiplies bfloat16 and float16 one by
 one: 4 GFLOP/s a core, where float32 has 50 to 70. The result is that of the layer but for the order of additions: both
-kernels add in float32, and round once.
+kernels add in float32, and round once. Layers of other classes, such as the fused experts of a mixture, stay as they
+are.
 """
 
 from __future__ import annotations
