@@ -18,12 +18,16 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from jobs.errors import BadInput, Interrupted, MergeyardError, printable
+from jobs.stopping import STOPPED
 from orchestrator.commands.mergekit_options import OF_EXTRACTION, OF_MOE, add_mergekit_options, add_options_of_evolve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
-    previous = signal.signal(signal.SIGTERM, _stop)
+    heeded = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
+        heeded.append(signal.SIGINT)
+    previous = [signal.signal(each, _stop) for each in heeded]
     try:
         check_values(sys.argv[1:] if arguments is None else arguments)
         options = parser().parse_args(arguments)
@@ -40,7 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for each, handler in zip(heeded, previous, strict=True):
+            signal.signal(each, handler)
+        STOPPED.clear()
 
 
 def _refuse(error: MergeyardError) -> int:
@@ -49,6 +55,7 @@ def _refuse(error: MergeyardError) -> int:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
+    STOPPED.set()  # this thread may be waiting for others
     raise KeyboardInterrupt
 
 

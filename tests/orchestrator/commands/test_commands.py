@@ -8,9 +8,11 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -20,7 +22,7 @@ import pytest
 import torch
 import yaml
 
-from jobs.errors import RunBusy, Unavailable, WorkerLost
+from jobs.errors import RunBusy, StorageUnavailable, Unavailable, WorkerLost
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.sealing import sealed, unsealed
@@ -35,6 +37,8 @@ from tests.orchestrator.conftest import Ended, files_under
 from tests.orchestrator.models import CONFIG, HIDDEN, VOCABULARY, load_model, weights, write_model
 from tests.orchestrator.trajectories import trajectory_job, write_run
 from workers.storage import open_store
+from workers.storage.local import LocalStore
+from workers.storage.retrying import patiently
 
 Mergeyard = Callable[..., Ended]
 
@@ -365,6 +369,38 @@ def test_a_run_whose_parent_changed_is_refused(
     assert mergeyard("run", path, "--in-process").code == 0
     write_model(parents / "cos", weights("another"))
     assert_refused(mergeyard("run", path, "--in-process"), "or its parent cos has changed since")
+
+
+def test_who_stops_a_run_does_not_wait_for_a_store_that_is_down(
+    mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Threads try to write the files of a point again and again, and the command waits for these threads."""
+    down, write, began = threading.Event(), LocalStore.write, time.monotonic()
+
+    def unavailable(store: LocalStore, key: str, data: bytes, **more: Any) -> Any:
+        if not key.endswith("README.md"):
+            return write(store, key, data, **more)
+        down.set()
+        raise StorageUnavailable(f"{key}: the bucket does not answer")
+
+    def interrupt() -> None:
+        assert down.wait(60)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "50")
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(LocalStore, "write", lambda *of, **more: patiently(partial(unavailable, *of, **more)))
+            thread.start()
+            assert_refused(mergeyard("run", job_file(), "--in-process"), "run the same command to continue", code=75)
+    finally:
+        thread.join()
+        assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
+    assert time.monotonic() - began < 30
+    assert not [*run_folder.rglob("manifest.json")]
+    assert mergeyard("run", job_file(), "--in-process", "--json").facts["units_merged"] == 0
 
 
 def test_a_second_driver_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):
