@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import uuid
 from collections.abc import Iterator
@@ -35,6 +36,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
         for kernel in of_room():
             kernel.object_code()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Spares Python from looking again and again for garbage among the libraries and the tests: a twentieth of all."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

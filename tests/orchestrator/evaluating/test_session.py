@@ -431,7 +431,7 @@ def test_a_task_of_the_harness_ranks_where_nothing_else_is_asked(tmp_path: Path)
     assert evaluated(text)[1] == []
 
 
-@pytest.mark.usefixtures("harness_task")
+@pytest.mark.usefixtures("harness_task", "harness_index")
 def test_a_remark_of_a_worker_reaches_the_terminal_once_the_page_and_a_run_that_goes_on(
     mergeyard: Mergeyard, job_file: Callable[..., Path], tmp_path: Path
 ) -> None:
