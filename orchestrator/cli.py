@@ -17,13 +17,14 @@ from itertools import pairwise
 from types import FrameType
 from typing import Any, NoReturn
 
+from jobs import stopping
 from jobs.errors import BadInput, Interrupted, MergeyardError, printable
-from jobs.stopping import STOPPED
 from orchestrator.commands.mergekit_options import OF_EXTRACTION, OF_MOE, add_mergekit_options, add_options_of_evolve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code."""
+    stopping.stopped = False
     heeded = [signal.SIGTERM]
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # a shell's background job ignores it
         heeded.append(signal.SIGINT)
@@ -46,7 +47,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for each, handler in zip(heeded, previous, strict=True):
             signal.signal(each, handler)
-        STOPPED.clear()
 
 
 def _refuse(error: MergeyardError) -> int:
@@ -55,7 +55,7 @@ def _refuse(error: MergeyardError) -> int:
 
 
 def _stop(signum: int, frame: FrameType | None) -> None:
-    STOPPED.set()  # this thread may be waiting for others
+    stopping.stopped = True  # this thread may be waiting for others
     raise KeyboardInterrupt
 
 

@@ -40,7 +40,7 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish() -> None:
-    """Spares Python from looking again and again for garbage among the libraries and the tests: a twentieth of all."""
+    """Spares Python from looking again and again for garbage among the libraries and the tests."""
     gc.collect()
     gc.freeze()
 

@@ -1,9 +1,9 @@
 """Linear layers in half precision on a CPU that has no units for it: their products are taken in float32.
 
-Such a CPU has no AVX-512, as most laptops have none. PyTorch's own kernel then multiplies bfloat16 and float16 one by
-one: 4 GFLOP/s a core, where float32 has 50 to 70. The result is that of the layer but for the order of additions: both
-kernels add in float32, and round once. Layers of other classes, such as the fused experts of a mixture, stay as they
-are.
+For bfloat16 such a CPU has no AVX-512, as most laptops have none. PyTorch's own kernel then multiplies the numbers one
+by one: 4 GFLOP/s a core, where float32 has 50 to 70. The result is that of the layer but for the order of additions:
+both kernels add in float32, and round once. Layers of other classes, such as the fused experts of a mixture, stay as
+they are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ LEAST_ROWS = 4
 """Of fewer rows, PyTorch's kernel takes less time than the conversion of the weights."""
 
 BLOCK = 1 << 20
-"""Weights that are in float32 at a time: they stay in a core's cache."""
+"""Weights that are in float32 at a time: 4 MiB, of which most stay in a processor's caches."""
 
 
 def speed_up(model: nn.Module) -> None:
@@ -31,9 +31,9 @@ def _is_slow(weight: Tensor) -> bool:
         return False
     if not torch.backends.mkldnn.is_available():
         return True
-    onednn = torch.ops.mkldnn
-    has = onednn._is_mkldnn_bf16_supported if weight.dtype == torch.bfloat16 else onednn._is_mkldnn_fp16_supported
-    return not has()
+    name = "_is_mkldnn_bf16_supported" if weight.dtype == torch.bfloat16 else "_is_mkldnn_fp16_supported"
+    has = getattr(torch.ops.mkldnn, name, None)  # an older PyTorch may lack it
+    return has is None or not has()
 
 
 class LinearInFloat32(nn.Linear):
@@ -41,7 +41,7 @@ class LinearInFloat32(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         rows = input.numel() // self.in_features
-        if rows < LEAST_ROWS:
+        if rows < LEAST_ROWS or input.dtype != self.weight.dtype or self.weight.device.type != "cpu":
             return linear(input, self.weight, self.bias)
         wide, output = input.float(), input.new_empty(*input.shape[:-1], self.out_features)
         bias = self._parameters["bias"]

@@ -23,7 +23,8 @@ LEASE_SECONDS = 30.0
 HEARTBEAT_SECONDS = 10.0
 WATCH_SECONDS = 1.5 * HEARTBEAT_SECONDS
 RELEASE_SECONDS = 5.0
-"""How long an ending driver tries to give its lease back; if the store is away, the next one waits for it to expire."""
+"""How long an ending driver tries to give its lease back; one that the user stopped tries once. If the store is away,
+the next driver waits for the lease to expire."""
 
 ENDED = ("Z", "X")
 PAUSED = ("T", "t")

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from workers import half_products
+from workers.activations.measuring import measure
+from workers.engines.transformers_engine import TransformersEngine
 from workers.half_products import LEAST_ROWS, LinearInFloat32, speed_up
+from workers.making.gates import decoder, hidden_states
+
+EXAMPLES = Path(__file__).parents[2] / "jobs" / "examples" / "parents"
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -77,3 +84,22 @@ def test_without_onednn_no_half_is_fast(monkeypatch: pytest.MonkeyPatch) -> None
     model = nn.Sequential(layer(torch.bfloat16), layer(torch.float32))
     speed_up(model)
     assert [type(each) for each in model] == [LinearInFloat32, nn.Linear]
+
+
+def test_models_that_answer_are_measured_or_open_gates_take_their_products_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(half_products, "_is_slow", lambda weight: True)
+    forward, seen = LinearInFloat32.forward, list[int]()
+    monkeypatch.setattr(LinearInFloat32, "forward", lambda self, x: seen.append(x.shape[-2]) or forward(self, x))
+    folder, ids = EXAMPLES / "fmt", [5, 9, 2, 7, 3, 1]
+    tensors = load_file(folder / "model.safetensors")
+
+    engine = TransformersEngine.from_folder(folder, device="cpu")
+    linear = [module for module in engine.model.modules() if isinstance(module, nn.Linear)]
+    assert {type(module) for module in linear} == {LinearInFloat32}
+
+    assert measure(folder, {name: each.shape for name, each in tensors.items()}, [ids], "cpu").tokens == 6
+    assert set(seen) == {6} and len(seen) == len(linear)
+
+    model = decoder(str(folder), tensors.__getitem__)
+    hidden_states(model, {"input_ids": torch.tensor([ids])}, average=True)
+    assert len(seen) > len(linear) and set(seen) == {6}

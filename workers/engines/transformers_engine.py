@@ -5,11 +5,12 @@ and values that the row before it left (`packing`); questions about one haystack
 row, whose trunk is read once a step for all of them. Decoding is one step at a time for all rows in memory set aside
 once (`kv_cache`); a row that has ended leaves its place to the next (`decoding`), and only decoding computes logits.
 
-Promises: the token ids are those of the whole prompt; no prompt sees padding; near ties aside (a kernel rounds
-the last bit by the shape it is given) an answer does not depend on its neighbours, nor on the limits. Which prompts
-are decoded beside each other depends on the prompts and on where answers end: one model asked the same prompts again,
-under the same limits on the same device, says the same to the last bit, and two models differ beyond themselves by near
-ties alone. A sampled token depends on the seed, its number in the answer and the logits (`sampling`).
+Promises: the token ids are those of the whole prompt; no prompt sees padding; near ties aside (a kernel rounds the last
+bit by the shape it is given) an answer does not depend on its neighbours, nor on the limits. Which prompts are decoded
+beside each other depends on the prompts and on where answers end: one model asked the same prompts again, under the
+same limits on the same device with as many threads, says the same to the last bit, and two models differ beyond
+themselves by near ties alone. A sampled token depends on the seed, its number in the answer and the logits
+(`sampling`).
 
 Refused: code from a checkpoint (`trust_remote_code`), recurrent and encoder-decoder models.
 """

@@ -189,6 +189,7 @@ class DrawnBefore:
 
 
 def keep_drawn(tile: Tile, decided: Drawn, model: str, base: str) -> None:
+    """Holds what coins have decided for the pass over the tensor, if there is room."""
     before: DrawnBefore | None = tile.facts.get(DRAWN)
     if before is None or before.bytes >= MOST_DRAWN:
         return

@@ -36,7 +36,7 @@ _Share = tuple[NDArray[np.float64], NDArray[np.int32], NDArray[np.int64]]
 
 @dataclass(frozen=True, slots=True)
 class Divergences(Reduction):
-    """`OfRows` of a tensor; a vector is one row. The sample has the places of `reductions.Sample`."""
+    """`OfRows` of a tensor; a vector is one row. The sample has the places of `ranking.Sample`."""
 
     model: str
     base: str

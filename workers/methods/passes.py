@@ -68,7 +68,7 @@ class Consensus:
 class SelectedConsensus:
     """base + m / max(d, 10⁻⁶), element by element in the arithmetic dtype; see `sce`.
 
-    δᵢ = xᵢ − base, or zero where the threshold `among` on `reductions.Variance(models, base)` does not keep it;
+    δᵢ = xᵢ − base, or zero where the threshold `among` on `ranking.Variance(models, base)` does not keep it;
     s = +1 where δ₁ + δ₂ + … ≥ 0, else −1;
     m = Σ δᵢ·wᵢ and d = Σ wᵢ over the models with sign(δᵢ) = s.
     All sums run from left to right.

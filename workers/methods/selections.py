@@ -109,7 +109,7 @@ class SquaresSelected(Reduction):
 
     @property
     def alike(self) -> tuple[object, ...]:
-        """The same as that of `L1Kept`."""
+        """See `L1Kept.alike`."""
         return self.model, self.base, self.score, self.dtype
 
     def ask(self, tile: Tile) -> None:

@@ -194,6 +194,7 @@ def host_arrays(tile: Tile, *names: str) -> list[Array] | None:
 
 
 def units_of(elements: Array) -> list[Array]:
+    """Elements from the start of a unit on, cut into units."""
     return [elements[start : start + TILE_ELEMENTS] for start in range(0, len(elements), TILE_ELEMENTS)]
 
 

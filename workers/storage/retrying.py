@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from jobs.errors import BadInput, MergeyardError, StorageUnavailable
-from jobs.stopping import STOPPED
+from jobs.stopping import pause as paused
 
 PATIENCE_VARIABLE = "MERGEYARD_STORAGE_PATIENCE_SECONDS"
 PATIENCE_SECONDS = 60.0
@@ -46,7 +46,7 @@ def patiently(
     A pause is as long as the service asks for, if it asks. It gives up after the seconds of `patience_seconds`; after
     `most`, if those are fewer, unless the service asked for a pause: then it is there. `translated` makes an error
     of ours of what a library raises; the original, whose text may hold a signed address, is then dropped. Once the
-    program is `STOPPED`, it raises without a further try.
+    user has stopped the program, it raises without a further try.
     """
     began = time.monotonic()
     pause, tries = FIRST_PAUSE_SECONDS, 0
@@ -61,7 +61,7 @@ def patiently(
             if spent + wait > patience:
                 later = f"in {error.pause:.0f} s, as it asks" if error.pause > patience else "later"
                 raise StorageUnavailable(f"{error} (tried {tries} times in {spent:.0f} s); run again {later}") from None
-            if STOPPED.wait(wait):
+            if paused(wait):
                 raise
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

@@ -22,11 +22,13 @@ import pytest
 import torch
 import yaml
 
+from jobs import stopping
 from jobs.errors import RunBusy, StorageUnavailable, Unavailable, WorkerLost
 from jobs.job import load_job
 from jobs.manifest import Manifest
 from jobs.sealing import sealed, unsealed
 from orchestrator.cluster.in_process import InProcessPool
+from orchestrator.commands import schema as schema_command
 from orchestrator.merging import driver
 from orchestrator.merging.driver import drive
 from orchestrator.planning.plan import make_plan
@@ -388,6 +390,7 @@ def test_who_stops_a_run_does_not_wait_for_a_store_that_is_down(
         os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setenv("MERGEYARD_STORAGE_PATIENCE_SECONDS", "50")
+    monkeypatch.setattr(stopping, "stopped", True)  # by an earlier command
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)
     thread = threading.Thread(target=interrupt)
     try:
@@ -399,8 +402,22 @@ def test_who_stops_a_run_does_not_wait_for_a_store_that_is_down(
         thread.join()
         assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
     assert time.monotonic() - began < 30
-    assert not [*run_folder.rglob("manifest.json")]
+    assert stopping.stopped and not [*run_folder.rglob("manifest.json")]
     assert mergeyard("run", job_file(), "--in-process", "--json").facts["units_merged"] == 0
+    assert not stopping.stopped
+
+
+def test_an_interrupt_that_a_shell_has_switched_off_stays_so(mergeyard: Mergeyard, monkeypatch: pytest.MonkeyPatch):
+    """A shell starts what it puts into the background so."""
+    seen: list[Any] = []
+    monkeypatch.setattr(schema_command, "schema", lambda _: seen.append(signal.getsignal(signal.SIGINT)) or 0)
+    for handler in (signal.SIG_IGN, signal.default_int_handler):
+        before = signal.signal(signal.SIGINT, handler)
+        try:
+            assert mergeyard("schema").code == 0
+        finally:
+            assert signal.signal(signal.SIGINT, before) is handler
+    assert seen[0] is signal.SIG_IGN and seen[1] is not signal.default_int_handler
 
 
 def test_a_second_driver_is_refused(mergeyard: Mergeyard, job_file: Callable[..., Path], run_folder: Path):

@@ -241,7 +241,7 @@ def _selected(
 
 @jit
 def _variance(row: Pointer, ground: Pointer, models: Pointer, MODELS: constexpr) -> Pointer:
-    """`reductions.Variance`, in float32."""
+    """`ranking.Variance`, in float32."""
     base = ground.to(tl.float32)
     mean = base
     for i in tl.static_range(MODELS):

@@ -406,7 +406,7 @@ def overlap_counts(parents: Sequence[Array], epsilon: float, arithmetic: str) ->
 
 
 def variance_bits(parents: Sequence[Array]) -> NDArray[np.int32]:
-    """`reductions.Variance` of the models (the base is the last parent), as integers of the same order."""
+    """`ranking.Variance` of the models (the base is the last parent), as integers of the same order."""
     memory = _Memory([np.ascontiguousarray(each) for each in parents], "float32", 1)
     bits = np.empty(memory.elements, np.int32)
     _variances(
