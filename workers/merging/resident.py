@@ -32,6 +32,9 @@ READS_AT_ONCE = 8
 CPU_PIECE_ELEMENTS = 32 * TILE_ELEMENTS
 """What one thread merges at a time: of half as much, a point takes a tenth to a quarter longer."""
 
+AHEAD, AHEAD_IN_PLACE = 4, 24
+"""Pieces a thread that are merged or wait: each takes memory, unless it is merged into a place."""
+
 GPU_PIECE_ELEMENTS = 1 << 24
 """What a GPU merges at a time: launches cost little beside it, and an intermediate result takes 64 MiB."""
 
@@ -123,7 +126,7 @@ class ResidentParents:
                 begin = partial(launches.begin, settings, homes, partial(self._learn, pool=pool))
                 launched, _ = in_pieces(begin, ELEMENTS_A_LAUNCH, GPU_PIECE_ELEMENTS, self._device, "a point")
             ahead: deque[tuple[TensorMerge, Tensor, Sequence[_Piece]]] = deque()
-            waiting = 0
+            waiting, most = 0, self._threads * (AHEAD_IN_PLACE if homes else AHEAD)
             for tensor in self._tensors:
                 output = homes.get(tensor.name)
                 if output is None:
@@ -135,7 +138,7 @@ class ResidentParents:
                     pieces = self._begin(tensor, settings[tensor.setting], output, pool)
                 ahead.append((tensor, output, pieces))
                 waiting += len(pieces)
-                while waiting > 4 * self._threads and len(ahead) > 1:
+                while waiting > most and len(ahead) > 1:
                     waiting -= len(ahead[0][2])
                     yield self._finished(*ahead.popleft(), digests, overflows)
             while ahead:
@@ -178,8 +181,7 @@ class ResidentParents:
         def merge(start: int, step: int) -> int:
             piece = elements[start : start + step]
             _, broken = merger.run(start, raw, 0, [piece])
-            parents = [raw[name][start : start + step] for name in setting.parents]
-            return overflowed(piece, parents) if broken else 0
+            return overflowed(piece, [raw[name][start : start + step] for name in setting.parents]) if broken else 0
 
         def merge_all(start: int) -> int:
             stop = min(start + step, tensor.elements)
@@ -193,6 +195,9 @@ class ResidentParents:
 
         step = self._step
         starts = range(0, tensor.elements, step)
+        if self._device == "cpu" and tensor.elements <= TILE_ELEMENTS:  # another thread takes longer to wake
+            overflow = sum(map(merge_all, starts))
+            return [(elements, lambda: overflow)]
         return [(elements[start : start + step], pool.submit(merge_all, start).result) for start in starts]
 
     def _learn(self, tensor: TensorMerge, setting: Setting, pool: ThreadPoolExecutor) -> None:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from workers.methods.kernels.agreement import overlap_counts
 from workers.methods.kernels.dtypes import ARITHMETIC
-from workers.methods.kernels.memory import are_pairs
+from workers.methods.kernels.memory import addresses, are_pairs
 from workers.methods.kernels.short_products import LEAST_UNIT, products_of_two
 from workers.methods.kernels.unit_sums import Product
 from workers.methods.kernels.unit_sums import unit_sums as sums_of_products
@@ -64,7 +64,7 @@ class Gram(Reduction):
         pairs = [*combinations_with_replacement(range(len(self.models)), 2)]
         names = self.models if self.base is None else (*self.models, self.base)
         if arrays := host_arrays(tile, *names):
-            of_two = len(self.models) == 2 and self.dtype == "float64" and are_pairs(arrays)
+            of_two = len(self.models) == 2 and self.dtype == "float64" and are_pairs(arrays, addresses(arrays))
             if of_two and TILE_ELEMENTS >= LEAST_UNIT:  # tests have smaller units
                 return [*products_of_two(*arrays, unit=TILE_ELEMENTS)]
             lines = [place if self.base is None else (place, len(self.models)) for place in range(len(self.models))]

@@ -53,13 +53,13 @@ def run(
     broken: dict[str, bool] = {}
     overflowed = [False] * len(passes)
     first: dict[int, int] = {}  # points that differ in their factors alone are neighbours
-    for kind, runner in RUNNERS.items():
-        chosen = [index for index, each in enumerate(passes) if _kind(each) is kind]
+    alike: dict[type, list[int]] = {}
+    for index, each in enumerate(passes):
+        alike.setdefault(_kind(each), []).append(index)
+    for kind, chosen in alike.items():
         chosen.sort(key=lambda index: first.setdefault(id(_merged(passes[index])), index))
-        if not chosen:
-            continue
         places: dict[str, int] = {}
-        of_parents, of_outputs = runner(
+        of_parents, of_outputs = RUNNERS[kind](
             [passes[index] for index in chosen], places, tile, [outputs[index] for index in chosen], arithmetic
         )
         broken.update((name, bool(of_parents[place])) for name, place in places.items())
@@ -95,6 +95,32 @@ def _weighted_sums(
     outputs: Sequence[Array],
     arithmetic: str,
 ) -> Flags:
+    key: list[Hashable] = [arithmetic]
+    for each in passes:
+        if not isinstance(each, WeightedSum) or each.along != "tensor":
+            names, sums = _prepared(passes, arithmetic)
+            break
+        key.append((each.models, each.base, *map(float.hex, map(float, each.coefficients))))  # 0.0 is not −0.0
+    else:
+        if (known := _PREPARED.get(tuple(key))) is None:
+            if len(_PREPARED) >= MOST_PREPARED:
+                _PREPARED.clear()
+            known = _PREPARED[tuple(key)] = _prepared(passes, arithmetic)
+        names, sums = known
+    places |= {name: place for place, name in enumerate(names)}
+    return sums.run(_parents(places, tile), outputs, start=tile.start, row=tile.row)
+
+
+_PREPARED: dict[Hashable, tuple[Sequence[str], WeightedSums]] = {}
+"""Sums with the same coefficients in every tensor, as those of `linear`: to prepare them takes as long as to merge
+100,000 elements."""
+
+MOST_PREPARED = 64
+
+
+def _prepared(passes: Sequence[WeightedSum | Relaxed], arithmetic: str) -> tuple[Sequence[str], WeightedSums]:
+    """The parents in the order in which they are read, and the sums over them."""
+    places: dict[str, int] = {}
     sums = [
         Sum(
             tuple(
@@ -107,9 +133,7 @@ def _weighted_sums(
         )
         for each, relaxation, repeats in _relaxations(passes)
     ]
-    return WeightedSums(len(places), sums, arithmetic).run(
-        _parents(places, tile), outputs, start=tile.start, row=tile.row
-    )
+    return [*places], WeightedSums(len(places), sums, arithmetic)
 
 
 def _consensus(

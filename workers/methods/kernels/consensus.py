@@ -359,7 +359,9 @@ def run_mixtures(
     assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
     masks = [each.mask.words for each in trimmed if each.mask is not None]
     assert all(each.dtype == np.uint16 and each.size == elements and each.flags.c_contiguous for each in masks)
-    short = arithmetic == "float32" and len(mixtures) == 1 and are_pairs((*parents, *outputs))
+    short = (
+        arithmetic == "float32" and len(mixtures) == 1 and are_pairs(arrays := (*parents, *outputs), addresses(arrays))
+    )
     if short and _done_short(parents, trimmed, mixtures[0], outputs[0]):
         return np.zeros(len(parents), np.bool_), np.zeros(1, np.bool_)
     vectors = np.array([_fields(each) for each in trimmed], np.int64)

@@ -204,6 +204,9 @@ class WeightedSums:
         self._short = arithmetic == "float32" and all(_is_short(each) for each in sums)
         self._relaxations = Relaxations([(each.relaxation, each.repeats) for each in sums], self._arithmetic)
         self._models = np.array([parent for each in sums for parent, _ in each.terms], np.int64)
+        self._of_pairs, self._of_bases = address(self._pairs), address(self._bases)
+        self._of_ends, self._of_terms = address(self._ends), address(self._terms)
+        self._of_numbers, self._of_models = address(self._numbers), address(self._models)
 
     def run(
         self, parents: Sequence[Array], outputs: Sequence[Array], *, start: int = 0, row: int = 1
@@ -217,12 +220,14 @@ class WeightedSums:
         assert len(parents) == self._parents and len(outputs) == len(self._bases)
         assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
         broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
-        raw, out = addresses(parents), addresses(outputs)
-        raw_at, out_at = address(raw), address(out)
-        if self._short and are_pairs((*parents, *outputs)):
+        arrays = *parents, *outputs
+        places = addresses(arrays)
+        raw_at = address(places)
+        out_at = raw_at + len(parents) * places.itemsize
+        if self._short and are_pairs(arrays, places):
             short_sums(
-                *(raw_at, len(outputs), address(self._bases), address(self._ends), address(self._models)),
-                *(address(self._numbers), elements // 2, out_at, address(broken[1])),
+                *(raw_at, len(outputs), self._of_bases, self._of_ends, self._of_models),
+                *(self._of_numbers, elements // 2, out_at, address(broken[1])),
             )
             if not broken[1].any():
                 return broken
@@ -231,8 +236,8 @@ class WeightedSums:
         dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
         self._kernel(
             *(raw_at, raw_at, raw_at, address(dtypes), self._parents),
-            *(address(self._pairs), len(self._pairs), len(self._bases), address(self._bases)),
-            *(address(self._ends), address(self._terms), address(self._numbers)),
+            *(self._of_pairs, len(self._pairs), len(self._bases), self._of_bases),
+            *(self._of_ends, self._of_terms, self._of_numbers),
             *(*self._relaxations.arguments, row, start, elements),
             *(out_at, out_at, out_at, CODES[outputs[0].dtype]),
             *(address(broken[0]), address(broken[1]), address(lines)),

@@ -218,6 +218,25 @@ def test_bits_do_not_depend_on_the_cut_or_on_the_other_points():
             assert (alone.view(np.uint16) == output[start : start + 1237].view(np.uint16)).all()
 
 
+@pytest.mark.parametrize("others", [0, 200])
+def test_sums_that_are_prepared_once_are_told_apart_by_every_bit(others: int):
+    """0.0 equals −0.0, and a sum over other models or in float64 has the same numbers."""
+    raw: dict[str, Any] = {name: np.full(3, value, np.float32) for name, value in zip("abc", (1, 3, 0.1), strict=True)}
+
+    def sums(models: str, *factors: float, base: str | None = None, arithmetic: str = "float32") -> list[float]:
+        output = np.empty(3, arithmetic)
+        run([WeightedSum(tuple(models), factors, base)], Tile("x", 0, raw, {}, shape=(3,)), [output], arithmetic)
+        return [math.copysign(1, output[0]), float(output[0])]
+
+    for _ in range(2):
+        for other in range(others):  # more than are kept
+            assert sums("ab", 1.0, float(other))[1] == 1 + 3 * other
+        assert sums("a", 0.0) == [1, 0] and sums("a", -0.0) == [-1, 0]
+        assert sums("ab", 0.5, 0.25)[1] == 1.25 and sums("ba", 0.5, 0.25)[1] == 1.75
+        assert sums("b", 0.5, base="a")[1] == 2 and sums("b", 0.5)[1] == 1.5
+        assert sums("c", 3.0)[1] != sums("c", 3.0, arithmetic="float64")[1]
+
+
 def test_nothing_is_written_beside_the_output():
     memory = np.full(2 * BLOCK, 7, np.uint16)
     output = memory[5 : 5 + BLOCK + 3].view(ml_dtypes.bfloat16)
