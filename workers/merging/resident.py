@@ -195,7 +195,8 @@ class ResidentParents:
 
         step = self._step
         starts = range(0, tensor.elements, step)
-        if self._device == "cpu" and tensor.elements <= TILE_ELEMENTS:  # another thread takes longer to wake
+        small = tensor.elements <= TILE_ELEMENTS  # another thread takes longer to wake
+        if small and self._device == "cpu" and not merger.by_torch:  # this thread keeps torch's threads for answers
             overflow = sum(map(merge_all, starts))
             return [(elements, lambda: overflow)]
         return [(elements[start : start + step], pool.submit(merge_all, start).result) for start in starts]

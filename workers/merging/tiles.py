@@ -76,6 +76,11 @@ class TensorMerger:
             else:
                 self._formulas.append((place, setting))
 
+    @property
+    def by_torch(self) -> bool:
+        """Whether a setting is merged by its torch formula, in one thread of torch."""
+        return bool(self._formulas)
+
     def run(
         self, start: int, around: Mapping[str, Elements], first: int, outputs: Sequence[Elements]
     ) -> tuple[bool, list[int]]:

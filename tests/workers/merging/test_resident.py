@@ -136,6 +136,19 @@ def test_unwritten_tensors_are_the_written_ones_bit_for_bit(
         assert digests == {name: entry.digest for name, entry in manifest.tensors.items()}
 
 
+@pytest.mark.parametrize("numerics", ["float32", "mergekit"])
+def test_a_thread_that_answers_keeps_its_threads_of_torch(siblings: Path, numerics: str) -> None:
+    """A formula is computed by one thread of torch, and small tensors are merged where others are answered."""
+    plan = planned(siblings, "linear", numerics=numerics)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        dict(resident(plan, 2).merged(plan.points[0].settings))
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_point_is_merged_into_the_memory_of_a_loaded_model(
     siblings: Path, written: Callable[[Plan], tuple[dict[str, Tensor], Manifest]]
 ) -> None:
