@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import numpy as np
@@ -95,27 +96,26 @@ def _weighted_sums(
     outputs: Sequence[Array],
     arithmetic: str,
 ) -> Flags:
-    key: list[Hashable] = [arithmetic]
-    for each in passes:
-        if not isinstance(each, WeightedSum) or each.along != "tensor":
-            names, sums = _prepared(passes, arithmetic)
-            break
-        key.append((each.models, each.base, *map(float.hex, map(float, each.coefficients))))  # 0.0 is not −0.0
-    else:
-        if (known := _PREPARED.get(tuple(key))) is None:
-            if len(_PREPARED) >= MOST_PREPARED:
-                _PREPARED.clear()
-            known = _PREPARED[tuple(key)] = _prepared(passes, arithmetic)
-        names, sums = known
+    alike = tuple(
+        (each.models, each.base, tuple(float(number).hex() for number in each.coefficients))  # 0.0 is not −0.0
+        for each in passes
+        if isinstance(each, WeightedSum) and each.along == "tensor"
+    )
+    names, sums = _prepared_once(alike, arithmetic) if len(alike) == len(passes) else _prepared(passes, arithmetic)
     places |= {name: place for place, name in enumerate(names)}
     return sums.run(_parents(places, tile), outputs, start=tile.start, row=tile.row)
 
 
-_PREPARED: dict[Hashable, tuple[Sequence[str], WeightedSums]] = {}
-"""Sums with the same coefficients in every tensor, as those of `linear`: to prepare them takes as long as to merge
-100,000 elements."""
+@lru_cache(maxsize=64)
+def _prepared_once(
+    alike: Sequence[tuple[tuple[str, ...], str | None, Sequence[str]]], arithmetic: str
+) -> tuple[Sequence[str], WeightedSums]:
+    """Sums with the same coefficients in many tensors, as those of `linear`; coefficients are hexadecimal.
 
-MOST_PREPARED = 64
+    To prepare them takes as long as to merge 100,000 elements.
+    """
+    passes = [WeightedSum(models, tuple(map(float.fromhex, numbers)), base) for models, base, numbers in alike]
+    return _prepared(passes, arithmetic)
 
 
 def _prepared(passes: Sequence[WeightedSum | Relaxed], arithmetic: str) -> tuple[Sequence[str], WeightedSums]:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
 from typing import Any, TypeVar
 
 import pytest
 import torch
 from torch import Tensor
 
-import workers.merging.shard  # modules take `TILE_ELEMENTS` from `tile` when they are imported: before it is changed
-import workers.methods.launching  # noqa: F401
 from workers.methods import tile
 from workers.methods.tile import Array, NotYetKnown, Reduction, Tile
 
@@ -20,6 +19,8 @@ Answer = TypeVar("Answer")
 
 def change_tiles(patch: pytest.MonkeyPatch, elements: int) -> None:
     """Tiles of so many elements, in all modules of workers."""
+    for name in ("workers.merging.shard", "workers.methods.launching"):
+        import_module(name)  # before the change, since modules take the number from `tile` when they are imported
     for name, module in [*sys.modules.items()]:
         if name.startswith("workers.") and "TILE_ELEMENTS" in vars(module):
             patch.setattr(module, "TILE_ELEMENTS", elements)

@@ -359,9 +359,9 @@ def run_mixtures(
     assert all(each.size == elements and each.flags.c_contiguous for each in (*parents, *outputs))
     masks = [each.mask.words for each in trimmed if each.mask is not None]
     assert all(each.dtype == np.uint16 and each.size == elements and each.flags.c_contiguous for each in masks)
-    short = (
-        arithmetic == "float32" and len(mixtures) == 1 and are_pairs(arrays := (*parents, *outputs), addresses(arrays))
-    )
+    arrays = *parents, *outputs
+    places = addresses(arrays)
+    short = arithmetic == "float32" and len(mixtures) == 1 and are_pairs(arrays, places)
     if short and _done_short(parents, trimmed, mixtures[0], outputs[0]):
         return np.zeros(len(parents), np.bool_), np.zeros(1, np.bool_)
     vectors = np.array([_fields(each) for each in trimmed], np.int64)
@@ -380,8 +380,8 @@ def run_mixtures(
     broken = np.zeros(len(parents), np.bool_), np.zeros(len(outputs), np.bool_)
     lines, _memory = aligned_lines(len(parents) + len(trimmed) + 4, BLOCK * dtype.itemsize)
     dtypes = np.array([CODES[each.dtype] for each in parents], np.int64)
-    raw, out = addresses(parents), addresses(outputs)
-    raw_at, out_at = address(raw), address(out)
+    raw_at = address(places)
+    out_at = raw_at + len(parents) * places.itemsize
     _KERNELS[arithmetic](
         *(raw_at, raw_at, raw_at, address(dtypes), len(parents)),
         *(address(vectors), len(trimmed), address(factors), address(of_masks), address(of_rows), row, column),
