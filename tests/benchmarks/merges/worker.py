@@ -6,8 +6,8 @@
     python -m tests.benchmarks.merges.worker task JOB.yaml       # a worker's tasks, output thrown away
 
 Each uses two threads. `resident` reads the parents once, untimed, then merges each point of the job into the memory of
-a model, as an evaluation does. `task` runs every merge task of the job and drops the bytes of the shards: 64 points
-need no disk.
+a model that was loaded before, as an evaluation does; `copy` writes over such memory as well. `task` runs every merge
+task of the job and drops the bytes of the shards: 64 points need no disk.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ def resident(job: Path, *, hashed: bool = False) -> dict[str, float]:
         numerics="float32",
         threads=THREADS,
     )
-    model = {tensor.name: torch.zeros(tensor.shape, dtype=torch_dtype(tensor.dtype)) for tensor in tensors}
+    # zero_ gets every page from the kernel, which torch.zeros leaves to the first point
+    model = {tensor.name: torch.empty(tensor.shape, dtype=torch_dtype(tensor.dtype)).zero_() for tensor in tensors}
     started, used = time.perf_counter(), time.process_time()
     for point in plan.points:
         for name, tensor in parents.merged(point.settings, {} if hashed else None, model):
