@@ -30,6 +30,7 @@ from ray.exceptions import (
 )
 from ray.util import metrics
 
+from jobs import stopping
 from jobs.errors import BadInput, MergeyardError, Unavailable, WorkerLost
 from jobs.job import WorkerSpec
 from jobs.specs import SHARES_OF_ONE
@@ -260,6 +261,7 @@ def _init(**options: Any) -> Any:
     try:
         return ray.init(log_to_driver=False, logging_level=logging.ERROR, **options)
     except SystemExit:
+        stopping.stopped = True
         raise KeyboardInterrupt from None
     finally:
         if threading.current_thread() is threading.main_thread():

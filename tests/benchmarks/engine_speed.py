@@ -72,6 +72,7 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
     from workers.benchmarks.texts.tokenizer import Tokenizer
     from workers.engines.engine import Prompt
     from workers.engines.transformers_engine import TransformersEngine
+    from workers.half_products import LinearInFloat32
 
     dtype = getattr(torch, asked.dtype)
     items = ruler_items(
@@ -92,7 +93,8 @@ def compare(asked: argparse.Namespace) -> dict[str, Any]:
             clocks[name].append((time.perf_counter() - wall, time.process_time() - cpu))
     wall = {name: len(items) / statistics.median(one[0] for one in runs) for name, runs in clocks.items()}
     cpu = {name: len(items) / statistics.median(one[1] for one in runs) for name, runs in clocks.items()}
-    rate = max(gemm_rate(dtype), gemm_rate(torch.float32))  # the engine takes the faster one
+    in_float32 = any(isinstance(module, LinearInFloat32) for module in engine.model.modules())
+    rate = gemm_rate(torch.float32 if in_float32 else dtype)
     tokens = statistics.mean(len(engine.encode(prompt.whole)) for prompt in prompts)
     limit = rate / item_flop(engine.config, tokens)
     correct = [all(value in text for value in item.answers) for item, text in zip(items, answers, strict=True)]

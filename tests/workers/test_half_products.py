@@ -79,6 +79,23 @@ def test_a_cpu_that_has_units_for_a_dtype_keeps_its_kernels(dtype: torch.dtype, 
     assert type(model[0]) is nn.Linear
 
 
+def test_a_pytorch_that_does_not_say_has_no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.ops, "mkldnn", object())
+    model = nn.Sequential(layer(torch.bfloat16))
+    speed_up(model)
+    assert type(model[0]) is LinearInFloat32
+
+
+def test_an_input_of_another_dtype_is_refused_as_before(units: Any) -> None:
+    units()
+    linear = layer(torch.bfloat16)
+    speed_up(linear)
+    assert type(linear) is LinearInFloat32
+    with pytest.raises(RuntimeError, match="dtype"):
+        linear(torch.randn(LEAST_ROWS, 96))
+
+
 def test_without_onednn_no_half_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     model = nn.Sequential(layer(torch.bfloat16), layer(torch.float32))

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -120,13 +121,14 @@ class ResidentParents:
             homeless = {each.name: (each.dtype, each.elements) for each in self._tensors if each.name not in homes}
             made, _ = in_pieces(lambda _: flat(homeless, self._device), 1, 1, self._device, "a point")
             homes |= {each.name: made[each.name].view(each.shape) for each in self._tensors if each.name in made}
-        with ThreadPoolExecutor(self._threads, "merge") as pool:
+        with ThreadPoolExecutor(self._threads, "merge") as pool, ExitStack() as at_end:
+            at_end.callback(pool.shutdown, wait=False, cancel_futures=True)  # an error, or nobody asks for more
             launched: Mapping[str, Callable[[], int]] = {}
             if (launches := self._launches) is not None:
                 begin = partial(launches.begin, settings, homes, partial(self._learn, pool=pool))
                 launched, _ = in_pieces(begin, ELEMENTS_A_LAUNCH, GPU_PIECE_ELEMENTS, self._device, "a point")
             ahead: deque[tuple[TensorMerge, Tensor, Sequence[_Piece]]] = deque()
-            waiting, most = 0, self._threads * (AHEAD_IN_PLACE if homes else AHEAD)
+            waiting, in_memory = 0, 0
             for tensor in self._tensors:
                 output = homes.get(tensor.name)
                 if output is None:
@@ -138,8 +140,12 @@ class ResidentParents:
                     pieces = self._begin(tensor, settings[tensor.setting], output, pool)
                 ahead.append((tensor, output, pieces))
                 waiting += len(pieces)
-                while waiting > most and len(ahead) > 1:
-                    waiting -= len(ahead[0][2])
+                in_memory += len(pieces) * (tensor.name not in homes)
+                most, most_in_memory = self._threads * AHEAD_IN_PLACE, self._threads * AHEAD
+                while len(ahead) > 1 and (waiting > most or in_memory > most_in_memory):
+                    first, _, its = ahead[0]
+                    waiting -= len(its)
+                    in_memory -= len(its) * (first.name not in homes)
                     yield self._finished(*ahead.popleft(), digests, overflows)
             while ahead:
                 yield self._finished(*ahead.popleft(), digests, overflows)

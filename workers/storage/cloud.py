@@ -48,7 +48,7 @@ from workers.storage.translation import ENDPOINTS, denied, from_obstore, missing
 
 if TYPE_CHECKING:
     from obstore import Attributes, GetOptions, GetResult, ObjectMeta
-    from obstore.store import ClientConfig, GCSConfig, ObjectStore
+    from obstore.store import ClientConfig, GCSConfig, ObjectStore, RetryConfig
 
 HTML: Attributes = {"Content-Type": "text/html; charset=utf-8"}  # a browser saves a page of another type as a file
 LARGEST_SINGLE_PUT = 16 * MIB
@@ -68,11 +68,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Bucket:
-    """A bucket or container that was connected to; `s3` is None for other services."""
+    """A bucket or container that was connected to; `s3` is None for other services.
+
+    `uploads` tries a part of a stream again by itself, since nobody else could; every other request is `patiently`'s.
+    """
 
     scheme: str
     name: str
     objects: ObjectStore
+    uploads: ObjectStore
     s3: S3Bucket | None
 
 
@@ -225,7 +229,7 @@ class CloudStore:
         mark = secrets.token_hex(16)
         try:
             obstore.put(
-                self._objects,
+                self._bucket.uploads,
                 self._path(key),
                 parts,
                 attributes={STREAM_MARK: mark},
@@ -465,23 +469,24 @@ def _connected(scheme: str, name: str, environment: tuple[tuple[str, str], ...])
     }
     if scheme == "s3":
         s3 = S3Bucket(name, options)
-        return Bucket(scheme, name, s3.objects, s3)
+        return Bucket(scheme, name, s3.objects, s3.objects, s3)
     endpoint = os.environ.get(ENDPOINTS[scheme], "")
     if scheme == "gs" and endpoint and "://" not in endpoint:
         endpoint = f"http://{endpoint}"  # Google's libraries take both forms of STORAGE_EMULATOR_HOST
     options["allow_http"] = endpoint.startswith("http://")
-    patience = timedelta(seconds=patience_seconds())
-    try:
-        # uploads to these are obstore's own from end to end, so its own retries must carry them
+    # a token of its own, so that no real one goes to an emulator, and none is asked for
+    config: GCSConfig = {"base_url": endpoint, "bearer_token": "emulator"} if endpoint else {}
+
+    def connected(retries: RetryConfig) -> ObjectStore:
         if scheme == "gs":
-            # a token of its own, so that no real one goes to an emulator, and none is asked for
-            config: GCSConfig = {"base_url": endpoint, "bearer_token": "emulator"} if endpoint else {}
-            objects = GCSStore(name, config=config, client_options=options, retry_config={"retry_timeout": patience})
-        else:
-            objects = AzureStore(name, client_options=options, retry_config={"retry_timeout": patience})
+            return GCSStore(name, config=config, client_options=options, retry_config=retries)
+        return AzureStore(name, client_options=options, retry_config=retries)
+
+    try:
+        uploads = connected({"retry_timeout": timedelta(seconds=patience_seconds())})
+        return Bucket(scheme, name, connected({"max_retries": 0}), uploads, None)
     except obstore.exceptions.BaseError:
         raise denied(f"{scheme}://{name}", "account or credentials are not set") from None
-    return Bucket(scheme, name, objects, None)
 
 
 def _options(etag: str | None) -> GetOptions:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Semaphore, Timer, current_thread
 from typing import Any
 
 import pytest
@@ -23,7 +24,9 @@ from orchestrator.planning.parents import parents_as_points
 from orchestrator.planning.plan import Plan, make_plan
 from orchestrator.watching import Watcher
 from tests.orchestrator.models import weights, write_model
+from workers.merging import resident as resident_module
 from workers.merging.resident import ResidentParents
+from workers.merging.tiles import TensorMerger
 from workers.methods import METHODS
 from workers.methods.tile import TILE_ELEMENTS
 
@@ -137,16 +140,49 @@ def test_unwritten_tensors_are_the_written_ones_bit_for_bit(
 
 
 @pytest.mark.parametrize("numerics", ["float32", "mergekit"])
-def test_a_thread_that_answers_keeps_its_threads_of_torch(siblings: Path, numerics: str) -> None:
-    """A formula is computed by one thread of torch, and small tensors are merged where others are answered."""
-    plan = planned(siblings, "linear", numerics=numerics)
+def test_a_thread_that_answers_merges_small_tensors_and_keeps_its_threads_of_torch(
+    siblings: Path, numerics: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A formula is computed by one thread of torch, so in another thread."""
+    plan, run, threads = planned(siblings, "linear", numerics=numerics), TensorMerger.run, set[str]()
+    seen = lambda *given: threads.add(current_thread().name) or run(*given)  # noqa: E731
+    monkeypatch.setattr(TensorMerger, "run", seen)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         dict(resident(plan, 2).merged(plan.points[0].settings))
         assert torch.get_num_threads() == 2
+        assert current_thread().name in threads
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(("placed", "begun"), [(0, 3), (2, 5), (100, 6)])
+def test_few_tensors_wait_that_take_memory_of_their_own(
+    siblings: Path, placed: int, begun: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`placed` tensors are merged into a model; one piece each, and two of the others or five in all may wait."""
+    monkeypatch.setattr(resident_module, "AHEAD", 2)
+    monkeypatch.setattr(resident_module, "AHEAD_IN_PLACE", 5)
+    plan = planned(siblings, "linear")
+    parents, point = resident(plan, 1), plan.points[0].settings
+    places = dict([*dict(parents.merged(point)).items()][:placed])
+    begin, names = ResidentParents._begin, list[str]()
+    monkeypatch.setattr(ResidentParents, "_begin", lambda *given: names.append(given[1].name) or begin(*given))
+    next(parents.merged(point, places=places))
+    assert len(names) == begun
+
+
+def test_pieces_that_nobody_asks_for_any_more_are_not_merged(siblings: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, point = resident(plan := planned(siblings, "linear", numerics="mergekit"), 1), plan.points[0].settings
+    run, merged, may_run = TensorMerger.run, list[object](), Semaphore(1)
+    monkeypatch.setattr(resident_module, "AHEAD", 6)
+    monkeypatch.setattr(TensorMerger, "run", lambda *given: (may_run.acquire() and merged.append(given)) or run(*given))
+    tensors = parents.merged(point)
+    next(tensors)
+    Timer(0.3, may_run.release, [100]).start()
+    tensors.close()
+    assert len(merged) == 2, "the one that was asked for, and the one under way"
 
 
 def test_a_point_is_merged_into_the_memory_of_a_loaded_model(

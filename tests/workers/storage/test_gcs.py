@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from jobs import stopping
 from jobs.errors import ObjectChanged, ObjectExists, StorageRefused, StorageUnavailable
 from orchestrator.cli import main
 from tests.fault_proxy import FaultProxy
@@ -44,6 +45,16 @@ def test_a_read_survives(store: Store, proxy: FaultProxy, fault: str) -> None:
     etag = store.write("parent", CONTENT).etag
     proxy.fail("GET", fault)
     assert bytes(store.read("parent", start=MIB, length=MIB, etag=etag)) == CONTENT[MIB : 2 * MIB]
+    assert proxy.broken == 1
+
+
+def test_a_request_is_not_tried_again_once_the_program_is_stopped(
+    store: Store, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stopping, "stopped", True)
+    proxy.fail("GET", "busy", times=100)
+    with pytest.raises(StorageUnavailable):
+        store.read("parent")
     assert proxy.broken == 1
 
 
