@@ -31,6 +31,14 @@ RAY = (
 ORACLE = "tests/conformance/test_against"
 """Tests that share a process of mergekit, which takes ten seconds of CPU time to start."""
 
+HARNESS = (
+    "tests/orchestrator/evaluating/test_session.py::test_a_real_task_of_the_harness",
+    "tests/orchestrator/evaluating/test_session.py::test_a_remark_of_a_worker",
+    "tests/orchestrator/evaluating/test_session.py::test_a_task_of_the_harness",
+    "tests/workers/benchmarks/harness/test_adapter.py",
+)
+"""Tests that use the fixture `harness_index`: a process indexes lm-evaluation-harness for 7 to 14 s."""
+
 SLOW = (
     *RAY,
     "tests/benchmarks",
@@ -200,13 +208,15 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadScopeSch
 
 
 class Groups(LoadScopeScheduling):
-    """One worker of pytest-xdist runs all tests of RAY, one all of ORACLE; whoever is free runs the next of the others.
+    """One worker of pytest-xdist runs all tests of RAY, one all of ORACLE, one all of HARNESS.
+
+    Whoever is free runs the next of the others.
 
     `--dist loadgroup` of pytest-xdist 3.8 does not group under pytest 9.2: it writes to an attribute that is gone.
     """
 
     def _split_scope(self, nodeid: str) -> str:
-        groups = {"ray": RAY, "oracle": ORACLE}
+        groups = {"ray": RAY, "oracle": ORACLE, "harness": HARNESS}
         return next((group for group, names in groups.items() if nodeid.startswith(names)), nodeid)
 
 

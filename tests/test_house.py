@@ -204,8 +204,8 @@ def test_help_takes_little_more_than_the_start_of_numpy():
 def test_a_little_command_takes_little_more_than_the_start_of_python(tmp_path: Path, command: str):
     models = [{"model": str(PARENTS / name), "parameters": {"weight": 0.5}} for name in ("fmt", "long")]
     (tmp_path / "config.yaml").write_text(json.dumps({"merge_method": "linear", "models": models}))
-    merges = [["merge", tmp_path / "config.yaml", tmp_path / f"merge{number}", "--quiet"] for number in range(4)]
-    first, *others = merges if command == "merge" else [LIGHT[command]] * 4
+    merges = [["merge", tmp_path / "config.yaml", tmp_path / f"merge{number}", "--quiet"] for number in range(3)]
+    first, *others = merges if command == "merge" else [LIGHT[command]] * 3
     cpu_seconds(COMMAND, *first)  # compiles the loops
     starts, commands = list[float](), list[float]()
     for other in others:  # in turn: a shared machine may be twice as fast a moment later

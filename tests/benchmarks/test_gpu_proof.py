@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.gpu_proof.__main__ import main
-from tests.benchmarks.make_checkpoints import SIZES, write_family
 from tests.test_house import ROOT, WITHOUT
 
 BARE = """
@@ -22,22 +21,18 @@ runpy.run_module("tests.benchmarks.gpu_proof", run_name="__main__", alter_sys=Tr
 SECTIONS = ["machine", "correct", "swap", "merge", "speed", "grid", "memory"]
 
 
-@pytest.mark.parametrize(
-    "sections", [["machine", "correct", "memory"], pytest.param(SECTIONS, marks=pytest.mark.heavy)]
-)
+@pytest.mark.heavy
 def test_the_proof_runs_without_the_libraries_that_a_bare_machine_lacks(
-    tmp_path: Path, sections: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if sections != SECTIONS:  # else the proof makes its parents by itself
-        write_family(tmp_path / "room" / "tiny", SIZES["tiny"])
     lacking = ",".join((*WITHOUT, "blake3", "wonderwords", "shtab"))
     out, environment = tmp_path / "proof.jsonl", os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     options = ["--tiny", "--device", "cpu", "--room", tmp_path / "room", "--out", out]
-    run = [sys.executable, "-c", BARE, lacking, *sections, *options]
+    run = [sys.executable, "-c", BARE, lacking, *SECTIONS, *options]
     done = subprocess.run(run, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [*dict.fromkeys(line["section"] for line in lines)] == sections
+    assert [*dict.fromkeys(line["section"] for line in lines)] == SECTIONS
     assert {line["found"] for line in lines if line["section"] == "correct" and line["goal"] == "0, 0; 0"} == {
         "0, 0; 0"
     }

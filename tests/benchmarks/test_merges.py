@@ -67,6 +67,7 @@ def test_a_point_into_a_resident_model_costs_at_most_twice_its_copies(
     assert point < 2 * copies * floor, f"{point / floor:.1f} copies instead of {copies}"
 
 
+@pytest.mark.heavy
 def test_a_row_is_measured_once_and_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     words = "merges --parameters tiny --rows linear-resident --repeat 1 --without-mergekit --work"
     monkeypatch.setattr("sys.argv", [*words.split(), str(tmp_path)])

@@ -40,13 +40,13 @@ def model_fields(folder: Path) -> dict[str, Any]:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`make test` holds every second case of each method against the formulas, and every fourth against mergekit.
+    """`make test` holds every third case of each method against the formulas, and every sixth against mergekit.
     `make conformance` takes all."""
     ordinary = in_ordinary_runs(metafunc.config)
     for argument, documents, every in (
-        ("case", CASES, 2),
-        ("judged_case", cases.CASES, 4),
-        ("exact_case", BIT_EXACT, 4),
+        ("case", CASES, 3),
+        ("judged_case", cases.CASES, 6),
+        ("exact_case", BIT_EXACT, 6),
     ):
         if argument in metafunc.fixturenames:
             metafunc.parametrize(argument, cases.of_each_method(documents, every if ordinary else 1))

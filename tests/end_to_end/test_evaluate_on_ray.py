@@ -17,7 +17,7 @@ from workers.evaluating.scores import read_scores
 
 
 def write_job(folder: Path) -> Path:
-    """Four points and a parent, answering 8 items at two lengths, on two workers."""
+    """Two points and two parents, answering 8 items at two lengths, on two workers."""
     job: dict[str, Any] = {
         "name": "soup",
         "parents": {name: str(PARENTS / name) for name in ("long", "fmt")},
@@ -29,7 +29,7 @@ def write_job(folder: Path) -> Path:
                 {"model": "fmt", "parameters": {"weight": "${1 - w}"}},
             ],
         },
-        "grid": {"w": [0.5, 0.7, 0.9, 1]},
+        "grid": {"w": [0.5, 0.9]},
         "point": "w{w}",
         "evaluate": {"ruler": {"tasks": ["niah_single_1"], "lengths": [256, 512], "items": 8}},
         "keep": "none",
@@ -59,12 +59,12 @@ def test_a_worker_killed_in_the_middle_costs_time_alone(start: Callable[..., Com
     command.until(lambda: len([*scores.rglob("*.parquet")]) >= 2 and len(evaluators(command)) == 2)
     killed = evaluators(command)[0]
     killed.kill()
-    assert len([*scores.rglob("*.parquet")]) < 5 * 2, "killed too late to matter"
+    assert len([*scores.rglob("*.parquet")]) < 4 * 2, "killed too late to matter"
     on_ray = command.ended()
     assert killed.pid not in {process.pid for process in psutil.process_iter()}
 
     alone = run_here("run", write_job(tmp_path / "alone"), "--json", "--in-process", folder=tmp_path)
     assert rows(on_ray.facts) == rows(alone.facts)
-    assert len(rows(alone.facts)) == 5 * 2 * 8
+    assert len(rows(alone.facts)) == 4 * 2 * 8
     assert on_ray.facts["leaderboard"] == alone.facts["leaderboard"]
     assert command.survivors(seconds=20) == []

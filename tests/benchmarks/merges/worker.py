@@ -47,12 +47,10 @@ def resident(job: Path, *, hashed: bool = False) -> dict[str, float]:
     import torch
 
     from workers.checkpoints.dtypes import torch_dtype
-    from workers.merging.buffers import keep_freed_memory
     from workers.merging.resident import ResidentParents
 
     plan = planned(job)
     tensors = [tensor for shard in plan.points[0].layout.shards for tensor in shard.tensors]
-    keep_freed_memory()
     parents = ResidentParents(
         tensors,
         {name: checkpoint.parent for name, checkpoint in plan.parents.items()},

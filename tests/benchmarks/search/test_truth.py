@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.benchmarks.search.batched import Model, groups_of
 from tests.benchmarks.search.truth import CELLS, PARENTS, items_of, merged, opened, question, without_needle
 from workers.benchmarks.scorers import SCORERS
@@ -9,6 +11,7 @@ from workers.engines.engine import Prompt
 from workers.engines.transformers_engine import TransformersEngine
 
 
+@pytest.mark.heavy
 def test_answers_that_are_read_together_are_those_of_the_engine() -> None:
     """Of a merge that answers in JSON, and of one that does not and finds about every second needle at 1,024 tokens."""
     weights, tokenizer = opened()
