@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.benchmarks.scale import dense_70b
 
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.heavy
 def test_a_hundred_points_of_70b_read_their_parents_once_and_cost_the_driver_little() -> None:
     command = [sys.executable, "-m", "tests.benchmarks.scale", "--case", "70b", "--json"]
     told = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=300)
