@@ -171,7 +171,7 @@ class MultipartUpload:
         self._open = False
         self._senders.shutdown(wait=True, cancel_futures=True)  # S3 may keep a part that arrives after the abort
         if self._upload_id is not None:
-            with suppress(MergeyardError):  # the service is down: `sweep` finds the rest later
+            with suppress(MergeyardError):  # the service is down: a run's next `sweep` finds the rest
                 self._bucket.abort(self._path, self._upload_id)
 
     def _send(self) -> None:
