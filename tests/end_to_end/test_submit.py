@@ -14,7 +14,7 @@ import pytest
 import requests
 
 from tests.end_to_end.command import Command
-from tests.end_to_end.conftest import UNITS, Run, tensors
+from tests.end_to_end.conftest import POINTS, UNITS, Run, tensors
 from tests.end_to_end.runtime import HOST, TOKEN, needs_linux, wait_for_runtime
 from tests.seaweedfs import SeaweedFS, free_ports
 
@@ -92,7 +92,7 @@ def test_a_job_is_submitted_once_followed_to_its_end_and_found_again(
     assert ended.code == 0, ended
     name = ended.out.split(":")[0]
     assert name.startswith("mergeyard-")
-    assert f"11 points in {run.url}/points" in ended.out  # the job's own words
+    assert f"{POINTS} points in {run.url}/points" in ended.out  # the job's own words
     assert tensors(run.manifests()) == tensors(expected.manifests())
     seeing = TOKENS | {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
     again = submit(run.job, extra=seeing).ended()
