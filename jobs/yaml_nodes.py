@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -308,7 +309,8 @@ def _plain_number(text: str) -> int | float | Decimal:
     exact = Fraction(text)
     if exact.denominator == 1 and abs(exact) < 10**18:
         return exact.numerator
-    return float(text) if Fraction(repr(float(text))) == exact else Decimal(text)
+    nearest = float(text)
+    return nearest if math.isfinite(nearest) and Fraction(repr(nearest)) == exact else Decimal(text)
 
 
 class _Composer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -185,6 +187,21 @@ def test_the_aliases_bomb_is_refused_before_it_grows() -> None:
     )
     with pytest.raises(BadInput, match=r"^job\.yaml:15: aliases repeat more than 100,000 values"):
         load_document(bomb, "job.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("0.7", 0.7),
+        ("1e3", 1000),
+        ("1e309", Decimal("1e309")),
+        ("-1e309", Decimal("-1e309")),
+        ("0.1234567890123456789", Decimal("0.1234567890123456789")),
+        (".inf", math.inf),
+    ],
+)
+def test_a_number_that_no_float_holds_stays_a_decimal(text: str, number: object) -> None:
+    assert load_document(f"key: {text}", "job.yaml").plain() == {"key": number}
 
 
 @pytest.mark.parametrize(

@@ -49,11 +49,11 @@ def plan(tmp_path: Path) -> Plan:
 
 
 @pytest.fixture
-def pool(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayPool]:
+def cluster(plan: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RayCluster]:
     monkeypatch.setenv("HOME", str(tmp_path))  # Ray keeps its token there
     monkeypatch.setenv("RAY_metrics_report_interval_ms", "500")  # 10 s otherwise
     with closing(RayCluster(plan.job.workers)) as cluster:
-        yield RayPool(cluster)
+        yield cluster
 
 
 def told() -> dict[str, float]:
@@ -71,11 +71,12 @@ def told() -> dict[str, float]:
 
 
 @pytest.mark.heavy
-def test_what_a_run_did_is_what_prometheus_reads(plan: Plan, pool: RayPool, tmp_path: Path) -> None:
+def test_what_a_run_did_is_what_prometheus_reads(plan: Plan, cluster: RayCluster, tmp_path: Path) -> None:
+    pool = RayPool(cluster)
     tasks = plan.tasks((), pool.workers)
     with Watcher(visible=False) as watcher:
         result = drive(plan, pool, watcher)
-        evaluate(plan, lambda models: RayEvaluators(models, pool), watcher)
+        evaluate(plan, lambda models: RayEvaluators(models, cluster), watcher)
     scores = [pq.read_table(path, columns=["tokens"]) for path in (tmp_path / "runs").glob("grid/scores/**/*.parquet")]
     expected = {
         "ray_mergeyard_bytes_read_total": result.bytes_read,
