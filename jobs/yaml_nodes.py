@@ -309,8 +309,8 @@ def _plain_number(text: str) -> int | float | Decimal:
     exact = Fraction(text)
     if exact.denominator == 1 and abs(exact) < 10**18:
         return exact.numerator
-    nearest = float(text)
-    return nearest if math.isfinite(nearest) and Fraction(repr(nearest)) == exact else Decimal(text)
+    rounded = float(text)
+    return rounded if math.isfinite(rounded) and Fraction(repr(rounded)) == exact else Decimal(text)
 
 
 class _Composer:
