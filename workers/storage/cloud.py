@@ -1,8 +1,8 @@
 """Buckets of S3, GCS and Azure: ranged reads that are checked, conditional writes, uploads in parts.
 
-obstore moves the bytes (outside the GIL); the parts that only S3 has are in `s3.py`. No library retries here: one
-loop, `retrying.patiently`, does, so that every answer is checked first. A flipped bit is not detected here; callers
-that have a digest detect it.
+obstore moves the bytes (outside the GIL); the parts that only S3 has are in `s3.py`. One loop, `retrying.patiently`,
+retries, so that every answer is checked first; obstore retries the requests of `Bucket.retrying`. A flipped bit is
+not detected here; callers that have a digest detect it.
 """
 
 from __future__ import annotations
@@ -70,13 +70,14 @@ Result = TypeVar("Result")
 class Bucket:
     """A bucket or container that was connected to; `s3` is None for other services.
 
-    `uploads` tries a part of a stream again by itself, since nobody else could; every other request is `patiently`'s.
+    `retrying` tries a part of a stream and a page of a listing again by itself: nobody else can repeat a part, and not
+    every service of Azure can begin a listing behind a key. Every other request is `patiently`'s.
     """
 
     scheme: str
     name: str
     objects: ObjectStore
-    uploads: ObjectStore
+    retrying: ObjectStore
     s3: S3Bucket | None
 
 
@@ -154,7 +155,7 @@ class CloudStore:
         def next_page() -> Sequence[ObjectMeta]:
             nonlocal pages
             if pages is None:
-                pages = iter(obstore.list(self._objects, folder or None, offset=last, chunk_size=LIST_PAGE))
+                pages = iter(obstore.list(self._bucket.retrying, folder or None, offset=last, chunk_size=LIST_PAGE))
             try:
                 return next(pages, ())
             except Exception:
@@ -229,7 +230,7 @@ class CloudStore:
         mark = secrets.token_hex(16)
         try:
             obstore.put(
-                self._bucket.uploads,
+                self._bucket.retrying,
                 self._path(key),
                 parts,
                 attributes={STREAM_MARK: mark},
@@ -483,8 +484,8 @@ def _connected(scheme: str, name: str, environment: tuple[tuple[str, str], ...])
         return AzureStore(name, client_options=options, retry_config=retries)
 
     try:
-        uploads = connected({"retry_timeout": timedelta(seconds=patience_seconds())})
-        return Bucket(scheme, name, connected({"max_retries": 0}), uploads, None)
+        retrying = connected({"retry_timeout": timedelta(seconds=patience_seconds())})
+        return Bucket(scheme, name, connected({"max_retries": 0}), retrying, None)
     except obstore.exceptions.BaseError:
         raise denied(f"{scheme}://{name}", "account or credentials are not set") from None
 
